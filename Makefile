@@ -1,0 +1,44 @@
+# `make demo` and `make test` set up .venv when it is missing or stale, then run.
+# In an environment that has the package already (a cluster's, a container's): make demo PYTHON=python
+
+ifdef PYTHON
+READY :=
+else
+PYTHON := .venv/bin/python
+READY := .venv/.ready
+endif
+export PYTHON
+
+.PHONY: help demo test check base clean
+
+help:
+	@echo "make demo    extend the embedded model from 256 to 2048 tokens, evaluate it, write out/demo/report.html"
+	@echo "make test    lint, types and tests"
+	@echo "make check   lint and types only"
+	@echo "make base    retrain the embedded base model (about an hour on 2 cores)"
+	@echo "make clean   remove out/ (runs and reports); .venv and downloaded data stay"
+	@echo "PYTHON=python uses the activated environment instead of .venv"
+
+.venv/.ready: setup.py constraints.txt
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: python3 is $$(python3 -V 2>&1); Python 3.11 or newer is needed"; exit 2; }
+	@test -x .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1 || python3 -m venv --clear .venv
+	.venv/bin/python -m pip install --progress-bar off --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	@touch $@
+
+demo: $(READY)
+	@./demo.sh
+
+check: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+test: check
+	$(PYTHON) -m pytest
+
+base: $(READY)
+	./train.sh tiny-base tiny-base-retrieval
+
+clean:
+	rm -rf out

@@ -1,0 +1,150 @@
+"""Fine-tune a model to a longer context.
+
+    python finetune.py demo                                   # a recipe of configs/
+    accelerate launch --config_file configs/accelerate/zero3.yaml finetune.py llama-2-7b-64k
+    python finetune.py --model NousResearch/Llama-2-7b-hf --dataset data/pg19-64k --output-dir out/mine \
+        --scaling-type yarn --scaling-factor 16
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scaled_rope.errors import ConfigError, run_cli
+from scaled_rope.recipes import LR_SCHEDULES, PRECISIONS, Recipe, read_recipe
+
+#: what a run without a recipe starts from: the released script's defaults
+RELEASED_DEFAULTS: dict[str, Any] = {
+    "name": "custom",
+    "model": "NousResearch/Llama-2-7b-hf",
+    "dataset": "emozilla/pg_books-tokenized-bos-eos-chunked-65536",
+    "scaling": "yarn:16",
+    "sequence_length": 65536,
+    "learning_rate": 2e-5,
+    "max_train_steps": 400,
+    "warmup_steps": 20,
+    "seed": 42,
+}
+RELEASED_ACCUMULATION = 8
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("recipe", nargs="?", help="name in configs/ or path of a YAML file; flags override its fields")
+    parser.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
+    parser.add_argument("--model", help="checkpoint to start from")
+    parser.add_argument("--tokenizer", help="default: the model's")
+    parser.add_argument("--dataset", help="packed set, saved datasets folder or hub name with input_ids")
+    parser.add_argument("--output-dir")
+    parser.add_argument("--sequence-length", type=int, help="longest row accepted, in tokens")
+    parser.add_argument("--truncate", type=int, help="cut every row to this many tokens")
+    parser.add_argument("--scaling", help="scaling as METHOD:FACTOR[,field=value...]")
+    parser.add_argument("--scaling-type", help="method alone; with --scaling-factor")
+    parser.add_argument("--scaling-factor", type=float)
+    parser.add_argument("--rope-theta", type=float, help="default: the checkpoint's own")
+    parser.add_argument("--original-max-position-embeddings", type=int, help="default: the checkpoint's own")
+    parser.add_argument("--max-position-embeddings", type=int, help="default: factor x original")
+    parser.add_argument("--batch-size", type=int, help="sequences per process and pass")
+    parser.add_argument("--gradient-accumulate-every", type=int, help="passes per step; sets the global batch")
+    parser.add_argument("--global-batch-size", type=int, help="sequences per step over all processes")
+    parser.add_argument("--max-train-steps", type=int)
+    parser.add_argument("--warmup-steps", type=int)
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--lr-schedule", choices=LR_SCHEDULES)
+    parser.add_argument("--grad-norm", type=float, help="clip the gradient's norm to this")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--precision", choices=PRECISIONS)
+    parser.add_argument("--lora", action="store_const", const=True, help="train low-rank adapters only")
+    parser.add_argument("--sliding-window-attention-schedule", metavar="A,B,C", help="window at step i is entry i mod n")
+    parser.add_argument("--checkpointing-steps", type=int, help="save a resumable state every N steps")
+    parser.add_argument("--resume-from-checkpoint", metavar="PATH", default="auto", help="default: the newest of the run")
+    parser.add_argument("--save-only", action="store_true", help="apply the scaling and save without training")
+    parser.add_argument("--log-loss", type=Path, metavar="FILE", help="write the losses, comma-separated")
+    parser.add_argument("--wandb", metavar="PROJECT")
+    parser.add_argument("--deepspeed", action="store_true", help="insist on DeepSpeed; the launcher selects it")
+    parser.add_argument("--architecture", choices=("llama", "mistral"), help="checked against the checkpoint")
+    parser.add_argument("--num-proc", type=int, help="accepted for old scripts; data is memory-mapped")
+    return parser.parse_args(argv)
+
+
+def overrides(args: argparse.Namespace, ranks: int) -> dict[str, Any]:
+    """Recipe fields that the command line sets."""
+    fields = {
+        name: getattr(args, name)
+        for name in (
+            "model", "tokenizer", "dataset", "output_dir", "sequence_length", "truncate", "scaling", "rope_theta",
+            "original_max_position_embeddings", "max_position_embeddings", "batch_size", "global_batch_size",
+            "max_train_steps", "warmup_steps", "learning_rate", "lr_schedule", "grad_norm", "seed", "precision", "lora",
+            "checkpointing_steps",
+        )
+        if getattr(args, name) is not None
+    }  # fmt: skip
+    if args.scaling_type is not None or args.scaling_factor is not None:
+        if args.scaling is not None:
+            raise ConfigError("--scaling and --scaling-type/--scaling-factor exclude each other")
+        kind = args.scaling_type or "yarn"
+        fields["scaling"] = kind if args.scaling_factor is None else f"{kind}:{args.scaling_factor:g}"
+    if args.gradient_accumulate_every is not None:
+        if args.global_batch_size is not None:
+            raise ConfigError("--gradient-accumulate-every and --global-batch-size exclude each other")
+        fields["global_batch_size"] = args.gradient_accumulate_every * (args.batch_size or 1) * ranks
+    if (schedule := args.sliding_window_attention_schedule) is not None:
+        try:
+            fields["sliding_window_attention_schedule"] = [int(entry) for entry in schedule.split(",")]
+        except ValueError:
+            raise ConfigError(f"--sliding-window-attention-schedule {schedule!r} is not allowed; numbers a,b,c") from None
+    return fields
+
+
+def resolve(args: argparse.Namespace, ranks: int) -> Recipe:
+    """The recipe to run: a named one or the released defaults, with the command line's changes."""
+    fields = overrides(args, ranks)
+    if args.recipe is not None:
+        return read_recipe(args.recipe, fields)
+    if "output_dir" not in fields:
+        raise ConfigError("--output-dir is missing: name a recipe or a folder to write to")
+    default = {"global_batch_size": RELEASED_ACCUMULATION * (args.batch_size or 1) * ranks}
+    return Recipe(**(RELEASED_DEFAULTS | default | fields))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    import os
+
+    recipe = resolve(args, int(os.environ.get("WORLD_SIZE", "1")))
+    if args.print:
+        print(yaml.safe_dump(recipe.to_dict(), sort_keys=False), end="")
+        return 0
+    from scaled_rope.training import Trainer, build_model, save_model
+
+    if args.deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+        raise ConfigError("--deepspeed needs a launcher: accelerate launch --config_file configs/accelerate/zero3.yaml")
+    if args.architecture is not None and recipe.model is not None:
+        from transformers import AutoConfig
+
+        found = AutoConfig.from_pretrained(recipe.model).model_type
+        if found != args.architecture:
+            raise ConfigError(f"--architecture {args.architecture!r}: {recipe.model} is {found!r}")
+    if args.save_only:
+        model, _ = build_model(recipe)
+        output = Path(recipe.output_dir) / "model"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        save_model(model, model.state_dict(), recipe, output)
+        print(f"{output}: saved without training")
+        return 0
+    losses = Trainer(recipe, args.resume_from_checkpoint, args.wandb).run()
+    if args.log_loss is not None and int(os.environ.get("RANK", "0")) == 0:
+        args.log_loss.write_text(",".join(map(str, losses)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

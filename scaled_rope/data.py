@@ -1,0 +1,423 @@
+"""Text to fixed-length token sequences on disk, and back.
+
+A packed set is a folder: `tokens.bin` ([n, sequence_length], uint16 or uint32, little endian), optionally
+`loss_weight.bin` (uint8, same shape: how much each token counts as a target), and `meta.json` with the provenance.
+It is memory-mapped on reading and needs nothing but numpy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from scaled_rope.errors import ConfigError
+
+IntArray = npt.NDArray[np.int64]
+
+#: How documents and chunks get their BOS and EOS.
+BOOKENDS = ("document", "chunk")
+
+
+# --------------------------------------------------------------------------------------------------- reading text
+
+
+def _text_of(record: Any, feature: str, where: str) -> str:
+    text = record.get(feature) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        fields = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
+        raise ConfigError(f"feature {feature!r} is not a text field of {where}; it has: {fields}")
+    return text
+
+
+def _read_json_lines(path: Path, feature: str) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"dataset {path} line {number} is not JSON: {error.msg}") from None
+            yield _text_of(record, feature, f"{path} line {number}")
+
+
+def _read_parquet(path: Path, feature: str) -> Iterator[str]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise ConfigError(f"reading {path} needs pyarrow: pip install 'scaled-rope[train]'") from None
+    file = parquet.ParquetFile(path)
+    if feature not in file.schema_arrow.names:
+        raise ConfigError(f"feature {feature!r} is not in {path}; it has: {', '.join(file.schema_arrow.names)}")
+    for batch in file.iter_batches(batch_size=64, columns=[feature]):
+        yield from batch.column(0).to_pylist()
+
+
+def _read_hub(name: str, feature: str, split: str) -> Iterator[str]:
+    datasets = _import_datasets(name)
+    try:
+        stream = datasets.load_dataset(name, split=split, streaming=True)
+    except Exception as error:  # the library raises a dozen unrelated types for "cannot be loaded"
+        raise ConfigError(f"dataset {name!r} is no local path and the hub gave: {str(error).splitlines()[0]}") from None
+    for record in stream:
+        yield _text_of(record, feature, f"dataset {name!r}")
+
+
+def _import_datasets(name: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(
+            f"dataset {name!r} is no local path; hub datasets need: pip install 'scaled-rope[train]'"
+        ) from None
+    return datasets
+
+
+def read_documents(source: str, feature: str = "text", split: str = "train", as_json: bool = False) -> Iterator[str]:
+    """Texts of a source, one by one: a .txt, .jsonl or .parquet file, a folder of such files (sorted), or a hub dataset.
+
+    Args:
+        source: local path or hub name.
+        feature: the field that holds the text, where records have fields.
+        split: split of a hub dataset.
+        as_json: read files as JSON lines whatever their suffix.
+
+    Raises:
+        ConfigError: nothing there, an unreadable record, or a field that does not exist.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".json", ".parquet") and p.is_file())
+        if not files:
+            raise ConfigError(f"dataset {source} is a folder without .txt, .jsonl or .parquet files")
+        for file in files:
+            yield from read_documents(str(file), feature, split, as_json)
+    elif path.is_file():
+        if as_json or path.suffix in (".jsonl", ".json"):
+            yield from _read_json_lines(path, feature)
+        elif path.suffix == ".parquet":
+            yield from _read_parquet(path, feature)
+        else:
+            try:
+                yield path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"dataset {path} is not UTF-8 text (byte {error.start})") from None
+    elif source.startswith((".", "/", "~")) or path.suffix in (".txt", ".jsonl", ".json", ".parquet"):
+        raise ConfigError(f"dataset {source} does not exist")
+    else:
+        yield from _read_hub(source, feature, split)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One part of a mixture: where the documents come from, and the share of them that is kept."""
+
+    path: str
+    fraction: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> Source:
+        """`path` or `path,fraction`.
+
+        Raises:
+            ConfigError: a fraction that is no number in (0, 1].
+        """
+        path, comma, share = text.rpartition(",")
+        if not comma:
+            return cls(text)
+        try:
+            fraction = float(share)
+        except ValueError:
+            fraction = 0.0
+        if not 0.0 < fraction <= 1.0:
+            raise ConfigError(f"dataset fraction {share!r} of {path!r} is not allowed; a number in (0, 1]")
+        return cls(path, fraction)
+
+
+def is_sampled(seed: int, source: int, document: int, fraction: float) -> bool:
+    """Whether a document belongs to the sampled share: a hash of its place, so no order or process count matters."""
+    if fraction >= 1.0:
+        return True
+    digest = hashlib.blake2b(f"{seed}/{source}/{document}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64 < fraction
+
+
+# ---------------------------------------------------------------------------------------------------- packed sets
+
+
+def vocabulary_dtype(vocabulary: int) -> npt.DTypeLike:
+    """The narrowest storage that holds every token id below `vocabulary`."""
+    return np.uint16 if vocabulary <= 2**16 else np.uint32
+
+
+class PackedWriter:
+    """Writes a packed set chunk by chunk; the folder appears under its name only when `close` succeeds.
+
+    Use as a context manager: leaving it by an exception removes what was written.
+    """
+
+    def __init__(self, output: str | Path, sequence_length: int, vocabulary: int, weighted: bool = False) -> None:
+        if sequence_length < 2:
+            raise ConfigError(f"sequence length {sequence_length} is not allowed; at least 2 tokens")
+        self.output = Path(output)
+        if self.output.exists():
+            raise ConfigError(f"output {output} exists; remove it or choose another folder")
+        self.sequence_length, self.vocabulary = sequence_length, vocabulary
+        self.dtype = np.dtype(vocabulary_dtype(vocabulary))
+        self.rows = 0
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self._staged = self.output.with_name(f".{self.output.name}.{os.getpid()}.partial")
+        shutil.rmtree(self._staged, ignore_errors=True)
+        self._staged.mkdir()
+        self._tokens = (self._staged / "tokens.bin").open("wb")
+        self._weights = (self._staged / "loss_weight.bin").open("wb") if weighted else None
+
+    def append(self, tokens: Sequence[int] | npt.NDArray[Any], loss_weight: Sequence[int] | None = None) -> None:
+        """Add one row of `sequence_length` tokens (and as many weights, for a weighted set)."""
+        row = np.asarray(tokens, dtype=np.int64)
+        if row.shape != (self.sequence_length,):
+            raise ConfigError(f"row of {row.size} tokens in a set with sequence length {self.sequence_length}")
+        if row.min() < 0 or row.max() >= self.vocabulary:
+            raise ConfigError(f"token id {int(row.max())} does not fit the vocabulary of {self.vocabulary}")
+        self._tokens.write(row.astype(self.dtype).tobytes())
+        if self._weights is not None:
+            weights = np.ones(row.shape, np.uint8) if loss_weight is None else np.asarray(loss_weight, np.uint8)
+            self._weights.write(weights.tobytes())
+        self.rows += 1
+
+    def close(self, meta: dict[str, Any]) -> Path:
+        """Write `meta.json` and give the folder its name."""
+        self._close_files()
+        if not self.rows:
+            shutil.rmtree(self._staged)
+            raise ConfigError(f"the data gives no full sequence of {self.sequence_length} tokens; nothing written")
+        record = {
+            **meta,
+            "sequence_length": self.sequence_length,
+            "rows": self.rows,
+            "vocabulary": self.vocabulary,
+            "dtype": self.dtype.name,
+        }
+        (self._staged / "meta.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        os.rename(self._staged, self.output)
+        return self.output
+
+    def _close_files(self) -> None:
+        self._tokens.close()
+        if self._weights is not None:
+            self._weights.close()
+
+    def __enter__(self) -> PackedWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close_files()
+        shutil.rmtree(self._staged, ignore_errors=True)  # gone already after a successful close
+
+
+class TokenRows(Protocol):
+    """What training reads: equal or shorter rows of tokens, each with the weight of every token as a target."""
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int) -> tuple[IntArray, IntArray]:
+        """Tokens [T] and loss weights [T] of one row."""
+        ...
+
+
+class PackedDataset:
+    """A packed set on disk; `tokens` is a memory map [n, sequence_length]."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.meta: dict[str, Any] = json.loads((self.path / "meta.json").read_text())
+        shape = (int(self.meta["rows"]), int(self.meta["sequence_length"]))
+        self.tokens = self._map("tokens.bin", np.dtype(self.meta["dtype"]), shape)
+        weights = self.path / "loss_weight.bin"
+        self.loss_weight = self._map(weights.name, np.dtype(np.uint8), shape) if weights.exists() else None
+
+    def _map(self, name: str, dtype: np.dtype[Any], shape: tuple[int, int]) -> npt.NDArray[Any]:
+        file = self.path / name
+        expected = shape[0] * shape[1] * dtype.itemsize
+        if not file.exists() or file.stat().st_size != expected:
+            size = file.stat().st_size if file.exists() else 0
+            raise ConfigError(f"dataset {self.path} is damaged: {name} has {size} bytes, expected {expected}")
+        return np.memmap(file, dtype=dtype, mode="r", shape=shape)
+
+    @property
+    def sequence_length(self) -> int:
+        return int(self.tokens.shape[1])
+
+    def __len__(self) -> int:
+        return int(self.tokens.shape[0])
+
+    def row(self, index: int) -> tuple[IntArray, IntArray]:
+        tokens = np.asarray(self.tokens[index], dtype=np.int64)
+        if self.loss_weight is None:
+            return tokens, np.ones_like(tokens)
+        return tokens, np.asarray(self.loss_weight[index], dtype=np.int64)
+
+
+class ColumnDataset:
+    """A `datasets` table with `input_ids`; weights come from `attention_mask` and `labels` == -100 where present."""
+
+    def __init__(self, table: Any, name: str) -> None:
+        if "input_ids" not in table.column_names:
+            raise ConfigError(f"dataset {name!r} has no column 'input_ids'; it has: {', '.join(table.column_names)}")
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def row(self, index: int) -> tuple[IntArray, IntArray]:
+        record = self._table[index]
+        tokens = np.asarray(record["input_ids"], dtype=np.int64)
+        weights = np.ones_like(tokens)
+        if "attention_mask" in record:
+            weights *= np.asarray(record["attention_mask"], dtype=np.int64) != 0
+        if "labels" in record:
+            weights *= np.asarray(record["labels"], dtype=np.int64) != -100
+        return tokens, weights
+
+
+def open_packed(path: str | Path) -> PackedDataset:
+    """Open a packed set.
+
+    Raises:
+        ConfigError: not there, not a packed set, or files shorter than `meta.json` says.
+    """
+    if not (Path(path) / "meta.json").is_file():
+        raise ConfigError(f"dataset {path} is not a packed set (no meta.json); make one with tokenization.py")
+    return PackedDataset(path)
+
+
+def open_rows(name: str, split: str = "train") -> TokenRows:
+    """Open tokenized data for training: a packed set, a folder that `datasets` saved, or a hub dataset.
+
+    Raises:
+        ConfigError: nothing there, or no `input_ids`.
+    """
+    path = Path(name)
+    if (path / "meta.json").is_file():
+        return PackedDataset(path)
+    if path.exists() or name.startswith((".", "/", "~")):
+        if not path.is_dir() or not any((path / f).exists() for f in ("dataset_info.json", "dataset_dict.json")):
+            raise ConfigError(f"dataset {name} is no tokenized set; make one with tokenization.py")
+        table = _import_datasets(name).load_from_disk(name)
+    else:
+        datasets = _import_datasets(name)
+        try:
+            table = datasets.load_dataset(name, split=split)
+        except Exception as error:  # as above: many unrelated types
+            raise ConfigError(f"dataset {name!r} is no local path and the hub gave: {str(error).splitlines()[0]}") from None
+    return ColumnDataset(table[split] if hasattr(table, "keys") else table, name)
+
+
+# -------------------------------------------------------------------------------------------------------- packing
+
+
+@dataclass
+class PackCounts:
+    """What went in and what came out; part of a set's provenance."""
+
+    documents: int = 0
+    tokens: int = 0
+    dropped_tokens: int = 0
+
+
+def pack(
+    documents: Iterable[Sequence[int]],
+    writer: PackedWriter,
+    bos: int | None,
+    eos: int | None,
+    bookend: str = "document",
+) -> PackCounts:
+    """Pack tokenized documents (without special tokens) into the writer's fixed-length rows.
+
+    `bookend="document"`: BOS + document + EOS, concatenated and cut every N tokens. `bookend="chunk"`: the documents are
+    concatenated and every row is BOS + (N - 2) tokens + EOS, as the paper words it. Only the corpus's last, incomplete
+    row is dropped, and counted. A tokenizer without BOS or EOS contributes none.
+    """
+    if bookend not in BOOKENDS:
+        raise ConfigError(f"bookend {bookend!r} is not allowed; one of: {', '.join(BOOKENDS)}")
+    head, tail = [[] if token is None else [token] for token in (bos, eos)]
+    per_row = bookend == "chunk"
+    body = writer.sequence_length - (len(head) + len(tail) if per_row else 0)
+    counts, pending, size = PackCounts(), [], 0
+    for document in documents:
+        ids = np.asarray(document if per_row else [*head, *document, *tail], dtype=np.int64)
+        counts.documents += 1
+        counts.tokens += len(ids)
+        pending.append(ids)
+        size += len(ids)
+        if size < body:
+            continue
+        stream = np.concatenate(pending)
+        full = size // body * body
+        for start in range(0, full, body):
+            chunk = stream[start : start + body]
+            writer.append(np.concatenate([head, chunk, tail]) if per_row else chunk)
+        pending, size = [stream[full:]], size - full
+    counts.dropped_tokens = size
+    return counts
+
+
+def recut(source: PackedDataset, output: str | Path, sequence_length: int, progress: Callable[[int], object]) -> Path:
+    """Re-cut a packed set into rows of another length; only the last, incomplete row is dropped.
+
+    A set made with `bookend="chunk"` gets its BOS and EOS at the new borders instead of the old ones.
+    """
+    meta = dict(source.meta)
+    chunked = meta.get("bookend") == "chunk"
+    bos, eos = (meta.get("bos"), meta.get("eos")) if chunked else (None, None)
+    inner = slice(0 if bos is None else 1, source.sequence_length - (0 if eos is None else 1))
+    weighted = source.loss_weight is not None
+    if weighted and chunked:
+        raise ConfigError(f"dataset {source.path} carries loss weights and chunk bookends; it cannot be re-cut")
+
+    def rows() -> Iterator[npt.NDArray[Any]]:
+        for index in range(len(source)):
+            progress(1)
+            yield source.tokens[index][inner]
+
+    with PackedWriter(output, sequence_length, int(meta["vocabulary"]), weighted) as writer:
+        if weighted:
+            tokens = source.tokens.reshape(-1)
+            weights = source.loss_weight.reshape(-1)  # type: ignore[union-attr]
+            for start in range(0, len(tokens) - sequence_length + 1, sequence_length):
+                writer.append(tokens[start : start + sequence_length], weights[start : start + sequence_length])
+            dropped = len(tokens) % sequence_length
+        else:
+            dropped = pack(rows(), writer, bos, eos, "chunk" if chunked else "document").dropped_tokens
+        meta["recut"] = {"from": source.path.name, "sequence_length": source.sequence_length, "dropped_tokens": dropped}
+        return writer.close(meta)
+
+
+# ------------------------------------------------------------------------------------------------------- sampling
+
+
+def step_rows(rows: int, global_batch: int, step: int, seed: int) -> IntArray:
+    """Which rows the optimizer step number `step` (from 0) consumes: a pure function, so resuming needs no state.
+
+    The data is walked in one fresh permutation per epoch; a batch may span two epochs.
+
+    Returns:
+        int64 [global_batch].
+    """
+    positions = np.arange(step * global_batch, (step + 1) * global_batch)
+    epochs = positions // rows
+    out = np.empty(global_batch, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        order = np.random.default_rng([seed, int(epoch)]).permutation(rows)
+        chosen = epochs == epoch
+        out[chosen] = order[positions[chosen] % rows]
+    return out

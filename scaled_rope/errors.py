@@ -1,0 +1,37 @@
+"""The one error that users cause, and how an entry script reports it."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import sys
+from collections.abc import Callable, Iterable
+
+
+class ConfigError(ValueError):
+    """Input that cannot be used. The message is one line: field, value, what is allowed."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> ConfigError:
+    """An error for a name that is not in `known`, with the nearest ones suggested."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=2)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return ConfigError(f"unknown {kind} {name!r}; {hint}known: {', '.join(names)}")
+
+
+def run_cli(main: Callable[[], int | None]) -> int:
+    """Run an entry script: bad input is one line on stderr and exit code 2, never a traceback."""
+    try:
+        return main() or 0
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"error: no space left to write {error.filename or 'output'}", file=sys.stderr)
+            return 2
+        raise
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        return 130

@@ -1,0 +1,503 @@
+"""The only place that loads models and tokenizers, and the command-line flags that say which ones.
+
+A *job* is one checkpoint read under one scaling. `model_jobs` turns flags into jobs and needs only configuration files,
+so bad input is refused before any weights are read; `ModelLoader` then loads each checkpoint once and changes its
+scaling in place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from scaled_rope.config import CUSTOM_ROPE_TYPE, RopeScaling
+from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.methods import METHODS
+from scaled_rope.patch import patch_model, patched_scaling, unpatch_model
+
+DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-llama-256"
+"""The checkpoint that this project trained itself and carries along."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
+
+
+# ------------------------------------------------------------------------------------------- names to torch objects
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """The torch device called `name`; None: the first GPU when there is one, else the CPU.
+
+    Raises:
+        ConfigError: not a device, or not on this machine.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device {name!r} cannot be used: {_first_line(error)}") from error
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> str:
+    """The full name of a dtype; "auto" is bfloat16 on a GPU and float32 elsewhere.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    name = _DTYPE_ALIASES.get(name, name)
+    if name not in DTYPES:
+        raise unknown("dtype", name, ["auto", *DTYPES])
+    return name
+
+
+def _attention(name: str, device: torch.device, dtype: str) -> str:
+    if name not in ATTENTIONS:
+        raise unknown("attention", name, ATTENTIONS)
+    usable = device.type == "cuda" and dtype != "float32" and importlib.util.find_spec("flash_attn") is not None
+    if name == "flash_attention_2" and not usable:
+        raise ConfigError(
+            "attention 'flash_attention_2' needs a GPU, a half-precision dtype and: pip install 'scaled-rope[flash]'"
+        )
+    if name == "auto":
+        return "flash_attention_2" if usable else "sdpa"
+    return name
+
+
+# ---------------------------------------------------------------------------------------------- reading checkpoints
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def _reading(what: str, name: str) -> Iterator[None]:
+    """Report any failure to read a checkpoint as bad input in one line.
+
+    transformers, tokenizers, safetensors and the hub client raise a dozen unrelated types for a broken checkpoint and
+    log more, so every exception counts here and the log is silenced; the cause stays attached for debugging.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except ConfigError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConfigError(f"{what} {name!r} cannot be read: {_first_line(error)}") from error
+    except Exception as error:
+        raise ConfigError(f"{what} {name!r} cannot be read: {_first_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_local(name: str) -> None:
+    """Refuse a path that does not exist here, rather than ask the hub for it."""
+    path = Path(name)
+    if path.is_file():
+        raise ConfigError(f"model {name!r} is a file; give the folder that holds config.json")
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
+    if not path.exists() and (looks_local or (len(path.parts) == 2 and Path(path.parts[0]).is_dir())):
+        raise ConfigError(f"model {name!r} does not exist")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(f"model {name!r} holds no config.json")
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration of a checkpoint (directory or hub name).
+
+    Raises:
+        ConfigError: nothing there, or not a configuration that transformers knows.
+    """
+    _check_local(name)
+    with _reading("model", name):
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ConfigError: nothing there, or no tokenizer in it.
+    """
+    if not (Path(name) / "tokenizer_config.json").is_file():  # a folder may hold a tokenizer alone
+        _check_local(name)
+    with _reading("tokenizer of model", name):
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def base_scaling(config: Any) -> RopeScaling:
+    """The scaling that a checkpoint carries in its configuration."""
+    return RopeScaling.from_config(config)
+
+
+def _head_dim(config: Any) -> int:
+    config = config.get_text_config()
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def resolve_scaling(spec: str, own: RopeScaling) -> RopeScaling:
+    """What `spec` means for a checkpoint that carries `own`.
+
+    Beyond `RopeScaling.from_spec`: "checkpoint" is `own`, "checkpoint:FACTOR" is `own` read with another factor, and
+    "METHOD:checkpoint" takes over the factor of `own`.
+
+    Raises:
+        ConfigError: not a scaling, or a new factor for a checkpoint that carries none.
+    """
+    head, comma, fields = spec.partition(",")
+    name, colon, factor = head.partition(":")
+    if factor == "checkpoint":
+        head = f"{name}:{own.factor!r}"
+    if name != "checkpoint":
+        return RopeScaling.from_spec(head + comma + fields, own)
+    if fields:
+        raise ConfigError(f"scaling {spec!r} is not allowed; 'checkpoint' takes a factor only: checkpoint[:FACTOR]")
+    if not colon:
+        return own
+    if own.method == "default":
+        raise ConfigError(f"scaling {spec!r} is not allowed; the checkpoint carries no scaling, name a method")
+    try:
+        number = float(factor)
+    except ValueError as error:
+        raise ConfigError(f"scaling {spec!r} is not allowed; factor {factor!r} is not a number") from error
+    return replace(own, factor=number)
+
+
+def at_length(scaling: RopeScaling, seq_len: int) -> RopeScaling:
+    """The static scaling that a dynamic one amounts to for a sequence of `seq_len` tokens; a static one as it is."""
+    if not scaling.dynamic:
+        return scaling
+    assert scaling.original_max_position_embeddings is not None  # validated by RopeScaling
+    return replace(
+        scaling, dynamic=False, factor=max(scaling.factor, seq_len / scaling.original_max_position_embeddings)
+    )
+
+
+def apply_scaling(model: nn.Module, scaling: RopeScaling) -> None:
+    """Make a model compute with `scaling`, whatever it computed with before.
+
+    A scaling that the untouched model already has leaves it untouched, so any architecture can be read as it is.
+    """
+    if patched_scaling(model) == scaling:
+        return
+    if patched_scaling(model) is not None:
+        unpatch_model(model)
+    if RopeScaling.from_config(model.config) != scaling:
+        patch_model(model, scaling)
+
+
+def _quantization(bits: int, dtype: str) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"loading in {bits} bits needs: pip install bitsandbytes")
+    if bits == 8:
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=DTYPES[dtype])
+
+
+def _merge_adapter(model: nn.Module, adapter: str) -> nn.Module:
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError("an adapter needs peft: pip install 'scaled-rope[train]'") from error
+    with _reading("adapter", adapter):
+        merged: nn.Module = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return merged
+
+
+def load_model(
+    name: str,
+    *,
+    scaling: RopeScaling | str | None = None,
+    dtype: str = "float32",
+    device: str | torch.device | None = None,
+    attn_implementation: str = "auto",
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+    sliding_window: int | None = None,
+    load_in_8bit: bool = False,
+    load_in_4bit: bool = False,
+) -> Any:
+    """Load a causal language model for inference, with a scaling installed.
+
+    Args:
+        name: directory or hub name. Only safetensors are read, never pickles.
+        scaling: None or "checkpoint": as the checkpoint says; otherwise a record or a spec (`resolve_scaling`).
+        dtype: float32, bfloat16, float16, or "auto" (bfloat16 on a GPU). Frequencies stay in float32 in any case.
+        device: default: the first GPU when there is one.
+        attn_implementation: "auto" is FlashAttention 2 where it can run, otherwise PyTorch's own.
+        adapter: a LoRA adapter that is merged into the weights.
+        sliding_window: replaces the configuration's attention window (tokens), for architectures that have one.
+
+    Raises:
+        ConfigError: nothing there, damaged files, weights of another architecture, an option that cannot be met.
+    """
+    device = resolve_device(None if device is None else str(device))
+    dtype = resolve_dtype(dtype, device)
+    options: dict[str, Any] = {"attn_implementation": _attention(attn_implementation, device, dtype)}
+    config = load_config(name, trust_remote_code)
+    own = base_scaling(config)
+    wanted = scaling if isinstance(scaling, RopeScaling) else resolve_scaling(scaling or "checkpoint", own)
+    if (config.rope_parameters or {}).get("rope_type") == CUSTOM_ROPE_TYPE:
+        # transformers refuses to build what it does not know: build it unscaled, `apply_scaling` does the rest.
+        config.rope_parameters = RopeScaling.from_spec("default", own).to_config()
+    if sliding_window is not None:
+        if not hasattr(config, "sliding_window"):
+            raise ConfigError(f"model_type {config.model_type!r} has no sliding window; leave sliding_window out")
+        config.sliding_window = sliding_window
+    if load_in_8bit or load_in_4bit:
+        options["quantization_config"] = _quantization(8 if load_in_8bit else 4, dtype)
+        options["device_map"] = {"": device}
+    with _reading("model", name):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    # transformers only logs these, and fills what is missing with random numbers.
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if keys := sorted(map(str, info.get(kind) or ())):
+            raise ConfigError(
+                f"model {name!r} does not fit {type(model).__name__}: {len(keys)} {kind.replace('_', ' ')}, "
+                f"for example {keys[0]}"
+            )
+    if adapter is not None:
+        model = _merge_adapter(model, adapter)
+    if "device_map" not in options:
+        model = model.to(device)
+    apply_scaling(model, wanted)
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------- command-line flags
+
+# Released flags that no longer do anything, and why.
+_NO_EFFECT = {
+    "--custom-model": "code is never taken from a checkpoint",
+    "--custom-model-together": "code is never taken from a checkpoint",
+    "--custom-model-mistral": "code is never taken from a checkpoint",
+    "--gpt-neox-max-length": "positions are not limited by the configuration",
+    "--max-position-embeddings": "positions are not limited by the configuration",
+    "--no-use-cache": "evaluators keep no cache",
+}
+# Released flags of methods that are not in `METHODS`, and how many values they take.
+_UNAVAILABLE = {"--part-ntk": 1, "--rerope": 1, "--dynamic-ntk": 1, "--dynamic-part-ntk": 0}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that say which checkpoints to read and under which scalings, the released scripts' flags included."""
+    group = parser.add_argument_group("models and scalings", "every model is read under every scaling")
+    add = group.add_argument
+    add("-m", "--model", action="append", metavar="NAME", help="directory or hub name; repeatable (default: embedded)")
+    add(
+        "--scaling",
+        action="append",
+        metavar="SPEC",
+        help="[dynamic-]METHOD[:FACTOR][,FIELD=VALUE...], default (unscaled) or checkpoint[:FACTOR]; repeatable",
+    )
+    for method in ("yarn", "linear", "ntk"):
+        spec = f"{method}:{{}}".format
+        add(f"--{method}", dest="scaling", action="append", type=spec, metavar="S", help=f"--scaling {method}:S")
+    for method in ("dynamic-linear", "dynamic-yarn"):
+        add(f"--{method}", dest="scaling", action="append_const", const=method, help=f"--scaling {method}")
+    add("--factor", metavar="S", help="factor of every scaling that names none, the checkpoint's own included")
+    add("--finetuned", action="store_true", help="dynamic scalings start from the checkpoint's own factor")
+    add("--original-max-position-embeddings", type=int, metavar="N", help="trained context, if the checkpoint is wrong")
+    add("--dtype", default="auto", help="float32, bfloat16, float16 or auto (bfloat16 on a GPU)")
+    add("--device", help="torch device (default: the first GPU, else cpu)")
+    add("--attention", default="auto", help=f"one of: {', '.join(ATTENTIONS)}")
+    add("--flash-attention", dest="attention", action="store_const", const="flash_attention_2", help=argparse.SUPPRESS)
+    add("--sliding-window-attention", type=int, metavar="N", help="attention window in tokens, where a model has one")
+    add("--adapter", metavar="PATH", help="LoRA adapter, merged into the weights")
+    bits = group.add_mutually_exclusive_group()
+    bits.add_argument("--load-in-8bit", action="store_true")
+    bits.add_argument("--load-in-4bit", action="store_true")
+    for flag, values in _UNAVAILABLE.items():
+        add(flag, dest="unavailable", nargs=values or "?", action=_Remember, help=argparse.SUPPRESS)
+    for flag in _NO_EFFECT:
+        takes_value = flag.endswith(("length", "embeddings"))
+        add(flag, dest="no_effect", nargs=1 if takes_value else 0, action=_Remember, help=argparse.SUPPRESS)
+
+
+class _Remember(argparse.Action):
+    """Collect the names of the flags that were given, whatever their values."""
+
+    def __call__(
+        self, parser: object, namespace: argparse.Namespace, values: object, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), option])
+
+
+@dataclass(frozen=True)
+class ModelJob:
+    """One checkpoint read under one scaling."""
+
+    model: str
+    """Directory or hub name, as given."""
+    spec: str
+    scaling: RopeScaling
+    carried: bool
+    """Whether the scaling is the checkpoint's own."""
+    head_dim: int
+    dtype: str
+    fingerprint: str
+    """Hash of the weights and of everything but scaling and dtype that changes what the model computes."""
+
+    @property
+    def label(self) -> str:
+        """The scaling in a few words: "unscaled", "yarn x8", "yarn x8 (fine-tuned)"."""
+        tuned = self.spec.partition(":")[0] == "checkpoint" and self.scaling.method != "default"
+        return f"{self.scaling.label} (fine-tuned)" if tuned else self.scaling.label
+
+    @property
+    def name(self) -> str:
+        """The model and its scaling: "tiny-llama-256, yarn x8"."""
+        return f"{display_name(self.model)}, {self.label}"
+
+    def fields(self) -> dict[str, Any]:
+        """What a result row says about model and scaling."""
+        return {
+            "model": self.model,
+            "model_fingerprint": self.fingerprint,
+            "dtype": self.dtype,
+            "head_dim": self.head_dim,
+            "scaling": self.scaling.to_dict(),
+            "label": self.label,
+            "carried": self.carried,
+        }
+
+
+def display_name(model: str) -> str:
+    """The directory name of a checkpoint; training runs keep theirs in RUN/model, so RUN is more telling there."""
+    path = Path(model)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+# A checkpoint is too large to hash whole and too regular to hash by its header: retraining changes neither names nor
+# sizes, but it does change every weight. So each file is sampled.
+_SAMPLES, _SAMPLE_BYTES = 64, 2**16
+
+
+def _sample_hash(path: Path) -> str:
+    """A hash of a file's size, beginning and evenly spaced pieces (all of it up to 4 MiB)."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for index in range(_SAMPLES):
+            file.seek(index * max(_SAMPLE_BYTES, size // _SAMPLES))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _files_hash(folder: str | Path) -> list[tuple[str, str]]:
+    names = [path for pattern in ("*.safetensors", "*.json") for path in Path(folder).glob(pattern)]
+    return [(path.name, _sample_hash(path)) for path in sorted(names)]
+
+
+def _fingerprint(args: argparse.Namespace, name: str, config: Any) -> str:
+    # The hub's commit says what a hub name meant at this moment.
+    weights = _files_hash(name) if Path(name).is_dir() else [name, getattr(config, "_commit_hash", None)]
+    adapter = _files_hash(args.adapter) if args.adapter else None
+    options = [args.sliding_window_attention, args.load_in_8bit, args.load_in_4bit]
+    return hashlib.sha256(json.dumps([weights, adapter, options]).encode()).hexdigest()[:16]
+
+
+def _specs(args: argparse.Namespace) -> list[str]:
+    """The scalings that the flags ask for, with `--factor` and `--finetuned` written into them."""
+    specs = []
+    for spec in args.scaling or ["checkpoint"]:
+        head, comma, fields = spec.partition(",")
+        if ":" not in head and head not in ("default", "none"):
+            if args.factor is not None:
+                head = f"{head}:{args.factor}"
+            elif args.finetuned and head.startswith("dynamic-"):
+                head = f"{head}:checkpoint"
+        specs.append(head + comma + fields)
+    return list(dict.fromkeys(specs))
+
+
+def model_jobs(args: argparse.Namespace) -> list[ModelJob]:
+    """Every model under every scaling that the flags name, checked as far as possible without reading weights.
+
+    Raises:
+        ConfigError: a model, scaling, device, dtype or adapter that cannot be used.
+    """
+    for flag in args.unavailable or ():
+        raise ConfigError(f"flag {flag}: this method is not available; known: {', '.join(sorted(METHODS))}")
+    for flag in args.no_effect or ():
+        print(f"note: {flag} has no effect: {_NO_EFFECT[flag]}", file=sys.stderr)
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype, device)
+    _attention(args.attention, device, dtype)
+    if args.adapter and not (Path(args.adapter) / "adapter_config.json").is_file():
+        raise ConfigError(f"adapter {args.adapter!r} holds no adapter_config.json")
+    jobs = []
+    for name in args.model or [str(DEFAULT_MODEL)]:
+        config = load_config(name)
+        own = base = base_scaling(config)
+        if args.original_max_position_embeddings is not None:
+            base = replace(own, original_max_position_embeddings=args.original_max_position_embeddings)
+        fingerprint, head_dim = _fingerprint(args, name, config), _head_dim(config)
+        for spec in _specs(args):
+            scaling = resolve_scaling(spec, base)
+            jobs.append(ModelJob(name, spec, scaling, scaling == own, head_dim, dtype, fingerprint))
+    return jobs
+
+
+class ModelLoader:
+    """Gives out models under the scalings of jobs; consecutive jobs on one checkpoint load it once."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device = resolve_device(args.device)
+        self._args = args
+        self._name: str | None = None
+        self._model: Any = None
+
+    def __call__(self, job: ModelJob) -> Any:
+        """The job's model, on the device, in eval mode, computing with the job's scaling."""
+        if job.model != self._name:
+            self._name, self._model = None, None  # free the memory before the next one is read
+            self._model = load_model(
+                job.model,
+                dtype=job.dtype,
+                device=self.device,
+                attn_implementation=self._args.attention,
+                adapter=self._args.adapter,
+                sliding_window=self._args.sliding_window_attention,
+                load_in_8bit=self._args.load_in_8bit,
+                load_in_4bit=self._args.load_in_4bit,
+            )
+            self._name = job.model
+        apply_scaling(self._model, job.scaling)
+        return self._model

@@ -1,0 +1,93 @@
+"""Per-token negative log-likelihood without ever holding the logits of a whole sequence.
+
+Float32 logits of one 128k-token sequence over a 32k vocabulary take 16.8 GB. The hidden states are computed in one
+pass; the output projection and the cross-entropy then run over a few positions at a time, in float32, and when
+gradients are wanted each piece is checkpointed, so training holds one piece of logits as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from scaled_rope.errors import ConfigError
+
+IGNORE = -100
+"""The target value of positions that are not scored."""
+
+_LOGITS_PER_CHUNK = 2**25  # 128 MiB of float32: large enough to keep a GPU busy, small next to the activations
+
+# Configuration fields by which an architecture changes its logits after the projection. The two that `project`
+# applies are missing here; any other one would make the loss silently wrong, so it is refused.
+_UNHANDLED = ("logits_scaling", "lm_head_multiplier", "unpadded_vocab_size")
+
+
+def _causal_lm(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT wrapper, or `model` itself."""
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if not hasattr(inner, "get_output_embeddings") or inner.get_output_embeddings() is None:
+        raise ConfigError(f"model {type(model).__name__} has no output projection; a causal language model is needed")
+    return inner
+
+
+def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """Final hidden states [B, T, H] of `input_ids` [B, T]: no cache, no projection."""
+    base = _causal_lm(model).base_model
+    return cast(Tensor, base(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state)
+
+
+def project(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Float32 logits [..., V] of `hidden` [..., H], including the architecture's own scaling and soft cap.
+
+    The projection is the model's own module, called as such, because sharding (ZeRO-3, FSDP) gathers weights in hooks.
+
+    Raises:
+        ConfigError: the architecture changes its logits in a way that is not known here.
+    """
+    inner = _causal_lm(model)
+    config = inner.config.get_text_config()
+    for field in _UNHANDLED:
+        if getattr(config, field, None) not in (None, 1, 1.0):
+            raise ConfigError(f"model_type {config.model_type!r} is not supported: it post-processes logits by {field}")
+    logits: Tensor = inner.get_output_embeddings()(hidden).float()
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * scale
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2 and later
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def token_nll(
+    model: nn.Module, input_ids: Tensor, targets: Tensor, position_ids: Tensor | None = None, chunk: int | None = None
+) -> Tensor:
+    """Negative log-likelihood in nats of each target, float32 [B, T]; differentiable.
+
+    Args:
+        model: a transformers causal language model, plain or wrapped by PEFT. A data-parallel wrapper must call this
+            from inside its own forward pass, or it will not see the gradients.
+        input_ids: [B, T].
+        targets: [B, T], already shifted: `targets[b, t]` is what position t should predict. `IGNORE` scores 0.
+        position_ids: [B, T]; default 0 … T-1.
+        chunk: positions whose logits are held at once; the default keeps them near 128 MiB. Changes memory, not values.
+
+    Raises:
+        ConfigError: not a causal language model, or logits that `project` cannot reproduce.
+    """
+    hidden = hidden_states(model, input_ids, position_ids).flatten(0, 1)
+    if chunk is None:
+        chunk = max(1, _LOGITS_PER_CHUNK // int(_causal_lm(model).config.get_text_config().vocab_size))
+
+    def piece(hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(project(model, hidden), targets, ignore_index=IGNORE, reduction="none")
+
+    pieces = []
+    for part, wanted in zip(torch.split(hidden, chunk), torch.split(targets.flatten(), chunk), strict=True):
+        if torch.is_grad_enabled() and part.requires_grad:
+            pieces.append(cast(Tensor, checkpoint(piece, part, wanted, use_reentrant=False)))
+        else:
+            pieces.append(piece(part, wanted))
+    return torch.cat(pieces).view_as(targets)

@@ -1,0 +1,214 @@
+"""The training recipe: its schema, its YAML reader, and a small command line for shell scripts.
+
+    python -m scaled_rope.recipes --list
+    python -m scaled_rope.recipes demo                      # the resolved recipe
+    python -m scaled_rope.recipes demo --field output_dir   # one value
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scaled_rope.errors import ConfigError, run_cli, unknown
+
+CONFIGS = Path("configs")
+LR_SCHEDULES = ("linear", "constant", "cosine")
+PRECISIONS = ("bf16", "fp32")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run. Lengths are in tokens, batches in sequences, steps are optimizer steps.
+
+    Attributes:
+        model: checkpoint to start from (directory or hub name); not with `init`.
+        init: a model configuration (`model_type` and its fields) to train from random weights.
+        tokenizer: where the tokenizer comes from; default: `model`.
+        scaling: scaling to install, as `RopeScaling.from_spec` reads it; None keeps the checkpoint's own.
+        rope_theta, original_max_position_embeddings: override what the checkpoint says.
+        max_position_embeddings: written to the checkpoint; default: factor times original.
+        dataset: tokenized data: packed set, saved `datasets` folder or hub name.
+        prepare: shell commands that build `dataset`; each does nothing when its output is there.
+        sequence_length: the longest row that is accepted; rows are not cut unless `truncate` is set.
+        truncate: cut every row to this many tokens.
+        global_batch_size: sequences per optimizer step, over all ranks and accumulation.
+        batch_size: sequences per rank and forward pass.
+        grad_norm: largest norm of the gradient; None does not clip.
+        save_dtype: dtype of the saved checkpoint; default: bfloat16 under bf16, float32 under fp32.
+        sliding_window_attention_schedule: window at step i is entry i mod n (Mistral); None leaves the model's own.
+        checkpointing_steps: keep a resumable state every so many steps; None: only at the end.
+    """
+
+    name: str
+    output_dir: str
+    dataset: str
+    sequence_length: int
+    global_batch_size: int
+    description: str = ""
+    model: str | None = None
+    init: Mapping[str, Any] | None = None
+    tokenizer: str | None = None
+    scaling: str | None = None
+    rope_theta: float | None = None
+    original_max_position_embeddings: int | None = None
+    max_position_embeddings: int | None = None
+    prepare: tuple[str, ...] = ()
+    truncate: int | None = None
+    batch_size: int = 1
+    max_train_steps: int = 400
+    warmup_steps: int = 20
+    learning_rate: float = 2e-5
+    lr_schedule: str = "linear"
+    adam_betas: tuple[float, ...] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    grad_norm: float | None = None
+    seed: int = 42
+    precision: str = "bf16"
+    save_dtype: str | None = None
+    attention: str = "auto"
+    gradient_checkpointing: bool = True
+    lora: bool = False
+    sliding_window_attention_schedule: tuple[int, ...] | None = None
+    checkpointing_steps: int | None = None
+    evaluate: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        def require(condition: bool, name: str, allowed: str) -> None:
+            if not condition:
+                raise ConfigError(f"recipe {self.name!r}: {name} = {getattr(self, name)!r} is not allowed; {allowed}")
+
+        require((self.model is None) != (self.init is None), "model", "name a checkpoint, or give `init` instead")
+        require(self.init is None or "model_type" in self.init, "init", "it needs `model_type`")
+        require(self.init is None or self.tokenizer is not None, "tokenizer", "a model from `init` needs one")
+        for name in ("sequence_length", "global_batch_size", "batch_size", "max_train_steps"):
+            require(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("truncate", "checkpointing_steps"):
+            require(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
+        require(0 <= self.warmup_steps <= self.max_train_steps, "warmup_steps", "0 to max_train_steps")
+        require(self.learning_rate > 0, "learning_rate", "above 0")
+        require(self.grad_norm is None or self.grad_norm > 0, "grad_norm", "above 0")
+        require(self.weight_decay >= 0, "weight_decay", "0 or more")
+        require(len(self.adam_betas) == 2 and all(0 <= b < 1 for b in self.adam_betas), "adam_betas", "two in [0, 1)")
+        require(self.lr_schedule in LR_SCHEDULES, "lr_schedule", f"one of: {', '.join(LR_SCHEDULES)}")
+        require(self.precision in PRECISIONS, "precision", f"one of: {', '.join(PRECISIONS)}")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step when every row is full."""
+        return self.global_batch_size * (self.truncate or self.sequence_length)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved recipe as plain YAML types."""
+        plain = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+
+_TYPES = typing.get_type_hints(Recipe)
+
+
+def coerce(name: str, value: Any) -> Any:
+    """Bring a YAML or command-line value to the type of recipe field `name`.
+
+    Raises:
+        ConfigError: unknown field, or a value of another type.
+    """
+    if name not in _TYPES:
+        raise unknown("recipe field", name, _TYPES)
+    kinds = [kind for kind in typing.get_args(_TYPES[name]) if kind is not type(None)] or [_TYPES[name]]
+    optional = type(None) in typing.get_args(_TYPES[name])
+    kind = _TYPES[name] if typing.get_origin(_TYPES[name]) is tuple else kinds[0]
+    origin = typing.get_origin(kind) or kind
+    if value is None and optional:
+        return None
+    try:
+        if origin is tuple and isinstance(value, (list, tuple)):
+            item = typing.get_args(kind)[0]
+            return tuple(item(entry) for entry in value)
+        if origin is Mapping and isinstance(value, Mapping):
+            return dict(value)
+        if origin is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            return float(value)  # YAML reads 2e-5 as a string
+        if isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
+            return value
+    except (TypeError, ValueError):
+        pass
+    raise ConfigError(f"recipe field {name} = {value!r} is not allowed; a value of type {origin.__name__}")
+
+
+def available() -> dict[str, Path]:
+    """Recipe name -> file, for every YAML file in `configs/`."""
+    return {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no recipe; expected `field: value` lines")
+    return content
+
+
+def read_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe by its name in `configs/` or by the path of a YAML file.
+
+    A recipe may name one `base` recipe whose fields it takes over; the base may not have a base itself.
+
+    Raises:
+        ConfigError: no such recipe, an unknown field, a value that is not allowed, or a missing field.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else available().get(name)
+    if path is None:
+        raise unknown("recipe", name, available())
+    if not path.is_file():
+        raise ConfigError(f"recipe file {path} does not exist")
+    fields = _read_yaml(path)
+    if base := fields.pop("base", None):
+        parent = _read_yaml(path.with_name(f"{base}.yaml")) if path.with_name(f"{base}.yaml").is_file() else None
+        if parent is None or "base" in parent:
+            raise ConfigError(f"{path}: base {base!r} is not allowed; a recipe beside it that has no base itself")
+        fields = parent | fields
+    fields = {"name": path.stem} | fields | dict(overrides or {})
+    values = {key: coerce(key, value) for key, value in fields.items()}
+    required = [f.name for f in dataclasses.fields(Recipe) if f.default is f.default_factory is dataclasses.MISSING]
+    for key in required:
+        if key not in values:
+            raise ConfigError(f"{path}: field {key} is missing")
+    return Recipe(**values)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m scaled_rope.recipes", allow_abbrev=False)
+    parser.add_argument("name", nargs="?")
+    parser.add_argument("--list", action="store_true", help="names and descriptions")
+    parser.add_argument("--field", help="print this field only; lists one entry per line")
+    args = parser.parse_args(argv)
+    if args.list:
+        for name in available():
+            print(f"{name:<24} {read_recipe(name).description}")
+    elif args.name is None:
+        raise ConfigError("name of a recipe is missing; --list shows them")
+    elif args.field:
+        recipe = read_recipe(args.name).to_dict()
+        if args.field not in recipe:
+            raise unknown("recipe field", args.field, recipe)
+        value = recipe[args.field]
+        lines = value if isinstance(value, list) else [] if value is None else [value]
+        print("\n".join(map(str, lines)))
+    else:
+        print(yaml.safe_dump(read_recipe(args.name).to_dict(), sort_keys=False, allow_unicode=True), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,208 @@
+"""Result rows: one JSON object per line, appended as results come, each with what is needed to trust and repeat it.
+
+A row is identified by what was measured (`IDENTITY`), not by when or where, so an interrupted evaluation that is run
+again computes only the missing rows. Several processes may append to one file.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from scaled_rope.errors import ConfigError
+
+Row = dict[str, Any]
+
+IDENTITY = ("metric", "model_fingerprint", "dtype", "scaling", "data", "protocol", "length")
+"""Fields that say what a row measured. Two rows that agree on them report the same thing."""
+
+_PACKAGES = ("scaled-rope", "torch", "transformers", "tokenizers", "numpy")
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of a git command in the folder of this file, or None when git, a repository or a commit is missing."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+@functools.cache
+def _commit() -> str | None:
+    """The commit of this package's source, "-dirty" when tracked files differ from it; None outside its repository."""
+    # An installed copy may lie inside somebody else's repository: only a file that git tracks has a commit.
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None or (head := _git("rev-parse", "HEAD")) is None:
+        return None
+    return head + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device_name(device: object) -> str:
+    kind = str(device).split(":")[0]
+    if kind == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(str(device))
+    return platform.processor() or platform.machine() if kind == "cpu" else kind
+
+
+def provenance(device: object, seed: int | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a result came from: code, versions, machine, time and arguments.
+
+    Args:
+        device: the torch device (or its name) that computed.
+        seed: the seed of whatever was drawn, None when nothing was.
+        arguments: the command-line arguments, JSON-able values (others are written as text).
+    """
+    return {
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "device": _device_name(device),
+        "cpu_count": os.cpu_count(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+        "arguments": json.loads(json.dumps(dict(arguments), default=str)),
+    }
+
+
+def row_key(row: Mapping[str, Any]) -> str:
+    """A stable hash of what the row measured: its `IDENTITY` fields."""
+    identity = {field: row.get(field) for field in IDENTITY}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def finished_keys(path: str | Path) -> set[str]:
+    """The `row_key` of every row in `path`; none when the file does not exist yet."""
+    return {row_key(row) for row in read_rows(path)} if Path(path).exists() else set()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Report an unusable path as bad input. A full disk keeps its own error, which entry scripts already report."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConfigError(f"file {str(path)!r} cannot be used: {error.strerror or error}") from error
+
+
+def _complete(data: bytes) -> int:
+    """Bytes of `data` up to and including its last newline."""
+    return data.rfind(b"\n") + 1
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """All rows of a file. A last line that was cut off while being written is left out.
+
+    Raises:
+        ConfigError: the file cannot be read, or a line other than the last is not a JSON object.
+    """
+    path = Path(path)
+    with _naming(path):
+        data = path.read_bytes()
+    end = _complete(data)
+    lines = data[:end].split(b"\n") + ([data[end:]] if _is_row(data[end:]) else [])
+    rows: list[Row] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if not _is_row(line):
+            raise ConfigError(f"file {str(path)!r}, line {number} is not a JSON object; remove that line")
+        rows.append(json.loads(line))
+    return rows
+
+
+def _heal(descriptor: int) -> None:
+    """Make the file end with a newline: finish a last line that is whole, cut off one that is torn."""
+    size = os.fstat(descriptor).st_size
+    if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
+        return
+    data = os.pread(descriptor, size, 0)
+    end = _complete(data)
+    if _is_row(data[end:]):
+        os.write(descriptor, b"\n")
+    else:
+        os.ftruncate(descriptor, end)
+
+
+def append_row(path: str | Path, row: Mapping[str, Any]) -> None:
+    """Append one row and wait until it is on disk. Safe for several processes at once.
+
+    A torn last line, left by a process that was killed, is cut off first. When the disk fills up nothing of the row
+    remains.
+
+    Raises:
+        ConfigError: the path cannot be written to, or the row holds a number that is not finite.
+        OSError: no space left.
+    """
+    path = Path(path)
+    try:
+        line = (json.dumps(dict(row), allow_nan=False) + "\n").encode()
+    except ValueError as error:
+        raise ConfigError(f"a row for {str(path)!r} cannot be written: {error}") from error
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # released on close
+            _heal(descriptor)
+            size = os.fstat(descriptor).st_size
+            try:
+                if os.write(descriptor, line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+                os.fsync(descriptor)
+            except OSError:
+                os.ftruncate(descriptor, size)
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Write a whole file so that readers see the old content or the new, never a part.
+
+    Raises:
+        ConfigError: the path cannot be written to.
+        OSError: no space left; the old content stays.
+    """
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(scratch, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)

@@ -1,0 +1,34 @@
+"""Package metadata and extras; tool settings are in pyproject.toml, exact versions in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "scaled_rope/__init__.py").read_text(), re.MULTILINE).group(1)
+
+EXTRAS = {
+    "train": ["accelerate>=1.15", "datasets>=5.0", "deepspeed>=0.19.6", "matplotlib", "ninja", "peft>=0.21"],
+    "flash": ["flash-attn>=2.8"],
+    "kernels": ["triton>=3.6", "liger-kernel>=0.8"],
+    "eval": ["lm-eval>=0.4.13", "matplotlib", "nltk", "wonderwords"],
+    "wandb": ["wandb"],
+    "dev": ["hypothesis", "mypy", "pytest", "ruff", "types-PyYAML"],
+}
+# Not in "all": flash-attn, which builds only where a CUDA toolkit is.
+EXTRAS["all"] = sorted({requirement for name in EXTRAS if name != "flash" for requirement in EXTRAS[name]})
+
+setup(
+    name="scaled-rope",
+    version=VERSION,
+    description="Extend the context window of RoPE language models: YaRN and its family, trained, evaluated, compared",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["scaled_rope", "scaled_rope.*"]),
+    package_data={"scaled_rope": ["py.typed"]},
+    install_requires=["torch>=2.9", "transformers>=5.17", "numpy", "pyyaml", "safetensors", "tqdm"],
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,139 @@
+"""Tokenize text and pack it into fixed-length sequences: the data that finetune.py trains on.
+
+    python tokenization.py --dataset emozilla/pg19 --tokenizer NousResearch/Llama-2-7b-hf \
+        --sequence-length 65536 --output data/pg19-64k
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+from tqdm import tqdm
+
+from scaled_rope.data import BOOKENDS, PackedWriter, Source, is_sampled, open_packed, pack, read_documents
+from scaled_rope.errors import ConfigError, run_cli
+
+_BATCH_CHARACTERS = 4_000_000  # text handed to a worker at once: bounds memory, amortises the hand-over
+_worker_tokenizer = None
+
+
+def _start_worker(name: str) -> None:
+    global _worker_tokenizer
+    from scaled_rope.loading import load_tokenizer
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker_tokenizer = load_tokenizer(name)
+
+
+def _encode(texts: list[str]) -> list[list[int]]:
+    assert _worker_tokenizer is not None
+    return _worker_tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _documents(sources: Sequence[Source], args: argparse.Namespace) -> Iterator[str]:
+    for place, source in enumerate(sources):
+        for number, text in enumerate(read_documents(source.path, args.feature, args.split, args.json)):
+            if is_sampled(args.seed, place, number, source.fraction):
+                yield text
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def tokenized(texts: Iterator[str], tokenizer: str, num_proc: int) -> Iterator[list[int]]:
+    """Token ids of each text, in order, whatever `num_proc`."""
+    batches = _batches(texts)
+    if num_proc == 1:
+        _start_worker(tokenizer)
+        for batch in batches:
+            yield from _encode(batch)
+        return
+    with ProcessPoolExecutor(num_proc, initializer=_start_worker, initargs=(tokenizer,)) as pool:
+        pending = [pool.submit(_encode, batch) for batch in islice(batches, 2 * num_proc)]
+        while pending:
+            yield from pending.pop(0).result()
+            pending.extend(pool.submit(_encode, batch) for batch in islice(batches, 1))
+
+
+def push_to_hub(output: Path, name: str) -> None:
+    """Upload a packed set as a `datasets` table with `input_ids`."""
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError("--push-to-hub needs datasets: pip install 'scaled-rope[train]'") from None
+    packed = open_packed(output)
+    rows = ({"input_ids": packed.row(index)[0].tolist()} for index in range(len(packed)))
+    datasets.Dataset.from_generator(lambda: rows).push_to_hub(name)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--dataset", action="append", required=True, metavar="PATH[,FRACTION]",
+                        help="folder of .txt, JSON lines, Parquet or hub name; repeat to mix")  # fmt: skip
+    parser.add_argument("--tokenizer", default="NousResearch/Llama-2-7b-hf")
+    parser.add_argument("--sequence-length", type=int, default=8192, help="tokens per sequence")
+    parser.add_argument("--bookend", choices=BOOKENDS, default="document", help="what opens and closes with BOS and EOS")
+    parser.add_argument("--feature", default="text", help="field with the text")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--output", type=Path, help="folder to create")
+    parser.add_argument("--push-to-hub", metavar="NAME")
+    parser.add_argument("--seed", type=int, default=42, help="which documents a FRACTION keeps")
+    parser.add_argument("--json", action="store_true", help="read files as JSON lines whatever their suffix")
+    parser.add_argument("--num-proc", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args(argv)
+    if args.output is None:
+        if not args.push_to_hub:
+            raise ConfigError("--output is missing: name the folder to create")
+        args.output = Path("data/cache") / args.push_to_hub.replace("/", "--")
+    if args.num_proc < 1:
+        raise ConfigError(f"--num-proc {args.num_proc} is not allowed; at least 1")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    from scaled_rope.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(args.tokenizer)
+    sources = [Source.parse(text) for text in args.dataset]
+    recipe = {
+        "tokenizer": args.tokenizer, "sources": [[s.path, s.fraction] for s in sources], "feature": args.feature,
+        "split": args.split, "seed": args.seed, "bookend": args.bookend,
+        "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id,
+    }  # fmt: skip
+    if args.output.exists():
+        done = open_packed(args.output).meta
+        if {key: done.get(key) for key in recipe} == recipe and done["sequence_length"] == args.sequence_length:
+            print(f"{args.output}: already there, {done['rows']} sequences of {done['sequence_length']} tokens")
+        else:
+            raise ConfigError(f"--output {args.output} holds a set made otherwise; remove it or choose another folder")
+    else:
+        texts = tqdm(_documents(sources, args), desc="documents", unit="doc", mininterval=1.0)
+        with PackedWriter(args.output, args.sequence_length, len(tokenizer)) as writer:
+            documents = tokenized(iter(texts), args.tokenizer, args.num_proc)
+            counts = pack(documents, writer, tokenizer.bos_token_id, tokenizer.eos_token_id, args.bookend)
+            writer.close(recipe | vars(counts))
+        print(f"{args.output}: {writer.rows} sequences of {args.sequence_length} tokens from {counts.documents} documents "
+              f"({counts.tokens} tokens, the last {counts.dropped_tokens} dropped)")  # fmt: skip
+    if args.push_to_hub:
+        push_to_hub(args.output, args.push_to_hub)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Train recipes of configs/ one after the other; what is finished is skipped, what was interrupted continues.
+#
+#   ./train.sh                  the demo: the embedded tiny model from 256 to 2048 tokens
+#   ./train.sh NAME [NAME ...]  recipes by name
+#   ./train.sh --list           the recipes
+#
+# LAUNCH starts the training on several GPUs:
+#   LAUNCH="accelerate launch --config_file configs/accelerate/zero3.yaml" ./train.sh llama-2-7b-64k
+set -euo pipefail
+cd "$(dirname "$0")"
+source ./environment.sh
+
+if [[ "${1:-}" == --list ]]; then
+    exec "$PYTHON" -m scaled_rope.recipes --list
+fi
+
+for recipe in "${@:-demo}"; do
+    prepare=$("$PYTHON" -m scaled_rope.recipes "$recipe" --field prepare)
+    while IFS= read -r command; do
+        [[ -z "$command" ]] || bash -euo pipefail -c "$command"
+    done <<<"$prepare"
+    ${LAUNCH:-"$PYTHON"} finetune.py "$recipe"
+done
