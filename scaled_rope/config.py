@@ -35,7 +35,7 @@ class Method:
 
     name: str
     fn: MethodFn
-    """(scaling, dim, factor [...], seq_len [...] or None) -> (inv_freq [..., dim/2], attention_factor [...])."""
+    """(scaling, dim, factor [...], seq_len [...] | None) -> (inv_freq [..., dim/2], attention [...])."""
     fields: frozenset[str]
     """The optional fields of `RopeScaling` that the method takes; any other one that is set is an error."""
     source: str
@@ -43,7 +43,7 @@ class Method:
     summary: str
     """One line for tables and error messages."""
     params_type: type | None = None
-    """A frozen dataclass that `RopeScaling.params` must fit, or None when the method has no own parameters."""
+    """A frozen dataclass that `RopeScaling.params` must fit, or None when the method has no parameters."""
     kind: Literal["frequency", "attention"] = "frequency"
     """"attention" methods change attention itself and have no table of frequencies."""
     length_dependent: bool = False
@@ -78,7 +78,7 @@ class RopeScaling:
     partial_rotary_factor: float = 1.0
     """The share of each head's dimensions that is rotated."""
     dynamic: bool = False
-    """Section 3.3 of the YaRN paper: s = max(factor, l'/L), where l' is the length of the sequence at hand."""
+    """Section 3.3 of the YaRN paper: s = max(factor, l'/L), l' the length of the sequence at hand."""
     dynamic_step: float | None = None
     """Reserved for stepped dynamic scaling; must be None."""
     attention_factor: float | None = None
@@ -107,21 +107,24 @@ class RopeScaling:
         row = METHODS[self.method]
         self._check_values()
         if self.dynamic_step is not None:
-            raise ConfigError(f"dynamic_step={self.dynamic_step!r}: only continuous dynamic scaling is available; "
-                              "leave it None")
+            raise ConfigError(
+                f"dynamic_step={self.dynamic_step!r}: only continuous dynamic scaling is available; use None"
+            )
         for name in _METHOD_FIELDS:
             value = getattr(self, name)
             if value != _DEFAULTS[name] and name not in row.fields:
-                taken = ", ".join(sorted(row.fields)) or "none of these fields"
-                raise ConfigError(f"{name}={value!r}: method {self.method!r} does not take it; it takes {taken}")
+                taken = ", ".join(sorted(row.fields)) or "no such field"
+                raise ConfigError(f"{name}={value!r}: not for method {self.method!r}, which takes {taken}")
         if self.original_max_position_embeddings is None and (row.needs_original or self.dynamic):
-            raise ConfigError(f"original_max_position_embeddings is missing: {self._name!r} needs the length, in "
-                              "tokens, that the model was pre-trained with")
+            raise ConfigError(
+                f"original_max_position_embeddings is missing: {self._name!r} needs the length, in "
+                "tokens, that the model was pre-trained with"
+            )
         self._check_ramp()
         self._check_params(row)
 
     def _check_values(self) -> None:
-        """Check each field by itself, and store numbers as float so that equal records are written equally."""
+        """Check each field by itself; store numbers as float, so that equal records are written equally."""
         for name, (low, low_is_allowed, high) in _RANGES.items():
             value = getattr(self, name)
             if value is None and _DEFAULTS[name] is None:
@@ -139,15 +142,19 @@ class RopeScaling:
         length = self.original_max_position_embeddings
         if length is not None:
             if not _is_positive_whole(length):
-                raise ConfigError(f"original_max_position_embeddings={length!r}: must be a positive whole number")
+                raise ConfigError(
+                    f"original_max_position_embeddings={length!r}: must be a whole number, at least 1"
+                )
             object.__setattr__(self, "original_max_position_embeddings", int(length))
         if self.ramp is not None and self.ramp not in _RAMPS:
             raise unknown("ramp", self.ramp, _RAMPS)
 
     def _check_ramp(self) -> None:
         if self.ramp == "rotations" and self.truncate is not None:
-            raise ConfigError(f"truncate={self.truncate!r}: ramp 'rotations' has no ends to round; it goes with "
-                              "ramp 'dimension'")
+            raise ConfigError(
+                f"truncate={self.truncate!r}: ramp 'rotations' has no ends to round; it goes with "
+                "ramp 'dimension'"
+            )
         fast, slow = self.ramp_bounds
         if fast <= slow:
             raise ConfigError(f"beta_fast={fast:g}: must be above beta_slow={slow:g}")
@@ -163,12 +170,12 @@ class RopeScaling:
         if row.params_type is not None:
             row.params_type(**self.params)
 
-    # ---- what the record says -------------------------------------------------------------------------------------
-
     @property
     def ramp_bounds(self) -> tuple[float, float]:
         """(beta_fast, beta_slow) in rotations over L, defaults filled in."""
-        return (32.0 if self.beta_fast is None else self.beta_fast, 1.0 if self.beta_slow is None else self.beta_slow)
+        fast = 32.0 if self.beta_fast is None else self.beta_fast
+        slow = 1.0 if self.beta_slow is None else self.beta_slow
+        return fast, slow
 
     @property
     def is_length_dependent(self) -> bool:
@@ -182,13 +189,15 @@ class RopeScaling:
         return None if length is None else int(self.factor * length)
 
     def rotary_dim(self, head_dim: int) -> int:
-        """The number of rotated dimensions of a head, D. Raises ConfigError unless it is even and positive."""
+        """D, the number of rotated dimensions of a head. Raises ConfigError unless even and positive."""
         if not _is_positive_whole(head_dim):
             raise ConfigError(f"head_dim={head_dim!r}: must be a positive whole number")
         dim = int(head_dim * self.partial_rotary_factor)
         if dim < 2 or dim % 2:
             share = f" at partial_rotary_factor={self.partial_rotary_factor:g}" if dim != head_dim else ""
-            raise ConfigError(f"head_dim={head_dim}: {dim} rotated dimensions{share}; must be even and at least 2")
+            raise ConfigError(
+                f"head_dim={head_dim}: {dim} rotated dimensions{share}; must be even, at least 2"
+            )
         return dim
 
     @property
@@ -202,19 +211,20 @@ class RopeScaling:
             return "unscaled"
         name = self._name if self.dynamic and self.factor == 1 else f"{self._name} x{self.factor:g}"
         shown = {n: getattr(self, n) for n in _METHOD_FIELDS if n not in ("factor", "dynamic")} | self.params
-        options = [f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n, v in shown.items()
-                   if v != _DEFAULTS.get(n)]
+        options = [
+            f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}"
+            for n, v in shown.items()
+            if v != _DEFAULTS.get(n)
+        ]
         return f"{name} ({', '.join(options)})" if options else name
 
     def __repr__(self) -> str:
         return f"RopeScaling({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
 
-    # ---- plain dictionaries and command lines -----------------------------------------------------------------------
-
     def to_dict(self) -> dict[str, Any]:
         """The method and every field that differs from its default; fit for JSON."""
-        values = {name: getattr(self, name) for name in _DEFAULTS}
-        return {"method": self.method} | {n: v for n, v in values.items() if v != _DEFAULTS[n]}
+        values = dataclasses.asdict(self)
+        return {n: v for n, v in values.items() if n == "method" or v != _DEFAULTS[n]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RopeScaling:
@@ -252,15 +262,13 @@ class RopeScaling:
             values[key] = _parse(key, value)
         takes_factor = "factor" in METHODS[method].fields
         if takes_factor and "factor" not in values and not values.get("dynamic"):
-            raise ConfigError(f"scaling {text!r}: factor is missing; write for example '{method}:8' or 'dynamic-{method}'")
+            raise ConfigError(f"scaling {text!r}: factor is missing; write for example '{method}:8'")
         return cls(**values)
-
-    # ---- the configs of transformers --------------------------------------------------------------------------------
 
     def is_native(self, head_dim: int | None = None) -> bool:
         """Whether transformers itself can express this scaling in `rope_parameters`.
 
-        head_dim: dimensions per head of the model; with it NTK-aware scaling is a plain change of `rope_theta`.
+        head_dim: dimensions per head of the model; given it, NTK-aware scaling is a change of `rope_theta`.
         """
         if self.is_length_dependent:
             return False
@@ -275,8 +283,8 @@ class RopeScaling:
             `rope_theta` stays outside, on the config's top level.
         head_dim: dimensions per head of the model, see `is_native`.
 
-        What transformers can express is written in its own words, always with the resulting attention factor:
-        NTK-by-parts is its "yarn" with attention factor 1, NTK-aware is "default" with the base b'. Everything
+        What transformers can express is written in its own words, YaRN always with its attention factor:
+        NTK-by-parts is "yarn" with attention factor 1, NTK-aware is "default" with the base b'. Everything
         else gets `rope_type` "scaled-rope", which `from_config` reads without loss and transformers refuses.
         """
         if dialect not in ("rope_parameters", "rope_scaling"):
@@ -322,12 +330,12 @@ class RopeScaling:
 
     @classmethod
     def from_config(cls, config: Any, layer_type: str | None = None) -> RopeScaling:
-        """Read a model's config: an object of transformers, the content of a config.json, or what `to_config` gave.
+        """Read a model's config: an object of transformers, a config.json as a dict, or `to_config`'s result.
 
         layer_type: which entry to read where `rope_parameters` is nested per layer type.
 
         Follows transformers 5.23: a missing original length is `max_position_embeddings`; `mscale` and
-        `mscale_all_dim` count as their ratio when both are given and are ignored, with a warning, when one is.
+        `mscale_all_dim` count as their ratio when both are given; one alone is ignored, with a warning.
         A config without a scaling gives method "default". Raises ConfigError on an unknown type or key.
         """
         model, params = _split_config(config)
@@ -347,10 +355,14 @@ class RopeScaling:
         for name in params:
             if name not in known:
                 raise unknown(f"key in the config of rope_type {rope_type!r}:", name, known)
-        # A value on the top level wins, as in transformers; Phi-3 keeps it there.
-        original = model.get("original_max_position_embeddings") or params.get("original_max_position_embeddings")
-        original = original or model.get("max_position_embeddings")
-        values = params | {"method": rope_type, "original_max_position_embeddings": original}
+        values = params | {"method": rope_type}
+        # The top level wins over the RoPE dictionary, as in transformers, because Phi-3 keeps L there.
+        lengths = (
+            model.get("original_max_position_embeddings"),
+            params.get("original_max_position_embeddings"),
+            model.get("max_position_embeddings"),
+        )
+        values["original_max_position_embeddings"] = next((n for n in lengths if n is not None), None)
         if "factor" in known:
             values["factor"] = _read_factor(values, model.get("max_position_embeddings"))
         if rope_type == "yarn":
@@ -358,9 +370,8 @@ class RopeScaling:
         return cls(**values)
 
 
-_DEFAULTS: dict[str, Any] = {
-    f.name: {} if f.name == "params" else f.default for f in dataclasses.fields(RopeScaling) if f.name != "method"
-}
+_DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(RopeScaling)} | {"params": {}}
+del _DEFAULTS["method"]
 _MODEL_FIELDS = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
 """Fields that describe the model rather than the scaling."""
 _METHOD_FIELDS = tuple(name for name in _DEFAULTS if name not in (*_MODEL_FIELDS, "params"))
@@ -385,7 +396,8 @@ def ntk_theta(theta: float, factor: Number, dim: int) -> Number:
     """b' = b·s^(D/(D-2)), equation 16 of the YaRN paper; `factor` may be a tensor of any shape."""
     if dim < 4:
         raise ConfigError(f"{dim} rotated dimensions: method 'ntk' needs at least 4")
-    return theta * factor ** (dim / (dim - 2))
+    base: Number = theta * factor ** (dim / (dim - 2))
+    return base
 
 
 def attention_factor_of(log_factor: Number, mscale: float) -> Number:
@@ -423,17 +435,18 @@ def _select_layer_type(params: dict[str, Any], layer_type: str | None) -> dict[s
     return dict(nested[layer_type])
 
 
-def _read_factor(values: dict[str, Any], max_position_embeddings: int | None) -> float:
+def _read_factor(values: dict[str, Any], max_position_embeddings: int | None) -> Any:
+    """The factor; in yarn a null one is the ratio of the two lengths, as in transformers."""
     if "factor" not in values:
         raise ConfigError(f"factor is missing in the config of rope_type {values['method']!r}")
     original = values["original_max_position_embeddings"]
-    if values["factor"] is None and original and max_position_embeddings:
-        return float(max_position_embeddings / original)
-    return values["factor"]  # type: ignore[no-any-return]  # validated by RopeScaling
+    if values["factor"] is None and values["method"] == "yarn" and original and max_position_embeddings:
+        return max_position_embeddings / original
+    return values["factor"]
 
 
 def _read_attention_factor(values: dict[str, Any]) -> None:
-    """Turn the two mscales of transformers into an attention factor, and drop one that says nothing new."""
+    """Turn the two mscales of transformers into an attention factor; drop a factor that is the default."""
     mscale, mscale_all_dim = values.pop("mscale", None), values.pop("mscale_all_dim", None)
     if not isinstance(values["factor"], Real) or values["factor"] < 1:
         return  # RopeScaling reports it
@@ -443,8 +456,8 @@ def _read_attention_factor(values: dict[str, Any]) -> None:
         values.setdefault("attention_factor", ratio)
     elif (mscale or mscale_all_dim) and "attention_factor" not in values:
         given = "mscale" if mscale else "mscale_all_dim"
-        warnings.warn(f"{given} without the other of mscale and mscale_all_dim is ignored, as in transformers",
-                      stacklevel=3)
+        other = "mscale_all_dim" if mscale else "mscale"
+        warnings.warn(f"{given} is ignored without {other}, as in transformers", stacklevel=3)
     if values.get("attention_factor") == attention_factor_of(log_factor, 1.0):
         del values["attention_factor"]  # the method's default, spelled out by to_config
 
@@ -460,4 +473,3 @@ def _parse(name: str, text: str) -> Any:
     except (KeyError, ValueError):
         kind = "true or false" if name in ("dynamic", "resonance", "truncate") else "a number"
         raise ConfigError(f"{name}={text!r}: must be {kind}") from None
-

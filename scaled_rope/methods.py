@@ -56,12 +56,20 @@ def linear(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | Non
 @register("ntk", fields=_SCALED, source="eq. 14-16", summary="NTK-aware: a larger base")
 def ntk(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """b'^(-2d/D) with b' = b·s^(D/(D-2)): the lowest frequency ends at θ/s, the highest stays."""
-    return _powers(ntk_theta(scaling.rope_theta, factor[..., None], dim), dim, factor), torch.ones_like(factor)
+    theta = ntk_theta(scaling.rope_theta, factor[..., None], dim)
+    return _powers(theta, dim, factor), torch.ones_like(factor)
 
 
-@register("ntk-by-parts", fields=_BY_PARTS, needs_original=True, source="eq. 17-20; ramp of the released code",
-          summary="YaRN's frequencies without its attention factor")
-def ntk_by_parts(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
+@register(
+    "ntk-by-parts",
+    fields=_BY_PARTS,
+    needs_original=True,
+    source="eq. 17-20; ramp of the released code",
+    summary="YaRN's frequencies without its attention factor",
+)
+def ntk_by_parts(
+    scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """(1-γ)·θ_d/s + γ·θ_d, where the kept share γ falls from 1 to 0 as wavelengths grow."""
     inv_freq = _powers(scaling.rope_theta, dim, factor)
     ramp = _rotation_ramp if scaling.ramp == "rotations" else _dimension_ramp
@@ -72,10 +80,15 @@ def ntk_by_parts(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor
     return inv_freq * (1 - (1 - keep) * (1 - 1 / factor[..., None])), torch.ones_like(factor)
 
 
-@register("yarn", fields=(*_BY_PARTS, "attention_factor", "mscale"), needs_original=True, source="eq. 17-22",
-          summary="NTK-by-parts and an attention temperature")
+@register(
+    "yarn",
+    fields=(*_BY_PARTS, "attention_factor", "mscale"),
+    needs_original=True,
+    source="eq. 17-22",
+    summary="NTK-by-parts and an attention temperature",
+)
 def yarn(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The frequencies of `ntk_by_parts`; attention factor sqrt(1/t) = 0.1·mscale·ln(s) + 1, or the given one."""
+    """The frequencies of `ntk_by_parts`; attention factor 0.1·mscale·ln(s) + 1, or the given one."""
     inv_freq, _ = ntk_by_parts(scaling, dim, factor, seq_len)
     if scaling.attention_factor is not None:
         return inv_freq, torch.full_like(factor, scaling.attention_factor)
@@ -84,9 +97,9 @@ def yarn(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None)
 
 
 def _powers(base: float | Tensor, dim: int, like: Tensor) -> Tensor:
-    """base^(-2d/D) for d = 0 … D/2-1: [D/2], or [..., D/2] for a base [..., 1]; dtype and device of `like`."""
+    """base^(-2d/D), d = 0 … D/2-1: [D/2], or [..., D/2] for a base [..., 1]; dtype and device of `like`."""
     exponent = torch.arange(0, dim, 2, dtype=like.dtype, device=like.device) / dim
-    return torch.as_tensor(base, dtype=like.dtype, device=like.device) ** -exponent
+    return base**-exponent
 
 
 def _dimension_ramp(scaling: RopeScaling, inv_freq: Tensor, dim: int) -> Tensor:
@@ -97,7 +110,8 @@ def _dimension_ramp(scaling: RopeScaling, inv_freq: Tensor, dim: int) -> Tensor:
     """
     assert scaling.original_max_position_embeddings is not None  # validated by RopeScaling
     low, high = (
-        dim * math.log(scaling.original_max_position_embeddings / (2 * math.pi * rotations))
+        dim
+        * math.log(scaling.original_max_position_embeddings / (2 * math.pi * rotations))
         / (2 * math.log(scaling.rope_theta))
         for rotations in scaling.ramp_bounds
     )
@@ -119,7 +133,10 @@ def _rotation_ramp(scaling: RopeScaling, inv_freq: Tensor, dim: int) -> Tensor:
 
 
 def compute_rope(
-    scaling: RopeScaling, head_dim: int, seq_len: float | None = None, device: torch.device | str | None = None
+    scaling: RopeScaling,
+    head_dim: int,
+    seq_len: float | None = None,
+    device: torch.device | str | None = None,
 ) -> tuple[Tensor, float]:
     """Frequencies and attention factor for one sequence length.
 
@@ -164,11 +181,13 @@ def compute_rope_batch(scaling: RopeScaling, head_dim: int, seq_len: Tensor) -> 
     return inv_freq.to(torch.float32), attention_factor.to(torch.float32)
 
 
-def _compute(scaling: RopeScaling, head_dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
+def _compute(
+    scaling: RopeScaling, head_dim: int, factor: Tensor, seq_len: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The method's function at the scale in effect: s = max(factor, l'/L) when dynamic, else factor."""
     row = METHODS[scaling.method]
     if row.kind != "frequency":
-        raise ConfigError(f"method {scaling.method!r} changes attention itself and has no frequencies to compute")
+        raise ConfigError(f"method {scaling.method!r} changes attention itself; it has no frequencies")
     dim = scaling.rotary_dim(head_dim)
     if scaling.dynamic and seq_len is not None:
         assert scaling.original_max_position_embeddings is not None  # validated by RopeScaling

@@ -74,15 +74,15 @@ def patch_model(model: nn.Module, scaling: RopeScaling | str) -> PatchReport:
 
     Args:
         model: a causal language model, a bare base model, or a wrapper around one (PEFT).
-        scaling: a record, or a spec such as "yarn:8" (see `RopeScaling.from_spec`) relative to the model as it
-            was before any patch. Patching a patched model replaces the scaling.
+        scaling: a record, or a spec such as "yarn:8" (see `RopeScaling.from_spec`) relative to the model as
+            it was before any patch. Patching a patched model replaces the scaling.
 
-    `config.rope_parameters` and, when it is too small, `config.max_position_embeddings` follow, so that the saved
-    model carries its scaling. Models may share a config object, so the change is made on the model's own copy;
-    only the config of a bare base model, which may belong to an enclosing model, is changed in place.
+    `config.rope_parameters` and, when it is too small, `config.max_position_embeddings` follow, so that the
+    saved model carries its scaling. Models may share a config object, so the change is made on the model's
+    own copy; only the config of a bare base model, which may belong to an enclosing model, changes in place.
 
     Raises:
-        ConfigError: an unknown architecture or a scaling that does not fit the model. Nothing is changed then.
+        ConfigError: an unknown architecture or a scaling that does not fit the model. Nothing changes then.
     """
     base = _base_model(model)
     config: Any = base.config
@@ -93,8 +93,10 @@ def patch_model(model: nn.Module, scaling: RopeScaling | str) -> PatchReport:
     if isinstance(scaling, str):
         scaling = RopeScaling.from_spec(scaling, own)
     if scaling.partial_rotary_factor != 1.0 and not adapter.partial_rotary:
-        raise ConfigError(f"partial_rotary_factor={scaling.partial_rotary_factor:g}: {config.model_type} models rotate "
-                          "whole heads; must be 1")
+        share = f"{scaling.partial_rotary_factor:g}"
+        raise ConfigError(
+            f"partial_rotary_factor={share}: must be 1, {config.model_type} models rotate whole heads"
+        )
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     replaced = getattr(base, adapter.rotary)
     rope_parameters = scaling.to_config(head_dim=head_dim)
@@ -108,8 +110,15 @@ def patch_model(model: nn.Module, scaling: RopeScaling | str) -> PatchReport:
     hook = None
     if scaling.is_length_dependent:
         hook = base.register_forward_pre_hook(_prepare_dynamic_pass, with_kwargs=True)
-    original = getattr(base, adapter.rotary)
-    setattr(base, _STATE, _State(original, config.rope_parameters, config.max_position_embeddings, own, scaling, hook))
+    state = _State(
+        rotary=getattr(base, adapter.rotary),
+        rope_parameters=config.rope_parameters,
+        max_position_embeddings=config.max_position_embeddings,
+        own=own,
+        scaling=scaling,
+        hook=hook,
+    )
+    setattr(base, _STATE, state)
     setattr(base, adapter.rotary, rotary)
     config.rope_parameters = rope_parameters
     config.max_position_embeddings = max(config.max_position_embeddings, scaling.max_position_embeddings or 0)
@@ -172,17 +181,20 @@ def _restore(base: PreTrainedModel, state: _State) -> None:
 
 def _prepare_dynamic_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of a dynamically scaled base model."""
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    given = bound.arguments
+    given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     cache = given.get("past_key_values")
     if cache is not None and int(cache.get_seq_length()) > 0:
-        raise ConfigError("past_key_values: dynamic scaling cannot read cached keys, which were rotated at another "
-                          "scale; pass use_cache=False")
+        raise ConfigError(
+            "past_key_values: dynamic scaling cannot read cached keys, which were rotated at another scale; "
+            "pass use_cache=False"
+        )
     mask = given.get("attention_mask")
     if given.get("position_ids") is None and isinstance(mask, torch.Tensor) and mask.dim() == 2:
         # Count real tokens only, as generate() does: padding must not make a row look longer than it is.
-        given["position_ids"] = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-    return bound.args, bound.kwargs
+        position_ids = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+        more = given.pop("kwargs", {})  # what forward() takes as **kwargs
+        return (), {**given, **more, "position_ids": position_ids}
+    return None
 
 
 def _notes(own: RopeScaling, scaling: RopeScaling, config: Any) -> tuple[str, ...]:
@@ -193,11 +205,12 @@ def _notes(own: RopeScaling, scaling: RopeScaling, config: Any) -> tuple[str, ..
         warnings.warn(notes[-1], stacklevel=3)
     original = own.original_max_position_embeddings
     if scaling.original_max_position_embeddings not in (None, original):
-        notes.append(f"original_max_position_embeddings={scaling.original_max_position_embeddings} differs from the "
-                     f"model's own {original}")
+        given = scaling.original_max_position_embeddings
+        notes.append(f"original_max_position_embeddings={given} differs from the model's own {original}")
     if own.method != "default":
         notes.append(f"replaces the scaling of the checkpoint: {own.label}")
     window = getattr(config, "sliding_window", None)
-    if window is not None and window < config.max_position_embeddings:
-        notes.append(f"sliding_window={window} is shorter than the context of {config.max_position_embeddings} tokens")
+    context = config.max_position_embeddings
+    if window is not None and window < context:
+        notes.append(f"sliding_window={window} is shorter than the context of {context} tokens")
     return tuple(notes)

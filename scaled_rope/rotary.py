@@ -27,7 +27,7 @@ class ScaledRotaryEmbedding(nn.Module):
         super().__init__()
         self.scaling = scaling
         self.head_dim = head_dim
-        # Not a buffer: everything that casts a model's buffers (half(), mixed precision of FSDP) would cast it.
+        # Not a buffer, because half() and FSDP's mixed precision cast all buffers of a model.
         self.inv_freq, self.attention_scaling = compute_rope(scaling, head_dim, device=device)
 
     @torch.no_grad()
@@ -39,7 +39,7 @@ class ScaledRotaryEmbedding(nn.Module):
             position_ids: [B, T] (or [1, T] for all rows), whole numbers from 0.
 
         Returns:
-            cos and sin [B, T, D] in x.dtype, each the concatenation of two equal halves [B, T, D/2]; both carry
+            cos and sin [B, T, D] in x.dtype, each two equal halves [B, T, D/2] side by side, multiplied by
             the attention factor. Under dynamic scaling a row's scale follows from its own largest position.
         """
         # Only elementwise products follow, which autocast leaves in float32.
@@ -47,15 +47,16 @@ class ScaledRotaryEmbedding(nn.Module):
         if self.scaling.is_length_dependent:
             seq_len = position_ids.to(x.device).amax(dim=-1) + 1
             inv_freq, factor = compute_rope_batch(self.scaling, self.head_dim, seq_len)
-            angles, scale = positions * inv_freq[:, None, :], factor[:, None, None]
+            angles = positions * inv_freq[:, None, :]
+            cos, sin = angles.cos() * factor[:, None, None], angles.sin() * factor[:, None, None]
         else:
-            angles, scale = positions * self.inv_freq.to(x.device), self.attention_scaling
-        cos, sin = angles.cos() * scale, angles.sin() * scale
+            angles = positions * self.inv_freq.to(x.device)
+            cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((sin, sin), dim=-1).to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow the model to its device, out of "meta" as well, but never to its dtype."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = fn(torch.empty(0, device=self.inv_freq.device)).device
         if device != self.inv_freq.device:
             self.inv_freq, self.attention_scaling = compute_rope(self.scaling, self.head_dim, device=device)

@@ -8,6 +8,7 @@ whole global batch, so neither ranks nor accumulation change what is minimised.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -152,7 +153,7 @@ def build_model(recipe: Recipe) -> tuple[Any, PatchReport | None]:
     overrides = {"rope_theta": recipe.rope_theta, "original_max_position_embeddings": recipe.original_max_position_embeddings}
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if recipe.scaling is not None or overrides:
-        base = base_scaling(model.config).replace(**overrides)
+        base = dataclasses.replace(base_scaling(model.config), **overrides)
         scaling = base if recipe.scaling is None else RopeScaling.from_spec(recipe.scaling, base)
         report = patch_model(model, scaling)
     if recipe.max_position_embeddings is not None:
@@ -212,12 +213,13 @@ def make_accelerator(recipe: Recipe) -> Any:
     on_cpu = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
     handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
     mixed = "bf16" if recipe.precision == "bf16" else "no"
-    accelerator = Accelerator(mixed_precision=mixed, kwargs_handlers=handlers)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    accelerator = Accelerator(mixed_precision=mixed, cpu=on_cpu and not deepspeed, kwargs_handlers=handlers)
+    launched, kind = int(os.environ.get("WORLD_SIZE", "1")), accelerator.distributed_type.value
+    if launched != accelerator.num_processes or (launched > 1 and kind == "NO"):
         raise ConfigError(
-            f"{launched} processes were launched but accelerate sees {accelerator.num_processes}: they would train "
-            f"unsynchronised copies; use DDP or DeepSpeed on this platform"
+            f"{launched} processes were launched but accelerate sees {accelerator.num_processes} of type {kind}: they would"
+            f" train unsynchronised copies; launch DDP or DeepSpeed on this platform"
         )
     accelerator.gradient_accumulation_steps = accumulation(recipe, accelerator.num_processes)
     if (plugin := accelerator.state.deepspeed_plugin) is not None:

@@ -1,0 +1,183 @@
+"""Passkey retrieval: can the model repeat a number that was hidden in a long, dull text?
+
+    python eval/passkey.py -m MODEL --scaling yarn:8 --lengths 256,1024,4096 --iterations 10
+
+A prompt and its answer together have exactly the given number of tokens. Depths lie on a uniform grid from the start
+to the end of the filler (or are drawn, `--depths random`), keys and depths follow from the seed. An answer is right
+when the model's most likely token is the key's at every answer position. One pass over prompt and answer decides that:
+up to the first mistake its context is exactly what greedy decoding would have built, and after it the answer is wrong
+either way. Under dynamic scaling that pass uses the scale at the prompt's end, the one of the first decoding step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import itertools
+import json
+import math
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from scaled_rope.config import RopeScaling
+from scaled_rope.errors import ConfigError, run_cli
+from scaled_rope.evaluation import (
+    Parser,
+    add_evaluation_arguments,
+    batch_size,
+    command_line,
+    context_lengths,
+    print_summary,
+    run,
+)
+from scaled_rope.loading import ModelJob, add_model_arguments, apply_scaling, at_length, load_tokenizer, model_jobs
+from scaled_rope.loss import hidden_states, project
+from scaled_rope.passkey import PasskeyPrompt, build_prompt, draw_key
+from scaled_rope.results import Row
+
+DEPTHS = ("grid", "random")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser("eval/passkey.py", __doc__ or "")
+    add_model_arguments(parser)
+    add = parser.add_argument_group("prompts").add_argument
+    add("--iterations", type=int, default=20, metavar="N", help="prompts per length (default %(default)s)")
+    add("--depths", choices=DEPTHS, default="grid", help="where the key stands (default %(default)s)")
+    add("--seed", type=int, default=42, help="keys and random depths follow from it (default %(default)s)")
+    add("--fixed-length", type=int, metavar="N", help="= --lengths N")
+    add("--length-step", type=int, help=argparse.SUPPRESS)  # searched for the length in characters; ours is exact
+    add_evaluation_arguments(parser)
+    return parser
+
+
+def make_prompts(tokenizer: Any, length: int, iterations: int, depths: str, seed: int) -> list[PasskeyPrompt]:
+    """The prompts of one length. They depend on these arguments only, not on other lengths.
+
+    Raises:
+        ConfigError: the length is too short for a prompt.
+    """
+    prompts = []
+    for index in range(iterations):
+        rng = random.Random(f"passkey/{seed}/{length}/{index}")
+        key, drawn = draw_key(rng), rng.random()
+        grid = index / (iterations - 1) if iterations > 1 else 0.5
+        prompts.append(build_prompt(tokenizer, length, grid if depths == "grid" else drawn, key))
+    return prompts
+
+
+@torch.inference_mode()
+def score(
+    model: Any, prompts: Sequence[PasskeyPrompt], scaling: RopeScaling, rows_per_pass: int
+) -> Iterator[list[bool]]:
+    """Whether each prompt's key would be the greedy continuation; a list per pass, in order of `prompts`.
+
+    Args:
+        model: left with a static scaling if `scaling` is dynamic.
+        prompts: all of the same `length`.
+        scaling: what the model computes with.
+        rows_per_pass: prompts per forward pass.
+    """
+    # Prompts of one length end at different places if keys differ in tokens; each place has its own dynamic scale.
+    for ends_at, group in itertools.groupby(prompts, key=lambda prompt: len(prompt.input_ids)):
+        apply_scaling(model, at_length(scaling, ends_at))
+        sequences = torch.tensor([[*prompt.input_ids, *prompt.answer_ids] for prompt in group])
+        for batch in sequences.split(rows_per_pass):
+            batch = batch.to(model.device)
+            # Position t predicts token t+1, so the last token is never an input.
+            hidden = hidden_states(model, batch[:, :-1])[:, ends_at - 1 :]
+            predicted = project(model, hidden).argmax(dim=-1)
+            yield (predicted == batch[:, ends_at:]).all(dim=-1).tolist()
+
+
+def wilson_interval(right: int, n: int) -> list[float]:
+    """The 95 % score interval of a share (Wilson 1927); unlike the normal one it is sensible at 0 and 1."""
+    z, share = 1.959964, right / n
+    centre, width = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = [(centre + side * width) / (1 + z * z / n) for side in (-1, 1)]
+    return [max(0.0, round(low, 4)), min(1.0, round(high, 4))]
+
+
+class Passkey:
+    """The evaluator; see the module's docstring for what it measures."""
+
+    value = "accuracy"
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        if args.iterations < 1:
+            raise ConfigError(f"iterations {args.iterations} is not allowed; at least 1")
+        self.args = args
+        self.lengths = [args.fixed_length] if args.fixed_length is not None else context_lengths(args)
+        self._prompts = functools.cache(self._prompts_of)
+
+    def _prompts_of(self, model: str) -> dict[int, list[PasskeyPrompt]]:
+        args, tokenizer = self.args, load_tokenizer(model)
+        return {
+            length: make_prompts(tokenizer, length, args.iterations, args.depths, args.seed) for length in self.lengths
+        }
+
+    def cells(self, job: ModelJob) -> dict[int, Row]:
+        cells = {}
+        for length, prompts in self._prompts(job.model).items():
+            ids = json.dumps([prompt.input_ids + prompt.answer_ids for prompt in prompts])
+            cells[length] = {
+                "metric": "passkey",
+                "data": {"name": "passkey", "fingerprint": hashlib.sha256(ids.encode()).hexdigest()[:16]},
+                "protocol": {
+                    "name": "teacher-forced",
+                    "iterations": self.args.iterations,
+                    "depths": self.args.depths,
+                    "seed": self.args.seed,
+                },
+            }
+        return cells
+
+    def passes(self, job: ModelJob, lengths: Sequence[int]) -> dict[int, list[int]]:
+        return {length: [length] for length in lengths}
+
+    def tokens(self, job: ModelJob, length: int) -> int:
+        return int(self.args.iterations) * length
+
+    def measure(
+        self, model: Any, job: ModelJob, length: int, yields: Sequence[int], advance: Callable[[int], object]
+    ) -> Iterator[tuple[int, Row]]:
+        prompts = self._prompts(job.model)[length]
+        outcomes: list[bool] = []
+        for batch in score(model, prompts, job.scaling, batch_size(self.args, length)):
+            outcomes += batch
+            advance(len(batch) * length)
+        n, right = len(outcomes), sum(outcomes)
+        yield (
+            length,
+            {
+                "n": n,
+                "right": right,
+                "accuracy": right / n,
+                "interval": wilson_interval(right, n),
+                "prompts": [
+                    {"depth": round(prompt.depth, 4), "key": prompt.key, "right": outcome}
+                    for prompt, outcome in zip(prompts, outcomes, strict=True)
+                ],
+            },
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    evaluator = Passkey(args)
+    jobs = model_jobs(args)
+    rows = run(evaluator, jobs, args, command_line(parser, argv), seed=args.seed)
+    title = "passkeys found, by context length (tokens)"
+    print_summary(title, jobs, rows, lambda row: f"{row['right']}/{row['n']}")
+    print(f"\nrows: {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
