@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import yaml
 
 from scaled_rope.errors import ConfigError, run_cli
-from scaled_rope.recipes import LR_SCHEDULES, PRECISIONS, Recipe, read_recipe
+from scaled_rope.recipes import LR_SCHEDULES, PRECISIONS, Recipe, make_recipe, read_recipe
 
 #: what a run without a recipe starts from: the released script's defaults
 RELEASED_DEFAULTS: dict[str, Any] = {
@@ -63,9 +64,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--precision", choices=PRECISIONS)
     parser.add_argument("--lora", action="store_const", const=True, help="train low-rank adapters only")
-    parser.add_argument("--sliding-window-attention-schedule", metavar="A,B,C", help="window at step i is entry i mod n")
+    parser.add_argument(
+        "--sliding-window-attention-schedule", metavar="A,B,C", help="window at step i is entry i mod n"
+    )
     parser.add_argument("--checkpointing-steps", type=int, help="save a resumable state every N steps")
-    parser.add_argument("--resume-from-checkpoint", metavar="PATH", default="auto", help="default: the newest of the run")
+    parser.add_argument(
+        "--resume-from-checkpoint", metavar="PATH", default="auto", help="default: the newest of the run"
+    )
     parser.add_argument("--save-only", action="store_true", help="apply the scaling and save without training")
     parser.add_argument("--log-loss", type=Path, metavar="FILE", help="write the losses, comma-separated")
     parser.add_argument("--wandb", metavar="PROJECT")
@@ -100,7 +105,9 @@ def overrides(args: argparse.Namespace, ranks: int) -> dict[str, Any]:
         try:
             fields["sliding_window_attention_schedule"] = [int(entry) for entry in schedule.split(",")]
         except ValueError:
-            raise ConfigError(f"--sliding-window-attention-schedule {schedule!r} is not allowed; numbers a,b,c") from None
+            raise ConfigError(
+                f"--sliding-window-attention-schedule {schedule!r} is not allowed; numbers a,b,c"
+            ) from None
     return fields
 
 
@@ -112,12 +119,11 @@ def resolve(args: argparse.Namespace, ranks: int) -> Recipe:
     if "output_dir" not in fields:
         raise ConfigError("--output-dir is missing: name a recipe or a folder to write to")
     default = {"global_batch_size": RELEASED_ACCUMULATION * (args.batch_size or 1) * ranks}
-    return Recipe(**(RELEASED_DEFAULTS | default | fields))
+    return make_recipe(RELEASED_DEFAULTS | default | fields, "command line")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    import os
 
     recipe = resolve(args, int(os.environ.get("WORLD_SIZE", "1")))
     if args.print:

@@ -87,7 +87,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="folder of .txt, JSON lines, Parquet or hub name; repeat to mix")  # fmt: skip
     parser.add_argument("--tokenizer", default="NousResearch/Llama-2-7b-hf")
     parser.add_argument("--sequence-length", type=int, default=8192, help="tokens per sequence")
-    parser.add_argument("--bookend", choices=BOOKENDS, default="document", help="what opens and closes with BOS and EOS")
+    parser.add_argument(
+        "--bookend", choices=BOOKENDS, default="document", help="what opens and closes with BOS and EOS"
+    )
     parser.add_argument("--feature", default="text", help="field with the text")
     parser.add_argument("--split", default="train")
     parser.add_argument("--output", type=Path, help="folder to create")
@@ -123,13 +125,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             raise ConfigError(f"--output {args.output} holds a set made otherwise; remove it or choose another folder")
     else:
-        texts = tqdm(_documents(sources, args), desc="documents", unit="doc", mininterval=1.0)
-        with PackedWriter(args.output, args.sequence_length, len(tokenizer)) as writer:
+        with (
+            PackedWriter(args.output, args.sequence_length, len(tokenizer)) as writer,
+            tqdm(_documents(sources, args), desc="documents", unit="doc", mininterval=1.0) as texts,
+        ):
             documents = tokenized(iter(texts), args.tokenizer, args.num_proc)
             counts = pack(documents, writer, tokenizer.bos_token_id, tokenizer.eos_token_id, args.bookend)
             writer.close(recipe | vars(counts))
-        print(f"{args.output}: {writer.rows} sequences of {args.sequence_length} tokens from {counts.documents} documents "
-              f"({counts.tokens} tokens, the last {counts.dropped_tokens} dropped)")  # fmt: skip
+        print(f"{args.output}: {writer.rows} sequences of {args.sequence_length} tokens from {counts.documents} "
+              f"documents ({counts.tokens} tokens, the last {counts.dropped_tokens} dropped)")  # fmt: skip
     if args.push_to_hub:
         push_to_hub(args.output, args.push_to_hub)
     return 0

@@ -1,6 +1,6 @@
-"""Re-cut a packed set into shorter sequences without throwing the rest of each sequence away.
+"""Re-cut tokenized data into shorter sequences without throwing the rest of each sequence away.
 
-    python truncate.py 8192 data/pg19-8k --dataset data/pg19-64k
+python truncate.py 8192 data/pg19-8k --dataset data/pg19-64k
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from scaled_rope.data import open_packed, recut
+from scaled_rope.data import open_packed, open_rows, recut
 from scaled_rope.errors import ConfigError, run_cli
 
 
@@ -20,12 +20,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("length", type=int, help="tokens per new sequence")
     parser.add_argument("output", type=Path, help="folder to create")
-    parser.add_argument("--dataset", required=True, help="packed set to re-cut")
+    parser.add_argument("--dataset", required=True, help="packed set, saved datasets folder or hub name")
     parser.add_argument("--num-proc", type=int, default=1, help="accepted for old scripts; one process is enough")
     args = parser.parse_args(argv)
-    source = open_packed(args.dataset)
-    if not 2 <= args.length <= source.sequence_length:
-        raise ConfigError(f"length {args.length} is not allowed; 2 to {source.sequence_length}, what {args.dataset} has")
+    source = open_rows(args.dataset)
+    longest = len(source.row(0)[0])
+    if not 2 <= args.length <= longest:
+        raise ConfigError(f"length {args.length} is not allowed; 2 to {longest}, what {args.dataset} has")
     with tqdm(total=len(source), desc="sequences") as bar:
         recut(source, args.output, args.length, bar.update)
     result = open_packed(args.output)

@@ -2,9 +2,9 @@
 
     python data/build_base.py --books data/cache/books --output data/cache/base
 
-`language`: book text, a quarter of the rows opened by a synthetic passkey document. `retrieval`: half of the rows opened
-by one, answers weighted 8 times; half of those hide the key in book text instead of the usual filler sentences.
-Every row is BOS + 255 tokens, and a row that opens with a passkey document goes on with book text.
+`language`: book text, a quarter of the rows opened by a synthetic passkey document, a quarter of those hidden in book
+text instead of the usual filler sentences. `retrieval`: half of the rows opened by one, half of those in book text, and
+answers weighted 8 times. Every row is BOS + 255 tokens; after a passkey document it goes on with book text.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def score(
     for ends_at, group in itertools.groupby(prompts, key=lambda prompt: len(prompt.input_ids)):
         apply_scaling(model, at_length(scaling, ends_at))
         sequences = torch.tensor([[*prompt.input_ids, *prompt.answer_ids] for prompt in group])
-        for batch in sequences.split(rows_per_pass):
+        for batch in torch.split(sequences, rows_per_pass):
             batch = batch.to(model.device)
             # Position t predicts token t+1, so the last token is never an input.
             hidden = hidden_states(model, batch[:, :-1])[:, ends_at - 1 :]

@@ -201,7 +201,7 @@ class Perplexity:
         # Column i holds the nats of token i+1 (counting from 0), summed over all windows.
         by_position = np.zeros(length - 1)
         with torch.inference_mode():
-            for rows in windows.split(batch_size(self.args, length)):
+            for rows in torch.split(windows, batch_size(self.args, length)):
                 rows = rows.to(model.device)
                 targets = torch.full_like(rows, IGNORE)
                 targets[:, :-1] = rows[:, 1:]

@@ -142,9 +142,7 @@ class RopeScaling:
         length = self.original_max_position_embeddings
         if length is not None:
             if not _is_positive_whole(length):
-                raise ConfigError(
-                    f"original_max_position_embeddings={length!r}: must be a whole number, at least 1"
-                )
+                raise ConfigError(f"original_max_position_embeddings={length!r}: must be a whole number, at least 1")
             object.__setattr__(self, "original_max_position_embeddings", int(length))
         if self.ramp is not None and self.ramp not in _RAMPS:
             raise unknown("ramp", self.ramp, _RAMPS)
@@ -152,8 +150,7 @@ class RopeScaling:
     def _check_ramp(self) -> None:
         if self.ramp == "rotations" and self.truncate is not None:
             raise ConfigError(
-                f"truncate={self.truncate!r}: ramp 'rotations' has no ends to round; it goes with "
-                "ramp 'dimension'"
+                f"truncate={self.truncate!r}: ramp 'rotations' has no ends to round; it goes with ramp 'dimension'"
             )
         fast, slow = self.ramp_bounds
         if fast <= slow:
@@ -195,9 +192,7 @@ class RopeScaling:
         dim = int(head_dim * self.partial_rotary_factor)
         if dim < 2 or dim % 2:
             share = f" at partial_rotary_factor={self.partial_rotary_factor:g}" if dim != head_dim else ""
-            raise ConfigError(
-                f"head_dim={head_dim}: {dim} rotated dimensions{share}; must be even, at least 2"
-            )
+            raise ConfigError(f"head_dim={head_dim}: {dim} rotated dimensions{share}; must be even, at least 2")
         return dim
 
     @property
@@ -212,9 +207,7 @@ class RopeScaling:
         name = self._name if self.dynamic and self.factor == 1 else f"{self._name} x{self.factor:g}"
         shown = {n: getattr(self, n) for n in _METHOD_FIELDS if n not in ("factor", "dynamic")} | self.params
         options = [
-            f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}"
-            for n, v in shown.items()
-            if v != _DEFAULTS.get(n)
+            f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n, v in shown.items() if v != _DEFAULTS.get(n)
         ]
         return f"{name} ({', '.join(options)})" if options else name
 

@@ -109,7 +109,9 @@ def fetch(name: str, output: str | Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scaled_rope.corpora", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m scaled_rope.corpora", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the corpora and what they hold")
     getter = commands.add_parser("fetch", help="fetch one corpus")

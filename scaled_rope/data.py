@@ -83,7 +83,7 @@ def _import_datasets(name: str) -> Any:
 
 
 def read_documents(source: str, feature: str = "text", split: str = "train", as_json: bool = False) -> Iterator[str]:
-    """Texts of a source, one by one: a .txt, .jsonl or .parquet file, a folder of such files (sorted), or a hub dataset.
+    """Texts of a source, one by one: a .txt, .jsonl or .parquet file, a sorted folder of such files, or a hub dataset.
 
     Args:
         source: local path or hub name.
@@ -96,7 +96,9 @@ def read_documents(source: str, feature: str = "text", split: str = "train", as_
     """
     path = Path(source)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".json", ".parquet") and p.is_file())
+        files = sorted(
+            p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".json", ".parquet") and p.is_file()
+        )
         if not files:
             raise ConfigError(f"dataset {source} is a folder without .txt, .jsonl or .parquet files")
         for file in files:
@@ -181,7 +183,7 @@ class PackedWriter:
         self._tokens = (self._staged / "tokens.bin").open("wb")
         self._weights = (self._staged / "loss_weight.bin").open("wb") if weighted else None
 
-    def append(self, tokens: Sequence[int] | npt.NDArray[Any], loss_weight: Sequence[int] | None = None) -> None:
+    def append(self, tokens: npt.ArrayLike, loss_weight: npt.ArrayLike | None = None) -> None:
         """Add one row of `sequence_length` tokens (and as many weights, for a weighted set)."""
         row = np.asarray(tokens, dtype=np.int64)
         if row.shape != (self.sequence_length,):
@@ -227,6 +229,8 @@ class PackedWriter:
 class TokenRows(Protocol):
     """What training reads: equal or shorter rows of tokens, each with the weight of every token as a target."""
 
+    weighted: bool  # whether any weight may differ from 1
+
     def __len__(self) -> int: ...
 
     def row(self, index: int) -> tuple[IntArray, IntArray]:
@@ -244,6 +248,7 @@ class PackedDataset:
         self.tokens = self._map("tokens.bin", np.dtype(self.meta["dtype"]), shape)
         weights = self.path / "loss_weight.bin"
         self.loss_weight = self._map(weights.name, np.dtype(np.uint8), shape) if weights.exists() else None
+        self.weighted = self.loss_weight is not None
 
     def _map(self, name: str, dtype: np.dtype[Any], shape: tuple[int, int]) -> npt.NDArray[Any]:
         file = self.path / name
@@ -274,6 +279,7 @@ class ColumnDataset:
         if "input_ids" not in table.column_names:
             raise ConfigError(f"dataset {name!r} has no column 'input_ids'; it has: {', '.join(table.column_names)}")
         self._table = table
+        self.weighted = bool({"attention_mask", "labels"} & set(table.column_names))
 
     def __len__(self) -> int:
         return len(self._table)
@@ -318,7 +324,9 @@ def open_rows(name: str, split: str = "train") -> TokenRows:
         try:
             table = datasets.load_dataset(name, split=split)
         except Exception as error:  # as above: many unrelated types
-            raise ConfigError(f"dataset {name!r} is no local path and the hub gave: {str(error).splitlines()[0]}") from None
+            raise ConfigError(
+                f"dataset {name!r} is no local path and the hub gave: {str(error).splitlines()[0]}"
+            ) from None
     return ColumnDataset(table[split] if hasattr(table, "keys") else table, name)
 
 
@@ -343,62 +351,72 @@ def pack(
 ) -> PackCounts:
     """Pack tokenized documents (without special tokens) into the writer's fixed-length rows.
 
-    `bookend="document"`: BOS + document + EOS, concatenated and cut every N tokens. `bookend="chunk"`: the documents are
-    concatenated and every row is BOS + (N - 2) tokens + EOS, as the paper words it. Only the corpus's last, incomplete
-    row is dropped, and counted. A tokenizer without BOS or EOS contributes none.
+    `bookend="document"`: BOS + document + EOS, concatenated and cut every N tokens. `bookend="chunk"`: the documents
+    are concatenated and every row is BOS + (N - 2) tokens + EOS, as the paper words it. Only the corpus's last,
+    incomplete row is dropped, and counted. A tokenizer without BOS or EOS contributes none.
     """
     if bookend not in BOOKENDS:
         raise ConfigError(f"bookend {bookend!r} is not allowed; one of: {', '.join(BOOKENDS)}")
-    head, tail = [[] if token is None else [token] for token in (bos, eos)]
-    per_row = bookend == "chunk"
-    body = writer.sequence_length - (len(head) + len(tail) if per_row else 0)
-    counts, pending, size = PackCounts(), [], 0
-    for document in documents:
-        ids = np.asarray(document if per_row else [*head, *document, *tail], dtype=np.int64)
-        counts.documents += 1
-        counts.tokens += len(ids)
-        pending.append(ids)
-        size += len(ids)
-        if size < body:
-            continue
-        stream = np.concatenate(pending)
-        full = size // body * body
-        for start in range(0, full, body):
-            chunk = stream[start : start + body]
-            writer.append(np.concatenate([head, chunk, tail]) if per_row else chunk)
-        pending, size = [stream[full:]], size - full
-    counts.dropped_tokens = size
+    ends = [token for token in (bos,) if token is not None], [token for token in (eos,) if token is not None]
+    counts, per_row = PackCounts(), bookend == "chunk"
+
+    def pieces() -> Iterator[tuple[IntArray, None]]:
+        for document in documents:
+            ids = np.asarray(document if per_row else [*ends[0], *document, *ends[1]], dtype=np.int64)
+            counts.documents += 1
+            counts.tokens += len(ids)
+            yield ids, None
+
+    counts.dropped_tokens = _cut(pieces(), writer, *(ends if per_row else ([], [])))
     return counts
 
 
-def recut(source: PackedDataset, output: str | Path, sequence_length: int, progress: Callable[[int], object]) -> Path:
-    """Re-cut a packed set into rows of another length; only the last, incomplete row is dropped.
+def _cut(
+    pieces: Iterable[tuple[IntArray, IntArray | None]], writer: PackedWriter, head: list[int], tail: list[int]
+) -> int:
+    """Concatenate pieces (tokens and, for a weighted writer, weights), cut, and write; returns the tokens left over."""
+    body = writer.sequence_length - len(head) - len(tail)
+    held: list[tuple[IntArray, IntArray | None]] = []
+    size = 0
+    for tokens, weights in pieces:
+        held.append((tokens, weights))
+        size += len(tokens)
+        if size < body:
+            continue
+        stream = np.concatenate([part for part, _ in held])
+        weight = None if weights is None else np.concatenate([part for _, part in held if part is not None])
+        full = size // body * body
+        for start in range(0, full, body):
+            row = np.concatenate([head, stream[start : start + body], tail])
+            ones = np.ones(len(head)), np.ones(len(tail))
+            writer.append(
+                row, None if weight is None else np.concatenate([ones[0], weight[start : start + body], ones[1]])
+            )
+        held, size = [(stream[full:], None if weight is None else weight[full:])], size - full
+    return size
 
-    A set made with `bookend="chunk"` gets its BOS and EOS at the new borders instead of the old ones.
+
+def recut(source: TokenRows, output: str | Path, sequence_length: int, progress: Callable[[int], object]) -> Path:
+    """Re-cut tokenized rows into rows of another length; only the last, incomplete row is dropped.
+
+    A set made with `bookend="chunk"` gets its BOS and EOS at the new borders instead of the old ones. Other data is one
+    stream, whatever tokens stand at the borders of its rows.
     """
-    meta = dict(source.meta)
-    chunked = meta.get("bookend") == "chunk"
-    bos, eos = (meta.get("bos"), meta.get("eos")) if chunked else (None, None)
-    inner = slice(0 if bos is None else 1, source.sequence_length - (0 if eos is None else 1))
-    weighted = source.loss_weight is not None
-    if weighted and chunked:
-        raise ConfigError(f"dataset {source.path} carries loss weights and chunk bookends; it cannot be re-cut")
+    meta: dict[str, Any] = dict(getattr(source, "meta", {}))
+    bos, eos = (meta.get("bos"), meta.get("eos")) if meta.get("bookend") == "chunk" else (None, None)
+    head, tail = [] if bos is None else [bos], [] if eos is None else [eos]
 
-    def rows() -> Iterator[npt.NDArray[Any]]:
+    def pieces() -> Iterator[tuple[IntArray, IntArray | None]]:
         for index in range(len(source)):
             progress(1)
-            yield source.tokens[index][inner]
+            tokens, weights = source.row(index)
+            inner = slice(len(head), len(tokens) - len(tail))
+            yield tokens[inner], weights[inner] if source.weighted else None
 
-    with PackedWriter(output, sequence_length, int(meta["vocabulary"]), weighted) as writer:
-        if weighted:
-            tokens = source.tokens.reshape(-1)
-            weights = source.loss_weight.reshape(-1)  # type: ignore[union-attr]
-            for start in range(0, len(tokens) - sequence_length + 1, sequence_length):
-                writer.append(tokens[start : start + sequence_length], weights[start : start + sequence_length])
-            dropped = len(tokens) % sequence_length
-        else:
-            dropped = pack(rows(), writer, bos, eos, "chunk" if chunked else "document").dropped_tokens
-        meta["recut"] = {"from": source.path.name, "sequence_length": source.sequence_length, "dropped_tokens": dropped}
+    vocabulary = int(meta.get("vocabulary", 2**32))
+    with PackedWriter(output, sequence_length, vocabulary, source.weighted) as writer:
+        dropped = _cut(pieces(), writer, head, tail)
+        meta["recut"] = {"rows": len(source), "sequence_length": meta.get("sequence_length"), "dropped_tokens": dropped}
         return writer.close(meta)
 
 

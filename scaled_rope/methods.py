@@ -67,9 +67,7 @@ def ntk(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) 
     source="eq. 17-20; ramp of the released code",
     summary="YaRN's frequencies without its attention factor",
 )
-def ntk_by_parts(
-    scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def ntk_by_parts(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """(1-γ)·θ_d/s + γ·θ_d, where the kept share γ falls from 1 to 0 as wavelengths grow."""
     inv_freq = _powers(scaling.rope_theta, dim, factor)
     ramp = _rotation_ramp if scaling.ramp == "rotations" else _dimension_ramp
@@ -181,9 +179,7 @@ def compute_rope_batch(scaling: RopeScaling, head_dim: int, seq_len: Tensor) -> 
     return inv_freq.to(torch.float32), attention_factor.to(torch.float32)
 
 
-def _compute(
-    scaling: RopeScaling, head_dim: int, factor: Tensor, seq_len: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _compute(scaling: RopeScaling, head_dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """The method's function at the scale in effect: s = max(factor, l'/L) when dynamic, else factor."""
     row = METHODS[scaling.method]
     if row.kind != "frequency":

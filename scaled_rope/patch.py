@@ -94,9 +94,7 @@ def patch_model(model: nn.Module, scaling: RopeScaling | str) -> PatchReport:
         scaling = RopeScaling.from_spec(scaling, own)
     if scaling.partial_rotary_factor != 1.0 and not adapter.partial_rotary:
         share = f"{scaling.partial_rotary_factor:g}"
-        raise ConfigError(
-            f"partial_rotary_factor={share}: must be 1, {config.model_type} models rotate whole heads"
-        )
+        raise ConfigError(f"partial_rotary_factor={share}: must be 1, {config.model_type} models rotate whole heads")
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     replaced = getattr(base, adapter.rotary)
     rope_parameters = scaling.to_config(head_dim=head_dim)

@@ -1,8 +1,8 @@
 """The training recipe: its schema, its YAML reader, and a small command line for shell scripts.
 
-    python -m scaled_rope.recipes --list
-    python -m scaled_rope.recipes demo                      # the resolved recipe
-    python -m scaled_rope.recipes demo --field output_dir   # one value
+python -m scaled_rope.recipes --list
+python -m scaled_rope.recipes demo                      # the resolved recipe
+python -m scaled_rope.recipes demo --field output_dir   # one value
 """
 
 from __future__ import annotations
@@ -178,12 +178,20 @@ def read_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
         if parent is None or "base" in parent:
             raise ConfigError(f"{path}: base {base!r} is not allowed; a recipe beside it that has no base itself")
         fields = parent | fields
-    fields = {"name": path.stem} | fields | dict(overrides or {})
+    return make_recipe({"name": path.stem} | fields | dict(overrides or {}), str(path))
+
+
+def make_recipe(fields: Mapping[str, Any], where: str) -> Recipe:
+    """A recipe from plain values, each brought to its field's type; `where` names their origin in errors.
+
+    Raises:
+        ConfigError: an unknown field, a value that is not allowed, or a missing field.
+    """
     values = {key: coerce(key, value) for key, value in fields.items()}
     required = [f.name for f in dataclasses.fields(Recipe) if f.default is f.default_factory is dataclasses.MISSING]
     for key in required:
         if key not in values:
-            raise ConfigError(f"{path}: field {key} is missing")
+            raise ConfigError(f"{where}: field {key} is missing")
     return Recipe(**values)
 
 

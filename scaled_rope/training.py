@@ -1,19 +1,21 @@
 """The training loop: one code path for one process, several ranks, DDP and DeepSpeed.
 
-Three choices keep it right on any number of ranks. The learning rate is a function of the step, written into the optimizer
-before each step, so no scheduler can be stepped too often. The rows of a step are a function of the step too, so resuming
-restores data order without any loader state. The loss is a sum over targets divided by the weight of all targets of the
-whole global batch, so neither ranks nor accumulation change what is minimised.
+Three choices keep it right on any number of ranks. The learning rate is a function of the step, written into the
+optimizer before each step, so no scheduler can be stepped too often. The rows of a step are a function of the step too,
+so resuming restores data order without any loader state. The loss is a sum over targets divided by the weight of all
+targets of the whole global batch, so neither ranks nor accumulation change what is minimised.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,11 @@ from scaled_rope.config import RopeScaling
 from scaled_rope.data import TokenRows, open_rows, step_rows
 from scaled_rope.errors import ConfigError
 from scaled_rope.loading import base_scaling, load_model, load_tokenizer
-from scaled_rope.loss import token_nll
+from scaled_rope.loss import IGNORE, token_nll
 from scaled_rope.patch import PatchReport, patch_model
 from scaled_rope.recipes import Recipe
 from scaled_rope.results import provenance, write_atomic
 
-IGNORED = -100  # a target that does not count, as in torch's cross entropy
 KEPT_STATES = 2
 #: recipe fields that may differ between a run and its resumption without changing what is computed
 _FREE_FIELDS = {"name", "description", "output_dir", "prepare", "evaluate", "batch_size", "checkpointing_steps"}
@@ -41,8 +42,8 @@ _FREE_FIELDS = {"name", "description", "output_dir", "prepare", "evaluate", "bat
 def learning_rate(recipe: Recipe, step: int) -> float:
     """Learning rate of optimizer step number `step`, counted from 0.
 
-    Warm-up rises linearly and reaches the peak at step `warmup_steps` - 1, so that no step is wasted on a rate of 0. Then
-    `constant` stays, `linear` falls to 0 just after the last step, `cosine` falls to a tenth of the peak.
+    Warm-up rises linearly and reaches the peak at step `warmup_steps` - 1, so that no step is wasted on a rate of 0.
+    Then `constant` stays, `linear` falls to 0 just after the last step, `cosine` falls to a tenth of the peak.
     """
     peak, warmup, total = recipe.learning_rate, recipe.warmup_steps, recipe.max_train_steps
     if step < warmup:
@@ -71,29 +72,29 @@ def accumulation(recipe: Recipe, ranks: int) -> int:
 
 
 def collate(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """Rows of tokens and weights -> `input_ids`, `targets` (the next token, or -100) and `weights` (of the target), [B, T].
+    """Rows of tokens and weights -> `input_ids`, `targets` (next token or -100) and `weights` (of the target), [B, T].
 
     Shorter rows are padded on the right, where a causal model cannot see them from any position that counts.
     """
     length = max(len(tokens) for tokens, _ in rows)
     input_ids = np.zeros((len(rows), length), np.int64)
-    targets = np.full((len(rows), length), IGNORED, np.int64)
+    targets = np.full((len(rows), length), IGNORE, np.int64)
     weights = np.zeros((len(rows), length), np.float32)
     for place, (tokens, weight) in enumerate(rows):
         input_ids[place, : len(tokens)] = tokens
-        targets[place, : len(tokens) - 1] = np.where(weight[1:] > 0, tokens[1:], IGNORED)
+        targets[place, : len(tokens) - 1] = np.where(weight[1:] > 0, tokens[1:], IGNORE)
         weights[place, : len(tokens) - 1] = weight[1:]
     arrays = {"input_ids": input_ids, "targets": targets, "weights": weights}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def step_batches(
-    rows: TokenRows, recipe: Recipe, step: int, rank: int, ranks: int
+    rows: TokenRows, recipe: Recipe, step: int, rank: int, ranks: int, vocabulary: int | None = None
 ) -> list[dict[str, torch.Tensor]]:
     """This rank's micro-batches of one optimizer step.
 
     Raises:
-        ConfigError: a row that is longer than the recipe says.
+        ConfigError: a row that is longer than the recipe says, or has a token id outside the model's `vocabulary`.
     """
     indices = step_rows(len(rows), recipe.global_batch_size, step, recipe.seed)
     mine = indices.reshape(-1, ranks, recipe.batch_size)[:, rank]
@@ -107,6 +108,11 @@ def step_batches(
             raise ConfigError(
                 f"row {index} of {recipe.dataset} has {len(tokens)} tokens, more than sequence_length {limit};"
                 f" set truncate, or re-cut the data with truncate.py"
+            )
+        if vocabulary is not None and tokens.max() >= vocabulary:
+            raise ConfigError(
+                f"row {index} of {recipe.dataset} has token id {tokens.max()}, the model's vocabulary ends at"
+                f" {vocabulary - 1}; tokenize with the model's own tokenizer"
             )
         return tokens, weight
 
@@ -150,10 +156,14 @@ def build_model(recipe: Recipe) -> tuple[Any, PatchReport | None]:
     else:
         model = load_model(str(recipe.model), dtype="float32", device="cpu", attn_implementation=recipe.attention)
     report = None
-    overrides = {"rope_theta": recipe.rope_theta, "original_max_position_embeddings": recipe.original_max_position_embeddings}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    if recipe.scaling is not None or overrides:
-        base = dataclasses.replace(base_scaling(model.config), **overrides)
+    own = base_scaling(model.config)
+    base = dataclasses.replace(
+        own,
+        rope_theta=recipe.rope_theta or own.rope_theta,
+        original_max_position_embeddings=recipe.original_max_position_embeddings
+        or own.original_max_position_embeddings,
+    )
+    if recipe.scaling is not None or base != own:
         scaling = base if recipe.scaling is None else RopeScaling.from_spec(recipe.scaling, base)
         report = patch_model(model, scaling)
     if recipe.max_position_embeddings is not None:
@@ -199,7 +209,7 @@ def save_model(model: Any, state: dict[str, torch.Tensor], recipe: Recipe, outpu
 
 
 def make_accelerator(recipe: Recipe) -> Any:
-    """An `Accelerator` for whatever launched this process, with the recipe's batch and clipping written into DeepSpeed's.
+    """An `Accelerator` for whatever launched this process, with the recipe's batch and clipping given to DeepSpeed.
 
     Raises:
         ConfigError: accelerate is missing, or it would train unsynchronised copies.
@@ -209,6 +219,7 @@ def make_accelerator(recipe: Recipe) -> Any:
         from accelerate.utils import InitProcessGroupKwargs
     except ImportError:
         raise ConfigError("training needs accelerate: pip install 'scaled-rope[train]'") from None
+    _quieten()
     # Left to itself accelerate finds no process-group backend on CPU and a launched process believes that it is alone.
     on_cpu = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
     handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
@@ -218,8 +229,8 @@ def make_accelerator(recipe: Recipe) -> Any:
     launched, kind = int(os.environ.get("WORLD_SIZE", "1")), accelerator.distributed_type.value
     if launched != accelerator.num_processes or (launched > 1 and kind == "NO"):
         raise ConfigError(
-            f"{launched} processes were launched but accelerate sees {accelerator.num_processes} of type {kind}: they would"
-            f" train unsynchronised copies; launch DDP or DeepSpeed on this platform"
+            f"{launched} processes were launched but accelerate sees {accelerator.num_processes} of type {kind}:"
+            f" they would train unsynchronised copies; launch DDP or DeepSpeed on this platform"
         )
     accelerator.gradient_accumulation_steps = accumulation(recipe, accelerator.num_processes)
     if (plugin := accelerator.state.deepspeed_plugin) is not None:
@@ -231,6 +242,14 @@ def make_accelerator(recipe: Recipe) -> Any:
         settings["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
         settings["gradient_clipping"] = recipe.grad_norm or 0.0
     return accelerator
+
+
+def _quieten() -> None:
+    """Silence what the engines say about themselves at every start, so that what matters can be seen."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 def _fingerprint(recipe: Recipe) -> dict[str, Any]:
@@ -296,21 +315,22 @@ class Trainer:
         rows = open_rows(recipe.dataset)
         accelerator = make_accelerator(recipe)
         model, report = build_model(recipe)
-        vocabulary = getattr(rows, "meta", {}).get("vocabulary", 0)
-        if vocabulary > model.config.vocab_size:
-            raise ConfigError(
-                f"dataset {recipe.dataset} was tokenized with a vocabulary of {vocabulary}, the model has"
-                f" {model.config.vocab_size}: use the model's own tokenizer"
-            )
         if report is not None and not report.scaling.is_native(report.head_dim):
-            accelerator.print(f"note: transformers cannot express {report.scaling.label}; load the result with scaled_rope")
+            accelerator.print(
+                f"note: transformers cannot express {report.scaling.label}; load the result with scaled_rope"
+            )
         if recipe.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # renamed in transformers 5.23
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         model.config.use_cache = False
         module = SummedLoss(model)
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
-            trainable, lr=recipe.learning_rate, betas=tuple(recipe.adam_betas), weight_decay=recipe.weight_decay
+            trainable,
+            lr=recipe.learning_rate,
+            betas=(recipe.adam_betas[0], recipe.adam_betas[1]),
+            weight_decay=recipe.weight_decay,
         )
         module, optimizer = accelerator.prepare(module, optimizer)
         if accelerator.is_main_process:
@@ -366,64 +386,66 @@ class Trainer:
                 shutil.rmtree(old)
 
     def _steps(self, accelerator: Any, module: Any, optimizer: Any, rows: TokenRows, start: int) -> list[float]:
+        """Do the steps from `start` to the end, logging each and saving states; returns all losses."""
         from tqdm import tqdm
 
-        recipe, ranks = self.recipe, accelerator.num_processes
-        log_path = self.output / "train_log.jsonl"
-        tracker = _wandb(self.wandb_project, recipe) if accelerator.is_main_process else None
-        bar = tqdm(
-            total=recipe.max_train_steps, initial=start, unit="step", desc=recipe.name, mininterval=1.0,
-            disable=not accelerator.is_main_process,
-        )  # fmt: skip
+        recipe, main = self.recipe, accelerator.is_main_process
+        tracker = _wandb(self.wandb_project, recipe) if main else None
         seen = sum(row["tokens"] for row in read_log(self.output)) if start else 0
-        for step in range(start, recipe.max_train_steps):
-            began = time.perf_counter()
-            rate = learning_rate(recipe, step)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            if (windows := recipe.sliding_window_attention_schedule) is not None:
-                set_sliding_window(accelerator.unwrap_model(module).model, windows[step % len(windows)])
-            batches = step_batches(rows, recipe, step, accelerator.process_index, ranks)
-            local = torch.tensor(
-                [sum(float(b["weights"].sum()) for b in batches), float(sum(b["input_ids"].numel() for b in batches))],
-                device=accelerator.device, dtype=torch.float64 if accelerator.device.type != "mps" else torch.float32,
-            )  # fmt: skip
-            weight, tokens = accelerator.reduce(local, "sum").tolist()
-            total = torch.zeros((), device=accelerator.device)
-            for batch in batches:
-                with accelerator.accumulate(module):
-                    batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-                    # Engines average over ranks and over accumulated passes; undo both, then divide once.
-                    loss = module(**batch) / weight
-                    accelerator.backward(loss * (ranks * len(batches)))
-                    total += loss.detach()
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(module.parameters(), recipe.grad_norm or math.inf)
-                    optimizer.step()
-                    optimizer.zero_grad()
-            mean = float(accelerator.reduce(total, "sum"))
-            if not math.isfinite(mean):
-                raise ConfigError(f"loss of step {step + 1} is {mean}; the last saved state is {latest_state(self.output)}")
-            seen += int(tokens)
-            elapsed = time.perf_counter() - began
-            row = {
-                "step": step + 1, "loss": mean, "learning_rate": rate, "grad_norm": float(norm), "tokens": int(tokens),
-                "tokens_seen": seen, "seconds": round(elapsed, 4),
-            }  # fmt: skip
-            if accelerator.is_main_process:
-                with log_path.open("a") as log:
-                    log.write(json.dumps(row) + "\n")
-                if tracker is not None:
-                    tracker.log(row, step=step + 1)
-            bar.set_postfix({"loss": f"{mean:.3f}", "tok/s": f"{tokens / elapsed:.0f}"}, refresh=False)
-            bar.update(1)
-            every = recipe.checkpointing_steps
-            if every and (step + 1) % every == 0 and step + 1 < recipe.max_train_steps:
-                self._save_state(accelerator, step + 1)
-        bar.close()
+        total, every = recipe.max_train_steps, recipe.checkpointing_steps
+        with tqdm(total=total, initial=start, unit="step", desc=recipe.name, mininterval=1.0, disable=not main) as bar:
+            for step in range(start, total):
+                began = time.perf_counter()
+                row = self._step(accelerator, module, optimizer, rows, step)
+                seen, elapsed = seen + row["tokens"], time.perf_counter() - began
+                row |= {"tokens_seen": seen, "seconds": round(elapsed, 4)}
+                if main:
+                    with (self.output / "train_log.jsonl").open("a") as log:
+                        log.write(json.dumps(row) + "\n")
+                    if tracker is not None:
+                        tracker.log(row, step=row["step"])
+                bar.set_postfix(
+                    {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens'] / elapsed:.0f}"}, refresh=False
+                )
+                bar.update(1)
+                if every and (step + 1) % every == 0 and step + 1 < total:
+                    self._save_state(accelerator, step + 1)
         if tracker is not None:
             tracker.finish()
         return [row["loss"] for row in read_log(self.output)]
+
+    def _step(self, accelerator: Any, module: Any, optimizer: Any, rows: TokenRows, step: int) -> dict[str, Any]:
+        """One optimizer step over the global batch; returns its log row."""
+        recipe, ranks, device = self.recipe, accelerator.num_processes, accelerator.device
+        rate = learning_rate(recipe, step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        if (windows := recipe.sliding_window_attention_schedule) is not None:
+            set_sliding_window(accelerator.unwrap_model(module).model, windows[step % len(windows)])
+        vocabulary = accelerator.unwrap_model(module).config.vocab_size
+        batches = step_batches(rows, recipe, step, accelerator.process_index, ranks, vocabulary)
+        local = [sum(float(batch[name]) for batch in map(_sizes, batches)) for name in ("weight", "tokens")]
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        weight, tokens = accelerator.reduce(torch.tensor(local, device=device, dtype=exact), "sum").tolist()
+        total, norm = torch.zeros((), device=device), math.nan
+        for batch in batches:
+            with accelerator.accumulate(module):
+                # Engines average over ranks and over accumulated passes; undo both, then divide once.
+                loss = module(**{name: value.to(device) for name, value in batch.items()}) / weight
+                accelerator.backward(loss * (ranks * len(batches)))
+                total += loss.detach()
+                if accelerator.sync_gradients:
+                    norm = float(accelerator.clip_grad_norm_(module.parameters(), recipe.grad_norm or math.inf))
+                optimizer.step()
+                optimizer.zero_grad()
+        mean = float(accelerator.reduce(total, "sum"))
+        if not math.isfinite(mean):
+            raise ConfigError(f"loss of step {step + 1} is {mean}; the last saved state is {latest_state(self.output)}")
+        return {"step": step + 1, "loss": mean, "learning_rate": rate, "grad_norm": norm, "tokens": int(tokens)}
+
+
+def _sizes(batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {"weight": float(batch["weights"].sum()), "tokens": float(batch["input_ids"].numel())}
 
 
 def set_sliding_window(model: Any, window: int) -> None:
@@ -433,7 +455,9 @@ def set_sliding_window(model: Any, window: int) -> None:
         ConfigError: the model has no sliding window.
     """
     if not hasattr(model.config, "sliding_window"):
-        raise ConfigError(f"sliding_window_attention_schedule is not allowed for {model.config.model_type}; Mistral only")
+        raise ConfigError(
+            f"sliding_window_attention_schedule is not allowed for {model.config.model_type}; Mistral only"
+        )
     model.config.sliding_window = window
     for layer in model.modules():
         if hasattr(layer, "sliding_window"):

@@ -204,9 +204,7 @@ def test_config_round_trip(scaling, dialect):
 
 @pytest.mark.parametrize("dialect", ["rope_parameters", "rope_scaling"])
 def test_unscaled_round_trip(dialect):
-    config = LlamaConfig(
-        max_position_embeddings=4096, rope_parameters={"rope_theta": 50000.0, "rope_type": "default"}
-    )
+    config = LlamaConfig(max_position_embeddings=4096, rope_parameters={"rope_theta": 50000.0, "rope_type": "default"})
     assert RopeScaling.from_config(config) == BASE
     assert BASE.to_config() == config.rope_parameters
     assert RopeScaling.from_config({dialect: BASE.to_config(dialect), "rope_theta": 5e4}) == replace(
@@ -273,15 +271,10 @@ def test_missing_values_follow_transformers():
     yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
     config = {"max_position_embeddings": 8192, "rope_parameters": yarn}
     assert RopeScaling.from_config(config).original_max_position_embeddings == 8192
-    assert (
-        RopeScaling.from_config(config | {"original_max_position_embeddings": 2048}).max_position_embeddings
-        == 8192
-    )
+    assert RopeScaling.from_config(config | {"original_max_position_embeddings": 2048}).max_position_embeddings == 8192
     ratio = yarn | {"factor": None, "original_max_position_embeddings": 1024}
     assert RopeScaling.from_config(config | {"rope_parameters": ratio}).factor == 8.0
-    assert (
-        RopeScaling.from_config({"rope_parameters": yarn, "max_position_embeddings": 512}).rope_theta == 1e6
-    )
+    assert RopeScaling.from_config({"rope_parameters": yarn, "max_position_embeddings": 512}).rope_theta == 1e6
     assert RopeScaling.from_config({"max_position_embeddings": 512}).rope_theta == 10000.0
 
 

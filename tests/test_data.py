@@ -144,11 +144,9 @@ def write_corpus(folder: Path) -> list[str]:
 
 
 def test_sources_of_every_kind_give_the_same_documents(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     texts = write_corpus(tmp_path)
-    pyarrow.parquet.write_table(pyarrow.table({"body": texts}), tmp_path / "table.parquet")
+    parquet.write_table(pyarrow.table({"body": texts}), tmp_path / "table.parquet")
     assert list(read_documents(str(tmp_path / "txt"))) == texts
     assert list(read_documents(str(tmp_path / "lines.jsonl"), "body")) == texts
     assert list(read_documents(str(tmp_path / "table.parquet"), "body")) == texts
@@ -202,8 +200,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, tokenizer_dir, cap
         raise OSError(errno.ENOSPC, "No space left on device", "tokens.bin")
 
     monkeypatch.setattr(PackedWriter, "append", full)
-    code = tokenize("--dataset", tmp_path / "txt", "--tokenizer", tokenizer_dir, "--sequence-length", 32, "--num-proc", 1,
-                    "--output", tmp_path / "out" / "set")  # fmt: skip
+    code = tokenize("--dataset", tmp_path / "txt", "--tokenizer", tokenizer_dir, "--sequence-length", 32,
+                    "--num-proc", 1, "--output", tmp_path / "out" / "set")  # fmt: skip
     assert code == 2
     assert "no space left" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []

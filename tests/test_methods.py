@@ -111,9 +111,7 @@ def test_equals_transformers_linear_and_yarn(head_dim):
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
 def test_equals_the_float64_reference(variant):
     # Computed in float64 and rounded once: one unit, and a little for float64's own noise.
-    for head_dim, theta, length, s in itertools.product(
-        (4, 64, 128), (1e4, 1e6), (256, 8192), (1.0, 2.5, 32.0)
-    ):
+    for head_dim, theta, length, s in itertools.product((4, 64, 128), (1e4, 1e6), (256, 8192), (1.0, 2.5, 32.0)):
         scaling = RopeScaling(factor=s, original_max_position_embeddings=length, rope_theta=theta, **variant)
         inv_freq, attention_factor = compute_rope(scaling, head_dim)
         frequencies, factor = oracle(scaling, head_dim, s)
@@ -218,9 +216,7 @@ def test_static_methods_ignore_the_length():
 
 def test_lower_frequencies_are_never_raised():
     for method in SCALED:
-        ratio = (
-            compute_rope(RopeScaling(method, 8, 4096), 128)[0] / compute_rope(RopeScaling("default"), 128)[0]
-        )
+        ratio = compute_rope(RopeScaling(method, 8, 4096), 128)[0] / compute_rope(RopeScaling("default"), 128)[0]
         # Kept or divided by at most s, the lowest frequency by s exactly; each value is rounded once.
         assert ratio.max() <= 1 + 2 * UNIT and ratio.min() >= (1 - 2 * UNIT) / 8
         assert ratio[-1].item() == pytest.approx(1 / 8, rel=3 * UNIT)

@@ -81,9 +81,7 @@ def test_patching_again_replaces_and_unpatch_restores_the_first_state(tiny_model
     first = patch_model(model, "yarn:8")
     second = patch_model(model, "dynamic-linear")
     assert second.before == first.scaling
-    assert (
-        second.scaling.original_max_position_embeddings == 32
-    )  # relative to the model, not to the first patch
+    assert second.scaling.original_max_position_embeddings == 32  # relative to the model, not to the first patch
     assert model.config.max_position_embeddings == 32
     third = patch_model(model, "yarn:4")
     assert not model.model._forward_pre_hooks
@@ -118,9 +116,7 @@ def test_a_bare_base_model_keeps_its_config_in_step_with_an_enclosing_model(tiny
 
 def test_a_wrapped_model(tiny_model, tokens):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(
-        tiny_model(), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
-    )
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     before = logits(model, tokens)
     report = patch_model(model, "yarn:4")
     assert report.modules == ("base_model.model.model.rotary_emb",)
@@ -292,9 +288,7 @@ def test_rows_of_the_dynamic_tables_are_independent():
     together = rotary(torch.zeros(1), rows)
     for index in range(len(rows)):
         for table, wanted in zip(rotary(torch.zeros(1), rows[index : index + 1]), together, strict=True):
-            torch.testing.assert_close(
-                table[0], wanted[index], rtol=0, atol=1e-5
-            )  # last bits of angles up to 100
+            torch.testing.assert_close(table[0], wanted[index], rtol=0, atol=1e-5)  # last bits of angles up to 100
     assert not torch.allclose(together[0][0, 5], together[0][1, 5], atol=1e-3)
 
 

@@ -21,7 +21,7 @@ from scaled_rope import RopeScaling, patch_model
 from scaled_rope.data import PackedWriter, open_packed
 from scaled_rope.errors import ConfigError, run_cli
 from scaled_rope.recipes import Recipe, available, read_recipe
-from scaled_rope.training import IGNORED, accumulation, collate, learning_rate, step_batches
+from scaled_rope.training import IGNORE, accumulation, collate, learning_rate, step_batches
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 48
@@ -63,10 +63,20 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training")
     tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t2"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="t0", eos_token="t1").save_pretrained(folder / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="t0", eos_token="t1").save_pretrained(
+        folder / "model"
+    )
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, max_position_embeddings=16, initializer_range=0.2)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+        initializer_range=0.2,
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     rng = np.random.default_rng(0)
     with PackedWriter(folder / "set", LENGTH, 64, weighted=True) as writer:
@@ -87,7 +97,7 @@ def test_targets_are_the_next_tokens_and_padding_never_counts():
     rows = [(np.array([5, 6, 7, 8]), np.array([1, 1, 0, 3])), (np.array([9, 4]), np.array([1, 2]))]
     batch = collate(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]]
-    assert batch["targets"].tolist() == [[6, IGNORED, 8, IGNORED], [4, IGNORED, IGNORED, IGNORED]]
+    assert batch["targets"].tolist() == [[6, IGNORE, 8, IGNORE], [4, IGNORE, IGNORE, IGNORE]]
     assert batch["weights"].tolist() == [[1, 0, 3, 0], [2, 0, 0, 0]]
 
 
@@ -111,6 +121,11 @@ def test_rows_longer_than_the_recipe_says_are_refused_unless_cut(workspace):
     assert step_batches(rows, recipe(sequence_length=32, truncate=32), 0, 0, 1)[0]["input_ids"].shape == (1, 32)
 
 
+def test_tokens_outside_the_vocabulary_are_refused(workspace):
+    with pytest.raises(ConfigError, match="vocabulary ends at 39; tokenize with the model's own tokenizer"):
+        step_batches(open_packed(workspace / "set"), recipe(), 0, 0, 1, vocabulary=40)
+
+
 def test_a_batch_that_ranks_cannot_share_is_refused():
     with pytest.raises(ConfigError, match="multiple of batch_size 1 x 3 processes"):
         accumulation(recipe(), 3)
@@ -129,10 +144,20 @@ def test_recipes_of_the_paper():
     llama, longer, mistral = (read_recipe(name) for name in ("llama-2-7b-64k", "llama-2-7b-128k", "mistral-7b-64k"))
     # 400 steps of 64 sequences of 65536 tokens: 1.68 B tokens.
     assert llama.tokens_per_step * llama.max_train_steps == 400 * 64 * 65536
-    assert (llama.learning_rate, llama.warmup_steps, llama.adam_betas, llama.weight_decay) == (2e-5, 20, (0.9, 0.95), 0.0)
-    assert (longer.max_train_steps, longer.seed, longer.scaling, longer.sequence_length) == (200, 31337, "yarn:32", 65536)
+    assert (llama.learning_rate, llama.warmup_steps, llama.adam_betas, llama.weight_decay) == (
+        2e-5,
+        20,
+        (0.9, 0.95),
+        0.0,
+    )
+    assert (longer.max_train_steps, longer.seed, longer.scaling, longer.sequence_length) == (
+        200,
+        31337,
+        "yarn:32",
+        65536,
+    )
     assert (mistral.learning_rate, mistral.lr_schedule, mistral.sequence_length) == (1e-6, "constant", 16384)
-    base = RopeScaling(original_max_position_embeddings=8192)
+    base = RopeScaling(method="default", original_max_position_embeddings=8192)
     scaling = RopeScaling.from_spec(mistral.scaling, base)
     assert (scaling.factor, scaling.beta_fast, scaling.beta_slow, scaling.mscale) == (8.0, 128.0, 2.0, 0.7)
 
@@ -185,7 +210,12 @@ def test_released_flags_map_to_the_recipe():
     resolved = finetune.resolve(args, ranks=8)
     assert resolved.global_batch_size == 64 and resolved.scaling == "linear:2"
     assert resolved.sliding_window_attention_schedule == (64, 128)
-    assert (resolved.max_train_steps, resolved.warmup_steps, resolved.learning_rate, resolved.seed) == (400, 20, 2e-5, 42)
+    assert (resolved.max_train_steps, resolved.warmup_steps, resolved.learning_rate, resolved.seed) == (
+        400,
+        20,
+        2e-5,
+        42,
+    )
     assert finetune.resolve(finetune.parse_args(["--output-dir", "o"]), ranks=2).global_batch_size == 16
 
 
@@ -204,7 +234,12 @@ def command(workspace: Path, output: Path, launcher: tuple[str, ...] = (), extra
 
 def run(workspace: Path, output: Path, launcher: tuple[str, ...] = (), extra: tuple[str, ...] = ()) -> None:
     done = subprocess.run(
-        command(workspace, output, launcher, extra), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+        command(workspace, output, launcher, extra),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -245,9 +280,9 @@ def test_the_first_loss_is_the_weighted_mean_over_the_global_batch(workspace, st
     patch_model(model, resolved.scaling)
     total = weight = 0.0
     for batch in step_batches(open_packed(resolved.dataset), resolved, 0, 0, 1):
-        logits = model(input_ids=batch["input_ids"]).logits.double().log_softmax(-1)
+        logits = model(input_ids=batch["input_ids"]).logits.detach().double().log_softmax(-1)
         for b, t in np.ndindex(*batch["targets"].shape):
-            if batch["targets"][b, t] != IGNORED:
+            if batch["targets"][b, t] != IGNORE:
                 total -= float(batch["weights"][b, t] * logits[b, t, batch["targets"][b, t]])
                 weight += float(batch["weights"][b, t])
     # float32 forward against float64 softmax of the same logits: relative error near 2^-24 times a few hundred terms
@@ -332,7 +367,10 @@ def test_an_output_of_another_run_is_not_mixed_up(workspace, straight, capsys):
 def test_save_only_writes_the_scaling_and_nothing_else(workspace, tmp_path):
     arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path), "--save-only"]
     assert finetune.main(arguments) == 0
-    before, after = load_file(workspace / "model" / "model.safetensors"), load_file(tmp_path / "model" / "model.safetensors")
+    before, after = (
+        load_file(workspace / "model" / "model.safetensors"),
+        load_file(tmp_path / "model" / "model.safetensors"),
+    )
     assert all(torch.equal(before[name], after[name]) for name in before)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["rope_parameters"]["factor"] == 3.0 and config["max_position_embeddings"] == 48

@@ -1,0 +1,147 @@
+"""Result rows: what survives crashes, concurrent writers and bad files."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from scaled_rope import results
+from scaled_rope.errors import ConfigError
+from scaled_rope.results import append_row, finished_keys, provenance, read_rows, row_key, write_atomic
+
+
+def test_rows_come_back_as_they_went(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "rows.jsonl"
+    rows = [{"metric": "perplexity", "length": n, "value": 1 / 3, "name": "Ω\n"} for n in (1, 2)]
+    for row in rows:
+        append_row(path, row)
+    assert read_rows(path) == rows
+    assert len(path.read_bytes().splitlines()) == 2
+
+
+@pytest.mark.parametrize("keep", [1, 20, -1])
+def test_torn_last_line_is_ignored_then_cut_off(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_row(path, {"n": 1})
+    torn = json.dumps({"n": 2, "text": "x" * 50}).encode()[:keep]
+    with open(path, "ab") as file:
+        file.write(torn)
+    assert read_rows(path) == [{"n": 1}]
+    append_row(path, {"n": 3})
+    assert read_rows(path) == [{"n": 1}, {"n": 3}]
+    assert torn not in path.read_bytes().splitlines()
+
+
+def test_whole_last_line_without_newline_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"n": 1}\n{"n": 2}')
+    assert read_rows(path) == [{"n": 1}, {"n": 2}]
+    append_row(path, {"n": 3})
+    assert [row["n"] for row in read_rows(path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("line", ["{broken", "[1, 2]", "null"])
+def test_corrupt_line_in_the_middle_is_reported_with_its_number(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"n": 1}}\n{line}\n{{"n": 3}}\n')
+    with pytest.raises(ConfigError, match="line 2 "):
+        read_rows(path)
+
+
+def _append_many(path: Path, writer: int, count: int) -> None:
+    for index in range(count):
+        append_row(path, {"writer": writer, "index": index, "padding": "x" * 5000})
+
+
+def test_concurrent_writers_lose_and_mix_nothing(tmp_path: Path) -> None:
+    # Rows longer than a page, so that writes that were not atomic would interleave.
+    path, writers, count = tmp_path / "rows.jsonl", 4, 25
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_append_many, args=(path, writer, count)) for writer in range(writers)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    rows = read_rows(path)
+    assert len(rows) == writers * count
+    for writer in range(writers):
+        assert [row["index"] for row in rows if row["writer"] == writer] == list(range(count))
+
+
+def test_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_row(path, {"n": 1})
+    before = path.read_bytes()
+    write = os.write
+    monkeypatch.setattr(results.os, "write", lambda descriptor, data: write(descriptor, data[:3]))
+    with pytest.raises(OSError, match="No space left"):
+        append_row(path, {"n": 2})
+    assert path.read_bytes() == before
+
+
+def test_unusable_paths_and_numbers_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for attempt in (
+        lambda: append_row(tmp_path, {"n": 1}),
+        lambda: append_row(tmp_path / "file" / "rows.jsonl", {"n": 1}),
+        lambda: append_row(tmp_path / "rows.jsonl", {"n": math.nan}),
+        lambda: read_rows(tmp_path / "missing.jsonl"),
+        lambda: write_atomic(tmp_path, "text"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_write_atomic_replaces_or_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "sub" / "table.csv"
+    write_atomic(path, "old")
+    write_atomic(path, b"new")
+    assert path.read_text() == "new"
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results.os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(path, "newest")
+    assert path.read_text() == "new"
+    assert os.listdir(path.parent) == ["table.csv"]
+
+
+def test_row_key_is_what_was_measured(tmp_path: Path) -> None:
+    row = {
+        "metric": "perplexity",
+        "model_fingerprint": "f",
+        "dtype": "float32",
+        "scaling": {"method": "yarn", "factor": 8.0},
+        "data": {"fingerprint": "d"},
+        "protocol": {"name": "truncate"},
+        "length": 256,
+    }
+    same = {**dict(reversed(row.items())), "perplexity": 3.0, "provenance": {"date": "today"}, "model": "elsewhere"}
+    assert row_key(row) == row_key(same)
+    others = [{**row, field: "other"} for field in row]
+    assert len({row_key(other) for other in [row, *others]}) == len(row) + 1
+    path = tmp_path / "rows.jsonl"
+    assert finished_keys(path) == set()
+    append_row(path, same)
+    assert finished_keys(path) == {row_key(row)}
+
+
+def test_provenance_says_where_a_number_is_from() -> None:
+    record = provenance("cpu", 42, {"lengths": [256], "output": Path("rows.jsonl")})
+    assert json.loads(json.dumps(record)) == record
+    assert record["seed"] == 42 and record["cpu_count"] == os.cpu_count()
+    assert record["arguments"] == {"lengths": [256], "output": "rows.jsonl"}
+    assert record["versions"]["torch"] and record["device"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record["date"])
+    assert record["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", record["commit"])
