@@ -27,7 +27,8 @@ help:
 	@touch $@
 
 demo: $(READY)
-	@./demo.sh
+	./train.sh demo
+	./eval.sh demo
 
 check: $(READY)
 	$(PYTHON) -m ruff check .

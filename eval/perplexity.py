@@ -230,8 +230,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluator = Perplexity(args)
     jobs = model_jobs(args)
     rows = run(evaluator, jobs, args, command_line(parser, argv))
-    for title, field in (("context", "perplexity"), ("position bucket ending at", "perplexity_bucket")):
-        print_summary(f"perplexity by {title} (tokens)", jobs, rows, lambda row, f=field: show(row[f]))
+    print_summary("perplexity of the first tokens", jobs, rows, lambda row: show(row["perplexity"]))
+    title = "perplexity of the position bucket that ends at"
+    print_summary(title, jobs, rows, lambda row: show(row["perplexity_bucket"]))
     print(f"\nrows: {args.output}")
     return 0
 

@@ -331,24 +331,27 @@ def draw_perplexity(series: Sequence[Series], trained: int | None, extended: int
 
 def draw_passkey(series: Sequence[Series]) -> Draw:
     """A panel per series: share of keys found by length (across) and depth (down)."""
+    lengths = sorted({length for one in series for length in one.rows("passkey")})
+    bins = min(5, min(row["n"] for one in series for row in one.rows("passkey").values()))
 
     def draw(figure: Any) -> None:
-        columns = 2
-        panels = figure.subplots(math.ceil(len(series) / columns), columns, squeeze=False, sharex=True, sharey=True)
+        panels = figure.subplots(math.ceil(len(series) / 2), 2, squeeze=False, sharex=True, sharey=True)
         for axes, one in zip(panels.flat, series, strict=False):
-            rows = sorted(one.rows("passkey").items())
-            bins = min(5, min(row["n"] for _, row in rows))
-            grid = [[_found(row, depth, bins) for _, row in rows] for depth in range(bins)]
+            rows = one.rows("passkey")
+            grid = [[_found(rows.get(length), depth, bins) for length in lengths] for depth in range(bins)]
             shares = [[right / n if n else math.nan for right, n in line] for line in grid]
-            axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+            axes.pcolormesh(shares, cmap="cividis", vmin=0, vmax=1)
             for y, line in enumerate(grid):
                 for x, (right, n) in enumerate(line):
-                    light = n and right / n > 0.5
+                    color = "#111111" if n and right / n > 0.5 else "#eeeeee"
                     text = f"{right}/{n}" if n else ""
-                    axes.text(x, y, text, ha="center", va="center", fontsize=9, color="#111" if light else "#eee")
+                    axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=9, color=color)
             axes.set_title(one.name, fontsize=11)
-            axes.set_xticks(range(len(rows)), [str(length) for length, _ in rows], fontsize=9)
-            axes.set_yticks(range(bins), [f"{(depth + 0.5) / bins:.0%}" for depth in range(bins)], fontsize=9)
+            axes.set(xlim=(0, len(lengths)), ylim=(bins, 0))
+            axes.set_xticks([x + 0.5 for x in range(len(lengths))], [str(length) for length in lengths], fontsize=9)
+            axes.set_yticks(
+                [y + 0.5 for y in range(bins)], [f"{(y + 0.5) / bins:.0%}" for y in range(bins)], fontsize=9
+            )
             axes.tick_params(length=0)
             for spine in axes.spines.values():
                 spine.set_visible(False)
@@ -360,9 +363,10 @@ def draw_passkey(series: Sequence[Series]) -> Draw:
     return draw
 
 
-def _found(row: Row, depth: int, bins: int) -> tuple[int, int]:
+def _found(row: Row | None, depth: int, bins: int) -> tuple[int, int]:
     """Right answers and prompts of one bin of depths."""
-    inside = [prompt for prompt in row["prompts"] if min(int(prompt["depth"] * bins), bins - 1) == depth]
+    prompts = row["prompts"] if row else []
+    inside = [prompt for prompt in prompts if min(int(prompt["depth"] * bins), bins - 1) == depth]
     return sum(prompt["right"] for prompt in inside), len(inside)
 
 

@@ -37,7 +37,10 @@ def _causal_lm(model: nn.Module) -> Any:
 def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
     """Final hidden states [B, T, H] of `input_ids` [B, T]: no cache, no projection."""
     base = _causal_lm(model).base_model
-    return cast(Tensor, base(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state)
+    # Without a mask transformers takes positions with a step other than 1 for borders between packed sequences.
+    mask = None if position_ids is None else torch.ones_like(input_ids)
+    output = base(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
+    return cast(Tensor, output.last_hidden_state)
 
 
 def project(model: nn.Module, hidden: Tensor) -> Tensor:
@@ -71,7 +74,7 @@ def token_nll(
             from inside its own forward pass, or it will not see the gradients.
         input_ids: [B, T].
         targets: [B, T], already shifted: `targets[b, t]` is what position t should predict. `IGNORE` scores 0.
-        position_ids: [B, T]; default 0 … T-1.
+        position_ids: [B, T]; default 0 … T-1. Every token still attends to all before it.
         chunk: positions whose logits are held at once; the default keeps them near 128 MiB. Changes memory, not values.
 
     Raises:

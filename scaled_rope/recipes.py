@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from scaled_rope.errors import ConfigError, run_cli, unknown
 CONFIGS = Path("configs")
 LR_SCHEDULES = ("linear", "constant", "cosine")
 PRECISIONS = ("bf16", "fp32")
+EVALUATE_FIELDS = ("scalings", "perplexity", "passkey", "report")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class Recipe:
         grad_norm: largest norm of the gradient; None does not clip.
         save_dtype: dtype of the saved checkpoint; default: bfloat16 under bf16, float32 under fp32.
         sliding_window_attention_schedule: window at step i is entry i mod n (Mistral); None leaves the model's own.
-        checkpointing_steps: keep a resumable state every so many steps; None: only at the end.
+        checkpointing_steps: keep a resumable state every so many steps; None: never.
+        evaluate: what eval.sh does with the result: `scalings` (specs under which the base is read without training),
+            and the flags of `perplexity`, `passkey` and `report`.
     """
 
     name: str
@@ -99,6 +103,8 @@ class Recipe:
         require(self.weight_decay >= 0, "weight_decay", "0 or more")
         require(len(self.adam_betas) == 2 and all(0 <= b < 1 for b in self.adam_betas), "adam_betas", "two in [0, 1)")
         require(self.lr_schedule in LR_SCHEDULES, "lr_schedule", f"one of: {', '.join(LR_SCHEDULES)}")
+        unexpected = sorted(set(self.evaluate) - set(EVALUATE_FIELDS))
+        require(not unexpected, "evaluate", f"its fields are: {', '.join(EVALUATE_FIELDS)}")
         require(self.precision in PRECISIONS, "precision", f"one of: {', '.join(PRECISIONS)}")
 
     @property
@@ -123,9 +129,9 @@ def coerce(name: str, value: Any) -> Any:
     """
     if name not in _TYPES:
         raise unknown("recipe field", name, _TYPES)
-    kinds = [kind for kind in typing.get_args(_TYPES[name]) if kind is not type(None)] or [_TYPES[name]]
-    optional = type(None) in typing.get_args(_TYPES[name])
-    kind = _TYPES[name] if typing.get_origin(_TYPES[name]) is tuple else kinds[0]
+    annotation = _TYPES[name]
+    union = typing.get_args(annotation) if typing.get_origin(annotation) is types.UnionType else (annotation,)
+    optional, kind = type(None) in union, next(member for member in union if member is not type(None))
     origin = typing.get_origin(kind) or kind
     if value is None and optional:
         return None
@@ -199,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scaled_rope.recipes", allow_abbrev=False)
     parser.add_argument("name", nargs="?")
     parser.add_argument("--list", action="store_true", help="names and descriptions")
-    parser.add_argument("--field", help="print this field only; lists one entry per line")
+    parser.add_argument("--field", help="print this field only, `a.b` for nested ones; lists one entry per line")
     args = parser.parse_args(argv)
     if args.list:
         for name in available():
@@ -207,10 +213,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif args.name is None:
         raise ConfigError("name of a recipe is missing; --list shows them")
     elif args.field:
-        recipe = read_recipe(args.name).to_dict()
-        if args.field not in recipe:
-            raise unknown("recipe field", args.field, recipe)
-        value = recipe[args.field]
+        value: Any = read_recipe(args.name).to_dict()
+        for part in args.field.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                raise unknown(f"field {args.field!r} of recipe", part, value if isinstance(value, Mapping) else [])
+            value = value[part]
         lines = value if isinstance(value, list) else [] if value is None else [value]
         print("\n".join(map(str, lines)))
     else:

@@ -64,7 +64,16 @@ def _device_name(device: object) -> str:
         import torch
 
         return torch.cuda.get_device_name(str(device))
-    return platform.processor() or platform.machine() if kind == "cpu" else kind
+    return _cpu_name() if kind == "cpu" else kind
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def provenance(device: object, seed: int | None, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -335,6 +335,8 @@ class Trainer:
         module, optimizer = accelerator.prepare(module, optimizer)
         if accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
+            # under ZeRO-3 a parameter's own numel() is that of its shard
+            self._check_space(sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()))
             write_atomic(self.output / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
             facts = provenance(str(accelerator.device), recipe.seed, {"ranks": accelerator.num_processes})
             write_atomic(self.output / "provenance.json", json.dumps(facts, indent=2) + "\n")
@@ -349,6 +351,19 @@ class Trainer:
             print(f"{self.output / 'model'}: saved")
         accelerator.wait_for_everyone()
         return losses
+
+    def _check_space(self, parameters: int) -> None:
+        """Refuse to start a run whose model and states would not fit on the disk.
+
+        A state holds weights and two moments in float32; one more than is kept exists while it is written.
+        """
+        states = (KEPT_STATES + 1) * 12 if self.recipe.checkpointing_steps else 0
+        needed, free = (states + 4) * parameters, shutil.disk_usage(self.output).free
+        if free < needed:
+            raise ConfigError(
+                f"output_dir {self.output} has {free / 1e9:.1f} GB free, the run needs up to {needed / 1e9:.1f} GB;"
+                f" free some, or save fewer states with --checkpointing-steps"
+            )
 
     def _restore(self, accelerator: Any) -> int:
         """Load the state to resume from and cut the log back to it; returns the first step to do."""

@@ -364,6 +364,17 @@ def test_an_output_of_another_run_is_not_mixed_up(workspace, straight, capsys):
     assert "already trained" in capsys.readouterr().out
 
 
+def test_a_disk_without_room_is_refused_before_training(workspace, tmp_path, capsys, monkeypatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("scaled_rope.training.shutil.disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path)]
+    assert run_cli(lambda: finetune.main(arguments)) == 2
+    assert "0.0 GB free, the run needs up to" in capsys.readouterr().err
+    assert not (tmp_path / "train_log.jsonl").exists()
+
+
 def test_save_only_writes_the_scaling_and_nothing_else(workspace, tmp_path):
     arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path), "--save-only"]
     assert finetune.main(arguments) == 0

@@ -1,0 +1,335 @@
+"""Loading checkpoints, reading scalings off the command line, and refusing what cannot be loaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from scaled_rope import RopeScaling, patch_model
+from scaled_rope.errors import ConfigError
+from scaled_rope.loading import (
+    DEFAULT_MODEL,
+    ModelLoader,
+    add_model_arguments,
+    apply_scaling,
+    at_length,
+    display_name,
+    load_model,
+    load_tokenizer,
+    model_jobs,
+    resolve_scaling,
+)
+from scaled_rope.patch import patched_scaling
+
+Make = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture
+def checkpoint(tiny_model: Make, tmp_path: Path) -> Path:
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(tokens, use_cache=False).logits
+
+
+def parse(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_model_arguments(parser)
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+
+def test_loaded_model_is_the_saved_one(checkpoint: Path, tiny_model: Make, tokens: torch.Tensor) -> None:
+    model = load_model(str(checkpoint), device="cpu", attn_implementation="eager")
+    reference = tiny_model(attn_implementation="eager")
+    assert not model.training
+    assert torch.equal(logits(model, tokens), logits(reference, tokens))
+
+
+@pytest.mark.parametrize("spec", ["yarn:4", "ntk:4", "dynamic-yarn"])
+def test_scaling_argument_is_patch_model(checkpoint: Path, tiny_model: Make, tokens: torch.Tensor, spec: str) -> None:
+    reference = tiny_model()
+    patch_model(reference, spec)
+    expected = logits(reference, tokens)
+    assert torch.equal(logits(load_model(str(checkpoint), scaling=spec, device="cpu"), tokens), expected)
+    assert not torch.allclose(expected, logits(tiny_model(), tokens), atol=1e-3)  # or the test could not fail
+
+
+@pytest.mark.parametrize("spec", ["yarn:4", "linear:2", "dynamic-yarn:2", "yarn:4,ramp=rotations"])
+def test_checkpoint_brings_its_own_scaling(tiny_model: Make, tmp_path: Path, tokens: torch.Tensor, spec: str) -> None:
+    model = tiny_model()
+    report = patch_model(model, spec)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), device="cpu")
+    # transformers rounds its frequencies in float32 and ours are rounded once from float64: about 1e-7 radians per
+    # position, 48 positions, logits of order 1.
+    torch.testing.assert_close(logits(loaded, tokens), logits(model, tokens), rtol=0, atol=1e-4)
+    if not report.scaling.is_native(report.head_dim):
+        with pytest.raises(KeyError):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_half_precision_keeps_frequencies(checkpoint: Path) -> None:
+    model = load_model(str(checkpoint), scaling="yarn:4", dtype="bf16", device="cpu")
+    assert model.dtype == torch.bfloat16
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_sliding_window_is_replaced(tiny_model: Make, tmp_path: Path, tokens: torch.Tensor) -> None:
+    tiny_model("mistral", sliding_window=4).save_pretrained(tmp_path)
+    wide = load_model(str(tmp_path), device="cpu", sliding_window=1000)
+    whole = tiny_model("mistral")
+    torch.testing.assert_close(logits(wide, tokens), logits(whole, tokens), rtol=0, atol=1e-5)
+    narrow = load_model(str(tmp_path), device="cpu")
+    assert not torch.allclose(logits(narrow, tokens), logits(whole, tokens), atol=1e-2)
+
+
+def test_apply_scaling_goes_anywhere_and_back(tiny_model: Make, tokens: torch.Tensor) -> None:
+    model = tiny_model()
+    own = RopeScaling.from_config(model.config)
+    before = logits(model, tokens)
+    for spec in ("yarn:4", "dynamic-linear", "yarn:4"):
+        apply_scaling(model, RopeScaling.from_spec(spec, own))
+        assert patched_scaling(model) == RopeScaling.from_spec(spec, own)
+    apply_scaling(model, own)
+    assert patched_scaling(model) is None
+    assert torch.equal(logits(model, tokens), before)
+
+
+def test_unknown_architecture_can_be_read_but_not_scaled(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 61}
+    config = Qwen2Config(hidden_size=32, intermediate_size=48, max_position_embeddings=32, **sizes)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), device="cpu").config.model_type == "qwen2"
+    with pytest.raises(ConfigError, match="llama"):
+        load_model(str(tmp_path), scaling="yarn:4", device="cpu")
+
+
+@pytest.mark.parametrize(("factor", "length"), [(1.0, 20), (1.0, 48), (2.0, 48), (2.0, 100)])
+def test_at_length_is_what_dynamic_does(tiny_model: Make, factor: float, length: int) -> None:
+    ids = torch.randint(1, 61, (1, length), generator=torch.Generator().manual_seed(0))
+    scaling = RopeScaling("yarn", factor=factor, original_max_position_embeddings=32, dynamic=True)
+    model = tiny_model()
+    apply_scaling(model, scaling)
+    dynamic = logits(model, ids)
+    fixed = at_length(scaling, length)
+    assert not fixed.dynamic and fixed.factor == max(factor, length / 32)
+    apply_scaling(model, fixed)
+    # The same frequencies to the last bit; only the order of a broadcast multiplication could differ.
+    torch.testing.assert_close(logits(model, ids), dynamic, rtol=0, atol=1e-6)
+    assert at_length(fixed, 1000) is fixed
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _break_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\x00" * 4)
+
+
+def _drop_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _add_bias(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _set(**fields: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (shutil.rmtree, "does not exist"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot be read"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "cannot be read"),
+        (_truncate, "cannot be read"),
+        (_break_header, "cannot be read"),
+        (_drop_weight, "missing keys"),
+        (_add_bias, "unexpected keys"),
+        (_set(model_type="no-such-family"), "cannot be read"),
+        (_set(intermediate_size=64), "tiny"),
+        (_set(model_type="gpt2", architectures=["GPT2LMHeadModel"]), "tiny"),
+        (_set(rope_parameters={"rope_type": "no-such-type", "rope_theta": 1e4}), "rope_type"),
+    ],
+)
+def test_damaged_checkpoint_is_one_line(checkpoint: Path, damage: Callable[[Path], object], says: str) -> None:
+    damage(checkpoint)
+    with pytest.raises(ConfigError, match=says) as caught:
+        load_model(str(checkpoint), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"dtype": "float8"}, "bfloat16"),
+        ({"device": "gpu"}, "device 'gpu'"),
+        ({"attn_implementation": "flash"}, "known: auto, eager, flash_attention_2"),
+        ({"attn_implementation": "flash_attention_2", "device": "cpu"}, "flash_attention_2"),
+        ({"scaling": "yam:4"}, "unknown method 'yam'"),
+        ({"scaling": "yarn:0.5"}, "factor=0.5"),
+        ({"scaling": "checkpoint:4"}, "carries no scaling"),
+        ({"sliding_window": 8}, "sliding window"),
+    ],
+)
+def test_bad_option_is_one_line(checkpoint: Path, options: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        load_model(str(checkpoint), **{"device": "cpu", **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_tokenizer_and_file_for_a_folder(checkpoint: Path) -> None:
+    for attempt in (
+        lambda: load_tokenizer(str(checkpoint)),
+        lambda: load_model(str(checkpoint / "model.safetensors")),
+        lambda: load_model(str(checkpoint / "no" / "such" / "place")),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------- flags
+
+UNSCALED = RopeScaling("default", original_max_position_embeddings=32)
+TUNED = RopeScaling("yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=16.0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "own", "expected"),
+    [
+        ("checkpoint", TUNED, TUNED),
+        ("checkpoint:16", TUNED, {**TUNED.to_dict(), "factor": 16.0}),
+        ("default", TUNED, UNSCALED.to_dict()),
+        ("yarn:2", TUNED, {"method": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}),
+        (
+            "dynamic-yarn:checkpoint",
+            TUNED,
+            {"method": "yarn", "factor": 4.0, "dynamic": True, "original_max_position_embeddings": 32},
+        ),
+        ("linear:checkpoint", TUNED, {"method": "linear", "factor": 4.0, "original_max_position_embeddings": 32}),
+    ],
+)
+def test_what_a_spec_means(spec: str, own: RopeScaling, expected: RopeScaling | dict[str, object]) -> None:
+    wanted = expected if isinstance(expected, RopeScaling) else RopeScaling.from_dict(expected)
+    assert resolve_scaling(spec, own) == wanted
+
+
+@pytest.mark.parametrize("spec", ["checkpoint:x", "checkpoint:2,truncate=false"])
+def test_bad_checkpoint_spec(spec: str) -> None:
+    with pytest.raises(ConfigError, match="checkpoint"):
+        resolve_scaling(spec, TUNED)
+
+
+@pytest.mark.parametrize(
+    ("flags", "labels"),
+    [
+        ([], ["unscaled"]),
+        (["--yarn", "8", "--linear", "4", "--ntk", "2"], ["yarn x8", "linear x4", "ntk x2"]),
+        (["--dynamic-linear", "--dynamic-yarn"], ["dynamic-linear", "dynamic-yarn"]),
+        (["--dynamic-yarn", "--factor", "4"], ["dynamic-yarn x4"]),
+        (["--scaling", "default", "--scaling", "yarn:8", "--yarn", "8"], ["unscaled", "yarn x8"]),
+    ],
+)
+def test_released_flags_are_scalings(checkpoint: Path, flags: list[str], labels: list[str]) -> None:
+    jobs = model_jobs(parse("-m", str(checkpoint), *flags))
+    assert [job.label for job in jobs] == labels
+
+
+def test_jobs_of_a_fine_tuned_checkpoint(tiny_model: Make, tmp_path: Path) -> None:
+    model = tiny_model()
+    patch_model(model, "yarn:8")
+    model.save_pretrained(tmp_path / "run" / "model")
+    name = str(tmp_path / "run" / "model")
+    flags = ["--scaling", "checkpoint", "--scaling", "checkpoint:16", "--scaling", "default", "--dynamic-yarn"]
+    jobs = model_jobs(parse("-m", name, *flags, "--finetuned"))
+    labels = ["yarn x8 (fine-tuned)", "yarn x16 (fine-tuned)", "unscaled", "dynamic-yarn x8"]
+    assert [job.label for job in jobs] == labels
+    assert [job.carried for job in jobs] == [True, False, False, False]
+    assert jobs[0].name == "run, yarn x8 (fine-tuned)"
+    job = model_jobs(parse("-m", name, "--original-max-position-embeddings", "16"))[0]
+    assert job.scaling.max_position_embeddings == 128 and not job.carried
+
+
+def test_flags_without_meaning_are_accepted_with_a_note(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--custom-model", "--no-use-cache", "--max-position-embeddings", "9", "--gpt-neox-max-length", "9"]
+    assert len(model_jobs(parse("-m", str(checkpoint), *flags))) == 1
+    assert capsys.readouterr().err.count("has no effect") == 4
+
+
+@pytest.mark.parametrize(
+    "flags", [["--rerope", "512"], ["--part-ntk", "4"], ["--dynamic-ntk", "2"], ["--dynamic-part-ntk"]]
+)
+def test_flags_of_missing_methods_are_refused(checkpoint: Path, flags: list[str]) -> None:
+    with pytest.raises(ConfigError, match=f"{flags[0]}.*ntk-by-parts"):
+        model_jobs(parse("-m", str(checkpoint), *flags))
+
+
+def test_bad_jobs_are_refused_before_weights_are_read(checkpoint: Path) -> None:
+    _truncate(checkpoint)
+    assert model_jobs(parse("-m", str(checkpoint)))  # weights are only sampled here
+    for flags in (["--yarn", "0"], ["--scaling", "yam:8"], ["--dtype", "int3"], ["--adapter", "nowhere"]):
+        with pytest.raises(ConfigError):
+            model_jobs(parse("-m", str(checkpoint), *flags))
+
+
+def test_fingerprint_follows_the_weights_only(checkpoint: Path, tmp_path: Path) -> None:
+    def fingerprint(path: Path, *flags: str) -> str:
+        return model_jobs(parse("-m", str(path), *flags))[0].fingerprint
+
+    first = fingerprint(checkpoint)
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    assert fingerprint(tmp_path / "copy") == first
+    assert fingerprint(checkpoint, "--sliding-window-attention", "8") != first
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.norm.weight"] *= 1.001  # same names, shapes and file size
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    assert fingerprint(checkpoint) != first
+
+
+def test_loader_reads_a_checkpoint_once(checkpoint: Path, tiny_model: Make, tokens: torch.Tensor) -> None:
+    args = parse("-m", str(checkpoint), "--scaling", "yarn:4", "--scaling", "default", "--device", "cpu")
+    loader = ModelLoader(args)
+    yarn, plain = model_jobs(args)
+    reference = tiny_model()
+    assert torch.equal(logits(loader(plain), tokens), logits(reference, tokens))
+    shutil.rmtree(checkpoint)  # a second read would fail
+    patch_model(reference, "yarn:4")
+    assert torch.equal(logits(loader(yarn), tokens), logits(reference, tokens))
+
+
+def test_display_names() -> None:
+    assert display_name("models/tiny-llama-256") == "tiny-llama-256"
+    assert display_name("out/demo/model") == "demo"
+    assert display_name("NousResearch/Llama-2-7b-hf") == "Llama-2-7b-hf"
+    assert DEFAULT_MODEL.parent.name == "models"
