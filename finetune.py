@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from scaled_rope.errors import ConfigError, run_cli
+from scaled_rope.errors import ConfigError, Parser, run_cli
 from scaled_rope.recipes import LR_SCHEDULES, PRECISIONS, Recipe, make_recipe, read_recipe
 
 #: what a run without a recipe starts from: the released script's defaults
@@ -36,9 +36,7 @@ RELEASED_ACCUMULATION = 8
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser("finetune.py", __doc__)
     parser.add_argument("recipe", nargs="?", help="name in configs/ or path of a YAML file; flags override its fields")
     parser.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
     parser.add_argument("--model", help="checkpoint to start from")

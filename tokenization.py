@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from scaled_rope.data import BOOKENDS, PackedWriter, Source, is_sampled, open_packed, pack, read_documents
-from scaled_rope.errors import ConfigError, run_cli
+from scaled_rope.errors import ConfigError, Parser, run_cli
 
 _BATCH_CHARACTERS = 4_000_000  # text handed to a worker at once: bounds memory, amortises the hand-over
 _worker_tokenizer = None
@@ -82,7 +82,7 @@ def push_to_hub(output: Path, name: str) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser("tokenization.py", __doc__)
     parser.add_argument("--dataset", action="append", required=True, metavar="PATH[,FRACTION]",
                         help="folder of .txt, JSON lines, Parquet or hub name; repeat to mix")  # fmt: skip
     parser.add_argument("--tokenizer", default="NousResearch/Llama-2-7b-hf")

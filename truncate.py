@@ -5,7 +5,6 @@ python truncate.py 8192 data/pg19-8k --dataset data/pg19-64k
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +12,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from scaled_rope.data import open_packed, open_rows, recut
-from scaled_rope.errors import ConfigError, run_cli
+from scaled_rope.errors import ConfigError, Parser, run_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser("truncate.py", __doc__)
     parser.add_argument("length", type=int, help="tokens per new sequence")
     parser.add_argument("output", type=Path, help="folder to create")
     parser.add_argument("--dataset", required=True, help="packed set, saved datasets folder or hub name")

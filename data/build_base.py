@@ -9,7 +9,6 @@ answers weighted 8 times. Every row is BOS + 255 tokens; after a passkey documen
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -22,7 +21,7 @@ from typing import Any
 from tqdm import trange
 
 from scaled_rope.data import PackedWriter, open_packed, read_documents
-from scaled_rope.errors import run_cli
+from scaled_rope.errors import Parser, run_cli
 from scaled_rope.passkey import build_prompt, draw_key
 
 BOS, EOS = "<s>", "</s>"
@@ -82,7 +81,7 @@ def build_set(name: str, tokenizer: Any, stream: list[int], output: Path, seed: 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser("data/build_base.py", __doc__)
     parser.add_argument("--books", type=Path, required=True, help="folder that `scaled_rope.corpora fetch books` made")
     parser.add_argument("--output", type=Path, required=True, help="folder for tokenizer, language and retrieval")
     parser.add_argument("--seed", type=int, default=0)

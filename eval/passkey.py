@@ -25,9 +25,8 @@ from typing import Any
 import torch
 
 from scaled_rope.config import RopeScaling
-from scaled_rope.errors import ConfigError, run_cli
+from scaled_rope.errors import ConfigError, Parser, run_cli
 from scaled_rope.evaluation import (
-    Parser,
     add_evaluation_arguments,
     batch_size,
     command_line,

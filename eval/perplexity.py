@@ -27,9 +27,8 @@ import numpy.typing as npt
 import torch
 
 from scaled_rope.data import open_rows, read_documents
-from scaled_rope.errors import ConfigError, run_cli
+from scaled_rope.errors import ConfigError, Parser, run_cli
 from scaled_rope.evaluation import (
-    Parser,
     add_evaluation_arguments,
     batch_size,
     command_line,

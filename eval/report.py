@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from scaled_rope.config import RopeScaling
-from scaled_rope.errors import ConfigError, run_cli
-from scaled_rope.evaluation import Parser, format_table
+from scaled_rope.errors import ConfigError, Parser, run_cli
+from scaled_rope.evaluation import format_table
 from scaled_rope.loading import display_name
 from scaled_rope.methods import compute_rope
 from scaled_rope.results import Row, read_rows, row_key, write_atomic

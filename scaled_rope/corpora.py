@@ -7,7 +7,6 @@ writes `train/*.txt` and `heldout/*.txt`. A corpus is one row of `CORPORA`; noth
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import re
 import shutil
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from scaled_rope.errors import ConfigError, run_cli, unknown
+from scaled_rope.errors import ConfigError, Parser, run_cli, unknown
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,7 @@ def fetch(name: str, output: str | Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scaled_rope.corpora", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    parser = Parser("python -m scaled_rope.corpora", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the corpora and what they hold")
     getter = commands.add_parser("fetch", help="fetch one corpus")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import errno
 import sys
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 
 class ConfigError(ValueError):
@@ -18,6 +20,17 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ConfigError:
     near = difflib.get_close_matches(str(name), names, n=2)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     return ConfigError(f"unknown {kind} {name!r}; {hint}known: {', '.join(names)}")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser for an entry script: its description is laid out as written, and a bad flag is a `ConfigError`."""
+
+    def __init__(self, prog: str, description: str | None = None) -> None:
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=description, formatter_class=layout, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
 def run_cli(main: Callable[[], int | None]) -> int:

@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -45,17 +45,6 @@ class Evaluator(Protocol):
     ) -> Iterator[tuple[int, Row]]:
         """Do the passes of one length; give (context length, measured fields) and call `advance(tokens)` as it goes."""
         ...
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser for an evaluator: its description is laid out as written, and a bad flag is a `ConfigError`."""
-
-    def __init__(self, prog: str, description: str) -> None:
-        layout = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=prog, description=description, formatter_class=layout, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
 def command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> str:

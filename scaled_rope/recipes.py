@@ -7,7 +7,6 @@ python -m scaled_rope.recipes demo --field output_dir   # one value
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 import types
@@ -19,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from scaled_rope.errors import ConfigError, run_cli, unknown
+from scaled_rope.errors import ConfigError, Parser, run_cli, unknown
 
 CONFIGS = Path("configs")
 LR_SCHEDULES = ("linear", "constant", "cosine")
@@ -202,7 +201,7 @@ def make_recipe(fields: Mapping[str, Any], where: str) -> Recipe:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scaled_rope.recipes", allow_abbrev=False)
+    parser = Parser("python -m scaled_rope.recipes", __doc__)
     parser.add_argument("name", nargs="?")
     parser.add_argument("--list", action="store_true", help="names and descriptions")
     parser.add_argument("--field", help="print this field only, `a.b` for nested ones; lists one entry per line")
