@@ -10,29 +10,35 @@ cd "$(dirname "$0")"
 source ./environment.sh
 
 if [[ "${1:-}" == --list ]]; then
-    exec "$PYTHON" -m scaled_rope.recipes --list
+    python -m scaled_rope.recipes --list
+    exit
 fi
 
 for recipe in "${@:-demo}"; do
-    field() { "$PYTHON" -m scaled_rope.recipes "$recipe" --field "$1"; }
-    base=$(field model)
-    output=$(field output_dir)
-    scalings=()
-    for spec in $(field evaluate.scalings); do scalings+=(--scaling "$spec"); done
+    assignments=$(python -m scaled_rope.recipes "$recipe" --shell)
+    eval "$assignments" # model, output_dir, scalings, perplexity, passkey, report
+    if [[ ${#perplexity[@]} -eq 0 && ${#passkey[@]} -eq 0 ]]; then
+        echo "error: recipe '$recipe' has no \`evaluate\` section in configs/$recipe.yaml" >&2
+        exit 2
+    fi
+    trained=$output_dir/model
+    rows=$output_dir/rows.jsonl
+    under=()
+    for spec in "${scalings[@]}"; do under+=(--scaling "$spec"); done
 
-    for evaluator in perplexity passkey; do
-        flags=$(field "evaluate.$evaluator")
-        eval "flags=($flags)"
-        echo "$recipe: $evaluator of $base"
-        "$PYTHON" "eval/$evaluator.py" -m "$base" "${scalings[@]}" "${flags[@]}" --output "$output/rows.jsonl"
-        if [[ -d "$output/model" ]]; then
-            echo "$recipe: $evaluator of $output/model"
-            "$PYTHON" "eval/$evaluator.py" -m "$output/model" "${flags[@]}" --output "$output/rows.jsonl"
+    measure() { # EVALUATOR FLAGS...: the base, then the trained model where it exists
+        local evaluator=$1
+        shift
+        echo "$recipe: $evaluator of $model"
+        python "eval/$evaluator.py" -m "$model" "${under[@]}" "$@" --output "$rows"
+        if [[ -d "$trained" ]]; then
+            echo "$recipe: $evaluator of $trained"
+            python "eval/$evaluator.py" -m "$trained" "$@" --output "$rows"
         fi
-    done
+    }
+    [[ ${#perplexity[@]} -eq 0 ]] || measure perplexity "${perplexity[@]}"
+    [[ ${#passkey[@]} -eq 0 ]] || measure passkey "${passkey[@]}"
 
-    flags=$(field evaluate.report)
-    eval "flags=($flags)"
-    [[ ! -f "$output/train_log.jsonl" ]] || flags+=(--train-log "$output/train_log.jsonl")
-    "$PYTHON" eval/report.py "$output/rows.jsonl" --base "$base" --finetuned "$output/model" --output "$output" "${flags[@]}"
+    if [[ -f "$output_dir/train_log.jsonl" ]]; then report+=(--train-log "$output_dir/train_log.jsonl"); fi
+    python eval/report.py "$rows" --base "$model" --finetuned "$trained" --output "$output_dir" "${report[@]}"
 done

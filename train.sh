@@ -12,13 +12,15 @@ cd "$(dirname "$0")"
 source ./environment.sh
 
 if [[ "${1:-}" == --list ]]; then
-    exec "$PYTHON" -m scaled_rope.recipes --list
+    python -m scaled_rope.recipes --list
+    exit
 fi
 
 for recipe in "${@:-demo}"; do
-    prepare=$("$PYTHON" -m scaled_rope.recipes "$recipe" --field prepare)
-    while IFS= read -r command; do
-        [[ -z "$command" ]] || bash -euo pipefail -c "$command"
-    done <<<"$prepare"
-    ${LAUNCH:-"$PYTHON"} finetune.py "$recipe"
+    assignments=$(python -m scaled_rope.recipes "$recipe" --shell)
+    eval "$assignments" # prepare
+    for command in "${prepare[@]}"; do
+        bash -euo pipefail -c "$command"
+    done
+    ${LAUNCH:-python} finetune.py "$recipe"
 done

@@ -8,6 +8,7 @@ python -m scaled_rope.recipes demo --field output_dir   # one value
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 import types
 import typing
@@ -200,25 +201,30 @@ def make_recipe(fields: Mapping[str, Any], where: str) -> Recipe:
     return Recipe(**values)
 
 
+def shell_assignments(recipe: Recipe) -> str:
+    """Bash assignments of what train.sh and eval.sh need: strings `model`, `output_dir`; arrays `prepare`, `scalings`,
+    and the flags `perplexity`, `passkey` and `report`, split as a shell splits words.
+    """
+    arrays: dict[str, Sequence[str]] = {"prepare": recipe.prepare, "scalings": recipe.evaluate.get("scalings", ())}
+    arrays |= {name: shlex.split(recipe.evaluate.get(name, "")) for name in ("perplexity", "passkey", "report")}
+    lines = [f"{name}={shlex.quote(getattr(recipe, name) or '')}" for name in ("model", "output_dir")]
+    lines += [f"{name}=({shlex.join(entries)})" for name, entries in arrays.items()]
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("python -m scaled_rope.recipes", __doc__)
     parser.add_argument("name", nargs="?")
     parser.add_argument("--list", action="store_true", help="names and descriptions")
-    parser.add_argument("--field", help="print this field only, `a.b` for nested ones; lists one entry per line")
+    parser.add_argument("--shell", action="store_true", help="assignments for a shell script to eval")
     args = parser.parse_args(argv)
     if args.list:
         for name in available():
             print(f"{name:<24} {read_recipe(name).description}")
     elif args.name is None:
         raise ConfigError("name of a recipe is missing; --list shows them")
-    elif args.field:
-        value: Any = read_recipe(args.name).to_dict()
-        for part in args.field.split("."):
-            if not isinstance(value, Mapping) or part not in value:
-                raise unknown(f"field {args.field!r} of recipe", part, value if isinstance(value, Mapping) else [])
-            value = value[part]
-        lines = value if isinstance(value, list) else [] if value is None else [value]
-        print("\n".join(map(str, lines)))
+    elif args.shell:
+        print(shell_assignments(read_recipe(args.name)))
     else:
         print(yaml.safe_dump(read_recipe(args.name).to_dict(), sort_keys=False, allow_unicode=True), end="")
     return 0
