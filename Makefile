@@ -6,20 +6,25 @@ READY :=
 else
 PYTHON := .venv/bin/python
 READY := .venv/.ready
+# Stale too: an interpreter that is gone, or a package that points to another checkout.
+INSTALLED := $(shell .venv/bin/python -I -c 'import importlib.util as u; print(u.find_spec("scaled_rope").origin)' 2>&1)
+ifneq ($(INSTALLED),$(CURDIR)/scaled_rope/__init__.py)
+STALE := stale
+endif
 endif
 export PYTHON
 
-.PHONY: help demo test check base clean
+.PHONY: help demo test check base clean stale
 
 help:
 	@echo "make demo    extend the embedded model from 256 to 2048 tokens, evaluate it, write out/demo/report.html"
 	@echo "make test    lint, types and tests"
 	@echo "make check   lint and types only"
-	@echo "make base    retrain the embedded base model (about an hour on 2 cores)"
+	@echo "make base    retrain the embedded base model"
 	@echo "make clean   remove out/ (runs and reports); .venv and downloaded data stay"
 	@echo "PYTHON=python uses the activated environment instead of .venv"
 
-.venv/.ready: setup.py constraints.txt
+.venv/.ready: setup.py constraints.txt $(STALE)
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: python3 is $$(python3 -V 2>&1); Python 3.11 or newer is needed"; exit 2; }
 	@test -x .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1 || python3 -m venv --clear .venv

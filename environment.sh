@@ -5,6 +5,8 @@ if [[ -z "${PYTHON:-}" ]]; then
 fi
 found=$(command -v "$PYTHON") || { echo "error: PYTHON=$PYTHON is no program; run make demo, or set PYTHON" >&2; exit 2; }
 if [[ "$found" == /* ]]; then PYTHON=$found; else PYTHON=$PWD/$found; fi
+"$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("transformers") is None)' ||
+    { echo "error: $PYTHON has no transformers; run make demo first, or pip install -e '.[train]' there" >&2; exit 2; }
 python() { "$PYTHON" "$@"; }
 export -f python
 export PYTHON PATH="$(dirname "$PYTHON"):$PATH" TOKENIZERS_PARALLELISM=true

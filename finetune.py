@@ -78,8 +78,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def overrides(args: argparse.Namespace, ranks: int) -> dict[str, Any]:
-    """Recipe fields that the command line sets."""
+def rescale(spec: str, method: str | None, factor: float | None) -> str:
+    """A scaling spec with another method (which drops the fields of the old one) or another factor."""
+    head, comma, fields = spec.partition(",")
+    old_method, _, old_factor = head.partition(":")
+    new_factor = old_factor if factor is None else f"{factor:g}"
+    if method not in (None, old_method):
+        old_method, comma, fields = method, "", ""
+    return f"{old_method}:{new_factor}{comma}{fields}" if new_factor else f"{old_method}{comma}{fields}"
+
+
+def overrides(args: argparse.Namespace, base: Recipe, ranks: int) -> dict[str, Any]:
+    """Fields of the recipe `base` that the command line sets."""
     fields = {
         name: getattr(args, name)
         for name in (
@@ -93,12 +103,13 @@ def overrides(args: argparse.Namespace, ranks: int) -> dict[str, Any]:
     if args.scaling_type is not None or args.scaling_factor is not None:
         if args.scaling is not None:
             raise ConfigError("--scaling and --scaling-type/--scaling-factor exclude each other")
-        kind = args.scaling_type or "yarn"
-        fields["scaling"] = kind if args.scaling_factor is None else f"{kind}:{args.scaling_factor:g}"
+        fields["scaling"] = rescale(
+            base.scaling or RELEASED_DEFAULTS["scaling"], args.scaling_type, args.scaling_factor
+        )
     if args.gradient_accumulate_every is not None:
         if args.global_batch_size is not None:
             raise ConfigError("--gradient-accumulate-every and --global-batch-size exclude each other")
-        fields["global_batch_size"] = args.gradient_accumulate_every * (args.batch_size or 1) * ranks
+        fields["global_batch_size"] = args.gradient_accumulate_every * (args.batch_size or base.batch_size) * ranks
     if (schedule := args.sliding_window_attention_schedule) is not None:
         try:
             fields["sliding_window_attention_schedule"] = [int(entry) for entry in schedule.split(",")]
@@ -111,13 +122,33 @@ def overrides(args: argparse.Namespace, ranks: int) -> dict[str, Any]:
 
 def resolve(args: argparse.Namespace, ranks: int) -> Recipe:
     """The recipe to run: a named one or the released defaults, with the command line's changes."""
-    fields = overrides(args, ranks)
     if args.recipe is not None:
-        return read_recipe(args.recipe, fields)
-    if "output_dir" not in fields:
+        base = read_recipe(args.recipe)
+    elif args.output_dir is None:
         raise ConfigError("--output-dir is missing: name a recipe or a folder to write to")
-    default = {"global_batch_size": RELEASED_ACCUMULATION * (args.batch_size or 1) * ranks}
-    return make_recipe(RELEASED_DEFAULTS | default | fields, "command line")
+    else:
+        batch = RELEASED_ACCUMULATION * (args.batch_size or 1) * ranks
+        base = make_recipe(RELEASED_DEFAULTS | {"output_dir": args.output_dir, "global_batch_size": batch}, "defaults")
+    return make_recipe(base.to_dict() | overrides(args, base, ranks), "command line")
+
+
+def save_scaled(recipe: Recipe) -> None:
+    """Apply the recipe's scaling to its model and save that without training.
+
+    Raises:
+        ConfigError: several processes, or a run or a model is in the output folder already.
+    """
+    from scaled_rope.training import build_model, save_model
+
+    folder = Path(recipe.output_dir)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--save-only needs no training processes; run it without a launcher")
+    if (folder / "model").exists() or (folder / "recipe.yaml").exists():
+        raise ConfigError(f"output_dir {folder} holds a run or a model already; choose another --output-dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    model, _ = build_model(recipe)
+    save_model(model, model.state_dict(), recipe, folder / "model")
+    print(f"{folder / 'model'}: saved without training")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,23 +158,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.print:
         print(yaml.safe_dump(recipe.to_dict(), sort_keys=False), end="")
         return 0
-    from scaled_rope.training import Trainer, build_model, save_model
-
     if args.deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
         raise ConfigError("--deepspeed needs a launcher: accelerate launch --config_file configs/accelerate/zero3.yaml")
+    if args.log_loss is not None and not args.log_loss.parent.is_dir():
+        raise ConfigError(f"--log-loss {args.log_loss} is not allowed; folder {args.log_loss.parent} does not exist")
     if args.architecture is not None and recipe.model is not None:
-        from transformers import AutoConfig
+        from scaled_rope.loading import load_config
 
-        found = AutoConfig.from_pretrained(recipe.model).model_type
+        found = load_config(recipe.model).model_type
         if found != args.architecture:
             raise ConfigError(f"--architecture {args.architecture!r}: {recipe.model} is {found!r}")
     if args.save_only:
-        model, _ = build_model(recipe)
-        output = Path(recipe.output_dir) / "model"
-        output.parent.mkdir(parents=True, exist_ok=True)
-        save_model(model, model.state_dict(), recipe, output)
-        print(f"{output}: saved without training")
+        save_scaled(recipe)
         return 0
+    from scaled_rope.training import Trainer
+
     losses = Trainer(recipe, args.resume_from_checkpoint, args.wandb).run()
     if args.log_loss is not None and int(os.environ.get("RANK", "0")) == 0:
         args.log_loss.write_text(",".join(map(str, losses)))

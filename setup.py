@@ -29,6 +29,6 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["scaled_rope", "scaled_rope.*"]),
     package_data={"scaled_rope": ["py.typed"]},
-    install_requires=["torch>=2.9", "transformers>=5.17", "numpy", "pyyaml", "safetensors", "tqdm"],
+    install_requires=["torch>=2.9", "transformers>=5.17", "numpy", "pyyaml", "tqdm"],
     extras_require=EXTRAS,
 )

@@ -7,12 +7,15 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -76,9 +79,18 @@ def push_to_hub(output: Path, name: str) -> None:
         import datasets
     except ImportError:
         raise ConfigError("--push-to-hub needs datasets: pip install 'scaled-rope[train]'") from None
-    packed = open_packed(output)
-    rows = ({"input_ids": packed.row(index)[0].tolist()} for index in range(len(packed)))
-    datasets.Dataset.from_generator(lambda: rows).push_to_hub(name)
+    datasets.Dataset.from_generator(_records, gen_kwargs={"path": str(output)}).push_to_hub(name)
+
+
+def _records(path: str) -> Iterator[dict[str, list[int]]]:
+    packed = open_packed(path)
+    for index in range(len(packed)):
+        yield {"input_ids": packed.row(index)[0].tolist()}
+
+
+def vocabulary_hash(tokenizer: Any) -> str:
+    """Short hash of all tokens and their ids, so that another tokenizer under the same path is noticed."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -114,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = load_tokenizer(args.tokenizer)
     sources = [Source.parse(text) for text in args.dataset]
     recipe = {
-        "tokenizer": args.tokenizer, "sources": [[s.path, s.fraction] for s in sources], "feature": args.feature,
+        "tokenizer": args.tokenizer, "tokenizer_hash": vocabulary_hash(tokenizer),
+        "sources": [[s.path, s.fraction] for s in sources], "feature": args.feature,
         "split": args.split, "seed": args.seed, "bookend": args.bookend,
         "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id,
     }  # fmt: skip

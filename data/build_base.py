@@ -3,8 +3,8 @@
     python data/build_base.py --books data/cache/books --output data/cache/base
 
 `language`: book text, a quarter of the rows opened by a synthetic passkey document, a quarter of those hidden in book
-text instead of the usual filler sentences. `retrieval`: half of the rows opened by one, half of those in book text, and
-answers weighted 8 times. Every row is BOS + 255 tokens; after a passkey document it goes on with book text.
+text instead of the usual filler sentences. `retrieval`: four fifths of the rows opened by one or two, half of those in
+book text, and every repetition of a key weighted 8 times. A row has 256 tokens, opens with BOS and ends with book text.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import random
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,28 @@ from tqdm import trange
 
 from scaled_rope.data import PackedWriter, open_packed, read_documents
 from scaled_rope.errors import Parser, run_cli
-from scaled_rope.passkey import build_prompt, draw_key
+from scaled_rope.passkey import PasskeyPrompt, build_prompt, draw_key
 
 BOS, EOS = "<s>", "</s>"
 LENGTH = 256  # tokens per row: the context that the base is trained on
 VOCABULARY = 4096
-PASSKEY_LENGTHS = (112, 160, 208, 256)
-#: set -> rows, share of rows that open with a passkey document, share of those hidden in book text, weight of answers
-SETS = {"language": (48_000, 0.25, 0.25, 1), "retrieval": (24_000, 0.5, 0.5, 8)}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a set is made of."""
+
+    rows: int
+    passkey_share: float  # of rows that open with passkey documents
+    lengths: tuple[tuple[int, ...], ...]  # of the documents that such a row opens with; one entry is drawn
+    book_filler_share: float  # of passkey documents that hide the key in book text
+    key_weight: int  # of every repetition of a key as a target
+
+
+SETS = {
+    "language": Mixture(48_000, 0.25, ((112,), (160,), (208,), (256,)), 0.25, 1),
+    "retrieval": Mixture(24_000, 0.8, ((256,), (192,), (128, 128), (112, 144)), 0.5, 8),
+}
 
 
 def train_tokenizer(books: Sequence[str], output: Path) -> Path:
@@ -55,9 +70,19 @@ def train_tokenizer(books: Sequence[str], output: Path) -> Path:
     return output
 
 
+def repeated_key_weights(prompt: PasskeyPrompt, weight: int) -> list[int]:
+    """Weights of a prompt and its answer: `weight` wherever the key stands again, where it can be known, else 1."""
+    tokens, key = prompt.input_ids + prompt.answer_ids, prompt.answer_ids
+    places = [start for start in range(len(tokens)) if tokens[start : start + len(key)] == key]
+    weights = [1] * len(tokens)
+    for start in places[1:]:
+        weights[start : start + len(key)] = [weight] * len(key)
+    return weights
+
+
 def build_set(name: str, tokenizer: Any, stream: list[int], output: Path, seed: int) -> Path:
     """Write one of `SETS` from the books' token stream."""
-    rows, passkey_share, book_filler_share, weight = SETS[name]
+    mixture = SETS[name]
     rng = random.Random(f"{seed}/{name}")
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
@@ -66,18 +91,19 @@ def build_set(name: str, tokenizer: Any, stream: list[int], output: Path, seed: 
         return stream[start : start + tokens]
 
     with PackedWriter(output / name, LENGTH, len(tokenizer), weighted=True) as writer:
-        for _ in trange(rows, desc=name, unit="row", mininterval=1.0):
-            row, weights = [bos], [1]
-            if rng.random() < passkey_share:
-                length = rng.choice(PASSKEY_LENGTHS)
-                filler = book(LENGTH) if rng.random() < book_filler_share else None
+        for _ in trange(mixture.rows, desc=name, unit="row", mininterval=1.0):
+            row: list[int] = []
+            weights: list[int] = []
+            for length in rng.choice(mixture.lengths) if rng.random() < mixture.passkey_share else ():
+                filler = book(LENGTH) if rng.random() < mixture.book_filler_share else None
                 prompt = build_prompt(tokenizer, length, rng.random(), draw_key(rng), filler)
-                row = prompt.input_ids + prompt.answer_ids + [eos, bos]
-                weights = [1] * len(prompt.input_ids) + [weight] * len(prompt.answer_ids) + [1, 1]
-            missing = LENGTH - len(row)
-            row, weights = (row + book(max(missing, 0)))[:LENGTH], (weights + [1] * max(missing, 0))[:LENGTH]
-            writer.append(row, weights)
-        return writer.close({"tokenizer": "tokenizer", "seed": seed, "recipe": list(SETS[name])})
+                row += prompt.input_ids + prompt.answer_ids
+                weights += repeated_key_weights(prompt, mixture.key_weight)
+            ends = [eos, bos] if row else [bos]
+            missing = max(LENGTH - len(row) - len(ends), 0)
+            row = (row + ends + book(missing))[:LENGTH]
+            writer.append(row, (weights + [1] * LENGTH)[:LENGTH])
+        return writer.close({"tokenizer": "tokenizer", "seed": seed, "mixture": asdict(mixture)})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             open_packed(args.output / name)
         else:
             build_set(name, tokenizer, stream, args.output, args.seed)
-    print(json.dumps({"books_tokens": len(stream), "sets": {k: v[0] for k, v in SETS.items()}}))
+    print(json.dumps({"books_tokens": len(stream), "sets": {name: mixture.rows for name, mixture in SETS.items()}}))
     return 0
 
 

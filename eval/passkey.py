@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = model_jobs(args)
     rows = run(evaluator, jobs, args, command_line(parser, argv), seed=args.seed)
     title = "passkeys found, by context length (tokens)"
-    print_summary(title, jobs, rows, lambda row: f"{row['right']}/{row['n']}")
+    print_summary(title, rows, lambda row: f"{row['right']}/{row['n']}")
     print(f"\nrows: {args.output}")
     return 0
 

@@ -33,6 +33,7 @@ from scaled_rope.evaluation import (
     batch_size,
     command_line,
     context_lengths,
+    format_perplexity,
     print_summary,
     run,
 )
@@ -118,9 +119,10 @@ def cut_windows(
     used = read = 0
     for tokens in source:
         read += 1
-        # A packed row may bring its own BOS.
-        head = [] if bos is None or (len(tokens) and tokens[0] == bos) else [bos]
+        head = [] if bos is None else [bos]
         body = length - len(head)
+        if len(tokens) and tokens[0] == bos:  # a packed row brings its own BOS; every window gets one
+            tokens = tokens[1:]
         if len(tokens) < max(min_tokens, body):
             continue
         used += 1
@@ -229,16 +231,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluator = Perplexity(args)
     jobs = model_jobs(args)
     rows = run(evaluator, jobs, args, command_line(parser, argv))
-    print_summary("perplexity of the first tokens", jobs, rows, lambda row: show(row["perplexity"]))
+    print_summary("perplexity of the first tokens", rows, lambda row: format_perplexity(row["perplexity"]))
     title = "perplexity of the position bucket that ends at"
-    print_summary(title, jobs, rows, lambda row: show(row["perplexity_bucket"]))
+    print_summary(title, rows, lambda row: format_perplexity(row["perplexity_bucket"]))
     print(f"\nrows: {args.output}")
     return 0
-
-
-def show(value: float | None) -> str:
-    """A perplexity in a table."""
-    return "overflow" if value is None else f"{value:.2f}" if value < 1000 else f"{value:.3g}"
 
 
 if __name__ == "__main__":

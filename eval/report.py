@@ -20,7 +20,7 @@ from typing import Any
 
 from scaled_rope.config import RopeScaling
 from scaled_rope.errors import ConfigError, Parser, run_cli
-from scaled_rope.evaluation import format_table
+from scaled_rope.evaluation import format_perplexity, format_table
 from scaled_rope.loading import display_name
 from scaled_rope.methods import compute_rope
 from scaled_rope.results import Row, read_rows, row_key, write_atomic
@@ -54,23 +54,48 @@ class Series:
         return self.metrics.get(metric, {})
 
 
-def load_series(paths: Sequence[str]) -> list[Series]:
-    """All series in the row files, in order of appearance.
+def current_rows(rows: Sequence[Row]) -> list[Row]:
+    """The rows that describe the present: of each model and metric, those that agree with the last one appended.
+
+    A file that is appended to keeps what was measured before weights, dtype, text or protocol changed; such rows must
+    not share a line with new ones.
+    """
+
+    def state(row: Row) -> tuple[str, ...]:
+        protocol = {name: value for name, value in row["protocol"].items() if name != "bucket_start"}
+        text = row["data"]["fingerprint"] if row["metric"] == "perplexity" else ""
+        return row["model_fingerprint"], row["dtype"], text, str(sorted(protocol.items()))
+
+    latest = {(row["model"], row["metric"]): state(row) for row in rows}
+    return [row for row in rows if state(row) == latest[row["model"], row["metric"]]]
+
+
+def load_series(paths: Sequence[str], finetuned: str | None = None) -> list[Series]:
+    """All series in the row files, in order of appearance; the model `finetuned` is named so.
 
     Raises:
         ConfigError: no rows, or perplexities over different texts, which cannot share a table.
     """
-    rows = {row_key(row): row for path in paths for row in read_rows(path)}.values()
-    if not rows:
+    found = list({row_key(row): row for path in paths for row in read_rows(path)}.values())
+    if not found:
         raise ConfigError(f"no rows in {', '.join(paths)}")
+    try:
+        rows = current_rows(found)
+    except KeyError as error:
+        raise ConfigError(
+            f"a row has no field {error}; rows come from eval/perplexity.py and eval/passkey.py"
+        ) from error
+    if len(rows) < len(found):
+        print(f"note: {len(found) - len(rows)} rows of older weights, texts or protocols are left out", file=sys.stderr)
     series: dict[tuple[str, str], Series] = {}
     try:
         texts = {row["data"]["fingerprint"] for row in rows if row["metric"] == "perplexity"}
         for row in rows:
             scaling = RopeScaling.from_dict(row["scaling"])
-            new = Series(row["model"], row["label"], scaling, row["carried"], row["head_dim"])
-            found = series.setdefault((row["model"], row["label"]), new)
-            found.metrics.setdefault(row["metric"], {})[row["length"]] = row
+            label = row["label"].replace("(checkpoint)", "(fine-tuned)") if row["model"] == finetuned else row["label"]
+            new = Series(row["model"], label, scaling, row["carried"], row["head_dim"])
+            one = series.setdefault((row["model"], label), new)
+            one.metrics.setdefault(row["metric"], {})[row["length"]] = row
     except KeyError as error:
         raise ConfigError(
             f"a row has no field {error}; rows come from eval/perplexity.py and eval/passkey.py"
@@ -186,11 +211,6 @@ class Table:
         return f"{self.title}\n{format_table(self.header, lines)}"
 
 
-def number(value: float | None) -> str:
-    """A perplexity in three or more significant digits."""
-    return "overflow" if value is None else f"{value:.2f}" if value < 1000 else f"{value:.0f}"
-
-
 def tables(series: Sequence[Series]) -> list[Table]:
     """Every table for which there are rows."""
 
@@ -210,14 +230,14 @@ def tables(series: Sequence[Series]) -> list[Table]:
         "Perplexity by position bucket",
         "Tokens between two positions. Buckets differ in text: compare down the columns.",
         lambda row: f"{row['bucket'][0]}-{row['bucket'][1]}",
-        lambda row: number(row["perplexity_bucket"]),
+        lambda row: format_perplexity(row["perplexity_bucket"]),
     )
     table(
         "perplexity",
         "Perplexity by context length",
         "All tokens of the first L.",
         lambda row: str(row["length"]),
-        lambda row: number(row["perplexity"]),
+        lambda row: format_perplexity(row["perplexity"]),
     )
     table(
         "passkey",
@@ -380,7 +400,7 @@ def draw_wavelengths(series: Sequence[Series], trained: int | None, extended: in
             curves.setdefault(tuple((2 * math.pi / inv_freq.double()).tolist()), []).append(one)
         axes = figure.subplots()
         for wavelengths, members in curves.items():
-            names = list(dict.fromkeys(one.label.removesuffix(" (fine-tuned)") for one in members))
+            names = list(dict.fromkeys(one.scaling.label for one in members))
             names = [f"{name} at {extended}" if name.startswith("dynamic") else name for name in names]
             axes.plot(wavelengths, color=members[0].color, linewidth=1.8, label=", ".join(names))
         axes.set(yscale="log", xlabel="pair of dimensions", ylabel="wavelength (tokens)")
@@ -551,7 +571,7 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    series = load_series(args.rows)
+    series = load_series(args.rows, args.finetuned)
     losses = read_losses(args.train_log) if args.train_log else []
     verdict = demo_verdict(series, args.base, args.finetuned) if args.verdict else None
     folder = Path(args.output)

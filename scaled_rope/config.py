@@ -359,6 +359,13 @@ class RopeScaling:
         if "factor" in known:
             values["factor"] = _read_factor(values, model.get("max_position_embeddings"))
         if rope_type == "yarn":
+            told = {"beta_fast", "beta_slow", "attention_factor", "mscale"} & set(params)
+            if model.get("model_type") == "mistral" and not told:
+                warnings.warn(
+                    "a Mistral config without beta_fast, beta_slow and attention_factor is read with Llama's constants;"
+                    " the released Yarn-Mistral models need yarn:FACTOR,beta_fast=128,beta_slow=2,mscale=0.7",
+                    stacklevel=2,
+                )
             _read_attention_factor(values)
         return cls(**values)
 
@@ -409,7 +416,7 @@ def _split_config(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         if "model_type" not in model and ("rope_type" in model or "type" in model):
             return {}, model  # a RoPE dictionary by itself
     elif hasattr(config, "model_type"):
-        names = (*_MODEL_FIELDS, "max_position_embeddings", "rope_parameters", "rope_scaling")
+        names = (*_MODEL_FIELDS, "max_position_embeddings", "rope_parameters", "rope_scaling", "model_type")
         model = {name: getattr(config, name, None) for name in names}
     else:
         raise ConfigError(f"config of type {type(config).__name__}: must be a model's config or a dictionary")

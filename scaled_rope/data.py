@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, unknown
 
 IntArray = npt.NDArray[np.int64]
 
@@ -39,27 +39,30 @@ def _text_of(record: Any, feature: str, where: str) -> str:
 
 
 def _read_json_lines(path: Path, feature: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"dataset {path} line {number} is not JSON: {error.msg}") from None
+            except ValueError as error:  # not JSON, or not UTF-8
+                raise ConfigError(f"dataset {path} line {number} is not JSON: {error}") from None
             yield _text_of(record, feature, f"{path} line {number}")
 
 
 def _read_parquet(path: Path, feature: str) -> Iterator[str]:
     try:
-        import pyarrow.parquet as parquet
+        import pyarrow
+        from pyarrow import parquet
     except ImportError:
         raise ConfigError(f"reading {path} needs pyarrow: pip install 'scaled-rope[train]'") from None
-    file = parquet.ParquetFile(path)
-    if feature not in file.schema_arrow.names:
-        raise ConfigError(f"feature {feature!r} is not in {path}; it has: {', '.join(file.schema_arrow.names)}")
-    for batch in file.iter_batches(batch_size=64, columns=[feature]):
-        yield from batch.column(0).to_pylist()
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            for batch in file.iter_batches(batch_size=64, columns=[feature] if feature in columns else columns):
+                yield from (_text_of(record, feature, str(path)) for record in batch.to_pylist())
+    except pyarrow.ArrowException as error:
+        raise ConfigError(f"dataset {path} is not a whole Parquet file: {str(error).splitlines()[0]}") from None
 
 
 def _read_hub(name: str, feature: str, split: str) -> Iterator[str]:
@@ -243,9 +246,13 @@ class PackedDataset:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.meta: dict[str, Any] = json.loads((self.path / "meta.json").read_text())
-        shape = (int(self.meta["rows"]), int(self.meta["sequence_length"]))
-        self.tokens = self._map("tokens.bin", np.dtype(self.meta["dtype"]), shape)
+        try:
+            self.meta: dict[str, Any] = json.loads((self.path / "meta.json").read_text())
+            shape = (int(self.meta["rows"]), int(self.meta["sequence_length"]))
+            dtype = np.dtype(self.meta["dtype"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"dataset {self.path} is no packed set: meta.json without a usable {error}") from None
+        self.tokens = self._map("tokens.bin", dtype, shape)
         weights = self.path / "loss_weight.bin"
         self.loss_weight = self._map(weights.name, np.dtype(np.uint8), shape) if weights.exists() else None
         self.weighted = self.loss_weight is not None
@@ -278,6 +285,8 @@ class ColumnDataset:
     def __init__(self, table: Any, name: str) -> None:
         if "input_ids" not in table.column_names:
             raise ConfigError(f"dataset {name!r} has no column 'input_ids'; it has: {', '.join(table.column_names)}")
+        if not len(table):
+            raise ConfigError(f"dataset {name!r} is empty")
         self._table = table
         self.weighted = bool({"attention_mask", "labels"} & set(table.column_names))
 
@@ -327,7 +336,11 @@ def open_rows(name: str, split: str = "train") -> TokenRows:
             raise ConfigError(
                 f"dataset {name!r} is no local path and the hub gave: {str(error).splitlines()[0]}"
             ) from None
-    return ColumnDataset(table[split] if hasattr(table, "keys") else table, name)
+    if hasattr(table, "keys"):  # a DatasetDict
+        if split not in table:
+            raise unknown(f"split of dataset {name!r}:", split, table)
+        table = table[split]
+    return ColumnDataset(table, name)
 
 
 # -------------------------------------------------------------------------------------------------------- packing

@@ -44,7 +44,10 @@ def run_cli(main: Callable[[], int | None]) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             print(f"error: no space left to write {error.filename or 'output'}", file=sys.stderr)
             return 2
-        raise
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130

@@ -101,8 +101,8 @@ def batch_size(args: argparse.Namespace, length: int) -> int:
 
 def run(
     evaluator: Evaluator, jobs: Sequence[ModelJob], args: argparse.Namespace, command: str, seed: int | None = None
-) -> list[Row]:
-    """Measure every cell that `args.output` does not hold yet; give the rows of all cells, in order.
+) -> dict[ModelJob, dict[int, Row]]:
+    """Measure every cell that `args.output` does not hold yet; give the rows of all cells by job and length.
 
     Rows are appended as they are measured. The CSV file, if any, is rewritten after every job, so it is there, with
     empty places, before the last one ends.
@@ -112,13 +112,14 @@ def run(
     identities = {
         job: {length: {**job.fields(), **cell, "length": length} for length, cell in cells[job].items()} for job in jobs
     }
-    plan = {
-        job: evaluator.passes(job, [length for length, row in identities[job].items() if row_key(row) not in finished])
-        for job in jobs
-    }
+    plan = {}
+    for job in jobs:
+        missing = {length: key for length, row in identities[job].items() if (key := row_key(row)) not in finished}
+        finished |= set(missing.values())  # two jobs may name the same scaling
+        plan[job] = evaluator.passes(job, list(missing))
     total = sum(evaluator.tokens(job, length) for job in jobs for length in plan[job])
     load = ModelLoader(args)
-    given = {name: value for name, value in vars(args).items() if value not in (None, False)}
+    given = {name: value for name, value in vars(args).items() if value is not None and value is not False}
     record = {"command": command, **provenance(load.device, seed, given)}
     with tqdm(
         total=total,
@@ -137,7 +138,7 @@ def run(
     rows = _collect(args.output, identities)
     if args.output_file:
         _write_csv(args.output_file, evaluator.value, jobs, rows)
-    return [row for job in jobs for row in rows[job].values()]
+    return rows
 
 
 def _collect(path: str, identities: Mapping[ModelJob, Mapping[int, Row]]) -> dict[ModelJob, dict[int, Row]]:
@@ -171,12 +172,16 @@ def format_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def print_summary(title: str, jobs: Sequence[ModelJob], rows: Sequence[Row], show: Callable[[Row], str]) -> None:
+def format_perplexity(value: float | None) -> str:
+    """A perplexity in a table."""
+    return "overflow" if value is None else f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+
+
+def print_summary(title: str, rows: Mapping[ModelJob, Mapping[int, Row]], show: Callable[[Row], str]) -> None:
     """The final table in the terminal: a line per job, a column per context length."""
-    lengths = sorted({row["length"] for row in rows})
-    by_place = {(row["model"], row["label"], row["length"]): row for row in rows}
-    lines = []
-    for job in jobs:
-        cells = [by_place.get((job.model, job.label, length)) for length in lengths]
-        lines.append([job.name, *("" if row is None else show(row) for row in cells)])
+    lengths = sorted({length for cells in rows.values() for length in cells})
+    lines = [
+        [job.name, *(show(cells[length]) if length in cells else "" for length in lengths)]
+        for job, cells in rows.items()
+    ]
     print(f"\n{title}\n{format_table(['', *map(str, lengths)], lines)}")

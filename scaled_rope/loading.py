@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from scaled_rope.config import CUSTOM_ROPE_TYPE, RopeScaling
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.methods import METHODS
-from scaled_rope.patch import patch_model, patched_scaling, unpatch_model
+from scaled_rope.patch import head_dim_of, patch_model, patched_scaling, unpatch_model
 
 DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-llama-256"
 """The checkpoint that this project trained itself and carries along."""
@@ -70,7 +70,12 @@ def resolve_dtype(name: str, device: torch.device) -> str:
     return name
 
 
-def _attention(name: str, device: torch.device, dtype: str) -> str:
+def resolve_attention(name: str, device: torch.device, dtype: str) -> str:
+    """The attention implementation called `name`; "auto" is FlashAttention 2 where it can run, else PyTorch's own.
+
+    Raises:
+        ConfigError: unknown name, or FlashAttention where it cannot run.
+    """
     if name not in ATTENTIONS:
         raise unknown("attention", name, ATTENTIONS)
     usable = device.type == "cuda" and dtype != "float32" and importlib.util.find_spec("flash_attn") is not None
@@ -156,11 +161,6 @@ def load_tokenizer(name: str) -> Any:
 def base_scaling(config: Any) -> RopeScaling:
     """The scaling that a checkpoint carries in its configuration."""
     return RopeScaling.from_config(config)
-
-
-def _head_dim(config: Any) -> int:
-    config = config.get_text_config()
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def resolve_scaling(spec: str, own: RopeScaling) -> RopeScaling:
@@ -261,11 +261,11 @@ def load_model(
     """
     device = resolve_device(None if device is None else str(device))
     dtype = resolve_dtype(dtype, device)
-    options: dict[str, Any] = {"attn_implementation": _attention(attn_implementation, device, dtype)}
+    options: dict[str, Any] = {"attn_implementation": resolve_attention(attn_implementation, device, dtype)}
     config = load_config(name, trust_remote_code)
     own = base_scaling(config)
     wanted = scaling if isinstance(scaling, RopeScaling) else resolve_scaling(scaling or "checkpoint", own)
-    if (config.rope_parameters or {}).get("rope_type") == CUSTOM_ROPE_TYPE:
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == CUSTOM_ROPE_TYPE:
         # transformers refuses to build what it does not know: build it unscaled, `apply_scaling` does the rest.
         config.rope_parameters = RopeScaling.from_spec("default", own).to_config()
     if sliding_window is not None:
@@ -376,9 +376,9 @@ class ModelJob:
 
     @property
     def label(self) -> str:
-        """The scaling in a few words: "unscaled", "yarn x8", "yarn x8 (fine-tuned)"."""
-        tuned = self.spec.partition(":")[0] == "checkpoint" and self.scaling.method != "default"
-        return f"{self.scaling.label} (fine-tuned)" if tuned else self.scaling.label
+        """The scaling in a few words: "unscaled", "yarn x8", "yarn x8 (checkpoint)" for a model's own."""
+        own = self.spec.partition(":")[0] == "checkpoint" and self.scaling.method != "default"
+        return f"{self.scaling.label} (checkpoint)" if own else self.scaling.label
 
     @property
     def name(self) -> str:
@@ -420,15 +420,17 @@ def _sample_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _files_hash(folder: str | Path) -> list[tuple[str, str]]:
-    names = [path for pattern in ("*.safetensors", "*.json") for path in Path(folder).glob(pattern)]
-    return [(path.name, _sample_hash(path)) for path in sorted(names)]
+def weights_hash(folder: str | Path) -> str:
+    """A short hash of the weights, packed tokens and JSON files in a local folder."""
+    paths = sorted(path for pattern in ("*.safetensors", "*.bin", "*.json") for path in Path(folder).glob(pattern))
+    files = [(path.name, _sample_hash(path)) for path in paths]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
 
 
 def _fingerprint(args: argparse.Namespace, name: str, config: Any) -> str:
     # The hub's commit says what a hub name meant at this moment.
-    weights = _files_hash(name) if Path(name).is_dir() else [name, getattr(config, "_commit_hash", None)]
-    adapter = _files_hash(args.adapter) if args.adapter else None
+    weights = weights_hash(name) if Path(name).is_dir() else [name, getattr(config, "_commit_hash", None)]
+    adapter = weights_hash(args.adapter) if args.adapter else None
     options = [args.sliding_window_attention, args.load_in_8bit, args.load_in_4bit]
     return hashlib.sha256(json.dumps([weights, adapter, options]).encode()).hexdigest()[:16]
 
@@ -459,7 +461,7 @@ def model_jobs(args: argparse.Namespace) -> list[ModelJob]:
         print(f"note: {flag} has no effect: {_NO_EFFECT[flag]}", file=sys.stderr)
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
-    _attention(args.attention, device, dtype)
+    resolve_attention(args.attention, device, dtype)
     if args.adapter and not (Path(args.adapter) / "adapter_config.json").is_file():
         raise ConfigError(f"adapter {args.adapter!r} holds no adapter_config.json")
     jobs = []
@@ -468,7 +470,7 @@ def model_jobs(args: argparse.Namespace) -> list[ModelJob]:
         own = base = base_scaling(config)
         if args.original_max_position_embeddings is not None:
             base = replace(own, original_max_position_embeddings=args.original_max_position_embeddings)
-        fingerprint, head_dim = _fingerprint(args, name, config), _head_dim(config)
+        fingerprint, head_dim = _fingerprint(args, name, config), head_dim_of(config.get_text_config())
         for spec in _specs(args):
             scaling = resolve_scaling(spec, base)
             jobs.append(ModelJob(name, spec, scaling, scaling == own, head_dim, dtype, fingerprint))

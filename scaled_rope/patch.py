@@ -95,7 +95,7 @@ def patch_model(model: nn.Module, scaling: RopeScaling | str) -> PatchReport:
     if scaling.partial_rotary_factor != 1.0 and not adapter.partial_rotary:
         share = f"{scaling.partial_rotary_factor:g}"
         raise ConfigError(f"partial_rotary_factor={share}: must be 1, {config.model_type} models rotate whole heads")
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    head_dim = head_dim_of(config)
     replaced = getattr(base, adapter.rotary)
     rope_parameters = scaling.to_config(head_dim=head_dim)
     names = tuple(name for name, module in model.named_modules() if module is replaced)
@@ -141,6 +141,11 @@ def patched_scaling(model: nn.Module) -> RopeScaling | None:
     """The scaling that `patch_model` gave to `model`, or None when it is not patched."""
     state: _State | None = getattr(_base_model(model), _STATE, None)
     return state.scaling if state else None
+
+
+def head_dim_of(config: Any) -> int:
+    """Dimensions per attention head, from a transformers config."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _base_model(model: nn.Module) -> PreTrainedModel:

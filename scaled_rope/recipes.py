@@ -21,7 +21,7 @@ import yaml
 
 from scaled_rope.errors import ConfigError, Parser, run_cli, unknown
 
-CONFIGS = Path("configs")
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LR_SCHEDULES = ("linear", "constant", "cosine")
 PRECISIONS = ("bf16", "fp32")
 EVALUATE_FIELDS = ("scalings", "perplexity", "passkey", "report")
@@ -100,6 +100,7 @@ class Recipe:
         require(0 <= self.warmup_steps <= self.max_train_steps, "warmup_steps", "0 to max_train_steps")
         require(self.learning_rate > 0, "learning_rate", "above 0")
         require(self.grad_norm is None or self.grad_norm > 0, "grad_norm", "above 0")
+        require(self.seed >= 0, "seed", "0 or more")
         require(self.weight_decay >= 0, "weight_decay", "0 or more")
         require(len(self.adam_betas) == 2 and all(0 <= b < 1 for b in self.adam_betas), "adam_betas", "two in [0, 1)")
         require(self.lr_schedule in LR_SCHEDULES, "lr_schedule", f"one of: {', '.join(LR_SCHEDULES)}")

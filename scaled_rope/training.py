@@ -26,15 +26,16 @@ import yaml
 from torch import nn
 
 from scaled_rope.config import RopeScaling
-from scaled_rope.data import TokenRows, open_rows, step_rows
+from scaled_rope.data import IntArray, TokenRows, open_rows, step_rows
 from scaled_rope.errors import ConfigError
-from scaled_rope.loading import base_scaling, load_model, load_tokenizer
+from scaled_rope.loading import base_scaling, load_model, load_tokenizer, resolve_attention, weights_hash
 from scaled_rope.loss import IGNORE, token_nll
 from scaled_rope.patch import PatchReport, patch_model
 from scaled_rope.recipes import Recipe
 from scaled_rope.results import provenance, write_atomic
 
 KEPT_STATES = 2
+LoadedRow = tuple[IntArray, IntArray]  # tokens [T] and their loss weights [T]
 #: recipe fields that may differ between a run and its resumption without changing what is computed
 _FREE_FIELDS = {"name", "description", "output_dir", "prepare", "evaluate", "batch_size", "checkpointing_steps"}
 
@@ -71,12 +72,11 @@ def accumulation(recipe: Recipe, ranks: int) -> int:
     return recipe.global_batch_size // per_pass
 
 
-def collate(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
+def collate(rows: Sequence[LoadedRow], length: int) -> dict[str, torch.Tensor]:
     """Rows of tokens and weights -> `input_ids`, `targets` (next token or -100) and `weights` (of the target), [B, T].
 
-    Shorter rows are padded on the right, where a causal model cannot see them from any position that counts.
+    All are padded on the right to T = `length`, where a causal model cannot see it from any position that counts.
     """
-    length = max(len(tokens) for tokens, _ in rows)
     input_ids = np.zeros((len(rows), length), np.int64)
     targets = np.full((len(rows), length), IGNORE, np.int64)
     weights = np.zeros((len(rows), length), np.float32)
@@ -90,8 +90,8 @@ def collate(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Te
 
 def step_batches(
     rows: TokenRows, recipe: Recipe, step: int, rank: int, ranks: int, vocabulary: int | None = None
-) -> list[dict[str, torch.Tensor]]:
-    """This rank's micro-batches of one optimizer step.
+) -> list[list[LoadedRow]]:
+    """This rank's micro-batches of one optimizer step, each a list of `batch_size` rows of tokens and weights.
 
     Raises:
         ConfigError: a row that is longer than the recipe says, or has a token id outside the model's `vocabulary`.
@@ -100,7 +100,7 @@ def step_batches(
     mine = indices.reshape(-1, ranks, recipe.batch_size)[:, rank]
     limit = recipe.sequence_length
 
-    def fetch(index: int) -> tuple[np.ndarray, np.ndarray]:
+    def fetch(index: int) -> LoadedRow:
         tokens, weight = rows.row(index)
         if recipe.truncate is not None:
             tokens, weight = tokens[: recipe.truncate], weight[: recipe.truncate]
@@ -116,7 +116,7 @@ def step_batches(
             )
         return tokens, weight
 
-    return [collate([fetch(int(index)) for index in micro]) for micro in mine]
+    return [[fetch(int(index)) for index in micro] for micro in mine]
 
 
 class SummedLoss(nn.Module):
@@ -137,8 +137,8 @@ class SummedLoss(nn.Module):
 # ------------------------------------------------------------------------------------------------------- the model
 
 
-def build_model(recipe: Recipe) -> tuple[Any, PatchReport | None]:
-    """The recipe's model in float32 with its scaling installed.
+def build_model(recipe: Recipe, attention: str = "sdpa") -> tuple[Any, PatchReport | None]:
+    """The recipe's model in float32 on the CPU with its scaling installed; `attention` is what it will run with.
 
     Raises:
         ConfigError: what `load_model` and `patch_model` raise, and a scaling that stock transformers cannot express.
@@ -150,11 +150,12 @@ def build_model(recipe: Recipe) -> tuple[Any, PatchReport | None]:
         fields = dict(recipe.init)
         try:
             config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"init of recipe {recipe.name!r} is no model: {str(error).splitlines()[0]}") from None
     else:
-        model = load_model(str(recipe.model), dtype="float32", device="cpu", attn_implementation=recipe.attention)
+        model = load_model(str(recipe.model), dtype="float32", device="cpu", attn_implementation="sdpa")
+        model.set_attn_implementation(attention)
     report = None
     own = base_scaling(model.config)
     base = dataclasses.replace(
@@ -235,6 +236,10 @@ def make_accelerator(recipe: Recipe) -> Any:
     accelerator.gradient_accumulation_steps = accumulation(recipe, accelerator.num_processes)
     if (plugin := accelerator.state.deepspeed_plugin) is not None:
         settings = plugin.deepspeed_config
+        if recipe.lora and plugin.zero_stage == 3:
+            raise ConfigError(
+                "lora under DeepSpeed ZeRO-3 is not available: adapters cannot be merged from shards; use DDP"
+            )
         for field in ("optimizer", "scheduler"):
             if field in settings:
                 raise ConfigError(f"DeepSpeed field {field!r} is not allowed; the recipe sets it: remove the block")
@@ -253,12 +258,18 @@ def _quieten() -> None:
 
 
 def _fingerprint(recipe: Recipe) -> dict[str, Any]:
-    return {name: value for name, value in recipe.to_dict().items() if name not in _FREE_FIELDS}
+    """What decides the result of a run: the recipe's fields, and the content of local weights and data."""
+    fields = {name: value for name, value in recipe.to_dict().items() if name not in _FREE_FIELDS}
+    paths = {"model_hash": recipe.model, "dataset_hash": recipe.dataset}
+    return fields | {name: weights_hash(path) for name, path in paths.items() if path and Path(path).is_dir()}
 
 
 def _check_same_run(recipe: Recipe, output: Path) -> None:
-    if not (output / "recipe.yaml").exists():
+    """Refuse to continue, or to call finished, what another recipe or other weights began."""
+    if latest_state(output) is None and not (output / "model").exists():
         return
+    if not (output / "recipe.yaml").exists():
+        raise ConfigError(f"output_dir {output} holds a model that no training run wrote; choose another --output-dir")
     before, now = yaml.safe_load((output / "recipe.yaml").read_text()), _fingerprint(recipe)
     for name, value in now.items():
         if before.get(name) != value:
@@ -304,7 +315,8 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether the run's model is already there."""
-        return (self.output / "model" / "config.json").exists()
+        log = read_log(self.output) if (self.output / "model" / "config.json").exists() else []
+        return bool(log) and log[-1]["step"] == self.recipe.max_train_steps
 
     def run(self) -> list[float]:
         """Train to the end and save; returns the loss of every step (nats per token)."""
@@ -314,7 +326,10 @@ class Trainer:
         recipe = self.recipe
         rows = open_rows(recipe.dataset)
         accelerator = make_accelerator(recipe)
-        model, report = build_model(recipe)
+        dtype = "bfloat16" if recipe.precision == "bf16" else "float32"
+        attention = resolve_attention(recipe.attention, accelerator.device, dtype)
+        model, report = build_model(recipe, attention)
+        accelerator.print(f"{accelerator.device}, {accelerator.num_processes} processes, attention {attention}")
         if report is not None and not report.scaling.is_native(report.head_dim):
             accelerator.print(
                 f"note: transformers cannot express {report.scaling.label}; load the result with scaled_rope"
@@ -337,7 +352,8 @@ class Trainer:
             self.output.mkdir(parents=True, exist_ok=True)
             # under ZeRO-3 a parameter's own numel() is that of its shard
             self._check_space(sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()))
-            write_atomic(self.output / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+            record = recipe.to_dict() | _fingerprint(recipe)
+            write_atomic(self.output / "recipe.yaml", yaml.safe_dump(record, sort_keys=False))
             facts = provenance(str(accelerator.device), recipe.seed, {"ranks": accelerator.num_processes})
             write_atomic(self.output / "provenance.json", json.dumps(facts, indent=2) + "\n")
         start = self._restore(accelerator)
@@ -396,6 +412,7 @@ class Trainer:
         if accelerator.is_main_process:
             state = {"step": step, "ranks": accelerator.num_processes}
             write_atomic(staged / "state.json", json.dumps(state) + "\n")
+            shutil.rmtree(final, ignore_errors=True)  # there when an older state was resumed
             os.rename(staged, final)
             for old in sorted(folder.glob("step-*"))[:-KEPT_STATES]:
                 shutil.rmtree(old)
@@ -439,14 +456,19 @@ class Trainer:
             set_sliding_window(accelerator.unwrap_model(module).model, windows[step % len(windows)])
         vocabulary = accelerator.unwrap_model(module).config.vocab_size
         batches = step_batches(rows, recipe, step, accelerator.process_index, ranks, vocabulary)
-        local = [sum(float(batch[name]) for batch in map(_sizes, batches)) for name in ("weight", "tokens")]
+        mine = [row for batch in batches for row in batch]
+        sizes = [sum(weight[1:].sum() for _, weight in mine), *(f(len(t) for t, _ in mine) for f in (sum, max))]
         exact = torch.float32 if device.type == "mps" else torch.float64
-        weight, tokens = accelerator.reduce(torch.tensor(local, device=device, dtype=exact), "sum").tolist()
+        everyone = accelerator.gather(torch.tensor([sizes], device=device, dtype=exact))
+        weight, tokens = everyone[:, :2].sum(dim=0).tolist()
+        # One length for all ranks: under ZeRO-3 each pass is made of collectives, whose number must agree.
+        length = int(everyone[:, 2].max())
         total, norm = torch.zeros((), device=device), math.nan
         for batch in batches:
             with accelerator.accumulate(module):
                 # Engines average over ranks and over accumulated passes; undo both, then divide once.
-                loss = module(**{name: value.to(device) for name, value in batch.items()}) / weight
+                tensors = {name: value.to(device) for name, value in collate(batch, length).items()}
+                loss = module(**tensors) / weight
                 accelerator.backward(loss * (ranks * len(batches)))
                 total += loss.detach()
                 if accelerator.sync_gradients:
@@ -457,10 +479,6 @@ class Trainer:
         if not math.isfinite(mean):
             raise ConfigError(f"loss of step {step + 1} is {mean}; the last saved state is {latest_state(self.output)}")
         return {"step": step + 1, "loss": mean, "learning_rate": rate, "grad_norm": norm, "tokens": int(tokens)}
-
-
-def _sizes(batch: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {"weight": float(batch["weights"].sum()), "tokens": float(batch["input_ids"].numel())}
 
 
 def set_sliding_window(model: Any, window: int) -> None:

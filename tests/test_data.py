@@ -15,6 +15,7 @@ import tokenization
 import truncate
 from scaled_rope import corpora
 from scaled_rope.data import (
+    ColumnDataset,
     PackedWriter,
     Source,
     is_sampled,
@@ -241,6 +242,53 @@ def test_damaged_and_foreign_sets_are_refused(tmp_path):
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "text")
     with pytest.raises(ConfigError, match="no column 'input_ids'; it has: text"):
         open_rows(str(tmp_path / "text"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"text": null}\n', "feature 'text' is not a text field"),
+        ("a.parquet", b"PAR1 and no more", "not a whole Parquet file"),
+        ("a.txt", b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_damaged_sources_are_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        list(read_documents(str(tmp_path / name)))
+
+
+def test_missing_values_and_columns_in_parquet_are_named(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["a", None], "other": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match="feature 'text' is not a text field"):
+        list(read_documents(str(tmp_path / "a.parquet")))
+    with pytest.raises(ConfigError, match="feature 'body' .* it has: other, text"):
+        list(read_documents(str(tmp_path / "a.parquet"), "body"))
+
+
+def test_sets_without_the_split_or_rows_are_refused(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"input_ids": [[1, 2]]})
+    with pytest.raises(ConfigError, match="'nothing' is empty"):
+        ColumnDataset(table.select([]), "nothing")
+    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "dict")
+    with pytest.raises(ConfigError, match="unknown split of dataset .* 'test'; known: train"):
+        open_rows(str(tmp_path / "dict"), "test")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "meta.json").write_text('{"name": "something else"}')
+    with pytest.raises(ConfigError, match="no packed set"):
+        open_packed(tmp_path / "foreign")
+
+
+def test_pushing_to_the_hub_hands_over_every_row(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    data, _ = packed(tmp_path, documents(5), 16, "document")
+    pushed = {}
+    monkeypatch.setattr(datasets.Dataset, "push_to_hub", lambda self, name: pushed.update({name: self}))
+    tokenization.push_to_hub(tmp_path / "set", "someone/set")
+    assert pushed["someone/set"]["input_ids"][:] == data.tokens.tolist()
 
 
 def test_tables_with_masks_and_labels_give_weights(tmp_path):

@@ -522,7 +522,7 @@ def write_rows(path: Path, **changed: tuple[float, ...]) -> str:
             "dtype": "float32",
             "head_dim": 16,
             "scaling": scaling.to_dict(),
-            "label": f"{scaling.label} (fine-tuned)" if tuned else scaling.label,
+            "label": f"{scaling.label} (checkpoint)" if tuned else scaling.label,
             "carried": tuned or spec == "default",
             "provenance": {**provenance, "date": "2030-01-01", "seed": 1},
         }
@@ -530,10 +530,12 @@ def write_rows(path: Path, **changed: tuple[float, ...]) -> str:
         for start, end, value in zip((0, *ENDS), ENDS, values, strict=False):
             numbers = {"perplexity": value, "perplexity_bucket": value, "bucket": [start, end], "targets": 1}
             data = {"fingerprint": "d", "name": "text", "windows": 1}
-            append_row(path, {**shared, "metric": "perplexity", "data": data, "length": end, **numbers})
+            measured = {"metric": "perplexity", "data": data, "length": end, "protocol": {"bucket_start": start}}
+            append_row(path, {**shared, **measured, **numbers})
         prompts = [{"depth": depth, "key": 1, "right": depth < 0.5} for depth in (0.0, 0.3, 0.6, 1.0)]
         numbers = {"n": 4, "right": 2, "accuracy": 0.5, "interval": [0.15, 0.85], "prompts": prompts}
-        append_row(path, {**shared, "metric": "passkey", "data": {"fingerprint": "p"}, "length": 64, **numbers})
+        measured = {"metric": "passkey", "data": {"fingerprint": "p"}, "length": 64, "protocol": {"iterations": 4}}
+        append_row(path, {**shared, **measured, **numbers})
     return str(path)
 
 
@@ -557,7 +559,26 @@ def test_demo_verdict(tmp_path: Path, changed: dict[str, tuple[float, ...]], hol
     assert verdict == report.demo_verdict(series, base="base", finetuned="run/model")
 
 
-@pytest.mark.parametrize("gone", ["unscaled", "linear x4", "ntk x4", "yarn x4 (fine-tuned)"])
+def test_rows_of_older_weights_or_texts_do_not_share_a_line_with_new_ones(tmp_path: Path, capsys) -> None:
+    path = write_rows(tmp_path / "rows.jsonl")
+    before = report.load_series([path])
+    rows = [row for row in report.read_rows(path) if row["model"] == "base" and row["metric"] == "perplexity"]
+    renewed = tmp_path / "renewed.jsonl"
+    for row in rows:
+        stale = {**row, "perplexity_bucket": 1.0, "length": row["length"] + 1}
+        append_row(renewed, {**stale, "model_fingerprint": "older"})
+        append_row(renewed, {**stale, "data": {**row["data"], "fingerprint": "older"}})
+        append_row(renewed, {**stale, "dtype": "bfloat16"})
+    for row in report.read_rows(path):
+        append_row(renewed, row)
+    after = report.load_series([str(renewed)])
+    assert [one.metrics for one in after] == [one.metrics for one in before]
+    assert f"{3 * len(rows)} rows of older weights" in capsys.readouterr().err
+    named = report.load_series([path], finetuned="run/model")
+    assert [one.label for one in named][-1] == "yarn x4 (fine-tuned)"
+
+
+@pytest.mark.parametrize("gone", ["unscaled", "linear x4", "ntk x4", "yarn x4 (checkpoint)"])
 def test_verdict_without_its_evidence_is_an_error(tmp_path: Path, gone: str) -> None:
     series = [one for one in report.load_series([write_rows(tmp_path / "rows.jsonl")]) if one.label != gone]
     with pytest.raises(ConfigError, match="verdict"):

@@ -273,10 +273,10 @@ def test_jobs_of_a_fine_tuned_checkpoint(tiny_model: Make, tmp_path: Path) -> No
     name = str(tmp_path / "run" / "model")
     flags = ["--scaling", "checkpoint", "--scaling", "checkpoint:16", "--scaling", "default", "--dynamic-yarn"]
     jobs = model_jobs(parse("-m", name, *flags, "--finetuned"))
-    labels = ["yarn x8 (fine-tuned)", "yarn x16 (fine-tuned)", "unscaled", "dynamic-yarn x8"]
+    labels = ["yarn x8 (checkpoint)", "yarn x16 (checkpoint)", "unscaled", "dynamic-yarn x8"]
     assert [job.label for job in jobs] == labels
     assert [job.carried for job in jobs] == [True, False, False, False]
-    assert jobs[0].name == "run, yarn x8 (fine-tuned)"
+    assert jobs[0].name == "run, yarn x8 (checkpoint)"
     job = model_jobs(parse("-m", name, "--original-max-position-embeddings", "16"))[0]
     assert job.scaling.max_position_embeddings == 128 and not job.carried
 

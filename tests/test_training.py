@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_targets_are_the_next_tokens_and_padding_never_counts():
     rows = [(np.array([5, 6, 7, 8]), np.array([1, 1, 0, 3])), (np.array([9, 4]), np.array([1, 2]))]
-    batch = collate(rows)
+    batch = collate(rows, 4)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]]
     assert batch["targets"].tolist() == [[6, IGNORE, 8, IGNORE], [4, IGNORE, IGNORE, IGNORE]]
     assert batch["weights"].tolist() == [[1, 0, 3, 0], [2, 0, 0, 0]]
@@ -109,7 +110,7 @@ def test_ranks_together_see_the_rows_of_one_rank(workspace, ranks, batch_size):
     assert all(len(batches) == accumulation(recipe(batch_size=batch_size), ranks) for batches in split)
 
     def seen(batches):
-        return sorted(tuple(row) for batch in batches for row in batch["input_ids"].tolist())
+        return sorted(tuple(tokens.tolist()) for batch in batches for tokens, _ in batch)
 
     assert seen(alone) == seen([batch for batches in split for batch in batches])
 
@@ -118,7 +119,8 @@ def test_rows_longer_than_the_recipe_says_are_refused_unless_cut(workspace):
     rows = open_packed(workspace / "set")
     with pytest.raises(ConfigError, match=f"has {LENGTH} tokens, more than sequence_length 32"):
         step_batches(rows, recipe(sequence_length=32), 0, 0, 1)
-    assert step_batches(rows, recipe(sequence_length=32, truncate=32), 0, 0, 1)[0]["input_ids"].shape == (1, 32)
+    tokens, weights = step_batches(rows, recipe(sequence_length=32, truncate=32), 0, 0, 1)[0][0]
+    assert len(tokens) == len(weights) == 32
 
 
 def test_tokens_outside_the_vocabulary_are_refused(workspace):
@@ -210,6 +212,7 @@ def test_released_flags_map_to_the_recipe():
     resolved = finetune.resolve(args, ranks=8)
     assert resolved.global_batch_size == 64 and resolved.scaling == "linear:2"
     assert resolved.sliding_window_attention_schedule == (64, 128)
+    assert resolved.batch_size == 2
     assert (resolved.max_train_steps, resolved.warmup_steps, resolved.learning_rate, resolved.seed) == (
         400,
         20,
@@ -217,6 +220,22 @@ def test_released_flags_map_to_the_recipe():
         42,
     )
     assert finetune.resolve(finetune.parse_args(["--output-dir", "o"]), ranks=2).global_batch_size == 16
+
+
+def resolved(*arguments: str) -> Recipe:
+    return finetune.resolve(finetune.parse_args(list(arguments)), ranks=2)
+
+
+def test_another_factor_keeps_the_other_fields_of_the_scaling_and_another_method_drops_them():
+    released = "beta_fast=128,beta_slow=2,mscale=0.7"
+    assert resolved("mistral-7b-64k", "--scaling-factor", "16").scaling == f"yarn:16,{released}"
+    assert resolved("mistral-7b-64k", "--scaling-type", "yarn").scaling == f"yarn:8,{released}"
+    assert resolved("mistral-7b-64k", "--scaling-type", "linear").scaling == "linear:8"
+    assert resolved("--output-dir", "o", "--scaling-type", "linear").scaling == "linear:16"
+
+
+def test_accumulation_counts_the_recipes_own_batch_size():
+    assert resolved("tiny-base", "--gradient-accumulate-every", "4").global_batch_size == 4 * 8 * 2
 
 
 # ------------------------------------------------------------------------------------------------------ whole runs
@@ -232,11 +251,17 @@ def command(workspace: Path, output: Path, launcher: tuple[str, ...] = (), extra
     return [sys.executable, *launcher, *script]
 
 
-def run(workspace: Path, output: Path, launcher: tuple[str, ...] = (), extra: tuple[str, ...] = ()) -> None:
+def run(
+    workspace: Path,
+    output: Path,
+    launcher: tuple[str, ...] = (),
+    extra: tuple[str, ...] = (),
+    environment: dict[str, str] = ENVIRONMENT,
+) -> None:
     done = subprocess.run(
         command(workspace, output, launcher, extra),
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env=environment,
         capture_output=True,
         text=True,
         timeout=300,
@@ -279,7 +304,8 @@ def test_the_first_loss_is_the_weighted_mean_over_the_global_batch(workspace, st
     model = AutoModelForCausalLM.from_pretrained(resolved.model, dtype=torch.float32)
     patch_model(model, resolved.scaling)
     total = weight = 0.0
-    for batch in step_batches(open_packed(resolved.dataset), resolved, 0, 0, 1):
+    for rows in step_batches(open_packed(resolved.dataset), resolved, 0, 0, 1):
+        batch = collate(rows, LENGTH)
         logits = model(input_ids=batch["input_ids"]).logits.detach().double().log_softmax(-1)
         for b, t in np.ndindex(*batch["targets"].shape):
             if batch["targets"][b, t] != IGNORE:
@@ -305,6 +331,23 @@ def test_two_ranks_train_like_one(workspace, straight, launcher):
     assert reference.keys() == other.keys()
     # Adam moves a weight by up to the learning rate however small its gradient, so noise shows up to a share of it.
     assert max(float((reference[k] - other[k]).abs().max()) for k in reference) < 0.1 * 5e-3
+
+
+def test_rows_of_different_length_train_alike_on_shards(workspace, tmp_path):
+    """Under ZeRO-3 each pass is collective: ranks whose rows differ in length must still make equally many."""
+    datasets, _ = pytest.importorskip("datasets"), pytest.importorskip("deepspeed")
+    rng = np.random.default_rng(1)
+    rows = [rng.integers(2, 60, length).tolist() for length in (48, 9, 30, 17, 41, 12)]
+    datasets.Dataset.from_dict({"input_ids": rows}).save_to_disk(tmp_path / "ragged")
+    extra = ("--dataset", str(tmp_path / "ragged"), "--max-train-steps", "2", "--global-batch-size", "2")
+    run(workspace, tmp_path / "one", (), extra)
+    # A launcher's environment cannot reach into loss.py, so small pieces are set where every rank starts.
+    (tmp_path / "sitecustomize.py").write_text("import scaled_rope.loss\nscaled_rope.loss._LOGITS_PER_CHUNK = 64 * 8\n")
+    environment = ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}
+    run(workspace, tmp_path / "two", ZERO3, extra, environment)
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-5)
+    assert [row["tokens"] for row in one] == [row["tokens"] for row in two]
 
 
 def test_killed_and_resumed_equals_never_stopped(workspace):
@@ -356,6 +399,31 @@ def test_the_checkpoint_loads_without_this_package_and_gives_the_same_logits(str
     assert len(AutoTokenizer.from_pretrained(straight / "model")) == 64
 
 
+def test_a_refused_run_leaves_the_way_free_and_older_states_can_be_resumed(workspace, tmp_path, capsys):
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), "--max-train-steps", "4"]
+    arguments += ["--checkpointing-steps", "1"]
+    assert run_cli(lambda: finetune.main([*arguments, "--sequence-length", "32"])) == 2
+    from scaled_rope.training import Trainer
+
+    states = tmp_path / "states"
+    original = Trainer._save_state
+
+    def keep(self, accelerator, step):
+        original(self, accelerator, step)
+        shutil.copytree(self.output / "checkpoints" / f"step-{step:06d}", states / f"step-{step:06d}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_save_state", keep)
+        assert finetune.main(arguments) == 0
+    reference = weights(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "model")
+    shutil.copytree(states, tmp_path / "out" / "checkpoints")
+    resumed = ["--resume-from-checkpoint", str(tmp_path / "out" / "checkpoints" / "step-000002")]
+    assert finetune.main([*arguments, *resumed]) == 0
+    assert [row["step"] for row in log(tmp_path / "out")] == [1, 2, 3, 4]
+    assert all(torch.equal(reference[name], tensor) for name, tensor in weights(tmp_path / "out").items())
+
+
 def test_an_output_of_another_run_is_not_mixed_up(workspace, straight, capsys):
     arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(straight)]
     assert run_cli(lambda: finetune.main([*arguments, "--learning-rate", "1"])) == 2
@@ -375,7 +443,7 @@ def test_a_disk_without_room_is_refused_before_training(workspace, tmp_path, cap
     assert not (tmp_path / "train_log.jsonl").exists()
 
 
-def test_save_only_writes_the_scaling_and_nothing_else(workspace, tmp_path):
+def test_save_only_writes_the_scaling_and_nothing_else(workspace, tmp_path, capsys):
     arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path), "--save-only"]
     assert finetune.main(arguments) == 0
     before, after = (
@@ -385,6 +453,10 @@ def test_save_only_writes_the_scaling_and_nothing_else(workspace, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["rope_parameters"]["factor"] == 3.0 and config["max_position_embeddings"] == 48
+    # Neither training nor saving again may take this model for a trained one, or replace it.
+    assert run_cli(lambda: finetune.main(arguments)) == 2
+    assert run_cli(lambda: finetune.main(arguments[:-1])) == 2
+    assert "no training run wrote" in capsys.readouterr().err
 
 
 def test_lora_trains_adapters_and_saves_merged_weights(workspace, tmp_path):
