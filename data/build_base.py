@@ -1,10 +1,11 @@
-"""Build what the embedded tiny base model is trained on: its tokenizer and its two sets of 256-token sequences.
+"""Build what the embedded tiny base model is trained on: its tokenizer and its sets of 256-token sequences.
 
     python data/build_base.py --books data/cache/books --output data/cache/base
 
 `language`: book text, a quarter of the rows opened by a synthetic passkey document, a quarter of those hidden in book
 text instead of the usual filler sentences. `retrieval`: four fifths of the rows opened by one or two, half of those in
-book text, and every repetition of a key weighted 8 times. A row has 256 tokens, opens with BOS and ends with book text.
+book text, and every repetition of a key weighted 8 times. `mixed`: the same for three tenths of the rows. A row has 256
+tokens, opens with BOS and ends with book text.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Mixture:
 SETS = {
     "language": Mixture(48_000, 0.25, ((112,), (160,), (208,), (256,)), 0.25, 1),
     "retrieval": Mixture(24_000, 0.8, ((256,), (192,), (128, 128), (112, 144)), 0.5, 8),
+    "mixed": Mixture(24_000, 0.3, ((256,), (192,), (128, 128), (112, 144)), 0.5, 8),
 }
 
 
