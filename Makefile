@@ -44,7 +44,9 @@ test: check
 	$(PYTHON) -m pytest
 
 base: $(READY)
-	./train.sh tiny-base tiny-base-retrieval
+	./train.sh tiny-base tiny-base-retrieval tiny-base-mixed
+	./eval.sh tiny-base-mixed
+	@echo "to embed it: $(PYTHON) data/install_base.py out/tiny-base out/tiny-base-retrieval out/tiny-base-mixed --output models/tiny-llama-256"
 
 clean:
 	rm -rf out

@@ -1,0 +1,60 @@
+"""Install a retrained base as the embedded model: weights, tokenizer and the curve of its training runs.
+
+    python data/install_base.py out/tiny-base out/tiny-base-retrieval out/tiny-base-mixed --output models/tiny-llama-256
+
+The runs are given in order; the last one's model is installed. The card (README.md) is left as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from scaled_rope.errors import ConfigError, Parser, run_cli
+from scaled_rope.results import write_atomic
+from scaled_rope.training import read_log
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser("data/install_base.py", __doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="output folders of the phases, in order")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args(argv)
+    logs = {run.name: read_log(run) for run in args.runs}
+    missing = [name for name, log in logs.items() if not log]
+    if missing or not (args.runs[-1] / "model").is_dir():
+        raise ConfigError(f"run {(missing or [args.runs[-1].name])[0]!r} is not there or not finished")
+    args.output.mkdir(parents=True, exist_ok=True)
+    for file in (args.runs[-1] / "model").iterdir():
+        shutil.copy(file, args.output / file.name)
+    rows = [{"run": name} | row for name, log in logs.items() for row in log]
+    write_atomic(args.output / "training.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    plot(logs, args.output / "training.png")
+    print(f"{args.output}: installed from {args.runs[-1] / 'model'}")
+    return 0
+
+
+def plot(logs: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """One panel of losses (each run in its own colour) over all steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    before = 0
+    for (name, log), color in zip(logs.items(), ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), strict=False):
+        axes.plot([before + row["step"] for row in log], [row["loss"] for row in log], color=color, lw=0.9, label=name)
+        before += len(log)
+    axes.set(xlabel="optimizer step, all phases", ylabel="weighted loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
