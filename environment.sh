@@ -1,4 +1,4 @@
-# Sourced by the shell scripts. PYTHON is the interpreter to use; `python` means it, in the commands of recipes too, and
+# Sourced by train.sh and eval.sh. PYTHON is the interpreter to use; `python` means it, in the commands of recipes too, and
 # programs installed beside it (accelerate) come first on PATH.
 if [[ -z "${PYTHON:-}" ]]; then
     if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi
@@ -10,3 +10,19 @@ if [[ "$found" == /* ]]; then PYTHON=$found; else PYTHON=$PWD/$found; fi
 python() { "$PYTHON" "$@"; }
 export -f python
 export PYTHON PATH="$(dirname "$PYTHON"):$PATH" TOKENIZERS_PARALLELISM=true
+
+# read_recipe NAME: sets model, output_dir, prepare, scalings, perplexity, passkey and report, and builds the recipe's
+# data (each command does nothing when its output is there).
+read_recipe() {
+    local assignments command
+    assignments=$(python -m scaled_rope.recipes "$1" --shell)
+    eval "$assignments"
+    for command in "${prepare[@]}"; do
+        bash -euo pipefail -c "$command" </dev/null
+    done
+}
+
+if [[ "${1:-}" == --list ]]; then
+    python -m scaled_rope.recipes --list
+    exit
+fi

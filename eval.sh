@@ -9,14 +9,8 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source ./environment.sh
 
-if [[ "${1:-}" == --list ]]; then
-    python -m scaled_rope.recipes --list
-    exit
-fi
-
 for recipe in "${@:-demo}"; do
-    assignments=$(python -m scaled_rope.recipes "$recipe" --shell)
-    eval "$assignments" # model, output_dir, scalings, perplexity, passkey, report
+    read_recipe "$recipe"
     if [[ ${#perplexity[@]} -eq 0 && ${#passkey[@]} -eq 0 ]]; then
         echo "error: recipe '$recipe' has no \`evaluate\` section in configs/$recipe.yaml" >&2
         exit 2

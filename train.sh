@@ -11,16 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source ./environment.sh
 
-if [[ "${1:-}" == --list ]]; then
-    python -m scaled_rope.recipes --list
-    exit
-fi
-
 for recipe in "${@:-demo}"; do
-    assignments=$(python -m scaled_rope.recipes "$recipe" --shell)
-    eval "$assignments" # prepare
-    for command in "${prepare[@]}"; do
-        bash -euo pipefail -c "$command"
-    done
+    read_recipe "$recipe"
     ${LAUNCH:-python} finetune.py "$recipe"
 done

@@ -85,6 +85,13 @@ def _import_datasets(name: str) -> Any:
     return datasets
 
 
+def _is_local(name: str) -> bool:
+    """Whether a name that is not on this disk was meant to be: hub names have at most two parts and no suffix."""
+    path = Path(name)
+    suffixes = (".txt", ".jsonl", ".json", ".parquet")
+    return name.startswith((".", "/", "~")) or len(path.parts) > 2 or path.suffix in suffixes
+
+
 def read_documents(source: str, feature: str = "text", split: str = "train", as_json: bool = False) -> Iterator[str]:
     """Texts of a source, one by one: a .txt, .jsonl or .parquet file, a sorted folder of such files, or a hub dataset.
 
@@ -116,7 +123,7 @@ def read_documents(source: str, feature: str = "text", split: str = "train", as_
                 yield path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise ConfigError(f"dataset {path} is not UTF-8 text (byte {error.start})") from None
-    elif source.startswith((".", "/", "~")) or path.suffix in (".txt", ".jsonl", ".json", ".parquet"):
+    elif _is_local(source):
         raise ConfigError(f"dataset {source} does not exist")
     else:
         yield from _read_hub(source, feature, split)
@@ -324,7 +331,7 @@ def open_rows(name: str, split: str = "train") -> TokenRows:
     path = Path(name)
     if (path / "meta.json").is_file():
         return PackedDataset(path)
-    if path.exists() or name.startswith((".", "/", "~")):
+    if path.exists() or _is_local(name):
         if not path.is_dir() or not any((path / f).exists() for f in ("dataset_info.json", "dataset_dict.json")):
             raise ConfigError(f"dataset {name} is no tokenized set; make one with tokenization.py")
         table = _import_datasets(name).load_from_disk(name)

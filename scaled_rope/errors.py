@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
@@ -40,6 +42,9 @@ def run_cli(main: Callable[[], int | None]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             print(f"error: no space left to write {error.filename or 'output'}", file=sys.stderr)
