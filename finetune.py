@@ -20,17 +20,13 @@ import yaml
 from scaled_rope.errors import ConfigError, Parser, run_cli
 from scaled_rope.recipes import LR_SCHEDULES, PRECISIONS, Recipe, make_recipe, read_recipe
 
-#: what a run without a recipe starts from: the released script's defaults
+#: what a run without a recipe starts from, beside the recipe's own defaults: the released script's
 RELEASED_DEFAULTS: dict[str, Any] = {
     "name": "custom",
     "model": "NousResearch/Llama-2-7b-hf",
     "dataset": "emozilla/pg_books-tokenized-bos-eos-chunked-65536",
     "scaling": "yarn:16",
     "sequence_length": 65536,
-    "learning_rate": 2e-5,
-    "max_train_steps": 400,
-    "warmup_steps": 20,
-    "seed": 42,
 }
 RELEASED_ACCUMULATION = 8
 

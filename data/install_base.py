@@ -15,7 +15,7 @@ from pathlib import Path
 
 from scaled_rope.errors import ConfigError, Parser, run_cli
 from scaled_rope.results import write_atomic
-from scaled_rope.training import read_log
+from scaled_rope.training import plot_losses, read_log
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,28 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         shutil.copy(file, args.output / file.name)
     rows = [{"run": name} | row for name, log in logs.items() for row in log]
     write_atomic(args.output / "training.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    plot(logs, args.output / "training.png")
+    plot_losses(logs, args.output / "training.png")
     print(f"{args.output}: installed from {args.runs[-1] / 'model'}")
     return 0
-
-
-def plot(logs: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """One panel of losses (each run in its own colour) over all steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    before = 0
-    for (name, log), color in zip(logs.items(), ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), strict=False):
-        axes.plot([before + row["step"] for row in log], [row["loss"] for row in log], color=color, lw=0.9, label=name)
-        before += len(log)
-    axes.set(xlabel="optimizer step, all phases", ylabel="weighted loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -377,18 +377,23 @@ def pack(
     """
     if bookend not in BOOKENDS:
         raise ConfigError(f"bookend {bookend!r} is not allowed; one of: {', '.join(BOOKENDS)}")
-    ends = [token for token in (bos,) if token is not None], [token for token in (eos,) if token is not None]
+    head, tail = _bookends(bos, eos)
     counts, per_row = PackCounts(), bookend == "chunk"
 
     def pieces() -> Iterator[tuple[IntArray, None]]:
         for document in documents:
-            ids = np.asarray(document if per_row else [*ends[0], *document, *ends[1]], dtype=np.int64)
+            ids = np.asarray(document if per_row else [*head, *document, *tail], dtype=np.int64)
             counts.documents += 1
             counts.tokens += len(ids)
             yield ids, None
 
-    counts.dropped_tokens = _cut(pieces(), writer, *(ends if per_row else ([], [])))
+    counts.dropped_tokens = _cut(pieces(), writer, *((head, tail) if per_row else ([], [])))
     return counts
+
+
+def _bookends(bos: int | None, eos: int | None) -> tuple[list[int], list[int]]:
+    """What opens and what closes a document or row; nothing where the tokenizer has no such token."""
+    return [] if bos is None else [bos], [] if eos is None else [eos]
 
 
 def _cut(
@@ -408,10 +413,12 @@ def _cut(
         full = size // body * body
         for start in range(0, full, body):
             row = np.concatenate([head, stream[start : start + body], tail])
-            ones = np.ones(len(head)), np.ones(len(tail))
-            writer.append(
-                row, None if weight is None else np.concatenate([ones[0], weight[start : start + body], ones[1]])
+            padded = (
+                None
+                if weight is None
+                else np.pad(weight[start : start + body], (len(head), len(tail)), constant_values=1)
             )
+            writer.append(row, padded)
         held, size = [(stream[full:], None if weight is None else weight[full:])], size - full
     return size
 
@@ -423,8 +430,8 @@ def recut(source: TokenRows, output: str | Path, sequence_length: int, progress:
     stream, whatever tokens stand at the borders of its rows.
     """
     meta: dict[str, Any] = dict(getattr(source, "meta", {}))
-    bos, eos = (meta.get("bos"), meta.get("eos")) if meta.get("bookend") == "chunk" else (None, None)
-    head, tail = [] if bos is None else [bos], [] if eos is None else [eos]
+    chunked = meta.get("bookend") == "chunk"
+    head, tail = _bookends(meta.get("bos"), meta.get("eos")) if chunked else ([], [])
 
     def pieces() -> Iterator[tuple[IntArray, IntArray | None]]:
         for index in range(len(source)):

@@ -158,11 +158,6 @@ def load_tokenizer(name: str) -> Any:
         return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
-def base_scaling(config: Any) -> RopeScaling:
-    """The scaling that a checkpoint carries in its configuration."""
-    return RopeScaling.from_config(config)
-
-
 def resolve_scaling(spec: str, own: RopeScaling) -> RopeScaling:
     """What `spec` means for a checkpoint that carries `own`.
 
@@ -263,7 +258,7 @@ def load_model(
     dtype = resolve_dtype(dtype, device)
     options: dict[str, Any] = {"attn_implementation": resolve_attention(attn_implementation, device, dtype)}
     config = load_config(name, trust_remote_code)
-    own = base_scaling(config)
+    own = RopeScaling.from_config(config)
     wanted = scaling if isinstance(scaling, RopeScaling) else resolve_scaling(scaling or "checkpoint", own)
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == CUSTOM_ROPE_TYPE:
         # transformers refuses to build what it does not know: build it unscaled, `apply_scaling` does the rest.
@@ -467,7 +462,7 @@ def model_jobs(args: argparse.Namespace) -> list[ModelJob]:
     jobs = []
     for name in args.model or [str(DEFAULT_MODEL)]:
         config = load_config(name)
-        own = base = base_scaling(config)
+        own = base = RopeScaling.from_config(config)
         if args.original_max_position_embeddings is not None:
             base = replace(own, original_max_position_embeddings=args.original_max_position_embeddings)
         fingerprint, head_dim = _fingerprint(args, name, config), head_dim_of(config.get_text_config())

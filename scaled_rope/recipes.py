@@ -109,6 +109,11 @@ class Recipe:
         require(self.precision in PRECISIONS, "precision", f"one of: {', '.join(PRECISIONS)}")
 
     @property
+    def compute_dtype(self) -> str:
+        """The dtype that `precision` computes in, as torch names it."""
+        return {"bf16": "bfloat16", "fp32": "float32"}[self.precision]
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step when every row is full."""
         return self.global_batch_size * (self.truncate or self.sequence_length)

@@ -9,6 +9,7 @@ targets of the whole global batch, so neither ranks nor accumulation change what
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ from torch import nn
 from scaled_rope.config import RopeScaling
 from scaled_rope.data import IntArray, TokenRows, open_rows, step_rows
 from scaled_rope.errors import ConfigError
-from scaled_rope.loading import base_scaling, load_model, load_tokenizer, resolve_attention, weights_hash
+from scaled_rope.loading import load_model, load_tokenizer, resolve_attention, weights_hash
 from scaled_rope.loss import IGNORE, token_nll
 from scaled_rope.patch import PatchReport, patch_model
 from scaled_rope.recipes import Recipe
-from scaled_rope.results import provenance, write_atomic
+from scaled_rope.results import Row, provenance, read_rows, write_atomic
 
 KEPT_STATES = 2
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # of Okabe and Ito's palette
 LoadedRow = tuple[IntArray, IntArray]  # tokens [T] and their loss weights [T]
 #: recipe fields that may differ between a run and its resumption without changing what is computed
 _FREE_FIELDS = {"name", "description", "output_dir", "prepare", "evaluate", "batch_size", "checkpointing_steps"}
@@ -141,7 +143,7 @@ def build_model(recipe: Recipe, attention: str = "sdpa") -> tuple[Any, PatchRepo
     """The recipe's model in float32 on the CPU with its scaling installed; `attention` is what it will run with.
 
     Raises:
-        ConfigError: what `load_model` and `patch_model` raise, and a scaling that stock transformers cannot express.
+        ConfigError: an `init` that is no model, and what `load_model` and `patch_model` raise.
     """
     torch.manual_seed(recipe.seed)
     if recipe.init is not None:
@@ -157,7 +159,7 @@ def build_model(recipe: Recipe, attention: str = "sdpa") -> tuple[Any, PatchRepo
         model = load_model(str(recipe.model), dtype="float32", device="cpu", attn_implementation="sdpa")
         model.set_attn_implementation(attention)
     report = None
-    own = base_scaling(model.config)
+    own = RopeScaling.from_config(model.config)
     base = dataclasses.replace(
         own,
         rope_theta=recipe.rope_theta or own.rope_theta,
@@ -191,7 +193,7 @@ def save_model(model: Any, state: dict[str, torch.Tensor], recipe: Recipe, outpu
     """Write checkpoint and tokenizer to `output` in one rename; adapters are merged, and also kept in `adapter/`."""
     staged = output.with_name(f".{output.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
-    dtype = recipe.save_dtype or ("bfloat16" if recipe.precision == "bf16" else "float32")
+    dtype = recipe.save_dtype or recipe.compute_dtype
     if recipe.lora:
         model.save_pretrained(staged / "adapter", state_dict=state)
         model = model.merge_and_unload()
@@ -285,16 +287,10 @@ def latest_state(output: Path) -> Path | None:
     return states[-1] if states else None
 
 
-def read_log(output: Path) -> list[dict[str, Any]]:
+def read_log(output: Path) -> list[Row]:
     """The per-step rows of a run."""
     path = output / "train_log.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # the process died while it wrote its last line
-            break
-    return rows
+    return read_rows(path) if path.exists() else []
 
 
 class Trainer:
@@ -326,8 +322,7 @@ class Trainer:
         recipe = self.recipe
         rows = open_rows(recipe.dataset)
         accelerator = make_accelerator(recipe)
-        dtype = "bfloat16" if recipe.precision == "bf16" else "float32"
-        attention = resolve_attention(recipe.attention, accelerator.device, dtype)
+        attention = resolve_attention(recipe.attention, accelerator.device, recipe.compute_dtype)
         model, report = build_model(recipe, attention)
         accelerator.print(f"{accelerator.device}, {accelerator.num_processes} processes, attention {attention}")
         if report is not None and not report.scaling.is_native(report.head_dim):
@@ -363,7 +358,7 @@ class Trainer:
             inner = accelerator.unwrap_model(module).model
             save_model(inner, {k.removeprefix("model."): v for k, v in state.items()}, recipe, self.output / "model")
             shutil.rmtree(self.output / "checkpoints", ignore_errors=True)
-            plot_losses(self.output)
+            plot_losses({recipe.name: read_log(self.output)}, self.output / "loss.png")
             print(f"{self.output / 'model'}: saved")
         accelerator.wait_for_everyone()
         return losses
@@ -507,22 +502,25 @@ def _wandb(project: str | None, recipe: Recipe) -> Any:
     return wandb.init(project=project, name=recipe.name, config=recipe.to_dict())
 
 
-def plot_losses(output: Path) -> None:
-    """Draw `loss.png` from the run's log, where matplotlib is installed."""
+def plot_losses(logs: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Draw the losses of runs, one after the other, where matplotlib is installed."""
     try:
         import matplotlib
     except ImportError:
-        print("loss.png not drawn: pip install matplotlib")
+        print(f"{path} not drawn: pip install matplotlib")
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = read_log(output)
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="#0072b2", linewidth=1)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=output.name)
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    before = 0
+    for (name, log), color in zip(logs.items(), itertools.cycle(_COLORS), strict=False):
+        axes.plot([before + row["step"] for row in log], [row["loss"] for row in log], color=color, lw=0.9, label=name)
+        before += len(log)
+    axes.set(xlabel="optimizer step", ylabel="weighted loss (nats per token)")
     axes.grid(alpha=0.3)
-    staged = output / ".loss.partial.png"
+    axes.legend()
+    staged = path.with_name(f".{path.stem}.partial.png")
     figure.savefig(staged, dpi=120)
     pyplot.close(figure)
-    os.replace(staged, output / "loss.png")
+    os.replace(staged, path)
