@@ -396,7 +396,8 @@ def draw_wavelengths(series: Sequence[Series], trained: int | None, extended: in
     def draw(figure: Any) -> None:
         curves: dict[tuple[float, ...], list[Series]] = {}
         for one in series:
-            inv_freq, _ = compute_rope(one.scaling, one.head_dim, seq_len=extended if one.scaling.dynamic else None)
+            length = extended if one.scaling.is_length_dependent else None
+            inv_freq, _ = compute_rope(one.scaling, one.head_dim, seq_len=length)
             curves.setdefault(tuple((2 * math.pi / inv_freq.double()).tolist()), []).append(one)
         axes = figure.subplots()
         for wavelengths, members in curves.items():

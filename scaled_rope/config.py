@@ -5,12 +5,26 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
-from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
+from scaled_rope.dialects import (
+    CUSTOM_ROPE_TYPE,
+    NATIVE,
+    PRIMARY_LAYER_TYPE,
+    RECORD_KEY,
+    Note,
+    is_number,
+    is_positive_whole,
+    native_type,
+    native_words,
+    nested_types,
+    read_rope,
+    split_config,
+)
 from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.formulas import attention_factor_of, longrope_attention_factor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,11 +32,6 @@ if TYPE_CHECKING:
     MethodFn = Callable[["RopeScaling", int, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 Dialect = Literal["rope_parameters", "rope_scaling"]
-Number = TypeVar("Number", float, "Tensor")
-
-CUSTOM_ROPE_TYPE = "scaled-rope"
-"""rope_type of a scaling that transformers cannot express. transformers refuses to build such a model,
-which is what we want: the alternative is a model that runs with the wrong frequencies."""
 
 _DEFAULT_ROPE_THETA = 10000.0
 _RAMPS = ("dimension", "rotations")
@@ -50,6 +59,10 @@ class Method:
     """Whether frequencies depend on the sequence length even without `dynamic`."""
     needs_original: bool = False
     """Whether the formula contains L, that is `original_max_position_embeddings`."""
+    factor_optional: bool = False
+    """Whether the factor is not in the formula and only says for which length the scaling is meant."""
+    no_dynamic: str = ""
+    """Why the method has no dynamic form; empty when it has one."""
 
 
 METHODS: dict[str, Method] = {}
@@ -84,7 +97,7 @@ class RopeScaling:
     attention_factor: float | None = None
     """An explicit sqrt(1/t) that multiplies cos and sin. It stays constant under `dynamic`."""
     resonance: bool = False
-    """Reserved for rounding wavelengths to integers; must be False."""
+    """Whether every wavelength is rounded to a whole number of tokens, on top of any method (Resonance RoPE)."""
     beta_fast: float | None = None
     """Rotations over L above which a frequency is kept (the paper's beta). Default 32."""
     beta_slow: float | None = None
@@ -110,9 +123,12 @@ class RopeScaling:
             raise ConfigError(
                 f"dynamic_step={self.dynamic_step!r}: only continuous dynamic scaling is available; use None"
             )
+        if self.dynamic and row.no_dynamic:
+            raise ConfigError(f"dynamic=True: method {self.method!r} has no dynamic form, {row.no_dynamic}")
         for name in _METHOD_FIELDS:
             value = getattr(self, name)
-            if value != _DEFAULTS[name] and name not in row.fields:
+            modifies_any = name == "resonance" and row.kind == "frequency"
+            if value != _DEFAULTS[name] and name not in row.fields and not modifies_any:
                 taken = ", ".join(sorted(row.fields)) or "no such field"
                 raise ConfigError(f"{name}={value!r}: not for method {self.method!r}, which takes {taken}")
         if self.original_max_position_embeddings is None and (row.needs_original or self.dynamic):
@@ -129,8 +145,7 @@ class RopeScaling:
             value = getattr(self, name)
             if value is None and _DEFAULTS[name] is None:
                 continue
-            is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-            if not is_number or value < low or value > high or (value == low and not low_is_allowed):
+            if not is_number(value) or value < low or value > high or (value == low and not low_is_allowed):
                 above = f"{'at least' if low_is_allowed else 'above'} {low:g}"
                 below = f" and at most {high:g}" if math.isfinite(high) else ""
                 raise ConfigError(f"{name}={value!r}: must be a finite number {above}{below}")
@@ -141,7 +156,7 @@ class RopeScaling:
                 raise ConfigError(f"{name}={value!r}: must be true or false")
         length = self.original_max_position_embeddings
         if length is not None:
-            if not _is_positive_whole(length):
+            if not is_positive_whole(length):
                 raise ConfigError(f"original_max_position_embeddings={length!r}: must be a whole number, at least 1")
             object.__setattr__(self, "original_max_position_embeddings", int(length))
         if self.ramp is not None and self.ramp not in _RAMPS:
@@ -163,9 +178,17 @@ class RopeScaling:
         for name in self.params:
             if name not in names:
                 raise unknown(f"parameter of method {self.method!r}", name, names or ["(it has none)"])
-        object.__setattr__(self, "params", dict(self.params))
-        if row.params_type is not None:
-            row.params_type(**self.params)
+        if row.params_type is None:
+            object.__setattr__(self, "params", {})
+            return
+        for required in dataclasses.fields(row.params_type):
+            if required.default is dataclasses.MISSING and required.name not in self.params:
+                raise ConfigError(f"{required.name} is missing: method {self.method!r} needs it")
+        parsed = row.params_type(**self.params)
+        # Canonical: what differs from the defaults, so that equal scalings are equal records.
+        fields = {f.name: f.default for f in dataclasses.fields(parsed)}
+        values = {name: getattr(parsed, name) for name in fields}
+        object.__setattr__(self, "params", {name: value for name, value in values.items() if value != fields[name]})
 
     @property
     def ramp_bounds(self) -> tuple[float, float]:
@@ -175,19 +198,39 @@ class RopeScaling:
         return fast, slow
 
     @property
+    def method_params(self) -> Any:
+        """`params` as the method's own dataclass, defaults filled in; None when the method has none."""
+        params_type = METHODS[self.method].params_type
+        return None if params_type is None else params_type(**self.params)
+
+    @property
+    def static_attention_factor(self) -> float:
+        """The multiplier of cos and sin at s = factor."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.method == "yarn":
+            return attention_factor_of(math.log(self.factor), 1.0 if self.mscale is None else self.mscale)
+        if self.method == "longrope":
+            assert self.original_max_position_embeddings is not None  # validated
+            return longrope_attention_factor(self.factor, self.original_max_position_embeddings)
+        return 1.0
+
+    @property
     def is_length_dependent(self) -> bool:
         """Whether the frequencies change with the length of the sequence at hand."""
         return self.dynamic or METHODS[self.method].length_dependent
 
     @property
     def max_position_embeddings(self) -> int | None:
-        """L' = factor·L in tokens, or None when L is not known."""
+        """L' = factor·L in tokens, or None when L is not known. L for "dynamic-ntk", whose factor is no length."""
         length = self.original_max_position_embeddings
-        return None if length is None else int(self.factor * length)
+        if length is None or self.method == "dynamic-ntk":
+            return length
+        return int(self.factor * length)
 
     def rotary_dim(self, head_dim: int) -> int:
         """D, the number of rotated dimensions of a head. Raises ConfigError unless even and positive."""
-        if not _is_positive_whole(head_dim):
+        if not is_positive_whole(head_dim):
             raise ConfigError(f"head_dim={head_dim!r}: must be a positive whole number")
         dim = int(head_dim * self.partial_rotary_factor)
         if dim < 2 or dim % 2:
@@ -197,18 +240,21 @@ class RopeScaling:
 
     @property
     def _name(self) -> str:
-        return f"dynamic-{self.method}" if self.dynamic else self.method
+        # "dynamic-ntk" with a factor is a method of its own.
+        name = f"dynamic-{self.method}" if self.dynamic else self.method
+        return self.method if self.dynamic and name in METHODS and self.factor != 1 else name
 
     @property
     def label(self) -> str:
         """A short name for tables: "unscaled", "yarn x8", "dynamic-yarn", "yarn x8 (ramp=rotations)"."""
-        if self.method == "default":
-            return "unscaled"
-        name = self._name if self.dynamic and self.factor == 1 else f"{self._name} x{self.factor:g}"
+        name = "unscaled" if self.method == "default" else self._name
+        no_factor = "factor" not in METHODS[self.method].fields or METHODS[self.method].factor_optional
+        if not (self.factor == 1 and (self.dynamic or no_factor or self.method == "dynamic-ntk")):
+            name = f"{name} x{self.factor:g}"
         shown = {n: getattr(self, n) for n in _METHOD_FIELDS if n not in ("factor", "dynamic")} | self.params
-        options = [
-            f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n, v in shown.items() if v != _DEFAULTS.get(n)
-        ]
+        if self.dynamic and self._name == self.method:
+            shown["dynamic"] = True
+        options = [f"{n}={_show(v)}" for n, v in shown.items() if v != _DEFAULTS.get(n)]
         return f"{name} ({', '.join(options)})" if options else name
 
     def __repr__(self) -> str:
@@ -235,25 +281,32 @@ class RopeScaling:
         """Read "[dynamic-]METHOD[:FACTOR][,field=value...]", for example "yarn:8,ramp=rotations".
 
         `base` describes the model as it was pre-trained and lends `rope_theta`, `partial_rotary_factor` and
-        `original_max_position_embeddings` where the text does not give them. "none" is "default".
+        `original_max_position_embeddings` where the text does not give them. "none" is "default". The method's own
+        parameters are fields as well; a list is written "1+1.5+2".
         """
         head, *options = [part.strip() for part in text.split(",")]
         name, _, factor = head.partition(":")
-        method = name.removeprefix("dynamic-")
+        dynamic = name.startswith("dynamic-") and name not in METHODS
+        method = name.removeprefix("dynamic-") if dynamic else name
         method = _SPEC_ALIASES.get(method, method)
         if method not in METHODS:
             raise unknown("method", method, METHODS)
-        values: dict[str, Any] = {n: getattr(base, n) for n in _MODEL_FIELDS} | {"method": method}
-        if name.startswith("dynamic-"):
+        row = METHODS[method]
+        params = {f.name for f in dataclasses.fields(row.params_type)} if row.params_type else set()
+        values: dict[str, Any] = {n: getattr(base, n) for n in _MODEL_FIELDS} | {"method": method, "params": {}}
+        if dynamic:
             values["dynamic"] = True
         if factor or ":" in head:
             values["factor"] = _parse("factor", factor)
         for option in options:
             key, _, value = option.partition("=")
+            if key in params:
+                values["params"][key] = _parse_param(key, value)
+                continue
             if key not in _DEFAULTS or key == "params":
-                raise unknown("scaling field", key, [n for n in _DEFAULTS if n != "params"])
+                raise unknown("scaling field", key, [*(n for n in _DEFAULTS if n != "params"), *params])
             values[key] = _parse(key, value)
-        takes_factor = "factor" in METHODS[method].fields
+        takes_factor = "factor" in row.fields and not row.factor_optional and method != "dynamic-ntk"
         if takes_factor and "factor" not in values and not values.get("dynamic"):
             raise ConfigError(f"scaling {text!r}: factor is missing; write for example '{method}:8'")
         return cls(**values)
@@ -263,18 +316,20 @@ class RopeScaling:
 
         head_dim: dimensions per head of the model; given it, NTK-aware scaling is a change of `rope_theta`.
         """
-        if self.is_length_dependent:
-            return False
-        if self.method in ("ntk-by-parts", "yarn"):
-            return self.ramp in (None, "dimension") and self.extrapolation_factor in (None, 1.0)
-        return self.method in ("default", "linear") or (self.method == "ntk" and head_dim is not None)
+        return native_type(self, head_dim) is not None
 
-    def to_config(self, dialect: Dialect = "rope_parameters", head_dim: int | None = None) -> dict[str, Any]:
+    def to_config(
+        self,
+        dialect: Dialect = "rope_parameters",
+        head_dim: int | None = None,
+        rope_types: Container[str] = NATIVE,
+    ) -> dict[str, Any]:
         """What to write into a model's config.
 
         dialect: "rope_parameters" (transformers 5) or "rope_scaling" (older, and other programs), in which
             `rope_theta` stays outside, on the config's top level.
         head_dim: dimensions per head of the model, see `is_native`.
+        rope_types: those that the model's config class accepts; Phi-3 has only two.
 
         What transformers can express is written in its own words, YaRN always with its attention factor:
         NTK-by-parts is "yarn" with attention factor 1, NTK-aware is "default" with the base b'. Everything
@@ -282,10 +337,11 @@ class RopeScaling:
         """
         if dialect not in ("rope_parameters", "rope_scaling"):
             raise unknown("dialect", dialect, ("rope_parameters", "rope_scaling"))
-        # b' can only be told to a reader that takes rope_theta from the same dictionary.
-        in_other_base = self.method == "ntk" and dialect == "rope_scaling"
-        if self.is_native(head_dim) and not in_other_base:
-            values = self._native_config(head_dim)
+        rope_type = native_type(self, head_dim)
+        # Another base can only be told to a reader that takes rope_theta from the same dictionary.
+        in_other_base = self.method in ("ntk", "abf") and dialect == "rope_scaling"
+        if rope_type in rope_types and rope_type is not None and not in_other_base:
+            values = native_words(self, rope_type, head_dim)
         else:
             values = {"rope_type": CUSTOM_ROPE_TYPE, **self.to_dict(), "rope_theta": self.rope_theta}
         if dialect == "rope_scaling":
@@ -293,81 +349,87 @@ class RopeScaling:
             values["type"] = values["rope_type"]
         return values
 
-    def _native_config(self, head_dim: int | None) -> dict[str, Any]:
-        rope_type = {"ntk-by-parts": "yarn", "ntk": "default"}.get(self.method, self.method)
-        theta = self.rope_theta
-        if self.method == "ntk":
-            assert head_dim is not None  # is_native said so
-            theta = ntk_theta(theta, self.factor, self.rotary_dim(head_dim))
-        values: dict[str, Any] = {"rope_type": rope_type, "rope_theta": theta}
-        if self.partial_rotary_factor != 1.0:
-            values["partial_rotary_factor"] = self.partial_rotary_factor
-        if rope_type == "default":
-            return values
-        values["factor"] = self.factor
-        if self.original_max_position_embeddings is not None:
-            values["original_max_position_embeddings"] = self.original_max_position_embeddings
-        if rope_type == "yarn":
-            values["attention_factor"] = self._yarn_attention_factor()
-            for name in ("beta_fast", "beta_slow", "truncate"):
-                if getattr(self, name) is not None:
-                    values[name] = getattr(self, name)
-        return values
-
-    def _yarn_attention_factor(self) -> float:
-        if self.method == "ntk-by-parts":
-            return 1.0
-        if self.attention_factor is not None:
-            return self.attention_factor
-        return attention_factor_of(math.log(self.factor), 1.0 if self.mscale is None else self.mscale)
-
     @classmethod
     def from_config(cls, config: Any, layer_type: str | None = None) -> RopeScaling:
         """Read a model's config: an object of transformers, a config.json as a dict, or `to_config`'s result.
 
-        layer_type: which entry to read where `rope_parameters` is nested per layer type.
+        layer_type: which entry to read where `rope_parameters` is nested per layer type; by default that of the
+            full-attention layers.
 
         Follows transformers 5.23: a missing original length is `max_position_embeddings`; `mscale` and
-        `mscale_all_dim` count as their ratio when both are given; one alone is ignored, with a warning.
+        `mscale_all_dim` count as their ratio when both are given; one alone is ignored. The released YaRN
+        checkpoints are read as the code that came with them would. What had to be assumed is warned about.
         A config without a scaling gives method "default". Raises ConfigError on an unknown type or key.
         """
-        model, params = _split_config(config)
-        params = _select_layer_type(params, layer_type)
-        params = {key: value for key, value in params.items() if value is not None or key == "factor"}
-        rope_type = params.pop("rope_type", params.get("type", "default"))
-        for ignored in ("type", "finetuned"):
-            params.pop(ignored, None)
-        for name in ("rope_theta", "partial_rotary_factor"):
-            if model.get(name) is not None:
-                params.setdefault(name, model[name])
-        if rope_type == CUSTOM_ROPE_TYPE:
-            return cls.from_dict(params)
-        if rope_type not in _NATIVE_KEYS:
-            raise unknown("rope_type", rope_type, [*_NATIVE_KEYS, CUSTOM_ROPE_TYPE])
-        known = {*_MODEL_FIELDS, *_NATIVE_KEYS[rope_type]}
-        for name in params:
-            if name not in known:
-                raise unknown(f"key in the config of rope_type {rope_type!r}:", name, known)
-        values = params | {"method": rope_type}
-        # The top level wins over the RoPE dictionary, as in transformers, because Phi-3 keeps L there.
-        lengths = (
-            model.get("original_max_position_embeddings"),
-            params.get("original_max_position_embeddings"),
-            model.get("max_position_embeddings"),
+        scaling, notes = cls.read_config(config, layer_type)
+        for note in notes:
+            if note.level == "warning":
+                warnings.warn(note.text, stacklevel=2)
+        return scaling
+
+    @classmethod
+    def read_config(cls, config: Any, layer_type: str | None = None) -> tuple[RopeScaling, list[Note]]:
+        """`from_config` with its remarks as values instead of warnings."""
+        reading = read_rope(config, layer_type)
+        scaling = cls.from_dict(reading.values)
+        record = _carried_record(config, layer_type)
+        if record is None:
+            return scaling, reading.notes
+        model, rope = split_config(config)
+        entry = rope.get(layer_type or PRIMARY_LAYER_TYPE, rope) if nested_types(rope) else rope
+        said = record.to_config(head_dim=config_head_dim(model))
+        if entry.get("rope_type") == CUSTOM_ROPE_TYPE or all(entry.get(name) == said[name] for name in said):
+            return record, reading.notes
+        reading.note(
+            "stale-record", f"{RECORD_KEY} says {record.label}, but rope_parameters has changed since; it counts"
         )
-        values["original_max_position_embeddings"] = next((n for n in lengths if n is not None), None)
-        if "factor" in known:
-            values["factor"] = _read_factor(values, model.get("max_position_embeddings"))
-        if rope_type == "yarn":
-            told = {"beta_fast", "beta_slow", "attention_factor", "mscale"} & set(params)
-            if model.get("model_type") == "mistral" and not told:
-                warnings.warn(
-                    "a Mistral config without beta_fast, beta_slow and attention_factor is read with Llama's constants;"
-                    " the released Yarn-Mistral models need yarn:FACTOR,beta_fast=128,beta_slow=2,mscale=0.7",
-                    stacklevel=2,
-                )
-            _read_attention_factor(values)
-        return cls(**values)
+        return scaling, reading.notes
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What differs between the layers of a model."""
+
+    layers: dict[str, RopeScaling] = field(default_factory=dict, hash=False)
+    """Layer type -> its scaling; empty when all layers have the same."""
+    drop_layers: tuple[int, ...] = ()
+    """Indices of the layers, from 0, that work without rotary embedding."""
+
+    @classmethod
+    def from_config(cls, config: Any) -> LayerPlan:
+        """The plan that a config carries, in `rope_parameters` nested per layer type or in our own record.
+
+        Raises:
+            ConfigError: as `RopeScaling.from_config`, or a record that is none.
+        """
+        model, rope = split_config(config)
+        record = model.get(RECORD_KEY) or {}
+        if not isinstance(record, Mapping):
+            raise ConfigError(f"{RECORD_KEY}={record!r}: must be a dictionary")
+        dropped = record.get("drop_layers", ())
+        if not isinstance(dropped, list | tuple) or not all(
+            index == 0 or is_positive_whole(index) for index in dropped
+        ):
+            raise ConfigError(f"drop_layers={dropped!r}: must be a list of layers' indices")
+        layers = record.get("layers", {})
+        if not isinstance(layers, Mapping):
+            raise ConfigError(f"layers={layers!r}: must be a dictionary of layer types")
+        types = nested_types(rope) or list(layers)
+        return cls({name: RopeScaling.read_config(config, name)[0] for name in types}, tuple(map(int, dropped)))
+
+
+def _carried_record(config: Any, layer_type: str | None) -> RopeScaling | None:
+    """The record that `patch_model` left in a config whose native words would not give it back."""
+    model, _ = split_config(config)
+    record = model.get(RECORD_KEY)
+    if isinstance(record, Mapping) and "layers" in record:
+        layers = record["layers"]
+        record = layers.get(layer_type or PRIMARY_LAYER_TYPE) if isinstance(layers, Mapping) else None
+    if record is None:
+        return None
+    if not isinstance(record, Mapping):
+        raise ConfigError(f"{RECORD_KEY}={record!r}: must be a dictionary")
+    return RopeScaling.from_dict(record)
 
 
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(RopeScaling)} | {"params": {}}
@@ -385,81 +447,34 @@ _RANGES = {  # field: (lower limit, whether the limit itself is allowed, upper l
     "mscale": (0.0, True, math.inf),
     "extrapolation_factor": (0.0, True, 1.0),
 }
-_NATIVE_KEYS: dict[str, tuple[str, ...]] = {  # rope_type of transformers: its keys beside the model's own
-    "default": (),
-    "linear": ("factor",),
-    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
-}
 
 
-def ntk_theta(theta: float, factor: Number, dim: int) -> Number:
-    """b' = b·s^(D/(D-2)), equation 16 of the YaRN paper; `factor` may be a tensor of any shape."""
-    if dim < 4:
-        raise ConfigError(f"{dim} rotated dimensions: method 'ntk' needs at least 4")
-    base: Number = theta * factor ** (dim / (dim - 2))
-    return base
+def config_head_dim(config: Any) -> int | None:
+    """Dimensions per attention head, from a model's config (object or dictionary); None when it doesn't say."""
+
+    def get(name: str) -> Any:
+        return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
+    if get("head_dim") is not None:
+        return int(get("head_dim"))
+    hidden, heads = get("hidden_size"), get("num_attention_heads")
+    return None if hidden is None or not heads else int(hidden) // int(heads)
 
 
-def attention_factor_of(log_factor: Number, mscale: float) -> Number:
-    """sqrt(1/t) = 0.1·mscale·ln(s) + 1 from ln(s), equation 22 of the YaRN paper (there mscale = 1)."""
-    return 0.1 * mscale * log_factor + 1.0
+def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{len(value)} values"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _is_positive_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
-
-
-def _split_config(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A model's config as (its top level, its RoPE dictionary)."""
-    if isinstance(config, Mapping):
-        model = dict(config)
-        if "model_type" not in model and ("rope_type" in model or "type" in model):
-            return {}, model  # a RoPE dictionary by itself
-    elif hasattr(config, "model_type"):
-        names = (*_MODEL_FIELDS, "max_position_embeddings", "rope_parameters", "rope_scaling", "model_type")
-        model = {name: getattr(config, name, None) for name in names}
-    else:
-        raise ConfigError(f"config of type {type(config).__name__}: must be a model's config or a dictionary")
-    params = model.get("rope_parameters") or model.get("rope_scaling") or {}
-    if not isinstance(params, Mapping):
-        raise ConfigError(f"rope_parameters={params!r}: must be a dictionary")
-    return model, dict(params)
-
-
-def _select_layer_type(params: dict[str, Any], layer_type: str | None) -> dict[str, Any]:
-    nested = {key: value for key, value in params.items() if isinstance(value, Mapping) and key != "params"}
-    if not nested:
-        return params
-    if layer_type not in nested:
-        raise unknown("layer_type", layer_type, nested)
-    return dict(nested[layer_type])
-
-
-def _read_factor(values: dict[str, Any], max_position_embeddings: int | None) -> Any:
-    """The factor; in yarn a null one is the ratio of the two lengths, as in transformers."""
-    if "factor" not in values:
-        raise ConfigError(f"factor is missing in the config of rope_type {values['method']!r}")
-    original = values["original_max_position_embeddings"]
-    if values["factor"] is None and values["method"] == "yarn" and original and max_position_embeddings:
-        return max_position_embeddings / original
-    return values["factor"]
-
-
-def _read_attention_factor(values: dict[str, Any]) -> None:
-    """Turn the two mscales of transformers into an attention factor; drop a factor that is the default."""
-    mscale, mscale_all_dim = values.pop("mscale", None), values.pop("mscale_all_dim", None)
-    if not isinstance(values["factor"], Real) or values["factor"] < 1:
-        return  # RopeScaling reports it
-    log_factor = math.log(values["factor"])
-    if mscale and mscale_all_dim:
-        ratio = attention_factor_of(log_factor, mscale) / attention_factor_of(log_factor, mscale_all_dim)
-        values.setdefault("attention_factor", ratio)
-    elif (mscale or mscale_all_dim) and "attention_factor" not in values:
-        given = "mscale" if mscale else "mscale_all_dim"
-        other = "mscale_all_dim" if mscale else "mscale"
-        warnings.warn(f"{given} is ignored without {other}, as in transformers", stacklevel=3)
-    if values.get("attention_factor") == attention_factor_of(log_factor, 1.0):
-        del values["attention_factor"]  # the method's default, spelled out by to_config
+def _parse_param(name: str, text: str) -> Any:
+    """A method's own parameter: a whole number, a number or a list of numbers; the method checks which it wants."""
+    try:
+        if "+" in text.strip("+"):
+            return [float(part) for part in text.split("+")]
+        return int(text) if text.strip("+-").isdigit() else float(text)
+    except ValueError:
+        raise ConfigError(f"{name}={text!r}: must be a number, or several as 1+1.5+2") from None
 
 
 def _parse(name: str, text: str) -> Any:

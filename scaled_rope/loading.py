@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,10 +25,20 @@ import transformers
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from scaled_rope.config import CUSTOM_ROPE_TYPE, RopeScaling
+from scaled_rope.config import LayerPlan, RopeScaling
+from scaled_rope.dialects import CUSTOM_ROPE_TYPE, PRIMARY_LAYER_TYPE, RECORD_KEY, nested_types
 from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.formulas import dynamic_ntk_scale
 from scaled_rope.methods import METHODS
-from scaled_rope.patch import head_dim_of, patch_model, patched_scaling, unpatch_model
+from scaled_rope.patch import (
+    computes,
+    head_dim_of,
+    layer_types_of,
+    patch_model,
+    patched_plan,
+    patched_scaling,
+    unpatch_model,
+)
 
 DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-llama-256"
 """The checkpoint that this project trained itself and carries along."""
@@ -136,14 +147,31 @@ def _check_local(name: str) -> None:
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> Any:
-    """The transformers configuration of a checkpoint (directory or hub name).
+    """The transformers configuration of a checkpoint (directory or hub name), with the RoPE parameters as written.
 
     Raises:
         ConfigError: nothing there, or not a configuration that transformers knows.
     """
     _check_local(name)
     with _reading("model", name):
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        raw, _ = transformers.PreTrainedConfig.get_config_dict(name)
+        rope = raw.get("rope_parameters")
+        if CUSTOM_ROPE_TYPE not in str(rope) or raw.get("model_type") not in transformers.CONFIG_MAPPING:
+            return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        # Some config classes reject rope types that they do not know, so that is set behind their back.
+        family = transformers.CONFIG_MAPPING[raw["model_type"]]
+        config = family.from_dict({**raw, "rope_parameters": _unscaled(rope)})
+        config.rope_parameters = rope
+        return config
+
+
+def _unscaled(rope: Any) -> Any:
+    """RoPE parameters that transformers can build a model from, where they are ours: the model before any scaling."""
+    if nested_types(rope):
+        return {name: _unscaled(entry) if name in nested_types(rope) else entry for name, entry in rope.items()}
+    if rope.get("rope_type") != CUSTOM_ROPE_TYPE:
+        return dict(rope)
+    return RopeScaling.from_spec("default", RopeScaling.from_config(rope)).to_config()
 
 
 def load_tokenizer(name: str) -> Any:
@@ -187,26 +215,82 @@ def resolve_scaling(spec: str, own: RopeScaling) -> RopeScaling:
 
 
 def at_length(scaling: RopeScaling, seq_len: int) -> RopeScaling:
-    """The static scaling that a dynamic one amounts to for a sequence of `seq_len` tokens; a static one as it is."""
-    if not scaling.dynamic:
+    """The scaling that gives every sequence what a length-dependent one gives a sequence of `seq_len` tokens."""
+    if not scaling.is_length_dependent:
         return scaling
     assert scaling.original_max_position_embeddings is not None  # validated by RopeScaling
-    return replace(
-        scaling, dynamic=False, factor=max(scaling.factor, seq_len / scaling.original_max_position_embeddings)
-    )
+    ratio = max(1.0, seq_len / scaling.original_max_position_embeddings)
+    if scaling.method == "dynamic-ntk":
+        return replace(scaling, method="ntk", factor=dynamic_ntk_scale(scaling.factor, ratio))
+    if scaling.method == "longrope":
+        used = scaling.params["long_factor" if ratio > 1 else "short_factor"]
+        return replace(scaling, params={"short_factor": used, "long_factor": used})
+    return replace(scaling, dynamic=False, factor=max(scaling.factor, ratio))
 
 
-def apply_scaling(model: nn.Module, scaling: RopeScaling) -> None:
+def apply_scaling(model: nn.Module, scaling: RopeScaling, plan: LayerPlan | None = None) -> None:
     """Make a model compute with `scaling`, whatever it computed with before.
 
-    A scaling that the untouched model already has leaves it untouched, so any architecture can be read as it is.
+    plan: what differs between layers, its primary layer type aside; by default what differs now.
+
+    A model whose config says so and that computes so is left untouched, so any architecture can be read as it is.
     """
-    if patched_scaling(model) == scaling:
+    current = patched_plan(model)
+    plan = current if plan is None else plan
+    layers = with_primary(plan.layers, scaling)
+    if patched_scaling(model) == scaling and current == LayerPlan(layers, plan.drop_layers):
         return
     if patched_scaling(model) is not None:
         unpatch_model(model)
-    if RopeScaling.from_config(model.config) != scaling:
-        patch_model(model, scaling)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said when the config was first read
+        own = RopeScaling.from_config(model.config)
+    if layers or plan.drop_layers or own != scaling or not computes(model, scaling):
+        patch_model(model, layers or scaling, drop_layers=plan.drop_layers)
+
+
+def with_primary(layers: dict[str, RopeScaling], scaling: RopeScaling) -> dict[str, RopeScaling]:
+    """Scalings by layer type with that of the full-attention layers (or else the first) replaced; none stay none."""
+    if not layers:
+        return {}
+    return {**layers, (PRIMARY_LAYER_TYPE if PRIMARY_LAYER_TYPE in layers else next(iter(layers))): scaling}
+
+
+def resolve_plan(config: Any, layers: str | None = None, drop_layers: str | None = None) -> LayerPlan:
+    """What is to differ between the layers of a checkpoint.
+
+    Args:
+        layers: the only layer type that a scaling is for; None: as the checkpoint says, or else all layers.
+        drop_layers: indices "3,7" of layers without rotary embedding; None: as the checkpoint says.
+
+    Raises:
+        ConfigError: a layer type that the model does not have, or indices that are none.
+    """
+    text = config.get_text_config()
+    plan = LayerPlan.from_config(text)
+    if layers is not None:
+        types = layer_types_of(text)
+        if not types:
+            raise ConfigError(f"layers {layers!r} is not allowed; architecture {text.model_type!r} has no layer types")
+        if layers not in types:
+            raise unknown("layer type", layers, types)
+        own = RopeScaling.from_config(text)
+        by_type = plan.layers or dict.fromkeys(types, own)
+        # The first one is what a scaling replaces.
+        plan = replace(plan, layers={layers: by_type[layers]} | by_type)
+        if layers != PRIMARY_LAYER_TYPE and PRIMARY_LAYER_TYPE in types:
+            raise ConfigError(f"layers {layers!r} is not allowed; only {PRIMARY_LAYER_TYPE!r} can be scaled by itself")
+    if drop_layers is not None:
+        try:
+            indices = tuple(int(part) for part in drop_layers.split(",") if part.strip())
+        except ValueError:
+            raise ConfigError(f"drop_layers {drop_layers!r} is not allowed; give indices of layers: 3,7") from None
+        if any(not 0 <= index < text.num_hidden_layers for index in indices):
+            raise ConfigError(
+                f"drop_layers {drop_layers!r} is not allowed; layers are 0 to {text.num_hidden_layers - 1}"
+            )
+        plan = replace(plan, drop_layers=tuple(sorted(set(indices))))
+    return plan
 
 
 def _quantization(bits: int, dtype: str) -> Any:
@@ -237,10 +321,12 @@ def load_model(
     adapter: str | None = None,
     trust_remote_code: bool = False,
     sliding_window: int | None = None,
+    layers: str | None = None,
+    drop_layers: str | None = None,
     load_in_8bit: bool = False,
     load_in_4bit: bool = False,
 ) -> Any:
-    """Load a causal language model for inference, with a scaling installed.
+    """Load a causal language model for inference, with a scaling installed; whatever `patch_model` has put into it.
 
     Args:
         name: directory or hub name. Only safetensors are read, never pickles.
@@ -250,6 +336,7 @@ def load_model(
         attn_implementation: "auto" is FlashAttention 2 where it can run, otherwise PyTorch's own.
         adapter: a LoRA adapter that is merged into the weights.
         sliding_window: replaces the configuration's attention window (tokens), for architectures that have one.
+        layers, drop_layers: which layers are scaled and which lose their rotary embedding, see `resolve_plan`.
 
     Raises:
         ConfigError: nothing there, damaged files, weights of another architecture, an option that cannot be met.
@@ -260,9 +347,13 @@ def load_model(
     config = load_config(name, trust_remote_code)
     own = RopeScaling.from_config(config)
     wanted = scaling if isinstance(scaling, RopeScaling) else resolve_scaling(scaling or "checkpoint", own)
-    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == CUSTOM_ROPE_TYPE:
+    plan = resolve_plan(config, layers, drop_layers)
+    text = config.get_text_config()
+    if CUSTOM_ROPE_TYPE in str(rope := getattr(text, "rope_parameters", None)):
         # transformers refuses to build what it does not know: build it unscaled, `apply_scaling` does the rest.
-        config.rope_parameters = RopeScaling.from_spec("default", own).to_config()
+        text.rope_parameters = _unscaled(rope)
+        if hasattr(text, RECORD_KEY):
+            delattr(text, RECORD_KEY)
     if sliding_window is not None:
         if not hasattr(config, "sliding_window"):
             raise ConfigError(f"model_type {config.model_type!r} has no sliding window; leave sliding_window out")
@@ -291,7 +382,7 @@ def load_model(
         model = _merge_adapter(model, adapter)
     if "device_map" not in options:
         model = model.to(device)
-    apply_scaling(model, wanted)
+    apply_scaling(model, wanted, plan)
     return model.eval()
 
 
@@ -307,7 +398,7 @@ _NO_EFFECT = {
     "--no-use-cache": "evaluators keep no cache",
 }
 # Released flags of methods that are not in `METHODS`, and how many values they take.
-_UNAVAILABLE = {"--part-ntk": 1, "--rerope": 1, "--dynamic-ntk": 1, "--dynamic-part-ntk": 0}
+_UNAVAILABLE = {"--rerope": 1}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -321,11 +412,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SPEC",
         help="[dynamic-]METHOD[:FACTOR][,FIELD=VALUE...], default (unscaled) or checkpoint[:FACTOR]; repeatable",
     )
-    for method in ("yarn", "linear", "ntk"):
+    for method in ("yarn", "linear", "ntk", "part-ntk", "dynamic-ntk"):
         spec = f"{method}:{{}}".format
         add(f"--{method}", dest="scaling", action="append", type=spec, metavar="S", help=f"--scaling {method}:S")
-    for method in ("dynamic-linear", "dynamic-yarn"):
+    for method in ("dynamic-linear", "dynamic-part-ntk", "dynamic-yarn"):
         add(f"--{method}", dest="scaling", action="append_const", const=method, help=f"--scaling {method}")
+    add("--layers", metavar="TYPE", help="scale only the layers of this type (full_attention)")
+    add("--drop-layers", metavar="I,J,...", help="layers, from 0, that work without rotary embedding")
     add("--factor", metavar="S", help="factor of every scaling that names none, the checkpoint's own included")
     add("--finetuned", action="store_true", help="dynamic scalings start from the checkpoint's own factor")
     add("--original-max-position-embeddings", type=int, metavar="N", help="trained context, if the checkpoint is wrong")
@@ -368,12 +461,17 @@ class ModelJob:
     dtype: str
     fingerprint: str
     """Hash of the weights and of everything but scaling and dtype that changes what the model computes."""
+    plan: LayerPlan = LayerPlan()
+    """What differs between layers."""
+    choice: str = ""
+    """The layers that were chosen by flags, in words."""
 
     @property
     def label(self) -> str:
         """The scaling in a few words: "unscaled", "yarn x8", "yarn x8 (checkpoint)" for a model's own."""
         own = self.spec.partition(":")[0] == "checkpoint" and self.scaling.method != "default"
-        return f"{self.scaling.label} (checkpoint)" if own else self.scaling.label
+        label = f"{self.scaling.label} (checkpoint)" if own else self.scaling.label
+        return f"{label}, {self.choice}" if self.choice else label
 
     @property
     def name(self) -> str:
@@ -427,6 +525,8 @@ def _fingerprint(args: argparse.Namespace, name: str, config: Any) -> str:
     weights = weights_hash(name) if Path(name).is_dir() else [name, getattr(config, "_commit_hash", None)]
     adapter = weights_hash(args.adapter) if args.adapter else None
     options = [args.sliding_window_attention, args.load_in_8bit, args.load_in_4bit]
+    if args.layers is not None or args.drop_layers is not None:
+        options += [args.layers, args.drop_layers]
     return hashlib.sha256(json.dumps([weights, adapter, options]).encode()).hexdigest()[:16]
 
 
@@ -466,9 +566,14 @@ def model_jobs(args: argparse.Namespace) -> list[ModelJob]:
         if args.original_max_position_embeddings is not None:
             base = replace(own, original_max_position_embeddings=args.original_max_position_embeddings)
         fingerprint, head_dim = _fingerprint(args, name, config), head_dim_of(config.get_text_config())
+        plan = resolve_plan(config, args.layers, args.drop_layers)
+        choice = [f"{args.layers} layers only"] if args.layers is not None else []
+        choice += [f"without RoPE in {args.drop_layers}"] if args.drop_layers else []
         for spec in _specs(args):
             scaling = resolve_scaling(spec, base)
-            jobs.append(ModelJob(name, spec, scaling, scaling == own, head_dim, dtype, fingerprint))
+            carried = scaling == own
+            words = ", ".join(choice)
+            jobs.append(ModelJob(name, spec, scaling, carried, head_dim, dtype, fingerprint, plan, words))
     return jobs
 
 
@@ -496,5 +601,5 @@ class ModelLoader:
                 load_in_4bit=self._args.load_in_4bit,
             )
             self._name = job.model
-        apply_scaling(self._model, job.scaling)
+        apply_scaling(self._model, job.scaling, job.plan)
         return self._model

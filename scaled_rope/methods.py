@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from scaled_rope.config import METHODS, Method, RopeScaling, attention_factor_of, ntk_theta
+from scaled_rope.config import METHODS, Method, RopeScaling
+from scaled_rope.dialects import is_number, is_positive_whole
 from scaled_rope.errors import ConfigError
+from scaled_rope.formulas import attention_factor_of, dynamic_ntk_scale, ntk_theta
 
 if TYPE_CHECKING:
     from scaled_rope.config import MethodFn
@@ -27,14 +30,14 @@ _BY_PARTS = (*_SCALED, "beta_fast", "beta_slow", "ramp", "truncate", "extrapolat
 
 
 def register(
-    name: str, *, fields: tuple[str, ...], source: str, summary: str, needs_original: bool = False
+    name: str, *, fields: tuple[str, ...], source: str, summary: str, **columns: Any
 ) -> Callable[[MethodFn], MethodFn]:
     """Add the decorated function to `METHODS`; see `Method` for the columns."""
 
     def add(fn: MethodFn) -> MethodFn:
         if name in METHODS:
             raise ConfigError(f"method {name!r} is registered twice")
-        METHODS[name] = Method(name, fn, frozenset(fields), source, summary, needs_original=needs_original)
+        METHODS[name] = Method(name, fn, frozenset(fields), source, summary, **columns)
         return fn
 
     return add
@@ -70,8 +73,10 @@ def ntk(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) 
 def ntk_by_parts(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """(1-γ)·θ_d/s + γ·θ_d, where the kept share γ falls from 1 to 0 as wavelengths grow."""
     inv_freq = _powers(scaling.rope_theta, dim, factor)
-    ramp = _rotation_ramp if scaling.ramp == "rotations" else _dimension_ramp
-    keep = ramp(scaling, inv_freq, dim)
+    if scaling.ramp == "rotations":
+        keep = _rotation_ramp(scaling, inv_freq, *scaling.ramp_bounds)
+    else:
+        keep = _index_ramp(scaling, dim, *scaling.ramp_bounds, inv_freq)
     if scaling.extrapolation_factor is not None:
         keep = keep * scaling.extrapolation_factor
     # (1-γ)/s + γ, arranged so that s = 1 gives exactly 1.
@@ -94,40 +99,345 @@ def yarn(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None)
     return inv_freq, attention_factor_of(torch.log(factor), mscale)
 
 
+@dataclass(frozen=True)
+class PartNtkParams:
+    """Rotations over L between which the older blend works; the released code has them built in."""
+
+    linear_above: float = 0.75
+    """Below this, frequencies are divided by s."""
+    ntk_above: float = 1.25
+    """Above this, and below `blend_above`, they are NTK-aware."""
+    blend_above: float = 2.0
+    keep_above: float = 16.0
+    """Above this, they are kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("linear_above", "ntk_above", "blend_above", "keep_above"):
+            _store(self, name, above=0)
+        if self.linear_above >= self.ntk_above or self.blend_above >= self.keep_above:
+            raise ConfigError(
+                f"linear_above={self.linear_above:g} must be below ntk_above={self.ntk_above:g}, and "
+                f"blend_above={self.blend_above:g} below keep_above={self.keep_above:g}"
+            )
+
+
+@register(
+    "part-ntk",
+    fields=(*_SCALED, "extrapolation_factor"),
+    params_type=PartNtkParams,
+    needs_original=True,
+    source="the released code's first 'NTK-by-parts'",
+    summary="θ/s for long waves, NTK-aware for middle ones, θ for short ones",
+)
+def part_ntk(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Two ramps in the dimension index: linear to NTK-aware around one rotation, then to unscaled from 2 to 16."""
+    params: PartNtkParams = scaling.method_params
+    plain = _powers(scaling.rope_theta, dim, factor)
+    slow = plain / factor[..., None]
+    middle = _powers(ntk_theta(scaling.rope_theta, factor[..., None], dim), dim, factor)
+    first = _index_ramp(scaling, dim, params.ntk_above, params.linear_above, plain)
+    second = _index_ramp(scaling, dim, params.keep_above, params.blend_above, plain)
+    if scaling.extrapolation_factor is not None:
+        second = second * scaling.extrapolation_factor
+    blended = slow + first * (middle - slow)
+    return blended + second * (plain - blended), torch.ones_like(factor)
+
+
+@dataclass(frozen=True)
+class Llama3Params:
+    """Where the blend of `llama3` begins and ends, in rotations over L."""
+
+    low_freq_factor: float = 1.0
+    """Fewer rotations: divided by s."""
+    high_freq_factor: float = 4.0
+    """More: kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("low_freq_factor", "high_freq_factor"):
+            _store(self, name, above=0)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ConfigError(
+                f"high_freq_factor={self.high_freq_factor:g}: must be above low_freq_factor={self.low_freq_factor:g}"
+            )
+
+
+@register(
+    "llama3",
+    fields=_SCALED,
+    params_type=Llama3Params,
+    needs_original=True,
+    source="Llama 3.1 (Meta 2024), as in transformers",
+    summary="a ramp in rotations from 1 to 4, without attention factor",
+)
+def llama3(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
+    """θ/s below `low_freq_factor` rotations over L, θ above `high_freq_factor`, linear in rotations between."""
+    params: Llama3Params = scaling.method_params
+    inv_freq = _powers(scaling.rope_theta, dim, factor)
+    keep = _rotation_ramp(scaling, inv_freq, params.high_freq_factor, params.low_freq_factor)
+    return inv_freq * (1 - (1 - keep) * (1 - 1 / factor[..., None])), torch.ones_like(factor)
+
+
+@dataclass(frozen=True)
+class LongRopeParams:
+    """One divisor per frequency [D/2], for sequences up to L and for longer ones."""
+
+    short_factor: list[float]
+    long_factor: list[float]
+
+    def __post_init__(self) -> None:
+        for name in ("short_factor", "long_factor"):
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple) or not values:
+                raise ConfigError(f"{name}={values!r}: must be a list with one number per frequency")
+            for value in values:
+                if not is_number(value) or value <= 0:
+                    raise ConfigError(f"{name} holds {value!r}: must be positive finite numbers")
+            object.__setattr__(self, name, [float(value) for value in values])
+        if len(self.short_factor) != len(self.long_factor):
+            raise ConfigError(
+                f"long_factor has {len(self.long_factor)} numbers: must have as many as short_factor, "
+                f"{len(self.short_factor)}"
+            )
+
+
+@register(
+    "longrope",
+    fields=("factor", "attention_factor"),
+    params_type=LongRopeParams,
+    needs_original=True,
+    length_dependent=True,
+    no_dynamic="its frequencies switch at L already",
+    source="LongRoPE (arXiv 2402.13753), as in transformers",
+    summary="a searched divisor per frequency, one list up to L and one beyond",
+)
+def longrope(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
+    """θ_d / short_d for sequences up to L, θ_d / long_d for longer ones; attention factor sqrt(1 + ln s / ln L).
+
+    A length that is not known counts as short, as in transformers.
+    """
+    params: LongRopeParams = scaling.method_params
+    if len(params.short_factor) != dim // 2:
+        raise ConfigError(
+            f"short_factor has {len(params.short_factor)} numbers: must have {dim // 2}, one per frequency of the model"
+        )
+    assert scaling.original_max_position_embeddings is not None  # validated by RopeScaling
+    short, long = (
+        torch.tensor(values, dtype=factor.dtype, device=factor.device)
+        for values in (params.short_factor, params.long_factor)
+    )
+    divisor = short.expand(*factor.shape, dim // 2)
+    if seq_len is not None:
+        divisor = torch.where((seq_len > scaling.original_max_position_embeddings)[..., None], long, divisor)
+    inv_freq = _powers(scaling.rope_theta, dim, factor) / divisor
+    return inv_freq, torch.full_like(factor, scaling.static_attention_factor)
+
+
+@dataclass(frozen=True)
+class AbfParams:
+    theta: float
+    """The base in place of the model's."""
+
+    def __post_init__(self) -> None:
+        _store(self, "theta", above=1)
+
+
+@register(
+    "abf",
+    fields=("factor",),
+    params_type=AbfParams,
+    factor_optional=True,
+    no_dynamic="its base does not depend on s",
+    source="adjusted base frequency (arXiv 2309.16039); Code Llama",
+    summary="another base, chosen by hand",
+)
+def abf(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
+    """theta^(-2d/D)."""
+    inv_freq = _powers(scaling.method_params.theta, dim, factor)
+    return inv_freq.expand(*factor.shape, dim // 2), torch.ones_like(factor)
+
+
+@register(
+    "dynamic-ntk",
+    fields=("factor",),
+    needs_original=True,
+    length_dependent=True,
+    no_dynamic="it is one already",
+    source="'dynamic' of transformers",
+    summary="a base that grows with the length: α·l'/L - (α-1) in place of s",
+)
+def dynamic_ntk(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
+    """NTK-aware at s = α·l'/L - (α-1), α the factor; unscaled up to L. With α = 1 it is the dynamic form of `ntk`."""
+    assert scaling.original_max_position_embeddings is not None  # validated by RopeScaling
+    ratio = torch.ones_like(factor)
+    if seq_len is not None:
+        ratio = torch.maximum(ratio, seq_len / scaling.original_max_position_embeddings)
+    s = dynamic_ntk_scale(factor, ratio)
+    return _powers(ntk_theta(scaling.rope_theta, s[..., None], dim), dim, factor), torch.ones_like(factor)
+
+
+@dataclass(frozen=True)
+class NtkMixedParams:
+    exponent: float = 0.625
+    """How fast the division sets in towards low frequencies."""
+
+    def __post_init__(self) -> None:
+        _store(self, "exponent", above=0)
+
+
+@register(
+    "ntk-mixed",
+    fields=_SCALED,
+    params_type=NtkMixedParams,
+    source="'NTK-RoPE-mixed' (Su 2023, blog)",
+    summary="θ_m / exp(a·m^0.625): a smooth change from θ to θ/s",
+)
+def ntk_mixed(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
+    """θ_m / exp(a·m^0.625) for m = 1 … D/2, with a·(D/2)^0.625 = ln s: the lowest frequency ends at θ/s."""
+    plain = _powers(scaling.rope_theta, dim, factor)
+    share = torch.arange(1, dim // 2 + 1, dtype=factor.dtype, device=factor.device) / (dim // 2)
+    return plain * factor[..., None] ** -(share**scaling.method_params.exponent), torch.ones_like(factor)
+
+
+@dataclass(frozen=True)
+class ProportionalParams:
+    fraction: float = 1.0
+    """The share of a head's frequencies that turn; the lowest ones stand still."""
+
+    def __post_init__(self) -> None:
+        _store(self, "fraction", above=0, at_most=1)
+
+
+@register(
+    "proportional",
+    fields=_SCALED,
+    params_type=ProportionalParams,
+    factor_optional=True,
+    source="p-RoPE (arXiv 2410.06205), as in transformers",
+    summary="the lowest frequencies set to 0, the others divided by s",
+)
+def proportional(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
+    """θ_d / s for the first fraction·D/2 frequencies, 0 for the rest."""
+    turning = int(scaling.method_params.fraction * dim // 2)
+    inv_freq = _powers(scaling.rope_theta, dim, factor) / factor[..., None]
+    return _scale_lowest(inv_freq, _zeros(dim // 2 - turning)), torch.ones_like(factor)
+
+
+@dataclass(frozen=True)
+class ClipParams:
+    clip: int | None = None
+    """How many of the lowest frequencies are clipped. Default: 5 of 16, the released 20 of 64."""
+    theta: float | None = None
+    """A base in place of the model's, as in `abf`."""
+
+    def __post_init__(self) -> None:
+        if self.clip is not None and not is_positive_whole(self.clip):
+            raise ConfigError(f"clip={self.clip!r}: must be a whole number, at least 1")
+        if self.theta is not None:
+            _store(self, "theta", above=1)
+
+
+_CLIPPED: dict[str, Any] = {
+    "fields": ("factor",),
+    "params_type": ClipParams,
+    "factor_optional": True,
+    "no_dynamic": "what it clips does not depend on s",
+}
+
+
+@register(
+    "cope",
+    source="Clipped RoPE (arXiv 2602.05258)",
+    summary="the lowest frequencies tapered to 0 by a cosine",
+    **_CLIPPED,
+)
+def cope(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
+    """θ_d · (1 + cos φ)/2 over the lowest frequencies, φ from 0 to π in equal steps; the last one is 0."""
+    inv_freq, clip = _clipped(scaling, dim, factor)
+    phase = torch.linspace(0, math.pi, clip, dtype=torch.float64, device="cpu")
+    return _scale_lowest(inv_freq, (1 + phase.cos()) / 2), torch.ones_like(factor)
+
+
+@register(
+    "hardclip",
+    source="Clipped RoPE (arXiv 2602.05258), its baseline",
+    summary="the lowest frequencies set to 0",
+    **_CLIPPED,
+)
+def hardclip(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
+    """θ_d, and 0 for the lowest frequencies."""
+    inv_freq, clip = _clipped(scaling, dim, factor)
+    return _scale_lowest(inv_freq, _zeros(clip)), torch.ones_like(factor)
+
+
+def _clipped(scaling: RopeScaling, dim: int, factor: Tensor) -> tuple[Tensor, int]:
+    """Unclipped frequencies [..., D/2] and how many of them are to be clipped."""
+    params: ClipParams = scaling.method_params
+    clip = max(1, round(dim / 2 * 20 / 64)) if params.clip is None else params.clip
+    if clip > dim // 2:
+        raise ConfigError(f"clip={clip}: must be at most {dim // 2}, the number of frequencies")
+    inv_freq = _powers(params.theta or scaling.rope_theta, dim, factor)
+    return inv_freq.expand(*factor.shape, dim // 2), clip
+
+
+def _scale_lowest(inv_freq: Tensor, weights: Tensor) -> Tensor:
+    """inv_freq [..., D/2] with its last len(weights) entries multiplied by `weights`."""
+    kept = inv_freq.shape[-1] - len(weights)
+    return torch.cat((inv_freq[..., :kept], inv_freq[..., kept:] * weights.to(inv_freq)), dim=-1)
+
+
+def _zeros(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.float64, device="cpu")  # whatever the default device, see compute_rope
+
+
+def _round_wavelengths(inv_freq: Tensor) -> Tensor:
+    """Resonance RoPE (arXiv 2403.00071): each wavelength becomes the nearest whole number of tokens."""
+    wavelength = (2 * math.pi / inv_freq).round().clamp(min=1)
+    return torch.where(inv_freq > 0, 2 * math.pi / wavelength, inv_freq)
+
+
+def _store(params: object, name: str, above: float, at_most: float = math.inf) -> None:
+    """Check a number of a parameter dataclass and store it as float."""
+    value = getattr(params, name)
+    if not is_number(value) or not above < value <= at_most:
+        limit = f" and at most {at_most:g}" if math.isfinite(at_most) else ""
+        raise ConfigError(f"{name}={value!r}: must be a finite number above {above:g}{limit}")
+    object.__setattr__(params, name, float(value))
+
+
 def _powers(base: float | Tensor, dim: int, like: Tensor) -> Tensor:
     """base^(-2d/D), d = 0 … D/2-1: [D/2], or [..., D/2] for a base [..., 1]; dtype and device of `like`."""
     exponent = torch.arange(0, dim, 2, dtype=like.dtype, device=like.device) / dim
     return base**-exponent
 
 
-def _dimension_ramp(scaling: RopeScaling, inv_freq: Tensor, dim: int) -> Tensor:
-    """Kept share [D/2], linear in the dimension index, as in the released code.
+def _index_ramp(scaling: RopeScaling, dim: int, fast: float, slow: float, like: Tensor) -> Tensor:
+    """Kept share [D/2]: 1 up to the dimension that turns `fast` times over L, 0 from the one that turns `slow` times.
 
-    The ends are the dimensions d(x) = D·ln(L/(2πx)) / (2·ln b) that turn x = beta_fast and beta_slow times
-    over L. The upper one is clamped to D-1 although indices end at D/2-1; published models rely on it.
+    Linear in the dimension index between, as in the released code. The ends d(x) = D·ln(L/(2πx)) / (2·ln b) are
+    rounded outwards unless `truncate` is False. The upper one is clamped to D-1 although indices end at D/2-1;
+    published models rely on it.
     """
     assert scaling.original_max_position_embeddings is not None  # validated by RopeScaling
     low, high = (
         dim
         * math.log(scaling.original_max_position_embeddings / (2 * math.pi * rotations))
         / (2 * math.log(scaling.rope_theta))
-        for rotations in scaling.ramp_bounds
+        for rotations in (fast, slow)
     )
     if scaling.truncate is not False:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001
-    index = torch.arange(dim // 2, dtype=inv_freq.dtype, device=inv_freq.device)
+    index = torch.arange(dim // 2, dtype=like.dtype, device=like.device)
     return 1 - ((index - low) / (high - low)).clamp(0, 1)
 
 
-def _rotation_ramp(scaling: RopeScaling, inv_freq: Tensor, dim: int) -> Tensor:
+def _rotation_ramp(scaling: RopeScaling, inv_freq: Tensor, fast: float, slow: float) -> Tensor:
     """Kept share γ(r) [D/2], linear in r(d) = L·θ_d/2π, the number of rotations over L (eq. 17-18)."""
     assert scaling.original_max_position_embeddings is not None  # validated by RopeScaling
-    beta_fast, beta_slow = scaling.ramp_bounds
     rotations = scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)
-    return ((rotations - beta_slow) / (beta_fast - beta_slow)).clamp(0, 1)
+    return ((rotations - slow) / (fast - slow)).clamp(0, 1)
 
 
 def compute_rope(
@@ -188,4 +498,5 @@ def _compute(scaling: RopeScaling, head_dim: int, factor: Tensor, seq_len: Tenso
     if scaling.dynamic and seq_len is not None:
         assert scaling.original_max_position_embeddings is not None  # validated by RopeScaling
         factor = torch.maximum(factor, seq_len / scaling.original_max_position_embeddings)
-    return row.fn(scaling, dim, factor, seq_len)
+    inv_freq, attention_factor = row.fn(scaling, dim, factor, seq_len)
+    return (_round_wavelengths(inv_freq) if scaling.resonance else inv_freq), attention_factor

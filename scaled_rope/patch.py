@@ -1,7 +1,8 @@
 """Put a scaling into a model of transformers, and take it out again.
 
-A patched model differs in two places: its rotary module, and what its config says about RoPE. What was there
-before is kept on the base model (the part that makes hidden states), so it travels with copies of the model.
+A patched model differs in its rotary module, in what its config says about RoPE and, where layers are to differ though
+they share one pair of tables, in a hook in front of each layer. What was there before is kept on the base model (the
+part that makes hidden states), so it travels with copies of the model.
 """
 
 from __future__ import annotations
@@ -9,34 +10,78 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from scaled_rope.config import RopeScaling
+from scaled_rope.config import LayerPlan, RopeScaling, config_head_dim
+from scaled_rope.dialects import NATIVE, PRIMARY_LAYER_TYPE, RECORD_KEY
 from scaled_rope.errors import ConfigError, unknown
-from scaled_rope.rotary import ScaledRotaryEmbedding
+from scaled_rope.methods import compute_rope
+from scaled_rope.rotary import LayeredRotaryEmbedding, Layout, ScaledRotaryEmbedding
 
 _STATE = "_scaled_rope_state"
+_ROTARY = "rotary_emb"
+_CONFIG_FIELDS = ("rope_parameters", "max_position_embeddings", RECORD_KEY)
+_ABSENT = object()
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What differs between model families. The defaults are the common layout: one rotary module on the base
-    model that is called as rotary_emb(x, position_ids) and returns (cos, sin) over whole heads."""
+    """What differs between model families. The defaults are the common layout: one rotary module `rotary_emb` on the
+    base model that is called as rotary_emb(x, position_ids) and returns (cos, sin) over the rotated dimensions."""
 
-    rotary: str = "rotary_emb"
-    """Name of the rotary module on the base model."""
+    layout: Layout = "halves"
+    float32_tables: bool = False
+    """Whether attention wants float32 tables whatever the model's dtype."""
+    per_layer_type: bool = False
+    """Whether the module is called with a layer type, and `rope_parameters` is nested by it."""
     partial_rotary: bool = False
     """Whether attention can rotate a part of each head only."""
+    rope_types: frozenset[str] = frozenset(NATIVE)
+    """The rope types that the family's config class accepts."""
+    layers: str = "layers"
+    """Name of the list of decoder layers on the base model."""
+    alibi: str = ""
+    """The config field that is true when the model uses ALiBi and its rotary module is idle."""
+    rope_flags: str = ""
+    """The config field that holds, layer by layer, whether the layer uses RoPE."""
+    rope_layer_type: str = ""
+    """The only layer type that uses RoPE."""
 
 
-ADAPTERS: dict[str, Adapter] = {"llama": Adapter(), "mistral": Adapter()}
-"""Supported families by `config.model_type`."""
+_PARTIAL = Adapter(partial_rotary=True)
+ADAPTERS: dict[str, Adapter] = {
+    "cohere": Adapter(layout="interleaved"),
+    "cohere2": Adapter(layout="interleaved", rope_layer_type="sliding_attention"),
+    "falcon": Adapter(layers="h", alibi="alibi"),
+    "gemma": Adapter(),
+    "gemma2": Adapter(),
+    "gemma3_text": Adapter(per_layer_type=True),
+    "gpt_neox": _PARTIAL,
+    "gpt_oss": Adapter(layout="half"),
+    "llama": Adapter(),
+    "mistral": Adapter(),
+    "mixtral": Adapter(),
+    "olmo": Adapter(float32_tables=True),
+    "olmo2": Adapter(float32_tables=True),
+    "olmo3": Adapter(float32_tables=True, per_layer_type=True),
+    "phi": _PARTIAL,
+    # Its config class turns yarn into longrope and rejects the rest.
+    "phi3": Adapter(partial_rotary=True, rope_types=frozenset({"default", "longrope"})),
+    "qwen2": Adapter(),
+    "qwen2_moe": Adapter(),
+    "qwen3": Adapter(),
+    "qwen3_moe": Adapter(),
+    "smollm3": Adapter(rope_flags="no_rope_layers"),
+    "stablelm": _PARTIAL,
+}
+"""Supported families by `config.model_type`. Others are recognised by what their rotary module returns."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +92,7 @@ class PatchReport:
     modules: tuple[str, ...]
     """Names, inside the model that was given, of the modules that were replaced."""
     scaling: RopeScaling
+    """The scaling; where layer types differ, that of the full-attention layers (or else of the first type)."""
     head_dim: int
     attention_factor: float
     """The multiplier of cos and sin at s = factor."""
@@ -54,6 +100,10 @@ class PatchReport:
     """The scaling in effect before."""
     notes: tuple[str, ...]
     """What the caller may not have meant; empty when all is plain."""
+    plan: LayerPlan = LayerPlan()
+    """The scaling of each layer type, where they differ, and the layers that were left without RoPE."""
+    native: bool = True
+    """Whether transformers alone reads the scaling from the saved config; otherwise use `scaled_rope.load_model`."""
 
 
 @dataclass
@@ -61,21 +111,30 @@ class _State:
     """What a patched base model was before its first patch, and what it is now."""
 
     rotary: nn.Module
-    rope_parameters: Any
-    max_position_embeddings: int
+    config: dict[str, Any]
+    """The fields that are changed, as they were."""
     own: RopeScaling
-    """The scaling that its config said."""
+    own_layers: dict[str, RopeScaling]
     scaling: RopeScaling
-    hook: RemovableHandle | None
+    plan: LayerPlan
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
 
-def patch_model(model: nn.Module, scaling: RopeScaling | str) -> PatchReport:
+def patch_model(
+    model: nn.Module,
+    scaling: RopeScaling | str | Mapping[str, RopeScaling | str | None],
+    *,
+    drop_layers: Iterable[int] = (),
+) -> PatchReport:
     """Give `model` another RoPE scaling, in place.
 
     Args:
         model: a causal language model, a bare base model, or a wrapper around one (PEFT).
         scaling: a record, or a spec such as "yarn:8" (see `RopeScaling.from_spec`) relative to the model as
-            it was before any patch. Patching a patched model replaces the scaling.
+            it was before any patch. Patching a patched model replaces the scaling. It is for all layers, in families
+            with RoPE parameters per layer type for the full-attention layers. A mapping from layer types
+            ("full_attention", "sliding_attention") says it for each; None and what is missing stay as they are.
+        drop_layers: indices of layers, from 0, that are to work without rotary embedding.
 
     `config.rope_parameters` and, when it is too small, `config.max_position_embeddings` follow, so that the
     saved model carries its scaling. Models may share a config object, so the change is made on the model's
@@ -86,43 +145,48 @@ def patch_model(model: nn.Module, scaling: RopeScaling | str) -> PatchReport:
     """
     base = _base_model(model)
     config: Any = base.config
-    adapter = _adapter(config.model_type)
     state: _State | None = getattr(base, _STATE, None)
+    replaced = getattr(base, _ROTARY)
+    original = state.rotary if state else replaced
+    adapter = adapter_of(config, original)
     own = state.own if state else RopeScaling.from_config(config)
+    own_layers = state.own_layers if state else _own_layers(config, adapter)
     before = state.scaling if state else own
-    if isinstance(scaling, str):
-        scaling = RopeScaling.from_spec(scaling, own)
-    if scaling.partial_rotary_factor != 1.0 and not adapter.partial_rotary:
-        share = f"{scaling.partial_rotary_factor:g}"
-        raise ConfigError(f"partial_rotary_factor={share}: must be 1, {config.model_type} models rotate whole heads")
-    head_dim = head_dim_of(config)
-    replaced = getattr(base, adapter.rotary)
-    rope_parameters = scaling.to_config(head_dim=head_dim)
-    names = tuple(name for name, module in model.named_modules() if module is replaced)
-    rotary = ScaledRotaryEmbedding(scaling, head_dim, device=replaced.inv_freq.device)
 
+    wanted, layers = _resolve(scaling, own, own_layers, config, adapter)
+    plan = LayerPlan(layers, _check_layers(drop_layers, base, adapter))
+    head_dim = head_dim_of(config)
+    every = list(layers.values()) or [wanted]
+    for each in every:
+        _check_width(each, original, head_dim, adapter, config)
+    rotary = _build(wanted, layers, head_dim, _device_of(replaced), adapter)
+    context = state.config["max_position_embeddings"] if state else getattr(config, "max_position_embeddings", 0)
+    fields = _config_fields(wanted, plan, head_dim, adapter, config, context)
+
+    names = tuple(name for name, module in model.named_modules() if module is replaced)
     if state:
         _restore(base, state)
     elif base is not model:
         config = _detach_config(model, base)
-    hook = None
-    if scaling.is_length_dependent:
-        hook = base.register_forward_pre_hook(_prepare_dynamic_pass, with_kwargs=True)
     state = _State(
-        rotary=getattr(base, adapter.rotary),
-        rope_parameters=config.rope_parameters,
-        max_position_embeddings=config.max_position_embeddings,
+        rotary=getattr(base, _ROTARY),
+        config={name: getattr(config, name, _ABSENT) for name in _CONFIG_FIELDS},
         own=own,
-        scaling=scaling,
-        hook=hook,
+        own_layers=own_layers,
+        scaling=wanted,
+        plan=plan,
     )
+    if any(each.is_length_dependent for each in every):
+        state.hooks.append(base.register_forward_pre_hook(_prepare_dynamic_pass, with_kwargs=True))
+    state.hooks += _hook_layers(base, rotary, plan, config, adapter)
     setattr(base, _STATE, state)
-    setattr(base, adapter.rotary, rotary)
-    config.rope_parameters = rope_parameters
-    config.max_position_embeddings = max(config.max_position_embeddings, scaling.max_position_embeddings or 0)
+    setattr(base, _ROTARY, rotary)
+    _write_config(config, fields)
 
-    notes = _notes(own, scaling, config)
-    return PatchReport(config.model_type, names, scaling, head_dim, rotary.attention_scaling, before, notes)
+    notes = _notes(own, wanted, config, adapter)
+    factor = compute_rope(wanted, head_dim)[1]
+    native = "scaled-rope" not in str(fields["rope_parameters"])
+    return PatchReport(config.model_type, names, wanted, head_dim, factor, before, notes, plan, native)
 
 
 def unpatch_model(model: nn.Module) -> None:
@@ -134,32 +198,322 @@ def unpatch_model(model: nn.Module) -> None:
     state: _State | None = getattr(base, _STATE, None)
     if state is None:
         raise ConfigError(f"unpatch_model: this {type(model).__name__} is not patched")
+    device = _device_of(getattr(base, _ROTARY))
     _restore(base, state)
+    if any(buffer.is_meta for buffer in state.rotary.buffers()) and device.type != "meta":
+        # It was taken out before the model got its weights, so nothing has filled its buffers.
+        setattr(base, _ROTARY, type(state.rotary)(config=base.config).to(device))
 
 
 def patched_scaling(model: nn.Module) -> RopeScaling | None:
     """The scaling that `patch_model` gave to `model`, or None when it is not patched."""
-    state: _State | None = getattr(_base_model(model), _STATE, None)
+    state = _state_of(model)
     return state.scaling if state else None
+
+
+def patched_plan(model: nn.Module) -> LayerPlan:
+    """What `patch_model` made differ between layers; empty when the model is not patched."""
+    state = _state_of(model)
+    return state.plan if state else LayerPlan()
+
+
+def _state_of(model: nn.Module) -> _State | None:
+    return next((vars(module)[_STATE] for module in model.modules() if _STATE in vars(module)), None)
+
+
+def computes(model: nn.Module, scaling: RopeScaling) -> bool:
+    """Whether an unpatched model computes with a static scaling already, by the numbers in its rotary module.
+
+    Its config is not asked: families drop, rewrite or ignore parts of it. Models whose rotary module is not understood
+    count by their config.
+    """
+    try:
+        base = _base_model(model)
+        rotary = getattr(base, _ROTARY)
+        adapter = adapter_of(base.config, rotary)
+    except ConfigError:
+        return RopeScaling.from_config(getattr(model, "config", {})) == scaling
+    if scaling.is_length_dependent:
+        return False
+    prefix = f"{PRIMARY_LAYER_TYPE}_" if adapter.per_layer_type else ""
+    inv_freq, factor = getattr(rotary, f"{prefix}inv_freq", None), getattr(rotary, f"{prefix}attention_scaling", None)
+    if inv_freq is None or factor is None or inv_freq.is_meta:
+        return RopeScaling.from_config(base.config) == scaling
+    wanted, wanted_factor = compute_rope(scaling, head_dim_of(base.config))
+    if inv_freq.shape != wanted.shape:
+        return False
+    # transformers computes in float32 throughout: its frequencies are off by up to some ln(b) units of 6e-8.
+    close = torch.allclose(inv_freq.float().cpu(), wanted, rtol=5e-6, atol=0)
+    return close and abs(float(factor) - wanted_factor) < 1e-6
 
 
 def head_dim_of(config: Any) -> int:
     """Dimensions per attention head, from a transformers config."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    head_dim = config_head_dim(config)
+    if head_dim is None:
+        raise ConfigError(f"model_type {config.model_type!r}: its config says neither head_dim nor hidden_size")
+    return head_dim
+
+
+def adapter_of(config: Any, rotary: nn.Module | None = None) -> Adapter:
+    """The adapter of a family, by name or, given its rotary module, by what that returns.
+
+    Raises:
+        ConfigError: not recognised, or a model that does not use its rotary module.
+    """
+    adapter = ADAPTERS.get(config.model_type)
+    if adapter is None and rotary is not None:
+        adapter = detect_adapter(config, rotary)
+    if adapter is None:
+        raise unknown("architecture", config.model_type, ADAPTERS)
+    if adapter.alibi and getattr(config, adapter.alibi, False):
+        raise ConfigError(f"architecture {config.model_type!r} with {adapter.alibi}=true uses no rotary embedding")
+    return adapter
+
+
+def detect_adapter(config: Any, rotary: nn.Module) -> Adapter | None:
+    """The adapter of a standard rotary module of transformers by what it returns for a few positions, or None."""
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, dict) or "RotaryEmbedding" not in type(rotary).__name__:
+        return None
+    parameters = list(inspect.signature(rotary.forward).parameters)
+    per_layer_type = parameters == ["x", "position_ids", "layer_type"]
+    if parameters != ["x", "position_ids"] and not per_layer_type:
+        return None
+    if "mrope_section" in str(rope) or per_layer_type and PRIMARY_LAYER_TYPE not in rope:
+        return None
+    prefix = f"{PRIMARY_LAYER_TYPE}_" if per_layer_type else ""
+    inv_freq = getattr(rotary, f"{prefix}inv_freq", None)
+    if not isinstance(inv_freq, Tensor) or inv_freq.dim() != 1 or inv_freq.is_meta:
+        return None
+    x = torch.zeros(1, 1, 1, dtype=torch.bfloat16, device=inv_freq.device)
+    positions = torch.tensor([[0, 1, 3]], device=inv_freq.device)
+    # Its own memory of lengths, if it has one, must not learn of the probe.
+    probe = copy.deepcopy(rotary)
+    cos, sin = probe(x, positions, PRIMARY_LAYER_TYPE) if per_layer_type else probe(x, positions)
+    angles = positions[..., None].float() * inv_freq.float()
+    scale = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
+    layouts: dict[Layout, Callable[[Tensor], Tensor]] = {
+        "halves": lambda table: torch.cat((table, table), dim=-1),
+        "interleaved": lambda table: table.repeat_interleave(2, dim=-1),
+        "half": lambda table: table,
+    }
+    for layout, lay_out in layouts.items():
+        wanted = lay_out(angles.cos() * scale), lay_out(angles.sin() * scale)
+        if all(
+            table.shape == right.shape and torch.allclose(table.float(), right, rtol=0, atol=0.02 * scale)
+            for table, right in zip((cos, sin), wanted, strict=True)
+        ):
+            return Adapter(
+                layout=layout,
+                float32_tables=cos.dtype == torch.float32,
+                per_layer_type=per_layer_type,
+                # Whether a part of each head is rotated shows in the table's width, see `_check_width`.
+                partial_rotary=True,
+            )
+    return None
+
+
+def layers_without_rope(config: Any) -> list[int]:
+    """Indices of the layers of a family that use no rotary embedding by design."""
+    adapter = ADAPTERS.get(config.model_type, Adapter())
+    if adapter.rope_flags:
+        return [index for index, used in enumerate(getattr(config, adapter.rope_flags) or ()) if not used]
+    if adapter.rope_layer_type:
+        return [index for index, kind in enumerate(config.layer_types or ()) if kind != adapter.rope_layer_type]
+    return []
+
+
+def _resolve(
+    scaling: RopeScaling | str | Mapping[str, RopeScaling | str | None],
+    own: RopeScaling,
+    own_layers: dict[str, RopeScaling],
+    config: Any,
+    adapter: Adapter,
+) -> tuple[RopeScaling, dict[str, RopeScaling]]:
+    """The primary scaling and, where layer types are told apart, that of each type."""
+
+    def read(one: RopeScaling | str | None, mine: RopeScaling) -> RopeScaling:
+        if one is None:
+            return mine
+        return RopeScaling.from_spec(one, mine) if isinstance(one, str) else one
+
+    types = layer_types_of(config)
+    if adapter.per_layer_type and not isinstance(scaling, Mapping):
+        scaling = {PRIMARY_LAYER_TYPE if PRIMARY_LAYER_TYPE in types else types[0]: scaling}
+    if not isinstance(scaling, Mapping):
+        return read(scaling, own), {}
+    if not types:
+        raise ConfigError(f"architecture {config.model_type!r} has no layer types; give one scaling for all layers")
+    for name in scaling:
+        if name not in types:
+            raise unknown("layer type", name, types)
+    layers = {name: read(scaling.get(name), own_layers.get(name, own)) for name in types}
+    primary = layers.get(PRIMARY_LAYER_TYPE, layers[types[0]])
+    if not adapter.per_layer_type and len(set(map(repr, layers.values()))) == 1:
+        layers = {}
+    return primary, layers
+
+
+def layer_types_of(config: Any) -> list[str]:
+    """The distinct layer types of a model, in the order of their first layers; empty when it has no such thing."""
+    return list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+
+
+def _own_layers(config: Any, adapter: Adapter) -> dict[str, RopeScaling]:
+    if not adapter.per_layer_type:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said when the primary one was read
+        return {name: RopeScaling.from_config(config, name) for name in layer_types_of(config)}
+
+
+def _check_layers(layers: Iterable[int], base: nn.Module, adapter: Adapter) -> tuple[int, ...]:
+    indices = tuple(sorted(set(layers)))
+    if indices:
+        count = len(getattr(base, adapter.layers, ()))
+        for index in indices:
+            if not 0 <= index < count:
+                raise ConfigError(f"drop_layers={index}: must be a layer's index, 0 to {count - 1}")
+    return indices
+
+
+def _check_width(scaling: RopeScaling, original: nn.Module, head_dim: int, adapter: Adapter, config: Any) -> None:
+    """A table must be as wide as the one that attention is built for."""
+    width = scaling.rotary_dim(head_dim)
+    if width != head_dim and not adapter.partial_rotary:
+        share = f"{scaling.partial_rotary_factor:g}"
+        raise ConfigError(f"partial_rotary_factor={share}: must be 1, {config.model_type} models rotate whole heads")
+    name = f"{PRIMARY_LAYER_TYPE}_inv_freq" if adapter.per_layer_type else "inv_freq"
+    inv_freq = getattr(original, name, None)
+    if isinstance(inv_freq, Tensor) and 2 * inv_freq.shape[-1] != width:
+        raise ConfigError(
+            f"partial_rotary_factor={scaling.partial_rotary_factor:g}: gives {width} rotated dimensions of {head_dim}, "
+            f"this {config.model_type} model rotates {2 * inv_freq.shape[-1]}"
+        )
+
+
+def _build(
+    scaling: RopeScaling, layers: dict[str, RopeScaling], head_dim: int, device: torch.device, adapter: Adapter
+) -> ScaledRotaryEmbedding | LayeredRotaryEmbedding:
+    def one(scaling: RopeScaling) -> ScaledRotaryEmbedding:
+        return ScaledRotaryEmbedding(scaling, head_dim, device, adapter.layout, adapter.float32_tables)
+
+    if not layers:
+        return one(scaling)
+    return LayeredRotaryEmbedding({name: one(each) for name, each in layers.items()})
+
+
+def _hook_layers(
+    base: nn.Module, rotary: nn.Module, plan: LayerPlan, config: Any, adapter: Adapter
+) -> list[RemovableHandle]:
+    """Hooks that give each layer its tables, where the model passes the same to all."""
+    stacked = bool(plan.layers) and not adapter.per_layer_type
+    if not stacked and not plan.drop_layers:
+        return []
+    hooks = []
+    for index, layer in enumerate(getattr(base, adapter.layers)):
+        place = None
+        if stacked:
+            assert isinstance(rotary, LayeredRotaryEmbedding)
+            place = rotary.index(config.layer_types[index])
+        dropped = index in plan.drop_layers
+        if stacked or dropped:
+            hooks.append(layer.register_forward_pre_hook(_TableChoice(place, dropped), with_kwargs=True))
+    return hooks
+
+
+@dataclass(frozen=True)
+class _TableChoice:
+    """Forward pre-hook of a decoder layer: its entry of stacked tables, or tables that rotate nothing."""
+
+    place: int | None
+    dropped: bool
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if "position_embeddings" not in kwargs:
+            raise ConfigError(f"{type(module).__name__} gets no position_embeddings: its layers cannot be told apart")
+        cos, sin = kwargs["position_embeddings"]
+        if self.place is not None:
+            cos, sin = cos[self.place], sin[self.place]
+        if self.dropped:
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+        return args, {**kwargs, "position_embeddings": (cos, sin)}
+
+
+def _config_fields(
+    scaling: RopeScaling, plan: LayerPlan, head_dim: int, adapter: Adapter, config: Any, context: int
+) -> dict[str, Any]:
+    """What the config is to say, by field; `_ABSENT` for a field that is to go."""
+
+    def words(one: RopeScaling, rope_types: Iterable[str]) -> dict[str, Any]:
+        return one.to_config(head_dim=head_dim, rope_types=frozenset(rope_types))
+
+    # A plan that transformers has no words for must not be built by it.
+    beyond_words = bool(plan.drop_layers) or (bool(plan.layers) and not adapter.per_layer_type)
+    allowed = frozenset[str]() if beyond_words else adapter.rope_types
+    rope: dict[str, Any]
+    if adapter.per_layer_type:
+        # Inside a layer type transformers does not see `truncate`.
+        rope = {
+            name: words(one, allowed - {"yarn"} if one.truncate is False else allowed)
+            for name, one in plan.layers.items()
+        }
+    else:
+        rope = words(scaling, allowed)
+    fields: dict[str, Any] = {
+        "rope_parameters": rope,
+        "max_position_embeddings": max(context, scaling.max_position_embeddings or 0),
+    }
+    layers = {name: one.to_dict() for name, one in plan.layers.items()}
+    if beyond_words:
+        fields[RECORD_KEY] = {"layers": layers, "drop_layers": list(plan.drop_layers)}
+    else:
+        fields[RECORD_KEY] = _record(scaling, plan, fields, config, layers)
+    return fields
+
+
+def _record(scaling: RopeScaling, plan: LayerPlan, fields: dict[str, Any], config: Any, layers: dict[str, Any]) -> Any:
+    """The record itself, when the words of transformers would be read back as another one."""
+    said = {"model_type": config.model_type, **{name: fields[name] for name in _CONFIG_FIELDS[:2]}}
+    if hasattr(config, "original_max_position_embeddings"):
+        said["original_max_position_embeddings"] = config.original_max_position_embeddings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if plan.layers:
+            same = all(RopeScaling.from_config(said, name) == one for name, one in plan.layers.items())
+            return _ABSENT if same else {"layers": layers}
+        return _ABSENT if RopeScaling.from_config(said) == scaling else scaling.to_dict()
+
+
+def _write_config(config: Any, fields: dict[str, Any]) -> None:
+    for name, value in fields.items():
+        if value is not _ABSENT:
+            setattr(config, name, value)
+        elif hasattr(config, name):
+            delattr(config, name)
 
 
 def _base_model(model: nn.Module) -> PreTrainedModel:
-    """The part of `model` that makes hidden states, whatever wraps it."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.base_model is module:
-            return module
-    raise ConfigError(f"model of type {type(model).__name__}: contains no model of transformers")
+    """The part of `model` that makes hidden states, whatever wraps it; of a multimodal model, that for text."""
+    bases = [
+        module for module in model.modules() if isinstance(module, PreTrainedModel) and module.base_model is module
+    ]
+    if not bases:
+        raise ConfigError(f"model of type {type(model).__name__}: contains no model of transformers")
+    with_rotary = [base for base in bases if isinstance(getattr(base, _ROTARY, None), nn.Module)]
+    text = [base for base in with_rotary if base.config.get_text_config(decoder=True) is base.config]
+    known = [base for base in text if base.config.model_type in ADAPTERS]
+    if not with_rotary:
+        raise unknown("architecture", bases[0].config.model_type, ADAPTERS)
+    return (known or text or with_rotary)[0]
 
 
-def _adapter(model_type: str) -> Adapter:
-    if model_type not in ADAPTERS:
-        raise unknown("architecture", model_type, ADAPTERS)
-    return ADAPTERS[model_type]
+def _device_of(rotary: nn.Module) -> torch.device:
+    buffer = next(rotary.buffers(), None)
+    inv_freq: Any = buffer if buffer is not None else rotary.inv_freq
+    device: torch.device = inv_freq.device
+    return device
 
 
 def _detach_config(model: nn.Module, base: PreTrainedModel) -> Any:
@@ -167,18 +521,21 @@ def _detach_config(model: nn.Module, base: PreTrainedModel) -> Any:
     shared = base.config
     private = copy.deepcopy(shared)
     for module in model.modules():
-        if vars(module).get("config") is shared:  # vars: wrappers forward attributes that they do not have
+        own: Any = vars(module).get("config")  # vars: wrappers forward attributes that they do not have
+        if own is shared:
             module.config = private
+        elif getattr(own, "text_config", None) is shared:
+            whole: Any = copy.copy(own)  # the config of a multimodal model holds it as a part
+            whole.text_config = private
+            module.config = whole
     return private
 
 
 def _restore(base: PreTrainedModel, state: _State) -> None:
-    setattr(base, _adapter(base.config.model_type).rotary, state.rotary)
-    config: Any = base.config
-    config.rope_parameters = state.rope_parameters
-    config.max_position_embeddings = state.max_position_embeddings
-    if state.hook is not None:
-        state.hook.remove()
+    setattr(base, _ROTARY, state.rotary)
+    _write_config(base.config, state.config)
+    for hook in state.hooks:
+        hook.remove()
     delattr(base, _STATE)
 
 
@@ -200,7 +557,7 @@ def _prepare_dynamic_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict
     return None
 
 
-def _notes(own: RopeScaling, scaling: RopeScaling, config: Any) -> tuple[str, ...]:
+def _notes(own: RopeScaling, scaling: RopeScaling, config: Any, adapter: Adapter) -> tuple[str, ...]:
     """Remarks on a scaling that fits the model but may not be what the caller meant."""
     notes = []
     if scaling.rope_theta != own.rope_theta:
@@ -214,6 +571,11 @@ def _notes(own: RopeScaling, scaling: RopeScaling, config: Any) -> tuple[str, ..
         notes.append(f"replaces the scaling of the checkpoint: {own.label}")
     window = getattr(config, "sliding_window", None)
     context = config.max_position_embeddings
-    if window is not None and window < context:
+    types = layer_types_of(config)
+    all_slide = not types or types == ["sliding_attention"]
+    if window is not None and window < context and getattr(config, "use_sliding_window", True) and all_slide:
         notes.append(f"sliding_window={window} is shorter than the context of {context} tokens")
+    if without := layers_without_rope(config):
+        shown = ", ".join(map(str, without[:4])) + (", …" if len(without) > 4 else "")
+        notes.append(f"{len(without)} of {config.num_hidden_layers} layers have no rotary embedding ({shown})")
     return tuple(notes)

@@ -1,15 +1,19 @@
-"""The one rotary module: turns a scaling record and positions into cos and sin tables."""
+"""The rotary modules: turn a scaling record and positions into cos and sin tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Mapping
+from typing import Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from scaled_rope.config import RopeScaling
 from scaled_rope.methods import compute_rope, compute_rope_batch
+
+Layout = Literal["halves", "interleaved", "half"]
+"""How a family wants its tables over the D rotated dimensions: the D/2 angles twice, side by side; each angle twice in
+a row (Cohere); or once (GPT-OSS)."""
 
 
 class ScaledRotaryEmbedding(nn.Module):
@@ -22,11 +26,24 @@ class ScaledRotaryEmbedding(nn.Module):
     inv_freq: Tensor
     attention_scaling: float
 
-    def __init__(self, scaling: RopeScaling, head_dim: int, device: torch.device | str | None = None) -> None:
-        """head_dim: dimensions per head. Raises ConfigError as `compute_rope` does."""
+    def __init__(
+        self,
+        scaling: RopeScaling,
+        head_dim: int,
+        device: torch.device | str | None = None,
+        layout: Layout = "halves",
+        float32_tables: bool = False,
+    ) -> None:
+        """head_dim: dimensions per head. float32_tables: do not round the tables to the model's dtype.
+
+        Raises:
+            ConfigError: as `compute_rope` does.
+        """
         super().__init__()
         self.scaling = scaling
         self.head_dim = head_dim
+        self.layout = layout
+        self.float32_tables = float32_tables
         # Not a buffer, because half() and FSDP's mixed precision cast all buffers of a model.
         self.inv_freq, self.attention_scaling = compute_rope(scaling, head_dim, device=device)
 
@@ -39,8 +56,8 @@ class ScaledRotaryEmbedding(nn.Module):
             position_ids: [B, T] (or [1, T] for all rows), whole numbers from 0.
 
         Returns:
-            cos and sin [B, T, D] in x.dtype, each two equal halves [B, T, D/2] side by side, multiplied by
-            the attention factor. Under dynamic scaling a row's scale follows from its own largest position.
+            cos and sin [B, T, D] ([B, T, D/2] in the "half" layout) in x.dtype or float32, multiplied by the
+            attention factor. Under dynamic scaling a row's scale follows from its own largest position.
         """
         # Only elementwise products follow, which autocast leaves in float32.
         positions = position_ids.to(device=x.device, dtype=torch.float32)[..., None]
@@ -52,7 +69,15 @@ class ScaledRotaryEmbedding(nn.Module):
         else:
             angles = positions * self.inv_freq.to(x.device)
             cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((sin, sin), dim=-1).to(x.dtype)
+        dtype = torch.float32 if self.float32_tables else x.dtype
+        return self._lay_out(cos).to(dtype), self._lay_out(sin).to(dtype)
+
+    def _lay_out(self, table: Tensor) -> Tensor:
+        if self.layout == "half":
+            return table
+        if self.layout == "interleaved":
+            return table.repeat_interleave(2, dim=-1)
+        return torch.cat((table, table), dim=-1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow the model to its device, out of "meta" as well, but never to its dtype."""
@@ -64,3 +89,32 @@ class ScaledRotaryEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.scaling.label}, head_dim={self.head_dim}"
+
+
+class LayeredRotaryEmbedding(nn.Module):
+    """One `ScaledRotaryEmbedding` per layer type.
+
+    Called with a layer type, as Gemma 3 and OLMo 3 do, it gives the tables of that type. Called without, as the models
+    do whose layers share one pair of tables, it gives all of them stacked, [types, B, T, D], for `select` to choose
+    from in front of each layer.
+    """
+
+    def __init__(self, by_type: Mapping[str, ScaledRotaryEmbedding]) -> None:
+        super().__init__()
+        self.by_type = nn.ModuleDict(by_type)
+
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+        """Tables as `ScaledRotaryEmbedding.forward` makes them, of one type or of all in the order of `by_type`."""
+        if layer_type is not None:
+            return cast(tuple[Tensor, Tensor], self.by_type[layer_type](x, position_ids))
+        tables = [rotary(x, position_ids) for rotary in self.by_type.values()]
+        return torch.stack([cos for cos, _ in tables]), torch.stack([sin for _, sin in tables])
+
+    def index(self, layer_type: str) -> int:
+        """Where the tables of a layer type are in the stack."""
+        return list(self.by_type).index(layer_type)
+
+    @property
+    def inv_freq(self) -> Tensor:
+        """Frequencies of the first layer type."""
+        return cast(Tensor, next(iter(self.by_type.values())).inv_freq)

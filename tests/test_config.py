@@ -41,7 +41,7 @@ def one_line(error: pytest.ExceptionInfo[ConfigError]) -> str:
     ("fields", "message"),
     [
         ({"method": "yarm"}, "unknown method 'yarm'; did you mean 'yarn'?"),
-        ({"method": "longlong"}, "known: default, linear"),
+        ({"method": "zzz"}, "known: abf, cope, default"),
         ({"method": ["yarn"]}, "unknown method"),
         ({"factor": 0.5}, "factor=0.5: must be a finite number at least 1"),
         ({"factor": float("nan")}, "factor=nan"),
@@ -61,7 +61,7 @@ def one_line(error: pytest.ExceptionInfo[ConfigError]) -> str:
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5"),
         ({"dynamic": "yes"}, "dynamic='yes': must be true or false"),
         ({"dynamic": True, "dynamic_step": 2.0}, "only continuous dynamic scaling is available"),
-        ({"resonance": True}, "resonance=True: not for method 'yarn'"),
+        ({"resonance": 1}, "resonance=1: must be true or false"),
         ({"attention_factor": 0.0}, "attention_factor=0.0"),
         ({"mscale": -1.0}, "mscale=-1.0"),
         ({"ramp": "rotation"}, "unknown ramp 'rotation'; did you mean 'rotations'?"),
@@ -221,7 +221,10 @@ def test_a_published_yarn_checkpoint():
     assert RopeScaling.from_config(config) == scaling
     assert RopeScaling.from_config(published) == scaling
     assert RopeScaling.from_config(LlamaConfig(**deepcopy(config))) == scaling
-    assert RopeScaling.from_config(MistralConfig(**deepcopy(config))) == scaling
+    # The code released with the Mistral models has other constants, which their configs don't carry.
+    mistral = MistralConfig(**deepcopy(config))
+    with pytest.warns(UserWarning, match="beta_fast=128, beta_slow=2"):
+        assert RopeScaling.from_config(mistral) == replace(scaling, beta_fast=128.0, beta_slow=2.0, mscale=0.7)
 
 
 def test_what_transformers_can_express_is_written_in_its_words():
@@ -309,16 +312,17 @@ def test_parameters_per_layer_type():
     config = {"rope_parameters": nested, "max_position_embeddings": 4096}
     assert RopeScaling.from_config(config, "full_attention") == RopeScaling("linear", 8.0, 4096, 1e6)
     assert RopeScaling.from_config(config, "sliding_attention") == RopeScaling("default", 1.0, 4096)
-    for layer_type in (None, "full"):
-        with pytest.raises(ConfigError, match="known: full_attention, sliding_attention"):
-            RopeScaling.from_config(config, layer_type)
+    assert RopeScaling.from_config(config) == RopeScaling.from_config(config, "full_attention")
+    with pytest.raises(ConfigError, match="known: full_attention, sliding_attention"):
+        RopeScaling.from_config(config, "full")
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"rope_type": "yarm", "factor": 2.0}, "unknown rope_type 'yarm'; did you mean 'yarn'"),
-        ({"rope_type": "llama3", "factor": 2.0}, "unknown rope_type 'llama3'"),
+        ({"rope_type": "lama3", "factor": 2.0}, "unknown rope_type 'lama3'; did you mean 'llama3'"),
+        ({"rope_type": "default", "mrope_section": [8, 12, 12]}, "mrope_section: multimodal"),
         ({"rope_type": "yarn", "factor": 2.0, "attn_factor": 1.0}, "did you mean 'attention_factor'"),
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 32}, "'linear': 'beta_fast'"),
         ({"rope_type": "linear"}, "factor is missing"),

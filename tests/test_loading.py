@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from scaled_rope import RopeScaling, patch_model
 from scaled_rope.errors import ConfigError
@@ -110,10 +110,9 @@ def test_apply_scaling_goes_anywhere_and_back(tiny_model: Make, tokens: torch.Te
 
 
 def test_unknown_architecture_can_be_read_but_not_scaled(tmp_path: Path) -> None:
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 61}
-    config = Qwen2Config(hidden_size=32, intermediate_size=48, max_position_embeddings=32, **sizes)
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
-    assert load_model(str(tmp_path), device="cpu").config.model_type == "qwen2"
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=61, n_positions=32)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), device="cpu").config.model_type == "gpt2"
     with pytest.raises(ConfigError, match="llama"):
         load_model(str(tmp_path), scaling="yarn:4", device="cpu")
 
@@ -287,9 +286,19 @@ def test_flags_without_meaning_are_accepted_with_a_note(checkpoint: Path, capsys
     assert capsys.readouterr().err.count("has no effect") == 4
 
 
-@pytest.mark.parametrize(
-    "flags", [["--rerope", "512"], ["--part-ntk", "4"], ["--dynamic-ntk", "2"], ["--dynamic-part-ntk"]]
-)
+def test_flags_of_the_released_scripts_name_methods(checkpoint: Path) -> None:
+    flags = ["--part-ntk", "4", "--dynamic-ntk", "2", "--dynamic-part-ntk", "--dynamic-linear", "--ntk", "8"]
+    scalings = [job.scaling for job in model_jobs(parse("-m", str(checkpoint), *flags))]
+    assert [(one.method, one.factor, one.dynamic) for one in scalings] == [
+        ("part-ntk", 4.0, False),
+        ("dynamic-ntk", 2.0, False),
+        ("part-ntk", 1.0, True),
+        ("linear", 1.0, True),
+        ("ntk", 8.0, False),
+    ]
+
+
+@pytest.mark.parametrize("flags", [["--rerope", "512"]])
 def test_flags_of_missing_methods_are_refused(checkpoint: Path, flags: list[str]) -> None:
     with pytest.raises(ConfigError, match=f"{flags[0]}.*ntk-by-parts"):
         model_jobs(parse("-m", str(checkpoint), *flags))

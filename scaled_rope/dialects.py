@@ -1,0 +1,446 @@
+"""How the configs of models say which scaling they have: every dialect in, the words of transformers out.
+
+Plain dictionaries on both sides; the record itself is `scaled_rope.config.RopeScaling`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Literal
+
+from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.formulas import attention_factor_of, longrope_attention_factor, ntk_theta
+
+if TYPE_CHECKING:
+    from scaled_rope.config import RopeScaling
+
+CUSTOM_ROPE_TYPE = "scaled-rope"
+"""rope_type of a scaling that transformers cannot express. transformers refuses to build such a model,
+which is what we want: the alternative is a model that runs with the wrong frequencies."""
+
+RECORD_KEY = "scaled_rope"
+"""Key on the top level of a config for what `rope_parameters` has no words for: the record that native words
+would not give back (NTK-aware is written as a larger base), or a scaling per layer."""
+
+PRIMARY_LAYER_TYPE = "full_attention"
+"""The layers that see the whole context, which a scaling is for unless it says otherwise."""
+
+_MODEL_KEYS = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class NativeType:
+    """A `rope_type` of transformers: the method it is, and its keys beside the model's own."""
+
+    method: str
+    keys: tuple[str, ...] = ()
+    params: tuple[str, ...] = ()
+    """Those of the keys that go into the record's `params`."""
+
+
+_YARN_KEYS = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+NATIVE: dict[str, NativeType] = {
+    "default": NativeType("default"),
+    "linear": NativeType("linear", ("factor",)),
+    "dynamic": NativeType("dynamic-ntk", ("factor",)),
+    "yarn": NativeType("yarn", _YARN_KEYS),
+    "llama3": NativeType(
+        "llama3", ("factor", "low_freq_factor", "high_freq_factor"), ("low_freq_factor", "high_freq_factor")
+    ),
+    "longrope": NativeType(
+        "longrope", ("factor", "attention_factor", "short_factor", "long_factor"), ("short_factor", "long_factor")
+    ),
+    "proportional": NativeType("proportional", ("factor",)),
+}
+"""The rope types of transformers 5.23."""
+
+# Types of configs that were written for code in the checkpoint: that of the released YaRN models, and LongRoPE's first.
+_RELEASED_TYPES = {"dynamic-yarn": "yarn", "dynamic-linear": "linear", "ntk-by-parts": "ntk-by-parts"}
+_TYPE_ALIASES = {"su": "longrope"}
+
+MISTRAL_CONSTANTS = {"beta_fast": 128.0, "beta_slow": 2.0, "mscale": 0.7}
+"""What the code released with the Yarn-Mistral models has built in, where Llama's has 32, 1 and 1."""
+
+# What a family's config.json may leave out, as transformers 5.23 fills it in. 10000 and 1 where nothing is said.
+_FAMILY_THETA: dict[str, float | dict[str, float]] = {
+    "cohere": 5e5,
+    "falcon": 1e4,
+    "gemma": 1e4,
+    "gemma2": 1e4,
+    "gemma3_text": {"full_attention": 1e6, "sliding_attention": 1e4},
+    "gpt_neox": 1e4,
+    "gpt_oss": 1.5e5,
+    "llama": 1e4,
+    "cohere2": 1e4,
+    "mistral": 1e4,
+    "mixtral": 1e6,
+    "olmo": 1e4,
+    "olmo2": 1e4,
+    "olmo3": 5e5,
+    "phi": 1e4,
+    "phi3": 1e4,
+    "qwen2": 1e4,
+    "qwen2_moe": 1e4,
+    "qwen3": 1e4,
+    "qwen3_moe": 1e4,
+    "smollm3": 2e6,
+    "stablelm": 1e4,
+}
+_FAMILY_PARTIAL = {"gpt_neox": 0.25, "stablelm": 0.25, "phi": 0.5}
+_FAMILY_SCALING: dict[str, dict[str, Any]] = {
+    "gpt_oss": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    }
+}
+_ALIASES = {  # other names of top-level keys
+    "gpt_neox": {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"},
+}
+_LOCAL_THETA = "rope_local_base_freq"  # Gemma 3's older name for the base of its sliding layers
+_NESTED_FAMILIES = ("gemma3_text", "olmo3")
+
+
+@dataclass(frozen=True)
+class Note:
+    """A remark on a config: what was assumed, or what does not do what its author may have meant."""
+
+    code: str
+    text: str
+    level: Literal["info", "warning"] = "warning"
+
+
+@dataclass
+class Reading:
+    """What a config says: the fields of a record, and remarks."""
+
+    values: dict[str, Any]
+    notes: list[Note] = field(default_factory=list)
+
+    def note(self, code: str, text: str, level: Literal["info", "warning"] = "warning") -> None:
+        self.notes.append(Note(code, text, level))
+
+
+def split_config(config: Any) -> tuple[dict[str, Any], Any]:
+    """A config (object of transformers or dictionary) as its top level, text part only, and its RoPE dictionary.
+
+    Raises:
+        ConfigError: neither of the two kinds.
+    """
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    if isinstance(config, Mapping):
+        model: dict[str, Any] = {str(key): value for key, value in config.items()}
+        by_itself = "rope_type" in model or "type" in model or (bool(model) and len(nested_types(model)) == len(model))
+        if "model_type" not in model and by_itself:
+            return {}, model  # a RoPE dictionary without a model
+        if isinstance(model.get("text_config"), Mapping) and not ("rope_parameters" in model or "rope_theta" in model):
+            model = {str(key): value for key, value in model["text_config"].items()}
+    elif hasattr(config, "model_type"):
+        names = [*_MODEL_KEYS, "max_position_embeddings", "rope_parameters", "model_type", RECORD_KEY]
+        names += ["head_dim", "hidden_size", "num_attention_heads", "layer_types"]
+        model = {name: getattr(config, name, None) for name in names}
+    else:
+        raise ConfigError(f"config of type {type(config).__name__}: must be a model's config or a dictionary")
+    # Both dialects present: transformers lets the older one win.
+    rope = model.get("rope_scaling") or model.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"rope_parameters={rope!r}: must be a dictionary")
+    return model, dict(rope)
+
+
+def nested_types(rope: Mapping[str, Any]) -> list[str]:
+    """The layer types that a RoPE dictionary has an entry for; empty when it is flat."""
+    return [key for key, value in rope.items() if isinstance(value, Mapping) and key != "params"]
+
+
+def read_rope(config: Any, layer_type: str | None = None) -> Reading:
+    """Fields of a `RopeScaling` and remarks from a model's config; see `RopeScaling.from_config`.
+
+    Raises:
+        ConfigError: an unknown type or key, or one that is missing.
+    """
+    model, rope = split_config(config)
+    reading = Reading({})
+    if model.get("rope_scaling") and model.get("rope_parameters"):
+        reading.note("both-dialects", "rope_scaling and rope_parameters are both present; rope_scaling counts")
+    model = _rename(model)
+    entry, layer_type = _entry(model, rope, layer_type, reading)
+    entry = {key: value for key, value in entry.items() if value is not None or key == "factor"}
+    if "mrope_section" in entry:
+        raise ConfigError("mrope_section: multimodal rotary embeddings are not supported")
+    rope_type = entry.pop("rope_type", entry.get("type", "default"))
+    entry.pop("type", None)
+    finetuned = bool(entry.pop("finetuned", False))
+    _fill_from_top_level(entry, model, layer_type, reading)
+    if rope_type == CUSTOM_ROPE_TYPE:
+        reading.values = entry
+        return reading
+    dynamic = rope_type in _RELEASED_TYPES and rope_type.startswith("dynamic-")
+    rope_type = _TYPE_ALIASES.get(rope_type, rope_type) if isinstance(rope_type, str) else rope_type
+    if rope_type in _RELEASED_TYPES:
+        method = _RELEASED_TYPES[rope_type]
+        native = NativeType(method, NATIVE["yarn" if method != "linear" else "linear"].keys)
+    elif isinstance(rope_type, str) and rope_type in NATIVE:
+        native = NATIVE[rope_type]
+    else:
+        raise unknown("rope_type", rope_type, [*NATIVE, *_RELEASED_TYPES, *_TYPE_ALIASES, CUSTOM_ROPE_TYPE])
+    known = {*_MODEL_KEYS, *native.keys}
+    for name in entry:
+        if name not in known:
+            raise unknown(f"key in the config of rope_type {rope_type!r}:", name, known)
+    values = {name: value for name, value in entry.items() if name not in native.params}
+    values["method"] = native.method
+    params = {name: entry[name] for name in native.params if name in entry}
+    _fill_original(values, model, rope_type, reading)
+    if "factor" in native.keys:
+        _fill_factor(values, model, rope_type)
+    if native.method == "proportional":
+        # There the factor is the share of turning pairs in a table over the whole head.
+        params["fraction"] = values.pop("partial_rotary_factor", 1.0)
+    if params:
+        values["params"] = params
+    if dynamic:
+        values["dynamic"] = True
+        if not finetuned:
+            values["factor"] = 1.0
+    if native.method == "yarn" and not dynamic:
+        _apply_mistral_constants(values, model, finetuned, reading)
+    if native.method in ("yarn", "ntk-by-parts"):
+        _fill_attention_factor(values, reading)
+    elif native.method == "longrope":
+        _drop_default_longrope_factor(values)
+    reading.values = values
+    return reading
+
+
+def _rename(model: dict[str, Any]) -> dict[str, Any]:
+    """Top-level keys under the names that most families use."""
+    aliases = _ALIASES.get(str(model.get("model_type")), {})
+    for old, new in aliases.items():
+        if model.get(old) is not None and model.get(new) is None:
+            model[new] = model[old]
+    return model
+
+
+def _entry(
+    model: dict[str, Any], rope: dict[str, Any], layer_type: str | None, reading: Reading
+) -> tuple[dict[str, Any], str | None]:
+    """The RoPE dictionary of one layer type, and which one that is (None: all layers share it)."""
+    family = model.get("model_type")
+    nested = nested_types(rope)
+    if not nested:
+        if family not in _NESTED_FAMILIES:
+            if layer_type is not None and layer_type not in (model.get("layer_types") or [layer_type]):
+                raise unknown("layer_type", layer_type, set(model["layer_types"]))
+            return rope or dict(_FAMILY_SCALING.get(str(family), {})), None
+        # The older dialect of these families: a flat rope_scaling is for the full-attention layers.
+        if rope and not model.get("rope_scaling"):
+            reading.note(
+                "flat-parameters",
+                f"rope_parameters of model_type {family!r} is not nested per layer type: transformers drops it",
+            )
+            rope = {}
+        rope = {PRIMARY_LAYER_TYPE: rope, "sliding_attention": {}}
+        nested = list(rope)
+    if layer_type is None:
+        # One entry for all, or all entries alike, is as good as a flat dictionary.
+        layer_type = PRIMARY_LAYER_TYPE if PRIMARY_LAYER_TYPE in nested else None
+        if layer_type is None and all(rope[key] == rope[nested[0]] for key in nested):
+            layer_type = nested[0]
+    if layer_type not in nested:
+        raise unknown("layer_type", layer_type, nested)
+    entry = dict(rope[layer_type])
+    if entry.pop("truncate", True) is False:
+        top_level = rope.get("truncate", True) is False
+        if top_level:
+            entry["truncate"] = False
+        else:
+            reading.note(
+                "nested-truncate",
+                f"truncate=False inside {layer_type!r} has no effect: transformers reads it outside the layer types",
+            )
+    return entry, layer_type
+
+
+def _fill_from_top_level(
+    entry: dict[str, Any], model: dict[str, Any], layer_type: str | None, reading: Reading
+) -> None:
+    """Base and rotated share, from where the family keeps them when the RoPE dictionary doesn't say."""
+    family = model.get("model_type")
+    for name in ("rope_theta", "partial_rotary_factor"):
+        outside = model.get(name)
+        if name == "rope_theta" and layer_type == "sliding_attention":
+            outside = model.get(_LOCAL_THETA)
+        if outside is None:
+            continue
+        if entry.setdefault(name, outside) != outside:
+            reading.note("two-values", f"{name}={outside!r} on the top level is ignored: {name}={entry[name]!r} counts")
+    if "rope_theta" not in entry:
+        theta = _FAMILY_THETA.get(str(family), 1e4)
+        if isinstance(theta, dict):
+            theta = theta[layer_type or PRIMARY_LAYER_TYPE]
+        entry["rope_theta"] = theta
+        if family is not None and family not in _FAMILY_THETA:
+            reading.note("no-theta", f"rope_theta is missing and model_type {family!r} is not known: 10000 is assumed")
+        elif family is not None:
+            reading.note("family-theta", f"rope_theta is missing: {theta:g}, that of {family} models, is used", "info")
+    if family in _FAMILY_PARTIAL:
+        entry.setdefault("partial_rotary_factor", _FAMILY_PARTIAL[family])
+
+
+def _fill_original(values: dict[str, Any], model: dict[str, Any], rope_type: str, reading: Reading) -> None:
+    """L: the top level wins over the RoPE dictionary, as in transformers, because Phi-3 keeps it there."""
+    inside = values.get("original_max_position_embeddings")
+    outside = model.get("original_max_position_embeddings")
+    context = model.get("max_position_embeddings")
+    if inside is not None and outside is not None and inside != outside:
+        reading.note(
+            "two-values",
+            f"original_max_position_embeddings={inside!r} is ignored: {outside!r} on the top level counts",
+        )
+    if inside is None and outside is None and context is not None and rope_type in ("yarn", "llama3", "longrope"):
+        reading.note(
+            "no-original",
+            f"original_max_position_embeddings is missing: max_position_embeddings={context!r} is taken for it, "
+            "as transformers does; wrong if that is the extended length",
+        )
+    if rope_type == "dynamic" and context is not None and inside not in (None, context):
+        reading.note(
+            "dynamic-original",
+            f"original_max_position_embeddings={inside!r} has no effect in rope_type 'dynamic': "
+            f"max_position_embeddings={context!r} counts",
+        )
+        inside = None
+    lengths = (outside if rope_type != "dynamic" else None, inside, context)
+    values["original_max_position_embeddings"] = next((n for n in lengths if n is not None), None)
+
+
+def _fill_factor(values: dict[str, Any], model: dict[str, Any], rope_type: str) -> None:
+    """The factor; where transformers allows a null one, it is the ratio of the two lengths."""
+    context, original = model.get("max_position_embeddings"), values["original_max_position_embeddings"]
+    if values.get("factor") is None and rope_type == "proportional":
+        values["factor"] = 1.0
+    may_be_null = rope_type == "longrope" or (rope_type == "yarn" and "factor" in values)
+    if values.get("factor") is None and may_be_null and is_number(context) and is_number(original) and original > 0:
+        values["factor"] = max(context / original, 1.0) if rope_type == "longrope" else context / original
+    if "factor" not in values:
+        raise ConfigError(f"factor is missing in the config of rope_type {rope_type!r}")
+
+
+def _apply_mistral_constants(values: dict[str, Any], model: dict[str, Any], finetuned: bool, reading: Reading) -> None:
+    """Paper and released code differ: the Yarn-Mistral models have other constants, which their configs don't carry."""
+    told = {"beta_fast", "beta_slow", "attention_factor", "mscale"} & set(values)
+    if model.get("model_type") != "mistral" or told:
+        return
+    if finetuned:
+        values.update(MISTRAL_CONSTANTS)
+        reading.note(
+            "mistral-constants",
+            "a released Yarn-Mistral model: beta_fast=128, beta_slow=2 and 0.07·ln(s) + 1, the constants of its own "
+            "code, are used; other programs read this config with Llama's",
+        )
+    else:
+        reading.note(
+            "mistral-llama-constants",
+            "a Mistral config without beta_fast, beta_slow and attention_factor is read with Llama's constants;"
+            " the released Yarn-Mistral models need yarn:FACTOR,beta_fast=128,beta_slow=2,mscale=0.7",
+        )
+
+
+def _fill_attention_factor(values: dict[str, Any], reading: Reading) -> None:
+    """Turn the two mscales of transformers into an attention factor; drop a factor that is the default."""
+    if values["method"] == "ntk-by-parts":
+        for name in ("mscale", "mscale_all_dim", "attention_factor"):
+            if name in values:
+                raise ConfigError(f"{name}={values[name]!r}: not for rope_type 'ntk-by-parts'")
+        return
+    mscale, mscale_all_dim = values.pop("mscale", None), values.pop("mscale_all_dim", None)
+    if not is_number(values["factor"]) or values["factor"] < 1:
+        return  # RopeScaling reports it
+    for name, value in (("mscale", mscale), ("mscale_all_dim", mscale_all_dim)):
+        if value is not None and not is_number(value):
+            raise ConfigError(f"{name}={value!r}: must be a number")
+    log_factor = math.log(values["factor"])
+    if mscale == MISTRAL_CONSTANTS["mscale"] and any(note.code == "mistral-constants" for note in reading.notes):
+        values["mscale"] = mscale
+    elif mscale and mscale_all_dim:
+        if "attention_factor" in values:
+            reading.note("two-values", "mscale and mscale_all_dim are ignored: attention_factor counts", "info")
+        else:
+            ratio = attention_factor_of(log_factor, mscale) / attention_factor_of(log_factor, mscale_all_dim)
+            values["attention_factor"] = ratio
+    elif (mscale or mscale_all_dim) and "attention_factor" not in values:
+        given = "mscale" if mscale else "mscale_all_dim"
+        other = "mscale_all_dim" if mscale else "mscale"
+        reading.note("lone-mscale", f"{given} is ignored without {other}, as in transformers")
+    if values.get("attention_factor") == attention_factor_of(log_factor, 1.0):
+        del values["attention_factor"]  # the method's default, spelled out by native_words
+
+
+def _drop_default_longrope_factor(values: dict[str, Any]) -> None:
+    factor, original = values["factor"], values["original_max_position_embeddings"]
+    if is_number(factor) and factor >= 1 and isinstance(original, int) and "attention_factor" in values:
+        if values["attention_factor"] == longrope_attention_factor(float(factor), original):
+            del values["attention_factor"]
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number that a float can hold; true and false are not numbers."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
+def is_positive_whole(value: object) -> bool:
+    """Whether a value is a whole number of at least 1."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def native_type(scaling: RopeScaling, head_dim: int | None) -> str | None:
+    """The rope_type by which transformers can express a scaling, or None."""
+    if scaling.dynamic or scaling.resonance:
+        return None
+    if scaling.method in ("ntk-by-parts", "yarn"):
+        return "yarn" if scaling.ramp in (None, "dimension") and scaling.extrapolation_factor in (None, 1.0) else None
+    if scaling.method in ("ntk", "abf"):  # both are another base; b' depends on the width
+        return "default" if scaling.method == "abf" or head_dim is not None else None
+    if scaling.method == "proportional" and scaling.partial_rotary_factor != 1.0:
+        return None
+    return next((name for name, native in NATIVE.items() if native.method == scaling.method), None)
+
+
+def native_words(scaling: RopeScaling, rope_type: str, head_dim: int | None) -> dict[str, Any]:
+    """`rope_parameters` for a scaling that transformers can express as `rope_type`."""
+    theta = scaling.rope_theta
+    if scaling.method == "ntk":
+        assert head_dim is not None  # native_type said so
+        theta = ntk_theta(theta, scaling.factor, scaling.rotary_dim(head_dim))
+    elif scaling.method == "abf":
+        theta = float(scaling.method_params.theta)
+    values: dict[str, Any] = {"rope_type": rope_type, "rope_theta": theta}
+    if scaling.partial_rotary_factor != 1.0:
+        values["partial_rotary_factor"] = scaling.partial_rotary_factor
+    if rope_type == "default":
+        return values
+    values["factor"] = scaling.factor
+    if scaling.original_max_position_embeddings is not None:
+        # Where transformers has no use for it, it says so in its log and goes on.
+        values["original_max_position_embeddings"] = scaling.original_max_position_embeddings
+    if rope_type == "yarn":
+        values["attention_factor"] = scaling.static_attention_factor
+        for name in ("beta_fast", "beta_slow", "truncate"):
+            if getattr(scaling, name) is not None:
+                values[name] = getattr(scaling, name)
+    elif rope_type == "longrope":
+        values["attention_factor"] = scaling.static_attention_factor
+    elif rope_type == "proportional":
+        values["partial_rotary_factor"] = scaling.method_params.fraction
+    for name in NATIVE[rope_type].params:
+        values[name] = getattr(scaling.method_params, name)
+    return values
