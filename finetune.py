@@ -69,7 +69,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--log-loss", type=Path, metavar="FILE", help="write the losses, comma-separated")
     parser.add_argument("--wandb", metavar="PROJECT")
     parser.add_argument("--deepspeed", action="store_true", help="insist on DeepSpeed; the launcher selects it")
-    parser.add_argument("--architecture", choices=("llama", "mistral"), help="checked against the checkpoint")
+    parser.add_argument("--architecture", help="model type, as llama; checked against the checkpoint")
     parser.add_argument("--num-proc", type=int, help="accepted for old scripts; data is memory-mapped")
     return parser.parse_args(argv)
 

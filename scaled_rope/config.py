@@ -380,9 +380,8 @@ class RopeScaling:
         said = record.to_config(head_dim=config_head_dim(model))
         if entry.get("rope_type") == CUSTOM_ROPE_TYPE or all(entry.get(name) == said[name] for name in said):
             return record, reading.notes
-        reading.note(
-            "stale-record", f"{RECORD_KEY} says {record.label}, but rope_parameters has changed since; it counts"
-        )
+        text = f"{RECORD_KEY} says {record.label!r}, but rope_parameters was changed since then: the latter counts"
+        reading.note("stale-record", text)
         return scaling, reading.notes
 
 

@@ -281,13 +281,14 @@ def _fill_from_top_level(
         if entry.setdefault(name, outside) != outside:
             reading.note("two-values", f"{name}={outside!r} on the top level is ignored: {name}={entry[name]!r} counts")
     if "rope_theta" not in entry:
+        says_something = bool(entry)  # a model without any RoPE key may have no RoPE at all
         theta = _FAMILY_THETA.get(str(family), 1e4)
         if isinstance(theta, dict):
             theta = theta[layer_type or PRIMARY_LAYER_TYPE]
         entry["rope_theta"] = theta
-        if family is not None and family not in _FAMILY_THETA:
+        if family is not None and family not in _FAMILY_THETA and says_something:
             reading.note("no-theta", f"rope_theta is missing and model_type {family!r} is not known: 10000 is assumed")
-        elif family is not None:
+        elif family in _FAMILY_THETA:
             reading.note("family-theta", f"rope_theta is missing: {theta:g}, that of {family} models, is used", "info")
     if family in _FAMILY_PARTIAL:
         entry.setdefault("partial_rotary_factor", _FAMILY_PARTIAL[family])

@@ -14,7 +14,7 @@ import importlib.util
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -256,41 +256,48 @@ def with_primary(layers: dict[str, RopeScaling], scaling: RopeScaling) -> dict[s
     return {**layers, (PRIMARY_LAYER_TYPE if PRIMARY_LAYER_TYPE in layers else next(iter(layers))): scaling}
 
 
-def resolve_plan(config: Any, layers: str | None = None, drop_layers: str | None = None) -> LayerPlan:
-    """What is to differ between the layers of a checkpoint.
+def resolve_plan(
+    config: Any, layers: str | None = None, drop_layers: Sequence[int] | None = None, plan: LayerPlan | None = None
+) -> LayerPlan:
+    """What is to differ between the layers of a model.
 
     Args:
+        config: its configuration.
         layers: the only layer type that a scaling is for; None: as the checkpoint says, or else all layers.
-        drop_layers: indices "3,7" of layers without rotary embedding; None: as the checkpoint says.
+        drop_layers: indices of layers without rotary embedding; None: as the checkpoint says.
+        plan: what the checkpoint says; by default read from `config`.
 
     Raises:
-        ConfigError: a layer type that the model does not have, or indices that are none.
+        ConfigError: a layer type that cannot be chosen, or indices that are none.
     """
     text = config.get_text_config()
-    plan = LayerPlan.from_config(text)
+    plan = LayerPlan.from_config(text) if plan is None else plan
     if layers is not None:
         types = layer_types_of(text)
-        if not types:
-            raise ConfigError(f"layers {layers!r} is not allowed; architecture {text.model_type!r} has no layer types")
-        if layers not in types:
-            raise unknown("layer type", layers, types)
-        own = RopeScaling.from_config(text)
-        by_type = plan.layers or dict.fromkeys(types, own)
-        # The first one is what a scaling replaces.
-        plan = replace(plan, layers={layers: by_type[layers]} | by_type)
-        if layers != PRIMARY_LAYER_TYPE and PRIMARY_LAYER_TYPE in types:
-            raise ConfigError(f"layers {layers!r} is not allowed; only {PRIMARY_LAYER_TYPE!r} can be scaled by itself")
-    if drop_layers is not None:
-        try:
-            indices = tuple(int(part) for part in drop_layers.split(",") if part.strip())
-        except ValueError:
-            raise ConfigError(f"drop_layers {drop_layers!r} is not allowed; give indices of layers: 3,7") from None
-        if any(not 0 <= index < text.num_hidden_layers for index in indices):
+        if PRIMARY_LAYER_TYPE not in types or len(types) < 2:
             raise ConfigError(
-                f"drop_layers {drop_layers!r} is not allowed; layers are 0 to {text.num_hidden_layers - 1}"
+                f"layers={layers!r}: must be left out, the layers of this {text.model_type} model are of one type"
             )
-        plan = replace(plan, drop_layers=tuple(sorted(set(indices))))
+        if layers != PRIMARY_LAYER_TYPE:
+            raise ConfigError(
+                f"layers={layers!r}: must be {PRIMARY_LAYER_TYPE!r}, others see no more than their window"
+            )
+        if not plan.layers:
+            plan = replace(plan, layers=dict.fromkeys(types, RopeScaling.from_config(text)))
+    if drop_layers is not None:
+        for index in drop_layers:
+            if not 0 <= index < text.num_hidden_layers:
+                raise ConfigError(f"drop_layers={index}: must be a layer's index, 0 to {text.num_hidden_layers - 1}")
+        plan = replace(plan, drop_layers=tuple(sorted(set(drop_layers))))
     return plan
+
+
+def _indices(text: str) -> list[int]:
+    """Layers' indices from the command line."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"drop_layers={text!r}: must be indices of layers, as 3,7") from None
 
 
 def _quantization(bits: int, dtype: str) -> Any:
@@ -322,7 +329,7 @@ def load_model(
     trust_remote_code: bool = False,
     sliding_window: int | None = None,
     layers: str | None = None,
-    drop_layers: str | None = None,
+    drop_layers: Sequence[int] | None = None,
     load_in_8bit: bool = False,
     load_in_4bit: bool = False,
 ) -> Any:
@@ -418,7 +425,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     for method in ("dynamic-linear", "dynamic-part-ntk", "dynamic-yarn"):
         add(f"--{method}", dest="scaling", action="append_const", const=method, help=f"--scaling {method}")
     add("--layers", metavar="TYPE", help="scale only the layers of this type (full_attention)")
-    add("--drop-layers", metavar="I,J,...", help="layers, from 0, that work without rotary embedding")
+    add("--drop-layers", type=_indices, metavar="I,J,...", help="layers, from 0, that work without rotary embedding")
     add("--factor", metavar="S", help="factor of every scaling that names none, the checkpoint's own included")
     add("--finetuned", action="store_true", help="dynamic scalings start from the checkpoint's own factor")
     add("--original-max-position-embeddings", type=int, metavar="N", help="trained context, if the checkpoint is wrong")
@@ -568,7 +575,7 @@ def model_jobs(args: argparse.Namespace) -> list[ModelJob]:
         fingerprint, head_dim = _fingerprint(args, name, config), head_dim_of(config.get_text_config())
         plan = resolve_plan(config, args.layers, args.drop_layers)
         choice = [f"{args.layers} layers only"] if args.layers is not None else []
-        choice += [f"without RoPE in {args.drop_layers}"] if args.drop_layers else []
+        choice += [f"without RoPE in {','.join(map(str, args.drop_layers))}"] if args.drop_layers else []
         for spec in _specs(args):
             scaling = resolve_scaling(spec, base)
             carried = scaling == own

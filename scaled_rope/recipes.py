@@ -36,6 +36,8 @@ class Recipe:
         init: a model configuration (`model_type` and its fields) to train from random weights.
         tokenizer: where the tokenizer comes from; default: `model`.
         scaling: scaling to install, as `RopeScaling.from_spec` reads it; None keeps the checkpoint's own.
+        layers: the only layer type that `scaling` is for (full_attention); None: all layers that the family scales.
+        drop_layers: indices of layers, from 0, that lose their rotary embedding; None: as the checkpoint says.
         rope_theta, original_max_position_embeddings: override what the checkpoint says.
         max_position_embeddings: written to the checkpoint; default: factor times original.
         dataset: tokenized data: packed set, saved `datasets` folder or hub name.
@@ -62,6 +64,8 @@ class Recipe:
     init: Mapping[str, Any] | None = None
     tokenizer: str | None = None
     scaling: str | None = None
+    layers: str | None = None
+    drop_layers: tuple[int, ...] | None = None
     rope_theta: float | None = None
     original_max_position_embeddings: int | None = None
     max_position_embeddings: int | None = None

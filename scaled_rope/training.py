@@ -29,9 +29,16 @@ from torch import nn
 from scaled_rope.config import RopeScaling
 from scaled_rope.data import IntArray, TokenRows, open_rows, step_rows
 from scaled_rope.errors import ConfigError
-from scaled_rope.loading import load_model, load_tokenizer, resolve_attention, weights_hash
+from scaled_rope.loading import (
+    load_model,
+    load_tokenizer,
+    resolve_attention,
+    resolve_plan,
+    weights_hash,
+    with_primary,
+)
 from scaled_rope.loss import IGNORE, token_nll
-from scaled_rope.patch import PatchReport, patch_model
+from scaled_rope.patch import PatchReport, patch_model, patched_plan
 from scaled_rope.recipes import Recipe
 from scaled_rope.results import Row, provenance, read_rows, write_atomic
 
@@ -166,9 +173,10 @@ def build_model(recipe: Recipe, attention: str = "sdpa") -> tuple[Any, PatchRepo
         original_max_position_embeddings=recipe.original_max_position_embeddings
         or own.original_max_position_embeddings,
     )
-    if recipe.scaling is not None or base != own:
+    plan = resolve_plan(model.config, recipe.layers, recipe.drop_layers, patched_plan(model))
+    if recipe.scaling is not None or base != own or plan != patched_plan(model):
         scaling = base if recipe.scaling is None else RopeScaling.from_spec(recipe.scaling, base)
-        report = patch_model(model, scaling)
+        report = patch_model(model, with_primary(plan.layers, scaling) or scaling, drop_layers=plan.drop_layers)
     if recipe.max_position_embeddings is not None:
         model.config.max_position_embeddings = recipe.max_position_embeddings
     if recipe.lora:
@@ -325,7 +333,7 @@ class Trainer:
         attention = resolve_attention(recipe.attention, accelerator.device, recipe.compute_dtype)
         model, report = build_model(recipe, attention)
         accelerator.print(f"{accelerator.device}, {accelerator.num_processes} processes, attention {attention}")
-        if report is not None and not report.scaling.is_native(report.head_dim):
+        if report is not None and not report.native:
             accelerator.print(
                 f"note: transformers cannot express {report.scaling.label}; load the result with scaled_rope"
             )

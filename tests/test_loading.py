@@ -11,9 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
-from scaled_rope import RopeScaling, patch_model
+from scaled_rope import LayerPlan, RopeScaling, patch_model
 from scaled_rope.errors import ConfigError
 from scaled_rope.loading import (
     DEFAULT_MODEL,
@@ -22,12 +29,13 @@ from scaled_rope.loading import (
     apply_scaling,
     at_length,
     display_name,
+    load_config,
     load_model,
     load_tokenizer,
     model_jobs,
     resolve_scaling,
 )
-from scaled_rope.patch import patched_scaling
+from scaled_rope.patch import patched_plan, patched_scaling
 
 Make = Callable[..., PreTrainedModel]
 
@@ -80,6 +88,128 @@ def test_checkpoint_brings_its_own_scaling(tiny_model: Make, tmp_path: Path, tok
     if not report.scaling.is_native(report.head_dim):
         with pytest.raises(KeyError):
             AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "spec", ["yarn:4,mscale=0.7", "ntk:4", "ntk-by-parts:4", "abf:4,theta=5e4", "llama3:4", "cope"]
+)
+def test_the_record_comes_back_as_it_was(tiny_model: Make, tmp_path: Path, spec: str) -> None:
+    model = tiny_model()
+    scaling = patch_model(model, spec).scaling
+    model.save_pretrained(tmp_path)
+    assert RopeScaling.from_config(load_config(str(tmp_path))) == scaling
+    again = load_model(str(tmp_path), device="cpu")
+    assert RopeScaling.from_config(again.config) == scaling
+    # A record that no longer fits what the rest of the config says does not count.
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    if "scaled_rope" in config:
+        with pytest.warns(UserWarning, match="was changed since then"):
+            assert RopeScaling.from_config(config).label == "linear x2"
+
+
+def _edit_config(folder: Path, **fields: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_a_published_yarn_mistral_checkpoint_gets_its_own_constants(
+    tiny_model: Make, tmp_path: Path, tokens: torch.Tensor
+) -> None:
+    tiny_model("mistral").save_pretrained(tmp_path)
+    published = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "finetuned": True}
+    code = {"AutoConfig": "configuration_mistral.MistralConfig", "AutoModelForCausalLM": "gone.MistralForCausalLM"}
+    _edit_config(tmp_path, rope_parameters=None, rope_scaling=published, rope_theta=1e4, auto_map=code)
+    with pytest.warns(UserWarning, match="beta_fast=128"):
+        model = load_model(str(tmp_path), device="cpu")
+    wanted = tiny_model("mistral")
+    patch_model(wanted, "yarn:4,beta_fast=128,beta_slow=2,mscale=0.7")
+    assert torch.equal(logits(model, tokens), logits(wanted, tokens))
+    vanilla = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert (logits(vanilla, tokens) - logits(wanted, tokens)).abs().max() > 0.1  # Llama's constants
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_length_dependent_checkpoints_have_no_memory(
+    tiny_model: Make, tmp_path: Path, tokens: torch.Tensor, rope_type: str
+) -> None:
+    extra = {"short_factor": [1.0] * 8, "long_factor": [1.0 + 0.5 * i for i in range(8)]} if rope_type[0] == "l" else {}
+    rope = {"rope_type": rope_type, "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32, **extra}
+    tiny_model(rope_parameters=rope, max_position_embeddings=32).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), device="cpu")
+    short, long = tokens[:1, :20], tokens[:1]
+    first = logits(model, short)
+    grown = logits(model, long)
+    assert torch.equal(logits(model, short), first)
+    # A row's neighbours have no say either, in contrast to the module of transformers.
+    with torch.inference_mode():
+        mask = torch.ones(2, 48, dtype=torch.long)
+        mask[0, 20:] = 0
+        both = model(torch.cat((tokens[:1], tokens[:1])), attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(both[:1, :20], first, rtol=0, atol=1e-4)
+    torch.testing.assert_close(both[1:], grown, rtol=0, atol=1e-4)
+    for length in (20, 48):
+        static = tiny_model()
+        apply_scaling(static, at_length(RopeScaling.from_config(model.config), length))
+        torch.testing.assert_close(
+            logits(static, tokens[:1, :length]), first if length == 20 else grown, rtol=0, atol=1e-4
+        )
+
+
+@pytest.fixture
+def sliding(tmp_path: Path) -> Path:
+    """A model with a sliding and a full-attention layer that share one pair of tables."""
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 61}
+    config = Qwen2Config(
+        hidden_size=32, intermediate_size=48, max_position_embeddings=32, initializer_range=0.3, sliding_window=24,
+        use_sliding_window=True, layer_types=["sliding_attention", "full_attention"], **sizes,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "sliding")
+    return tmp_path / "sliding"
+
+
+def test_scaling_some_layers_only(sliding: Path, tmp_path: Path, tokens: torch.Tensor) -> None:
+    name = str(sliding)
+    results = [
+        logits(load_model(name, device="cpu", **options), tokens)
+        for options in (
+            {},
+            {"scaling": "yarn:4"},
+            {"scaling": "yarn:4", "layers": "full_attention"},
+            {"scaling": "yarn:4", "drop_layers": [1]},
+            {"scaling": "yarn:4", "layers": "full_attention", "drop_layers": [1]},
+        )
+    ]
+    for index, one in enumerate(results):
+        for other in results[:index]:
+            assert (one - other).abs().max() > 0.01
+    model = load_model(name, device="cpu", scaling="yarn:4", layers="full_attention", drop_layers=[0])
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(KeyError, match="scaled-rope"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    again = load_model(str(tmp_path / "saved"), device="cpu")
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+    assert patched_plan(again) == patched_plan(model) and patched_plan(again).drop_layers == (0,)
+    # Another factor for the carried plan changes the full-attention layers only, and keeps what was dropped.
+    apply_scaling(again, RopeScaling("yarn", 2.0, 32))
+    assert patched_plan(again).layers["sliding_attention"].method == "default"
+    assert patched_plan(again).layers["full_attention"].factor == 2 and patched_plan(again).drop_layers == (0,)
+
+
+def test_flags_for_layers(sliding: Path, checkpoint: Path) -> None:
+    flags = ["--yarn", "4", "--layers", "full_attention", "--drop-layers", "1"]
+    args = parse("-m", str(sliding), *flags)
+    (job,) = model_jobs(args)
+    assert job.label == "yarn x4, full_attention layers only, without RoPE in 1"
+    (plain,) = model_jobs(parse("-m", str(sliding), "--yarn", "4"))
+    assert plain.fingerprint != job.fingerprint and plain.plan == LayerPlan()
+    assert patched_plan(ModelLoader(args)(job)).drop_layers == (1,)
+    for bad in (["--layers", "sliding_attention"], ["--layers", "full"], ["--drop-layers", "2"]):
+        with pytest.raises(ConfigError, match="must be"):
+            model_jobs(parse("-m", str(sliding), *bad))
+    with pytest.raises(ConfigError, match="must be left out"):
+        model_jobs(parse("-m", str(checkpoint), "--layers", "full_attention"))
 
 
 def test_half_precision_keeps_frequencies(checkpoint: Path) -> None:
