@@ -22,7 +22,7 @@ from scaled_rope import RopeScaling, patch_model
 from scaled_rope.data import PackedWriter, open_packed
 from scaled_rope.errors import ConfigError, run_cli
 from scaled_rope.recipes import Recipe, available, read_recipe
-from scaled_rope.training import IGNORE, accumulation, collate, learning_rate, step_batches
+from scaled_rope.training import IGNORE, accumulation, build_model, collate, learning_rate, step_batches
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 48
@@ -457,6 +457,26 @@ def test_save_only_writes_the_scaling_and_nothing_else(workspace, tmp_path, caps
     assert run_cli(lambda: finetune.main(arguments)) == 2
     assert run_cli(lambda: finetune.main(arguments[:-1])) == 2
     assert "no training run wrote" in capsys.readouterr().err
+
+
+def test_recipes_choose_layers():
+    init = {
+        "model_type": "qwen2", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 61, "max_position_embeddings": 32,
+        "use_sliding_window": True, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"],
+    }  # fmt: skip
+    fields = {"model": None, "init": init, "tokenizer": "none", "scaling": "yarn:4"}
+    _, report = build_model(recipe(**fields, layers="full_attention", drop_layers=(0,)))
+    assert report is not None and not report.native and report.plan.drop_layers == (0,)
+    assert {name: one.label for name, one in report.plan.layers.items()} == {
+        "sliding_attention": "unscaled",
+        "full_attention": "yarn x4",
+    }
+    model, report = build_model(recipe(**fields))
+    assert report is not None and report.native and not report.plan.layers
+    assert model.config.max_position_embeddings == 128
+    with pytest.raises(ConfigError, match="drop_layers=2: must be a layer's index, 0 to 1"):
+        build_model(recipe(**fields, drop_layers=(2,)))
 
 
 def test_lora_trains_adapters_and_saves_merged_weights(workspace, tmp_path):
