@@ -14,7 +14,8 @@ EXTRAS = {
     "kernels": ["triton>=3.6", "liger-kernel>=0.8"],
     "eval": ["lm-eval>=0.4.13", "matplotlib", "nltk", "wonderwords"],
     "wandb": ["wandb"],
-    "dev": ["hypothesis", "mypy", "pytest", "ruff", "types-PyYAML"],
+    "gguf": ["gguf>=0.19"],
+    "dev": ["gguf>=0.19", "hypothesis", "mypy", "pytest", "ruff", "types-PyYAML"],
 }
 # Not in "all": flash-attn, which builds only where a CUDA toolkit is.
 EXTRAS["all"] = sorted({requirement for name in EXTRAS if name != "flash" for requirement in EXTRAS[name]})
@@ -29,6 +30,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["scaled_rope", "scaled_rope.*"]),
     package_data={"scaled_rope": ["py.typed"]},
+    entry_points={"console_scripts": ["scaled-rope = scaled_rope.cli:main"]},
     install_requires=["torch>=2.9", "transformers>=5.17", "numpy", "pyyaml", "tqdm"],
     extras_require=EXTRAS,
 )

@@ -6,11 +6,30 @@ scaling = RopeScaling("yarn", factor=16.0, original_max_position_embeddings=4096
 report = patch_model(model, scaling)
 """
 
-from scaled_rope.config import LayerPlan, RopeScaling
-from scaled_rope.errors import ConfigError
-from scaled_rope.loading import load_model
-from scaled_rope.methods import METHODS, compute_rope
-from scaled_rope.patch import PatchReport, patch_model, unpatch_model
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scaled_rope.config import LayerPlan, RopeScaling
+    from scaled_rope.errors import ConfigError
+    from scaled_rope.loading import load_model
+    from scaled_rope.methods import METHODS, compute_rope
+    from scaled_rope.patch import PatchReport, patch_model, unpatch_model
+
+# Looked up on first use, because torch and transformers take seconds to import and not every command needs them.
+_HOMES = {
+    "METHODS": "methods",
+    "ConfigError": "errors",
+    "LayerPlan": "config",
+    "PatchReport": "patch",
+    "RopeScaling": "config",
+    "compute_rope": "methods",
+    "load_model": "loading",
+    "patch_model": "patch",
+    "unpatch_model": "patch",
+}
 
 __all__ = [
     "METHODS",
@@ -24,3 +43,15 @@ __all__ = [
     "unpatch_model",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"scaled_rope.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

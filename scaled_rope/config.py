@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib
 import math
+import re
 import warnings
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from scaled_rope.dialects import (
     CUSTOM_ROPE_TYPE,
+    MAX_THETA,
     NATIVE,
     PRIMARY_LAYER_TYPE,
     RECORD_KEY,
@@ -60,7 +64,7 @@ class Method:
     needs_original: bool = False
     """Whether the formula contains L, that is `original_max_position_embeddings`."""
     factor_optional: bool = False
-    """Whether the factor is not in the formula and only says for which length the scaling is meant."""
+    """Whether a spec may leave the factor out: it only says for which length the scaling is meant, or is often 1."""
     no_dynamic: str = ""
     """Why the method has no dynamic form; empty when it has one."""
 
@@ -115,6 +119,7 @@ class RopeScaling:
     """The method's own parameters, those that no other method shares."""
 
     def __post_init__(self) -> None:
+        _fill_registry()
         if not isinstance(self.method, str) or self.method not in METHODS:
             raise unknown("method", self.method, METHODS)
         row = METHODS[self.method]
@@ -156,8 +161,10 @@ class RopeScaling:
                 raise ConfigError(f"{name}={value!r}: must be true or false")
         length = self.original_max_position_embeddings
         if length is not None:
-            if not is_positive_whole(length):
-                raise ConfigError(f"original_max_position_embeddings={length!r}: must be a whole number, at least 1")
+            if not is_positive_whole(length) or length > _MAX_LENGTH:
+                raise ConfigError(
+                    f"original_max_position_embeddings={length!r}: must be a whole number, at least 1 and at most 2^53"
+                )
             object.__setattr__(self, "original_max_position_embeddings", int(length))
         if self.ramp is not None and self.ramp not in _RAMPS:
             raise unknown("ramp", self.ramp, _RAMPS)
@@ -250,7 +257,7 @@ class RopeScaling:
         name = "unscaled" if self.method == "default" else self._name
         no_factor = "factor" not in METHODS[self.method].fields or METHODS[self.method].factor_optional
         if not (self.factor == 1 and (self.dynamic or no_factor or self.method == "dynamic-ntk")):
-            name = f"{name} x{self.factor:g}"
+            name = f"{name} x{_show(self.factor)}"
         shown = {n: getattr(self, n) for n in _METHOD_FIELDS if n not in ("factor", "dynamic")} | self.params
         if self.dynamic and self._name == self.method:
             shown["dynamic"] = True
@@ -284,6 +291,7 @@ class RopeScaling:
         `original_max_position_embeddings` where the text does not give them. "none" is "default". The method's own
         parameters are fields as well; a list is written "1+1.5+2".
         """
+        _fill_registry()
         head, *options = [part.strip() for part in text.split(",")]
         name, _, factor = head.partition(":")
         dynamic = name.startswith("dynamic-") and name not in METHODS
@@ -298,8 +306,12 @@ class RopeScaling:
             values["dynamic"] = True
         if factor or ":" in head:
             values["factor"] = _parse("factor", factor)
+        given = {"factor"} if "factor" in values else set()
         for option in options:
             key, _, value = option.partition("=")
+            if key in given:
+                raise ConfigError(f"scaling {text!r}: {key} is given twice")
+            given.add(key)
             if key in params:
                 values["params"][key] = _parse_param(key, value)
                 continue
@@ -373,13 +385,19 @@ class RopeScaling:
         reading = read_rope(config, layer_type)
         scaling = cls.from_dict(reading.values)
         record = _carried_record(config, layer_type)
-        if record is None:
+        if record is None or record == scaling:
             return scaling, reading.notes
         model, rope = split_config(config)
-        entry = rope.get(layer_type or PRIMARY_LAYER_TYPE, rope) if nested_types(rope) else rope
-        said = record.to_config(head_dim=config_head_dim(model))
-        if entry.get("rope_type") == CUSTOM_ROPE_TYPE or all(entry.get(name) == said[name] for name in said):
-            return record, reading.notes
+        nested = bool(nested_types(rope))
+        entry = rope.get(layer_type or PRIMARY_LAYER_TYPE, rope) if nested else rope
+        if entry.get("rope_type") == CUSTOM_ROPE_TYPE:
+            # It is a record itself: that of this layer type, or of the primary one where all share a dictionary.
+            if not nested and _carried_record(config, None) == scaling:
+                return record, reading.notes
+        else:
+            said = record.to_config(head_dim=config_head_dim(model))
+            if all(entry.get(name) == said[name] for name in said):
+                return record, reading.notes
         text = f"{RECORD_KEY} says {record.label!r}, but rope_parameters was changed since then: the latter counts"
         reading.note("stale-record", text)
         return scaling, reading.notes
@@ -436,16 +454,24 @@ del _DEFAULTS["method"]
 _MODEL_FIELDS = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
 """Fields that describe the model rather than the scaling."""
 _METHOD_FIELDS = tuple(name for name in _DEFAULTS if name not in (*_MODEL_FIELDS, "params"))
+# Far beyond what makes sense, and near enough that no formula leaves the range of float64.
+_MAX_LENGTH = 2**53
 _RANGES = {  # field: (lower limit, whether the limit itself is allowed, upper limit)
-    "factor": (1.0, True, math.inf),
-    "rope_theta": (1.0, False, math.inf),
+    "factor": (1.0, True, 1e9),
+    "rope_theta": (1.0, False, MAX_THETA),
     "partial_rotary_factor": (0.0, False, 1.0),
-    "attention_factor": (0.0, False, math.inf),
-    "beta_fast": (0.0, False, math.inf),
-    "beta_slow": (0.0, False, math.inf),
-    "mscale": (0.0, True, math.inf),
+    "attention_factor": (1e-6, True, 1e6),
+    "beta_fast": (1e-6, True, 1e9),
+    "beta_slow": (1e-6, True, 1e9),
+    "mscale": (0.0, True, 1e6),
     "extrapolation_factor": (0.0, True, 1.0),
 }
+
+
+def _fill_registry() -> None:
+    """The rows of `METHODS` come with torch, so they are imported when the first record is made."""
+    if not METHODS:
+        importlib.import_module("scaled_rope.methods")
 
 
 def config_head_dim(config: Any) -> int | None:
@@ -454,23 +480,30 @@ def config_head_dim(config: Any) -> int | None:
     def get(name: str) -> Any:
         return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
 
+    if get("qk_rope_head_dim") is not None:  # multi-head latent attention rotates a part that is kept apart
+        return int(get("qk_rope_head_dim")) if is_positive_whole(get("qk_rope_head_dim")) else None
     if get("head_dim") is not None:
-        return int(get("head_dim"))
+        return int(get("head_dim")) if is_positive_whole(get("head_dim")) else None
     hidden, heads = get("hidden_size"), get("num_attention_heads")
-    return None if hidden is None or not heads else int(hidden) // int(heads)
+    return int(hidden) // int(heads) if is_positive_whole(hidden) and is_positive_whole(heads) else None
 
 
 def _show(value: Any) -> str:
+    """A value as short as it can be told from others of its kind."""
     if isinstance(value, list):
-        return f"{len(value)} values"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        digest = hashlib.sha256(repr(value).encode()).hexdigest()[:6]
+        return f"{len(value)} values {digest}" if len(value) > 4 else "+".join(map(_show, value))
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return str(value)
 
 
 def _parse_param(name: str, text: str) -> Any:
     """A method's own parameter: a whole number, a number or a list of numbers; the method checks which it wants."""
     try:
-        if "+" in text.strip("+"):
-            return [float(part) for part in text.split("+")]
+        parts = re.split(r"(?<=[^eE+])\+", text)  # not the + of 1e+5
+        if len(parts) > 1:
+            return [float(part) for part in parts]
         return int(text) if text.strip("+-").isdigit() else float(text)
     except ValueError:
         raise ConfigError(f"{name}={text!r}: must be a number, or several as 1+1.5+2") from None

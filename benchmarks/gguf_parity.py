@@ -1,0 +1,363 @@
+"""Does llama.cpp compute what we compute, with the flags that `scaled-rope export` prints?
+
+    python benchmarks/gguf_parity.py --model models/tiny-llama-256 --model out/demo/model --llama-python PATH
+
+writes each checkpoint as a float32 GGUF, evaluates the same token ids with llama.cpp (llama-cpp-python, which may live
+in another environment: --llama-python) and with the patched model of transformers, and compares the logits.
+
+Everything is float32: weights, activations, the KV cache of llama.cpp (its default is float16), no flash attention, one
+batch for the whole text. What remains is the order of summation, and angles: both programs multiply positions by
+frequencies in float32, which near position 2000 is off by up to 6e-5 rad, and llama.cpp computes each angle from the
+one before. So both are also compared with the same model in float64, which says how much either is off.
+
+Exit code 1 when a logit differs by more than `TOLERANCE` under the exported flags.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Job = dict[str, Any]
+
+TOLERANCE = 0.02
+"""Largest difference of a logit. float32 leaves up to 0.004 over 2048 positions; a wrong constant makes 5 and more."""
+
+SCALINGS = (
+    "default",
+    "linear:8",
+    "ntk:8",
+    "ntk-by-parts:8",
+    "yarn:8",
+    "yarn:8,attention_factor=1.0",
+    "yarn:8,beta_fast=16,beta_slow=2",
+    "yarn:8,mscale=0.7,beta_fast=128,beta_slow=2",
+    "yarn:8,extrapolation_factor=0.5",
+    "yarn:8,ramp=rotations",
+    "yarn:8,truncate=false",
+    "llama3:8",
+)
+
+
+# What runs under the interpreter that has llama-cpp-python; it needs nothing else than numpy.
+
+
+def evaluate(jobs: Sequence[Job]) -> None:
+    """Logits of every job by llama.cpp, written to its "logits" path: float32 [N, V]."""
+    import llama_cpp
+    import numpy as np
+
+    kinds = {
+        "none": llama_cpp.LLAMA_ROPE_SCALING_TYPE_NONE,
+        "linear": llama_cpp.LLAMA_ROPE_SCALING_TYPE_LINEAR,
+        "yarn": llama_cpp.LLAMA_ROPE_SCALING_TYPE_YARN,
+    }
+    for job in jobs:
+        given, tokens = job["given"], job["tokens"]
+        rope: dict[str, Any] = {
+            # As the flags do: what is not said keeps the program's own default.
+            "rope_scaling_type": kinds.get(given.get("scaling"), llama_cpp.LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED),
+            "rope_freq_base": given.get("freq_base", 0.0),
+            "rope_freq_scale": 1.0 / given["scale"] if "scale" in given else 0.0,
+            "yarn_orig_ctx": given.get("orig_ctx", 0),
+            "yarn_ext_factor": given.get("ext_factor", -1.0),
+            "yarn_attn_factor": -1.0,
+            "yarn_beta_fast": given.get("beta_fast", -1.0),
+            "yarn_beta_slow": given.get("beta_slow", -1.0),
+        }
+        if job["override"]:
+            rope["kv_overrides"] = job["override"]
+        model = llama_cpp.Llama(
+            job["gguf"],
+            n_gpu_layers=0,
+            n_ctx=len(tokens),
+            n_batch=len(tokens),
+            n_ubatch=len(tokens),
+            n_threads=2,
+            n_threads_batch=2,
+            logits_all=True,
+            flash_attn=False,
+            type_k=llama_cpp.GGML_TYPE_F32,
+            type_v=llama_cpp.GGML_TYPE_F32,
+            verbose=False,
+            **rope,
+        )
+        model.eval(tokens)
+        np.save(job["logits"], np.array(model.scores[: len(tokens)], dtype=np.float32))
+        job["tokenized"] = model.tokenize(job["text"].encode(), add_bos=False) if job["text"] else None
+        model.close()
+    print(json.dumps({"llama_cpp": llama_cpp.__version__, "tokenized": [job["tokenized"] for job in jobs]}))
+
+
+def run_llama_cpp(python: str | None, jobs: Sequence[Job], folder: Path) -> dict[str, Any]:
+    """`evaluate` in a process of its own, under `python`. Raises ConfigError when that has no llama_cpp."""
+    from scaled_rope.errors import ConfigError
+
+    if python is None:
+        if importlib.util.find_spec("llama_cpp") is None:
+            raise ConfigError("llama-cpp-python is not installed here; name an interpreter that has it: --llama-python")
+        python = sys.executable
+    task = folder / "jobs.json"
+    task.write_text(json.dumps(list(jobs)))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [python, __file__, "--evaluate", str(task)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ConfigError(f"{python} could not evaluate with llama-cpp-python: {last}")
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+# What runs here.
+
+
+def exact_rotary(scaling: Any, head_dim: int) -> Any:
+    """A rotary module that makes float64 tables of our float32 frequencies."""
+    import torch
+
+    from scaled_rope.methods import compute_rope
+
+    class Rotary(torch.nn.Module):
+        def forward(self, x: Any, position_ids: Any) -> Any:
+            inv_freq, factor = compute_rope(scaling, head_dim)
+            angles = position_ids.double()[..., None] * inv_freq.double()
+            angles = torch.cat((angles, angles), dim=-1)
+            return angles.cos() * factor, angles.sin() * factor
+
+    return Rotary()
+
+
+def our_logits(folder: str, scaling: Any, tokens: Sequence[int]) -> tuple[Any, Any]:
+    """Logits [N, V] of the patched model in float32, and of the same model in float64 throughout."""
+    import torch
+
+    from scaled_rope.loading import load_model
+    from scaled_rope.patch import head_dim_of, patch_model
+
+    model = load_model(folder, dtype="float32", device=torch.device("cpu"), attn_implementation="eager")
+    patch_model(model, scaling)
+    ids = torch.tensor([list(tokens)])
+    with torch.inference_mode():
+        single = model(ids, use_cache=False).logits[0].double().numpy()
+        model.double()
+        model.model.rotary_emb = exact_rotary(scaling, head_dim_of(model.config))
+        double = model(ids, use_cache=False).logits[0].numpy()
+    return single, double
+
+
+def differences(a: Any, b: Any) -> dict[str, float]:
+    """How two sets of logits [N, V] differ: over all entries, and in what they predict."""
+    import numpy as np
+
+    def log_softmax(x: Any) -> Any:
+        x = x - x.max(axis=-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    p, q = log_softmax(a), log_softmax(b)
+    return {
+        "max_difference": float(np.abs(a - b).max()),
+        "rms_difference": float(np.sqrt(((a - b) ** 2).mean())),
+        "max_kl": float((np.exp(p) * (p - q)).sum(axis=-1).max()),
+        "same_top": float((a.argmax(axis=-1) == b.argmax(axis=-1)).mean()),
+    }
+
+
+def as_converted(words: Any, scaling: Any) -> dict[str, Any]:
+    """The rotary metadata that llama.cpp's own converter would write for these `rope_parameters` of YaRN."""
+    rope = words["rope_parameters"]
+    metadata: dict[str, Any] = {
+        "llama.rope.scaling.type": "yarn",
+        "llama.rope.scaling.factor": float(rope["factor"]),
+        "llama.rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
+        "llama.rope.scaling.yarn_attn_factor": float(rope["attention_factor"]),
+    }
+    for name in ("beta_fast", "beta_slow"):
+        if name in rope:
+            metadata[f"llama.rope.scaling.yarn_{name}"] = float(rope[name])
+    return metadata
+
+
+def make_jobs(folder: str, specs: Sequence[str], text: str, length: int, scratch: Path) -> list[Job]:
+    """One job per scaling with the exported flags, and for YaRN one with the converter's metadata and no flags."""
+    from scaled_rope.config import RopeScaling
+    from scaled_rope.errors import ConfigError
+    from scaled_rope.export import divisors, export
+    from scaled_rope.gguf_files import GgufRope, add_rope, write_checkpoint
+    from scaled_rope.loading import load_config, load_tokenizer, resolve_scaling
+    from scaled_rope.patch import head_dim_of
+
+    tokens = load_tokenizer(folder)(text, add_special_tokens=False)["input_ids"][:length]
+    if len(tokens) < length:
+        raise ConfigError(f"the text has {len(tokens)} tokens, fewer than the longest length {length}: --text FILE")
+    config = load_config(folder)
+    own = RopeScaling.from_config(config)
+    plain = scratch / f"{len(list(scratch.iterdir()))}.gguf"
+    write_checkpoint(folder, plain, GgufRope())
+    jobs = []
+    for index, spec in enumerate(specs):
+        scaling = resolve_scaling(spec, own)
+        report = export(scaling, config, "llama.cpp", length)
+        if report.status != "exact":
+            raise ConfigError(f"{spec!r}: {report.status}: {report.reason}")
+        path = plain
+        if report.gguf is not None:
+            path = scratch / f"{plain.stem}-{index}.gguf"
+            add_rope(plain, path, report.gguf)
+        elif scaling.method == "llama3":  # the converter's tensor
+            path = scratch / f"{plain.stem}-{index}.gguf"
+            add_rope(plain, path, GgufRope(divisors=tuple(divisors(scaling, head_dim_of(config), length))))
+        variants = [("flags" if path == plain else "tensor", path, *_flags(report.flags))]
+        if report.gguf is None and scaling.method in ("yarn", "ntk-by-parts") and scaling.is_native(64):
+            path = scratch / f"{plain.stem}-{index}-converted.gguf"
+            add_rope(plain, path, GgufRope(as_converted(report.config, scaling)))
+            variants.append(("converted", path, {}, {}))
+        for variant, gguf, given, override in variants:
+            jobs.append(
+                {
+                    "spec": spec,
+                    "scaling": scaling,
+                    "variant": variant,
+                    "command": report.command if variant != "converted" else "llama-server -m MODEL.gguf",
+                    "gguf": str(gguf),
+                    "given": given,
+                    "override": override,
+                    "tokens": tokens,
+                    "text": "" if jobs else text,
+                    "logits": str(scratch / f"{plain.stem}-{index}-{variant}.npy"),
+                }
+            )
+    return jobs
+
+
+def _flags(flags: Sequence[str]) -> tuple[dict[str, Any], dict[str, float]]:
+    """Exported flags, read back as what llama-cpp-python takes, so that what is tested is what is printed."""
+    read: dict[str, Callable[[str], Any]] = {
+        "--rope-scaling": str,
+        "--rope-scale": float,
+        "--rope-freq-base": float,
+        "--yarn-orig-ctx": int,
+        "--yarn-ext-factor": float,
+        "--yarn-beta-fast": float,
+        "--yarn-beta-slow": float,
+    }
+    given: dict[str, Any] = {}
+    override: dict[str, float] = {}
+    for flag, value in zip(flags[::2], flags[1::2], strict=True):
+        if flag in read:
+            given[flag.removeprefix("--rope-").removeprefix("--yarn-").replace("-", "_")] = read[flag](value)
+        elif flag == "--override-kv":
+            key, _, number = value.partition("=float:")
+            override[key] = float(number)
+    return given, override
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--evaluate"]:
+        evaluate(json.loads(Path(sys.argv[2]).read_text()))
+        return 0
+    import numpy as np
+
+    from scaled_rope.errors import ConfigError, Parser
+    from scaled_rope.evaluation import format_table
+    from scaled_rope.loading import DEFAULT_MODEL, display_name, weights_hash
+    from scaled_rope.results import append_row, provenance
+
+    parser = Parser("benchmarks/gguf_parity.py", __doc__)
+    add = parser.add_argument
+    add("--model", action="append", metavar="DIR", help="a Llama or Mistral checkpoint; may be repeated")
+    add("--scaling", action="append", metavar="SPEC", help="may be repeated; default: a set of twelve")
+    add("--lengths", default="256,512,1024,2048", metavar="N,N", help="ends of the stretches that are reported apart")
+    add("--text", default=str(DEFAULT_MODEL.parents[1] / "README.md"), metavar="FILE", help="what is evaluated")
+    add("--llama-python", metavar="PATH", help="an interpreter that has llama-cpp-python")
+    add("--output", metavar="FILE", help="rows, one JSON object per line, appended")
+    args = parser.parse_args()
+    try:
+        lengths = sorted(int(part) for part in args.lengths.split(","))
+        text = Path(args.text).read_text(encoding="utf-8")
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    except ValueError as error:
+        raise ConfigError(f"lengths={args.lengths!r}: whole numbers with commas between them") from error
+    table, worst = [], 0.0
+    told = {key: value for key, value in vars(args).items() if key not in ("llama_python", "output")}
+    for model in args.model or [str(DEFAULT_MODEL)]:
+        with tempfile.TemporaryDirectory() as name:
+            scratch = Path(name)
+            jobs = make_jobs(model, args.scaling or SCALINGS, text, lengths[-1], scratch)
+            sent = [{key: value for key, value in job.items() if key != "scaling"} for job in jobs]
+            answer = run_llama_cpp(args.llama_python, sent, scratch)
+            tokens = jobs[0]["tokens"]
+            same_tokens = answer["tokenized"][0][: len(tokens)] == tokens
+            which = "the same" if same_tokens else "OTHER"
+            print(f"{display_name(model)}: llama.cpp splits the text into {which} tokens", flush=True)
+            ours: dict[str, Any] = {}
+            for job in jobs:
+                scaling, variant = job["scaling"], job["variant"]
+                if job["spec"] not in ours:
+                    ours[job["spec"]] = our_logits(model, scaling, tokens)
+                (single, double), theirs = ours[job["spec"]], np.load(job["logits"])
+                start = 0
+                for end in lengths:
+                    at = slice(start, end)
+                    row = {
+                        "metric": "gguf-logits",
+                        "model": model,
+                        "model_fingerprint": weights_hash(model),
+                        "dtype": "float32",
+                        "scaling": scaling.to_dict(),
+                        "label": scaling.label,
+                        "length": end,
+                        "data": {"text": Path(args.text).name, "sha256": digest},
+                        "protocol": {"positions": [start, end], "variant": variant, "kv_cache": "float32"},
+                        "command": job["command"],
+                        "llama_cpp_python": answer["llama_cpp"],
+                        "same_tokens": same_tokens,
+                        **differences(theirs[at], single[at]),
+                        "theirs_from_float64": differences(theirs[at], double[at]),
+                        "ours_from_float64": differences(single[at], double[at]),
+                        "logits_std": float(double[at].std()),
+                    }
+                    if "default" in ours and job["spec"] != "default":
+                        row["effect_of_scaling"] = differences(ours["default"][0][at], single[at])
+                    row |= provenance("cpu", None, told)
+                    if args.output:
+                        append_row(args.output, row)
+                    if variant != "converted":
+                        worst = max(worst, row["max_difference"])
+                    start = end
+                table.append(_line(display_name(model), scaling.label, variant, theirs, single, double))
+    heads = ["model", "scaling", "variant", "max", "rms", "top", "theirs-f64", "ours-f64"]
+    print(format_table(heads, table))
+    print(f"largest difference under exported flags: {worst:.1e}, allowed {TOLERANCE}")
+    return 0 if worst <= TOLERANCE else 1
+
+
+def _line(*parts: Any) -> list[str]:
+    model, label, variant, theirs, single, double = parts
+    whole = differences(theirs, single)
+    return [
+        model,
+        label,
+        variant,
+        f"{whole['max_difference']:.1e}",
+        f"{whole['rms_difference']:.1e}",
+        f"{whole['same_top']:.4f}",
+        f"{differences(theirs, double)['max_difference']:.1e}",
+        f"{differences(single, double)['max_difference']:.1e}",
+    ]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--evaluate"]:
+        sys.exit(main())
+    from scaled_rope.errors import run_cli
+
+    sys.exit(run_cli(main))

@@ -1,0 +1,133 @@
+"""The console script `scaled-rope`: one subcommand per module, imported when it is the one that was asked for."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from scaled_rope.errors import ConfigError, Parser, run_cli, unknown
+
+_HERE = ""
+COMMANDS: dict[str, tuple[str, str]] = {
+    "inspect": (
+        "scaled_rope.doctor",
+        "what a model's RoPE scaling is, dimension by dimension, and what is wrong with it",
+    ),
+    "methods": (_HERE, "list the scaling methods, or draw what each does"),
+    "export": ("scaled_rope.export", "words and flags that make another program run a scaling, checked against ours"),
+    "tune": ("scaled_rope.tune", "search the attention factor and the ramp that fit a model"),
+}
+"""Subcommand -> (the module with its `add_arguments` and `run`, what it does)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `scaled-rope` with these arguments, by default those of the process; its exit code, 2 for bad input."""
+    return run_cli(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+
+
+def _main(argv: list[str]) -> int:
+    name = next((argument for argument in argv if not argument.startswith("-")), None)
+    if name is not None and name not in COMMANDS:
+        raise unknown("command", name, COMMANDS)
+    parser, chosen = _parser(name)
+    args = parser.parse_args(argv)
+    if chosen is None:
+        raise ConfigError(f"a command is missing: {', '.join(COMMANDS)} (see {parser.prog} --help)")
+    code: int = chosen.run(args)
+    sys.stdout.flush()  # a reader that has gone is noticed here, where `run_cli` sees it
+    return code
+
+
+def _parser(name: str | None) -> tuple[argparse.ArgumentParser, Any]:
+    """The parser with the flags of one subcommand, and what carries it out."""
+    from scaled_rope import __version__
+
+    parser = Parser("scaled-rope", "Extend the context of RoPE models: look, choose, tune, serve.")
+    parser.add_argument("--version", action="version", version=f"scaled-rope {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
+    chosen: ModuleType | SimpleNamespace | None = None
+    for command, (module, summary) in COMMANDS.items():
+        sub = commands.add_parser(command, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if command == name:
+            chosen = importlib.import_module(module) if module else _METHODS
+            chosen.add_arguments(sub)
+    return parser, chosen
+
+
+# scaled-rope methods --------------------------------------------------------------------------------------------------
+
+
+def _add_methods_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--json", action="store_true", help="print a JSON object")
+    add("--figures", metavar="DIR", help="draw one SVG per method, and an overview")
+    add("--head-dim", type=int, default=128, metavar="N", help="of the figures: rotated dimensions (default: 128)")
+    add("--theta", type=float, default=1e4, metavar="B", help="of the figures: rope_theta (default: 10000)")
+    add("--original", type=int, default=4096, metavar="L", help="of the figures: original length (default: 4096)")
+    add("--factor", type=float, default=8.0, metavar="S", help="of the figures: scale (default: 8)")
+
+
+def _run_methods(args: argparse.Namespace) -> int:
+    if args.figures:
+        from scaled_rope.plots import write_figures
+
+        paths = write_figures(Path(args.figures), args.head_dim, args.theta, args.original, args.factor)
+        print(json.dumps([str(path) for path in paths]) if args.json else "\n".join(f"wrote {path}" for path in paths))
+        return 0
+    rows = method_rows()
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    table = [("method", "in transformers", "dynamic form", "what it does (source)", "takes")]
+    for row in rows:
+        dynamic = f"dynamic-{row['name']}" if row["dynamic"] else f"none: {row['no_dynamic']}"
+        own = [name if value is None else f"{name}={value:g}" for name, value in row["parameters"].items()]
+        native = f'"{row["native"]}"' if row["native"] else "no"
+        does = f"{row['summary']} ({row['source']})" + ("; depends on the length" if row["length_dependent"] else "")
+        table.append((row["name"], native, dynamic, does, ", ".join([*row["fields"], *own]) or "nothing"))
+    widths = [max(len(cells[column]) for cells in table) for column in range(len(table[0]))]
+    for cells in table:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip())
+    return 0
+
+
+def method_rows() -> list[dict[str, Any]]:
+    """What there is to know about each method, fit for JSON; "native" is the rope_type by which transformers has it."""
+    from scaled_rope.dialects import native_type
+    from scaled_rope.methods import METHODS
+    from scaled_rope.plots import example
+
+    rows = []
+    for row in METHODS.values():
+        fields = dataclasses.fields(row.params_type) if row.params_type is not None else ()
+        defaults = {f.name: None if f.default is dataclasses.MISSING else f.default for f in fields}
+        frequency = row.kind == "frequency"
+        rows.append(
+            {
+                "name": row.name,
+                "summary": row.summary,
+                "source": row.source,
+                "kind": row.kind,
+                "fields": sorted(row.fields),
+                "parameters": defaults,
+                "needs_original": row.needs_original,
+                "length_dependent": row.length_dependent,
+                "dynamic": not row.no_dynamic,
+                "no_dynamic": row.no_dynamic,
+                "native": native_type(example(row.name, 128, 1e4, 4096, 8.0), 128) if frequency else None,
+            }
+        )
+    return rows
+
+
+_METHODS = SimpleNamespace(add_arguments=_add_methods_arguments, run=_run_methods)
+
+if __name__ == "__main__":
+    sys.exit(main())

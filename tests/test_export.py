@@ -1,0 +1,452 @@
+"""What other programs make of what `export` tells them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, LlamaConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from benchmarks import gguf_parity
+from scaled_rope import export as module
+from scaled_rope.config import RopeScaling
+from scaled_rope.errors import ConfigError, Parser, run_cli
+from scaled_rope.export import TARGETS, TOLERANCE, ExportReport, Expressed, export
+from scaled_rope.gguf_files import GgufRope, add_rope, deinterleave, interleave, read_rope, write_checkpoint
+from scaled_rope.loading import DEFAULT_MODEL, resolve_scaling
+from scaled_rope.methods import compute_rope
+
+HEAD_DIM = 16
+SHORT, LONG = "+".join(["1.0"] * 8), "+".join(["1.0"] * 4 + ["2.0"] * 2 + ["6.5"] * 2)
+LONGROPE = f"longrope:4,short_factor={SHORT},long_factor={LONG}"
+IN_ALL_WORDS = [
+    "default",
+    "linear:4",
+    "linear:2.5",
+    "ntk:4",
+    "ntk-by-parts:4",
+    "yarn:4",
+    "yarn:1",
+    "yarn:4,attention_factor=1.0",
+    "yarn:4,mscale=0.7,beta_fast=64,beta_slow=2",
+    "llama3:4",
+    "abf,theta=500000",
+]
+AS_TABLE = [
+    "yarn:4,ramp=rotations",
+    "yarn:4,resonance=true",
+    "ntk-mixed:4",
+    "part-ntk:4",
+    "hardclip,clip=3",
+    "proportional:2,fraction=0.5",
+]
+HALVES = ["yarn:4,truncate=false", "yarn:4,extrapolation_factor=0.5", "yarn:4,extrapolation_factor=0"]
+"""Some programs have words for these, others need every frequency spelled out."""
+SERVERS = [name for name in TARGETS if name != "transformers"]
+
+
+@pytest.fixture
+def config() -> LlamaConfig:
+    return make_config()
+
+
+def make_config(**overrides: Any) -> LlamaConfig:
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 61,
+        "max_position_embeddings": 512,
+    }
+    return LlamaConfig(**(settings | overrides))
+
+
+def flags_of(report: ExportReport) -> dict[str, str]:
+    return dict(zip(report.flags[::2], report.flags[1::2], strict=True))
+
+
+def command_line(*arguments: str) -> tuple[argparse.Namespace, Callable[[], int]]:
+    parser = Parser("scaled-rope export")
+    module.add_arguments(parser)
+    args = parser.parse_args(arguments)
+    return args, lambda: module.run(args)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    path = tmp_path / "model"
+    make_config().save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("spec", [*IN_ALL_WORDS, *AS_TABLE, *HALVES])
+def test_every_static_scaling_has_exact_words_for_every_target(spec: str, target: str, config: LlamaConfig) -> None:
+    report = export(spec, config, target)
+    assert report.status == "exact", report
+    # Our frequencies are rounded to float32, theirs are float64, or float32 by another route in transformers.
+    assert all(c.max_relative_difference < 1e-6 and abs(c.attention_difference) < 1e-9 for c in report.comparisons)
+
+
+@pytest.mark.parametrize("spec", IN_ALL_WORDS)
+def test_plain_scalings_need_no_table(spec: str, config: LlamaConfig) -> None:
+    for target in TARGETS:
+        report = export(spec, config, target)
+        assert report.gguf is None
+        assert report.config["rope_parameters"]["rope_type"] != "longrope"
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize("original", [4, 256, 4096, 2_000_000])
+def test_the_ramp_is_ours_at_every_width_and_length(head_dim: int, original: int) -> None:
+    # At 4 tokens and at 2 million the ramp's ends fall outside of the head and are clamped, which llama.cpp does in
+    # its own way: there its words are not ours, and the tensor is taken.
+    config = make_config(head_dim=head_dim, max_position_embeddings=original)
+    for target in TARGETS:
+        assert export("yarn:8", config, target, length=original).status == "exact"
+
+
+def test_dynamic_ntk_of_transformers_follows_the_length(config: LlamaConfig) -> None:
+    report = export("dynamic-ntk:2", config, "transformers")
+    assert report.status == "exact"
+    assert [c.length for c in report.comparisons] == [512, 1024]
+    assert any("cached keys" in note for note in report.notes)
+
+
+def test_longrope_is_exact_only_where_short_prompts_get_the_short_list(config: LlamaConfig) -> None:
+    assert export(LONGROPE, config, "transformers").status == "exact"
+    for target in SERVERS:
+        report = export(LONGROPE, config, target)
+        assert report.status == "partial" and report.exit_code == 1
+        assert [c.matches for c in report.comparisons] == [False, True]
+
+
+def test_a_partly_rotated_head() -> None:
+    scaling = RopeScaling("yarn", 4.0, 512, partial_rotary_factor=0.5)
+    for target in TARGETS:
+        assert export(scaling, make_config(head_dim=32), target).status == "exact"
+
+
+def test_a_wrong_number_is_a_mismatch(config: LlamaConfig, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    target = TARGETS["vllm"]
+
+    def off(*args: Any) -> Any:
+        restated = target.restate(*args)
+        inv_freq = list(restated.inv_freq)
+        inv_freq[5] *= 1 + 1e-3
+        return restated._replace(inv_freq=inv_freq)
+
+    monkeypatch.setitem(TARGETS, "vllm", dataclasses.replace(target, restate=off))
+    report = export("yarn:4", config, "vllm")
+    assert (report.status, report.exit_code) == ("mismatch", 1)
+    assert report.comparisons[0].worst_dimension == 5
+    assert report.comparisons[0].max_relative_difference == pytest.approx(1e-3, rel=1e-3)
+    assert "DIFFERENT" in str(report)
+    _, run = command_line(folder, "--for", "vllm", "--scaling", "yarn:4")
+    assert run() == 1
+
+
+def test_a_wrong_attention_factor_is_a_mismatch(config: LlamaConfig) -> None:
+    """SGLang does not read attention_factor: a config in the words of transformers means something else there."""
+    target = dataclasses.replace(TARGETS["sglang"], express=module._express_transformers)
+    report = export("yarn:4,attention_factor=1.2", config, target)
+    assert report.status == "mismatch"
+    wrong = report.comparisons[0]
+    assert wrong.max_relative_difference < TOLERANCE
+    assert (wrong.attention_factor, wrong.ours) == (pytest.approx(1 + 0.1 * math.log(4)), 1.2)
+
+
+def test_vllm_multiplies_the_maximum_by_a_linear_factor_only(config: LlamaConfig) -> None:
+    linear, yarn = export("linear:4", config, "vllm"), export("yarn:4", config, "vllm")
+    assert (linear.config["max_position_embeddings"], yarn.config["max_position_embeddings"]) == (512, 2048)
+    assert flags_of(linear)["--max-model-len"] == flags_of(yarn)["--max-model-len"] == "2048"
+    # An integer factor would not be taken for a number there.
+    assert '"factor": 4.0' in flags_of(linear)["--hf-overrides"]
+
+
+def test_vllm_serves_no_more_positions_than_its_table_has(config: LlamaConfig) -> None:
+    longer = export("yarn:4", config, "vllm", length=3000)
+    assert longer.status == "exact"
+    assert longer.config["rope_parameters"]["rope_type"] == "longrope"
+    assert export("yarn:4", config, "vllm", length=2048).config["rope_parameters"]["rope_type"] == "yarn"
+
+
+def test_sglang_flags_silence_what_the_checkpoint_carries() -> None:
+    carried = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
+    config = make_config(rope_parameters=carried | {"beta_fast": 64.0, "mscale": 0.7, "mscale_all_dim": 1.0})
+    for spec in ("default", "linear:4", "yarn:8"):
+        scaling = resolve_scaling(spec, RopeScaling("default", original_max_position_embeddings=512))
+        report = export(scaling, config, "sglang")
+        assert report.status == "exact"
+        override = json.loads(flags_of(report)["--json-model-override-args"])["rope_parameters"]
+        assert set(override) >= set(config.rope_parameters)
+        assert override["mscale"] is None
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1.0, 1 / (1 + 0.1 * math.log(4))), (1.4, None)])
+def test_llama_cpp_gets_the_attention_factor_relative_to_its_own(
+    factor: float, expected: float | None, config: LlamaConfig
+) -> None:
+    report = export(f"yarn:4,attention_factor={factor}", config, "llama.cpp")
+    key, _, value = flags_of(report)["--override-kv"].partition("=float:")
+    assert key == "llama.rope.scaling.attn_factor"
+    assert float(value) == pytest.approx(expected or 1.4 / (1 + 0.1 * math.log(4)))
+    assert "--yarn-attn-factor" not in report.flags
+    assert "--override-kv" not in export("yarn:4", config, "llama.cpp").flags
+
+
+@pytest.mark.parametrize("spec", ["yarn:4", "linear:4", "ntk:4", "yarn:4,beta_fast=64,extrapolation_factor=0.5"])
+def test_llama_cpp_flags_read_back_as_what_was_compared(spec: str, config: LlamaConfig) -> None:
+    report = export(spec, config, "llama.cpp")
+    given, override = gguf_parity._flags(report.flags)
+    if override:
+        given["attn_factor"] = override["llama.rope.scaling.attn_factor"]
+    request = module.Request(resolve_scaling(spec, RopeScaling.from_config(config)), config, HEAD_DIM, 2048)
+    restated = TARGETS["llama.cpp"].restate(request, Expressed(given, {}), 2048)
+    ours, factor = compute_rope(request.scaling, HEAD_DIM)
+    np.testing.assert_allclose(restated.inv_freq, ours, rtol=1e-6)
+    assert restated.attention_factor == pytest.approx(factor, rel=1e-6)
+
+
+def test_servers_are_said_to_scale_short_prompts(config: LlamaConfig) -> None:
+    for target in SERVERS:
+        assert any("short prompts" in note for note in export("yarn:4", config, target).notes)
+        assert not export("default", config, target).notes
+
+
+def test_families_that_were_not_read_are_pointed_out() -> None:
+    config = AutoConfig.for_model("qwen2", hidden_size=32, num_attention_heads=2, max_position_embeddings=512)
+    assert any("'qwen2' may differ" in note for note in export("yarn:4", config, "vllm").notes)
+
+
+def test_a_config_without_head_dim_gets_one() -> None:
+    """transformers multiplies the null of Mixtral's head_dim with a number as soon as there is a scaling."""
+    config = AutoConfig.for_model(
+        "mixtral", hidden_size=32, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, vocab_size=61
+    )
+    report = export("yarn:4", config, "transformers")
+    assert report.status == "exact" and report.config["head_dim"] == 16
+
+
+def test_phi3_takes_only_longrope() -> None:
+    settings = {"hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 61}
+    config = AutoConfig.for_model("phi3", **settings, num_hidden_layers=1, pad_token_id=0, max_position_embeddings=512)
+    report = export("yarn:4", config, "transformers")
+    assert report.status == "exact" and report.config["rope_parameters"]["rope_type"] == "longrope"
+
+
+def test_a_sliding_window_is_pointed_out() -> None:
+    config = AutoConfig.for_model("mistral", sliding_window=256, head_dim=16, max_position_embeddings=512)
+    report = export("yarn:4,beta_fast=64", config, "vllm")
+    assert any("sliding_window=256" in note for note in report.notes)
+
+
+REFUSED = [
+    ("dynamic-yarn", "vllm"),
+    ("dynamic-yarn", "transformers"),
+    ("dynamic-ntk:2", "sglang"),
+    ("dynamic-linear", "llama.cpp"),
+    ("yarn:4,ramp=rotations", "llama.cpp"),
+    (LONGROPE, "llama.cpp"),
+]
+
+
+@pytest.mark.parametrize(("spec", "target"), REFUSED)
+def test_refusals_are_one_line_and_exit_code_2(
+    spec: str, target: str, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [folder, "--for", target, "--scaling", spec]
+    assert run_cli(command_line(*arguments)[1]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert run_cli(command_line(*arguments, "--json")[1]) == 2
+    report = json.loads(capsys.readouterr().out)
+    assert report["status"] == "refused" and report["reason"] in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--for", "vlm"], "did you mean 'vllm'"),
+        (["--for", "vllm", "--scaling", "yarn"], "factor is missing"),
+        (["--for", "vllm", "--length", "0"], "length=0"),
+        (["--for", "vllm", "--gguf", "a.gguf"], "--for llama.cpp and --output"),
+        (["--for", "llama.cpp", "--scaling", "yarn:4", "--gguf", "a.gguf", "--output", "out"], "is not needed"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str, folder: str) -> None:
+    _, run = command_line(folder, *arguments)
+    with pytest.raises(ConfigError, match=message) as caught:
+        run()
+    assert "\n" not in str(caught.value)
+
+
+def test_scalings_per_layer_type_and_unknown_architectures_are_refused(config: LlamaConfig) -> None:
+    nested = make_config()
+    nested.rope_parameters = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    report = export(RopeScaling("yarn", 4.0, 512), nested, "vllm", length=2048)
+    assert report.status == "refused" and "layer type" in report.reason
+    config.model_type = "bloom"
+    assert "unknown model_type 'bloom'" in export("yarn:4", config, "llama.cpp").reason
+    # Architectures that read no tensor of divisors have flags only.
+    config.model_type = "qwen2"
+    assert export("yarn:4", config, "llama.cpp").status == "exact"
+    for spec in ("yarn:4,truncate=false", "ntk-mixed:4"):
+        report = export(spec, config, "llama.cpp")
+        assert report.status == "refused" and "tensor of divisors" in report.reason
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_json_output_parses(target: str, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line(folder, "--for", target, "--scaling", "yarn:4", "--json")[1]() == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["status"], report["label"]) == ("exact", "yarn x4")
+    assert report["comparisons"][0]["matches"] is True
+    assert report["written"] == []
+
+
+@pytest.mark.parametrize("target", ["transformers", "vllm", "sglang"])
+@pytest.mark.parametrize("spec", ["linear:4", "ntk:4", "yarn:4,beta_fast=64,mscale=0.7", *AS_TABLE, "llama3:4"])
+def test_a_written_config_has_the_same_frequencies_in_transformers(
+    spec: str, target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The older dialect in the source: rope_scaling would win over rope_parameters if it stayed.
+    source, out = tmp_path / "source", tmp_path / "out"
+    make_config().save_pretrained(source)
+    raw = json.loads((source / "config.json").read_text())
+    del raw["rope_parameters"]
+    old = {"rope_theta": 20000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    (source / "config.json").write_text(json.dumps(raw | old))
+    _, run = command_line(f"{source}/config.json", "--for", target, "--scaling", spec, "--output", str(out))
+    assert run() == 0
+    assert f"wrote {out}/config.json" in capsys.readouterr().out
+    written = json.loads((out / "config.json").read_text())
+    assert set(raw) - {"rope_parameters"} <= set(written)
+    rotary = LlamaRotaryEmbedding(AutoConfig.from_pretrained(out))
+    base = RopeScaling("default", rope_theta=20000.0, original_max_position_embeddings=512)
+    ours, factor = compute_rope(resolve_scaling(spec, base), HEAD_DIM, 2048)
+    torch.testing.assert_close(rotary.inv_freq, ours, rtol=1e-6, atol=1e-12)
+    assert rotary.attention_scaling == pytest.approx(factor)
+
+
+def test_a_checkpoint_that_carries_its_scaling_needs_no_spec(tmp_path: Path) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 512}
+    make_config(rope_parameters=rope, max_position_embeddings=4096).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    for target in TARGETS:
+        report = export("checkpoint", config, target)
+        assert (report.status, report.scaling.factor) == ("exact", 8.0)
+        assert report.config["max_position_embeddings"] == 4096
+
+
+@pytest.mark.parametrize("target", ["transformers", "vllm", "sglang"])
+def test_a_checkpoint_in_our_own_words_becomes_servable(target: str, tmp_path: Path) -> None:
+    """What transformers refuses to build, because it has no name for it, can be spelled out."""
+    scaling = RopeScaling("ntk-mixed", 4.0, 512, params={"exponent": 0.5})
+    config = make_config(rope_parameters=scaling.to_config(head_dim=HEAD_DIM), max_position_embeddings=2048)
+    config.save_pretrained(tmp_path / "custom")
+    _, run = command_line(str(tmp_path / "custom"), "--for", target, "--output", str(tmp_path / "out"))
+    assert run() == 0
+    rotary = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path / "out"))
+    torch.testing.assert_close(rotary.inv_freq, compute_rope(scaling, HEAD_DIM)[0], rtol=1e-6, atol=0)
+
+
+def test_interleaving_turns_the_same_pairs() -> None:
+    """q and k in llama.cpp's order, turned in neighbouring pairs, have the products of q and k turned in halves."""
+    generator = np.random.default_rng(0)
+    q, k = generator.normal(size=(2, 3, 8))  # three heads of eight dimensions
+    angles = generator.uniform(0, 6, size=(2, 4))
+
+    def turn(x: np.ndarray, angle: np.ndarray, first: Any, second: Any) -> np.ndarray:
+        y, a, b = x.copy(), x[:, first], x[:, second]
+        y[:, first], y[:, second] = a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)
+        return y
+
+    half, rest, even, odd = slice(0, 4), slice(4, 8), slice(0, 8, 2), slice(1, 8, 2)
+    theirs = [interleave(x.reshape(24, 1), 3).reshape(3, 8) for x in (q, k)]
+    ours = turn(q, angles[0], half, rest) @ turn(k, angles[1], half, rest).T
+    again = turn(theirs[0], angles[0], even, odd) @ turn(theirs[1], angles[1], even, odd).T
+    np.testing.assert_allclose(again, ours)
+    assert not np.array_equal(theirs[0], q)
+    np.testing.assert_array_equal(deinterleave(interleave(q.reshape(24, 1), 3), 3), q.reshape(24, 1))
+
+
+@pytest.fixture(scope="module")
+def plain_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("gguf")
+    path = tmp_path_factory.mktemp("gguf") / "plain.gguf"
+    write_checkpoint(DEFAULT_MODEL, path, GgufRope({"llama.rope.scaling.type": "none"}))
+    return path
+
+
+def test_a_checkpoint_written_as_gguf_reads_back(plain_gguf: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    from safetensors.torch import load_file
+
+    weights = load_file(DEFAULT_MODEL / "model.safetensors")
+    reader = gguf.GGUFReader(plain_gguf)
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    config = AutoConfig.from_pretrained(DEFAULT_MODEL)
+    assert len(tensors) == len(weights)
+    for layer in range(config.num_hidden_layers):
+        for name, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
+            ours = weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"].float().numpy()
+            theirs = tensors[f"blk.{layer}.attn_{name}.weight"]
+            assert not np.array_equal(theirs, ours)
+            np.testing.assert_array_equal(deinterleave(theirs, heads), ours)
+    np.testing.assert_array_equal(tensors["token_embd.weight"], weights["model.embed_tokens.weight"].float().numpy())
+    fields = {name: entry.contents() for name, entry in reader.fields.items()}
+    assert fields["llama.block_count"] == config.num_hidden_layers
+    assert fields["llama.rope.freq_base"] == 10000.0
+    assert len(fields["tokenizer.ggml.tokens"]) == config.vocab_size
+    assert read_rope(plain_gguf).metadata["llama.rope.scaling.type"] == "none"
+    assert read_rope(plain_gguf).divisors is None
+
+
+def test_a_copy_of_a_gguf_holds_the_scaling_and_all_else_unchanged(plain_gguf: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    arguments = ["--for", "llama.cpp", "--scaling", "yarn:8,ramp=rotations"]
+    _, run = command_line(str(DEFAULT_MODEL), *arguments, "--gguf", str(plain_gguf), "--output", str(tmp_path))
+    assert run() == 0
+    copied = read_rope(tmp_path / "plain.gguf")
+    scaling = RopeScaling("yarn", 8.0, 256, ramp="rotations")
+    ours, factor = compute_rope(scaling, 64)
+    own, _ = compute_rope(RopeScaling("default"), 64)
+    assert copied.divisors is not None
+    np.testing.assert_allclose(own.numpy() / np.array(copied.divisors), ours, rtol=1e-6)
+    assert copied.metadata["llama.rope.scaling.attn_factor"] == pytest.approx(factor)
+    before, after = gguf.GGUFReader(plain_gguf), gguf.GGUFReader(tmp_path / "plain.gguf")
+    kept = {tensor.name: tensor for tensor in after.tensors}
+    for tensor in before.tensors:
+        assert kept[tensor.name].tensor_type == tensor.tensor_type
+        np.testing.assert_array_equal(kept[tensor.name].data, tensor.data)
+    for name, entry in before.fields.items():
+        if ".rope." not in name and not name.startswith("GGUF."):
+            assert after.fields[name].contents() == entry.contents()
+
+
+def test_gguf_refusals(plain_gguf: Path, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]) -> None:
+    with pytest.raises(ConfigError, match="overwrite"):
+        add_rope(plain_gguf, plain_gguf, GgufRope())
+    with pytest.raises(ConfigError, match="architecture 'llama', but the scaling says qwen2.rope"):
+        add_rope(plain_gguf, tmp_path / "a.gguf", GgufRope({"qwen2.rope.freq_base": 1e4}))
+    (tmp_path / "text.gguf").write_text("no GGUF")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        add_rope(tmp_path / "text.gguf", tmp_path / "a.gguf", GgufRope())
+    with pytest.raises(ConfigError, match="does not exist"):
+        add_rope(tmp_path / "none.gguf", tmp_path / "a.gguf", GgufRope())
+    tiny_model().save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="no tokenizer.json"):
+        write_checkpoint(tmp_path / "model", tmp_path / "a.gguf", GgufRope())
+    assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "a.gguf").exists()
