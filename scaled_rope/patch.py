@@ -8,9 +8,11 @@ part that makes hidden states), so it travels with copies of the model.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from scaled_rope.config import LayerPlan, RopeScaling, config_head_dim
-from scaled_rope.dialects import NATIVE, PRIMARY_LAYER_TYPE, RECORD_KEY
+from scaled_rope.dialects import CUSTOM_ROPE_TYPE, NATIVE, PRIMARY_LAYER_TYPE, RECORD_KEY
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.methods import compute_rope
 from scaled_rope.rotary import LayeredRotaryEmbedding, Layout, ScaledRotaryEmbedding
@@ -43,8 +46,6 @@ class Adapter:
     """Whether the module is called with a layer type, and `rope_parameters` is nested by it."""
     partial_rotary: bool = False
     """Whether attention can rotate a part of each head only."""
-    rope_types: frozenset[str] = frozenset(NATIVE)
-    """The rope types that the family's config class accepts."""
     layers: str = "layers"
     """Name of the list of decoder layers on the base model."""
     alibi: str = ""
@@ -72,8 +73,7 @@ ADAPTERS: dict[str, Adapter] = {
     "olmo2": Adapter(float32_tables=True),
     "olmo3": Adapter(float32_tables=True, per_layer_type=True),
     "phi": _PARTIAL,
-    # Its config class turns yarn into longrope and rejects the rest.
-    "phi3": Adapter(partial_rotary=True, rope_types=frozenset({"default", "longrope"})),
+    "phi3": _PARTIAL,
     "qwen2": Adapter(),
     "qwen2_moe": Adapter(),
     "qwen3": Adapter(),
@@ -113,6 +113,8 @@ class _State:
     rotary: nn.Module
     config: dict[str, Any]
     """The fields that are changed, as they were."""
+    config_class: type[Any]
+    adapter: Adapter
     own: RopeScaling
     own_layers: dict[str, RopeScaling]
     scaling: RopeScaling
@@ -148,20 +150,22 @@ def patch_model(
     state: _State | None = getattr(base, _STATE, None)
     replaced = getattr(base, _ROTARY)
     original = state.rotary if state else replaced
-    adapter = adapter_of(config, original)
+    # A module may read its config when called, and that has changed when the model is patched.
+    adapter = state.adapter if state else adapter_of(config, original)
     own = state.own if state else RopeScaling.from_config(config)
     own_layers = state.own_layers if state else _own_layers(config, adapter)
     before = state.scaling if state else own
 
     wanted, layers = _resolve(scaling, own, own_layers, config, adapter)
     plan = LayerPlan(layers, _check_layers(drop_layers, base, adapter))
+    _check_hooks(plan, base, adapter)
     head_dim = head_dim_of(config)
     every = list(layers.values()) or [wanted]
-    for each in every:
-        _check_width(each, original, head_dim, adapter, config)
+    for name, each in layers.items() or [("", wanted)]:
+        _check_width(each, original, head_dim, adapter, config, name)
     rotary = _build(wanted, layers, head_dim, _device_of(replaced), adapter)
-    context = state.config["max_position_embeddings"] if state else getattr(config, "max_position_embeddings", 0)
-    fields = _config_fields(wanted, plan, head_dim, adapter, config, context)
+    said = state.config if state else {name: getattr(config, name, _ABSENT) for name in _CONFIG_FIELDS}
+    fields = _config_fields(wanted, plan, head_dim, adapter, config, said, original)
 
     names = tuple(name for name, module in model.named_modules() if module is replaced)
     if state:
@@ -171,6 +175,8 @@ def patch_model(
     state = _State(
         rotary=getattr(base, _ROTARY),
         config={name: getattr(config, name, _ABSENT) for name in _CONFIG_FIELDS},
+        config_class=type(config),
+        adapter=adapter,
         own=own,
         own_layers=own_layers,
         scaling=wanted,
@@ -182,10 +188,11 @@ def patch_model(
     setattr(base, _STATE, state)
     setattr(base, _ROTARY, rotary)
     _write_config(config, fields)
+    _let_save(config)
 
     notes = _notes(own, wanted, config, adapter)
     factor = compute_rope(wanted, head_dim)[1]
-    native = "scaled-rope" not in str(fields["rope_parameters"])
+    native = CUSTOM_ROPE_TYPE not in str(fields["rope_parameters"])
     return PatchReport(config.model_type, names, wanted, head_dim, factor, before, notes, plan, native)
 
 
@@ -233,7 +240,7 @@ def computes(model: nn.Module, scaling: RopeScaling) -> bool:
         adapter = adapter_of(base.config, rotary)
     except ConfigError:
         return RopeScaling.from_config(getattr(model, "config", {})) == scaling
-    if scaling.is_length_dependent:
+    if scaling.is_length_dependent or "dynamic" in (own := str(getattr(rotary, "rope_type", ""))) or "longrope" in own:
         return False
     prefix = f"{PRIMARY_LAYER_TYPE}_" if adapter.per_layer_type else ""
     inv_freq, factor = getattr(rotary, f"{prefix}inv_freq", None), getattr(rotary, f"{prefix}attention_scaling", None)
@@ -276,23 +283,40 @@ def detect_adapter(config: Any, rotary: nn.Module) -> Adapter | None:
     rope = getattr(config, "rope_parameters", None)
     if not isinstance(rope, dict) or "RotaryEmbedding" not in type(rotary).__name__:
         return None
+    if getattr(config, "is_heterogeneous", False):
+        return None  # its layers differ in more than their type, for example in the size of heads
     parameters = list(inspect.signature(rotary.forward).parameters)
-    per_layer_type = parameters == ["x", "position_ids", "layer_type"]
-    if parameters != ["x", "position_ids"] and not per_layer_type:
+    if parameters == ["x", "position_ids"]:
+        return _probe(rotary, None)
+    types = layer_types_of(config)
+    nested = all(isinstance(rope.get(name), dict) for name in types)
+    if parameters != ["x", "position_ids", "layer_type"] or PRIMARY_LAYER_TYPE not in types or not nested:
         return None
-    if "mrope_section" in str(rope) or per_layer_type and PRIMARY_LAYER_TYPE not in rope:
-        return None
-    prefix = f"{PRIMARY_LAYER_TYPE}_" if per_layer_type else ""
-    inv_freq = getattr(rotary, f"{prefix}inv_freq", None)
+    found = {_probe(rotary, name) for name in types}
+    return found.pop() if len(found) == 1 else None
+
+
+def _probe(rotary: nn.Module, layer_type: str | None) -> Adapter | None:
+    """The adapter that a rotary module's tables for positions 0, 1 and 3 speak for."""
+    # A copy: the module's own memory of lengths, if it has one, must not learn of the probe.
+    probe: Any = copy.deepcopy(rotary)
+    more = () if layer_type is None else (layer_type,)
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    inv_freq = getattr(probe, f"{prefix}inv_freq", None)
     if not isinstance(inv_freq, Tensor) or inv_freq.dim() != 1 or inv_freq.is_meta:
         return None
-    x = torch.zeros(1, 1, 1, dtype=torch.bfloat16, device=inv_freq.device)
+    x = torch.zeros(2, 1, 1, dtype=torch.bfloat16, device=inv_freq.device)
     positions = torch.tensor([[0, 1, 3]], device=inv_freq.device)
-    # Its own memory of lengths, if it has one, must not learn of the probe.
-    probe = copy.deepcopy(rotary)
-    cos, sin = probe(x, positions, PRIMARY_LAYER_TYPE) if per_layer_type else probe(x, positions)
+    try:
+        cos, sin = probe(x, positions, *more)
+    except Exception:
+        return None  # whatever it wants, it is not the common layout
+    if not isinstance(cos, Tensor) or not isinstance(sin, Tensor) or _takes_axes(probe, x, positions, more):
+        return None
+    # What it computes with for so short a text, which need not be what a longer one left behind.
+    inv_freq = getattr(probe, f"{prefix}inv_freq")
     angles = positions[..., None].float() * inv_freq.float()
-    scale = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
+    scale = float(getattr(probe, f"{prefix}attention_scaling", 1.0))
     layouts: dict[Layout, Callable[[Tensor], Tensor]] = {
         "halves": lambda table: torch.cat((table, table), dim=-1),
         "interleaved": lambda table: table.repeat_interleave(2, dim=-1),
@@ -307,11 +331,20 @@ def detect_adapter(config: Any, rotary: nn.Module) -> Adapter | None:
             return Adapter(
                 layout=layout,
                 float32_tables=cos.dtype == torch.float32,
-                per_layer_type=per_layer_type,
+                per_layer_type=layer_type is not None,
                 # Whether a part of each head is rotated shows in the table's width, see `_check_width`.
                 partial_rotary=True,
             )
     return None
+
+
+def _takes_axes(rotary: Any, x: Tensor, positions: Tensor, more: tuple[str, ...]) -> bool:
+    """Whether a rotary module takes positions along several axes (multimodal RoPE): [axes, B, T] instead of [B, T]."""
+    try:
+        cos, _ = rotary(x, positions.expand(3, 2, -1), *more)
+    except Exception:
+        return False
+    return bool(cos.dim() == 3)  # the axes have gone into one table
 
 
 def layers_without_rope(config: Any) -> list[int]:
@@ -348,6 +381,10 @@ def _resolve(
     for name in scaling:
         if name not in types:
             raise unknown("layer type", name, types)
+        if adapter.rope_layer_type not in ("", name) and scaling[name] is not None:
+            raise ConfigError(f"layer type {name!r}: these layers of {config.model_type} have no rotary embedding")
+    if adapter.rope_layer_type:
+        return read(scaling.get(adapter.rope_layer_type), own), {}
     layers = {name: read(scaling.get(name), own_layers.get(name, own)) for name in types}
     primary = layers.get(PRIMARY_LAYER_TYPE, layers[types[0]])
     if not adapter.per_layer_type and len(set(map(repr, layers.values()))) == 1:
@@ -378,13 +415,24 @@ def _check_layers(layers: Iterable[int], base: nn.Module, adapter: Adapter) -> t
     return indices
 
 
-def _check_width(scaling: RopeScaling, original: nn.Module, head_dim: int, adapter: Adapter, config: Any) -> None:
+def _check_hooks(plan: LayerPlan, base: PreTrainedModel, adapter: Adapter) -> None:
+    """What `_hook_layers` needs of a model."""
+    if not plan.drop_layers and (adapter.per_layer_type or not plan.layers):
+        return
+    layers = getattr(base, adapter.layers, None)
+    if not isinstance(layers, nn.ModuleList) or "position_embeddings" not in str(inspect.signature(layers[0].forward)):
+        raise ConfigError(f"architecture {base.config.model_type!r}: its layers cannot be told apart")
+
+
+def _check_width(
+    scaling: RopeScaling, original: nn.Module, head_dim: int, adapter: Adapter, config: Any, layer_type: str
+) -> None:
     """A table must be as wide as the one that attention is built for."""
     width = scaling.rotary_dim(head_dim)
     if width != head_dim and not adapter.partial_rotary:
         share = f"{scaling.partial_rotary_factor:g}"
         raise ConfigError(f"partial_rotary_factor={share}: must be 1, {config.model_type} models rotate whole heads")
-    name = f"{PRIMARY_LAYER_TYPE}_inv_freq" if adapter.per_layer_type else "inv_freq"
+    name = f"{layer_type}_inv_freq" if adapter.per_layer_type else "inv_freq"
     inv_freq = getattr(original, name, None)
     if isinstance(inv_freq, Tensor) and 2 * inv_freq.shape[-1] != width:
         raise ConfigError(
@@ -433,6 +481,8 @@ class _TableChoice:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if "position_embeddings" not in kwargs:
             raise ConfigError(f"{type(module).__name__} gets no position_embeddings: its layers cannot be told apart")
+        if kwargs["position_embeddings"] is None:  # a layer without attention
+            return None
         cos, sin = kwargs["position_embeddings"]
         if self.place is not None:
             cos, sin = cos[self.place], sin[self.place]
@@ -442,35 +492,94 @@ class _TableChoice:
 
 
 def _config_fields(
-    scaling: RopeScaling, plan: LayerPlan, head_dim: int, adapter: Adapter, config: Any, context: int
+    scaling: RopeScaling,
+    plan: LayerPlan,
+    head_dim: int,
+    adapter: Adapter,
+    config: Any,
+    before: dict[str, Any],
+    original: nn.Module,
 ) -> dict[str, Any]:
-    """What the config is to say, by field; `_ABSENT` for a field that is to go."""
+    """What the config is to say, by field; `_ABSENT` for a field that is to go. before: what it said unpatched."""
+    context = 0 if before["max_position_embeddings"] is _ABSENT else before["max_position_embeddings"]
+    # Where a family has a share of its own, leaving out a share of 1 would mean that.
+    says_share = "partial_rotary_factor" in str(before["rope_parameters"])
 
     def words(one: RopeScaling, rope_types: Iterable[str]) -> dict[str, Any]:
-        return one.to_config(head_dim=head_dim, rope_types=frozenset(rope_types))
+        # Inside a layer type transformers does not see `truncate`.
+        unseen = {"yarn"} if adapter.per_layer_type and one.truncate is False else set()
+        values = one.to_config(head_dim=head_dim, rope_types=frozenset(rope_types) - unseen)
+        if says_share:
+            values.setdefault("partial_rotary_factor", one.partial_rotary_factor)
+        return values
+
+    def said(rope_types: Iterable[str]) -> dict[str, Any]:
+        by_type = {name: words(one, rope_types) for name, one in plan.layers.items()}
+        return {
+            "rope_parameters": by_type if adapter.per_layer_type else words(scaling, rope_types),
+            "max_position_embeddings": max(context, scaling.max_position_embeddings or 0),
+        }
 
     # A plan that transformers has no words for must not be built by it.
     beyond_words = bool(plan.drop_layers) or (bool(plan.layers) and not adapter.per_layer_type)
-    allowed = frozenset[str]() if beyond_words else adapter.rope_types
-    rope: dict[str, Any]
-    if adapter.per_layer_type:
-        # Inside a layer type transformers does not see `truncate`.
-        rope = {
-            name: words(one, allowed - {"yarn"} if one.truncate is False else allowed)
-            for name, one in plan.layers.items()
-        }
-    else:
-        rope = words(scaling, allowed)
-    fields: dict[str, Any] = {
-        "rope_parameters": rope,
-        "max_position_embeddings": max(context, scaling.max_position_embeddings or 0),
-    }
+    fields = said(() if beyond_words else NATIVE)
+    scalings = plan.layers if adapter.per_layer_type else {"": scaling}
+    if not beyond_words and not _is_understood(fields, scalings, head_dim, config, original):
+        fields = said(())
     layers = {name: one.to_dict() for name, one in plan.layers.items()}
     if beyond_words:
         fields[RECORD_KEY] = {"layers": layers, "drop_layers": list(plan.drop_layers)}
     else:
         fields[RECORD_KEY] = _record(scaling, plan, fields, config, layers)
     return fields
+
+
+def _is_understood(
+    fields: dict[str, Any], scalings: Mapping[str, RopeScaling], head_dim: int, config: Any, original: nn.Module
+) -> bool:
+    """Whether transformers, reading a config with these fields, computes the scalings (by layer type, "" for all).
+
+    It need not: config classes reject or rewrite rope types and take lengths from elsewhere, and some formulas fail on
+    some families. So its own rotary module is built and asked.
+    """
+    if CUSTOM_ROPE_TYPE in str(fields["rope_parameters"]):
+        return False
+    if not type(original).__module__.startswith("transformers."):
+        return True  # somebody's own module: there is nothing to ask
+    said = {**copy.deepcopy(config.to_dict()), **copy.deepcopy(fields)}
+    try:
+        with _silent_transformers(), torch.device("cpu"):
+            rotary = type(original)(config=type(config).from_dict(said))
+            return all(_agrees(rotary, name, scaling, head_dim) for name, scaling in scalings.items())
+    except Exception:  # each family has its own ways to refuse
+        return False
+
+
+@contextmanager
+def _silent_transformers() -> Iterator[None]:
+    """transformers logs every key that a rope_type has no use for, and ours."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _agrees(rotary: Any, layer_type: str, scaling: RopeScaling, head_dim: int) -> bool:
+    """Whether a rotary module of transformers has the frequencies of a scaling, for short texts and beyond L."""
+    prefix, more = (f"{layer_type}_", (layer_type,)) if layer_type else ("", ())
+    original = scaling.original_max_position_embeddings or 1
+    for length in (1, original, 3 * original + 1) if scaling.is_length_dependent else (1,):
+        rotary(torch.zeros(1), torch.tensor([[length - 1]]), *more)
+        wanted, factor = compute_rope(scaling, head_dim, length)
+        inv_freq = getattr(rotary, f"{prefix}inv_freq")
+        # Computed in float32, off by some ln(b) + 3·s units of 6e-8.
+        if inv_freq.shape != wanted.shape or not torch.allclose(inv_freq, wanted, rtol=1e-3, atol=0):
+            return False
+        if abs(float(getattr(rotary, f"{prefix}attention_scaling")) - factor) > 1e-6 * factor:
+            return False
+    return True
 
 
 def _record(scaling: RopeScaling, plan: LayerPlan, fields: dict[str, Any], config: Any, layers: dict[str, Any]) -> Any:
@@ -494,6 +603,39 @@ def _write_config(config: Any, fields: dict[str, Any]) -> None:
             delattr(config, name)
 
 
+def _let_save(config: Any) -> None:
+    """Make a config that its class rejects savable. transformers checks configs before it writes them as well."""
+    if CUSTOM_ROPE_TYPE not in str(config.rope_parameters):
+        return
+    try:
+        with _silent_transformers():
+            copy.deepcopy(config).validate()  # some change what they check
+    except Exception:  # each family has its own ways to refuse
+        family: Any = type(config)
+        config.__class__ = _lenient(family)
+
+
+@functools.cache
+def _lenient(family: Any) -> type[Any]:
+    """A config class that saves our rope type where `family` rejects it. Reading a saved one still is up to `family`,
+    so that transformers refuses it."""
+
+    def validate(self: Any) -> None:
+        pass  # the config was valid before ours were written into it
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _revive, (family, vars(self).copy())
+
+    return type(family.__name__, (family,), {"validate": validate, "__reduce_ex__": reduce})
+
+
+def _revive(family: Any, state: dict[str, Any]) -> Any:
+    """A copied or unpickled `_lenient` config."""
+    config = object.__new__(_lenient(family))
+    vars(config).update(state)
+    return config
+
+
 def _base_model(model: nn.Module) -> PreTrainedModel:
     """The part of `model` that makes hidden states, whatever wraps it; of a multimodal model, that for text."""
     bases = [
@@ -506,7 +648,11 @@ def _base_model(model: nn.Module) -> PreTrainedModel:
     known = [base for base in text if base.config.model_type in ADAPTERS]
     if not with_rotary:
         raise unknown("architecture", bases[0].config.model_type, ADAPTERS)
-    return (known or text or with_rotary)[0]
+    candidates = known or text or with_rotary
+    if len(candidates) > 1:
+        names = ", ".join(base.config.model_type for base in candidates)
+        raise ConfigError(f"model of type {type(model).__name__}: contains several models with RoPE ({names})")
+    return candidates[0]
 
 
 def _device_of(rotary: nn.Module) -> torch.device:
@@ -534,6 +680,7 @@ def _detach_config(model: nn.Module, base: PreTrainedModel) -> Any:
 def _restore(base: PreTrainedModel, state: _State) -> None:
     setattr(base, _ROTARY, state.rotary)
     _write_config(base.config, state.config)
+    base.config.__class__ = state.config_class
     for hook in state.hooks:
         hook.remove()
     delattr(base, _STATE)

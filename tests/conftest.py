@@ -7,13 +7,57 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY = 61
-FAMILIES: dict[str, tuple[type, type]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
+LAYER_TYPES = ["sliding_attention", "full_attention"]
+# A window longer than any text of the tests, for families that cannot do without one.
+WINDOW = {"sliding_window": 64}
+TWO_TYPES: dict[str, Any] = {"layer_types": LAYER_TYPES, **WINDOW}
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "cohere": {"logit_scale": 1.0},
+    "cohere2": {"logit_scale": 1.0, **TWO_TYPES},
+    "falcon": {},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, **TWO_TYPES},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, **TWO_TYPES},
+    # 32 dimensions, of which 8 are rotated.
+    "gpt_neox": {"hidden_size": 64, "intermediate_size": 64},
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "rope_parameters": PLAIN, **TWO_TYPES, **EXPERTS},
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "mixtral": {"num_local_experts": 2},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": TWO_TYPES,
+    "phi": {},
+    # A share of the head as Phi-4-mini has it, and the top-level length that only this family has.
+    "phi3": {"original_max_position_embeddings": 32, "partial_rotary_factor": 0.5},
+    "qwen2": {"use_sliding_window": True, **TWO_TYPES},
+    "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 16, **EXPERTS},
+    "qwen3": {"head_dim": 16, "use_sliding_window": True, **TWO_TYPES},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, **EXPERTS},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "stablelm": {"hidden_size": 64, "intermediate_size": 64},
 }
+"""What tiny models need beside `tiny_model`'s settings, by model type."""
+
+DETECTED: dict[str, dict[str, Any]] = {
+    "apertus": {"rope_parameters": PLAIN},
+    "ernie4_5": {"head_dim": 16},
+    "exaone4": TWO_TYPES,
+    "glm4": {"head_dim": 16},
+    "granite": {"attention_multiplier": 0.25},
+    "mellum": {"head_dim": 16, "num_experts": 4, **TWO_TYPES, **EXPERTS},
+    "persimmon": {},
+    "phimoe": {"num_local_experts": 4},
+    "seed_oss": {"head_dim": 16},
+    "starcoder2": {"sliding_window": None},
+}
+"""Families that the package does not know by name."""
 
 
 @pytest.fixture
@@ -24,7 +68,6 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
     """
 
     def make(family: str = "llama", seed: int = 0, **overrides: Any) -> PreTrainedModel:
-        config_class, model_class = FAMILIES[family]
         settings: dict[str, Any] = {
             "vocab_size": VOCABULARY,
             "hidden_size": 32,
@@ -38,12 +81,20 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
             "eos_token_id": None,
             "pad_token_id": 0,
         }
-        if family == "mistral":
-            settings["sliding_window"] = None
+        settings |= (FAMILIES | DETECTED)[family] | overrides
         torch.manual_seed(seed)
-        return model_class(config_class(**(settings | overrides))).eval()
+        # A copy of what is nested: configs change it in place.
+        config = CONFIG_MAPPING[family](**{name: _copy(value) for name, value in settings.items()})
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        return model.eval()
 
     return make
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _copy(entry) for name, entry in value.items()}
+    return list(value) if isinstance(value, list) else value
 
 
 @pytest.fixture
