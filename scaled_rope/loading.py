@@ -99,6 +99,12 @@ def resolve_attention(name: str, device: torch.device, dtype: str) -> str:
     return name
 
 
+def attention_for(config: Any, attention: str) -> str:
+    """`attention`, or "eager" where that is PyTorch's own and the architecture cannot use it (Gemma 2, GPT-OSS)."""
+    family = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "eager" if attention == "sdpa" and not getattr(family, "_supports_sdpa", True) else attention
+
+
 # ---------------------------------------------------------------------------------------------- reading checkpoints
 
 
@@ -340,7 +346,8 @@ def load_model(
         scaling: None or "checkpoint": as the checkpoint says; otherwise a record or a spec (`resolve_scaling`).
         dtype: float32, bfloat16, float16, or "auto" (bfloat16 on a GPU). Frequencies stay in float32 in any case.
         device: default: the first GPU when there is one.
-        attn_implementation: "auto" is FlashAttention 2 where it can run, otherwise PyTorch's own.
+        attn_implementation: "auto" is FlashAttention 2 where it can run, otherwise PyTorch's own where the architecture
+            can use that, otherwise the plain form.
         adapter: a LoRA adapter that is merged into the weights.
         sliding_window: replaces the configuration's attention window (tokens), for architectures that have one.
         layers, drop_layers: which layers are scaled and which lose their rotary embedding, see `resolve_plan`.
@@ -350,8 +357,11 @@ def load_model(
     """
     device = resolve_device(None if device is None else str(device))
     dtype = resolve_dtype(dtype, device)
-    options: dict[str, Any] = {"attn_implementation": resolve_attention(attn_implementation, device, dtype)}
     config = load_config(name, trust_remote_code)
+    attention = resolve_attention(attn_implementation, device, dtype)
+    options: dict[str, Any] = {
+        "attn_implementation": attention_for(config, attention) if attn_implementation == "auto" else attention
+    }
     own = RopeScaling.from_config(config)
     wanted = scaling if isinstance(scaling, RopeScaling) else resolve_scaling(scaling or "checkpoint", own)
     plan = resolve_plan(config, layers, drop_layers)

@@ -30,6 +30,7 @@ from scaled_rope.config import RopeScaling
 from scaled_rope.data import IntArray, TokenRows, open_rows, step_rows
 from scaled_rope.errors import ConfigError
 from scaled_rope.loading import (
+    attention_for,
     load_model,
     load_tokenizer,
     resolve_attention,
@@ -159,12 +160,13 @@ def build_model(recipe: Recipe, attention: str = "sdpa") -> tuple[Any, PatchRepo
         fields = dict(recipe.init)
         try:
             config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+            attention = attention_for(config, attention)
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"init of recipe {recipe.name!r} is no model: {str(error).splitlines()[0]}") from None
     else:
-        model = load_model(str(recipe.model), dtype="float32", device="cpu", attn_implementation="sdpa")
-        model.set_attn_implementation(attention)
+        model = load_model(str(recipe.model), dtype="float32", device="cpu")
+        model.set_attn_implementation(attention_for(model.config, attention))
     report = None
     own = RopeScaling.from_config(model.config)
     base = dataclasses.replace(

@@ -41,8 +41,6 @@ WITHOUT_WORDS = {
 """Methods that transformers rejects or gets wrong in a family, so that there is no vanilla model to compare with."""
 REFUSALS = (KeyError, ValueError, StrictDataclassError)
 """What it raises when it finds a rope_type that it does not know."""
-EAGER = ("gemma2", "gpt_oss")
-"""Families that have no other attention."""
 
 # Logits reach 12. transformers rounds its frequencies several times in float32, ours are rounded once, so angles of up
 # to 48 radians differ by some 1e-5; these weights pass that on to logits without making it more than ten times larger.
@@ -149,10 +147,9 @@ def reference_of(scaling: RopeScaling, dim: int, layout: str = "halves") -> Refe
     return Reference(frequencies, reference.attention_factor(s), layout)
 
 
-def load(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
+def load(folder: Path) -> PreTrainedModel:
     """`load_model` of a saved model."""
-    attention = "eager" if model.config.model_type in EAGER else "auto"
-    loaded: PreTrainedModel = load_model(str(folder), device="cpu", attn_implementation=attention)
+    loaded: PreTrainedModel = load_model(str(folder), device="cpu")
     return loaded
 
 
@@ -558,7 +555,7 @@ def test_a_saved_model_carries_its_scaling(
     for config in (raw, model.config):
         assert RopeScaling.from_config(config) == report.scaling
         assert LayerPlan.from_config(config) == report.plan
-    loaded = load(tmp_path, model)
+    loaded = load(tmp_path)
     assert distance(logits(loaded, tokens), wanted) < SAME
     assert RopeScaling.from_config(loaded.config) == report.scaling
     if report.native:
@@ -572,7 +569,7 @@ def test_a_saved_model_carries_its_scaling(
 def assert_vanilla_is_right_or_refuses(model: PreTrainedModel, native: bool, tokens: Tensor, folder: Path) -> None:
     wanted = logits(model, tokens)
     model.save_pretrained(folder)
-    assert distance(logits(load(folder, model), tokens), wanted) < SAME
+    assert distance(logits(load(folder), tokens), wanted) < SAME
     if native:
         vanilla = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         assert distance(logits(vanilla, tokens), wanted) < SAME
@@ -748,7 +745,7 @@ def test_a_saved_plan_is_loaded(
     unscaled = logits(tiny_model(family), tokens)
     assert distance(wanted, unscaled) > CHANGED
     model.save_pretrained(tmp_path)
-    loaded = load(tmp_path, model)
+    loaded = load(tmp_path)
     assert distance(logits(loaded, tokens), wanted) < SAME
     raw = transformers.PreTrainedConfig.get_config_dict(tmp_path)[0]
     for config in (raw, loaded.config):
@@ -819,7 +816,7 @@ def test_a_multimodal_model_is_patched_in_its_text_part(
     assert torch.equal(logits(model, ids), before) and model.config.to_dict() == config
     patch_model(model, spec)
     model.save_pretrained(tmp_path)
-    loaded = load(tmp_path, model)
+    loaded = load(tmp_path)
     assert distance(logits(loaded, ids), wanted) < SAME
     assert RopeScaling.from_config(loaded.config) == report.scaling
     if report.native:
