@@ -19,6 +19,7 @@ from scaled_rope.dialects import (
     PRIMARY_LAYER_TYPE,
     RECORD_KEY,
     Note,
+    attribute,
     is_number,
     is_positive_whole,
     native_type,
@@ -341,7 +342,7 @@ class RopeScaling:
         dialect: "rope_parameters" (transformers 5) or "rope_scaling" (older, and other programs), in which
             `rope_theta` stays outside, on the config's top level.
         head_dim: dimensions per head of the model, see `is_native`.
-        rope_types: those that the model's config class accepts; Phi-3 has only two.
+        rope_types: those that may be written.
 
         What transformers can express is written in its own words, YaRN always with its attention factor:
         NTK-by-parts is "yarn" with attention factor 1, NTK-aware is "default" with the base b'. Everything
@@ -388,8 +389,9 @@ class RopeScaling:
         if record is None or record == scaling:
             return scaling, reading.notes
         model, rope = split_config(config)
-        nested = bool(nested_types(rope))
-        entry = rope.get(layer_type or PRIMARY_LAYER_TYPE, rope) if nested else rope
+        nested = nested_types(rope)
+        primary = PRIMARY_LAYER_TYPE if PRIMARY_LAYER_TYPE in nested else nested[0] if nested else None
+        entry = rope[layer_type or primary] if nested else rope
         if entry.get("rope_type") == CUSTOM_ROPE_TYPE:
             # It is a record itself: that of this layer type, or of the primary one where all share a dictionary.
             if not nested and _carried_record(config, None) == scaling:
@@ -463,7 +465,7 @@ _RANGES = {  # field: (lower limit, whether the limit itself is allowed, upper l
     "attention_factor": (1e-6, True, 1e6),
     "beta_fast": (1e-6, True, 1e9),
     "beta_slow": (1e-6, True, 1e9),
-    "mscale": (0.0, True, 1e6),
+    "mscale": (0.0, True, 1e5),
     "extrapolation_factor": (0.0, True, 1.0),
 }
 
@@ -478,7 +480,7 @@ def config_head_dim(config: Any) -> int | None:
     """Dimensions per attention head, from a model's config (object or dictionary); None when it doesn't say."""
 
     def get(name: str) -> Any:
-        return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        return config.get(name) if isinstance(config, Mapping) else attribute(config, name)
 
     if get("qk_rope_head_dim") is not None:  # multi-head latent attention rotates a part that is kept apart
         return int(get("qk_rope_head_dim")) if is_positive_whole(get("qk_rope_head_dim")) else None

@@ -6,7 +6,7 @@ Plain dictionaries on both sides; the record itself is `scaled_rope.config.RopeS
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,10 +25,14 @@ RECORD_KEY = "scaled_rope"
 """Key on the top level of a config for what `rope_parameters` has no words for: the record that native words
 would not give back (NTK-aware is written as a larger base), or a scaling per layer."""
 
+MAX_THETA = 1e30
+"""The largest base of a record: far beyond what makes sense, and such that no formula leaves the range of float64."""
+
 PRIMARY_LAYER_TYPE = "full_attention"
 """The layers that see the whole context, which a scaling is for unless it says otherwise."""
 
 _MODEL_KEYS = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+_ROPE_KEYS = ("rope_scaling", "rope_parameters")
 
 
 @dataclass(frozen=True)
@@ -94,11 +98,14 @@ _FAMILY_SCALING: dict[str, dict[str, Any]] = {
     "gpt_oss": {
         "rope_type": "yarn",
         "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
         "truncate": False,
         "original_max_position_embeddings": 4096,
     }
 }
-_ALIASES = {  # other names of top-level keys
+_FAMILY_ORIGINAL = {"phi3": 4096}
+_ALIASES = {  # other names of top-level keys; there the usual names mean nothing
     "gpt_neox": {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"},
 }
 _LOCAL_THETA = "rope_local_base_freq"  # Gemma 3's older name for the base of its sliding layers
@@ -135,22 +142,36 @@ def split_config(config: Any) -> tuple[dict[str, Any], Any]:
         config = config.get_text_config()
     if isinstance(config, Mapping):
         model: dict[str, Any] = {str(key): value for key, value in config.items()}
-        by_itself = "rope_type" in model or "type" in model or (bool(model) and len(nested_types(model)) == len(model))
-        if "model_type" not in model and by_itself:
+        nested = bool(model) and len(nested_types(model)) == len(model) and "text_config" not in model
+        by_itself = "rope_type" in model or "type" in model or "factor" in model or nested
+        if "model_type" not in model and by_itself and not (model.keys() & _ROPE_KEYS):
             return {}, model  # a RoPE dictionary without a model
-        if isinstance(model.get("text_config"), Mapping) and not ("rope_parameters" in model or "rope_theta" in model):
+        if isinstance(model.get("text_config"), Mapping) and not (model.keys() & {*_ROPE_KEYS, "rope_theta"}):
             model = {str(key): value for key, value in model["text_config"].items()}
     elif hasattr(config, "model_type"):
         names = [*_MODEL_KEYS, "max_position_embeddings", "rope_parameters", "model_type", RECORD_KEY]
         names += ["head_dim", "hidden_size", "num_attention_heads", "layer_types"]
-        model = {name: getattr(config, name, None) for name in names}
+        model = {name: attribute(config, name) for name in names}
     else:
         raise ConfigError(f"config of type {type(config).__name__}: must be a model's config or a dictionary")
     # Both dialects present: transformers lets the older one win.
+    for name in _ROPE_KEYS:
+        if model.get(name) is not None and not isinstance(model[name], Mapping):
+            raise ConfigError(f"{name}={model[name]!r}: must be a dictionary")
     rope = model.get("rope_scaling") or model.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        raise ConfigError(f"rope_parameters={rope!r}: must be a dictionary")
-    return model, dict(rope)
+    return model, {str(key): value for key, value in rope.items()}
+
+
+def attribute(config: Any, name: str) -> Any:
+    """A field of a config object of transformers; None when it has no such field.
+
+    Raises:
+        ConfigError: the field is another one in each layer (Gemma 4), of which transformers gives no single value.
+    """
+    try:
+        return getattr(config, name, None)
+    except RuntimeError as error:
+        raise ConfigError(f"{name} differs between the layers of this {config.model_type} model") from error
 
 
 def nested_types(rope: Mapping[str, Any]) -> list[str]:
@@ -168,27 +189,34 @@ def read_rope(config: Any, layer_type: str | None = None) -> Reading:
     reading = Reading({})
     if model.get("rope_scaling") and model.get("rope_parameters"):
         reading.note("both-dialects", "rope_scaling and rope_parameters are both present; rope_scaling counts")
-    model = _rename(model)
+    model = _rename(model, reading)
     entry, layer_type = _entry(model, rope, layer_type, reading)
     entry = {key: value for key, value in entry.items() if value is not None or key == "factor"}
     if "mrope_section" in entry:
         raise ConfigError("mrope_section: multimodal rotary embeddings are not supported")
-    rope_type = entry.pop("rope_type", entry.get("type", "default"))
-    entry.pop("type", None)
-    finetuned = bool(entry.pop("finetuned", False))
+    older_type = entry.pop("type", "default")
+    rope_type = entry.pop("rope_type", older_type)
+    if older_type not in ("default", rope_type):
+        reading.note("two-values", f"type={older_type!r} is ignored: rope_type={rope_type!r} counts")
+    finetuned = False if rope_type == CUSTOM_ROPE_TYPE else entry.pop("finetuned", False)
+    if not isinstance(finetuned, bool):
+        raise ConfigError(f"finetuned={finetuned!r}: must be true or false")
+    if rope_type == CUSTOM_ROPE_TYPE:
+        entry.setdefault("partial_rotary_factor", 1.0)  # a record leaves out what is 1
     _fill_from_top_level(entry, model, layer_type, reading)
     if rope_type == CUSTOM_ROPE_TYPE:
         reading.values = entry
         return reading
-    dynamic = rope_type in _RELEASED_TYPES and rope_type.startswith("dynamic-")
-    rope_type = _TYPE_ALIASES.get(rope_type, rope_type) if isinstance(rope_type, str) else rope_type
+    known_types = [*NATIVE, *_RELEASED_TYPES, *_TYPE_ALIASES, CUSTOM_ROPE_TYPE]
+    if not isinstance(rope_type, str) or rope_type not in known_types:
+        raise unknown("rope_type", rope_type, known_types)
+    dynamic = rope_type.startswith("dynamic-")
+    rope_type = _TYPE_ALIASES.get(rope_type, rope_type)
     if rope_type in _RELEASED_TYPES:
         method = _RELEASED_TYPES[rope_type]
         native = NativeType(method, NATIVE["yarn" if method != "linear" else "linear"].keys)
-    elif isinstance(rope_type, str) and rope_type in NATIVE:
-        native = NATIVE[rope_type]
     else:
-        raise unknown("rope_type", rope_type, [*NATIVE, *_RELEASED_TYPES, *_TYPE_ALIASES, CUSTOM_ROPE_TYPE])
+        native = NATIVE[rope_type]
     known = {*_MODEL_KEYS, *native.keys}
     for name in entry:
         if name not in known:
@@ -196,7 +224,7 @@ def read_rope(config: Any, layer_type: str | None = None) -> Reading:
     values = {name: value for name, value in entry.items() if name not in native.params}
     values["method"] = native.method
     params = {name: entry[name] for name in native.params if name in entry}
-    _fill_original(values, model, rope_type, reading)
+    _fill_original(values, model, rope_type, layer_type is not None, reading)
     if "factor" in native.keys:
         _fill_factor(values, model, rope_type)
     if native.method == "proportional":
@@ -206,24 +234,30 @@ def read_rope(config: Any, layer_type: str | None = None) -> Reading:
         values["params"] = params
     if dynamic:
         values["dynamic"] = True
-        if not finetuned:
+        if not finetuned and is_number(values["factor"]):
+            if values["factor"] != 1:
+                reading.note(
+                    "dynamic-factor", f"factor={values['factor']!r} has no effect without finetuned: s = max(1, l'/L)"
+                )
             values["factor"] = 1.0
     if native.method == "yarn" and not dynamic:
         _apply_mistral_constants(values, model, finetuned, reading)
     if native.method in ("yarn", "ntk-by-parts"):
-        _fill_attention_factor(values, reading)
+        _fill_attention_factor(values, rope_type, reading)
     elif native.method == "longrope":
         _drop_default_longrope_factor(values)
     reading.values = values
     return reading
 
 
-def _rename(model: dict[str, Any]) -> dict[str, Any]:
+def _rename(model: dict[str, Any], reading: Reading) -> dict[str, Any]:
     """Top-level keys under the names that most families use."""
-    aliases = _ALIASES.get(str(model.get("model_type")), {})
-    for old, new in aliases.items():
-        if model.get(old) is not None and model.get(new) is None:
-            model[new] = model[old]
+    family = model.get("model_type")
+    for old, new in _ALIASES.get(str(family), {}).items():
+        ignored = model.pop(new, None)
+        if ignored not in (None, model.get(old)):
+            reading.note("other-name", f"{new}={ignored!r} is ignored: its name in {family} models is {old}")
+        model[new] = model.get(old)
     return model
 
 
@@ -235,9 +269,11 @@ def _entry(
     nested = nested_types(rope)
     if not nested:
         if family not in _NESTED_FAMILIES:
-            if layer_type is not None and layer_type not in (model.get("layer_types") or [layer_type]):
-                raise unknown("layer_type", layer_type, set(model["layer_types"]))
-            return rope or dict(_FAMILY_SCALING.get(str(family), {})), None
+            types = model.get("layer_types")
+            if layer_type is not None and isinstance(types, list | tuple) and types and layer_type not in types:
+                raise unknown("layer_type", layer_type, _printable(types))
+            says_nothing = not model.get("rope_scaling") and model.get("rope_parameters") is None and not rope
+            return dict(_FAMILY_SCALING.get(str(family), {})) if says_nothing else rope, None
         # The older dialect of these families: a flat rope_scaling is for the full-attention layers.
         if rope and not model.get("rope_scaling"):
             reading.note(
@@ -245,6 +281,8 @@ def _entry(
                 f"rope_parameters of model_type {family!r} is not nested per layer type: transformers drops it",
             )
             rope = {}
+        if rope.get("rope_type") is None and rope.get("type") not in (None, "default"):
+            reading.note("older-type", f"type={rope['type']!r}: transformers only sees rope_type in {family} models")
         rope = {PRIMARY_LAYER_TYPE: rope, "sliding_attention": {}}
         nested = list(rope)
     if layer_type is None:
@@ -253,18 +291,51 @@ def _entry(
         if layer_type is None and all(rope[key] == rope[nested[0]] for key in nested):
             layer_type = nested[0]
     if layer_type not in nested:
-        raise unknown("layer_type", layer_type, nested)
-    entry = dict(rope[layer_type])
-    if entry.pop("truncate", True) is False:
-        top_level = rope.get("truncate", True) is False
-        if top_level:
-            entry["truncate"] = False
-        else:
-            reading.note(
-                "nested-truncate",
-                f"truncate=False inside {layer_type!r} has no effect: transformers reads it outside the layer types",
-            )
+        raise unknown("layer_type", layer_type, _printable(nested))
+    entry = {str(key): value for key, value in rope[layer_type].items()}
+    _read_beside(entry, rope, layer_type, family in _NESTED_FAMILIES, reading)
     return entry, layer_type
+
+
+def _printable(names: Iterable[Any]) -> list[str]:
+    """Names from a config for a message of one line."""
+    return list(dict.fromkeys(str(name) if str(name).isprintable() else repr(name) for name in names))
+
+
+def _read_beside(
+    entry: dict[str, Any], rope: dict[str, Any], layer_type: str, nested_family: bool, reading: Reading
+) -> None:
+    """What stands next to the layer types and not in one of them."""
+    beside = {key: value for key, value in rope.items() if not isinstance(value, Mapping) and value is not None}
+    outside = beside.pop("truncate", None)
+    if nested_family and beside:
+        reading.note(
+            "flat-parameters", f"{', '.join(_printable(beside))} next to the layer types: transformers drops it"
+        )
+        beside = {}
+    # transformers puts these there when it reads a family whose layers all have the same scaling.
+    if beside.get("rope_type") == "default":
+        del beside["rope_type"]
+    for name in ("rope_theta", "partial_rotary_factor"):
+        said = beside.pop(name, None)
+        if said is not None and entry.get(name) is None:
+            entry[name] = said
+        elif said not in (None, entry.get(name)):
+            reading.note("two-values", f"{name}={said!r} is ignored: {name}={entry[name]!r} of {layer_type!r} counts")
+    if beside:
+        raise unknown(
+            "key next to the layer types of rope_parameters:", next(iter(beside)), _printable(nested_types(rope))
+        )
+    if (entry.get("rope_type") or entry.get("type")) != "yarn":
+        return
+    inside = entry.pop("truncate", None)
+    if inside not in (None, True if outside is None else outside):
+        reading.note(
+            "nested-truncate",
+            f"truncate={inside!r} inside {layer_type!r} has no effect: transformers reads it outside the layer types",
+        )
+    if outside is not None:
+        entry["truncate"] = outside
 
 
 def _fill_from_top_level(
@@ -274,8 +345,8 @@ def _fill_from_top_level(
     family = model.get("model_type")
     for name in ("rope_theta", "partial_rotary_factor"):
         outside = model.get(name)
-        if name == "rope_theta" and layer_type == "sliding_attention":
-            outside = model.get(_LOCAL_THETA)
+        if name == "rope_theta" and layer_type == "sliding_attention" and family in _NESTED_FAMILIES:
+            outside = model.get(_LOCAL_THETA) if family == "gemma3_text" else None
         if outside is None:
             continue
         if entry.setdefault(name, outside) != outside:
@@ -284,41 +355,43 @@ def _fill_from_top_level(
         says_something = bool(entry)  # a model without any RoPE key may have no RoPE at all
         theta = _FAMILY_THETA.get(str(family), 1e4)
         if isinstance(theta, dict):
-            theta = theta[layer_type or PRIMARY_LAYER_TYPE]
+            theta = theta.get(layer_type or PRIMARY_LAYER_TYPE, 1e4)
         entry["rope_theta"] = theta
-        if family is not None and family not in _FAMILY_THETA and says_something:
+        if family is not None and str(family) not in _FAMILY_THETA and says_something:
             reading.note("no-theta", f"rope_theta is missing and model_type {family!r} is not known: 10000 is assumed")
-        elif family in _FAMILY_THETA:
+        elif str(family) in _FAMILY_THETA:
             reading.note("family-theta", f"rope_theta is missing: {theta:g}, that of {family} models, is used", "info")
-    if family in _FAMILY_PARTIAL:
-        entry.setdefault("partial_rotary_factor", _FAMILY_PARTIAL[family])
+    if str(family) in _FAMILY_PARTIAL:
+        entry.setdefault("partial_rotary_factor", _FAMILY_PARTIAL[str(family)])
 
 
-def _fill_original(values: dict[str, Any], model: dict[str, Any], rope_type: str, reading: Reading) -> None:
-    """L: the top level wins over the RoPE dictionary, as in transformers, because Phi-3 keeps it there."""
-    inside = values.get("original_max_position_embeddings")
-    outside = model.get("original_max_position_embeddings")
-    context = model.get("max_position_embeddings")
-    if inside is not None and outside is not None and inside != outside:
-        reading.note(
-            "two-values",
-            f"original_max_position_embeddings={inside!r} is ignored: {outside!r} on the top level counts",
-        )
-    if inside is None and outside is None and context is not None and rope_type in ("yarn", "llama3", "longrope"):
-        reading.note(
-            "no-original",
-            f"original_max_position_embeddings is missing: max_position_embeddings={context!r} is taken for it, "
-            "as transformers does; wrong if that is the extended length",
-        )
-    if rope_type == "dynamic" and context is not None and inside not in (None, context):
-        reading.note(
-            "dynamic-original",
-            f"original_max_position_embeddings={inside!r} has no effect in rope_type 'dynamic': "
-            f"max_position_embeddings={context!r} counts",
-        )
-        inside = None
-    lengths = (outside if rope_type != "dynamic" else None, inside, context)
-    values["original_max_position_embeddings"] = next((n for n in lengths if n is not None), None)
+def _fill_original(
+    values: dict[str, Any], model: dict[str, Any], rope_type: str, nested: bool, reading: Reading
+) -> None:
+    """L: the top level wins over a flat RoPE dictionary, as in transformers, because Phi-3 keeps it there."""
+    name = "original_max_position_embeddings"
+    inside, outside, context = values.get(name), model.get(name), model.get("max_position_embeddings")
+    if outside is None:
+        outside = _FAMILY_ORIGINAL.get(str(model.get("model_type")))
+    said = {f"{name}={outside!r} on the top level": outside, f"{name}={inside!r} in the RoPE dictionary": inside}
+    if rope_type == "dynamic" and context is not None:
+        chosen, where = context, f"max_position_embeddings={context!r}"
+    elif nested:
+        chosen, where = (context if inside is None else inside), "what the layer type says, or max_position_embeddings,"
+    else:
+        chosen, where = (inside if outside is None else outside), "the top level"
+    for what, value in said.items():
+        if value not in (None, chosen):
+            reading.note("two-values", f"{what} is ignored: {where} counts in rope_type {rope_type!r}")
+    if inside is None and (nested or outside is None) and context is not None:
+        chosen = context
+        if rope_type in ("yarn", "llama3", "longrope"):
+            reading.note(
+                "no-original",
+                f"{name} is missing: max_position_embeddings={context!r} is taken for it, as transformers does; "
+                "wrong if that is the extended length",
+            )
+    values[name] = chosen
 
 
 def _fill_factor(values: dict[str, Any], model: dict[str, Any], rope_type: str) -> None:
@@ -353,12 +426,14 @@ def _apply_mistral_constants(values: dict[str, Any], model: dict[str, Any], fine
         )
 
 
-def _fill_attention_factor(values: dict[str, Any], reading: Reading) -> None:
+def _fill_attention_factor(values: dict[str, Any], rope_type: str, reading: Reading) -> None:
     """Turn the two mscales of transformers into an attention factor; drop a factor that is the default."""
+    dynamic = bool(values.get("dynamic"))
+    refused = ("mscale", "mscale_all_dim", *(() if dynamic else ("attention_factor",)))
+    for name in refused if dynamic or values["method"] == "ntk-by-parts" else ():
+        if name in values:
+            raise ConfigError(f"{name}={values[name]!r}: not for rope_type {rope_type!r}")
     if values["method"] == "ntk-by-parts":
-        for name in ("mscale", "mscale_all_dim", "attention_factor"):
-            if name in values:
-                raise ConfigError(f"{name}={values[name]!r}: not for rope_type 'ntk-by-parts'")
         return
     mscale, mscale_all_dim = values.pop("mscale", None), values.pop("mscale_all_dim", None)
     if not is_number(values["factor"]) or values["factor"] < 1:
@@ -373,13 +448,16 @@ def _fill_attention_factor(values: dict[str, Any], reading: Reading) -> None:
         if "attention_factor" in values:
             reading.note("two-values", "mscale and mscale_all_dim are ignored: attention_factor counts", "info")
         else:
-            ratio = attention_factor_of(log_factor, mscale) / attention_factor_of(log_factor, mscale_all_dim)
-            values["attention_factor"] = ratio
-    elif (mscale or mscale_all_dim) and "attention_factor" not in values:
+            below = attention_factor_of(log_factor, mscale_all_dim)
+            values["attention_factor"] = attention_factor_of(log_factor, mscale) / below if below else math.inf
+    elif (mscale or mscale_all_dim) and "attention_factor" in values:
+        given = "mscale" if mscale else "mscale_all_dim"
+        reading.note("two-values", f"{given} is ignored: attention_factor counts", "info")
+    elif mscale or mscale_all_dim:
         given = "mscale" if mscale else "mscale_all_dim"
         other = "mscale_all_dim" if mscale else "mscale"
         reading.note("lone-mscale", f"{given} is ignored without {other}, as in transformers")
-    if values.get("attention_factor") == attention_factor_of(log_factor, 1.0):
+    if values.get("attention_factor") == attention_factor_of(log_factor, 1.0) and not dynamic:
         del values["attention_factor"]  # the method's default, spelled out by native_words
 
 
@@ -409,8 +487,13 @@ def native_type(scaling: RopeScaling, head_dim: int | None) -> str | None:
         return None
     if scaling.method in ("ntk-by-parts", "yarn"):
         return "yarn" if scaling.ramp in (None, "dimension") and scaling.extrapolation_factor in (None, 1.0) else None
-    if scaling.method in ("ntk", "abf"):  # both are another base; b' depends on the width
-        return "default" if scaling.method == "abf" or head_dim is not None else None
+    if scaling.method == "abf":
+        return "default"
+    if scaling.method == "ntk":  # another base, which depends on the width
+        if head_dim is None:
+            return None
+        theta = ntk_theta(scaling.rope_theta, scaling.factor, scaling.rotary_dim(head_dim))
+        return "default" if theta <= MAX_THETA else None
     if scaling.method == "proportional" and scaling.partial_rotary_factor != 1.0:
         return None
     return next((name for name, native in NATIVE.items() if native.method == scaling.method), None)

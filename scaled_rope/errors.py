@@ -18,7 +18,8 @@ class ConfigError(ValueError):
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> ConfigError:
     """An error for a name that is not in `known`, with the nearest ones suggested."""
-    names = sorted(known)
+    # A name with a line break must not break the line.
+    names = [name if name.isprintable() else repr(name) for name in sorted(map(str, known))]
     near = difflib.get_close_matches(str(name), names, n=2)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     return ConfigError(f"unknown {kind} {name!r}; {hint}known: {', '.join(names)}")

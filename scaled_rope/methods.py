@@ -43,7 +43,7 @@ def register(
     return add
 
 
-@register("default", fields=(), source="eq. 5", summary="unscaled RoPE")
+@register("default", fields=(), no_dynamic="it has no scale", source="eq. 5", summary="unscaled RoPE")
 def default(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """θ_d = b^(-2d/D)."""
     inv_freq = _powers(scaling.rope_theta, dim, factor)
@@ -332,6 +332,8 @@ class ClipParams:
     def __post_init__(self) -> None:
         if self.clip is not None and not is_positive_whole(self.clip):
             raise ConfigError(f"clip={self.clip!r}: must be a whole number, at least 1")
+        if self.clip is not None:
+            object.__setattr__(self, "clip", int(self.clip))
         if self.theta is not None:
             _store(self, "theta", above=1)
 
@@ -353,7 +355,7 @@ _CLIPPED: dict[str, Any] = {
 def cope(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """θ_d · (1 + cos φ)/2 over the lowest frequencies, φ from 0 to π in equal steps; the last one is 0."""
     inv_freq, clip = _clipped(scaling, dim, factor)
-    phase = torch.linspace(0, math.pi, clip, dtype=torch.float64, device="cpu")
+    phase = torch.linspace(math.pi, 0, clip, dtype=torch.float64, device="cpu").flip(0)  # of one step, it is π
     return _scale_lowest(inv_freq, (1 + phase.cos()) / 2), torch.ones_like(factor)
 
 

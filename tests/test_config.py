@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
+import re
 import subprocess
 import sys
 import warnings
 from copy import deepcopy
 from dataclasses import FrozenInstanceError, replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig
+from transformers import AutoConfig, LlamaConfig, MistralConfig, Olmo3Config, Phi3Config, PreTrainedConfig
 
 from scaled_rope import METHODS, ConfigError, RopeScaling, compute_rope
+from scaled_rope.config import LayerPlan, config_head_dim
+from scaled_rope.dialects import _FAMILY_PARTIAL, _FAMILY_SCALING, _FAMILY_THETA, _NESTED_FAMILIES, NATIVE, RECORD_KEY
 
+LISTS = {"short_factor": [1.0, 1.5, 2.0, 2.0], "long_factor": [1.5, 4.0, 16.0, 32.0]}
 BASE = RopeScaling("default", original_max_position_embeddings=4096, rope_theta=50000.0)
 ROUND_TRIPS = [
     RopeScaling("linear", 4.0, 2048, 50000.0),
@@ -29,7 +36,34 @@ ROUND_TRIPS = [
     RopeScaling("ntk", 1.0, 4096, dynamic=True),
     RopeScaling("linear", 1.0, 4096, dynamic=True, partial_rotary_factor=0.25),
     RopeScaling("ntk-by-parts", 8.0, 4096, extrapolation_factor=0.5),
+    RopeScaling("part-ntk", 8.0, 4096),
+    RopeScaling("part-ntk", 8.0, 4096, dynamic=True, params={"keep_above": 20.0}),
+    RopeScaling("llama3", 8.0, 8192, 500000.0),
+    RopeScaling("llama3", 32.0, 8192, params={"low_freq_factor": 2.0, "high_freq_factor": 8.0}),
+    RopeScaling("llama3", 2.0, 8192, dynamic=True),
+    RopeScaling("longrope", 32.0, 4096, params=LISTS),
+    RopeScaling("longrope", 32.0, 4096, attention_factor=1.25, params=LISTS, partial_rotary_factor=0.75),
+    RopeScaling("longrope", 32.0, 4096, params=LISTS, resonance=True),
+    RopeScaling("abf", 1.0, 4096, params={"theta": 500000.0}),
+    RopeScaling("abf", 32.0, 4096, params={"theta": 500000.0}, resonance=True),
+    RopeScaling("dynamic-ntk", 4.0, 4096),
+    RopeScaling("dynamic-ntk", 4.0, 4096, 50000.0, partial_rotary_factor=0.5),
+    RopeScaling("ntk-mixed", 8.0, 4096),
+    RopeScaling("ntk-mixed", 8.0, 4096, params={"exponent": 1.0}),
+    RopeScaling("proportional", 1.0, 4096, params={"fraction": 0.25}),
+    RopeScaling("proportional", 8.0, 4096),
+    RopeScaling("proportional", 8.0, 4096, partial_rotary_factor=0.5, params={"fraction": 0.5}),
+    RopeScaling("cope", 1.0, 4096),
+    RopeScaling("cope", 8.0, 4096, params={"clip": 20, "theta": 500000.0}),
+    RopeScaling("hardclip", 1.0, 4096, params={"clip": 3}),
+    RopeScaling("default", 1.0, 4096, resonance=True),
+    RopeScaling("yarn", 16.0, 4096, resonance=True),
 ]
+LAYER_TYPES = ("full_attention", "sliding_attention")
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+NESTED = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 123.0}}
+OTHER_NAMES = {"abf", "ntk-by-parts"}  # where transformers has words, it has those of another method
 
 
 def one_line(error: pytest.ExceptionInfo[ConfigError]) -> str:
@@ -78,7 +112,45 @@ def one_line(error: pytest.ExceptionInfo[ConfigError]) -> str:
         ),
         ({"method": "ntk-by-parts", "attention_factor": 1.1}, "attention_factor=1.1: not for method"),
         ({"method": "default"}, "factor=8.0: not for method 'default', which takes no such field"),
-        ({"method": "default", "factor": 1, "dynamic": True}, "dynamic=True: not for method 'default'"),
+        (
+            {"method": "default", "factor": 1, "dynamic": True},
+            "dynamic=True: method 'default' has no dynamic form, it has no scale",
+        ),
+        ({"method": "dynamic-ntk", "dynamic": True}, "has no dynamic form, it is one already"),
+        ({"factor": 1e10}, "factor=10000000000.0: must be a finite number at least 1 and at most 1e+09"),
+        ({"factor": 10**400}, "factor=1000"),
+        ({"rope_theta": 1e31}, "rope_theta=1e+31"),
+        ({"attention_factor": 1e-9}, "attention_factor=1e-09: must be a finite number at least 1e-06"),
+        ({"beta_slow": 1e-300}, "beta_slow=1e-300"),
+        ({"original_max_position_embeddings": 2**53 + 1}, "at most 2^53"),
+        ({"method": "abf"}, "theta is missing: method 'abf' needs it"),
+        ({"method": "abf", "params": {"theta": 1.0}}, "theta=1.0: must be a finite number above 1"),
+        ({"method": "abf", "params": {"theta": "1e6"}}, "theta='1e6'"),
+        ({"method": "longrope"}, "short_factor is missing: method 'longrope' needs it"),
+        ({"method": "longrope", "params": {"short_factor": [1.0]}}, "long_factor is missing"),
+        (
+            {"method": "longrope", "params": LISTS | {"long_factor": [1.0]}},
+            "long_factor has 1 numbers: must have as many",
+        ),
+        ({"method": "longrope", "params": LISTS | {"long_factor": []}}, "long_factor=[]: must be a list"),
+        ({"method": "longrope", "params": LISTS | {"long_factor": [1, 2, 0, 4]}}, "long_factor holds 0"),
+        (
+            {"method": "llama3", "params": {"low_freq_factor": 4.0}},
+            "high_freq_factor=4: must be above low_freq_factor=4",
+        ),
+        ({"method": "llama3", "params": {"low_freq": 4.0}}, "did you mean 'low_freq_factor'"),
+        ({"method": "part-ntk", "params": {"linear_above": 1.5}}, "linear_above=1.5 must be below ntk_above=1.25"),
+        ({"method": "ntk-mixed", "params": {"exponent": 0}}, "exponent=0: must be a finite number above 0"),
+        (
+            {"method": "proportional", "params": {"fraction": 1.5}},
+            "fraction=1.5: must be a finite number above 0 and at",
+        ),
+        ({"method": "cope", "params": {"clip": 0}}, "clip=0: must be a whole number, at least 1"),
+        ({"method": "hardclip", "params": {"clip": 2.0}}, "clip=2.0: must be a whole number"),
+        ({"method": "cope", "params": {"clip": True}}, "clip=True"),
+        ({"method": "cope", "beta_fast": 16.0}, "beta_fast=16.0: not for method 'cope', which takes factor"),
+        ({"method": "llama3", "attention_factor": 1.1}, "attention_factor=1.1: not for method 'llama3'"),
+        ({"method": "linear", "params": {"theta": 2.0}}, "unknown parameter of method 'linear' 'theta'"),
     ],
 )
 def test_bad_records_are_one_clear_line(fields, message):
@@ -107,11 +179,40 @@ def test_a_record_is_a_value():
         scaling.factor = 2.0
 
 
+def test_params_are_canonical():
+    plain = RopeScaling("llama3", 8.0, 8192)
+    spelled_out = RopeScaling("llama3", 8, 8192, params={"low_freq_factor": 1, "high_freq_factor": 4})
+    assert spelled_out == plain and hash(spelled_out) == hash(plain)
+    assert spelled_out.params == {} and spelled_out.to_dict() == plain.to_dict()
+    assert plain.method_params.high_freq_factor == 4.0
+
+    whole = RopeScaling("longrope", 4, 64, params={"short_factor": (1, 2), "long_factor": [4, np.float32(8)]})
+    assert whole.params == {"short_factor": [1.0, 2.0], "long_factor": [4.0, 8.0]}
+    assert {type(value) for values in whole.params.values() for value in values} == {float}
+    clipped = RopeScaling("cope", params={"clip": np.int64(20), "theta": None})
+    assert json.dumps(clipped.to_dict()) == '{"method": "cope", "params": {"clip": 20}}'
+    assert type(RopeScaling("abf", params={"theta": 500000}).params["theta"]) is float
+
+    given = deepcopy(LISTS)
+    scaling = RopeScaling("longrope", 4.0, 64, params=given)
+    given["short_factor"].append(3.0)  # a record does not share what it was made from
+    assert scaling.params == LISTS
+    assert scaling != replace(scaling, params=LISTS | {"long_factor": [1.0, 1.0, 1.0, 1.0]})
+
+
 def test_derived_properties():
     assert RopeScaling("yarn", 1.5, 4096).max_position_embeddings == 6144
     assert RopeScaling("linear", 2).max_position_embeddings is None
     assert RopeScaling("yarn", 1, 4096, dynamic=True).is_length_dependent
     assert not RopeScaling("yarn", 8, 4096).is_length_dependent
+    assert RopeScaling("longrope", 4, 4096, params=LISTS).is_length_dependent
+    assert RopeScaling("dynamic-ntk", 4, 4096).is_length_dependent
+    assert RopeScaling("dynamic-ntk", 4, 4096).max_position_embeddings == 4096  # its factor is no length
+    assert RopeScaling("cope", 4, 4096).max_position_embeddings == 16384
+    longrope = RopeScaling("longrope", 16, 4096, params=LISTS)
+    assert longrope.static_attention_factor == pytest.approx((1 + 4 / 12) ** 0.5)  # sqrt(1 + ln 2^4 / ln 2^12)
+    assert RopeScaling("longrope", 16, 1, params=LISTS).static_attention_factor == 1.0
+    assert RopeScaling("llama3", 16, 4096).static_attention_factor == 1.0
 
 
 @pytest.mark.parametrize(
@@ -139,6 +240,49 @@ def test_derived_properties():
             },
             "yarn x1.5 (truncate=False)",
         ),
+        ("part-ntk:4", {"method": "part-ntk", "factor": 4.0}, "part-ntk x4"),
+        ("dynamic-part-ntk", {"method": "part-ntk", "dynamic": True}, "dynamic-part-ntk"),
+        (
+            "part-ntk:4,linear_above=0.5,keep_above=20",
+            {"method": "part-ntk", "factor": 4.0, "params": {"linear_above": 0.5, "keep_above": 20.0}},
+            "part-ntk x4 (linear_above=0.5, keep_above=20)",
+        ),
+        ("llama3:8", {"method": "llama3", "factor": 8.0}, "llama3 x8"),
+        (
+            "llama3:8,high_freq_factor=8,resonance=true",
+            {"method": "llama3", "factor": 8.0, "resonance": True, "params": {"high_freq_factor": 8.0}},
+            "llama3 x8 (resonance=True, high_freq_factor=8)",
+        ),
+        (
+            "longrope:4,short_factor=1+1.5,long_factor=1.5+1e+2",
+            {"method": "longrope", "factor": 4.0, "params": {"short_factor": [1, 1.5], "long_factor": [1.5, 100]}},
+            "longrope x4 (short_factor=1+1.5, long_factor=1.5+100)",
+        ),
+        ("abf,theta=5e5", {"method": "abf", "params": {"theta": 5e5}}, "abf (theta=500000)"),
+        ("abf:8,theta=5e+5", {"method": "abf", "factor": 8.0, "params": {"theta": 5e5}}, "abf x8 (theta=500000)"),
+        ("dynamic-ntk:2", {"method": "dynamic-ntk", "factor": 2.0}, "dynamic-ntk x2"),
+        ("dynamic-ntk", {"method": "dynamic-ntk"}, "dynamic-ntk"),
+        ("ntk:2,dynamic=true", {"method": "ntk", "factor": 2.0, "dynamic": True}, "ntk x2 (dynamic=True)"),
+        (
+            "ntk-mixed:8,exponent=1",
+            {"method": "ntk-mixed", "factor": 8.0, "params": {"exponent": 1.0}},
+            "ntk-mixed x8 (exponent=1)",
+        ),
+        (
+            "proportional,fraction=0.25",
+            {"method": "proportional", "params": {"fraction": 0.25}},
+            "proportional (fraction=0.25)",
+        ),
+        ("proportional:8", {"method": "proportional", "factor": 8.0}, "proportional x8"),
+        ("cope", {"method": "cope"}, "cope"),
+        ("cope,clip=20", {"method": "cope", "params": {"clip": 20}}, "cope (clip=20)"),
+        (
+            "cope:2,clip=20,theta=1e6",
+            {"method": "cope", "factor": 2.0, "params": {"clip": 20, "theta": 1e6}},
+            "cope x2 (clip=20, theta=1e+06)",
+        ),
+        ("hardclip,clip=3", {"method": "hardclip", "params": {"clip": 3}}, "hardclip (clip=3)"),
+        ("default,resonance=true", {"method": "default", "resonance": True}, "unscaled (resonance=True)"),
     ],
 )
 def test_specs_and_labels(spec, wanted, label):
@@ -161,13 +305,45 @@ def test_specs_and_labels(spec, wanted, label):
         ("yarn:8,method=ntk", "unknown scaling field 'method'"),
         ("yarn:8,truncate=maybe", "truncate='maybe': must be true or false"),
         ("default:2", "factor=2.0: not for method 'default'"),
-        ("dynamic-none", "dynamic=True: not for method 'default'"),
+        ("dynamic-none", "dynamic=True: method 'default' has no dynamic form"),
+        ("dynamic-dynamic-ntk", "method 'dynamic-ntk' has no dynamic form, it is one already"),
+        ("yarn:8,factor=4", "factor is given twice"),
+        ("cope,clip=3,clip=4", "clip is given twice"),
+        ("abf", "theta is missing"),
+        ("longrope,short_factor=1+2,long_factor=1+2", "factor is missing; write for example 'longrope:8'"),
+        ("longrope:4,short_factor=1+x,long_factor=1+2", "short_factor='1+x': must be a number, or several as 1+1.5+2"),
+        ("longrope:4,short_factor=1,long_factor=1", "short_factor=1: must be a list"),
+        ("cope,clip=2.5", "clip=2.5: must be a whole number"),
+        ("cope,clop=2", "did you mean 'clip'"),
+        ("yarn:8,clip=2", "unknown scaling field 'clip'"),
+        ("yarn:8,params=1", "unknown scaling field 'params'"),
     ],
 )
 def test_bad_specs(spec, message):
     with pytest.raises(ConfigError) as error:
         RopeScaling.from_spec(spec, BASE)
     assert message in one_line(error)
+
+
+def test_labels_tell_records_apart():
+    records = [
+        *ROUND_TRIPS,
+        RopeScaling("ntk", 2.0, 4096, dynamic=True),
+        RopeScaling("dynamic-ntk", 2.0, 4096),
+        RopeScaling("longrope", 4.0, 64, params={"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}),
+        RopeScaling("longrope", 4.0, 64, params={"short_factor": [1.0] * 48, "long_factor": [2.0] * 47 + [3.0]}),
+        RopeScaling("linear", 4.0000001),
+        RopeScaling("linear", 4.0),
+        RopeScaling("yarn", 8.0, 64, beta_fast=16.00000001),
+        RopeScaling("yarn", 8.0, 64, beta_fast=16.0),
+    ]
+    # What a label leaves out describes the model; and dynamic-ntk with factor 1 is the dynamic form of ntk.
+    seen: dict[str, RopeScaling] = {}
+    for scaling in records:
+        model = {"rope_theta": 1e4, "original_max_position_embeddings": 64, "partial_rotary_factor": 1.0}
+        same = seen.setdefault(scaling.label, replace(scaling, **model))
+        assert same == replace(scaling, **model), scaling.label
+        assert len(scaling.label) < 100
 
 
 @pytest.mark.parametrize("scaling", [BASE, *ROUND_TRIPS], ids=lambda s: s.label)
@@ -191,15 +367,33 @@ def test_config_round_trip(scaling, dialect):
         "model_type": "llama",
         "hidden_size": 64,
         "num_attention_heads": 2,
-        "max_position_embeddings": 12345,
+        # Where transformers takes L from here it must be L.
+        "max_position_embeddings": 4096 if scaling.method in ("dynamic-ntk", "abf") else 12345,
         dialect: json.loads(json.dumps(written)),
     }
     if dialect == "rope_scaling":
         config["rope_theta"] = scaling.rope_theta
-    assert RopeScaling.from_config(config) == scaling
-    assert RopeScaling.from_config(LlamaConfig(**deepcopy(config))) == scaling
+    wanted = scaling
+    if written["rope_type"] == "default":  # abf in the words of transformers
+        wanted = RopeScaling("default", 1.0, 4096, scaling.params["theta"])
+    assert RopeScaling.from_config(config) == wanted
+    built = LlamaConfig(**deepcopy(config))
+    assert RopeScaling.from_config(built) == wanted
+    assert RopeScaling.from_config(built.to_dict()) == wanted
+    assert RopeScaling.from_config(json.loads(built.to_json_string())) == wanted
     if dialect == "rope_parameters":
-        assert RopeScaling.from_config(written) == scaling
+        assert RopeScaling.from_config(written) == replace(
+            wanted, original_max_position_embeddings=written.get("original_max_position_embeddings")
+        )
+
+
+def test_every_method_is_among_the_round_trips():
+    assert {scaling.method for scaling in ROUND_TRIPS} == {n for n, row in METHODS.items() if row.kind == "frequency"}
+    for name, native in NATIVE.items():
+        assert any(
+            scaling.to_config().get("rope_type") == name and scaling.method in (native.method, *OTHER_NAMES)
+            for scaling in [BASE, *ROUND_TRIPS]
+        )
 
 
 @pytest.mark.parametrize("dialect", ["rope_parameters", "rope_scaling"])
@@ -336,6 +530,19 @@ def test_parameters_per_layer_type():
         ({"rope_type": "scaled-rope", "method": "yarn", "facter": 2.0}, "unknown scaling field 'facter'"),
         ({"rope_type": "scaled-rope", "factor": 2.0}, "method is missing"),
         ({"rope_parameters": "yarn"}, "rope_parameters='yarn': must be a dictionary"),
+        ({"rope_scaling": ["yarn"]}, "rope_scaling=['yarn']: must be a dictionary"),
+        ({"rope_scaling": 0}, "rope_scaling=0: must be a dictionary"),
+        ({"rope_type": ["yarn"], "factor": 2.0}, "unknown rope_type ['yarn']"),
+        ({"factor": 2.0}, "'factor'"),  # no type: nothing that a factor could be for
+        ({"rope_type": "default", "type": "linear", "factor": 2.0}, "rope_type 'default': 'factor'"),
+        ({"type": "yarn", "factor": 2.0, "finetuned": "yes"}, "finetuned='yes': must be true or false"),
+        ({"type": "dynamic-yarn", "factor": "8"}, "factor='8'"),
+        ({"type": "ntk-by-parts", "factor": 8, "mscale": 0.7}, "mscale=0.7: not for rope_type 'ntk-by-parts'"),
+        ({"type": "dynamic-yarn", "factor": 8, "mscale": 0.7}, "mscale=0.7: not for rope_type 'dynamic-yarn'"),
+        ({"rope_type": "yarn", "factor": 2.0, "mscale": "x"}, "mscale='x': must be a number"),
+        ({"rope_type": "llama3", "factor": 2.0, "low_freq": 1}, "did you mean 'low_freq_factor'"),
+        ({"rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 8}, "short_factor is missing"),
+        ({"model_type": ["llama"], "rope_scaling": LINEAR, "max_position_embeddings": "x"}, "embeddings='x'"),
         (7, "config of type int"),
     ],
 )
@@ -343,6 +550,291 @@ def test_bad_configs(config, message):
     with pytest.raises(ConfigError) as error:
         RopeScaling.from_config(config)
     assert message in one_line(error)
+
+
+TOP_LEVELS = [
+    {},
+    {"rope_theta": 77777.0},
+    {"partial_rotary_factor": 0.5},
+    {"rotary_emb_base": 33333.0, "rotary_pct": 0.5},
+    {"rope_theta": 77777.0, "rotary_emb_base": 33333.0},
+    {"rope_local_base_freq": 22222.0},
+    {"original_max_position_embeddings": 512},
+]
+ROPES = [
+    {},
+    {"rope_parameters": None},
+    {"rope_parameters": {}},
+    {"rope_parameters": LINEAR | {"rope_theta": 55555.0}},
+    {"rope_scaling": LINEAR},
+    {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    {"rope_scaling": YARN},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    {"rope_parameters": LINEAR, "rope_scaling": YARN},
+    {"rope_parameters": NESTED},
+    {"rope_parameters": NESTED | {"truncate": False}},
+    {"rope_parameters": NESTED | {"full_attention": YARN | {"truncate": False}}},
+]
+
+
+@pytest.mark.parametrize("family", _FAMILY_THETA)
+def test_what_families_leave_out_is_what_transformers_fills_in(family):
+    """A config.json as it was written and the config that transformers makes of it are the same model."""
+    compared = 0
+    for top, rope in itertools.product(TOP_LEVELS, ROPES):
+        raw = {
+            "model_type": family,
+            "max_position_embeddings": 4096,
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 6,
+            **top,
+            **rope,
+        }
+        if family in _NESTED_FAMILIES and "rope_parameters" in rope and "rope_scaling" in rope:
+            continue  # transformers ends in a KeyError
+        if family == "phi3" and re.search("linear|yarn|dynamic", str(rope)):
+            continue  # and here refuses all but default and longrope
+        built = AutoConfig.for_model(family, **deepcopy({k: v for k, v in raw.items() if k != "model_type"}))
+        types = set(getattr(built, "layer_types", None) or ())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for layer_type in (None, *sorted(types & set(LAYER_TYPES))):
+                if family in _NESTED_FAMILIES and rope.get("rope_scaling", {}).get("type"):
+                    # These classes keep "type" beside a rope_type "default" of their own.
+                    with pytest.raises(ConfigError, match="rope_type 'default': 'factor'"):
+                        RopeScaling.from_config(built)
+                    continue
+                assert RopeScaling.from_config(raw, layer_type) == RopeScaling.from_config(built, layer_type), raw
+                compared += 1
+    assert compared >= 20
+
+
+def test_family_tables_hold_only_known_families():
+    assert {*_FAMILY_PARTIAL, *_FAMILY_SCALING, *_NESTED_FAMILIES} <= set(_FAMILY_THETA)
+
+
+def test_of_both_dialects_the_older_wins_as_in_transformers():
+    config = {"rope_scaling": deepcopy(LINEAR), "rope_parameters": deepcopy(YARN), "max_position_embeddings": 2048}
+    assert LlamaConfig(**deepcopy(config)).rope_parameters["rope_type"] == "linear"
+    with pytest.warns(UserWarning, match="both present; rope_scaling counts"):
+        assert RopeScaling.from_config(config) == RopeScaling("linear", 4.0, 2048)
+
+
+@pytest.mark.parametrize(
+    ("rope", "wanted"),
+    [
+        ({"type": "dynamic-yarn", "factor": 8.0}, RopeScaling("yarn", 1.0, 64, dynamic=True)),
+        ({"type": "dynamic-yarn", "factor": 8.0, "finetuned": True}, RopeScaling("yarn", 8.0, 64, dynamic=True)),
+        ({"type": "dynamic-yarn", "factor": 8, "finetuned": False}, RopeScaling("yarn", 1.0, 64, dynamic=True)),
+        ({"type": "dynamic-linear", "factor": 2.0, "finetuned": True}, RopeScaling("linear", 2.0, 64, dynamic=True)),
+        (
+            {"type": "dynamic-yarn", "factor": 1.0, "attention_factor": 1.0, "beta_fast": 64},
+            RopeScaling("yarn", 1.0, 64, dynamic=True, attention_factor=1.0, beta_fast=64.0),
+        ),
+        ({"type": "ntk-by-parts", "factor": 4.0}, RopeScaling("ntk-by-parts", 4.0, 64)),
+        ({"type": "dynamic", "factor": 4.0}, RopeScaling("dynamic-ntk", 4.0, 64)),
+        ({"type": "su", "factor": 4.0, **LISTS}, RopeScaling("longrope", 4.0, 64, params=LISTS)),
+        ({"type": "su", **LISTS}, RopeScaling("longrope", 4.0, 64, params=LISTS)),  # factor: 256 / 64
+        ({"rope_type": "longrope", "factor": None, **LISTS}, RopeScaling("longrope", 4.0, 64, params=LISTS)),
+        ({"rope_type": "yarn", "factor": None}, RopeScaling("yarn", 4.0, 64)),
+        (
+            {"rope_type": "proportional", "partial_rotary_factor": 0.25},
+            RopeScaling("proportional", 1.0, 64, params={"fraction": 0.25}),
+        ),
+        ({"rope_type": "yarn", "factor": 4.0, "beta_fast": None, "no_such_key": None}, RopeScaling("yarn", 4.0, 64)),
+    ],
+)
+def test_published_dialects(rope, wanted):
+    rope = {"original_max_position_embeddings": 64} | rope
+    context = 64 if rope.get("type") == "dynamic" else 256
+    scaling, notes = RopeScaling.read_config({"rope_scaling": rope, "max_position_embeddings": context})
+    assert scaling == wanted
+    # A factor that is not used is not passed over.
+    unused = wanted.dynamic and wanted.factor != rope["factor"]
+    assert [note.code for note in notes] == ["dynamic-factor"] * unused
+
+
+def test_phi3_keeps_l_on_the_top_level():
+    lists = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    config = {
+        "model_type": "phi3",
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": {"type": "longrope", **lists},
+    }
+    wanted = RopeScaling("longrope", 32.0, 4096, params=lists)
+    assert RopeScaling.from_config(config) == wanted
+    built = Phi3Config(**deepcopy({key: value for key, value in config.items() if key != "model_type"}))
+    assert RopeScaling.from_config(built) == wanted
+    del config["original_max_position_embeddings"]
+    assert RopeScaling.from_config(config) == wanted  # the class's default
+    with pytest.warns(UserWarning, match="original_max_position_embeddings=64 in the RoPE dictionary is ignored"):
+        config["rope_scaling"]["original_max_position_embeddings"] = 64
+        assert RopeScaling.from_config(config) == wanted
+
+
+def test_where_the_original_length_is_read():
+    def lengths(inside, outside, context, rope_type="yarn"):
+        rope = {"rope_type": rope_type, "factor": 2.0}
+        config = {"rope_parameters": rope | ({"original_max_position_embeddings": inside} if inside else {})}
+        config |= {"original_max_position_embeddings": outside, "max_position_embeddings": context}
+        scaling, notes = RopeScaling.read_config(config)
+        return scaling.original_max_position_embeddings, [note.code for note in notes]
+
+    assert lengths(64, None, 256) == (64, [])
+    assert lengths(64, 64, 256) == (64, [])
+    assert lengths(64, 32, 256) == (32, ["two-values"])
+    assert lengths(None, 32, 256) == (32, [])
+    assert lengths(None, None, 256) == (256, ["no-original"])
+    assert lengths(64, None, 256, "dynamic") == (256, ["two-values"])  # as in transformers
+    assert lengths(None, 64, 256, "dynamic") == (256, ["two-values"])
+    assert lengths(256, None, 256, "dynamic") == (256, [])
+    assert lengths(64, None, None, "dynamic") == (64, [])
+    assert lengths(None, None, 256, "linear") == (256, [])
+
+
+def test_what_stands_next_to_layer_types():
+    config = {"model_type": "llama", "max_position_embeddings": 4096}
+    for rope, wanted in (
+        (NESTED | {"truncate": False}, RopeScaling("yarn", 4.0, 1024, truncate=False)),
+        (NESTED | {"rope_theta": 5e4, "rope_type": "default"}, RopeScaling("yarn", 4.0, 1024, 5e4)),
+        (NESTED | {"partial_rotary_factor": 0.5}, RopeScaling("yarn", 4.0, 1024, partial_rotary_factor=0.5)),
+        (NESTED | {"factor": None}, RopeScaling("yarn", 4.0, 1024)),
+    ):
+        assert RopeScaling.from_config(config | {"rope_parameters": rope}) == wanted
+    with pytest.raises(ConfigError, match="unknown key next to the layer types of rope_parameters: 'factor'"):
+        RopeScaling.from_config(config | {"rope_parameters": NESTED | {"factor": 2.0}})
+    # A key that happens to hold a dictionary does not turn the rest into nothing.
+    with pytest.raises(ConfigError, match="'rope_type'"):
+        RopeScaling.from_config(config | {"rope_parameters": LINEAR | {"extra": {}}})
+    # Inside a layer type transformers does not see truncate; our own records do.
+    inside = {"full_attention": YARN | {"truncate": False}}
+    with pytest.warns(UserWarning, match="truncate=False inside 'full_attention' has no effect"):
+        assert RopeScaling.from_config(config | {"rope_parameters": inside}) == RopeScaling("yarn", 4.0, 1024)
+    record = RopeScaling("yarn", 4.0, 1024, truncate=False, ramp="dimension", resonance=True)
+    assert RopeScaling.from_config({"full_attention": record.to_config()}) == record
+
+
+def test_flat_parameters_where_transformers_wants_them_nested():
+    config = {"model_type": "olmo3", "max_position_embeddings": 4096, "rope_parameters": deepcopy(LINEAR)}
+    with pytest.warns(UserWarning, match="not nested per layer type: transformers drops it"):
+        assert RopeScaling.from_config(config) == RopeScaling("default", 1.0, 4096, 5e5)
+    theirs = Olmo3Config(**deepcopy(config)).rope_parameters["full_attention"]
+    assert theirs["rope_type"] == "default" and "factor" not in theirs
+    # In the older dialect it is for the full-attention layers.
+    config = {"model_type": "olmo3", "max_position_embeddings": 4096, "rope_scaling": deepcopy(LINEAR)}
+    assert RopeScaling.from_config(config) == RopeScaling("linear", 4.0, 4096, 5e5)
+    assert RopeScaling.from_config(config, "sliding_attention") == RopeScaling("default", 1.0, 4096, 5e5)
+    assert Olmo3Config(**deepcopy(config)).rope_parameters["full_attention"]["rope_type"] == "linear"
+
+
+def test_a_text_model_inside_another():
+    text = {"model_type": "llama", "rope_theta": 5e5, "max_position_embeddings": 64}
+    assert RopeScaling.from_config({"model_type": "outer", "text_config": text}).rope_theta == 5e5
+    outer = {"model_type": "outer", "rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 1e4}
+    assert RopeScaling.from_config(outer | {"text_config": text}).method == "linear"
+
+
+YARN_RECORD = RopeScaling("yarn", 4.0, 1024)
+SLIDING_RECORD = RopeScaling("default", 1.0, 4096, 123.0)
+
+
+def test_layer_plan():
+    config = {"model_type": "llama", "max_position_embeddings": 4096}
+    assert LayerPlan.from_config(config) == LayerPlan()
+    assert LayerPlan.from_config(config | {"rope_parameters": LINEAR}) == LayerPlan()
+    nested = LayerPlan({"full_attention": YARN_RECORD, "sliding_attention": SLIDING_RECORD})
+    assert LayerPlan.from_config(config | {"rope_parameters": NESTED}) == nested
+    built = AutoConfig.for_model("gemma3_text", rope_parameters=deepcopy(NESTED), max_position_embeddings=4096)
+    plan = LayerPlan.from_config(built)
+    assert plan.layers["full_attention"] == replace(YARN_RECORD, rope_theta=1e6)
+    assert plan.layers["sliding_attention"] == SLIDING_RECORD
+
+    flat = config | {"rope_parameters": YARN_RECORD.to_config(rope_types=())}
+    layers = {name: scaling.to_dict() for name, scaling in nested.layers.items()}
+    carried = flat | {RECORD_KEY: {"layers": layers, "drop_layers": [3, 0]}}
+    assert LayerPlan.from_config(carried) == LayerPlan(nested.layers, (3, 0))
+    assert LayerPlan.from_config(flat | {RECORD_KEY: {"layers": {}, "drop_layers": [1]}}) == LayerPlan({}, (1,))
+    assert LayerPlan.from_config(flat | {RECORD_KEY: YARN_RECORD.to_dict()}) == LayerPlan()
+    assert RopeScaling.from_config(carried, "sliding_attention") == SLIDING_RECORD
+    assert RopeScaling.from_config(carried) == YARN_RECORD
+    # Someone else changed the scaling that all layers share in this file.
+    stale = carried | {"rope_parameters": replace(YARN_RECORD, factor=8.0).to_config(rope_types=())}
+    for name in LAYER_TYPES:
+        with pytest.warns(UserWarning, match="was changed since then"):
+            assert RopeScaling.from_config(stale, name).factor == 8.0
+
+    # A layer type without any RoPE: the other one is the primary.
+    alone = config | {"rope_parameters": {"full_attention": None, "sliding_attention": LINEAR}}
+    with pytest.warns(UserWarning, match="was changed since then"):
+        assert RopeScaling.from_config(alone | {RECORD_KEY: YARN_RECORD.to_dict()}).method == "linear"
+
+    for record, message in (
+        ("x", "scaled_rope='x': must be a dictionary"),
+        ({"drop_layers": 3}, "drop_layers=3: must be a list"),
+        ({"drop_layers": [-1]}, r"drop_layers=\[-1\]"),
+        ({"layers": [1]}, r"layers=\[1\]: must be a dictionary"),
+        ({"layers": {"full_attention": 7}}, "scaled_rope=7: must be a dictionary"),
+        ({"layers": {"full_attention": {"method": "yarm"}}}, "did you mean 'yarn'"),
+    ):
+        with pytest.raises(ConfigError, match=message) as error:
+            LayerPlan.from_config(carried | {RECORD_KEY: record})
+        one_line(error)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        RopeScaling("ntk", 8.0, 1024),
+        RopeScaling("ntk-by-parts", 8.0, 1024),
+        RopeScaling("abf", 8.0, 1024, params={"theta": 5e5}),
+    ],
+    ids=lambda s: s.label,
+)
+def test_a_record_beside_words_of_another_method(scaling):
+    """NTK-aware is written as a larger base; what it was is kept beside, and counts while it is still true."""
+    config: dict[str, Any] = {
+        "model_type": "llama",
+        "head_dim": 64,
+        "max_position_embeddings": 8192,
+        "rope_parameters": scaling.to_config(head_dim=64),
+    }
+    assert RopeScaling.from_config(config) != scaling
+    carried = config | {RECORD_KEY: scaling.to_dict()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert RopeScaling.from_config(carried) == scaling
+        built = LlamaConfig(**deepcopy(carried))
+        assert RopeScaling.from_config(built) == scaling
+        assert RopeScaling.from_config(json.loads(built.to_json_string())) == scaling
+    for changed in (
+        carried | {"rope_parameters": LINEAR},
+        carried | {"rope_parameters": config["rope_parameters"] | {"rope_theta": 4e4}},
+        carried | {"rope_parameters": RopeScaling("cope", 1.0, 1024).to_config()},
+    ):
+        with pytest.warns(UserWarning, match="scaled_rope says .* was changed since then"):
+            again = RopeScaling.from_config(changed)
+        assert again == RopeScaling.from_config({k: v for k, v in changed.items() if k != RECORD_KEY})
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        ({"head_dim": 48, "hidden_size": 64, "num_attention_heads": 4}, 48),
+        ({"hidden_size": 64, "num_attention_heads": 4}, 16),
+        ({"hidden_size": 64}, None),
+        ({"hidden_size": 64, "num_attention_heads": 0}, None),
+        ({"head_dim": "x"}, None),
+        ({"hidden_size": "64", "num_attention_heads": [4]}, None),
+        (LlamaConfig(hidden_size=64, num_attention_heads=4), 16),
+    ],
+)
+def test_head_dim_of_a_config(config: dict[str, Any] | PreTrainedConfig, wanted: int | None):
+    assert config_head_dim(config) == wanted
 
 
 def test_unknown_dialect():

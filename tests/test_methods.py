@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import reference
@@ -19,17 +20,61 @@ from scaled_rope.methods import compute_rope_batch
 
 UNIT = 2**-24  # largest relative error of one rounding to float32
 GOLDEN = [case for case in json.loads((Path(__file__).parent / "golden_rope.json").read_text())["cases"]]
-SCALED = ["linear", "ntk", "ntk-by-parts", "yarn"]
-VARIANTS = [
+SCALED = ["linear", "ntk", "ntk-by-parts", "yarn", "part-ntk", "llama3", "ntk-mixed"]  # between θ/s and θ
+VARIANTS: list[dict[str, Any]] = [
     {"method": "linear"},
     {"method": "ntk"},
     {"method": "ntk-by-parts"},
     {"method": "ntk-by-parts", "ramp": "rotations"},
     {"method": "ntk-by-parts", "truncate": False},
+    {"method": "ntk-by-parts", "extrapolation_factor": 0.5},
     {"method": "yarn"},
-    {"method": "yarn", "ramp": "rotations", "beta_fast": 16.0, "beta_slow": 2.0},
+    {"method": "yarn", "ramp": "rotations", "beta_fast": 16.0, "beta_slow": 2.0, "extrapolation_factor": 0.25},
     {"method": "yarn", "truncate": False, "beta_fast": 128.0, "beta_slow": 2.0, "mscale": 0.7},
+    {"method": "part-ntk"},
+    {
+        "method": "part-ntk",
+        "extrapolation_factor": 0.5,
+        "params": {"linear_above": 0.5, "ntk_above": 2.0, "blend_above": 3.0, "keep_above": 40.0},
+    },
+    {"method": "llama3"},
+    {"method": "llama3", "params": {"low_freq_factor": 2.0, "high_freq_factor": 32.0}},
+    {"method": "ntk-mixed"},
+    {"method": "ntk-mixed", "params": {"exponent": 1.5}},
 ]
+"""Interpolating methods, all with a dynamic form: factor 1 changes nothing."""
+OTHERS: list[dict[str, Any]] = [
+    {"method": "dynamic-ntk"},
+    {"method": "longrope", "params": {"short_factor": "short", "long_factor": "long"}},
+    {"method": "longrope", "attention_factor": 1.25, "params": {"short_factor": "ones", "long_factor": "long"}},
+    {"method": "abf", "params": {"theta": 7e5}},
+    {"method": "proportional"},
+    {"method": "proportional", "params": {"fraction": 0.3}},
+    {"method": "cope", "params": {"clip": 3}},
+    {"method": "cope", "params": {"clip": 1}},
+    {"method": "cope", "params": {"clip": 2, "theta": 7e5}},
+    {"method": "hardclip", "params": {"clip": 2}},
+    {"method": "hardclip", "params": {"clip": 2, "theta": 7e5}},
+]
+UNSCALED = {"method": "default"}
+ALL = [UNSCALED, *VARIANTS, *OTHERS]
+
+
+def name_of(variant: dict[str, Any]) -> str:
+    values = [*(v for v in variant.values() if v is not variant.get("params")), *variant.get("params", {}).values()]
+    return "-".join(map(str, values))
+
+
+def make(variant: dict[str, Any], head_dim: int, factor: float = 1.0, **fields: Any) -> RopeScaling:
+    """A record of a variant above; LongRoPE's lists get the width that they need."""
+    params = dict(variant.get("params", {}))
+    for name in ("short_factor", "long_factor"):
+        if name in params:
+            rise = {"ones": 0.0, "short": 0.5, "long": 30.0}[params[name]]
+            params[name] = [1 + rise * d / head_dim for d in range(head_dim // 2)]
+    if "factor" in METHODS[variant["method"]].fields:
+        fields["factor"] = factor
+    return RopeScaling(**({"original_max_position_embeddings": 4096} | variant | fields | {"params": params}))
 
 
 def expect(inv_freq: torch.Tensor, wanted: list[float] | torch.Tensor, rtol: float) -> None:
@@ -38,22 +83,56 @@ def expect(inv_freq: torch.Tensor, wanted: list[float] | torch.Tensor, rtol: flo
     torch.testing.assert_close(inv_freq.double(), wanted, rtol=rtol, atol=0)
 
 
-def oracle(scaling: RopeScaling, head_dim: int, s: float) -> tuple[list[float], float]:
-    """(frequencies, attention factor) by the reference, for every variant above."""
-    theta, original = scaling.rope_theta, scaling.original_max_position_embeddings
-    if scaling.method == "linear":
-        return reference.linear(head_dim, theta, s), 1.0
-    if scaling.method == "ntk":
-        return reference.ntk(head_dim, theta, s), 1.0
+def oracle(scaling: RopeScaling, head_dim: int, length: int | None = None) -> tuple[list[float], float]:
+    """(frequencies, attention factor) by the reference."""
+    dim, theta, s = head_dim, scaling.rope_theta, scaling.factor
+    original = scaling.original_max_position_embeddings
     assert original is not None
+    if scaling.dynamic and length is not None:
+        s = reference.dynamic_scale(length, original, s)
+    params = scaling.params
+    clip = params.get("clip")
+    kept = 1.0 if scaling.extrapolation_factor is None else scaling.extrapolation_factor
     beta, alpha = scaling.beta_fast or 32, scaling.beta_slow or 1
-    if scaling.ramp == "rotations":
-        frequencies = reference.by_parts_rotations(head_dim, theta, s, original, beta, alpha)
-    else:
-        truncate = scaling.truncate is not False
-        frequencies = reference.by_parts_dimension(head_dim, theta, s, original, beta, alpha, truncate)
-    mscale = 1.0 if scaling.mscale is None else scaling.mscale
-    return frequencies, reference.attention_factor(s, mscale) if scaling.method == "yarn" else 1.0
+    factor = 1.0
+    match scaling.method:
+        case "default":
+            frequencies = reference.unscaled(dim, theta)
+        case "linear":
+            frequencies = reference.linear(dim, theta, s)
+        case "ntk":
+            frequencies = reference.ntk(dim, theta, s)
+        case "ntk-by-parts" | "yarn" if scaling.ramp == "rotations":
+            frequencies = reference.by_parts_rotations(dim, theta, s, original, beta, alpha, kept)
+        case "ntk-by-parts" | "yarn":
+            truncate = scaling.truncate is not False
+            frequencies = reference.by_parts_dimension(dim, theta, s, original, beta, alpha, truncate, kept)
+        case "part-ntk":
+            frequencies = reference.part_ntk(dim, theta, s, original, extrapolation_factor=kept, **params)
+        case "llama3":
+            bounds = params.get("low_freq_factor", 1), params.get("high_freq_factor", 4)
+            frequencies = reference.llama3(dim, theta, s, original, *bounds)
+        case "longrope":
+            lists = params["short_factor"], params["long_factor"]
+            frequencies = reference.longrope(dim, theta, original, *lists, length)
+            factor = scaling.attention_factor or reference.longrope_attention_factor(s, original)
+        case "abf":
+            frequencies = reference.unscaled(dim, params["theta"])
+        case "dynamic-ntk":
+            frequencies = reference.dynamic_ntk(dim, theta, s, original, length)
+        case "ntk-mixed":
+            frequencies = reference.ntk_mixed(dim, theta, s, **params)
+        case "proportional":
+            frequencies = reference.proportional(dim, theta, s, **params)
+        case "cope":
+            frequencies = reference.cope(dim, params.get("theta", theta), clip)
+        case "hardclip":
+            frequencies = reference.hardclip(dim, params.get("theta", theta), clip)
+        case _:
+            raise AssertionError(f"no reference for {scaling.method}")
+    if scaling.method == "yarn":
+        factor = reference.attention_factor(s, 1.0 if scaling.mscale is None else scaling.mscale)
+    return (reference.resonance(frequencies) if scaling.resonance else frequencies), factor
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda c: f"{c['method']}-{c['head_dim']}-x{c['factor']:g}")
@@ -104,15 +183,94 @@ def test_equals_transformers_linear_and_yarn(head_dim):
             assert attention_factor == pytest.approx(their_factor, rel=1e-12)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
-def test_equals_the_float64_reference(variant):
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
+def test_equals_transformers_in_its_other_types(head_dim):
+    # float32 against float64 as above: ln(b) + 4 units for the frequencies of a base b.
+    half = head_dim // 2
+    config = LlamaConfig(head_dim=head_dim)
+    thetas, lengths, factors = (1e4, 5e5), (256, 8192), (1.0, 4.0, 32.0)
+    for theta, original, s in itertools.product(thetas, lengths, factors):
+        config.max_position_embeddings = original
+        units = math.log(theta) + 4
+        shared = {"rope_theta": theta, "factor": s}
+
+        config.rope_parameters = {"rope_type": "dynamic", **shared}
+        scaling = RopeScaling.from_config(config)
+        assert scaling == RopeScaling("dynamic-ntk", s, original, theta)
+        for length in (1, original, original + 1, 3 * original):
+            theirs, _ = ROPE_INIT_FUNCTIONS["dynamic"](config, "cpu", seq_len=length)
+            base = theta * (3 * s) ** (head_dim / (head_dim - 2))  # no larger base occurs
+            expect(compute_rope(scaling, head_dim, seq_len=length)[0], theirs, rtol=(math.log(base) + 4) * UNIT)
+
+        bounds = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        config.rope_parameters = {
+            "rope_type": "llama3",
+            **shared,
+            **bounds,
+            "original_max_position_embeddings": original,
+        }
+        theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+        scaling = RopeScaling.from_config(config)
+        assert scaling == RopeScaling("llama3", s, original, theta)
+        # The share (r - 1)/(4 - 1) is off by up to 4/3 of the error of r, and counts s-fold in the result.
+        expect(compute_rope(scaling, head_dim)[0], theirs, rtol=units * (1 + s * 4 / 3) * UNIT)
+
+        lists = {"short_factor": [1.0 + d / 10 for d in range(half)], "long_factor": [1.5 + d for d in range(half)]}
+        for explicit in ({}, {"attention_factor": 1.19}):
+            config.rope_parameters = {"rope_type": "longrope", **shared, **lists, **explicit}
+            config.rope_parameters["original_max_position_embeddings"] = original
+            scaling = RopeScaling.from_config(config)
+            assert scaling == RopeScaling("longrope", s, original, theta, params=lists, **explicit)
+            for length in (None, 1, original, original + 1, 5 * original):
+                theirs, their_factor = ROPE_INIT_FUNCTIONS["longrope"](config, "cpu", seq_len=length)
+                ours, attention_factor = compute_rope(scaling, head_dim, seq_len=length)
+                expect(ours, theirs, rtol=(units + 1) * UNIT)  # and one for the divisor
+                assert attention_factor == pytest.approx(their_factor, rel=1e-12)
+
+        for fraction in (1.0, 0.5, 0.3, 0.05):
+            config.rope_parameters = {"rope_type": "proportional", **shared, "partial_rotary_factor": fraction}
+            theirs, _ = ROPE_INIT_FUNCTIONS["proportional"](config, "cpu")
+            scaling = RopeScaling.from_config(config)
+            assert scaling.params.get("fraction", 1.0) == fraction and scaling.partial_rotary_factor == 1.0
+            expect(compute_rope(scaling, head_dim)[0], theirs, rtol=units * UNIT)
+
+
+@pytest.mark.parametrize("resonance", [False, True], ids=["", "resonance"])
+@pytest.mark.parametrize("variant", ALL, ids=name_of)
+def test_equals_the_float64_reference(variant, resonance):
     # Computed in float64 and rounded once: one unit, and a little for float64's own noise.
-    for head_dim, theta, length, s in itertools.product((4, 64, 128), (1e4, 1e6), (256, 8192), (1.0, 2.5, 32.0)):
-        scaling = RopeScaling(factor=s, original_max_position_embeddings=length, rope_theta=theta, **variant)
-        inv_freq, attention_factor = compute_rope(scaling, head_dim)
-        frequencies, factor = oracle(scaling, head_dim, s)
-        expect(inv_freq, frequencies, rtol=1.001 * UNIT)
-        assert attention_factor == pytest.approx(factor, rel=1e-14)
+    for head_dim, theta, original in itertools.product((8, 64, 96, 128), (1e4, 1e6), (256, 8192)):
+        for s in (1.0, 2.5, 32.0):
+            scaling = make(
+                variant,
+                head_dim,
+                s,
+                original_max_position_embeddings=original,
+                rope_theta=theta,
+                resonance=resonance,
+            )
+            lengths = (None, 1, original, original + 1, 3 * original) if scaling.is_length_dependent else (None, 99999)
+            for length in lengths:
+                inv_freq, attention_factor = compute_rope(scaling, head_dim, seq_len=length)
+                frequencies, factor = oracle(scaling, head_dim, length)
+                expect(inv_freq, frequencies, rtol=1.001 * UNIT)
+                assert attention_factor == pytest.approx(factor, rel=1e-14)
+
+
+def test_four_dimensions_are_enough():
+    for variant in VARIANTS:
+        scaling = make(variant, 4, 8.0)
+        expect(compute_rope(scaling, 4)[0], oracle(scaling, 4)[0], rtol=1.001 * UNIT)
+
+
+@pytest.mark.parametrize("method", ["cope", "hardclip"])
+def test_clipped_share_without_a_number(method):
+    for head_dim, clip in ((256, 40), (128, 20), (64, 10), (32, 5), (4, 1)):  # 20 of 64, at least one
+        scaling = RopeScaling(method)
+        expect(compute_rope(scaling, head_dim)[0], getattr(reference, method)(head_dim, 1e4, clip), rtol=1.001 * UNIT)
+        assert torch.equal(
+            compute_rope(scaling, head_dim)[0], compute_rope(replace(scaling, params={"clip": clip}), head_dim)[0]
+        )
 
 
 def test_a_ramp_without_width_is_a_step():
@@ -141,13 +299,26 @@ def test_check_values_of_the_paper():
         assert float(inv_freq[1].double()) ** -64 == pytest.approx(base, rel=64 * UNIT + 0.5 / base)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
 def test_factor_one_is_the_identity(variant):
     plain, _ = compute_rope(RopeScaling("default"), 128)
-    scaling = RopeScaling(factor=1.0, original_max_position_embeddings=4096, **variant)
-    inv_freq, attention_factor = compute_rope(scaling, 128)
+    inv_freq, attention_factor = compute_rope(make(variant, 128), 128)
     assert torch.equal(inv_freq, plain)
     assert attention_factor == 1.0
+
+
+def test_what_else_is_the_identity():
+    plain, _ = compute_rope(RopeScaling("default"), 128)
+    ones = {"short_factor": [1.0] * 64, "long_factor": [1.0] * 64}
+    for scaling, length in (
+        (RopeScaling("proportional"), None),
+        (RopeScaling("abf", params={"theta": 1e4}), None),
+        (RopeScaling("dynamic-ntk", 8.0, 4096), 4096),  # up to L, whatever the factor
+        (RopeScaling("dynamic-ntk", 8.0, 4096), None),
+        (RopeScaling("longrope", 1.0, 4096, params=ones), 9999),
+    ):
+        inv_freq, attention_factor = compute_rope(scaling, 128, seq_len=length)
+        assert torch.equal(inv_freq, plain) and attention_factor == 1.0, scaling
 
 
 def test_default_is_equation_5():
@@ -174,24 +345,34 @@ def test_extrapolation_factor_zero_is_position_interpolation():
     expect(by_parts, interpolated.double(), rtol=2 * UNIT)  # each rounded once
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
 @pytest.mark.parametrize("factor", [1.0, 4.0])
 def test_dynamic_scale_is_the_larger_of_factor_and_stretch(variant, factor):
     original = 256
-    scaling = RopeScaling(factor=factor, original_max_position_embeddings=original, dynamic=True, **variant)
+    scaling = make(variant, 64, factor, original_max_position_embeddings=original, dynamic=True)
     lengths = [1, 255, 256, 257, 700, 1024, 1025, 5000]
     for length in lengths:
         inv_freq, attention_factor = compute_rope(scaling, 64, seq_len=length)
-        frequencies, wanted = oracle(scaling, 64, reference.dynamic_scale(length, original, factor))
+        frequencies, wanted = oracle(scaling, 64, length)
         expect(inv_freq, frequencies, rtol=1.001 * UNIT)
         assert attention_factor == pytest.approx(wanted, rel=1e-14)
+        # The static form at that scale, to the bit.
+        static = replace(scaling, dynamic=False, factor=max(factor, length / original))
+        assert torch.equal(inv_freq, compute_rope(static, 64)[0])
+        assert attention_factor == compute_rope(static, 64)[1]
     # Without a length the scale is the factor.
     inv_freq, attention_factor = compute_rope(scaling, 64)
     static, static_factor = compute_rope(replace(scaling, dynamic=False), 64)
     assert torch.equal(inv_freq, static) and attention_factor == static_factor
 
-    # A batch is the same numbers row by row, whatever the order.
+
+@pytest.mark.parametrize("resonance", [False, True], ids=["", "resonance"])
+@pytest.mark.parametrize("variant", [*ALL, *({**v, "dynamic": True} for v in VARIANTS)], ids=name_of)
+def test_a_batch_is_the_same_numbers_row_by_row(variant, resonance):
+    scaling = make(variant, 64, 2.0, resonance=resonance, original_max_position_embeddings=256)
+    lengths = [5000, 1, 255, 256, 257, 700, 512, 513]
     batch, factors = compute_rope_batch(scaling, 64, torch.tensor(lengths))
+    assert batch.shape == (len(lengths), 32) and factors.shape == (len(lengths),)
     for row, length in enumerate(lengths):
         inv_freq, attention_factor = compute_rope(scaling, 64, seq_len=length)
         # Vectorised float64 powers may differ in the last bit of float64, which may move one rounding.
@@ -204,18 +385,107 @@ def test_explicit_attention_factor_stays_constant_under_dynamic():
     assert [compute_rope(scaling, 64, seq_len=n)[1] for n in (10, 256, 4096)] == [1.25] * 3
 
 
-def test_static_methods_ignore_the_length():
-    for method in SCALED:
-        scaling = RopeScaling(method, 4.0, 256)
-        assert torch.equal(compute_rope(scaling, 64, seq_len=9999)[0], compute_rope(scaling, 64)[0])
+@pytest.mark.parametrize("variant", ALL, ids=name_of)
+def test_static_methods_ignore_the_length(variant):
+    scaling = make(variant, 64, 4.0, original_max_position_embeddings=256)
+    same = torch.equal(compute_rope(scaling, 64, seq_len=9999)[0], compute_rope(scaling, 64)[0])
+    assert same == (not scaling.is_length_dependent)
 
 
-def test_lower_frequencies_are_never_raised():
-    for method in SCALED:
-        ratio = compute_rope(RopeScaling(method, 8, 4096), 128)[0] / compute_rope(RopeScaling("default"), 128)[0]
-        # Kept or divided by at most s, the lowest frequency by s exactly; each value is rounded once.
-        assert ratio.max() <= 1 + 2 * UNIT and ratio.min() >= (1 - 2 * UNIT) / 8
-        assert ratio[-1].item() == pytest.approx(1 / 8, rel=3 * UNIT)
+@pytest.mark.parametrize("resonance", [False, True], ids=["", "resonance"])
+@pytest.mark.parametrize("variant", ALL, ids=name_of)
+def test_frequencies_fall_and_are_never_raised(variant, resonance):
+    for head_dim, s, theta in itertools.product((8, 64, 128), (1.0, 3.0, 50.0), (1e3, 1e4, 1e6)):
+        scaling = make(variant, head_dim, s, rope_theta=theta, resonance=resonance)
+        inv_freq, _ = compute_rope(scaling, head_dim, seq_len=20000)
+        assert (inv_freq >= 0).all() and inv_freq.isfinite().all()
+        assert (inv_freq.diff() <= 0).all(), scaling  # neighbours may share a whole wavelength, or stand still
+        if resonance:
+            continue
+        theta = scaling.params.get("theta", theta)  # the only way to raise a frequency is another base
+        plain = compute_rope(RopeScaling("default", rope_theta=theta), head_dim)[0].double()
+        assert (inv_freq <= plain * (1 + 2 * UNIT)).all()  # each value is rounded once
+        if scaling.method in SCALED:
+            assert (inv_freq >= plain / s * (1 - 2 * UNIT)).all()
+            assert inv_freq.diff().max() < 0
+        if scaling.method in ("linear", "ntk", "ntk-mixed"):  # the others depend on how often it turns over L
+            assert inv_freq[-1].item() == pytest.approx(plain[-1].item() / s, rel=3 * UNIT)
+        if scaling.method in ("ntk", "dynamic-ntk", "cope", "hardclip"):
+            assert inv_freq[0] == 1.0
+
+
+@pytest.mark.parametrize("variant", ALL, ids=name_of)
+def test_resonance_makes_wavelengths_whole(variant):
+    for head_dim, s, length in itertools.product((8, 64, 128), (1.0, 3.7, 50.0), (None, 10000)):
+        plain = compute_rope(make(variant, head_dim, s), head_dim, seq_len=length)
+        whole = compute_rope(make(variant, head_dim, s, resonance=True), head_dim, seq_len=length)
+        assert whole[1] == plain[1]
+        assert torch.equal(whole[0] == 0, plain[0] == 0)  # what stands still goes on standing still
+        turning = plain[0] > 0
+        before, after = (2 * math.pi / frequencies[turning].double() for frequencies in (plain[0], whole[0]))
+        # A frequency is rounded to float32 once, its wavelength with it: λ·UNIT; twice that for a little more noise.
+        assert ((after - after.round()).abs() <= 2 * UNIT * after).all()
+        assert ((after - before).abs() <= 0.5 + 4 * UNIT * after).all()
+        assert (after.round() >= 1).all()
+
+
+def test_resonance_of_waves_shorter_than_a_token():
+    # LongRoPE's divisors may be below 1; a wavelength of 0.31 tokens becomes one token, not none.
+    lists = {"short_factor": [0.05, 1.0], "long_factor": [1.0, 1.0]}
+    inv_freq, _ = compute_rope(RopeScaling("longrope", 2.0, 64, resonance=True, params=lists), 4)
+    expect(inv_freq, [2 * math.pi, 2 * math.pi / 628], rtol=1.001 * UNIT)
+
+
+def test_longrope_switches_between_l_and_one_more():
+    scaling = make({"method": "longrope", "params": {"short_factor": "short", "long_factor": "long"}}, 64, 4.0)
+    short, long = (compute_rope(scaling, 64, seq_len=n)[0] for n in (1, 10**6))
+    assert not torch.allclose(short, long, rtol=1e-3, atol=0)
+    for length, wanted in ((None, short), (4095, short), (4096, short), (4097, long), (4096.5, long)):
+        assert torch.equal(compute_rope(scaling, 64, seq_len=length)[0], wanted)
+    batch, _ = compute_rope_batch(scaling, 64, torch.tensor([4097, 4096]))
+    assert torch.equal(batch, torch.stack((long, short)))
+    with pytest.raises(ConfigError, match="short_factor has 32 numbers: must have 64"):
+        compute_rope(scaling, 128)
+
+
+def test_dynamic_ntk_with_factor_one_is_the_dynamic_form_of_ntk():
+    for length in (None, 1, 4096, 4097, 50000):
+        ours, theirs = (
+            compute_rope(scaling, 64, seq_len=length)[0]
+            for scaling in (RopeScaling("dynamic-ntk", 1.0, 4096), RopeScaling("ntk", 1.0, 4096, dynamic=True))
+        )
+        assert torch.equal(ours, theirs)
+
+
+def test_laws_between_methods():
+    def frequencies(spec: str) -> torch.Tensor:
+        return compute_rope(RopeScaling.from_spec(spec, RopeScaling("default", 1.0, 4096)), 64)[0]
+
+    assert torch.equal(frequencies("proportional:8"), frequencies("linear:8"))
+    changed = 1e4 * 8 ** (64 / 62)
+    expect(frequencies(f"abf,theta={changed!r}"), frequencies("ntk:8"), rtol=2 * UNIT)  # each rounded once
+    assert torch.equal(frequencies("hardclip,clip=5"), frequencies("proportional,fraction=0.84375"))  # 27 of 32
+    # Where the cosine is 1 and 0 there is no taper.
+    assert torch.equal(frequencies("cope,clip=1"), frequencies("hardclip,clip=1"))
+    assert torch.equal(frequencies("cope,clip=2"), frequencies("hardclip,clip=1"))
+    tapered, cut = frequencies("cope,clip=9"), frequencies("hardclip,clip=9")
+    assert torch.equal(tapered[:23], cut[:23]) and tapered[-1] == cut[-1] == 0
+    assert tapered[23] == frequencies("default")[23] and (tapered[24:31] > 0).all()
+    # One ramp in rotations, two names for its ends; YaRN's frequencies are those of its first half.
+    assert torch.equal(
+        frequencies("llama3:8,low_freq_factor=1,high_freq_factor=32"), frequencies("ntk-by-parts:8,ramp=rotations")
+    )
+    assert torch.equal(frequencies("yarn:8"), frequencies("ntk-by-parts:8"))
+
+
+@pytest.mark.parametrize("variant", ALL, ids=name_of)
+def test_a_default_device_without_storage_changes_nothing(variant):
+    for resonance in (False, True):
+        scaling = make(variant, 64, 4.0, resonance=resonance)
+        plain, factor = compute_rope(scaling, 64, seq_len=9999)
+        with torch.device("meta"):  # models are built under it
+            inv_freq, again = compute_rope(scaling, 64, seq_len=9999)
+        assert inv_freq.device.type == "cpu" and torch.equal(inv_freq, plain) and again == factor
 
 
 @pytest.mark.parametrize("head_dim", [0, -2, 7, 1, 64.0, True, None])
@@ -240,7 +510,37 @@ def test_a_method_without_frequencies_is_refused(monkeypatch):
         compute_rope(RopeScaling("linear", 2), 64)
 
 
-def test_the_registry_says_where_each_formula_is_from():
-    assert set(METHODS) >= {"default", *SCALED}
-    for name, row in METHODS.items():
-        assert row.name == name and row.source and row.summary
+@pytest.mark.parametrize("method", METHODS)
+def test_every_row_of_the_registry_makes_sense(method):
+    row = METHODS[method]
+    assert row.name == method == method.lower() and row.fn.__doc__
+    assert row.source and row.summary and len(row.summary) < 100 and not row.summary.endswith(".")
+    assert row.kind in ("frequency", "attention")
+    if row.kind == "frequency":
+        assert method in {variant["method"] for variant in ALL}, "compare it with the reference above"
+    assert bool(row.no_dynamic) == ("dynamic" not in row.fields)  # what has no dynamic form says why
+    assert not row.factor_optional or "factor" in row.fields
+    assert not (row.length_dependent and "dynamic" in row.fields)
+    if row.params_type is not None:
+        assert row.params_type.__dataclass_params__.frozen
+        assert not {f.name for f in fields(row.params_type)} & set(RopeScaling.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("variant", ALL, ids=name_of)
+def test_the_registry_knows_what_each_formula_needs(variant):
+    row = METHODS[variant["method"]]
+    scaling = make(variant, 64, 4.0)
+    if row.needs_original:
+        with pytest.raises(ConfigError, match="original_max_position_embeddings is missing"):
+            replace(scaling, original_max_position_embeddings=None)
+        # 4096 and 300 must differ, or the formula does not contain L.
+        other = compute_rope(replace(scaling, original_max_position_embeddings=300), 64, seq_len=4000)[0]
+        assert not torch.equal(other, compute_rope(scaling, 64, seq_len=4000)[0])
+    else:
+        without = replace(scaling, original_max_position_embeddings=None)
+        assert torch.equal(compute_rope(without, 64)[0], compute_rope(scaling, 64)[0])
+    if row.no_dynamic:
+        with pytest.raises(ConfigError, match=row.no_dynamic):
+            replace(scaling, dynamic=True)
+    if row.factor_optional and variant["method"] != "proportional":
+        assert torch.equal(compute_rope(replace(scaling, factor=9.0), 64)[0], compute_rope(scaling, 64)[0])
