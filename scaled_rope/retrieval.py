@@ -1,0 +1,100 @@
+"""What the retrieval evaluations share: shares of right answers, how sure they are, and the figures of table 5."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from scaled_rope.evaluation import format_table
+from scaled_rope.loading import ModelJob
+from scaled_rope.results import Row, append_row, finished_keys, row_key
+
+PASSED = 0.8
+"""The accuracy from which on table 5 counts a context length as passed."""
+
+
+def wilson_interval(right: int, n: int) -> list[float]:
+    """The 95 % score interval of a share (Wilson 1927); unlike the normal one it is sensible at 0 and 1."""
+    z, share = 1.959964, right / n
+    centre, width = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = [(centre + side * width) / (1 + z * z / n) for side in (-1, 1)]
+    return [max(0.0, round(low, 4)), min(1.0, round(high, 4))]
+
+
+def tally(outcomes: Sequence[bool]) -> Row:
+    """The fields of a row that say how many answers were right."""
+    n, right = len(outcomes), sum(outcomes)
+    return {"n": n, "right": right, "accuracy": right / n, "interval": wilson_interval(right, n)}
+
+
+def format_share(row: Row) -> str:
+    """A row's share in words: "8/10, 80.0 % (49.0 to 94.3)"."""
+    low, high = (100 * bound for bound in row["interval"])
+    return f"{row['right']}/{row['n']}, {100 * row['accuracy']:.1f} % ({low:.1f} to {high:.1f})"
+
+
+def passkey_context(accuracies: Mapping[int, float]) -> tuple[int | None, float | None]:
+    """The two figures of table 5 from accuracies by context length (tokens).
+
+    The largest length with an accuracy of at least `PASSED`, whatever shorter ones do, and the mean accuracy over the
+    lengths up to it; None and None when no length passes.
+    """
+    passed = [length for length, accuracy in accuracies.items() if accuracy >= PASSED]
+    if not passed:
+        return None, None
+    return max(passed), fmean(accuracy for length, accuracy in accuracies.items() if length <= max(passed))
+
+
+def context_rows(rows: Mapping[ModelJob, Mapping[int, Row]]) -> dict[ModelJob, Row]:
+    """A row per job with the figures of table 5, from its rows by length; jobs of which nothing was measured have none.
+
+    Their metric is that of the rows with "_context" behind it, and `length` the longest one measured.
+    """
+    found = {}
+    for job, cells in rows.items():
+        measured = {length: row for length, row in sorted(cells.items()) if "error" not in row}
+        if not measured:
+            continue
+        context, accuracy = passkey_context({length: row["accuracy"] for length, row in measured.items()})
+        last = measured[max(measured)]
+        prompts = json.dumps([row["data"]["fingerprint"] for row in measured.values()])
+        data = {"fingerprint": hashlib.sha256(prompts.encode()).hexdigest()[:16], "lengths": list(measured)}
+        found[job] = {
+            **job.fields(),
+            "metric": f"{last['metric']}_context",
+            "data": {"name": last["data"]["name"], **data},
+            "protocol": {**last["protocol"], "passed": PASSED},
+            "length": max(measured),
+            "context": context,
+            "accuracy": accuracy,
+        }
+    return found
+
+
+def record_contexts(output: str, found: Mapping[ModelJob, Row], record: Row) -> None:
+    """Append the rows of `context_rows` that the file does not hold yet, `record` being their provenance."""
+    finished = finished_keys(output)
+    for row in found.values():
+        if (key := row_key(row)) not in finished:
+            finished.add(key)
+            append_row(output, {**row, "provenance": record})
+
+
+def context_table(found: Mapping[ModelJob, Row]) -> str:
+    """Table 5 in the terminal: a line per job."""
+    lines = []
+    for job, row in found.items():
+        context = "none" if row["context"] is None else str(row["context"])
+        accuracy = "" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f} %"
+        lines.append([job.name, context, accuracy])
+    header = ["", "passkey context", "accuracy up to it"]
+    return f"passkey context: largest length with at least {100 * PASSED:.0f} % found\n{format_table(header, lines)}"
+
+
+def given_arguments(args: Any) -> dict[str, Any]:
+    """The arguments that say something, as rows record them."""
+    return {name: value for name, value in vars(args).items() if value is not None and value is not False}

@@ -1,0 +1,265 @@
+"""Which tokens of a document are scored in which forward pass, and what becomes of their losses.
+
+A *document* is a text's tokens without special tokens. A *window* is a run of them that goes through a model at once,
+behind the BOS where the tokenizer has one (`head` = 1, else 0); its *positions* include the BOS. A window scores its
+last tokens; the BOS is never scored, the first token predicted from it is. Losses are in nats. Nothing here knows of
+models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.numpy
+
+from scaled_rope.errors import ConfigError
+from scaled_rope.results import write_atomic
+
+Tokens = npt.NDArray[np.int64]
+Nats = npt.NDArray[np.float64]
+Losses = npt.NDArray[np.float32]
+
+WEIGHTINGS = ("token", "window")
+SEED = 0
+"""Seed of the bootstrap's resamples."""
+
+_RESAMPLES = 2000
+
+
+# ------------------------------------------------------------------------------------------------------- documents
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """One text, as far as it is needed."""
+
+    digest: str
+    """Hash of the whole text's tokens and of the BOS in front, whatever part of it is kept here."""
+    tokens: Tokens
+    begins: tuple[int, ...] = (0,)
+    """Where its windows begin under the truncate protocol."""
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """The documents that are scored, in their order."""
+
+    documents: list[Document]
+    bos: int | None
+
+    @property
+    def head(self) -> int:
+        """Positions that a window spends on special tokens."""
+        return 0 if self.bos is None else 1
+
+    def ids(self, window: Window) -> Tokens:
+        """The token ids of a window, BOS included, [positions]."""
+        tokens = self.documents[window.document].tokens[window.begin : window.end]
+        return tokens if self.bos is None else np.concatenate([[self.bos], tokens])
+
+    def positions(self, window: Window) -> int:
+        return window.end - window.begin + self.head
+
+
+def select(
+    source: Iterable[Tokens],
+    bos: int | None,
+    length: int | None,
+    windows: int = 1,
+    min_tokens: int = 0,
+    samples: int | None = None,
+) -> Texts:
+    """The first `samples` documents that are long enough; all of them by default.
+
+    Args:
+        source: the tokens of each document. A BOS that a document brings (as packed rows do) is taken off.
+        bos: what every window begins with; None for tokenizers without one.
+        length: positions that each document must fill. Kept are up to `windows` runs of that size that do not
+            overlap, evenly spaced from the document's start to its end; with one window that is its start. None: any
+            document that has something to score, whole.
+        min_tokens: tokens that each document must have beside that.
+
+    Raises:
+        ConfigError: fewer documents than asked for are long enough, or none is.
+    """
+    head = 0 if bos is None else 1
+    body = 2 - head if length is None else length - head
+    documents: list[Document] = []
+    read = 0
+    for tokens in source:
+        read += 1
+        if len(tokens) and tokens[0] == bos:
+            tokens = tokens[1:]
+        if len(tokens) < max(min_tokens, body):
+            continue
+        digest = hashlib.sha256(f"{bos}".encode() + tokens.astype(np.int64).tobytes()).hexdigest()[:24]
+        begins: tuple[int, ...] = (0,)
+        if length is not None:
+            count = min(windows, len(tokens) // body)
+            if count > 1:
+                begins = tuple(np.linspace(0, len(tokens) - body, count).round().astype(int).tolist())
+            tokens = tokens[: begins[-1] + body].copy()  # a copy, lest the rest be kept in memory
+        documents.append(Document(digest, tokens, begins))
+        if len(documents) == samples:
+            break
+    if not documents or (samples is not None and len(documents) < samples):
+        asked = "at least 1 is needed" if samples is None else f"--samples asks for {samples}"
+        need = max(min_tokens, body if length is None else length)
+        hint = "are there texts in it?" if length is None else "shorten the contexts"
+        raise ConfigError(f"only {len(documents)} of {read} documents have {need} tokens; {asked}: {hint}")
+    return Texts(documents, bos)
+
+
+# --------------------------------------------------------------------------------------------------------- windows
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens [begin, end) of a document, of which the last `scored` are scored."""
+
+    document: int
+    begin: int
+    end: int
+    scored: int
+
+
+def truncated(texts: Texts, length: int) -> list[Window]:
+    """The windows that `select` chose, cut to `length` positions, each scoring all it can: length - 1 tokens."""
+    return [
+        Window(index, begin, begin + length - texts.head, length - 1)
+        for index, document in enumerate(texts.documents)
+        for begin in document.begins
+    ]
+
+
+def sliding(texts: Texts, length: int, stride: int) -> list[Window]:
+    """Windows of `length` positions at 0, stride, 2·stride, … up to the first that reaches the document's end.
+
+    Each scores the tokens that no earlier one of its document did. A document shorter than a window is one window.
+    A stride that would leave tokens unscored between windows is shortened to the longest that leaves none.
+    """
+    body = length - texts.head
+    step = min(stride, length - 1)
+    windows = []
+    for index, document in enumerate(texts.documents):
+        size, done = len(document.tokens), 0
+        for begin in range(0, size, step):
+            end = min(begin + body, size)
+            # Without a BOS nothing predicts a document's first token.
+            windows.append(Window(index, begin, end, end - max(done, 1 - texts.head)))
+            done = end
+            if end == size:
+                break
+    return windows
+
+
+def batches(windows: Sequence[Window], size: Callable[[Window], int]) -> Iterator[list[Window]]:
+    """Runs of neighbours that have the same shape, `size(window)` at most.
+
+    They follow from the windows alone, so that a run which is continued computes in the same batches, and with that
+    the same bits, as one that was not interrupted.
+    """
+    for _, alike in itertools.groupby(windows, lambda window: (window.end - window.begin, window.scored)):
+        group = list(alike)
+        step = size(group[0])
+        yield from (group[first : first + step] for first in range(0, len(group), step))
+
+
+# ------------------------------------------------------------------------------------------------------ statistics
+
+
+def perplexity(total: float, count: float) -> float | None:
+    """exp(total / count), of nats; None where that is not finite, since JSON has no such number."""
+    if not count or not math.isfinite(total) or total / count > 700:
+        return None
+    return math.exp(total / count)
+
+
+def terms(nats: Sequence[Nats], targets: Sequence[Nats], weighting: str = "token") -> tuple[Nats, Nats]:
+    """What each document adds above and below the fraction whose exponential is the perplexity, two arrays [documents].
+
+    Args:
+        nats, targets: per document, the sum over each of its windows [windows].
+        weighting: "token": nats over targets. "window": means of windows over the number of windows, so that a window
+            of one token weighs as much as one of thousands; the released code's.
+    """
+    if weighting == "window":
+        means = [np.asarray(sums) / np.asarray(counts) for sums, counts in zip(nats, targets, strict=True)]
+        return np.array([mean.sum() for mean in means]), np.array([float(len(mean)) for mean in means])
+    return np.array([np.sum(sums) for sums in nats]), np.array([float(np.sum(counts)) for counts in targets])
+
+
+def bootstrap(above: Nats, below: Nats, seed: int = SEED) -> list[float | None] | None:
+    """95 % interval of a perplexity: percentiles over resamples of whole documents, drawn with replacement.
+
+    None with fewer than two documents. It says how much the value depends on which documents were taken, which is far
+    more than the number of tokens suggests; with a handful of documents it is too narrow.
+    """
+    count = len(above)
+    if count < 2:
+        return None
+    draws = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=_RESAMPLES)
+    low, high = np.percentile((draws @ above) / (draws @ below), [2.5, 97.5])
+    return [perplexity(float(low), 1), perplexity(float(high), 1)]
+
+
+def cumulate(losses: Losses, counts: Sequence[int]) -> list[float]:
+    """The sum of the first n of `losses` for each n of `counts`, in float64."""
+    sums = np.concatenate([[0.0], np.cumsum(losses, dtype=np.float64)])
+    return [float(sums[count]) for count in counts]
+
+
+# --------------------------------------------------------------------------------------------------- losses on disk
+
+
+class LossFolder:
+    """Losses of every scored token, float32, a safetensors file per piece of a document.
+
+    The pieces of one model under one scaling share a folder. A file's header says what it holds:
+
+        "digest"   `Document.digest`
+        "first"    place in the document of the first token that is scored; the others follow it without gaps
+        "context"  "all": every token saw everything from "first" on (and the BOS); otherwise the length of the pass
+                   ("at 4096") or the length and stride of the sliding windows ("sliding 4096 256")
+    """
+
+    def __init__(self, root: str | Path, name: str) -> None:
+        self.path = Path(root) / name
+
+    def _file(self, digest: str, begin: int, context: str) -> Path:
+        return self.path / f"{digest}-{begin}-{context.replace(' ', '-')}.safetensors"
+
+    def read(self, document: Document, begin: int, context: str, count: int) -> Losses | None:
+        """The first `count` losses of a piece that begins at token `begin`; None when there are not so many."""
+        path = self._file(document.digest, begin, context)
+        if not path.is_file():
+            return None
+        _, losses = read_losses(path)
+        return losses[:count] if len(losses) >= count else None
+
+    def write(self, document: Document, begin: int, context: str, losses: Losses, head: int) -> None:
+        """Keep the losses of a piece, in one atomic step."""
+        header = {"digest": document.digest, "first": str(begin + 1 - head), "context": context}
+        content = safetensors.numpy.save({"nll": np.ascontiguousarray(losses, dtype=np.float32)}, header)
+        write_atomic(self._file(document.digest, begin, context), content)
+
+
+def read_losses(path: str | Path) -> tuple[Mapping[str, str], Losses]:
+    """Header and losses [tokens] of one file of a `LossFolder`.
+
+    Raises:
+        ConfigError: not such a file.
+    """
+    try:
+        with safetensors.safe_open(str(path), "numpy") as file:
+            return file.metadata() or {}, file.get_tensor("nll")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ConfigError(f"losses {str(path)!r} cannot be read ({error}); remove the file") from error
