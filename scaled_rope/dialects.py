@@ -108,6 +108,14 @@ _FAMILY_ORIGINAL = {"phi3": 4096}
 _ALIASES = {  # other names of top-level keys; there the usual names mean nothing
     "gpt_neox": {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"},
 }
+# Keys of the RoPE dictionary that say nothing about frequencies: the first is read by attention, the other by nobody.
+_ATTENTION_KEYS = ("llama_4_scaling_beta", "max_position_embeddings")
+_ATTENTION_KEY_FAMILIES = ("ministral3", "mistral4")
+SOFTMAX_MSCALE_FAMILIES = (
+    *("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"),
+    *("hy_v4", "longcat_flash", "minicpm3", "mistral4", "mistral_large4_text", "youtu"),
+)
+"""Families whose attention, when it is built, multiplies its softmax scale by (0.1·mscale_all_dim·ln s + 1)²."""
 _LOCAL_THETA = "rope_local_base_freq"  # Gemma 3's older name for the base of its sliding layers
 _NESTED_FAMILIES = ("gemma3_text", "olmo3")
 
@@ -179,6 +187,18 @@ def nested_types(rope: Mapping[str, Any]) -> list[str]:
     return [key for key, value in rope.items() if isinstance(value, Mapping) and key != "params"]
 
 
+def attention_keys(model_type: object) -> tuple[str, ...]:
+    """Keys that may stand in a family's RoPE dictionary and say nothing about frequencies; all of them for None."""
+    return _ATTENTION_KEYS if model_type is None or model_type in _ATTENTION_KEY_FAMILIES else ()
+
+
+def read_by_attention(rope: Any) -> dict[str, Any]:
+    """What a family's attention reads from its RoPE dictionary in every pass, L included; empty for most families."""
+    if not isinstance(rope, Mapping) or _ATTENTION_KEYS[0] not in rope:
+        return {}
+    return {name: rope[name] for name in (*_ATTENTION_KEYS, "original_max_position_embeddings") if name in rope}
+
+
 def read_rope(config: Any, layer_type: str | None = None) -> Reading:
     """Fields of a `RopeScaling` and remarks from a model's config; see `RopeScaling.from_config`.
 
@@ -192,6 +212,10 @@ def read_rope(config: Any, layer_type: str | None = None) -> Reading:
     model = _rename(model, reading)
     entry, layer_type = _entry(model, rope, layer_type, reading)
     entry = {key: value for key, value in entry.items() if value is not None or key == "factor"}
+    for name in attention_keys(model.get("model_type")):
+        if name in entry:
+            text = f"{name}={entry.pop(name)!r} says nothing about frequencies: it is left to the model's attention"
+            reading.note("attention-key", text, "info")
     if "mrope_section" in entry:
         raise ConfigError("mrope_section: multimodal rotary embeddings are not supported")
     older_type = entry.pop("type", "default")

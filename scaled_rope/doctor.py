@@ -33,7 +33,9 @@ from scaled_rope.dialects import (
     NATIVE,
     PRIMARY_LAYER_TYPE,
     RECORD_KEY,
+    SOFTMAX_MSCALE_FAMILIES,
     Note,
+    attention_keys,
     is_number,
     is_positive_whole,
     native_type,
@@ -296,8 +298,6 @@ _FOREIGN = {  # what other programs call it, or have in addition: (neutral value
 
 _TRAINED_WITH_THEIRS = ("gpt_oss", "olmo3", "gemma3_text", "deepseek_v2", "deepseek_v3", "deepseek_v32")
 """Families whose published models were trained with the scaling in their configs."""
-_SOFTMAX_MSCALE = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "minicpm3", "longcat_flash", "youtu")
-"""Families whose attention multiplies the softmax scale by (0.1·mscale_all_dim·ln s + 1)² besides."""
 _CHANGES_SHORT_PROMPTS = ("linear", "ntk", "ntk-by-parts", "part-ntk", "yarn", "ntk-mixed")
 
 _UNREADABLE = (ConfigError, ArithmeticError, AttributeError, KeyError, TypeError, ValueError)
@@ -395,7 +395,7 @@ class _Examination:
 
     def _completed(self) -> dict[str, Any]:
         """The text part as written, with the sizes that the config class fills in."""
-        names = ["max_position_embeddings", "head_dim", "hidden_size", "num_attention_heads", "layer_types"]
+        names = ["qk_rope_head_dim", "max_position_embeddings", "head_dim", "hidden_size", "num_attention_heads", "layer_types"]
         names += ["original_max_position_embeddings", "sliding_window", "num_hidden_layers", "model_type"]
         filled = {name: getattr(self.object, name, None) for name in names} if self.object is not None else {}
         written = {name: value for name, value in self.text.items() if value is not None}
@@ -466,7 +466,7 @@ class _Examination:
         if note.code == "no-original":
             self._judge_missing_original(note)
             return
-        if note.code == "lone-mscale" and self.model_type in _SOFTMAX_MSCALE and "mscale_all_dim" in note.text[:15]:
+        if note.code == "lone-mscale" and self.model_type in SOFTMAX_MSCALE_FAMILIES and "mscale_all_dim" in note.text[:15]:
             self.find(
                 "mscale-twice",
                 "warning",
@@ -514,7 +514,7 @@ class _Examination:
         own = NATIVE[
             "linear" if rope_type == "dynamic-linear" else "yarn" if rope_type in _RELEASED_TYPES else rope_type
         ]
-        known = {*own.keys, *_SHARED_KEYS, "original_max_position_embeddings"}
+        known = {*own.keys, *_SHARED_KEYS, "original_max_position_embeddings", *attention_keys(self.model_type)}
         ignored: dict[str, Any] = {}
         for key, value in entry.items():
             if key in known or isinstance(value, Mapping) or key == "mrope_section":
@@ -718,7 +718,7 @@ class _Examination:
                 else "",
             )
         entry = self._entry()
-        if self.model_type in _SOFTMAX_MSCALE and entry.get("mscale") and entry.get("mscale_all_dim"):
+        if self.model_type in SOFTMAX_MSCALE_FAMILIES and entry.get("mscale") and entry.get("mscale_all_dim"):
             s = math.log(max(factor, 1.0))
             value = (0.1 * float(entry["mscale_all_dim"]) * s + 1) ** 2 if is_number(entry["mscale_all_dim"]) else 1
             self.find(
@@ -774,7 +774,8 @@ class _Examination:
         without = self._without_rope()
         total = self.complete.get("num_hidden_layers") or len(types)
         if without:
-            only_near = self.model_type == "cohere2" and scaling.factor > 1
+            adapter = ADAPTERS.get(str(self.model_type))
+            only_near = adapter is not None and bool(adapter.rope_layer_type) and scaling.factor > 1
             why = "they were dropped" if self._dropped() else "by design"
             text = f"{len(without)} of {total} layers use no rotary embedding, {why}; a scaling leaves them alone."
             if only_near:

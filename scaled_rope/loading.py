@@ -26,7 +26,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from scaled_rope.config import LayerPlan, RopeScaling
-from scaled_rope.dialects import CUSTOM_ROPE_TYPE, PRIMARY_LAYER_TYPE, RECORD_KEY, nested_types
+from scaled_rope.dialects import CUSTOM_ROPE_TYPE, PRIMARY_LAYER_TYPE, RECORD_KEY, nested_types, read_by_attention
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.formulas import dynamic_ntk_scale
 from scaled_rope.methods import METHODS
@@ -177,7 +177,7 @@ def _unscaled(rope: Any) -> Any:
         return {name: _unscaled(entry) if name in nested_types(rope) else entry for name, entry in rope.items()}
     if rope.get("rope_type") != CUSTOM_ROPE_TYPE:
         return dict(rope)
-    return RopeScaling.from_spec("default", RopeScaling.from_config(rope)).to_config()
+    return read_by_attention(rope) | RopeScaling.from_spec("default", RopeScaling.from_config(rope)).to_config()
 
 
 def load_tokenizer(name: str) -> Any:

@@ -23,7 +23,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from scaled_rope.config import LayerPlan, RopeScaling, config_head_dim
-from scaled_rope.dialects import CUSTOM_ROPE_TYPE, NATIVE, PRIMARY_LAYER_TYPE, RECORD_KEY
+from scaled_rope.dialects import (
+    CUSTOM_ROPE_TYPE,
+    NATIVE,
+    PRIMARY_LAYER_TYPE,
+    RECORD_KEY,
+    SOFTMAX_MSCALE_FAMILIES,
+    read_by_attention,
+)
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.methods import compute_rope
 from scaled_rope.rotary import LayeredRotaryEmbedding, Layout, ScaledRotaryEmbedding
@@ -54,12 +61,18 @@ class Adapter:
     """The config field that holds, layer by layer, whether the layer uses RoPE."""
     rope_layer_type: str = ""
     """The only layer type that uses RoPE."""
+    rope_window: str = ""
+    """The config field that, when null, makes all layers use RoPE in spite of `rope_layer_type`."""
 
 
 _PARTIAL = Adapter(partial_rotary=True)
+_EXAONE = Adapter(rope_layer_type="sliding_attention", rope_window="sliding_window")
 ADAPTERS: dict[str, Adapter] = {
+    "afmoe": Adapter(rope_layer_type="sliding_attention"),
     "cohere": Adapter(layout="interleaved"),
     "cohere2": Adapter(layout="interleaved", rope_layer_type="sliding_attention"),
+    "exaone4": _EXAONE,
+    "exaone_moe": _EXAONE,
     "falcon": Adapter(layers="h", alibi="alibi"),
     "gemma": Adapter(),
     "gemma2": Adapter(),
@@ -152,6 +165,7 @@ def patch_model(
     original = state.rotary if state else replaced
     # A module may read its config when called, and that has changed when the model is patched.
     adapter = state.adapter if state else adapter_of(config, original)
+    _check_softmax_scale(config)
     own = state.own if state else RopeScaling.from_config(config)
     own_layers = state.own_layers if state else _own_layers(config, adapter)
     before = state.scaling if state else own
@@ -352,9 +366,15 @@ def layers_without_rope(config: Any) -> list[int]:
     adapter = ADAPTERS.get(config.model_type, Adapter())
     if adapter.rope_flags:
         return [index for index, used in enumerate(getattr(config, adapter.rope_flags) or ()) if not used]
-    if adapter.rope_layer_type:
-        return [index for index, kind in enumerate(config.layer_types or ()) if kind != adapter.rope_layer_type]
+    if rotated := _rope_layer_type(config, adapter):
+        return [index for index, kind in enumerate(config.layer_types or ()) if kind != rotated]
     return []
+
+
+def _rope_layer_type(config: Any, adapter: Adapter) -> str:
+    """The only layer type that uses RoPE in this model; empty when none is alone in that."""
+    everywhere = adapter.rope_window and getattr(config, adapter.rope_window, None) is None
+    return "" if everywhere else adapter.rope_layer_type
 
 
 def _resolve(
@@ -378,13 +398,14 @@ def _resolve(
         return read(scaling, own), {}
     if not types:
         raise ConfigError(f"architecture {config.model_type!r} has no layer types; give one scaling for all layers")
+    rotated = _rope_layer_type(config, adapter)
     for name in scaling:
         if name not in types:
             raise unknown("layer type", name, types)
-        if adapter.rope_layer_type not in ("", name) and scaling[name] is not None:
+        if rotated not in ("", name) and scaling[name] is not None:
             raise ConfigError(f"layer type {name!r}: these layers of {config.model_type} have no rotary embedding")
-    if adapter.rope_layer_type:
-        return read(scaling.get(adapter.rope_layer_type), own), {}
+    if rotated:
+        return read(scaling.get(rotated), own), {}
     layers = {name: read(scaling.get(name), own_layers.get(name, own)) for name in types}
     primary = layers.get(PRIMARY_LAYER_TYPE, layers[types[0]])
     if not adapter.per_layer_type and len(set(map(repr, layers.values()))) == 1:
@@ -403,6 +424,17 @@ def _own_layers(config: Any, adapter: Adapter) -> dict[str, RopeScaling]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said when the primary one was read
         return {name: RopeScaling.from_config(config, name) for name in layer_types_of(config)}
+
+
+def _check_softmax_scale(config: Any) -> None:
+    """A softmax scale that attention took from the RoPE parameters when it was built would stay when they change."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    given = rope.get("mscale_all_dim") if rope.get("rope_type") != "default" else None
+    if given and config.model_type in SOFTMAX_MSCALE_FAMILIES:
+        raise ConfigError(
+            f"architecture {config.model_type!r} with mscale_all_dim={given!r}: its attention took a softmax scale "
+            "from that and the factor when it was built, which a patch cannot follow; edit config.json and load again"
+        )
 
 
 def _check_layers(layers: Iterable[int], base: nn.Module, adapter: Adapter) -> tuple[int, ...]:
@@ -504,6 +536,7 @@ def _config_fields(
     context = 0 if before["max_position_embeddings"] is _ABSENT else before["max_position_embeddings"]
     # Where a family has a share of its own, leaving out a share of 1 would mean that.
     says_share = "partial_rotary_factor" in str(before["rope_parameters"])
+    kept = read_by_attention(before["rope_parameters"])
 
     def words(one: RopeScaling, rope_types: Iterable[str]) -> dict[str, Any]:
         # Inside a layer type transformers does not see `truncate`.
@@ -511,7 +544,7 @@ def _config_fields(
         values = one.to_config(head_dim=head_dim, rope_types=frozenset(rope_types) - unseen)
         if says_share:
             values.setdefault("partial_rotary_factor", one.partial_rotary_factor)
-        return values
+        return kept | values
 
     def said(rope_types: Iterable[str]) -> dict[str, Any]:
         by_type = {name: words(one, rope_types) for name, one in plan.layers.items()}

@@ -18,8 +18,11 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 FAMILIES: dict[str, dict[str, Any]] = {
+    "afmoe": {"head_dim": 16, "num_experts": 4, "num_dense_layers": 1, **TWO_TYPES, **EXPERTS},
     "cohere": {"logit_scale": 1.0},
     "cohere2": {"logit_scale": 1.0, **TWO_TYPES},
+    "exaone4": TWO_TYPES,
+    "exaone_moe": {"num_experts": 4, "num_shared_experts": 1, "n_group": 1, "topk_group": 1, **TWO_TYPES, **EXPERTS},
     "falcon": {},
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, **TWO_TYPES},
@@ -48,9 +51,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 DETECTED: dict[str, dict[str, Any]] = {
     "apertus": {"rope_parameters": PLAIN},
     "ernie4_5": {"head_dim": 16},
-    "exaone4": TWO_TYPES,
     "glm4": {"head_dim": 16},
     "granite": {"attention_multiplier": 0.25},
+    "ministral3": {
+        "head_dim": 16,
+        "rope_parameters": {**PLAIN, "original_max_position_embeddings": 32, "llama_4_scaling_beta": 0.1},
+    },
     "mellum": {"head_dim": 16, "num_experts": 4, **TWO_TYPES, **EXPERTS},
     "persimmon": {},
     "phimoe": {"num_local_experts": 4},

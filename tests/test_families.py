@@ -21,8 +21,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from scaled_rope import METHODS, ConfigError, RopeScaling, patch_model, unpatch_model
 from scaled_rope.config import LayerPlan
+from scaled_rope.dialects import SOFTMAX_MSCALE_FAMILIES
 from scaled_rope.loading import load_model
-from scaled_rope.patch import ADAPTERS, adapter_of, computes, detect_adapter, head_dim_of, patched_plan, patched_scaling
+from scaled_rope.patch import (
+    ADAPTERS,
+    adapter_of,
+    computes,
+    detect_adapter,
+    head_dim_of,
+    layers_without_rope,
+    patched_plan,
+    patched_scaling,
+)
 from scaled_rope.rotary import ScaledRotaryEmbedding
 
 Make = Callable[..., PreTrainedModel]
@@ -528,10 +538,6 @@ def test_dynamic_forms_are_the_static_form_at_that_length(tiny_model: Make, toke
     plain = logits(model, tokens)
     own = RopeScaling.from_config(model.config)
     fields = {"original_max_position_embeddings": 32, "rope_theta": own.rope_theta}
-    if method == "default":
-        with pytest.raises(ConfigError):
-            RopeScaling(method, dynamic=True, **fields)
-        return
     patch_model(model, RopeScaling(method, dynamic=True, **fields))
     patch_model(static, RopeScaling(method, 1.5, **fields))
     assert distance(logits(model, tokens), logits(static, tokens)) < SAME
@@ -867,7 +873,7 @@ def test_gpt_oss_computes_the_yarn_of_its_family(tiny_model: Make, tokens: Tenso
     assert distance(logits(model, tokens), before) > CHANGED
 
 
-@pytest.mark.parametrize("family", ["cohere2", "smollm3"])
+@pytest.mark.parametrize("family", ["afmoe", "cohere2", "exaone4", "exaone_moe", "smollm3"])
 def test_layers_without_rope_stay_so_and_are_told(tiny_model: Make, tokens: Tensor, family: str) -> None:
     # Their attention ignores its tables, so other tables in the second layer change nothing.
     model, exact = tiny_model(family), tiny_model(family)
@@ -875,6 +881,69 @@ def test_layers_without_rope_stay_so_and_are_told(tiny_model: Make, tokens: Tens
     first, _ = attention_tables(model, tokens)
     force_tables(exact, [first, (torch.full_like(first[0], 0.5), first[1])])
     assert distance(logits(exact, tokens), logits(model, tokens)) < SAME
+
+
+def test_exaone_without_a_window_rotates_all_layers(tiny_model: Make, tokens: Tensor) -> None:
+    model = tiny_model("exaone4", sliding_window=None, layer_types=["full_attention"] * 2)
+    first, second = attention_tables(model, tokens)
+    before = logits(model, tokens)
+    force_tables(model, [first, (torch.full_like(second[0], 0.5), second[1])])
+    assert distance(logits(model, tokens), before) > CHANGED
+    assert layers_without_rope(model.config) == []
+    report = patch_model(tiny_model("exaone4", sliding_window=None, layer_types=["full_attention"] * 2), "yarn:4")
+    assert not any("no rotary embedding" in note for note in report.notes)
+
+
+# What attention itself reads from the RoPE parameters
+
+
+def test_what_attention_reads_at_every_pass_is_kept(tiny_model: Make, tokens: Tensor) -> None:
+    # Ministral 3 multiplies queries by 1 + β·ln(1 + ⌊position / L⌋), which acts on positions from 32 here.
+    model = tiny_model("ministral3")
+    for spec in ("default", "linear:4", "yarn:4,ramp=rotations", "dynamic-yarn"):
+        patch_model(model, spec)
+        rope = model.config.rope_parameters
+        assert (rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"]) == (0.1, 32)
+        assert RopeScaling.from_config(model.config) == patched_scaling(model)
+        twin = copy.deepcopy(model)
+        twin.config.rope_parameters["llama_4_scaling_beta"] = 0.0
+        off = (logits(twin, tokens) - logits(model, tokens)).abs().amax(dim=(0, 2))
+        assert off[:32].max() == 0 and off[32:].max() > 1e-3  # β matters to what it should and not to the rest
+
+
+def deepseek(**rope: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    heads = {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "q_lora_rank": None, "kv_lora_rank": 16}
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    experts |= {"moe_intermediate_size": 16}
+    settings = {**{k: v for k, v in TINY.items() if k != "head_dim"}, **heads, **experts, "initializer_range": 0.3}
+    config = transformers.DeepseekV3Config(**settings, rope_parameters={**PLAIN, **rope})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_a_softmax_scale_that_a_patch_cannot_follow_is_refused(tokens: Tensor, tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 1.0}
+    model = deepseek(**yarn, mscale_all_dim=1.0)
+    before, config = logits(model, tokens), copy.deepcopy(model.config.to_dict())
+    # Why: attention has kept the scale of a factor of 4, which no other RoPE parameters would give.
+    assert model.model.layers[0].self_attn.scaling == pytest.approx(32**-0.5 * (0.1 * math.log(4) + 1) ** 2)
+    for scaling in ("yarn:8", "default", RopeScaling.from_config(model.config)):
+        with pytest.raises(ConfigError, match="'deepseek_v3' with mscale_all_dim=1.0: its attention took"):
+            patch_model(model, scaling)
+    assert torch.equal(logits(model, tokens), before) and model.config.to_dict() == config
+    # As it is it can be read, and without that scale it can be patched, saved and loaded.
+    model.save_pretrained(tmp_path / "own")
+    assert distance(logits(load(tmp_path / "own"), tokens), before) < SAME
+    model = deepseek()
+    assert patch_model(model, "yarn:4").native
+    assert_vanilla_is_right_or_refuses(model, True, tokens, tmp_path / "patched")
+
+
+def test_the_list_of_families_with_a_softmax_scale_is_that_of_transformers() -> None:
+    # By the source of the models, because most of them cannot be built small.
+    models = Path(transformers.__file__).parent / "models"
+    reading = {path.parent.name for path in models.glob("*/modeling_*.py") if "mscale_all_dim" in path.read_text()}
+    assert reading == {name.removesuffix("_text") for name in SOFTMAX_MSCALE_FAMILIES}
 
 
 def test_computes_is_not_sure_of_a_module_that_switches(tiny_model: Make) -> None:
