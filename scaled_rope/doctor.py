@@ -43,7 +43,7 @@ from scaled_rope.dialects import (
     split_config,
 )
 from scaled_rope.errors import ConfigError
-from scaled_rope.loading import load_model, resolve_scaling
+from scaled_rope.loading import load_model, no_config, resolve_scaling
 from scaled_rope.methods import compute_rope
 from scaled_rope.patch import ADAPTERS, layers_without_rope, patched_plan, patched_scaling
 from scaled_rope.plots import check_format, plot_scaling, regimes_of, spans
@@ -189,16 +189,19 @@ def read_config_file(source: str | Path) -> dict[str, Any]:
         ConfigError: nothing there, not JSON, not a dictionary, or a hub that cannot be reached.
     """
     path = Path(source)
+    if not str(source):
+        raise ConfigError("model '': must be a folder, a config.json or a hub name")
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"model {str(source)!r} holds no config.json")
+            raise no_config(str(source))
         path = path / "config.json"
     if path.is_file():
         return _parse(path)
     name = str(source)
     # A hub name is OWNER/NAME; a folder here that is called like the owner speaks for a local path.
     if path.is_absolute() or len(path.parts) != 2 or path.suffix == ".json" or Path(path.parts[0]).is_dir():
-        raise ConfigError(f"model {name!r} does not exist")
+        hint = "" if "/" in name or path.suffix else ", and a hub name is OWNER/NAME"
+        raise ConfigError(f"model {name!r} does not exist{hint}")
     with _quiet():
         try:
             raw, _ = transformers.PreTrainedConfig.get_config_dict(name)
@@ -212,12 +215,23 @@ def read_config_file(source: str | Path) -> dict[str, Any]:
 
 
 def _parse(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        data = file.read(_MAX_CONFIG_BYTES + 1)
+    if data.startswith(b"GGUF"):
+        raise ConfigError(
+            f"model {str(path)!r} is a GGUF file; inspect reads config.json: name that of the model it was made from"
+        )
+    if len(data) > _MAX_CONFIG_BYTES:
+        raise ConfigError(f"config {str(path)!r} is larger than {_MAX_CONFIG_BYTES >> 20} MiB, which no config.json is")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(data)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {str(path)!r} is not JSON, and not text") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"config {str(path)!r} is not JSON: {_line(error)}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"config {str(path)!r} holds a {type(raw).__name__}: must be a dictionary")
+        kind = "null" if raw is None else f"a {type(raw).__name__}"
+        raise ConfigError(f"config {str(path)!r} holds {kind}: must be a dictionary")
     return raw
 
 
@@ -287,6 +301,9 @@ _PHI3_TYPES = ("default", "longrope")
 _MAX_HEAD_DIM = 65536
 """No model has heads so wide; a number beyond it is a slip, and a table that long would only fill the memory."""
 
+_MAX_CONFIG_BYTES = 16 << 20
+"""Somebody who names a file of weights should not wait until it has been read."""
+
 _FOREIGN = {  # what other programs call it, or have in addition: (neutral value, what to write instead)
     "attn_factor": (1.0, "vLLM multiplies 0.1·ln(s) + 1 by it; write their product as attention_factor"),
     "extrapolation_factor": (1.0, "vLLM and this package read it; in a spec: yarn:S,extrapolation_factor=X"),
@@ -296,7 +313,9 @@ _FOREIGN = {  # what other programs call it, or have in addition: (neutral value
     "alpha": (None, "the base grows as theta·alpha^(D/(D-2)): write that as rope_theta, or use the spec ntk:ALPHA"),
 }
 
-_TRAINED_WITH_THEIRS = ("gpt_oss", "olmo3", "gemma3_text", "deepseek_v2", "deepseek_v3", "deepseek_v32")
+_TRAINED_WITH_THEIRS = (
+    *("deepseek_v2", "deepseek_v3", "deepseek_v32", "gemma3_text", "gpt_oss", "ministral3", "mistral4", "olmo3"),
+)
 """Families whose published models were trained with the scaling in their configs."""
 _CHANGES_SHORT_PROMPTS = ("linear", "ntk", "ntk-by-parts", "part-ntk", "yarn", "ntk-mixed")
 
@@ -344,6 +363,8 @@ class _Examination:
         self.object, self.refusal = _build(raw)
         kind = self.text.get("model_type") or getattr(self.object, "model_type", None)
         self.model_type: str | None = kind if isinstance(kind, str) else None
+        if self.model_type is None and not self.rope and not self.text.keys() & _TOP_LEVEL and not self.findings:
+            raise ConfigError(f"config {source!r} says nothing about a model: no model_type, no key of RoPE")
         self.complete = self._completed()
         self.layer_type = self._checked_layer_type(layer_type)
         self.own: RopeScaling | None = None
@@ -359,6 +380,7 @@ class _Examination:
 
     def report(self) -> Report:
         self._check_names()
+        self._check_family()
         self._read()
         scaling = self.own
         if self.own is not None:
@@ -503,6 +525,20 @@ class _Examination:
                         f"{key!r} is no key that anything reads, so what it says has no effect.",
                         f"Probably meant: {near[0]!r}.",
                     )
+
+    def _check_family(self) -> None:
+        """Whether there is anything to scale."""
+        if self.object is None or hasattr(type(self.object), "rope_parameters"):
+            return
+        said = sorted({*self.text} & {"rope_scaling", "rope_parameters", "rope_theta"})
+        self.find(
+            "no-rope",
+            "error" if said else "warning",
+            f"transformers takes no RoPE parameters for models of type {self.model_type!r}"
+            + (f": {' and '.join(said)} have no effect." if said else ": most likely it has no rotary embedding."),
+            "Delete it; a scaling of RoPE does nothing for this model." if said else "Nothing in this report applies, unless its code "
+            "rotates by keys of its own.",
+        )
 
     def _check_keys(self) -> dict[str, Any]:
         """Keys of the RoPE dictionary that its rope_type does not have; transformers goes on without them."""
@@ -726,7 +762,8 @@ class _Examination:
                 "info",
                 f"Models of type {self.model_type} multiply the softmax scale by (0.1·mscale_all_dim·ln s + 1)² = "
                 f"{value:.4g} in their attention; the attention factor of cos and sin here is only the ratio of both "
-                "mscales.",
+                "mscales. That scale is fixed when the model is built.",
+                "To change the scaling edit config.json: patch_model refuses to leave that scale behind.",
             )
 
     def _check_dependence(self, scaling: RopeScaling) -> None:
@@ -1287,7 +1324,7 @@ def _say(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.6g}" if abs(value) < 1e5 or value != int(value) else f"{value:.0f}"
+        return f"{value:.6g}" if abs(value) < 1e5 or not value.is_integer() else f"{value:.0f}"
     if isinstance(value, list | tuple):
         return f"{len(value)} values, {min(value):.4g} to {max(value):.4g}"
     return "-" if value is None else str(value)

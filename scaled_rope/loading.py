@@ -149,7 +149,18 @@ def _check_local(name: str) -> None:
     if not path.exists() and (looks_local or (len(path.parts) == 2 and Path(path.parts[0]).is_dir())):
         raise ConfigError(f"model {name!r} does not exist")
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ConfigError(f"model {name!r} holds no config.json")
+        raise no_config(name)
+
+
+def no_config(folder: str) -> ConfigError:
+    """The error for a folder without config.json, by what is in it instead."""
+    if (Path(folder) / "adapter_config.json").is_file():
+        return ConfigError(f"model {folder!r} holds an adapter and no config.json: name its base model")
+    if any(Path(folder).glob("*.gguf")):
+        return ConfigError(
+            f"model {folder!r} holds a GGUF file and no config.json: name the folder of the model it was made from"
+        )
+    return ConfigError(f"model {folder!r} holds no config.json")
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> Any:

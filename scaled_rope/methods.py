@@ -155,9 +155,9 @@ class Llama3Params:
     def __post_init__(self) -> None:
         for name in ("low_freq_factor", "high_freq_factor"):
             _store(self, name, above=0)
-        if self.low_freq_factor >= self.high_freq_factor:
+        if self.low_freq_factor > self.high_freq_factor:  # Llama 4 has both at 1: a step
             raise ConfigError(
-                f"high_freq_factor={self.high_freq_factor:g}: must be above low_freq_factor={self.low_freq_factor:g}"
+                f"high_freq_factor={self.high_freq_factor:g}: must be at least low_freq_factor={self.low_freq_factor:g}"
             )
 
 
@@ -170,7 +170,8 @@ class Llama3Params:
     summary="a ramp in rotations from 1 to 4, without attention factor",
 )
 def llama3(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
-    """θ/s below `low_freq_factor` rotations over L, θ above `high_freq_factor`, linear in rotations between."""
+    """θ/s below `low_freq_factor` rotations over L, θ above `high_freq_factor`, linear in rotations between; a step
+    where both are the same."""
     params: Llama3Params = scaling.method_params
     inv_freq = _powers(scaling.rope_theta, dim, factor)
     keep = _rotation_ramp(scaling, inv_freq, params.high_freq_factor, params.low_freq_factor)
@@ -439,6 +440,8 @@ def _rotation_ramp(scaling: RopeScaling, inv_freq: Tensor, fast: float, slow: fl
     """Kept share γ(r) [D/2], linear in r(d) = L·θ_d/2π, the number of rotations over L (eq. 17-18)."""
     assert scaling.original_max_position_embeddings is not None  # validated by RopeScaling
     rotations = scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)
+    if fast == slow:
+        return (rotations > fast).to(inv_freq.dtype)
     return ((rotations - slow) / (fast - slow)).clamp(0, 1)
 
 

@@ -135,8 +135,8 @@ def one_line(error: pytest.ExceptionInfo[ConfigError]) -> str:
         ({"method": "longrope", "params": LISTS | {"long_factor": []}}, "long_factor=[]: must be a list"),
         ({"method": "longrope", "params": LISTS | {"long_factor": [1, 2, 0, 4]}}, "long_factor holds 0"),
         (
-            {"method": "llama3", "params": {"low_freq_factor": 4.0}},
-            "high_freq_factor=4: must be above low_freq_factor=4",
+            {"method": "llama3", "params": {"low_freq_factor": 5.0}},
+            "high_freq_factor=4: must be at least low_freq_factor=5",
         ),
         ({"method": "llama3", "params": {"low_freq": 4.0}}, "did you mean 'low_freq_factor'"),
         ({"method": "part-ntk", "params": {"linear_above": 1.5}}, "linear_above=1.5 must be below ntk_above=1.25"),

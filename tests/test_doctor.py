@@ -169,6 +169,45 @@ PYTHIA = {
     "rotary_emb_base": 10000,
     "rotary_pct": 0.25,
 }
+MINISTRAL3 = {
+    "model_type": "ministral3",
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "head_dim": 128,
+    "num_hidden_layers": 8,
+    "max_position_embeddings": 262144,
+    "rope_parameters": yarn(16.0, 16384, mscale=1.0, mscale_all_dim=1.0, beta_fast=32.0, beta_slow=1.0)
+    | {"rope_type": "yarn", "rope_theta": 1000000.0, "llama_4_scaling_beta": 0.1},
+}
+LLAMA4 = {
+    "model_type": "llama4_text",
+    "hidden_size": 5120,
+    "num_attention_heads": 40,
+    "head_dim": 128,
+    "num_hidden_layers": 8,
+    "max_position_embeddings": 10485760,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 16.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+EXAONE4 = {
+    "model_type": "exaone4",
+    "hidden_size": 5120,
+    "num_attention_heads": 40,
+    "head_dim": 128,
+    "num_hidden_layers": 8,
+    "max_position_embeddings": 131072,
+    "rope_theta": 1000000,
+    "sliding_window": 4096,
+    "sliding_window_pattern": "LLLG",
+    "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "rope_scaling": LLAMA3["rope_scaling"] | {"factor": 16.0},
+}
 FALCON = {
     "model_type": "falcon",
     "hidden_size": 4544,
@@ -211,6 +250,9 @@ PUBLISHED: dict[str, tuple[dict[str, Any], str, set[str]]] = {
     "SmolLM3": (SMOLLM3, "unscaled", {"layers-without-rope"}),
     "Cohere2": (COHERE2, "unscaled", {"layers-without-rope"}),
     "Pythia": (PYTHIA, "unscaled", set()),
+    "Ministral-3": (MINISTRAL3, "yarn x16 (attention_factor=1, beta_fast=32, beta_slow=1)", {"attention-key"}),
+    "Llama-4-Scout": (LLAMA4, "llama3 x16 (high_freq_factor=1)", set()),
+    "EXAONE-4.0-32B": (EXAONE4, "llama3 x16", {"layers-without-rope"}),
     "Falcon": (FALCON, "unscaled", {"family-theta"}),
 }
 
@@ -407,6 +449,19 @@ TRAPS: dict[str, tuple[dict[str, Any], str, str, set[str]]] = {
         scaled(COHERE2 | {"max_position_embeddings": 32768}, **yarn(4.0, 8192)),
         "layers-without-rope",
         "warning",
+        {STATIC},
+    ),
+    "a model without RoPE": ({"model_type": "gpt2", "n_positions": 1024}, "no-rope", "warning", set()),
+    "a scaling for a model without RoPE": (
+        {"model_type": "gpt2", "n_positions": 1024, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        "no-rope",
+        "error",
+        {STATIC, "no-theta", "unknown-original"},
+    ),
+    "llama_4_scaling_beta in a family that does not read it": (
+        scaled(LLAMA | WIDE, **yarn(8.0, 4096, llama_4_scaling_beta=0.1)),
+        "unknown-key",
+        "error",
         {STATIC},
     ),
     "an unknown rope_type": (scaled(LLAMA, type="yarm", factor=8.0), "unknown-type", "error", set()),
@@ -712,7 +767,15 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     [
         (["inspect", "{}/none"], "does not exist"),
         (["inspect", "none.json"], "does not exist"),
-        (["inspect", "none"], "does not exist"),
+        (["inspect", "none"], "does not exist, and a hub name is OWNER/NAME"),
+        (["inspect", ""], "must be a folder"),
+        (["inspect", "{}/empty.json"], "says nothing about a model"),
+        (["inspect", "{}/gguf/model.gguf"], "is a GGUF file"),
+        (["inspect", "{}/picture.png"], "is not JSON, and not text"),
+        (["inspect", "{}/null.json"], "holds null: must be a dictionary"),
+        (["inspect", "{}/gguf"], "holds a GGUF file and no config.json"),
+        (["inspect", "{}/adapter"], "holds an adapter and no config.json"),
+        (["export", "{}/adapter", "--for", "vllm"], "holds an adapter and no config.json"),
         (["inspect", "{}"], "holds no config.json"),
         (["inspect", "{}/broken.json"], "is not JSON"),
         (["inspect", "{}/list.json"], "holds a list: must be a dictionary"),
@@ -732,6 +795,12 @@ def test_bad_input_is_one_line(arguments, message: str, tmp_path: Path, capsys: 
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "good.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "empty.json").write_text("{}")
+    (tmp_path / "null.json").write_text("null")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    for name in ("gguf/model.gguf", "adapter/adapter_config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"GGUF\x03\x00\x00\x00")
     assert main([argument.format(tmp_path) for argument in arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

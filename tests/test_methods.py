@@ -39,6 +39,7 @@ VARIANTS: list[dict[str, Any]] = [
     },
     {"method": "llama3"},
     {"method": "llama3", "params": {"low_freq_factor": 2.0, "high_freq_factor": 32.0}},
+    {"method": "llama3", "params": {"high_freq_factor": 1.0}},
     {"method": "ntk-mixed"},
     {"method": "ntk-mixed", "params": {"exponent": 1.5}},
 ]
@@ -202,18 +203,15 @@ def test_equals_transformers_in_its_other_types(head_dim):
             base = theta * (3 * s) ** (head_dim / (head_dim - 2))  # no larger base occurs
             expect(compute_rope(scaling, head_dim, seq_len=length)[0], theirs, rtol=(math.log(base) + 4) * UNIT)
 
-        bounds = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        config.rope_parameters = {
-            "rope_type": "llama3",
-            **shared,
-            **bounds,
-            "original_max_position_embeddings": original,
-        }
-        theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-        scaling = RopeScaling.from_config(config)
-        assert scaling == RopeScaling("llama3", s, original, theta)
-        # The share (r - 1)/(4 - 1) is off by up to 4/3 of the error of r, and counts s-fold in the result.
-        expect(compute_rope(scaling, head_dim)[0], theirs, rtol=units * (1 + s * 4 / 3) * UNIT)
+        for high in (4.0, 1.0):  # Llama 4 has both bounds at 1
+            bounds = {"low_freq_factor": 1.0, "high_freq_factor": high}
+            length = {"original_max_position_embeddings": original}
+            config.rope_parameters = {"rope_type": "llama3", **shared, **bounds, **length}
+            theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+            scaling = RopeScaling.from_config(config)
+            assert scaling == RopeScaling("llama3", s, original, theta, params={"high_freq_factor": high})
+            # The share (r - 1)/(4 - 1) is off by up to 4/3 of the error of r, and counts s-fold in the result.
+            expect(compute_rope(scaling, head_dim)[0], theirs, rtol=units * (1 + s * 4 / 3) * UNIT)
 
         lists = {"short_factor": [1.0 + d / 10 for d in range(half)], "long_factor": [1.5 + d for d in range(half)]}
         for explicit in ({}, {"attention_factor": 1.19}):
