@@ -187,6 +187,11 @@ def nested_types(rope: Mapping[str, Any]) -> list[str]:
     return [key for key, value in rope.items() if isinstance(value, Mapping) and key != "params"]
 
 
+def has_rope(config: Any) -> bool:
+    """Whether the class of a transformers config has RoPE parameters; GPT-2's and BERT's, for example, have none."""
+    return hasattr(type(config), "rope_parameters")
+
+
 def attention_keys(model_type: object) -> tuple[str, ...]:
     """Keys that may stand in a family's RoPE dictionary and say nothing about frequencies; all of them for None."""
     return _ATTENTION_KEYS if model_type is None or model_type in _ATTENTION_KEY_FAMILIES else ()

@@ -36,6 +36,7 @@ from scaled_rope.dialects import (
     SOFTMAX_MSCALE_FAMILIES,
     Note,
     attention_keys,
+    has_rope,
     is_number,
     is_positive_whole,
     native_type,
@@ -417,8 +418,9 @@ class _Examination:
 
     def _completed(self) -> dict[str, Any]:
         """The text part as written, with the sizes that the config class fills in."""
-        names = ["qk_rope_head_dim", "max_position_embeddings", "head_dim", "hidden_size", "num_attention_heads", "layer_types"]
-        names += ["original_max_position_embeddings", "sliding_window", "num_hidden_layers", "model_type"]
+        names = ["max_position_embeddings", "original_max_position_embeddings", "sliding_window"]
+        names += ["head_dim", "qk_rope_head_dim", "hidden_size", "num_attention_heads"]
+        names += ["layer_types", "num_hidden_layers", "model_type"]
         filled = {name: getattr(self.object, name, None) for name in names} if self.object is not None else {}
         written = {name: value for name, value in self.text.items() if value is not None}
         return {name: value for name, value in filled.items() if value is not None} | written
@@ -488,7 +490,8 @@ class _Examination:
         if note.code == "no-original":
             self._judge_missing_original(note)
             return
-        if note.code == "lone-mscale" and self.model_type in SOFTMAX_MSCALE_FAMILIES and "mscale_all_dim" in note.text[:15]:
+        twice = self.model_type in SOFTMAX_MSCALE_FAMILIES and note.text.startswith("mscale_all_dim")
+        if note.code == "lone-mscale" and twice:
             self.find(
                 "mscale-twice",
                 "warning",
@@ -528,17 +531,16 @@ class _Examination:
 
     def _check_family(self) -> None:
         """Whether there is anything to scale."""
-        if self.object is None or hasattr(type(self.object), "rope_parameters"):
+        if self.object is None or has_rope(self.object):
             return
         said = sorted({*self.text} & {"rope_scaling", "rope_parameters", "rope_theta"})
-        self.find(
-            "no-rope",
-            "error" if said else "warning",
-            f"transformers takes no RoPE parameters for models of type {self.model_type!r}"
-            + (f": {' and '.join(said)} have no effect." if said else ": most likely it has no rotary embedding."),
-            "Delete it; a scaling of RoPE does nothing for this model." if said else "Nothing in this report applies, unless its code "
-            "rotates by keys of its own.",
-        )
+        text = f"transformers takes no RoPE parameters for models of type {self.model_type!r}: "
+        if said:
+            text += f"{' and '.join(said)} {'has' if len(said) == 1 else 'have'} no effect."
+            self.find("no-rope", "error", text, "Delete it; a scaling of RoPE does nothing for this model.")
+        else:
+            text += "most likely it has no rotary embedding, and then nothing in this report applies."
+            self.find("no-rope", "warning", text)
 
     def _check_keys(self) -> dict[str, Any]:
         """Keys of the RoPE dictionary that its rope_type does not have; transformers goes on without them."""

@@ -23,7 +23,7 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from scaled_rope.config import RopeScaling
-from scaled_rope.dialects import nested_types
+from scaled_rope.dialects import SOFTMAX_MSCALE_FAMILIES, has_rope, nested_types, read_by_attention
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.gguf_files import GgufRope, add_rope
 from scaled_rope.loading import DEFAULT_MODEL, load_config, resolve_scaling
@@ -204,6 +204,8 @@ def export(scaling: RopeScaling | str, config: Any, target: Target | str, length
             raise unknown("target", target, TARGETS)
         target = TARGETS[target]
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not has_rope(config):
+        raise ConfigError(f"transformers takes no RoPE parameters for model_type {config.model_type!r}")
     if isinstance(scaling, str):
         scaling = resolve_scaling(scaling, RopeScaling.from_config(config))
     if length is not None and length < 1:
@@ -243,6 +245,13 @@ def _no_words(request: Request, target: Target) -> str:
         return f"{scaling.method!r} changes attention itself; no server computes it: use patch_model of this package"
     if nested_types(request.carried):
         return "the config has a scaling per layer type: save the model that patch_model made instead"
+    model_type, carried = request.config.model_type, request.carried
+    softmax = carried.get("mscale_all_dim") if carried.get("rope_type") != "default" else None
+    if softmax and model_type in SOFTMAX_MSCALE_FAMILIES:
+        return (
+            f"the attention of {model_type} models takes a softmax scale from mscale_all_dim={softmax!r} as well, "
+            "which words for a scaling would drop: serve the checkpoint as it is"
+        )
     if scaling.dynamic:
         static = target.static or "it has no words for it: use patch_model of this package"
         if target.static:
@@ -300,7 +309,20 @@ def _native(request: Request) -> dict[str, Any] | None:
     """`rope_parameters` in the words of transformers, or None."""
     if not request.scaling.is_native(request.head_dim):
         return None
-    return request.scaling.to_config(head_dim=request.head_dim)
+    return _with_kept(request, request.scaling.to_config(head_dim=request.head_dim))
+
+
+def _with_kept(request: Request, rope: dict[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` with what the family's attention reads in them.
+
+    Raises:
+        ConfigError: that is L, and these words have another.
+    """
+    kept = read_by_attention(request.carried)
+    for name in kept.keys() & rope.keys():
+        if kept[name] != rope[name]:
+            raise ConfigError(f"{name}={rope[name]}: the attention of this model reads {kept[name]} there")
+    return kept | rope
 
 
 def divisors(scaling: RopeScaling, head_dim: int, length: int) -> list[float]:
@@ -323,7 +345,8 @@ def _table(request: Request) -> dict[str, Any]:
     values["original_max_position_embeddings"] = request.length
     if scaling.partial_rotary_factor != 1.0:
         values["partial_rotary_factor"] = scaling.partial_rotary_factor
-    return values | {"short_factor": table, "long_factor": table, "attention_factor": attention_factor}
+    values |= {"short_factor": table, "long_factor": table, "attention_factor": attention_factor}
+    return _with_kept(request, values)
 
 
 _TABLE_NOTE = "the frequencies are spelled out under the name longrope; keep the original config.json for training"

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import importlib.util
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -122,6 +123,9 @@ def _reading(what: str, name: str) -> Iterator[None]:
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    hub = logging.getLogger("huggingface_hub")  # it logs every try to reach the hub
+    hub_level = hub.level
+    hub.setLevel(logging.CRITICAL)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     try:
@@ -136,6 +140,7 @@ def _reading(what: str, name: str) -> Iterator[None]:
         raise ConfigError(f"{what} {name!r} cannot be read: {_first_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+        hub.setLevel(hub_level)
         if bars:
             transformers_logging.enable_progress_bar()
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -360,6 +361,39 @@ def test_a_checkpoint_in_our_own_words_becomes_servable(target: str, tmp_path: P
     assert run() == 0
     rotary = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path / "out"))
     torch.testing.assert_close(rotary.inv_freq, compute_rope(scaling, HEAD_DIM)[0], rtol=1e-6, atol=0)
+
+
+MINISTRAL = {"head_dim": 16, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.mark.parametrize("target", ["transformers", "vllm", "sglang"])
+def test_what_attention_reads_from_the_rope_parameters_is_kept(target: str) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1}
+    rope["original_max_position_embeddings"] = 256
+    config = transformers.Ministral3Config(**MINISTRAL, max_position_embeddings=256, rope_parameters=dict(rope))
+    for spec in ("default", "linear:4", "yarn:4"):
+        report = export(spec, config, target)
+        words = report.config["rope_parameters"]
+        assert report.status == "exact"
+        assert (words["llama_4_scaling_beta"], words["original_max_position_embeddings"]) == (0.1, 256)
+        assert 'llama_4_scaling_beta": null' not in " ".join(report.flags)
+    # Frequencies are spelled out with another L, which attention would take for its own.
+    refused = export("ntk-mixed:4", config, target)
+    assert refused.status == "refused" and "the attention of this model reads 256 there" in refused.reason
+
+
+def test_a_softmax_scale_that_words_would_drop_is_refused() -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 4096}
+    for scale, status in ((1.0, "refused"), (None, "exact")):
+        rope = yarn | ({"mscale": scale, "mscale_all_dim": scale} if scale else {})
+        report = export("checkpoint", transformers.DeepseekV3Config(rope_parameters=rope), "vllm")
+        assert report.status == status
+        assert ("takes a softmax scale from mscale_all_dim=1.0" in report.reason) == (status == "refused")
+
+
+def test_a_model_without_rope_is_refused() -> None:
+    with pytest.raises(ConfigError, match="takes no RoPE parameters for model_type 'gpt2'"):
+        export("default", transformers.GPT2Config(), "vllm")
 
 
 def test_interleaving_turns_the_same_pairs() -> None:
