@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import inspect
 import json
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -64,9 +66,17 @@ def _parser(name: str | None) -> tuple[argparse.ArgumentParser, Any]:
 # scaled-rope methods --------------------------------------------------------------------------------------------------
 
 
+MODIFIERS = {
+    "dynamic-METHOD": "s = max(factor, l'/L), l' the length of each row at every pass (YaRN § 3.3)",
+    "resonance=true": "every wavelength rounded to a whole number of tokens (Resonance RoPE, arXiv 2403.00071)",
+}
+"""What a spec may add to a method."""
+
+
 def _add_methods_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--json", action="store_true", help="print a JSON object")
+    add("name", nargs="?", metavar="METHOD", help="all about this one (default: a list of all)")
+    add("--json", action="store_true", help="print a JSON list")
     add("--figures", metavar="DIR", help="draw one SVG per method, and an overview")
     add("--head-dim", type=int, default=128, metavar="N", help="of the figures: rotated dimensions (default: 128)")
     add("--theta", type=float, default=1e4, metavar="B", help="of the figures: rope_theta (default: 10000)")
@@ -82,20 +92,49 @@ def _run_methods(args: argparse.Namespace) -> int:
         print(json.dumps([str(path) for path in paths]) if args.json else "\n".join(f"wrote {path}" for path in paths))
         return 0
     rows = method_rows()
+    if args.name is not None:
+        known = [row["name"] for row in rows]
+        if args.name not in known:
+            raise unknown("method", args.name, known)
+        rows = [row for row in rows if row["name"] == args.name]
     if args.json:
         print(json.dumps(rows, indent=1))
-        return 0
-    table = [("method", "in transformers", "dynamic form", "what it does (source)", "takes")]
+    else:
+        print("\n".join(_list_methods(rows) if args.name is None else _describe_method(rows[0])))
+    return 0
+
+
+def _list_methods(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """One line per method."""
+    table = [("method", "", "what it does to the frequencies θ", "source")]
     for row in rows:
-        dynamic = f"dynamic-{row['name']}" if row["dynamic"] else f"none: {row['no_dynamic']}"
-        own = [name if value is None else f"{name}={value:g}" for name, value in row["parameters"].items()]
-        native = f'"{row["native"]}"' if row["native"] else "no"
-        does = f"{row['summary']} ({row['source']})" + ("; depends on the length" if row["length_dependent"] else "")
-        table.append((row["name"], native, dynamic, does, ", ".join([*row["fields"], *own]) or "nothing"))
+        marks = ("d" if row["dynamic"] else "-") + ("t" if row["native"] else "-")
+        table.append((row["name"], marks + ("l" if row["length_dependent"] else "-"), row["summary"], row["source"]))
     widths = [max(len(cells[column]) for cells in table) for column in range(len(table[0]))]
     for cells in table:
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip())
-    return 0
+        yield "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()
+    yield ""
+    yield "d: has a dynamic form   t: transformers has a rope_type for it   l: depends on the length by itself"
+    yield "added to a method:"
+    for name, text in MODIFIERS.items():
+        yield f"  {name}  {text}"
+    yield "all about one: scaled-rope methods METHOD; one on a model: scaled-rope inspect MODEL --scaling METHOD:FACTOR"
+
+
+def _describe_method(row: dict[str, Any]) -> Iterator[str]:
+    """All about one method."""
+    own = [name if value is None else f"{name}={value:g}" for name, value in row["parameters"].items()]
+    yield f"{row['name']}: {row['summary']}"
+    yield ""
+    yield from textwrap.indent(row["formula"], "  ").splitlines()
+    yield ""
+    dynamic = f"dynamic-{row['name']}" if row["dynamic"] else f"none: {row['no_dynamic']}"
+    native = f'rope_type "{row["native"]}"' if row["native"] else "has no words for it; see scaled-rope export"
+    taken = ", ".join([*row["fields"], *own]) or "nothing"
+    lines = {"source": row["source"], "takes": taken, "dynamic form": dynamic, "transformers": native}
+    lines["needs L"] = "yes, original_max_position_embeddings" if row["needs_original"] else "no"
+    for name, text in lines.items():
+        yield f"  {name:<12}  {text}"
 
 
 def method_rows() -> list[dict[str, Any]]:
@@ -114,6 +153,7 @@ def method_rows() -> list[dict[str, Any]]:
                 "name": row.name,
                 "summary": row.summary,
                 "source": row.source,
+                "formula": inspect.cleandoc(row.fn.__doc__ or ""),
                 "kind": row.kind,
                 "fields": sorted(row.fields),
                 "parameters": defaults,

@@ -53,7 +53,7 @@ class Method:
     fields: frozenset[str]
     """The optional fields of `RopeScaling` that the method takes; any other one that is set is an error."""
     source: str
-    """Where the formula is from."""
+    """Where the formula is from: a paper's arXiv number, or an address."""
     summary: str
     """One line for tables and error messages."""
     params_type: type | None = None

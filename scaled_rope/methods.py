@@ -43,20 +43,22 @@ def register(
     return add
 
 
-@register("default", fields=(), no_dynamic="it has no scale", source="eq. 5", summary="unscaled RoPE")
+@register(
+    "default", fields=(), no_dynamic="it has no scale", source="RoFormer, arXiv 2104.09864", summary="unscaled RoPE"
+)
 def default(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """θ_d = b^(-2d/D)."""
     inv_freq = _powers(scaling.rope_theta, dim, factor)
     return inv_freq.expand(*factor.shape, dim // 2), torch.ones_like(factor)
 
 
-@register("linear", fields=_SCALED, source="eq. 10, 12", summary="position interpolation (PI)")
+@register("linear", fields=_SCALED, source="arXiv 2306.15595; YaRN eq. 10, 12", summary="position interpolation (PI)")
 def linear(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """θ_d / s: dividing every position by s is dividing every frequency."""
     return _powers(scaling.rope_theta, dim, factor) / factor[..., None], torch.ones_like(factor)
 
 
-@register("ntk", fields=_SCALED, source="eq. 14-16", summary="NTK-aware: a larger base")
+@register("ntk", fields=_SCALED, source="arXiv 2309.00071 (YaRN), eq. 14-16", summary="NTK-aware: a larger base")
 def ntk(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """b'^(-2d/D) with b' = b·s^(D/(D-2)): the lowest frequency ends at θ/s, the highest stays."""
     theta = ntk_theta(scaling.rope_theta, factor[..., None], dim)
@@ -67,7 +69,7 @@ def ntk(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) 
     "ntk-by-parts",
     fields=_BY_PARTS,
     needs_original=True,
-    source="eq. 17-20; ramp of the released code",
+    source="arXiv 2309.00071 (YaRN), eq. 17-20",
     summary="YaRN's frequencies without its attention factor",
 )
 def ntk_by_parts(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -87,7 +89,7 @@ def ntk_by_parts(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor
     "yarn",
     fields=(*_BY_PARTS, "attention_factor", "mscale"),
     needs_original=True,
-    source="eq. 17-22",
+    source="arXiv 2309.00071 (YaRN), eq. 17-22",
     summary="NTK-by-parts and an attention temperature",
 )
 def yarn(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -126,8 +128,8 @@ class PartNtkParams:
     fields=(*_SCALED, "extrapolation_factor"),
     params_type=PartNtkParams,
     needs_original=True,
-    source="the released code's first 'NTK-by-parts'",
-    summary="θ/s for long waves, NTK-aware for middle ones, θ for short ones",
+    source="first NTK-by-parts, github.com/jquesnelle/yarn",
+    summary="θ/s for long waves, NTK-aware for middle, θ for short",
 )
 def part_ntk(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """Two ramps in the dimension index: linear to NTK-aware around one rotation, then to unscaled from 2 to 16."""
@@ -166,8 +168,8 @@ class Llama3Params:
     fields=_SCALED,
     params_type=Llama3Params,
     needs_original=True,
-    source="Llama 3.1 (Meta 2024), as in transformers",
-    summary="a ramp in rotations from 1 to 4, without attention factor",
+    source="Llama 3.1, arXiv 2407.21783",
+    summary="a ramp in rotations from 1 to 4, no attention factor",
 )
 def llama3(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """θ/s below `low_freq_factor` rotations over L, θ above `high_freq_factor`, linear in rotations between; a step
@@ -208,8 +210,8 @@ class LongRopeParams:
     needs_original=True,
     length_dependent=True,
     no_dynamic="its frequencies switch at L already",
-    source="LongRoPE (arXiv 2402.13753), as in transformers",
-    summary="a searched divisor per frequency, one list up to L and one beyond",
+    source="LongRoPE, arXiv 2402.13753, as in transformers",
+    summary="a divisor per frequency, one list up to L, one beyond",
 )
 def longrope(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """θ_d / short_d for sequences up to L, θ_d / long_d for longer ones; attention factor sqrt(1 + ln s / ln L).
@@ -248,7 +250,7 @@ class AbfParams:
     params_type=AbfParams,
     factor_optional=True,
     no_dynamic="its base does not depend on s",
-    source="adjusted base frequency (arXiv 2309.16039); Code Llama",
+    source="adjusted base frequency, arXiv 2309.16039",
     summary="another base, chosen by hand",
 )
 def abf(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -263,8 +265,8 @@ def abf(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) 
     needs_original=True,
     length_dependent=True,
     no_dynamic="it is one already",
-    source="'dynamic' of transformers",
-    summary="a base that grows with the length: α·l'/L - (α-1) in place of s",
+    source="'dynamic', github.com/huggingface/transformers",
+    summary="a base that grows with the length, s = α·l'/L - (α-1)",
 )
 def dynamic_ntk(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """NTK-aware at s = α·l'/L - (α-1), α the factor; unscaled up to L. With α = 1 it is the dynamic form of `ntk`."""
@@ -289,7 +291,7 @@ class NtkMixedParams:
     "ntk-mixed",
     fields=_SCALED,
     params_type=NtkMixedParams,
-    source="'NTK-RoPE-mixed' (Su 2023, blog)",
+    source="NTK-RoPE-mixed (Su), kexue.fm/archives/9706",
     summary="θ_m / exp(a·m^0.625): a smooth change from θ to θ/s",
 )
 def ntk_mixed(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -313,8 +315,8 @@ class ProportionalParams:
     fields=_SCALED,
     params_type=ProportionalParams,
     factor_optional=True,
-    source="p-RoPE (arXiv 2410.06205), as in transformers",
-    summary="the lowest frequencies set to 0, the others divided by s",
+    source="p-RoPE, arXiv 2410.06205, as in transformers",
+    summary="the lowest frequencies 0, the others divided by s",
 )
 def proportional(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """θ_d / s for the first fraction·D/2 frequencies, 0 for the rest."""
@@ -349,7 +351,7 @@ _CLIPPED: dict[str, Any] = {
 
 @register(
     "cope",
-    source="Clipped RoPE (arXiv 2602.05258)",
+    source="Clipped RoPE, arXiv 2602.05258",
     summary="the lowest frequencies tapered to 0 by a cosine",
     **_CLIPPED,
 )
@@ -362,7 +364,7 @@ def cope(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None)
 
 @register(
     "hardclip",
-    source="Clipped RoPE (arXiv 2602.05258), its baseline",
+    source="the baseline of Clipped RoPE, arXiv 2602.05258",
     summary="the lowest frequencies set to 0",
     **_CLIPPED,
 )

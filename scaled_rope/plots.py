@@ -145,6 +145,13 @@ def _wavelengths(inv_freq: Sequence[float]) -> list[float]:
     return [2 * math.pi / value if value else math.nan for value in inv_freq]
 
 
+def _turns(original: int, wavelength: Any) -> Any:
+    """Turns over L of a wavelength in tokens, or the wavelength of so many turns; matplotlib also asks for 0."""
+    import numpy
+
+    return original / numpy.maximum(wavelength, 1e-30)
+
+
 def _shade(axes: Any, names: Sequence[str]) -> None:
     for name, first, last in spans(names):
         axes.axvspan(first - 0.5, last + 0.5, color=REGIME_COLORS[name], alpha=0.13, linewidth=0)
@@ -167,8 +174,11 @@ def _mark_length(axes: Any, length: float, text: str, count: int) -> None:
     axes.annotate(text, (0.02 * count, length), xytext=(0, 2), textcoords="offset points", va="bottom", fontsize=8)
 
 
-def _wavelength_panel(axes: Any, scaling: RopeScaling, lines: Mapping[str, Sequence[float]], lengths: bool) -> None:
-    """Wavelength against dimension, the first of `lines` being unscaled, with marks at L and L'."""
+def _wavelength_panel(
+    axes: Any, scaling: RopeScaling, lines: Mapping[str, Sequence[float]], lengths: bool, turns: bool = False
+) -> None:
+    """Wavelength against dimension, the first of `lines` being unscaled, with marks at L and L'; turns: an axis of
+    rotations over L on the right."""
     count = 0
     colors = iter(_LINES * 4)
     for index, (label, inv_freq) in enumerate(lines.items()):
@@ -181,6 +191,12 @@ def _wavelength_panel(axes: Any, scaling: RopeScaling, lines: Mapping[str, Seque
     axes.set_xlabel("dimension d")
     axes.set_ylabel("wavelength 2π/θ, tokens")
     original, extended = scaling.original_max_position_embeddings, scaling.max_position_embeddings
+    if original is not None and turns:
+        # The same curves, read on the right: how often a frequency turns within L.
+        right = axes.secondary_yaxis("right", functions=(partial(_turns, original), partial(_turns, original)))
+        right.set_ylabel("turns over L")
+        right.spines["right"].set_visible(True)
+        right.minorticks_off()
     if original is not None:
         _mark_length(axes, original, f"L = {original}", count)
     if lengths and extended is not None and original is not None and extended > original:
@@ -223,7 +239,8 @@ def plot_scaling(scaling: RopeScaling, head_dim: int, path: Path, title: str, le
         figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(7.2, 6.2), sharex=True, height_ratios=(2, 1))
         for axes in (top, bottom):
             _shade(axes, names)
-        _wavelength_panel(top, scaling, {"unscaled": theta, scaling.label: scaled}, lengths=True)
+        label = scaling.label if length is None else f"{scaling.label} at {length} tokens"
+        _wavelength_panel(top, scaling, {"unscaled": theta, label: scaled}, lengths=True, turns=True)
         top.set_xlabel("")
         top.set_title(title)
         top.legend(loc="lower right")
@@ -268,17 +285,18 @@ def example(method: str, head_dim: int, theta: float, original: int, factor: flo
 
 
 def write_figures(folder: Path, head_dim: int, theta: float, original: int, factor: float) -> list[Path]:
-    """One SVG per method that has frequencies, and `overview.svg`; the files' paths.
+    """One SVG per method that has frequencies, `overview.svg` and `resonance.svg`; the files' paths.
 
     Raises:
         ConfigError: matplotlib is missing; numbers that a method cannot use.
     """
     names = [name for name, row in METHODS.items() if row.kind == "frequency"]
     scalings = {name: example(name, head_dim, theta, original, factor) for name in names}
-    paths = [folder / "overview.svg", *(folder / f"{name}.svg" for name in names)]
+    paths = [folder / "overview.svg", *(folder / f"{name}.svg" for name in names), folder / "resonance.svg"]
     with _drawing() as pyplot:
+        _draw_resonance(pyplot, scalings["yarn"], head_dim, paths[-1])
         _draw_overview(pyplot, scalings, head_dim, int(original * factor), paths[0])
-        for path, scaling in zip(paths[1:], scalings.values(), strict=True):
+        for path, scaling in zip(paths[1:-1], scalings.values(), strict=True):
             _draw_method(pyplot, scaling, head_dim, factor, path)
     return paths
 
@@ -309,6 +327,25 @@ def _draw_method(pyplot: Any, scaling: RopeScaling, head_dim: int, factor: float
     _legend_of_regimes(right, names, loc=_free_corner(tables[-1][2]))
     title = f"longrope x{factor:g}" if scaling.method == "longrope" else scaling.label
     figure.suptitle(f"{title}, attention factor {factors[-1]:.4g}", x=0.01, ha="left", fontsize=10)
+    _save(figure, path)
+    pyplot.close(figure)
+
+
+def _draw_resonance(pyplot: Any, scaling: RopeScaling, head_dim: int, path: Path) -> None:
+    """What whole wavelengths change: the short ones seen closely, and the change of all in percent."""
+    whole = RopeScaling.from_dict({**scaling.to_dict(), "resonance": True})
+    before, after = (_wavelengths(_tables(one, head_dim, None)[1]) for one in (scaling, whole))
+    shown = max(4, sum(wavelength < 30 for wavelength in before))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(7.6, 2.9))
+    left.plot(range(shown), before[:shown], color=_GREY, linestyle="--", label=scaling.label)
+    left.plot(range(shown), after[:shown], color=_LINES[0], drawstyle="steps-mid", label="with resonance=true")
+    left.set(xlabel="dimension d", ylabel="wavelength 2π/θ, tokens", xlim=(-0.5, shown - 0.5))
+    left.legend(loc="upper left")
+    change = [100 * (b / a - 1) for a, b in zip(before, after, strict=True)]
+    right.axhline(0, color=_INK, linewidth=0.9)
+    right.plot(range(len(change)), change, color=_LINES[0])
+    right.set(xlabel="dimension d", ylabel="change of wavelength, %", xlim=(-0.5, len(change) - 0.5))
+    figure.suptitle(f"resonance, on top of {scaling.label}", x=0.01, ha="left", fontsize=10)
     _save(figure, path)
     pyplot.close(figure)
 

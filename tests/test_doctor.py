@@ -787,6 +787,7 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         (["inspect"], "MODEL_OR_CONFIG"),
         (["inspct", "x"], "unknown command 'inspct'; did you mean 'inspect'?"),
         ([], "a command is missing"),
+        (["methods", "yarm"], "unknown method 'yarm'; did you mean 'yarn'?"),
         (["methods", "--figures", "{}", "--factor", "0.5"], "factor=0.5"),
         (["methods", "--figures", "{}", "--head-dim", "7"], "head_dim=7"),
     ],
@@ -871,7 +872,15 @@ def test_methods_are_listed(capsys: pytest.CaptureFixture[str]):
     assert (natives["yarn"], natives["ntk"], natives["cope"]) == ("yarn", "default", None)
     assert main(["methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["method", *METHODS]
+    assert [line.split()[0] for line in lines[: lines.index("")]] == ["method", *METHODS]
+    assert max(map(len, lines)) <= 120
+    for method in METHODS:
+        assert main(["methods", method]) == 0
+        assert METHODS[method].source in capsys.readouterr().out
+    for row in rows:
+        # A source is something that can be looked up.
+        assert re.search(r"arXiv \d{4}\.\d{5}|\w\.\w+/\w", row["source"]), row["source"]
+        assert row["formula"]
 
 
 DOCS = ROOT / "docs" / "methods.md"
@@ -887,7 +896,7 @@ def test_every_method_has_a_section_and_a_figure():
     text = DOCS.read_text()
     sections = re.findall(r"^### `(.+)`", text, re.MULTILINE)
     assert sections == list(METHODS)
-    drawn = ["overview", *(name for name, row in METHODS.items() if row.kind == "frequency")]
+    drawn = ["overview", *(name for name, row in METHODS.items() if row.kind == "frequency"), "resonance"]
     assert re.findall(r"\(images/methods/(.+)\.svg\)", text) == drawn
     assert sorted(path.name for path in FIGURES.iterdir()) == sorted(f"{name}.svg" for name in drawn)
     parts = dict(zip(sections, re.split(r"^### `.+`.*$", text, flags=re.MULTILINE)[1:], strict=True))
