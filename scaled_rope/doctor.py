@@ -14,6 +14,8 @@ import difflib
 import json
 import logging
 import math
+import shutil
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -1233,7 +1235,7 @@ def _lay_out(report: Report, full: bool) -> Iterator[str]:
         width = max(len(number.name) for number in report.numbers)
         for number in report.numbers:
             value = _say(number.value)
-            yield f"  {number.name:<{width}}  {value:<12}" + (f"  {number.origin}" if number.origin else "")
+            yield f"  {number.name:<{width}}  {value:<12}  {number.origin}".rstrip()
         native = f'yes, as rope_type "{report.native}"' if report.native else "no"
         yield f"  {'native to transformers':<{width}}  {native}"
     for name, scaling in report.layers.items():
@@ -1251,10 +1253,14 @@ def _lay_out(report: Report, full: bool) -> Iterator[str]:
     counts = {level: sum(f.level == level for f in report.findings) for level in _LEVELS}
     words = [f"{n} {level}{'s' if n > 1 and level != 'info' else ''}" for level, n in counts.items() if n]
     yield f"findings: {', '.join(words)}"
+    # Wide enough that a command or a name in a text is not cut, narrow enough to read.
+    width = min(max(shutil.get_terminal_size((100, 0)).columns, 60), 110)
     for finding in report.findings:
-        yield f"  {finding.level} [{finding.code}] {finding.text}"
+        opening = f"  {finding.level} [{finding.code}] "
+        yield from textwrap.wrap(opening + finding.text, width, subsequent_indent=" " * 6, break_long_words=False)
         if finding.remedy:
-            yield f"      {finding.remedy}"
+            remedy = f"      → {finding.remedy}"
+            yield from textwrap.wrap(remedy, width, subsequent_indent=" " * 8, break_long_words=False)
 
 
 def _lay_out_lengths(report: Report) -> Iterator[str]:
@@ -1267,10 +1273,13 @@ def _lay_out_lengths(report: Report) -> Iterator[str]:
         "sliding_window": "sliding window",
     }
     rows = [(text, report.lengths.get(name)) for name, text in said.items()]
+    if all(value is None for _, value in rows):
+        return
     yield ""
     yield "lengths in tokens"
     for text, value in rows:
-        yield f"  {text:<25}{value if value is not None else '-':>9}"
+        if value is not None:
+            yield f"  {text:<25}{value:>9}"
 
 
 def _lay_out_dimensions(report: Report, full: bool) -> Iterator[str]:

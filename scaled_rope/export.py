@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -147,6 +148,14 @@ class ExportReport:
     comparisons: tuple[Comparison, ...] = ()
 
     @property
+    def config_place(self) -> str:
+        """What `config` is to the command, in words."""
+        if not self.flags:
+            return "in config.json"
+        converted = self.target.startswith("llama.cpp")
+        return "in config.json, before it is converted" if converted else "or, instead of flags, in config.json"
+
+    @property
     def exit_code(self) -> int:
         """0: exact; 1: the numbers differ; 2: refused."""
         return {"exact": 0, "refused": 2}.get(self.status, 1)
@@ -163,18 +172,27 @@ class ExportReport:
     def __str__(self) -> str:
         if self.status == "refused":
             return f"{self.scaling.label} for {self.target}: refused: {self.reason}"
-        lines = [f"{self.scaling.label} for {self.target}: {self.status}"]
-        lines.append(f"config.json: {json.dumps(self.config)}")
+        lines = [f"{self.scaling.label} for {self.target}: {self.status}", "", "run:", f"  {self.command}", ""]
+        lines += [f"{self.config_place}:", *_lay_out_config(self.config), ""]
         if self.gguf is not None:
-            lines.append(f"GGUF:        {self.gguf}")
-        lines.append(f"command:     {self.command}")
+            lines += ["in the GGUF:", f"  {self.gguf}", ""]
+        lines.append(f"what {self.target} makes of it, against ours:")
         for c in self.comparisons:
-            lines.append(
-                f"up to {c.length} tokens: frequencies differ by at most {c.max_relative_difference:.1e} (relative; "
-                f"dimension {c.worst_dimension}), attention factor {c.attention_factor:.6g}, ours {c.ours:.6g} "
-                f"({c.attention_difference:+.1e}): {'same' if c.matches else 'DIFFERENT'}"
-            )
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+            lines += [
+                f"  up to {c.length} tokens: {'same' if c.matches else 'DIFFERENT'}",
+                f"    frequencies       off by at most {c.max_relative_difference:.1e} (relative; dimension "
+                f"{c.worst_dimension})",
+                f"    attention factor  {c.attention_factor:.6g}, ours {c.ours:.6g} ({c.attention_difference:+.1e})",
+            ]
+        return "\n".join([*lines, *(["", "notes:"] if self.notes else []), *(f"  - {note}" for note in self.notes)])
+
+
+def _lay_out_config(config: Mapping[str, Any]) -> list[str]:
+    """JSON to be copied, one key per line also in `rope_parameters`."""
+    text = json.dumps(config, indent=2)
+    # A list of frequencies stays on one line.
+    text = re.sub(r"\[[^\[\]]*\]", lambda numbers: " ".join(numbers[0].split()), text)
+    return [f"  {line}" for line in text.splitlines()]
 
 
 def served_length(scaling: RopeScaling, config: Any) -> int:

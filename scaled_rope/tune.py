@@ -506,7 +506,7 @@ def remarks(summary: Row) -> list[str]:
                 f"x{one['factor']:g}: the lowest point is the grid's {one['edge']} edge, {value:g}; the best value may "
                 f"lie {way} it. Widen --grid. It is left out of the fit."
             )
-        elif one["edge_share"]:
+        elif one["edge_share"] and one["edge_share"] > (1 - LEVEL) / 2:  # fewer are outside of the interval anyway
             notes.append(
                 f"x{one['factor']:g}: {one['edge_share']:.0%} of the bootstrap samples have their minimum at an edge "
                 "of the grid, so the interval may be too narrow"

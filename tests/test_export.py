@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -315,6 +316,18 @@ def test_json_output_parses(target: str, folder: str, capsys: pytest.CaptureFixt
     assert (report["status"], report["label"]) == ("exact", "yarn x4")
     assert report["comparisons"][0]["matches"] is True
     assert report["written"] == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_printed_config_can_be_copied(target: str, config: LlamaConfig) -> None:
+    for spec in ("yarn:4", "ntk-mixed:4"):
+        report = export(spec, config, target)
+        text = str(report)
+        block = text[text.index("config.json") :]
+        found, _ = json.JSONDecoder().raw_decode(block[block.index("{") :])
+        assert found == report.config
+        assert report.command in text and max(map(len, block.splitlines())) < 400
+        assert re.search(r"^  up to \d+ tokens: same$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("target", ["transformers", "vllm", "sglang"])

@@ -287,6 +287,14 @@ def test_edges_and_other_doubts_are_told(tmp_path: Path) -> None:
     assert any("mscale cannot express" in note for note in tune.remarks(summary))
 
 
+def test_an_interval_that_reaches_the_edge_is_told_and_a_stray_sample_is_not() -> None:
+    # A 90 % interval leaves out 5 % on either side.
+    for share, told in ((0.0, False), (0.05, False), (0.06, True)):
+        one = {"factor": 2.0, "edge": None, "edge_share": share, "ramps": []}
+        notes = tune.remarks({"factors": [one], "windows": 4, "fit": None})
+        assert any("minimum at an edge" in note for note in notes) == told
+
+
 def test_a_model_with_another_temperature_at_s_1_is_told(tmp_path: Path) -> None:
     def score(scaling: RopeScaling, tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
         assert scaling.attention_factor is not None
