@@ -289,7 +289,7 @@ def test_edges_and_other_doubts_are_told(tmp_path: Path) -> None:
 
 def test_an_interval_that_reaches_the_edge_is_told_and_a_stray_sample_is_not() -> None:
     # A 90 % interval leaves out 5 % on either side.
-    for share, told in ((0.0, False), (0.05, False), (0.06, True)):
+    for share, told in ((0.0, False), (0.04, False), (0.06, True)):
         one = {"factor": 2.0, "edge": None, "edge_share": share, "ramps": []}
         notes = tune.remarks({"factors": [one], "windows": 4, "fit": None})
         assert any("minimum at an edge" in note for note in notes) == told
