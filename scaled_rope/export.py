@@ -191,7 +191,7 @@ def _lay_out_config(config: Mapping[str, Any]) -> list[str]:
     """JSON to be copied, one key per line also in `rope_parameters`."""
     text = json.dumps(config, indent=2)
     # A list of frequencies stays on one line.
-    text = re.sub(r"\[[^\[\]]*\]", lambda numbers: " ".join(numbers[0].split()), text)
+    text = re.sub(r"\[[^\[\]]*\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
     return [f"  {line}" for line in text.splitlines()]
 
 
