@@ -379,7 +379,7 @@ def test_an_unknown_architecture_names_the_supported_ones():
         lambda: patch_model(model, "yarn:4"),
         lambda: patch_model(model, RopeScaling("linear", 2.0)),
     ):
-        with pytest.raises(ConfigError, match="unknown architecture 'gpt2'; .*known: cohere, .*llama, mistral"):
+        with pytest.raises(ConfigError, match="unknown architecture 'gpt2'; .*known: afmoe, cohere, .*llama, mistral"):
             call()
     with pytest.raises(ConfigError, match="no model of transformers"):
         patch_model(torch.nn.Linear(2, 2), "yarn:4")
