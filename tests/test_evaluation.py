@@ -289,6 +289,23 @@ def test_dynamic_scaling_is_evaluated_at_each_length(checkpoint: str, texts: str
     )
 
 
+def test_lengths_with_the_same_dynamic_scale_share_a_pass(checkpoint: str, texts: str, tmp_path: Path) -> None:
+    shared = ("-m", checkpoint, "--scaling", "dynamic-yarn", "--dataset", texts, "--samples", "2")
+    lengths = [TRAINED // 4, TRAINED // 2, TRAINED, 2 * TRAINED, 3 * TRAINED]
+    args = perplexity.build_parser().parse_args([*shared, "--lengths", ",".join(map(str, lengths))])
+    evaluator, (job,) = perplexity.Perplexity(args), perplexity.model_jobs(args)
+    assert evaluator.passes(job, lengths) == {n: [n] for n in lengths[3:]} | {TRAINED: lengths[:3]}
+    rows = evaluate(perplexity.main, tmp_path / "together.jsonl", *shared, "--lengths", args.lengths)
+    for row in rows:
+        # Alone, without shorter lengths that could share its pass. The windows are those of the longest length.
+        known = evaluator.measure(load_model(checkpoint, scaling=job.scaling, device="cpu"), job, row["length"],
+                                  [row["length"]], lambda tokens: None)  # fmt: skip
+        ((_, alone),) = known
+        for field in ("perplexity", "perplexity_bucket"):
+            # Longer passes multiply matrices in other blocks: float32 noise of 1e-6 per token, less in the mean.
+            assert math.log(row[field]) == pytest.approx(math.log(alone[field]), rel=1e-6)
+
+
 def test_batch_size_changes_nothing(checkpoint: str, texts: str, tmp_path: Path) -> None:
     argv = ("-m", checkpoint, "--scaling", "dynamic-yarn", "--dataset", texts, "--windows", "2", "--lengths", "32,100")
     one = evaluate(perplexity.main, tmp_path / "one.jsonl", *argv, "--batch-size", "1")
