@@ -37,7 +37,7 @@ from scaled_rope import RopeScaling, patch_model
 from scaled_rope.data import PackedWriter
 from scaled_rope.errors import ConfigError, run_cli
 from scaled_rope.loading import apply_scaling, at_length, load_model
-from scaled_rope.loss import IGNORE, hidden_states, token_nll
+from scaled_rope.loss import IGNORE, hidden_states, shared_hidden_states, token_nll
 from scaled_rope.passkey import FILLER, KEY_LINE, OPENING, QUESTION, build_prompt, minimum_length
 from scaled_rope.patch import patched_scaling
 from scaled_rope.results import Row, append_row, read_rows
@@ -461,6 +461,50 @@ def test_one_pass_agrees_with_greedy_decoding(memoriser: tuple[LlamaForCausalLM,
         assert scored == [True, False] * 3
 
 
+@pytest.mark.parametrize("depths", ["grid", "random"])
+@pytest.mark.parametrize("spec", ["default", "linear:2", "yarn:2"])
+def test_shared_prefill_decides_alike(
+    memoriser: tuple[LlamaForCausalLM, list[Any]], tokenizer: PreTrainedTokenizerFast, spec: str, depths: str
+) -> None:
+    model, prompts = memoriser
+    if depths == "random":
+        prompts = prompts + passkey.make_prompts(tokenizer, 2 * TRAINED, 5, "random", seed=3)
+    apply_scaling(model, RopeScaling("default", original_max_position_embeddings=TRAINED))
+    scaling = RopeScaling.from_spec(spec, RopeScaling.from_config(model.config))
+    apply_scaling(model, scaling)
+    each = [outcome for prompt in prompts for batch in passkey.score(model, [prompt], scaling, 1) for outcome in batch]
+    assert [outcome for _, outcome in sorted(passkey.score_shared(model, prompts))] == each
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_what_sequences_share_is_read_once(tiny_model: Make, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    model = tiny_model()
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randint(1, 60, (40,), generator=generator)
+    sequences = []
+    for common in (10, 10, 31, 40):  # the second repeats the first but for its end; the last is a prefix of nothing
+        ids = whole.clone()
+        ids[common:] = torch.randint(1, 60, (40 - common,), generator=generator)
+        sequences.append(ids)
+    sequences.insert(1, sequences[0])
+    starts = [38, 38, 20, 39, 39]
+    read = []
+    forward = model.model.forward
+
+    def counting(*args: Any, **given: Any) -> Any:
+        read.append(given["input_ids"].shape[1])
+        return forward(*args, **given)
+
+    monkeypatch.setattr(model.model, "forward", counting)
+    found = list(shared_hidden_states(model, sequences, starts, chunk))
+    for ids, start, hidden in zip(sequences, starts, found, strict=True):
+        expected = hidden_states(model, ids[None])[:, start:]
+        # Float32 sums in another order, through two layers: 1e-6 of states of about 1.
+        torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
+    counted = sum(read) - sum(40 for _ in sequences)  # without the passes of the comparison
+    assert counted == 40 + (40 - 38) + (40 - 10) + (40 - 10) + (40 - 31)
+
+
 def test_prompts_follow_from_the_seed_alone(tokenizer: PreTrainedTokenizerFast) -> None:
     def make(length: int = 128, n: int = 5, depths: str = "random", seed: int = 1) -> list[Any]:
         return passkey.make_prompts(tokenizer, length, n, depths, seed)
@@ -664,6 +708,7 @@ SCORE = ["--lengths", "32", "--dataset", "{texts}"]
         (perplexity.main, ["-m", "{model}", *SCORE, "--output", "{texts}"], "cannot be used"),
         (passkey.main, ["-m", "{model}", "--lengths", "20"], "too short"),
         (passkey.main, ["-m", "{model}", "--iterations", "0"], "iterations"),
+        (passkey.main, ["-m", "{model}", "--shared-prefill", "--scaling", "dynamic-yarn"], "shared-prefill is not for"),
         (report.main, ["{texts}/nowhere", "--output", "{texts}"], "nowhere"),
         (report.main, ["{texts}/a.txt", "--output", "{texts}"], "no rows"),
     ],
