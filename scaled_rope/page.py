@@ -83,7 +83,9 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
   .scroll { margin: .4rem 0 0; } th:first-child { padding-left: 0; } tbody th { max-width: 20rem; }
 }
 @media (max-width: 40rem) {
-  #tip { left: .5rem !important; right: .5rem; bottom: .5rem; top: auto !important; max-width: none; max-height: 45vh; }
+  #tip { left: .5rem !important; right: .5rem; bottom: .5rem; top: auto !important; max-width: none; max-height: 48vh;
+    overflow: hidden; }
+  #tip.up { top: .5rem !important; bottom: auto; }
   tbody th { min-width: 6.8rem; } th, td { padding: .34rem .4rem; }
 }
 @media print { #tip, #ring, nav { display: none; } section { break-inside: avoid; } }
@@ -97,6 +99,7 @@ function show(e) {
   const cell = e.tagName === 'TD', box = e.getBoundingClientRect(), [x, y] = cell ? [box.left, box.bottom] : centre(e);
   tip.textContent = e.dataset.tip; tip.hidden = false; ring.hidden = cell;
   if (!cell) { ring.style.left = x + 'px'; ring.style.top = y + 'px'; }
+  tip.classList.toggle('up', y > innerHeight / 2);  // on a phone, where it is as wide as the page
   tip.style.left = Math.max(8, Math.min(x, innerWidth - tip.offsetWidth - 16)) + 'px';
   const below = y + 12, above = (cell ? box.top : y) - tip.offsetHeight - 12;
   tip.style.top = (below + tip.offsetHeight < innerHeight || above < 0 ? below : above) + 'px';
@@ -133,7 +136,10 @@ for (const table of document.querySelectorAll('table')) {
   });
 }
 addEventListener('keydown', event => event.key === 'Escape' && hide());
-addEventListener('scroll', hide, {passive: true});
+addEventListener('scroll', () => {  // a cell that the keyboard brought into view keeps its tip
+  const active = document.activeElement;
+  active.dataset.tip && !tip.hidden ? show(active) : hide();
+}, {passive: true});
 addEventListener('pointerdown', event => event.target.closest('[data-tip], svg') || hide());
 for (const legend of document.querySelectorAll('.legend')) {
   const svg = legend.closest('.pair').querySelector('svg'), buttons = [...legend.querySelectorAll('button')];
