@@ -58,10 +58,8 @@ def _hex(color: int) -> str:
 
 @dataclass
 class Canvas:
-    """What a drawing should know of its destination, and what the page attaches to its parts."""
+    """What the page attaches to the parts of a drawing."""
 
-    legend: bool
-    """Whether names belong into the picture; the page has its own."""
     parts: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def part(self, key: str, tip: str = "") -> str:
@@ -76,11 +74,13 @@ Draw = Callable[[Any, Canvas], None]
 
 @dataclass(frozen=True)
 class Curve:
-    """A line through numbers, each with its tip."""
+    """A line through numbers: `x` in tokens, `y` with a tip each (none: a line without points) and 95 % intervals."""
 
     key: str
+    """Curves and points with one key are picked together on the page."""
     name: str
     color: int
+    """As `Series.color`."""
     x: Sequence[float]
     y: Sequence[float]
     tips: Sequence[str] = ()
@@ -101,20 +101,20 @@ class Figure:
     height: float
     """Inches on the page."""
     legend: Sequence[Curve] = ()
-    """What it shows, for the page to name."""
-    legend_lines: int = 0
-    """Lines that names take below the picture in PNG and PDF."""
+    """What it shows, for the page to name, and PNG and PDF below the picture."""
 
     def render(self, folder: Path) -> str:
         """Write NAME.png and NAME.pdf into `folder` and give the SVG element for the page."""
         made: dict[str, bytes] = {}
-        page = Canvas(legend=False)
+        page = Canvas()
         for kind in ("svg", "png", "pdf"):
-            canvas = page if kind == "svg" else Canvas(legend=True)
-            height = self.height + (0 if kind == "svg" else 0.19 * self.legend_lines)
+            canvas = page if kind == "svg" else Canvas()
+            height = self.height + (0 if kind == "svg" else 0.19 * math.ceil(len(self.legend) / 2))
             with drawing(**_STYLE) as pyplot:
                 figure = pyplot.figure(figsize=(WIDTH, height))
                 self.draw(figure, canvas)
+                if kind != "svg" and self.legend:
+                    _legend(figure, self.legend)
                 picture = io.BytesIO()
                 dated = {"svg": "Date", "pdf": "CreationDate"}
                 options: dict[str, Any] = {"dpi": 200} if kind == "png" else {"metadata": {dated[kind]: None}}
@@ -172,24 +172,21 @@ def _plot(axes: Any, canvas: Canvas, curves: Sequence[Curve]) -> None:
             if math.isfinite(y):
                 point = {"marker": curve.marker, "markersize": size, "color": color, "linestyle": "none", **face}
                 axes.plot([x], [y], gid=canvas.part(curve.key, tip), **point)
-    if canvas.legend:
-        from matplotlib.lines import Line2D
 
-        handles = [
-            Line2D(
-                [],
-                [],
-                color=_hex(curve.color),
-                linestyle=(0, (4, 2)) if curve.dashed else "-",
-                linewidth=curve.width,
-                marker=curve.marker if curve.tips else "none",
-                markersize=4.5,
-                markerfacecolor="none" if curve.dashed else _hex(curve.color),
-                label=curve.name,
-            )
-            for curve in curves
-        ]
-        axes.figure.legend(handles=handles, loc="outside lower center", ncols=2)
+
+def _legend(figure: Any, curves: Sequence[Curve]) -> None:
+    """Names below the picture, in two columns."""
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for curve in curves:
+        color = _hex(curve.color)
+        dash = (0, (4, 2)) if curve.dashed else "-"
+        line = Line2D([], [], color=color, linestyle=dash, linewidth=curve.width, marker=curve.marker, markersize=4.5)
+        line.set_markerfacecolor("none" if curve.dashed else color)
+        line.set_label(curve.name)
+        handles.append(line)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
 
 
 def _logarithmic(axis: Any, low: float, high: float) -> None:
@@ -279,7 +276,7 @@ def perplexity_figure(section: Section, name: str, keys: Mapping[Series, str]) -
     caption = (
         f"Perplexity of {what}, both axes logarithmic; lower is better.{band}{_contexts_in_words(trained, extended)}"
     )
-    return Figure(name, table.title, caption, draw, 3.5, curves, -(-len(curves) // 2))
+    return Figure(name, table.title, caption, draw, 3.5, curves)
 
 
 # --------------------------------------------------------------------------------------------------------- passkeys
@@ -458,7 +455,7 @@ def paper_figure(paper: PaperFigure, name: str) -> Figure:
     said += " Solid: measured." if any(line.measured for line in paper.lines) else " Nothing measured yet."
     caption = f"{paper.title}. {said} Cut off at a perplexity of {paper.highest:g}. {paper.note}".strip()
     legend = [Curve(f"p{index}", line.label, _line_color(index), [], []) for index, line in enumerate(paper.lines)]
-    return Figure(name, f"Figure {paper.name} of the paper", caption, draw, 3.4, legend, -(-len(curves) // 2))
+    return Figure(name, f"Figure {paper.name} of the paper", caption, draw, 3.4, legend)
 
 
 def figure_of(section: Section, name: str, keys: Mapping[Series, str]) -> Figure | None:

@@ -359,7 +359,8 @@ def figures(
 def read_curves(folder: str | Path) -> dict[str, dict[int, float]]:
     """Published curves from a folder of the released CSV files: model -> length (tokens) -> perplexity.
 
-    Each file has the layout `,L1,L2,...` and a line `name,value,value,...` per model.
+    Each file has the layout `,L1,L2,...` and a line `name,value,value,...` per model. A file with one length, which
+    is that of table 4, holds no curves: sliding windows over other documents.
 
     Raises:
         ConfigError: no such folder, no CSV file in it, or a line that is not numbers.
@@ -376,10 +377,12 @@ def read_curves(folder: str | Path) -> dict[str, dict[int, float]]:
             for line in filter(None, lines[1:]):
                 values = zip(lengths, line[1:], strict=False)
                 found = {length: float(cell) for length, cell in values if cell.strip()}
+                if len(lengths) == 1:
+                    continue
                 curves.setdefault(line[0], {}).update({k: v for k, v in found.items() if math.isfinite(v)})
         except (ValueError, IndexError) as error:
             raise ConfigError(f"published curves {path.name}: not a table of perplexities ({error})") from None
-    return curves
+    return {model: dict(sorted(curve.items())) for model, curve in curves.items()}
 
 
 # --------------------------------------------------------------------------------------------------------- commands

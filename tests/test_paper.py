@@ -176,7 +176,11 @@ def test_figures_have_measured_lines_printed_values_and_published_curves(tmp_pat
 
 def test_published_curves_are_read_and_refused(tmp_path):
     (tmp_path / "a.csv").write_text(",2048,4096\nx/y,3.5,inf\nz,,4.25\n")
-    assert read_curves(tmp_path) == {"x/y": {2048: 3.5}, "z": {4096: 4.25}}
+    (tmp_path / "0.csv").write_text(",8192,1024\nx/y,3.0,5.0\n")
+    (tmp_path / "govreport.csv").write_text(",4096\nx/y,9.0\n")  # another text: no point of the curve
+    curves = read_curves(tmp_path)
+    assert curves == {"x/y": {1024: 5.0, 2048: 3.5, 8192: 3.0}, "z": {4096: 4.25}}
+    assert list(curves["x/y"]) == [1024, 2048, 8192]
     (tmp_path / "b.csv").write_text(",2048\nx,high\n")
     with pytest.raises(ConfigError, match="b.csv"):
         read_curves(tmp_path)
@@ -269,48 +273,32 @@ def test_released_models_that_the_paper_does_not_have_are_left_out():
     assert runs()["figure1"] == runs()["table2"] and runs()["figure6"] == runs()["table6"]
 
 
-@pytest.fixture
-def recorded(tmp_path):
-    """Runs eval.sh with an interpreter that writes evaluators' command lines down instead of running them."""
-    python, log = tmp_path / "python", tmp_path / "log"
+def test_eval_sh_measures_tables_and_then_reports(tmp_path):
+    """With an interpreter that writes the evaluators' command lines down instead of running them."""
+    python, log, rows = tmp_path / "python", tmp_path / "log", tmp_path / "rows.jsonl"
     python.write_text(
         f"""#!/usr/bin/env bash
-        case "${{1:-}}" in
-            eval/*)
-                echo "$@" >> {log}
-                [[ "$*" != *missing* ]] || exit 3
-                while [[ $# -gt 0 && "$1" != --output ]]; do shift; done
-                [[ "$2" != *.jsonl ]] || echo '{{}}' >> "$2" ;;
-            *) exec {sys.executable} "$@" ;;
-        esac
+        if [[ "$1" != eval/* ]]; then exec {sys.executable} "$@"; fi
+        echo "$@" >> {log}
+        [[ "$*" != *missing* ]] || exit 3
+        echo '{{}}' >> {rows}
         """
     )
     python.chmod(python.stat().st_mode | stat.S_IEXEC)
-
-    def run(*argv: str, **variables: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-        log.write_text("")
-        environment = os.environ | {"PYTHON": str(python), "PYTHONPATH": str(ROOT)} | variables
-        environment.setdefault("OUTPUT", str(tmp_path / "rows.jsonl"))
-        done = subprocess.run(["./eval.sh", *argv], cwd=ROOT, env=environment, capture_output=True, text=True)
-        return done, log.read_text().splitlines()
-
-    return run
-
-
-def test_eval_sh_measures_tables_and_then_reports(recorded, tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    done, lines = recorded("table4", "--", "--lengths", "64", MODELS="a/b missing c", DATASET="x.txt")
-    flags = "--dataset x.txt --protocol sliding --stride 256 --weighting window --samples 50 --dataset-min-tokens 16384"
-    evaluated = [f"eval/perplexity.py -m {m} {flags} --lengths 32768 --lengths 64 --output {rows}" for m in
-                 ("a/b", "missing", "c")]  # fmt: skip
-    assert lines[:3] == evaluated
-    assert lines[3].startswith(f"eval/report.py {rows} --table 4 ") and lines[3].endswith(f"--output {tmp_path}")
+    variables = {"PYTHON": str(python), "PYTHONPATH": str(ROOT), "OUTPUT": str(rows), "TASKS": "mmlu"}
+    variables |= {"MODELS": "a/b missing", "DATASET": "x.txt"}
+    command = ["./eval.sh", "table4", "table3", "--", "--seed", "1"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+    flags = "--protocol sliding --stride 256 --weighting window --samples 50 --dataset-min-tokens 16384 --lengths 32768"
+    lines = log.read_text().splitlines()
+    assert lines[:4] == [
+        f"eval/perplexity.py -m a/b --dataset x.txt {flags} --seed 1 --output {rows}",
+        f"eval/perplexity.py -m missing --dataset x.txt {flags} --seed 1 --output {rows}",
+        f"eval/harness.py -m a/b --tasks mmlu --output {rows} --seed 1",  # through eval-harness.sh
+        f"eval/harness.py -m missing --tasks mmlu --output {rows} --seed 1",
+    ]
+    assert lines[4].startswith(f"eval/report.py {rows} --table 4 --table 3 ") and len(lines) == 5
+    assert lines[4].endswith(f"--output {tmp_path}")
     # A model that fails does not keep the others from being measured, and is named in the end.
-    assert done.returncode == 1 and done.stderr == "failed: table4: missing\n"
-
-
-def test_eval_sh_takes_table_3_to_the_harness(recorded, tmp_path):
-    done, lines = recorded("table3", "--", "--limit", "5", MODELS="a/b", TASKS="mmlu")
-    assert done.returncode == 0, done.stderr
-    assert lines[0] == f"eval/harness.py -m a/b --tasks mmlu --output {tmp_path / 'rows.jsonl'} --limit 5"
-    assert lines[1].startswith("eval/report.py")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["failed: missing: mmlu", "failed: table4: missing", "failed: table3"]
