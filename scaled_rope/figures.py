@@ -349,6 +349,7 @@ def wavelength_figure(everyone: Sequence[Series], name: str, longest: int) -> Fi
     longest: the length in tokens for which length-dependent scalings are shown.
     """
     curves: dict[tuple[float, ...], list[Series]] = {}
+    longest = max([longest, *(series.scaling.original_max_position_embeddings or 1 for series in everyone)])
     for series in everyone:
         if METHODS[series.scaling.method].kind != "frequency":
             continue

@@ -23,6 +23,7 @@ UNSCALED = -1
 
 # In the order of a report.
 _NUMBERS = ("perplexity", "passkey", "passkey_context", "passkey_hard", "passkey_hard_context", "benchmark", "quality")
+_PROVENANCE = ("command", "commit", "versions", "device", "cpu_count", "date", "seed")
 _MOST_COLUMNS = 12  # in the terminal
 
 
@@ -174,6 +175,7 @@ def load_results(paths: Sequence[str], finetuned: str | None = None) -> Results:
         series: dict[tuple[str, str], Series] = {}
         sections: dict[Topic, Section] = {}
         for row in rows:
+            _ = [row["provenance"][name] for name in _PROVENANCE]  # a field that lacks is noticed here
             label = row["label"].replace("(checkpoint)", "(fine-tuned)") if row["model"] == finetuned else row["label"]
             scaling = RopeScaling.from_dict(row["scaling"])
             new = Series(row["model"], label, scaling, row["carried"], row["head_dim"])
