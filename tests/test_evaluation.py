@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,7 +38,7 @@ from scaled_rope.loading import apply_scaling, at_length, load_model
 from scaled_rope.loss import IGNORE, hidden_states, shared_hidden_states, token_nll
 from scaled_rope.passkey import FILLER, KEY_LINE, OPENING, QUESTION, build_prompt, minimum_length
 from scaled_rope.patch import patched_scaling
-from scaled_rope.results import Row, append_row, read_rows
+from scaled_rope.results import Row, read_rows
 from scaled_rope.windows import select, truncated
 
 ROOT = Path(__file__).parents[1]
@@ -553,125 +551,6 @@ def test_fixed_length_and_shortest(checkpoint: str, tokenizer: PreTrainedTokeniz
     assert row["length"] == shortest
     with pytest.raises(ConfigError, match=f"at least {shortest}"):
         build_prompt(tokenizer, shortest - 1, 0.5, 12345)
-
-
-# ------------------------------------------------------------------------------------------------------------ report
-
-ENDS = (64, 128, 256, 512)
-CURVES = {
-    ("base", "default"): (40, 90, 130, 180),
-    ("base", "linear:4"): (120, 110, 105, 140),
-    ("base", "ntk:4"): (55, 70, 100, 150),
-    ("base", "yarn:4"): (60, 62, 64, 150),
-    ("base", "dynamic-yarn"): (40, 60, 64, 80),
-    ("run/model", "yarn:4"): (38, 41, 42, 90),
-}
-
-
-def write_rows(path: Path, **changed: tuple[float, ...]) -> str:
-    """Rows of the six series above; `changed` replaces the fine-tuned curve ("tuned") or a base curve by method."""
-    base = RopeScaling("default", original_max_position_embeddings=64)
-    provenance = {"command": "python x", "commit": None, "versions": {}, "device": "cpu", "cpu_count": 1}
-    for (model, spec), curve in CURVES.items():
-        tuned = model != "base"
-        scaling = RopeScaling.from_spec(spec, base)
-        shared = {
-            "model": model,
-            "model_fingerprint": model,
-            "dtype": "float32",
-            "head_dim": 16,
-            "scaling": scaling.to_dict(),
-            "label": f"{scaling.label} (checkpoint)" if tuned else scaling.label,
-            "carried": tuned or spec == "default",
-            "provenance": {**provenance, "date": "2030-01-01", "seed": 1},
-        }
-        values = changed.get("tuned" if tuned else scaling.method, curve)
-        for start, end, value in zip((0, *ENDS), ENDS, values, strict=False):
-            numbers = {"perplexity": value, "perplexity_bucket": value, "bucket": [start, end], "targets": 1}
-            data = {"fingerprint": "d", "name": "text", "windows": 1}
-            measured = {"metric": "perplexity", "data": data, "length": end, "protocol": {"bucket_start": start}}
-            append_row(path, {**shared, **measured, **numbers})
-        prompts = [{"depth": depth, "key": 1, "right": depth < 0.5} for depth in (0.0, 0.3, 0.6, 1.0)]
-        numbers = {"n": 4, "right": 2, "accuracy": 0.5, "interval": [0.15, 0.85], "prompts": prompts}
-        measured = {"metric": "passkey", "data": {"fingerprint": "p"}, "length": 64, "protocol": {"iterations": 4}}
-        append_row(path, {**shared, **measured, **numbers})
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    ("changed", "holds"),
-    [
-        ({}, True),
-        ({"tuned": (38, 41, 44.0, 90)}, True),  # exactly 1.10 x 40
-        ({"tuned": (38, 41, 44.1, 90)}, False),
-        ({"tuned": (38, 71, 42, 90)}, False),  # NTK-aware is better from 64 to 128
-        ({"tuned": (38, 41, 42, 145)}, False),  # PI is better in the last bucket
-        ({"tuned": (99, 41, 42, 90)}, True),  # what happens within the trained context is not claimed
-        ({"linear": (1, 110, 105, 140)}, True),
-    ],
-)
-def test_demo_verdict(tmp_path: Path, changed: dict[str, tuple[float, ...]], holds: bool) -> None:
-    series = report.load_series([write_rows(tmp_path / "rows.jsonl", **changed)])
-    verdict = report.demo_verdict(series)
-    assert verdict.holds is holds
-    assert verdict.line.startswith("PASS" if holds else "FAIL") and "\n" not in verdict.line
-    assert verdict == report.demo_verdict(series, base="base", finetuned="run/model")
-
-
-def test_rows_of_older_weights_or_texts_do_not_share_a_line_with_new_ones(tmp_path: Path, capsys) -> None:
-    path = write_rows(tmp_path / "rows.jsonl")
-    before = report.load_series([path])
-    rows = [row for row in report.read_rows(path) if row["model"] == "base" and row["metric"] == "perplexity"]
-    renewed = tmp_path / "renewed.jsonl"
-    for row in rows:
-        stale = {**row, "perplexity_bucket": 1.0, "length": row["length"] + 1}
-        append_row(renewed, {**stale, "model_fingerprint": "older"})
-        append_row(renewed, {**stale, "data": {**row["data"], "fingerprint": "older"}})
-        append_row(renewed, {**stale, "dtype": "bfloat16"})
-    for row in report.read_rows(path):
-        append_row(renewed, row)
-    after = report.load_series([str(renewed)])
-    assert [one.metrics for one in after] == [one.metrics for one in before]
-    assert f"{3 * len(rows)} rows of older weights" in capsys.readouterr().err
-    named = report.load_series([path], finetuned="run/model")
-    assert [one.label for one in named][-1] == "yarn x4 (fine-tuned)"
-
-
-@pytest.mark.parametrize("gone", ["unscaled", "linear x4", "ntk x4", "yarn x4 (checkpoint)"])
-def test_verdict_without_its_evidence_is_an_error(tmp_path: Path, gone: str) -> None:
-    series = [one for one in report.load_series([write_rows(tmp_path / "rows.jsonl")]) if one.label != gone]
-    with pytest.raises(ConfigError, match="verdict"):
-        report.demo_verdict(series)
-
-
-def test_report_is_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows, log, folder = write_rows(tmp_path / "rows.jsonl"), tmp_path / "log.jsonl", tmp_path / "out"
-    log.write_text("".join(json.dumps({"step": step, "loss": 4 - step / 9}) + "\n" for step in range(1, 9)))
-    argv = [rows, "--output", str(folder), "--train-log", str(log), "--verdict", "demo", "--title", "A <test>"]
-    assert report.main(argv) == 0
-    page, shown = (folder / "report.html").read_text(), capsys.readouterr().out
-    assert {path.name for path in folder.iterdir()} == {
-        "report.html", "perplexity.png", "passkey.png", "wavelengths.png", "loss.png"
-    }  # fmt: skip
-    assert page.count("<svg") == 4 and page.count("<table") == 3
-    assert "A &lt;test&gt;" in page and "PASS" in page and "python x" in page
-    assert "currentColor" in page and "#0a0b0c" not in page
-    fetched = re.findall(r'(?:src|href)="(?!#)([^"]*)"|url\((?!#)|@import', page)
-    assert not fetched, "the page must need no other file"
-    ids = re.findall(r'\bid="([^"]*)"', page)
-    assert len(ids) == len(set(ids))
-    assert set(re.findall(r'(?:href="#|url\(#)([^")]*)', page)) <= set(ids)
-    assert "2/4" in shown and "PASS" in shown and "41.00" in shown
-
-    failing = write_rows(tmp_path / "failing.jsonl", tuned=(38, 41, 99, 99))
-    assert report.main([failing, "--output", str(folder), "--verdict", "demo"]) == 1
-
-
-def test_losses_are_read_in_both_forms(tmp_path: Path) -> None:
-    (tmp_path / "rows").write_text('{"step": 5, "loss": 2.5}\n{"step": 6, "lo')
-    (tmp_path / "list").write_text("3.5,2.5\n")
-    assert report.read_losses(str(tmp_path / "rows")) == [(5, 2.5)]
-    assert report.read_losses(str(tmp_path / "list")) == [(1, 3.5), (2, 2.5)]
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
