@@ -14,12 +14,13 @@ endif
 endif
 export PYTHON
 
-.PHONY: help demo test check base clean stale
+.PHONY: help demo test check base smollm2 clean stale
 
 help:
 	@echo "make demo    extend the embedded model from 256 to 2048 tokens, evaluate it, write out/demo/report.html"
 	@echo "make test    lint, types and tests"
 	@echo "make check   lint and types only"
+	@echo "make smollm2 a real model, SmolLM2-135M, under the scalings, without training (15 minutes)"
 	@echo "make base    retrain the embedded base model"
 	@echo "make clean   remove out/ (runs and reports); .venv and downloaded data stay"
 	@echo "PYTHON=python uses the activated environment instead of .venv"
@@ -47,6 +48,9 @@ base: $(READY)
 	./train.sh tiny-base tiny-base-retrieval tiny-base-mixed
 	./eval.sh tiny-base-mixed
 	@echo "to embed it: $(PYTHON) data/install_base.py out/tiny-base out/tiny-base-retrieval out/tiny-base-mixed --output models/tiny-llama-256"
+
+smollm2: $(READY)
+	./benchmarks/smollm2.sh
 
 clean:
 	rm -rf out

@@ -21,8 +21,3 @@ read_recipe() {
         bash -euo pipefail -c "$command" </dev/null
     done
 }
-
-if [[ "${1:-}" == --list ]]; then
-    python -m scaled_rope.recipes --list
-    exit
-fi

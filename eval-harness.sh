@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The benchmarks of the paper's table 3 over a list of models. Rows that are there already are not measured again.
 #
-#   ./eval-harness.sh                          every model of the list below
+#   ./eval-harness.sh                          every model of the table (data/paper.json)
 #   ./eval-harness.sh MODEL [MODEL ...]        others (directories or hub names)
 #   ./eval-harness.sh MODEL -- --scaling yarn:8 --limit 100 --offline
 #                                              with flags of eval/harness.py
@@ -11,17 +11,6 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-MODELS=${MODELS:-"
-    NousResearch/Llama-2-7b-hf
-    togethercomputer/LLaMA-2-7B-32K
-    NousResearch/CodeLlama-7b-hf
-    NousResearch/Yarn-Llama-2-7b-64k
-    NousResearch/Yarn-Llama-2-7b-128k
-    NousResearch/Llama-2-13b-hf
-    NousResearch/CodeLlama-13b-hf
-    NousResearch/Yarn-Llama-2-13b-64k
-    NousResearch/Yarn-Llama-2-13b-128k
-"}
 TASKS=${TASKS:-"arc_challenge hellaswag mmlu truthfulqa_mc2"}
 OUTPUT=${OUTPUT:-out/eval-harness/rows.jsonl}
 
@@ -37,7 +26,13 @@ done
 [[ $# -eq 0 ]] || shift
 flags=("$@")
 set --
-read -r -d '' -a models <<<"${given[*]:-$MODELS}" || true
+source ./environment.sh
+models=("${given[@]}")
+if [[ ${#models[@]} -eq 0 && -n "${MODELS:-}" ]]; then read -r -d '' -a models <<<"$MODELS" || true; fi
+if [[ ${#models[@]} -eq 0 ]]; then
+    assignments=$(python -m scaled_rope.paper table3 --shell)
+    models=($(eval "$assignments" && printf '%s\n' "${models[@]}"))
+fi
 read -r -d '' -a tasks <<<"$TASKS" || true
 
 if [[ -n $list ]]; then
@@ -45,7 +40,6 @@ if [[ -n $list ]]; then
     printf 'task   %s\n' "${tasks[@]}"
     exit
 fi
-source ./environment.sh
 
 failed=()
 for model in "${models[@]}"; do

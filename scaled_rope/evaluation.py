@@ -346,7 +346,7 @@ def _measure(
     evaluator: Evaluator,
     job: ModelJob,
     passes: Mapping[int, Sequence[int]],
-    load: Callable[[ModelJob], Any],
+    load: ModelLoader,
     advance: Callable[[int], object],
 ) -> Iterator[Row]:
     """The measured fields of a job's cells, each with its "length", as they become known.
@@ -367,7 +367,8 @@ def _measure(
         exhausted = False
         while True:
             try:
-                item = next(stream, None)
+                with Meter(load.device) as meter:
+                    item = next(stream, None)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise _blamed(error) from error
@@ -377,7 +378,9 @@ def _measure(
                 break
             measured, result = item
             left.remove(measured)
-            yield {"length": measured, **result}
+            # An evaluator that shares a pass among rows knows better what it cost.
+            cost = {"seconds": round(meter.seconds, 3), "peak_memory": meter.peak_memory}
+            yield {"length": measured, **cost, **result}
         del model, stream
         if exhausted:
             release_memory()

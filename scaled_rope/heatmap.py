@@ -59,11 +59,11 @@ class Panel:
         return list(zip(found, asked, strict=True))
 
 
-def draw(figure: Any, panels: Sequence[Panel]) -> None:
-    """Draw the panels, two to a line, on a figure with constrained layout."""
+def draw(figure: Any, panels: Sequence[Panel], compact: bool = False) -> None:
+    """Draw the panels, two to a line, on a figure with constrained layout; `compact` for half of the size."""
     lengths = sorted({length for panel in panels for length in panel.prompts})
     most = max(len(prompts) for panel in panels for prompts in panel.prompts.values())
-    bins = min(MOST_BINS, most)
+    bins = min(MOST_BINS // 2 if compact else MOST_BINS, most)
     columns = min(2, len(panels))
     grid = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False, sharex=True, sharey=True)
     image = None
@@ -73,7 +73,7 @@ def draw(figure: Any, panels: Sequence[Panel]) -> None:
                   for y in range(bins)]  # fmt: skip
         axes.set_facecolor(_EMPTY)  # shows where nothing was asked
         image = axes.pcolormesh(shares, cmap="cividis", vmin=0, vmax=1, edgecolors="white", linewidth=0.5)
-        if len(lengths) <= _ANNOTATED:
+        if len(lengths) <= (_ANNOTATED // 2 if compact else _ANNOTATED):
             for x, column in enumerate(cells):
                 for y, (found, asked) in enumerate(column):
                     if asked:
@@ -82,7 +82,7 @@ def draw(figure: Any, panels: Sequence[Panel]) -> None:
                         axes.text(x + 0.5, y + 0.5, f"{found}/{asked}", color=ink, **place)
         axes.set_title(panel.title)
         axes.set(xlim=(0, len(lengths)), ylim=(bins, 0))
-        step = math.ceil(len(lengths) / 8)
+        step = math.ceil(len(lengths) / (4 if compact else 8))
         shown = range((len(lengths) - 1) % step, len(lengths), step)  # the longest is always named
         axes.set_xticks([x + 0.5 for x in shown], [str(lengths[x]) for x in shown])
         axes.set_yticks([0, bins / 2, bins], ["start", "middle", "end"])
@@ -94,6 +94,8 @@ def draw(figure: Any, panels: Sequence[Panel]) -> None:
         grid[-2, -1].tick_params(labelbottom=True)  # it has become the lowest of its column
     figure.supxlabel("prompt length (tokens)", fontsize=9)
     figure.supylabel("place of the key", fontsize=9)
+    if compact:
+        return
     bar = figure.colorbar(image, ax=list(grid.flat[: len(panels)]), shrink=0.8, pad=0.02, aspect=30)
     bar.set_ticks([0, 0.5, 1], labels=["none", "half", "all found"])
     bar.outline.set_visible(False)

@@ -26,6 +26,7 @@ import transformers
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from scaled_rope.attention import blockwise
 from scaled_rope.config import LayerPlan, RopeScaling
 from scaled_rope.dialects import CUSTOM_ROPE_TYPE, PRIMARY_LAYER_TYPE, RECORD_KEY, nested_types, read_by_attention
 from scaled_rope.errors import ConfigError, unknown
@@ -46,7 +47,7 @@ DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-llama-256
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
-ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
+ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "blockwise")
 
 
 # ------------------------------------------------------------------------------------------- names to torch objects
@@ -86,7 +87,7 @@ def resolve_attention(name: str, device: torch.device, dtype: str) -> str:
     """The attention implementation called `name`; "auto" is FlashAttention 2 where it can run, else PyTorch's own.
 
     Raises:
-        ConfigError: unknown name, or FlashAttention where it cannot run.
+        ConfigError: unknown name, or one that cannot run there.
     """
     if name not in ATTENTIONS:
         raise unknown("attention", name, ATTENTIONS)
@@ -97,6 +98,10 @@ def resolve_attention(name: str, device: torch.device, dtype: str) -> str:
         )
     if name == "auto":
         return "flash_attention_2" if usable else "sdpa"
+    if name == "blockwise":
+        if device.type != "cpu" or dtype != "bfloat16":
+            raise ConfigError(f"attention 'blockwise' is for bfloat16 on a CPU, not for {dtype} on {device.type}")
+        return blockwise.register()
     return name
 
 

@@ -7,13 +7,14 @@ gradients are wanted each piece is checkpointed, so training holds one piece of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 
 from scaled_rope.errors import ConfigError
 
@@ -45,12 +46,20 @@ def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor | No
 
 
 def _hidden_pieces(
-    model: nn.Module, input_ids: Tensor, position_ids: Tensor | None, size: int
+    model: nn.Module,
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    size: int,
+    cache: Any = None,
+    start: int = 0,
 ) -> Iterator[tuple[int, Tensor]]:
-    """(first position, final hidden states [B, t, H]) of successive pieces of `size` positions, by a KV cache."""
-    base, cache = _causal_lm(model).base_model, None
+    """(first position, final hidden states [B, t, H]) of successive pieces of `size` positions, by a KV cache.
+
+    cache: holds the positions before `start` and takes up the others; by default a new one.
+    """
+    base = _causal_lm(model).base_model
     mask = None if position_ids is None else torch.ones_like(input_ids)
-    for first in range(0, input_ids.shape[1], size):
+    for first in range(start, input_ids.shape[1], size):
         end = first + size
         output = base(
             input_ids=input_ids[:, first:end],
@@ -61,6 +70,35 @@ def _hidden_pieces(
         )
         cache = output.past_key_values
         yield first, output.last_hidden_state
+
+
+def shared_hidden_states(
+    model: nn.Module, sequences: Sequence[Tensor], starts: Sequence[int], chunk: int = 2048
+) -> Iterator[Tensor]:
+    """Final hidden states [1, T_i - starts_i, H] of each sequence from position starts_i on, without gradients.
+
+    What a sequence and the one before it begin with is read once: its keys and values stay in a cache. Order the
+    sequences so that each shares as much as possible with its neighbour.
+
+    Args:
+        model: under a scaling that does not depend on the length; others refuse the cache.
+        sequences: token ids [T_i].
+        starts: below T_i.
+        chunk: positions that go through the model at once; a mask of chunk x T is built for all but the first.
+    """
+    cache, kept = DynamicCache(), 0
+    for index, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
+        following = sequences[index + 1] if index + 1 < len(sequences) else ids[:0]
+        size = min(len(ids), len(following))
+        differs = (ids[:size] != following[:size]).nonzero()
+        # Neither more than the next one can use nor so much that nothing is left of it to compute.
+        common = min(int(differs[0]) if len(differs) else size, starts[index + 1]) if len(following) else 0
+        with torch.inference_mode():
+            pieces = list(_hidden_pieces(model, ids[None], None, chunk, cache, kept))
+            if common < len(ids):
+                cache.crop(common - len(ids))  # negative: how many to remove
+        kept = common
+        yield torch.cat([hidden[:, max(0, start - first) :] for first, hidden in pieces], dim=1)
 
 
 def project(model: nn.Module, hidden: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ _STYLE: dict[str, Any] = {
 
 
 @contextmanager
-def _drawing() -> Iterator[Any]:
-    """pyplot without a display, in our style.
+def drawing(**style: Any) -> Iterator[Any]:
+    """pyplot without a display, in our style and what is given beside it.
 
     Raises:
         ConfigError: matplotlib is missing.
@@ -73,7 +73,7 @@ def _drawing() -> Iterator[Any]:
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+        matplotlib.rcParams.update(_STYLE | style)
         yield pyplot
 
 
@@ -84,10 +84,10 @@ def _save(figure: Any, path: Path) -> None:
     nothing: dict[str, dict[str, None]] = {"svg": dict.fromkeys(("Date", "Creator", "Format", "Type")), "png": {}}
     figure.savefig(picture, format=kind, dpi=144, metadata=nothing[kind])
     data = picture.getvalue()
-    write_atomic(path, _squeeze(data.decode()) if kind == "svg" else data)
+    write_atomic(path, squeeze(data.decode()) if kind == "svg" else data)
 
 
-def _squeeze(svg: str) -> str:
+def squeeze(svg: str) -> str:
     """The same drawing in a third of the bytes: a hundredth of a point is enough, and fonts need no list."""
     rounded = partial(re.sub, r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."))
     svg = re.sub(r"<[^>]*>", lambda tag: rounded(tag[0]), svg)  # not what is written in the picture
@@ -235,7 +235,7 @@ def plot_scaling(scaling: RopeScaling, head_dim: int, path: Path, title: str, le
     check_format(path)
     theta, scaled, divisors = _tables(scaling, head_dim, length)
     names = regimes_of(scaling, head_dim, length)
-    with _drawing() as pyplot:
+    with drawing() as pyplot:
         figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(7.2, 6.2), sharex=True, height_ratios=(2, 1))
         for axes in (top, bottom):
             _shade(axes, names)
@@ -293,7 +293,7 @@ def write_figures(folder: Path, head_dim: int, theta: float, original: int, fact
     names = [name for name, row in METHODS.items() if row.kind == "frequency"]
     scalings = {name: example(name, head_dim, theta, original, factor) for name in names}
     paths = [folder / "overview.svg", *(folder / f"{name}.svg" for name in names), folder / "resonance.svg"]
-    with _drawing() as pyplot:
+    with drawing() as pyplot:
         _draw_resonance(pyplot, scalings["yarn"], head_dim, paths[-1])
         _draw_overview(pyplot, scalings, head_dim, int(original * factor), paths[0])
         for path, scaling in zip(paths[1:-1], scalings.values(), strict=True):

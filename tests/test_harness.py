@@ -227,7 +227,17 @@ def test_rows_and_resuming(checkpoint: str, own_tasks: Path, capsys: pytest.Capt
     rows = run(checkpoint, own_tasks, *more)
     assert [row["label"].split()[0] for row in rows] == ["unscaled", "cope", "dynamic-yarn"]
     for row in rows:
-        assert row.keys() >= {*IDENTITY, "model", "value", "standard_error", "interval", "n", "seconds", "provenance"}
+        assert row.keys() >= {
+            *IDENTITY,
+            "model",
+            "value",
+            "standard_error",
+            "interval",
+            "n",
+            "seconds",
+            "peak_memory",
+            "provenance",
+        }
         assert row["metric"] == "benchmark" and row["n"] == 7 and row["unit"] == "%" and row["length"] is None
         assert row["data"]["documents"] == 7 and len(row["data"]["fingerprint"]) == 16
         assert row["provenance"]["versions"]["lm-eval"]

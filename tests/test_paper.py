@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import csv
-import io
+import html
 import json
-import runpy
+import os
+import re
+import stat
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import eval.harness as harness
+import eval.passkey as passkey
+import eval.perplexity as perplexity_script
+import eval.report as report
 from scaled_rope.errors import ConfigError
-from scaled_rope.paper import DIFFERS, NOT_RUN, REPRODUCED, compare, load_published, read_curves, to_csv
+from scaled_rope.paper import (
+    DIFFERS,
+    NOT_RUN,
+    REPRODUCED,
+    PaperTable,
+    compare,
+    figures,
+    load_published,
+    read_curves,
+    runs,
+)
 
 ROOT = Path(__file__).parent.parent
 MODEL = "NousResearch/Yarn-Llama-2-7b-64k"
@@ -63,7 +80,22 @@ def test_cells_are_reproduced_different_or_not_run():
     assert table.counts == {REPRODUCED: 3, DIFFERS: 1, NOT_RUN: 31}
     assert statuses([perplexity(131072, 9.0)], "2", "7B YaRN s=16, 64k")[-1] == DIFFERS
     failed = perplexity(131072, None, error="out of memory")
-    assert statuses([failed], "2", "7B YaRN s=16, 64k")[-1] == DIFFERS
+    assert statuses([failed], "2", "7B YaRN s=16, 64k")[-1] == NOT_RUN
+    (table,) = compare([failed], ["2"])
+    assert ">10 OOM." in table.text()
+
+
+def test_a_line_has_a_verdict():
+    def verdict(*rows: dict[str, object]) -> tuple[str, str]:
+        (table,) = compare(list(rows), ["2"])
+        return PaperTable.verdict(dict(table.lines)["7B YaRN s=16, 64k"])
+
+    right = [perplexity(8192, 3.51), perplexity(32768, 2.65), perplexity(65536, 2.42)]
+    above = [perplexity(98304, 11.0), perplexity(131072, 50.0)]
+    assert verdict() == (NOT_RUN, "not run")
+    assert verdict(*right, *above) == (REPRODUCED, "reproduced")
+    assert verdict(*right) == (REPRODUCED, "reproduced, 3 of 5 run")
+    assert verdict(*right, perplexity(131072, 5.0)) == (DIFFERS, "1 of 4 differ")
 
 
 @pytest.mark.parametrize(
@@ -75,6 +107,7 @@ def test_cells_are_reproduced_different_or_not_run():
         {"length": 8191},
         {"protocol": {"name": "sliding", "stride": 256}},
         {"data": {"name": "proofpile-test-tokenized", "documents": 9}},
+        {"data": {"name": "standin:hol-light", "documents": 10}},
     ],
 )
 def test_a_row_that_measured_something_else_does_not_count(change):
@@ -91,7 +124,7 @@ def test_a_local_copy_of_a_model_and_the_exact_value_count():
 
 
 def test_the_weighting_of_windows_matters_where_windows_slide():
-    row = perplexity(32768, 3.59, data={"name": "govreport", "documents": 50})
+    row = perplexity(32768, 3.59, data={"name": "govreport-test-tokenized", "documents": 50})
     for protocol, status in (
         ({"name": "sliding", "stride": 256, "weighting": "window"}, REPRODUCED),
         ({"name": "sliding", "stride": 256}, NOT_RUN),
@@ -102,21 +135,52 @@ def test_the_weighting_of_windows_matters_where_windows_slide():
 
 def test_benchmarks_and_passkeys():
     base = {"model": "NousResearch/Yarn-Llama-2-7b-128k", "carried": True, "length": None, "data": {}}
-    benchmark = {"metric": "benchmark", "value": 51.5, "protocol": {"name": "lm-eval", "task": "arc_challenge"}}
-    limited = benchmark | {"protocol": benchmark["protocol"] | {"limit": 100}}
-    assert statuses([base | benchmark], "3", "7B YaRN s=32, 128k")[:2] == [REPRODUCED, NOT_RUN]
-    assert statuses([base | limited], "3", "7B YaRN s=32, 128k")[0] == NOT_RUN
-    found = {"metric": "passkey_context", "context": 131072, "accuracy": 0.95, "protocol": {}}
-    assert statuses([base | found], "5", "7B YaRN s=32, 128k") == [REPRODUCED, REPRODUCED]
-    assert statuses([base | found | {"context": 65536, "accuracy": 0.9}], "5", "7B YaRN s=32, 128k") == [DIFFERS] * 2
+    said = {"name": "lm-eval", "task": "arc_challenge", "num_fewshot": 25}
+    benchmark = base | {"metric": "benchmark", "value": 51.5, "protocol": said}
+    label = "7B YaRN s=32, 128k"
+    assert statuses([benchmark], "3", label)[:2] == [REPRODUCED, NOT_RUN]
+    for other in ({"limit": 100}, {"num_fewshot": 0}):
+        assert statuses([benchmark | {"protocol": said | other}], "3", label)[0] == NOT_RUN
+    assert statuses([benchmark | {"data": {"source": "bigbench 1.0.0, partial"}}], "3", label)[0] == NOT_RUN
+
+    tried = list(range(8192, 131073, 8192))
+    found = base | {"metric": "passkey_context", "context": 131072, "accuracy": 0.95, "data": {"lengths": tried}}
+    found["protocol"] = {"iterations": 10}
+    assert statuses([found], "5", label) == [REPRODUCED, REPRODUCED]
+    assert statuses([found | {"context": 65536, "accuracy": 0.9}], "5", label) == [DIFFERS] * 2
+    # Fewer lengths or prompts are another measurement: a context of 128k can't be found among lengths to 64k.
+    assert statuses([found | {"data": {"lengths": tried[:8]}}], "5", label) == [NOT_RUN] * 2
+    assert statuses([found | {"protocol": {"iterations": 5}}], "5", label) == [NOT_RUN] * 2
 
 
-def test_csv_and_curves(tmp_path):
-    rows = list(csv.reader(io.StringIO(to_csv(compare([perplexity(8192, 3.5)], ["2"])))))
-    assert len(rows) == 1 + 35 and rows[0][-1] == "status"
-    assert ["2", "7B YaRN s=16, 64k", "8192", "3.51", "3.5", "reproduced"] in rows
+def llama(length: int, label: str, value: float) -> dict[str, object]:
+    data = {"name": "govreport-test-tokenized", "documents": 1}
+    return perplexity(length, value, model="NousResearch/Llama-2-7b-hf", label=label, carried=False, data=data)
+
+
+def test_figures_have_measured_lines_printed_values_and_published_curves(tmp_path):
+    (tmp_path / "a.csv").write_text(f",2048,4096\n{MODEL},3.5,3.25\n")
+    rows = [perplexity(2048, 4.0), perplexity(8192, 3.5), llama(4200, "unscaled", 4.1), llama(600, "dynamic-yarn", 9.0)]
+    one, five, six = figures(rows, published=tmp_path)
+    assert [figure.name for figure in (one, five, six)] == ["1", "5", "6"]
+    lines = {line.label: line for line in one.lines}
+    ours = lines["7B YaRN s=16, 64k"]
+    assert {length: row["perplexity"] for length, row in ours.measured.items()} == {2048: 4.0, 8192: 3.5}
+    assert ours.published == {8192: 3.51, 32768: 2.65, 65536: 2.42}  # not where it prints "above 10"
+    assert ours.curve == {2048: 3.5, 4096: 3.25} and not lines["7B YaRN s=32, 128k"].curve
+    assert [len(line.measured) for line in five.lines] == [1, 0, 1] and not any(line.measured for line in six.lines)
+    assert statuses([llama(4200, "unscaled", 4.03)], "figure5", "RoPE") == [REPRODUCED, NOT_RUN, NOT_RUN]
+    assert statuses([llama(7800, "dynamic-yarn", 4.2)], "figure5", "Dynamic-YaRN")[-1] == DIFFERS
+    assert [figure.name for figure in figures([], ["6"])] == ["6"]
+
+
+def test_published_curves_are_read_and_refused(tmp_path):
     (tmp_path / "a.csv").write_text(",2048,4096\nx/y,3.5,inf\nz,,4.25\n")
-    assert read_curves(tmp_path) == {"x/y": {2048: 3.5}, "z": {4096: 4.25}}
+    (tmp_path / "0.csv").write_text(",8192,1024\nx/y,3.0,5.0\n")
+    (tmp_path / "govreport.csv").write_text(",4096\nx/y,9.0\n")  # another text: no point of the curve
+    curves = read_curves(tmp_path)
+    assert curves == {"x/y": {1024: 5.0, 2048: 3.5, 8192: 3.0}, "z": {4096: 4.25}}
+    assert list(curves["x/y"]) == [1024, 2048, 8192]
     (tmp_path / "b.csv").write_text(",2048\nx,high\n")
     with pytest.raises(ConfigError, match="b.csv"):
         read_curves(tmp_path)
@@ -126,13 +190,115 @@ def test_csv_and_curves(tmp_path):
         compare([], ["7"])
 
 
-def test_the_script(tmp_path, capsys, monkeypatch):
+# ------------------------------------------------------------------------------------------------------- the report
+
+
+def test_the_published_tables_alone(capsys):
+    assert report.main(["--paper"]) == 0
+    shown = capsys.readouterr().out
+    assert [f"Table {n}. " in shown for n in range(1, 8)] == [True] * 6 + [False] and "Figure 5. " in shown
+    assert "3.50 ." in shown and "0 reproduced, 0 differs, 35 not run; tolerance 0.02" in shown
+
+
+def test_tables_and_figures_of_the_paper_on_the_page(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    (tmp_path / "rows.jsonl").write_text(json.dumps(perplexity(8192, 3.5)) + "\n")
-    arguments = [str(tmp_path / "rows.jsonl"), "--table", "2", "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["eval/paper.py", *arguments])
-    with pytest.raises(SystemExit) as done:
-        runpy.run_path(str(ROOT / "eval" / "paper.py"), run_name="__main__")
-    assert done.value.code == 0
-    assert "3.51 3.5=" in (out := capsys.readouterr().out) and "1 reproduced, 0 differs, 34 not run" in out
-    assert (tmp_path / "paper.png").stat().st_size > 1000 and (tmp_path / "paper.csv").is_file()
+    record = {"command": "python x", "commit": "c0ffee", "versions": {}, "device": "gpu", "date": "2030", "seed": None}
+    scaling = {"method": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096}
+    shared = {"model_fingerprint": "w", "dtype": "bfloat16", "head_dim": 128, "scaling": scaling, "label": "yarn x16"}
+    more = {"provenance": record | {"cpu_count": 1}, "targets": 9, "interval": [3.1, 3.9]}
+    bucket = {"perplexity_bucket": 3.5, "bucket": [0, 8192]}
+    row = perplexity(8192, 3.5, **shared, **more, **bucket)
+    row["data"]["fingerprint"] = "t"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(row) + "\n")
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "a.csv").write_text(f",2048,4096\n{MODEL},3.5,3.25\n")
+    assert report.main([str(rows), "--output", str(tmp_path), "--published", str(tmp_path / "published")]) == 0
+    shown = capsys.readouterr().out
+    # Only the table that has a row, without being asked for it.
+    assert "Table 2. " in shown and "Table 1. " not in shown and "Figure 5. " not in shown
+    assert re.search(r"7B YaRN s=16, 64k +3\.51 3\.5= .* reproduced, 1 of 5 run", shown)
+
+    page = html.unescape((tmp_path / "report.html").read_text())
+    assert "Table 2 and figure 1 of the paper" in page and "1 reproduced, 0 differs, 34 not run" in page
+    assert "published 3.51, tolerance 0.02: reproduced" in page and "95 % interval 3.10 to 3.90" in page
+    assert "not run here\n./eval.sh table2" in page
+    assert "published curve, 4096 tokens: 3.25" in page and "published in the paper, 32768 tokens: 2.65" in page
+    assert "perplexity of the first 8192 tokens: 3.50" in page  # the measured point of the figure
+    for kind in ("png", "pdf"):
+        assert (tmp_path / f"paper-figure-1.{kind}").stat().st_size > 1000
+    with open(tmp_path / "report.csv", newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["table"] == "Table 2 of the paper"]
+    assert len(lines) == 35
+    (ours,) = [line for line in lines if line["measured"]]
+    wanted = {"model": "7B YaRN s=16, 64k", "column": "8192", "published": "3.51", "measured": "3.5"}
+    assert wanted.items() <= ours.items() and ours["status"] == "reproduced" and ours["commit"] == "c0ffee"
+
+    assert report.main([str(rows), "--table", "6", "--table", "figure5"]) == 0
+    shown = capsys.readouterr().out
+    assert "Table 6. " in shown and "Figure 5. " in shown and "Table 2. " not in shown
+
+
+# --------------------------------------------------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize("name", ["table1", "table2", "table3", "table4", "table5", "table6", "figure5"])
+def test_commands_measure_what_the_tables_compare(name):
+    run, published = runs()[name], load_published()
+    table = published["figures"]["5"] if name == "figure5" else published["tables"][name[-1]]
+    argv = ["-m", run.models[0], *run.data, *run.flags]
+    if run.evaluator == "harness":
+        args = harness.build_parser().parse_args(argv)
+        assert set(table["columns"]) == set(harness.check_arguments(args)[0])
+        return
+    if run.evaluator == "passkey":
+        evaluator = passkey.Passkey(passkey.build_parser().parse_args(argv))
+        assert (evaluator.lengths[0], evaluator.lengths[-1], len(evaluator.lengths)) == (8192, 131072, 16)
+        return
+    args = perplexity_script.build_parser().parse_args(argv)
+    ((source,), stride) = perplexity_script.check_arguments(args)
+    evaluator = perplexity_script.Perplexity(args)
+    assert source.tokenized and set(table["columns"]) <= set(evaluator.lengths)
+    assert (stride, args.weighting) == ((256, "window") if name == "table4" else (None, "token"))
+    assert (args.samples, args.dataset_min_tokens) == (
+        {"table4": 50, "figure5": 1}.get(name, 10),
+        {"table4": 16384, "figure5": 8192}.get(name, 131072),
+    )
+    assert args.sliding_window_attention == (131072 if name == "table6" else None)
+    assert args.split == ("train" if name == "table6" else "test")
+
+
+def test_released_models_that_the_paper_does_not_have_are_left_out():
+    assert len(runs()["table3"].models) == 9 and "NousResearch/Yarn-Llama-2-70b-32k" not in runs()["table3"].models
+    assert runs()["figure1"] == runs()["table2"] and runs()["figure6"] == runs()["table6"]
+
+
+def test_eval_sh_measures_tables_and_then_reports(tmp_path):
+    """With an interpreter that writes the evaluators' command lines down instead of running them."""
+    python, log, rows = tmp_path / "python", tmp_path / "log", tmp_path / "rows.jsonl"
+    python.write_text(
+        f"""#!/usr/bin/env bash
+        if [[ "$1" != eval/* ]]; then exec {sys.executable} "$@"; fi
+        echo "$@" >> {log}
+        [[ "$*" != *missing* ]] || exit 3
+        echo '{{}}' >> {rows}
+        """
+    )
+    python.chmod(python.stat().st_mode | stat.S_IEXEC)
+    variables = {"PYTHON": str(python), "PYTHONPATH": str(ROOT), "OUTPUT": str(rows), "TASKS": "mmlu"}
+    variables |= {"MODELS": "a/b missing", "DATASET": "x.txt"}
+    command = ["./eval.sh", "table4", "table3", "--", "--seed", "1"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+    flags = "--protocol sliding --stride 256 --weighting window --samples 50 --dataset-min-tokens 16384 --lengths 32768"
+    lines = log.read_text().splitlines()
+    assert lines[:4] == [
+        f"eval/perplexity.py -m a/b --dataset x.txt {flags} --seed 1 --output {rows}",
+        f"eval/perplexity.py -m missing --dataset x.txt {flags} --seed 1 --output {rows}",
+        f"eval/harness.py -m a/b --tasks mmlu --output {rows} --seed 1",  # through eval-harness.sh
+        f"eval/harness.py -m missing --tasks mmlu --output {rows} --seed 1",
+    ]
+    assert lines[4].startswith(f"eval/report.py {rows} --table 4 --table 3 ") and len(lines) == 5
+    assert lines[4].endswith(f"--output {tmp_path}")
+    # A model that fails does not keep the others from being measured, and is named in the end.
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["failed: missing: mmlu", "failed: table4: missing", "failed: table3"]

@@ -156,7 +156,8 @@ def evaluate(main: Callable[[list[str]], int], output: Path, *argv: str) -> list
 
 
 def measured(rows: list[Row]) -> list[Row]:
-    return [{key: value for key, value in row.items() if key != "provenance"} for row in rows]
+    differ = ("provenance", "seconds", "peak_memory")
+    return [{key: value for key, value in row.items() if key not in differ} for row in rows]
 
 
 # ------------------------------------------------------------------------------------------------------- hard prompts
@@ -502,6 +503,7 @@ def test_passkey_hard_end_to_end(
         *(("passkey_hard_context", label, 220) for label in ("yarn x4", "dynamic-yarn")),
     ]
     for row in whole[:4]:
+        assert row["seconds"] > 0 and row["peak_memory"] > 2**20
         assert row["n"] == 3 and row["right"] == sum(one["right"] for one in row["prompts"])
         assert row["interval"] == wilson_interval(row["right"], 3)
         for one in row["prompts"]:

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# A real pretrained model without training: SmolLM2-135M (8192 positions) under the scalings, on texts from package
+# archives, on a CPU. Rows that are there already are not measured again, so it can be interrupted and extended.
+#
+#   ./benchmarks/smollm2.sh          under 20 minutes on two cores: one novel, a few scalings, out/smollm2/report.html
+#   ./benchmarks/smollm2.sh full     what data/smollm2_rows.jsonl holds: about 4 hours on two cores
+#
+# OUTPUT is the folder (default: out/smollm2). More flags of eval/perplexity.py and eval/passkey.py may follow, such as
+# --attention sdpa where the processor has AMX.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source ./environment.sh
+
+what=${1:-quick}
+shift || true
+output=${OUTPUT:-out/smollm2}
+model=models/smollm2-135m
+shared=(-m "$model" --dtype bfloat16 --attention blockwise --output "$output/rows.jsonl")
+
+under() { # SPEC ...: as flags
+    flags=()
+    for spec in "$@"; do flags+=(--scaling "$spec"); done
+}
+
+python -m scaled_rope.checkpoints fetch smollm2-135m --output "$model"
+case $what in
+    quick)
+        under default linear:2 ntk:2 yarn:2 dynamic-yarn
+        python eval/perplexity.py "${shared[@]}" "${flags[@]}" "$@" --dataset standin:books --samples 1 \
+            --lengths 1024,2048,4096,8192,12288,16384
+        under default yarn:2
+        python eval/passkey.py "${shared[@]}" "${flags[@]}" "$@" --lengths 4096,8192,12288 --iterations 3
+        python eval/harness.py "${shared[@]}" "${flags[@]}" --offline --tasks truthfulqa_mc2 --limit 20
+        ;;
+    full)
+        under default yarn:2 linear:2 ntk:2 ntk-by-parts:2 dynamic-yarn dynamic-ntk
+        python eval/perplexity.py "${shared[@]}" "${flags[@]}" "$@" --samples 1 \
+            --dataset standin:books --dataset standin:hol-light --dataset standin:sotu \
+            --lengths 1024,2048,4096,8192,12288,16384
+        under yarn:2 default linear:2
+        python eval/passkey.py "${shared[@]}" "${flags[@]}" "$@" --lengths 4096,8192,12288,16384 --iterations 5
+        under default yarn:2
+        python eval/harness.py "${shared[@]}" "${flags[@]}" --offline --tasks arc_challenge,hellaswag --limit 40
+        python eval/harness.py "${shared[@]}" "${flags[@]}" --offline --tasks truthfulqa_mc2 --limit 60
+        python eval/harness.py "${shared[@]}" "${flags[@]}" --offline --tasks mmlu --limit 2
+        under default yarn:4 linear:4 ntk:4
+        python eval/perplexity.py "${shared[@]}" "${flags[@]}" "$@" --dataset standin:books --samples 1 \
+            --lengths 1024,2048,4096,8192,16384,24576,32768
+        ;;
+    *)
+        echo "error: $what is not allowed; quick (the default) or full" >&2
+        exit 2
+        ;;
+esac
+python eval/report.py "$output/rows.jsonl" --output "$output" --title "SmolLM2-135M beyond its 8192 positions, untrained"

@@ -1,0 +1,1 @@
+"""Attention implementations that this package adds to those of transformers."""

@@ -1,0 +1,104 @@
+"""Causal attention in blocks of queries, for bfloat16 on CPUs that multiply it but have no AMX tiles.
+
+PyTorch's fused CPU kernel multiplies bfloat16 no faster than float32 there. Plain matrix products do, through oneDNN,
+if they are float32 products that are told to round their factors to bfloat16; scores and sums stay in float32 then,
+which is what the fused kernel does too. Memory grows with block x T, never with T x T. The products are small: give a
+process one thread (OMP_NUM_THREADS=1) where other programs keep the cores busy.
+
+Registered with transformers as "blockwise" (`register`); what is not plain causal attention in bfloat16 without
+gradients, such as padding or a sliding window, is handed to PyTorch's own kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "blockwise"
+_BLOCK = 128  # queries; of 64 to 256 the fastest at 8192 positions, by little
+
+
+@contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """float32 matrix products whose factors are rounded to bfloat16 and whose sums are float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, block: int = _BLOCK) -> Tensor:
+    """softmax(scale * q k^T) v over the keys up to each query's own position; no gradients.
+
+    Args:
+        q: [B, H, T, D].
+        k, v: [B, K, T, D], where K divides H: each of them serves H / K neighbouring heads.
+        scale: usually 1 / sqrt(D).
+        block: queries whose scores are held at once.
+
+    Returns:
+        [B, H, T, D] in the dtype of q.
+    """
+    batch, heads, length, dim = q.shape
+    groups = heads // k.shape[1]
+    out = torch.empty_like(q)
+    above = torch.full((block, block), -torch.inf, device=q.device).triu(1)
+    with _bfloat16_products():
+        for row in range(batch):
+            for head in range(k.shape[1]):
+                keys, values = k[row, head].float().t().contiguous(), v[row, head].float()
+                mine = slice(head * groups, (head + 1) * groups)
+                queries = q[row, mine].float() * scale
+                for first in range(0, length, block):
+                    end = min(first + block, length)
+                    size = end - first
+                    scores = torch.mm(queries[:, first:end].reshape(-1, dim), keys[:, :end])
+                    scores.view(groups, size, end)[:, :, first:] += above[:size, :size]
+                    torch.softmax(scores, dim=-1, out=scores)
+                    out[row, mine, first:end] = torch.mm(scores, values[:end]).view(groups, size, dim).to(q.dtype)
+    return out
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: q [B, H, S, D], k and v [B, K, T, D] to [B, S, H, D]."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    plain = causal and attention_mask is None and query.shape[2] == key.shape[2] and not dropout
+    extras = any(more.get(name) is not None for name in ("cache", "position_bias", "softcap"))
+    if (
+        not plain
+        or extras
+        or query.dtype != torch.bfloat16
+        or query.device.type != "cpu"
+        or (torch.is_grad_enabled() and query.requires_grad)
+    ):
+        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **more}
+        theirs: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return theirs
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return blockwise_attention(query, key, value, scale).transpose(1, 2).contiguous(), None
+
+
+def register() -> str:
+    """Make "blockwise" an attention implementation of transformers; gives its name."""
+    AttentionInterface.register(NAME, _forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME
