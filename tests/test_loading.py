@@ -323,7 +323,7 @@ def test_damaged_checkpoint_is_one_line(checkpoint: Path, damage: Callable[[Path
     [
         ({"dtype": "float8"}, "bfloat16"),
         ({"device": "gpu"}, "device 'gpu'"),
-        ({"attn_implementation": "flash"}, "known: auto, eager, flash_attention_2"),
+        ({"attn_implementation": "flash"}, "known: auto, blockwise, eager, flash_attention_2"),
         ({"attn_implementation": "flash_attention_2", "device": "cpu"}, "flash_attention_2"),
         ({"scaling": "yam:4"}, "unknown method 'yam'"),
         ({"scaling": "yarn:0.5"}, "factor=0.5"),
