@@ -29,12 +29,15 @@ from scaled_rope.config import LayerPlan, RopeScaling
 from scaled_rope.dialects import CUSTOM_ROPE_TYPE, PRIMARY_LAYER_TYPE, RECORD_KEY, nested_types
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.formulas import dynamic_ntk_scale
+from scaled_rope.fused import KERNELS, resolve_kernel
 from scaled_rope.methods import METHODS
 from scaled_rope.patch import (
+    ADAPTERS,
     computes,
     head_dim_of,
     layer_types_of,
     patch_model,
+    patched_kernel,
     patched_plan,
     patched_scaling,
     unpatch_model,
@@ -234,25 +237,35 @@ def at_length(scaling: RopeScaling, seq_len: int) -> RopeScaling:
     return replace(scaling, dynamic=False, factor=max(scaling.factor, ratio))
 
 
-def apply_scaling(model: nn.Module, scaling: RopeScaling, plan: LayerPlan | None = None) -> None:
+def apply_scaling(
+    model: nn.Module, scaling: RopeScaling, plan: LayerPlan | None = None, kernel: str | None = None
+) -> None:
     """Make a model compute with `scaling`, whatever it computed with before.
 
     plan: what differs between layers, its primary layer type aside; by default what differs now.
+    kernel: what rotates queries and keys, see `patch_model`; by default what does now, or else "auto".
 
-    A model whose config says so and that computes so is left untouched, so any architecture can be read as it is.
+    A model whose config says so and that computes so is left untouched, so any architecture can be read as it is. Only
+    a kernel that is asked for by name, or that "auto" has to offer for a family known by name, is put in all the same.
     """
+    if kernel is None:
+        kernel = patched_kernel(model) or "auto"
     current = patched_plan(model)
     plan = current if plan is None else plan
     layers = with_primary(plan.layers, scaling)
+    backend = resolve_kernel(kernel)
     if patched_scaling(model) == scaling and current == LayerPlan(layers, plan.drop_layers):
-        return
+        if kernel == "auto" or patched_kernel(model) == backend:
+            return
     if patched_scaling(model) is not None:
         unpatch_model(model)
+    config: Any = model.config
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said when the config was first read
-        own = RopeScaling.from_config(model.config)
-    if layers or plan.drop_layers or own != scaling or not computes(model, scaling):
-        patch_model(model, layers or scaling, drop_layers=plan.drop_layers)
+        own = RopeScaling.from_config(config)
+    wants_kernel = backend is not None and (kernel != "auto" or config.get_text_config().model_type in ADAPTERS)
+    if layers or plan.drop_layers or own != scaling or not computes(model, scaling) or wants_kernel:
+        patch_model(model, layers or scaling, drop_layers=plan.drop_layers, kernel=kernel)
 
 
 def with_primary(layers: dict[str, RopeScaling], scaling: RopeScaling) -> dict[str, RopeScaling]:
@@ -336,6 +349,7 @@ def load_model(
     sliding_window: int | None = None,
     layers: str | None = None,
     drop_layers: Sequence[int] | None = None,
+    kernel: str = "auto",
     load_in_8bit: bool = False,
     load_in_4bit: bool = False,
 ) -> Any:
@@ -351,6 +365,7 @@ def load_model(
         adapter: a LoRA adapter that is merged into the weights.
         sliding_window: replaces the configuration's attention window (tokens), for architectures that have one.
         layers, drop_layers: which layers are scaled and which lose their rotary embedding, see `resolve_plan`.
+        kernel: what rotates queries and keys, see `patch_model`.
 
     Raises:
         ConfigError: nothing there, damaged files, weights of another architecture, an option that cannot be met.
@@ -399,7 +414,7 @@ def load_model(
         model = _merge_adapter(model, adapter)
     if "device_map" not in options:
         model = model.to(device)
-    apply_scaling(model, wanted, plan)
+    apply_scaling(model, wanted, plan, kernel)
     return model.eval()
 
 
@@ -443,6 +458,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="torch device (default: the first GPU, else cpu)")
     add("--attention", default="auto", help=f"one of: {', '.join(ATTENTIONS)}")
     add("--flash-attention", dest="attention", action="store_const", const="flash_attention_2", help=argparse.SUPPRESS)
+    add("--kernel", default="auto", help=f"rotary kernel, one of: {', '.join(KERNELS)}")
     add("--sliding-window-attention", type=int, metavar="N", help="attention window in tokens, where a model has one")
     add("--adapter", metavar="PATH", help="LoRA adapter, merged into the weights")
     bits = group.add_mutually_exclusive_group()
@@ -574,6 +590,7 @@ def model_jobs(args: argparse.Namespace) -> list[ModelJob]:
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     resolve_attention(args.attention, device, dtype)
+    resolve_kernel(args.kernel)
     if args.adapter and not (Path(args.adapter) / "adapter_config.json").is_file():
         raise ConfigError(f"adapter {args.adapter!r} holds no adapter_config.json")
     jobs = []
@@ -616,7 +633,8 @@ class ModelLoader:
                 sliding_window=self._args.sliding_window_attention,
                 load_in_8bit=self._args.load_in_8bit,
                 load_in_4bit=self._args.load_in_4bit,
+                kernel=self._args.kernel,
             )
             self._name = job.model
-        apply_scaling(self._model, job.scaling, job.plan)
+        apply_scaling(self._model, job.scaling, job.plan, self._args.kernel)
         return self._model

@@ -53,7 +53,7 @@ def kernel_backend(device: torch.device | str | None = None, backend: str = "aut
     if backend not in BACKENDS:
         raise unknown("kernel backend", backend, BACKENDS)
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else torch.device(device).type
-    installed = importlib.util.find_spec("triton") is not None
+    installed = _triton_is_installed()
     if backend == "auto":
         backend = "triton" if kind == "cuda" and installed else "torch"
     elif backend == "triton":
@@ -63,6 +63,11 @@ def kernel_backend(device: torch.device | str | None = None, backend: str = "aut
             raise ConfigError(f"{source} needs a GPU, not {kind!r} (or TRITON_INTERPRET=1, which is slow)")
     _log_once(backend, kind)
     return backend
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
