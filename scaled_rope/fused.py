@@ -40,11 +40,12 @@ def resolve_kernel(kernel: str) -> str | None:
     """
     if kernel not in KERNELS:
         raise unknown("kernel", kernel, KERNELS)
-    if kernel == "none":
+    forced = os.environ.get(VARIABLE) if kernel == "auto" else None
+    if "none" in (kernel, forced):
         return None
     chosen = kernel_backend(backend=kernel)
     # "auto" is decided call by call: a model may be patched on the CPU and moved later.
-    return None if kernel == "auto" and chosen == "torch" and not os.environ.get(VARIABLE) else kernel
+    return None if kernel == "auto" and chosen == "torch" and not forced else kernel
 
 
 def fused_rotation(base: nn.Module, layout: Layout, half: int, backend: str) -> tuple[Rotation | None, str]:

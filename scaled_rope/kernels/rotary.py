@@ -26,7 +26,7 @@ _LOG = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "torch", "triton")
 VARIABLE = "SCALED_ROPE_KERNEL"
-"""Environment variable that forces a backend wherever "auto" is asked for."""
+"""Environment variable that forces a backend wherever "auto" is asked for. "none": models keep their own function."""
 
 TURN = 2.0**64
 """Phases are 64-bit fractions of a turn, so that integer overflow reduces an angle modulo 2π exactly."""
@@ -48,7 +48,7 @@ def kernel_backend(device: torch.device | str | None = None, backend: str = "aut
             TRITON_INTERPRET=1, slowly).
     """
     source = f"kernel backend {backend!r}"
-    if backend == "auto" and (forced := os.environ.get(VARIABLE)):
+    if backend == "auto" and (forced := os.environ.get(VARIABLE) or "none") != "none":
         backend, source = forced, f"{VARIABLE}={forced}"
     if backend not in BACKENDS:
         raise unknown("kernel backend", backend, BACKENDS)

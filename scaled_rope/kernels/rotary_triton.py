@@ -58,9 +58,9 @@ def _rotate_heads(
     stride_d,
     out_stride_h,
     out_stride_d,
-    first,
-    step,
+    part,
     HEADS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     HALF: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
@@ -68,13 +68,18 @@ def _rotate_heads(
     TAIL_BLOCK: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """Rotate heads first, first + step, … in blocks of BLOCK_H; row, out_row: offsets of tokens [BLOCK_T, 1, 1]."""
-    for block in range(first * BLOCK_H, HEADS, step * BLOCK_H):
-        head = (block + tl.arange(0, BLOCK_H)).to(tl.int64)[None, :, None]
+    """Rotate every PARTS-th block of BLOCK_H heads; row, out_row: where tokens begin, [BLOCK_T, 1, 1]."""
+    # A constant number of turns, which is a constant for the compiler and for the interpreter.
+    for turn in range((HEADS + PARTS * BLOCK_H - 1) // (PARTS * BLOCK_H)):
+        head = ((turn * PARTS + part) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)[None, :, None]
+        if HEADS % (PARTS * BLOCK_H) != 0:
+            there = valid & (head < HEADS)
+        else:
+            there = valid
         source, target = x + row + head * stride_h, out + out_row + head * out_stride_h
         if INTERLEAVED:
             d = tl.arange(0, 2 * HALF_BLOCK)[None, None, :]
-            mask = valid & (d < 2 * HALF)
+            mask = there & (d < 2 * HALF)
             both = tl.load(source + d * stride_d, mask=mask).to(cos.dtype)
             a, b = tl.split(tl.reshape(both, (both.shape[0], BLOCK_H, HALF_BLOCK, 2)))
             rotated = tl.join(a * cos - b * sin, b * cos + a * sin)
@@ -82,14 +87,14 @@ def _rotate_heads(
             tl.store(target + d * out_stride_d, rotated.to(out.dtype.element_ty), mask=mask)
         else:
             d = tl.arange(0, HALF_BLOCK)[None, None, :]
-            mask = valid & (d < HALF)
+            mask = there & (d < HALF)
             a = tl.load(source + d * stride_d, mask=mask).to(cos.dtype)
             b = tl.load(source + (d + HALF) * stride_d, mask=mask).to(cos.dtype)
             tl.store(target + d * out_stride_d, (a * cos - b * sin).to(out.dtype.element_ty), mask=mask)
             tl.store(target + (d + HALF) * out_stride_d, (b * cos + a * sin).to(out.dtype.element_ty), mask=mask)
         if TAIL > 0:
             d = tl.arange(0, TAIL_BLOCK)[None, None, :]
-            mask = valid & (d < TAIL)
+            mask = there & (d < TAIL)
             rest = tl.load(source + (d + 2 * HALF) * stride_d, mask=mask)
             tl.store(target + (d + 2 * HALF) * out_stride_d, rest, mask=mask)
 
@@ -139,6 +144,7 @@ def rotary_kernel(
     HAS_TABLES: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -165,16 +171,16 @@ def rotary_kernel(
         sin = -sin
     cos, sin = cos[:, None, :], sin[:, None, :]
     valid, b, t = valid[:, None, None], b[:, None, None], t[:, None, None]
-    first, step = tl.program_id(1), tl.num_programs(1)
+    part = tl.program_id(1)
     _rotate_heads(
         q, q_out, b * q_stride_b + t * q_stride_t, b * q_out_stride_b + t * q_out_stride_t, cos, sin, valid,
-        q_stride_h, q_stride_d, q_out_stride_h, q_out_stride_d, first, step,
-        Q_HEADS, BLOCK_H, HALF, HALF_BLOCK, TAIL, TAIL_BLOCK, INTERLEAVED,
+        q_stride_h, q_stride_d, q_out_stride_h, q_out_stride_d, part,
+        Q_HEADS, PARTS, BLOCK_H, HALF, HALF_BLOCK, TAIL, TAIL_BLOCK, INTERLEAVED,
     )  # fmt: skip
     _rotate_heads(
         k, k_out, b * k_stride_b + t * k_stride_t, b * k_out_stride_b + t * k_out_stride_t, cos, sin, valid,
-        k_stride_h, k_stride_d, k_out_stride_h, k_out_stride_d, first, step,
-        K_HEADS, BLOCK_H, HALF, HALF_BLOCK, TAIL, TAIL_BLOCK, INTERLEAVED,
+        k_stride_h, k_stride_d, k_out_stride_h, k_out_stride_d, part,
+        K_HEADS, PARTS, BLOCK_H, HALF, HALF_BLOCK, TAIL, TAIL_BLOCK, INTERLEAVED,
     )  # fmt: skip
 
 
@@ -189,7 +195,9 @@ def blocks(tokens: int, q_heads: int, k_heads: int, half: int, heads_first: bool
     block_h = 1 if heads_first else min(common & -common, rows, 16)
     block_t = min(rows // block_h, triton.next_power_of_2(tokens))
     programs = triton.cdiv(tokens, block_t)
-    parts = max(1, min(max(q_heads, k_heads) // block_h, triton.cdiv(PROGRAMS, programs)))
+    # A power of two, so that few versions of the kernel are compiled as T changes.
+    wanted = triton.next_power_of_2(triton.cdiv(PROGRAMS, programs))
+    parts = max(1, min(max(q_heads, k_heads) // block_h, wanted))
     warps = max(1, min(4, block_t * block_h * triton.next_power_of_2(half) // 512))
     return block_t, block_h, parts, warps
 
@@ -263,6 +271,7 @@ def launch(
             HAS_TABLES=cos is not None,
             INTERLEAVED=interleaved,
             INVERSE=inverse,
+            PARTS=parts,
             BLOCK_T=block_t,
             BLOCK_H=block_h,
             num_warps=warps,
@@ -286,7 +295,7 @@ def compile_for(
 
     bf16 inputs that are aligned as tensors of models are; the other arguments as in `blocks` and `launch`.
     """
-    block_t, block_h, _, warps = blocks(tokens, q_heads, k_heads, half, apart)
+    block_t, block_h, parts, warps = blocks(tokens, q_heads, k_heads, half, apart)
     constants: dict[str, Any] = {
         "Q_HEADS": q_heads,
         "K_HEADS": k_heads,
@@ -298,6 +307,7 @@ def compile_for(
         "HAS_TABLES": tables,
         "INTERLEAVED": interleaved,
         "INVERSE": False,
+        "PARTS": parts,
         "BLOCK_T": block_t,
         "BLOCK_H": block_h,
         "position_ids": None,
