@@ -25,6 +25,10 @@ import transformers
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from scaled_rope.backends import ATTENTIONS as ATTENTIONS
+from scaled_rope.backends import attention_for as attention_for
+from scaled_rope.backends import check_attention
+from scaled_rope.backends import resolve_attention as resolve_attention
 from scaled_rope.config import LayerPlan, RopeScaling
 from scaled_rope.dialects import CUSTOM_ROPE_TYPE, PRIMARY_LAYER_TYPE, RECORD_KEY, nested_types
 from scaled_rope.errors import ConfigError, unknown
@@ -48,7 +52,6 @@ DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-llama-256
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
-ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
 
 
 # ------------------------------------------------------------------------------------------- names to torch objects
@@ -82,30 +85,6 @@ def resolve_dtype(name: str, device: torch.device) -> str:
     if name not in DTYPES:
         raise unknown("dtype", name, ["auto", *DTYPES])
     return name
-
-
-def resolve_attention(name: str, device: torch.device, dtype: str) -> str:
-    """The attention implementation called `name`; "auto" is FlashAttention 2 where it can run, else PyTorch's own.
-
-    Raises:
-        ConfigError: unknown name, or FlashAttention where it cannot run.
-    """
-    if name not in ATTENTIONS:
-        raise unknown("attention", name, ATTENTIONS)
-    usable = device.type == "cuda" and dtype != "float32" and importlib.util.find_spec("flash_attn") is not None
-    if name == "flash_attention_2" and not usable:
-        raise ConfigError(
-            "attention 'flash_attention_2' needs a GPU, a half-precision dtype and: pip install 'scaled-rope[flash]'"
-        )
-    if name == "auto":
-        return "flash_attention_2" if usable else "sdpa"
-    return name
-
-
-def attention_for(config: Any, attention: str) -> str:
-    """`attention`, or "eager" where that is PyTorch's own and the architecture cannot use it (Gemma 2, GPT-OSS)."""
-    family = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return "eager" if attention == "sdpa" and not getattr(family, "_supports_sdpa", True) else attention
 
 
 # ---------------------------------------------------------------------------------------------- reading checkpoints
@@ -360,8 +339,7 @@ def load_model(
         scaling: None or "checkpoint": as the checkpoint says; otherwise a record or a spec (`resolve_scaling`).
         dtype: float32, bfloat16, float16, or "auto" (bfloat16 on a GPU). Frequencies stay in float32 in any case.
         device: default: the first GPU when there is one.
-        attn_implementation: "auto" is FlashAttention 2 where it can run, otherwise PyTorch's own where the architecture
-            can use that, otherwise the plain form.
+        attn_implementation: "auto" is what can run here and suits the architecture, see `scaled_rope.backends`.
         adapter: a LoRA adapter that is merged into the weights.
         sliding_window: replaces the configuration's attention window (tokens), for architectures that have one.
         layers, drop_layers: which layers are scaled and which lose their rotary embedding, see `resolve_plan`.
@@ -374,9 +352,6 @@ def load_model(
     dtype = resolve_dtype(dtype, device)
     config = load_config(name, trust_remote_code)
     attention = resolve_attention(attn_implementation, device, dtype)
-    options: dict[str, Any] = {
-        "attn_implementation": attention_for(config, attention) if attn_implementation == "auto" else attention
-    }
     own = RopeScaling.from_config(config)
     wanted = scaling if isinstance(scaling, RopeScaling) else resolve_scaling(scaling or "checkpoint", own)
     plan = resolve_plan(config, layers, drop_layers)
@@ -390,6 +365,11 @@ def load_model(
         if not hasattr(config, "sliding_window"):
             raise ConfigError(f"model_type {config.model_type!r} has no sliding window; leave sliding_window out")
         config.sliding_window = sliding_window
+    if attn_implementation == "auto":
+        attention = attention_for(config, attention, device)
+    else:
+        check_attention(config, attention, device, dtype)
+    options: dict[str, Any] = {"attn_implementation": attention}
     if load_in_8bit or load_in_4bit:
         options["quantization_config"] = _quantization(8 if load_in_8bit else 4, dtype)
         options["device_map"] = {"": device}

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from scaled_rope.backends import attention_for, check_attention, resolve_attention
 from scaled_rope.config import LayerPlan, RopeScaling, config_head_dim
 from scaled_rope.dialects import CUSTOM_ROPE_TYPE, NATIVE, PRIMARY_LAYER_TYPE, RECORD_KEY
 from scaled_rope.errors import ConfigError, unknown
@@ -108,6 +109,8 @@ class PatchReport:
     """Whether transformers alone reads the scaling from the saved config; otherwise use `scaled_rope.load_model`."""
     kernel: str | None = None
     """The backend of the rotary kernel that was installed ("auto": decided call by call); None: the model's own."""
+    attention: str | None = None
+    """The attention implementation that was set; None: the model's own was left."""
 
 
 @dataclass
@@ -124,6 +127,8 @@ class _State:
     scaling: RopeScaling
     plan: LayerPlan
     kernel: str | None
+    attention: str | None = None
+    """The implementation before, where another one was set."""
     hooks: list[RemovableHandle] = field(default_factory=list)
     fused: list[nn.Module] = field(default_factory=list)
     """Attention modules that call the rotary kernel."""
@@ -135,6 +140,7 @@ def patch_model(
     *,
     drop_layers: Iterable[int] = (),
     kernel: str = "auto",
+    attn: str | None = None,
 ) -> PatchReport:
     """Give `model` another RoPE scaling, in place.
 
@@ -148,13 +154,15 @@ def patch_model(
         kernel: what rotates queries and keys. "auto": the fused Triton kernel on a machine with a GPU, where the family
             allows it; without one the model's own function, untouched. "triton" and "torch" (its twin) insist, "none"
             is the model's own; see `scaled_rope.fused.resolve_kernel`. Each model, and each copy, has its own.
+        attn: attention implementation to set, a name of `scaled_rope.backends` or "auto"; None leaves the model's own.
 
     `config.rope_parameters` and, when it is too small, `config.max_position_embeddings` follow, so that the
     saved model carries its scaling. Models may share a config object, so the change is made on the model's
     own copy; only the config of a bare base model, which may belong to an enclosing model, changes in place.
 
     Raises:
-        ConfigError: an unknown architecture, a scaling or a kernel that does not fit the model. Nothing changes then.
+        ConfigError: an unknown architecture; a scaling, a kernel or an attention implementation that does not fit the
+            model or the machine. Nothing changes then.
     """
     base = _base_model(model)
     config: Any = base.config
@@ -174,6 +182,7 @@ def patch_model(
     every = list(layers.values()) or [wanted]
     for name, each in layers.items() or [("", wanted)]:
         _check_width(each, original, head_dim, adapter, config, name)
+    attention = _attention(base, attn)
     rotation, backend, note = _fused(base, wanted.rotary_dim(head_dim) // 2, kernel, adapter)
     lay_out = adapter if rotation is None else replace(adapter, layout="half", float32_tables=True)
     rotary = _build(wanted, layers, head_dim, _device_of(replaced), lay_out)
@@ -198,6 +207,9 @@ def patch_model(
     )
     if rotation is not None:
         state.fused = install(base, rotation)
+    if attention is not None:
+        state.attention = config._attn_implementation
+        base.set_attn_implementation(attention)
     if any(each.is_length_dependent for each in every):
         state.hooks.append(base.register_forward_pre_hook(_prepare_dynamic_pass, with_kwargs=True))
     state.hooks += _hook_layers(base, rotary, plan, config, adapter)
@@ -209,7 +221,9 @@ def patch_model(
     notes = _notes(own, wanted, config, adapter) + note
     factor = compute_rope(wanted, head_dim)[1]
     native = CUSTOM_ROPE_TYPE not in str(fields["rope_parameters"])
-    return PatchReport(config.model_type, names, wanted, head_dim, factor, before, notes, plan, native, backend)
+    return PatchReport(
+        config.model_type, names, wanted, head_dim, factor, before, notes, plan, native, backend, attention
+    )
 
 
 def unpatch_model(model: nn.Module) -> None:
@@ -474,6 +488,19 @@ def _build(
     return LayeredRotaryEmbedding({name: one(each) for name, each in layers.items()})
 
 
+def _attention(base: PreTrainedModel, attn: str | None) -> str | None:
+    """The attention implementation to set, one that works."""
+    if attn is None:
+        return None
+    config: Any = base.config
+    weight = next(base.parameters())
+    dtype = str(weight.dtype).removeprefix("torch.")
+    if attn == "auto":
+        return attention_for(config, resolve_attention(attn, weight.device, dtype), weight.device)
+    check_attention(config, attn, weight.device, dtype)
+    return attn
+
+
 def _fused(
     base: PreTrainedModel, half: int, kernel: str, adapter: Adapter
 ) -> tuple[Rotation | None, str | None, tuple[str, ...]]:
@@ -722,6 +749,8 @@ def _restore(base: PreTrainedModel, state: _State) -> None:
     for hook in state.hooks:
         hook.remove()
     uninstall(state.fused)
+    if state.attention is not None:
+        base.set_attn_implementation(state.attention)
     delattr(base, _STATE)
 
 
