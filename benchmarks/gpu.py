@@ -516,7 +516,7 @@ def measure_models(train: bool, clock: Clock) -> Iterator[Row]:
         noise = error()
         speeds: dict[tuple[str, str], float] = {}
         for length in LENGTHS:
-            fastest = sorted(speeds, key=speeds.__getitem__)[:2]
+            fastest, speeds = sorted(speeds, key=speeds.__getitem__)[:2], {}
             for attention, (implementation, allowed) in attentions().items():
                 for kernel in KERNELS:
                     if implementation == "eager" and length > EAGER_LIMIT:
@@ -558,7 +558,7 @@ def measure_models(train: bool, clock: Clock) -> Iterator[Row]:
                     row["tokens_per_second"] = length / row["seconds"]
                     row["flops"] = operations
                     row["mfu"] = operations / row["seconds"] / peak if (peak := peak_flops()) else None
-                    speeds[attention, kernel] = row["seconds"] / length
+                    speeds[attention, kernel] = row["seconds"]
                     yield row
         del model, error
         free()

@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from scaled_rope import ConfigError, patch_model, unpatch_model
 from scaled_rope import backends as backends_module
 from scaled_rope.backends import (
+    IMPLEMENTATIONS,
     attention_for,
     blocked_sdpa,
     check_attention,
@@ -287,3 +288,14 @@ def test_unusual_calls_are_refused(tiny_model: Make, long_tokens: Tensor) -> Non
     model = tiny_model("persimmon")
     with pytest.raises(ConfigError, match="gets no position_ids"):
         logits(model, "sdpa_blocked", long_tokens)
+
+
+def test_the_table_in_the_docs_says_what_the_code_does() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
+    for name, row in IMPLEMENTATIONS.items():
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+        _, _, needs, windows, documents, softcap, matrix, _ = (cell.strip() for cell in line.split("|"))
+        assert row.install in needs.replace("`", "") and ("GPU" in needs) == row.gpu
+        assert not row.capability or f"({row.capability}.0)" in needs
+        assert (windows == "yes", documents == "yes", softcap == "yes") == (row.windows, row.documents, row.softcap)
+        assert matrix == row.matrix

@@ -104,6 +104,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "TOKENS", (16,))
     monkeypatch.setattr(gpu, "ROTATED_BYTES", 2**12)
     monkeypatch.setattr(gpu, "RUNS", (1, 1))
+    monkeypatch.setattr(gpu, "free", lambda: None)
     monkeypatch.setattr(gpu, "peak_flops", lambda: 1e12)
     monkeypatch.setattr(gpu, "matmul_rate", lambda: 1e12)
     monkeypatch.setattr(torch.cuda, "Event", _Event)
