@@ -47,6 +47,8 @@ RUNS = 20, 500
 """Fewest and most timings of which the median is taken; three where a call takes seconds."""
 SHORT_BYTES = 2**26
 """Calls that move less than this are timed in a CUDA graph."""
+HEAD_START_CYCLES = 1_000_000
+"""How long the GPU spins before a timed call, half a millisecond, so that the call is queued when its turn comes."""
 THETA = 10000.0
 
 # bf16 rounds with a relative error of up to 2^-9, so 1.1e-3 in the mean square; variants that round cos, sin and each
@@ -223,8 +225,8 @@ def poison(*like: Any) -> None:
     """Leave memory full of NaN for the next tensors of these sizes: an element that nothing writes then shows."""
     import torch
 
-    for tensor in [torch.full_like(x, math.nan) for x in like]:
-        del tensor
+    poisoned = [torch.full_like(x, math.nan) for x in like]
+    del poisoned
 
 
 def check(variant: Variant, shape: Shape, tokens: int, dtype: Any, device: Any, backward: bool) -> float:
@@ -247,13 +249,13 @@ def check(variant: Variant, shape: Shape, tokens: int, dtype: Any, device: Any, 
     # By 1, which is exact: in place needs something that is not a leaf.
     out = variant(leaves[0] * 1, leaves[1] * 1, x)
     torch.manual_seed(seed)
-    gradients = [torch.randn_like(y) for y in out]
+    gradients = [torch.randn(y.shape, dtype=dtype, device=device) for y in out]
     poison(*gradients)
     found = torch.autograd.grad(out, leaves, gradients)
     del leaves, out, gradients
     x.q = x.k = None
     torch.manual_seed(seed)
-    given = [torch.randn_like(y) for y in found]
+    given = [torch.randn(y.shape, dtype=dtype, device=device) for y in found]
     return max(relative_error(a, b, x, inverse=True) for a, b in zip(found, given, strict=True))
 
 
@@ -297,6 +299,7 @@ def time_calls(calls: Sequence[Callable[[], Any]], short: bool, budget_s: float 
             break  # calls of a second and more
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         run = runs[len(times) % len(runs)]
+        torch.cuda._sleep(HEAD_START_CYCLES)
         start.record()
         run()
         end.record()

@@ -99,7 +99,8 @@ def _rotate_heads(
             tl.store(target + (d + 2 * HALF) * out_stride_d, rest, mask=mask)
 
 
-@triton.jit
+# Numbers that change from call to call must not make new versions of the kernel.
+@triton.jit(do_not_specialize=["tokens", "seq_len", "offset", "table_rows"])
 def rotary_kernel(
     q,
     k,
