@@ -25,6 +25,7 @@ from scaled_rope.backends import (
     resolve_attention,
 )
 from scaled_rope.loading import load_model
+from scaled_rope.training import set_sliding_window
 
 Make = Callable[..., PreTrainedModel]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -125,6 +126,18 @@ def test_gradients_and_memory_of_windows(monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         assert (one - other).abs().max() < 1e-4  # sums of up to 200 terms
     assert len(seen) > 3 and 0 < max(seen) < tokens * tokens / 4
+
+
+def test_a_schedule_of_windows(tiny_model: Make, long_tokens: Tensor) -> None:
+    """Training may change the window from step to step."""
+    model = tiny_model("mistral", sliding_window=300)
+    results = []
+    for window in (300, 40, 160):
+        set_sliding_window(model, window)
+        wanted, found = (logits(model, name, long_tokens) for name in ("sdpa", "sdpa_blocked"))
+        assert (wanted - found).abs().max() < SAME
+        results.append(found)
+    assert (results[1] - results[2]).abs().max() > 0.1 < (results[0] - results[1]).abs().max()
 
 
 def test_no_mask_of_all_pairs(tiny_model: Make, long_tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from scaled_rope.patch import ADAPTERS, patched_kernel
 from scaled_rope.rebind import bound, callers, calls, original, rebind
 
 Make = Callable[..., PreTrainedModel]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON = importlib.util.find_spec("triton") is not None
 
 # Float32 logits of up to 12, as in test_families: the same sums in the same order, up to contraction of products.
@@ -80,10 +81,10 @@ def test_bf16_is_within_its_own_noise(tiny_model: Make, tokens: Tensor, family: 
     median over tokens, because noise may tip the choice of an expert."""
     if backend == "triton" and not TRITON:
         pytest.skip("no triton")
-    tokens = tokens[:1, :24]
-    exact = tiny_model(family)
+    tokens = tokens[:1, :24].to(DEVICE)
+    exact = tiny_model(family).to(DEVICE)
     patch_model(exact, "yarn:4", kernel="none")
-    plain = tiny_model(family).bfloat16()
+    plain = tiny_model(family).to(DEVICE).bfloat16()
     patch_model(plain, "yarn:4", kernel="none")
     fused = copy.deepcopy(plain)
     assert patch_model(fused, "yarn:4", kernel=backend).kernel == backend

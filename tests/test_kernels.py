@@ -259,27 +259,65 @@ def test_compiles_without_a_break(inplace: bool) -> None:
         torch.testing.assert_close(eager, graph)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton")
-def test_memory_accesses_are_16_bytes_wide() -> None:
-    """Compiled for an H100, which needs none: every access to q and k is a vector, and nothing spills."""
-    code = """
-import json, re, triton
+LAUNCHES = """
+import json, re, torch, triton
 from triton.backends.compiler import GPUTarget
-from scaled_rope.kernels.rotary_triton import compile_for
-result = []
-for case in ({}, {"interleaved": True}, {"apart": True}, {"tables": False}, {"half": 24, "tail": 16}):
-    asm = compile_for(GPUTarget("cuda", 90, 32), **case).asm
-    wide = len(re.findall(r"(?:ld|st)[.]global\\S*[.]v4[.]b32", asm["ptx"]))
-    stores = len(re.findall(r"st[.]global", asm["ptx"]))
-    result.append((wide, stores, "st.local" in asm["ptx"]))
+import scaled_rope.kernels.rotary_triton as module
+
+
+class H100:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+
+class Compiled:
+    def __getitem__(self, grid):
+        return lambda *args, **options: found.append(kernel.warmup(*args, grid=grid, **options).asm["ptx"])
+
+
+triton.runtime.driver.set_active(H100())
+kernel, found, result = module.rotary_kernel, [], {}
+module.rotary_kernel = Compiled()
+for name, (tokens, heads, kv_heads, width, half, order, way) in CASES.items():
+    q, k = (torch.zeros(1, tokens, n, width, dtype=torch.bfloat16).transpose(1, 2) for n in (heads, kv_heads))
+    if order == "bhtd":
+        q, k = q.contiguous(), k.contiguous()
+    table = None if way == "free" else torch.zeros(1, tokens, half)
+    phases = torch.zeros(half, dtype=torch.int64) if way == "free" else None
+    out = torch.empty_like(q), torch.empty_like(k)
+    module.launch(q, k, *out, table, table, phases, None, 0, 1.0, True, way == "interleaved", False)
+    loads, stores = (
+        [int(count or 1) * int(bits) // 8 for count, bits in re.findall(pattern, found[-1])]
+        for pattern in (r"ld[.]global\\S*?(?:[.]v(.))?[.]b(..)", r"st[.]global\\S*?(?:[.]v(.))?[.]b(..)")
+    )
+    result[name] = sorted(loads), sorted(stores), "st.local" in found[-1]
 print(json.dumps(result))
 """
+# T, query heads, key heads, head_dim, half of the rotated part, order in memory, angles
+CASES = {
+    "grouped": (4096, 32, 8, 128, 64, "bthd", "tables"),
+    "heads apart": (4096, 32, 8, 128, 64, "bhtd", "tables"),
+    "interleaved": (4096, 32, 8, 128, 64, "bthd", "interleaved"),
+    "without tables": (4096, 32, 8, 128, 64, "bthd", "free"),
+    "nine heads": (4096, 9, 3, 64, 32, "bthd", "tables"),
+    "a part of the head": (4096, 32, 32, 80, 16, "bthd", "tables"),
+    "one token": (1, 32, 8, 128, 64, "bthd", "tables"),
+}
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton")
+def test_memory_accesses_are_16_bytes_wide() -> None:
+    """Compiled for an H100, which needs none: every access to q and k is 16 bytes wide, and nothing spills."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    code = f"CASES = {CASES!r}\n{LAUNCHES}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    for wide, stores, spilled in json.loads(done.stdout.splitlines()[-1]):
-        # As many bytes come as go, and all stores are wide: so are as many loads. Those of tables may be, too.
-        assert stores > 0 and wide >= 2 * stores and not spilled
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.keys() == CASES.keys()
+    for loads, stores, spilled in found.values():
+        # As many bytes come as go, so as many loads as stores are of q and k; the others are of tables.
+        assert stores and set(stores) == {16} and loads.count(16) >= len(stores) and not spilled
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,11 @@ point operations. What the kernel does about it:
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.compiler import ASTSource
 
 TILE = 2048
 """Pairs of dimensions per tile: with 128 threads and bf16 four 16-byte loads each, all in flight at once."""
@@ -278,50 +276,3 @@ def launch(
             num_warps=warps,
             enable_fp_fusion=True,
         )
-
-
-def compile_for(
-    target: Any,
-    *,
-    q_heads: int = 32,
-    k_heads: int = 8,
-    half: int = 64,
-    tail: int = 0,
-    tokens: int = 4096,
-    apart: bool = False,
-    tables: bool = True,
-    interleaved: bool = False,
-) -> Any:
-    """The kernel compiled for a `triton.backends.compiler.GPUTarget`, which need not be there: to read its assembly.
-
-    bf16 inputs that are aligned as tensors of models are; the other arguments as in `blocks` and `launch`.
-    """
-    block_t, block_h, parts, warps = blocks(tokens, q_heads, k_heads, half, apart)
-    constants: dict[str, Any] = {
-        "Q_HEADS": q_heads,
-        "K_HEADS": k_heads,
-        "HALF": half,
-        "HALF_BLOCK": triton.next_power_of_2(half),
-        "TAIL": tail,
-        "TAIL_BLOCK": triton.next_power_of_2(max(tail, 1)),
-        "HAS_IDS": False,
-        "HAS_TABLES": tables,
-        "INTERLEAVED": interleaved,
-        "INVERSE": False,
-        "PARTS": parts,
-        "BLOCK_T": block_t,
-        "BLOCK_H": block_h,
-        "position_ids": None,
-        **({"phases": None} if tables else {"cos_table": None, "sin_table": None}),
-    }
-    types = {"cos_table": "*fp32", "sin_table": "*fp32", "phases": "*i64", "attention_factor": "fp32"}
-    types |= dict.fromkeys(("q", "k", "q_out", "k_out"), "*bf16")
-    signature, aligned = {}, {}
-    for index, name in enumerate(rotary_kernel.arg_names):
-        if name.endswith("stride_d"):
-            constants[name] = 1
-        signature[name] = "constexpr" if name in constants else types.get(name, "i32")
-        if signature[name].startswith("*") or ("stride" in name and name not in constants):
-            aligned[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=rotary_kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": True})
