@@ -286,8 +286,8 @@ def time_calls(calls: Sequence[Callable[[], Any]], short: bool, budget_s: float 
             graph = torch.cuda.CUDAGraph()
             # Backward passes run where their forward pass did, so that is where they are captured.
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                for call in calls:
-                    call()
+                kept = [call() for call in calls]  # outputs with memory of their own
+            del kept
             runs, method, per_run = [graph.replay], "graph", len(calls)
         except Exception as error:  # whatever a library does that cannot be captured
             method = f"events, launches included ({type(error).__name__})"
