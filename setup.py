@@ -15,7 +15,7 @@ EXTRAS = {
     "eval": ["lm-eval>=0.4.13", "matplotlib", "nltk", "wonderwords"],
     "wandb": ["wandb"],
     "gguf": ["gguf>=0.19"],
-    "dev": ["gguf>=0.19", "hypothesis", "mypy", "pytest", "ruff", "types-PyYAML"],
+    "dev": ["gguf>=0.19", "hypothesis", "mypy", "pytest", "ruff", "triton>=3.6", "types-PyYAML"],
 }
 # Not in "all": flash-attn, which builds only where a CUDA toolkit is.
 EXTRAS["all"] = sorted({requirement for name in EXTRAS if name != "flash" for requirement in EXTRAS[name]})

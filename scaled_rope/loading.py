@@ -26,17 +26,23 @@ import transformers
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from scaled_rope.attention import blockwise
+from scaled_rope.backends import ATTENTIONS as ATTENTIONS
+from scaled_rope.backends import attention_for as attention_for
+from scaled_rope.backends import check_attention
+from scaled_rope.backends import resolve_attention as resolve_attention
 from scaled_rope.config import LayerPlan, RopeScaling
 from scaled_rope.dialects import CUSTOM_ROPE_TYPE, PRIMARY_LAYER_TYPE, RECORD_KEY, nested_types, read_by_attention
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.formulas import dynamic_ntk_scale
+from scaled_rope.fused import KERNELS, resolve_kernel
 from scaled_rope.methods import METHODS
 from scaled_rope.patch import (
+    ADAPTERS,
     computes,
     head_dim_of,
     layer_types_of,
     patch_model,
+    patched_kernel,
     patched_plan,
     patched_scaling,
     unpatch_model,
@@ -47,7 +53,6 @@ DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-llama-256
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
-ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "blockwise")
 
 
 # ------------------------------------------------------------------------------------------- names to torch objects
@@ -81,34 +86,6 @@ def resolve_dtype(name: str, device: torch.device) -> str:
     if name not in DTYPES:
         raise unknown("dtype", name, ["auto", *DTYPES])
     return name
-
-
-def resolve_attention(name: str, device: torch.device, dtype: str) -> str:
-    """The attention implementation called `name`; "auto" is FlashAttention 2 where it can run, else PyTorch's own.
-
-    Raises:
-        ConfigError: unknown name, or one that cannot run there.
-    """
-    if name not in ATTENTIONS:
-        raise unknown("attention", name, ATTENTIONS)
-    usable = device.type == "cuda" and dtype != "float32" and importlib.util.find_spec("flash_attn") is not None
-    if name == "flash_attention_2" and not usable:
-        raise ConfigError(
-            "attention 'flash_attention_2' needs a GPU, a half-precision dtype and: pip install 'scaled-rope[flash]'"
-        )
-    if name == "auto":
-        return "flash_attention_2" if usable else "sdpa"
-    if name == "blockwise":
-        if device.type != "cpu" or dtype != "bfloat16":
-            raise ConfigError(f"attention 'blockwise' is for bfloat16 on a CPU, not for {dtype} on {device.type}")
-        return blockwise.register()
-    return name
-
-
-def attention_for(config: Any, attention: str) -> str:
-    """`attention`, or "eager" where that is PyTorch's own and the architecture cannot use it (Gemma 2, GPT-OSS)."""
-    family = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return "eager" if attention == "sdpa" and not getattr(family, "_supports_sdpa", True) else attention
 
 
 # ---------------------------------------------------------------------------------------------- reading checkpoints
@@ -255,25 +232,35 @@ def at_length(scaling: RopeScaling, seq_len: int) -> RopeScaling:
     return replace(scaling, dynamic=False, factor=max(scaling.factor, ratio))
 
 
-def apply_scaling(model: nn.Module, scaling: RopeScaling, plan: LayerPlan | None = None) -> None:
+def apply_scaling(
+    model: nn.Module, scaling: RopeScaling, plan: LayerPlan | None = None, kernel: str | None = None
+) -> None:
     """Make a model compute with `scaling`, whatever it computed with before.
 
     plan: what differs between layers, its primary layer type aside; by default what differs now.
+    kernel: what rotates queries and keys, see `patch_model`; by default what does now, or else "auto".
 
-    A model whose config says so and that computes so is left untouched, so any architecture can be read as it is.
+    A model whose config says so and that computes so is left untouched, so any architecture can be read as it is. Only
+    a kernel that is asked for by name, or that "auto" has to offer for a family known by name, is put in all the same.
     """
+    if kernel is None:
+        kernel = patched_kernel(model) or "auto"
     current = patched_plan(model)
     plan = current if plan is None else plan
     layers = with_primary(plan.layers, scaling)
+    backend = resolve_kernel(kernel)
     if patched_scaling(model) == scaling and current == LayerPlan(layers, plan.drop_layers):
-        return
+        if kernel == "auto" or patched_kernel(model) == backend:
+            return
     if patched_scaling(model) is not None:
         unpatch_model(model)
+    config: Any = model.config
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said when the config was first read
-        own = RopeScaling.from_config(model.config)
-    if layers or plan.drop_layers or own != scaling or not computes(model, scaling):
-        patch_model(model, layers or scaling, drop_layers=plan.drop_layers)
+        own = RopeScaling.from_config(config)
+    wants_kernel = backend is not None and (kernel != "auto" or config.get_text_config().model_type in ADAPTERS)
+    if layers or plan.drop_layers or own != scaling or not computes(model, scaling) or wants_kernel:
+        patch_model(model, layers or scaling, drop_layers=plan.drop_layers, kernel=kernel)
 
 
 def with_primary(layers: dict[str, RopeScaling], scaling: RopeScaling) -> dict[str, RopeScaling]:
@@ -357,6 +344,7 @@ def load_model(
     sliding_window: int | None = None,
     layers: str | None = None,
     drop_layers: Sequence[int] | None = None,
+    kernel: str = "auto",
     load_in_8bit: bool = False,
     load_in_4bit: bool = False,
 ) -> Any:
@@ -367,11 +355,11 @@ def load_model(
         scaling: None or "checkpoint": as the checkpoint says; otherwise a record or a spec (`resolve_scaling`).
         dtype: float32, bfloat16, float16, or "auto" (bfloat16 on a GPU). Frequencies stay in float32 in any case.
         device: default: the first GPU when there is one.
-        attn_implementation: "auto" is FlashAttention 2 where it can run, otherwise PyTorch's own where the architecture
-            can use that, otherwise the plain form.
+        attn_implementation: "auto" is what can run here and suits the architecture, see `scaled_rope.backends`.
         adapter: a LoRA adapter that is merged into the weights.
         sliding_window: replaces the configuration's attention window (tokens), for architectures that have one.
         layers, drop_layers: which layers are scaled and which lose their rotary embedding, see `resolve_plan`.
+        kernel: what rotates queries and keys, see `patch_model`.
 
     Raises:
         ConfigError: nothing there, damaged files, weights of another architecture, an option that cannot be met.
@@ -380,9 +368,6 @@ def load_model(
     dtype = resolve_dtype(dtype, device)
     config = load_config(name, trust_remote_code)
     attention = resolve_attention(attn_implementation, device, dtype)
-    options: dict[str, Any] = {
-        "attn_implementation": attention_for(config, attention) if attn_implementation == "auto" else attention
-    }
     own = RopeScaling.from_config(config)
     wanted = scaling if isinstance(scaling, RopeScaling) else resolve_scaling(scaling or "checkpoint", own)
     plan = resolve_plan(config, layers, drop_layers)
@@ -396,6 +381,11 @@ def load_model(
         if not hasattr(config, "sliding_window"):
             raise ConfigError(f"model_type {config.model_type!r} has no sliding window; leave sliding_window out")
         config.sliding_window = sliding_window
+    if attn_implementation == "auto":
+        attention = attention_for(config, attention, device)
+    else:
+        check_attention(config, attention, device, dtype)
+    options: dict[str, Any] = {"attn_implementation": attention}
     if load_in_8bit or load_in_4bit:
         options["quantization_config"] = _quantization(8 if load_in_8bit else 4, dtype)
         options["device_map"] = {"": device}
@@ -420,7 +410,7 @@ def load_model(
         model = _merge_adapter(model, adapter)
     if "device_map" not in options:
         model = model.to(device)
-    apply_scaling(model, wanted, plan)
+    apply_scaling(model, wanted, plan, kernel)
     return model.eval()
 
 
@@ -464,6 +454,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="torch device (default: the first GPU, else cpu)")
     add("--attention", default="auto", help=f"one of: {', '.join(ATTENTIONS)}")
     add("--flash-attention", dest="attention", action="store_const", const="flash_attention_2", help=argparse.SUPPRESS)
+    add("--kernel", default="auto", help=f"rotary kernel, one of: {', '.join(KERNELS)}")
     add("--sliding-window-attention", type=int, metavar="N", help="attention window in tokens, where a model has one")
     add("--adapter", metavar="PATH", help="LoRA adapter, merged into the weights")
     bits = group.add_mutually_exclusive_group()
@@ -595,6 +586,7 @@ def model_jobs(args: argparse.Namespace) -> list[ModelJob]:
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     resolve_attention(args.attention, device, dtype)
+    resolve_kernel(args.kernel)
     if args.adapter and not (Path(args.adapter) / "adapter_config.json").is_file():
         raise ConfigError(f"adapter {args.adapter!r} holds no adapter_config.json")
     jobs = []
@@ -637,7 +629,8 @@ class ModelLoader:
                 sliding_window=self._args.sliding_window_attention,
                 load_in_8bit=self._args.load_in_8bit,
                 load_in_4bit=self._args.load_in_4bit,
+                kernel=self._args.kernel,
             )
             self._name = job.model
-        apply_scaling(self._model, job.scaling, job.plan)
+        apply_scaling(self._model, job.scaling, job.plan, self._args.kernel)
         return self._model

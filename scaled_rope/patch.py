@@ -2,7 +2,8 @@
 
 A patched model differs in its rotary module, in what its config says about RoPE and, where layers are to differ though
 they share one pair of tables, in a hook in front of each layer. What was there before is kept on the base model (the
-part that makes hidden states), so it travels with copies of the model.
+part that makes hidden states), so it travels with copies of the model. With the rotary kernel, its attention modules
+call that instead of their family's function.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from scaled_rope.backends import attention_for, check_attention, resolve_attention
 from scaled_rope.config import LayerPlan, RopeScaling, config_head_dim
 from scaled_rope.dialects import (
     CUSTOM_ROPE_TYPE,
@@ -32,6 +34,7 @@ from scaled_rope.dialects import (
     read_by_attention,
 )
 from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.fused import Rotation, fused_rotation, install, resolve_kernel, uninstall
 from scaled_rope.methods import compute_rope
 from scaled_rope.rotary import LayeredRotaryEmbedding, Layout, ScaledRotaryEmbedding
 
@@ -117,6 +120,10 @@ class PatchReport:
     """The scaling of each layer type, where they differ, and the layers that were left without RoPE."""
     native: bool = True
     """Whether transformers alone reads the scaling from the saved config; otherwise use `scaled_rope.load_model`."""
+    kernel: str | None = None
+    """The backend of the rotary kernel that was installed ("auto": decided call by call); None: the model's own."""
+    attention: str | None = None
+    """The attention implementation that was set; None: the model's own was left."""
 
 
 @dataclass
@@ -132,7 +139,12 @@ class _State:
     own_layers: dict[str, RopeScaling]
     scaling: RopeScaling
     plan: LayerPlan
+    kernel: str | None
+    attention: str | None = None
+    """The implementation before, where another one was set."""
     hooks: list[RemovableHandle] = field(default_factory=list)
+    fused: list[nn.Module] = field(default_factory=list)
+    """Attention modules that call the rotary kernel."""
 
 
 def patch_model(
@@ -140,6 +152,8 @@ def patch_model(
     scaling: RopeScaling | str | Mapping[str, RopeScaling | str | None],
     *,
     drop_layers: Iterable[int] = (),
+    kernel: str = "auto",
+    attn: str | None = None,
 ) -> PatchReport:
     """Give `model` another RoPE scaling, in place.
 
@@ -150,13 +164,18 @@ def patch_model(
             with RoPE parameters per layer type for the full-attention layers. A mapping from layer types
             ("full_attention", "sliding_attention") says it for each; None and what is missing stay as they are.
         drop_layers: indices of layers, from 0, that are to work without rotary embedding.
+        kernel: what rotates queries and keys. "auto": the fused Triton kernel on a machine with a GPU, where the family
+            allows it; without one the model's own function, untouched. "triton" and "torch" (its twin) insist, "none"
+            is the model's own; see `scaled_rope.fused.resolve_kernel`. Each model, and each copy, has its own.
+        attn: attention implementation to set, a name of `scaled_rope.backends` or "auto"; None leaves the model's own.
 
     `config.rope_parameters` and, when it is too small, `config.max_position_embeddings` follow, so that the
     saved model carries its scaling. Models may share a config object, so the change is made on the model's
     own copy; only the config of a bare base model, which may belong to an enclosing model, changes in place.
 
     Raises:
-        ConfigError: an unknown architecture or a scaling that does not fit the model. Nothing changes then.
+        ConfigError: an unknown architecture; a scaling, a kernel or an attention implementation that does not fit the
+            model or the machine. Nothing changes then.
     """
     base = _base_model(model)
     config: Any = base.config
@@ -177,7 +196,10 @@ def patch_model(
     every = list(layers.values()) or [wanted]
     for name, each in layers.items() or [("", wanted)]:
         _check_width(each, original, head_dim, adapter, config, name)
-    rotary = _build(wanted, layers, head_dim, _device_of(replaced), adapter)
+    attention = _attention(base, attn)
+    rotation, backend, note = _fused(base, wanted.rotary_dim(head_dim) // 2, kernel, adapter)
+    lay_out = adapter if rotation is None else replace(adapter, layout="half", float32_tables=True)
+    rotary = _build(wanted, layers, head_dim, _device_of(replaced), lay_out)
     said = state.config if state else {name: getattr(config, name, _ABSENT) for name in _CONFIG_FIELDS}
     fields = _config_fields(wanted, plan, head_dim, adapter, config, said, original)
 
@@ -195,7 +217,13 @@ def patch_model(
         own_layers=own_layers,
         scaling=wanted,
         plan=plan,
+        kernel=backend,
     )
+    if rotation is not None:
+        state.fused = install(base, rotation)
+    if attention is not None:
+        state.attention = config._attn_implementation
+        base.set_attn_implementation(attention)
     if any(each.is_length_dependent for each in every):
         state.hooks.append(base.register_forward_pre_hook(_prepare_dynamic_pass, with_kwargs=True))
     state.hooks += _hook_layers(base, rotary, plan, config, adapter)
@@ -204,10 +232,12 @@ def patch_model(
     _write_config(config, fields)
     _let_save(config)
 
-    notes = _notes(own, wanted, config, adapter)
+    notes = _notes(own, wanted, config, adapter) + note
     factor = compute_rope(wanted, head_dim)[1]
     native = CUSTOM_ROPE_TYPE not in str(fields["rope_parameters"])
-    return PatchReport(config.model_type, names, wanted, head_dim, factor, before, notes, plan, native)
+    return PatchReport(
+        config.model_type, names, wanted, head_dim, factor, before, notes, plan, native, backend, attention
+    )
 
 
 def unpatch_model(model: nn.Module) -> None:
@@ -236,6 +266,12 @@ def patched_plan(model: nn.Module) -> LayerPlan:
     """What `patch_model` made differ between layers; empty when the model is not patched."""
     state = _state_of(model)
     return state.plan if state else LayerPlan()
+
+
+def patched_kernel(model: nn.Module) -> str | None:
+    """The backend of the rotary kernel that `patch_model` put into `model`, or None."""
+    state = _state_of(model)
+    return state.kernel if state else None
 
 
 def _state_of(model: nn.Module) -> _State | None:
@@ -484,6 +520,35 @@ def _build(
     return LayeredRotaryEmbedding({name: one(each) for name, each in layers.items()})
 
 
+def _attention(base: PreTrainedModel, attn: str | None) -> str | None:
+    """The attention implementation to set, one that works."""
+    if attn is None:
+        return None
+    config: Any = base.config
+    weight = next(base.parameters())
+    dtype = str(weight.dtype).removeprefix("torch.")
+    if attn == "auto":
+        return attention_for(config, resolve_attention(attn, weight.device, dtype), weight.device)
+    check_attention(config, attn, weight.device, dtype)
+    return attn
+
+
+def _fused(
+    base: PreTrainedModel, half: int, kernel: str, adapter: Adapter
+) -> tuple[Rotation | None, str | None, tuple[str, ...]]:
+    """The rotation to install, its backend, and a note where the kernel was wanted and cannot be had."""
+    backend = resolve_kernel(kernel)
+    if backend is None:
+        return None, None, ()
+    rotation, reason = fused_rotation(base, adapter.layout, half, backend)
+    if rotation is None:
+        said = f"kernel={kernel!r}: not for this {base.config.model_type} model, {reason}"
+        if kernel != "auto":
+            raise ConfigError(said)
+        return None, None, (said,)
+    return rotation, backend, ()
+
+
 def _hook_layers(
     base: nn.Module, rotary: nn.Module, plan: LayerPlan, config: Any, adapter: Adapter
 ) -> list[RemovableHandle]:
@@ -716,6 +781,9 @@ def _restore(base: PreTrainedModel, state: _State) -> None:
     base.config.__class__ = state.config_class
     for hook in state.hooks:
         hook.remove()
+    uninstall(state.fused)
+    if state.attention is not None:
+        base.set_attn_implementation(state.attention)
     delattr(base, _STATE)
 
 

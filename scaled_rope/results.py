@@ -51,7 +51,7 @@ def _commit() -> str | None:
     return head + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -86,7 +86,7 @@ def provenance(device: object, seed: int | None, arguments: Mapping[str, Any]) -
     """
     return {
         "commit": _commit(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: package_version(name) for name in _PACKAGES}},
         "device": _device_name(device),
         "cpu_count": os.cpu_count(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

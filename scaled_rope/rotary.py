@@ -16,6 +16,15 @@ Layout = Literal["halves", "interleaved", "half"]
 a row (Cohere); or once (GPT-OSS)."""
 
 
+def lay_out(table: Tensor, layout: Layout) -> Tensor:
+    """A table [..., D/2] as wide as a layout wants it."""
+    if layout == "half":
+        return table
+    if layout == "interleaved":
+        return table.repeat_interleave(2, dim=-1)
+    return torch.cat((table, table), dim=-1)
+
+
 class ScaledRotaryEmbedding(nn.Module):
     """Rotary tables for any `RopeScaling`, in the interface that the models of transformers call.
 
@@ -70,14 +79,7 @@ class ScaledRotaryEmbedding(nn.Module):
             angles = positions * self.inv_freq.to(x.device)
             cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         dtype = torch.float32 if self.float32_tables else x.dtype
-        return self._lay_out(cos).to(dtype), self._lay_out(sin).to(dtype)
-
-    def _lay_out(self, table: Tensor) -> Tensor:
-        if self.layout == "half":
-            return table
-        if self.layout == "interleaved":
-            return table.repeat_interleave(2, dim=-1)
-        return torch.cat((table, table), dim=-1)
+        return lay_out(cos, self.layout).to(dtype), lay_out(sin, self.layout).to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow the model to its device, out of "meta" as well, but never to its dtype."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+# On a machine with a GPU patched models would get the rotary kernel, and would no longer equal vanilla ones bit by bit.
+os.environ.setdefault("SCALED_ROPE_KERNEL", "none")
 
 VOCABULARY = 61
 LAYER_TYPES = ["sliding_attention", "full_attention"]

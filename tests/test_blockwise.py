@@ -95,5 +95,5 @@ def test_what_it_cannot_do_goes_to_the_fused_kernel(case: str, tiny_model: Calla
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16")])
 def test_refused_elsewhere(device: str, dtype: str) -> None:
-    with pytest.raises(ConfigError, match="attention 'blockwise' is for bfloat16 on a CPU"):
+    with pytest.raises(ConfigError, match="attention 'blockwise' needs bfloat16 on a CPU, not"):
         resolve_attention("blockwise", torch.device(device), dtype)

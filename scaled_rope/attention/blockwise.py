@@ -21,7 +21,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "blockwise"
 _BLOCK = 128  # queries; of 64 to 256 the fastest at 8192 positions, by little
 
 
@@ -97,8 +96,7 @@ def _forward(
     return blockwise_attention(query, key, value, scale).transpose(1, 2).contiguous(), None
 
 
-def register() -> str:
-    """Make "blockwise" an attention implementation of transformers; gives its name."""
-    AttentionInterface.register(NAME, _forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    return NAME
+def register() -> None:
+    """Make "blockwise" an attention implementation of transformers."""
+    AttentionInterface.register("blockwise", _forward)
+    AttentionMaskInterface.register("blockwise", sdpa_mask)

@@ -1,0 +1,713 @@
+"""The rotary kernel and whole models on one GPU: is it right, how fast is it, how near to what the hardware allows.
+
+    python benchmarks/gpu.py --part rotary              # also: rotary-backward, prefill, train; each under 8 minutes
+    python benchmarks/gpu.py --interpret                # correctness alone, on the CPU, in Triton's interpreter
+    python benchmarks/gpu_report.py                     # tables and plots for docs/performance.md from the rows
+
+Needs torch, triton and transformers; Liger and flash-attn are measured where they can be imported.
+
+Every variant is first compared with float64 on fresh random inputs, its outputs landing in memory that was filled with
+NaN; one that is wrong is not timed. Timings rotate among buffers of more than the L2 cache, in a CUDA graph where a
+call is short, and are medians with quartiles. Bandwidth counts q and k, read once and written once, whatever else a
+variant moves, and stands beside a device-to-device copy of as many bytes, timed in the same way in the same run.
+
+Exit code 1 when a variant of ours is wrong, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a GPU image need not have the package installed
+
+from scaled_rope.errors import ConfigError, Parser, run_cli  # noqa: E402
+
+Row = dict[str, Any]
+Pair = tuple[Any, Any]
+"""Queries and keys, or their gradients."""
+
+PARTS = ("rotary", "rotary-backward", "prefill", "train")
+OUTPUT = ROOT / "benchmarks" / "results" / "gpu.jsonl"
+DEVICE = "cuda"
+ROTATED_BYTES = 2**28
+"""Inputs to rotate among: five times the L2 cache of an H100."""
+RUNS = 20, 500
+"""Fewest and most timings of which the median is taken; three where a call takes seconds."""
+SHORT_BYTES = 2**26
+"""Calls that move less than this are timed in a CUDA graph."""
+HEAD_START_CYCLES = 1_000_000
+"""How long the GPU spins before a timed call, half a millisecond, so that the call is queued when its turn comes."""
+THETA = 10000.0
+
+# bf16 rounds with a relative error of up to 2^-9, so 1.1e-3 in the mean square; variants that round cos, sin and each
+# product have about twice that, three times with sums. A wrong angle makes 1e-1 and more.
+TOLERANCE = 8e-3
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bf16 rates from data sheets, by a word of the device's name."""
+
+
+# -------------------------------------------------------------------------------------------------------------- shapes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Attention of a model: query heads, key heads, head_dim, rotated dimensions."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    documents: bool = False
+    """Whether the tokens are those of uneven documents in a line."""
+
+    def elements(self, tokens: int) -> int:
+        return tokens * (self.heads + self.kv_heads) * self.head_dim
+
+
+SHAPES = (
+    Shape("Llama-2-7B", 32, 32, 128, 128),
+    Shape("Llama-3-8B", 32, 8, 128, 128),
+    Shape("SmolLM2-135M", 9, 3, 64, 64),
+    Shape("Phi-2, 32 of 80", 32, 32, 80, 32),
+    Shape("Llama-3-8B, packed", 32, 8, 128, 128, documents=True),
+)
+TOKENS = (131072, 1048576, 32768, 4096, 32, 1)
+"""The most telling first, should time run out."""
+
+
+@dataclass
+class Inputs:
+    """What a call needs. q, k: [1, H, T, D] views of token-major memory, as projections give them."""
+
+    q: Any
+    k: Any
+    cos: Any
+    """float32 [T, R/2] by position; `wide_cos` is [1, T, R] in the inputs' dtype, as models make it."""
+    sin: Any
+    wide_cos: Any
+    wide_sin: Any
+    phases: Any
+    position_ids: Any
+
+
+def document_positions(tokens: int) -> list[int]:
+    """Where documents of uneven length begin in a row of `tokens`: lengths 1, 3, 9, … up to a third of the row."""
+    bounds, length = [0], 1
+    while bounds[-1] < tokens:
+        bounds.append(min(bounds[-1] + length, tokens))
+        length = length * 3 if length * 9 < tokens else 1
+    return bounds
+
+
+def make_inputs(shape: Shape, tokens: int, dtype: Any, device: Any) -> Inputs:
+    import torch
+
+    from scaled_rope.kernels import frequency_phases, packed_position_ids
+
+    half = shape.rotary_dim // 2
+    inv_freq = THETA ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+    ids = None
+    positions = torch.arange(tokens, device=device)
+    if shape.documents:
+        bounds = torch.tensor(document_positions(tokens), device=device)
+        ids = packed_position_ids(bounds, tokens)
+        positions = ids[0]
+    by_position = [torch.empty(tokens, half, dtype=torch.float32, device=device) for _ in range(2)]
+    wide = [torch.empty(1, tokens, 2 * half, dtype=dtype, device=device) for _ in range(2)]
+    for start in range(0, tokens, 2**16):  # float64 in pieces
+        piece = slice(start, start + 2**16)
+        angles = torch.arange(tokens, device=device)[piece, None] * inv_freq
+        used = positions[piece, None] * inv_freq
+        for table, row, function in zip(by_position, wide, (torch.cos, torch.sin), strict=True):
+            table[piece] = function(angles)
+            row[0, piece] = function(used).repeat(1, 2).to(dtype)
+    q, k = (
+        torch.randn(1, tokens, heads, shape.head_dim, dtype=dtype, device=device).transpose(1, 2)
+        for heads in (shape.heads, shape.kv_heads)
+    )
+    return Inputs(q, k, *by_position, *wide, frequency_phases(inv_freq), ids)
+
+
+# ------------------------------------------------------------------------------------------------------------ variants
+
+
+def eager(q: Any, k: Any, cos: Any, sin: Any) -> Pair:
+    """As families of transformers do it, those with a partial rotary width by splitting and joining."""
+    import torch
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    width = cos.shape[-1]
+    if width == q.shape[-1]:
+        result: Pair = apply_rotary_pos_emb(q, k, cos, sin)
+        return result
+    rotated = apply_rotary_pos_emb(q[..., :width], k[..., :width], cos, sin)
+    return tuple(torch.cat((a, x[..., width:]), dim=-1) for a, x in zip(rotated, (q, k), strict=True))  # type: ignore
+
+
+Variant = Callable[[Any, Any, Inputs], Pair]
+
+
+def variants(shape: Shape, backend: str = "triton", others: bool = True) -> dict[str, Variant]:
+    """What rotates, by name; only what is installed and takes the shape."""
+    import torch
+
+    from scaled_rope.kernels import apply_rotary, apply_rotary_from_frequencies
+
+    found: dict[str, Variant] = {
+        "ours, tables": lambda q, k, x: apply_rotary(q, k, x.cos, x.sin, x.position_ids, backend=backend),
+        "ours, no tables": lambda q, k, x: apply_rotary_from_frequencies(
+            q, k, x.phases, x.position_ids, backend=backend
+        ),
+        "ours, in place": lambda q, k, x: apply_rotary(
+            q, k, x.cos, x.sin, x.position_ids, inplace=True, backend=backend
+        ),
+    }
+    if not others:
+        return found
+    torch.compiler.reset()  # what it made for other shapes counts towards its limit
+    compiled = torch.compile(eager, dynamic=False)
+    found["transformers, eager"] = lambda q, k, x: eager(q, k, x.wide_cos, x.wide_sin)
+    found["transformers, compiled"] = lambda q, k, x: compiled(q, k, x.wide_cos, x.wide_sin)
+    whole = shape.rotary_dim == shape.head_dim
+    if importlib.util.find_spec("liger_kernel") and whole:
+        from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+        found["Liger"] = lambda q, k, x: liger_rotary_pos_emb(q, k, x.wide_cos, x.wide_sin)
+    if importlib.util.find_spec("flash_attn") and not shape.documents:
+        from flash_attn.layers.rotary import apply_rotary_emb
+
+        def flash(q: Any, k: Any, x: Inputs) -> Pair:
+            half = x.wide_cos.shape[-1] // 2
+            cos, sin = x.wide_cos[0, :, :half], x.wide_sin[0, :, :half]
+            a, b = (apply_rotary_emb(y.transpose(1, 2), cos, sin) for y in (q, k))
+            return a.transpose(1, 2), b.transpose(1, 2)
+
+        found["flash-attn"] = flash
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- correctness
+
+
+def relative_error(out: Any, x: Any, inputs: Inputs, inverse: bool = False) -> float:
+    """‖out - reference‖ / ‖reference‖ in float64, in pieces; x is what went in. NaN when anything was not written."""
+    import torch
+
+    half = inputs.cos.shape[-1]
+    apart = total = 0.0
+    for start in range(0, x.shape[2], 2**14):
+        piece = slice(start, start + 2**14)
+        rows = piece if inputs.position_ids is None else inputs.position_ids[0, piece]
+        cos, sin = inputs.cos[rows].double(), inputs.sin[rows].double()
+        sin = -sin if inverse else sin
+        wanted = x[:, :, piece].double()
+        a, b = wanted[..., :half], wanted[..., half : 2 * half]
+        wanted = torch.cat((a * cos - b * sin, b * cos + a * sin, wanted[..., 2 * half :]), dim=-1)
+        apart += float((out[:, :, piece].double() - wanted).square().sum())
+        total += float(wanted.square().sum())
+    return math.sqrt(apart / total)
+
+
+def poison(*like: Any) -> None:
+    """Leave memory full of NaN for the next tensors of these sizes: an element that nothing writes then shows."""
+    import torch
+
+    poisoned = [torch.full_like(x, math.nan) for x in like]
+    del poisoned
+
+
+def check(variant: Variant, shape: Shape, tokens: int, dtype: Any, device: Any, backward: bool) -> float:
+    """The larger relative error of q and k, or of their gradients, on inputs of its own.
+
+    What went in is drawn again and not kept: some variants overwrite it, and at a million tokens memory is short.
+    """
+    import torch
+
+    seed = int(torch.randint(2**31, ()))
+    torch.manual_seed(seed)
+    x = make_inputs(shape, tokens, dtype, device)
+    if not backward:
+        poison(x.q, x.k)
+        out = variant(x.q, x.k, x)
+        torch.manual_seed(seed)
+        x = make_inputs(shape, tokens, dtype, device)
+        return max(relative_error(a, b, x) for a, b in zip(out, (x.q, x.k), strict=True))
+    leaves = [x.q.requires_grad_(), x.k.requires_grad_()]
+    # By 1, which is exact: in place needs something that is not a leaf.
+    out = variant(leaves[0] * 1, leaves[1] * 1, x)
+    torch.manual_seed(seed)
+    gradients = [torch.randn(y.shape, dtype=dtype, device=device) for y in out]
+    poison(*gradients)
+    found = torch.autograd.grad(out, leaves, gradients)
+    del leaves, out, gradients
+    x.q = x.k = None
+    torch.manual_seed(seed)
+    given = [torch.randn(y.shape, dtype=dtype, device=device) for y in found]
+    return max(relative_error(a, b, x, inverse=True) for a, b in zip(found, given, strict=True))
+
+
+# -------------------------------------------------------------------------------------------------------------- timing
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    ordered = sorted(values)
+    return tuple(ordered[round(share * (len(ordered) - 1))] for share in (0.25, 0.5, 0.75))  # type: ignore[return-value]
+
+
+def time_calls(calls: Sequence[Callable[[], Any]], short: bool, budget_s: float = 0.3) -> Row:
+    """Seconds per call, by CUDA events, over calls that use buffers of their own.
+
+    short: launches would be a good part of the time, so all calls are captured into one CUDA graph, whose replays are
+    timed. Where that fails launches are in the time and the row says so.
+    """
+    import torch
+
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    method, per_run = "events", 1
+    runs: list[Callable[[], Any]] = list(calls)
+    if short:
+        try:
+            graph = torch.cuda.CUDAGraph()
+            # Backward passes run where their forward pass did, so that is where they are captured.
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                kept = [call() for call in calls]  # outputs with memory of their own
+            del kept
+            runs, method, per_run = [graph.replay], "graph", len(calls)
+        except Exception as error:  # whatever a library does that cannot be captured
+            method = f"events, launches included ({type(error).__name__})"
+            torch.cuda.synchronize()
+    times: list[float] = []
+    started = time.monotonic()
+    while len(times) < RUNS[0] or (time.monotonic() - started < budget_s and len(times) < RUNS[1]):
+        if len(times) >= 3 and time.monotonic() - started > 10 * budget_s:
+            break  # calls of a second and more
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        run = runs[len(times) % len(runs)]
+        torch.cuda._sleep(HEAD_START_CYCLES)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / per_run)
+    low, median, high = quartiles(times)
+    return {"seconds": median, "seconds_quartiles": [low, high], "runs": len(times), "timing": method}
+
+
+def copy_time(elements: int, dtype: Any) -> Row:
+    """A device-to-device copy of as many elements, timed like everything else."""
+    import torch
+
+    size = elements * dtype.itemsize
+    sets = max(2, min(64, ROTATED_BYTES // size))
+    source = torch.randn(sets, elements, dtype=dtype, device=DEVICE)
+    target = torch.empty_like(source)
+    calls = [partial(a.copy_, b) for a, b in zip(target, source, strict=True)]
+    return time_calls(calls, short=2 * size < SHORT_BYTES)
+
+
+def free() -> None:
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+class Clock:
+    """Seconds that a part may take."""
+
+    def __init__(self, limit: float) -> None:
+        self.end = time.monotonic() + limit
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+
+# -------------------------------------------------------------------------------------------------------- rotary parts
+
+
+def measure_rotary(backward: bool, clock: Clock) -> Iterator[Row]:
+    """A row per shape, length and variant; beside it the copy of as many bytes."""
+    import torch
+
+    dtype, device = torch.bfloat16, torch.device(DEVICE)
+    for tokens in TOKENS:
+        for shape in SHAPES:
+            if shape.documents and tokens < 4096:
+                continue
+            size = shape.elements(tokens) * dtype.itemsize
+            copied = copy_time(shape.elements(tokens), dtype)
+            free()
+            for name, variant in variants(shape).items():
+                if backward and name == "ours, in place":
+                    continue  # the same as "ours, tables", a launch each for q and k
+                row: Row = {
+                    "metric": "rotary backward" if backward else "rotary forward",
+                    "shape": shape.name,
+                    "tokens": tokens,
+                    "variant": name,
+                    "bytes": 2 * size,
+                    "copy_seconds": copied["seconds"],
+                }
+                if clock.left < 20:
+                    yield row | {"skipped": "no time left"}
+                    continue
+                try:
+                    row["error"] = check(variant, shape, tokens, dtype, device, backward)
+                    free()
+                    if not row["error"] < TOLERANCE:
+                        yield row | {"skipped": "wrong"}
+                        continue
+                    row |= time_rotary(variant, shape, tokens, dtype, backward)
+                except torch.OutOfMemoryError:
+                    yield row | {"skipped": "out of memory"}
+                    continue
+                finally:
+                    free()
+                row["bytes_per_second"] = row["bytes"] / row["seconds"]
+                row["share_of_copy"] = copied["seconds"] / row["seconds"]
+                yield row
+
+
+def time_rotary(variant: Variant, shape: Shape, tokens: int, dtype: Any, backward: bool) -> Row:
+    import torch
+
+    size = shape.elements(tokens) * dtype.itemsize
+    first = make_inputs(shape, tokens, dtype, torch.device(DEVICE))
+    sets = max(1, min(64, ROTATED_BYTES // size))
+    pairs = [(first.q, first.k)] + [(torch.randn_like(first.q), torch.randn_like(first.k)) for _ in range(sets - 1)]
+    short = 2 * size < SHORT_BYTES
+    if not backward:
+        with torch.no_grad():
+            return time_calls([partial(variant, q, k, first) for q, k in pairs], short)
+    calls = []
+    for q, k in pairs:
+        out = variant(q.requires_grad_(), k.requires_grad_(), first)
+        gradients = [torch.randn_like(x) for x in out]
+        calls.append(partial(torch.autograd.grad, out, (q, k), gradients, retain_graph=True))
+    return time_calls(calls, short)
+
+
+# ------------------------------------------------------------------------------------------------------- whole models
+
+MODELS: dict[str, dict[str, int]] = {
+    "135M": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152,
+    },
+    "1B": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+}  # fmt: skip
+LENGTHS = (4096, 32768, 131072)
+EAGER_LIMIT = 8192
+CHECKED = 512
+"""Tokens of the comparison with float64."""
+KERNELS = ("none", "triton")
+NOISE = 3.0
+"""Allowed error in units of that of plain bf16, eager: another implementation rounds elsewhere, and may be unlucky."""
+
+
+def build(name: str, device: Any, dtype: Any, seed: int = 0, **change: int) -> Any:
+    """A Llama with random weights, rope_theta and original length as Llama 2 has them, scaled by YaRN to 128k."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(**(MODELS[name] | change), max_position_embeddings=4096, tie_word_embeddings=True)
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
+    return model.to(dtype).eval()
+
+
+def flops(config: Any, tokens: int) -> float:
+    """Floating-point operations of one causal forward pass: two per weight and token, and attention's products."""
+    heads, depth = config.num_attention_heads, config.num_hidden_layers
+    head_dim = config.hidden_size // heads
+    kv = config.num_key_value_heads
+    weights = config.hidden_size * head_dim * (2 * heads + 2 * kv) + 3 * config.hidden_size * config.intermediate_size
+    return 2.0 * depth * weights * tokens + 2.0 * depth * heads * head_dim * tokens**2
+
+
+def attentions() -> dict[str, tuple[str, list[Any]]]:
+    """Implementations that can run, by name: what transformers calls them, and torch's own backends to allow."""
+    import torch
+    from torch.nn.attention import SDPBackend
+
+    from scaled_rope.backends import ATTENTIONS, resolve_attention
+
+    found: dict[str, tuple[str, list[Any]]] = {
+        "sdpa, flash": ("sdpa", [SDPBackend.FLASH_ATTENTION]),
+        "sdpa, cuDNN": ("sdpa", [SDPBackend.CUDNN_ATTENTION]),
+        "sdpa, efficient": ("sdpa", [SDPBackend.EFFICIENT_ATTENTION]),
+    }
+    for name in ATTENTIONS[1:]:
+        try:
+            resolve_attention(name, torch.device(DEVICE), "bfloat16")
+        except ConfigError:
+            continue
+        found[name] = (name, [])
+    return found
+
+
+def with_attention(model: Any, attention: str, allowed: list[Any], run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` under an attention implementation, with torch's backends restricted where they are named."""
+    from torch.nn.attention import sdpa_kernel
+
+    model.set_attn_implementation(attention)
+
+    def restricted() -> Any:
+        with sdpa_kernel(allowed):
+            return run()
+
+    return restricted if allowed else run
+
+
+def last_logits(model: Any, tokens: Any) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return model(tokens, use_cache=False, logits_to_keep=1).logits
+
+
+def training_step(model: Any, optimizer: Any, tokens: Any) -> None:
+    """Loss of every token but the last, backward, AdamW."""
+    from scaled_rope.loss import token_nll
+
+    token_nll(model, tokens[:, :-1], tokens[:, 1:]).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def measure_models(train: bool, clock: Clock) -> Iterator[Row]:
+    """A row per model, length, attention and kernel. The longest length is for the two fastest at the one before."""
+    import torch
+
+    from scaled_rope import patch_model, unpatch_model
+
+    device, dtype = torch.device(DEVICE), torch.bfloat16
+    measured_rate = matmul_rate()
+    for name in MODELS:
+        tokens = torch.randint(0, MODELS[name]["vocab_size"], (1, max(LENGTHS)), device=device)
+        checked = tokens[:, :CHECKED]
+        exact = build(name, device, torch.float64)
+        patch_model(exact, "yarn:32", kernel="none", attn="eager")
+        wanted = last_logits(exact, checked)
+        del exact
+        free()
+        model = build(name, device, dtype)
+        patch_model(model, "yarn:32", kernel="none", attn="eager")
+
+        error = partial(logits_error, model, checked, wanted)
+        noise = error()
+        speeds: dict[tuple[str, str], float] = {}
+        for length in LENGTHS:
+            fastest, speeds = sorted(speeds, key=speeds.__getitem__)[:2], {}
+            for attention, (implementation, allowed) in attentions().items():
+                for kernel in KERNELS:
+                    if implementation == "eager" and length > EAGER_LIMIT:
+                        continue
+                    if length == max(LENGTHS) and (attention, kernel) not in fastest:
+                        continue
+                    row: Row = {
+                        "metric": "training step" if train else "prefill",
+                        "model": name,
+                        "tokens": length,
+                        "attention": attention,
+                        "kernel": kernel,
+                        "matmul_flops_per_second": measured_rate,
+                        "noise": noise,
+                    }
+                    if clock.left < 30:
+                        yield row | {"skipped": "no time left"}
+                        continue
+                    unpatch_model(model)
+                    patch_model(model, "yarn:32", kernel=kernel)
+                    try:
+                        row["error"] = with_attention(model, implementation, allowed, error)()
+                        if not row["error"] < NOISE * noise:
+                            yield row | {"skipped": "wrong"}
+                            continue
+                        run = model_run(model, tokens[:, :length], train)
+                        row |= time_model(with_attention(model, implementation, allowed, run))
+                    except torch.OutOfMemoryError:
+                        yield row | {"skipped": "out of memory"}
+                        continue
+                    except RuntimeError as problem:  # a backend of torch that does not take the shape
+                        yield row | {"skipped": str(problem).splitlines()[0][:120]}
+                        continue
+                    finally:
+                        model.eval()
+                        model.zero_grad(set_to_none=True)
+                        free()
+                    operations = flops(model.config, length) * (3 if train else 1)
+                    row["tokens_per_second"] = length / row["seconds"]
+                    row["flops"] = operations
+                    row["mfu"] = operations / row["seconds"] / peak if (peak := peak_flops()) else None
+                    speeds[attention, kernel] = row["seconds"]
+                    yield row
+        del model, error
+        free()
+
+
+def logits_error(model: Any, tokens: Any, wanted: Any) -> float:
+    """Relative error of the last logits against float64 ones."""
+    return float((last_logits(model, tokens).double() - wanted).norm() / wanted.norm())
+
+
+def model_run(model: Any, tokens: Any, train: bool) -> Callable[[], Any]:
+    import torch
+
+    if not train:
+        return lambda: last_logits(model, tokens)
+    # renamed in transformers 5.23
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, foreach=True)  # a rate of 0 keeps later checks the same
+    return lambda: training_step(model, optimizer, tokens)
+
+
+def time_model(run: Callable[[], Any]) -> Row:
+    import torch
+
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    timed = time_calls([run], short=False, budget_s=1.0)
+    return timed | {"peak_bytes": torch.cuda.max_memory_allocated()}
+
+
+def matmul_rate(size: int = 8192) -> float:
+    """Floating-point operations per second of a large bf16 matrix product of random numbers."""
+    import torch
+
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    return 2 * size**3 / float(time_calls([partial(torch.matmul, a, b)], short=False)["seconds"])
+
+
+def peak_flops() -> float | None:
+    import torch
+
+    name = torch.cuda.get_device_name()
+    return next((rate for word, rate in PEAK_FLOPS.items() if word in name), None)
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+def machine() -> Row:
+    """What a row says about the GPU beside `results.provenance`."""
+    import torch
+
+    from scaled_rope.results import package_version
+
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, timeout=60).stdout.split("\n")[0].strip() or None
+    except OSError:
+        driver = None
+    properties = torch.cuda.get_device_properties(0)
+    packages = ("triton", "liger-kernel", "flash-attn", "flash-attn-4")
+    return {
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "gpu_versions": {name: package_version(name) for name in packages},
+    }
+
+
+def interpret() -> int:
+    """Every shape, a few tokens, forward and backward, on the CPU. Returns 1 when one is wrong."""
+    import torch
+
+    wrong = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        # float32: products and sums of roundings of 6e-8. bf16: the interpreter truncates, which doubles the error.
+        tolerance = 5e-7 if dtype == torch.float32 else TOLERANCE
+        for shape in SHAPES:
+            for name, variant in variants(shape, "triton", others=False).items():
+                for backward in (False, True):
+                    tokens = 41 if shape.documents else 5
+                    error = check(variant, shape, tokens, dtype, torch.device("cpu"), backward)
+                    good = error < tolerance
+                    wrong += not good
+                    what = f"{str(dtype).removeprefix('torch.')}, {shape.name}, {name}"
+                    print(f"{'ok   ' if good else 'WRONG'} {error:.1e} {what}, {'backward' if backward else 'forward'}")
+    return int(wrong > 0)
+
+
+def show(row: Row) -> str:
+    words = [row["metric"], row.get("shape") or row["model"], f"T={row['tokens']}"]
+    words += [row["variant"]] if "variant" in row else [row["attention"], f"kernel {row['kernel']}"]
+    if "skipped" in row:
+        return f"{', '.join(words)}: {row['skipped']}"
+    if "variant" in row:
+        speed = f"{row['bytes_per_second'] / 1e9:.0f} GB/s, {100 * row['share_of_copy']:.0f} % of a copy"
+    else:
+        speed = f"{row['tokens_per_second']:.0f} tokens/s, peak {row['peak_bytes'] / 2**30:.1f} GiB"
+    return f"{', '.join(words)}: {row['seconds'] * 1e6:.1f} us, {speed}, error {row['error']:.1e}"
+
+
+def build_parser() -> Parser:
+    parser = Parser("benchmarks/gpu.py", __doc__)
+    parser.add_argument("--part", choices=(*PARTS, "all"), default="all", help="what to measure (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=7.5, help="time limit of each part (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="rows are appended here (default: %(default)s)")
+    parser.add_argument("--commit", help="what to note as the commit where the source is no repository")
+    parser.add_argument("--interpret", action="store_true", help="correctness alone, on the CPU, in the interpreter")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    if args.interpret:
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError("--interpret needs triton: pip install 'scaled-rope[kernels]'")
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is first imported
+        return interpret()
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("no GPU here, nothing was measured; --interpret checks the kernels on the CPU")
+    from scaled_rope.results import append_row, provenance
+
+    # Compiled backward passes that give their buffers away can run once only.
+    torch._functorch.config.donated_buffer = False
+    torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot be captured
+    torch.manual_seed(0)
+    source = provenance(DEVICE, 0, vars(args))
+    source["commit"] = source["commit"] or args.commit
+    about = source | machine()
+    wrong = 0
+    for part in PARTS if args.part == "all" else (args.part,):
+        clock = Clock(60 * args.minutes)
+        backward = part == "rotary-backward"
+        rows = measure_rotary(backward, clock) if part.startswith("rotary") else measure_models(part == "train", clock)
+        for row in rows:
+            wrong += row.get("skipped") == "wrong" and str(row.get("variant", "ours")).startswith("ours")
+            print(show(row), flush=True)
+            append_row(args.output, row | about)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

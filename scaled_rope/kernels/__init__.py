@@ -1,0 +1,22 @@
+"""Kernels, each a Triton kernel and its torch twin behind one function. They know nothing of models.
+
+Triton is imported when it is first used: everything works, on the CPU, without it.
+"""
+
+from scaled_rope.kernels.rotary import (
+    apply_rotary,
+    apply_rotary_from_frequencies,
+    frequency_phases,
+    kernel_backend,
+    packed_position_ids,
+    rotate,
+)
+
+__all__ = [
+    "apply_rotary",
+    "apply_rotary_from_frequencies",
+    "frequency_phases",
+    "kernel_backend",
+    "packed_position_ids",
+    "rotate",
+]

@@ -1,0 +1,201 @@
+"""The GPU benchmark without a GPU: what it refuses, that it finds wrong kernels, its plumbing, and its report."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is first imported, which is in a test
+
+from benchmarks import gpu, gpu_report  # noqa: E402
+from scaled_rope import ConfigError  # noqa: E402
+from scaled_rope.results import append_row  # noqa: E402
+
+needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton")
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+TINY = (gpu.Shape("small", 3, 1, 16, 8), gpu.Shape("packed", 2, 2, 8, 8, documents=True))
+
+
+@needs_no_gpu
+def test_without_a_gpu_it_says_so() -> None:
+    done = subprocess.run([sys.executable, "benchmarks/gpu.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert "no GPU" in done.stderr
+
+
+@needs_no_gpu
+@needs_triton
+def test_interpret_checks_every_variant(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpu, "SHAPES", TINY)
+    assert gpu.main(["--interpret"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * 2 * 3 * 2 and all(line.startswith("ok ") for line in lines)
+
+
+def test_a_wrong_variant_is_found() -> None:
+    """Wrong angles, a factor, a missing rotation, an element that is not written: all far over the tolerance."""
+    from scaled_rope.kernels import apply_rotary
+
+    def unwritten(q: Tensor, k: Tensor, x: Any) -> Any:
+        out = torch.full_like(q, math.nan)
+        out[..., 1:, :] = apply_rotary(q, k, x.cos, x.sin, backend="torch")[0][..., 1:, :]
+        return out, k
+
+    wrong = {
+        "angles": lambda q, k, x: apply_rotary(q, k, x.sin, x.cos, backend="torch"),
+        "factor": lambda q, k, x: apply_rotary(q, k, x.cos * 1.02, x.sin * 1.02, backend="torch"),
+        "nothing": lambda q, k, x: (q.clone(), k.clone()),
+        "unwritten": unwritten,
+    }
+    right = gpu.check(gpu.variants(TINY[0], "torch", others=False)["ours, tables"], *_case(), backward=False)
+    assert right < gpu.TOLERANCE
+    for name, variant in wrong.items():
+        error = gpu.check(variant, *_case(), backward=False)
+        assert not error < gpu.TOLERANCE, name
+
+
+def _case() -> tuple[Any, ...]:
+    return TINY[0], 64, torch.bfloat16, torch.device("cpu")
+
+
+def test_document_lengths_are_uneven_and_fill_the_row() -> None:
+    for tokens in (5, 41, 4096, 131072):
+        bounds = gpu.document_positions(tokens)
+        lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+        assert sum(lengths) == tokens and min(lengths) == 1 and max(lengths) < max(tokens / 3, 2)
+
+
+class _Event:
+    """torch.cuda.Event by the clock of the host."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, other: _Event) -> float:
+        return 1e3 * (other.at - self.at)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the parts of the benchmark on the CPU, with small shapes and without compiling."""
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "SHAPES", TINY)
+    monkeypatch.setattr(gpu, "TOKENS", (16,))
+    monkeypatch.setattr(gpu, "ROTATED_BYTES", 2**12)
+    monkeypatch.setattr(gpu, "RUNS", (1, 1))
+    monkeypatch.setattr(gpu, "free", lambda: None)
+    monkeypatch.setattr(gpu, "peak_flops", lambda: 1e12)
+    monkeypatch.setattr(gpu, "matmul_rate", lambda: 1e12)
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**20)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@needs_no_gpu
+@needs_triton
+@pytest.mark.parametrize("backward", [False, True])
+def test_rotary_parts_on_the_cpu(on_cpu: None, backward: bool) -> None:
+    rows = list(gpu.measure_rotary(backward, gpu.Clock(600)))
+    names = {row["variant"] for row in rows}
+    assert {"ours, tables", "ours, no tables", "transformers, eager", "transformers, compiled"} <= names
+    for row in rows:
+        assert row["error"] < gpu.TOLERANCE and "skipped" not in row, gpu.show(row)
+        assert row["bytes"] == 2 * 2 * 16 * 4 * 16 and row["share_of_copy"] > 0
+        assert row["seconds_quartiles"][0] <= row["seconds"] <= row["seconds_quartiles"][1]
+        json.dumps(row, allow_nan=False)
+    assert all(row["skipped"] == "no time left" for row in gpu.measure_rotary(backward, gpu.Clock(0)))
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("train", [False, True])
+def test_model_parts_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch, train: bool) -> None:
+    small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, vocab_size=64)
+    monkeypatch.setattr(gpu, "MODELS", {"small": small | dict(num_attention_heads=2, num_key_value_heads=1)})
+    monkeypatch.setattr(gpu, "LENGTHS", (24, 32, 40))
+    monkeypatch.setattr(gpu, "CHECKED", 16)
+    monkeypatch.setattr(gpu, "KERNELS", ("none", "torch"))
+    monkeypatch.setattr(gpu, "EAGER_LIMIT", 24)
+    rows = list(gpu.measure_models(train, gpu.Clock(600)))
+    good = [row for row in rows if "skipped" not in row]
+    for row in good:
+        assert row["error"] < gpu.NOISE * row["noise"] and row["mfu"] > 0
+        json.dumps(row, allow_nan=False)
+    kinds = {(row["attention"], row["kernel"], row["tokens"]) for row in good}
+    assert {("eager", "none", 24), ("eager", "torch", 24), ("sdpa_blocked", "torch", 32)} <= kinds
+    assert not any(row["attention"] == "eager" and row["tokens"] > 24 for row in rows)
+    assert len([row for row in rows if row["tokens"] == 40]) == 2  # the two fastest
+    assert all("kernel" in str(row["skipped"]) for row in rows if "skipped" in row)  # cuDNN
+
+
+def test_operations_of_a_known_model() -> None:
+    """Llama-2-7B at 128k, by hand: 1.73 PFLOP in 6.5 G weights, 4.50 in attention."""
+    from transformers import LlamaConfig
+
+    tokens = 131072
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert gpu.flops(LlamaConfig(), tokens) == 2 * weights * tokens + 32 * 2 * 4096 * tokens**2
+    assert abs(gpu.flops(LlamaConfig(), tokens) / 1e15 - 6.2) < 0.05
+
+
+# ----------------------------------------------------------------------------------------------------------- the report
+
+
+def _rows() -> list[dict[str, Any]]:
+    about = {"device": "Some GPU", "driver": "1.2", "versions": {"torch": "2.11"}, "commit": "abc"}
+    rotary = {"metric": "rotary forward", "shape": "small", "bytes": 2**30, "copy_seconds": 0.001, "error": 0.002}
+    model = {"metric": "prefill", "model": "1B", "attention": "sdpa", "mfu": None, "peak_bytes": 2**30}
+    return [
+        rotary | about | {"tokens": 131072, "variant": "a", "skipped": "out of memory"},
+        rotary | about | {"tokens": 4096, "variant": "a", "seconds": 1, "bytes_per_second": 1e12, "share_of_copy": 0.5},
+        rotary | about | {"tokens": 4096, "variant": "a", "seconds": 1, "bytes_per_second": 2e12, "share_of_copy": 0.9},
+        model | about | {"tokens": 4096, "kernel": "triton", "seconds": 1, "tokens_per_second": 5e4},
+    ]
+
+
+def test_report_is_the_newest_rows(tmp_path: Path) -> None:
+    rows, page, images = tmp_path / "rows.jsonl", tmp_path / "page.md", tmp_path / "images"
+    images.mkdir()
+    page.write_text(f"before\n{gpu_report.BEGIN}\nold\n{gpu_report.END}\nafter\n")
+    arguments = ["--rows", str(rows), "--page", str(page), "--images", str(images)]
+    assert gpu_report.main(arguments) == 0
+    assert page.read_text() == f"before\n{gpu_report.BEGIN}\n\n{gpu_report.NONE}\n\n{gpu_report.END}\nafter\n"
+    for row in _rows():
+        append_row(rows, row)
+    assert gpu_report.main([*arguments, "--check"]) == 1
+    assert gpu_report.main(arguments) == 0 and gpu_report.main([*arguments, "--check"]) == 0
+    text = page.read_text()
+    assert "| | T = 4k | T = 128k |" in text and "| a | 2.00 TB/s, 90 % | out of memory |" in text
+    assert "| sdpa, kernel triton | 50.0k, 1.0 GiB |" in text and "Some GPU, driver 1.2, torch 2.11, commit abc" in text
+    drawn = sorted(path.name for path in images.iterdir())
+    assert drawn == (["gpu-prefill.png", "gpu-rotary-forward.png"] if importlib.util.find_spec("matplotlib") else [])
+    page.write_text("no markers")
+    with pytest.raises(ConfigError, match="has no part between"):
+        gpu_report.main(arguments)
+
+
+def test_the_page_says_what_the_rows_say() -> None:
+    assert gpu_report.main(["--check"]) == 0
