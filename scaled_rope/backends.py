@@ -2,8 +2,8 @@
 
 Implementations are those of transformers' attention interface, by the names that it knows. This module chooses among
 what is installed, refuses what cannot work before a model is built, and adds `blockwise` (`scaled_rope.attention`) and
-`sdpa_blocked`, which calls PyTorch's scaled_dot_product_attention on pieces. transformers' `sdpa` builds a boolean mask of T x T for windows, for packed
-documents, for padding and whenever it is compiled, which is 17 GB at 128k tokens.
+`sdpa_blocked`, which calls PyTorch's scaled_dot_product_attention on pieces. transformers' `sdpa` builds a boolean mask
+of T x T for windows, for packed documents, for padding and whenever it is compiled, which is 17 GB at 128k tokens.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Attention:
     """Least major CUDA capability."""
     windows: bool = False
     documents: bool = False
-    cpu: str = ""
-    """The only dtype that it is for, on a CPU; "": it is not for CPUs alone."""
     softcap: bool = False
     matrix: str = ""
     """When a T x T matrix is made."""
+    cpu: str = ""
+    """The only dtype that it is for, on a CPU; "": it is not for CPUs alone."""
 
     @property
     def flash(self) -> bool:
