@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from scaled_rope.errors import ConfigError, Parser, run_cli
-from scaled_rope.recipes import LR_SCHEDULES, PRECISIONS, Recipe, make_recipe, read_recipe
+from scaled_rope.recipes import LR_SCHEDULES, PRECISIONS, Recipe, make_recipe, read_recipe, starts_from
 
 #: what a run without a recipe starts from, beside the recipe's own defaults: the released script's
 RELEASED_DEFAULTS: dict[str, Any] = {
@@ -164,6 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = load_config(recipe.model).model_type
         if found != args.architecture:
             raise ConfigError(f"--architecture {args.architecture!r}: {recipe.model} is {found!r}")
+    if recipe.model is not None and (before := starts_from(recipe)) is not None and not Path(recipe.model).exists():
+        raise ConfigError(f"model {recipe.model} is not there yet; train {before.name} first: ./train.sh {before.name}")
     if args.save_only:
         save_scaled(recipe)
         return 0

@@ -67,8 +67,9 @@ def _read_parquet(path: Path, feature: str) -> Iterator[str]:
 
 def _read_hub(name: str, feature: str, split: str) -> Iterator[str]:
     datasets = _import_datasets(name)
+    hub_name, _, folder = name.partition(":")
     try:
-        stream = datasets.load_dataset(name, split=split, streaming=True)
+        stream = datasets.load_dataset(hub_name, data_dir=folder or None, split=split, streaming=True)
     except Exception as error:  # the library raises a dozen unrelated types for "cannot be loaded"
         raise ConfigError(f"dataset {name!r} is no local path and the hub gave: {str(error).splitlines()[0]}") from None
     for record in stream:
@@ -96,7 +97,7 @@ def read_documents(source: str, feature: str = "text", split: str = "train", as_
     """Texts of a source, one by one: a .txt, .jsonl or .parquet file, a sorted folder of such files, or a hub dataset.
 
     Args:
-        source: local path or hub name.
+        source: local path or hub name; NAME:FOLDER for one folder of a hub dataset's repository.
         feature: the field that holds the text, where records have fields.
         split: split of a hub dataset.
         as_json: read files as JSON lines whatever their suffix.
@@ -423,8 +424,11 @@ def _cut(
     return size
 
 
-def recut(source: TokenRows, output: str | Path, sequence_length: int, progress: Callable[[int], object]) -> Path:
-    """Re-cut tokenized rows into rows of another length; only the last, incomplete row is dropped.
+def recut(
+    source: TokenRows, output: str | Path, sequence_length: int, progress: Callable[[int], object], name: str = ""
+) -> Path:
+    """Re-cut tokenized rows into rows of another length; only the last, incomplete row is dropped. `name` is what the
+    source is called in the new set's provenance.
 
     A set made with `bookend="chunk"` gets its BOS and EOS at the new borders instead of the old ones. Other data is one
     stream, whatever tokens stand at the borders of its rows.
@@ -443,7 +447,12 @@ def recut(source: TokenRows, output: str | Path, sequence_length: int, progress:
     vocabulary = int(meta.get("vocabulary", 2**32))
     with PackedWriter(output, sequence_length, vocabulary, source.weighted) as writer:
         dropped = _cut(pieces(), writer, head, tail)
-        meta["recut"] = {"rows": len(source), "sequence_length": meta.get("sequence_length"), "dropped_tokens": dropped}
+        meta["recut"] = {
+            "dataset": name,
+            "rows": len(source),
+            "sequence_length": meta.get("sequence_length"),
+            "dropped_tokens": dropped,
+        }
         return writer.close(meta)
 
 

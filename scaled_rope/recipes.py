@@ -1,8 +1,8 @@
 """The training recipe: its schema, its YAML reader, and a small command line for shell scripts.
 
 python -m scaled_rope.recipes --list
-python -m scaled_rope.recipes demo                      # the resolved recipe
-python -m scaled_rope.recipes demo --field output_dir   # one value
+python -m scaled_rope.recipes demo              # the resolved recipe
+python -m scaled_rope.recipes demo --pending    # what is still to train for it, in order; nothing when it is finished
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from scaled_rope.errors import ConfigError, Parser, run_cli, unknown
+from scaled_rope.results import read_rows
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LR_SCHEDULES = ("linear", "constant", "cosine")
@@ -42,6 +43,8 @@ class Recipe:
         max_position_embeddings: written to the checkpoint; default: factor times original.
         dataset: tokenized data: packed set, saved `datasets` folder or hub name.
         prepare: shell commands that build `dataset`; each does nothing when its output is there.
+        rebuild: where `dataset` is a published set, the commands that build such data from text instead. They are not
+            run by train.sh; the last one's output is what to give to --dataset.
         sequence_length: the longest row that is accepted; rows are not cut unless `truncate` is set.
         truncate: cut every row to this many tokens.
         global_batch_size: sequences per optimizer step, over all ranks and accumulation.
@@ -70,6 +73,7 @@ class Recipe:
     original_max_position_embeddings: int | None = None
     max_position_embeddings: int | None = None
     prepare: tuple[str, ...] = ()
+    rebuild: tuple[str, ...] = ()
     truncate: int | None = None
     batch_size: int = 1
     max_train_steps: int = 400
@@ -197,6 +201,34 @@ def read_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
     return make_recipe({"name": path.stem} | fields | dict(overrides or {}), str(path))
 
 
+def starts_from(recipe: Recipe) -> Recipe | None:
+    """The recipe of `configs/` whose result `recipe` starts from, if any."""
+    if recipe.model is None:
+        return None
+    for name in available():
+        other = read_recipe(name)
+        if Path(recipe.model) == Path(other.output_dir) / "model":
+            return other
+    return None
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Whether the recipe's run has come to its end: its model is saved and its log has the last step."""
+    output = Path(recipe.output_dir)
+    if not (output / "model" / "config.json").exists() or not (output / "train_log.jsonl").exists():
+        return False
+    log = read_rows(output / "train_log.jsonl")
+    return bool(log) and log[-1]["step"] == recipe.max_train_steps
+
+
+def pending(recipe: Recipe) -> list[Recipe]:
+    """What is still to train, in order, before `recipe` is finished: what it starts from, and itself."""
+    if is_finished(recipe):
+        return []
+    before = starts_from(recipe)
+    return [*(pending(before) if before is not None else ()), recipe]
+
+
 def make_recipe(fields: Mapping[str, Any], where: str) -> Recipe:
     """A recipe from plain values, each brought to its field's type; `where` names their origin in errors.
 
@@ -226,6 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("python -m scaled_rope.recipes", __doc__)
     parser.add_argument("name", nargs="?")
     parser.add_argument("--list", action="store_true", help="names and descriptions")
+    parser.add_argument("--pending", action="store_true", help="names of the recipes still to train for it, in order")
+    parser.add_argument("--finished", action="store_true", help="exit with 0 when it is finished, else with 1")
     parser.add_argument("--shell", action="store_true", help="assignments for a shell script to eval")
     args = parser.parse_args(argv)
     if args.list:
@@ -233,6 +267,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name:<24} {read_recipe(name).description}")
     elif args.name is None:
         raise ConfigError("name of a recipe is missing; --list shows them")
+    elif args.pending:
+        print("".join(f"{recipe.name}\n" for recipe in pending(read_recipe(args.name))), end="")
+    elif args.finished:
+        return 0 if is_finished(read_recipe(args.name)) else 1
     elif args.shell:
         print(shell_assignments(read_recipe(args.name)))
     else:

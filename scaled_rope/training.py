@@ -40,14 +40,16 @@ from scaled_rope.loading import (
 )
 from scaled_rope.loss import IGNORE, token_nll
 from scaled_rope.patch import PatchReport, patch_model, patched_plan
-from scaled_rope.recipes import Recipe
+from scaled_rope.recipes import Recipe, is_finished
 from scaled_rope.results import Row, provenance, read_rows, write_atomic
 
 KEPT_STATES = 2
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # of Okabe and Ito's palette
 LoadedRow = tuple[IntArray, IntArray]  # tokens [T] and their loss weights [T]
 #: recipe fields that may differ between a run and its resumption without changing what is computed
-_FREE_FIELDS = {"name", "description", "output_dir", "prepare", "evaluate", "batch_size", "checkpointing_steps"}
+_FREE_FIELDS = {
+    "name", "description", "output_dir", "prepare", "rebuild", "evaluate", "batch_size", "checkpointing_steps",
+}  # fmt: skip
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -167,6 +169,19 @@ def build_model(recipe: Recipe, attention: str = "sdpa") -> tuple[Any, PatchRepo
     else:
         model = load_model(str(recipe.model), dtype="float32", device="cpu")
         model.set_attn_implementation(attention_for(model.config, attention))
+    report = install_scaling(model, recipe)
+    if recipe.lora:
+        model = add_lora(model)
+    model.train()
+    return model, report
+
+
+def install_scaling(model: Any, recipe: Recipe) -> PatchReport | None:
+    """Put the recipe's scaling and context length into a model; None where it keeps the checkpoint's own.
+
+    Raises:
+        ConfigError: what `patch_model` raises.
+    """
     report = None
     own = RopeScaling.from_config(model.config)
     base = dataclasses.replace(
@@ -181,10 +196,7 @@ def build_model(recipe: Recipe, attention: str = "sdpa") -> tuple[Any, PatchRepo
         report = patch_model(model, with_primary(plan.layers, scaling) or scaling, drop_layers=plan.drop_layers)
     if recipe.max_position_embeddings is not None:
         model.config.max_position_embeddings = recipe.max_position_embeddings
-    if recipe.lora:
-        model = add_lora(model)
-    model.train()
-    return model, report
+    return report
 
 
 def add_lora(model: Any) -> Any:
@@ -318,15 +330,9 @@ class Trainer:
             if not (self.resume / "state.json").is_file():
                 raise ConfigError(f"resume_from_checkpoint {resume} is no saved state; a folder checkpoints/step-N")
 
-    @property
-    def finished(self) -> bool:
-        """Whether the run's model is already there."""
-        log = read_log(self.output) if (self.output / "model" / "config.json").exists() else []
-        return bool(log) and log[-1]["step"] == self.recipe.max_train_steps
-
     def run(self) -> list[float]:
         """Train to the end and save; returns the loss of every step (nats per token)."""
-        if self.finished:
+        if is_finished(self.recipe):
             print(f"{self.output / 'model'}: already trained")
             return [row["loss"] for row in read_log(self.output)]
         recipe = self.recipe

@@ -21,7 +21,7 @@ import finetune
 from scaled_rope import RopeScaling, patch_model
 from scaled_rope.data import PackedWriter, open_packed
 from scaled_rope.errors import ConfigError, run_cli
-from scaled_rope.recipes import Recipe, available, read_recipe
+from scaled_rope.recipes import Recipe, read_recipe
 from scaled_rope.training import IGNORE, accumulation, build_model, collate, learning_rate, step_batches
 
 ROOT = Path(__file__).parent.parent
@@ -134,34 +134,6 @@ def test_a_batch_that_ranks_cannot_share_is_refused():
 
 
 # --------------------------------------------------------------------------------------------------------- recipes
-
-
-def test_every_recipe_reads_and_says_what_it_is():
-    assert {"demo", "tiny-base", "tiny-base-retrieval", "llama-2-7b-64k"} <= set(available())
-    for name in available():
-        assert read_recipe(name).description, name
-
-
-def test_recipes_of_the_paper():
-    llama, longer, mistral = (read_recipe(name) for name in ("llama-2-7b-64k", "llama-2-7b-128k", "mistral-7b-64k"))
-    # 400 steps of 64 sequences of 65536 tokens: 1.68 B tokens.
-    assert llama.tokens_per_step * llama.max_train_steps == 400 * 64 * 65536
-    assert (llama.learning_rate, llama.warmup_steps, llama.adam_betas, llama.weight_decay) == (
-        2e-5,
-        20,
-        (0.9, 0.95),
-        0.0,
-    )
-    assert (longer.max_train_steps, longer.seed, longer.scaling, longer.sequence_length) == (
-        200,
-        31337,
-        "yarn:32",
-        65536,
-    )
-    assert (mistral.learning_rate, mistral.lr_schedule, mistral.sequence_length) == (1e-6, "constant", 16384)
-    base = RopeScaling(method="default", original_max_position_embeddings=8192)
-    scaling = RopeScaling.from_spec(mistral.scaling, base)
-    assert (scaling.factor, scaling.beta_fast, scaling.beta_slow, scaling.mscale) == (8.0, 128.0, 2.0, 0.7)
 
 
 @pytest.mark.parametrize(
