@@ -456,6 +456,51 @@ def recut(
         return writer.close(meta)
 
 
+@dataclass(frozen=True)
+class DocumentBorders:
+    """Where the documents of packed rows begin: at each BOS, or behind each EOS where the tokenizer has no BOS."""
+
+    bos: int | None
+    eos: int | None
+
+    @classmethod
+    def of(cls, rows: TokenRows, name: str) -> DocumentBorders:
+        """The borders in a packed set.
+
+        Raises:
+            ConfigError: not a packed set, one whose rows do not mark documents, or no BOS and no EOS.
+        """
+        meta: dict[str, Any] = getattr(rows, "meta", {})
+        if meta.get("bookend") != "document":
+            raise ConfigError(
+                f"documents: separate needs borders between documents, and dataset {name} does not say where they are;"
+                f" make it with tokenization.py --bookend document"
+            )
+        if meta["bos"] is None and meta["eos"] is None:
+            raise ConfigError(f"documents: separate is not possible: the tokenizer of {name} has neither BOS nor EOS")
+        return cls(meta["bos"], meta["eos"])
+
+    def starts(self, tokens: IntArray) -> npt.NDArray[np.bool_]:
+        """Whether each token [..., T] opens a document; the first of a row does."""
+        if self.bos is not None:
+            first: npt.NDArray[np.bool_] = tokens == self.bos
+        else:
+            first = np.roll(tokens == self.eos, 1, axis=-1)
+        first[..., 0] = True
+        return first
+
+    def positions(self, tokens: IntArray) -> IntArray:
+        """Position of each token [..., T] in its document, from 0 (in its row, for one that began before it)."""
+        index = np.arange(tokens.shape[-1])
+        begin = np.maximum.accumulate(np.where(self.starts(tokens), index, 0), axis=-1)
+        positions: IntArray = index - begin
+        return positions
+
+    def cut_targets(self, tokens: IntArray, weights: IntArray) -> tuple[IntArray, IntArray]:
+        """Tokens [T] and weights [T] in which no document has to predict how the next one opens."""
+        return tokens, np.where(self.starts(tokens), 0, weights)
+
+
 # ------------------------------------------------------------------------------------------------------- sampling
 
 

@@ -25,6 +25,7 @@ from scaled_rope.results import read_rows
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LR_SCHEDULES = ("linear", "constant", "cosine")
 PRECISIONS = ("bf16", "fp32")
+DOCUMENTS = ("joined", "separate")
 EVALUATE_FIELDS = ("scalings", "perplexity", "passkey", "report")
 
 
@@ -51,8 +52,18 @@ class Recipe:
         batch_size: sequences per rank and forward pass.
         grad_norm: largest norm of the gradient; None does not clip.
         save_dtype: dtype of the saved checkpoint; default: bfloat16 under bf16, float32 under fp32.
+        lora: train low-rank adapters instead of the weights.
+        lora_embeddings_and_norms: with `lora`: train embeddings, output projection and norms in full as well.
+        documents: "joined" (the paper's): a packed row is one text; "separate": attention and positions start anew with
+            each document of a row.
         sliding_window_attention_schedule: window at step i is entry i mod n (Mistral); None leaves the model's own.
+        gradient_checkpointing: keep the input of every layer only and compute the rest again in the backward pass.
+        offload_activations: keep what the backward pass needs in CPU memory.
+        sequence_parallel: ranks that share one sequence (Ulysses, under DeepSpeed ZeRO-3).
         checkpointing_steps: keep a resumable state every so many steps; None: never.
+        kept_checkpoints: how many of the newest states are kept.
+        heldout: packed set whose perplexity is measured every `heldout_steps` steps over its first `heldout_rows` rows,
+            cut at each of `heldout_lengths`.
         evaluate: what eval.sh does with the result: `scalings` (specs under which the base is read without training),
             and the flags of `perplexity`, `passkey` and `report`.
     """
@@ -88,9 +99,18 @@ class Recipe:
     save_dtype: str | None = None
     attention: str = "auto"
     gradient_checkpointing: bool = True
+    offload_activations: bool = False
+    sequence_parallel: int = 1
     lora: bool = False
+    lora_embeddings_and_norms: bool = False
+    documents: str = "joined"
     sliding_window_attention_schedule: tuple[int, ...] | None = None
     checkpointing_steps: int | None = None
+    kept_checkpoints: int = 2
+    heldout: str | None = None
+    heldout_lengths: tuple[int, ...] = ()
+    heldout_steps: int = 50
+    heldout_rows: int = 8
     evaluate: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -101,7 +121,10 @@ class Recipe:
         require((self.model is None) != (self.init is None), "model", "name a checkpoint, or give `init` instead")
         require(self.init is None or "model_type" in self.init, "init", "it needs `model_type`")
         require(self.init is None or self.tokenizer is not None, "tokenizer", "a model from `init` needs one")
-        for name in ("sequence_length", "global_batch_size", "batch_size", "max_train_steps"):
+        for name in (
+            "sequence_length", "global_batch_size", "batch_size", "max_train_steps", "sequence_parallel",
+            "kept_checkpoints", "heldout_steps", "heldout_rows",
+        ):  # fmt: skip
             require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("truncate", "checkpointing_steps"):
             require(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
@@ -114,6 +137,17 @@ class Recipe:
         require(self.lr_schedule in LR_SCHEDULES, "lr_schedule", f"one of: {', '.join(LR_SCHEDULES)}")
         unexpected = sorted(set(self.evaluate) - set(EVALUATE_FIELDS))
         require(not unexpected, "evaluate", f"its fields are: {', '.join(EVALUATE_FIELDS)}")
+        require(self.documents in DOCUMENTS, "documents", f"one of: {', '.join(DOCUMENTS)}")
+        require(
+            self.gradient_checkpointing or not self.offload_activations,
+            "offload_activations",
+            "it needs gradient_checkpointing: true",
+        )
+        require(self.lora or not self.lora_embeddings_and_norms, "lora_embeddings_and_norms", "it is for lora: true")
+        windows = self.sliding_window_attention_schedule
+        require(windows is None or (bool(windows) and min(windows) > 0), "sliding_window_attention_schedule", "above 0")
+        require(bool(self.heldout_lengths) == (self.heldout is not None), "heldout_lengths", "give it with `heldout`")
+        require(all(length >= 2 for length in self.heldout_lengths), "heldout_lengths", "2 tokens or more")
         require(self.precision in PRECISIONS, "precision", f"one of: {', '.join(PRECISIONS)}")
 
     @property

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from tests.runs import make_workspace, run
 
 VOCABULARY = 61
 LAYER_TYPES = ["sliding_attention", "full_attention"]
@@ -95,6 +98,21 @@ def _copy(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _copy(entry) for name, entry in value.items()}
     return list(value) if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make_workspace` makes."""
+    folder = tmp_path_factory.mktemp("training")
+    make_workspace(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def straight(workspace: Path) -> Path:
+    """The run that others are compared with: one process, no interruption."""
+    run(workspace, workspace / "straight", extra=("--log-loss", str(workspace / "losses.csv")))
+    return workspace / "straight"
 
 
 @pytest.fixture

@@ -17,10 +17,11 @@ import tokenization
 import truncate
 from scaled_rope import compute_rope, recipes
 from scaled_rope.data import read_documents
+from scaled_rope.engine import accumulation
 from scaled_rope.errors import ConfigError, run_cli
 from scaled_rope.planning import meta_model
 from scaled_rope.recipes import available, is_finished, pending, read_recipe, starts_from
-from scaled_rope.training import accumulation, learning_rate
+from scaled_rope.training import learning_rate
 from tests import reference
 
 ROOT = Path(__file__).parent.parent
