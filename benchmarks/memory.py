@@ -2,9 +2,10 @@
 
     python benchmarks/memory.py --output data/benchmarks/memory_cpu.jsonl
 
-Each case is a model from random weights, trained for two steps in processes of its own. Measured is the most that a
-rank ever had resident, less what it had before the model was built; glibc is told to return freed memory to the system
-at once, because what it would keep is not the run's.
+Each case is a model from random weights, trained for two steps in processes of its own. Measured is the most anonymous
+memory that a rank had resident, looked at every 2 ms, less what it had before the model was built. (Pages of libraries
+are left out: the system takes them back when it likes.) glibc is told to return freed memory at once, because what it
+would keep is not the run's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,10 @@ CASES: dict[str, tuple[dict[str, Any], Options]] = {
     "activations, bf16": (
         {"init": _DEEP, "sequence_length": 4096, "batch_size": 2, "precision": "bf16"},
         Options(gradient_checkpointing=False),
+    ),
+    "weights and optimizer, small": (
+        {"init": {**_WIDE, "vocab_size": 16384, "num_hidden_layers": 2}, "sequence_length": 128},
+        Options(),
     ),
     "weights and optimizer": ({"init": _WIDE, "sequence_length": 256}, Options()),
     "weights and optimizer, two passes": ({"init": _WIDE, "sequence_length": 256, "global_batch_size": 2}, Options()),
@@ -96,11 +102,32 @@ def measure(name: str) -> tuple[float, float]:
         for process, (_, error) in zip(ranks, finished, strict=True):
             if process.returncode:
                 raise RuntimeError(f"case {name!r} failed: {error[-2000:]}")
-        before = json.loads(finished[0][0].splitlines()[-1])["before"]
-        rows = (Path(recipe.output_dir) / "train_log.jsonl").read_text().splitlines()
-        peak = max(json.loads(row)["peak_memory_gb"] for row in rows) * 1e9
-    planned = Planner(recipe, on_gpu=False).memory(options).total
-    return planned, peak - before
+        measured = max(json.loads(out.splitlines()[-1])["measured"] for out, _ in finished)
+    return Planner(recipe, on_gpu=False).memory(options).total, measured
+
+
+class Watch:
+    """The most anonymous memory of this process while it is open, in bytes."""
+
+    def __init__(self) -> None:
+        self.peak, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    @staticmethod
+    def now() -> int:
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+    def _look(self) -> None:
+        while not self._done.wait(0.002):
+            self.peak = max(self.peak, self.now())
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
 
 
 def _child(name: str, folder: Path) -> None:
@@ -118,10 +145,10 @@ def _child(name: str, folder: Path) -> None:
         import deepspeed  # noqa: F401
     if fields.get("lora"):
         import peft  # noqa: F401
-    status = Path("/proc/self/status").read_text().split("VmRSS:")[1]
-    before = int(status.split()[0]) * 1024
-    Trainer(case_recipe(name, folder)).run()
-    print(json.dumps({"before": before}))
+    before = Watch.now()
+    with Watch() as watch:
+        Trainer(case_recipe(name, folder)).run()
+    print(json.dumps({"measured": watch.peak - before}))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,18 @@ def to_cpu(model: nn.Module) -> None:
                 held[name] = made[id(tensor)]  # type: ignore[assignment]
 
 
+@contextlib.contextmanager
+def _causal_without_mask() -> Iterator[None]:
+    """Let attention be causal by a flag, as it is when data can be looked at, and not by a mask of length squared."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
+
+    masks["sdpa"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del masks["sdpa"]
+
+
 def trace_pass(module: Any, batch: int, length: int, autocast: bool, accumulating: bool) -> Trace:
     """Forward and backward pass of a training module over [batch, length] tokens, all under one fake tensor mode.
 
@@ -98,7 +111,9 @@ def trace_pass(module: Any, batch: int, length: int, autocast: bool, accumulatin
                 parameter.grad = torch.empty_like(parameter)
                 counter.ignore(parameter.grad)
     half = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
-    with counter:
+    window = getattr(module.config, "sliding_window", None)
+    masked = window is not None and window < length
+    with contextlib.nullcontext() if masked else _causal_without_mask(), counter:
         with half:
             loss = module(ids, ids, weights)
         kept = counter.live

@@ -25,7 +25,7 @@ from scaled_rope.loading import attention_for, load_config
 from scaled_rope.loss import logits_bytes
 from scaled_rope.memory import Trace, to_cpu, trace_pass
 from scaled_rope.recipes import Recipe, read_recipe, starts_from
-from scaled_rope.training import SummedLoss, add_lora, enable_checkpointing, install_scaling
+from scaled_rope.training import SummedLoss, add_lora, enable_checkpointing, install_scaling, set_sliding_window
 
 ARCHITECTURES = Path(__file__).resolve().parents[1] / "data" / "architectures.json"
 """What the config.json of the recipes' base models says, so that planning needs no network."""
@@ -230,6 +230,8 @@ class Planner:
                 install_scaling(model.get_base_model() if recipe.lora else model, recipe)
                 enable_checkpointing(model, recipe)
                 model.config.use_cache = False
+                if recipe.sliding_window_attention_schedule is not None:
+                    set_sliding_window(model, min(recipe.sliding_window_attention_schedule))
                 module = SummedLoss(model)
                 autocast = recipe.precision == "bf16" and not cast
                 trace = trace_pass(module, recipe.batch_size, length, autocast, accumulating)
