@@ -34,7 +34,7 @@ _LLAMA: dict[str, Any] = {
     "model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1024,
     "tie_word_embeddings": False,
 }  # fmt: skip
-_DEEP = {**_LLAMA, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "vocab_size": 4096}
+_DEEP = {**_LLAMA, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 16, "vocab_size": 4096}
 _WIDE = {**_LLAMA, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "vocab_size": 65536}
 _WIDER = {**_WIDE, "vocab_size": 131072}
 #: name -> (recipe fields, options)

@@ -187,6 +187,18 @@ def _ulysses(recipe: Recipe, ranks: int, attention: str) -> Any:
     return ParallelismConfig(sp_size=size, dp_shard_size=ranks // size, sp_backend="deepspeed", sp_handler=handler)
 
 
+def restore_heads(model: Any) -> None:
+    """Make attention group heads as the model's config says, for passes in which no sequence is shared.
+
+    Where ranks outnumber key/value heads Ulysses rewrites the grouping in every training pass and leaves it so.
+    """
+    config = model.config.get_text_config()
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    for module in model.modules():
+        if hasattr(module, "num_key_value_groups"):
+            module.num_key_value_groups = config.num_attention_heads // kv_heads
+
+
 def _quieten() -> None:
     """Silence what the engines say about themselves at every start, so that what matters can be seen."""
     if not torch.cuda.is_available():

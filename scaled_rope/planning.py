@@ -122,7 +122,9 @@ class Memory:
     gradients: float
     optimizer: float
     activations: float
+    """The most that a pass holds beside the three above."""
     logits: float
+    """The most that logits take while the loss is computed; counted in `activations` if that is when it is largest."""
     gathered: float
     step_workspace: float
     host: float
@@ -134,7 +136,7 @@ class Memory:
     @property
     def total(self) -> float:
         """The most at once on the device."""
-        in_pass = self.activations + self.logits + self.gathered
+        in_pass = self.activations + self.gathered
         return self.weights + self.gradients + self.optimizer + max(in_pass, self.step_workspace)
 
     def terms(self) -> dict[str, float]:
@@ -198,16 +200,15 @@ class Planner:
             if options.engine == "zero3_offload":
                 host, weights, gradients, optimizer = weights + gradients + optimizer, 0.0, 0.0, 0.0
         inside = trace.peak if passes > 1 or options.engine != "plain" else max(0.0, trace.peak - gradients)
-        logits = min(inside, float(logits_bytes()))
-        kept = inside - logits
         if options.offload_activations:
             moved = counts.layer_inputs(recipe, length, 2 if cast else 4)
-            kept, host = max(0.0, kept - moved), host + moved
+            inside, host = max(0.0, inside - moved), host + moved
+        logits = min(logits_bytes(), 3 * 4 * recipe.batch_size * length * counts.vocabulary)
         # AdamW makes a list of square roots as large as the weights at once on a GPU, one by one on a CPU.
         workspace = 4.0 * trained / shards if self.on_gpu else 8.0 * counts.largest
         if options.engine == "zero3_offload":
             workspace = 0.0
-        return Memory(weights, gradients, optimizer, kept, logits, gathered, workspace, host)
+        return Memory(weights, gradients, optimizer, inside, float(logits), gathered, workspace, host)
 
     def _build(self, recipe: Recipe, dtype: torch.dtype) -> Any:
         """The recipe's model on the meta device, without its scaling."""
@@ -268,6 +269,7 @@ class Counts:
     head: int
     layers: int
     hidden: int
+    vocabulary: int
 
     @classmethod
     def of(cls, model: Any) -> Counts:
@@ -281,7 +283,7 @@ class Counts:
         )
         layers = config.num_hidden_layers
         layer = (sum(sizes) - outside) // layers
-        return cls(sum(sizes), trained, max(sizes), layer, head, layers, config.hidden_size)
+        return cls(sum(sizes), trained, max(sizes), layer, head, layers, config.hidden_size, config.vocab_size)
 
     def layer_inputs(self, recipe: Recipe, length: int, width: int) -> float:
         """Bytes that checkpointing keeps for all layers."""
@@ -368,7 +370,7 @@ def _print(
         print("  ".join(cells).rstrip())
     print(
         f"\nfits: at most {room:.1f} of {args.gpu_memory:g} GB."
-        f" Adam's workspace and what a pass needs are not there at once."
+        f" Adam's workspace and what a pass needs are not there at once; logits are part of the pass."
     )
     for name, reason in refused:
         print(f"not possible: {name}: {reason}")

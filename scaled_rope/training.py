@@ -35,6 +35,7 @@ from scaled_rope.engine import (
     engine_name,
     last_pass,
     make_accelerator,
+    restore_heads,
 )
 from scaled_rope.errors import ConfigError
 from scaled_rope.loading import (
@@ -562,6 +563,7 @@ class Heldout:
         rank, ranks, rows = accelerator.process_index, accelerator.num_processes, self._rows
         sums = torch.zeros(len(self._lengths), device=accelerator.device)
         module.eval()
+        restore_heads(accelerator.unwrap_model(module).model)
         with torch.no_grad():
             for first in range(0, len(rows), ranks):  # equally many passes on every rank, as ZeRO-3 needs
                 mine = first + rank

@@ -82,8 +82,9 @@ def test_static_memory_of_llama_2_7b_by_engine():
     shared = planner.memory(Options(8, "zero3", sequence_parallel=8))
     # the inputs of 32 checkpointed layers, bfloat16, are the least that a pass keeps
     assert zero3.activations > 32 * 65536 * 4096 * 2
-    # what does not shrink with the sequence: gradients of a layer's weights
-    assert zero3.activations / 8 < shared.activations < zero3.activations / 8 + 2e9
+    # a pass is linear in the length, but for pieces of constant size
+    assert shared.activations == pytest.approx(zero3.activations / 8, rel=0.02)
+    assert zero3.logits == 3 * 4 * 2**25 < zero3.activations
     hosted = planner.memory(Options(8, "zero3", offload_activations=True))
     assert hosted.host == 32 * 65536 * 4096 * 2 and zero3.activations - hosted.activations == hosted.host
     assert plain.cache == 0.0
