@@ -161,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.child:
         _child(args.child, args.folder)
         return 0
+    facts = provenance("cpu", 0, {"cases": args.cases})  # of the code as it is now
     for name in args.cases or CASES:
         if name not in CASES:
             raise unknown("case", name, CASES)
@@ -171,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             fields, options = CASES[name]
             row = {"metric": "peak_memory", "case": name, "recipe": fields, "options": str(options),
                    "planned_gb": round(planned / 1e9, 3), "measured_gb": round(measured / 1e9, 3)}  # fmt: skip
-            append_row(args.output, row | provenance("cpu", 0, {"cases": args.cases}))
+            append_row(args.output, row | facts)
     return 0
 
 

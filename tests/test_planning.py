@@ -144,9 +144,7 @@ def test_a_plan_is_near_what_a_process_holds(monkeypatch):
 
 def test_committed_rows_of_the_benchmark_are_within_fifteen_percent():
     rows = [json.loads(line) for line in (ROOT / "data/benchmarks/memory_cpu.jsonl").read_text().splitlines()]
-    assert {row["case"] for row in rows} == {
-        name for name in benchmark().CASES if name != "weights and optimizer, small"
-    }
+    assert {row["case"] for row in rows} == set(benchmark().CASES)
     for row in rows:
-        assert row["measured_gb"] >= 2
+        assert row["measured_gb"] >= (1 if row["case"].endswith("small") else 2), row["case"]
         assert row["planned_gb"] == pytest.approx(row["measured_gb"], rel=0.15), row["case"]

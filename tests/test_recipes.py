@@ -168,6 +168,17 @@ def test_each_recipe_has_a_data_recipe_whose_commands_exist(name):
     assert local == bool(recipe.prepare) or starts_from(recipe)
 
 
+@pytest.mark.parametrize("name", sorted(PAPER))
+def test_the_evaluators_take_the_flags_of_a_recipe(name):
+    import eval.passkey
+    import eval.perplexity
+
+    evaluate = read_recipe(name).evaluate
+    for flags, evaluator in ((evaluate["perplexity"], eval.perplexity), (evaluate["passkey"], eval.passkey)):
+        args = evaluator.build_parser().parse_args(["-m", "model", *shlex.split(flags), "--output", "rows.jsonl"])
+        assert args.model == ["model"]
+
+
 #: the two sizes share their tokens
 LLAMA_TOKENS = {("NousResearch/Llama-2-7b-hf", "NousResearch/Llama-2-13b-hf")}
 
