@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import yaml
 
 from scaled_rope.errors import ConfigError, Parser, run_cli
-from scaled_rope.recipes import LR_SCHEDULES, PRECISIONS, Recipe, make_recipe, read_recipe
+from scaled_rope.recipes import DOCUMENTS, LR_SCHEDULES, PRECISIONS, Recipe, make_recipe, read_recipe, starts_from
 
 #: what a run without a recipe starts from, beside the recipe's own defaults: the released script's
 RELEASED_DEFAULTS: dict[str, Any] = {
@@ -58,16 +59,32 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--precision", choices=PRECISIONS)
     parser.add_argument("--lora", action="store_const", const=True, help="train low-rank adapters only")
+    parser.add_argument("--lora-embeddings-and-norms", action="store_const", const=True,
+                        help="with --lora: train embeddings, output projection and norms in full as well")  # fmt: skip
+    parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None,
+                        help="compute activations twice instead of keeping them (default: on)")  # fmt: skip
+    parser.add_argument("--offload-activations", action="store_const", const=True,
+                        help="keep the inputs of checkpointed layers in CPU memory")  # fmt: skip
+    parser.add_argument("--sequence-parallel", type=int, metavar="N",
+                        help="ranks that share one sequence (Ulysses, under DeepSpeed ZeRO-3)")  # fmt: skip
+    parser.add_argument("--attention", help="auto, flash_attention_2, sdpa or eager")
+    parser.add_argument("--documents", choices=DOCUMENTS, help="separate: packed documents do not see each other")
     parser.add_argument(
         "--sliding-window-attention-schedule", metavar="A,B,C", help="window at step i is entry i mod n"
     )
     parser.add_argument("--checkpointing-steps", type=int, help="save a resumable state every N steps")
+    parser.add_argument("--kept-checkpoints", type=int, metavar="N", help="how many of the newest states are kept")
     parser.add_argument(
-        "--resume-from-checkpoint", metavar="PATH", default="auto", help="default: the newest of the run"
-    )
+        "--resume", "--resume-from-checkpoint", dest="resume", metavar="auto|PATH", default="auto",
+        help="folder of a state; auto, the default, is the newest of the run",
+    )  # fmt: skip
     parser.add_argument("--save-only", action="store_true", help="apply the scaling and save without training")
     parser.add_argument("--log-loss", type=Path, metavar="FILE", help="write the losses, comma-separated")
-    parser.add_argument("--wandb", metavar="PROJECT")
+    parser.add_argument("--wandb", metavar="PROJECT", help="log there too (WANDB_MODE=offline: to files)")
+    parser.add_argument("--tensorboard", metavar="DIR", help="log there too")
+    parser.add_argument("--heldout", metavar="SET", help="packed set whose perplexity is measured during training")
+    parser.add_argument("--heldout-lengths", metavar="A,B,C", help="at these lengths, in tokens")
+    parser.add_argument("--heldout-steps", type=int, metavar="N", help="every N steps")
     parser.add_argument("--deepspeed", action="store_true", help="insist on DeepSpeed; the launcher selects it")
     parser.add_argument("--architecture", help="model type, as llama; checked against the checkpoint")
     parser.add_argument("--num-proc", type=int, help="accepted for old scripts; data is memory-mapped")
@@ -92,7 +109,8 @@ def overrides(args: argparse.Namespace, base: Recipe, ranks: int) -> dict[str, A
             "model", "tokenizer", "dataset", "output_dir", "sequence_length", "truncate", "scaling", "rope_theta",
             "original_max_position_embeddings", "max_position_embeddings", "batch_size", "global_batch_size",
             "max_train_steps", "warmup_steps", "learning_rate", "lr_schedule", "grad_norm", "seed", "precision", "lora",
-            "checkpointing_steps",
+            "checkpointing_steps", "kept_checkpoints", "lora_embeddings_and_norms", "gradient_checkpointing",
+            "offload_activations", "sequence_parallel", "attention", "documents", "heldout", "heldout_steps",
         )
         if getattr(args, name) is not None
     }  # fmt: skip
@@ -106,13 +124,13 @@ def overrides(args: argparse.Namespace, base: Recipe, ranks: int) -> dict[str, A
         if args.global_batch_size is not None:
             raise ConfigError("--gradient-accumulate-every and --global-batch-size exclude each other")
         fields["global_batch_size"] = args.gradient_accumulate_every * (args.batch_size or base.batch_size) * ranks
-    if (schedule := args.sliding_window_attention_schedule) is not None:
-        try:
-            fields["sliding_window_attention_schedule"] = [int(entry) for entry in schedule.split(",")]
-        except ValueError:
-            raise ConfigError(
-                f"--sliding-window-attention-schedule {schedule!r} is not allowed; numbers a,b,c"
-            ) from None
+    for name in ("sliding_window_attention_schedule", "heldout_lengths"):
+        if (text := getattr(args, name)) is not None:
+            try:
+                fields[name] = [int(entry) for entry in text.split(",")]
+            except ValueError:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"{flag} {text!r} is not allowed; numbers a,b,c") from None
     return fields
 
 
@@ -134,6 +152,8 @@ def save_scaled(recipe: Recipe) -> None:
     Raises:
         ConfigError: several processes, or a run or a model is in the output folder already.
     """
+    from scaled_rope.results import provenance
+    from scaled_rope.tracking import write_records
     from scaled_rope.training import build_model, save_model
 
     folder = Path(recipe.output_dir)
@@ -142,8 +162,11 @@ def save_scaled(recipe: Recipe) -> None:
     if (folder / "model").exists() or (folder / "recipe.yaml").exists():
         raise ConfigError(f"output_dir {folder} holds a run or a model already; choose another --output-dir")
     folder.mkdir(parents=True, exist_ok=True)
-    model, _ = build_model(recipe)
-    save_model(model, model.state_dict(), recipe, folder / "model")
+    model, report = build_model(recipe)
+    facts = provenance("cpu", recipe.seed, {})
+    label = "the checkpoint's own" if report is None else report.scaling.label
+    records = functools.partial(write_records, recipe=recipe, facts=facts, log=[], scaling=label)
+    save_model(model, model.state_dict(), recipe, folder / "model", records)
     print(f"{folder / 'model'}: saved without training")
 
 
@@ -164,12 +187,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = load_config(recipe.model).model_type
         if found != args.architecture:
             raise ConfigError(f"--architecture {args.architecture!r}: {recipe.model} is {found!r}")
+    if recipe.model is not None and (before := starts_from(recipe)) is not None and not Path(recipe.model).exists():
+        raise ConfigError(f"model {recipe.model} is not there yet; train {before.name} first: ./train.sh {before.name}")
     if args.save_only:
         save_scaled(recipe)
         return 0
     from scaled_rope.training import Trainer
 
-    losses = Trainer(recipe, args.resume_from_checkpoint, args.wandb).run()
+    losses = Trainer(recipe, args.resume, args.wandb, args.tensorboard).run()
     if args.log_loss is not None and int(os.environ.get("RANK", "0")) == 0:
         args.log_loss.write_text(",".join(map(str, losses)))
     return 0

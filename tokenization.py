@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
@@ -138,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             raise ConfigError(f"--output {args.output} holds a set made otherwise; remove it or choose another folder")
     else:
+        began = time.perf_counter()
         with (
             PackedWriter(args.output, args.sequence_length, len(tokenizer)) as writer,
             tqdm(_documents(sources, args), desc="documents", unit="doc", mininterval=1.0) as texts,
@@ -146,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             counts = pack(documents, writer, tokenizer.bos_token_id, tokenizer.eos_token_id, args.bookend)
             writer.close(recipe | vars(counts))
         print(f"{args.output}: {writer.rows} sequences of {args.sequence_length} tokens from {counts.documents} "
-              f"documents ({counts.tokens} tokens, the last {counts.dropped_tokens} dropped)")  # fmt: skip
+              f"documents ({counts.tokens} tokens, the last {counts.dropped_tokens} dropped),"
+              f" {counts.tokens / (time.perf_counter() - began):.0f} tokens/s")  # fmt: skip
     if args.push_to_hub:
         push_to_hub(args.output, args.push_to_hub)
     return 0

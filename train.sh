@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Train recipes of configs/ one after the other; what is finished is skipped, what was interrupted continues.
+# Train recipes of configs/ one after the other, each after the one that it starts from; what is finished is skipped,
+# what was interrupted continues.
 #
 #   ./train.sh                  the demo: the embedded tiny model from 256 to 2048 tokens
 #   ./train.sh NAME [NAME ...]  recipes by name
@@ -15,7 +16,10 @@ if [[ "${1:-}" == --list ]]; then
     exit
 fi
 
-for recipe in "${@:-demo}"; do
-    read_recipe "$recipe"
-    ${LAUNCH:-python} finetune.py "$recipe"
+for wanted in "${@:-demo}"; do
+    pending=$(python -m scaled_rope.recipes "$wanted" --pending)
+    for recipe in ${pending:-$wanted}; do # a finished one is handed over too: finetune.py says so, and checks it
+        read_recipe "$recipe"
+        ${LAUNCH:-python} finetune.py "$recipe"
+    done
 done

@@ -5,6 +5,7 @@ python truncate.py 8192 data/pg19-8k --dataset data/pg19-64k
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,19 +16,29 @@ from scaled_rope.data import open_packed, open_rows, recut
 from scaled_rope.errors import ConfigError, Parser, run_cli
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("truncate.py", __doc__)
     parser.add_argument("length", type=int, help="tokens per new sequence")
     parser.add_argument("output", type=Path, help="folder to create")
     parser.add_argument("--dataset", required=True, help="packed set, saved datasets folder or hub name")
     parser.add_argument("--num-proc", type=int, default=1, help="accepted for old scripts; one process is enough")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.output.exists():
+        done = open_packed(args.output)
+        if (done.meta.get("recut", {}).get("dataset"), done.sequence_length) != (args.dataset, args.length):
+            raise ConfigError(f"output {args.output} holds a set made otherwise; remove it or choose another folder")
+        print(f"{args.output}: already there, {len(done)} sequences of {args.length} tokens")
+        return 0
     source = open_rows(args.dataset)
     longest = len(source.row(0)[0])
     if not 2 <= args.length <= longest:
         raise ConfigError(f"length {args.length} is not allowed; 2 to {longest}, what {args.dataset} has")
     with tqdm(total=len(source), desc="sequences") as bar:
-        recut(source, args.output, args.length, bar.update)
+        recut(source, args.output, args.length, bar.update, args.dataset)
     result = open_packed(args.output)
     print(f"{args.output}: {len(result)} sequences of {args.length} tokens, "
           f"{result.meta['recut']['dropped_tokens']} tokens dropped")  # fmt: skip

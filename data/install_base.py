@@ -15,7 +15,8 @@ from pathlib import Path
 
 from scaled_rope.errors import ConfigError, Parser, run_cli
 from scaled_rope.results import write_atomic
-from scaled_rope.training import plot_losses, read_log
+from scaled_rope.states import read_log
+from scaled_rope.tracking import plot_losses
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "methods": (_HERE, "list the scaling methods, or draw what each does"),
     "export": ("scaled_rope.export", "words and flags that make another program run a scaling, checked against ours"),
+    "plan": ("scaled_rope.planning", "memory and time of a training recipe, and the flags that make it fit"),
     "tune": ("scaled_rope.tune", "search the attention factor and the ramp that fit a model"),
 }
 """Subcommand -> (the module with its `add_arguments` and `run`, what it does)."""

@@ -67,8 +67,9 @@ def _read_parquet(path: Path, feature: str) -> Iterator[str]:
 
 def _read_hub(name: str, feature: str, split: str) -> Iterator[str]:
     datasets = _import_datasets(name)
+    hub_name, _, folder = name.partition(":")
     try:
-        stream = datasets.load_dataset(name, split=split, streaming=True)
+        stream = datasets.load_dataset(hub_name, data_dir=folder or None, split=split, streaming=True)
     except Exception as error:  # the library raises a dozen unrelated types for "cannot be loaded"
         raise ConfigError(f"dataset {name!r} is no local path and the hub gave: {str(error).splitlines()[0]}") from None
     for record in stream:
@@ -96,7 +97,7 @@ def read_documents(source: str, feature: str = "text", split: str = "train", as_
     """Texts of a source, one by one: a .txt, .jsonl or .parquet file, a sorted folder of such files, or a hub dataset.
 
     Args:
-        source: local path or hub name.
+        source: local path or hub name; NAME:FOLDER for one folder of a hub dataset's repository.
         feature: the field that holds the text, where records have fields.
         split: split of a hub dataset.
         as_json: read files as JSON lines whatever their suffix.
@@ -423,8 +424,11 @@ def _cut(
     return size
 
 
-def recut(source: TokenRows, output: str | Path, sequence_length: int, progress: Callable[[int], object]) -> Path:
-    """Re-cut tokenized rows into rows of another length; only the last, incomplete row is dropped.
+def recut(
+    source: TokenRows, output: str | Path, sequence_length: int, progress: Callable[[int], object], name: str = ""
+) -> Path:
+    """Re-cut tokenized rows into rows of another length; only the last, incomplete row is dropped. `name` is what the
+    source is called in the new set's provenance.
 
     A set made with `bookend="chunk"` gets its BOS and EOS at the new borders instead of the old ones. Other data is one
     stream, whatever tokens stand at the borders of its rows.
@@ -443,8 +447,58 @@ def recut(source: TokenRows, output: str | Path, sequence_length: int, progress:
     vocabulary = int(meta.get("vocabulary", 2**32))
     with PackedWriter(output, sequence_length, vocabulary, source.weighted) as writer:
         dropped = _cut(pieces(), writer, head, tail)
-        meta["recut"] = {"rows": len(source), "sequence_length": meta.get("sequence_length"), "dropped_tokens": dropped}
+        meta["recut"] = {
+            "dataset": name,
+            "rows": len(source),
+            "sequence_length": meta.get("sequence_length"),
+            "dropped_tokens": dropped,
+        }
         return writer.close(meta)
+
+
+@dataclass(frozen=True)
+class DocumentBorders:
+    """Where the documents of packed rows begin: at each BOS, or behind each EOS where the tokenizer has no BOS."""
+
+    bos: int | None
+    eos: int | None
+
+    @classmethod
+    def of(cls, rows: TokenRows, name: str) -> DocumentBorders:
+        """The borders in a packed set.
+
+        Raises:
+            ConfigError: not a packed set, one whose rows do not mark documents, or no BOS and no EOS.
+        """
+        meta: dict[str, Any] = getattr(rows, "meta", {})
+        if meta.get("bookend") != "document":
+            raise ConfigError(
+                f"documents: separate needs borders between documents, and dataset {name} does not say where they are;"
+                f" make it with tokenization.py --bookend document"
+            )
+        if meta["bos"] is None and meta["eos"] is None:
+            raise ConfigError(f"documents: separate is not possible: the tokenizer of {name} has neither BOS nor EOS")
+        return cls(meta["bos"], meta["eos"])
+
+    def starts(self, tokens: IntArray) -> npt.NDArray[np.bool_]:
+        """Whether each token [..., T] opens a document; the first of a row does."""
+        if self.bos is not None:
+            first: npt.NDArray[np.bool_] = tokens == self.bos
+        else:
+            first = np.roll(tokens == self.eos, 1, axis=-1)
+        first[..., 0] = True
+        return first
+
+    def positions(self, tokens: IntArray) -> IntArray:
+        """Position of each token [..., T] in its document, from 0 (in its row, for one that began before it)."""
+        index = np.arange(tokens.shape[-1])
+        begin = np.maximum.accumulate(np.where(self.starts(tokens), index, 0), axis=-1)
+        positions: IntArray = index - begin
+        return positions
+
+    def cut_targets(self, tokens: IntArray, weights: IntArray) -> tuple[IntArray, IntArray]:
+        """Tokens [T] and weights [T] in which no document has to predict how the next one opens."""
+        return tokens, np.where(self.starts(tokens), 0, weights)
 
 
 # ------------------------------------------------------------------------------------------------------- sampling

@@ -23,6 +23,12 @@ IGNORE = -100
 
 _LOGITS_PER_CHUNK = 2**25  # 128 MiB of float32: large enough to keep a GPU busy, small next to the activations
 
+
+def logits_bytes() -> int:
+    """The most that logits take while training: one piece in float32, its gradient, and the softmax between them."""
+    return 3 * 4 * _LOGITS_PER_CHUNK
+
+
 # Configuration fields by which an architecture changes its logits after the projection. The two that `project`
 # applies are missing here; any other one would make the loss silently wrong, so it is refused.
 _UNHANDLED = ("logits_scaling", "lm_head_multiplier", "unpadded_vocab_size")
@@ -36,11 +42,16 @@ def _causal_lm(model: nn.Module) -> Any:
     return inner
 
 
-def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """Final hidden states [B, T, H] of `input_ids` [B, T]: no cache, no projection."""
+def hidden_states(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None, separate: bool = False
+) -> Tensor:
+    """Final hidden states [B, T, H] of `input_ids` [B, T]: no cache, no projection.
+
+    separate: positions that start anew are borders which attention does not cross.
+    """
     base = _causal_lm(model).base_model
     # Without a mask transformers takes positions with a step other than 1 for borders between packed sequences.
-    mask = None if position_ids is None else torch.ones_like(input_ids)
+    mask = None if position_ids is None or separate else torch.ones_like(input_ids)
     output = base(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
     return cast(Tensor, output.last_hidden_state)
 
@@ -131,6 +142,7 @@ def token_nll(
     *,
     start: int = 0,
     prefill_chunk: int | None = None,
+    separate: bool = False,
 ) -> Tensor:
     """Negative log-likelihood in nats of each target from `start` on, float32 [B, T - start]; differentiable.
 
@@ -139,18 +151,20 @@ def token_nll(
             from inside its own forward pass, or it will not see the gradients.
         input_ids: [B, T].
         targets: [B, T], already shifted: `targets[b, t]` is what position t should predict. `IGNORE` scores 0.
-        position_ids: [B, T]; default 0 … T-1. Every token still attends to all before it.
+        position_ids: [B, T]; default 0 … T-1. Every token still attends to all before it, unless `separate`.
         chunk: positions whose logits are held at once; the default keeps them near 128 MiB. Changes memory, not values.
         start: the first position that is scored; those before it are context and never reach the projection.
         prefill_chunk: positions that go through the model at once, the earlier ones being read from a KV cache. This
             bounds activations, at the price of the cache. Not for scalings that depend on the length: their passes
             refuse a cache.
+        separate: `position_ids` start anew with each packed document, and attention stays within documents.
 
     Raises:
         ConfigError: not a causal language model, or logits that `project` cannot reproduce.
     """
     if prefill_chunk is None or prefill_chunk >= input_ids.shape[1]:
-        return _score(model, hidden_states(model, input_ids, position_ids)[:, start:], targets[:, start:], chunk)
+        hidden = hidden_states(model, input_ids, position_ids, separate)
+        return _score(model, hidden[:, start:], targets[:, start:], chunk)
     scored = []
     for first, hidden in _hidden_pieces(model, input_ids, position_ids, prefill_chunk):
         skip, end = max(0, start - first), first + hidden.shape[1]

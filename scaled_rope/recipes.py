@@ -1,8 +1,8 @@
 """The training recipe: its schema, its YAML reader, and a small command line for shell scripts.
 
 python -m scaled_rope.recipes --list
-python -m scaled_rope.recipes demo                      # the resolved recipe
-python -m scaled_rope.recipes demo --field output_dir   # one value
+python -m scaled_rope.recipes demo              # the resolved recipe
+python -m scaled_rope.recipes demo --pending    # what is still to train for it, in order; nothing when it is finished
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from typing import Any
 import yaml
 
 from scaled_rope.errors import ConfigError, Parser, run_cli, unknown
+from scaled_rope.results import read_rows
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LR_SCHEDULES = ("linear", "constant", "cosine")
 PRECISIONS = ("bf16", "fp32")
+DOCUMENTS = ("joined", "separate")
 EVALUATE_FIELDS = ("scalings", "perplexity", "passkey", "report")
 
 
@@ -42,14 +44,26 @@ class Recipe:
         max_position_embeddings: written to the checkpoint; default: factor times original.
         dataset: tokenized data: packed set, saved `datasets` folder or hub name.
         prepare: shell commands that build `dataset`; each does nothing when its output is there.
+        rebuild: where `dataset` is a published set, the commands that build such data from text instead. They are not
+            run by train.sh; the last one's output is what to give to --dataset.
         sequence_length: the longest row that is accepted; rows are not cut unless `truncate` is set.
         truncate: cut every row to this many tokens.
         global_batch_size: sequences per optimizer step, over all ranks and accumulation.
         batch_size: sequences per rank and forward pass.
         grad_norm: largest norm of the gradient; None does not clip.
         save_dtype: dtype of the saved checkpoint; default: bfloat16 under bf16, float32 under fp32.
+        lora: train low-rank adapters instead of the weights.
+        lora_embeddings_and_norms: with `lora`: train embeddings, output projection and norms in full as well.
+        documents: "joined" (the paper's): a packed row is one text; "separate": attention and positions start anew with
+            each document of a row.
         sliding_window_attention_schedule: window at step i is entry i mod n (Mistral); None leaves the model's own.
+        gradient_checkpointing: keep the input of every layer only and compute the rest again in the backward pass.
+        offload_activations: keep what the backward pass needs in CPU memory.
+        sequence_parallel: ranks that share one sequence (Ulysses, under DeepSpeed ZeRO-3).
         checkpointing_steps: keep a resumable state every so many steps; None: never.
+        kept_checkpoints: how many of the newest states are kept.
+        heldout: packed set whose perplexity is measured every `heldout_steps` steps over its first `heldout_rows` rows,
+            cut at each of `heldout_lengths`.
         evaluate: what eval.sh does with the result: `scalings` (specs under which the base is read without training),
             and the flags of `perplexity`, `passkey` and `report`.
     """
@@ -70,6 +84,7 @@ class Recipe:
     original_max_position_embeddings: int | None = None
     max_position_embeddings: int | None = None
     prepare: tuple[str, ...] = ()
+    rebuild: tuple[str, ...] = ()
     truncate: int | None = None
     batch_size: int = 1
     max_train_steps: int = 400
@@ -84,9 +99,18 @@ class Recipe:
     save_dtype: str | None = None
     attention: str = "auto"
     gradient_checkpointing: bool = True
+    offload_activations: bool = False
+    sequence_parallel: int = 1
     lora: bool = False
+    lora_embeddings_and_norms: bool = False
+    documents: str = "joined"
     sliding_window_attention_schedule: tuple[int, ...] | None = None
     checkpointing_steps: int | None = None
+    kept_checkpoints: int = 2
+    heldout: str | None = None
+    heldout_lengths: tuple[int, ...] = ()
+    heldout_steps: int = 50
+    heldout_rows: int = 8
     evaluate: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,7 +121,10 @@ class Recipe:
         require((self.model is None) != (self.init is None), "model", "name a checkpoint, or give `init` instead")
         require(self.init is None or "model_type" in self.init, "init", "it needs `model_type`")
         require(self.init is None or self.tokenizer is not None, "tokenizer", "a model from `init` needs one")
-        for name in ("sequence_length", "global_batch_size", "batch_size", "max_train_steps"):
+        for name in (
+            "sequence_length", "global_batch_size", "batch_size", "max_train_steps", "sequence_parallel",
+            "kept_checkpoints", "heldout_steps", "heldout_rows",
+        ):  # fmt: skip
             require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("truncate", "checkpointing_steps"):
             require(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
@@ -110,6 +137,17 @@ class Recipe:
         require(self.lr_schedule in LR_SCHEDULES, "lr_schedule", f"one of: {', '.join(LR_SCHEDULES)}")
         unexpected = sorted(set(self.evaluate) - set(EVALUATE_FIELDS))
         require(not unexpected, "evaluate", f"its fields are: {', '.join(EVALUATE_FIELDS)}")
+        require(self.documents in DOCUMENTS, "documents", f"one of: {', '.join(DOCUMENTS)}")
+        require(
+            self.gradient_checkpointing or not self.offload_activations,
+            "offload_activations",
+            "it needs gradient_checkpointing: true",
+        )
+        require(self.lora or not self.lora_embeddings_and_norms, "lora_embeddings_and_norms", "it is for lora: true")
+        windows = self.sliding_window_attention_schedule
+        require(windows is None or (bool(windows) and min(windows) > 0), "sliding_window_attention_schedule", "above 0")
+        require(bool(self.heldout_lengths) == (self.heldout is not None), "heldout_lengths", "give it with `heldout`")
+        require(all(length >= 2 for length in self.heldout_lengths), "heldout_lengths", "2 tokens or more")
         require(self.precision in PRECISIONS, "precision", f"one of: {', '.join(PRECISIONS)}")
 
     @property
@@ -197,6 +235,34 @@ def read_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
     return make_recipe({"name": path.stem} | fields | dict(overrides or {}), str(path))
 
 
+def starts_from(recipe: Recipe) -> Recipe | None:
+    """The recipe of `configs/` whose result `recipe` starts from, if any."""
+    if recipe.model is None:
+        return None
+    for name in available():
+        other = read_recipe(name)
+        if Path(recipe.model) == Path(other.output_dir) / "model":
+            return other
+    return None
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Whether the recipe's run has come to its end: its model is saved and its log has the last step."""
+    output = Path(recipe.output_dir)
+    if not (output / "model" / "config.json").exists() or not (output / "train_log.jsonl").exists():
+        return False
+    log = read_rows(output / "train_log.jsonl")
+    return bool(log) and log[-1]["step"] == recipe.max_train_steps
+
+
+def pending(recipe: Recipe) -> list[Recipe]:
+    """What is still to train, in order, before `recipe` is finished: what it starts from, and itself."""
+    if is_finished(recipe):
+        return []
+    before = starts_from(recipe)
+    return [*(pending(before) if before is not None else ()), recipe]
+
+
 def make_recipe(fields: Mapping[str, Any], where: str) -> Recipe:
     """A recipe from plain values, each brought to its field's type; `where` names their origin in errors.
 
@@ -226,6 +292,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("python -m scaled_rope.recipes", __doc__)
     parser.add_argument("name", nargs="?")
     parser.add_argument("--list", action="store_true", help="names and descriptions")
+    parser.add_argument("--pending", action="store_true", help="names of the recipes still to train for it, in order")
+    parser.add_argument("--finished", action="store_true", help="exit with 0 when it is finished, else with 1")
     parser.add_argument("--shell", action="store_true", help="assignments for a shell script to eval")
     args = parser.parse_args(argv)
     if args.list:
@@ -233,6 +301,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name:<24} {read_recipe(name).description}")
     elif args.name is None:
         raise ConfigError("name of a recipe is missing; --list shows them")
+    elif args.pending:
+        print("".join(f"{recipe.name}\n" for recipe in pending(read_recipe(args.name))), end="")
+    elif args.finished:
+        return 0 if is_finished(read_recipe(args.name)) else 1
     elif args.shell:
         print(shell_assignments(read_recipe(args.name)))
     else:

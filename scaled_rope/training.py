@@ -8,16 +8,14 @@ targets of the whole global batch, so neither ranks nor accumulation change what
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import itertools
 import json
-import logging
 import math
 import os
 import shutil
 import time
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +25,45 @@ import yaml
 from torch import nn
 
 from scaled_rope.config import RopeScaling
-from scaled_rope.data import IntArray, TokenRows, open_rows, step_rows
+from scaled_rope.costs import ModelCost, device_peak_flops
+from scaled_rope.data import DocumentBorders, IntArray, TokenRows, open_rows, step_rows
+from scaled_rope.engine import (
+    Layout,
+    RandomState,
+    StopSignal,
+    check_sequence_parallel,
+    engine_name,
+    last_pass,
+    make_accelerator,
+    restore_heads,
+)
 from scaled_rope.errors import ConfigError
 from scaled_rope.loading import (
     attention_for,
     load_model,
     load_tokenizer,
     resolve_attention,
+    resolve_device,
     resolve_plan,
-    weights_hash,
     with_primary,
 )
 from scaled_rope.loss import IGNORE, token_nll
 from scaled_rope.patch import PatchReport, patch_model, patched_plan
-from scaled_rope.recipes import Recipe
-from scaled_rope.results import Row, provenance, read_rows, write_atomic
+from scaled_rope.recipes import Recipe, is_finished
+from scaled_rope.results import Row, provenance, write_atomic
+from scaled_rope.states import (
+    check_same_run,
+    check_space,
+    find_state,
+    fingerprint,
+    latest_state,
+    load_state,
+    read_log,
+    save_state,
+)
+from scaled_rope.tracking import RunLog, peak_memory, plot_losses, write_records
 
-KEPT_STATES = 2
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # of Okabe and Ito's palette
 LoadedRow = tuple[IntArray, IntArray]  # tokens [T] and their loss weights [T]
-#: recipe fields that may differ between a run and its resumption without changing what is computed
-_FREE_FIELDS = {"name", "description", "output_dir", "prepare", "evaluate", "batch_size", "checkpointing_steps"}
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -65,21 +81,6 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     if recipe.lr_schedule == "linear":
         return peak * (1.0 - progress)
     return peak * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * progress)))
-
-
-def accumulation(recipe: Recipe, ranks: int) -> int:
-    """Forward passes per rank and optimizer step.
-
-    Raises:
-        ConfigError: the global batch is no multiple of what all ranks do in one pass.
-    """
-    per_pass = recipe.batch_size * ranks
-    if recipe.global_batch_size % per_pass:
-        raise ConfigError(
-            f"global_batch_size {recipe.global_batch_size} is not allowed; a multiple of batch_size {recipe.batch_size}"
-            f" x {ranks} processes = {per_pass}"
-        )
-    return recipe.global_batch_size // per_pass
 
 
 def collate(rows: Sequence[LoadedRow], length: int) -> dict[str, torch.Tensor]:
@@ -132,16 +133,63 @@ def step_batches(
 class SummedLoss(nn.Module):
     """A model together with its loss, so that engines which wrap `forward` wrap both.
 
-    `forward(input_ids, targets, weights)` -> scalar: the weighted sum of the negative log-likelihoods, in nats.
+    Args:
+        model: a causal language model, plain or with adapters.
+        offload: keep what the backward pass needs, the inputs of checkpointed layers, in CPU memory.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, offload: bool = False) -> None:
         super().__init__()
         self.model = model
-        self.config = model.config  # DeepSpeed sizes its buckets by it
+        self.config = model.config  # DeepSpeed sizes its buckets by it, Ulysses its heads
+        self._no_split_modules = getattr(model, "_no_split_modules", None)  # FSDP wraps these
+        self._offload = offload
 
-    def forward(self, input_ids: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return (token_nll(self.model, input_ids, targets) * weights).sum()
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        separate: bool = False,
+        reduce: bool = True,
+    ) -> torch.Tensor:
+        """The weighted sum of the negative log-likelihoods, in nats; without `reduce` each of them, [B, T]."""
+        with offloaded_activations() if self._offload else contextlib.nullcontext():
+            nll = token_nll(self.model, input_ids, targets, position_ids, separate=separate)
+            return (nll * weights).sum() if reduce else nll
+
+
+@contextlib.contextmanager
+def offloaded_activations() -> Iterator[None]:
+    """What autograd keeps inside this goes to CPU memory until the backward pass asks for it; weights stay."""
+
+    def pack(tensor: torch.Tensor) -> Any:
+        if isinstance(tensor, nn.Parameter) or not _is_on_accelerator(tensor):
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        host.copy_(tensor, non_blocking=True)
+        return tensor.device, host
+
+    def unpack(packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        device, host = packed
+        return host.to(device, non_blocking=True)  # type: ignore[no-any-return]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def _is_on_accelerator(tensor: torch.Tensor) -> bool:
+    return tensor.device.type != "cpu"
+
+
+def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
+    """AdamW over what is trained, as the recipe says."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    betas = (recipe.adam_betas[0], recipe.adam_betas[1])
+    return torch.optim.AdamW(trainable, lr=recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)
 
 
 # ------------------------------------------------------------------------------------------------------- the model
@@ -167,6 +215,19 @@ def build_model(recipe: Recipe, attention: str = "sdpa") -> tuple[Any, PatchRepo
     else:
         model = load_model(str(recipe.model), dtype="float32", device="cpu")
         model.set_attn_implementation(attention_for(model.config, attention))
+    report = install_scaling(model, recipe)
+    if recipe.lora:
+        model = add_lora(model, recipe.lora_embeddings_and_norms)
+    model.train()
+    return model, report
+
+
+def install_scaling(model: Any, recipe: Recipe) -> PatchReport | None:
+    """Put the recipe's scaling and context length into a model; None where it keeps the checkpoint's own.
+
+    Raises:
+        ConfigError: what `patch_model` raises.
+    """
     report = None
     own = RopeScaling.from_config(model.config)
     base = dataclasses.replace(
@@ -181,26 +242,52 @@ def build_model(recipe: Recipe, attention: str = "sdpa") -> tuple[Any, PatchRepo
         report = patch_model(model, with_primary(plan.layers, scaling) or scaling, drop_layers=plan.drop_layers)
     if recipe.max_position_embeddings is not None:
         model.config.max_position_embeddings = recipe.max_position_embeddings
-    if recipe.lora:
-        model = add_lora(model)
-    model.train()
-    return model, report
+    return report
 
 
-def add_lora(model: Any) -> Any:
-    """Low-rank adapters with the released settings: r=16, alpha=64, dropout 0.05, all linear layers but the head."""
+def enable_checkpointing(model: Any, recipe: Recipe) -> None:
+    """Switch gradient checkpointing on where the recipe says so."""
+    if recipe.gradient_checkpointing:
+        # renamed in transformers 5.23
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+
+def add_lora(model: Any, embeddings_and_norms: bool = False) -> Any:
+    """Low-rank adapters with the released settings: r=16, alpha=64, dropout 0.05, all linear layers but the head.
+
+    embeddings_and_norms: train input embeddings, output projection and norms in full beside them.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise ConfigError("lora needs peft: pip install 'scaled-rope[train]'") from None
-    settings = LoraConfig(r=16, lora_alpha=64, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
+    full: list[str] | None = None
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if embeddings_and_norms:
+        head = () if tied else (model.get_output_embeddings(),)
+        whole = {id(module) for module in (model.get_input_embeddings(), *head)}
+        names = [
+            name for name, module in model.named_modules()
+            if id(module) in whole or type(module).__name__.endswith("Norm")
+        ]  # fmt: skip
+        full = sorted({name.rpartition(".")[2] for name in names})
+    settings = LoraConfig(
+        r=16, lora_alpha=64, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM",
+        modules_to_save=full, ensure_weight_tying=embeddings_and_norms and tied,
+    )  # fmt: skip
     adapted = get_peft_model(model, settings)
     adapted.enable_input_require_grads()  # checkpointed layers need an input with a gradient
     return adapted
 
 
-def save_model(model: Any, state: dict[str, torch.Tensor], recipe: Recipe, output: Path) -> None:
-    """Write checkpoint and tokenizer to `output` in one rename; adapters are merged, and also kept in `adapter/`."""
+def save_model(
+    model: Any, state: dict[str, torch.Tensor], recipe: Recipe, output: Path, records: Callable[[Path], None]
+) -> None:
+    """Write checkpoint and tokenizer to `output` in one rename; adapters are merged, and also kept in `adapter/`.
+
+    records: writes what else belongs into the folder.
+    """
     staged = output.with_name(f".{output.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     dtype = recipe.save_dtype or recipe.compute_dtype
@@ -214,276 +301,282 @@ def save_model(model: Any, state: dict[str, torch.Tensor], recipe: Recipe, outpu
     model.config.use_cache = True
     model.save_pretrained(staged, state_dict=state)
     load_tokenizer(recipe.tokenizer or str(recipe.model)).save_pretrained(staged)
+    records(staged)
     shutil.rmtree(output, ignore_errors=True)
     os.rename(staged, output)
 
 
-# ------------------------------------------------------------------------------------------------------ the engine
-
-
-def make_accelerator(recipe: Recipe) -> Any:
-    """An `Accelerator` for whatever launched this process, with the recipe's batch and clipping given to DeepSpeed.
-
-    Raises:
-        ConfigError: accelerate is missing, or it would train unsynchronised copies.
-    """
-    try:
-        from accelerate import Accelerator
-        from accelerate.utils import InitProcessGroupKwargs
-    except ImportError:
-        raise ConfigError("training needs accelerate: pip install 'scaled-rope[train]'") from None
-    _quieten()
-    # Left to itself accelerate finds no process-group backend on CPU and a launched process believes that it is alone.
-    on_cpu = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
-    mixed = "bf16" if recipe.precision == "bf16" else "no"
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    accelerator = Accelerator(mixed_precision=mixed, cpu=on_cpu and not deepspeed, kwargs_handlers=handlers)
-    launched, kind = int(os.environ.get("WORLD_SIZE", "1")), accelerator.distributed_type.value
-    if launched != accelerator.num_processes or (launched > 1 and kind == "NO"):
-        raise ConfigError(
-            f"{launched} processes were launched but accelerate sees {accelerator.num_processes} of type {kind}:"
-            f" they would train unsynchronised copies; launch DDP or DeepSpeed on this platform"
-        )
-    accelerator.gradient_accumulation_steps = accumulation(recipe, accelerator.num_processes)
-    if (plugin := accelerator.state.deepspeed_plugin) is not None:
-        settings = plugin.deepspeed_config
-        if recipe.lora and plugin.zero_stage == 3:
-            raise ConfigError(
-                "lora under DeepSpeed ZeRO-3 is not available: adapters cannot be merged from shards; use DDP"
-            )
-        for field in ("optimizer", "scheduler"):
-            if field in settings:
-                raise ConfigError(f"DeepSpeed field {field!r} is not allowed; the recipe sets it: remove the block")
-        settings["train_micro_batch_size_per_gpu"] = recipe.batch_size
-        settings["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
-        settings["gradient_clipping"] = recipe.grad_norm or 0.0
-    return accelerator
-
-
-def _quieten() -> None:
-    """Silence what the engines say about themselves at every start, so that what matters can be seen."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-
-
-def _fingerprint(recipe: Recipe) -> dict[str, Any]:
-    """What decides the result of a run: the recipe's fields, and the content of local weights and data."""
-    fields = {name: value for name, value in recipe.to_dict().items() if name not in _FREE_FIELDS}
-    paths = {"model_hash": recipe.model, "dataset_hash": recipe.dataset}
-    return fields | {name: weights_hash(path) for name, path in paths.items() if path and Path(path).is_dir()}
-
-
-def _check_same_run(recipe: Recipe, output: Path) -> None:
-    """Refuse to continue, or to call finished, what another recipe or other weights began."""
-    if latest_state(output) is None and not (output / "model").exists():
-        return
-    if not (output / "recipe.yaml").exists():
-        raise ConfigError(f"output_dir {output} holds a model that no training run wrote; choose another --output-dir")
-    before, now = yaml.safe_load((output / "recipe.yaml").read_text()), _fingerprint(recipe)
-    for name, value in now.items():
-        if before.get(name) != value:
-            raise ConfigError(
-                f"output_dir {output} holds a run with {name} = {before.get(name)!r}, now {value!r};"
-                f" choose another --output-dir or remove it"
-            )
-
-
-def latest_state(output: Path) -> Path | None:
-    """The newest complete resumable state of a run, if any."""
-    states = sorted((output / "checkpoints").glob("step-*"))
-    return states[-1] if states else None
-
-
-def read_log(output: Path) -> list[Row]:
-    """The per-step rows of a run."""
-    path = output / "train_log.jsonl"
-    return read_rows(path) if path.exists() else []
+# -------------------------------------------------------------------------------------------------------- the run
 
 
 class Trainer:
-    """One run of one recipe. `Trainer(recipe).run()` trains, resumes, or finds that everything is done."""
+    """One run of one recipe. `Trainer(recipe).run()` trains, resumes, or finds that everything is done.
 
-    def __init__(self, recipe: Recipe, resume: str = "auto", wandb_project: str | None = None) -> None:
+    Args:
+        recipe: what to do.
+        resume: "auto", the newest state of the run if there is one, or the folder of a state.
+        wandb_project, tensorboard: where to log beside `train_log.jsonl`: a project, a folder.
+    """
+
+    def __init__(
+        self, recipe: Recipe, resume: str = "auto", wandb_project: str | None = None, tensorboard: str | None = None
+    ) -> None:
         self.recipe = recipe
         self.output = Path(recipe.output_dir)
-        self.wandb_project = wandb_project
-        _check_same_run(recipe, self.output)
-        if resume == "auto":
-            self.resume = latest_state(self.output)
-        else:
-            self.resume = Path(resume)
-            if not (self.resume / "state.json").is_file():
-                raise ConfigError(f"resume_from_checkpoint {resume} is no saved state; a folder checkpoints/step-N")
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run's model is already there."""
-        log = read_log(self.output) if (self.output / "model" / "config.json").exists() else []
-        return bool(log) and log[-1]["step"] == self.recipe.max_train_steps
+        self._trackers = (wandb_project, tensorboard)
+        check_same_run(recipe, self.output)
+        self._resume = find_state(self.output, resume)
 
     def run(self) -> list[float]:
-        """Train to the end and save; returns the loss of every step (nats per token)."""
-        if self.finished:
+        """Train to the end and save; returns the loss of every step (nats per token).
+
+        On SIGTERM it saves a state, says so and returns; the same call continues from there.
+
+        Raises:
+            ConfigError: what cannot be trained, or a loss or gradient that is not finite.
+        """
+        if is_finished(self.recipe):
             print(f"{self.output / 'model'}: already trained")
             return [row["loss"] for row in read_log(self.output)]
+        with StopSignal() as stop:
+            return self._run(stop)
+
+    def _run(self, stop: StopSignal) -> list[float]:
         recipe = self.recipe
         rows = open_rows(recipe.dataset)
-        accelerator = make_accelerator(recipe)
-        attention = resolve_attention(recipe.attention, accelerator.device, recipe.compute_dtype)
+        heldout = Heldout(recipe) if recipe.heldout is not None else None
+        attention = resolve_attention(recipe.attention, resolve_device(None), recipe.compute_dtype)
+        accelerator = make_accelerator(recipe, attention)
         model, report = build_model(recipe, attention)
-        accelerator.print(f"{accelerator.device}, {accelerator.num_processes} processes, attention {attention}")
+        scaling = RopeScaling.from_config(model.config) if report is None else report.scaling
+        check_sequence_parallel(recipe, model.config, scaling, model.config._attn_implementation)
+        cost = ModelCost.of(model)
+        accelerator.print(
+            f"{accelerator.device}, {accelerator.num_processes} processes, engine {engine_name(accelerator)},"
+            f" attention {model.config._attn_implementation}"
+        )
         if report is not None and not report.native:
             accelerator.print(
                 f"note: transformers cannot express {report.scaling.label}; load the result with scaled_rope"
             )
-        if recipe.gradient_checkpointing:
-            # renamed in transformers 5.23
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+        enable_checkpointing(model, recipe)
         model.config.use_cache = False
-        module = SummedLoss(model)
-        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trainable,
-            lr=recipe.learning_rate,
-            betas=(recipe.adam_betas[0], recipe.adam_betas[1]),
-            weight_decay=recipe.weight_decay,
-        )
+        module = SummedLoss(model, recipe.offload_activations)
+        optimizer = make_optimizer(recipe, module)
         module, optimizer = accelerator.prepare(module, optimizer)
+        facts = provenance(str(accelerator.device), recipe.seed, {"ranks": accelerator.num_processes})
         if accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
             # under ZeRO-3 a parameter's own numel() is that of its shard
-            self._check_space(sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()))
-            record = recipe.to_dict() | _fingerprint(recipe)
+            check_space(recipe, sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()))
+            record = recipe.to_dict() | fingerprint(recipe)
             write_atomic(self.output / "recipe.yaml", yaml.safe_dump(record, sort_keys=False))
-            facts = provenance(str(accelerator.device), recipe.seed, {"ranks": accelerator.num_processes})
             write_atomic(self.output / "provenance.json", json.dumps(facts, indent=2) + "\n")
-        start = self._restore(accelerator)
-        losses = self._steps(accelerator, module, optimizer, rows, start)
+        loop = Loop(recipe, accelerator, module, optimizer, rows, cost, heldout, stop)
+        start = load_state(accelerator, self._resume, self.output)
+        losses = loop.run(start, self._trackers)
+        if loop.stopped:
+            return losses
         state = accelerator.get_state_dict(module)
         if accelerator.is_main_process:
-            inner = accelerator.unwrap_model(module).model
-            save_model(inner, {k.removeprefix("model."): v for k, v in state.items()}, recipe, self.output / "model")
+            inner, log = accelerator.unwrap_model(module).model, read_log(self.output)
+            state = {k.removeprefix("model."): v for k, v in state.items()}
+            records = (recipe, facts, log, scaling.label)
+            save_model(inner, state, recipe, self.output / "model", lambda folder: write_records(folder, *records))
             shutil.rmtree(self.output / "checkpoints", ignore_errors=True)
-            plot_losses({recipe.name: read_log(self.output)}, self.output / "loss.png")
+            plot_losses({recipe.name: log}, self.output / "loss.png")
             print(f"{self.output / 'model'}: saved")
         accelerator.wait_for_everyone()
         return losses
 
-    def _check_space(self, parameters: int) -> None:
-        """Refuse to start a run whose model and states would not fit on the disk.
 
-        A state holds weights and two moments in float32; one more than is kept exists while it is written.
-        """
-        states = (KEPT_STATES + 1) * 12 if self.recipe.checkpointing_steps else 0
-        needed, free = (states + 4) * parameters, shutil.disk_usage(self.output).free
-        if free < needed:
-            raise ConfigError(
-                f"output_dir {self.output} has {free / 1e9:.1f} GB free, the run needs up to {needed / 1e9:.1f} GB;"
-                f" free some, or save fewer states with --checkpointing-steps"
-            )
+class Loop:
+    """The steps of a run. `stopped` says whether a signal ended it before the last one."""
 
-    def _restore(self, accelerator: Any) -> int:
-        """Load the state to resume from and cut the log back to it; returns the first step to do."""
-        step = 0
-        if self.resume is not None:
-            saved = json.loads((self.resume / "state.json").read_text())
-            if saved["ranks"] != accelerator.num_processes and accelerator.state.deepspeed_plugin is not None:
-                raise ConfigError(
-                    f"state {self.resume} was saved by {saved['ranks']} DeepSpeed processes, now there are"
-                    f" {accelerator.num_processes}; resume on the same number"
-                )
-            accelerator.load_state(str(self.resume))
-            step = saved["step"]
-            accelerator.print(f"resuming after step {step} from {self.resume}")
-        if accelerator.is_main_process:
-            kept = [json.dumps(row) + "\n" for row in read_log(self.output) if row["step"] <= step]
-            write_atomic(self.output / "train_log.jsonl", "".join(kept))
-        accelerator.wait_for_everyone()
-        return step
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Any,
+        module: Any,
+        optimizer: Any,
+        rows: TokenRows,
+        cost: ModelCost,
+        heldout: Heldout | None,
+        stop: StopSignal,
+    ) -> None:
+        self.recipe, self.accelerator, self.module, self.optimizer = recipe, accelerator, module, optimizer
+        self.rows, self.cost, self.heldout, self.stop = rows, cost, heldout, stop
+        self.layout = Layout(accelerator.process_index, accelerator.num_processes, recipe.sequence_parallel)
+        self.documents = None if recipe.documents == "joined" else DocumentBorders.of(rows, recipe.dataset)
+        self.stopped = False
 
-    def _save_state(self, accelerator: Any, step: int) -> None:
-        """Write a resumable state; it gets its name only when it is complete."""
-        folder = self.output / "checkpoints"
-        staged, final = folder / f".step-{step:06d}.partial", folder / f"step-{step:06d}"
-        if accelerator.is_main_process:
-            shutil.rmtree(staged, ignore_errors=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(staged))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            state = {"step": step, "ranks": accelerator.num_processes}
-            write_atomic(staged / "state.json", json.dumps(state) + "\n")
-            shutil.rmtree(final, ignore_errors=True)  # there when an older state was resumed
-            os.rename(staged, final)
-            for old in sorted(folder.glob("step-*"))[:-KEPT_STATES]:
-                shutil.rmtree(old)
-
-    def _steps(self, accelerator: Any, module: Any, optimizer: Any, rows: TokenRows, start: int) -> list[float]:
+    def run(self, start: int, trackers: tuple[str | None, str | None]) -> list[float]:
         """Do the steps from `start` to the end, logging each and saving states; returns all losses."""
         from tqdm import tqdm
 
-        recipe, main = self.recipe, accelerator.is_main_process
-        tracker = _wandb(self.wandb_project, recipe) if main else None
-        seen = sum(row["tokens"] for row in read_log(self.output)) if start else 0
+        recipe, main, output = self.recipe, self.accelerator.is_main_process, Path(self.recipe.output_dir)
+        log = RunLog(recipe, *trackers) if main else None
+        seen = sum(row["tokens"] for row in read_log(output)) if start else 0
         total, every = recipe.max_train_steps, recipe.checkpointing_steps
         with tqdm(total=total, initial=start, unit="step", desc=recipe.name, mininterval=1.0, disable=not main) as bar:
             for step in range(start, total):
-                began = time.perf_counter()
-                row = self._step(accelerator, module, optimizer, rows, step)
-                seen, elapsed = seen + row["tokens"], time.perf_counter() - began
-                row |= {"tokens_seen": seen, "seconds": round(elapsed, 4)}
-                if main:
-                    with (self.output / "train_log.jsonl").open("a") as log:
-                        log.write(json.dumps(row) + "\n")
-                    if tracker is not None:
-                        tracker.log(row, step=row["step"])
-                bar.set_postfix(
-                    {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens'] / elapsed:.0f}"}, refresh=False
-                )
+                random, began = RandomState(), time.perf_counter()
+                row = self._step(step)
+                if row is None:
+                    self._save_and_stop(step, random)
+                    break
+                row = self._measure(row, time.perf_counter() - began)
+                seen += row["tokens"]
+                row["tokens_seen"] = seen
+                if self.heldout is not None and ((step + 1) % recipe.heldout_steps == 0 or step + 1 == total):
+                    row["heldout"] = self.heldout.perplexity(self.accelerator, self.module)
+                if log is not None:
+                    log.add(row)
+                bar.set_postfix(_shown(row), refresh=False)
                 bar.update(1)
                 if every and (step + 1) % every == 0 and step + 1 < total:
-                    self._save_state(accelerator, step + 1)
-        if tracker is not None:
-            tracker.finish()
-        return [row["loss"] for row in read_log(self.output)]
+                    save_state(self.accelerator, recipe, step + 1)
+        if log is not None:
+            log.close()
+        return [row["loss"] for row in read_log(output)]
 
-    def _step(self, accelerator: Any, module: Any, optimizer: Any, rows: TokenRows, step: int) -> dict[str, Any]:
-        """One optimizer step over the global batch; returns its log row."""
-        recipe, ranks, device = self.recipe, accelerator.num_processes, accelerator.device
-        rate = learning_rate(recipe, step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    def _save_and_stop(self, step: int, random: RandomState) -> None:
+        """Keep what has been done before step number `step`, as if its passes had not begun."""
+        self.stopped = True
+        random.restore()
+        self.optimizer.zero_grad()
+        saved = "nothing was to be saved"
+        if step > 0:
+            saved = f"saved {save_state(self.accelerator, self.recipe, step)}"
+        self.accelerator.print(f"SIGTERM after step {step}: {saved}; the same command continues")
+
+    def _measure(self, row: Row, seconds: float) -> Row:
+        """The row of a step with what it cost on this machine."""
+        flops, device = row.pop("flops"), self.accelerator.device
+        peak = device_peak_flops(device)
+        used = None if peak is None else round(flops / seconds / self.layout.ranks / peak, 4)
+        memory = torch.tensor([peak_memory(device)], device=device)
+        return row | {
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(row["tokens"] / seconds, 1),
+            "mfu": used,
+            "peak_memory_gb": round(float(self.accelerator.gather(memory).max()), 3),
+        }
+
+    def _step(self, step: int) -> Row | None:
+        """One optimizer step over the global batch; returns its log row, or None when it was broken off."""
+        recipe, accelerator, layout = self.recipe, self.accelerator, self.layout
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step)
+        inner = accelerator.unwrap_model(self.module)
         if (windows := recipe.sliding_window_attention_schedule) is not None:
-            set_sliding_window(accelerator.unwrap_model(module).model, windows[step % len(windows)])
-        vocabulary = accelerator.unwrap_model(module).config.vocab_size
-        batches = step_batches(rows, recipe, step, accelerator.process_index, ranks, vocabulary)
-        mine = [row for batch in batches for row in batch]
-        sizes = [sum(weight[1:].sum() for _, weight in mine), *(f(len(t) for t, _ in mine) for f in (sum, max))]
-        exact = torch.float32 if device.type == "mps" else torch.float64
-        everyone = accelerator.gather(torch.tensor([sizes], device=device, dtype=exact))
-        weight, tokens = everyone[:, :2].sum(dim=0).tolist()
-        # One length for all ranks: under ZeRO-3 each pass is made of collectives, whose number must agree.
-        length = int(everyone[:, 2].max())
-        total, norm = torch.zeros((), device=device), math.nan
-        for batch in batches:
-            with accelerator.accumulate(module):
-                # Engines average over ranks and over accumulated passes; undo both, then divide once.
-                tensors = {name: value.to(device) for name, value in collate(batch, length).items()}
-                loss = module(**tensors) / weight
-                accelerator.backward(loss * (ranks * len(batches)))
+            set_sliding_window(inner.model, windows[step % len(windows)])
+        batches = step_batches(self.rows, recipe, step, layout.data_rank, layout.data_ranks, inner.config.vocab_size)
+        if self.documents is not None:
+            batches = [[self.documents.cut_targets(*row) for row in batch] for batch in batches]
+        weight, tokens, flops, length = self._sizes([row for batch in batches for row in batch])
+        total, mean, norm = torch.zeros((), device=accelerator.device), math.nan, math.nan
+        for number, batch in enumerate(batches, 1):
+            if self.stop.anywhere(accelerator):
+                return None
+            with last_pass(accelerator, self.module, number == len(batches)):
+                tensors = collate(batch, length)
+                if self.documents is not None:
+                    tensors["position_ids"] = torch.from_numpy(self.documents.positions(tensors["input_ids"].numpy()))
+                elif layout.sequence_parallel > 1:
+                    tensors["position_ids"] = torch.arange(length).expand(len(batch), length)
+                tensors = {name: value.to(accelerator.device) for name, value in layout.shard(tensors).items()}
+                loss = self.module(**tensors, separate=self.documents is not None) / weight
                 total += loss.detach()
                 if accelerator.sync_gradients:
-                    norm = float(accelerator.clip_grad_norm_(module.parameters(), recipe.grad_norm or math.inf))
-                optimizer.step()
-                optimizer.zero_grad()
-        mean = float(accelerator.reduce(total, "sum"))
-        if not math.isfinite(mean):
-            raise ConfigError(f"loss of step {step + 1} is {mean}; the last saved state is {latest_state(self.output)}")
-        return {"step": step + 1, "loss": mean, "learning_rate": rate, "grad_norm": norm, "tokens": int(tokens)}
+                    mean = float(accelerator.reduce(total, "sum"))
+                    self._check_finite(step, "loss", mean)
+                # Engines average over ranks and over passes; undo both. (DeepSpeed's reduce-scatter averages over the
+                # ranks that share a sequence as well.)
+                accelerator.backward(loss * (layout.ranks * len(batches)))
+                if accelerator.sync_gradients:
+                    norm = self._clip(step)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        rate = float(self.optimizer.param_groups[0]["lr"])  # what the engine used, not what it was told
+        row = {"step": step + 1, "loss": mean, "learning_rate": rate, "grad_norm": norm, "tokens": round(tokens)}
+        return row | {"flops": flops}
+
+    def _sizes(self, mine: Sequence[LoadedRow]) -> tuple[float, float, float, int]:
+        """Of the step's rows on all ranks: weight of all targets, tokens, FLOPs, and the length to pad each row to."""
+        device, shared = self.accelerator.device, self.layout.sequence_parallel
+        lengths = [len(tokens) for tokens, _ in mine]
+        flops = sum(self.cost.sequence(length).total for length in lengths)
+        sizes = [sum(weight[1:].sum() for _, weight in mine), sum(lengths), flops, max(lengths)]
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        everyone = self.accelerator.gather(torch.tensor([sizes], device=device, dtype=exact))
+        weight, tokens, flops = (everyone[:, :3].sum(dim=0) / shared).tolist()
+        # One length for all ranks: under ZeRO-3 each pass is made of collectives, whose number must agree.
+        longest = int(everyone[:, 3].max())
+        return weight, tokens, flops, -(-longest // shared) * shared
+
+    def _clip(self, step: int) -> float:
+        """Clip the gradient of the whole step; its norm before that."""
+        norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), self.recipe.grad_norm or math.inf))
+        self._check_finite(step, "gradient", norm)
+        return norm
+
+    def _check_finite(self, step: int, what: str, value: float) -> None:
+        if math.isfinite(value):
+            return
+        state = latest_state(Path(self.recipe.output_dir))
+        kept = f"the last state, {state}, is intact" if state is not None else "no state was saved yet"
+        raise ConfigError(
+            f"{what} of step {step + 1} is {value}; {kept}. Lower learning_rate, clip with grad_norm, or look at"
+            f" the rows of this step"
+        )
+
+
+def _shown(row: Row) -> dict[str, str]:
+    """What the progress bar shows of a row."""
+    shown = {
+        "loss": f"{row['loss']:.3f}", "lr": f"{row['learning_rate']:.1e}", "norm": f"{row['grad_norm']:.2f}",
+        "tok/s": f"{row['tokens_per_second']:.0f}", "GB": f"{row['peak_memory_gb']:.1f}",
+    }  # fmt: skip
+    return shown | ({} if row["mfu"] is None else {"mfu": f"{row['mfu']:.2f}"})
+
+
+class Heldout:
+    """Perplexity at several lengths on rows that are not trained on: the first of the recipe's `heldout` set.
+
+    Raises:
+        ConfigError: fewer rows than asked for, or rows that are shorter than the longest length.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        rows, longest = open_rows(str(recipe.heldout)), max(recipe.heldout_lengths)
+        if len(rows) < recipe.heldout_rows:
+            raise ConfigError(f"heldout {recipe.heldout} has {len(rows)} rows; heldout_rows is {recipe.heldout_rows}")
+        self._rows = [rows.row(index)[0][:longest] for index in range(recipe.heldout_rows)]
+        for index, tokens in enumerate(self._rows):
+            if len(tokens) < longest:
+                raise ConfigError(f"heldout {recipe.heldout}, row {index}: {len(tokens)} tokens, fewer than {longest}")
+        self._lengths = recipe.heldout_lengths
+
+    def perplexity(self, accelerator: Any, module: Any) -> dict[str, float]:
+        """exp of the mean loss of all targets within each length. Every rank must call this."""
+        rank, ranks, rows = accelerator.process_index, accelerator.num_processes, self._rows
+        sums = torch.zeros(len(self._lengths), device=accelerator.device)
+        module.eval()
+        restore_heads(accelerator.unwrap_model(module).model)
+        with torch.no_grad():
+            for first in range(0, len(rows), ranks):  # equally many passes on every rank, as ZeRO-3 needs
+                mine = first + rank
+                tokens = rows[min(mine, len(rows) - 1)]
+                batch = collate([(tokens, np.ones_like(tokens))], len(tokens))
+                tensors = {name: value.to(accelerator.device) for name, value in batch.items()}
+                nll = module(**tensors, reduce=False)[0]
+                if mine < len(rows):
+                    sums += torch.stack([nll[: length - 1].sum() for length in self._lengths])
+        module.train()
+        totals = accelerator.reduce(sums, "sum").tolist()
+        means = [total / (len(rows) * (n - 1)) for total, n in zip(totals, self._lengths, strict=True)]
+        return {str(n): round(math.exp(min(mean, 700.0)), 4) for n, mean in zip(self._lengths, means, strict=True)}
 
 
 def set_sliding_window(model: Any, window: int) -> None:
@@ -500,37 +593,3 @@ def set_sliding_window(model: Any, window: int) -> None:
     for layer in model.modules():
         if hasattr(layer, "sliding_window"):
             layer.sliding_window = window
-
-
-def _wandb(project: str | None, recipe: Recipe) -> Any:
-    if project is None:
-        return None
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError("--wandb needs wandb: pip install 'scaled-rope[wandb]'") from None
-    return wandb.init(project=project, name=recipe.name, config=recipe.to_dict())
-
-
-def plot_losses(logs: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Draw the losses of runs, one after the other, where matplotlib is installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"{path} not drawn: pip install matplotlib")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    before = 0
-    for (name, log), color in zip(logs.items(), itertools.cycle(_COLORS), strict=False):
-        axes.plot([before + row["step"] for row in log], [row["loss"] for row in log], color=color, lw=0.9, label=name)
-        before += len(log)
-    axes.set(xlabel="optimizer step", ylabel="weighted loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    staged = path.with_name(f".{path.stem}.partial.png")
-    figure.savefig(staged, dpi=120)
-    pyplot.close(figure)
-    os.replace(staged, path)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from tests.runs import make_workspace, run
 
 # On a machine with a GPU patched models would get the rotary kernel, and would no longer equal vanilla ones bit by bit.
 os.environ.setdefault("SCALED_ROPE_KERNEL", "none")
@@ -105,6 +108,21 @@ def _copy(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _copy(entry) for name, entry in value.items()}
     return list(value) if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make_workspace` makes."""
+    folder = tmp_path_factory.mktemp("training")
+    make_workspace(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def straight(workspace: Path) -> Path:
+    """The run that others are compared with: one process, no interruption."""
+    run(workspace, workspace / "straight", extra=("--log-loss", str(workspace / "losses.csv")))
+    return workspace / "straight"
 
 
 @pytest.fixture

@@ -172,6 +172,24 @@ def test_tokenization_does_not_depend_on_processes_and_records_provenance(tmp_pa
     assert (tmp_path / "by1" / "tokens.bin").stat().st_mtime_ns == before
 
 
+def test_texts_are_read_as_they_are_needed(tokenizer_dir, monkeypatch):
+    """Memory does not grow with the corpus: no more than a batch of texts is ahead of the tokens that were taken."""
+    monkeypatch.setattr(tokenization, "_BATCH_CHARACTERS", 300)
+    read, size = 0, len("There is text number 0.")
+
+    def texts():
+        nonlocal read
+        for _ in range(1000):
+            read += 1
+            yield "There is text number 0."
+
+    taken = 0
+    for _ in tokenization.tokenized(texts(), str(tokenizer_dir), 1):
+        taken += 1
+        assert read - taken <= 300 // size + 1
+    assert taken == read == 1000
+
+
 def test_mixing_and_json_flags(tmp_path, tokenizer_dir):
     write_corpus(tmp_path)
     (tmp_path / "lines.data").write_bytes((tmp_path / "lines.jsonl").read_bytes())
@@ -190,6 +208,12 @@ def test_truncate_command(tmp_path, tokenizer_dir, capsys):
              "--output", source)  # fmt: skip
     assert run_cli(lambda: truncate.main(["32", str(tmp_path / "short"), "--dataset", str(source)])) == 0
     assert len(open_packed(tmp_path / "short")) == 3 * len(open_packed(source))
+    written = (tmp_path / "short" / "tokens.bin").stat().st_mtime_ns
+    assert run_cli(lambda: truncate.main(["32", str(tmp_path / "short"), "--dataset", str(source)])) == 0
+    assert "already there" in capsys.readouterr().out
+    assert (tmp_path / "short" / "tokens.bin").stat().st_mtime_ns == written
+    assert run_cli(lambda: truncate.main(["16", str(tmp_path / "short"), "--dataset", str(source)])) == 2
+    assert "made otherwise" in capsys.readouterr().err
     assert run_cli(lambda: truncate.main(["97", str(tmp_path / "no"), "--dataset", str(source)])) == 2
     assert "97" in capsys.readouterr().err
 

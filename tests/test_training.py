@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import finetune
-from scaled_rope import RopeScaling, patch_model
-from scaled_rope.data import PackedWriter, open_packed
+from scaled_rope import RopeScaling, patch_model, training
+from scaled_rope.data import PackedWriter, open_packed, pack
+from scaled_rope.engine import accumulation
 from scaled_rope.errors import ConfigError, run_cli
-from scaled_rope.recipes import Recipe, available, read_recipe
-from scaled_rope.training import IGNORE, accumulation, build_model, collate, learning_rate, step_batches
-
-ROOT = Path(__file__).parent.parent
-LENGTH = 48
+from scaled_rope.recipes import Recipe, read_recipe
+from scaled_rope.training import IGNORE, build_model, collate, learning_rate, step_batches
+from tests.runs import ENVIRONMENT, LENGTH, log, weights
 
 
 def recipe(**fields) -> Recipe:
@@ -53,45 +51,6 @@ def test_linear_and_cosine_decay():
 
 
 # --------------------------------------------------------------------------------------------------------- batches
-
-
-@pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny untied Llama with tokenizer, and a packed set with loss weights, whose first rows weigh much more."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("training")
-    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t2"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="t0", eos_token="t1").save_pretrained(
-        folder / "model"
-    )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=16,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    rng = np.random.default_rng(0)
-    with PackedWriter(folder / "set", LENGTH, 64, weighted=True) as writer:
-        for index in range(20):
-            row = np.arange(LENGTH) * (1 + index % 3) % 60 + rng.integers(0, 3, LENGTH)
-            writer.append(row, np.where(rng.random(LENGTH) < 0.5, 0, 1 + index % 7))
-        writer.close({})
-    fields = {
-        "model": str(folder / "model"), "dataset": str(folder / "set"), "scaling": "yarn:3", "sequence_length": LENGTH,
-        "global_batch_size": 4, "max_train_steps": 8, "warmup_steps": 2, "learning_rate": 5e-3, "grad_norm": 1.0,
-        "precision": "fp32", "checkpointing_steps": 3, "output_dir": str(folder / "out"),
-    }  # fmt: skip
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(fields))
-    return folder
 
 
 def test_targets_are_the_next_tokens_and_padding_never_counts():
@@ -134,34 +93,6 @@ def test_a_batch_that_ranks_cannot_share_is_refused():
 
 
 # --------------------------------------------------------------------------------------------------------- recipes
-
-
-def test_every_recipe_reads_and_says_what_it_is():
-    assert {"demo", "tiny-base", "tiny-base-retrieval", "llama-2-7b-64k"} <= set(available())
-    for name in available():
-        assert read_recipe(name).description, name
-
-
-def test_recipes_of_the_paper():
-    llama, longer, mistral = (read_recipe(name) for name in ("llama-2-7b-64k", "llama-2-7b-128k", "mistral-7b-64k"))
-    # 400 steps of 64 sequences of 65536 tokens: 1.68 B tokens.
-    assert llama.tokens_per_step * llama.max_train_steps == 400 * 64 * 65536
-    assert (llama.learning_rate, llama.warmup_steps, llama.adam_betas, llama.weight_decay) == (
-        2e-5,
-        20,
-        (0.9, 0.95),
-        0.0,
-    )
-    assert (longer.max_train_steps, longer.seed, longer.scaling, longer.sequence_length) == (
-        200,
-        31337,
-        "yarn:32",
-        65536,
-    )
-    assert (mistral.learning_rate, mistral.lr_schedule, mistral.sequence_length) == (1e-6, "constant", 16384)
-    base = RopeScaling(method="default", original_max_position_embeddings=8192)
-    scaling = RopeScaling.from_spec(mistral.scaling, base)
-    assert (scaling.factor, scaling.beta_fast, scaling.beta_slow, scaling.mscale) == (8.0, 128.0, 2.0, 0.7)
 
 
 @pytest.mark.parametrize(
@@ -240,49 +171,6 @@ def test_accumulation_counts_the_recipes_own_batch_size():
 
 # ------------------------------------------------------------------------------------------------------ whole runs
 
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
-ZERO3 = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/zero3.yaml", "--num_processes", "2",
-         "--main_process_port", "29518")  # fmt: skip
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def command(workspace: Path, output: Path, launcher: tuple[str, ...] = (), extra: tuple[str, ...] = ()) -> list[str]:
-    script = ["finetune.py", str(workspace / "recipe.yaml"), "--output-dir", str(output), *extra]
-    return [sys.executable, *launcher, *script]
-
-
-def run(
-    workspace: Path,
-    output: Path,
-    launcher: tuple[str, ...] = (),
-    extra: tuple[str, ...] = (),
-    environment: dict[str, str] = ENVIRONMENT,
-) -> None:
-    done = subprocess.run(
-        command(workspace, output, launcher, extra),
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-def log(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "train_log.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="session")
-def straight(workspace) -> Path:
-    """The run that the others are compared with: one process, no interruption."""
-    run(workspace, workspace / "straight", extra=("--log-loss", str(workspace / "losses.csv")))
-    return workspace / "straight"
-
-
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "model" / "model.safetensors")
-
 
 def test_the_log_has_the_right_rate_batch_and_tokens_at_every_step(workspace, straight):
     rows = log(straight)
@@ -315,66 +203,6 @@ def test_the_first_loss_is_the_weighted_mean_over_the_global_batch(workspace, st
     assert log(straight)[0]["loss"] == pytest.approx(total / weight, rel=1e-5)
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ZERO3], ids=["ddp", "zero3"])
-def test_two_ranks_train_like_one(workspace, straight, launcher):
-    output = workspace / f"two-{launcher[1]}"
-    if launcher is ZERO3:
-        pytest.importorskip("deepspeed")
-    run(workspace, output, launcher)
-    one, two = log(straight), log(output)
-    for field in ("step", "learning_rate", "tokens", "tokens_seen"):
-        assert [row[field] for row in one] == [row[field] for row in two]
-    # Sums over ranks are taken in another order: float32 noise of one step, amplified by 8 steps of Adam.
-    np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-5)
-    np.testing.assert_allclose([row["grad_norm"] for row in two], [row["grad_norm"] for row in one], rtol=1e-3)
-    reference, other = weights(straight), weights(output)
-    assert reference.keys() == other.keys()
-    # Adam moves a weight by up to the learning rate however small its gradient, so noise shows up to a share of it.
-    assert max(float((reference[k] - other[k]).abs().max()) for k in reference) < 0.1 * 5e-3
-
-
-def test_rows_of_different_length_train_alike_on_shards(workspace, tmp_path):
-    """Under ZeRO-3 each pass is collective: ranks whose rows differ in length must still make equally many."""
-    datasets, _ = pytest.importorskip("datasets"), pytest.importorskip("deepspeed")
-    rng = np.random.default_rng(1)
-    rows = [rng.integers(2, 60, length).tolist() for length in (48, 9, 30, 17, 41, 12)]
-    datasets.Dataset.from_dict({"input_ids": rows}).save_to_disk(tmp_path / "ragged")
-    extra = ("--dataset", str(tmp_path / "ragged"), "--max-train-steps", "2", "--global-batch-size", "2")
-    run(workspace, tmp_path / "one", (), extra)
-    # A launcher's environment cannot reach into loss.py, so small pieces are set where every rank starts.
-    (tmp_path / "sitecustomize.py").write_text("import scaled_rope.loss\nscaled_rope.loss._LOGITS_PER_CHUNK = 64 * 8\n")
-    environment = ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}
-    run(workspace, tmp_path / "two", ZERO3, extra, environment)
-    one, two = log(tmp_path / "one"), log(tmp_path / "two")
-    np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-5)
-    assert [row["tokens"] for row in one] == [row["tokens"] for row in two]
-
-
-def test_killed_and_resumed_equals_never_stopped(workspace):
-    extra = ("--max-train-steps", "60", "--checkpointing-steps", "10")
-    run(workspace, workspace / "long", extra=extra)
-    output = workspace / "killed"
-    process = subprocess.Popen(command(workspace, output, (), extra), cwd=ROOT, env=ENVIRONMENT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    path, deadline = output / "train_log.jsonl", time.monotonic() + 120
-    while not (path.exists() and path.read_text().count("\n") >= 15):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (output / "model").exists(), "it was to be killed before the end"
-    states = sorted(path.name for path in (output / "checkpoints").glob("step-*"))
-    assert states and states[-1] < "step-000060"
-    run(workspace, output, extra=extra)
-
-    def same(rows):
-        return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
-
-    assert same(log(output)) == same(log(workspace / "long"))
-    reference, other = weights(workspace / "long"), weights(output)
-    assert all(torch.equal(reference[name], other[name]) for name in reference)
-
-
 def test_the_checkpoint_loads_without_this_package_and_gives_the_same_logits(straight):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -403,17 +231,14 @@ def test_a_refused_run_leaves_the_way_free_and_older_states_can_be_resumed(works
     arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), "--max-train-steps", "4"]
     arguments += ["--checkpointing-steps", "1"]
     assert run_cli(lambda: finetune.main([*arguments, "--sequence-length", "32"])) == 2
-    from scaled_rope.training import Trainer
-
     states = tmp_path / "states"
-    original = Trainer._save_state
+    original = training.save_state
 
-    def keep(self, accelerator, step):
-        original(self, accelerator, step)
-        shutil.copytree(self.output / "checkpoints" / f"step-{step:06d}", states / f"step-{step:06d}")
+    def keep(accelerator, recipe, step):
+        shutil.copytree(original(accelerator, recipe, step), states / f"step-{step:06d}")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_save_state", keep)
+        patch.setattr(training, "save_state", keep)
         assert finetune.main(arguments) == 0
     reference = weights(tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "model")
@@ -436,7 +261,7 @@ def test_a_disk_without_room_is_refused_before_training(workspace, tmp_path, cap
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("scaled_rope.training.shutil.disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    monkeypatch.setattr("scaled_rope.states.shutil.disk_usage", lambda path: usage(10**9, 10**9, 1000))
     arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path)]
     assert run_cli(lambda: finetune.main(arguments)) == 2
     assert "0.0 GB free, the run needs up to" in capsys.readouterr().err
@@ -488,6 +313,209 @@ def test_lora_trains_adapters_and_saves_merged_weights(workspace, tmp_path):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("proj" in name for name in changed)
     assert (tmp_path / "model" / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_lora_with_embeddings_and_norms_saves_them_in_model_and_adapter(workspace, tmp_path, tied):
+    pytest.importorskip("peft")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from scaled_rope.loading import load_model
+
+    base = workspace / "model"
+    if tied:
+        base = tmp_path / "tied"
+        shutil.copytree(workspace / "model", base)
+        config = AutoConfig.from_pretrained(base)
+        config.tie_word_embeddings = True
+        AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), "--model", str(base), "--lora",
+                 "--lora-embeddings-and-norms", "--max-train-steps", "2"]  # fmt: skip
+    assert finetune.main(arguments) == 0
+    before, after = load_file(base / "model.safetensors"), weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    # What the evaluators make of base and adapter is the merged model; merging rounds once, in float32.
+    merged = load_model(str(tmp_path / "out" / "model"))
+    adapted = load_model(str(base), scaling="yarn:3", adapter=str(tmp_path / "out" / "model" / "adapter"))
+    ids = torch.arange(2, 42)[None]
+    torch.testing.assert_close(adapted(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_master_weights_are_float32_under_bf16(workspace, tmp_path):
+    """Updates of 1e-6 are far below the spacing of bfloat16 numbers near 0.1 (5e-4): in bfloat16 nothing would move."""
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path), "--max-train-steps", "3",
+                 "--learning-rate", "1e-6", "--lr-schedule", "constant", "--precision", "bf16"]  # fmt: skip
+    args = finetune.parse_args(arguments)
+    resolved = replace(finetune.resolve(args, 1), save_dtype="float32")
+    AcceleratorState._reset_state(True)  # accelerate allows one precision per process
+    training.Trainer(resolved).run()
+    AcceleratorState._reset_state(True)
+    before, after = load_file(workspace / "model" / "model.safetensors"), weights(tmp_path)
+    moved = [(after[name] - before[name]).abs() for name in before]
+    assert all(float(change.max()) < 1e-5 for change in moved)
+    # every weight that had a gradient moved: Adam moves by the learning rate whatever the gradient's size
+    assert sum(int((change > 1e-7).sum()) for change in moved) > 0.5 * sum(change.numel() for change in moved)
+
+
+def test_checkpointing_and_offloading_change_nothing(workspace, monkeypatch):
+    """The offloading path is taken on the CPU too here, where its copies go from memory to memory."""
+    monkeypatch.setattr(training, "_is_on_accelerator", lambda tensor: True)
+    batch = collate([open_packed(workspace / "set").row(0)], LENGTH)
+    copies, original = [], torch.empty
+
+    def counted(*arguments, **options):
+        if options.get("pin_memory") is not None:
+            copies.append(arguments)
+        return original(*arguments, **options)
+
+    gradients, kept = {}, {}
+    for checkpointing, offload in ((False, False), (True, False), (True, True)):
+        model, _ = build_model(replace(resolved_recipe(workspace), gradient_checkpointing=checkpointing))
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        module = training.SummedLoss(model, offload)
+        monkeypatch.setattr(training.torch, "empty", counted)
+        module(**batch).backward()
+        monkeypatch.undo()
+        monkeypatch.setattr(training, "_is_on_accelerator", lambda tensor: True)
+        gradients[checkpointing, offload] = [parameter.grad for parameter in model.parameters()]
+        kept[checkpointing, offload] = len(copies)
+    assert kept[False, False] == kept[True, False] == 0
+    # the inputs of both layers, at least
+    hidden = [shape for (shape, *_) in copies if tuple(shape) == (1, LENGTH, 32)]
+    assert len(hidden) >= 2
+    for other in ((True, False), (True, True)):
+        for one, two in zip(gradients[False, False], gradients[other], strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def resolved_recipe(workspace) -> Recipe:
+    return read_recipe(str(workspace / "recipe.yaml"))
+
+
+def test_heldout_perplexity_is_that_of_the_model_at_each_length(workspace, straight):
+    from transformers import AutoModelForCausalLM
+
+    rows = log(straight)
+    assert [row["step"] for row in rows if "heldout" in row] == [3, 6, 8]
+    model = AutoModelForCausalLM.from_pretrained(straight / "model", dtype=torch.float32)
+    data = open_packed(workspace / "set")
+    for length in (16, 48):
+        losses = []
+        for index in range(3):
+            ids = torch.from_numpy(data.row(index)[0])[None, :length]
+            scores = model(input_ids=ids).logits.double().log_softmax(-1)[0, :-1]
+            losses += (-scores.gather(1, ids[0, 1:, None])[:, 0]).tolist()
+        # float32 logits: as for the first loss; four decimals are logged
+        assert rows[-1]["heldout"][str(length)] == pytest.approx(float(np.exp(np.mean(losses))), rel=1e-4)
+
+
+def test_a_saved_model_says_how_it_was_made(workspace, straight):
+    folder = straight / "model"
+    saved = Recipe(**{key: tuple(value) if isinstance(value, list) else value
+                      for key, value in yaml.safe_load((folder / "recipe.yaml").read_text()).items()})  # fmt: skip
+    assert saved == replace(resolved_recipe(workspace), output_dir=str(straight))
+    facts = yaml.safe_load((folder / "provenance.yaml").read_text())
+    assert facts["environment"]["torch"] == facts["versions"]["torch"] == torch.__version__ and "commit" in facts
+    _, header, body = (folder / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(header)["base_model"] == str(workspace / "model")
+    last = log(straight)[-1]
+    assert f"{last['loss']:.4f} nats per token" in body and "yarn x3" in body and str(facts["commit"]) in body
+    assert f"{last['tokens_seen']} tokens in all" in body
+
+
+def test_rows_go_to_every_tracker_that_is_asked_for(workspace, tmp_path, monkeypatch):
+    import types
+
+    sent = {"wandb": [], "tensorboard": []}
+    run = SimpleNamespace(log=lambda row, step: sent["wandb"].append((step, row)), finish=lambda: None)
+    asked = {}
+    fake = SimpleNamespace(init=lambda **options: asked.update(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            sent["folder"] = folder
+
+        def add_scalar(self, name, value, step):
+            sent["tensorboard"].append((step, name, value))
+
+        def close(self):
+            sent["closed"] = True
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path), "--max-train-steps", "2",
+                 "--wandb", "project", "--tensorboard", str(tmp_path / "board")]  # fmt: skip
+    assert finetune.main(arguments) == 0
+    rows = log(tmp_path)
+    assert asked["project"] == "project" and asked["config"]["learning_rate"] == 5e-3
+    assert [row for _, row in sent["wandb"]] == rows and [step for step, _ in sent["wandb"]] == [1, 2]
+    assert (2, "heldout/48", rows[1]["heldout"]["48"]) in sent["tensorboard"] and sent["closed"]
+    assert {(step, value) for step, name, value in sent["tensorboard"] if name == "loss"} == {
+        (row["step"], row["loss"]) for row in rows
+    }
+
+
+def test_separate_documents_train_as_if_each_were_alone(workspace, tmp_path):
+    """The first loss of a run on packed documents, against the documents one by one."""
+    from transformers import AutoModelForCausalLM
+
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(2, 60, size).tolist() for size in (5, 17, 1, 30, 9, 44, 21, 13, 40, 8)]
+    with PackedWriter(tmp_path / "set", LENGTH, 64) as writer:
+        pack(documents, writer, 0, 1)
+        writer.close({"bookend": "document", "bos": 0, "eos": 1})
+    data = open_packed(tmp_path / "set")
+    arguments = [str(workspace / "recipe.yaml"), "--dataset", str(tmp_path / "set"), "--max-train-steps", "2"]
+    losses = {}
+    for name in ("joined", "separate"):
+        assert finetune.main([*arguments, "--documents", name, "--output-dir", str(tmp_path / name)]) == 0
+        losses[name] = log(tmp_path / name)[0]["loss"]
+    model = AutoModelForCausalLM.from_pretrained(workspace / "model", dtype=torch.float32)
+    patch_model(model, "yarn:3")
+    total = count = 0.0
+    for rows in step_batches(data, resolved_recipe(workspace), 0, 0, 1):
+        for tokens, _ in rows:
+            starts = [index for index in range(LENGTH) if tokens[index] == 0 or index == 0]
+            for begin, end in zip(starts, [*starts[1:], LENGTH], strict=True):
+                ids = torch.from_numpy(tokens[begin:end])[None]
+                scores = model(input_ids=ids).logits.detach().double().log_softmax(-1)[0, :-1]
+                total -= float(scores.gather(1, ids[0, 1:, None]).sum())
+                count += end - begin - 1
+    # float32 forward against float64 softmax of the same logits, as for the first loss above
+    assert losses["separate"] == pytest.approx(total / count, rel=1e-5)
+    assert abs(losses["joined"] - losses["separate"]) > 1e-3
+
+
+def test_separate_documents_need_their_borders(workspace, tmp_path, capsys):
+    arguments = [str(workspace / "recipe.yaml"), "--documents", "separate", "--output-dir", str(tmp_path)]
+    assert run_cli(lambda: finetune.main(arguments)) == 2
+    assert "does not say where they are; make it with tokenization.py --bookend document" in capsys.readouterr().err
+
+
+def test_window_schedule_of_a_run_changes_step_by_step(workspace, tmp_path, monkeypatch):
+    seen, original = [], training.set_sliding_window
+
+    def note(model, window):
+        original(model, window)
+        seen.append(model.config.sliding_window)
+
+    monkeypatch.setattr(training, "set_sliding_window", note)
+    init = {
+        "model_type": "mistral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64, "max_position_embeddings": 16,
+        "sliding_window": 8,
+    }  # fmt: skip
+    resolved = replace(
+        resolved_recipe(workspace), model=None, init=init, tokenizer=str(workspace / "model"), max_train_steps=3,
+        warmup_steps=0, sliding_window_attention_schedule=(16, 64), output_dir=str(tmp_path),
+    )  # fmt: skip
+    training.Trainer(resolved).run()
+    assert seen == [16, 64, 16]
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["sliding_window"] == 16
 
 
 def test_mistral_window_schedule_sets_the_window_of_each_step(tiny_model):

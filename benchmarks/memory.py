@@ -1,0 +1,180 @@
+"""What `scaled-rope plan` says against what training runs hold at their peak.
+
+    python benchmarks/memory.py --output data/benchmarks/memory_cpu.jsonl
+
+Each case is a model from random weights, trained for two steps in processes of its own. Measured is the most anonymous
+memory that a rank had resident, looked at every 2 ms, less what it had before the model was built. (Pages of libraries
+are left out: the system takes them back when it likes.) glibc is told to return freed memory at once, because what it
+would keep is not the run's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scaled_rope.data import PackedWriter
+from scaled_rope.errors import Parser, run_cli, unknown
+from scaled_rope.planning import Options, Planner
+from scaled_rope.recipes import Recipe, make_recipe
+from scaled_rope.results import append_row, provenance
+
+ROOT = Path(__file__).parent.parent
+_LLAMA: dict[str, Any] = {
+    "model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+_DEEP = {**_LLAMA, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 16, "vocab_size": 4096}
+_WIDE = {**_LLAMA, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "vocab_size": 65536}
+_WIDER = {**_WIDE, "vocab_size": 131072}
+#: name -> (recipe fields, options)
+CASES: dict[str, tuple[dict[str, Any], Options]] = {
+    "activations": ({"init": _DEEP, "sequence_length": 3072, "batch_size": 2}, Options(gradient_checkpointing=False)),
+    "activations, bf16": (
+        {"init": _DEEP, "sequence_length": 4096, "batch_size": 2, "precision": "bf16"},
+        Options(gradient_checkpointing=False),
+    ),
+    "weights and optimizer, small": (
+        {"init": {**_WIDE, "vocab_size": 16384, "num_hidden_layers": 2}, "sequence_length": 128},
+        Options(),
+    ),
+    "weights and optimizer": ({"init": _WIDE, "sequence_length": 256}, Options()),
+    "weights and optimizer, two passes": ({"init": _WIDE, "sequence_length": 256, "global_batch_size": 2}, Options()),
+    "weights and optimizer, bf16": ({"init": _WIDE, "sequence_length": 256, "precision": "bf16"}, Options()),
+    "lora": ({"init": {**_WIDER, "num_hidden_layers": 24}, "sequence_length": 256, "lora": True}, Options(lora=True)),
+    "zero3": ({"init": _WIDER, "sequence_length": 256, "global_batch_size": 2}, Options(ranks=2, engine="zero3")),
+    "zero2": ({"init": _WIDER, "sequence_length": 256, "global_batch_size": 2}, Options(ranks=2, engine="zero2")),
+}
+
+
+def case_recipe(name: str, folder: Path) -> Recipe:
+    """The recipe of a case, writing to `folder`."""
+    fields, options = CASES[name]
+    common = {
+        "name": "memory", "output_dir": str(folder / "out"), "dataset": str(folder / "set"), "scaling": "yarn:4",
+        "tokenizer": "models/tiny-llama-256", "global_batch_size": fields.get("batch_size", 1), "max_train_steps": 2,
+        "warmup_steps": 0, "precision": "fp32", "gradient_checkpointing": options.gradient_checkpointing,
+    }  # fmt: skip
+    return make_recipe(common | fields, name)
+
+
+def measure(name: str) -> tuple[float, float]:
+    """Planned and measured bytes per rank of a case."""
+    _, options = CASES[name]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        recipe = case_recipe(name, folder)
+        with PackedWriter(recipe.dataset, recipe.sequence_length, 4096) as writer:
+            for row in np.random.default_rng(0).integers(0, 4096, (4, recipe.sequence_length)):
+                writer.append(row)
+            writer.close({})
+        shared = {
+            "WORLD_SIZE": str(options.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29717",
+            "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        if options.engine != "plain":
+            shared |= {"ACCELERATE_USE_DEEPSPEED": "true",
+                       "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"deepspeed/{options.engine}.json"}  # fmt: skip
+        places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(options.ranks)]
+        if options.ranks == 1:
+            del shared["WORLD_SIZE"]
+            places = [{}]
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--child", name, "--folder", scratch],
+                cwd=ROOT, env=os.environ | shared | place,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for place in places
+        ]  # fmt: skip
+        finished = [process.communicate() for process in ranks]
+        for process, (_, error) in zip(ranks, finished, strict=True):
+            if process.returncode:
+                raise RuntimeError(f"case {name!r} failed: {error[-2000:]}")
+        measured = max(json.loads(out.splitlines()[-1])["measured"] for out, _ in finished)
+    return Planner(recipe, on_gpu=False).memory(options).total, measured
+
+
+class Watch:
+    """The most anonymous memory of this process while it is open, in bytes."""
+
+    def __init__(self) -> None:
+        self.peak, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    @staticmethod
+    def now() -> int:
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+    def _look(self) -> None:
+        while not self._done.wait(0.002):
+            self.peak = max(self.peak, self.now())
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+def _child(name: str, folder: Path) -> None:
+    """One rank: note what is resident when everything is imported, then train."""
+    import accelerate  # noqa: F401
+    import torch
+    from transformers import AutoModelForCausalLM  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    from scaled_rope.training import Trainer
+
+    torch.nn.Linear(8, 8)(torch.zeros(1, 8)).sum().backward()
+    fields, options = CASES[name]
+    if options.engine != "plain":
+        import deepspeed  # noqa: F401
+    if fields.get("lora"):
+        import peft  # noqa: F401
+    before = Watch.now()
+    with Watch() as watch:
+        Trainer(case_recipe(name, folder)).run()
+    print(json.dumps({"measured": watch.peak - before}))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser("benchmarks/memory.py", __doc__)
+    parser.add_argument("cases", nargs="*", help="default: all")
+    parser.add_argument("--output", type=Path, help="append rows to this file")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.child:
+        _child(args.child, args.folder)
+        return 0
+    facts = provenance("cpu", 0, {"cases": args.cases})  # of the code as it is now
+    for name in args.cases or CASES:
+        if name not in CASES:
+            raise unknown("case", name, CASES)
+        planned, measured = measure(name)
+        print(f"{name:<36} planned {planned / 1e9:6.2f} GB, measured {measured / 1e9:6.2f} GB,"
+              f" {planned / measured - 1:+.1%}", flush=True)  # fmt: skip
+        if args.output:
+            fields, options = CASES[name]
+            row = {"metric": "peak_memory", "case": name, "recipe": fields, "options": str(options),
+                   "planned_gb": round(planned / 1e9, 3), "measured_gb": round(measured / 1e9, 3)}  # fmt: skip
+            append_row(args.output, row | facts)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,121 @@
+"""Peak memory of a training step, found by doing it on shapes: fake tensors, every storage counted while it lives.
+
+No weights, data or device are needed, so a laptop can be asked about a 70B model. What an operator holds inside itself
+while it runs is not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the storages that operators make and that are still alive; `peak` is the most at once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._known: dict[int, weakref.ReferenceType[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf.untyped_storage())
+        return made
+
+    def ignore(self, tensor: torch.Tensor) -> None:
+        """Do not count a tensor that was there before."""
+        storage = tensor.untyped_storage()
+        self._known[storage._cdata] = weakref.ref(storage)
+
+    def _add(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        known = self._known.get(key)
+        if known is not None and known() is not None:
+            return
+
+        def gone(_: Any) -> None:
+            self.live -= size
+            self._known.pop(key, None)
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Bytes of one pass: `peak` at once beside weights (and gradients, where those were there before), `kept` between
+    forward and backward pass."""
+
+    peak: int
+    kept: int
+
+
+def to_cpu(model: nn.Module) -> None:
+    """Give a model from the meta device empty tensors on the CPU, ties kept; under a fake tensor mode they are fake.
+
+    `Module.to_empty` cannot do this to fake tensors.
+    """
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if id(tensor) not in made:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    trained = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if trained else empty
+                held[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def _causal_without_mask() -> Iterator[None]:
+    """Let attention be causal by a flag, as it is when data can be looked at, and not by a mask of length squared."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
+
+    masks["sdpa"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del masks["sdpa"]
+
+
+def trace_pass(module: Any, batch: int, length: int, autocast: bool, accumulating: bool) -> Trace:
+    """Forward and backward pass of a training module over [batch, length] tokens, all under one fake tensor mode.
+
+    Args:
+        module: computes the loss of a fake model, as `SummedLoss` does.
+        autocast: compute in bfloat16 from float32 weights.
+        accumulating: gradients of an earlier pass exist already.
+    """
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    weights = torch.ones(batch, length)
+    counter = LiveBytes()
+    for tensor in [*module.parameters(), *module.buffers(), ids, weights]:
+        counter.ignore(tensor)
+    if accumulating:
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+                counter.ignore(parameter.grad)
+    half = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+    window = getattr(module.config, "sliding_window", None)
+    masked = window is not None and window < length
+    with contextlib.nullcontext() if masked else _causal_without_mask(), counter:
+        with half:
+            loss = module(ids, ids, weights)
+        kept = counter.live
+        loss.backward()
+    return Trace(counter.peak, kept)

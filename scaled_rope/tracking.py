@@ -1,0 +1,166 @@
+"""What a run says about itself: a row per step to JSON lines, to wandb or TensorBoard, and a card for its model."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import json
+import os
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from scaled_rope.errors import ConfigError
+from scaled_rope.recipes import Recipe
+from scaled_rope.results import Row, write_atomic
+
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # of Okabe and Ito's palette
+#: what depends on the machine and the moment, in rows that are otherwise the same whenever a step is done
+MEASURED = ("seconds", "tokens_per_second", "mfu", "peak_memory_gb")
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory this process has held, in GB (10^9 bytes): allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class RunLog:
+    """Rows of a run's steps on their way to `train_log.jsonl` and to the tracker. For the main process."""
+
+    def __init__(self, recipe: Recipe, wandb_project: str | None = None, tensorboard: str | None = None) -> None:
+        self._path = Path(recipe.output_dir) / "train_log.jsonl"
+        self._wandb = None if wandb_project is None else _wandb(wandb_project, recipe)
+        self._tensorboard = None if tensorboard is None else _tensorboard(tensorboard)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Log one step."""
+        with self._path.open("a") as log:
+            log.write(json.dumps(row) + "\n")
+        if self._wandb is not None:
+            self._wandb.log(dict(row), step=row["step"])
+        if self._tensorboard is not None:
+            for name, value in _flat(row).items():
+                self._tensorboard.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Tell the trackers that there is no more."""
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a row, those of a nested entry under entry/name."""
+    flat: dict[str, float] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}/{inner}": number for inner, number in _flat(value).items()}
+        elif isinstance(value, (int, float)) and name != "step":
+            flat[name] = float(value)
+    return flat
+
+
+def _wandb(project: str, recipe: Recipe) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError("--wandb needs wandb: pip install 'scaled-rope[wandb]'") from None
+    return wandb.init(project=project, name=recipe.name, config=recipe.to_dict())
+
+
+def _tensorboard(folder: str) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError("--tensorboard needs tensorboard: pip install tensorboard") from None
+    return SummaryWriter(folder)
+
+
+def environment() -> dict[str, str]:
+    """Every installed package and its version."""
+    found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
+    return dict(sorted((name, version) for name, version in found.items() if name))
+
+
+def write_records(folder: Path, recipe: Recipe, facts: Mapping[str, Any], log: Sequence[Row], scaling: str) -> None:
+    """Write beside a model how it was made: its card, the resolved recipe, the environment, code and machine.
+
+    Args:
+        facts: `provenance` of the run.
+        log: rows of its steps; none for a model that was not trained.
+        scaling: the scaling in words.
+    """
+    write_atomic(folder / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+    # Not JSON: the hash of a checkpoint covers its JSON files, and it is not to change with the date.
+    record = dict(facts) | {"environment": environment()}
+    write_atomic(folder / "provenance.yaml", yaml.safe_dump(record, sort_keys=False))
+    write_atomic(folder / "README.md", model_card(recipe, facts, log, scaling))
+
+
+def model_card(recipe: Recipe, facts: Mapping[str, Any], log: Sequence[Row], scaling: str) -> str:
+    """A model card in the hub's format: what the model is, what it was made of, how, and what that gave."""
+    base = recipe.model or "random weights"
+    header = {"library_name": "transformers", "tags": ["scaled-rope", "long-context"]}
+    if recipe.model is not None:
+        header["base_model"] = recipe.model
+    lines = ["---", yaml.safe_dump(header, sort_keys=False).rstrip(), "---", "", f"# {recipe.name}", ""]
+    lines += [recipe.description, ""] if recipe.description else []
+    lines += ["| | |", "|---|---|", f"| started from | {base} |", f"| scaling | {scaling} |"]
+    if log:
+        last = log[-1]
+        lines += [
+            f"| data | {recipe.dataset}, sequences of {recipe.truncate or recipe.sequence_length} tokens |",
+            f"| steps | {last['step']} of {recipe.global_batch_size} sequences, {last['tokens_seen']} tokens in all |",
+            f"| learning rate | {recipe.learning_rate:g}, {recipe.lr_schedule}, {recipe.warmup_steps} warm-up steps |",
+            f"| AdamW | betas {tuple(recipe.adam_betas)}, weight decay {recipe.weight_decay:g} |",
+            f"| precision | {recipe.precision} |",
+            f"| trained | {'low-rank adapters, merged' if recipe.lora else 'all weights'} |",
+            f"| loss of the first and the last step | {log[0]['loss']:.4f}, {last['loss']:.4f} nats per token |",
+        ]
+        heldout = next((row["heldout"] for row in reversed(log) if "heldout" in row), None)
+        if heldout:
+            found = ", ".join(f"{value:.4g} at {length}" for length, value in heldout.items())
+            lines += [f"| held-out perplexity ({recipe.heldout}) | {found} |"]
+    else:
+        lines += ["| trained | not at all: the scaling was written into the configuration |"]
+    lines += [
+        f"| made by | scaled-rope, commit {facts.get('commit')}, on {facts.get('device')}, {facts.get('date')} |",
+        "",
+        "`recipe.yaml` is the resolved recipe; `provenance.yaml` has code, machine and the version of every package.",
+        "No evaluation is part of this card.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def plot_losses(logs: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Draw the losses of runs, one after the other, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"{path} not drawn: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    before = 0
+    for (name, log), color in zip(logs.items(), itertools.cycle(_COLORS), strict=False):
+        axes.plot([before + row["step"] for row in log], [row["loss"] for row in log], color=color, lw=0.9, label=name)
+        before += len(log)
+    axes.set(xlabel="optimizer step", ylabel="weighted loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    staged = path.with_name(f".{path.stem}.partial.png")
+    figure.savefig(staged, dpi=120)
+    pyplot.close(figure)
+    os.replace(staged, path)

@@ -1,0 +1,68 @@
+"""What a plan is made of: FLOPs against figures worked out by hand and by torch's own counter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from scaled_rope.costs import ModelCost, peak_flops
+from scaled_rope.planning import meta_model
+from scaled_rope.recipes import read_recipe
+
+
+def test_flops_of_llama_2_7b_at_128k():
+    cost = ModelCost.of(meta_model(read_recipe("llama-2-7b-64k")))
+    # 32 layers of 4 * 4096^2 + 3 * 4096 * 11008 weights and a projection of 32000 * 4096
+    assert cost.multiplied == 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096
+    whole = cost.sequence(131072)
+    # a forward pass is a third: 1.73 PFLOP in matrices, 4.50 in causal attention
+    assert whole.linear / 3 == pytest.approx(1.73e15, rel=0.01)
+    assert whole.attention / 3 == pytest.approx(4.50e15, rel=0.01)
+    # the 64k recipe: 2.0e20 with the forward pass that checkpointing does a second time
+    assert cost.sequence(65536).total * 4 / 3 * 400 * 64 == pytest.approx(2.0e20, rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "phi3"])
+def test_linear_flops_are_what_torch_counts(tiny_model, family):
+    model = tiny_model(family)
+    length = 24
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.ones(1, length, dtype=torch.long)).logits.sum().backward()
+    counted = sum(
+        count for operator, count in counter.get_flop_counts()["Global"].items() if "attention" not in str(operator)
+    )
+    cost = ModelCost.of(model).sequence(length)
+    assert cost.linear == pytest.approx(counted, rel=1e-6)
+
+
+def test_attention_sees_the_keys_in_its_window(tiny_model):
+    full = ModelCost.of(tiny_model("mistral", sliding_window=None))
+    narrow = ModelCost.of(tiny_model("mistral", sliding_window=4))
+    width = 2 * 16 * 2  # heads, head_dim, layers
+    assert full.sequence(10).attention == 3 * 4 * width * 55
+    assert narrow.sequence(10).attention == 3 * 4 * width * (1 + 2 + 3 + 4 * 7)
+    half = ModelCost.of(tiny_model("gemma2", sliding_window=4))  # one layer of each kind
+    assert half.sequence(10).attention == (full.sequence(10).attention + narrow.sequence(10).attention) / 2
+
+
+def test_experts_count_by_the_share_that_is_active(tiny_model):
+    dense = {"num_local_experts": 2, "num_experts_per_tok": 2}
+    every, one = (ModelCost.of(tiny_model("mixtral", **dense | {"num_experts_per_tok": n})) for n in (2, 1))
+    experts = 2 * 2 * 3 * 32 * 48  # layers, experts, matrices of 32 x 48
+    assert every.multiplied - one.multiplied == experts / 2
+
+
+def test_adapters_alone_need_no_gradients_of_the_weights(tiny_model):
+    pytest.importorskip("peft")
+    from scaled_rope.training import add_lora
+
+    model = tiny_model()
+    whole = ModelCost.of(model)
+    adapted = ModelCost.of(add_lora(model))
+    assert adapted.trained == adapted.multiplied - whole.multiplied > 0
+
+
+def test_peaks_are_found_by_name():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12 and peak_flops("AMD EPYC") is None

@@ -1,0 +1,303 @@
+"""Several processes against one: the same losses, rates and weights; killed and resumed against never stopped."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import finetune
+from scaled_rope import training
+from scaled_rope.engine import Layout, allowed_sequence_parallel, check_sequence_parallel
+from scaled_rope.errors import ConfigError, run_cli
+from scaled_rope.recipes import read_recipe
+from scaled_rope.states import load_state
+from tests.runs import ROOT, Ranks, log, run, same, weights
+
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
+ZERO3 = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/zero3.yaml", "--num_processes", "2",
+         "--main_process_port", "29518")  # fmt: skip
+
+
+def assert_trained_alike(straight: Path, output: Path) -> None:
+    one, two = log(straight), log(output)
+    for field in ("step", "tokens", "tokens_seen"):
+        assert [row[field] for row in one] == [row[field] for row in two]
+    assert [row["learning_rate"] for row in two] == [row["learning_rate"] for row in one]
+    # Sums over ranks are taken in another order: float32 noise of one step, amplified by 8 steps of Adam.
+    np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-5)
+    np.testing.assert_allclose([row["grad_norm"] for row in two], [row["grad_norm"] for row in one], rtol=1e-3)
+    for first, second in zip(one, two, strict=True):
+        assert second.get("heldout", {}) == pytest.approx(first.get("heldout", {}), rel=1e-4)
+    reference, other = weights(straight), weights(output)
+    assert reference.keys() == other.keys()
+    # Adam moves a weight by up to the learning rate however small its gradient, so noise shows up to a share of it.
+    assert max(float((reference[k] - other[k]).abs().max()) for k in reference) < 0.1 * 5e-3
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ZERO3], ids=["ddp", "zero3"])
+def test_two_ranks_train_like_one(workspace, straight, launcher):
+    output = workspace / f"two-{launcher[1]}"
+    if launcher is ZERO3:
+        pytest.importorskip("deepspeed")
+    run(workspace, output, launcher)
+    assert_trained_alike(straight, output)
+
+
+def test_two_ranks_of_zero2_train_like_one(workspace, straight, tmp_path):
+    pytest.importorskip("deepspeed")
+    Ranks(workspace, tmp_path / "zero2", 2, "zero2").succeed()
+    assert_trained_alike(straight, tmp_path / "zero2")
+
+
+@pytest.mark.parametrize(("ranks", "size"), [(2, 2), (4, 2), (4, 4)])
+def test_ranks_that_share_sequences_train_like_one(workspace, straight, tmp_path, ranks, size):
+    """4 heads and 2 key/value heads: over 4 ranks each key/value head is copied."""
+    pytest.importorskip("deepspeed")
+    Ranks(workspace, tmp_path / "sp", ranks, "zero3", ("--sequence-parallel", str(size))).succeed()
+    assert_trained_alike(straight, tmp_path / "sp")
+
+
+def test_rows_of_different_length_train_alike_on_shards(workspace, tmp_path):
+    """Under ZeRO-3 each pass is collective: ranks whose rows differ in length must still make equally many."""
+    datasets, _ = pytest.importorskip("datasets"), pytest.importorskip("deepspeed")
+    rng = np.random.default_rng(1)
+    rows = [rng.integers(2, 60, length).tolist() for length in (48, 9, 30, 17, 41, 12)]
+    datasets.Dataset.from_dict({"input_ids": rows}).save_to_disk(tmp_path / "ragged")
+    extra = ("--dataset", str(tmp_path / "ragged"), "--max-train-steps", "2", "--global-batch-size", "2")
+    recipe = str(workspace / "recipe.yaml")
+    assert finetune.main([recipe, "--output-dir", str(tmp_path / "one"), *extra]) == 0
+    # The environment cannot reach into loss.py, so small pieces are set where every rank starts.
+    (tmp_path / "sitecustomize.py").write_text("import scaled_rope.loss\nscaled_rope.loss._LOGITS_PER_CHUNK = 64 * 8\n")
+    path = f"{tmp_path}:{ROOT}"
+    Ranks(workspace, tmp_path / "two", 2, "zero3", extra, PYTHONPATH=path).succeed()
+    shared = (*extra, "--sequence-parallel", "2")
+    Ranks(workspace, tmp_path / "shared", 2, "zero3", shared, PYTHONPATH=path).succeed()
+    for name in ("two", "shared"):
+        one, two = log(tmp_path / "one"), log(tmp_path / name)
+        np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-5)
+        assert [row["tokens"] for row in one] == [row["tokens"] for row in two]
+
+
+# --------------------------------------------------------------------------------------------- stopped and resumed
+
+
+def test_killed_at_random_and_resumed_equals_never_stopped(workspace):
+    """A pre-emption and a kill at random moments, with dropout; the loss log has neither gap nor duplicate."""
+    extra = ("--max-train-steps", "120", "--checkpointing-steps", "7", "--model", str(workspace / "dropout"))
+    run(workspace, workspace / "long", extra=extra)
+    output, when = workspace / "killed", random.Random()
+    first, second = when.randrange(1, 50), when.randrange(55, 100)
+    print(f"terminated after {first} steps, killed after {second}")
+    ((code, text),) = Ranks(workspace, output, 1, "", extra).when(first).signal(signal.SIGTERM).finish()
+    assert code == 0 and "SIGTERM after step" in text and "the same command continues" in text
+    stopped = log(output)[-1]["step"]
+    assert (output / "checkpoints" / f"step-{stopped:06d}" / "state.json").exists()
+    Ranks(workspace, output, 1, "", extra).when(second).signal(signal.SIGKILL).finish()
+    assert not (output / "model").exists(), "it was to be killed before the end"
+    assert len(list((output / "checkpoints").glob("step-*"))) <= 2
+    run(workspace, output, extra=extra)
+    assert [row["step"] for row in log(output)] == list(range(1, 121))
+    assert same(log(output)) == same(log(workspace / "long"))
+    reference, other = weights(workspace / "long"), weights(output)
+    assert all(torch.equal(reference[name], other[name]) for name in reference)
+
+
+def test_shards_that_were_stopped_go_on_bit_for_bit(workspace, tmp_path):
+    pytest.importorskip("deepspeed")
+    extra = ("--max-train-steps", "20", "--model", str(workspace / "dropout"))
+    Ranks(workspace, tmp_path / "long", 2, "zero3", extra).succeed()
+    for code, text in Ranks(workspace, tmp_path / "stopped", 2, "zero3", extra).when(3).signal(signal.SIGTERM).finish():
+        assert code == 0, text[-4000:]
+    assert not (tmp_path / "stopped" / "model").exists()
+    Ranks(workspace, tmp_path / "stopped", 2, "zero3", extra).succeed()
+    assert same(log(tmp_path / "stopped")) == same(log(tmp_path / "long"))
+    reference, other = weights(tmp_path / "long"), weights(tmp_path / "stopped")
+    assert all(torch.equal(reference[name], other[name]) for name in reference)
+
+
+@pytest.fixture
+def broken_off(workspace, tmp_path, monkeypatch, capsys):
+    """A run that was stopped by a signal in the middle of step 4, between two of its four passes."""
+    output, passes = tmp_path / "out", []
+    original = training.collate
+
+    def collate(*arguments):
+        passes.append(None)
+        if len(passes) == 4 * 3 + 2:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "collate", collate)
+        arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(output), "--model", str(workspace / "dropout")]
+        arguments += ["--heldout-steps", "8"]  # its passes are not to be counted
+        assert finetune.main(arguments) == 0
+    assert "SIGTERM after step 3: saved" in capsys.readouterr().out
+    assert len(passes) == 14, "the step's other passes were not to be made"
+    return output, arguments
+
+
+def test_a_step_that_was_broken_off_is_done_again_as_if_it_had_not_begun(workspace, broken_off, tmp_path):
+    output, arguments = broken_off
+    assert [row["step"] for row in log(output)] == [1, 2, 3]
+    assert finetune.main(arguments) == 0
+    whole = [*arguments[:2], str(tmp_path / "whole"), *arguments[3:]]
+    assert finetune.main(whole) == 0
+    assert same(log(output)) == same(log(tmp_path / "whole"))
+    reference, other = weights(tmp_path / "whole"), weights(output)
+    assert all(torch.equal(reference[name], other[name]) for name in reference)
+
+
+def test_another_number_of_ranks_continues_where_one_stopped(workspace, straight, tmp_path, monkeypatch):
+    """Weights, optimizer, schedule and the samples consumed go on; dropout, which draws per rank, is off here."""
+    output, original = tmp_path / "out", training.save_state
+
+    def save_and_die(accelerator, recipe, step):
+        original(accelerator, recipe, step)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "save_state", save_and_die)
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(output)]
+    assert run_cli(lambda: finetune.main(arguments)) == 130
+    assert [row["step"] for row in log(output)] == [1, 2, 3]
+    Ranks(workspace, output, 2).succeed()
+    assert_trained_alike(straight, output)
+
+
+@pytest.mark.parametrize(
+    ("saved", "engine", "ranks", "message"),
+    [
+        ({"step": 3, "ranks": 4, "engine": "zero3"}, "zero3", 2, "saved by 4 zero3 processes, now there are 2"),
+        ({"step": 3, "ranks": 2, "engine": "zero3"}, "plain", 2, "saved by engine zero3, this is plain"),
+        ({"step": 3, "ranks": 2, "engine": "plain"}, "zero2", 2, "saved by engine plain, this is zero2"),
+    ],
+)
+def test_states_that_cannot_be_continued_are_refused_with_the_reason(tmp_path, saved, engine, ranks, message):
+    (tmp_path / "state.json").write_text(json.dumps(saved))
+    plugin = None if engine == "plain" else SimpleNamespace(zero_stage=int(engine[-1]))
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(deepspeed_plugin=plugin),
+        distributed_type=SimpleNamespace(value="MULTI_CPU"),
+        num_processes=ranks,
+    )
+    with pytest.raises(ConfigError, match=message):
+        load_state(accelerator, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_stops_and_leaves_the_last_state_intact(
+    workspace, tmp_path, monkeypatch, capsys, what
+):
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), "--checkpointing-steps", "1"]
+    arguments += ["--max-train-steps", "4"]
+    original, passes = training.SummedLoss.forward, []
+
+    def forward(self, **tensors):
+        loss = original(self, **tensors)
+        passes.append(None)
+        if len(passes) <= 4 * 2:
+            return loss
+        if what == "loss":
+            return loss + torch.inf
+        weight = next(self.parameters())
+        return loss + ((weight - weight.detach()).sum() ** 2).sqrt()  # 0, with the gradient 0 x infinity
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.SummedLoss, "forward", forward)
+        assert run_cli(lambda: finetune.main(arguments)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: {what} of step 3 is ") and "step-000002, is intact" in error
+    assert not (tmp_path / "out" / "model").exists()
+    assert finetune.main(arguments) == 0
+    assert [row["step"] for row in log(tmp_path / "out")] == [1, 2, 3, 4]
+
+
+def test_states_are_rotated(workspace, tmp_path, monkeypatch):
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), "--checkpointing-steps", "1"]
+    seen, original = [], training.save_state
+
+    def look(*everything):
+        folder = original(*everything)
+        seen.append(sorted(path.name for path in folder.parent.iterdir()))
+        return folder
+
+    monkeypatch.setattr(training, "save_state", look)
+    assert finetune.main([*arguments, "--kept-checkpoints", "3"]) == 0
+    assert seen[-1] == ["step-000005", "step-000006", "step-000007"] and seen[1] == ["step-000001", "step-000002"]
+
+
+# -------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_ranks_that_share_a_sequence_work_on_the_same_rows():
+    layouts = [Layout(rank, 8, 4) for rank in range(8)]
+    assert [layout.data_rank for layout in layouts] == [0] * 4 + [1] * 4
+    assert {layout.data_ranks for layout in layouts} == {2}
+    whole = {"input_ids": torch.arange(24).view(2, 12)}
+    parts = [layout.shard(whole)["input_ids"] for layout in layouts[:4]]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "allowed"),
+    [(9, 3, [1, 3, 9]), (32, 8, [1, 2, 4, 8, 16, 32]), (6, 4, [1, 2]), (4, 1, [1, 2, 4])],
+)
+def test_heads_decide_over_how_many_ranks_a_sequence_can_go(heads, kv_heads, allowed):
+    assert allowed_sequence_parallel(heads, kv_heads) == allowed
+
+
+@pytest.mark.parametrize(
+    ("fields", "config", "message"),
+    [
+        ({"sequence_parallel": 2}, {"num_attention_heads": 9, "num_key_value_heads": 3}, "one of: 1, 3, 9"),
+        ({"scaling": "dynamic-yarn"}, {}, "no rank sees the length"),
+        ({}, {"sliding_window": 16}, "sliding window below 48 tokens"),
+        ({"sliding_window_attention_schedule": (64, 32)}, {"sliding_window": 128}, "sliding window below 48 tokens"),
+        ({"documents": "separate"}, {}, "documents: separate"),
+        ({"attention": "eager"}, {}, "eager attention"),
+    ],
+)
+def test_what_would_be_wrong_over_a_shared_sequence_is_refused(workspace, fields, config, message):
+    from dataclasses import replace
+
+    from scaled_rope import RopeScaling
+
+    shape = SimpleNamespace(**{"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None} | config)
+    shape.get_text_config = lambda: shape
+    recipe = replace(read_recipe(str(workspace / "recipe.yaml")), **{"sequence_parallel": 2} | fields)
+    base = RopeScaling(method="default", original_max_position_embeddings=16)
+    with pytest.raises(ConfigError, match=message):
+        check_sequence_parallel(recipe, shape, RopeScaling.from_spec(recipe.scaling, base), recipe.attention)
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, [], "FSDP is not available on this platform"),
+        ({}, ["--sequence-parallel", "2"], "sequence_parallel 2 needs DeepSpeed"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, ["--sequence-parallel", "2"], "a divisor of the 1 processes"),
+        ({}, ["--offload-activations", "--no-gradient-checkpointing"], "it needs gradient_checkpointing"),
+        ({}, ["--lora-embeddings-and-norms"], "it is for lora: true"),
+    ],
+)
+def test_engines_that_cannot_do_it_are_refused(workspace, tmp_path, monkeypatch, capsys, environment, flags, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), *flags]
+    assert run_cli(lambda: finetune.main(arguments)) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
+def test_deepspeed_settings_leave_batch_and_schedule_to_the_recipe(name):
+    settings = json.loads((ROOT / "deepspeed" / f"{name}.json").read_text())
+    assert not {"optimizer", "scheduler"} & set(settings)
+    assert settings["train_micro_batch_size_per_gpu"] == settings["gradient_accumulation_steps"] == "auto"
+    assert settings["gradient_clipping"] == "auto" and settings["data_types"]["grad_accum_dtype"] == "fp32"

@@ -1,0 +1,270 @@
+"""Every recipe against the paper's table of settings: models on the meta device, so no weights and no network."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import tokenization
+import truncate
+from scaled_rope import compute_rope, recipes
+from scaled_rope.data import read_documents
+from scaled_rope.engine import accumulation
+from scaled_rope.errors import ConfigError, run_cli
+from scaled_rope.planning import meta_model
+from scaled_rope.recipes import available, is_finished, pending, read_recipe, starts_from
+from scaled_rope.training import learning_rate
+from tests import reference
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Paper:
+    """One column of the paper's settings, with what a model must compute: (rope_theta, s, L, beta, alpha)."""
+
+    parameters: int
+    """Of the model, in millions, as its model card counts them."""
+    steps: int
+    sequence: int
+    rate: float
+    frequencies: list[float]
+    attention_factor: float
+    positions: int
+    seed: int = 42
+    schedule: str = "linear"
+    batch: int = 64
+    warmup: int = 20
+    window: int | None = None
+
+
+def yarn(s: float, original: int = 4096, beta: float = 32, alpha: float = 1, dim: int = 128, theta: float = 1e4):
+    return reference.by_parts_dimension(dim, theta, s, original, beta, alpha)
+
+
+# Attention factors are the paper's rounded check values (0.1 ln s + 1); Mistral's code has 0.07 ln s + 1.
+LLAMA_64K, LLAMA_128K = (400, 65536, 2e-5, yarn(16), 1.2773, 65536), (200, 65536, 2e-5, yarn(32), 1.3466, 131072)
+SECOND = {"seed": 31337}
+MISTRAL = {"schedule": "constant"}
+PAPER = {
+    "llama-2-7b-64k": Paper(6738, *LLAMA_64K),
+    "llama-2-7b-128k": Paper(6738, *LLAMA_128K, **SECOND),
+    "llama-2-13b-64k": Paper(13016, *LLAMA_64K),
+    "llama-2-13b-128k": Paper(13016, *LLAMA_128K, **SECOND),
+    "llama-2-70b-32k": Paper(68977, 400, 8192, 1e-5, yarn(8), 1.2079, 32768, schedule="constant"),
+    "llama-2-7b-pi-8k": Paper(6738, 400, 8192, 2e-5, reference.linear(128, 1e4, 2), 1.0, 8192),
+    "llama-2-7b-ntk-8k": Paper(6738, 400, 8192, 2e-5, reference.unscaled(128, 2e4), 1.0, 8192),
+    "llama-2-7b-yarn-8k": Paper(6738, 400, 8192, 2e-5, yarn(2), 1.0693, 8192),
+    "mistral-7b-64k": Paper(7242, 1000, 16384, 1e-6, yarn(8, 8192, 128, 2), 1.1456, 65536, window=65536, **MISTRAL),
+    "mistral-7b-128k": Paper(
+        7242, 500, 16384, 1e-6, yarn(16, 8192, 128, 2), 1.1941, 131072, window=131072, **MISTRAL, **SECOND
+    ),
+    # Not in the paper: SOLAR by assumption as Mistral, SmolLM2 our own.
+    "solar-10.7b-32k": Paper(10732, 1000, 16384, 1e-6, yarn(8), 1.2079, 32768, **MISTRAL),
+    "solar-10.7b-64k": Paper(10732, 500, 16384, 1e-6, yarn(16), 1.2773, 65536, **MISTRAL, **SECOND),
+    "smollm2-135m-16k": Paper(
+        135, 100, 16384, 1e-4, yarn(2, 8192, dim=64, theta=1e5), 1.0693, 16384, schedule="cosine", batch=8, warmup=10
+    ),
+    "smollm2-135m-32k": Paper(
+        135, 50, 32768, 1e-4, yarn(4, 8192, dim=64, theta=1e5), 1.1386, 32768, schedule="cosine", batch=4, warmup=10,
+        **SECOND,
+    ),
+}  # fmt: skip
+OWN = {"demo", "tiny-base", "tiny-base-retrieval", "tiny-base-mixed"}
+
+
+def test_every_recipe_is_checked_here():
+    assert set(available()) == set(PAPER) | OWN
+    for name in available():
+        assert read_recipe(name).description, name
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_model_of_a_recipe_computes_what_the_paper_says(name):
+    recipe, paper = read_recipe(name), PAPER[name]
+    model = meta_model(recipe)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == pytest.approx(
+        paper.parameters, abs=1
+    )
+    assert all(parameter.is_meta for parameter in model.parameters())
+    rotary = model.model.rotary_emb
+    inv_freq, attention_factor = compute_rope(rotary.scaling, rotary.head_dim)  # the module's own are on "meta"
+    # one rounding of float64 to float32: 2^-24
+    torch.testing.assert_close(
+        inv_freq.double(), torch.tensor(paper.frequencies, dtype=torch.float64), rtol=6e-8, atol=0
+    )
+    assert float(attention_factor) == pytest.approx(paper.attention_factor, abs=5e-5)
+    assert model.config.max_position_embeddings == paper.positions
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_schedule_batch_and_tokens_of_a_recipe_are_the_papers(name):
+    recipe, paper = read_recipe(name), PAPER[name]
+    assert (recipe.max_train_steps, recipe.seed) == (paper.steps, paper.seed)
+    assert recipe.tokens_per_step * recipe.max_train_steps == paper.steps * paper.batch * paper.sequence
+    assert recipe.adam_betas == (0.9, 0.95) and recipe.weight_decay == 0.0
+    # the released batch on 8 nodes of 8 GPUs, on one node, and on one GPU
+    for ranks in {64, 8, 1} if paper.batch == 64 else {1}:
+        assert accumulation(recipe, ranks) * ranks * recipe.batch_size == paper.batch
+    rates = [learning_rate(recipe, step) for step in range(paper.steps)]
+    assert rates[: paper.warmup] == pytest.approx([paper.rate * (i + 1) / paper.warmup for i in range(paper.warmup)])
+    rest = paper.steps - paper.warmup
+    last = {
+        "linear": paper.rate / rest,
+        "constant": paper.rate,
+        "cosine": paper.rate * 0.1,
+    }[paper.schedule]
+    # a cosine ends within (π/2n)² of its floor
+    assert rates[-1] == pytest.approx(last, rel=0.02) and max(rates) == pytest.approx(paper.rate)
+    windows = recipe.sliding_window_attention_schedule
+    assert windows == (None if paper.window is None else (paper.window,))
+
+
+def test_tokens_of_the_papers_runs():
+    tokens = {name: recipe.tokens_per_step * recipe.max_train_steps for name, recipe in
+              ((name, read_recipe(name)) for name in PAPER)}  # fmt: skip
+    assert tokens["llama-2-7b-64k"] == tokens["llama-2-13b-64k"] == 1_677_721_600
+    assert {tokens[f"llama-2-7b-{method}-8k"] for method in ("pi", "ntk", "yarn")} == {209_715_200}
+
+
+def words(command: str) -> list[str]:
+    program, script, *arguments = shlex.split(command)
+    assert program == "python"
+    return [script, *arguments]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_each_recipe_has_a_data_recipe_whose_commands_exist(name):
+    recipe = read_recipe(name)
+    local = Path(recipe.dataset).parts[:2] == ("data", "cache")
+    assert recipe.prepare or recipe.rebuild or starts_from(recipe)
+    for commands in (recipe.prepare, recipe.rebuild):
+        outputs, lengths = [], []
+        for script, *arguments in map(words, commands):
+            if script == "tokenization.py":
+                args = tokenization.parse_args(arguments)
+                outputs, lengths = [*outputs, str(args.output)], [*lengths, args.sequence_length]
+                # its own tokens, not those of another model
+                start = recipe
+                while (before := starts_from(start)) is not None:
+                    start = before
+                assert args.tokenizer == start.model or (args.tokenizer, start.model) in LLAMA_TOKENS
+            elif script == "truncate.py":
+                args = truncate.parse_args(arguments)
+                outputs, lengths = [*outputs, str(args.output)], [*lengths, args.length]
+            else:
+                assert (script, arguments[0]) in {("-m", "scaled_rope.corpora"), ("-m", "scaled_rope.checkpoints")}
+        if commands:
+            assert lengths[-1] == recipe.sequence_length
+            assert (outputs[-1] == recipe.dataset) == (commands is recipe.prepare)
+    assert local == bool(recipe.prepare) or starts_from(recipe)
+
+
+@pytest.mark.parametrize("name", sorted(PAPER))
+def test_the_evaluators_take_the_flags_of_a_recipe(name):
+    import eval.passkey
+    import eval.perplexity
+
+    evaluate = read_recipe(name).evaluate
+    for flags, evaluator in ((evaluate["perplexity"], eval.perplexity), (evaluate["passkey"], eval.passkey)):
+        args = evaluator.build_parser().parse_args(["-m", "model", *shlex.split(flags), "--output", "rows.jsonl"])
+        assert args.model == ["model"]
+
+
+#: the two sizes share their tokens
+LLAMA_TOKENS = {("NousResearch/Llama-2-7b-hf", "NousResearch/Llama-2-13b-hf")}
+
+
+def test_a_folder_of_a_hub_dataset_is_a_source(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(name, **options):
+        asked.append((name, options))
+        return [{"text": "one"}, {"text": "two"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert list(read_documents("someone/set:fine-tune")) == ["one", "two"]
+    assert list(read_documents("someone/set")) == ["one", "two"]
+    assert asked == [
+        ("someone/set", {"data_dir": "fine-tune", "split": "train", "streaming": True}),
+        ("someone/set", {"data_dir": None, "split": "train", "streaming": True}),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------- chains
+
+
+def finish(folder: Path, steps: int) -> None:
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "config.json").write_text("{}")
+    (folder / "train_log.jsonl").write_text("".join(json.dumps({"step": n + 1}) + "\n" for n in range(steps)))
+
+
+def test_a_chain_trains_what_is_missing_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    longer = read_recipe("llama-2-7b-128k")
+    assert [recipe.name for recipe in pending(longer)] == ["llama-2-7b-64k", "llama-2-7b-128k"]
+    finish(tmp_path / "out/llama-2-7b-64k", 399)
+    assert len(pending(longer)) == 2, "a run that is one step short is not finished"
+    finish_again = tmp_path / "out/llama-2-7b-64k/train_log.jsonl"
+    finish_again.write_text(finish_again.read_text() + '{"step": 400}\n')
+    assert is_finished(read_recipe("llama-2-7b-64k"))
+    assert [recipes.main([name, "--finished"]) for name in ("llama-2-7b-64k", "llama-2-7b-128k")] == [0, 1]
+    assert [recipe.name for recipe in pending(longer)] == ["llama-2-7b-128k"]
+    finish(tmp_path / "out/llama-2-7b-128k", 200)
+    assert pending(longer) == []
+    assert [recipe.name for recipe in pending(read_recipe("tiny-base-mixed"))] == [
+        "tiny-base", "tiny-base-retrieval", "tiny-base-mixed",
+    ]  # fmt: skip
+
+
+def test_a_recipe_cannot_run_before_the_one_it_starts_from(tmp_path, monkeypatch, capsys):
+    import finetune
+
+    monkeypatch.chdir(tmp_path)
+    assert run_cli(lambda: finetune.main(["mistral-7b-128k"])) == 2
+    assert "is not there yet; train mistral-7b-64k first" in capsys.readouterr().err
+
+
+def test_inheritance_has_one_level(tmp_path, monkeypatch):
+    (tmp_path / "a.yaml").write_text("base: b\n")
+    (tmp_path / "b.yaml").write_text("base: c\n")
+    (tmp_path / "c.yaml").write_text("model: m\n")
+    monkeypatch.setattr(recipes, "CONFIGS", tmp_path)
+    with pytest.raises(ConfigError, match="base 'b' is not allowed; a recipe beside it that has no base itself"):
+        read_recipe("a")
+
+
+def test_train_sh_runs_a_chain_and_hands_over_what_is_finished(tmp_path):
+    """train.sh with a program in place of training, which notes the recipe's name and leaves a finished run behind."""
+    for name in ("train.sh", "environment.sh"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "finetune.py").write_text("")
+    trainer = tmp_path / "trainer.sh"
+    last = {"step": read_recipe("llama-2-7b-64k").max_train_steps}
+    trainer.write_text(
+        'echo "$2" >> order\nmkdir -p out/$2/model\necho {} > out/$2/model/config.json\n'
+        f"echo '{json.dumps(last)}' > out/$2/train_log.jsonl\n"
+    )
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "LAUNCH": f"bash {trainer}"}
+
+    def train(*names: str) -> None:
+        done = subprocess.run(
+            ["bash", "train.sh", *names], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+    train("llama-2-7b-128k")
+    assert (tmp_path / "order").read_text().split() == ["llama-2-7b-64k", "llama-2-7b-128k"]
+    train("llama-2-7b-64k")
+    assert (tmp_path / "order").read_text().split()[2:] == ["llama-2-7b-64k"]
