@@ -133,7 +133,8 @@ def current_rows(rows: Sequence[Row]) -> list[Row]:
 
     def named(row: Row) -> tuple[Any, ...]:
         topic = topic_of(row)
-        return row["model"], row["label"], topic.metric, topic.data, topic.protocol
+        # Windows of another length are another measurement, not a newer one.
+        return row["model"], row["label"], topic.metric, topic.data, topic.protocol, row["data"].get("window_tokens")
 
     texts = {named(row): topic_of(row).text for row in kept}
     return [row for row in kept if texts[named(row)] == topic_of(row).text]
@@ -352,6 +353,8 @@ def describe(section: Section) -> str:
         count = data.get(name)
         if count is not None and (name != "windows" or count != data.get("documents")):
             said.append(f"{count} {name if count != 1 else name[:-1]}")
+    if "window_tokens" in data:
+        said.append(f"of {data['window_tokens']} tokens")
     protocol = dict(topic.protocol)
     if topic.metric == "perplexity":
         said.append(

@@ -103,6 +103,19 @@ def test_rows_of_older_weights_or_texts_do_not_share_a_line_with_new_ones(tmp_pa
     assert [one.label for one in named.series][-1] == "yarn x4 (fine-tuned)"
 
 
+def test_windows_of_another_length_are_another_section(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl")
+    rows = [row for row in read_rows(path) if row["metric"] == "perplexity"]
+    both = tmp_path / "both.jsonl"
+    for tokens in (4096, 8192):
+        for row in rows:
+            append_row(both, {**row, "data": {**row["data"], "window_tokens": tokens, "fingerprint": str(tokens)}})
+    found = report.load_results([str(both)])
+    assert not found.notes
+    said = [series.describe(section) for section in found.of("perplexity")]
+    assert len(said) == 2 and "of 4096 tokens" in said[0] and "of 8192 tokens" in said[1]
+
+
 @pytest.mark.parametrize("gone", ["unscaled", "linear x4", "ntk x4", "yarn x4 (checkpoint)"])
 def test_verdict_without_its_evidence_is_an_error(tmp_path: Path, gone: str) -> None:
     path = write_rows(tmp_path / "rows.jsonl")
