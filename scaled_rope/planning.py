@@ -80,6 +80,7 @@ GB = 1e9
 ENGINES = ("plain", "zero2", "zero3", "zero3_offload")
 _MARGIN = 0.08  # of a GPU's memory: CUDA's own, the allocator's gaps, collectives' buffers
 _PREFETCHED_LAYERS = 2  # of ZeRO-3: the layer at work and the next
+_BUCKETS = 4 * 5e8  # elements of ZeRO-2's buckets: gradients and weights, each twice so that they overlap with work
 _DEFAULT_PEAK = 989e12
 
 
@@ -193,9 +194,11 @@ class Planner:
         else:
             weights = width * all_ / (shards if options.engine.startswith("zero3") else 1)
             gradients, optimizer = 4.0 * trained / shards, 12.0 * trained / shards
+            # ZeRO-3: layers at work and the projection, whole; and the largest gradient on its way to the others.
             layers = _PREFETCHED_LAYERS * counts.layer + counts.head
-            gathered = width * layers if options.engine.startswith("zero3") else 4 * 5e8 * width
-            gathered = min(gathered, width * all_)
+            gathered = min(width * layers, width * all_) + width * counts.largest
+            if options.engine == "zero2":
+                gathered = min(_BUCKETS * width, width * all_)
             host = 0.0
             if options.engine == "zero3_offload":
                 host, weights, gradients, optimizer = weights + gradients + optimizer, 0.0, 0.0, 0.0
@@ -260,7 +263,7 @@ class Planner:
 
 @dataclass(frozen=True)
 class Counts:
-    """Sizes of a model in parameters."""
+    """Sizes of a model in parameters; `largest` is of the trained ones."""
 
     parameters: int
     trained: int
@@ -275,7 +278,7 @@ class Counts:
     def of(cls, model: Any) -> Counts:
         config = model.config.get_text_config()
         sizes = [parameter.numel() for parameter in model.parameters()]
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         head = base.get_output_embeddings().weight.numel()
         outside = sum(
@@ -283,7 +286,7 @@ class Counts:
         )
         layers = config.num_hidden_layers
         layer = (sum(sizes) - outside) // layers
-        return cls(sum(sizes), trained, max(sizes), layer, head, layers, config.hidden_size, config.vocab_size)
+        return cls(sum(sizes), sum(trained), max(trained), layer, head, layers, config.hidden_size, config.vocab_size)
 
     def layer_inputs(self, recipe: Recipe, length: int, width: int) -> float:
         """Bytes that checkpointing keeps for all layers."""

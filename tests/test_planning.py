@@ -90,6 +90,16 @@ def test_static_memory_of_llama_2_7b_by_engine():
     assert plain.cache == 0.0
 
 
+def test_adapters_need_room_for_adapters():
+    planner = Planner(small(lora=True), on_gpu=False)
+    adapted = planner.memory(Options(lora=True))
+    whole = planner.memory(Options())
+    assert adapted.weights > whole.weights, "the adapters themselves"
+    assert adapted.optimizer == 2 * adapted.gradients == 2 * (adapted.weights - whole.weights)
+    # the largest matrix of an adapter: 16 x 160
+    assert adapted.step_workspace == 8 * 16 * 160 and whole.step_workspace == 8 * 512 * 64
+
+
 def test_a_plan_says_what_fits_and_how_long_it_takes(capsys):
     arguments = ["plan", str(ROOT / "configs" / "demo.yaml"), "--gpus", "2", "--gpu-memory", "1", "--json"]
     assert cli.main([*arguments, "--peak-tflops", "100", "--utilisation", "0.5"]) == 0
