@@ -219,13 +219,13 @@ def launch(
     """Rotate q and k into q_out and k_out, which may be q and k; arguments as the operator has them, checked before.
 
     Raises:
-        NotImplementedError: 2^31 tokens and more.
+        ConfigError: 2^31 tokens and more.
     """
     token_axis, head_axis = (2, 1) if heads_first else (1, 2)
     batch, seq_len, head_dim = q.shape[0], q.shape[token_axis], q.shape[3]
     tokens, q_heads, k_heads = batch * seq_len, q.shape[head_axis], k.shape[head_axis]
     if tokens >= 2**31:
-        raise NotImplementedError(f"{tokens} tokens in one call; at most 2^31 - 1")
+        raise ConfigError(f"tokens={tokens}: must be below 2^31 in one call")
     half = (cos if cos is not None else phases).shape[-1]  # type: ignore[union-attr]
     tail = 0 if q_out is q else head_dim - 2 * half
     larger = q if q_heads else k
