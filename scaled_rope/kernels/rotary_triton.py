@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from scaled_rope.errors import ConfigError
+
 TILE = 2048
 """Pairs of dimensions per tile: with 128 threads and bf16 four 16-byte loads each, all in flight at once."""
 PROGRAMS = 1024
