@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from scaled_rope.errors import ConfigError, Parser, run_cli
-from scaled_rope.evaluation import Meter, command_line, format_table
+from scaled_rope.evaluation import Meter, command_line, format_table, given_arguments
 from scaled_rope.harness import NO_LIMIT, PAPER, Catalogue, job_cells, model_class, model_of_job
 from scaled_rope.loading import ModelLoader, add_model_arguments, model_jobs
 from scaled_rope.results import Row, append_row, finished_keys, provenance, read_rows, row_key
@@ -88,10 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     catalogue = Catalogue(args.offline, lengths, args.limit, args.include_path)
     catalogue.check(names)
     load = ModelLoader(args)
-    given = {name: value for name, value in vars(args).items() if value not in (None, False, [])}
     record: dict[str, Any] = {
         "command": command_line(parser, argv),
-        **provenance(load.device, None, given),
+        **provenance(load.device, None, given_arguments(args)),
     }
     record["versions"]["lm-eval"] = _version()
     finished = finished_keys(args.output)

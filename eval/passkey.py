@@ -41,6 +41,7 @@ from scaled_rope.evaluation import (
     batch_size,
     command_line,
     context_lengths,
+    given_arguments,
     print_summary,
     report_failures,
     run,
@@ -59,7 +60,7 @@ from scaled_rope.loss import hidden_states, project, shared_hidden_states
 from scaled_rope.passkey import PasskeyPrompt, build_prompt, draw_key
 from scaled_rope.plots import check_format
 from scaled_rope.results import Row, provenance
-from scaled_rope.retrieval import context_rows, context_table, given_arguments, record_contexts, tally
+from scaled_rope.retrieval import context_rows, context_table, record_contexts, tally
 
 DEPTHS = ("grid", "random")
 

@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 
-from scaled_rope.corpora import STANDIN, standin
 from scaled_rope.data import IntArray, read_documents
 from scaled_rope.errors import ConfigError, Parser, run_cli
 from scaled_rope.evaluation import (
@@ -37,6 +36,7 @@ from scaled_rope.evaluation import (
     batch_size,
     command_line,
     context_lengths,
+    given_arguments,
     print_summary,
     report_failures,
     run,
@@ -58,7 +58,6 @@ from scaled_rope.retrieval import (
     context_rows,
     context_table,
     format_share,
-    given_arguments,
     record_contexts,
     tally,
 )
@@ -119,11 +118,10 @@ def lengths_of(args: argparse.Namespace) -> list[int]:
 def read_tokens(args: argparse.Namespace, tokenizer: Any, wanted: int) -> IntArray:
     """The first `wanted` tokens of the documents, a blank line between two; fewer where there are no more."""
     name = args.dataset
-    source = str(standin(name)) if name.startswith(STANDIN) else name
     between = encode(tokenizer, "\n\n")
     pieces: list[IntArray] = []
     count = 0
-    for text in read_documents(source, args.feature, args.split):
+    for text in read_documents(name, args.feature, args.split):
         pieces.append(np.asarray((between if pieces else []) + encode(tokenizer, text), dtype=np.int64))
         count += len(pieces[-1])
         if count >= wanted:

@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from scaled_rope.corpora import STANDIN, hub_documents, hub_table, standin
+from scaled_rope.corpora import STANDIN, hub_documents, hub_table
 from scaled_rope.data import ColumnDataset, TokenRows, open_rows, read_documents
 from scaled_rope.errors import ConfigError, Parser, run_cli
 from scaled_rope.evaluation import (
@@ -64,6 +64,7 @@ from scaled_rope.loading import (
     model_jobs,
 )
 from scaled_rope.loss import IGNORE, token_nll
+from scaled_rope.passkey import encode
 from scaled_rope.results import Row, row_key
 from scaled_rope.windows import (
     SEED,
@@ -169,16 +170,12 @@ def documents(args: argparse.Namespace, source: Source, tokenizer: Any) -> Itera
         for index in range(len(rows)):
             yield rows.row(index)[0]
         return
-    if name.startswith(STANDIN):
-        texts = read_documents(str(standin(name)))
-    elif args.subset is not None:
+    if args.subset is not None:
         texts = hub_documents(name, args.subset, args.split, args.feature)
     else:
         texts = read_documents(name, args.feature, args.split)
     for text in texts:
-        # "verbose" off: a document longer than the model's context is what we came for.
-        ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        yield np.asarray(ids, dtype=np.int64)
+        yield np.asarray(encode(tokenizer, text), dtype=np.int64)
 
 
 def save_tokenized(args: argparse.Namespace, source: Source, models: Sequence[str], output: str) -> int:

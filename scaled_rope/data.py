@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from scaled_rope.corpora import STANDIN, standin
 from scaled_rope.errors import ConfigError, unknown
 
 IntArray = npt.NDArray[np.int64]
@@ -97,7 +98,7 @@ def read_documents(source: str, feature: str = "text", split: str = "train", as_
     """Texts of a source, one by one: a .txt, .jsonl or .parquet file, a sorted folder of such files, or a hub dataset.
 
     Args:
-        source: local path or hub name; NAME:FOLDER for one folder of a hub dataset's repository.
+        source: local path, hub name, or standin:NAME; NAME:FOLDER for one folder of a hub dataset's repository.
         feature: the field that holds the text, where records have fields.
         split: split of a hub dataset.
         as_json: read files as JSON lines whatever their suffix.
@@ -105,6 +106,9 @@ def read_documents(source: str, feature: str = "text", split: str = "train", as_
     Raises:
         ConfigError: nothing there, an unreadable record, or a field that does not exist.
     """
+    if source.startswith(STANDIN):
+        yield from read_documents(str(standin(source)))
+        return
     path = Path(source)
     if path.is_dir():
         files = sorted(

@@ -90,6 +90,15 @@ def command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) ->
     return shlex.join(["python", parser.prog, *(sys.argv[1:] if argv is None else argv)])
 
 
+def given_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that say something, as rows record them."""
+
+    def says(value: Any) -> bool:
+        return value is not None and value is not False and value != [] and not callable(value)
+
+    return {name: value for name, value in vars(args).items() if says(value)}
+
+
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags for context lengths, output and progress."""
     add = parser.add_argument_group("lengths and output").add_argument
@@ -308,8 +317,7 @@ def run_all(
     _check_output(args.output)
     total = sum(evaluators[name].tokens(job, length) for (name, job), passes in plan.items() for length in passes)
     load = ModelLoader(args)
-    given = {name: value for name, value in vars(args).items() if value is not None and value is not False}
-    record = {"command": command, **provenance(load.device, seed, given)}
+    record = {"command": command, **provenance(load.device, seed, given_arguments(args))}
     collected = {name: _collect(args.output, cells) for name, cells in identities.items()}
 
     def write_table() -> None:

@@ -35,7 +35,7 @@ from scaled_rope.benchmarks_data import SOURCES
 from scaled_rope.config import RopeScaling
 from scaled_rope.errors import ConfigError, run_cli, unknown
 from scaled_rope.loading import ModelJob, at_length, load_config, load_model, load_tokenizer
-from scaled_rope.loss import hidden_states, project
+from scaled_rope.loss import hidden_states, positions_per_chunk, project
 from scaled_rope.patch import patched_scaling
 from scaled_rope.results import Row
 from scaled_rope.retrieval import wilson_interval
@@ -47,7 +47,6 @@ NO_LIMIT = 2**31 - 1
 """A context in tokens that no prompt reaches."""
 
 _TOKENS_PER_PASS = 2**14
-_LOGITS_PER_CHUNK = 2**25
 _FEWSHOT_SEED = 1234  # lm-eval's default
 
 
@@ -167,7 +166,7 @@ def score(
 
 def _score_positions(model: Any, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of each target [N] at hidden states [N, H], and whether it is the likeliest token."""
-    chunk = max(1, _LOGITS_PER_CHUNK // int(model.config.get_text_config().vocab_size))
+    chunk = positions_per_chunk(model)
     logs, greedy = [], []
     for states, wanted in zip(torch.split(hidden, chunk), torch.split(target, chunk), strict=True):
         logits = project(model, states)
@@ -488,9 +487,7 @@ class Catalogue:
         """lm-eval's index of tasks. Reading all 14 000 task files takes half a minute, so mostly it has a part."""
         tasks = _lm_eval("tasks")
         root = Path(tasks.__file__).parent
-        parts = (
-            [] if everything else [root / name for name in ("arc", "hellaswag", "mmlu/default", "ruler", "truthfulqa")]
-        )
+        parts = [] if everything else [root / name for name in _TASK_FOLDERS]
         metadata = {} if model is None else {"pretrained": model, "tokenizer": model}
         return tasks.TaskManager(
             include_path=[*parts, TASKS, *self.include],

@@ -173,10 +173,15 @@ def token_nll(
     return torch.cat(scored, dim=1)
 
 
+def positions_per_chunk(model: nn.Module) -> int:
+    """Positions whose float32 logits may be held at once."""
+    return max(1, _LOGITS_PER_CHUNK // int(_causal_lm(model).config.get_text_config().vocab_size))
+
+
 def _score(model: nn.Module, hidden: Tensor, targets: Tensor, chunk: int | None) -> Tensor:
     """The loss [B, t] of targets [B, t] given hidden states [B, t, H], over `chunk` positions at a time."""
     if chunk is None:
-        chunk = max(1, _LOGITS_PER_CHUNK // int(_causal_lm(model).config.get_text_config().vocab_size))
+        chunk = positions_per_chunk(model)
 
     def piece(hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(project(model, hidden), targets, ignore_index=IGNORE, reduction="none")

@@ -77,7 +77,6 @@ def meta_model(recipe: Recipe) -> Any:
 # -------------------------------------------------------------------------------------------------------- the plan
 
 GB = 1e9
-ENGINES = ("plain", "zero2", "zero3", "zero3_offload")
 _MARGIN = 0.08  # of a GPU's memory: CUDA's own, the allocator's gaps, collectives' buffers
 _PREFETCHED_LAYERS = 2  # of ZeRO-3: the layer at work and the next
 _BUCKETS = 4 * 5e8  # elements of ZeRO-2's buckets: gradients and weights, each twice so that they overlap with work

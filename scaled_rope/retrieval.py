@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
 
 from scaled_rope.evaluation import format_table
 from scaled_rope.loading import ModelJob
@@ -93,8 +92,3 @@ def context_table(found: Mapping[ModelJob, Row]) -> str:
         lines.append([job.name, context, accuracy])
     header = ["", "passkey context", "accuracy up to it"]
     return f"passkey context: largest length with at least {100 * PASSED:.0f} % found\n{format_table(header, lines)}"
-
-
-def given_arguments(args: Any) -> dict[str, Any]:
-    """The arguments that say something, as rows record them."""
-    return {name: value for name, value in vars(args).items() if value is not None and value is not False}

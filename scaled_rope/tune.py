@@ -44,7 +44,7 @@ from scaled_rope.config import RopeScaling
 from scaled_rope.corpora import CORPORA, fetch
 from scaled_rope.data import open_rows, read_documents
 from scaled_rope.errors import ConfigError, Parser
-from scaled_rope.evaluation import format_perplexity, format_table
+from scaled_rope.evaluation import format_perplexity, format_table, given_arguments
 from scaled_rope.loading import (
     ATTENTIONS,
     ModelJob,
@@ -56,6 +56,7 @@ from scaled_rope.loading import (
     model_jobs,
 )
 from scaled_rope.loss import IGNORE, token_nll
+from scaled_rope.passkey import encode
 from scaled_rope.results import Row, append_row, provenance, read_rows, row_key, write_atomic
 
 Tokens = npt.NDArray[np.int64]
@@ -275,9 +276,7 @@ def documents(args: argparse.Namespace, tokenizer: Any) -> Iterator[Tokens]:
             yield rows.row(index)[0]
     else:
         for text in read_documents(source, args.feature, args.split):
-            # "verbose" off: a document longer than the model's context is what we came for.
-            ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-            yield np.asarray(ids, dtype=np.int64)
+            yield np.asarray(encode(tokenizer, text), dtype=np.int64)
 
 
 def cut_windows(source: Iterator[Tokens], length: int, bos: int | None, wanted: int | None, each: int) -> list[Window]:
@@ -833,8 +832,7 @@ def run(args: argparse.Namespace) -> int:
 
     folder = Path(args.output)
     load = ModelLoader(flags)
-    given = {name: value for name, value in vars(args).items() if value not in (None, False) and not callable(value)}
-    record = {"command": _command(args), **provenance(load.device, args.seed, given)}
+    record = {"command": _command(args), **provenance(load.device, args.seed, given_arguments(args))}
     identity = {**job.fields(), "carried": False, "data": {"name": Path(args.dataset).name}}
     with tqdm(
         unit="tok", unit_scale=True, disable=args.hide_progress, mininterval=0.5 if sys.stderr.isatty() else 10
