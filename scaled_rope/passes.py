@@ -201,7 +201,7 @@ class Passes:
         ):  # fmt: skip
             start = 0
             for name, tokens in note.inputs:
-                for piece in tokens.split(PIECE, dim=1):
+                for piece in torch.split(tokens, PIECE, dim=1):
                     end = start + piece.shape[1]
                     forward(
                         **{name: piece},

@@ -520,9 +520,7 @@ def _check_width(
 def _check_steps(every: list[RopeScaling]) -> None:
     """A cache is made anew as a whole."""
     ways = {
-        (one.dynamic_step, one.factor, one.original_max_position_embeddings)
-        for one in every
-        if one.is_length_dependent
+        (one.dynamic_step, one.factor, one.original_max_position_embeddings) for one in every if one.is_length_dependent
     }
     if len(ways) > 1 and any(step is not None for step, _, _ in ways):
         labels = "; ".join(one.label for one in every)
@@ -569,9 +567,7 @@ def _fused(
     return rotation, backend, ()
 
 
-def _watch_passes(
-    base: PreTrainedModel, state: _State, every: list[RopeScaling], half: int
-) -> list[RemovableHandle]:
+def _watch_passes(base: PreTrainedModel, state: _State, every: list[RopeScaling], half: int) -> list[RemovableHandle]:
     """Hooks that know of positions and caches; where frequencies change with every token, keys can be cached before
     rotation from then on."""
     dependent = any(each.is_length_dependent for each in every)
