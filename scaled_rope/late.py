@@ -190,6 +190,12 @@ CURRENT: ContextVar[Pass | None] = ContextVar("late", default=None)
 """The pass that runs, when it is one that rotates late."""
 
 
+@torch.compiler.disable
+def _current() -> Pass | None:
+    # torch.compile cannot trace context variables: a compiled model is in pieces where keys may be rotated late.
+    return CURRENT.get()
+
+
 def begin(
     base: nn.Module,
     rotary: ScaledRotaryEmbedding | LayeredRotaryEmbedding,
@@ -298,7 +304,7 @@ def uninstall(modules: list[nn.Module]) -> None:
 
 def _deferring(now: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, *tables: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        current = CURRENT.get()
+        current = _current()
         if current is None:
             return now(q, k, *tables, **options)
         current.pending = q, k
@@ -318,12 +324,13 @@ class _Interface:
     def get_interface(self, name: str, default: Backend) -> Backend:
         """The backend of that name, or, where queries and keys wait for their rotation, what stands in for it."""
         backend: Backend = self.functions.get_interface(name, default)
-        current = CURRENT.get()
+        current = _current()
         if current is None or current.pending is None:
             return backend
         return functools.partial(_attend, attend=self.attend, interleaved=self.interleaved, backend=backend)
 
 
+@torch.compiler.disable
 def _attend(
     module: nn.Module,
     query: Tensor,
@@ -336,7 +343,7 @@ def _attend(
     backend: Backend,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    current = CURRENT.get()
+    current = _current()
     assert current is not None and current.pending is not None
     (q, k), current.pending = current.pending, None
     layer = _index(module)

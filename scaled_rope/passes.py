@@ -80,8 +80,19 @@ class Passes:
         Raises:
             ConfigError: a cache that this pass cannot read.
         """
-        if torch.compiler.is_compiling() and not self.length_dependent and not self.always:
-            return None  # nothing depends on it but messages
+        return None if self._skipped() else self._begin(module, args, kwargs)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Forward hook, called after a pass that failed as well."""
+        if not self._skipped():
+            self._end(output)
+
+    def _skipped(self) -> bool:
+        """A compiled pass, where nothing depends on the hooks but messages, and tracing them would break it in two."""
+        return torch.compiler.is_compiling() and not self.length_dependent and not self.always
+
+    @torch.compiler.disable
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         name = "input_ids" if given.get("input_ids") is not None else "inputs_embeds"
         if given.get(name) is None:
@@ -113,8 +124,8 @@ class Passes:
         more = given.pop("kwargs", {})  # what forward() takes as **kwargs
         return (), {**given, **more, "position_ids": positions}
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Forward hook, called after a pass that failed as well."""
+    @torch.compiler.disable
+    def _end(self, output: Any) -> None:
         running = _RUNNING.get()
         if running is None:
             return

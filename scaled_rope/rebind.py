@@ -112,7 +112,8 @@ def _install(module: nn.Module, record: _Rebound) -> None:
     function = original.__func__
     # Without a __name__ torch.compile looks names up in this dictionary and not in the source file of that name.
     names = {key: value for key, value in function.__globals__.items() if key != "__name__"} | record.functions
-    copy = types.FunctionType(function.__code__, names, None, function.__defaults__, function.__closure__)
+    # Its own code as well: torch.compile keeps what it made with the code, by names that it puts into one dictionary.
+    copy = types.FunctionType(function.__code__.replace(), names, None, function.__defaults__, function.__closure__)
     functools.update_wrapper(copy, function)
     copy.__kwdefaults__ = function.__kwdefaults__
     del copy.__dict__["__wrapped__"]  # it stands in for the original, it does not call it

@@ -40,6 +40,11 @@ def lengths(seq_len: Tensor | None) -> Iterator[None]:
         _LENGTHS.reset(token)
 
 
+@torch.compiler.disable
+def _lengths_now() -> Tensor | None:
+    return _LENGTHS.get()
+
+
 class ScaledRotaryEmbedding(nn.Module):
     """Rotary tables for any `RopeScaling`, in the interface that the models of transformers call.
 
@@ -85,8 +90,8 @@ class ScaledRotaryEmbedding(nn.Module):
             `lengths`.
         """
         position_ids = position_ids.to(x.device)
-        seq_len = _LENGTHS.get()
-        if seq_len is None and self.scaling.is_length_dependent:
+        seq_len = None
+        if self.scaling.is_length_dependent and (seq_len := _lengths_now()) is None:
             seq_len = position_ids.amax(dim=-1) + 1
         cos, sin = self.tables(position_ids, seq_len)
         dtype = torch.float32 if self.float32_tables else x.dtype
