@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from scaled_rope.caches import Note
 from scaled_rope.errors import ConfigError
 from scaled_rope.fused import APPLY, pairing_of
-from scaled_rope.kernels import rotate
+from scaled_rope.kernels import rotary_decode, rotate
 from scaled_rope.rebind import bound, callers, calls, rebind
 from scaled_rope.rotary import LayeredRotaryEmbedding, Layout, ScaledRotaryEmbedding, row_lengths
 
@@ -77,10 +77,61 @@ def rotate_both(
     backend: Backend,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """An `Attend`: queries and all keys rotated at the scale of the row's present length, then the module's backend."""
+    """An `Attend`: queries and all keys rotated at the scale of the row's present length, then the module's backend; or
+    both at once where a few queries read many keys."""
+    if (mask := _decodable(module, query, key, attention_mask, turn, options)) is not None:
+        assert turn.first_key is not None
+        inv_freq, factor = turn.frequencies_of(turn.rotary, turn.seq_len)
+        return rotary_decode(
+            query,
+            key,
+            value,
+            inv_freq,
+            turn.query_positions,
+            turn.first_key,
+            mask[0],
+            attention_factor=factor,
+            scaling=options.get("scaling"),
+            interleaved=turn.interleaved,
+        ), None
     query = turn.rotate(query, turn.query_positions)
     key = turn.rotate(key, turn.key_positions)
     return backend(module, query, key, value, attention_mask, **options)
+
+
+FEW = 16
+"""Most queries of a pass that rotates keys while it reads them."""
+_FUSED = ("sdpa", "sdpa_blocked", "blockwise", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+"""Backends that compute plain attention, which the kernel may do in their place."""
+
+
+def _decodable(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Any, turn: Turn, options: dict[str, Any]
+) -> tuple[Tensor | None] | None:
+    """What a query sees, [B or 1, 1, Q or 1, K] or None for all before it, in a tuple; None: not for the kernel."""
+    config: Any = getattr(module, "config", None)
+    count, keys = query.shape[2], key.shape[2]
+    if turn.first_key is None or count > FEW or getattr(config, "_attn_implementation", None) not in _FUSED:
+        return None
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        return None
+    if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")) or options.get("dropout"):
+        return None
+    if options.get("is_causal") is False or not getattr(module, "is_causal", True):
+        return None
+    # Some backends are told of windows only here.
+    if (window := options.get("sliding_window")) is not None and keys > window and not _is_whole(mask):
+        return None
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == 0):
+        return (None,) if keys == turn.length else None
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == keys and count == 1:
+        return (mask.bool()[:, None, None],)
+    return (mask,) if _is_whole(mask) and mask.shape[1] == 1 and mask.shape[3] == keys else None
+
+
+def _is_whole(mask: Any) -> bool:
+    """Whether a mask says for each query what it sees."""
+    return isinstance(mask, Tensor) and mask.dim() == 4
 
 
 @dataclass(frozen=True)
@@ -99,6 +150,12 @@ class Turn:
     """Whether neighbours are rotated together instead of halves."""
     tables_of: Callable[[ScaledRotaryEmbedding, Tensor, Tensor], tuple[Tensor, Tensor]]
     """(rotary, positions, seq_len) -> cos and sin, made once for all layers of a pass."""
+    frequencies_of: Callable[[ScaledRotaryEmbedding, Tensor], tuple[Tensor, Tensor]]
+    """(rotary, seq_len) -> frequencies and attention factors, likewise."""
+    first_key: Tensor | None = None
+    """[B] or [1]: the position of the first key, from which the others follow one by one; None in a first pass."""
+    length: int | None = None
+    """How many keys are no more than what a row holds, without an unwritten end."""
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B or 1, T, R/2], float32, at this pass's scale."""
@@ -134,6 +191,7 @@ class Pass:
     """By layer: how many keys the cache hands out, and which token is the first, before the layer changes that."""
     _keys: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _frequencies: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.seq_len = row_lengths(self.positions)
@@ -174,6 +232,14 @@ class Pass:
         rotary = self.rotary.by_type[self.layer_types[_index(module)]]
         assert isinstance(rotary, ScaledRotaryEmbedding)
         return rotary
+
+    def frequencies(self, rotary: ScaledRotaryEmbedding, seq_len: Tensor) -> tuple[Tensor, Tensor]:
+        """Frequencies and attention factors that layers share are computed once."""
+        if seq_len is not self.seq_len:
+            return rotary.frequencies(seq_len)
+        if id(rotary) not in self._frequencies:
+            self._frequencies[id(rotary)] = rotary.frequencies(seq_len)
+        return self._frequencies[id(rotary)]
 
     def tables(self, rotary: ScaledRotaryEmbedding, positions: Tensor, seq_len: Tensor) -> tuple[Tensor, Tensor]:
         """Tables of positions that layers share are made once."""
@@ -354,7 +420,15 @@ def _attend(
         _check_untouched(module, q, query)
         _check_untouched(module, k, key[:, :, : k.shape[2]])
     rotary = current.rotary_of(module)
-    turn = Turn(current.positions, key_positions, current.seq_len, rotary, interleaved, current.tables)
+    first_key, length = None, None
+    if current.start:
+        assert current.offset is not None
+        first = current.sizes[layer][1] if layer in current.sizes else 0
+        first_key, length = current.offset + first, current.start + current.tokens - first
+    turn = Turn(
+        current.positions, key_positions, current.seq_len, rotary, interleaved, current.tables, current.frequencies,
+        first_key, length,
+    )  # fmt: skip
     return attend(module, query, key, value, attention_mask, turn=turn, backend=backend, **options)
 
 

@@ -115,11 +115,15 @@ class ScaledRotaryEmbedding(nn.Module):
         positions = position_ids.to(torch.float32)[..., None]
         if self.scaling.is_length_dependent:
             assert seq_len is not None
-            inv_freq, factor = compute_rope_batch(self.scaling, self.head_dim, seq_len)
+            inv_freq, factor = self.frequencies(seq_len)
             angles = positions * inv_freq[:, None, :]
             return angles.cos() * factor[:, None, None], angles.sin() * factor[:, None, None]
         angles = positions * self.inv_freq.to(position_ids.device)
         return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
+    def frequencies(self, seq_len: Tensor) -> tuple[Tensor, Tensor]:
+        """Frequencies [B, D/2] and attention factors [B], float32, of rows of l' = seq_len [B] tokens."""
+        return compute_rope_batch(self.scaling, self.head_dim, seq_len)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow the model to its device, out of "meta" as well, but never to its dtype."""

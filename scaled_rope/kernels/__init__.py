@@ -3,6 +3,7 @@
 Triton is imported when it is first used: everything works, on the CPU, without it.
 """
 
+from scaled_rope.kernels.decode import rotary_decode
 from scaled_rope.kernels.rotary import (
     apply_rotary,
     apply_rotary_from_frequencies,
@@ -18,5 +19,6 @@ __all__ = [
     "frequency_phases",
     "kernel_backend",
     "packed_position_ids",
+    "rotary_decode",
     "rotate",
 ]

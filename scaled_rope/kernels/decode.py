@@ -1,0 +1,171 @@
+"""Attention of a few queries over many keys that are rotated while they are read: the function and its torch twin.
+
+Shapes: B rows, H query heads, Hkv key heads (H/Hkv of the former share one of the latter), Q queries, K keys,
+D = head_dim, R <= D rotated dimensions (the first ones).
+
+Keys that are cached before rotation must be rotated whenever they are read. Rotating a cache in memory reads and writes
+it once more and reads tables that are as large as one head of it. Here neither happens. Positions of a row are
+consecutive, m = m0 + j in a block that begins at m0, so the rotation by m is one by j, the same in every block, after
+one by m0, which can be taken off the query: q·R(m0 + j)k = (R(m0)ᵀq)·(R(j)k). One table of a block's length serves all
+keys, and what is left of a key after its product with the query is never stored.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from scaled_rope.errors import ConfigError
+from scaled_rope.kernels.rotary import frequency_phases, kernel_backend, tables_from_phases
+
+BLOCK = 512
+"""Keys that the twin rotates at once: few enough for a cache of the processor, many enough to be worth a call."""
+
+
+def rotary_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    inv_freq: Tensor,
+    query_positions: Tensor,
+    first_key: Tensor,
+    mask: Tensor | None = None,
+    *,
+    attention_factor: Tensor | float = 1.0,
+    scaling: float | None = None,
+    interleaved: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(scaling · R(n)q · R(m)k) v for queries at n and keys at consecutive m, neither rotated. No gradients.
+
+    Args:
+        query: [B, H, Q, D].
+        key, value: [B, Hkv, K, D] and [B, Hkv, K, Dv], of query's dtype.
+        inv_freq: [B, R/2] or [1, R/2], float32, radians per position.
+        query_positions: [B, Q] or [1, Q], integers.
+        first_key: [B] or [1], the position of key 0, of either sign.
+        mask: [B or 1, 1, Q or 1, K], true (or 0, added to scores) where a query sees a key; None: the queries are the
+            last Q of K tokens and see what is not after them.
+        attention_factor: the multiplier of cos and sin, [B] or [1] or one number.
+        scaling: default D^(-1/2).
+        interleaved: pair neighbours instead of halves.
+        backend: see `kernel_backend`.
+
+    Returns:
+        [B, Q, H, Dv], in query's dtype. Angles are exact to 1e-7 of a radian at any position.
+
+    Raises:
+        ConfigError: shapes or dtypes that do not fit together.
+    """
+    _check(query, key, value, inv_freq, mask)
+    batch, heads, count, head_dim = query.shape
+    scale = head_dim**-0.5 if scaling is None else scaling
+    wanted = torch.promote_types(query.dtype, torch.float32)
+    phases = frequency_phases(inv_freq)
+    # That of the keys too, so that theirs need none; what is not rotated has no factor.
+    factor = torch.as_tensor(attention_factor, device=query.device, dtype=wanted).reshape(-1, 1, 1, 1) ** 2
+    cos, sin = (table.to(wanted)[:, None] * factor for table in _angles(phases, query_positions))
+    a, b, tail = _parts(query.to(wanted) * scale, phases.shape[-1], interleaved)
+    # Queries of heads that share keys lie side by side, [B, Hkv, H/Hkv·Q, D]; in each a, b and the rest.
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin, tail), dim=-1).reshape(batch, key.shape[1], -1, head_dim)
+    if mask is None and count > 1:
+        seen = torch.arange(key.shape[2] - count, key.shape[2], device=query.device)[:, None]
+        mask = (torch.arange(key.shape[2], device=query.device) <= seen)[None, None]
+    if kernel_backend(query.device, backend) == "triton":
+        from scaled_rope.kernels.decode_triton import launch
+
+        out = launch(turned, key, value, phases, first_key, _boolean(mask), count, interleaved)
+    else:
+        out = _decode_torch(turned, key, value, phases, first_key, mask, count, interleaved)
+    return out.view(batch, heads, count, -1).transpose(1, 2).to(query.dtype).contiguous()
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, inv_freq: Tensor, mask: Tensor | None) -> None:
+    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+    fits = query.dim() == key.dim() == value.dim() == 4 and key.shape[:3] == value.shape[:3]
+    if not fits or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3] or query.shape[1] % key.shape[1]:
+        raise ConfigError(f"{shapes}: must be [B, H, Q, D], [B, Hkv, K, D] and [B, Hkv, K, Dv], H a multiple of Hkv")
+    if not query.is_floating_point() or not query.dtype == key.dtype == value.dtype:
+        raise ConfigError(f"dtypes {query.dtype}, {key.dtype}, {value.dtype}: must be one floating dtype")
+    if inv_freq.dim() != 2 or inv_freq.shape[0] not in (1, query.shape[0]) or 2 * inv_freq.shape[1] > query.shape[3]:
+        raise ConfigError(f"inv_freq {list(inv_freq.shape)}: must be [{query.shape[0]} or 1, at most D/2]")
+    if mask is not None and (mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] != key.shape[2]):
+        raise ConfigError(f"mask {list(mask.shape)}: must be [B or 1, 1, Q or 1, {key.shape[2]}]")
+
+
+def _angles(phases: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [B or 1, T, R/2] of positions [B or 1, T]."""
+    return tables_from_phases(phases[:, None], positions, 1.0)
+
+
+def _parts(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What is rotated together, [..., R/2] twice, and the rest of each head."""
+    if interleaved:
+        return x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2], x[..., 2 * half :]
+    return x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+
+
+def _boolean(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None or mask.dtype == torch.bool else mask == 0
+
+
+def _decode_torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phases: Tensor,
+    first_key: Tensor,
+    mask: Tensor | None,
+    count: int,
+    interleaved: bool,
+) -> Tensor:
+    """[B, Hkv, G, Dv] for queries [B, Hkv, G, D] that are rotated and scaled; G = H/Hkv · Q."""
+    half, keys = phases.shape[-1], key.shape[2]
+    batch, key_heads, rows, head_dim = query.shape
+    block = min(BLOCK, keys)
+    within = _angles(phases, torch.arange(block, device=key.device)[None])
+    starts = first_key.reshape(-1, 1) + torch.arange(0, keys, block, device=key.device)
+    bases = _angles(phases, starts)
+    cos, sin = (table.to(query.dtype)[:, None] for table in within)
+    base_cos, base_sin = (table.to(query.dtype)[:, None] for table in bases)
+    a, b, tail = query[..., :half], query[..., half : 2 * half], query[..., 2 * half :]
+    scores = query.new_empty(batch, key_heads, rows, keys)
+    turned = query.new_empty(batch, key_heads, block, head_dim)
+    for index, start in enumerate(range(0, keys, block)):
+        size = min(block, keys - start)
+        c, s = base_cos[:, :, index, None], base_sin[:, :, index, None]
+        towards = torch.cat((a * c + b * s, b * c - a * s, tail), dim=-1)
+        ka, kb, rest = _parts(key[:, :, start : start + size].to(query.dtype), half, interleaved)
+        one = turned[:, :, :size]
+        torch.mul(ka, cos[:, :, :size], out=one[..., :half]).addcmul_(kb, sin[:, :, :size], value=-1)
+        torch.mul(kb, cos[:, :, :size], out=one[..., half : 2 * half]).addcmul_(ka, sin[:, :, :size])
+        one[..., 2 * half :] = rest
+        scores[..., start : start + size] = towards @ one.transpose(2, 3)
+    if mask is not None:
+        by_query = scores.view(batch, key_heads, -1, count, keys)
+        if mask.dtype == torch.bool:
+            by_query.masked_fill_(~mask[:, :, None], torch.finfo(scores.dtype).min)
+        else:
+            by_query += mask[:, :, None]
+    weights = scores.softmax(dim=-1)
+    if value.dtype == weights.dtype:
+        return weights @ value
+    out = query.new_zeros(batch, key_heads, rows, value.shape[-1])
+    for start in range(0, keys, block):
+        out += weights[..., start : start + block] @ value[:, :, start : start + block].to(weights.dtype)
+    return out
+
+
+def bytes_moved(batch: int, key_heads: int, keys: int, head_dim: int, element: int = 2) -> int:
+    """What a pass has to read of memory at the least: every key and value once."""
+    return 2 * batch * key_heads * keys * head_dim * element
+
+
+def splits_of(keys: int, rows: int, programs: int = 264, block: int = 64) -> int:
+    """Into how many stretches keys are cut, so that `rows` = B · Hkv of them keep a GPU busy.
+
+    programs: two for each multiprocessor of an H100. A stretch is at least four blocks.
+    """
+    return max(1, min(math.ceil(programs / rows), math.ceil(keys / (4 * block))))

@@ -1,0 +1,208 @@
+"""Attention over keys that are rotated while they are read: both backends against float64."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is first imported, which is in a test
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import scaled_rope.late
+from scaled_rope.errors import ConfigError
+from scaled_rope.kernels import rotary_decode
+from scaled_rope.kernels.decode import BLOCK, splits_of
+from scaled_rope.patch import patch_model
+from tests.conftest import VOCABULARY
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return str(request.param)
+
+
+def by_definition(
+    query: Tensor, key: Tensor, value: Tensor, inv_freq: Tensor, at: Tensor, first: Tensor, seen: Tensor,
+    factor: Tensor, interleaved: bool,
+) -> Tensor:  # fmt: skip
+    """softmax(q·k/√D)v in float64, everything rotated beforehand; seen [B or 1, 1, Q, K]."""
+    query, key, value = query.double(), key.double(), value.double()
+    half = inv_freq.shape[-1]
+
+    def rotated(x: Tensor, positions: Tensor) -> Tensor:
+        angles = positions.double()[:, None, :, None] * inv_freq.double()[:, None, None, :]
+        cos, sin = (table * factor.double()[:, None, None, None] for table in (angles.cos(), angles.sin()))
+        out = x.clone()
+        for d in range(half):
+            one, other = (2 * d, 2 * d + 1) if interleaved else (d, d + half)
+            out[..., one] = x[..., one] * cos[..., d] - x[..., other] * sin[..., d]
+            out[..., other] = x[..., other] * cos[..., d] + x[..., one] * sin[..., d]
+        return out
+
+    query, key = rotated(query, at), rotated(key, first[:, None] + torch.arange(key.shape[2]))
+    shared = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
+    scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
+    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value).transpose(1, 2)
+
+
+SHAPES = {
+    "one query, grouped heads, blocks and a rest": (2, 6, 2, 1, BLOCK + 188, 16, 8, False),
+    "some queries, interleaved, a part of the head": (1, 4, 4, 3, 130, 32, 8, True),
+    "rows of their own, odd width": (2, 4, 1, 2, 65, 24, 12, False),
+    "one key": (1, 2, 1, 1, 1, 16, 8, False),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_attention_over_rotated_keys(backend: str, shape: str) -> None:
+    batch, heads, key_heads, count, keys, width, half, interleaved = SHAPES[shape]
+    interpreted = backend == "triton" and DEVICE.type == "cpu"
+    keys = min(keys, 150) if interpreted else keys  # it is slow
+    torch.manual_seed(0)
+    query = torch.randn(batch, heads, count, width)
+    key, value = torch.randn(batch, key_heads, keys, width), torch.randn(batch, key_heads, keys, width)
+    # At positions around 100,000, where a product in float32 would be off by 0.006 radians.
+    first = torch.tensor([100_000, -7][:batch])
+    inv_freq, factor = torch.rand(batch, half), torch.tensor([1.2, 0.9][:batch])
+    at = first[:, None] + torch.arange(keys - count, keys)
+    seen = (torch.arange(keys)[None] <= torch.arange(keys - count, keys)[:, None])[None, None]
+    mask = None
+    if batch == 2:
+        mask = seen = seen & (first[:, None] + torch.arange(keys) >= 0)[:, None, None]
+    wanted = by_definition(query, key, value, inv_freq, at, first, seen, factor, interleaved)
+    given = [None if x is None else x.to(DEVICE) for x in (query, key, value, inv_freq, at, first, mask)]
+    for first_mask in [given[6]] if mask is None else [given[6], torch.where(given[6], 0.0, -torch.inf)]:
+        found = rotary_decode(
+            *given[:6], first_mask, attention_factor=factor.to(DEVICE), interleaved=interleaved, backend=backend
+        )
+        # Weighted means of values near 1, with scores near 5 that are off by a few 1e-7.
+        assert found.shape == wanted.shape and float((found.cpu().double() - wanted).abs().max()) < 3e-6
+    # The interpreter cannot multiply matrices in bfloat16.
+    dtype = torch.float16 if interpreted else torch.bfloat16
+    half_precision = [x.to(DEVICE, dtype) for x in (query, key, value)]
+    found = rotary_decode(
+        *half_precision, *given[3:], attention_factor=factor.to(DEVICE), interleaved=interleaved, backend=backend
+    )
+    wanted = by_definition(*(x.cpu() for x in half_precision), inv_freq, at, first, seen, factor, interleaved)
+    # bfloat16 rounds to 2^-9: rotated keys, weights and the result, each once.
+    assert found.dtype == dtype and float((found.cpu().double() - wanted).abs().max()) < 0.03
+
+
+def test_strides_and_float64(backend: str) -> None:
+    torch.manual_seed(1)
+    query, key, value = (torch.randn(1, 40, heads, 16).transpose(1, 2).to(DEVICE) for heads in (4, 2, 2))
+    query = query[:, :, :2]
+    inv_freq, at, first = torch.rand(1, 8, device=DEVICE), torch.tensor([[38, 39]]), torch.tensor([0])
+    more = (inv_freq, at.to(DEVICE), first.to(DEVICE))
+    found = rotary_decode(query, key, value, *more, backend=backend)
+    copied = rotary_decode(*(x.contiguous() for x in (query, key, value)), *more, backend=backend)
+    torch.testing.assert_close(found, copied, rtol=0, atol=1e-6)
+    if backend == "torch":
+        seen = (torch.arange(40)[None] <= at[0][:, None])[None, None]
+        wanted = by_definition(query, key, value, inv_freq, at, first, seen, torch.ones(1), False)
+        found = rotary_decode(query.double(), key.double(), value.double(), *more, backend=backend)
+        assert float((found - wanted).abs().max()) < 3e-6  # its angles are those of float32
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    x, inv_freq = torch.zeros(1, 4, 2, 16), torch.zeros(1, 8)
+    places = torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    for query, key, frequencies, mask, word in (
+        (x, x[:, :3], inv_freq, None, "multiple"),
+        (x, x[..., :8], inv_freq, None, "Hkv"),
+        (x, x.double(), inv_freq, None, "dtypes"),
+        (x, x, torch.zeros(1, 9), None, "inv_freq"),
+        (x, x, inv_freq, torch.zeros(1, 1, 2, 3), "mask"),
+    ):
+        with pytest.raises(ConfigError, match=word):
+            rotary_decode(query, key, key, frequencies, *places, mask)
+
+
+def test_stretches_keep_a_gpu_busy() -> None:
+    assert splits_of(1, 8) == 1 and splits_of(8192, 8) == 32 and splits_of(10**6, 8) == 33
+    assert splits_of(10**6, 1000) == 1
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_is_the_same_with_it(
+    tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    model: Any = tiny_model()
+    patch_model(model, "dynamic-yarn")
+    ids = torch.randint(1, VOCABULARY, (2, 30), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    ids[0, :9], mask[0, :9] = 0, 0
+    calls = 0
+
+    def counting(*args: Any, **options: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return rotary_decode(*args, **options)
+
+    monkeypatch.setattr(scaled_rope.late, "rotary_decode", counting)
+    settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True,
+                "output_logits": True, "cache_implementation": cache}  # fmt: skip
+    fused = model.generate(ids, **settings)
+    assert calls == 7 * 2  # every pass but the first, two layers
+    monkeypatch.setattr(scaled_rope.late, "FEW", 0)
+    plain = model.generate(ids, **settings)
+    assert calls == 7 * 2 and torch.equal(fused.sequences, plain.sequences)
+    torch.testing.assert_close(torch.stack(fused.logits), torch.stack(plain.logits), rtol=0, atol=5e-5)
+
+
+LAUNCH = """
+import json, re, torch, triton
+from triton.backends.compiler import GPUTarget
+import scaled_rope.kernels.decode_triton as module
+
+
+class H100:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+
+class Compiled:
+    def __getitem__(self, grid):
+        return lambda *args, **options: found.append(kernel.warmup(*args, grid=grid, **options).asm["ptx"])
+
+
+triton.runtime.driver.set_active(H100())
+kernel, found = module.decode_kernel, []
+module.decode_kernel = Compiled()
+query = torch.zeros(1, 8, 4, 128)
+key = torch.zeros(1, 8, 8192, 128, dtype=torch.bfloat16)
+module.launch(query, key, key, torch.zeros(1, 64, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), None, 1, False)
+loads = re.findall(r"(?:ld[.]global|cp[.]async[.]c.[.]shared[.]global)\\S*[^;]*;", found[-1])
+print(json.dumps(["st.local" in found[-1], loads]))
+"""
+
+
+def test_what_an_h100_is_given(tmp_path: Any) -> None:
+    # Compiled for one, without one: keys and values of 32 heads on 8, 128 wide, come 16 bytes at a time, and nothing
+    # is spilled to memory.
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCH], env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    spilled, loads = json.loads(done.stdout.splitlines()[-1])
+    wide = [load for load in loads if ".v4.b32" in load or load.rstrip(";").endswith("0x10") or ", 16" in load]
+    assert not spilled and len(wide) >= 3 and not any(".b16" in load for load in loads)
