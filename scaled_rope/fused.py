@@ -58,6 +58,19 @@ def fused_rotation(base: nn.Module, layout: Layout, half: int, backend: str) -> 
     Returns:
         The function and "", or None and what stands in the way, in a few words.
     """
+    interleaved, reason = pairing_of(base, layout, half)
+    return (None, reason) if interleaved is None else (_rotation(interleaved, backend), "")
+
+
+def pairing_of(base: nn.Module, layout: Layout, half: int) -> tuple[bool | None, str]:
+    """Which dimensions the attention of a base model rotates together.
+
+    Args:
+        layout, half: as in `fused_rotation`.
+
+    Returns:
+        Whether pairs are neighbours (True) or halves (False), and ""; or None and why neither can be said.
+    """
     modules = callers(base, APPLY)
     if not modules:
         return None, f"its attention calls no {APPLY}"
@@ -66,7 +79,7 @@ def fused_rotation(base: nn.Module, layout: Layout, half: int, backend: str) -> 
     pairings = {_pairing(original(module, APPLY), layout, half) for module in modules}
     if len(pairings) != 1 or (interleaved := pairings.pop()) is None:
         return None, f"its {APPLY} is not the common one"
-    return _rotation(interleaved, backend), ""
+    return interleaved, ""
 
 
 def install(base: nn.Module, rotation: Rotation) -> list[nn.Module]:
