@@ -27,7 +27,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.fused import APPLY, pairing_of
 from scaled_rope.kernels import rotate
 from scaled_rope.rebind import bound, callers, calls, rebind
-from scaled_rope.rotary import LayeredRotaryEmbedding, Layout, ScaledRotaryEmbedding
+from scaled_rope.rotary import LayeredRotaryEmbedding, Layout, ScaledRotaryEmbedding, row_lengths
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 """The name under which attention modules look for backends, as INTERFACE.get_interface(name, default)."""
@@ -136,7 +136,7 @@ class Pass:
     _tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.seq_len = self.positions.amax(dim=-1) + 1
+        self.seq_len = row_lengths(self.positions)
 
     @property
     def tokens(self) -> int:
@@ -190,7 +190,7 @@ CURRENT: ContextVar[Pass | None] = ContextVar("late", default=None)
 """The pass that runs, when it is one that rotates late."""
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _current() -> Pass | None:
     # torch.compile cannot trace context variables: a compiled model is in pieces where keys may be rotated late.
     return CURRENT.get()
@@ -330,7 +330,7 @@ class _Interface:
         return functools.partial(_attend, attend=self.attend, interleaved=self.interleaved, backend=backend)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend(
     module: nn.Module,
     query: Tensor,

@@ -25,7 +25,7 @@ from scaled_rope.caches import Note, Patch, check_note, leave_note, length_of
 from scaled_rope.config import RopeScaling
 from scaled_rope.errors import ConfigError
 from scaled_rope.methods import compute_scale
-from scaled_rope.rotary import lengths
+from scaled_rope.rotary import lengths, row_lengths
 
 PIECE = 1024
 """Tokens per pass when a cache is made anew."""
@@ -91,7 +91,7 @@ class Passes:
         """A compiled pass, where nothing depends on the hooks but messages, and tracing them would break it in two."""
         return torch.compiler.is_compiling() and not self.length_dependent and not self.always
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         name = "input_ids" if given.get("input_ids") is not None else "inputs_embeds"
@@ -124,7 +124,7 @@ class Passes:
         more = given.pop("kwargs", {})  # what forward() takes as **kwargs
         return (), {**given, **more, "position_ids": positions}
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, output: Any) -> None:
         running = _RUNNING.get()
         if running is None:
@@ -169,7 +169,7 @@ class Passes:
     # ------------------------------------------------------------------------------------------------------ by steps
 
     def _scale(self, positions: Tensor) -> Tensor:
-        return compute_scale(self.scaling, positions.amax(dim=-1) + 1)
+        return compute_scale(self.scaling, row_lengths(positions))
 
     def _keep_up(self, module: nn.Module, running: _Running, start: int) -> None:
         """Make the cache anew where a row of it was rotated at another scale than this pass has."""
@@ -191,7 +191,7 @@ class Passes:
                 f"scale {_span(wanted)}; pad on the left, and give one text per row"
             )
         running.note = None
-        self._prefill(module, running.cache, note, positions.amax(dim=-1) + 1, _span(wanted))
+        self._prefill(module, running.cache, note, row_lengths(positions), _span(wanted))
         note.scale = wanted
         running.note = note
 

@@ -40,7 +40,13 @@ def lengths(seq_len: Tensor | None) -> Iterator[None]:
         _LENGTHS.reset(token)
 
 
-@torch.compiler.disable
+def row_lengths(position_ids: Tensor) -> Tensor:
+    """l' of rows whose latest positions are these [B, T]: largest position + 1, or what `lengths` says; [B] or [1]."""
+    given = _lengths_now()
+    return position_ids.amax(dim=-1) + 1 if given is None else given.to(position_ids.device)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _lengths_now() -> Tensor | None:
     return _LENGTHS.get()
 
@@ -90,9 +96,7 @@ class ScaledRotaryEmbedding(nn.Module):
             `lengths`.
         """
         position_ids = position_ids.to(x.device)
-        seq_len = None
-        if self.scaling.is_length_dependent and (seq_len := _lengths_now()) is None:
-            seq_len = position_ids.amax(dim=-1) + 1
+        seq_len = row_lengths(position_ids) if self.scaling.is_length_dependent else None
         cos, sin = self.tables(position_ids, seq_len)
         dtype = torch.float32 if self.float32_tables else x.dtype
         return lay_out(cos, self.layout).to(dtype), lay_out(sin, self.layout).to(dtype)

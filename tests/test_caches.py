@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from scaled_rope.config import RopeScaling
 from scaled_rope.errors import ConfigError
+from scaled_rope.loss import token_nll
 from scaled_rope.methods import compute_scale
 from scaled_rope.patch import patch_model, unpatch_model
 from tests import reference
@@ -77,8 +78,8 @@ def rotated(heads: Tensor, frequencies: list[float], factor: float) -> Tensor:
 
 @torch.no_grad()
 def literally(model: Any, ids: Tensor, ends: list[int]) -> Tensor:
-    """Dynamic-YaRN with a cache by its definition, in float64, for a tiny Llama and one text [T]: every layer keeps keys
-    as they are before rotation; every pass rotates all of them, and its queries, at the scale of its length."""
+    """Dynamic-YaRN with a cache by its definition, in float64, for a tiny Llama and one text [T]: every layer keeps
+    keys as they are before rotation; every pass rotates all of them, and its queries, at the scale of its length."""
     model = copy.deepcopy(model).double()
     config, base = model.config, model.model
     dim, groups = config.head_dim, config.num_attention_heads // config.num_key_value_heads
@@ -165,6 +166,15 @@ def test_a_dynamic_scaling_that_has_not_begun_is_the_static_one(tiny_model: Make
     for spec in ("dynamic-yarn:2", "dynamic-yarn:2,dynamic_step=1.5"):
         patch_model(dynamic, spec)
         assert distance(through_cache(dynamic, text, ends), through_cache(static, text, ends)) < SAME
+
+
+def test_pieces_of_one_length_are_a_whole_pass(tiny_model: Make, text: Tensor) -> None:
+    model = tiny_model()
+    for spec in ("dynamic-yarn", "dynamic-yarn,dynamic_step=2"):
+        patch_model(model, spec)
+        with torch.no_grad():
+            wanted = token_nll(model, text, text)
+            assert distance(token_nll(model, text, text, prefill_chunk=17), wanted) < SAME
 
 
 def test_layers_may_differ(tiny_model: Make, text: Tensor) -> None:
