@@ -26,7 +26,7 @@ PROOFS = ["--dataset", "standin:hol-light", "--samples", "12"]
 ZERO_SHOT = ("default", "linear:8", "ntk:8", "abf:8,theta=200000", "ntk-by-parts:8", "yarn:8")
 FIGURE5 = ("default", "dynamic-linear", "dynamic-ntk", "dynamic-yarn")
 FORKS = (
-    "yarn:8", "yarn:8,truncate=false", "yarn:8,ramp=rotations", "yarn:8,ramp=rotations,truncate=false",
+    "yarn:8", "yarn:8,truncate=false", "yarn:8,ramp=rotations",
     "yarn:8,beta_fast=16", "yarn:8,beta_fast=8", "yarn:8,beta_slow=2", "yarn:8,beta_slow=4",
 )  # fmt: skip
 
