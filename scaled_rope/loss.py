@@ -96,7 +96,8 @@ def shared_hidden_states(
     sequences so that each shares as much as possible with its neighbour.
 
     Args:
-        model: under a scaling that does not depend on the length, which what is shared would have from another sequence.
+        model: under a scaling that does not depend on the length, which what is
+            shared would have from another sequence.
         sequences: token ids [T_i].
         starts: below T_i.
         chunk: positions that go through the model at once; a mask of chunk x T is built for all but the first.
