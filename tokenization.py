@@ -13,8 +13,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +20,7 @@ from tqdm import tqdm
 
 from scaled_rope.data import BOOKENDS, PackedWriter, Source, is_sampled, open_packed, pack, read_documents
 from scaled_rope.errors import ConfigError, Parser, run_cli
-
-_BATCH_CHARACTERS = 4_000_000  # text handed to a worker at once: bounds memory, amortises the hand-over
-_worker_tokenizer = None
-
-
-def _start_worker(name: str) -> None:
-    global _worker_tokenizer
-    from scaled_rope.loading import load_tokenizer
-
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_tokenizer = load_tokenizer(name)
-
-
-def _encode(texts: list[str]) -> list[list[int]]:
-    assert _worker_tokenizer is not None
-    return _worker_tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+from scaled_rope.tokenizing import tokenized
 
 
 def _documents(sources: Sequence[Source], args: argparse.Namespace) -> Iterator[str]:
@@ -45,33 +28,6 @@ def _documents(sources: Sequence[Source], args: argparse.Namespace) -> Iterator[
         for number, text in enumerate(read_documents(source.path, args.feature, args.split, args.json)):
             if is_sampled(args.seed, place, number, source.fraction):
                 yield text
-
-
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def tokenized(texts: Iterator[str], tokenizer: str, num_proc: int) -> Iterator[list[int]]:
-    """Token ids of each text, in order, whatever `num_proc`."""
-    batches = _batches(texts)
-    if num_proc == 1:
-        _start_worker(tokenizer)
-        for batch in batches:
-            yield from _encode(batch)
-        return
-    with ProcessPoolExecutor(num_proc, initializer=_start_worker, initargs=(tokenizer,)) as pool:
-        pending = [pool.submit(_encode, batch) for batch in islice(batches, 2 * num_proc)]
-        while pending:
-            yield from pending.pop(0).result()
-            pending.extend(pool.submit(_encode, batch) for batch in islice(batches, 1))
 
 
 def push_to_hub(output: Path, name: str) -> None:

@@ -7,8 +7,9 @@ The model has the shape of SmolLM2-135M (30 layers, hidden size 576, 9 heads on 
 float32; its original length is 1024, so that every length is an extension. What a cache holds doesn't change its cost,
 so it is filled with random numbers. One token is decoded at each length by each variant in turn, over and over, in
 another order each time, and the cache put back: the machine's moods then fall on all alike. Kept are medians of the
-time of the core and of the clock, and the median of the quotients of the former within a round. The cost of making a cache anew, which `stepped` pays once per doubling, is timed once per length up to
-`--rebuild-until`, and spread over the tokens since the step before.
+time of the core and of the clock, and the median of the quotients of the former within a round. The cost of making a
+cache anew, which `stepped` pays once per doubling, is timed once per length up to `--rebuild-until`, and spread over
+the tokens since the step before.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from scaled_rope.errors import ConfigError, Parser, run_cli
 from scaled_rope.generation import end_tokens
 from scaled_rope.loading import ModelJob, ModelLoader, add_model_arguments, load_tokenizer, model_jobs
 from scaled_rope.passkey import encode
+from scaled_rope.patch import cache_obstacle
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -144,11 +145,10 @@ def context_of(job: ModelJob) -> int | None:
 def answerer(args: argparse.Namespace, job: ModelJob) -> Callable[[str], None]:
     """A function that prints the model's answer to a prompt as it is made."""
     tokenizer, model = load_tokenizer(job.model), ModelLoader(args)(job)
-    cached = not job.scaling.is_length_dependent
-    if not cached:
-        print(f"note: {job.label} changes every key as the text grows, so no cache is kept (use_cache=False); "
-              "each token reads the whole text again", file=sys.stderr)  # fmt: skip
-    config = generation_config(args, model, tokenizer, cached)
+    if obstacle := cache_obstacle(model):
+        print(f"note: {job.label} changes every key as the text grows, and {obstacle}, so no cache is kept "
+              "(use_cache=False); each token reads the whole text again", file=sys.stderr)  # fmt: skip
+    config = generation_config(args, model, tokenizer, cached=not obstacle)
     context = context_of(job)
     torch.manual_seed(args.seed)
 

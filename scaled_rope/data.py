@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -368,7 +368,7 @@ class PackCounts:
 
 
 def pack(
-    documents: Iterable[Sequence[int]],
+    documents: Iterable[npt.ArrayLike],
     writer: PackedWriter,
     bos: int | None,
     eos: int | None,
@@ -384,10 +384,13 @@ def pack(
         raise ConfigError(f"bookend {bookend!r} is not allowed; one of: {', '.join(BOOKENDS)}")
     head, tail = _bookends(bos, eos)
     counts, per_row = PackCounts(), bookend == "chunk"
+    before, after = np.asarray(head, np.int64), np.asarray(tail, np.int64)
 
     def pieces() -> Iterator[tuple[IntArray, None]]:
         for document in documents:
-            ids = np.asarray(document if per_row else [*head, *document, *tail], dtype=np.int64)
+            ids = np.asarray(document, dtype=np.int64)
+            if not per_row:
+                ids = np.concatenate((before, ids, after))
             counts.documents += 1
             counts.tokens += len(ids)
             yield ids, None

@@ -777,16 +777,16 @@ class _Examination:
                 "warning",
                 "The base grows with the sequence, but transformers and most servers cache keys that are rotated "
                 "already: cached and new keys then disagree, and what the model says depends on earlier inputs.",
-                "Use a static scaling for generation, or load with scaled_rope.loading.load_model, which refuses such "
-                "a cache, and pass use_cache=False.",
+                "Use a static scaling for generation, or load with scaled_rope.loading.load_model, which caches keys "
+                "before rotation.",
             )
         elif scaling.dynamic:
             self.find(
                 "dynamic-cache",
                 "info",
                 f"{scaling.label}: frequencies depend on the length of each sequence, so keys must be cached before "
-                "rotation. This package refuses other caches; other programs do not run this scaling.",
-                "Pass use_cache=False; for servers, export a static scaling for one length.",
+                "rotation. This package does so; other programs do not run this scaling.",
+                "Nothing to do here; for servers, export a static scaling for one length.",
             )
         elif scaling.method == "longrope":
             self.find(

@@ -289,7 +289,7 @@ def model_class() -> Any:
             if not self.scaling.is_length_dependent:
                 generated: Tensor = super()._model_generate(*args, **options)
                 return generated
-            # lm-eval insists on a cache, which a scale that grows with the text cannot have.
+            # lm-eval insists on a cache. Without one each token is what a full pass at its length says.
             model: Any = self._model
 
             def generate(**given: Any) -> Tensor:

@@ -150,6 +150,8 @@ class _State:
     """Attention modules that call the rotary kernel."""
     late: list[nn.Module] = field(default_factory=list)
     """Attention modules that can rotate after the cache."""
+    obstacle: str = ""
+    """Why none can, where they must."""
 
 
 def patch_model(
@@ -280,6 +282,13 @@ def patched_kernel(model: nn.Module) -> str | None:
     """The backend of the rotary kernel that `patch_model` put into `model`, or None."""
     state = _state_of(model)
     return state.kernel if state else None
+
+
+def cache_obstacle(model: nn.Module) -> str:
+    """Why `model`, under the scaling that `patch_model` gave it, can use no key/value cache, in a few words; "" when it
+    can."""
+    state = _state_of(model)
+    return state.obstacle if state else ""
 
 
 def _state_of(model: nn.Module) -> _State | None:
@@ -578,7 +587,7 @@ def _watch_passes(base: PreTrainedModel, state: _State, every: list[RopeScaling]
     if dependent and not passes.stepped:
         # What a family's own function rotates is asked in the layout that this function wants.
         state.late, passes.obstacle = late.install(base, state.adapter.layout, half)
-        passes.late = bool(state.late)
+        passes.late, state.obstacle = bool(state.late), passes.obstacle
     return passes.install(base)
 
 

@@ -721,7 +721,7 @@ def loop(
     return said.out, said.err
 
 
-def test_dynamic_prompts_keep_no_cache_and_say_so_once(
+def test_dynamic_prompts_are_answered_through_a_cache(
     checkpoint: str,
     tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
@@ -730,9 +730,13 @@ def test_dynamic_prompts_keep_no_cache_and_say_so_once(
     argv = ("-m", checkpoint, "--dynamic-yarn", "--max-new-tokens", "3")
     long = STORY * 4
     out, err = loop(monkeypatch, capsys, io.StringIO(f"The sea\n{long}\n"), *argv)
-    assert err.count("use_cache=False") == 1 and "warning" not in err
+    assert err == ""
     patch_model(model := LlamaForCausalLM.from_pretrained(checkpoint).eval(), "dynamic-yarn")
-    assert out == "".join(answered(model, tokenizer, one, 3, cached=False) + "\n" for one in ("The sea", long))
+    assert out == "".join(answered(model, tokenizer, one, 3, cached=True) + "\n" for one in ("The sea", long))
+    # A family that cannot rotate late is asked without, and that is said once.
+    monkeypatch.setattr(prompt_loop, "cache_obstacle", lambda model: "its attention is its own")
+    _, err = loop(monkeypatch, capsys, io.StringIO("The sea\nThe sea\n"), *argv)
+    assert err.count("use_cache=False") == 1
 
 
 def test_long_prompts_warn_and_files_are_read(

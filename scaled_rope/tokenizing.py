@@ -1,0 +1,208 @@
+"""Texts to token ids, in order, over several processes; nothing is held but a few batches and the document at work.
+
+A tokenizer needs memory and time that grow faster than its text, so documents are read in windows that overlap.
+Two neighbours are joined in the middle of their overlap, where both must have read the same tokens at the same places;
+where they have not, they are read again as one. Tokenizers look ahead and back by words at most, so the ids are those
+of the document as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.uint32]
+
+#: characters handed to a process at once: bounds memory, amortises the hand-over
+BATCH = 2**21
+#: characters of a window of a long document
+WINDOW = 2**14
+#: characters that neighbouring windows share
+OVERLAP = 2**10
+#: fewest tokens in the middle half of an overlap on which two windows may be joined
+AGREEMENT = 32
+
+_tokenizer: Any = None  # of this process
+
+
+@dataclass(frozen=True)
+class Part:
+    """Characters `start` to `start + len(text)` of a document; `last` says whether they are its end."""
+
+    text: str
+    start: int = 0
+    last: bool = True
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A part's ids, and where the tokens near its ends begin: index of the first such token, and characters."""
+
+    ids: Ids
+    head: tuple[int, npt.NDArray[np.int64]]
+    tail: tuple[int, npt.NDArray[np.int64]]
+
+
+def _load(name: str) -> None:
+    global _tokenizer
+    from scaled_rope.loading import load_tokenizer
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are what is parallel here
+    _tokenizer = load_tokenizer(name)
+
+
+def _encode(parts: list[Part]) -> tuple[Ids, list[int], list[tuple[Any, Any]]]:
+    """Ids of all parts in a row, tokens of each, and the places of tokens near the ends of those that are windows.
+
+    Few large arrays, because many small ones take longer to hand over than to make.
+    """
+    found = _tokenizer(
+        [part.text for part in parts], add_special_tokens=False, return_attention_mask=False, verbose=False
+    )
+    lengths = [len(ids) for ids in found["input_ids"]]
+    flat = np.fromiter(chain.from_iterable(found["input_ids"]), np.uint32, sum(lengths))
+    none = (0, np.empty(0, np.int64))
+    places = []
+    for index, part in enumerate(parts):
+        windowed = part.start > 0, not part.last
+        size, count = len(part.text), lengths[index]
+        head = _places(found, index, part, 0, min(OVERLAP, size), count) if windowed[0] else none
+        tail = _places(found, index, part, max(0, size - OVERLAP), size, count) if windowed[1] else none
+        places.append((head, tail))
+    return flat, lengths, places
+
+
+def _places(found: Any, index: int, part: Part, begin: int, end: int, count: int) -> tuple[int, Any]:
+    """Where the tokens that begin in characters [begin, end) of a part do so, counted in the document."""
+
+    def start(token: int) -> int:
+        span = found.token_to_chars(index, token)
+        return -1 if span is None else int(span.start)
+
+    # Starts do not fall, so the first token of the stretch is found by halving.
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if start(middle) < begin else (low, middle)
+    first, starts = low, []
+    while low < count and (place := start(low)) < end:
+        starts.append(place)
+        low += 1
+    return first, np.asarray(starts, np.int64) + part.start
+
+
+def _join(left: _Read, right: _Read, begin: int) -> tuple[int, int] | None:
+    """How many tokens of `left` to keep and how many of `right` to skip, for windows that share the `OVERLAP`
+    characters from `begin` on; None where they do not agree."""
+    middle = begin + OVERLAP // 4, begin + OVERLAP * 3 // 4
+    sides = []
+    for ids, (first, starts) in ((left.ids, left.tail), (right.ids, right.head)):
+        low, high = np.searchsorted(starts, middle)
+        sides.append((first + low, starts[low:high], ids[first + low : first + high]))
+    (keep, left_starts, left_ids), (skip, right_starts, right_ids) = sides
+    agree = np.array_equal(left_starts, right_starts) and np.array_equal(left_ids, right_ids)
+    return (int(keep), int(skip)) if agree and len(left_ids) >= AGREEMENT else None
+
+
+def parts_of(text: str) -> Iterator[Part]:
+    """The windows of a document; itself where it is short."""
+    start = 0
+    while len(text) - start > WINDOW + OVERLAP:
+        yield Part(text[start : start + WINDOW], start, last=False)
+        start += WINDOW - OVERLAP
+    yield Part(text[start:], start)
+
+
+def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    batch: list[Part] = []
+    size = 0
+    for part in parts:
+        batch.append(part)
+        size += len(part.text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _read(batches: Iterator[list[Part]], tokenizer: str, num_proc: int) -> Iterator[tuple[Part, _Read]]:
+    """Every part with its ids, in order."""
+
+    def unpacked(batch: list[Part], result: tuple[Ids, list[int], list[tuple[Any, Any]]]) -> Iterator[Any]:
+        flat, lengths, places = result
+        borders = np.cumsum([0, *lengths])
+        for part, begin, end, (head, tail) in zip(batch, borders[:-1], borders[1:], places, strict=True):
+            yield part, _Read(flat[begin:end], head, tail)
+
+    if num_proc == 1:
+        for batch in batches:
+            yield from unpacked(batch, _encode(batch))
+        return
+    with ProcessPoolExecutor(num_proc, initializer=_load, initargs=(tokenizer,)) as pool:
+        pending: list[tuple[list[Part], Future[Any]]] = []
+        for batch in batches:
+            pending.append((batch, pool.submit(_encode, batch)))
+            if len(pending) == 2 * num_proc:
+                oldest, future = pending.pop(0)
+                yield from unpacked(oldest, future.result())
+        for oldest, future in pending:
+            yield from unpacked(oldest, future.result())
+
+
+class _Joiner:
+    """Puts the windows of one document together; `pieces` in a row are the ids that are settled."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Ids] = []
+        self._held: tuple[Part, _Read, int] | None = None  # the newest window, and how many of its tokens to skip
+        self._absorb = 0  # windows to join to it as text before it is read again
+        self._absorbed = 1  # windows that it is made of
+
+    def add(self, part: Part, read: _Read) -> None:
+        if self._held is None:
+            self._held = part, read, 0
+        else:
+            before, left, skip = self._held
+            joint = None if self._absorb else _join(left, read, part.start)
+            if joint is not None:
+                keep, following = joint
+                self.pieces.append(left.ids[skip:keep])
+                self._held, self._absorbed = (part, read, following), 1
+            else:
+                # Windows that disagree (say, within one endless word) are read again as one, then twice as many.
+                self._absorb = (self._absorb or self._absorbed) - 1
+                self._absorbed += 1
+                whole = Part(before.text + part.text[OVERLAP:], before.start, part.last)
+                if not self._absorb or part.last:
+                    flat, _, (places,) = _encode([whole])
+                    left = _Read(flat, *places)
+                self._held = whole, left, skip
+        if part.last:
+            _, left, skip = self._held
+            self.pieces.append(left.ids[skip:])
+
+
+def tokenized(texts: Iterable[str], tokenizer: str, num_proc: int) -> Iterator[Ids]:
+    """Token ids of each text, without special tokens, in order, whatever `num_proc`. Texts are taken as needed.
+
+    Args:
+        tokenizer: folder or hub name.
+        num_proc: processes; 1 works in this one.
+    """
+    _load(tokenizer)
+    split = bool(getattr(_tokenizer, "is_fast", False))  # others do not say where tokens are
+    parts = (part for text in texts for part in (parts_of(text) if split else [Part(text)]))
+    joiner = _Joiner()
+    for part, read in _read(_batches(parts), tokenizer, num_proc):
+        joiner.add(part, read)
+        if part.last:
+            yield joiner.pieces[0] if len(joiner.pieces) == 1 else np.concatenate(joiner.pieces)
+            joiner = _Joiner()
