@@ -1,0 +1,239 @@
+"""Attention whose positions depend on how far a key is from its query, in linear memory.
+
+ReRoPE, Self-Extend and their like split the keys before a query into regions: the nearest ones are seen at their own
+distance, those further away under other positions of query and key. Within a region the rotation is RoPE as ever, so a
+score is one product of a rotated query and a rotated key, and each key is scored under one pair of positions.
+
+Shapes: B rows, H query heads, K key heads (K divides H), D = head_dim. Positions count tokens from 0. Queries are the
+last Q of T positions, so that a cache of unrotated keys needs nothing else. Scores are held for one block of queries
+at a time: memory grows with block x T. A block meets a key twice only where a region begins within the block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from scaled_rope.attention.blockwise import bfloat16_products
+from scaled_rope.kernels import rotate
+
+_BLOCK = 128
+"""Queries whose scores are held at once."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """Keys that are seen under one pair of positions."""
+
+    start: Callable[[Any], Any]
+    """Position of a query, a number or a tensor -> that of the first key of the region (below 0: all keys)."""
+    query: Callable[[Tensor], Tensor]
+    """Positions of queries -> the positions that they are rotated to."""
+    key: Callable[[Tensor], Tensor]
+    """Positions of keys -> the positions that they are rotated to."""
+
+
+@dataclass(frozen=True)
+class Regions:
+    """All keys up to the query itself, in regions from the nearest to the furthest."""
+
+    near_to_far: tuple[Region, ...]
+    """Each ends where the one before begins, the first one with the query itself; the last begins at the first key."""
+    period: int | None = None
+    """Where regions jump every so many queries: no block of queries reaches across a multiple of it."""
+    log_length: int | None = None
+    """L, when queries are multiplied by max(1, ln(i + 1) / ln L)."""
+
+
+def _everything(position: Any) -> Any:
+    return position * 0
+
+
+def _itself(position: Tensor) -> Tensor:
+    return position
+
+
+def rerope(window: int, log_length: int | None = None) -> Regions:
+    """Relative position min(i - j, window). log_length: see `Regions`."""
+    near = Region(lambda i: i - window + 1, _itself, _itself)
+    # A query at w and a key at 0 are w apart, whatever their positions.
+    far = Region(_everything, lambda i: i * 0 + window, lambda j: j * 0)
+    return Regions((near, far), log_length=log_length)
+
+
+def leaky_rerope(window: int, k: float, log_length: int | None = None) -> Regions:
+    """Relative position i - j within the window, window + (i - j - window)/k beyond."""
+    near = Region(lambda i: i - window + 1, _itself, _itself)
+    far = Region(_everything, lambda i: (i.double() + window * (k - 1)) / k, lambda j: j.double() / k)
+    return Regions((near, far), log_length=log_length)
+
+
+def self_extend(group: int, window: int) -> Regions:
+    """Relative position i - j within the window of neighbours, floor(i/g) - floor(j/g) + (w - floor(w/g)) beyond."""
+    near = Region(lambda i: i - window + 1, _itself, _itself)
+    far = Region(_everything, lambda i: i // group + (window - window // group), lambda j: j // group)
+    return Regions((near, far))
+
+
+def dual_chunk(chunk: int, length: int) -> Regions:
+    """Keys at j mod S; the query at i mod S towards its own chunk, at min(S + i mod S, L-1) towards the chunk before,
+    at L-1 towards earlier ones.
+
+    length: L, the trained length.
+    """
+
+    within = Region(lambda i: i // chunk * chunk, lambda i: i % chunk, lambda j: j % chunk)
+    before = Region(lambda i: i // chunk * chunk - chunk, lambda i: (chunk + i % chunk).clamp(max=length - 1), lambda j: j % chunk)
+    earlier = Region(_everything, lambda i: i * 0 + (length - 1), lambda j: j % chunk)
+    return Regions((within, before, earlier), period=chunk)
+
+
+def region_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inv_freq: Tensor,
+    regions: Regions,
+    scale: float,
+    *,
+    interleaved: bool = False,
+    block: int = _BLOCK,
+) -> Tensor:
+    """softmax(scale · scores) v over the keys up to each query, every score under the positions of its region.
+
+    Args:
+        q: [B, H, Q, D], not rotated: the last Q of T positions.
+        k: [B, K, T, D], not rotated.
+        v: [B, K, T, V].
+        inv_freq: [R/2], radians per position of the R <= D rotated dimensions.
+        scale: usually 1 / sqrt(D).
+        interleaved: dimensions are paired (2i, 2i+1) instead of (i, i + R/2).
+        block: queries whose scores are held at once.
+
+    Returns:
+        [B, H, Q, V] in the dtype of q. Rotation and sums are float32 (float64 for float64), for bfloat16 the factors
+        of products are rounded to it. With gradients, scores are computed again in the backward pass.
+    """
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    options = (inv_freq.to(q.device, exact), regions, scale, interleaved, block, gradients)
+    groups = q.shape[1] // k.shape[1]
+    if q.device.type != "cpu" or gradients:
+        return _attend(q.to(exact), k.to(exact), v.to(exact), *options).to(q.dtype)
+    # One key head at a time keeps scores in the caches of a CPU; a GPU wants all of them at once.
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    with bfloat16_products() if q.dtype == torch.bfloat16 else nullcontext():
+        for row in range(q.shape[0]):
+            for head in range(k.shape[1]):
+                mine = slice(head * groups, (head + 1) * groups)
+                parts = q[row : row + 1, mine], k[row : row + 1, head, None], v[row : row + 1, head, None]
+                out[row, mine] = _attend(*(part.to(exact) for part in parts), *options)[0].to(q.dtype)
+    return out
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inv_freq: Tensor,
+    regions: Regions,
+    scale: float,
+    interleaved: bool,
+    block: int,
+    gradients: bool,
+) -> Tensor:
+    """`region_attention` in one dtype."""
+    queries, length = q.shape[2], k.shape[2]
+    before = length - queries
+    positions = torch.arange(length, device=q.device)
+    factor = torch.full((queries, 1), scale, dtype=q.dtype, device=q.device)
+    if regions.log_length is not None:
+        logs = (positions[before:, None] + 1).to(q.dtype).log() / math.log(regions.log_length)
+        factor = factor * logs.clamp(min=1)
+    q = q * factor
+    # Keys of each region under its positions, from the first to the last that any of these queries sees there.
+    spans, keys, ends = [], [], length
+    for region in regions.near_to_far:
+        first = max(0, region.start(before))
+        spans.append(first)
+        seen = positions[first:ends]
+        keys.append(_rotated(k[:, :, first:ends], region.key(seen), inv_freq, interleaved))
+        ends = max(0, region.start(length - 1))
+    results = []
+    start = before
+    while start < length:
+        end = min(start + block, length)
+        if regions.period is not None:
+            end = min(end, (start // regions.period + 1) * regions.period)
+        part = q[:, :, start - before : end - before]
+        given = (part, keys, v, spans, regions, start, end, inv_freq, interleaved)
+        results.append(checkpoint(_block, *given, use_reentrant=False) if gradients else _block(*given))
+        start = end
+    return torch.cat(results, dim=2)
+
+
+def _block(
+    q: Tensor,
+    keys: list[Tensor],
+    v: Tensor,
+    spans: list[int],
+    regions: Regions,
+    start: int,
+    end: int,
+    inv_freq: Tensor,
+    interleaved: bool,
+) -> Tensor:
+    """Queries of positions start to end, [B, H, end - start, V]. keys: of each region, the first one at its span."""
+    batch, heads, size, _ = q.shape
+    kv_heads = v.shape[1]
+    groups = heads // kv_heads
+    at = torch.arange(start, end, device=q.device)
+    stop_first, stop_last = start + 1, end  # where the region stops for the first and the last query of the block
+    pieces: list[tuple[int, int]] = []
+    scores: list[Tensor] = []
+    for region, rotated, span in zip(regions.near_to_far, keys, spans, strict=True):
+        begin_first, begin_last = max(0, region.start(start)), max(0, region.start(end - 1))
+        if begin_first < stop_last:
+            here = _rotated(q, region.query(at), inv_freq, interleaved)
+            # Heads that share keys are rows of one product.
+            here = here.reshape(batch, kv_heads, groups * size, -1)
+            score = torch.matmul(here, rotated[:, :, begin_first - span : stop_last - span].transpose(-1, -2))
+            whole = score.view(batch, kv_heads, groups, size, -1)
+            if begin_last > begin_first:
+                edge = torch.arange(begin_first, min(begin_last, stop_last), device=q.device)
+                hidden = edge < region.start(at)[:, None]
+                whole[..., : len(edge)].masked_fill_(hidden, -torch.inf)
+            if stop_last > stop_first:
+                edge = torch.arange(max(stop_first, begin_first), stop_last, device=q.device)
+                hidden = edge >= _stops(regions, region, at)[:, None]
+                whole[..., whole.shape[-1] - len(edge) :].masked_fill_(hidden, -torch.inf)
+            pieces.append((begin_first, stop_last))
+            scores.append(score)
+        stop_first, stop_last = begin_first, begin_last
+    shares = torch.cat(scores, dim=-1).softmax(dim=-1) if len(scores) > 1 else scores[0].softmax(dim=-1)
+    parts = shares.split([last - first for first, last in pieces], dim=-1)
+    out = sum(torch.matmul(part, v[:, :, first:last]) for part, (first, last) in zip(parts, pieces, strict=True))
+    assert isinstance(out, Tensor)
+    return out.view(batch, heads, size, -1)
+
+
+def _stops(regions: Regions, region: Region, at: Tensor) -> Tensor:
+    """The key after the last one that each query sees in a region [Q]."""
+    place = regions.near_to_far.index(region)
+    stop: Tensor = at + 1 if place == 0 else regions.near_to_far[place - 1].start(at)
+    return stop
+
+
+def _rotated(x: Tensor, positions: Tensor, inv_freq: Tensor, interleaved: bool) -> Tensor:
+    """x [B, H, T, D] rotated to positions [T]."""
+    if not len(positions):
+        return x
+    angles = positions.to(inv_freq.dtype)[:, None] * inv_freq
+    return rotate(x, angles.cos(), angles.sin(), interleaved=interleaved, backend="torch")
