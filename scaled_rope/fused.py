@@ -58,6 +58,16 @@ def fused_rotation(base: nn.Module, layout: Layout, half: int, backend: str) -> 
     Returns:
         The function and "", or None and what stands in the way, in a few words.
     """
+    interleaved, reason = rotation_pairing(base, layout, half)
+    return (None, reason) if interleaved is None else (_rotation(interleaved, backend), "")
+
+
+def rotation_pairing(base: nn.Module, layout: Layout, half: int) -> tuple[bool | None, str]:
+    """Whether all attention modules of a base model pair neighbouring dimensions, by asking their `APPLY`.
+
+    Returns:
+        True or False and "", or None and what stands in the way of knowing, in a few words.
+    """
     modules = callers(base, APPLY)
     if not modules:
         return None, f"its attention calls no {APPLY}"
@@ -66,7 +76,7 @@ def fused_rotation(base: nn.Module, layout: Layout, half: int, backend: str) -> 
     pairings = {_pairing(original(module, APPLY), layout, half) for module in modules}
     if len(pairings) != 1 or (interleaved := pairings.pop()) is None:
         return None, f"its {APPLY} is not the common one"
-    return _rotation(interleaved, backend), ""
+    return interleaved, ""
 
 
 def install(base: nn.Module, rotation: Rotation) -> list[nn.Module]:

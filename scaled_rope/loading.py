@@ -35,7 +35,6 @@ from scaled_rope.dialects import CUSTOM_ROPE_TYPE, PRIMARY_LAYER_TYPE, RECORD_KE
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.formulas import dynamic_ntk_scale
 from scaled_rope.fused import KERNELS, resolve_kernel
-from scaled_rope.methods import METHODS
 from scaled_rope.patch import (
     ADAPTERS,
     computes,
@@ -47,6 +46,7 @@ from scaled_rope.patch import (
     patched_scaling,
     unpatch_model,
 )
+from scaled_rope.relocated import check_carrier
 
 DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-llama-256"
 """The checkpoint that this project trained itself and carries along."""
@@ -370,6 +370,8 @@ def load_model(
     attention = resolve_attention(attn_implementation, device, dtype)
     own = RopeScaling.from_config(config)
     wanted = scaling if isinstance(scaling, RopeScaling) else resolve_scaling(scaling or "checkpoint", own)
+    if wanted.changes_attention:
+        check_carrier(wanted.method, attn_implementation)
     plan = resolve_plan(config, layers, drop_layers)
     text = config.get_text_config()
     if CUSTOM_ROPE_TYPE in str(rope := getattr(text, "rope_parameters", None)):
@@ -425,8 +427,6 @@ _NO_EFFECT = {
     "--max-position-embeddings": "positions are not limited by the configuration",
     "--no-use-cache": "evaluators keep no cache",
 }
-# Released flags of methods that are not in `METHODS`, and how many values they take.
-_UNAVAILABLE = {"--rerope": 1}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -443,6 +443,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     for method in ("yarn", "linear", "ntk", "part-ntk", "dynamic-ntk"):
         spec = f"{method}:{{}}".format
         add(f"--{method}", dest="scaling", action="append", type=spec, metavar="S", help=f"--scaling {method}:S")
+    add("--rerope", dest="scaling", action="append", type="rerope,window={}".format, metavar="W", help="window of ReRoPE")
     for method in ("dynamic-linear", "dynamic-part-ntk", "dynamic-yarn"):
         add(f"--{method}", dest="scaling", action="append_const", const=method, help=f"--scaling {method}")
     add("--layers", metavar="TYPE", help="scale only the layers of this type (full_attention)")
@@ -460,8 +461,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     bits = group.add_mutually_exclusive_group()
     bits.add_argument("--load-in-8bit", action="store_true")
     bits.add_argument("--load-in-4bit", action="store_true")
-    for flag, values in _UNAVAILABLE.items():
-        add(flag, dest="unavailable", nargs=values or "?", action=_Remember, help=argparse.SUPPRESS)
     for flag in _NO_EFFECT:
         takes_value = flag.endswith(("length", "embeddings"))
         add(flag, dest="no_effect", nargs=1 if takes_value else 0, action=_Remember, help=argparse.SUPPRESS)
@@ -579,8 +578,6 @@ def model_jobs(args: argparse.Namespace) -> list[ModelJob]:
     Raises:
         ConfigError: a model, scaling, device, dtype or adapter that cannot be used.
     """
-    for flag in args.unavailable or ():
-        raise ConfigError(f"flag {flag}: this method is not available; known: {', '.join(sorted(METHODS))}")
     for flag in args.no_effect or ():
         print(f"note: {flag} has no effect: {_NO_EFFECT[flag]}", file=sys.stderr)
     device = resolve_device(args.device)
@@ -601,6 +598,8 @@ def model_jobs(args: argparse.Namespace) -> list[ModelJob]:
         choice += [f"without RoPE in {','.join(map(str, args.drop_layers))}"] if args.drop_layers else []
         for spec in _specs(args):
             scaling = resolve_scaling(spec, base)
+            if scaling.changes_attention:
+                check_carrier(scaling.method, args.attention)
             carried = scaling == own
             words = ", ".join(choice)
             jobs.append(ModelJob(name, spec, scaling, carried, head_dim, dtype, fingerprint, plan, words))

@@ -12,7 +12,7 @@ at a time: memory grows with block x T. A block meets a key twice only where a r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -173,7 +173,7 @@ def _attend(
         if regions.period is not None:
             end = min(end, (start // regions.period + 1) * regions.period)
         part = q[:, :, start - before : end - before]
-        given = (part, keys, v, spans, regions, start, end, inv_freq, interleaved)
+        given = (part, keys, v, spans, regions, start, end, inv_freq, interleaved, gradients)
         results.append(checkpoint(_block, *given, use_reentrant=False) if gradients else _block(*given))
         start = end
     return torch.cat(results, dim=2)
@@ -189,46 +189,66 @@ def _block(
     end: int,
     inv_freq: Tensor,
     interleaved: bool,
+    gradients: bool,
 ) -> Tensor:
     """Queries of positions start to end, [B, H, end - start, V]. keys: of each region, the first one at its span."""
     batch, heads, size, _ = q.shape
     kv_heads = v.shape[1]
     groups = heads // kv_heads
     at = torch.arange(start, end, device=q.device)
-    stop_first, stop_last = start + 1, end  # where the region stops for the first and the last query of the block
-    pieces: list[tuple[int, int]] = []
-    scores: list[Tensor] = []
-    for region, rotated, span in zip(regions.near_to_far, keys, spans, strict=True):
-        begin_first, begin_last = max(0, region.start(start)), max(0, region.start(end - 1))
-        if begin_first < stop_last:
-            here = _rotated(q, region.query(at), inv_freq, interleaved)
-            # Heads that share keys are rows of one product.
-            here = here.reshape(batch, kv_heads, groups * size, -1)
-            score = torch.matmul(here, rotated[:, :, begin_first - span : stop_last - span].transpose(-1, -2))
-            whole = score.view(batch, kv_heads, groups, size, -1)
-            if begin_last > begin_first:
-                edge = torch.arange(begin_first, min(begin_last, stop_last), device=q.device)
-                hidden = edge < region.start(at)[:, None]
-                whole[..., : len(edge)].masked_fill_(hidden, -torch.inf)
-            if stop_last > stop_first:
-                edge = torch.arange(max(stop_first, begin_first), stop_last, device=q.device)
-                hidden = edge >= _stops(regions, region, at)[:, None]
-                whole[..., whole.shape[-1] - len(edge) :].masked_fill_(hidden, -torch.inf)
-            pieces.append((begin_first, stop_last))
-            scores.append(score)
-        stop_first, stop_last = begin_first, begin_last
-    shares = torch.cat(scores, dim=-1).softmax(dim=-1) if len(scores) > 1 else scores[0].softmax(dim=-1)
-    parts = shares.split([last - first for first, last in pieces], dim=-1)
-    out = sum(torch.matmul(part, v[:, :, first:last]) for part, (first, last) in zip(parts, pieces, strict=True))
-    assert isinstance(out, Tensor)
+    pieces = list(_pieces(regions, start, end))
+    shares = [last - first for _, first, last in pieces]
+    # One buffer for all scores, so that they are written once.
+    scores = q.new_empty(batch, kv_heads, groups * size, sum(shares)) if not gradients else None
+    parts: list[Tensor] = []
+    for place, (index, first, last) in enumerate(pieces):
+        region = regions.near_to_far[index]
+        # Heads that share keys are rows of one product.
+        turned = _rotated(q, region.query(at), inv_freq, interleaved).reshape(batch, kv_heads, groups * size, -1)
+        seen = keys[index][:, :, first - spans[index] : last - spans[index]].transpose(-1, -2)
+        into = None if scores is None else scores.split(shares, dim=-1)[place]
+        part = _product(turned, seen, into)
+        by_query = part.view(batch, kv_heads, groups, size, -1)
+        stop = regions.near_to_far[index - 1].start if index else lambda i: i + 1
+        begins, ends = region.start(at), stop(at)
+        # Only where the region begins or ends within the block is anything to be hidden.
+        common = min(last, max(first, region.start(end - 1))), max(first, stop(start))
+        for low, high in ((first, common[0]), (max(common), last)):
+            if low < high:
+                edge = torch.arange(low, high, device=q.device)
+                hidden = (edge < begins[:, None]) | (edge >= ends[:, None])
+                by_query[..., low - first : high - first].masked_fill_(hidden, -torch.inf)
+        parts.append(part)
+    if scores is None:
+        weights = torch.cat(parts, dim=-1).softmax(dim=-1)
+    else:
+        weights = torch.softmax(scores, dim=-1, out=scores)
+    out = q.new_zeros(batch, kv_heads, groups * size, v.shape[-1])
+    for part, (_, first, last) in zip(weights.split(shares, dim=-1), pieces, strict=True):
+        out = out + _product(part, v[:, :, first:last])
     return out.view(batch, heads, size, -1)
 
 
-def _stops(regions: Regions, region: Region, at: Tensor) -> Tensor:
-    """The key after the last one that each query sees in a region [Q]."""
-    place = regions.near_to_far.index(region)
-    stop: Tensor = at + 1 if place == 0 else regions.near_to_far[place - 1].start(at)
-    return stop
+def _pieces(regions: Regions, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(index of a region, first key, end) of what queries from start to end see."""
+    stop = end
+    for index, region in enumerate(regions.near_to_far):
+        first = max(0, region.start(start))
+        if first < stop:
+            yield index, first, stop
+        stop = region.start(end - 1)
+        if stop <= 0:
+            return
+
+
+def _product(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
+    """a b, in the place of `into` if that is given. Of one head it is a product of two matrices, which may be strided."""
+    if a.shape[0] * a.shape[1] == 1 and not a.requires_grad and not b.requires_grad:
+        found = torch.mm(a[0, 0], b[0, 0], out=None if into is None else into[0, 0])
+        return found[None, None] if into is None else into
+    if into is None:
+        return torch.matmul(a, b)
+    return into.copy_(torch.matmul(a, b))
 
 
 def _rotated(x: Tensor, positions: Tensor, inv_freq: Tensor, interleaved: bool) -> Tensor:
