@@ -47,8 +47,8 @@ class Method:
 
     name: str
     fn: MethodFn
-    """(scaling, dim, factor [...], seq_len [...] | None) -> (inv_freq [..., dim/2], attention [...]); of kind "attention":
-    (scaling) -> `scaled_rope.attention.regions.Regions`."""
+    """(scaling, dim, factor [...], seq_len [...] | None) -> (inv_freq [..., dim/2], attention [...]); of methods that
+    change attention: (scaling) -> `scaled_rope.attention.regions.Regions`."""
     fields: frozenset[str]
     """The optional fields of `RopeScaling` that the method takes; any other one that is set is an error."""
     source: str

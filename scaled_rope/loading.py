@@ -8,6 +8,7 @@ scaling in place.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import hashlib
 import importlib.util
@@ -35,6 +36,7 @@ from scaled_rope.dialects import CUSTOM_ROPE_TYPE, PRIMARY_LAYER_TYPE, RECORD_KE
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.formulas import dynamic_ntk_scale
 from scaled_rope.fused import KERNELS, resolve_kernel
+from scaled_rope.methods import METHODS
 from scaled_rope.patch import (
     ADAPTERS,
     computes,
@@ -443,9 +445,22 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     for method in ("yarn", "linear", "ntk", "part-ntk", "dynamic-ntk"):
         spec = f"{method}:{{}}".format
         add(f"--{method}", dest="scaling", action="append", type=spec, metavar="S", help=f"--scaling {method}:S")
-    add("--rerope", dest="scaling", action="append", type="rerope,window={}".format, metavar="W", help="window of ReRoPE")
+    add(
+        "--rerope",
+        dest="scaling",
+        action="append",
+        type="rerope,window={}".format,
+        metavar="W",
+        help="window of ReRoPE",
+    )
     for method in ("dynamic-linear", "dynamic-part-ntk", "dynamic-yarn"):
         add(f"--{method}", dest="scaling", action="append_const", const=method, help=f"--scaling {method}")
+    add("--method", dest="scaling", action="append", metavar="NAME", help="--scaling NAME, with the flags that follow")
+    add("--window", type=int, metavar="W", help="tokens seen at their own distance, of methods that have a window")
+    add("--group", type=int, metavar="G", help="positions that count as one, of self-extend")
+    add("--chunk", type=int, metavar="S", help="tokens per chunk, of dual-chunk")
+    add("--k", type=float, metavar="K", help="tokens that count as one beyond the window, of leaky-rerope")
+    add("--logn", action="store_const", const="true", help="log-length factor of queries, of rerope and leaky-rerope")
     add("--layers", metavar="TYPE", help="scale only the layers of this type (full_attention)")
     add("--drop-layers", type=_indices, metavar="I,J,...", help="layers, from 0, that work without rotary embedding")
     add("--factor", metavar="S", help="factor of every scaling that names none, the checkpoint's own included")
@@ -464,6 +479,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     for flag in _NO_EFFECT:
         takes_value = flag.endswith(("length", "embeddings"))
         add(flag, dest="no_effect", nargs=1 if takes_value else 0, action=_Remember, help=argparse.SUPPRESS)
+
+
+_PARAMETERS = ("window", "group", "chunk", "k", "logn")
+"""Parameters of methods that have flags of their own."""
 
 
 class _Remember(argparse.Action):
@@ -559,8 +578,9 @@ def _fingerprint(args: argparse.Namespace, name: str, config: Any) -> str:
 
 
 def _specs(args: argparse.Namespace) -> list[str]:
-    """The scalings that the flags ask for, with `--factor` and `--finetuned` written into them."""
+    """The scalings that the flags ask for, with `--factor`, `--finetuned` and parameters written into them."""
     specs = []
+    unused = {name for name in _PARAMETERS if getattr(args, name) is not None}
     for spec in args.scaling or ["checkpoint"]:
         head, comma, fields = spec.partition(",")
         if ":" not in head and head not in ("default", "none"):
@@ -568,7 +588,15 @@ def _specs(args: argparse.Namespace) -> list[str]:
                 head = f"{head}:{args.factor}"
             elif args.finetuned and head.startswith("dynamic-"):
                 head = f"{head}:checkpoint"
+        given = [field.partition("=")[0] for field in fields.split(",")]
+        row = METHODS.get(head.partition(":")[0])
+        for name in (f.name for f in dataclasses.fields(row.params_type)) if row and row.params_type else ():
+            if name in _PARAMETERS and name not in given and getattr(args, name) is not None:
+                comma, fields = ",", ",".join(filter(None, [fields, f"{name}={getattr(args, name)}"]))
+                unused.discard(name)
         specs.append(head + comma + fields)
+    if unused:
+        raise ConfigError(f"flag --{min(unused)}: is for a scaling that takes {min(unused)}, none of these does")
     return list(dict.fromkeys(specs))
 
 

@@ -2,8 +2,8 @@
 
 D is the number of rotated dimensions of a head, b the base `rope_theta`, L the original context length,
 s the scale in effect; equations are those of the YaRN paper (arXiv 2309.00071). All methods are vectorised
-over s of any shape [...], so that a batch whose rows have different lengths needs no loop. Methods that change attention
-are functions from the record to regions of positions (`scaled_rope.attention.regions`) instead.
+over s of any shape [...], so that a batch whose rows have different lengths needs no loop. Methods that
+change attention are functions from the record to regions of positions (`scaled_rope.attention.regions`) instead.
 """
 
 from __future__ import annotations
@@ -575,7 +575,8 @@ def attention_regions(scaling: RopeScaling) -> Regions:
     row = METHODS[scaling.method]
     if row.kind != "attention":
         raise ConfigError(f"method {scaling.method!r} changes frequencies, not attention")
-    return row.fn(scaling)
+    found: Regions = row.fn(scaling)
+    return found
 
 
 def _within_length(scaling: RopeScaling, name: str) -> int:

@@ -301,7 +301,12 @@ def computes(model: nn.Module, scaling: RopeScaling) -> bool:
         adapter = adapter_of(base.config, rotary)
     except ConfigError:
         return RopeScaling.from_config(getattr(model, "config", {})) == scaling
-    if scaling.changes_attention or scaling.is_length_dependent or "dynamic" in (own := str(getattr(rotary, "rope_type", ""))) or "longrope" in own:
+    if (
+        scaling.changes_attention
+        or scaling.is_length_dependent
+        or "dynamic" in (own := str(getattr(rotary, "rope_type", "")))
+        or "longrope" in own
+    ):
         return False
     prefix = f"{PRIMARY_LAYER_TYPE}_" if adapter.per_layer_type else ""
     inv_freq, factor = getattr(rotary, f"{prefix}inv_freq", None), getattr(rotary, f"{prefix}attention_scaling", None)

@@ -33,7 +33,7 @@ class _Rebound:
 
     before: Any
     """The module's own attribute of forward before, None where its class had the say."""
-    functions: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    functions: dict[str, Any] = field(default_factory=dict)
 
 
 def calls(module: nn.Module, name: str) -> bool:
@@ -74,11 +74,12 @@ def original(module: nn.Module, name: str) -> Callable[..., Any]:
     return found
 
 
-def rebind(module: nn.Module, name: str, function: Callable[..., Any] | None) -> Callable[..., Any] | None:
+def rebind(module: nn.Module, name: str, function: Any) -> Any:
     """Make the module's forward, and nothing else, find `function` under the global `name`.
 
     Args:
-        function: None: what the source file has, again. A module that nothing is rebound in is as it was.
+        function: what the name is to mean, usually a function. None: what the source file has, again. A module that
+            nothing is rebound in is as it was.
 
     Returns:
         What a former `rebind` of this name had put there, to be put back later; None: nothing had.

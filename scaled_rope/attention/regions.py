@@ -90,7 +90,9 @@ def dual_chunk(chunk: int, length: int) -> Regions:
     """
 
     within = Region(lambda i: i // chunk * chunk, lambda i: i % chunk, lambda j: j % chunk)
-    before = Region(lambda i: i // chunk * chunk - chunk, lambda i: (chunk + i % chunk).clamp(max=length - 1), lambda j: j % chunk)
+    before = Region(
+        lambda i: i // chunk * chunk - chunk, lambda i: (chunk + i % chunk).clamp(max=length - 1), lambda j: j % chunk
+    )
     earlier = Region(_everything, lambda i: i * 0 + (length - 1), lambda j: j % chunk)
     return Regions((within, before, earlier), period=chunk)
 
@@ -133,8 +135,10 @@ def region_attention(
         for row in range(q.shape[0]):
             for head in range(k.shape[1]):
                 mine = slice(head * groups, (head + 1) * groups)
-                parts = q[row : row + 1, mine], k[row : row + 1, head, None], v[row : row + 1, head, None]
-                out[row, mine] = _attend(*(part.to(exact) for part in parts), *options)[0].to(q.dtype)
+                queries, keys, values = (
+                    x[None].to(exact) for x in (q[row, mine], k[row, head, None], v[row, head, None])
+                )
+                out[row, mine] = _attend(queries, keys, values, *options)[0].to(q.dtype)
     return out
 
 
@@ -206,7 +210,7 @@ def _block(
         # Heads that share keys are rows of one product.
         turned = _rotated(q, region.query(at), inv_freq, interleaved).reshape(batch, kv_heads, groups * size, -1)
         seen = keys[index][:, :, first - spans[index] : last - spans[index]].transpose(-1, -2)
-        into = None if scores is None else scores.split(shares, dim=-1)[place]
+        into = None if scores is None else torch.split(scores, shares, dim=-1)[place]
         part = _product(turned, seen, into)
         by_query = part.view(batch, kv_heads, groups, size, -1)
         stop = regions.near_to_far[index - 1].start if index else lambda i: i + 1
@@ -224,7 +228,7 @@ def _block(
     else:
         weights = torch.softmax(scores, dim=-1, out=scores)
     out = q.new_zeros(batch, kv_heads, groups * size, v.shape[-1])
-    for part, (_, first, last) in zip(weights.split(shares, dim=-1), pieces, strict=True):
+    for part, (_, first, last) in zip(torch.split(weights, shares, dim=-1), pieces, strict=True):
         out = out + _product(part, v[:, :, first:last])
     return out.view(batch, heads, size, -1)
 
@@ -242,7 +246,7 @@ def _pieces(regions: Regions, start: int, end: int) -> Iterator[tuple[int, int, 
 
 
 def _product(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
-    """a b, in the place of `into` if that is given. Of one head it is a product of two matrices, which may be strided."""
+    """a b, in the place of `into` if that is given. Of one head it is a product of matrices, which may be strided."""
     if a.shape[0] * a.shape[1] == 1 and not a.requires_grad and not b.requires_grad:
         found = torch.mm(a[0, 0], b[0, 0], out=None if into is None else into[0, 0])
         return found[None, None] if into is None else into
