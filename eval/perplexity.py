@@ -287,10 +287,6 @@ class Perplexity:
         return texts, {**said, "fingerprint": digest.hexdigest()[:16]}
 
     def cells(self, job: ModelJob) -> dict[int, Row]:
-        if self.args.prefill_chunk is not None and is_length_dependent(job):
-            raise ConfigError(
-                f"prefill-chunk is not for {job.label}: its keys cannot be cached, they change with length"
-            )
         _, data = self.prepare(job.model)
         more = {} if self.args.weighting == "token" else {"weighting": self.args.weighting}
         cells: dict[int, Row] = {}

@@ -97,7 +97,8 @@ class RopeScaling:
     dynamic: bool = False
     """Section 3.3 of the YaRN paper: s = max(factor, l'/L), l' the length of the sequence at hand."""
     dynamic_step: float | None = None
-    """Reserved for stepped dynamic scaling; must be None."""
+    """With `dynamic`: s grows by steps, s = factor·stepᵏ with the least k >= 0 that covers l'/L, so that rotated keys
+    stay right between steps. None: s follows l' token by token."""
     attention_factor: float | None = None
     """An explicit sqrt(1/t) that multiplies cos and sin. It stays constant under `dynamic`."""
     resonance: bool = False
@@ -124,15 +125,13 @@ class RopeScaling:
             raise unknown("method", self.method, METHODS)
         row = METHODS[self.method]
         self._check_values()
-        if self.dynamic_step is not None:
-            raise ConfigError(
-                f"dynamic_step={self.dynamic_step!r}: only continuous dynamic scaling is available; use None"
-            )
         if self.dynamic and row.no_dynamic:
             raise ConfigError(f"dynamic=True: method {self.method!r} has no dynamic form, {row.no_dynamic}")
+        if self.dynamic_step is not None and not self.dynamic:
+            raise ConfigError(f"dynamic_step={self.dynamic_step:g}: is for dynamic scaling, such as dynamic-yarn")
         for name in _METHOD_FIELDS:
             value = getattr(self, name)
-            modifies_any = name == "resonance" and row.kind == "frequency"
+            modifies_any = (name == "resonance" and row.kind == "frequency") or name == "dynamic_step"
             if value != _DEFAULTS[name] and name not in row.fields and not modifies_any:
                 taken = ", ".join(sorted(row.fields)) or "no such field"
                 raise ConfigError(f"{name}={value!r}: not for method {self.method!r}, which takes {taken}")
@@ -473,6 +472,7 @@ _METHOD_FIELDS = tuple(name for name in _DEFAULTS if name not in (*_MODEL_FIELDS
 _MAX_LENGTH = 2**53
 _RANGES = {  # field: (lower limit, whether the limit itself is allowed, upper limit)
     "factor": (1.0, True, 1e9),
+    "dynamic_step": (1.0, False, 1e9),
     "rope_theta": (1.0, False, MAX_THETA),
     "partial_rotary_factor": (0.0, False, 1.0),
     "attention_factor": (1e-6, True, 1e6),

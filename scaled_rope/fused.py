@@ -58,15 +58,18 @@ def fused_rotation(base: nn.Module, layout: Layout, half: int, backend: str) -> 
     Returns:
         The function and "", or None and what stands in the way, in a few words.
     """
-    interleaved, reason = rotation_pairing(base, layout, half)
+    interleaved, reason = pairing_of(base, layout, half)
     return (None, reason) if interleaved is None else (_rotation(interleaved, backend), "")
 
 
-def rotation_pairing(base: nn.Module, layout: Layout, half: int) -> tuple[bool | None, str]:
-    """Whether all attention modules of a base model pair neighbouring dimensions, by asking their `APPLY`.
+def pairing_of(base: nn.Module, layout: Layout, half: int) -> tuple[bool | None, str]:
+    """Which dimensions the attention of a base model rotates together.
+
+    Args:
+        layout, half: as in `fused_rotation`.
 
     Returns:
-        True or False and "", or None and what stands in the way of knowing, in a few words.
+        Whether pairs are neighbours (True) or halves (False), and ""; or None and why neither can be said.
     """
     modules = callers(base, APPLY)
     if not modules:

@@ -36,7 +36,7 @@ from scaled_rope.dialects import CUSTOM_ROPE_TYPE, PRIMARY_LAYER_TYPE, RECORD_KE
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.formulas import dynamic_ntk_scale
 from scaled_rope.fused import KERNELS, resolve_kernel
-from scaled_rope.methods import METHODS
+from scaled_rope.methods import METHODS, compute_scale
 from scaled_rope.patch import (
     ADAPTERS,
     computes,
@@ -231,7 +231,8 @@ def at_length(scaling: RopeScaling, seq_len: int) -> RopeScaling:
     if scaling.method == "longrope":
         used = scaling.params["long_factor" if ratio > 1 else "short_factor"]
         return replace(scaling, params={"short_factor": used, "long_factor": used})
-    return replace(scaling, dynamic=False, factor=max(scaling.factor, ratio))
+    scale = float(compute_scale(scaling, torch.tensor(float(seq_len), dtype=torch.float64, device="cpu")))
+    return replace(scaling, dynamic=False, dynamic_step=None, factor=scale)
 
 
 def apply_scaling(

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.rotary import lengths
 
 IGNORE = -100
 """The target value of positions that are not scored."""
@@ -70,15 +71,18 @@ def _hidden_pieces(
     """
     base = _causal_lm(model).base_model
     mask = None if position_ids is None else torch.ones_like(input_ids)
+    # A scale that depends on the length is that of the whole for every piece.
+    whole = torch.tensor([input_ids.shape[1]]) if position_ids is None else position_ids.amax(dim=-1) + 1
     for first in range(start, input_ids.shape[1], size):
         end = first + size
-        output = base(
-            input_ids=input_ids[:, first:end],
-            attention_mask=None if mask is None else mask[:, :end],
-            position_ids=None if position_ids is None else position_ids[:, first:end],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        with lengths(whole):
+            output = base(
+                input_ids=input_ids[:, first:end],
+                attention_mask=None if mask is None else mask[:, :end],
+                position_ids=None if position_ids is None else position_ids[:, first:end],
+                past_key_values=cache,
+                use_cache=True,
+            )
         cache = output.past_key_values
         yield first, output.last_hidden_state
 
@@ -92,7 +96,7 @@ def shared_hidden_states(
     sequences so that each shares as much as possible with its neighbour.
 
     Args:
-        model: under a scaling that does not depend on the length; others refuse the cache.
+        model: under a scaling that does not depend on the length, which what is shared would have from another one.
         sequences: token ids [T_i].
         starts: below T_i.
         chunk: positions that go through the model at once; a mask of chunk x T is built for all but the first.
@@ -155,8 +159,8 @@ def token_nll(
         chunk: positions whose logits are held at once; the default keeps them near 128 MiB. Changes memory, not values.
         start: the first position that is scored; those before it are context and never reach the projection.
         prefill_chunk: positions that go through the model at once, the earlier ones being read from a KV cache. This
-            bounds activations, at the price of the cache. Not for scalings that depend on the length: their passes
-            refuse a cache.
+            bounds activations, at the price of the cache. Under a scaling that depends on the length all of them have
+            the scale of the whole, so nothing changes but rounding.
         separate: `position_ids` start anew with each packed document, and attention stays within documents.
 
     Raises:

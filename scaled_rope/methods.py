@@ -26,7 +26,7 @@ from scaled_rope.formulas import attention_factor_of, dynamic_ntk_scale, ntk_the
 if TYPE_CHECKING:
     from scaled_rope.config import MethodFn
 
-__all__ = ["METHODS", "attention_regions", "compute_rope", "compute_rope_batch", "register"]
+__all__ = ["METHODS", "attention_regions", "compute_rope", "compute_rope_batch", "compute_scale", "register"]
 
 _SCALED = ("factor", "dynamic")
 _BY_PARTS = (*_SCALED, "beta_fast", "beta_slow", "ramp", "truncate", "extrapolation_factor")
@@ -653,14 +653,36 @@ def compute_rope_batch(scaling: RopeScaling, head_dim: int, seq_len: Tensor) -> 
     return inv_freq.to(torch.float32), attention_factor.to(torch.float32)
 
 
+def compute_scale(scaling: RopeScaling, seq_len: Tensor) -> Tensor:
+    """s of rows with l' = seq_len [...] tokens, in seq_len's dtype if that is floating, else in float64.
+
+    max(factor, l'/L) under dynamic scaling; with `dynamic_step`, factor·stepᵏ with the least k >= 0 that reaches l'/L;
+    otherwise the factor.
+    """
+    dtype = torch.float32 if seq_len.device.type == "mps" else torch.float64
+    length = seq_len if seq_len.is_floating_point() else seq_len.to(dtype)
+    factor = torch.full_like(length, scaling.factor)
+    if not scaling.dynamic:
+        return factor
+    assert scaling.original_max_position_embeddings is not None  # validated by RopeScaling
+    ratio = length / scaling.original_max_position_embeddings
+    if scaling.dynamic_step is None:
+        return torch.maximum(factor, ratio)
+    step = scaling.dynamic_step
+    k = (torch.log(ratio / factor) / math.log(step)).ceil().clamp(min=0)
+    # A logarithm that is off by its last bit must not move a length that a step covers exactly to another one.
+    k = torch.where((k > 0) & (factor * step ** (k - 1) >= ratio), k - 1, k)
+    k = torch.where(factor * step**k < ratio, k + 1, k)
+    return factor * step**k
+
+
 def _compute(scaling: RopeScaling, head_dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The method's function at the scale in effect: s = max(factor, l'/L) when dynamic, else factor."""
+    """The method's function at the scale in effect: that of `compute_scale` when a length is given, else factor."""
     row = METHODS[scaling.method]
     if row.kind != "frequency":
         raise ConfigError(f"method {scaling.method!r} changes attention itself; it has no frequencies")
     dim = scaling.rotary_dim(head_dim)
     if scaling.dynamic and seq_len is not None:
-        assert scaling.original_max_position_embeddings is not None  # validated by RopeScaling
-        factor = torch.maximum(factor, seq_len / scaling.original_max_position_embeddings)
+        factor = compute_scale(scaling, seq_len)
     inv_freq, attention_factor = row.fn(scaling, dim, factor, seq_len)
     return (_round_wavelengths(inv_freq) if scaling.resonance else inv_freq), attention_factor

@@ -23,7 +23,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from scaled_rope import late
 from scaled_rope.backends import attention_for, check_attention, resolve_attention
+from scaled_rope.caches import Patch
 from scaled_rope.config import LayerPlan, RopeScaling, config_head_dim
 from scaled_rope.dialects import (
     CUSTOM_ROPE_TYPE,
@@ -36,6 +38,7 @@ from scaled_rope.dialects import (
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.fused import Rotation, fused_rotation, install, resolve_kernel, uninstall
 from scaled_rope.methods import attention_regions, compute_rope
+from scaled_rope.passes import Passes
 from scaled_rope.relocated import MASKS_OF, check_carrier, pairing
 from scaled_rope.relocated import install as install_regions
 from scaled_rope.relocated import uninstall as uninstall_regions
@@ -148,6 +151,8 @@ class _State:
     hooks: list[RemovableHandle] = field(default_factory=list)
     fused: list[nn.Module] = field(default_factory=list)
     """Attention modules that call the rotary kernel."""
+    late: list[nn.Module] = field(default_factory=list)
+    """Attention modules that can rotate after the cache."""
 
 
 def patch_model(
@@ -176,6 +181,9 @@ def patch_model(
     saved model carries its scaling. Models may share a config object, so the change is made on the model's
     own copy; only the config of a bare base model, which may belong to an enclosing model, changes in place.
 
+    Under dynamic scaling caches hold keys before rotation (`scaled_rope.late`), or, with `dynamic_step`, are made anew
+    when the scale changes; see `scaled_rope.passes`.
+
     Raises:
         ConfigError: an unknown architecture; a scaling, a kernel or an attention implementation that does not fit the
             model or the machine. Nothing changes then.
@@ -199,6 +207,7 @@ def patch_model(
     every = list(layers.values()) or [wanted]
     for name, each in layers.items() or [("", wanted)]:
         _check_width(each, original, head_dim, adapter, config, name)
+    _check_steps(every)
     half = wanted.rotary_dim(head_dim) // 2
     regions = _regions(every, plan, base, half, kernel, attn, adapter)
     if regions is None:
@@ -235,8 +244,7 @@ def patch_model(
     if regions is not None:
         inv_freq = compute_rope(wanted.of_frequencies, head_dim)[0]
         state.hooks += install_regions(base, attention_regions(wanted), inv_freq, regions)
-    if any(each.is_length_dependent for each in every):
-        state.hooks.append(base.register_forward_pre_hook(_prepare_dynamic_pass, with_kwargs=True))
+    state.hooks += _watch_passes(base, state, every, half)
     state.hooks += _hook_layers(base, rotary, plan, config, adapter)
     setattr(base, _STATE, state)
     setattr(base, _ROTARY, rotary)
@@ -525,6 +533,16 @@ def _check_width(
         )
 
 
+def _check_steps(every: list[RopeScaling]) -> None:
+    """A cache is made anew as a whole."""
+    ways = {
+        (one.dynamic_step, one.factor, one.original_max_position_embeddings) for one in every if one.is_length_dependent
+    }
+    if len(ways) > 1 and any(step is not None for step, _, _ in ways):
+        labels = "; ".join(one.label for one in every)
+        raise ConfigError(f"dynamic_step: all layers that scale dynamically must share their steps, got {labels}")
+
+
 def _build(
     scaling: RopeScaling, layers: dict[str, RopeScaling], head_dim: int, device: torch.device, adapter: Adapter
 ) -> ScaledRotaryEmbedding | LayeredRotaryEmbedding:
@@ -586,6 +604,21 @@ def _fused(
             raise ConfigError(said)
         return None, None, (said,)
     return rotation, backend, ()
+
+
+def _watch_passes(base: PreTrainedModel, state: _State, every: list[RopeScaling], half: int) -> list[RemovableHandle]:
+    """Hooks that know of positions and caches; where frequencies change with every token, keys can be cached before
+    rotation from then on."""
+    dependent = any(each.is_length_dependent for each in every)
+    label = state.scaling.label
+    if len(set(map(repr, every))) > 1:
+        label = ", ".join(f"{name}: {each.label}" for name, each in state.plan.layers.items())
+    passes = Passes(Patch(label), state.scaling, dependent, dropped=state.plan.drop_layers)
+    if dependent and not passes.stepped:
+        # What a family's own function rotates is asked in the layout that this function wants.
+        state.late, passes.obstacle = late.install(base, state.adapter.layout, half)
+        passes.late = bool(state.late)
+    return passes.install(base)
 
 
 def _hook_layers(
@@ -820,30 +853,13 @@ def _restore(base: PreTrainedModel, state: _State) -> None:
     base.config.__class__ = state.config_class
     for hook in state.hooks:
         hook.remove()
+    late.uninstall(state.late)
     uninstall(state.fused)
     if state.scaling.changes_attention:
         uninstall_regions(base)
     if state.attention is not None:
         base.set_attn_implementation(state.attention)
     delattr(base, _STATE)
-
-
-def _prepare_dynamic_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of a dynamically scaled base model."""
-    given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-    cache = given.get("past_key_values")
-    if cache is not None and int(cache.get_seq_length()) > 0:
-        raise ConfigError(
-            "past_key_values: dynamic scaling cannot read cached keys, which were rotated at another scale; "
-            "pass use_cache=False"
-        )
-    mask = given.get("attention_mask")
-    if given.get("position_ids") is None and isinstance(mask, torch.Tensor) and mask.dim() == 2:
-        # Count real tokens only, as generate() does: padding must not make a row look longer than it is.
-        position_ids = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-        more = given.pop("kwargs", {})  # what forward() takes as **kwargs
-        return (), {**given, **more, "position_ids": position_ids}
-    return None
 
 
 def _notes(own: RopeScaling, scaling: RopeScaling, config: Any, adapter: Adapter) -> tuple[str, ...]:

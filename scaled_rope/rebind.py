@@ -1,4 +1,4 @@
-"""Give one module its own version of a function that its `forward` looks up among the globals of its source file.
+"""Give one module its own version of what its `forward` looks up by name among the globals of its source file.
 
 Families of transformers call `apply_rotary_pos_emb` by that name. Assigning to the name in their source file would
 change every model of the process. Here one module gets a copy of its forward whose globals differ in that name alone,
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,8 +46,8 @@ def callers(root: nn.Module, name: str) -> list[nn.Module]:
     return [module for module in root.modules() if calls(module, name)]
 
 
-def bound(module: nn.Module, name: str) -> Callable[..., Any]:
-    """The function that the module's forward finds under `name` now.
+def bound(module: nn.Module, name: str) -> Any:
+    """What the module's forward finds under `name` now.
 
     Raises:
         ConfigError: it looks for no such function.
@@ -56,12 +55,11 @@ def bound(module: nn.Module, name: str) -> Callable[..., Any]:
     function = _function(module)
     if function is None or not calls(module, name):
         raise ConfigError(f"{type(module).__name__}: its forward calls no {name}")
-    found: Callable[..., Any] = function.__globals__[name]
-    return found
+    return function.__globals__[name]
 
 
-def original(module: nn.Module, name: str) -> Callable[..., Any]:
-    """The function that the module's forward would find under `name` had nothing been rebound.
+def original(module: nn.Module, name: str) -> Any:
+    """What the module's forward would find under `name` had nothing been rebound.
 
     Raises:
         ConfigError: it looks for no such function.
@@ -70,16 +68,15 @@ def original(module: nn.Module, name: str) -> Callable[..., Any]:
     if record is None or name not in record.functions:
         return bound(module, name)
     forward = record.before if record.before is not None else type(module).forward
-    found: Callable[..., Any] = getattr(forward, "__func__", forward).__globals__[name]
-    return found
+    return getattr(forward, "__func__", forward).__globals__[name]
 
 
 def rebind(module: nn.Module, name: str, function: Any) -> Any:
     """Make the module's forward, and nothing else, find `function` under the global `name`.
 
     Args:
-        function: what the name is to mean, usually a function. None: what the source file has, again. A module that
-            nothing is rebound in is as it was.
+        function: a function or any other object; None: what the source file has, again. A module that nothing is
+            rebound in is as it was.
 
     Returns:
         What a former `rebind` of this name had put there, to be put back later; None: nothing had.
@@ -115,7 +112,8 @@ def _install(module: nn.Module, record: _Rebound) -> None:
     function = original.__func__
     # Without a __name__ torch.compile looks names up in this dictionary and not in the source file of that name.
     names = {key: value for key, value in function.__globals__.items() if key != "__name__"} | record.functions
-    copy = types.FunctionType(function.__code__, names, None, function.__defaults__, function.__closure__)
+    # Its own code as well: torch.compile keeps what it made with the code, by names that it puts into one dictionary.
+    copy = types.FunctionType(function.__code__.replace(), names, None, function.__defaults__, function.__closure__)
     functools.update_wrapper(copy, function)
     copy.__kwdefaults__ = function.__kwdefaults__
     del copy.__dict__["__wrapped__"]  # it stands in for the original, it does not call it

@@ -17,8 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from scaled_rope.attention.regions import Regions, region_attention
 from scaled_rope.backends import has_window, refusal, stretches
+from scaled_rope.caches import length_of, note_of
 from scaled_rope.errors import ConfigError
-from scaled_rope.fused import APPLY, rotation_pairing
+from scaled_rope.fused import APPLY, pairing_of
 from scaled_rope.rebind import callers, rebind
 from scaled_rope.rotary import Layout
 
@@ -27,7 +28,6 @@ MASKS_OF = "sdpa_blocked"
 CARRIERS = ("auto", "sdpa", "sdpa_blocked", "blockwise")
 """Implementations in whose place regions may stand: all compute the same, in float32 or with bfloat16 factors."""
 _ATTENTIONS = "ALL_ATTENTION_FUNCTIONS"
-_MARK = "_scaled_rope_unrotated"
 
 
 def check_carrier(method: str, attention: str) -> None:
@@ -58,7 +58,7 @@ def pairing(base: nn.Module, method: str, layout: Layout, half: int) -> bool:
         reason = "whose layers have a sliding window"
     interleaved = None
     if not reason:
-        interleaved, reason = rotation_pairing(base, layout, half)
+        interleaved, reason = pairing_of(base, layout, half)
     if not reason and callers(base, APPLY) != callers(base, _ATTENTIONS):
         reason = "they do not use transformers' attention interface"
     if interleaved is None:
@@ -79,7 +79,7 @@ class _Only:
 
 
 def install(base: nn.Module, regions: Regions, inv_freq: Tensor, interleaved: bool) -> list[RemovableHandle]:
-    """Make all attention modules of a base model attend in regions; returns the hooks that watch over its caches.
+    """Make all attention modules of a base model attend in regions; returns the hooks that this takes.
 
     inv_freq: [R/2], unscaled.
     """
@@ -136,10 +136,7 @@ def install(base: nn.Module, regions: Regions, inv_freq: Tensor, interleaved: bo
     for module in callers(base, APPLY):
         rebind(module, APPLY, _as_they_are)
         rebind(module, _ATTENTIONS, _Only(attend))
-    return [
-        base.register_forward_pre_hook(_check_cache, with_kwargs=True),
-        base.register_forward_hook(_mark_cache),
-    ]
+    return [base.register_forward_pre_hook(_look_at_cache, with_kwargs=True)]
 
 
 def uninstall(base: nn.Module) -> None:
@@ -153,25 +150,22 @@ def _as_they_are(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tens
     return q, k
 
 
-def _check_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook: refuses rotated keys, and says how much of a cache is filled."""
+def _look_at_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook. Refuses a cache that somebody else has filled, and gives a pass without a mask one, from which
+    attention can tell what part of a cache of fixed size has been written."""
     given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     cache = given.get("past_key_values")
-    if cache is None:
-        return None
-    filled = int(cache.get_seq_length())
-    if filled and not getattr(cache, _MARK, False):
-        raise ConfigError("past_key_values: holds keys that were rotated before patch_model; start with an empty cache")
-    setattr(cache, _MARK, True)
     tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-    if given.get("attention_mask") is None and tokens is not None:
-        more = given.pop("kwargs", {})  # what forward() takes as **kwargs
-        mask = torch.ones(tokens.shape[0], filled + tokens.shape[1], dtype=torch.long, device=tokens.device)
-        return (), {**given, **more, "attention_mask": mask}
-    return None
-
-
-def _mark_cache(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook: a cache that the pass made holds keys as they are."""
-    if (cache := getattr(output, "past_key_values", None)) is not None:
-        setattr(cache, _MARK, True)
+    if cache is None or tokens is None or torch.compiler.is_compiling():
+        return None
+    filled = length_of(cache)
+    if filled and note_of(cache) is None:
+        raise ConfigError(
+            f"past_key_values: this {type(cache).__name__} was not filled by the model as it is patched, and holds keys "
+            "that were rotated already; start from an empty cache"
+        )
+    if given.get("attention_mask") is not None:
+        return None
+    more = given.pop("kwargs", {})  # what forward() takes as **kwargs
+    mask = torch.ones(tokens.shape[0], filled + tokens.shape[1], dtype=torch.long, device=tokens.device)
+    return (), {**given, **more, "attention_mask": mask}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal, Self, cast
 
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 
 from scaled_rope.config import RopeScaling
 from scaled_rope.methods import compute_rope, compute_rope_batch
+
+_LENGTHS: ContextVar[Tensor | None] = ContextVar("lengths", default=None)
 
 Layout = Literal["halves", "interleaved", "half"]
 """How a family wants its tables over the D rotated dimensions: the D/2 angles twice, side by side; each angle twice in
@@ -25,11 +29,33 @@ def lay_out(table: Tensor, layout: Layout) -> Tensor:
     return torch.cat((table, table), dim=-1)
 
 
+@contextmanager
+def lengths(seq_len: Tensor | None) -> Iterator[None]:
+    """Within it, passes of dynamically scaled models belong to rows of these lengths [B], instead of to what their
+    positions say: a text that is read in pieces has one scale. None: what positions say."""
+    token = _LENGTHS.set(seq_len)
+    try:
+        yield
+    finally:
+        _LENGTHS.reset(token)
+
+
+def row_lengths(position_ids: Tensor) -> Tensor:
+    """l' of rows whose latest positions are these [B, T]: largest position + 1, or what `lengths` says; [B] or [1]."""
+    given = _lengths_now()
+    return position_ids.amax(dim=-1) + 1 if given is None else given.to(position_ids.device)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _lengths_now() -> Tensor | None:
+    return _LENGTHS.get()
+
+
 class ScaledRotaryEmbedding(nn.Module):
     """Rotary tables for any `RopeScaling`, in the interface that the models of transformers call.
 
     Frequencies and tables are float32 whatever the dtype of the model; only the finished tables are rounded.
-    The module has no parameters, no buffers and no memory: its output depends on its inputs alone.
+    The module has no parameters, no buffers and no memory: its output depends on its inputs (and `lengths`) alone.
     """
 
     inv_freq: Tensor
@@ -66,20 +92,34 @@ class ScaledRotaryEmbedding(nn.Module):
 
         Returns:
             cos and sin [B, T, D] ([B, T, D/2] in the "half" layout) in x.dtype or float32, multiplied by the
-            attention factor. Under dynamic scaling a row's scale follows from its own largest position.
+            attention factor. Under dynamic scaling a row's scale follows from its own largest position, or from
+            `lengths`.
         """
-        # Only elementwise products follow, which autocast leaves in float32.
-        positions = position_ids.to(device=x.device, dtype=torch.float32)[..., None]
-        if self.scaling.is_length_dependent:
-            seq_len = position_ids.to(x.device).amax(dim=-1) + 1
-            inv_freq, factor = compute_rope_batch(self.scaling, self.head_dim, seq_len)
-            angles = positions * inv_freq[:, None, :]
-            cos, sin = angles.cos() * factor[:, None, None], angles.sin() * factor[:, None, None]
-        else:
-            angles = positions * self.inv_freq.to(x.device)
-            cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        position_ids = position_ids.to(x.device)
+        seq_len = row_lengths(position_ids) if self.scaling.is_length_dependent else None
+        cos, sin = self.tables(position_ids, seq_len)
         dtype = torch.float32 if self.float32_tables else x.dtype
         return lay_out(cos, self.layout).to(dtype), lay_out(sin, self.layout).to(dtype)
+
+    def tables(self, position_ids: Tensor, seq_len: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions in rows of given lengths, before anything is laid out or rounded.
+
+        Args:
+            position_ids: [B, T] or [1, T], whole numbers of either sign.
+            seq_len: [B] or [1], l' of each row in tokens; only a scaling that depends on the length needs it.
+
+        Returns:
+            Two of [B, T, D/2], float32, multiplied by the attention factor; B is 1 where both arguments have one row.
+        """
+        # Only elementwise products follow, which autocast leaves in float32.
+        positions = position_ids.to(torch.float32)[..., None]
+        if self.scaling.is_length_dependent:
+            assert seq_len is not None
+            inv_freq, factor = compute_rope_batch(self.scaling, self.head_dim, seq_len)
+            angles = positions * inv_freq[:, None, :]
+            return angles.cos() * factor[:, None, None], angles.sin() * factor[:, None, None]
+        angles = positions * self.inv_freq.to(position_ids.device)
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow the model to its device, out of "meta" as well, but never to its dtype."""

@@ -571,7 +571,6 @@ SCORE = ["--lengths", "32", "--dataset", "{texts}"]
         (perplexity.main, ["-m", "{model}", *SCORE, "--save-tokenized", "{texts}"], "exists"),
         (perplexity.main, ["-m", "{model}", *SCORE, "--subset", "x"], "hub"),
         (perplexity.main, ["-m", "{model}", "--lengths", "32", "--dataset", "standin:boks"], "'books'"),
-        (perplexity.main, ["-m", "{model}", *SCORE, "--dynamic-yarn", "--prefill-chunk", "8"], "prefill-chunk"),
         (perplexity.main, ["-m", "{model}", "--dataset", "{texts}", "--lengths", "32,x"], "lengths"),
         (perplexity.main, ["-m", "{model}", "--dataset", "{texts}", "--lengths", "1"], "at least 2"),
         (perplexity.main, ["-m", "{model}", "--dataset", "{texts}", "--min-tokens", "9000"], "min-tokens"),

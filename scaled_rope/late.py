@@ -1,0 +1,382 @@
+"""Rotate after the cache: keys are cached as they are before rotation, and rotated when attention reads them.
+
+What a key's rotation is may change as the text grows: with every token under dynamic scaling (section 3.3 of the YaRN
+paper), and with the query that reads it in methods that change attention itself. So in a pass that has a cache, the
+call of `apply_rotary_pos_emb` in each attention module does nothing, any cache stores what it is given, and where the
+module asks transformers' attention interface for its backend it gets a function of ours (an `Attend`) instead, which
+is handed queries and keys unrotated, with their positions, and has the backend.
+
+Positions of keys are not stored. Tokens of a row have consecutive positions, so those of cached keys follow from the
+row's offset, and caches say themselves which stretch of a row they hand out (`get_mask_sizes`, on which transformers
+builds its masks): all of it, the part in a window, or a buffer of fixed size of which the end is not yet written.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from scaled_rope.caches import Note
+from scaled_rope.errors import ConfigError
+from scaled_rope.fused import APPLY, pairing_of
+from scaled_rope.kernels import rotate
+from scaled_rope.rebind import bound, callers, calls, rebind
+from scaled_rope.rotary import LayeredRotaryEmbedding, Layout, ScaledRotaryEmbedding, row_lengths
+
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+"""The name under which attention modules look for backends, as INTERFACE.get_interface(name, default)."""
+
+Backend = Callable[..., tuple[Tensor, Tensor | None]]
+"""A function of transformers' attention interface: (module, query, key, value, attention_mask, **options)."""
+
+
+class Attend(Protocol):
+    """What stands in for a backend: attention over queries and keys that are not yet rotated."""
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        *,
+        turn: Turn,
+        backend: Backend,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of one layer in one pass.
+
+        Args:
+            query: [B, H, Q, D], not rotated.
+            key, value: [B, Hkv, K, D], all keys that the cache hands out, not rotated.
+            attention_mask: as the module's backend takes it.
+            turn: positions of queries and keys, and what rotates them.
+            backend: the module's own, by its config.
+            options: what the module tells its backend (scaling, dropout, sliding_window, softcap, s_aux, ...).
+
+        Returns:
+            [B, Q, H, D] and weights or None, as backends return them.
+        """
+
+
+def rotate_both(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    turn: Turn,
+    backend: Backend,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """An `Attend`: queries and all keys rotated at the scale of the row's present length, then the module's backend."""
+    query = turn.rotate(query, turn.query_positions)
+    key = turn.rotate(key, turn.key_positions)
+    return backend(module, query, key, value, attention_mask, **options)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Positions in one layer of one pass, and what rotates them."""
+
+    query_positions: Tensor
+    """[B, Q] or, where all rows have the same, [1, Q]."""
+    key_positions: Tensor
+    """[B, K] or [1, K]. Of padding on the left they are negative or arbitrary; the mask hides it, as what lies behind
+    the last query in a buffer of fixed size."""
+    seq_len: Tensor
+    """[B] or [1]: l', the length of each row after this pass."""
+    rotary: ScaledRotaryEmbedding
+    interleaved: bool
+    """Whether neighbours are rotated together instead of halves."""
+    tables_of: Callable[[ScaledRotaryEmbedding, Tensor, Tensor], tuple[Tensor, Tensor]]
+    """(rotary, positions, seq_len) -> cos and sin, made once for all layers of a pass."""
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B or 1, T, R/2], float32, at this pass's scale."""
+        return self.tables_of(self.rotary, positions, self.seq_len)
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Heads [B, H, T, D] rotated by positions [B or 1, T], the first R dimensions of each."""
+        cos, sin = self.tables(positions)
+        wanted = torch.promote_types(x.dtype, torch.float32)
+        return rotate(x, cos.to(wanted), sin.to(wanted), interleaved=self.interleaved)
+
+
+@dataclass
+class Pass:
+    """A forward pass of a base model in which keys are rotated late."""
+
+    positions: Tensor
+    """[B or 1, Q]: those of its queries."""
+    start: int
+    """Tokens in the cache before it."""
+    offset: Tensor | None
+    """[B or 1], see `Note.offset`; None: the positions are not consecutive."""
+    rotary: ScaledRotaryEmbedding | LayeredRotaryEmbedding
+    cache: Any
+    """The cache that it was given, if any."""
+    layer_types: list[str] | None
+    dropped: tuple[int, ...]
+    """Layers that are to work without rotation."""
+    seq_len: Tensor = field(init=False)
+    pending: tuple[Tensor, Tensor] | None = None
+    """The queries and keys that the next call of attention is to rotate."""
+    sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By layer: how many keys the cache hands out, and which token is the first, before the layer changes that."""
+    _keys: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.seq_len = row_lengths(self.positions)
+
+    @property
+    def tokens(self) -> int:
+        return self.positions.shape[1]
+
+    def key_positions(self, layer: int, count: int) -> Tensor:
+        """Positions of the keys that a layer's attention is given.
+
+        Raises:
+            ConfigError: a cache that hands out other keys than it says.
+        """
+        said, first = self.sizes.get(layer, (self.tokens, 0))
+        if count != said:
+            raise ConfigError(
+                f"past_key_values: a cache of type {type(self.cache).__name__} hands out {count} keys where it says "
+                f"{said}, so their positions are not known; use a DynamicCache or a StaticCache, or use_cache=False"
+            )
+        if (first, count) not in self._keys:
+            self._keys[first, count] = self._key_positions(first, count)
+        return self._keys[first, count]
+
+    def _key_positions(self, first: int, count: int) -> Tensor:
+        if self.start == 0 and first == 0:
+            # All keys are those of this pass, and what is left of a buffer of fixed size.
+            more = torch.arange(1, count - self.tokens + 1, device=self.positions.device)
+            return torch.cat((self.positions, self.positions[:, -1:] + more), dim=1) if len(more) else self.positions
+        assert self.offset is not None  # checked when the pass began
+        return self.offset[:, None] + torch.arange(first, first + count, device=self.offset.device)
+
+    def rotary_of(self, module: nn.Module) -> ScaledRotaryEmbedding:
+        """What rotates in the layer of an attention module."""
+        if isinstance(self.rotary, ScaledRotaryEmbedding):
+            return self.rotary
+        assert self.layer_types is not None
+        rotary = self.rotary.by_type[self.layer_types[_index(module)]]
+        assert isinstance(rotary, ScaledRotaryEmbedding)
+        return rotary
+
+    def tables(self, rotary: ScaledRotaryEmbedding, positions: Tensor, seq_len: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables of positions that layers share are made once."""
+        known = any(positions is one for one in (self.positions, *self._keys.values())) and seq_len is self.seq_len
+        if not known:
+            return rotary.tables(positions, seq_len)
+        key = (id(rotary), id(positions))
+        if key not in self._tables:
+            self._tables[key] = rotary.tables(positions, seq_len)
+        return self._tables[key]
+
+
+CURRENT: ContextVar[Pass | None] = ContextVar("late", default=None)
+"""The pass that runs, when it is one that rotates late."""
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _current() -> Pass | None:
+    # torch.compile cannot trace context variables: a compiled model is in pieces where keys may be rotated late.
+    return CURRENT.get()
+
+
+def begin(
+    base: nn.Module,
+    rotary: ScaledRotaryEmbedding | LayeredRotaryEmbedding,
+    position_ids: Tensor,
+    cache: Any,
+    note: Note | None,
+    dropped: tuple[int, ...],
+) -> Pass:
+    """A pass of a base model that is about to run.
+
+    Args:
+        position_ids: [B or 1, Q].
+        note: what is known of a cache that holds something.
+
+    Raises:
+        ConfigError: positions that do not go on from those in the cache; a cache that cannot say what it hands out.
+    """
+    config: Any = base.config
+    start = note.length if note is not None else 0
+    if start and note is not None and note.offset is None:
+        raise ConfigError(
+            "position_ids: those behind this cache are not consecutive in every row; pad on the left, and give one "
+            "text per row"
+        )
+    offset, consecutive = _offset(position_ids, start)
+    if note is not None and start:
+        assert note.offset is not None
+        before = note.offset.to(offset.device)
+        if not consecutive or not bool(((before == offset) | (start + offset <= 0)).all()):
+            raise ConfigError(
+                f"position_ids: must go on from the {start} tokens in the cache without a gap; give the whole "
+                "attention_mask, or the positions of the new tokens"
+            )
+    if len(position_ids) > 1 and _equal_rows(position_ids) and _equal_rows(offset):
+        position_ids, offset = position_ids[:1], offset[:1]
+    layer_types = getattr(config, "layer_types", None)
+    current = Pass(position_ids, start, offset if consecutive else None, rotary, cache, layer_types, dropped)
+    if cache is not None:
+        if not hasattr(cache, "get_mask_sizes"):
+            raise ConfigError(
+                f"past_key_values: a cache of type {type(cache).__name__} does not say which keys it hands out; use a "
+                "DynamicCache or a StaticCache, or use_cache=False"
+            )
+        count = position_ids.shape[1]
+        for layer in range(config.num_hidden_layers):
+            length, first = cache.get_mask_sizes(count, layer)
+            current.sizes[layer] = int(length), int(first)
+    return current
+
+
+def offset_of(position_ids: Tensor, start: int) -> Tensor | None:
+    """Offsets [B or 1] of rows whose tokens from `start` have these positions, None if they are not consecutive."""
+    offset, consecutive = _offset(position_ids, start)
+    return offset if consecutive else None
+
+
+def _offset(position_ids: Tensor, start: int) -> tuple[Tensor, bool]:
+    """Offsets [B or 1] by each row's last token, and whether all others agree or are padding on the left."""
+    end = start + position_ids.shape[1]
+    offset = position_ids[:, -1] - (end - 1)
+    if position_ids.shape[1] == 1:
+        return offset, True
+    wanted = offset[:, None] + torch.arange(start, end, device=offset.device)
+    return offset, bool(((wanted == position_ids) | (wanted < 0)).all())
+
+
+def _equal_rows(rows: Tensor) -> bool:
+    return bool((rows == rows[:1]).all())
+
+
+# ------------------------------------------------------------------------------------------------- in attention modules
+
+
+def install(base: nn.Module, layout: Layout, half: int, attend: Attend = rotate_both) -> tuple[list[nn.Module], str]:
+    """Prepare the attention modules of a base model for passes that rotate late; others run as before.
+
+    Args:
+        layout, half: as in `scaled_rope.fused.fused_rotation`.
+        attend: what does the attention in such a pass.
+
+    Returns:
+        The modules and "", or none and why the family's attention cannot do it, in a few words.
+    """
+    interleaved, reason = pairing_of(base, layout, half)
+    if interleaved is None:
+        return [], reason
+    modules = callers(base, APPLY)
+    for module in modules:
+        name = type(module).__name__
+        if not calls(module, INTERFACE):
+            return [], f"{name} does not use transformers' attention interface"
+        if not hasattr(module, "layer_idx"):
+            return [], f"{name} does not know its layer"
+    for module in modules:
+        rebind(module, APPLY, _deferring(bound(module, APPLY)))
+        rebind(module, INTERFACE, _Interface(bound(module, INTERFACE), attend, interleaved))
+    return modules, ""
+
+
+def uninstall(modules: list[nn.Module]) -> None:
+    """Undo `install`, and what had been bound under `APPLY` before."""
+    for module in modules:
+        rebind(module, APPLY, None)
+        rebind(module, INTERFACE, None)
+
+
+def _deferring(now: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, *tables: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        current = _current()
+        if current is None:
+            return now(q, k, *tables, **options)
+        current.pending = q, k
+        return q, k
+
+    return apply_rotary_pos_emb
+
+
+class _Interface:
+    """In place of transformers' registry of backends, in one attention module."""
+
+    def __init__(self, functions: Any, attend: Attend, interleaved: bool) -> None:
+        self.functions = functions
+        self.attend = attend
+        self.interleaved = interleaved
+
+    def get_interface(self, name: str, default: Backend) -> Backend:
+        """The backend of that name, or, where queries and keys wait for their rotation, what stands in for it."""
+        backend: Backend = self.functions.get_interface(name, default)
+        current = _current()
+        if current is None or current.pending is None:
+            return backend
+        return functools.partial(_attend, attend=self.attend, interleaved=self.interleaved, backend=backend)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    attend: Attend,
+    interleaved: bool,
+    backend: Backend,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    current = _current()
+    assert current is not None and current.pending is not None
+    (q, k), current.pending = current.pending, None
+    layer = _index(module)
+    if layer in current.dropped:
+        return backend(module, query, key, value, attention_mask, **options)
+    key_positions = current.key_positions(layer, key.shape[2])
+    if current.start == 0:
+        _check_untouched(module, q, query)
+        _check_untouched(module, k, key[:, :, : k.shape[2]])
+    rotary = current.rotary_of(module)
+    turn = Turn(current.positions, key_positions, current.seq_len, rotary, interleaved, current.tables)
+    return attend(module, query, key, value, attention_mask, turn=turn, backend=backend, **options)
+
+
+_ALIKE = 0.998
+"""Least cosine between heads on their way to attention. A cache of 8-bit floats moves it from 1 by less than 0.001."""
+
+
+def _check_untouched(module: nn.Module, handed: Tensor, arrived: Tensor) -> None:
+    """Nothing may come between rotation and attention that a later rotation would not undo; a factor per token may.
+
+    Looked at in the first pass of each cache, at the last token alone, which costs next to nothing.
+    """
+    if arrived.is_meta:
+        return
+    one, other = (x[:1, :, -1:, : handed.shape[-1]].detach().float() for x in (handed, arrived))
+    if one.shape != other.shape or bool(((one * other).sum(-1) < _ALIKE * one.norm(dim=-1) * other.norm(dim=-1)).any()):
+        raise ConfigError(
+            f"past_key_values: {type(module).__name__} changes queries or keys between rotation and attention, so they "
+            "cannot be cached before rotation; pass use_cache=False"
+        )
+
+
+def _index(module: nn.Module) -> int:
+    index: Any = module.layer_idx
+    return int(index)
