@@ -478,7 +478,7 @@ class ReRopeParams:
     "rerope",
     params_type=ReRopeParams,
     source="ReRoPE (Su), kexue.fm/archives/9708",
-    summary="attention: no key is seen further away than a window",
+    summary="attention: no distance beyond a window",
     **_ATTENTION,
 )
 def rerope(scaling: RopeScaling) -> Regions:
@@ -556,7 +556,7 @@ class DualChunkParams:
     "dual-chunk",
     params_type=DualChunkParams,
     source="dual chunk attention, arXiv 2402.17463",
-    summary="attention: positions within chunks, three kinds of distance",
+    summary="attention: positions within chunks",
     **_ATTENTION,
 )
 def dual_chunk(scaling: RopeScaling) -> Regions:

@@ -151,8 +151,8 @@ def _as_they_are(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tens
 
 
 def _look_at_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook. Refuses a cache that somebody else has filled, and gives a pass without a mask one, from which
-    attention can tell what part of a cache of fixed size has been written."""
+    """Forward pre-hook. Refuses a cache that somebody else has filled. A pass without a mask is given one, which tells
+    what part of a cache of fixed size has been written."""
     given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     cache = given.get("past_key_values")
     tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
