@@ -161,8 +161,8 @@ def _look_at_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     filled = length_of(cache)
     if filled and note_of(cache) is None:
         raise ConfigError(
-            f"past_key_values: this {type(cache).__name__} was not filled by the model as it is patched, and holds keys "
-            "that were rotated already; start from an empty cache"
+            f"past_key_values: this {type(cache).__name__} was not filled by the model as it is patched, and holds "
+            "keys that were rotated already; start from an empty cache"
         )
     if given.get("attention_mask") is not None:
         return None
