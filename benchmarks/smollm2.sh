@@ -4,6 +4,7 @@
 #
 #   ./benchmarks/smollm2.sh          under 20 minutes on two cores: one novel, a few scalings, out/smollm2/report.html
 #   ./benchmarks/smollm2.sh full     what data/smollm2_rows.jsonl holds: about 4 hours on two cores
+#   ./benchmarks/smollm2.sh attention   the methods that change attention, to twice and four times the length
 #
 # OUTPUT is the folder (default: out/smollm2). More flags of eval/perplexity.py and eval/passkey.py may follow, such as
 # --attention sdpa where the processor has AMX.
@@ -47,8 +48,15 @@ case $what in
         python eval/perplexity.py "${shared[@]}" "${flags[@]}" "$@" --dataset standin:books --samples 1 \
             --lengths 1024,2048,4096,8192,16384,24576,32768
         ;;
+    attention)
+        far=(--scaling rerope,window=4096 --scaling self-extend,group=8,window=2048 --scaling dual-chunk,chunk=6144)
+        python eval/perplexity.py "${shared[@]}" "${far[@]}" --scaling leaky-rerope,window=4096,k=8 --scaling default \
+            --scaling dynamic-yarn "$@" --dataset standin:books --samples 1 --lengths 1024,2048,4096,8192,12288,16384
+        python eval/perplexity.py "${shared[@]}" "${far[@]}" "$@" --dataset standin:books --samples 1 \
+            --lengths 1024,2048,4096,8192,16384,24576,32768
+        ;;
     *)
-        echo "error: $what is not allowed; quick (the default) or full" >&2
+        echo "error: $what is not allowed; quick (the default), full or attention" >&2
         exit 2
         ;;
 esac

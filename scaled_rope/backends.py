@@ -113,7 +113,7 @@ def attention_for(config: Any, attention: str, device: torch.device | None = Non
         return attention
     if not refusal(config, "sdpa"):
         text = config.get_text_config()
-        return "sdpa_blocked" if _has_window(text) and not refusal(config, "sdpa_blocked") else "sdpa"
+        return "sdpa_blocked" if has_window(text) and not refusal(config, "sdpa_blocked") else "sdpa"
     gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
     return "flex_attention" if gpu and not refusal(config, "flex_attention") else "eager"
 
@@ -152,12 +152,12 @@ def refusal(config: Any, name: str) -> str:
             return "they do not use transformers' attention interface"
         if getattr(text, "attention_chunk_size", None) is not None:
             return "they attend in chunks"
-        if _has_window(text) and "sliding_window=" not in inspect.getsource(module):
+        if has_window(text) and "sliding_window=" not in inspect.getsource(module):
             return "they do not say what their windows are"
     return ""
 
 
-def _has_window(config: Any) -> bool:
+def has_window(config: Any) -> bool:
     """Whether some layer has a window."""
     if getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True):
         return False
@@ -238,11 +238,11 @@ def blocked_sdpa(
         seen = attention_mask if sliding_window is None else attention_mask[:, -sliding_window:]
         key, value = key[:, :, -seen.shape[1] :], value[:, :, -seen.shape[1] :]
         return sdpa_attention_forward(module, query, key, value, seen[:, None, None], **given)[0], None
-    stretches = _stretches(attention_mask, position_ids, cu_seq_lens_q, query, keys)
-    if stretches is None:
+    found = stretches(attention_mask, position_ids, cu_seq_lens_q, query, keys)
+    if found is None:
         return _causal(module, query, key, value, sliding_window, given), None
     out = query.new_zeros(query.shape[0], tokens, query.shape[1], value.shape[-1])
-    for row, start, end in stretches:
+    for row, start, end in found:
         first = max(start, keys - tokens)  # keys before that belong to no query of this pass
         if first >= end:
             continue
@@ -253,7 +253,7 @@ def blocked_sdpa(
     return out, None
 
 
-def _stretches(
+def stretches(
     mask: Tensor | None, position_ids: Tensor | None, cu_seqlens: Tensor | None, query: Tensor, keys: int
 ) -> list[tuple[int, int, int]] | None:
     """(row, first key, end) of everything that attends to itself alone; None: every row is one whole."""
@@ -278,12 +278,12 @@ def _stretches(
     if not bool(jumps.any()):
         return None
     jumps = jumps.expand(batch, -1)
-    found = jumps.nonzero().tolist()
-    stretches = []
+    places = jumps.nonzero().tolist()
+    found = []
     for row in range(batch):
-        bounds = [0, *(place + 1 for at, place in found if at == row), tokens]
-        stretches += [(row, start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
-    return stretches
+        bounds = [0, *(place + 1 for at, place in places if at == row), tokens]
+        found += [(row, start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return found
 
 
 def _causal(

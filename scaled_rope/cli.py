@@ -124,7 +124,7 @@ def _list_methods(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def _describe_method(row: dict[str, Any]) -> Iterator[str]:
     """All about one method."""
-    own = [name if value is None else f"{name}={value:g}" for name, value in row["parameters"].items()]
+    own = [name if value is None else f"{name}={json.dumps(value)}" for name, value in row["parameters"].items()]
     yield f"{row['name']}: {row['summary']}"
     yield ""
     yield from textwrap.indent(row["formula"], "  ").splitlines()

@@ -32,9 +32,7 @@ from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.formulas import attention_factor_of, longrope_attention_factor
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    MethodFn = Callable[["RopeScaling", int, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+    MethodFn = Callable[..., Any]
 
 Dialect = Literal["rope_parameters", "rope_scaling"]
 
@@ -49,7 +47,8 @@ class Method:
 
     name: str
     fn: MethodFn
-    """(scaling, dim, factor [...], seq_len [...] | None) -> (inv_freq [..., dim/2], attention [...])."""
+    """(scaling, dim, factor [...], seq_len [...] | None) -> (inv_freq [..., dim/2], attention [...]); of methods that
+    change attention: (scaling) -> `scaled_rope.attention.regions.Regions`."""
     fields: frozenset[str]
     """The optional fields of `RopeScaling` that the method takes; any other one that is set is an error."""
     source: str
@@ -143,6 +142,8 @@ class RopeScaling:
             )
         self._check_ramp()
         self._check_params(row)
+        if row.kind == "attention":
+            row.fn(self)
 
     def _check_values(self) -> None:
         """Check each field by itself; store numbers as float, so that equal records are written equally."""
@@ -221,6 +222,18 @@ class RopeScaling:
             assert self.original_max_position_embeddings is not None  # validated
             return longrope_attention_factor(self.factor, self.original_max_position_embeddings)
         return 1.0
+
+    @property
+    def changes_attention(self) -> bool:
+        """Whether the method changes attention itself and leaves the frequencies alone."""
+        return METHODS[self.method].kind == "attention"
+
+    @property
+    def of_frequencies(self) -> RopeScaling:
+        """The scaling that the frequencies have: this one, or none under a method that changes attention."""
+        if not self.changes_attention:
+            return self
+        return RopeScaling("default", **{name: getattr(self, name) for name in _MODEL_FIELDS})
 
     @property
     def is_length_dependent(self) -> bool:
@@ -503,12 +516,14 @@ def _show(value: Any) -> str:
 def _parse_param(name: str, text: str) -> Any:
     """A method's own parameter: a whole number, a number or a list of numbers; the method checks which it wants."""
     try:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
         parts = re.split(r"(?<=[^eE+])\+", text)  # not the + of 1e+5
         if len(parts) > 1:
             return [float(part) for part in parts]
         return int(text) if text.strip("+-").isdigit() else float(text)
     except ValueError:
-        raise ConfigError(f"{name}={text!r}: must be a number, or several as 1+1.5+2") from None
+        raise ConfigError(f"{name}={text!r}: must be a number, several as 1+1.5+2, or true or false") from None
 
 
 def _parse(name: str, text: str) -> Any:

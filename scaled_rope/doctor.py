@@ -726,7 +726,7 @@ class _Examination:
         try:
             with _quiet():
                 theirs, their_factor = _vanilla(self.object, self.layer_type)
-            ours, our_factor = compute_rope(self.own, head_dim)
+            ours, our_factor = compute_rope(self.own.of_frequencies, head_dim)
         except Exception:  # not comparable: another finding says why, or the family computes by itself
             return ""
         return _difference(theirs, their_factor, ours, our_factor, "transformers", "meant")
@@ -919,7 +919,7 @@ class _Examination:
             return ()
         try:
             theta = compute_rope(RopeScaling.from_spec("default", scaling), head_dim)[0].double().tolist()
-            scaled = compute_rope(scaling, head_dim, length)[0].double().tolist()
+            scaled = compute_rope(scaling.of_frequencies, head_dim, length)[0].double().tolist()
         except ConfigError as error:
             self.find("bad-value", "error", f"{error}.", "Correct the value, or head_dim.")
             return ()
@@ -1209,7 +1209,7 @@ def _check_vanilla(config: Any, rotary: Any) -> Iterator[Finding]:
             head_dim = config_head_dim(config)
             if head_dim is None:
                 continue
-            ours, our_factor = compute_rope(meant, head_dim)
+            ours, our_factor = compute_rope(meant.of_frequencies, head_dim)
         except ConfigError as error:
             yield Finding("bad-value", "error", f"{error}.", "Correct the value.")
             continue

@@ -81,7 +81,8 @@ def check_sequence_parallel(recipe: Recipe, config: Any, scaling: RopeScaling, a
     """Refuse what would be wrong, or crash, when one sequence is spread over `recipe.sequence_parallel` ranks.
 
     Raises:
-        ConfigError: heads that cannot be divided, dynamic scaling, windows, separate documents, eager attention.
+        ConfigError: heads that cannot be divided, dynamic scaling, a method that changes attention, windows, separate
+            documents, eager attention.
     """
     size = recipe.sequence_parallel
     if size == 1:
@@ -97,6 +98,10 @@ def check_sequence_parallel(recipe: Recipe, config: Any, scaling: RopeScaling, a
     if scaling.is_length_dependent:
         raise ConfigError(
             f"sequence_parallel {size} is not allowed with {scaling.label}: no rank sees the length of the sequence"
+        )
+    if scaling.changes_attention:
+        raise ConfigError(
+            f"sequence_parallel {size} is not allowed with {scaling.label}: its attention needs the whole sequence"
         )
     windows = recipe.sliding_window_attention_schedule or (getattr(text, "sliding_window", None),)
     longest = recipe.truncate or recipe.sequence_length

@@ -8,6 +8,7 @@ scaling in place.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import hashlib
 import importlib.util
@@ -47,6 +48,7 @@ from scaled_rope.patch import (
     patched_scaling,
     unpatch_model,
 )
+from scaled_rope.relocated import check_carrier
 
 DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-llama-256"
 """The checkpoint that this project trained itself and carries along."""
@@ -371,6 +373,8 @@ def load_model(
     attention = resolve_attention(attn_implementation, device, dtype)
     own = RopeScaling.from_config(config)
     wanted = scaling if isinstance(scaling, RopeScaling) else resolve_scaling(scaling or "checkpoint", own)
+    if wanted.changes_attention:
+        check_carrier(wanted.method, attn_implementation)
     plan = resolve_plan(config, layers, drop_layers)
     text = config.get_text_config()
     if CUSTOM_ROPE_TYPE in str(rope := getattr(text, "rope_parameters", None)):
@@ -426,8 +430,6 @@ _NO_EFFECT = {
     "--max-position-embeddings": "positions are not limited by the configuration",
     "--no-use-cache": "evaluators keep no cache",
 }
-# Released flags of methods that are not in `METHODS`, and how many values they take.
-_UNAVAILABLE = {"--rerope": 1}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -444,8 +446,22 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     for method in ("yarn", "linear", "ntk", "part-ntk", "dynamic-ntk"):
         spec = f"{method}:{{}}".format
         add(f"--{method}", dest="scaling", action="append", type=spec, metavar="S", help=f"--scaling {method}:S")
+    add(
+        "--rerope",
+        dest="scaling",
+        action="append",
+        type="rerope,window={}".format,
+        metavar="W",
+        help="window of ReRoPE",
+    )
     for method in ("dynamic-linear", "dynamic-part-ntk", "dynamic-yarn"):
         add(f"--{method}", dest="scaling", action="append_const", const=method, help=f"--scaling {method}")
+    add("--method", dest="scaling", action="append", metavar="NAME", help="--scaling NAME, with the flags that follow")
+    add("--window", type=int, metavar="W", help="tokens seen at their own distance, of methods that have a window")
+    add("--group", type=int, metavar="G", help="positions that count as one, of self-extend")
+    add("--chunk", type=int, metavar="S", help="tokens per chunk, of dual-chunk")
+    add("--k", type=float, metavar="K", help="tokens that count as one beyond the window, of leaky-rerope")
+    add("--logn", action="store_const", const="true", help="log-length factor of queries, of rerope and leaky-rerope")
     add("--layers", metavar="TYPE", help="scale only the layers of this type (full_attention)")
     add("--drop-layers", type=_indices, metavar="I,J,...", help="layers, from 0, that work without rotary embedding")
     add("--factor", metavar="S", help="factor of every scaling that names none, the checkpoint's own included")
@@ -461,11 +477,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     bits = group.add_mutually_exclusive_group()
     bits.add_argument("--load-in-8bit", action="store_true")
     bits.add_argument("--load-in-4bit", action="store_true")
-    for flag, values in _UNAVAILABLE.items():
-        add(flag, dest="unavailable", nargs=values or "?", action=_Remember, help=argparse.SUPPRESS)
     for flag in _NO_EFFECT:
         takes_value = flag.endswith(("length", "embeddings"))
         add(flag, dest="no_effect", nargs=1 if takes_value else 0, action=_Remember, help=argparse.SUPPRESS)
+
+
+_PARAMETERS = ("window", "group", "chunk", "k", "logn")
+"""Parameters of methods that have flags of their own."""
 
 
 class _Remember(argparse.Action):
@@ -561,8 +579,9 @@ def _fingerprint(args: argparse.Namespace, name: str, config: Any) -> str:
 
 
 def _specs(args: argparse.Namespace) -> list[str]:
-    """The scalings that the flags ask for, with `--factor` and `--finetuned` written into them."""
+    """The scalings that the flags ask for, with `--factor`, `--finetuned` and parameters written into them."""
     specs = []
+    unused = {name for name in _PARAMETERS if getattr(args, name) is not None}
     for spec in args.scaling or ["checkpoint"]:
         head, comma, fields = spec.partition(",")
         if ":" not in head and head not in ("default", "none"):
@@ -570,7 +589,15 @@ def _specs(args: argparse.Namespace) -> list[str]:
                 head = f"{head}:{args.factor}"
             elif args.finetuned and head.startswith("dynamic-"):
                 head = f"{head}:checkpoint"
+        given = [field.partition("=")[0] for field in fields.split(",")]
+        row = METHODS.get(head.partition(":")[0])
+        for name in (f.name for f in dataclasses.fields(row.params_type)) if row and row.params_type else ():
+            if name in _PARAMETERS and name not in given and getattr(args, name) is not None:
+                comma, fields = ",", ",".join(filter(None, [fields, f"{name}={getattr(args, name)}"]))
+                unused.discard(name)
         specs.append(head + comma + fields)
+    if unused:
+        raise ConfigError(f"flag --{min(unused)}: is for a scaling that takes {min(unused)}, none of these does")
     return list(dict.fromkeys(specs))
 
 
@@ -580,8 +607,6 @@ def model_jobs(args: argparse.Namespace) -> list[ModelJob]:
     Raises:
         ConfigError: a model, scaling, device, dtype or adapter that cannot be used.
     """
-    for flag in args.unavailable or ():
-        raise ConfigError(f"flag {flag}: this method is not available; known: {', '.join(sorted(METHODS))}")
     for flag in args.no_effect or ():
         print(f"note: {flag} has no effect: {_NO_EFFECT[flag]}", file=sys.stderr)
     device = resolve_device(args.device)
@@ -602,6 +627,8 @@ def model_jobs(args: argparse.Namespace) -> list[ModelJob]:
         choice += [f"without RoPE in {','.join(map(str, args.drop_layers))}"] if args.drop_layers else []
         for spec in _specs(args):
             scaling = resolve_scaling(spec, base)
+            if scaling.changes_attention:
+                check_carrier(scaling.method, args.attention)
             carried = scaling == own
             words = ", ".join(choice)
             jobs.append(ModelJob(name, spec, scaling, carried, head_dim, dtype, fingerprint, plan, words))

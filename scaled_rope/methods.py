@@ -2,7 +2,8 @@
 
 D is the number of rotated dimensions of a head, b the base `rope_theta`, L the original context length,
 s the scale in effect; equations are those of the YaRN paper (arXiv 2309.00071). All methods are vectorised
-over s of any shape [...], so that a batch whose rows have different lengths needs no loop.
+over s of any shape [...], so that a batch whose rows have different lengths needs no loop. Methods that
+change attention are functions from the record to regions of positions (`scaled_rope.attention.regions`) instead.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from scaled_rope.attention import regions
+from scaled_rope.attention.regions import Regions
 from scaled_rope.config import METHODS, Method, RopeScaling
 from scaled_rope.dialects import is_number, is_positive_whole
 from scaled_rope.errors import ConfigError
@@ -23,7 +26,7 @@ from scaled_rope.formulas import attention_factor_of, dynamic_ntk_scale, ntk_the
 if TYPE_CHECKING:
     from scaled_rope.config import MethodFn
 
-__all__ = ["METHODS", "compute_rope", "compute_rope_batch", "compute_scale", "register"]
+__all__ = ["METHODS", "attention_regions", "compute_rope", "compute_rope_batch", "compute_scale", "register"]
 
 _SCALED = ("factor", "dynamic")
 _BY_PARTS = (*_SCALED, "beta_fast", "beta_slow", "ramp", "truncate", "extrapolation_factor")
@@ -445,6 +448,160 @@ def _rotation_ramp(scaling: RopeScaling, inv_freq: Tensor, fast: float, slow: fl
     if fast == slow:
         return (rotations > fast).to(inv_freq.dtype)
     return ((rotations - slow) / (fast - slow)).clamp(0, 1)
+
+
+# ------------------------------------------------------------------------------------- methods that change attention
+
+
+_ATTENTION: dict[str, Any] = {
+    "kind": "attention",
+    "fields": ("factor",),
+    "factor_optional": True,
+    "needs_original": True,
+    "no_dynamic": "it has no scale",
+}
+
+
+@dataclass(frozen=True)
+class ReRopeParams:
+    window: int
+    """Distance, in tokens, up to which keys are seen where they are."""
+    logn: bool = False
+    """Whether queries are multiplied by max(1, ln(i + 1) / ln L)."""
+
+    def __post_init__(self) -> None:
+        _whole(self, "window", 1)
+        _boolean(self, "logn")
+
+
+@register(
+    "rerope",
+    params_type=ReRopeParams,
+    source="ReRoPE (Su), kexue.fm/archives/9708",
+    summary="attention: no distance beyond a window",
+    **_ATTENTION,
+)
+def rerope(scaling: RopeScaling) -> Regions:
+    """Relative position min(i - j, window)."""
+    params: ReRopeParams = scaling.method_params
+    length = _within_length(scaling, "window")
+    return regions.rerope(params.window, length if params.logn else None)
+
+
+@dataclass(frozen=True)
+class LeakyReRopeParams:
+    window: int
+    """Distance, in tokens, up to which keys are seen where they are."""
+    k: float
+    """Beyond the window, k tokens count as one."""
+    logn: bool = False
+    """Whether queries are multiplied by max(1, ln(i + 1) / ln L)."""
+
+    def __post_init__(self) -> None:
+        _whole(self, "window", 1)
+        _store(self, "k", above=1)
+        _boolean(self, "logn")
+
+
+@register(
+    "leaky-rerope",
+    params_type=LeakyReRopeParams,
+    source="Leaky ReRoPE (Su), kexue.fm/archives/9728",
+    summary="attention: distances beyond a window divided by k",
+    **_ATTENTION,
+)
+def leaky_rerope(scaling: RopeScaling) -> Regions:
+    """Relative position i - j within the window, window + (i - j - window)/k beyond."""
+    params: LeakyReRopeParams = scaling.method_params
+    length = _within_length(scaling, "window")
+    return regions.leaky_rerope(params.window, params.k, length if params.logn else None)
+
+
+@dataclass(frozen=True)
+class SelfExtendParams:
+    group: int
+    """g: beyond the window, g neighbouring positions count as one."""
+    window: int
+    """w: distance, in tokens, below which keys are seen where they are."""
+
+    def __post_init__(self) -> None:
+        _whole(self, "group", 2)
+        _whole(self, "window", 1)
+
+
+@register(
+    "self-extend",
+    params_type=SelfExtendParams,
+    source="Self-Extend, arXiv 2401.01325",
+    summary="attention: positions beyond a window in groups",
+    **_ATTENTION,
+)
+def self_extend(scaling: RopeScaling) -> Regions:
+    """Relative position i - j for i - j < window, ⌊i/g⌋ - ⌊j/g⌋ + (window - ⌊window/g⌋) beyond."""
+    params: SelfExtendParams = scaling.method_params
+    _within_length(scaling, "window")
+    return regions.self_extend(params.group, params.window)
+
+
+@dataclass(frozen=True)
+class DualChunkParams:
+    chunk: int
+    """S: tokens per chunk."""
+
+    def __post_init__(self) -> None:
+        _whole(self, "chunk", 1)
+
+
+@register(
+    "dual-chunk",
+    params_type=DualChunkParams,
+    source="dual chunk attention, arXiv 2402.17463",
+    summary="attention: positions within chunks",
+    **_ATTENTION,
+)
+def dual_chunk(scaling: RopeScaling) -> Regions:
+    """Keys at j mod S; the query at i mod S towards its own chunk, at min(S + (i mod S), L - 1) towards the chunk
+    before, at L - 1 towards earlier ones."""
+    params: DualChunkParams = scaling.method_params
+    return regions.dual_chunk(params.chunk, _within_length(scaling, "chunk"))
+
+
+def attention_regions(scaling: RopeScaling) -> Regions:
+    """What a method of kind "attention" does to positions.
+
+    Raises:
+        ConfigError: a window, group or chunk that does not fit the trained length; a method of the other kind.
+    """
+    row = METHODS[scaling.method]
+    if row.kind != "attention":
+        raise ConfigError(f"method {scaling.method!r} changes frequencies, not attention")
+    found: Regions = row.fn(scaling)
+    return found
+
+
+def _within_length(scaling: RopeScaling, name: str) -> int:
+    """L, which the parameter has to be below."""
+    length = scaling.original_max_position_embeddings
+    assert length is not None  # validated by RopeScaling
+    value = getattr(scaling.method_params, name)
+    if value >= length:
+        raise ConfigError(f"{name}={value}: must be below the trained length, {length} tokens")
+    return length
+
+
+def _whole(params: object, name: str, least: int) -> None:
+    value = getattr(params, name)
+    if not is_positive_whole(value) or value < least or value > 2**53:
+        raise ConfigError(f"{name}={value!r}: must be a whole number, at least {least}")
+    object.__setattr__(params, name, int(value))
+
+
+def _boolean(params: object, name: str) -> None:
+    if not isinstance(getattr(params, name), bool):
+        raise ConfigError(f"{name}={getattr(params, name)!r}: must be true or false")
+
+
+# ------------------------------------------------------------------------------------------------- what is computed
 
 
 def compute_rope(

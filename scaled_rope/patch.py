@@ -37,8 +37,11 @@ from scaled_rope.dialects import (
 )
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.fused import Rotation, fused_rotation, install, resolve_kernel, uninstall
-from scaled_rope.methods import compute_rope
+from scaled_rope.methods import attention_regions, compute_rope
 from scaled_rope.passes import Passes
+from scaled_rope.relocated import MASKS_OF, check_carrier, pairing
+from scaled_rope.relocated import install as install_regions
+from scaled_rope.relocated import uninstall as uninstall_regions
 from scaled_rope.rotary import LayeredRotaryEmbedding, Layout, ScaledRotaryEmbedding
 
 _STATE = "_scaled_rope_state"
@@ -207,8 +210,13 @@ def patch_model(
     for name, each in layers.items() or [("", wanted)]:
         _check_width(each, original, head_dim, adapter, config, name)
     _check_steps(every)
-    attention = _attention(base, attn)
-    rotation, backend, note = _fused(base, wanted.rotary_dim(head_dim) // 2, kernel, adapter)
+    half = wanted.rotary_dim(head_dim) // 2
+    regions = _regions(every, plan, base, half, kernel, attn, adapter)
+    if regions is None:
+        attention = _attention(base, attn)
+        rotation, backend, note = _fused(base, half, kernel, adapter)
+    else:
+        attention, (rotation, backend, note) = MASKS_OF, (None, None, ())
     lay_out = adapter if rotation is None else replace(adapter, layout="half", float32_tables=True)
     rotary = _build(wanted, layers, head_dim, _device_of(replaced), lay_out)
     said = state.config if state else {name: getattr(config, name, _ABSENT) for name in _CONFIG_FIELDS}
@@ -235,7 +243,10 @@ def patch_model(
     if attention is not None:
         state.attention = config._attn_implementation
         base.set_attn_implementation(attention)
-    state.hooks += _watch_passes(base, state, every, wanted.rotary_dim(head_dim) // 2)
+    if regions is not None:
+        inv_freq = compute_rope(wanted.of_frequencies, head_dim)[0]
+        state.hooks += install_regions(base, attention_regions(wanted), inv_freq, regions)
+    state.hooks += _watch_passes(base, state, every, half)
     state.hooks += _hook_layers(base, rotary, plan, config, adapter)
     setattr(base, _STATE, state)
     setattr(base, _ROTARY, rotary)
@@ -243,7 +254,7 @@ def patch_model(
     _let_save(config)
 
     notes = _notes(own, wanted, config, adapter) + note
-    factor = compute_rope(wanted, head_dim)[1]
+    factor = compute_rope(wanted.of_frequencies, head_dim)[1]
     native = CUSTOM_ROPE_TYPE not in str(fields["rope_parameters"])
     return PatchReport(
         config.model_type, names, wanted, head_dim, factor, before, notes, plan, native, backend, attention
@@ -307,7 +318,12 @@ def computes(model: nn.Module, scaling: RopeScaling) -> bool:
         adapter = adapter_of(base.config, rotary)
     except ConfigError:
         return RopeScaling.from_config(getattr(model, "config", {})) == scaling
-    if scaling.is_length_dependent or "dynamic" in (own := str(getattr(rotary, "rope_type", ""))) or "longrope" in own:
+    if (
+        scaling.changes_attention
+        or scaling.is_length_dependent
+        or "dynamic" in (own := str(getattr(rotary, "rope_type", "")))
+        or "longrope" in own
+    ):
         return False
     prefix = f"{PRIMARY_LAYER_TYPE}_" if adapter.per_layer_type else ""
     inv_freq, factor = getattr(rotary, f"{prefix}inv_freq", None), getattr(rotary, f"{prefix}attention_scaling", None)
@@ -540,11 +556,34 @@ def _build(
     scaling: RopeScaling, layers: dict[str, RopeScaling], head_dim: int, device: torch.device, adapter: Adapter
 ) -> ScaledRotaryEmbedding | LayeredRotaryEmbedding:
     def one(scaling: RopeScaling) -> ScaledRotaryEmbedding:
-        return ScaledRotaryEmbedding(scaling, head_dim, device, adapter.layout, adapter.float32_tables)
+        return ScaledRotaryEmbedding(scaling.of_frequencies, head_dim, device, adapter.layout, adapter.float32_tables)
 
     if not layers:
         return one(scaling)
     return LayeredRotaryEmbedding({name: one(each) for name, each in layers.items()})
+
+
+def _regions(
+    every: list[RopeScaling],
+    plan: LayerPlan,
+    base: PreTrainedModel,
+    half: int,
+    kernel: str,
+    attn: str | None,
+    adapter: Adapter,
+) -> bool | None:
+    """For a method that changes attention, whether it is to pair neighbouring dimensions; None for others."""
+    method = next((each.method for each in every if each.changes_attention), None)
+    if method is None:
+        return None
+    model_type = base.config.model_type
+    if plan.layers or plan.drop_layers or layers_without_rope(base.config):
+        raise ConfigError(f"method {method!r}: is for all layers alike, those of this {model_type} model differ")
+    if kernel not in ("auto", "none"):
+        raise ConfigError(f"kernel={kernel!r}: method {method!r} rotates inside attention; must be auto or none")
+    if attn is not None:
+        check_carrier(method, attn)
+    return pairing(base, method, adapter.layout, half)
 
 
 def _attention(base: PreTrainedModel, attn: str | None) -> str | None:
@@ -825,6 +864,8 @@ def _restore(base: PreTrainedModel, state: _State) -> None:
         hook.remove()
     late.uninstall(state.late)
     uninstall(state.fused)
+    if state.scaling.changes_attention:
+        uninstall_regions(base)
     if state.attention is not None:
         base.set_attn_implementation(state.attention)
     delattr(base, _STATE)

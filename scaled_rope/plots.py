@@ -136,7 +136,7 @@ def _tables(scaling: RopeScaling, head_dim: int, length: int | None) -> tuple[li
     """(θ, θ', θ/θ') per frequency for sequences of `length` tokens; a divisor is infinite where θ' is 0."""
     unscaled = RopeScaling.from_spec("default", scaling)
     theta = compute_rope(unscaled, head_dim)[0].double().tolist()
-    scaled = compute_rope(scaling, head_dim, length)[0].double().tolist()
+    scaled = compute_rope(scaling.of_frequencies, head_dim, length)[0].double().tolist()
     return theta, scaled, [a / b if b else math.inf for a, b in zip(theta, scaled, strict=True)]
 
 
@@ -252,7 +252,7 @@ def plot_scaling(scaling: RopeScaling, head_dim: int, path: Path, title: str, le
 
 def regimes_of(scaling: RopeScaling, head_dim: int, length: int | None = None) -> list[str]:
     """`regimes` of every frequency for sequences of `length` tokens; rounded wavelengths count as what they were."""
-    plain = RopeScaling.from_dict({**scaling.to_dict(), "resonance": False})
+    plain = RopeScaling.from_dict({**scaling.to_dict(), "resonance": False}).of_frequencies
     if length is not None:
         plain = at_length(plain, length)
     _, _, divisors = _tables(plain, head_dim, length)

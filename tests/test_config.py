@@ -312,7 +312,10 @@ def test_specs_and_labels(spec, wanted, label):
         ("cope,clip=3,clip=4", "clip is given twice"),
         ("abf", "theta is missing"),
         ("longrope,short_factor=1+2,long_factor=1+2", "factor is missing; write for example 'longrope:8'"),
-        ("longrope:4,short_factor=1+x,long_factor=1+2", "short_factor='1+x': must be a number, or several as 1+1.5+2"),
+        (
+            "longrope:4,short_factor=1+x,long_factor=1+2",
+            "short_factor='1+x': must be a number, several as 1+1.5+2, or true or false",
+        ),
         ("longrope:4,short_factor=1,long_factor=1", "short_factor=1: must be a list"),
         ("cope,clip=2.5", "clip=2.5: must be a whole number"),
         ("cope,clop=2", "did you mean 'clip'"),

@@ -428,12 +428,6 @@ def test_flags_of_the_released_scripts_name_methods(checkpoint: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("flags", [["--rerope", "512"]])
-def test_flags_of_missing_methods_are_refused(checkpoint: Path, flags: list[str]) -> None:
-    with pytest.raises(ConfigError, match=f"{flags[0]}.*ntk-by-parts"):
-        model_jobs(parse("-m", str(checkpoint), *flags))
-
-
 def test_bad_jobs_are_refused_before_weights_are_read(checkpoint: Path) -> None:
     _truncate(checkpoint)
     assert model_jobs(parse("-m", str(checkpoint)))  # weights are only sampled here

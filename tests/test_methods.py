@@ -502,10 +502,13 @@ def test_bad_widths_and_lengths():
             compute_rope(RopeScaling("yarn", 1, 4096, dynamic=True), 64, seq_len=seq_len)
 
 
-def test_a_method_without_frequencies_is_refused(monkeypatch):
-    monkeypatch.setitem(METHODS, "linear", replace(METHODS["linear"], kind="attention"))
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.kind == "attention"])
+def test_a_method_without_frequencies_is_refused(method):
+    params = {"rerope": {"window": 8}, "leaky-rerope": {"window": 8, "k": 4}, "self-extend": {"window": 8, "group": 2}}
+    scaling = RopeScaling(method, 1, 32, params=params.get(method, {"chunk": 8}))
     with pytest.raises(ConfigError, match="changes attention itself"):
-        compute_rope(RopeScaling("linear", 2), 64)
+        compute_rope(scaling, 64)
+    assert compute_rope(scaling.of_frequencies, 64)[0].equal(compute_rope(RopeScaling("default"), 64)[0])
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -25,7 +25,7 @@ _BLOCK = 128  # queries; of 64 to 256 the fastest at 8192 positions, by little
 
 
 @contextmanager
-def _bfloat16_products() -> Iterator[None]:
+def bfloat16_products() -> Iterator[None]:
     """float32 matrix products whose factors are rounded to bfloat16 and whose sums are float32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
@@ -51,7 +51,7 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, block: in
     groups = heads // k.shape[1]
     out = torch.empty_like(q)
     above = torch.full((block, block), -torch.inf, device=q.device).triu(1)
-    with _bfloat16_products():
+    with bfloat16_products():
         for row in range(batch):
             for head in range(k.shape[1]):
                 keys, values = k[row, head].float().t().contiguous(), v[row, head].float()

@@ -1,0 +1,263 @@
+"""Attention whose positions depend on how far a key is from its query, in linear memory.
+
+ReRoPE, Self-Extend and their like split the keys before a query into regions: the nearest ones are seen at their own
+distance, those further away under other positions of query and key. Within a region the rotation is RoPE as ever, so a
+score is one product of a rotated query and a rotated key, and each key is scored under one pair of positions.
+
+Shapes: B rows, H query heads, K key heads (K divides H), D = head_dim. Positions count tokens from 0. Queries are the
+last Q of T positions, so that a cache of unrotated keys needs nothing else. Scores are held for one block of queries
+at a time: memory grows with block x T. A block meets a key twice only where a region begins within the block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from scaled_rope.attention.blockwise import bfloat16_products
+from scaled_rope.kernels import rotate
+
+_BLOCK = 128
+"""Queries whose scores are held at once."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """Keys that are seen under one pair of positions."""
+
+    start: Callable[[Any], Any]
+    """Position of a query, a number or a tensor -> that of the first key of the region (below 0: all keys)."""
+    query: Callable[[Tensor], Tensor]
+    """Positions of queries -> the positions that they are rotated to."""
+    key: Callable[[Tensor], Tensor]
+    """Positions of keys -> the positions that they are rotated to."""
+
+
+@dataclass(frozen=True)
+class Regions:
+    """All keys up to the query itself, in regions from the nearest to the furthest."""
+
+    near_to_far: tuple[Region, ...]
+    """Each ends where the one before begins, the first one with the query itself; the last begins at the first key."""
+    period: int | None = None
+    """Where regions jump every so many queries: no block of queries reaches across a multiple of it."""
+    log_length: int | None = None
+    """L, when queries are multiplied by max(1, ln(i + 1) / ln L)."""
+
+
+def _everything(position: Any) -> Any:
+    return position * 0
+
+
+def _itself(position: Tensor) -> Tensor:
+    return position
+
+
+def rerope(window: int, log_length: int | None = None) -> Regions:
+    """Relative position min(i - j, window). log_length: see `Regions`."""
+    near = Region(lambda i: i - window + 1, _itself, _itself)
+    # A query at w and a key at 0 are w apart, whatever their positions.
+    far = Region(_everything, lambda i: i * 0 + window, lambda j: j * 0)
+    return Regions((near, far), log_length=log_length)
+
+
+def leaky_rerope(window: int, k: float, log_length: int | None = None) -> Regions:
+    """Relative position i - j within the window, window + (i - j - window)/k beyond."""
+    near = Region(lambda i: i - window + 1, _itself, _itself)
+    far = Region(_everything, lambda i: (i.double() + window * (k - 1)) / k, lambda j: j.double() / k)
+    return Regions((near, far), log_length=log_length)
+
+
+def self_extend(group: int, window: int) -> Regions:
+    """Relative position i - j within the window of neighbours, floor(i/g) - floor(j/g) + (w - floor(w/g)) beyond."""
+    near = Region(lambda i: i - window + 1, _itself, _itself)
+    far = Region(_everything, lambda i: i // group + (window - window // group), lambda j: j // group)
+    return Regions((near, far))
+
+
+def dual_chunk(chunk: int, length: int) -> Regions:
+    """Keys at j mod S; the query at i mod S towards its own chunk, at min(S + i mod S, L-1) towards the chunk before,
+    at L-1 towards earlier ones.
+
+    length: L, the trained length.
+    """
+
+    within = Region(lambda i: i // chunk * chunk, lambda i: i % chunk, lambda j: j % chunk)
+    before = Region(
+        lambda i: i // chunk * chunk - chunk, lambda i: (chunk + i % chunk).clamp(max=length - 1), lambda j: j % chunk
+    )
+    earlier = Region(_everything, lambda i: i * 0 + (length - 1), lambda j: j % chunk)
+    return Regions((within, before, earlier), period=chunk)
+
+
+def region_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inv_freq: Tensor,
+    regions: Regions,
+    scale: float,
+    *,
+    interleaved: bool = False,
+    block: int = _BLOCK,
+) -> Tensor:
+    """softmax(scale · scores) v over the keys up to each query, every score under the positions of its region.
+
+    Args:
+        q: [B, H, Q, D], not rotated: the last Q of T positions.
+        k: [B, K, T, D], not rotated.
+        v: [B, K, T, V].
+        inv_freq: [R/2], radians per position of the R <= D rotated dimensions.
+        scale: usually 1 / sqrt(D).
+        interleaved: dimensions are paired (2i, 2i+1) instead of (i, i + R/2).
+        block: queries whose scores are held at once.
+
+    Returns:
+        [B, H, Q, V] in the dtype of q. Rotation and sums are float32 (float64 for float64), for bfloat16 the factors
+        of products are rounded to it. With gradients, scores are computed again in the backward pass.
+    """
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    options = (inv_freq.to(q.device, exact), regions, scale, interleaved, block, gradients)
+    groups = q.shape[1] // k.shape[1]
+    if q.device.type != "cpu" or gradients:
+        return _attend(q.to(exact), k.to(exact), v.to(exact), *options).to(q.dtype)
+    # One key head at a time keeps scores in the caches of a CPU; a GPU wants all of them at once.
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    with bfloat16_products() if q.dtype == torch.bfloat16 else nullcontext():
+        for row in range(q.shape[0]):
+            for head in range(k.shape[1]):
+                mine = slice(head * groups, (head + 1) * groups)
+                queries, keys, values = (
+                    x[None].to(exact) for x in (q[row, mine], k[row, head, None], v[row, head, None])
+                )
+                out[row, mine] = _attend(queries, keys, values, *options)[0].to(q.dtype)
+    return out
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inv_freq: Tensor,
+    regions: Regions,
+    scale: float,
+    interleaved: bool,
+    block: int,
+    gradients: bool,
+) -> Tensor:
+    """`region_attention` in one dtype."""
+    queries, length = q.shape[2], k.shape[2]
+    before = length - queries
+    positions = torch.arange(length, device=q.device)
+    factor = torch.full((queries, 1), scale, dtype=q.dtype, device=q.device)
+    if regions.log_length is not None:
+        logs = (positions[before:, None] + 1).to(q.dtype).log() / math.log(regions.log_length)
+        factor = factor * logs.clamp(min=1)
+    q = q * factor
+    # Keys of each region under its positions, from the first to the last that any of these queries sees there.
+    spans, keys, ends = [], [], length
+    for region in regions.near_to_far:
+        first = max(0, region.start(before))
+        spans.append(first)
+        seen = positions[first:ends]
+        keys.append(_rotated(k[:, :, first:ends], region.key(seen), inv_freq, interleaved))
+        ends = max(0, region.start(length - 1))
+    results = []
+    start = before
+    while start < length:
+        end = min(start + block, length)
+        if regions.period is not None:
+            end = min(end, (start // regions.period + 1) * regions.period)
+        part = q[:, :, start - before : end - before]
+        given = (part, keys, v, spans, regions, start, end, inv_freq, interleaved, gradients)
+        results.append(checkpoint(_block, *given, use_reentrant=False) if gradients else _block(*given))
+        start = end
+    return torch.cat(results, dim=2)
+
+
+def _block(
+    q: Tensor,
+    keys: list[Tensor],
+    v: Tensor,
+    spans: list[int],
+    regions: Regions,
+    start: int,
+    end: int,
+    inv_freq: Tensor,
+    interleaved: bool,
+    gradients: bool,
+) -> Tensor:
+    """Queries of positions start to end, [B, H, end - start, V]. keys: of each region, the first one at its span."""
+    batch, heads, size, _ = q.shape
+    kv_heads = v.shape[1]
+    groups = heads // kv_heads
+    at = torch.arange(start, end, device=q.device)
+    pieces = list(_pieces(regions, start, end))
+    shares = [last - first for _, first, last in pieces]
+    # One buffer for all scores, so that they are written once.
+    scores = q.new_empty(batch, kv_heads, groups * size, sum(shares)) if not gradients else None
+    parts: list[Tensor] = []
+    for place, (index, first, last) in enumerate(pieces):
+        region = regions.near_to_far[index]
+        # Heads that share keys are rows of one product.
+        turned = _rotated(q, region.query(at), inv_freq, interleaved).reshape(batch, kv_heads, groups * size, -1)
+        seen = keys[index][:, :, first - spans[index] : last - spans[index]].transpose(-1, -2)
+        into = None if scores is None else torch.split(scores, shares, dim=-1)[place]
+        part = _product(turned, seen, into)
+        by_query = part.view(batch, kv_heads, groups, size, -1)
+        stop = regions.near_to_far[index - 1].start if index else lambda i: i + 1
+        begins, ends = region.start(at), stop(at)
+        # Only where the region begins or ends within the block is anything to be hidden.
+        common = min(last, max(first, region.start(end - 1))), max(first, stop(start))
+        for low, high in ((first, common[0]), (max(common), last)):
+            if low < high:
+                edge = torch.arange(low, high, device=q.device)
+                hidden = (edge < begins[:, None]) | (edge >= ends[:, None])
+                by_query[..., low - first : high - first].masked_fill_(hidden, -torch.inf)
+        parts.append(part)
+    if scores is None:
+        weights = torch.cat(parts, dim=-1).softmax(dim=-1)
+    else:
+        weights = torch.softmax(scores, dim=-1, out=scores)
+    out = q.new_zeros(batch, kv_heads, groups * size, v.shape[-1])
+    for part, (_, first, last) in zip(torch.split(weights, shares, dim=-1), pieces, strict=True):
+        out = out + _product(part, v[:, :, first:last])
+    return out.view(batch, heads, size, -1)
+
+
+def _pieces(regions: Regions, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(index of a region, first key, end) of what queries from start to end see."""
+    stop = end
+    for index, region in enumerate(regions.near_to_far):
+        first = max(0, region.start(start))
+        if first < stop:
+            yield index, first, stop
+        stop = region.start(end - 1)
+        if stop <= 0:
+            return
+
+
+def _product(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
+    """a b, in the place of `into` if that is given. Of one head it is a product of matrices, which may be strided."""
+    if a.shape[0] * a.shape[1] == 1 and not a.requires_grad and not b.requires_grad:
+        found = torch.mm(a[0, 0], b[0, 0], out=None if into is None else into[0, 0])
+        return found[None, None] if into is None else into
+    if into is None:
+        return torch.matmul(a, b)
+    return into.copy_(torch.matmul(a, b))
+
+
+def _rotated(x: Tensor, positions: Tensor, inv_freq: Tensor, interleaved: bool) -> Tensor:
+    """x [B, H, T, D] rotated to positions [T]."""
+    if not len(positions):
+        return x
+    angles = positions.to(inv_freq.dtype)[:, None] * inv_freq
+    return rotate(x, angles.cos(), angles.sin(), interleaved=interleaved, backend="torch")

@@ -1,0 +1,171 @@
+"""Methods that change attention, inside a model of transformers.
+
+The attention modules of a patched model rotate nothing themselves: they cache keys as they are and hand them, with the
+queries, to `region_attention`, which rotates both by the distance of each pair. So any cache that keeps all keys will
+do, of any class. Masks come in the form of `sdpa_blocked`, [B, T] instead of [B, 1, T, T].
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from scaled_rope.attention.regions import Regions, region_attention
+from scaled_rope.backends import has_window, refusal, stretches
+from scaled_rope.caches import length_of, note_of
+from scaled_rope.errors import ConfigError
+from scaled_rope.fused import APPLY, pairing_of
+from scaled_rope.rebind import callers, rebind
+from scaled_rope.rotary import Layout
+
+MASKS_OF = "sdpa_blocked"
+"""The implementation that a patched model is told to make masks for."""
+CARRIERS = ("auto", "sdpa", "sdpa_blocked", "blockwise")
+"""Implementations in whose place regions may stand: all compute the same, in float32 or with bfloat16 factors."""
+_ATTENTIONS = "ALL_ATTENTION_FUNCTIONS"
+
+
+def check_carrier(method: str, attention: str) -> None:
+    """Refuse an attention implementation that cannot carry a method.
+
+    Raises:
+        ConfigError: it is asked for by name and is none of `CARRIERS`.
+    """
+    if attention not in CARRIERS:
+        raise ConfigError(
+            f"attention {attention!r}: cannot carry method {method!r}, which computes attention itself; "
+            f"must be one of {', '.join(CARRIERS)}"
+        )
+
+
+def pairing(base: nn.Module, method: str, layout: Layout, half: int) -> bool:
+    """Whether a base model pairs neighbouring dimensions.
+
+    Args:
+        half: half of the rotated dimensions.
+
+    Raises:
+        ConfigError: a family whose attention does not fit.
+    """
+    config: Any = base.config
+    reason = refusal(config, MASKS_OF)
+    if not reason and has_window(config):
+        reason = "whose layers have a sliding window"
+    interleaved = None
+    if not reason:
+        interleaved, reason = pairing_of(base, layout, half)
+    if not reason and callers(base, APPLY) != callers(base, _ATTENTIONS):
+        reason = "they do not use transformers' attention interface"
+    if interleaved is None:
+        raise ConfigError(f"method {method!r}: cannot be used with {config.model_type} models, {reason}")
+    return interleaved
+
+
+class _Only:
+    """What attention modules look their implementation up in, with one answer."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def get_interface(self, *_: Any) -> Callable[..., Any]:
+        return self._function
+
+    __getitem__ = get_interface
+
+
+def install(base: nn.Module, regions: Regions, inv_freq: Tensor, interleaved: bool) -> list[RemovableHandle]:
+    """Make all attention modules of a base model attend in regions; returns the hooks that this takes.
+
+    inv_freq: [R/2], unscaled.
+    """
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """In the interface of transformers; q, k, v as in `region_attention`, mask as in `blocked_sdpa`."""
+        if dropout:
+            raise ConfigError(f"attention_dropout={dropout:g}: must be 0 for a method that changes attention")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = _by_stretch(query, key, value, attention_mask, position_ids, cu_seq_lens_q, regions, scale)
+        return out.transpose(1, 2).contiguous(), None
+
+    def _by_stretch(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        cu_seqlens: Tensor | None,
+        regions: Regions,
+        scale: float,
+    ) -> Tensor:
+        if mask is not None and mask.dim() != 2:
+            raise ConfigError(f"attention_mask of shape {list(mask.shape)}: must be [rows, tokens]")
+        tokens, keys = q.shape[2], k.shape[2]
+        if mask is not None and 0 < mask.shape[1] < keys:
+            # A cache of fixed size: what lies beyond the mask has not been written.
+            keys = mask.shape[1]
+            k, v = k[:, :, :keys], v[:, :, :keys]
+        found = stretches(mask, position_ids, cu_seqlens, q, keys)
+        if found is None:
+            return region_attention(q, k, v, inv_freq, regions, scale, interleaved=interleaved)
+        out = q.new_zeros(*q.shape[:3], v.shape[-1])
+        for row, start, end in found:
+            first = max(start, keys - tokens)  # keys before that belong to no query of this pass
+            if first >= end:
+                continue
+            one, those = slice(row, row + 1), slice(first - keys + tokens, end - keys + tokens)
+            parts = q[one, :, those], k[one, :, start:end], v[one, :, start:end]
+            out[one, :, those] = region_attention(*parts, inv_freq, regions, scale, interleaved=interleaved)
+        return out
+
+    for module in callers(base, APPLY):
+        rebind(module, APPLY, _as_they_are)
+        rebind(module, _ATTENTIONS, _Only(attend))
+    return [base.register_forward_pre_hook(_look_at_cache, with_kwargs=True)]
+
+
+def uninstall(base: nn.Module) -> None:
+    """Undo `install`, but for the hooks."""
+    for module in callers(base, _ATTENTIONS):
+        rebind(module, _ATTENTIONS, None)
+        rebind(module, APPLY, None)
+
+
+def _as_they_are(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return q, k
+
+
+def _look_at_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook. Refuses a cache that somebody else has filled. A pass without a mask is given one, which tells
+    what part of a cache of fixed size has been written."""
+    given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    cache = given.get("past_key_values")
+    tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    if cache is None or tokens is None or torch.compiler.is_compiling():
+        return None
+    filled = length_of(cache)
+    if filled and note_of(cache) is None:
+        raise ConfigError(
+            f"past_key_values: this {type(cache).__name__} was not filled by the model as it is patched, and holds "
+            "keys that were rotated already; start from an empty cache"
+        )
+    if given.get("attention_mask") is not None:
+        return None
+    more = given.pop("kwargs", {})  # what forward() takes as **kwargs
+    mask = torch.ones(tokens.shape[0], filled + tokens.shape[1], dtype=torch.long, device=tokens.device)
+    return (), {**given, **more, "attention_mask": mask}
