@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from scaled_rope.caches import Note
 from scaled_rope.errors import ConfigError
 from scaled_rope.fused import APPLY, pairing_of
-from scaled_rope.kernels import rotary_decode, rotate
+from scaled_rope.kernels import DecodeAngles, rotary_decode, rotate
 from scaled_rope.rebind import bound, callers, calls, rebind
 from scaled_rope.rotary import LayeredRotaryEmbedding, Layout, ScaledRotaryEmbedding, row_lengths
 
@@ -80,20 +80,10 @@ def rotate_both(
     """An `Attend`: queries and all keys rotated at the scale of the row's present length, then the module's backend; or
     both at once where a few queries read many keys."""
     if (mask := _decodable(module, query, key, attention_mask, turn, options)) is not None:
-        assert turn.first_key is not None
-        inv_freq, factor = turn.frequencies_of(turn.rotary, turn.seq_len)
-        return rotary_decode(
-            query,
-            key,
-            value,
-            inv_freq,
-            turn.query_positions,
-            turn.first_key,
-            mask[0],
-            attention_factor=factor,
-            scaling=options.get("scaling"),
-            interleaved=turn.interleaved,
-        ), None
+        angles = turn.angles_of(turn)
+        scaling = options.get("scaling")
+        out = rotary_decode(query, key, value, angles, mask[0], scaling=scaling, interleaved=turn.interleaved)
+        return out, None
     query = turn.rotate(query, turn.query_positions)
     key = turn.rotate(key, turn.key_positions)
     return backend(module, query, key, value, attention_mask, **options)
@@ -150,11 +140,13 @@ class Turn:
     """Whether neighbours are rotated together instead of halves."""
     tables_of: Callable[[ScaledRotaryEmbedding, Tensor, Tensor], tuple[Tensor, Tensor]]
     """(rotary, positions, seq_len) -> cos and sin, made once for all layers of a pass."""
-    frequencies_of: Callable[[ScaledRotaryEmbedding, Tensor], tuple[Tensor, Tensor]]
-    """(rotary, seq_len) -> frequencies and attention factors, likewise."""
+    angles_of: Callable[[Turn], DecodeAngles]
+    """What the kernel is told of positions, likewise."""
+    first: int = 0
+    """Which token of a row is the first key."""
     first_key: Tensor | None = None
     """[B] or [1]: the position of the first key, from which the others follow one by one; None in a first pass."""
-    length: int | None = None
+    length: int = 0
     """How many keys are no more than what a row holds, without an unwritten end."""
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,7 +183,7 @@ class Pass:
     """By layer: how many keys the cache hands out, and which token is the first, before the layer changes that."""
     _keys: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _frequencies: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _angles: dict[tuple[int, int], DecodeAngles] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.seq_len = row_lengths(self.positions)
@@ -233,13 +225,14 @@ class Pass:
         assert isinstance(rotary, ScaledRotaryEmbedding)
         return rotary
 
-    def frequencies(self, rotary: ScaledRotaryEmbedding, seq_len: Tensor) -> tuple[Tensor, Tensor]:
-        """Frequencies and attention factors that layers share are computed once."""
-        if seq_len is not self.seq_len:
-            return rotary.frequencies(seq_len)
-        if id(rotary) not in self._frequencies:
-            self._frequencies[id(rotary)] = rotary.frequencies(seq_len)
-        return self._frequencies[id(rotary)]
+    def angles(self, turn: Turn) -> DecodeAngles:
+        """What the kernel is told of positions, made once for layers that share it."""
+        assert turn.first_key is not None
+        key = (id(turn.rotary), turn.first)
+        if key not in self._angles:
+            inv_freq, factor = turn.rotary.frequencies(turn.seq_len)
+            self._angles[key] = DecodeAngles(inv_freq, turn.query_positions, turn.first_key, factor)
+        return self._angles[key]
 
     def tables(self, rotary: ScaledRotaryEmbedding, positions: Tensor, seq_len: Tensor) -> tuple[Tensor, Tensor]:
         """Tables of positions that layers share are made once."""
@@ -420,15 +413,19 @@ def _attend(
         _check_untouched(module, q, query)
         _check_untouched(module, k, key[:, :, : k.shape[2]])
     rotary = current.rotary_of(module)
-    first_key, length = None, None
-    if current.start:
-        assert current.offset is not None
-        first = current.sizes[layer][1] if layer in current.sizes else 0
-        first_key, length = current.offset + first, current.start + current.tokens - first
+    first = current.sizes[layer][1] if layer in current.sizes else 0
     turn = Turn(
-        current.positions, key_positions, current.seq_len, rotary, interleaved, current.tables, current.frequencies,
-        first_key, length,
-    )  # fmt: skip
+        current.positions,
+        key_positions,
+        current.seq_len,
+        rotary,
+        interleaved,
+        current.tables,
+        current.angles,
+        first=first,
+        first_key=current.offset + first if current.start and current.offset is not None else None,
+        length=current.start + current.tokens - first,
+    )
     return attend(module, query, key, value, attention_mask, turn=turn, backend=backend, **options)
 
 

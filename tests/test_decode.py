@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 import scaled_rope.late
 from scaled_rope.errors import ConfigError
-from scaled_rope.kernels import rotary_decode
+from scaled_rope.kernels import DecodeAngles, rotary_decode
 from scaled_rope.kernels.decode import BLOCK, splits_of
 from scaled_rope.patch import patch_model
 from tests.conftest import VOCABULARY
@@ -86,18 +86,15 @@ def test_it_is_attention_over_rotated_keys(backend: str, shape: str) -> None:
         mask = seen = seen & (first[:, None] + torch.arange(keys) >= 0)[:, None, None]
     wanted = by_definition(query, key, value, inv_freq, at, first, seen, factor, interleaved)
     given = [None if x is None else x.to(DEVICE) for x in (query, key, value, inv_freq, at, first, mask)]
+    angles = DecodeAngles(*given[3:6], factor.to(DEVICE))
     for first_mask in [given[6]] if mask is None else [given[6], torch.where(given[6], 0.0, -torch.inf)]:
-        found = rotary_decode(
-            *given[:6], first_mask, attention_factor=factor.to(DEVICE), interleaved=interleaved, backend=backend
-        )
+        found = rotary_decode(*given[:3], angles, first_mask, interleaved=interleaved, backend=backend)
         # Weighted means of values near 1, with scores near 5 that are off by a few 1e-7.
         assert found.shape == wanted.shape and float((found.cpu().double() - wanted).abs().max()) < 3e-6
     # The interpreter cannot multiply matrices in bfloat16.
     dtype = torch.float16 if interpreted else torch.bfloat16
     half_precision = [x.to(DEVICE, dtype) for x in (query, key, value)]
-    found = rotary_decode(
-        *half_precision, *given[3:], attention_factor=factor.to(DEVICE), interleaved=interleaved, backend=backend
-    )
+    found = rotary_decode(*half_precision, angles, given[6], interleaved=interleaved, backend=backend)
     wanted = by_definition(*(x.cpu() for x in half_precision), inv_freq, at, first, seen, factor, interleaved)
     # bfloat16 rounds to 2^-9: rotated keys, weights and the result, each once.
     assert found.dtype == dtype and float((found.cpu().double() - wanted).abs().max()) < 0.03
@@ -108,14 +105,14 @@ def test_strides_and_float64(backend: str) -> None:
     query, key, value = (torch.randn(1, 40, heads, 16).transpose(1, 2).to(DEVICE) for heads in (4, 2, 2))
     query = query[:, :, :2]
     inv_freq, at, first = torch.rand(1, 8, device=DEVICE), torch.tensor([[38, 39]]), torch.tensor([0])
-    more = (inv_freq, at.to(DEVICE), first.to(DEVICE))
-    found = rotary_decode(query, key, value, *more, backend=backend)
-    copied = rotary_decode(*(x.contiguous() for x in (query, key, value)), *more, backend=backend)
+    angles = DecodeAngles(inv_freq, at.to(DEVICE), first.to(DEVICE))
+    found = rotary_decode(query, key, value, angles, backend=backend)
+    copied = rotary_decode(*(x.contiguous() for x in (query, key, value)), angles, backend=backend)
     torch.testing.assert_close(found, copied, rtol=0, atol=1e-6)
     if backend == "torch":
         seen = (torch.arange(40)[None] <= at[0][:, None])[None, None]
         wanted = by_definition(query, key, value, inv_freq, at, first, seen, torch.ones(1), False)
-        found = rotary_decode(query.double(), key.double(), value.double(), *more, backend=backend)
+        found = rotary_decode(query.double(), key.double(), value.double(), angles, backend=backend)
         assert float((found - wanted).abs().max()) < 3e-6  # its angles are those of float32
 
 
@@ -130,7 +127,7 @@ def test_what_does_not_fit_is_refused() -> None:
         (x, x, inv_freq, torch.zeros(1, 1, 2, 3), "mask"),
     ):
         with pytest.raises(ConfigError, match=word):
-            rotary_decode(query, key, key, frequencies, *places, mask)
+            rotary_decode(query, key, key, DecodeAngles(frequencies, *places), mask)
 
 
 def test_stretches_keep_a_gpu_busy() -> None:

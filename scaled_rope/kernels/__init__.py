@@ -3,7 +3,7 @@
 Triton is imported when it is first used: everything works, on the CPU, without it.
 """
 
-from scaled_rope.kernels.decode import rotary_decode
+from scaled_rope.kernels.decode import DecodeAngles, rotary_decode
 from scaled_rope.kernels.rotary import (
     apply_rotary,
     apply_rotary_from_frequencies,
@@ -14,6 +14,7 @@ from scaled_rope.kernels.rotary import (
 )
 
 __all__ = [
+    "DecodeAngles",
     "apply_rotary",
     "apply_rotary_from_frequencies",
     "frequency_phases",

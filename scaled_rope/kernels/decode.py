@@ -12,6 +12,7 @@ keys, and what is left of a key after its product with the query is never stored
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -24,16 +25,60 @@ BLOCK = 512
 """Keys that the twin rotates at once: few enough for a cache of the processor, many enough to be worth a call."""
 
 
+class DecodeAngles:
+    """Where queries and keys of one pass are, and how they turn: the same for all layers that rotate alike, made once.
+
+    Args:
+        inv_freq: [B, R/2] or [1, R/2], float32, radians per position.
+        query_positions: [B, Q] or [1, Q], integers.
+        first_key: [B] or [1], the position of key 0, of either sign.
+        attention_factor: the multiplier of cos and sin, [B] or [1] or one number.
+
+    Angles are exact to 1e-7 of a radian at any position.
+    """
+
+    def __init__(
+        self, inv_freq: Tensor, query_positions: Tensor, first_key: Tensor, attention_factor: Tensor | float = 1.0
+    ) -> None:
+        if inv_freq.dim() != 2:
+            raise ConfigError(f"inv_freq {list(inv_freq.shape)}: must be [B or 1, R/2]")
+        self.phases = frequency_phases(inv_freq)
+        self.first_key = first_key
+        # That of the keys too, so that theirs need none; what is not rotated has no factor.
+        factor = torch.as_tensor(attention_factor, device=inv_freq.device).float().reshape(-1, 1, 1) ** 2
+        cos, sin = self._tables(query_positions)
+        self.query = (cos * factor)[:, None], (sin * factor)[:, None]
+        """cos and sin for queries [B or 1, 1, Q, R/2], with both factors."""
+
+    def _tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return tables_from_phases(self.phases[:, None], positions, 1.0)
+
+    @functools.cached_property
+    def within(self) -> tuple[Tensor, Tensor]:
+        """cos and sin within a block [B or 1, 1, BLOCK, R/2]."""
+        cos, sin = self._tables(torch.arange(BLOCK, device=self.phases.device)[None])
+        return cos[:, None], sin[:, None]
+
+    @functools.cached_property
+    def _bases(self) -> dict[int, list[tuple[Tensor, Tensor]]]:
+        return {}
+
+    def bases(self, blocks: int) -> list[tuple[Tensor, Tensor]]:
+        """cos and sin [B or 1, 1, 1, R/2] for the beginning of each block."""
+        if blocks not in self._bases:
+            starts = self.first_key.reshape(-1, 1) + torch.arange(blocks, device=self.phases.device) * BLOCK
+            cos, sin = (table[:, None, :, None] for table in self._tables(starts))
+            self._bases[blocks] = list(zip(cos.unbind(2), sin.unbind(2), strict=True))
+        return self._bases[blocks]
+
+
 def rotary_decode(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    inv_freq: Tensor,
-    query_positions: Tensor,
-    first_key: Tensor,
+    angles: DecodeAngles,
     mask: Tensor | None = None,
     *,
-    attention_factor: Tensor | float = 1.0,
     scaling: float | None = None,
     interleaved: bool = False,
     backend: str = "auto",
@@ -43,31 +88,25 @@ def rotary_decode(
     Args:
         query: [B, H, Q, D].
         key, value: [B, Hkv, K, D] and [B, Hkv, K, Dv], of query's dtype.
-        inv_freq: [B, R/2] or [1, R/2], float32, radians per position.
-        query_positions: [B, Q] or [1, Q], integers.
-        first_key: [B] or [1], the position of key 0, of either sign.
+        angles: of those positions.
         mask: [B or 1, 1, Q or 1, K], true (or 0, added to scores) where a query sees a key; None: the queries are the
             last Q of K tokens and see what is not after them.
-        attention_factor: the multiplier of cos and sin, [B] or [1] or one number.
         scaling: default D^(-1/2).
         interleaved: pair neighbours instead of halves.
         backend: see `kernel_backend`.
 
     Returns:
-        [B, Q, H, Dv], in query's dtype. Angles are exact to 1e-7 of a radian at any position.
+        [B, Q, H, Dv], in query's dtype.
 
     Raises:
         ConfigError: shapes or dtypes that do not fit together.
     """
-    _check(query, key, value, inv_freq, mask)
+    _check(query, key, value, angles.phases, mask)
     batch, heads, count, head_dim = query.shape
     scale = head_dim**-0.5 if scaling is None else scaling
     wanted = torch.promote_types(query.dtype, torch.float32)
-    phases = frequency_phases(inv_freq)
-    # That of the keys too, so that theirs need none; what is not rotated has no factor.
-    factor = torch.as_tensor(attention_factor, device=query.device, dtype=wanted).reshape(-1, 1, 1, 1) ** 2
-    cos, sin = (table.to(wanted)[:, None] * factor for table in _angles(phases, query_positions))
-    a, b, tail = _parts(query.to(wanted) * scale, phases.shape[-1], interleaved)
+    cos, sin = angles.query
+    a, b, tail = _parts(query.to(wanted) * scale, cos.shape[-1], interleaved)
     # Queries of heads that share keys lie side by side, [B, Hkv, H/Hkv·Q, D]; in each a, b and the rest.
     turned = torch.cat((a * cos - b * sin, b * cos + a * sin, tail), dim=-1).reshape(batch, key.shape[1], -1, head_dim)
     if mask is None and count > 1:
@@ -76,28 +115,23 @@ def rotary_decode(
     if kernel_backend(query.device, backend) == "triton":
         from scaled_rope.kernels.decode_triton import launch
 
-        out = launch(turned, key, value, phases, first_key, _boolean(mask), count, interleaved)
+        out = launch(turned, key, value, angles.phases, angles.first_key, _boolean(mask), count, interleaved)
     else:
-        out = _decode_torch(turned, key, value, phases, first_key, mask, count, interleaved)
+        out = _decode_torch(turned, key, value, angles, mask, count, interleaved)
     return out.view(batch, heads, count, -1).transpose(1, 2).to(query.dtype).contiguous()
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, inv_freq: Tensor, mask: Tensor | None) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, phases: Tensor, mask: Tensor | None) -> None:
     shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     fits = query.dim() == key.dim() == value.dim() == 4 and key.shape[:3] == value.shape[:3]
     if not fits or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3] or query.shape[1] % key.shape[1]:
         raise ConfigError(f"{shapes}: must be [B, H, Q, D], [B, Hkv, K, D] and [B, Hkv, K, Dv], H a multiple of Hkv")
     if not query.is_floating_point() or not query.dtype == key.dtype == value.dtype:
         raise ConfigError(f"dtypes {query.dtype}, {key.dtype}, {value.dtype}: must be one floating dtype")
-    if inv_freq.dim() != 2 or inv_freq.shape[0] not in (1, query.shape[0]) or 2 * inv_freq.shape[1] > query.shape[3]:
-        raise ConfigError(f"inv_freq {list(inv_freq.shape)}: must be [{query.shape[0]} or 1, at most D/2]")
+    if phases.shape[0] not in (1, query.shape[0]) or 2 * phases.shape[1] > query.shape[3]:
+        raise ConfigError(f"inv_freq {list(phases.shape)}: must be [{query.shape[0]} or 1, at most D/2]")
     if mask is not None and (mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] != key.shape[2]):
         raise ConfigError(f"mask {list(mask.shape)}: must be [B or 1, 1, Q or 1, {key.shape[2]}]")
-
-
-def _angles(phases: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [B or 1, T, R/2] of positions [B or 1, T]."""
-    return tables_from_phases(phases[:, None], positions, 1.0)
 
 
 def _parts(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,37 +146,27 @@ def _boolean(mask: Tensor | None) -> Tensor | None:
 
 
 def _decode_torch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    phases: Tensor,
-    first_key: Tensor,
-    mask: Tensor | None,
-    count: int,
-    interleaved: bool,
+    query: Tensor, key: Tensor, value: Tensor, angles: DecodeAngles, mask: Tensor | None, count: int, interleaved: bool
 ) -> Tensor:
     """[B, Hkv, G, Dv] for queries [B, Hkv, G, D] that are rotated and scaled; G = H/Hkv · Q."""
-    half, keys = phases.shape[-1], key.shape[2]
+    half, keys = angles.phases.shape[-1], key.shape[2]
     batch, key_heads, rows, head_dim = query.shape
-    block = min(BLOCK, keys)
-    within = _angles(phases, torch.arange(block, device=key.device)[None])
-    starts = first_key.reshape(-1, 1) + torch.arange(0, keys, block, device=key.device)
-    bases = _angles(phases, starts)
-    cos, sin = (table.to(query.dtype)[:, None] for table in within)
-    base_cos, base_sin = (table.to(query.dtype)[:, None] for table in bases)
+    cos, sin = (table.to(query.dtype) for table in angles.within)
+    bases = angles.bases(-(-keys // BLOCK))
     a, b, tail = query[..., :half], query[..., half : 2 * half], query[..., 2 * half :]
     scores = query.new_empty(batch, key_heads, rows, keys)
-    turned = query.new_empty(batch, key_heads, block, head_dim)
-    for index, start in enumerate(range(0, keys, block)):
-        size = min(block, keys - start)
-        c, s = base_cos[:, :, index, None], base_sin[:, :, index, None]
-        towards = torch.cat((a * c + b * s, b * c - a * s, tail), dim=-1)
+    turned = query.new_empty(batch, key_heads, min(BLOCK, keys), head_dim)
+    for start, (base_cos, base_sin) in zip(range(0, keys, BLOCK), bases, strict=True):
+        size = min(BLOCK, keys - start)
+        # The transpose: the query goes back by what the whole block is ahead.
+        towards = torch.cat((a * base_cos + b * base_sin, b * base_cos - a * base_sin, tail), dim=-1)
         ka, kb, rest = _parts(key[:, :, start : start + size].to(query.dtype), half, interleaved)
-        one = turned[:, :, :size]
-        torch.mul(ka, cos[:, :, :size], out=one[..., :half]).addcmul_(kb, sin[:, :, :size], value=-1)
-        torch.mul(kb, cos[:, :, :size], out=one[..., half : 2 * half]).addcmul_(ka, sin[:, :, :size])
-        one[..., 2 * half :] = rest
-        scores[..., start : start + size] = towards @ one.transpose(2, 3)
+        one, c, s = turned[:, :, :size], cos[:, :, :size], sin[:, :, :size]
+        torch.mul(ka, c, out=one[..., :half]).addcmul_(kb, s, value=-1)
+        torch.mul(kb, c, out=one[..., half : 2 * half]).addcmul_(ka, s)
+        if tail.shape[-1]:
+            one[..., 2 * half :] = rest
+        scores[..., start : start + size] = towards.to(query.dtype) @ one.transpose(2, 3)
     if mask is not None:
         by_query = scores.view(batch, key_heads, -1, count, keys)
         if mask.dtype == torch.bool:
@@ -153,8 +177,8 @@ def _decode_torch(
     if value.dtype == weights.dtype:
         return weights @ value
     out = query.new_zeros(batch, key_heads, rows, value.shape[-1])
-    for start in range(0, keys, block):
-        out += weights[..., start : start + block] @ value[:, :, start : start + block].to(weights.dtype)
+    for start in range(0, keys, BLOCK):
+        out += weights[..., start : start + BLOCK] @ value[:, :, start : start + BLOCK].to(weights.dtype)
     return out
 
 
