@@ -1,6 +1,6 @@
 """The rotary kernel and whole models on one GPU: is it right, how fast is it, how near to what the hardware allows.
 
-    python benchmarks/gpu.py --part rotary              # also: rotary-backward, prefill, train; each under 8 minutes
+    python benchmarks/gpu.py --part rotary       # also: rotary-backward, decode, prefill, train; each under 8 minutes
     python benchmarks/gpu.py --interpret                # correctness alone, on the CPU, in Triton's interpreter
     python benchmarks/gpu_report.py                     # tables and plots for docs/performance.md from the rows
 
@@ -38,7 +38,7 @@ Row = dict[str, Any]
 Pair = tuple[Any, Any]
 """Queries and keys, or their gradients."""
 
-PARTS = ("rotary", "rotary-backward", "prefill", "train")
+PARTS = ("rotary", "rotary-backward", "decode", "prefill", "train")
 OUTPUT = ROOT / "benchmarks" / "results" / "gpu.jsonl"
 DEVICE = "cuda"
 ROTATED_BYTES = 2**28
@@ -404,6 +404,117 @@ def time_rotary(variant: Variant, shape: Shape, tokens: int, dtype: Any, backwar
     return time_calls(calls, short)
 
 
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+DECODED = (2048, 8192, 32768, 131072)
+DECODE_SHAPES = ((1, 32, 8, 128), (8, 32, 8, 128), (1, 9, 3, 64))
+"""Rows, query heads, key heads, head_dim."""
+
+
+def decode_inputs(shape: tuple[int, int, int, int], keys: int, dtype: Any, device: Any) -> tuple[Any, ...]:
+    """Unrotated query [B, H, 1, D], keys and values, and the angles of the last of `keys` tokens under YaRN x32."""
+    import torch
+
+    from scaled_rope import RopeScaling
+    from scaled_rope.kernels import DecodeAngles
+    from scaled_rope.methods import compute_rope
+
+    batch, heads, key_heads, width = shape
+    query = torch.randn(batch, heads, 1, width, dtype=dtype, device=device)
+    key, value = (torch.randn(batch, key_heads, keys, width, dtype=dtype, device=device) for _ in range(2))
+    inv_freq, factor = compute_rope(RopeScaling("yarn", 32.0, 4096), width, device=device)
+    at, first = torch.tensor([[keys - 1]], device=device), torch.tensor([0], device=device)
+    angles = DecodeAngles(inv_freq[None], at, first, factor)
+    table = torch.arange(keys, device=device)[:, None] * inv_freq
+    return query, key, value, angles, (table.cos() * factor)[None], (table.sin() * factor)[None]
+
+
+def decode_variants(others: bool = True) -> dict[str, Callable[..., Any]]:
+    """By name, functions of `decode_inputs` that give [B, 1, H, D]; those that don't rotate are the yardstick."""
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    from scaled_rope.kernels import rotary_decode, rotate
+
+    def ours(query: Any, key: Any, value: Any, angles: Any, *_: Any) -> Any:
+        return rotary_decode(query, key, value, angles, backend="triton")
+
+    def in_memory(query: Any, key: Any, value: Any, _: Any, cos: Any, sin: Any) -> Any:
+        query = rotate(query, cos[:, -1:], sin[:, -1:])
+        return sdpa(query, rotate(key, cos, sin), value, enable_gqa=True).transpose(1, 2)
+
+    found: dict[str, Callable[..., Any]] = {"ours, rotates while it reads": ours}
+    if not others:
+        return found
+    found["rotated in memory, then sdpa"] = in_memory
+    found["sdpa, no rotation"] = lambda q, k, v, *_: sdpa(q, k, v, enable_gqa=True).transpose(1, 2)
+    if importlib.util.find_spec("flash_attn") is not None:
+        from flash_attn import flash_attn_with_kvcache
+
+        found["flash-attn, no rotation"] = lambda q, k, v, *_: flash_attn_with_kvcache(
+            *(x.transpose(1, 2) for x in (q, k, v))
+        )
+    return found
+
+
+def decode_error(
+    run: Callable[..., Any], shape: tuple[int, int, int, int], keys: int, dtype: Any, device: Any
+) -> float:
+    """Mean square error, relative, to attention in float64 over keys that were rotated in float64."""
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    from scaled_rope.kernels import rotate
+
+    query, key, value, angles, cos, sin = decode_inputs(shape, keys, dtype, device)
+    out = run(query, key, value, angles, cos, sin).double()
+    q = rotate(query.double(), cos[:, -1:].double(), sin[:, -1:].double(), backend="torch")
+    k = rotate(key.double(), cos.double(), sin.double(), backend="torch")
+    wanted = sdpa(q, k, value.double(), enable_gqa=True).transpose(1, 2)
+    return float((out - wanted).norm() / wanted.norm())
+
+
+def measure_decode(clock: Clock, dtype: Any = None) -> Iterator[Row]:
+    """A row per shape, number of keys and variant, by default in bf16; bytes are keys and values, read once."""
+    import torch
+
+    dtype, device = dtype or torch.bfloat16, torch.device(DEVICE)
+    for keys in DECODED:
+        for shape in DECODE_SHAPES:
+            batch, _, key_heads, width = shape
+            size = 2 * batch * key_heads * keys * width * dtype.itemsize
+            copied = copy_time(size // dtype.itemsize // 2, dtype)  # reads and writes as many bytes in all
+            for name, run in decode_variants().items():
+                row: Row = {
+                    "metric": "decode",
+                    "shape": "B{} H{}/{} D{}".format(*shape),
+                    "tokens": keys,
+                    "variant": name,
+                    "bytes": size,
+                    "copy_seconds": copied["seconds"],
+                }
+                if clock.left < 20:
+                    yield row | {"skipped": "no time left"}
+                    continue
+                try:
+                    if "no rotation" not in name:
+                        row["error"] = decode_error(run, shape, min(keys, 4096), dtype, device)
+                        if not row["error"] < TOLERANCE:
+                            yield row | {"skipped": "wrong"}
+                            continue
+                    sets = [
+                        decode_inputs(shape, keys, dtype, device) for _ in range(max(1, min(16, ROTATED_BYTES // size)))
+                    ]
+                    with torch.no_grad():
+                        row |= time_calls([partial(run, *given) for given in sets], size < SHORT_BYTES)
+                except torch.OutOfMemoryError:
+                    yield row | {"skipped": "out of memory"}
+                    continue
+                finally:
+                    free()
+                row["bytes_per_second"] = size / row["seconds"]
+                row["share_of_copy"] = copied["seconds"] / row["seconds"]
+                yield row
+
+
 # ------------------------------------------------------------------------------------------------------- whole models
 
 MODELS: dict[str, dict[str, int]] = {
@@ -652,6 +763,17 @@ def interpret() -> int:
                     wrong += not good
                     what = f"{str(dtype).removeprefix('torch.')}, {shape.name}, {name}"
                     print(f"{'ok   ' if good else 'WRONG'} {error:.1e} {what}, {'backward' if backward else 'forward'}")
+    for rows, heads, key_heads, width in DECODE_SHAPES:
+        # In float32 alone: the interpreter cannot multiply matrices in bf16.
+        for name, run in decode_variants(others=False).items():
+            small = (min(rows, 2), heads // key_heads, 1, width)
+            error = decode_error(run, small, 70, torch.float32, torch.device("cpu"))
+            # Sums of 70 weighted values, whose angles, up to 70, are rounded to 2^-24 of themselves in the reference.
+            good = error < 2e-6
+            wrong += not good
+            print(
+                f"{'ok   ' if good else 'WRONG'} {error:.1e} float32, decode B{small[0]} H{heads}/{key_heads}, {name}"
+            )
     return int(wrong > 0)
 
 
@@ -664,7 +786,8 @@ def show(row: Row) -> str:
         speed = f"{row['bytes_per_second'] / 1e9:.0f} GB/s, {100 * row['share_of_copy']:.0f} % of a copy"
     else:
         speed = f"{row['tokens_per_second']:.0f} tokens/s, peak {row['peak_bytes'] / 2**30:.1f} GiB"
-    return f"{', '.join(words)}: {row['seconds'] * 1e6:.1f} us, {speed}, error {row['error']:.1e}"
+    error = f", error {row['error']:.1e}" if "error" in row else ""
+    return f"{', '.join(words)}: {row['seconds'] * 1e6:.1f} us, {speed}{error}"
 
 
 def build_parser() -> Parser:
@@ -701,7 +824,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part in PARTS if args.part == "all" else (args.part,):
         clock = Clock(60 * args.minutes)
         backward = part == "rotary-backward"
-        rows = measure_rotary(backward, clock) if part.startswith("rotary") else measure_models(part == "train", clock)
+        if part == "decode":
+            rows = measure_decode(clock)
+        elif part.startswith("rotary"):
+            rows = measure_rotary(backward, clock)
+        else:
+            rows = measure_models(part == "train", clock)
         for row in rows:
             wrong += row.get("skipped") == "wrong" and str(row.get("variant", "ours")).startswith("ours")
             print(show(row), flush=True)

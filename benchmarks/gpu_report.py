@@ -71,7 +71,7 @@ def report(rows: Sequence[Row]) -> str:
     machines = sorted({(row["device"], row["driver"], row["versions"]["torch"], str(row["commit"])) for row in rows})
     for device, driver, torch, commit in machines:
         parts.append(f"Measured on one {device}, driver {driver}, torch {torch}, commit {commit}.")
-    for metric in ("rotary forward", "rotary backward"):
+    for metric in ("rotary forward", "rotary backward", "decode"):
         for shape in dict.fromkeys(row["shape"] for row in rows if row["metric"] == metric):
             chosen = [row for row in rows if row["metric"] == metric and row["shape"] == shape]
             parts.append(f"**{metric.capitalize()}, {shape}**: bandwidth, share of a copy of as many bytes")

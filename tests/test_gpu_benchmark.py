@@ -44,7 +44,7 @@ def test_interpret_checks_every_variant(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(gpu, "SHAPES", TINY)
     assert gpu.main(["--interpret"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 * 2 * 3 * 2 and all(line.startswith("ok ") for line in lines)
+    assert len(lines) == 2 * 2 * 3 * 2 + len(gpu.DECODE_SHAPES) and all(line.startswith("ok ") for line in lines)
 
 
 def test_a_wrong_variant_is_found() -> None:
@@ -128,6 +128,24 @@ def test_rotary_parts_on_the_cpu(on_cpu: None, backward: bool) -> None:
         assert row["seconds_quartiles"][0] <= row["seconds"] <= row["seconds_quartiles"][1]
         json.dumps(row, allow_nan=False)
     assert all(row["skipped"] == "no time left" for row in gpu.measure_rotary(backward, gpu.Clock(0)))
+
+
+@needs_no_gpu
+@needs_triton
+def test_decode_part_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "DECODED", (70,))
+    monkeypatch.setattr(gpu, "DECODE_SHAPES", ((1, 2, 1, 16),))
+    rows = list(gpu.measure_decode(gpu.Clock(600), torch.float32))  # bf16 is beyond the interpreter
+    by_name = {row["variant"]: row for row in rows}
+    assert {"ours, rotates while it reads", "rotated in memory, then sdpa", "sdpa, no rotation"} <= set(by_name)
+    for name, row in by_name.items():
+        assert "skipped" not in row and row["bytes"] == 2 * 70 * 16 * 4 and row["share_of_copy"] > 0
+        # Angles of up to 70 are rounded to 2^-24 of themselves in the reference.
+        assert row["error"] < 2e-6 if "no rotation" not in name else "error" not in row
+        assert gpu.show(row) and json.dumps(row, allow_nan=False)
+    # Without rotation the result is another one, so it is not compared.
+    plain = gpu.decode_variants()["sdpa, no rotation"]
+    assert gpu.decode_error(plain, (1, 2, 1, 16), 70, torch.float32, torch.device("cpu")) > 0.1
 
 
 @needs_no_gpu
