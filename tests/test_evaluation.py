@@ -582,7 +582,7 @@ SCORE = ["--lengths", "32", "--dataset", "{texts}"]
         (perplexity.main, ["-m", "{model}", "--lengths", "32", "--dataset", "./nowhere"], "nowhere"),
         (perplexity.main, ["-m", "./nowhere", *SCORE], "does not exist"),
         (perplexity.main, ["-m", "{model}", *SCORE, "--yarn", "0.5"], "factor"),
-        (perplexity.main, ["-m", "{model}", *SCORE, "--rerope", "512"], "--rerope"),
+        (perplexity.main, ["-m", "{model}", *SCORE, "--rerope", "512"], "window=512"),
         (perplexity.main, ["-m", "{model}", *SCORE, "--output", "{texts}"], "cannot be used"),
         (passkey.main, ["-m", "{model}", "--lengths", "20"], "too short"),
         (passkey.main, ["-m", "{model}", "--iterations", "0"], "iterations"),
