@@ -10,14 +10,13 @@ again. Two processes with OMP_NUM_THREADS=1 on different parts use two cores bet
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from scaled_rope.errors import ConfigError, Parser, run_cli, unknown
 from scaled_rope.mini import LENGTHS, PARTS, RECIPE, Run, missing, table
-from scaled_rope.recipes import read_recipe
 from scaled_rope.results import read_rows
 
 ROWS = "data/paper_mini_rows.jsonl"
@@ -47,11 +46,9 @@ def evaluate(script: str, models: Sequence[str], scalings: Sequence[str], flags:
 
 
 def prepare() -> None:
-    """Fetch and pack the text that the runs train on; each step does nothing where its output is there."""
-    for command in read_recipe(RECIPE).prepare:
-        words = command.split()
-        if not Path(words[-1]).exists():
-            subprocess.run([sys.executable, *words[1:]], check=True)
+    """Fetch and pack the text that the runs train on, as train.sh does; nothing where it is there."""
+    script = f"source ./environment.sh; read_recipe {RECIPE}"
+    subprocess.run(["bash", "-euo", "pipefail", "-c", script], env=os.environ | {"PYTHON": sys.executable}, check=True)
 
 
 def train(runs: Sequence[Run]) -> None:

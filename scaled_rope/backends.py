@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -229,31 +230,56 @@ def blocked_sdpa(
     if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise ConfigError("attention 'sdpa_blocked': is causal, use 'sdpa'")
     given = {"dropout": dropout, "scaling": scaling}
-    tokens, keys = query.shape[2], key.shape[2]
-    if attention_mask is not None and 0 < attention_mask.shape[1] < keys:
-        # A cache of fixed size: what lies beyond the mask has not been written.
-        keys = attention_mask.shape[1]
-        key, value = key[:, :, :keys], value[:, :, :keys]
-    if attention_mask is not None and attention_mask.shape[1] > 0 and tokens == 1:
+    if attention_mask is not None and attention_mask.shape[1] > 0 and query.shape[2] == 1:
+        key, value = written(key, value, attention_mask)
         seen = attention_mask if sliding_window is None else attention_mask[:, -sliding_window:]
         key, value = key[:, :, -seen.shape[1] :], value[:, :, -seen.shape[1] :]
         return sdpa_attention_forward(module, query, key, value, seen[:, None, None], **given)[0], None
-    found = stretches(attention_mask, position_ids, cu_seq_lens_q, query, keys)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _causal(module, q, k, v, sliding_window, given)
+
+    return by_stretch(attend, query, key, value, attention_mask, position_ids, cu_seq_lens_q), None
+
+
+def written(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values without what lies beyond a mask [B, S]: in a cache of fixed size that has not been written."""
+    if mask is None or not 0 < mask.shape[1] < key.shape[2]:
+        return key, value
+    return key[:, :, : mask.shape[1]], value[:, :, : mask.shape[1]]
+
+
+def by_stretch(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """Causal attention within each text of each row, [B, T, H, D]; zero where a query belongs to none.
+
+    Args:
+        attend: queries [B, H, T, D], the last T of S positions, and keys and values [B, K, S, D] -> [B, T, H, D].
+        query, key, value, mask, position_ids, cu_seqlens: as in `blocked_sdpa`.
+    """
+    key, value = written(key, value, mask)
+    tokens, keys = query.shape[2], key.shape[2]
+    found = _stretches(mask, position_ids, cu_seqlens, query, keys)
     if found is None:
-        return _causal(module, query, key, value, sliding_window, given), None
+        return attend(query, key, value)
     out = query.new_zeros(query.shape[0], tokens, query.shape[1], value.shape[-1])
     for row, start, end in found:
         first = max(start, keys - tokens)  # keys before that belong to no query of this pass
         if first >= end:
             continue
-        one = slice(row, row + 1)
-        part = query[one, :, first - keys + tokens : end - keys + tokens]
-        result = _causal(module, part, key[one, :, start:end], value[one, :, start:end], sliding_window, given)
-        out[one, first - keys + tokens : end - keys + tokens] = result
-    return out, None
+        one, those = slice(row, row + 1), slice(first - keys + tokens, end - keys + tokens)
+        out[one, those] = attend(query[one, :, those], key[one, :, start:end], value[one, :, start:end])
+    return out
 
 
-def stretches(
+def _stretches(
     mask: Tensor | None, position_ids: Tensor | None, cu_seqlens: Tensor | None, query: Tensor, keys: int
 ) -> list[tuple[int, int, int]] | None:
     """(row, first key, end) of everything that attends to itself alone; None: every row is one whole."""

@@ -120,6 +120,19 @@ def check_note(cache: Any, patch: Patch) -> Note | None:
     return note
 
 
+def require_note(cache: Any, note: Note | None, why: str = "") -> None:
+    """Refuse a cache that holds something and has no note, for a model that needs keys before rotation.
+
+    Raises:
+        ConfigError: with `why` at its end, a clause about rotated keys.
+    """
+    if note is None:
+        raise ConfigError(
+            f"past_key_values: this {type(cache).__name__} was not filled by the model as it is patched, and holds "
+            f"keys that were rotated already{why}; start from an empty cache"
+        )
+
+
 class _Following:
     """What a cache's class is given in front, so that its note follows it."""
 

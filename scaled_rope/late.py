@@ -3,7 +3,7 @@
 What a key's rotation is may change as the text grows: with every token under dynamic scaling (section 3.3 of the YaRN
 paper), and with the query that reads it in methods that change attention itself. So in a pass that has a cache, the
 call of `apply_rotary_pos_emb` in each attention module does nothing, any cache stores what it is given, and where the
-module asks transformers' attention interface for its backend it gets a function of ours (an `Attend`) instead, which
+module asks transformers' attention interface for its backend it gets a function of ours instead, which
 is handed queries and keys unrotated, with their positions, and has the backend.
 
 Positions of keys are not stored. Tokens of a row have consecutive positions, so those of cached keys follow from the
@@ -17,7 +17,7 @@ import functools
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,36 +36,6 @@ Backend = Callable[..., tuple[Tensor, Tensor | None]]
 """A function of transformers' attention interface: (module, query, key, value, attention_mask, **options)."""
 
 
-class Attend(Protocol):
-    """What stands in for a backend: attention over queries and keys that are not yet rotated."""
-
-    def __call__(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        *,
-        turn: Turn,
-        backend: Backend,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention of one layer in one pass.
-
-        Args:
-            query: [B, H, Q, D], not rotated.
-            key, value: [B, Hkv, K, D], all keys that the cache hands out, not rotated.
-            attention_mask: as the module's backend takes it.
-            turn: positions of queries and keys, and what rotates them.
-            backend: the module's own, by its config.
-            options: what the module tells its backend (scaling, dropout, sliding_window, softcap, s_aux, ...).
-
-        Returns:
-            [B, Q, H, D] and weights or None, as backends return them.
-        """
-
-
 def rotate_both(
     module: nn.Module,
     query: Tensor,
@@ -77,8 +47,20 @@ def rotate_both(
     backend: Backend,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """An `Attend`: queries and all keys rotated at the scale of the row's present length, then the module's backend; or
-    both at once where a few queries read many keys."""
+    """Attention of one layer in one pass: queries and all keys rotated at the scale of the row's present length, then
+    the module's backend; or both at once where a few queries read many keys.
+
+    Args:
+        query: [B, H, Q, D], not rotated.
+        key, value: [B, Hkv, K, D], all keys that the cache hands out, not rotated.
+        attention_mask: as the module's backend takes it.
+        turn: positions of queries and keys, and what rotates them.
+        backend: the module's own, by its config.
+        options: what the module tells its backend (scaling, dropout, sliding_window, softcap, s_aux, ...).
+
+    Returns:
+        [B, Q, H, D] and weights or None, as backends return them.
+    """
     if (mask := _decodable(module, query, key, attention_mask, turn, options)) is not None:
         angles = turn.angles_of(turn)
         scaling = options.get("scaling")
@@ -328,12 +310,11 @@ def _equal_rows(rows: Tensor) -> bool:
 # ------------------------------------------------------------------------------------------------- in attention modules
 
 
-def install(base: nn.Module, layout: Layout, half: int, attend: Attend = rotate_both) -> tuple[list[nn.Module], str]:
+def install(base: nn.Module, layout: Layout, half: int) -> tuple[list[nn.Module], str]:
     """Prepare the attention modules of a base model for passes that rotate late; others run as before.
 
     Args:
         layout, half: as in `scaled_rope.fused.fused_rotation`.
-        attend: what does the attention in such a pass.
 
     Returns:
         The modules and "", or none and why the family's attention cannot do it, in a few words.
@@ -350,7 +331,7 @@ def install(base: nn.Module, layout: Layout, half: int, attend: Attend = rotate_
             return [], f"{name} does not know its layer"
     for module in modules:
         rebind(module, APPLY, _deferring(bound(module, APPLY)))
-        rebind(module, INTERFACE, _Interface(bound(module, INTERFACE), attend, interleaved))
+        rebind(module, INTERFACE, _Interface(bound(module, INTERFACE), interleaved))
     return modules, ""
 
 
@@ -375,9 +356,8 @@ def _deferring(now: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple
 class _Interface:
     """In place of transformers' registry of backends, in one attention module."""
 
-    def __init__(self, functions: Any, attend: Attend, interleaved: bool) -> None:
+    def __init__(self, functions: Any, interleaved: bool) -> None:
         self.functions = functions
-        self.attend = attend
         self.interleaved = interleaved
 
     def get_interface(self, name: str, default: Backend) -> Backend:
@@ -386,7 +366,7 @@ class _Interface:
         current = _current()
         if current is None or current.pending is None:
             return backend
-        return functools.partial(_attend, attend=self.attend, interleaved=self.interleaved, backend=backend)
+        return functools.partial(_attend, interleaved=self.interleaved, backend=backend)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -397,7 +377,6 @@ def _attend(
     value: Tensor,
     attention_mask: Any,
     *,
-    attend: Attend,
     interleaved: bool,
     backend: Backend,
     **options: Any,
@@ -426,7 +405,7 @@ def _attend(
         first_key=current.offset + first if current.start and current.offset is not None else None,
         length=current.start + current.tokens - first,
     )
-    return attend(module, query, key, value, attention_mask, turn=turn, backend=backend, **options)
+    return rotate_both(module, query, key, value, attention_mask, turn=turn, backend=backend, **options)
 
 
 _ALIKE = 0.998

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import Cache
 
 from scaled_rope import late
-from scaled_rope.caches import Note, Patch, check_note, leave_note, length_of
+from scaled_rope.caches import Note, Patch, check_note, leave_note, length_of, require_note
 from scaled_rope.config import RopeScaling
 from scaled_rope.errors import ConfigError
 from scaled_rope.methods import compute_scale
@@ -160,11 +160,7 @@ class Passes:
                 f"past_key_values: {self.patch.label} cannot read cached keys of this {config.model_type} model, "
                 f"{self.obstacle}; pass use_cache=False"
             )
-        if note is None:
-            raise ConfigError(
-                f"past_key_values: this {type(cache).__name__} was not filled by the model as it is patched, and holds "
-                f"keys that were rotated already, which {self.patch.label} cannot read; start from an empty cache"
-            )
+        require_note(cache, note, f", which {self.patch.label} cannot read")
 
     # ------------------------------------------------------------------------------------------------------ by steps
 

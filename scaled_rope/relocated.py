@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from scaled_rope.attention.regions import Regions, region_attention
-from scaled_rope.backends import has_window, refusal, stretches
-from scaled_rope.caches import length_of, note_of
+from scaled_rope.backends import by_stretch, has_window, refusal
+from scaled_rope.caches import length_of, note_of, require_note
 from scaled_rope.errors import ConfigError
 from scaled_rope.fused import APPLY, pairing_of
+from scaled_rope.late import INTERFACE
 from scaled_rope.rebind import callers, rebind
 from scaled_rope.rotary import Layout
 
@@ -27,7 +28,6 @@ MASKS_OF = "sdpa_blocked"
 """The implementation that a patched model is told to make masks for."""
 CARRIERS = ("auto", "sdpa", "sdpa_blocked", "blockwise")
 """Implementations in whose place regions may stand: all compute the same, in float32 or with bfloat16 factors."""
-_ATTENTIONS = "ALL_ATTENTION_FUNCTIONS"
 
 
 def check_carrier(method: str, attention: str) -> None:
@@ -59,7 +59,7 @@ def pairing(base: nn.Module, method: str, layout: Layout, half: int) -> bool:
     interleaved = None
     if not reason:
         interleaved, reason = pairing_of(base, layout, half)
-    if not reason and callers(base, APPLY) != callers(base, _ATTENTIONS):
+    if not reason and callers(base, APPLY) != callers(base, INTERFACE):
         reason = "they do not use transformers' attention interface"
     if interleaved is None:
         raise ConfigError(f"method {method!r}: cannot be used with {config.model_type} models, {reason}")
@@ -100,49 +100,25 @@ def install(base: nn.Module, regions: Regions, inv_freq: Tensor, interleaved: bo
         if dropout:
             raise ConfigError(f"attention_dropout={dropout:g}: must be 0 for a method that changes attention")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = _by_stretch(query, key, value, attention_mask, position_ids, cu_seq_lens_q, regions, scale)
-        return out.transpose(1, 2).contiguous(), None
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ConfigError(f"attention_mask of shape {list(attention_mask.shape)}: must be [rows, tokens]")
 
-    def _by_stretch(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        position_ids: Tensor | None,
-        cu_seqlens: Tensor | None,
-        regions: Regions,
-        scale: float,
-    ) -> Tensor:
-        if mask is not None and mask.dim() != 2:
-            raise ConfigError(f"attention_mask of shape {list(mask.shape)}: must be [rows, tokens]")
-        tokens, keys = q.shape[2], k.shape[2]
-        if mask is not None and 0 < mask.shape[1] < keys:
-            # A cache of fixed size: what lies beyond the mask has not been written.
-            keys = mask.shape[1]
-            k, v = k[:, :, :keys], v[:, :, :keys]
-        found = stretches(mask, position_ids, cu_seqlens, q, keys)
-        if found is None:
-            return region_attention(q, k, v, inv_freq, regions, scale, interleaved=interleaved)
-        out = q.new_zeros(*q.shape[:3], v.shape[-1])
-        for row, start, end in found:
-            first = max(start, keys - tokens)  # keys before that belong to no query of this pass
-            if first >= end:
-                continue
-            one, those = slice(row, row + 1), slice(first - keys + tokens, end - keys + tokens)
-            parts = q[one, :, those], k[one, :, start:end], v[one, :, start:end]
-            out[one, :, those] = region_attention(*parts, inv_freq, regions, scale, interleaved=interleaved)
-        return out
+        def regional(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return region_attention(q, k, v, inv_freq, regions, scale, interleaved=interleaved).transpose(1, 2)
+
+        out = by_stretch(regional, query, key, value, attention_mask, position_ids, cu_seq_lens_q)
+        return out.contiguous(), None
 
     for module in callers(base, APPLY):
         rebind(module, APPLY, _as_they_are)
-        rebind(module, _ATTENTIONS, _Only(attend))
+        rebind(module, INTERFACE, _Only(attend))
     return [base.register_forward_pre_hook(_look_at_cache, with_kwargs=True)]
 
 
 def uninstall(base: nn.Module) -> None:
     """Undo `install`, but for the hooks."""
-    for module in callers(base, _ATTENTIONS):
-        rebind(module, _ATTENTIONS, None)
+    for module in callers(base, INTERFACE):
+        rebind(module, INTERFACE, None)
         rebind(module, APPLY, None)
 
 
@@ -159,11 +135,8 @@ def _look_at_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     if cache is None or tokens is None or torch.compiler.is_compiling():
         return None
     filled = length_of(cache)
-    if filled and note_of(cache) is None:
-        raise ConfigError(
-            f"past_key_values: this {type(cache).__name__} was not filled by the model as it is patched, and holds "
-            "keys that were rotated already; start from an empty cache"
-        )
+    if filled:
+        require_note(cache, note_of(cache))
     if given.get("attention_mask") is not None:
         return None
     more = given.pop("kwargs", {})  # what forward() takes as **kwargs

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +21,7 @@ from scaled_rope.kernels import DecodeAngles, rotary_decode
 from scaled_rope.kernels.decode import BLOCK, splits_of
 from scaled_rope.patch import patch_model
 from tests.conftest import VOCABULARY
+from tests.h100 import compiled
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -163,25 +161,6 @@ def test_generation_is_the_same_with_it(
 
 
 LAUNCH = """
-import json, re, torch, triton
-from triton.backends.compiler import GPUTarget
-import scaled_rope.kernels.decode_triton as module
-
-
-class H100:
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-
-
-class Compiled:
-    def __getitem__(self, grid):
-        return lambda *args, **options: found.append(kernel.warmup(*args, grid=grid, **options).asm["ptx"])
-
-
-triton.runtime.driver.set_active(H100())
-kernel, found = module.decode_kernel, []
-module.decode_kernel = Compiled()
 query = torch.zeros(1, 8, 4, 128)
 key = torch.zeros(1, 8, 8192, 128, dtype=torch.bfloat16)
 module.launch(query, key, key, torch.zeros(1, 64, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), None, 1, False)
@@ -194,12 +173,8 @@ def test_what_an_h100_is_given(tmp_path: Any) -> None:
     # Compiled for one, without one: keys and values of 32 heads on 8, 128 wide, come 16 bytes at a time, and nothing
     # is spilled to memory.
     pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", LAUNCH], env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    spilled, loads = json.loads(done.stdout.splitlines()[-1])
+    spilled, loads = compiled(
+        "scaled_rope.kernels.decode_triton", "decode_kernel", LAUNCH, TRITON_CACHE_DIR=str(tmp_path)
+    )
     wide = [load for load in loads if ".v4.b32" in load or load.rstrip(";").endswith("0x10") or ", 16" in load]
     assert not spilled and len(wide) >= 3 and not any(".b16" in load for load in loads)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import math
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -28,6 +25,7 @@ from scaled_rope.kernels import (
     rotate,
 )
 from scaled_rope.kernels import rotary as rotary_module
+from tests.h100 import compiled
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton"))
@@ -260,25 +258,7 @@ def test_compiles_without_a_break(inplace: bool) -> None:
 
 
 LAUNCHES = """
-import json, re, torch, triton
-from triton.backends.compiler import GPUTarget
-import scaled_rope.kernels.rotary_triton as module
-
-
-class H100:
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-
-
-class Compiled:
-    def __getitem__(self, grid):
-        return lambda *args, **options: found.append(kernel.warmup(*args, grid=grid, **options).asm["ptx"])
-
-
-triton.runtime.driver.set_active(H100())
-kernel, found, result = module.rotary_kernel, [], {}
-module.rotary_kernel = Compiled()
+result = {}
 for name, (tokens, heads, kv_heads, width, half, order, way) in CASES.items():
     q, k = (torch.zeros(1, tokens, n, width, dtype=torch.bfloat16).transpose(1, 2) for n in (heads, kv_heads))
     if order == "bhtd":
@@ -309,11 +289,8 @@ CASES = {
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton")
 def test_memory_accesses_are_16_bytes_wide() -> None:
     """Compiled for an H100, which needs none: every access to q and k is 16 bytes wide, and nothing spills."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    code = f"CASES = {CASES!r}\n{LAUNCHES}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    launches = f"CASES = {CASES!r}\n{LAUNCHES}"
+    found = compiled("scaled_rope.kernels.rotary_triton", "rotary_kernel", launches)
     assert found.keys() == CASES.keys()
     for loads, stores, spilled in found.values():
         # As many bytes come as go, so as many loads as stores are of q and k; the others are of tables.
