@@ -76,7 +76,7 @@ def demo_verdict(results: Results, base: str | None = None, finetuned: str | Non
         finetuned: the model that carries its scaling; default: the only one that does.
 
     Raises:
-        ConfigError: a row that the claim needs is missing.
+        ConfigError: a row that the claim needs is missing, or buckets that are compared begin at different positions.
     """
     sections = [one for one in results.of("perplexity") if one.topic.setting("name") != "sliding"]
     if not sections:
@@ -102,6 +102,10 @@ def demo_verdict(results: Results, base: str | None = None, finetuned: str | Non
     beyond = [length for length in section.lengths(tuned) if length > (trained or 0)]
     if not beyond:
         raise ConfigError(f"verdict: {tuned.name} has no perplexity beyond {trained} tokens; evaluate it there")
+    for length in beyond:
+        spans = {_span(section, one, length) for one in (tuned, *rivals)}
+        if len(spans) > 1:
+            raise ConfigError(f"verdict: buckets {' and '.join(sorted(spans))} differ; evaluate all with one --lengths")
     margins = [(_bucket(section, rival, n) / _bucket(section, tuned, n), rival, n) for n in beyond for rival in rivals]
     worst, rival, length = min(margins, key=lambda margin: margin[0])
     line += (
