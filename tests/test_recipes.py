@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -244,6 +246,48 @@ def test_inheritance_has_one_level(tmp_path, monkeypatch):
         read_recipe("a")
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_train_sh_alone_ends_every_process_and_lets_them_save(tmp_path, number, code):
+    """Training is a launcher that the signal kills at once, and its worker, which takes its time to save."""
+    for name in ("train.sh", "environment.sh"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "worker.py").write_text(
+        "import signal, sys, time\nfrom pathlib import Path\n\n"
+        "def save(*_):\n    time.sleep(0.5)\n    Path('saved').touch()\n    sys.exit(0)\n\n"
+        f"signal.signal({int(number)}, save)\nPath('begun').touch()\ntime.sleep(60)\n"
+    )
+    (tmp_path / "launcher.py").write_text(
+        "import signal, subprocess, sys\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+        "subprocess.run([sys.executable, 'worker.py'])\n"
+    )
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "LAUNCH": "python launcher.py"}
+    script = subprocess.Popen(
+        ["bash", "train.sh", "llama-2-7b-128k"], cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "begun").exists():
+        assert script.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    script.send_signal(number)
+    script.communicate(timeout=30)  # to the end of its output, which the worker holds as well
+    assert script.returncode == code
+    assert (tmp_path / "saved").exists()
+
+
+def test_train_sh_does_not_go_on_after_a_run_that_was_stopped(tmp_path):
+    for name in ("train.sh", "environment.sh"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "finetune.py").write_text("print('ran')")  # ends with 0 as one that got SIGTERM does
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "train.sh", "llama-2-7b-128k"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (143, "ran\n")
+    assert done.stderr == "llama-2-7b-64k is not finished; the same command continues\n"
+
+
 def test_train_sh_runs_a_chain_and_hands_over_what_is_finished(tmp_path):
     """train.sh with a program in place of training, which notes the recipe's name and leaves a finished run behind."""
     for name in ("train.sh", "environment.sh"):
@@ -251,10 +295,10 @@ def test_train_sh_runs_a_chain_and_hands_over_what_is_finished(tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "finetune.py").write_text("")
     trainer = tmp_path / "trainer.sh"
-    last = {"step": read_recipe("llama-2-7b-64k").max_train_steps}
+    for name in ("llama-2-7b-64k", "llama-2-7b-128k"):
+        (tmp_path / name).write_text(json.dumps({"step": read_recipe(name).max_train_steps}) + "\n")
     trainer.write_text(
-        'echo "$2" >> order\nmkdir -p out/$2/model\necho {} > out/$2/model/config.json\n'
-        f"echo '{json.dumps(last)}' > out/$2/train_log.jsonl\n"
+        'echo "$2" >> order\nmkdir -p out/$2/model\necho {} > out/$2/model/config.json\ncp $2 out/$2/train_log.jsonl\n'
     )
     environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "LAUNCH": f"bash {trainer}"}
 
