@@ -302,7 +302,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif args.name is None:
         raise ConfigError("name of a recipe is missing; --list shows them")
     elif args.pending:
-        print("".join(f"{recipe.name}\n" for recipe in pending(read_recipe(args.name))), end="")
+        recipe = read_recipe(args.name)
+        # The recipe itself as it was given: a file's is not known by its name.
+        print("".join(f"{args.name if one == recipe else one.name}\n" for one in pending(recipe)), end="")
     elif args.finished:
         return 0 if is_finished(read_recipe(args.name)) else 1
     elif args.shell:
