@@ -316,6 +316,6 @@ def test_train_sh_runs_a_chain_and_hands_over_what_is_finished(tmp_path):
 
 def test_what_is_pending_of_a_file_is_the_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.yaml").write_text((recipes.CONFIGS / "llama-2-7b-128k.yaml").read_text())
+    (tmp_path / "mine.yaml").write_text(json.dumps(read_recipe("llama-2-7b-128k").to_dict()))  # which is YAML too
     assert recipes.main(["mine.yaml", "--pending"]) == 0
     assert capsys.readouterr().out.split() == ["llama-2-7b-64k", "mine.yaml"]
