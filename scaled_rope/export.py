@@ -12,8 +12,10 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import re
 import shlex
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -763,6 +765,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--length", type=int, metavar="TOKENS", help="longest sequence to serve; default: factor times original length")
     add("--json", action="store_true", help="print a JSON object")
     add("--output", metavar="DIR", help="write the patched config.json there (with --gguf: the GGUF)")
+    add("--force", action="store_true", help="replace what an earlier export has left in --output")
     add("--gguf", metavar="FILE", help="llama.cpp: a GGUF of the model; a copy that holds the scaling goes to --output")
 
 
@@ -776,6 +779,10 @@ def run(args: argparse.Namespace) -> int:
         raise unknown("target", args.target, TARGETS)
     if args.gguf and (args.target != "llama.cpp" or not args.output):
         raise ConfigError("flag --gguf goes with --for llama.cpp and --output DIR")
+    if args.force and not args.output:
+        raise ConfigError("flag --force goes with --output DIR")
+    if args.output:
+        _check_output(Path(args.output), args.gguf, args.force)
     path = Path(args.model)
     name = str(path.parent) if path.name == "config.json" and path.is_file() else args.model
     config = load_config(name)
@@ -802,14 +809,43 @@ def run(args: argparse.Namespace) -> int:
     return report.exit_code
 
 
+def _check_output(folder: Path, gguf: str | None, force: bool) -> None:
+    """Refuse an output that would take the place of something.
+
+    Raises:
+        ConfigError: a file in the folder's place; without `force` a file that would be replaced; with it the GGUF that
+            the copy is made from.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output {folder} is a file; name a folder")
+    files = [folder / "config.json", *([] if gguf is None else [folder / Path(gguf).name])]
+    if gguf is not None and files[1].exists() and Path(gguf).exists() and files[1].samefile(gguf):
+        raise ConfigError(f"--output {folder} is not allowed with --gguf {gguf}, which it would overwrite")
+    there = next((file for file in files if file.exists()), None)
+    if there is not None and not force:
+        raise ConfigError(f"--output {folder} has a {there.name}; replace it with --force, or choose another folder")
+
+
 def _write(folder: Path, name: str, report: ExportReport, gguf: str | None) -> list[Path]:
+    """Write config.json and, given one, the GGUF; both get their names when both are whole. Returns their paths."""
     raw, _ = transformers.PreTrainedConfig.get_config_dict(name)
     raw.pop("_commit_hash", None)
-    written = [folder / "config.json"]
-    write_atomic(written[0], json.dumps(_patched(raw, report.config), indent=2) + "\n")
-    if gguf is not None and report.gguf is not None:
-        written.append(folder / Path(gguf).name)
-        add_rope(gguf, written[-1], report.gguf)
+    place = folder.absolute()
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as scratch:
+            staged = Path(scratch) / "staged"
+            if gguf is not None and report.gguf is not None:
+                add_rope(gguf, staged / Path(gguf).name, report.gguf)
+            write_atomic(staged / "config.json", json.dumps(_patched(raw, report.config), indent=2) + "\n")
+            written = [folder / file.name for file in sorted(staged.iterdir())]
+            if not place.exists():
+                os.rename(staged, place)
+            else:
+                for file in staged.iterdir():
+                    os.replace(file, place / file.name)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise ConfigError(f"--output {folder} cannot be written to: {error.strerror}") from error
     return written
 
 
