@@ -24,13 +24,35 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scaled_rope.errors import ConfigError, Parser, refuse_early, run_cli
+from scaled_rope.results import read_rows, write_atomic
+
+
+def build_parser() -> Parser:
+    parser = Parser("eval/report.py", __doc__ or "")
+    add = parser.add_argument
+    add("rows", nargs="*", metavar="ROWS", help="row files of the evaluators; none: the published tables alone")
+    add("--output", metavar="FOLDER", help="report.html, report.csv and the figures go here (default: terminal only)")
+    add("--title", default="Context extension, measured", help="heading of the page (default %(default)r)")
+    add("--paper", action="store_true", help="all tables and figures of the paper, measured or not")
+    add("--table", action="append", metavar="N", help="a table of the paper: 1 to 6, or figure5; repeatable")
+    add("--published", metavar="FOLDER", help="a copy of the released CSV files, for their full curves")
+    add("--verdict", choices=("demo",), help="decide a claim; exit code 1 when it doesn't hold")
+    add("--base", metavar="MODEL", help="the model without fine-tuning (default: the one with unscaled rows)")
+    add("--finetuned", metavar="MODEL", help="the fine-tuned model (default: the one that carries a scaling)")
+    add("--train-log", metavar="FILE", help="losses: JSON lines with step and loss, or comma-separated")
+    return parser
+
+
+if __name__ == "__main__":
+    refuse_early(build_parser().parse_args)
+
+# What takes seconds to import stands below the flags.
 from scaled_rope import paper
-from scaled_rope.errors import ConfigError, Parser, run_cli
 from scaled_rope.figures import figure_of, loss_figure, paper_figure, wavelength_figure
 from scaled_rope.loading import display_name
 from scaled_rope.page import Part, build_page, figure_html, paper_table_html, provenance_html, table_html
 from scaled_rope.paper import PaperFigure, PaperTable
-from scaled_rope.results import read_rows, write_atomic
 from scaled_rope.series import (
     Results,
     Section,
@@ -215,22 +237,6 @@ def file_names(sections: Sequence[Section]) -> list[str]:
             name += "-sliding"
         names.append(name if name not in names else f"{name}-{len(names)}")
     return names
-
-
-def build_parser() -> Parser:
-    parser = Parser("eval/report.py", __doc__ or "")
-    add = parser.add_argument
-    add("rows", nargs="*", metavar="ROWS", help="row files of the evaluators; none: the published tables alone")
-    add("--output", metavar="FOLDER", help="report.html, report.csv and the figures go here (default: terminal only)")
-    add("--title", default="Context extension, measured", help="heading of the page (default %(default)r)")
-    add("--paper", action="store_true", help="all tables and figures of the paper, measured or not")
-    add("--table", action="append", metavar="N", help="a table of the paper: 1 to 6, or figure5; repeatable")
-    add("--published", metavar="FOLDER", help="a copy of the released CSV files, for their full curves")
-    add("--verdict", choices=("demo",), help="decide a claim; exit code 1 when it doesn't hold")
-    add("--base", metavar="MODEL", help="the model without fine-tuning (default: the one with unscaled rows)")
-    add("--finetuned", metavar="MODEL", help="the fine-tuned model (default: the one that carries a scaling)")
-    add("--train-log", metavar="FILE", help="losses: JSON lines with step and loss, or comma-separated")
-    return parser
 
 
 def read_report(args: argparse.Namespace) -> Report:

@@ -28,8 +28,9 @@ from transformers.utils import logging as transformers_logging
 from scaled_rope.config import RopeScaling
 from scaled_rope.dialects import SOFTMAX_MSCALE_FAMILIES, has_rope, nested_types, read_by_attention
 from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.flags import check_export_arguments
 from scaled_rope.gguf_files import GgufRope, add_rope
-from scaled_rope.loading import DEFAULT_MODEL, load_config, resolve_scaling
+from scaled_rope.loading import load_config, resolve_scaling
 from scaled_rope.methods import METHODS, compute_rope
 from scaled_rope.patch import head_dim_of
 from scaled_rope.results import write_atomic
@@ -756,33 +757,13 @@ TARGETS: dict[str, Target] = {
 # The command ---------------------------------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `scaled-rope export`."""
-    add = parser.add_argument
-    add("model", nargs="?", default=str(DEFAULT_MODEL), help="folder, its config.json, or hub name")
-    add("--for", dest="target", required=True, metavar="TARGET", help=", ".join(TARGETS))
-    add("--scaling", default="checkpoint", metavar="SPEC", help='default: what the checkpoint carries; e.g. "yarn:8"')
-    add("--length", type=int, metavar="TOKENS", help="longest sequence to serve; default: factor times original length")
-    add("--json", action="store_true", help="print a JSON object")
-    add("--output", metavar="DIR", help="write the patched config.json there (with --gguf: the GGUF)")
-    add("--force", action="store_true", help="replace what an earlier export has left in --output")
-    add("--gguf", metavar="FILE", help="llama.cpp: a GGUF of the model; a copy that holds the scaling goes to --output")
-
-
 def run(args: argparse.Namespace) -> int:
     """Carry out `scaled-rope export`: 0 when the target's numbers are ours, 1 when they differ, 2 when it has no words.
 
     Raises:
         ConfigError: bad input; a scaling that the target has no words for (with --json that is printed instead).
     """
-    if args.target not in TARGETS:
-        raise unknown("target", args.target, TARGETS)
-    if args.gguf and (args.target != "llama.cpp" or not args.output):
-        raise ConfigError("flag --gguf goes with --for llama.cpp and --output DIR")
-    if args.force and not args.output:
-        raise ConfigError("flag --force goes with --output DIR")
-    if args.output:
-        _check_output(Path(args.output), args.gguf, args.force)
+    check_export_arguments(args)
     path = Path(args.model)
     name = str(path.parent) if path.name == "config.json" and path.is_file() else args.model
     config = load_config(name)
@@ -807,23 +788,6 @@ def run(args: argparse.Namespace) -> int:
         for file in written:
             print(f"wrote {file}")
     return report.exit_code
-
-
-def _check_output(folder: Path, gguf: str | None, force: bool) -> None:
-    """Refuse an output that would take the place of something.
-
-    Raises:
-        ConfigError: a file in the folder's place; without `force` a file that would be replaced; with it the GGUF that
-            the copy is made from.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output {folder} is a file; name a folder")
-    files = [folder / "config.json", *([] if gguf is None else [folder / Path(gguf).name])]
-    if gguf is not None and files[1].exists() and Path(gguf).exists() and files[1].samefile(gguf):
-        raise ConfigError(f"--output {folder} is not allowed with --gguf {gguf}, which it would overwrite")
-    there = next((file for file in files if file.exists()), None)
-    if there is not None and not force:
-        raise ConfigError(f"--output {folder} has a {there.name}; replace it with --force, or choose another folder")
 
 
 def _write(folder: Path, name: str, report: ExportReport, gguf: str | None) -> list[Path]:

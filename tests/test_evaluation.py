@@ -578,7 +578,7 @@ SCORE = ["--lengths", "32", "--dataset", "{texts}"]
         (perplexity.main, ["-m", "{model}", "--dataset", "{texts}", "--max-tokens", "5000"], "only 0 of 3 documents"),
         (perplexity.main, ["-m", "{model}", *SCORE, "--samples", "7"], "only 3 of 3 documents"),
         (perplexity.main, ["-m", "{model}", *SCORE, "--windows", "0"], "windows"),
-        (perplexity.main, ["-m", "{model}", *SCORE, "--batch-size", "0"], "batch size"),
+        (perplexity.main, ["-m", "{model}", *SCORE, "--batch-size", "0"], "--batch-size 0"),
         (perplexity.main, ["-m", "{model}", "--lengths", "32", "--dataset", "./nowhere"], "nowhere"),
         (perplexity.main, ["-m", "./nowhere", *SCORE], "does not exist"),
         (perplexity.main, ["-m", "{model}", *SCORE, "--yarn", "0.5"], "factor"),

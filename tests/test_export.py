@@ -282,7 +282,7 @@ def test_refusals_are_one_line_and_exit_code_2(
     [
         (["--for", "vlm"], "did you mean 'vllm'"),
         (["--for", "vllm", "--scaling", "yarn"], "factor is missing"),
-        (["--for", "vllm", "--length", "0"], "length=0"),
+        (["--for", "vllm", "--length", "0"], "--length 0 is not allowed"),
         (["--for", "vllm", "--gguf", "a.gguf"], "--for llama.cpp and --output"),
         (["--for", "vllm", "--force"], "--force goes with --output"),
         (["--for", "vllm", "--scaling", "yarn:4", "--output", __file__], "--output .*test_export.py is a file"),

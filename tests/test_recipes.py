@@ -319,3 +319,37 @@ def test_what_is_pending_of_a_file_is_the_file(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.yaml").write_text(json.dumps(read_recipe("llama-2-7b-128k").to_dict()))  # which is YAML too
     assert recipes.main(["mine.yaml", "--pending"]) == 0
     assert capsys.readouterr().out.split() == ["llama-2-7b-64k", "mine.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 2\n", ", line 2: seed stands there again, after line 1; keep one"),
+        ("evaluate:\n  report: x\n  perplexity: y\n  report: z\n", ", line 4: report stands there again, after line 2"),
+        ("{seed: 1, model: a, seed: 2}\n", "seed stands there again, after line 1"),
+        ("learning_rate: fast\n", "learning_rate = 'fast' is not allowed; a number"),
+        ("learning_rate: .inf\n", "learning_rate = inf is not allowed; a number"),
+        ("lora: 1\n", "lora = 1 is not allowed; true or false"),
+        ("model: 7\n", "model = 7 is not allowed; text"),
+        ("drop_layers: 3\n", "drop_layers = 3 is not allowed; a list of whole numbers"),
+        ("drop_layers: [1.5]\n", "drop_layers = [1.5] is not allowed; a list of whole numbers"),
+        ("adam_betas: [a, b]\n", "adam_betas = ['a', 'b'] is not allowed; a list of numbers"),
+        ("prepare: make it\n", "prepare = 'make it' is not allowed; a list of texts"),
+        ("init: llama\n", "init = 'llama' is not allowed; a block of `field: value` lines"),
+        (
+            "evaluate: {perplexty: x}\n",
+            "unknown field of `evaluate` in recipe 'a' 'perplexty'; did you mean 'perplexity'?",
+        ),
+        ("evaluate: {scalings: yarn:8}\n", "evaluate: scalings = 'yarn:8' is not allowed; a list of scalings"),
+        ("evaluate: {report: '--title \"x'}\n", "is not allowed; flags, in one text as a shell splits it"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said_in_the_words_of_the_file(tmp_path, text, message):
+    given = [line.partition(":")[0] for line in text.splitlines()]
+    needed = {"output_dir": "o", "dataset": "d", "sequence_length": 8, "global_batch_size": 1, "model": "m"}
+    if not text.startswith("{"):
+        text += "".join(f"{name}: {value}\n" for name, value in needed.items() if name not in given)
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(str(tmp_path / "a.yaml"))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
