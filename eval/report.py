@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scaled_rope.errors import ConfigError, Parser, refuse_early, run_cli
-from scaled_rope.results import read_rows, write_atomic
+from scaled_rope.results import portable_model, read_rows, write_atomic
 
 
 def build_parser() -> Parser:
@@ -100,6 +100,7 @@ def demo_verdict(results: Results, base: str | None = None, finetuned: str | Non
     Raises:
         ConfigError: a row that the claim needs is missing, or buckets that are compared begin at different positions.
     """
+    base, finetuned = (None if name is None else portable_model(name) for name in (base, finetuned))
     sections = [one for one in results.of("perplexity") if one.topic.setting("name") != "sliding"]
     if not sections:
         raise ConfigError("verdict: there are no perplexities")

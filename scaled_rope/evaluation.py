@@ -15,7 +15,6 @@ import gc
 import io
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from scaled_rope.flags import add_evaluation_arguments as add_evaluation_argumen
 from scaled_rope.flags import batch_size as batch_size
 from scaled_rope.flags import context_lengths as context_lengths
 from scaled_rope.loading import ModelJob, ModelLoader
-from scaled_rope.results import Row, append_row, provenance, read_rows, row_key, write_atomic
+from scaled_rope.results import Row, append_row, portable_command, provenance, read_rows, row_key, write_atomic
 
 OUT_OF_MEMORY = "out of memory"
 """The `error` of a row that could not be measured for that reason."""
@@ -90,7 +89,7 @@ class _Failed(Exception):
 
 def command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> str:
     """The command that repeats a run; part of its rows' provenance."""
-    return shlex.join(["python", parser.prog, *(sys.argv[1:] if argv is None else argv)])
+    return portable_command(["python", parser.prog, *(sys.argv[1:] if argv is None else argv)])
 
 
 def given_arguments(args: argparse.Namespace) -> dict[str, Any]:

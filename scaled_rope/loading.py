@@ -53,6 +53,7 @@ from scaled_rope.patch import (
     unpatch_model,
 )
 from scaled_rope.relocated import check_carrier
+from scaled_rope.results import portable_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
@@ -426,7 +427,7 @@ class ModelJob:
     def fields(self) -> dict[str, Any]:
         """What a result row says about model and scaling."""
         return {
-            "model": self.model,
+            "model": portable_model(self.model),
             "model_fingerprint": self.fingerprint,
             "dtype": self.dtype,
             "head_dim": self.head_dim,

@@ -12,7 +12,7 @@ from scaled_rope.config import RopeScaling
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation import OUT_OF_MEMORY, format_perplexity, format_table
 from scaled_rope.loading import display_name
-from scaled_rope.results import Row, read_rows, row_key
+from scaled_rope.results import Row, portable_model, read_rows, row_key
 
 Column = tuple[int, str]
 """What a table's column is of: a context length in tokens, and what else tells columns apart (a benchmark's task, the
@@ -194,6 +194,7 @@ def load_results(paths: Sequence[str], finetuned: str | None = None) -> Results:
     Raises:
         ConfigError: no rows, or rows that lack what every evaluator writes.
     """
+    finetuned = None if finetuned is None else portable_model(finetuned)
     found = list({row_key(row): row for path in paths for row in read_rows(path)}.values())
     known = [row for row in found if row.get("metric") in _NUMBERS]
     if not known:

@@ -27,7 +27,6 @@ import hashlib
 import io
 import json
 import math
-import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,7 +57,7 @@ from scaled_rope.loading import (
 )
 from scaled_rope.loss import IGNORE, token_nll
 from scaled_rope.passkey import encode
-from scaled_rope.results import Row, append_row, provenance, read_rows, row_key, write_atomic
+from scaled_rope.results import Row, append_row, portable_command, provenance, read_rows, row_key, write_atomic
 
 Tokens = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -713,7 +712,7 @@ def _command(args: argparse.Namespace) -> str:
         value = getattr(args, name, default)
         if value != default:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return shlex.join(words)
+    return portable_command(words)
 
 
 def _loading_arguments(args: argparse.Namespace) -> argparse.Namespace:
