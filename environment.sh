@@ -46,11 +46,11 @@ is_alive() {
     return 1
 }
 
-# read_recipe NAME: sets model, output_dir, prepare, scalings, perplexity, passkey and report, and builds the recipe's
-# data (each command does nothing when its output is there).
+# read_recipe NAME [OTHER ...]: sets model, output_dir, prepare, scalings, perplexity, passkey and report, and builds the
+# recipe's data (each command does nothing when its output is there). OTHER names are no recipes, but may be meant.
 read_recipe() {
     local assignments command
-    assignments=$(python -m scaled_rope.recipes "$1" --shell)
+    assignments=$(python -m scaled_rope.recipes "$1" --shell --also "${@:2}")
     eval "$assignments"
     for command in "${prepare[@]}"; do
         attended bash -euo pipefail -c "$command"

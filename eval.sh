@@ -33,7 +33,7 @@ tables=() failed=()
 
 recipe() { # NAME
     local trained rows under=() spec name=$1
-    read_recipe "$1"
+    read_recipe "$1" table{1..6} figure{1,5,6}
     if [[ ${#perplexity[@]} -eq 0 && ${#passkey[@]} -eq 0 ]]; then
         echo "error: recipe '$1' has no \`evaluate\` section in configs/$1.yaml" >&2
         exit 2

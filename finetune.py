@@ -178,6 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.print:
         print(yaml.safe_dump(recipe.to_dict(), sort_keys=False), end="")
         return 0
+    if Path(recipe.output_dir).is_file():
+        raise ConfigError(f"output_dir {recipe.output_dir} is a file; name a folder with --output-dir")
     if args.deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
         raise ConfigError("--deepspeed needs a launcher: accelerate launch --config_file configs/accelerate/zero3.yaml")
     if args.log_loss is not None and not args.log_loss.parent.is_dir():

@@ -275,9 +275,11 @@ class Perplexity:
         tokenizer = load_tokenizer(model)
         source = documents(args, self.source, tokenizer)
         fill = longest if self.stride is None else None
-        texts = select(
-            source, tokenizer.bos_token_id, fill, args.windows or 1, args.dataset_min_tokens or 0, args.samples
-        )
+        enough = (args.windows or 1, args.dataset_min_tokens or 0, args.samples)
+        try:
+            texts = select(source, tokenizer.bos_token_id, fill, *enough)
+        except ConfigError as error:
+            raise ConfigError(f"dataset {self.source.name!r}: {error}") from None
         vocabulary = load_config(model).get_text_config().vocab_size
         largest = max(texts.bos or 0, *(int(document.tokens.max()) for document in texts.documents))
         if largest >= vocabulary:

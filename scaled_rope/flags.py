@@ -38,7 +38,7 @@ def check_local(name: str) -> None:
     if not path.exists() and (looks_local or (len(path.parts) == 2 and Path(path.parts[0]).is_dir())):
         raise ConfigError(f"model {name!r} does not exist")
     if not path.exists() and len(path.parts) < 2:  # the few models of the hub without an owner are older than RoPE
-        raise ConfigError(f"model {name!r} does not exist; a folder, or OWNER/NAME on the hub")
+        raise ConfigError(f"model {name!r} does not exist, and a hub name is OWNER/NAME")
     if path.is_dir() and not (path / "config.json").is_file():
         raise no_config(name)
 
@@ -206,12 +206,6 @@ def batch_size(args: argparse.Namespace, length: int) -> int:
 # ------------------------------------------------------------------------------------------------------- scaled-rope
 
 
-def _check_config(name: str) -> None:
-    """As `check_local`, for commands that take the file config.json as well."""
-    path = Path(name)
-    check_local(str(path.parent) if path.name == "config.json" and path.is_file() else name)
-
-
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `scaled-rope inspect`."""
     add = parser.add_argument
@@ -229,7 +223,8 @@ def check_inspect_arguments(args: argparse.Namespace) -> None:
     """Refuse what `scaled-rope inspect` cannot do."""
     if args.length is not None and args.length < 1:
         raise ConfigError(f"--length {args.length} is not allowed; at least 1 token")
-    _check_config(args.model)
+    if args.model and not Path(args.model).is_file():  # any file, which `inspect` reads itself
+        check_local(args.model)
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -255,7 +250,8 @@ def check_export_arguments(args: argparse.Namespace) -> None:
         raise ConfigError("flag --gguf goes with --for llama.cpp and --output DIR")
     if args.force and not args.output:
         raise ConfigError("flag --force goes with --output DIR")
-    _check_config(args.model)
+    path = Path(args.model)
+    check_local(str(path.parent) if path.name == "config.json" and path.is_file() else args.model)
     if args.output:
         _check_export_output(Path(args.output), args.gguf, args.force)
 

@@ -266,17 +266,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+def read_recipe(name: str, overrides: Mapping[str, Any] | None = None, also: Sequence[str] = ()) -> Recipe:
     """Read a recipe by its name in `configs/` or by the path of a YAML file.
 
     A recipe may name one `base` recipe whose fields it takes over; the base may not have a base itself.
+
+    also: what else could have been meant where there is no such recipe.
 
     Raises:
         ConfigError: no such recipe, an unknown field, a value that is not allowed, or a missing field.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else available().get(name)
     if path is None:
-        raise unknown("recipe", name, available())
+        raise unknown("recipe", name, [*available(), *also])
     if not path.is_file():
         raise ConfigError(f"recipe file {path} does not exist")
     fields = _read_yaml(path)
@@ -348,6 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pending", action="store_true", help="names of the recipes still to train for it, in order")
     parser.add_argument("--finished", action="store_true", help="exit with 0 when it is finished, else with 1")
     parser.add_argument("--shell", action="store_true", help="assignments for a shell script to eval")
+    parser.add_argument("--also", nargs="*", default=[], metavar="NAME", help="no recipes, but known to who asks")
     args = parser.parse_args(argv)
     if args.list:
         for name in available():
@@ -361,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif args.finished:
         return 0 if is_finished(read_recipe(args.name)) else 1
     elif args.shell:
-        print(shell_assignments(read_recipe(args.name)))
+        print(shell_assignments(read_recipe(args.name, also=args.also)))
     else:
         print(yaml.safe_dump(read_recipe(args.name).to_dict(), sort_keys=False, allow_unicode=True), end="")
     return 0

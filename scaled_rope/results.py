@@ -179,6 +179,8 @@ def read_rows(path: str | Path) -> list[Row]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        if not _is_row(line) and not rows:
+            raise ConfigError(f"file {str(path)!r} holds no rows: its line {number} is not a JSON object")
         if not _is_row(line):
             raise ConfigError(f"file {str(path)!r}, line {number} is not a JSON object; remove that line")
         rows.append(json.loads(line))

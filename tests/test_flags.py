@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from scaled_rope import backends, export, flags, fused
+from scaled_rope.recipes import available
 from tests.runs import ROOT
 
 #: command lines with a mistake, and what is to be said about it
@@ -20,18 +21,24 @@ MISTAKES = {
     "at most 64, the shortest window in tokens",
     "eval/passkey.py --lengths 1": "--lengths 1 is not allowed; at least 2 tokens, the first of which has no context",
     "eval/passkey_hard.py --num-keys 0": "--num-keys 0 is not allowed; at least 1",
-    "eval/quality.py -m nothere": "model 'nothere' does not exist; a folder, or OWNER/NAME on the hub",
+    "eval/quality.py -m nothere": "model 'nothere' does not exist, and a hub name is OWNER/NAME",
     "eval/harness.py --attention sdap": "unknown attention 'sdap'; did you mean 'sdpa'? known: auto, blockwise, eager, "
     "flash_attention_2, flash_attention_3, flash_attention_4, flex_attention, sdpa, sdpa_blocked",
     "eval/prompt_loop.py --top-k 0": "--top-k 0 is not allowed; at least 1",
-    "eval/report.py --tabel 2": "unrecognized arguments: --tabel; did you mean '--table' or '--title'? "
+    "eval/report.py --tabel 2": "unrecognized arguments: --tabel; did you mean '--table' or '--help'? "
     "(see eval/report.py --help)",
-    "-m scaled_rope inspect nothere": "model 'nothere' does not exist; a folder, or OWNER/NAME on the hub",
+    "-m scaled_rope inspect nothere": "model 'nothere' does not exist, and a hub name is OWNER/NAME",
     "-m scaled_rope export ./nothere --for vllm": "model './nothere' does not exist",
     "-m scaled_rope plan demo --gpus 0": "--gpus 0 is not allowed; at least 1",
     "-m scaled_rope tune": "give --dataset: a path, a hub name or a corpus (books)",
     "finetune.py demo --sequence-lenght 5": "unrecognized arguments: --sequence-lenght 5; did you mean "
     "'--sequence-length' or '--sequence-parallel'? (see finetune.py --help)",
+    "finetune.py demo --output-dir README.md": "output_dir README.md is a file; name a folder with --output-dir",
+    "tokenization.py --dataset x --output docs": "--output docs exists and is no packed set; remove it or choose another "
+    "folder",
+    "truncate.py 5 docs --dataset x": "output docs exists and is no packed set; remove it or choose another folder",
+    "-m scaled_rope.recipes tble2 --shell --also table2": "unknown recipe 'tble2'; did you mean 'table2'? known: "
+    + ", ".join(sorted([*available(), "table2"])),
     "tokenization.py --dataset x": "--output is missing: name the folder to create",
 }
 

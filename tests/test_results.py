@@ -157,6 +157,13 @@ def test_provenance_says_where_a_number_is_from() -> None:
     assert record["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", record["commit"])
 
 
+def test_a_file_that_holds_no_rows_is_said_to_be_none(tmp_path: Path) -> None:
+    for text in ("# A heading\n\nand text\n", "[1, 2]\n{}\n"):
+        (tmp_path / "file").write_text(text)
+        with pytest.raises(ConfigError, match=r"file '.*file' holds no rows: its line 1 is not a JSON object"):
+            read_rows(tmp_path / "file")
+
+
 def test_rows_name_no_path_of_this_machine(tmp_path: Path) -> None:
     root = Path(results.__file__).parents[1]
     assert portable(f"{root}/out/mine/model") == "out/mine/model"
