@@ -34,8 +34,8 @@ MISTAKES = {
     "finetune.py demo --sequence-lenght 5": "unrecognized arguments: --sequence-lenght 5; did you mean "
     "'--sequence-length' or '--sequence-parallel'? (see finetune.py --help)",
     "finetune.py demo --output-dir README.md": "output_dir README.md is a file; name a folder with --output-dir",
-    "tokenization.py --dataset x --output docs": "--output docs exists and is no packed set; remove it or choose another "
-    "folder",
+    "tokenization.py --dataset x --output docs": "--output docs exists and is no packed set; remove it or "
+    "choose another folder",
     "truncate.py 5 docs --dataset x": "output docs exists and is no packed set; remove it or choose another folder",
     "-m scaled_rope.recipes tble2 --shell --also table2": "unknown recipe 'tble2'; did you mean 'table2'? known: "
     + ", ".join(sorted([*available(), "table2"])),
