@@ -11,6 +11,15 @@ python() { "$PYTHON" "$@"; }
 export -f python
 export PYTHON PATH="$(dirname "$PYTHON"):$PATH" TOKENIZERS_PARALLELISM=true
 
+# usage ARGUMENT...: where the first asks for help or is an unknown flag, prints the comment that the script begins with.
+usage() {
+    [[ "${1:-}" == -* && "$1" != -- && "$1" != --list ]] || return 0
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    if [[ "$1" == -h || "$1" == --help ]]; then exit 0; fi
+    echo "error: flag $1 is not allowed; see above" >&2
+    exit 2
+}
+
 # attended COMMAND...: runs a program so that no signal to this script leaves it behind. By itself bash would die of a
 # SIGTERM and the program go on. It gets a process group of its own; SIGTERM, SIGINT and SIGHUP are passed on to all of
 # the group, and once that is gone the script ends with 128 + the signal's number, whatever the program made of it.

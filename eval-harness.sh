@@ -18,6 +18,7 @@ given=() list=
 while [[ $# -gt 0 && "$1" != -- ]]; do
     case $1 in
         --list) list=yes ;;
+        -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
         -*) echo "error: flag $1 is not allowed here; flags of eval/harness.py follow after --" >&2; exit 2 ;;
         *) given+=("$1") ;;
     esac

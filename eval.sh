@@ -15,6 +15,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./environment.sh
+usage "$@"
 if [[ "${1:-}" == --list ]]; then
     python -m scaled_rope.recipes --list
     python -m scaled_rope.paper --list
@@ -82,7 +83,8 @@ check() { # WHAT CODE: a model that fails leaves the others their results
     failed+=("$1")
 }
 
-for name in "${names[@]:-demo}"; do
+[[ ${#names[@]} -gt 0 ]] || names=(demo)
+for name in "${names[@]}"; do
     case $name in
         table[0-9]* | figure[0-9]*) paper "$name" ;;
         *) recipe "$name" ;;

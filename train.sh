@@ -13,12 +13,14 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./environment.sh
+usage "$@"
 if [[ "${1:-}" == --list ]]; then
     python -m scaled_rope.recipes --list
     exit
 fi
 
-for wanted in "${@:-demo}"; do
+[[ $# -gt 0 ]] || set -- demo
+for wanted in "$@"; do
     pending=$(python -m scaled_rope.recipes "$wanted" --pending)
     for recipe in ${pending:-$wanted}; do # a finished one is handed over too: finetune.py says so, and checks it
         read_recipe "$recipe"

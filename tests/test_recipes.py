@@ -263,8 +263,9 @@ def test_a_signal_to_train_sh_alone_ends_every_process_and_lets_them_save(tmp_pa
     )
     environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "LAUNCH": "python launcher.py"}
     script = subprocess.Popen(
-        ["bash", "train.sh", "llama-2-7b-128k"], cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE
-    )
+        ["bash", "train.sh", "llama-2-7b-128k"], cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # nohup and the like ignore it
+    )  # fmt: skip
     deadline = time.monotonic() + 30
     while not (tmp_path / "begun").exists():
         assert script.poll() is None and time.monotonic() < deadline
@@ -353,3 +354,26 @@ def test_what_is_wrong_in_a_file_is_said_in_the_words_of_the_file(tmp_path, text
     with pytest.raises(ConfigError) as caught:
         read_recipe(str(tmp_path / "a.yaml"))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("script", ["train.sh", "eval.sh", "eval-harness.sh"])
+def test_scripts_show_their_comment_for_help_and_refuse_other_flags(script):
+    environment = os.environ | {"PYTHON": sys.executable}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", script, *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+
+    shown = run("--help")
+    assert (shown.returncode, shown.stderr) == (0, "") and f"./{script} --list" in shown.stdout
+    refused = run("--force")
+    assert refused.returncode == 2 and "error: flag --force is not allowed" in refused.stderr
+
+
+def test_an_empty_name_is_not_the_demo():
+    for script in ("train.sh", "eval.sh"):
+        command = ["bash", script, ""]
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 2 and "unknown recipe ''" in done.stderr
