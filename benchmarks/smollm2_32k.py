@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,8 +67,7 @@ def parts(recipes: dict[str, tuple[str, Recipe]], rows: str) -> dict[str, Part]:
     base = [flag for spec in first.evaluate["scalings"] for flag in ("--scaling", spec)]
     found += _measurements("base", str(first.model), base, first, rows)
     for method, (source, recipe) in recipes.items():
-        command = ("finetune.py", source)
-        found.append(Part(f"train-{method}", command, lambda recipe=recipe: _steps(recipe)))  # type: ignore[misc]
+        found.append(Part(f"train-{method}", ("finetune.py", source), partial(_steps, recipe)))
         found += _measurements(method, f"{recipe.output_dir}/model", [], recipe, rows)
     return {part.name: part for part in found}
 
@@ -84,7 +84,7 @@ def _measurements(of: str, model: str, under: Sequence[str], recipe: Recipe, row
         Part(
             f"{what}-{of}",
             (*command, "-m", model, *under, "--output", rows),
-            lambda metric=METRICS[what]: _count(rows, model, metric),  # type: ignore[misc]
+            partial(_count, rows, model, METRICS[what]),
         )
         for what, command in commands.items()
     ]
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("benchmarks/smollm2_32k.py", __doc__)
     parser.add_argument("--part", action="append", metavar="NAME", help="see --list; repeatable (default: all)")
     parser.add_argument("--list", action="store_true", help="the parts, and how far each has come")
-    parser.add_argument("--minutes", type=float, default=8.0, metavar="N", help="stop after N (default %(default)s)")
+    parser.add_argument("--minutes", type=float, default=8.5, metavar="N", help="stop after N (default %(default)s)")
     parser.add_argument("--recipe", action="append", metavar="NAME", help=f"repeatable (default: {', '.join(RECIPES)})")
     parser.add_argument("--rows", default="out/smollm2-32k/rows.jsonl", metavar="FILE", help="default %(default)s")
     args = parser.parse_args(own)

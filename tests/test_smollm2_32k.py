@@ -227,7 +227,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--minutes", "0"], "minutes 0.0 is not allowed"),
         (["--recipe", "smollm2-135m-yarn-32k", "--recipe", "smollm2-135m-16k"], "one method each"),
     ):
-        assert run_cli(lambda arguments=arguments: smollm2_32k.main(arguments)) == 2  # type: ignore[misc]
+        assert run_cli(lambda arguments=arguments: smollm2_32k.main(arguments)) == 2
         assert message in capsys.readouterr().err
     with pytest.raises(ConfigError, match="make them with smollm2_32k_prepare.py"):
         smollm2_32k.assemble(tmp_path, tmp_path / "model")
