@@ -74,7 +74,7 @@ def parts(recipes: dict[str, tuple[str, Recipe]], rows: str) -> dict[str, Part]:
 
 def _measurements(of: str, model: str, under: Sequence[str], recipe: Recipe, rows: str) -> list[Part]:
     requests = str(Path(recipe.dataset).parent / "requests")
-    tasks = ",".join(sorted(path.stem for path in Path(requests).glob("*.jsonl")))
+    tasks = ",".join(sorted(path.stem for path in Path(requests).glob("*.jsonl"))) or "paper"
     commands = {
         "perplexity": ["eval/perplexity.py", *shlex.split(recipe.evaluate["perplexity"])],
         "passkey": ["eval/passkey.py", *shlex.split(recipe.evaluate["passkey"])],
