@@ -145,3 +145,16 @@ def test_provenance_says_where_a_number_is_from() -> None:
     assert record["versions"]["torch"] and record["device"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record["date"])
     assert record["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", record["commit"])
+
+
+def test_a_copy_without_its_repository_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    for said in ("abc123", None):
+        results._commit.cache_clear()
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(results, "_git", lambda *_: None)
+            elsewhere.setenv("SCALED_ROPE_COMMIT", "abc123") if said else elsewhere.delenv("SCALED_ROPE_COMMIT", False)
+            assert provenance("cpu", None, {})["commit"] == said
+    results._commit.cache_clear()  # in the repository it is git's word that counts
+    if (head := results._git("rev-parse", "HEAD")) is not None:
+        monkeypatch.setenv("SCALED_ROPE_COMMIT", "abc123")
+        assert str(provenance("cpu", None, {})["commit"]).startswith(head)
