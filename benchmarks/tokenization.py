@@ -7,9 +7,9 @@ it comes again, and every document begins with the number of the copy that it is
 transformers' run_clm.py does: batches of 1000 documents are tokenized, then joined and cut.
 
 Each run has a process of its own. Its clock starts when everything is imported and the text lies on disk. Its memory is
-looked at ten times a second and summed over it and its children: what they have resident, and how much of that is anonymous,
-that is, no file's page that the system could take back. Pages that processes share are counted for each of them.
-Rows that are in the output for this commit already are not measured again.
+looked at ten times a second and summed over it and its children: what they have resident, and how much of that is
+anonymous, that is, no file's page that the system could take back. Pages that processes share are counted for each of
+them. Rows that are in the output for this commit already are not measured again.
 """
 
 from __future__ import annotations
@@ -165,12 +165,12 @@ def measure(name: str, tool: str, args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "text.jsonl"
-        number = characters = 0
+        sizes = []
         with text.open("w", encoding="utf-8") as file:
-            for number, document in enumerate(documents(case, args.text), 1):
+            for document in documents(case, args.text):
                 file.write(json.dumps({"text": document}) + "\n")
-                characters += len(document)
-        row |= {"documents": number, "characters": characters}
+                sizes.append(len(document))
+        row |= {"documents": len(sizes), "characters": sum(sizes)}
         # As a module: a script's own folder comes first on the path, and there `tokenization` is this file.
         command = [sys.executable, "-m", "benchmarks.tokenization", "--child", tool, "--child-text", str(text)]
         command += ["--tokenizer", args.tokenizer, "--sequence-length", str(args.sequence_length)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -102,7 +103,9 @@ def test_adapters_need_room_for_adapters():
 
 def test_a_plan_says_what_fits_and_how_long_it_takes(capsys):
     arguments = ["plan", str(ROOT / "configs" / "demo.yaml"), "--gpus", "2", "--gpu-memory", "1", "--json"]
-    assert cli.main([*arguments, "--peak-tflops", "100", "--utilisation", "0.5"]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert cli.main([*arguments, "--peak-tflops", "100", "--utilisation", "0.5"]) == 0
     plan = json.loads(capsys.readouterr().out)
     flops = sum(plan["flops_per_step"].values())
     first = plan["alternatives"][0]
