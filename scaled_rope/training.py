@@ -48,7 +48,7 @@ from scaled_rope.loading import (
     resolve_plan,
     with_primary,
 )
-from scaled_rope.loss import IGNORE, token_nll
+from scaled_rope.loss import IGNORE, resolve_loss, token_nll
 from scaled_rope.patch import PatchReport, patch_model, patched_plan
 from scaled_rope.recipes import Recipe, is_finished
 from scaled_rope.results import Row, provenance, write_atomic
@@ -144,14 +144,15 @@ class SummedLoss(nn.Module):
     Args:
         model: a causal language model, plain or with adapters.
         offload: keep what the backward pass needs, the inputs of checkpointed layers, in CPU memory.
+        loss: how it is computed, as `resolve_loss` says.
     """
 
-    def __init__(self, model: Any, offload: bool = False) -> None:
+    def __init__(self, model: Any, offload: bool = False, loss: str = "chunked") -> None:
         super().__init__()
         self.model = model
         self.config = model.config  # DeepSpeed sizes its buckets by it, Ulysses its heads
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # FSDP wraps these
-        self._offload = offload
+        self._offload, self._loss = offload, loss
 
     def forward(
         self,
@@ -164,7 +165,7 @@ class SummedLoss(nn.Module):
     ) -> torch.Tensor:
         """The weighted sum of the negative log-likelihoods, in nats; without `reduce` each of them, [B, T]."""
         with offloaded_activations() if self._offload else contextlib.nullcontext():
-            nll = token_nll(self.model, input_ids, targets, position_ids, separate=separate)
+            nll = token_nll(self.model, input_ids, targets, position_ids, separate=separate, loss=self._loss)
             return (nll * weights).sum() if reduce else nll
 
 
@@ -359,13 +360,16 @@ class Trainer:
         heldout = Heldout(recipe) if recipe.heldout is not None else None
         attention = resolve_attention(recipe.attention, resolve_device(None), recipe.compute_dtype)
         accelerator = make_accelerator(recipe, attention)
+        engine = engine_name(accelerator)
+        resolve_loss(recipe.loss, accelerator.device, engine)  # refuses before a model is read
         model, report = build_model(recipe, attention)
         scaling = RopeScaling.from_config(model.config) if report is None else report.scaling
         check_sequence_parallel(recipe, model.config, scaling, model.config._attn_implementation)
+        loss = resolve_loss(recipe.loss, accelerator.device, engine, model)
         cost = ModelCost.of(model)
         accelerator.print(
-            f"{accelerator.device}, {accelerator.num_processes} processes, engine {engine_name(accelerator)},"
-            f" attention {model.config._attn_implementation}"
+            f"{accelerator.device}, {accelerator.num_processes} processes, engine {engine},"
+            f" attention {model.config._attn_implementation}, loss {loss}"
         )
         if report is not None and not report.native:
             accelerator.print(
@@ -373,7 +377,7 @@ class Trainer:
             )
         enable_checkpointing(model, recipe)
         model.config.use_cache = False
-        module = SummedLoss(model, recipe.offload_activations)
+        module = SummedLoss(model, recipe.offload_activations, loss)
         optimizer = make_optimizer(recipe, module)
         module, optimizer = accelerator.prepare(module, optimizer)
         facts = provenance(str(accelerator.device), recipe.seed, {"ranks": accelerator.num_processes})
