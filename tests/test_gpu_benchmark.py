@@ -181,7 +181,7 @@ def test_training_part_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch,
     original = gpu.time_model
 
     def full(run: Any) -> Any:
-        timed = original(run)
+        original(run)
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch:
