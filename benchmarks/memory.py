@@ -17,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +81,18 @@ def planned(name: str) -> float:
     return Planner(make(case_fields(name), Path("out")), on_gpu=False).memory(CASES[name][1]).total
 
 
-def measure(fields: dict[str, Any], ranks: int = 1, engine: str = "plain") -> tuple[float, float]:
-    """Bytes that the fullest rank held at its peak, training as `fields` of a recipe say, and seconds of the last step.
+@dataclass(frozen=True)
+class Measured:
+    """Bytes that the fullest rank held at its peak, and how long the last step took: by the clock, and in seconds of
+    the processor over all ranks, which others on the machine change less."""
 
-    Data are random; ranks are processes, engine is "plain", "zero2" or "zero3".
-    """
+    peak: float
+    seconds: float
+    processor_seconds: float
+
+
+def measure(fields: dict[str, Any], ranks: int = 1, engine: str = "plain") -> Measured:
+    """Train as `fields` of a recipe say, on random data; ranks are processes, engine is "plain", "zero2" or "zero3"."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         recipe = make(fields, folder)
@@ -118,8 +127,9 @@ def measure(fields: dict[str, Any], ranks: int = 1, engine: str = "plain") -> tu
         for process, (_, error) in zip(processes, finished, strict=True):
             if process.returncode:
                 raise RuntimeError(f"{fields} failed: {error[-2000:]}")
-        measured = max(json.loads(out.splitlines()[-1])["measured"] for out, _ in finished)
-        return measured, float(read_rows(folder / "out" / "train_log.jsonl")[-1]["seconds"])
+        found = [json.loads(out.splitlines()[-1]) for out, _ in finished]
+        seconds = float(read_rows(folder / "out" / "train_log.jsonl")[-1]["seconds"])
+        return Measured(max(one["peak"] for one in found), seconds, sum(one["processor_seconds"] for one in found))
 
 
 class Watch:
@@ -153,8 +163,18 @@ def _child(recipe: Recipe) -> None:
     from transformers import AutoModelForCausalLM  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    from scaled_rope.training import Trainer
+    from scaled_rope.training import Loop, Trainer
 
+    step, used = Loop._step, 0.0
+
+    def timed(loop: Loop, number: int) -> Any:
+        nonlocal used
+        began = time.process_time()
+        row = step(loop, number)
+        used = time.process_time() - began
+        return row
+
+    Loop._step = timed  # type: ignore[method-assign]
     torch.nn.Linear(8, 8)(torch.zeros(1, 8)).sum().backward()
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:
         import deepspeed  # noqa: F401
@@ -163,7 +183,7 @@ def _child(recipe: Recipe) -> None:
     before = Watch.now()
     with Watch() as watch:
         Trainer(recipe).run()
-    print(json.dumps({"measured": watch.peak - before}))
+    print(json.dumps({"peak": watch.peak - before, "processor_seconds": used}))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -181,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise unknown("case", name, CASES)
         fields, options = CASES[name]
         expected = planned(name)
-        measured, _ = measure(case_fields(name), options.ranks, options.engine)
+        measured = measure(case_fields(name), options.ranks, options.engine).peak
         print(f"{name:<36} planned {expected / 1e9:6.2f} GB, measured {measured / 1e9:6.2f} GB,"
               f" {expected / measured - 1:+.1%}", flush=True)  # fmt: skip
         if args.output:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 import warnings
 from dataclasses import replace
 
@@ -142,7 +143,7 @@ def test_plans_that_make_no_sense_are_one_line(capsys, flags, message):
 def benchmark():
     """benchmarks/memory.py as a module."""
     spec = importlib.util.spec_from_file_location("memory_benchmark", ROOT / "benchmarks" / "memory.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where a dataclass looks for its module
     spec.loader.exec_module(module)
     return module
 
@@ -150,10 +151,10 @@ def benchmark():
 def test_a_plan_is_near_what_a_process_holds(monkeypatch):
     """The cheapest case of the benchmark, smaller; the benchmark itself has the large ones."""
     memory, name = benchmark(), "weights and optimizer, small"
-    planned, (measured, seconds) = memory.planned(name), memory.measure(memory.case_fields(name))
-    assert seconds > 0
+    planned, measured = memory.planned(name), memory.measure(memory.case_fields(name))
+    assert measured.seconds > 0 and measured.processor_seconds > 0
     assert planned > 1e9
-    assert planned == pytest.approx(measured, rel=0.15)
+    assert planned == pytest.approx(measured.peak, rel=0.15)
 
 
 def test_committed_rows_of_the_benchmark_are_within_fifteen_percent():
