@@ -233,11 +233,14 @@ def _rows() -> list[dict[str, Any]]:
     about = {"device": "Some GPU", "driver": "1.2", "versions": {"torch": "2.11"}, "commit": "abc"}
     rotary = {"metric": "rotary forward", "shape": "small", "bytes": 2**30, "copy_seconds": 0.001, "error": 0.002}
     model = {"metric": "prefill", "model": "1B", "attention": "sdpa", "mfu": None, "peak_bytes": 2**30}
+    step = {"metric": "training step", "model": "1B", "variant": gpu.STOCK}
     return [
         rotary | about | {"tokens": 131072, "variant": "a", "skipped": "out of memory"},
         rotary | about | {"tokens": 4096, "variant": "a", "seconds": 1, "bytes_per_second": 1e12, "share_of_copy": 0.5},
         rotary | about | {"tokens": 4096, "variant": "a", "seconds": 1, "bytes_per_second": 2e12, "share_of_copy": 0.9},
         model | about | {"tokens": 4096, "kernel": "triton", "seconds": 1, "tokens_per_second": 5e4},
+        step | about | {"tokens": 8192, "seconds": 1, "tokens_per_second": 5e4, "mfu": 0.4, "peak_bytes": 2**30},
+        step | about | {"tokens": 131072, "skipped": "out of memory"},
     ]
 
 
@@ -254,9 +257,14 @@ def test_report_is_the_newest_rows(tmp_path: Path) -> None:
     assert gpu_report.main(arguments) == 0 and gpu_report.main([*arguments, "--check"]) == 0
     text = page.read_text()
     assert "| | T = 4k | T = 128k |" in text and "| a | 2.00 TB/s, 90 % | out of memory |" in text
+    assert f"| {gpu.STOCK} | 50.0k, 40 %, 1.0 GiB | out of memory |" in text
     assert "| sdpa, kernel triton | 50.0k, 1.0 GiB |" in text and "Some GPU, driver 1.2, torch 2.11, commit abc" in text
     drawn = sorted(path.name for path in images.iterdir())
-    assert drawn == (["gpu-prefill.png", "gpu-rotary-forward.png"] if importlib.util.find_spec("matplotlib") else [])
+    assert drawn == (
+        ["gpu-prefill.png", "gpu-rotary-forward.png", "gpu-training-step.png"]
+        if importlib.util.find_spec("matplotlib")
+        else []
+    )
     page.write_text("no markers")
     with pytest.raises(ConfigError, match="has no part between"):
         gpu_report.main(arguments)
