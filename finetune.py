@@ -19,7 +19,16 @@ from typing import Any
 import yaml
 
 from scaled_rope.errors import ConfigError, Parser, run_cli
-from scaled_rope.recipes import DOCUMENTS, LR_SCHEDULES, PRECISIONS, Recipe, make_recipe, read_recipe, starts_from
+from scaled_rope.recipes import (
+    DOCUMENTS,
+    LOSSES,
+    LR_SCHEDULES,
+    PRECISIONS,
+    Recipe,
+    make_recipe,
+    read_recipe,
+    starts_from,
+)
 
 #: what a run without a recipe starts from, beside the recipe's own defaults: the released script's
 RELEASED_DEFAULTS: dict[str, Any] = {
@@ -63,6 +72,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="with --lora: train embeddings, output projection and norms in full as well")  # fmt: skip
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None,
                         help="compute activations twice instead of keeping them (default: on)")  # fmt: skip
+    parser.add_argument("--loss", choices=LOSSES, help="logits: some at a time, fused with the loss (Liger), or whole")
     parser.add_argument("--offload-activations", action="store_const", const=True,
                         help="keep the inputs of checkpointed layers in CPU memory")  # fmt: skip
     parser.add_argument("--sequence-parallel", type=int, metavar="N",
@@ -110,7 +120,7 @@ def overrides(args: argparse.Namespace, base: Recipe, ranks: int) -> dict[str, A
             "original_max_position_embeddings", "max_position_embeddings", "batch_size", "global_batch_size",
             "max_train_steps", "warmup_steps", "learning_rate", "lr_schedule", "grad_norm", "seed", "precision", "lora",
             "checkpointing_steps", "kept_checkpoints", "lora_embeddings_and_norms", "gradient_checkpointing",
-            "offload_activations", "sequence_parallel", "attention", "documents", "heldout", "heldout_steps",
+            "offload_activations", "loss", "sequence_parallel", "attention", "documents", "heldout", "heldout_steps",
         )
         if getattr(args, name) is not None
     }  # fmt: skip
