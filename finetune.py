@@ -163,6 +163,7 @@ def save_scaled(recipe: Recipe) -> None:
         ConfigError: several processes, or a run or a model is in the output folder already.
     """
     from scaled_rope.results import provenance
+    from scaled_rope.states import run_lock
     from scaled_rope.tracking import write_records
     from scaled_rope.training import build_model, save_model
 
@@ -171,12 +172,12 @@ def save_scaled(recipe: Recipe) -> None:
         raise ConfigError("--save-only needs no training processes; run it without a launcher")
     if (folder / "model").exists() or (folder / "recipe.yaml").exists():
         raise ConfigError(f"output_dir {folder} holds a run or a model already; choose another --output-dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    model, report = build_model(recipe)
-    facts = provenance("cpu", recipe.seed, {})
-    label = "the checkpoint's own" if report is None else report.scaling.label
-    records = functools.partial(write_records, recipe=recipe, facts=facts, log=[], scaling=label)
-    save_model(model, model.state_dict(), recipe, folder / "model", records)
+    with run_lock(folder):
+        model, report = build_model(recipe)
+        facts = provenance("cpu", recipe.seed, {})
+        label = "the checkpoint's own" if report is None else report.scaling.label
+        records = functools.partial(write_records, recipe=recipe, facts=facts, log=[], scaling=label)
+        save_model(model, model.state_dict(), recipe, folder / "model", records)
     print(f"{folder / 'model'}: saved without training")
 
 
@@ -187,6 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.print:
         print(yaml.safe_dump(recipe.to_dict(), sort_keys=False), end="")
         return 0
+    if Path(recipe.output_dir).is_file():
+        raise ConfigError(f"output_dir {recipe.output_dir} is a file; name a folder with --output-dir")
     if args.deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
         raise ConfigError("--deepspeed needs a launcher: accelerate launch --config_file configs/accelerate/zero3.yaml")
     if args.log_loss is not None and not args.log_loss.parent.is_dir():

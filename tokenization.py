@@ -71,6 +71,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         if not args.push_to_hub:
             raise ConfigError("--output is missing: name the folder to create")
         args.output = Path("data/cache") / args.push_to_hub.replace("/", "--")
+    if args.output.exists() and not (args.output / "meta.json").is_file():
+        raise ConfigError(f"--output {args.output} exists and is no packed set; remove it or choose another folder")
+    if args.sequence_length < 2:
+        raise ConfigError(f"--sequence-length {args.sequence_length} is not allowed; at least 2 tokens")
     if args.num_proc < 1:
         raise ConfigError(f"--num-proc {args.num_proc} is not allowed; at least 1")
     return args

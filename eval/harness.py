@@ -21,11 +21,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from scaled_rope.errors import ConfigError, Parser, run_cli
-from scaled_rope.evaluation import Meter, command_line, format_table, given_arguments
-from scaled_rope.harness import NO_LIMIT, PAPER, Catalogue, Unit, job_cells, model_class, model_of_job
-from scaled_rope.loading import ModelJob, ModelLoader, add_model_arguments, model_jobs
-from scaled_rope.requests import SavedUnit, Scorer, read_requests, save_requests
+from scaled_rope.errors import ConfigError, Parser, refuse_early, run_cli
+from scaled_rope.flags import add_model_arguments, check_model_arguments
 from scaled_rope.results import Row, append_row, finished_keys, provenance, read_rows, row_key
 
 
@@ -46,6 +43,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", default="out/eval/rows.jsonl", metavar="FILE", help="rows are appended here (default %(default)s)")
     add("--hide-progress", action="store_true")
     return parser
+
+
+if __name__ == "__main__":
+    refuse_early(lambda: check_model_arguments(build_parser().parse_args()))
+
+# What takes seconds to import stands below the flags.
+from scaled_rope.evaluation import Meter, command_line, format_table, given_arguments
+from scaled_rope.harness import NO_LIMIT, PAPER, Catalogue, Unit, job_cells, model_class, model_of_job
+from scaled_rope.loading import ModelJob, ModelLoader, model_jobs
+from scaled_rope.requests import SavedUnit, Scorer, read_requests, save_requests
 
 
 def check_arguments(args: argparse.Namespace) -> tuple[list[str], list[int] | None]:

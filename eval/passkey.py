@@ -31,36 +31,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from scaled_rope.config import RopeScaling
-from scaled_rope.errors import ConfigError, Parser, run_cli
-from scaled_rope.evaluation import (
-    Failure,
+from scaled_rope.errors import ConfigError, Parser, refuse_early, run_cli
+from scaled_rope.flags import (
     add_evaluation_arguments,
-    batch_size,
-    command_line,
-    context_lengths,
-    given_arguments,
-    print_summary,
-    report_failures,
-    run,
-)
-from scaled_rope.heatmap import Panel, save_heatmap
-from scaled_rope.loading import (
-    ModelJob,
     add_model_arguments,
-    apply_scaling,
-    at_length,
-    load_tokenizer,
-    model_jobs,
-    resolve_device,
+    batch_size,
+    check_model_arguments,
+    context_lengths,
 )
-from scaled_rope.loss import hidden_states, project, shared_hidden_states
 from scaled_rope.passkey import PasskeyPrompt, build_prompt, draw_key
-from scaled_rope.plots import check_format
 from scaled_rope.results import Row, provenance
-from scaled_rope.retrieval import context_rows, context_table, record_contexts, tally
 
 DEPTHS = ("grid", "random")
 
@@ -78,6 +59,32 @@ def build_parser() -> argparse.ArgumentParser:
     add("--heatmap", metavar="FILE", help="also draw what was found by length and depth (.svg or .png)")
     add_evaluation_arguments(parser)
     return parser
+
+
+def check_arguments(args: argparse.Namespace) -> list[int]:
+    """The context lengths that the flags ask for; refuses what cannot be done."""
+    check_model_arguments(args)
+    if args.iterations < 1:
+        raise ConfigError(f"--iterations {args.iterations} is not allowed; at least 1")
+    if args.fixed_length is not None:
+        if args.lengths is not None:
+            raise ConfigError("give either --fixed-length or --lengths")
+        args.lengths = str(args.fixed_length)
+    return context_lengths(args)
+
+
+if __name__ == "__main__":
+    refuse_early(lambda: check_arguments(build_parser().parse_args()))
+
+# What takes seconds to import stands below the flags.
+import torch
+
+from scaled_rope.evaluation import Failure, command_line, given_arguments, print_summary, report_failures, run
+from scaled_rope.heatmap import Panel, save_heatmap
+from scaled_rope.loading import ModelJob, apply_scaling, at_length, load_tokenizer, model_jobs, resolve_device
+from scaled_rope.loss import hidden_states, project, shared_hidden_states
+from scaled_rope.plots import check_format
+from scaled_rope.retrieval import context_rows, context_table, record_contexts, tally
 
 
 def make_prompts(tokenizer: Any, length: int, iterations: int, depths: str, seed: int) -> list[PasskeyPrompt]:
@@ -143,16 +150,9 @@ class Passkey:
     value = "accuracy"
 
     def __init__(self, args: argparse.Namespace) -> None:
-        if args.iterations < 1:
-            raise ConfigError(f"iterations {args.iterations} is not allowed; at least 1")
+        self.args, self.lengths = args, check_arguments(args)
         if args.heatmap is not None:
             check_format(Path(args.heatmap))
-        self.args = args
-        if args.fixed_length is not None:
-            if args.lengths is not None:
-                raise ConfigError("give either --fixed-length or --lengths")
-            args.lengths = str(args.fixed_length)
-        self.lengths = context_lengths(args)
         self._prompts = functools.cache(self._prompts_of)
 
     def _prompts_of(self, model: str) -> dict[int, list[PasskeyPrompt]]:

@@ -29,38 +29,16 @@ from typing import Any
 import numpy as np
 
 from scaled_rope.data import IntArray, read_documents
-from scaled_rope.errors import ConfigError, Parser, run_cli
-from scaled_rope.evaluation import (
-    Failure,
+from scaled_rope.errors import ConfigError, Parser, refuse_early, run_cli
+from scaled_rope.flags import (
     add_evaluation_arguments,
-    batch_size,
-    command_line,
-    context_lengths,
-    given_arguments,
-    print_summary,
-    report_failures,
-    run,
-)
-from scaled_rope.generation import Answer, decode_numbers, end_tokens, number_tokens
-from scaled_rope.heatmap import Panel, save_heatmap
-from scaled_rope.loading import (
-    ModelJob,
     add_model_arguments,
-    load_config,
-    load_tokenizer,
-    model_jobs,
-    resolve_device,
+    batch_size,
+    check_model_arguments,
+    context_lengths,
 )
 from scaled_rope.passkey import HardPrompt, build_hard_prompt, draw_keys, encode
-from scaled_rope.plots import check_format
 from scaled_rope.results import Row, provenance, write_atomic
-from scaled_rope.retrieval import (
-    context_rows,
-    context_table,
-    format_share,
-    record_contexts,
-    tally,
-)
 
 FIXED_LENGTH = 8192
 MAX_NEW_TOKENS = 10
@@ -115,6 +93,27 @@ def lengths_of(args: argparse.Namespace) -> list[int]:
     return context_lengths(args)
 
 
+def check_arguments(args: argparse.Namespace) -> list[int]:
+    """The context lengths that the flags ask for; refuses what cannot be done."""
+    check_model_arguments(args)
+    for name in ("iterations", "num_keys"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
+    return lengths_of(args)
+
+
+if __name__ == "__main__":
+    refuse_early(lambda: check_arguments(build_parser().parse_args()))
+
+# What takes seconds to import stands below the flags.
+from scaled_rope.evaluation import Failure, command_line, given_arguments, print_summary, report_failures, run
+from scaled_rope.generation import Answer, decode_numbers, end_tokens, number_tokens
+from scaled_rope.heatmap import Panel, save_heatmap
+from scaled_rope.loading import ModelJob, load_config, load_tokenizer, model_jobs, resolve_device
+from scaled_rope.plots import check_format
+from scaled_rope.retrieval import context_rows, context_table, format_share, record_contexts, tally
+
+
 def read_tokens(args: argparse.Namespace, tokenizer: Any, wanted: int) -> IntArray:
     """The first `wanted` tokens of the documents, a blank line between two; fewer where there are no more."""
     name = args.dataset
@@ -159,13 +158,9 @@ class HardPasskey:
     value = "accuracy"
 
     def __init__(self, args: argparse.Namespace) -> None:
-        for name in ("iterations", "num_keys"):
-            if getattr(args, name) < 1:
-                raise ConfigError(f"{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
+        self.args, self.lengths = args, check_arguments(args)
         if args.heatmap is not None:
             check_format(Path(args.heatmap))
-        self.args = args
-        self.lengths = lengths_of(args)
         self._tokenizer = functools.cache(load_tokenizer)
         self._prompts = functools.cache(self._prompts_of)
 

@@ -60,6 +60,7 @@ from scaled_rope.states import (
     latest_state,
     load_state,
     read_log,
+    run_lock,
     save_state,
 )
 from scaled_rope.tracking import RunLog, peak_memory, plot_losses, write_records
@@ -345,12 +346,13 @@ class Trainer:
         On SIGTERM it saves a state, says so and returns; the same call continues from there.
 
         Raises:
-            ConfigError: what cannot be trained, or a loss or gradient that is not finite.
+            ConfigError: what cannot be trained, another run at work in the folder, or a loss or gradient that is not
+                finite.
         """
         if is_finished(self.recipe):
             print(f"{self.output / 'model'}: already trained")
             return [row["loss"] for row in read_log(self.output)]
-        with StopSignal() as stop:
+        with StopSignal() as stop, run_lock(self.output):
             return self._run(stop)
 
     def _run(self, stop: StopSignal) -> list[float]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,6 +25,7 @@ from scaled_rope.data import ColumnDataset, PackedWriter, open_packed, pack
 from scaled_rope.engine import accumulation
 from scaled_rope.errors import ConfigError, run_cli
 from scaled_rope.recipes import Recipe, read_recipe
+from scaled_rope.states import run_lock
 from scaled_rope.training import IGNORE, build_model, check_lengths, collate, learning_rate, step_batches
 from tests.runs import ENVIRONMENT, LENGTH, log, weights
 
@@ -48,6 +52,42 @@ def test_linear_and_cosine_decay():
     assert cosine[60] == pytest.approx(0.55e-3) and 1e-4 < cosine[99] < 1.02e-4
     assert all(a >= b for rates in (linear, cosine) for a, b in zip(rates[20:], rates[21:], strict=False))
     assert learning_rate(recipe(warmup_steps=0), 0) == 1e-3
+
+
+# ------------------------------------------------------------------------------------------------ one run at a time
+
+
+def test_a_folder_takes_one_run_until_its_process_has_ended(workspace, tmp_path, monkeypatch, capsys):
+    begun, begin = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        with run_lock(tmp_path / "out"):
+            os.write(begin, b"!")
+            time.sleep(60)
+        os._exit(1)
+    try:
+        os.read(begun, 1)
+        for extra in ([], ["--save-only"]):
+            arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), *extra]
+            assert run_cli(lambda arguments=arguments: finetune.main(arguments)) == 2
+            said = f"output_dir {tmp_path / 'out'} is being written by another run, process {holder} on "
+            assert said in capsys.readouterr().err
+        monkeypatch.setenv("RANK", "1")
+        with run_lock(tmp_path / "out"):  # the first rank answers for all
+            pass
+        monkeypatch.delenv("RANK")
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+    with run_lock(tmp_path / "out"):
+        assert (tmp_path / "out" / ".lock").read_text().startswith(f"{os.getpid()} on ")
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=f"output_dir {tmp_path / 'file'} cannot be written to: File exists"):
+        with run_lock(tmp_path / "file"):
+            pass
 
 
 # --------------------------------------------------------------------------------------------------------- batches
@@ -144,7 +184,7 @@ def test_unknown_recipe_fields_and_types_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'learning_rate'"):
         read_recipe(str(tmp_path / "a.yaml"))
     (tmp_path / "b.yaml").write_text("max_train_steps: many\n")
-    with pytest.raises(ConfigError, match="max_train_steps = 'many' is not allowed; a value of type int"):
+    with pytest.raises(ConfigError, match="max_train_steps = 'many' is not allowed; a whole number"):
         read_recipe(str(tmp_path / "b.yaml"))
 
 
