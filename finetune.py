@@ -18,13 +18,15 @@ from typing import Any
 
 import yaml
 
-from scaled_rope.errors import ConfigError, Parser, run_cli
+from scaled_rope.errors import ConfigError, Parser, run_cli, unknown
+from scaled_rope.flags import ATTENTIONS, check_local
 from scaled_rope.recipes import (
     DOCUMENTS,
     LOSSES,
     LR_SCHEDULES,
     PRECISIONS,
     Recipe,
+    is_finished,
     make_recipe,
     read_recipe,
     starts_from,
@@ -190,6 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if Path(recipe.output_dir).is_file():
         raise ConfigError(f"output_dir {recipe.output_dir} is a file; name a folder with --output-dir")
+    if recipe.attention not in ATTENTIONS:
+        raise unknown("attention", recipe.attention, ATTENTIONS)
     if args.deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
         raise ConfigError("--deepspeed needs a launcher: accelerate launch --config_file configs/accelerate/zero3.yaml")
     if args.log_loss is not None and not args.log_loss.parent.is_dir():
@@ -202,9 +206,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--architecture {args.architecture!r}: {recipe.model} is {found!r}")
     if recipe.model is not None and (before := starts_from(recipe)) is not None and not Path(recipe.model).exists():
         raise ConfigError(f"model {recipe.model} is not there yet; train {before.name} first: ./train.sh {before.name}")
+    if recipe.model is not None and not is_finished(recipe):
+        check_local(recipe.model)
     if args.save_only:
         save_scaled(recipe)
         return 0
+    made_here = any(recipe.dataset in command for command in recipe.prepare)
+    if made_here and not Path(recipe.dataset).exists() and not is_finished(recipe):
+        raise ConfigError(f"dataset {recipe.dataset} is not there yet; ./train.sh {args.recipe} makes it, then trains")
     from scaled_rope.training import Trainer
 
     losses = Trainer(recipe, args.resume, args.wandb, args.tensorboard).run()

@@ -53,7 +53,7 @@ def true_or_false(text: str) -> bool:
     """A yes or no from the command line."""
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if text.lower() not in words:
-        raise ValueError(text)
+        raise ConfigError(f"{text!r} is not allowed; true or false")
     return words[text.lower()]
 
 

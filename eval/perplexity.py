@@ -118,6 +118,8 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[Source], int | None]
     for name in ("samples", "windows", "dataset_min_tokens", "stride", "sliding_window", "prefill_chunk"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
+    if args.save_nll is not None and Path(args.save_nll).is_file():
+        raise ConfigError(f"--save-nll {args.save_nll} is a file; name a folder")
     sources = [Source(name, bool(args.tokenized)) for name in dict.fromkeys(args.dataset or args.tokenized)]
     implied = "truncate" if args.sliding_window is None else "sliding"
     if args.truncate or (args.protocol or implied) == "truncate":
@@ -278,8 +280,9 @@ class Perplexity:
         enough = (args.windows or 1, args.dataset_min_tokens or 0, args.samples)
         try:
             texts = select(source, tokenizer.bos_token_id, fill, *enough)
-        except ConfigError as error:
-            raise ConfigError(f"dataset {self.source.name!r}: {error}") from None
+        except ConfigError as error:  # about the file that was being read, or about all of them
+            named = self.source.name in str(error)
+            raise error if named else ConfigError(f"dataset {self.source.name!r}: {error}") from None
         vocabulary = load_config(model).get_text_config().vocab_size
         largest = max(texts.bos or 0, *(int(document.tokens.max()) for document in texts.documents))
         if largest >= vocabulary:

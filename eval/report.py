@@ -255,6 +255,8 @@ def read_report(args: argparse.Namespace) -> Report:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if args.output and Path(args.output).is_file():
+        raise ConfigError(f"--output {args.output} is a file; name a folder")
     report = read_report(args)
     results = report.results
     verdict = demo_verdict(results, args.base, args.finetuned) if args.verdict and results else None

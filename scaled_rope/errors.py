@@ -49,6 +49,18 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(left)}; {suggestion(flag, self._flags())}".rstrip("; "))
         return found
 
+    def _get_value(self, action: argparse.Action, text: str) -> object:
+        # argparse says "invalid int value", and of any other type the name of its function.
+        try:
+            return super()._get_value(action, text)
+        except argparse.ArgumentError as error:
+            allowed = {int: "a whole number", float: "a number"}.get(action.type)  # type: ignore[call-overload]
+            if allowed is not None:
+                raise argparse.ArgumentError(action, f"{text!r} is not allowed; {allowed}") from None
+            if isinstance(error.__context__, ConfigError):
+                raise argparse.ArgumentError(action, str(error.__context__)) from None
+            raise
+
     def _flags(self) -> list[str]:
         """The flags that the help shows, those of subcommands included."""
         flags = []

@@ -146,7 +146,7 @@ def _indices(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"drop_layers={text!r}: must be indices of layers, as 3,7") from None
+        raise ConfigError(f"{text!r} is not allowed; indices of layers, as 3,7") from None
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:

@@ -203,7 +203,7 @@ def load_results(paths: Sequence[str], finetuned: str | None = None) -> Results:
         rows = current_rows(known)
         notes = []
         if len(known) < len(found):
-            other = sorted({str(row.get("metric")) for row in found} - set(_NUMBERS))
+            other = sorted({str(row.get("metric", "without a metric")) for row in found} - set(_NUMBERS))
             notes.append(f"{len(found) - len(known)} rows of other kinds are left out: {', '.join(other)}")
         if len(rows) < len(known):
             notes.append(f"{len(known) - len(rows)} rows of older weights or texts are left out")

@@ -20,6 +20,12 @@ MISTAKES = {
     "eval/perplexity.py --dataset x --protocol sliding --lengths 64": "--stride 256, the default, is not allowed; "
     "at most 64, the shortest window in tokens",
     "eval/passkey.py --lengths 1": "--lengths 1 is not allowed; at least 2 tokens, the first of which has no context",
+    "eval/passkey_hard.py --restrict-tokens maybe": "argument --restrict-tokens: 'maybe' is not allowed; true or false "
+    "(see eval/passkey_hard.py --help)",
+    "eval/perplexity.py --drop-layers a": "argument --drop-layers: 'a' is not allowed; indices of layers, as 3,7 "
+    "(see eval/perplexity.py --help)",
+    "finetune.py --output-dir x --batch-size two": "argument --batch-size: 'two' is not allowed; a whole number "
+    "(see finetune.py --help)",
     "eval/passkey_hard.py --num-keys 0": "--num-keys 0 is not allowed; at least 1",
     "eval/quality.py -m nothere": "model 'nothere' does not exist, and a hub name is OWNER/NAME",
     "eval/harness.py --attention sdap": "unknown attention 'sdap'; did you mean 'sdpa'? known: auto, blockwise, eager, "
@@ -33,6 +39,9 @@ MISTAKES = {
     "-m scaled_rope tune": "give --dataset: a path, a hub name or a corpus (books)",
     "finetune.py demo --sequence-lenght 5": "unrecognized arguments: --sequence-lenght 5; did you mean "
     "'--sequence-length' or '--sequence-parallel'? (see finetune.py --help)",
+    "finetune.py demo --attention sdap": "unknown attention 'sdap'; did you mean 'sdpa'? known: "
+    + ", ".join(sorted(flags.ATTENTIONS)),
+    "finetune.py demo --dataset x --model ./nothere": "model './nothere' does not exist",
     "finetune.py demo --output-dir README.md": "output_dir README.md is a file; name a folder with --output-dir",
     "tokenization.py --dataset x --output docs": "--output docs exists and is no packed set; remove it or "
     "choose another folder",
