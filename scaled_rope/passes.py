@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import Cache
 
 from scaled_rope import late
-from scaled_rope.caches import Note, Patch, check_note, leave_note, length_of, require_note
+from scaled_rope.caches import Note, Patch, check_device, check_note, leave_note, length_of, require_note
 from scaled_rope.config import RopeScaling
 from scaled_rope.errors import ConfigError
 from scaled_rope.methods import compute_scale
@@ -99,6 +99,7 @@ class Passes:
             return None
         cache = given.get("past_key_values")
         cache = cache if isinstance(cache, Cache) or hasattr(cache, "get_seq_length") else None
+        check_device(cache, given[name].device)
         start = 0 if cache is None else length_of(cache)
         note = check_note(cache, self.patch) if start else None
         deferred = self.always or (self.late and (cache is not None or _wants_cache(module, given)))
