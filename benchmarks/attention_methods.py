@@ -1,15 +1,19 @@
 """What methods that change attention cost beside plain attention, in CPU seconds of one layer of SmolLM2's shape.
 
     OMP_NUM_THREADS=1 python benchmarks/attention_methods.py
+    OMP_NUM_THREADS=1 python benchmarks/attention_methods.py --lengths 1024 --rounds 1 --output ""
 
-CPU seconds and not wall time, so that other programs on the machine count less. Prints a table.
+CPU seconds and not wall time, so that other programs on the machine count less; variants take turns, and the least
+time of each is kept. `queries` is how many of the keys' positions ask: all of them, or the last, as in decoding.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -17,7 +21,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from scaled_rope import RopeScaling, compute_rope
 from scaled_rope.attention.blockwise import blockwise_attention
 from scaled_rope.attention.regions import region_attention
+from scaled_rope.errors import ConfigError, Parser, run_cli
+from scaled_rope.evaluation import command_line, format_table
 from scaled_rope.methods import attention_regions
+from scaled_rope.results import append_row, provenance
 
 HEADS, KV_HEADS, HEAD_DIM, ORIGINAL = 9, 3, 64, 8192
 SPECS = (
@@ -28,38 +35,68 @@ SPECS = (
 )
 
 
-def seconds(work: Callable[[], object], times: int = 3) -> float:
-    """The least CPU time of a few runs."""
-    found = []
-    for _ in range(times):
-        start = time.process_time()
-        work()
-        found.append(time.process_time() - start)
-    return min(found)
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser("benchmarks/attention_methods.py", __doc__ or "")
+    add = parser.add_argument
+    add("--lengths", default="4096,16384", metavar="N,...", help="keys (default: %(default)s)")
+    add("--rounds", type=int, default=3, metavar="N", help="timings of each variant (default: %(default)s)")
+    add("--note", default="", help="what else to say in the rows, such as who shared the machine")
+    add("--output", default="data/benchmarks/attention_cpu.jsonl", metavar="FILE", help="'' for none (%(default)s)")
+    return parser
 
 
-def main() -> None:
+def variants(whole: bool, dtype: torch.dtype) -> dict[str, Callable[..., torch.Tensor]]:
+    """What is timed, as functions of q, k and v. whole: as many queries as keys."""
     base = RopeScaling("default", original_max_position_embeddings=ORIGINAL, rope_theta=1e5)
-    inv_freq = compute_rope(base, HEAD_DIM)[0]
-    scale = HEAD_DIM**-0.5
-    print(f"{'dtype':10} {'queries':>8} {'keys':>8} {'attention':32} seconds")
+    inv_freq, scale = compute_rope(base, HEAD_DIM)[0], HEAD_DIM**-0.5
+    found: dict[str, Callable[..., torch.Tensor]] = {
+        "sdpa": functools.partial(scaled_dot_product_attention, is_causal=whole, enable_gqa=True)
+    }
+    if whole and dtype == torch.bfloat16:
+        found["blockwise"] = functools.partial(blockwise_attention, scale=scale)
+    for spec in SPECS:
+        regions = attention_regions(RopeScaling.from_spec(spec, base))
+        found[spec] = functools.partial(region_attention, inv_freq=inv_freq, regions=regions, scale=scale)
+    return found
+
+
+@torch.inference_mode()
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        lengths = [int(length) for length in args.lengths.split(",")]
+    except ValueError:
+        raise ConfigError(f"lengths {args.lengths!r}: must be whole numbers with commas") from None
+    if min(lengths) < 2 or args.rounds < 1:
+        raise ConfigError(f"lengths {args.lengths}, rounds {args.rounds}: must be at least 2, and at least 1")
+    facts = provenance(torch.device("cpu"), 0, vars(args))
+    torch.manual_seed(0)
+    table = []
     for dtype in (torch.bfloat16, torch.float32):
-        for queries, keys in ((4096, 4096), (16384, 16384), (1, 16384)):
+        for queries, keys in [*((n, n) for n in lengths), (1, max(lengths))]:
             q = torch.randn(1, HEADS, queries, HEAD_DIM).to(dtype)
             k, v = (torch.randn(1, KV_HEADS, keys, HEAD_DIM).to(dtype) for _ in range(2))
-            whole = queries == keys
-            rows: dict[str, Callable[..., torch.Tensor]] = {
-                "sdpa": functools.partial(scaled_dot_product_attention, is_causal=whole, enable_gqa=True)
-            }
-            if whole and dtype == torch.bfloat16:
-                rows["blockwise"] = functools.partial(blockwise_attention, scale=scale)
-            for spec in SPECS:
-                regions = attention_regions(RopeScaling.from_spec(spec, base))
-                rows[spec] = functools.partial(region_attention, inv_freq=inv_freq, regions=regions, scale=scale)
-            for name, attend in rows.items():
-                took = seconds(functools.partial(attend, q, k, v))
-                print(f"{str(dtype)[6:]:10} {queries:8} {keys:8} {name:32} {took:.4f}")
+            every = variants(queries == keys, dtype)
+            seconds: dict[str, list[float]] = {name: [] for name in every}
+            for _ in range(args.rounds if queries > 1 else 10 * args.rounds):
+                for name, attend in every.items():
+                    start = time.process_time()
+                    attend(q, k, v)
+                    seconds[name].append(time.process_time() - start)
+            for name, found in seconds.items():
+                row = {
+                    "metric": "attention", "variant": name, "dtype": str(dtype)[6:], "queries": queries, "length": keys,
+                    "threads": torch.get_num_threads(), "rounds": len(found), "seconds": min(found),
+                }  # fmt: skip
+                if args.output:
+                    run = {"command": command_line(parser, argv), **facts}
+                    append_row(args.output, row | {"note": args.note, "provenance": run})
+                table.append([row["dtype"], str(queries), str(keys), name, f"{min(found):.4f}"])
+            print(f"{row['dtype']}, {queries} of {keys}", file=sys.stderr, flush=True)
+    print(format_table(["dtype", "queries", "keys", "attention", "CPU seconds"], table))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main))

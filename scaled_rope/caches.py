@@ -137,7 +137,7 @@ def check_device(cache: Any, device: torch.device) -> None:
     """Refuse a cache that cannot work where the model is.
 
     Raises:
-        ConfigError: it keeps its layers on the CPU and has nowhere to fetch them to; transformers does that on CUDA only.
+        ConfigError: it keeps its layers on the CPU between uses, which transformers can do with CUDA alone.
     """
     if getattr(cache, "offloading", False) and device.type != "cuda":
         raise ConfigError(

@@ -133,8 +133,8 @@ def decode_numbers(
             by_length.setdefault(len(task.prompt), []).append((index, task))
         for same in by_length.values():
             for start in range(0, len(same), rows_per_pass):
-                part = same[start : start + rows_per_pass]
-                yield from _decode_cached(model, tokenizer, part, end, max_new_tokens, forbidden)
+                some = same[start : start + rows_per_pass]
+                yield from _decode_cached(model, tokenizer, some, end, max_new_tokens, forbidden)
         return
     while open_tasks:
         groups: dict[tuple[int, int], list[tuple[int, list[int]]]] = {}
