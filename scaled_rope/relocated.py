@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from scaled_rope.attention.composed import composed_attention, flash, is_composable
 from scaled_rope.attention.regions import Regions, region_attention
 from scaled_rope.backends import by_stretch, has_window, refusal
 from scaled_rope.errors import ConfigError
@@ -100,7 +101,11 @@ def install(base: nn.Module, regions: Regions, inv_freq: Tensor, interleaved: bo
             raise ConfigError(f"attention_mask of shape {list(attention_mask.shape)}: must be [rows, tokens]")
 
         def regional(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return region_attention(q, k, v, inv_freq, regions, scale, interleaved=interleaved).transpose(1, 2)
+            if is_composable(q, k, v):
+                found = composed_attention(q, k, v, inv_freq, regions, scale, flash, interleaved=interleaved)
+            else:
+                found = region_attention(q, k, v, inv_freq, regions, scale, interleaved=interleaved)
+            return found.transpose(1, 2)
 
         out = by_stretch(regional, query, key, value, attention_mask, position_ids, cu_seq_lens_q)
         return out.contiguous(), None
