@@ -36,7 +36,7 @@ from scaled_rope.config import RopeScaling
 from scaled_rope.errors import ConfigError, run_cli, unknown
 from scaled_rope.loading import ModelJob, at_length, load_config, load_model, load_tokenizer
 from scaled_rope.loss import hidden_states, positions_per_chunk, project
-from scaled_rope.patch import patched_scaling
+from scaled_rope.patch import cache_obstacle, patched_scaling
 from scaled_rope.results import Row, package_version
 from scaled_rope.retrieval import wilson_interval
 
@@ -286,10 +286,10 @@ def model_class() -> Any:
             return tokens
 
         def _model_generate(self, *args: Any, **options: Any) -> Tensor:
-            if not self.scaling.is_length_dependent:
+            if not self.scaling.is_length_dependent or not cache_obstacle(self._model):
                 generated: Tensor = super()._model_generate(*args, **options)
                 return generated
-            # lm-eval insists on a cache. Without one each token is what a full pass at its length says.
+            # lm-eval insists on a cache, which this model cannot read.
             model: Any = self._model
 
             def generate(**given: Any) -> Tensor:
