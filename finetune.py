@@ -22,6 +22,7 @@ from scaled_rope.errors import ConfigError, Parser, run_cli, unknown
 from scaled_rope.flags import ATTENTIONS, check_local
 from scaled_rope.recipes import (
     DOCUMENTS,
+    LOSSES,
     LR_SCHEDULES,
     PRECISIONS,
     Recipe,
@@ -73,6 +74,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="with --lora: train embeddings, output projection and norms in full as well")  # fmt: skip
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None,
                         help="compute activations twice instead of keeping them (default: on)")  # fmt: skip
+    parser.add_argument("--loss", choices=LOSSES, help="logits: some at a time, fused with the loss (Liger), or whole")
     parser.add_argument("--offload-activations", action="store_const", const=True,
                         help="keep the inputs of checkpointed layers in CPU memory")  # fmt: skip
     parser.add_argument("--sequence-parallel", type=int, metavar="N",
@@ -120,7 +122,7 @@ def overrides(args: argparse.Namespace, base: Recipe, ranks: int) -> dict[str, A
             "original_max_position_embeddings", "max_position_embeddings", "batch_size", "global_batch_size",
             "max_train_steps", "warmup_steps", "learning_rate", "lr_schedule", "grad_norm", "seed", "precision", "lora",
             "checkpointing_steps", "kept_checkpoints", "lora_embeddings_and_norms", "gradient_checkpointing",
-            "offload_activations", "sequence_parallel", "attention", "documents", "heldout", "heldout_steps",
+            "offload_activations", "loss", "sequence_parallel", "attention", "documents", "heldout", "heldout_steps",
         )
         if getattr(args, name) is not None
     }  # fmt: skip

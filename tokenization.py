@@ -53,7 +53,7 @@ def vocabulary_hash(tokenizer: Any) -> str:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("tokenization.py", __doc__)
     parser.add_argument("--dataset", action="append", required=True, metavar="PATH[,FRACTION]",
-                        help="folder of .txt, JSON lines, Parquet or hub name; repeat to mix")  # fmt: skip
+                        help=".txt, .jsonl, .jsonl.zst, .parquet, a folder, or a hub name; repeat to mix")  # fmt: skip
     parser.add_argument("--tokenizer", default="NousResearch/Llama-2-7b-hf")
     parser.add_argument("--sequence-length", type=int, default=8192, help="tokens per sequence")
     parser.add_argument(

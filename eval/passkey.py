@@ -125,17 +125,21 @@ def score(
             yield _answered(model, hidden, batch[:, ends_at:])
 
 
-def score_shared(model: Any, prompts: Sequence[PasskeyPrompt]) -> Iterator[tuple[int, bool]]:
+def score_shared(model: Any, prompts: Sequence[PasskeyPrompt], scaling: RopeScaling) -> Iterator[tuple[int, bool]]:
     """The same as (index of a prompt, outcome), the deeper keys last, with one prefill of what prompts share.
 
-    model: computes with a scaling that does not depend on the length.
+    Under dynamic scaling, of those that end at the same place: they have one scale, at which the shared part is read.
     """
-    order = sorted(range(len(prompts)), key=lambda index: prompts[index].depth)
-    sequences = [torch.tensor([*prompts[i].input_ids, *prompts[i].answer_ids], device=model.device) for i in order]
-    starts = [len(prompts[index].input_ids) - 1 for index in order]
-    states = shared_hidden_states(model, [ids[:-1] for ids in sequences], starts)
-    for index, ids, start, hidden in zip(order, sequences, starts, states, strict=True):
-        yield index, _answered(model, hidden, ids[None, start + 1 :])[0]
+    places: dict[int, list[int]] = {}
+    for index in sorted(range(len(prompts)), key=lambda index: prompts[index].depth):
+        places.setdefault(len(prompts[index].input_ids) if scaling.is_length_dependent else 0, []).append(index)
+    for ends_at, order in places.items():
+        apply_scaling(model, at_length(scaling, ends_at))
+        sequences = [torch.tensor([*prompts[i].input_ids, *prompts[i].answer_ids], device=model.device) for i in order]
+        starts = [len(prompts[index].input_ids) - 1 for index in order]
+        states = shared_hidden_states(model, [ids[:-1] for ids in sequences], starts)
+        for index, ids, start, hidden in zip(order, sequences, starts, states, strict=True):
+            yield index, _answered(model, hidden, ids[None, start + 1 :])[0]
 
 
 def _answered(model: Any, hidden: torch.Tensor, answers: torch.Tensor) -> list[bool]:
@@ -162,10 +166,6 @@ class Passkey:
         }
 
     def cells(self, job: ModelJob) -> dict[int, Row]:
-        if self.args.shared_prefill and job.scaling.is_length_dependent:
-            raise ConfigError(
-                f"shared-prefill is not for {job.label}: its keys cannot be cached, they change with length"
-            )
         cells = {}
         for length, prompts in self._prompts(job.model).items():
             ids = json.dumps([prompt.input_ids + prompt.answer_ids for prompt in prompts])
@@ -195,7 +195,7 @@ class Passkey:
         outcomes: list[bool] = []
         if self.args.shared_prefill:
             found = {}
-            for index, outcome in score_shared(model, prompts):
+            for index, outcome in score_shared(model, prompts, job.scaling):
                 found[index] = outcome
                 advance(length)
             outcomes = [found[index] for index in range(len(prompts))]

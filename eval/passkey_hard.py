@@ -11,7 +11,9 @@ they begin again at the start. Keys, depths and questions follow from the seed.
 An answer is right when the first integer that greedy decoding gives within 10 tokens is the key. With
 `--restrict-tokens true` only digits, blanks and the end may be decoded, so that a model can't begin with other words.
 Decoding ends as soon as the answer can't change any more between right and wrong; it needs no cache, see
-scaled_rope/generation.py. Scalings that depend on the length are given a scale of their own at each step.
+scaled_rope/generation.py. Scalings that depend on the length are given a scale of their own at each step, and are
+decoded through the model's cache, as generation is; with `--uncached` each of their tokens is that of a full pass
+over the text, which takes no memory for keys and about as many passes as the answer has tokens.
 """
 
 from __future__ import annotations
@@ -72,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     choice: dict[str, Any] = {"type": true_or_false, "nargs": "?", "metavar": "true|false"}
     words = "decode digits, blanks and the end only (default true)"
     add("--restrict-tokens", **choice, default=True, const=True, help=words)
+    add("--uncached", action="store_true", help="no cache under scalings that depend on the length, see above")
     add("--fixed-length", type=int, metavar="N", help=f"= --lengths N (default {FIXED_LENGTH}, if none of the next)")
     add("--heatmap", metavar="FILE", help="also draw what was found by length and depth (.svg or .png)")
     add_evaluation_arguments(parser)
@@ -110,6 +113,7 @@ from scaled_rope.evaluation import Failure, command_line, given_arguments, print
 from scaled_rope.generation import Answer, decode_numbers, end_tokens, number_tokens
 from scaled_rope.heatmap import Panel, save_heatmap
 from scaled_rope.loading import ModelJob, load_config, load_tokenizer, model_jobs, resolve_device
+from scaled_rope.patch import cache_obstacle
 from scaled_rope.plots import check_format
 from scaled_rope.retrieval import context_rows, context_table, format_share, record_contexts, tally
 
@@ -190,9 +194,13 @@ class HardPasskey:
                     "restrict_tokens": self.args.restrict_tokens,
                     "max_new_tokens": MAX_NEW_TOKENS,
                     "seed": self.args.seed,
+                    **({"cached": True} if self._cached(job) else {}),
                 },
             }
         return cells
+
+    def _cached(self, job: ModelJob) -> bool:
+        return job.scaling.is_length_dependent and not self.args.uncached
 
     def passes(self, job: ModelJob, lengths: Sequence[int]) -> dict[int, list[int]]:
         return {length: [length] for length in lengths}
@@ -204,6 +212,8 @@ class HardPasskey:
         self, model: Any, job: ModelJob, length: int, yields: Sequence[int], advance: Callable[[int], object]
     ) -> Iterator[tuple[int, Row]]:
         prompts, tokenizer = self._prompts(job.model)[length], self._tokenizer(job.model)
+        if self._cached(job) and (obstacle := cache_obstacle(model)):
+            raise ConfigError(f"{job.label} can read no cache in this model, {obstacle}; use --uncached")
         vocabulary = model.get_output_embeddings().weight.shape[0]
         end = end_tokens(model, tokenizer)
         answers: dict[int, Answer] = {}
@@ -215,6 +225,7 @@ class HardPasskey:
             rows_per_pass=batch_size(self.args, length),
             max_new_tokens=MAX_NEW_TOKENS,
             allowed=number_tokens(tokenizer, vocabulary, end) if self.args.restrict_tokens else None,
+            cached=self._cached(job),
         ):
             answers[index] = answer
             advance(length)

@@ -206,7 +206,8 @@ class Planner:
         if options.offload_activations:
             moved = counts.layer_inputs(recipe, length, 2 if cast else 4)
             inside, host = max(0.0, inside - moved), host + moved
-        logits = min(logits_bytes(), 3 * 4 * recipe.batch_size * length * counts.vocabulary)
+        logits = 3 * 4 * recipe.batch_size * length * counts.vocabulary
+        logits = logits if recipe.loss == "whole" else min(logits_bytes(), logits)
         # AdamW makes a list of square roots as large as the weights at once on a GPU, one by one on a CPU.
         workspace = 4.0 * trained / shards if self.on_gpu else 8.0 * counts.largest
         if options.engine == "zero3_offload":
@@ -236,7 +237,8 @@ class Planner:
                 model.config.use_cache = False
                 if recipe.sliding_window_attention_schedule is not None:
                     set_sliding_window(model, min(recipe.sliding_window_attention_schedule))
-                module = SummedLoss(model)
+                # A fused loss, for which there is no trace, holds about as much as a chunked one.
+                module = SummedLoss(model, loss="whole" if recipe.loss == "whole" else "chunked")
                 autocast = recipe.precision == "bf16" and not cast
                 trace = trace_pass(module, recipe.batch_size, length, autocast, accumulating)
                 self._traces[key] = trace, Counts.of(model)

@@ -27,6 +27,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LR_SCHEDULES = ("linear", "constant", "cosine")
 PRECISIONS = ("bf16", "fp32")
 DOCUMENTS = ("joined", "separate")
+LOSSES = ("auto", "chunked", "fused", "whole")
 EVALUATE_FIELDS = ("scalings", "perplexity", "passkey", "report")
 
 
@@ -58,6 +59,8 @@ class Recipe:
         documents: "joined" (the paper's): a packed row is one text; "separate": attention and positions start anew with
             each document of a row.
         sliding_window_attention_schedule: window at step i is entry i mod n (Mistral); None leaves the model's own.
+        loss: how it comes from hidden states: "chunked", some logits at a time; "fused", by Liger's kernel on a GPU;
+            "whole", all logits at once; "auto": fused where it can run, else chunked.
         gradient_checkpointing: keep the input of every layer only and compute the rest again in the backward pass.
         offload_activations: keep what the backward pass needs in CPU memory.
         sequence_parallel: ranks that share one sequence (Ulysses, under DeepSpeed ZeRO-3).
@@ -99,6 +102,7 @@ class Recipe:
     precision: str = "bf16"
     save_dtype: str | None = None
     attention: str = "auto"
+    loss: str = "auto"
     gradient_checkpointing: bool = True
     offload_activations: bool = False
     sequence_parallel: int = 1
@@ -138,6 +142,7 @@ class Recipe:
         require(self.lr_schedule in LR_SCHEDULES, "lr_schedule", f"one of: {', '.join(LR_SCHEDULES)}")
         self._check_evaluate()
         require(self.documents in DOCUMENTS, "documents", f"one of: {', '.join(DOCUMENTS)}")
+        require(self.loss in LOSSES, "loss", f"one of: {', '.join(LOSSES)}")
         require(
             self.gradient_checkpointing or not self.offload_activations,
             "offload_activations",

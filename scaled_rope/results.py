@@ -46,10 +46,13 @@ def _git(*arguments: str) -> str | None:
 
 @functools.cache
 def _commit() -> str | None:
-    """The commit of this package's source, "-dirty" when tracked files differ from it; None outside its repository."""
+    """The commit of this package's source, "-dirty" when tracked files differ from it.
+
+    Outside its repository what SCALED_ROPE_COMMIT says, for copies that were made without it; else None.
+    """
     # An installed copy may lie inside somebody else's repository: only a file that git tracks has a commit.
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is None or (head := _git("rev-parse", "HEAD")) is None:
-        return None
+        return os.environ.get("SCALED_ROPE_COMMIT")
     return head + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
 
 

@@ -460,7 +460,7 @@ def test_one_pass_agrees_with_greedy_decoding(memoriser: tuple[LlamaForCausalLM,
 
 
 @pytest.mark.parametrize("depths", ["grid", "random"])
-@pytest.mark.parametrize("spec", ["default", "linear:2", "yarn:2"])
+@pytest.mark.parametrize("spec", ["default", "linear:2", "yarn:2", "dynamic-yarn", "rerope,window=16"])
 def test_shared_prefill_decides_alike(
     memoriser: tuple[LlamaForCausalLM, list[Any]], tokenizer: PreTrainedTokenizerFast, spec: str, depths: str
 ) -> None:
@@ -471,7 +471,7 @@ def test_shared_prefill_decides_alike(
     scaling = RopeScaling.from_spec(spec, RopeScaling.from_config(model.config))
     apply_scaling(model, scaling)
     each = [outcome for prompt in prompts for batch in passkey.score(model, [prompt], scaling, 1) for outcome in batch]
-    assert [outcome for _, outcome in sorted(passkey.score_shared(model, prompts))] == each
+    assert [outcome for _, outcome in sorted(passkey.score_shared(model, prompts, scaling))] == each
 
 
 @pytest.mark.parametrize("chunk", [7, 1000])
@@ -590,7 +590,6 @@ SCORE = ["--lengths", "32", "--dataset", "{texts}"]
         (perplexity.main, ["-m", "{model}", *SCORE, "--output", "{texts}"], "cannot be used"),
         (passkey.main, ["-m", "{model}", "--lengths", "20"], "too short"),
         (passkey.main, ["-m", "{model}", "--iterations", "0"], "iterations"),
-        (passkey.main, ["-m", "{model}", "--shared-prefill", "--scaling", "dynamic-yarn"], "shared-prefill is not for"),
         (report.main, ["{texts}/nowhere", "--output", "{texts}"], "nowhere"),
         (report.main, ["{texts}/a.txt", "--output", "{texts}"], "no rows"),
     ],

@@ -157,6 +157,19 @@ def test_provenance_says_where_a_number_is_from() -> None:
     assert record["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", record["commit"])
 
 
+def test_a_copy_without_its_repository_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    for said in ("abc123", None):
+        results._commit.cache_clear()
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(results, "_git", lambda *_: None)
+            elsewhere.setenv("SCALED_ROPE_COMMIT", "abc123") if said else elsewhere.delenv("SCALED_ROPE_COMMIT", False)
+            assert provenance("cpu", None, {})["commit"] == said
+    results._commit.cache_clear()  # in the repository it is git's word that counts
+    if (head := results._git("rev-parse", "HEAD")) is not None:
+        monkeypatch.setenv("SCALED_ROPE_COMMIT", "abc123")
+        assert str(provenance("cpu", None, {})["commit"]).startswith(head)
+
+
 def test_a_file_that_holds_no_rows_is_said_to_be_none(tmp_path: Path) -> None:
     for text in ("# A heading\n\nand text\n", "[1, 2]\n{}\n"):
         (tmp_path / "file").write_text(text)
