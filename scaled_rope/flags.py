@@ -118,7 +118,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_model_arguments(args: argparse.Namespace) -> None:
-    """Refuse what `add_model_arguments` was given wrongly, as far as names and paths say it."""
+    """Refuse what an evaluator was given wrongly, as far as names and paths say it."""
     for name in args.model or ():
         check_local(name)
     for flag, known in (("attention", ATTENTIONS), ("kernel", KERNELS)):
@@ -126,6 +126,8 @@ def check_model_arguments(args: argparse.Namespace) -> None:
             raise unknown(flag, getattr(args, flag), known)
     if args.adapter and not (Path(args.adapter) / "adapter_config.json").is_file():
         raise ConfigError(f"--adapter {args.adapter!r} holds no adapter_config.json")
+    if (output := getattr(args, "output", None)) is not None and Path(output).is_dir():
+        raise ConfigError(f"--output {output} is a folder; name a file for the rows")
 
 
 PARAMETERS = ("window", "group", "chunk", "k", "logn")
@@ -334,5 +336,7 @@ def check_tune_arguments(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} {getattr(args, name)} is not allowed; at least {least}")
     if args.attention not in ATTENTIONS:
         raise unknown("attention", args.attention, ATTENTIONS)
+    if Path(args.output).is_file():
+        raise ConfigError(f"--output {args.output} is a file; name a folder")
     if args.model is not None:
         check_local(args.model)

@@ -587,7 +587,7 @@ SCORE = ["--lengths", "32", "--dataset", "{texts}"]
         (perplexity.main, ["-m", "./nowhere", *SCORE], "does not exist"),
         (perplexity.main, ["-m", "{model}", *SCORE, "--yarn", "0.5"], "factor"),
         (perplexity.main, ["-m", "{model}", *SCORE, "--rerope", "512"], "window=512"),
-        (perplexity.main, ["-m", "{model}", *SCORE, "--output", "{texts}"], "cannot be used"),
+        (perplexity.main, ["-m", "{model}", *SCORE, "--output", "{texts}"], "is a folder; name a file"),
         (passkey.main, ["-m", "{model}", "--lengths", "20"], "too short"),
         (passkey.main, ["-m", "{model}", "--iterations", "0"], "iterations"),
         (report.main, ["{texts}/nowhere", "--output", "{texts}"], "nowhere"),

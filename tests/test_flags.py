@@ -36,6 +36,8 @@ MISTAKES = {
     "-m scaled_rope inspect nothere": "model 'nothere' does not exist, and a hub name is OWNER/NAME",
     "-m scaled_rope export ./nothere --for vllm": "model './nothere' does not exist",
     "-m scaled_rope plan demo --gpus 0": "--gpus 0 is not allowed; at least 1",
+    "-m scaled_rope tune --dataset x --output README.md": "--output README.md is a file; name a folder",
+    "eval/quality.py --output docs": "--output docs is a folder; name a file for the rows",
     "-m scaled_rope tune": "give --dataset: a path, a hub name or a corpus (books)",
     "finetune.py demo --sequence-lenght 5": "unrecognized arguments: --sequence-lenght 5; did you mean "
     "'--sequence-length' or '--sequence-parallel'? (see finetune.py --help)",
