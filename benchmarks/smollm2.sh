@@ -55,7 +55,7 @@ case $what in
         python eval/perplexity.py "${shared[@]}" "${far[@]}" "$@" --dataset standin:books --samples 1 \
             --lengths 1024,2048,4096,8192,16384,24576,32768
         python eval/passkey.py "${shared[@]}" "${far[@]}" --scaling yarn:2 "$@" \
-            --lengths 16384 --iterations 3 --shared-prefill
+            --lengths 12288 --iterations 3 --shared-prefill
         ;;
     *)
         echo "error: $what is not allowed; quick (the default), full or attention" >&2

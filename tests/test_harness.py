@@ -298,24 +298,36 @@ def test_model_type_equals_the_one_of_lm_eval(checkpoint: str) -> None:
     assert ours.truncated == 1  # 17 * 8 + 3 words and some are more than 128
 
 
-@pytest.mark.parametrize("spec", ["dynamic-yarn", "yarn:4"])
-def test_generation_equals_greedy_decoding_of_each_prompt(checkpoint: str, spec: str) -> None:
+@pytest.mark.parametrize(
+    ("spec", "obstacle"), [("dynamic-yarn", ""), ("dynamic-yarn", "its attention is its own"), ("yarn:4", "")]
+)
+def test_generation_equals_greedy_decoding_of_each_prompt(
+    checkpoint: str, spec: str, obstacle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
 
+    monkeypatch.setattr("scaled_rope.harness.cache_obstacle", lambda model: obstacle)
     lm = model_class()(pretrained=checkpoint, scaling=spec, batch_size=2, dtype="float32")
+    passes: list[int] = []
+    hook = lm.model.model.register_forward_pre_hook(
+        lambda module, args, given: passes.append(given["input_ids"].shape[1]) or None, with_kwargs=True
+    )
     prompts = [words(count, count) for count in (5, 30, 31, 60)]
     options = {"until": ["never"], "max_gen_toks": 6, "do_sample": False}
     requests = [
         Instance(request_type="generate_until", doc={}, arguments=(prompt, options), idx=index)
         for index, prompt in enumerate(prompts)
     ]
-    for prompt, text in zip(prompts, lm.generate_until(requests, disable_tqdm=True), strict=True):
+    texts = lm.generate_until(requests, disable_tqdm=True)
+    hook.remove()
+    assert (passes.count(1) == 0) is bool(obstacle)  # through a cache, every token but the first is a pass of its own
+    for prompt, text in zip(prompts, texts, strict=True):
         ids, cache = lm.tok_encode(prompt), None
         for _ in range(6):
             unread = ids if cache is None else ids[-1:]
             with torch.inference_mode():
-                output = lm.model(torch.tensor([unread]), past_key_values=cache, use_cache=True)
+                output = lm.model(torch.tensor([unread]), past_key_values=cache, use_cache=not obstacle)
             cache = output.past_key_values
             ids.append(int(output.logits[0, -1].argmax()))
         assert text == lm.tok_decode(ids[len(lm.tok_encode(prompt)) :])

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from scaled_rope.attention.composed import Attend, composed_attention, flash, is_composable, pieces
-from scaled_rope.attention.regions import Regions, dual_chunk, leaky_rerope, region_attention, rerope, self_extend
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import attention_methods  # noqa: E402
+from scaled_rope.attention.composed import Attend, composed_attention, flash, is_composable, pieces  # noqa: E402
+from scaled_rope.attention.regions import Regions, dual_chunk, leaky_rerope, region_attention, rerope, self_extend  # noqa: E402
+from scaled_rope.errors import ConfigError  # noqa: E402
+from scaled_rope.results import read_rows  # noqa: E402
 
 L = 24
 INV_FREQ = [100.0 ** (-d / 4) for d in range(4)]
@@ -164,3 +172,14 @@ def test_merging_in_bfloat16_loses_what_bfloat16_does() -> None:
             found = composed_attention(q, k, v, torch.tensor(INV_FREQ), regions, 0.125, attend)
             assert found.dtype == torch.bfloat16 and (found.double() - wanted).abs().max() < 0.03
     assert not is_composable(q, k, v)  # on a CPU, regions are computed at once
+
+
+def test_costs_are_written_as_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "rows.jsonl"
+    assert attention_methods.main(["--lengths", "64,96", "--rounds", "1", "--output", str(rows)]) == 0
+    found = [(row["dtype"], row["queries"], row["length"], row["variant"]) for row in read_rows(rows)]
+    # sdpa and four methods in two dtypes for each of three shapes, and blockwise attention where it can be.
+    assert len(set(found)) == len(found) == 2 * 3 * 5 + 2
+    assert all(row["seconds"] > 0 and row["provenance"]["command"] for row in read_rows(rows))
+    with pytest.raises(ConfigError, match="lengths '64,x'"):
+        attention_methods.main(["--lengths", "64,x"])
