@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 from scaled_rope.errors import ConfigError, Parser, run_cli, unknown  # noqa: E402
 from scaled_rope.recipes import Recipe, is_finished, read_recipe  # noqa: E402
-from scaled_rope.results import Row, read_rows  # noqa: E402
+from scaled_rope.results import Row, portable_model, read_rows  # noqa: E402
 
 RECIPES = ("smollm2-135m-pi-32k", "smollm2-135m-ntk-32k", "smollm2-135m-yarn-32k")
 METRICS = {"perplexity": "perplexity", "passkey": "passkey", "benchmarks": "benchmark"}
@@ -99,7 +99,7 @@ def _steps(recipe: Recipe) -> str:
 
 def _count(path: str, model: str, metric: str) -> str:
     rows: list[Row] = read_rows(path) if Path(path).exists() else []
-    return f"{sum(row['model'] == model and row['metric'] == metric for row in rows)} rows"
+    return f"{sum(row['model'] == portable_model(model) and row['metric'] == metric for row in rows)} rows"
 
 
 # ------------------------------------------------------------------------------------------------------------- running
