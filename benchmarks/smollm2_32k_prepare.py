@@ -38,7 +38,7 @@ import eval.harness  # noqa: E402
 import eval.perplexity  # noqa: E402
 from scaled_rope.data import PackedDataset, PackedWriter, open_packed, read_documents  # noqa: E402
 from scaled_rope.errors import ConfigError, Parser, run_cli, unknown  # noqa: E402
-from scaled_rope.evaluation import context_lengths  # noqa: E402
+from scaled_rope.flags import context_lengths  # noqa: E402
 from scaled_rope.loading import load_config, load_tokenizer  # noqa: E402
 from scaled_rope.passkey import encode  # noqa: E402
 from scaled_rope.recipes import read_recipe  # noqa: E402

@@ -26,9 +26,6 @@ import torch
 from tqdm import tqdm
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.flags import add_evaluation_arguments as add_evaluation_arguments
-from scaled_rope.flags import batch_size as batch_size
-from scaled_rope.flags import context_lengths as context_lengths
 from scaled_rope.loading import ModelJob, ModelLoader
 from scaled_rope.results import Row, append_row, portable_command, provenance, read_rows, row_key, write_atomic
 

@@ -44,8 +44,7 @@ from scaled_rope.corpora import CORPORA, fetch
 from scaled_rope.data import open_rows, read_documents
 from scaled_rope.errors import ConfigError, Parser
 from scaled_rope.evaluation import format_perplexity, format_table, given_arguments
-from scaled_rope.flags import add_tune_arguments as add_arguments
-from scaled_rope.flags import check_tune_arguments
+from scaled_rope.flags import add_tune_arguments, check_tune_arguments
 from scaled_rope.loading import (
     ModelJob,
     ModelLoader,
@@ -706,7 +705,7 @@ def _draw_fit(summary: Row, title: str) -> Callable[[Any], None]:
 def _command(args: argparse.Namespace) -> str:
     """The command that repeats a run, from the flags that differ from their defaults."""
     parser = Parser("tune")
-    add_arguments(parser)
+    add_tune_arguments(parser)
     words = ["scaled-rope", "tune"]
     for name, default in vars(parser.parse_args([])).items():
         value = getattr(args, name, default)

@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from benchmarks import gguf_parity
 from scaled_rope import export as module
+from scaled_rope import flags
 from scaled_rope.config import RopeScaling
 from scaled_rope.errors import ConfigError, Parser, run_cli
 from scaled_rope.export import TARGETS, TOLERANCE, ExportReport, Expressed, export
@@ -79,7 +80,7 @@ def flags_of(report: ExportReport) -> dict[str, str]:
 
 def command_line(*arguments: str) -> tuple[argparse.Namespace, Callable[[], int]]:
     parser = Parser("scaled-rope export")
-    module.add_arguments(parser)
+    flags.add_export_arguments(parser)
     args = parser.parse_args(arguments)
     return args, lambda: module.run(args)
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from scaled_rope import RopeScaling, patch_model, tune
 from scaled_rope.errors import ConfigError, Parser, run_cli
+from scaled_rope.flags import add_tune_arguments
 from scaled_rope.loading import ModelLoader
 from scaled_rope.results import Row, portable, read_rows
 
@@ -368,7 +369,7 @@ def texts(tmp_path: Path) -> Path:
 
 def arguments(*argv: object) -> argparse.Namespace:
     parser = Parser("scaled-rope tune")
-    tune.add_arguments(parser)
+    add_tune_arguments(parser)
     return parser.parse_args([*map(str, argv), "--device", "cpu", "--hide-progress"])
 
 
