@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from scaled_rope.config import RopeScaling
 from scaled_rope.errors import ConfigError
+from scaled_rope.plots import LINES, drawing, save
 from scaled_rope.recipes import Recipe, is_finished, read_recipe
 from scaled_rope.results import Row
 from scaled_rope.retrieval import passkey_context, wilson_interval
@@ -46,8 +48,9 @@ class Run:
         return f"{re.sub('[:,=]', '-', self.scaling)}-{self.steps}x{self.learning_rate:g}-s{self.seed}{after}"
 
     @property
-    def folder(self) -> str:
-        return str(ROOT / self.name)
+    def label(self) -> str:
+        """What its seeds have in common, as a line of a table says it."""
+        return f"`{self.scaling}`" + ("" if self.start is None else f" after {self.start.label}")
 
     @property
     def model(self) -> str:
@@ -63,7 +66,7 @@ class Run:
             "max_train_steps": self.steps,
             "warmup_steps": max(1, self.steps // 10),
             "learning_rate": self.learning_rate,
-            "output_dir": self.folder,
+            "output_dir": str(ROOT / self.name),
         }
 
     def recipe(self) -> Recipe:
@@ -77,13 +80,13 @@ class Run:
 #: position interpolation, NTK-aware by formula and by a theta set by hand, NTK-by-parts, YaRN; all for s = 8
 TABLE1 = ("linear:8", "ntk:8", "abf:8,theta=200000", "ntk-by-parts:8", "yarn:8")
 YARN = "yarn:8"
-FORKS = ("yarn:8,ramp=rotations", "yarn:8,truncate=false", "yarn:8,beta_fast=8")
-"""Where paper and released code differ, or the paper leaves a choice, and that are fine-tuned too."""
-FORKS_UNTRAINED = (*FORKS, "yarn:8,beta_fast=16", "yarn:8,beta_slow=2", "yarn:8,beta_slow=4")
+FORKS = ("yarn:8,ramp=rotations", "yarn:8,truncate=false")
+"""Where paper and released code differ; these are fine-tuned too."""
+FORKS_UNTRAINED = (*FORKS, "yarn:8,beta_fast=8", "yarn:8,beta_fast=16", "yarn:8,beta_slow=2", "yarn:8,beta_slow=4")
 FIGURE5 = ("default", "dynamic-linear", "dynamic-ntk", "dynamic-yarn", "dynamic-yarn,dynamic_step=2")
 SEEDS = (1, 2, 3)
 RERUN_SEED = 4
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
 SWEEP = tuple(Run(method, SEEDS[0], STEPS // 2, rate) for method in TABLE1 for rate in RATES)
 """Half a run for each method and learning rate, the same batches for all."""
@@ -168,7 +171,8 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.fmean(values), sd, len(values))
 
 
-_BASE_SCALING = RopeScaling(method="default", original_max_position_embeddings=256)
+ORIGINAL, FACTOR = 256, 8
+_BASE_SCALING = RopeScaling(method="default", original_max_position_embeddings=ORIGINAL)
 UNTRAINED = ("default", *TABLE1, *FORKS_UNTRAINED, *FIGURE5[1:])
 """What the base is read under without training."""
 _SPECS = {RopeScaling.from_spec(spec, _BASE_SCALING).label: spec for spec in UNTRAINED}
@@ -184,8 +188,8 @@ def name_of(row: Row) -> str | None:
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
-    body = ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines)]
-    return "\n".join(body).replace("| --- |", "|---|").replace(" --- |", "---|")
+    first, *others = ("| " + " | ".join(line) + " |" for line in (head, *lines))
+    return "\n".join([first, "|" + "---|" * len(head), *others])
 
 
 @dataclass(frozen=True)
@@ -203,14 +207,14 @@ class Results:
         return found
 
     def over_seeds(self, text: str, runs: Iterable[Run]) -> dict[str, dict[int, Spread]]:
-        """A scaling -> end of a bucket -> mean and spread over the seeds that were measured on this text."""
+        """A run's label -> end of a bucket -> mean and spread over the seeds that were measured on this text."""
         values, grouped = self.perplexity(text), dict[str, list[Mapping[int, float]]]()
         for run in runs:
             if run.name in values:
-                grouped.setdefault(run.scaling, []).append(values[run.name])
+                grouped.setdefault(run.label, []).append(values[run.name])
         return {
-            scaling: {length: spread([one[length] for one in of]) for length in sorted(of[0])}
-            for scaling, of in grouped.items()
+            label: {length: spread([one[length] for one in of]) for length in sorted(of[0])}
+            for label, of in grouped.items()
         }
 
     def table(self, text: str, runs: Sequence[Run]) -> str:
@@ -223,9 +227,7 @@ class Results:
         if not found:
             raise ConfigError(f"no rows of the {len(runs)} runs on {text!r}; run benchmarks/paper_mini.py first")
         lengths = sorted({length for of in found.values() for length in of})
-        lines = [
-            [f"`{scaling}`", str(of[lengths[0]].n), *(str(of[n]) for n in lengths)] for scaling, of in found.items()
-        ]
+        lines = [[label, str(of[lengths[0]].n), *(str(of[n]) for n in lengths)] for label, of in found.items()]
         return markdown(["scaling", "seeds", *_ranges(lengths)], lines)
 
     def untrained(self, text: str, scalings: Sequence[str]) -> str:
@@ -240,11 +242,11 @@ class Results:
         """What one more seed gave in the bucket up to `length`, beside the interval that the others predict."""
         first, more = self.over_seeds(text, runs), self.over_seeds(text, again)
         lines = []
-        for scaling, of in more.items():
-            low, high = first[scaling][length].prediction
+        for label, of in more.items():
+            low, high = first[label][length].prediction
             value = of[length].mean
-            lines.append([f"`{scaling}`", str(first[scaling][length]), f"{low:.1f} to {high:.1f}", f"{value:.1f}",
-                          "inside" if low <= value <= high else "outside"])  # fmt: skip
+            verdict = "inside" if low <= value <= high else "outside"
+            lines.append([label, str(first[label][length]), f"{low:.1f} to {high:.1f}", f"{value:.1f}", verdict])
         return markdown(["scaling", "seeds 1 to 3", "95 % for one more", f"seed {RERUN_SEED}", ""], lines)
 
     def differences(self, text: str, length: int, reference: str, others: Sequence[str]) -> str:
@@ -309,3 +311,79 @@ def _resampled(
 
 def _ranges(ends: Sequence[int]) -> list[str]:
     return [f"{start}–{end}" for start, end in zip([0, *ends], ends, strict=False)]
+
+
+BOOKS, PROOFS = "heldout", "standin:hol-light"
+
+
+def sweep_table(training: Iterable[Row]) -> str:
+    """Loss of each method at each learning rate, the chosen one in bold."""
+    loss = {Path(row["model"]).parent.name: row["late_loss"] for row in training}
+    chosen = swept(loss)
+
+    def cell(run: Run) -> str:
+        text = f"{loss[run.name]:.3f}"
+        return f"**{text}**" if run.learning_rate == chosen[run.scaling] else text
+
+    lines = [[f"`{method}`", *(cell(run) for run in SWEEP if run.scaling == method)] for method in TABLE1]
+    return markdown(["scaling", *(f"{rate:g}" for rate in RATES)], lines)
+
+
+def tables(results: Results, training: Sequence[Row]) -> dict[str, str]:
+    """Every table of the miniature by its title; those whose rows are still missing are left out."""
+    sweep = swept({Path(row["model"]).parent.name: row["late_loss"] for row in training})
+    runs = parts(sweep)
+    yarn = tuple(run for run in runs["table1"] if run.scaling == YARN)
+    untrained = ("default", *TABLE1)
+    wanted: dict[str, Callable[[], str]] = {
+        "Learning rates": lambda: sweep_table(training),
+        "Untrained, books": lambda: results.untrained(BOOKS, untrained),
+        "Untrained, proofs": lambda: results.untrained(PROOFS, untrained),
+        "Table 1, books": lambda: results.table(BOOKS, runs["table1"]),
+        "Table 1, proofs": lambda: results.table(PROOFS, runs["table1"]),
+        "Half the steps, books": lambda: results.table(BOOKS, runs["half"]),
+        "Table 2, books": lambda: results.table(BOOKS, yarn + runs["table2"]),
+        "Table 5": lambda: results.passkeys(runs["table1"], untrained),
+        "Figure 5, books": lambda: results.untrained(BOOKS, FIGURE5),
+        "Forks, untrained, proofs": lambda: results.differences(PROOFS, 2048, YARN, FORKS_UNTRAINED),
+        "Forks, fine-tuned, books": lambda: results.table(BOOKS, yarn + runs["forks"]),
+        "Another seed, books to 2048": lambda: results.predicted(BOOKS, runs["table1"], runs["rerun"], 2048),
+    }
+    found: dict[str, str] = {}
+    for title, make in wanted.items():
+        with suppress(ConfigError, KeyError):
+            found[title] = make()
+    return found
+
+
+def draw(results: Results, rates: Mapping[str, float], folder: Path) -> list[Path]:
+    """The figures: fine-tuned methods with a band of one standard deviation, and figure 5, on held-out books."""
+    values = results.perplexity(BOOKS)
+    trained = results.over_seeds(BOOKS, parts(rates)["table1"])
+    unscaled = {"unscaled": {n: spread([value]) for n, value in values["default"].items()}}
+    dynamic = {f"`{spec}`": {n: spread([x]) for n, x in values[spec].items()} for spec in FIGURE5[1:] if spec in values}
+    named = {
+        "paper-mini-table1.png": (unscaled | trained, FACTOR),
+        "paper-mini-figure5.png": (unscaled | dynamic, None),
+    }
+    return [_draw(curves, factor, folder / name) for name, (curves, factor) in named.items()]
+
+
+def _draw(curves: Mapping[str, Mapping[int, Spread]], factor: int | None, path: Path) -> Path:
+    with drawing() as pyplot:
+        figure, axes = pyplot.subplots(figsize=(6.4, 3.6))
+        for (label, of), color in zip(curves.items(), LINES, strict=False):
+            ends = list(of)
+            middles = [(start + end) / 2 for start, end in zip([0, *ends], ends, strict=False)]
+            mean = [cell.mean for cell in of.values()]
+            axes.plot(middles, mean, marker="o", markersize=3, color=color, label=label.strip("`"))
+            if all(cell.n > 1 for cell in of.values()):
+                low, high = ([cell.mean + sign * cell.sd for cell in of.values()] for sign in (-1, 1))
+                axes.fill_between(middles, low, high, color=color, alpha=0.2, linewidth=0)
+        for length in (ORIGINAL, *([ORIGINAL * factor] if factor else [])):
+            axes.axvline(length, color="#8a8a8a", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="position (middle of the bucket)", ylabel="perplexity", yscale="log")
+        axes.legend()
+        save(figure, path)
+        pyplot.close(figure)
+    return path
