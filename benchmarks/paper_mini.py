@@ -103,13 +103,13 @@ def record(run: Run, output: str) -> None:
     """Append what the run's training came to, once; where and when is what the run itself wrote down."""
     if any(row["model"] == run.model for row in _rows(output)):
         return
-    log = read_log(Path(run.folder))
+    log = read_log(mini.ROOT / run.name)
     losses = [row["loss"] for row in log]
     row = {
         "metric": "train_loss", "model": run.model, "scaling": run.scaling, "seed": run.seed, "steps": run.steps,
         "learning_rate": run.learning_rate, "late_loss": mini.late_loss(losses), "losses": losses,
         "seconds": round(sum(row["seconds"] for row in log), 1), "command": f"finetune.py {' '.join(run.flags())}",
-        "provenance": json.loads((Path(run.folder) / "provenance.json").read_text()),
+        "provenance": json.loads((mini.ROOT / run.name / "provenance.json").read_text()),
     }  # fmt: skip
     append_row(output, row)
 
