@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from scaled_rope import mini
@@ -126,7 +127,7 @@ def trained(part: str, runs: Sequence[Run], output: str, training: str) -> list[
         commands = [each.command(run.model, (), output) for each in todo if not each.is_measured(run, rows)]
         if commands or part == "sweep":
             commands = [["finetune.py", *run.flags()]] * bool(mini.missing([run])) + commands
-            tasks.append(Task(f"{part}, {run.name}", commands, lambda run=run: record(run, training)))
+            tasks.append(Task(f"{part}, {run.name}", commands, partial(record, run, training)))
     return tasks
 
 
