@@ -16,7 +16,8 @@ from pathlib import Path
 
 from scaled_rope.config import RopeScaling
 from scaled_rope.errors import ConfigError
-from scaled_rope.plots import LINES, drawing, save
+from scaled_rope.figures import GREY, PALETTE
+from scaled_rope.plots import drawing, save
 from scaled_rope.recipes import Recipe, is_finished, read_recipe
 from scaled_rope.results import Row
 from scaled_rope.retrieval import passkey_context, wilson_interval
@@ -372,17 +373,19 @@ def draw(results: Results, rates: Mapping[str, float], folder: Path) -> list[Pat
 def _draw(curves: Mapping[str, Mapping[int, Spread]], factor: int | None, path: Path) -> Path:
     with drawing() as pyplot:
         figure, axes = pyplot.subplots(figsize=(6.4, 3.6))
-        for (label, of), color in zip(curves.items(), LINES, strict=False):
+        for (label, of), color in zip(curves.items(), (GREY, *PALETTE), strict=False):
             ends = list(of)
             middles = [(start + end) / 2 for start, end in zip([0, *ends], ends, strict=False)]
             mean = [cell.mean for cell in of.values()]
-            axes.plot(middles, mean, marker="o", markersize=3, color=color, label=label.strip("`"))
+            axes.plot(middles, mean, marker="o", markersize=3, color=color[0], label=label.strip("`"))
             if all(cell.n > 1 for cell in of.values()):
                 low, high = ([cell.mean + sign * cell.sd for cell in of.values()] for sign in (-1, 1))
-                axes.fill_between(middles, low, high, color=color, alpha=0.2, linewidth=0)
+                axes.fill_between(middles, low, high, color=color[0], alpha=0.2, linewidth=0)
         for length in (ORIGINAL, *([ORIGINAL * factor] if factor else [])):
             axes.axvline(length, color="#8a8a8a", linewidth=0.8, linestyle=":")
         axes.set(xlabel="position (middle of the bucket)", ylabel="perplexity", yscale="log")
+        axes.set_yticks([60, 80, 100, 150, 200, 250], ["60", "80", "100", "150", "200", "250"])
+        axes.minorticks_off()
         axes.legend()
         save(figure, path)
         pyplot.close(figure)

@@ -34,7 +34,7 @@ REGIME_COLORS = {
 """One colour per answer of `regimes`, from Okabe and Ito's palette."""
 
 _INK, _GREY = "#222222", "#8a8a8a"
-LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+_LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 _STYLE: dict[str, Any] = {
     "axes.edgecolor": _INK,
     "axes.grid": True,
@@ -180,7 +180,7 @@ def _wavelength_panel(
     """Wavelength against dimension, the first of `lines` being unscaled, with marks at L and L'; turns: an axis of
     rotations over L on the right."""
     count = 0
-    colors = iter(LINES * 4)
+    colors = iter(_LINES * 4)
     for index, (label, inv_freq) in enumerate(lines.items()):
         count = len(inv_freq)
         style = {"color": _GREY, "linestyle": "--"} if index == 0 else {"color": next(colors)}
@@ -206,7 +206,7 @@ def _wavelength_panel(
 def _divisor_panel(axes: Any, divisors: Mapping[str, Sequence[float]]) -> None:
     """θ/θ' against dimension."""
     highest = lowest = 1.0
-    colors = iter(LINES * 4)
+    colors = iter(_LINES * 4)
     count = 0
     for label, values in divisors.items():
         finite = [value if math.isfinite(value) else math.nan for value in values]
@@ -338,12 +338,12 @@ def _draw_resonance(pyplot: Any, scaling: RopeScaling, head_dim: int, path: Path
     shown = max(4, sum(wavelength < 30 for wavelength in before))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(7.6, 2.9))
     left.plot(range(shown), before[:shown], color=_GREY, linestyle="--", label=scaling.label)
-    left.plot(range(shown), after[:shown], color=LINES[0], drawstyle="steps-mid", label="with resonance=true")
+    left.plot(range(shown), after[:shown], color=_LINES[0], drawstyle="steps-mid", label="with resonance=true")
     left.set(xlabel="dimension d", ylabel="wavelength 2π/θ, tokens", xlim=(-0.5, shown - 0.5))
     left.legend(loc="upper left")
     change = [100 * (b / a - 1) for a, b in zip(before, after, strict=True)]
     right.axhline(0, color=_INK, linewidth=0.9)
-    right.plot(range(len(change)), change, color=LINES[0])
+    right.plot(range(len(change)), change, color=_LINES[0])
     right.set(xlabel="dimension d", ylabel="change of wavelength, %", xlim=(-0.5, len(change) - 0.5))
     figure.suptitle(f"resonance, on top of {scaling.label}", x=0.01, ha="left", fontsize=10)
     save(figure, path)
