@@ -7,7 +7,7 @@ else
 PYTHON := .venv/bin/python
 READY := .venv/.ready
 # Stale too: an interpreter that is gone, or a package that points to another checkout.
-INSTALLED := $(shell .venv/bin/python -I -c 'import importlib.util as u; print(u.find_spec("scaled_rope").origin)' 2>&1)
+INSTALLED := $(shell { .venv/bin/python -I -c 'import importlib.util as u; print(u.find_spec("scaled_rope").origin)'; } 2>/dev/null)
 ifneq ($(INSTALLED),$(CURDIR)/scaled_rope/__init__.py)
 STALE := stale
 endif

@@ -1,4 +1,4 @@
-# Sourced by train.sh and eval.sh. PYTHON is the interpreter to use; `python` means it, in the commands of recipes too, and
+# Sourced by the scripts that run programs. PYTHON is the interpreter to use; `python` means it, in the commands of recipes too, and
 # programs installed beside it (accelerate) come first on PATH.
 if [[ -z "${PYTHON:-}" ]]; then
     if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi
@@ -11,13 +11,57 @@ python() { "$PYTHON" "$@"; }
 export -f python
 export PYTHON PATH="$(dirname "$PYTHON"):$PATH" TOKENIZERS_PARALLELISM=true
 
-# read_recipe NAME: sets model, output_dir, prepare, scalings, perplexity, passkey and report, and builds the recipe's
-# data (each command does nothing when its output is there).
+# usage ARGUMENT...: where the first asks for help or is an unknown flag, prints the comment that the script begins with.
+usage() {
+    [[ "${1:-}" == -* && "$1" != -- && "$1" != --list ]] || return 0
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    if [[ "$1" == -h || "$1" == --help ]]; then exit 0; fi
+    echo "error: flag $1 is not allowed; see above" >&2
+    exit 2
+}
+
+# attended COMMAND...: runs a program so that no signal to this script leaves it behind. By itself bash would die of a
+# SIGTERM and the program go on. It gets a process group of its own; SIGTERM, SIGINT and SIGHUP are passed on to all of
+# the group, and once that is gone the script ends with 128 + the signal's number, whatever the program made of it.
+# Otherwise the exit code is the program's.
+attended() {
+    local group="" signal="" code=0 name
+    [[ $1 != python ]] || set -- "$PYTHON" "${@:2}"
+    pass_on() { signal=$1 && [[ -z $group ]] || kill -s "$1" -- "-$group" 2>/dev/null || true; }
+    for name in TERM INT HUP; do trap "pass_on $name" "$name"; done
+    set -m
+    "$@" </dev/null & group=$!
+    set +m
+    [[ -z $signal ]] || pass_on "$signal" # it came before there was a group
+    wait "$group" || code=$?
+    if [[ -n $signal ]]; then
+        while is_alive "$group"; do wait "$group" || sleep 0.1; done 2>/dev/null
+        exit $((128 + $(kill -l "$signal")))
+    fi
+    trap - TERM INT HUP
+    return "$code"
+}
+
+# is_alive GROUP: whether it has a process that hasn't ended. One that has stays as a zombie where nobody waits for it, in
+# a container without an init say.
+is_alive() {
+    kill -0 -- "-$1" 2>/dev/null || return 1
+    [[ -e /proc/self/stat ]] || return 0
+    local file stat
+    for file in /proc/[0-9]*/stat; do
+        read -r stat <"$file" || continue # PID (NAME) STATE PARENT GROUP ...
+        [[ ! ${stat##*) } =~ ^[^ZX]\ [0-9]+\ $1\  ]] || return 0
+    done 2>/dev/null
+    return 1
+}
+
+# read_recipe NAME [OTHER ...]: sets model, output_dir, prepare, scalings, perplexity, passkey and report, and builds the
+# recipe's data (each command does nothing when its output is there). OTHER names are no recipes, but may be meant.
 read_recipe() {
     local assignments command
-    assignments=$(python -m scaled_rope.recipes "$1" --shell)
+    assignments=$(python -m scaled_rope.recipes "$1" --shell --also "${@:2}")
     eval "$assignments"
     for command in "${prepare[@]}"; do
-        bash -euo pipefail -c "$command" </dev/null
+        attended bash -euo pipefail -c "$command"
     done
 }

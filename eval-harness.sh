@@ -18,6 +18,7 @@ given=() list=
 while [[ $# -gt 0 && "$1" != -- ]]; do
     case $1 in
         --list) list=yes ;;
+        -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
         -*) echo "error: flag $1 is not allowed here; flags of eval/harness.py follow after --" >&2; exit 2 ;;
         *) given+=("$1") ;;
     esac
@@ -45,7 +46,7 @@ failed=()
 for model in "${models[@]}"; do
     for task in "${tasks[@]}"; do
         echo "$model: $task"
-        python eval/harness.py -m "$model" --tasks "$task" --output "$OUTPUT" "${flags[@]}" || {
+        attended python eval/harness.py -m "$model" --tasks "$task" --output "$OUTPUT" "${flags[@]}" || {
             [[ $? -ne 130 ]] || exit 130 # interrupted
             failed+=("$model: $task")
         }

@@ -15,6 +15,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./environment.sh
+usage "$@"
 if [[ "${1:-}" == --list ]]; then
     python -m scaled_rope.recipes --list
     python -m scaled_rope.paper --list
@@ -33,7 +34,7 @@ tables=() failed=()
 
 recipe() { # NAME
     local trained rows under=() spec name=$1
-    read_recipe "$1"
+    read_recipe "$1" table{1..6} figure{1,5,6}
     if [[ ${#perplexity[@]} -eq 0 && ${#passkey[@]} -eq 0 ]]; then
         echo "error: recipe '$1' has no \`evaluate\` section in configs/$1.yaml" >&2
         exit 2
@@ -46,17 +47,17 @@ recipe() { # NAME
         local evaluator=$1
         shift
         echo "$name: $evaluator of $model"
-        python "eval/$evaluator.py" -m "$model" "${under[@]}" "$@" "${extra[@]}" --output "$rows"
+        attended python "eval/$evaluator.py" -m "$model" "${under[@]}" "$@" "${extra[@]}" --output "$rows"
         if [[ -d "$trained" ]]; then
             echo "$name: $evaluator of $trained"
-            python "eval/$evaluator.py" -m "$trained" "$@" "${extra[@]}" --output "$rows"
+            attended python "eval/$evaluator.py" -m "$trained" "$@" "${extra[@]}" --output "$rows"
         fi
     }
     [[ ${#perplexity[@]} -eq 0 ]] || measure perplexity "${perplexity[@]}"
     [[ ${#passkey[@]} -eq 0 ]] || measure passkey "${passkey[@]}"
 
     if [[ -f "$output_dir/train_log.jsonl" ]]; then report+=(--train-log "$output_dir/train_log.jsonl"); fi
-    python eval/report.py "$rows" --base "$model" --finetuned "$trained" --output "$output_dir" "${report[@]}"
+    attended python eval/report.py "$rows" --base "$model" --finetuned "$trained" --output "$output_dir" "${report[@]}"
 }
 
 paper() { # NAME
@@ -66,11 +67,11 @@ paper() { # NAME
     [[ -z "${MODELS:-}" ]] || read -r -d '' -a models <<<"$MODELS" || true
     if [[ -n "${DATASET:-}" && ${#data[@]} -gt 0 ]]; then data=(--dataset "$DATASET"); fi
     if [[ $evaluator == harness ]]; then
-        MODELS="${models[*]}" OUTPUT="$rows" ./eval-harness.sh -- "${extra[@]}" || check "$1" $?
+        MODELS="${models[*]}" OUTPUT="$rows" attended ./eval-harness.sh -- "${extra[@]}" || check "$1" $?
     else
         for model in "${models[@]}"; do
             echo "$1: $evaluator of $model"
-            python "eval/$evaluator.py" -m "$model" "${data[@]}" "${flags[@]}" "${extra[@]}" --output "$rows" ||
+            attended python "eval/$evaluator.py" -m "$model" "${data[@]}" "${flags[@]}" "${extra[@]}" --output "$rows" ||
                 check "$1: $model" $?
         done
     fi
@@ -82,14 +83,15 @@ check() { # WHAT CODE: a model that fails leaves the others their results
     failed+=("$1")
 }
 
-for name in "${names[@]:-demo}"; do
+[[ ${#names[@]} -gt 0 ]] || names=(demo)
+for name in "${names[@]}"; do
     case $name in
         table[0-9]* | figure[0-9]*) paper "$name" ;;
         *) recipe "$name" ;;
     esac
 done
 if [[ ${#tables[@]} -gt 0 && -f "$rows" ]]; then
-    python eval/report.py "$rows" "${tables[@]}" --title "The paper beside what was measured" ${PUBLISHED:+--published "$PUBLISHED"} --output "$(dirname "$rows")"
+    attended python eval/report.py "$rows" "${tables[@]}" --title "The paper beside what was measured" ${PUBLISHED:+--published "$PUBLISHED"} --output "$(dirname "$rows")"
 fi
 if [[ ${#failed[@]} -gt 0 ]]; then
     printf 'failed: %s\n' "${failed[@]}" >&2

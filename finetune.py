@@ -18,8 +18,19 @@ from typing import Any
 
 import yaml
 
-from scaled_rope.errors import ConfigError, Parser, run_cli
-from scaled_rope.recipes import DOCUMENTS, LR_SCHEDULES, PRECISIONS, Recipe, make_recipe, read_recipe, starts_from
+from scaled_rope.errors import ConfigError, Parser, run_cli, unknown
+from scaled_rope.flags import ATTENTIONS, check_local
+from scaled_rope.recipes import (
+    DOCUMENTS,
+    LOSSES,
+    LR_SCHEDULES,
+    PRECISIONS,
+    Recipe,
+    is_finished,
+    make_recipe,
+    read_recipe,
+    starts_from,
+)
 
 #: what a run without a recipe starts from, beside the recipe's own defaults: the released script's
 RELEASED_DEFAULTS: dict[str, Any] = {
@@ -63,6 +74,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="with --lora: train embeddings, output projection and norms in full as well")  # fmt: skip
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None,
                         help="compute activations twice instead of keeping them (default: on)")  # fmt: skip
+    parser.add_argument("--loss", choices=LOSSES, help="logits: some at a time, fused with the loss (Liger), or whole")
     parser.add_argument("--offload-activations", action="store_const", const=True,
                         help="keep the inputs of checkpointed layers in CPU memory")  # fmt: skip
     parser.add_argument("--sequence-parallel", type=int, metavar="N",
@@ -110,7 +122,7 @@ def overrides(args: argparse.Namespace, base: Recipe, ranks: int) -> dict[str, A
             "original_max_position_embeddings", "max_position_embeddings", "batch_size", "global_batch_size",
             "max_train_steps", "warmup_steps", "learning_rate", "lr_schedule", "grad_norm", "seed", "precision", "lora",
             "checkpointing_steps", "kept_checkpoints", "lora_embeddings_and_norms", "gradient_checkpointing",
-            "offload_activations", "sequence_parallel", "attention", "documents", "heldout", "heldout_steps",
+            "offload_activations", "loss", "sequence_parallel", "attention", "documents", "heldout", "heldout_steps",
         )
         if getattr(args, name) is not None
     }  # fmt: skip
@@ -153,6 +165,7 @@ def save_scaled(recipe: Recipe) -> None:
         ConfigError: several processes, or a run or a model is in the output folder already.
     """
     from scaled_rope.results import provenance
+    from scaled_rope.states import run_lock
     from scaled_rope.tracking import write_records
     from scaled_rope.training import build_model, save_model
 
@@ -161,12 +174,12 @@ def save_scaled(recipe: Recipe) -> None:
         raise ConfigError("--save-only needs no training processes; run it without a launcher")
     if (folder / "model").exists() or (folder / "recipe.yaml").exists():
         raise ConfigError(f"output_dir {folder} holds a run or a model already; choose another --output-dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    model, report = build_model(recipe)
-    facts = provenance("cpu", recipe.seed, {})
-    label = "the checkpoint's own" if report is None else report.scaling.label
-    records = functools.partial(write_records, recipe=recipe, facts=facts, log=[], scaling=label)
-    save_model(model, model.state_dict(), recipe, folder / "model", records)
+    with run_lock(folder):
+        model, report = build_model(recipe)
+        facts = provenance("cpu", recipe.seed, {})
+        label = "the checkpoint's own" if report is None else report.scaling.label
+        records = functools.partial(write_records, recipe=recipe, facts=facts, log=[], scaling=label)
+        save_model(model, model.state_dict(), recipe, folder / "model", records)
     print(f"{folder / 'model'}: saved without training")
 
 
@@ -177,6 +190,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.print:
         print(yaml.safe_dump(recipe.to_dict(), sort_keys=False), end="")
         return 0
+    if Path(recipe.output_dir).is_file():
+        raise ConfigError(f"output_dir {recipe.output_dir} is a file; name a folder with --output-dir")
+    if recipe.attention not in ATTENTIONS:
+        raise unknown("attention", recipe.attention, ATTENTIONS)
     if args.deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
         raise ConfigError("--deepspeed needs a launcher: accelerate launch --config_file configs/accelerate/zero3.yaml")
     if args.log_loss is not None and not args.log_loss.parent.is_dir():
@@ -189,9 +206,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--architecture {args.architecture!r}: {recipe.model} is {found!r}")
     if recipe.model is not None and (before := starts_from(recipe)) is not None and not Path(recipe.model).exists():
         raise ConfigError(f"model {recipe.model} is not there yet; train {before.name} first: ./train.sh {before.name}")
+    if recipe.model is not None and not is_finished(recipe):
+        check_local(recipe.model)
     if args.save_only:
         save_scaled(recipe)
         return 0
+    made_here = any(recipe.dataset in command for command in recipe.prepare)
+    if made_here and not Path(recipe.dataset).exists() and not is_finished(recipe):
+        raise ConfigError(f"dataset {recipe.dataset} is not there yet; ./train.sh {args.recipe} makes it, then trains")
     from scaled_rope.training import Trainer
 
     losses = Trainer(recipe, args.resume, args.wandb, args.tensorboard).run()

@@ -9,14 +9,18 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "scaled_rope/__init__.py").read_text(), re.MULTILINE).group(1)
 
 EXTRAS = {
-    "train": ["accelerate>=1.15", "datasets>=5.0", "deepspeed>=0.19.6", "matplotlib", "ninja", "peft>=0.21"],
+    "train": [
+        "accelerate>=1.15", "datasets>=5.0", "deepspeed>=0.19.6", "matplotlib", "ninja", "peft>=0.21", "zstandard",
+    ],
     "flash": ["flash-attn>=2.8"],
-    "kernels": ["triton>=3.6", "liger-kernel>=0.8"],
+    "kernels": ["triton>=3.6", "liger-kernel>=0.8.5"],
     "eval": ["lm-eval>=0.4.13", "matplotlib", "nltk", "wonderwords"],
     "wandb": ["wandb"],
     "gguf": ["gguf>=0.19"],
-    "dev": ["gguf>=0.19", "hypothesis", "mypy", "pytest", "ruff", "triton>=3.6", "types-PyYAML"],
-}
+    "dev": [
+        "gguf>=0.19", "hypothesis", "liger-kernel>=0.8.5", "mypy", "pytest", "ruff", "triton>=3.6", "types-PyYAML",
+    ],
+}  # fmt: skip
 # Not in "all": flash-attn, which builds only where a CUDA toolkit is.
 EXTRAS["all"] = sorted({requirement for name in EXTRAS if name != "flash" for requirement in EXTRAS[name]})
 

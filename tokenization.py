@@ -53,7 +53,7 @@ def vocabulary_hash(tokenizer: Any) -> str:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("tokenization.py", __doc__)
     parser.add_argument("--dataset", action="append", required=True, metavar="PATH[,FRACTION]",
-                        help="folder of .txt, JSON lines, Parquet or hub name; repeat to mix")  # fmt: skip
+                        help=".txt, .jsonl, .jsonl.zst, .parquet, a folder, or a hub name; repeat to mix")  # fmt: skip
     parser.add_argument("--tokenizer", default="NousResearch/Llama-2-7b-hf")
     parser.add_argument("--sequence-length", type=int, default=8192, help="tokens per sequence")
     parser.add_argument(
@@ -71,6 +71,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         if not args.push_to_hub:
             raise ConfigError("--output is missing: name the folder to create")
         args.output = Path("data/cache") / args.push_to_hub.replace("/", "--")
+    if args.output.exists() and not (args.output / "meta.json").is_file():
+        raise ConfigError(f"--output {args.output} exists and is no packed set; remove it or choose another folder")
+    if args.sequence_length < 2:
+        raise ConfigError(f"--sequence-length {args.sequence_length} is not allowed; at least 2 tokens")
     if args.num_proc < 1:
         raise ConfigError(f"--num-proc {args.num_proc} is not allowed; at least 1")
     return args

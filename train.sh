@@ -6,20 +6,27 @@
 #   ./train.sh NAME [NAME ...]  recipes by name
 #   ./train.sh --list           the recipes
 #
+# SIGTERM and Ctrl-C are passed on and waited for; then nothing more is started and the exit code is 143 or 130.
+#
 # LAUNCH starts the training on several GPUs:
 #   LAUNCH="accelerate launch --config_file configs/accelerate/zero3.yaml" ./train.sh llama-2-7b-64k
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./environment.sh
+usage "$@"
 if [[ "${1:-}" == --list ]]; then
     python -m scaled_rope.recipes --list
     exit
 fi
 
-for wanted in "${@:-demo}"; do
+[[ $# -gt 0 ]] || set -- demo
+for wanted in "$@"; do
     pending=$(python -m scaled_rope.recipes "$wanted" --pending)
     for recipe in ${pending:-$wanted}; do # a finished one is handed over too: finetune.py says so, and checks it
         read_recipe "$recipe"
-        ${LAUNCH:-python} finetune.py "$recipe"
+        attended ${LAUNCH:-python} finetune.py "$recipe"
+        # A run that was stopped by a signal of its own has saved its state, and 0 for an exit code.
+        python -m scaled_rope.recipes "$recipe" --finished ||
+            { echo "$recipe is not finished; the same command continues" >&2; exit 143; }
     done
 done

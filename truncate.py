@@ -22,7 +22,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("output", type=Path, help="folder to create")
     parser.add_argument("--dataset", required=True, help="packed set, saved datasets folder or hub name")
     parser.add_argument("--num-proc", type=int, default=1, help="accepted for old scripts; one process is enough")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.output.exists() and not (args.output / "meta.json").is_file():
+        raise ConfigError(f"output {args.output} exists and is no packed set; remove it or choose another folder")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,23 +1,35 @@
-"""What methods that change attention cost beside plain attention, in CPU seconds of one layer of SmolLM2's shape.
+"""What methods that change attention cost beside plain attention, in seconds of one layer of SmolLM2's shape.
 
     OMP_NUM_THREADS=1 python benchmarks/attention_methods.py
+    OMP_NUM_THREADS=1 python benchmarks/attention_methods.py --lengths 1024 --rounds 1 --output ""
+    python benchmarks/attention_methods.py --device cuda --lengths 4096,16384,65536
 
-CPU seconds and not wall time, so that other programs on the machine count less. Prints a table.
+On a CPU seconds of the processor and not of the clock, so that other programs on the machine count less; variants take
+turns, and the least time of each is kept. `queries` is how many of the keys' positions ask: all of them, or the last,
+as in decoding. `composed` is what a model on a GPU takes where it can, calls of FlashAttention that are merged
+(`composed_attention`), beside scores of one block of queries after the other (`region_attention`); its rows hold how
+far apart the results of the two are.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from scaled_rope import RopeScaling, compute_rope
 from scaled_rope.attention.blockwise import blockwise_attention
+from scaled_rope.attention.composed import composed_attention, flash, is_composable
 from scaled_rope.attention.regions import region_attention
+from scaled_rope.errors import ConfigError, Parser, run_cli
+from scaled_rope.evaluation import command_line, format_table
 from scaled_rope.methods import attention_regions
+from scaled_rope.results import append_row, provenance
 
 HEADS, KV_HEADS, HEAD_DIM, ORIGINAL = 9, 3, 64, 8192
 SPECS = (
@@ -28,38 +40,92 @@ SPECS = (
 )
 
 
-def seconds(work: Callable[[], object], times: int = 3) -> float:
-    """The least CPU time of a few runs."""
-    found = []
-    for _ in range(times):
-        start = time.process_time()
-        work()
-        found.append(time.process_time() - start)
-    return min(found)
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser("benchmarks/attention_methods.py", __doc__ or "")
+    add = parser.add_argument
+    add("--lengths", default="4096,16384", metavar="N,...", help="keys (default: %(default)s)")
+    add("--rounds", type=int, default=3, metavar="N", help="timings of each variant (default: %(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    add("--note", default="", help="what else to say in the rows, such as who shared the machine")
+    add("--output", metavar="FILE", help="'' for none (default: data/benchmarks/attention_DEVICE.jsonl)")
+    return parser
 
 
-def main() -> None:
+Variant = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def variants(q: torch.Tensor, k: torch.Tensor) -> dict[str, Variant]:
+    """What is timed, as functions of q, k and v."""
     base = RopeScaling("default", original_max_position_embeddings=ORIGINAL, rope_theta=1e5)
-    inv_freq = compute_rope(base, HEAD_DIM)[0]
-    scale = HEAD_DIM**-0.5
-    print(f"{'dtype':10} {'queries':>8} {'keys':>8} {'attention':32} seconds")
+    inv_freq, scale = compute_rope(base, HEAD_DIM, device=q.device)[0], HEAD_DIM**-0.5
+    whole = q.shape[2] == k.shape[2]
+    found: dict[str, Variant] = {
+        "sdpa": functools.partial(scaled_dot_product_attention, is_causal=whole, enable_gqa=True)
+    }
+    if whole and q.dtype == torch.bfloat16 and not q.is_cuda:
+        found["blockwise"] = functools.partial(blockwise_attention, scale=scale)
+    for spec in SPECS:
+        regions = attention_regions(RopeScaling.from_spec(spec, base))
+        given = {"inv_freq": inv_freq, "regions": regions, "scale": scale}
+        found[spec] = functools.partial(region_attention, **given)
+        if is_composable(q, k, k):
+            found[f"{spec} composed"] = functools.partial(composed_attention, **given, attend=flash)
+    return found
+
+
+def seconds_of(attend: Variant, *given: torch.Tensor) -> float:
+    if not given[0].is_cuda:
+        start = time.process_time()
+        attend(*given)
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    attend(*given)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        lengths = [int(length) for length in args.lengths.split(",")]
+    except ValueError:
+        raise ConfigError(f"lengths {args.lengths!r}: must be whole numbers with commas") from None
+    if min(lengths) < 2 or args.rounds < 1:
+        raise ConfigError(f"lengths {args.lengths}, rounds {args.rounds}: must be at least 2, and at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda': no GPU here, nothing was measured")
+    output = f"data/benchmarks/attention_{args.device}.jsonl" if args.output is None else args.output
+    device = torch.device(args.device)
+    run = {"command": command_line(parser, argv), **provenance(device, 0, vars(args))}
+    torch.manual_seed(0)
+    table = []
     for dtype in (torch.bfloat16, torch.float32):
-        for queries, keys in ((4096, 4096), (16384, 16384), (1, 16384)):
-            q = torch.randn(1, HEADS, queries, HEAD_DIM).to(dtype)
-            k, v = (torch.randn(1, KV_HEADS, keys, HEAD_DIM).to(dtype) for _ in range(2))
-            whole = queries == keys
-            rows: dict[str, Callable[..., torch.Tensor]] = {
-                "sdpa": functools.partial(scaled_dot_product_attention, is_causal=whole, enable_gqa=True)
-            }
-            if whole and dtype == torch.bfloat16:
-                rows["blockwise"] = functools.partial(blockwise_attention, scale=scale)
-            for spec in SPECS:
-                regions = attention_regions(RopeScaling.from_spec(spec, base))
-                rows[spec] = functools.partial(region_attention, inv_freq=inv_freq, regions=regions, scale=scale)
-            for name, attend in rows.items():
-                took = seconds(functools.partial(attend, q, k, v))
-                print(f"{str(dtype)[6:]:10} {queries:8} {keys:8} {name:32} {took:.4f}")
+        for queries, keys in [*((n, n) for n in lengths), (1, max(lengths))]:
+            q = torch.randn(1, HEADS, queries, HEAD_DIM, device=device).to(dtype)
+            k, v = (torch.randn(1, KV_HEADS, keys, HEAD_DIM, device=device).to(dtype) for _ in range(2))
+            every = variants(q, k)
+            seconds: dict[str, list[float]] = {name: [] for name in every}
+            for _ in range(args.rounds if queries > 1 else 10 * args.rounds):
+                for name, attend in every.items():
+                    seconds[name].append(seconds_of(attend, q, k, v))
+            for name, found in seconds.items():
+                row = {
+                    "metric": "attention", "variant": name, "dtype": str(dtype)[6:], "queries": queries, "length": keys,
+                    "threads": torch.get_num_threads(), "rounds": len(found), "seconds": min(found),
+                }  # fmt: skip
+                if name.endswith("composed"):
+                    other = every[name.removesuffix(" composed")](q, k, v).float()
+                    row["apart"] = float((every[name](q, k, v).float() - other).abs().max())
+                if output:
+                    append_row(output, row | {"note": args.note, "provenance": run})
+                table.append([row["dtype"], str(queries), str(keys), name, f"{min(found):.4f}"])
+            print(f"{row['dtype']}, {queries} of {keys}", file=sys.stderr, flush=True)
+    print(format_table(["dtype", "queries", "keys", "attention", "seconds"], table))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main))

@@ -98,18 +98,20 @@ def readers(model: Any, scaling: RopeScaling, step: float) -> tuple[Reader, dict
         patch_model(copied, one)
         return copied
 
-    stepped = patched(RopeScaling.from_dict(scaling.to_dict() | {"dynamic_step": step}))
+    # Steps are for dynamic forms of methods; dynamic-ntk is a method that depends on the length by itself.
+    stepped = patched(RopeScaling.from_dict(scaling.to_dict() | {"dynamic_step": step})) if scaling.dynamic else None
     # The tables of dynamic scaling without what keeps caches right.
     rotated = copy.deepcopy(model)
     rotated.model.rotary_emb = ScaledRotaryEmbedding(scaling, head_dim_of(model.config))
     dynamic = patched(scaling)
-    return Reader(dynamic, cached=False), {
+    found = {
         "before rotation": Reader(dynamic),
         "rotated": Reader(rotated),
-        "stepped": Reader(stepped),
-        "full, stepped": Reader(stepped, cached=False),
         "unscaled": Reader(copy.deepcopy(model)),
     }
+    if stepped is not None:
+        found |= {"stepped": Reader(stepped), "full, stepped": Reader(stepped, cached=False)}
+    return Reader(dynamic, cached=False), found
 
 
 @torch.inference_mode()
@@ -169,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         texts, data = ours.prepare(job.model)
         ids = torch.from_numpy(texts.ids(truncated(texts, args.until + 1)[0]))[None].long()
     scaling, original = job.scaling, job.scaling.original_max_position_embeddings
-    if not scaling.dynamic or scaling.dynamic_step is not None or original is None:
+    if not scaling.is_length_dependent or scaling.dynamic_step is not None or original is None:
         raise ConfigError(f"scaling {args.scaling!r}: must follow the length token by token, such as dynamic-yarn")
     if args.until <= original:
         raise ConfigError(f"until {args.until}: must be more than the original length, {original}")

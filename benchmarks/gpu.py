@@ -1,6 +1,7 @@
 """The rotary kernel and whole models on one GPU: is it right, how fast is it, how near to what the hardware allows.
 
-    python benchmarks/gpu.py --part rotary       # also: rotary-backward, decode, prefill, train; each under 8 minutes
+    python benchmarks/gpu.py --part rotary       # also: rotary-backward, decode, prefill, train; each under 9 minutes
+    python benchmarks/gpu.py --part train        # again: goes on where the time was up
     python benchmarks/gpu.py --interpret                # correctness alone, on the CPU, in Triton's interpreter
     python benchmarks/gpu_report.py                     # tables and plots for docs/performance.md from the rows
 
@@ -50,6 +51,7 @@ SHORT_BYTES = 2**26
 HEAD_START_CYCLES = 1_000_000
 """How long the GPU spins before a timed call, half a millisecond, so that the call is queued when its turn comes."""
 THETA = 10000.0
+NO_TIME = "no time left"
 
 # bf16 rounds with a relative error of up to 2^-9, so 1.1e-3 in the mean square; variants that round cos, sin and each
 # product have about twice that, three times with sums. A wrong angle makes 1e-1 and more.
@@ -366,7 +368,7 @@ def measure_rotary(backward: bool, clock: Clock) -> Iterator[Row]:
                     "copy_seconds": copied["seconds"],
                 }
                 if clock.left < 20:
-                    yield row | {"skipped": "no time left"}
+                    yield row | {"skipped": NO_TIME}
                     continue
                 try:
                     row["error"] = check(variant, shape, tokens, dtype, device, backward)
@@ -492,7 +494,7 @@ def measure_decode(clock: Clock, dtype: Any = None) -> Iterator[Row]:
                     "copy_seconds": copied["seconds"],
                 }
                 if clock.left < 20:
-                    yield row | {"skipped": "no time left"}
+                    yield row | {"skipped": NO_TIME}
                     continue
                 try:
                     if "no rotation" not in name:
@@ -598,16 +600,7 @@ def last_logits(model: Any, tokens: Any) -> Any:
         return model(tokens, use_cache=False, logits_to_keep=1).logits
 
 
-def training_step(model: Any, optimizer: Any, tokens: Any) -> None:
-    """Loss of every token but the last, backward, AdamW."""
-    from scaled_rope.loss import token_nll
-
-    token_nll(model, tokens[:, :-1], tokens[:, 1:]).mean().backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def measure_models(train: bool, clock: Clock) -> Iterator[Row]:
+def measure_prefill(clock: Clock) -> Iterator[Row]:
     """A row per model, length, attention and kernel. The longest length is for the two fastest at the one before."""
     import torch
 
@@ -638,7 +631,7 @@ def measure_models(train: bool, clock: Clock) -> Iterator[Row]:
                     if length == max(LENGTHS) and (attention, kernel) not in fastest:
                         continue
                     row: Row = {
-                        "metric": "training step" if train else "prefill",
+                        "metric": "prefill",
                         "model": name,
                         "tokens": length,
                         "attention": attention,
@@ -647,7 +640,7 @@ def measure_models(train: bool, clock: Clock) -> Iterator[Row]:
                         "noise": noise,
                     }
                     if clock.left < 30:
-                        yield row | {"skipped": "no time left"}
+                        yield row | {"skipped": NO_TIME}
                         continue
                     unpatch_model(model)
                     patch_model(model, "yarn:32", kernel=kernel)
@@ -656,7 +649,7 @@ def measure_models(train: bool, clock: Clock) -> Iterator[Row]:
                         if not row["error"] < NOISE * noise:
                             yield row | {"skipped": "wrong"}
                             continue
-                        run = model_run(model, tokens[:, :length], train)
+                        run = partial(last_logits, model, tokens[:, :length])
                         row |= time_model(with_attention(model, implementation, allowed, run))
                     except torch.OutOfMemoryError:
                         yield row | {"skipped": "out of memory"}
@@ -665,10 +658,8 @@ def measure_models(train: bool, clock: Clock) -> Iterator[Row]:
                         yield row | {"skipped": str(problem).splitlines()[0][:120]}
                         continue
                     finally:
-                        model.eval()
-                        model.zero_grad(set_to_none=True)
                         free()
-                    operations = flops(model.config, length) * (3 if train else 1)
+                    operations = flops(model.config, length)
                     row["tokens_per_second"] = length / row["seconds"]
                     row["flops"] = operations
                     row["mfu"] = operations / row["seconds"] / peak if (peak := peak_flops()) else None
@@ -683,19 +674,6 @@ def logits_error(model: Any, tokens: Any, wanted: Any) -> float:
     return float((last_logits(model, tokens).double() - wanted).norm() / wanted.norm())
 
 
-def model_run(model: Any, tokens: Any, train: bool) -> Callable[[], Any]:
-    import torch
-
-    if not train:
-        return lambda: last_logits(model, tokens)
-    # renamed in transformers 5.23
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, foreach=True)  # a rate of 0 keeps later checks the same
-    return lambda: training_step(model, optimizer, tokens)
-
-
 def time_model(run: Callable[[], Any]) -> Row:
     import torch
 
@@ -704,6 +682,226 @@ def time_model(run: Callable[[], Any]) -> Row:
     torch.cuda.reset_peak_memory_stats()
     timed = time_calls([run], short=False, budget_s=1.0)
     return timed | {"peak_bytes": torch.cuda.max_memory_allocated()}
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+TRAINED = (8192, 16384, 32768, 65536, 131072)
+STOCK = "transformers Trainer"
+OURS: dict[str, Row] = {
+    "ours": {},
+    "ours, no gradient checkpointing": {"gradient_checkpointing": False},
+    "ours, whole logits": {"loss": "whole"},
+    "ours, chunked logits": {"loss": "chunked"},
+    "ours, activations offloaded": {"offload_activations": True},
+    "ours, lora": {"lora": True},
+    "ours, no rotary kernel": {},
+}
+"""By name, how the recipe differs from its defaults."""
+FIRST = ("ours", STOCK)
+"""What is measured at all lengths of all models before anything else."""
+_STEPS = 4
+"""Steps of a measurement, the first of which is not counted."""
+
+
+def training_recipe(name: str, length: int, **fields: Any) -> Any:
+    """A recipe for a model of `MODELS` from random weights, with float32 weights and bf16 products."""
+    from scaled_rope.recipes import make_recipe
+
+    init = MODELS[name] | {"model_type": "llama", "max_position_embeddings": 4096, "tie_word_embeddings": True}
+    common = {"name": name, "init": init, "tokenizer": "none", "dataset": "none", "output_dir": "none", "seed": 0}
+    common |= {"scaling": "yarn:32", "sequence_length": length, "global_batch_size": 1, "max_train_steps": 1000}
+    return make_recipe(common | fields, name)
+
+
+def training_module(recipe: Any, kernel: str | None = None) -> tuple[Any, str, str]:
+    """The recipe's model and loss on the device as finetune.py has them, and what "auto" made of attention and loss."""
+    import torch
+
+    from scaled_rope import patch_model, unpatch_model
+    from scaled_rope.backends import resolve_attention
+    from scaled_rope.loss import resolve_loss
+    from scaled_rope.training import SummedLoss, build_model, enable_checkpointing
+
+    device = torch.device(DEVICE)
+    attention = resolve_attention(recipe.attention, device, recipe.compute_dtype)
+    with device:
+        model, _ = build_model(recipe, attention)
+    if kernel is not None:
+        unpatch_model(model)
+        patch_model(model, recipe.scaling, kernel=kernel)
+    loss = resolve_loss(recipe.loss, device, "plain", model)
+    enable_checkpointing(model, recipe)
+    model.config.use_cache = False
+    return SummedLoss(model, recipe.offload_activations, loss), str(model.config._attn_implementation), loss
+
+
+def summed_loss(module: Any, tokens: Any) -> Any:
+    """The mean over targets of a row of tokens [1, T], under autocast as accelerate has it."""
+    import torch
+
+    weights = torch.ones_like(tokens[:, 1:], dtype=torch.float32)
+    with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
+        return module(tokens[:, :-1], tokens[:, 1:], weights) / weights.numel()
+
+
+def stock_model(name: str) -> Any:
+    """The same Llama as anyone would make it, YaRN by transformers."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    scaling = {"rope_type": "yarn", "factor": 32.0, "rope_theta": THETA, "original_max_position_embeddings": 4096}
+    config = LlamaConfig(
+        **MODELS[name], max_position_embeddings=32 * 4096, rope_parameters=scaling, tie_word_embeddings=True
+    )
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        return LlamaForCausalLM._from_config(config, attn_implementation="sdpa", dtype=torch.float32).train()
+
+
+def first_gradient(loss: Any, model: Any) -> Any:
+    """Of the first layer's query projection, which all layers and the loss have gone into."""
+    import torch
+
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    return torch.autograd.grad(loss, weight)[0].double()
+
+
+def time_ours(name: str, variant: str, tokens: Any, wanted: Any, noise: float) -> Row:
+    """A row's measurements; first of all its gradient is compared with float32's, on the first `CHECKED` tokens."""
+    from scaled_rope.training import make_optimizer
+
+    recipe = training_recipe(name, tokens.shape[1], **OURS[variant])
+    module, attention, loss = training_module(recipe, "none" if variant.endswith("no rotary kernel") else None)
+    row: Row = {"attention": attention, "loss": loss}
+    if not recipe.lora:  # whose projections have other names and weights that are not trained
+        found = first_gradient(summed_loss(module, tokens[:, :CHECKED]), module.model)
+        row["error"] = float((found - wanted).norm() / wanted.norm())
+        if not row["error"] < NOISE * noise:
+            return row | {"skipped": "wrong"}
+        del found
+    optimizer = make_optimizer(recipe, module)
+
+    def step() -> None:
+        summed_loss(module, tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return row | time_model(step)
+
+
+def time_stock(name: str, tokens: Any) -> Row:
+    """Steps of transformers' own Trainer with bf16 and gradient checkpointing on, everything else as it comes."""
+    import tempfile
+
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    ends: list[float] = []
+
+    class Timer(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            torch.cuda.synchronize()
+            if not ends:
+                torch.cuda.reset_peak_memory_stats()
+            ends.append(time.perf_counter())
+
+    class Rows(torch.utils.data.Dataset):  # type: ignore[misc]
+        def __len__(self) -> int:
+            return _STEPS
+
+        def __getitem__(self, index: int) -> Row:
+            return {"input_ids": row, "labels": row}
+
+    row = tokens[0].cpu()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            folder, max_steps=_STEPS, per_device_train_batch_size=1, bf16=True, gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": False}, use_cpu=DEVICE == "cpu", save_strategy="no",
+            logging_strategy="no", report_to=[], disable_tqdm=True,
+        )  # fmt: skip
+        Trainer(stock_model(name), settings, train_dataset=Rows(), callbacks=[Timer()]).train()
+    low, median, high = quartiles([after - before for before, after in zip(ends, ends[1:], strict=False)])
+    timed = {"seconds": median, "seconds_quartiles": [low, high], "runs": len(ends) - 1, "timing": "steps, host clock"}
+    return timed | {"peak_bytes": torch.cuda.max_memory_allocated(), "attention": "sdpa", "loss": "whole"}
+
+
+def training_cases() -> list[tuple[str, int, str]]:
+    """(model, length, variant) in the order in which they are measured."""
+    others = [variant for variant in OURS if variant not in FIRST]
+    return [(name, length, variant) for variants in (FIRST, others)
+            for name in MODELS for length in TRAINED for variant in variants]  # fmt: skip
+
+
+def reference_gradient(name: str, tokens: Any) -> tuple[Any, float]:
+    """transformers' gradient in float32, and by how much bf16 products change it."""
+    import torch
+
+    model = stock_model(name)
+    wanted = first_gradient(model(tokens, labels=tokens).loss, model)
+    with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
+        rounded = first_gradient(model(tokens, labels=tokens).loss, model)
+    return wanted, float((rounded - wanted).norm() / wanted.norm())
+
+
+def measure_training(clock: Clock, done: Sequence[Row] = ()) -> Iterator[Row]:
+    """A row per model, length and variant: optimizer steps over one sequence, float32 weights, bf16 products.
+
+    What `done` has a measurement of, or has found not to fit, is left out; so a part that ran out of time goes on
+    where it was.
+    """
+    import torch
+
+    device = torch.device(DEVICE)
+    finished = {(row["model"], row["tokens"], row["variant"]) for row in done if row.get("skipped") != NO_TIME}
+    cases = [case for case in training_cases() if case not in finished]
+    rates: dict[tuple[str, str], float] = {}  # seconds per operation at the last length
+    for row in done:
+        if "seconds" in row:
+            rates[row["model"], row["variant"]] = row["seconds"] / row["flops"]
+    references: dict[str, tuple[Any, float]] = {}
+    measured_rate = matmul_rate() if cases else 0.0
+    for name, length, variant in cases:
+        row = {
+            "metric": "training step", "model": name, "tokens": length, "variant": variant,
+            "matmul_flops_per_second": measured_rate,
+        }  # fmt: skip
+        operations = training_flops(name, length, lora=variant == "ours, lora")
+        expected = 20 + (_STEPS + 1) * operations * rates.get((name, variant), rates.get((name, "ours"), 0.0))
+        if clock.left < expected:
+            yield row | {"skipped": NO_TIME}
+            continue
+        torch.manual_seed(0)
+        tokens = torch.randint(0, MODELS[name]["vocab_size"], (1, length), device=device)
+        try:
+            if variant == STOCK:
+                row |= time_stock(name, tokens)
+            else:
+                if name not in references:
+                    references[name] = reference_gradient(name, tokens[:, :CHECKED])
+                row |= {"noise": references[name][1]} | time_ours(name, variant, tokens, *references[name])
+        except torch.OutOfMemoryError:
+            row["skipped"] = "out of memory"
+        except ConfigError as error:  # what is not installed
+            row["skipped"] = str(error)
+        except RuntimeError as problem:
+            row["skipped"] = str(problem).splitlines()[0][:120]
+        finally:
+            free()
+        if "skipped" not in row:
+            row |= {"tokens_per_second": length / row["seconds"], "flops": operations}
+            row["mfu"] = operations / row["seconds"] / peak if (peak := peak_flops()) else None
+            rates[name, variant] = row["seconds"] / operations
+        yield row
+
+
+def training_flops(name: str, tokens: int, lora: bool = False) -> float:
+    """Of one step: forward, and as much again for each of the gradients of inputs and of weights that are trained."""
+    from transformers import LlamaConfig
+
+    forward = flops(LlamaConfig(**MODELS[name]), tokens)
+    forward += 2.0 * tokens * MODELS[name]["hidden_size"] * MODELS[name]["vocab_size"]
+    return forward * (2 if lora else 3)
 
 
 def matmul_rate(size: int = 8192) -> float:
@@ -782,12 +980,25 @@ def show(row: Row) -> str:
     words += [row["variant"]] if "variant" in row else [row["attention"], f"kernel {row['kernel']}"]
     if "skipped" in row:
         return f"{', '.join(words)}: {row['skipped']}"
-    if "variant" in row:
+    if "bytes_per_second" in row:
         speed = f"{row['bytes_per_second'] / 1e9:.0f} GB/s, {100 * row['share_of_copy']:.0f} % of a copy"
     else:
-        speed = f"{row['tokens_per_second']:.0f} tokens/s, peak {row['peak_bytes'] / 2**30:.1f} GiB"
+        used = "" if row["mfu"] is None else f", {100 * row['mfu']:.0f} % of the peak rate"
+        speed = f"{row['tokens_per_second']:.0f} tokens/s{used}, peak {row['peak_bytes'] / 2**30:.1f} GiB"
     error = f", error {row['error']:.1e}" if "error" in row else ""
     return f"{', '.join(words)}: {row['seconds'] * 1e6:.1f} us, {speed}{error}"
+
+
+def training_rows(path: Path, about: Row) -> list[Row]:
+    """The training rows of a file that this code has measured on this GPU."""
+    from scaled_rope.results import read_rows
+
+    same = ("commit", "device", "driver")
+    rows = read_rows(path) if path.exists() else []
+    return [
+        row for row in rows
+        if row["metric"] == "training step" and all(row.get(name) == about[name] for name in same)
+    ]  # fmt: skip
 
 
 def build_parser() -> Parser:
@@ -823,13 +1034,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = 0
     for part in PARTS if args.part == "all" else (args.part,):
         clock = Clock(60 * args.minutes)
-        backward = part == "rotary-backward"
         if part == "decode":
             rows = measure_decode(clock)
         elif part.startswith("rotary"):
-            rows = measure_rotary(backward, clock)
+            rows = measure_rotary(part == "rotary-backward", clock)
+        elif part == "prefill":
+            rows = measure_prefill(clock)
         else:
-            rows = measure_models(part == "train", clock)
+            rows = measure_training(clock, training_rows(args.output, about))
         for row in rows:
             wrong += row.get("skipped") == "wrong" and str(row.get("variant", "ours")).startswith("ours")
             print(show(row), flush=True)

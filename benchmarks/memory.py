@@ -17,17 +17,20 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from scaled_rope.data import PackedWriter
 from scaled_rope.errors import Parser, run_cli, unknown
 from scaled_rope.planning import Options, Planner
-from scaled_rope.recipes import Recipe, make_recipe
-from scaled_rope.results import append_row, provenance
+from scaled_rope.recipes import Recipe, make_recipe, read_recipe
+from scaled_rope.results import append_row, provenance, read_rows
 
 ROOT = Path(__file__).parent.parent
 _LLAMA: dict[str, Any] = {
@@ -57,53 +60,76 @@ CASES: dict[str, tuple[dict[str, Any], Options]] = {
 }
 
 
-def case_recipe(name: str, folder: Path) -> Recipe:
-    """The recipe of a case, writing to `folder`."""
+def case_fields(name: str) -> dict[str, Any]:
+    """What is particular to the recipe of a case."""
     fields, options = CASES[name]
+    return fields | {"gradient_checkpointing": options.gradient_checkpointing}
+
+
+def make(fields: dict[str, Any], folder: Path) -> Recipe:
+    """A recipe of two steps that reads from and writes to `folder`."""
     common = {
         "name": "memory", "output_dir": str(folder / "out"), "dataset": str(folder / "set"), "scaling": "yarn:4",
         "tokenizer": "models/tiny-llama-256", "global_batch_size": fields.get("batch_size", 1), "max_train_steps": 2,
-        "warmup_steps": 0, "precision": "fp32", "gradient_checkpointing": options.gradient_checkpointing,
+        "warmup_steps": 0, "precision": "fp32",
     }  # fmt: skip
-    return make_recipe(common | fields, name)
+    return make_recipe(common | fields, "benchmark")
 
 
-def measure(name: str) -> tuple[float, float]:
-    """Planned and measured bytes per rank of a case."""
-    _, options = CASES[name]
+def planned(name: str) -> float:
+    """Bytes per rank that `scaled-rope plan` expects of a case."""
+    return Planner(make(case_fields(name), Path("out")), on_gpu=False).memory(CASES[name][1]).total
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes that the fullest rank held at its peak, and how long the last step took: by the clock, and in seconds of
+    the processor over all ranks, which others on the machine change less."""
+
+    peak: float
+    seconds: float
+    processor_seconds: float
+
+
+def measure(fields: dict[str, Any], ranks: int = 1, engine: str = "plain") -> Measured:
+    """Train as `fields` of a recipe say, on random data; ranks are processes, engine is "plain", "zero2" or "zero3"."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        recipe = case_recipe(name, folder)
+        recipe = make(fields, folder)
         with PackedWriter(recipe.dataset, recipe.sequence_length, 4096) as writer:
             for row in np.random.default_rng(0).integers(0, 4096, (4, recipe.sequence_length)):
                 writer.append(row)
             writer.close({})
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
         shared = {
-            "WORLD_SIZE": str(options.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29717",
+            "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29717",
             "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
         }  # fmt: skip
-        if options.engine != "plain":
-            shared |= {"ACCELERATE_USE_DEEPSPEED": "true",
-                       "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"deepspeed/{options.engine}.json"}  # fmt: skip
-        places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(options.ranks)]
-        if options.ranks == 1:
+        if engine != "plain":
+            shared |= {
+                "ACCELERATE_USE_DEEPSPEED": "true",
+                "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"deepspeed/{engine}.json",
+            }
+        places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+        if ranks == 1:
             del shared["WORLD_SIZE"]
             places = [{}]
-        ranks = [
+        processes = [
             subprocess.Popen(
-                [sys.executable, __file__, "--child", name, "--folder", scratch],
+                [sys.executable, str(ROOT / "benchmarks" / "memory.py"), "--child", str(folder / "recipe.yaml")],
                 cwd=ROOT, env=os.environ | shared | place,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
             for place in places
         ]  # fmt: skip
-        finished = [process.communicate() for process in ranks]
-        for process, (_, error) in zip(ranks, finished, strict=True):
+        finished = [process.communicate() for process in processes]
+        for process, (_, error) in zip(processes, finished, strict=True):
             if process.returncode:
-                raise RuntimeError(f"case {name!r} failed: {error[-2000:]}")
-        measured = max(json.loads(out.splitlines()[-1])["measured"] for out, _ in finished)
-    return Planner(recipe, on_gpu=False).memory(options).total, measured
+                raise RuntimeError(f"{fields} failed: {error[-2000:]}")
+        found = [json.loads(out.splitlines()[-1]) for out, _ in finished]
+        seconds = float(read_rows(folder / "out" / "train_log.jsonl")[-1]["seconds"])
+        return Measured(max(one["peak"] for one in found), seconds, sum(one["processor_seconds"] for one in found))
 
 
 class Watch:
@@ -130,48 +156,57 @@ class Watch:
         self._thread.join()
 
 
-def _child(name: str, folder: Path) -> None:
+def _child(recipe: Recipe) -> None:
     """One rank: note what is resident when everything is imported, then train."""
     import accelerate  # noqa: F401
     import torch
     from transformers import AutoModelForCausalLM  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    from scaled_rope.training import Trainer
+    from scaled_rope.training import Loop, Trainer
 
+    step, used = Loop._step, 0.0
+
+    def timed(loop: Loop, number: int) -> Any:
+        nonlocal used
+        began = time.process_time()
+        row = step(loop, number)
+        used = time.process_time() - began
+        return row
+
+    Loop._step = timed  # type: ignore[method-assign]
     torch.nn.Linear(8, 8)(torch.zeros(1, 8)).sum().backward()
-    fields, options = CASES[name]
-    if options.engine != "plain":
+    if "ACCELERATE_USE_DEEPSPEED" in os.environ:
         import deepspeed  # noqa: F401
-    if fields.get("lora"):
+    if recipe.lora:
         import peft  # noqa: F401
     before = Watch.now()
     with Watch() as watch:
-        Trainer(case_recipe(name, folder)).run()
-    print(json.dumps({"measured": watch.peak - before}))
+        Trainer(recipe).run()
+    print(json.dumps({"peak": watch.peak - before, "processor_seconds": used}))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("benchmarks/memory.py", __doc__)
     parser.add_argument("cases", nargs="*", help="default: all")
     parser.add_argument("--output", type=Path, help="append rows to this file")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--child", metavar="RECIPE", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
-        _child(args.child, args.folder)
+        _child(read_recipe(args.child))
         return 0
     facts = provenance("cpu", 0, {"cases": args.cases})  # of the code as it is now
     for name in args.cases or CASES:
         if name not in CASES:
             raise unknown("case", name, CASES)
-        planned, measured = measure(name)
-        print(f"{name:<36} planned {planned / 1e9:6.2f} GB, measured {measured / 1e9:6.2f} GB,"
-              f" {planned / measured - 1:+.1%}", flush=True)  # fmt: skip
+        fields, options = CASES[name]
+        expected = planned(name)
+        measured = measure(case_fields(name), options.ranks, options.engine).peak
+        print(f"{name:<36} planned {expected / 1e9:6.2f} GB, measured {measured / 1e9:6.2f} GB,"
+              f" {expected / measured - 1:+.1%}", flush=True)  # fmt: skip
         if args.output:
-            fields, options = CASES[name]
             row = {"metric": "peak_memory", "case": name, "recipe": fields, "options": str(options),
-                   "planned_gb": round(planned / 1e9, 3), "measured_gb": round(measured / 1e9, 3)}  # fmt: skip
+                   "planned_gb": round(expected / 1e9, 3), "measured_gb": round(measured / 1e9, 3)}  # fmt: skip
             append_row(args.output, row | facts)
     return 0
 

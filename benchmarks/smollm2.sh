@@ -51,9 +51,11 @@ case $what in
     attention)
         far=(--scaling rerope,window=4096 --scaling self-extend,group=8,window=2048 --scaling dual-chunk,chunk=6144)
         python eval/perplexity.py "${shared[@]}" "${far[@]}" --scaling leaky-rerope,window=4096,k=8 --scaling default \
-            --scaling dynamic-yarn "$@" --dataset standin:books --samples 1 --lengths 1024,2048,4096,8192,12288,16384
+            --scaling dynamic-yarn --scaling dynamic-linear "$@" --dataset standin:books --samples 1 --lengths 1024,2048,4096,8192,12288,16384
         python eval/perplexity.py "${shared[@]}" "${far[@]}" "$@" --dataset standin:books --samples 1 \
             --lengths 1024,2048,4096,8192,16384,24576,32768
+        python eval/passkey.py "${shared[@]}" "${far[@]}" --scaling yarn:2 "$@" \
+            --lengths 12288 --iterations 3 --shared-prefill
         ;;
     *)
         echo "error: $what is not allowed; quick (the default), full or attention" >&2

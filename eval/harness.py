@@ -16,16 +16,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from scaled_rope.errors import ConfigError, Parser, run_cli
-from scaled_rope.evaluation import Meter, command_line, format_table, given_arguments
-from scaled_rope.harness import NO_LIMIT, PAPER, Catalogue, job_cells, model_class, model_of_job
-from scaled_rope.loading import ModelLoader, add_model_arguments, model_jobs
+from scaled_rope.errors import ConfigError, Parser, refuse_early, run_cli
+from scaled_rope.flags import add_model_arguments, check_model_arguments
 from scaled_rope.results import Row, append_row, finished_keys, provenance, read_rows, row_key
 
 
@@ -41,9 +38,21 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-length", type=int, metavar="N", help="cut prompts to N tokens (default: the model's context)")
     add("--batch-size", type=int, metavar="N", help="sequences per forward pass (default: about 16k tokens' worth)")
     add("--include-path", action="append", default=[], metavar="DIR", help="more task files; repeatable")
+    add("--save-requests", metavar="DIR", help="write the questions as token ids into DIR, and exit")
+    add("--requests", metavar="DIR", help="ask the questions of DIR; needs no lm-eval")
     add("--output", default="out/eval/rows.jsonl", metavar="FILE", help="rows are appended here (default %(default)s)")
     add("--hide-progress", action="store_true")
     return parser
+
+
+if __name__ == "__main__":
+    refuse_early(lambda: check_model_arguments(build_parser().parse_args()))
+
+# What takes seconds to import stands below the flags.
+from scaled_rope.evaluation import Meter, command_line, format_table, given_arguments
+from scaled_rope.harness import NO_LIMIT, PAPER, Catalogue, Unit, job_cells, model_class, model_of_job
+from scaled_rope.loading import ModelJob, ModelLoader, model_jobs
+from scaled_rope.requests import SavedUnit, Scorer, read_requests, save_requests
 
 
 def check_arguments(args: argparse.Namespace) -> tuple[list[str], list[int] | None]:
@@ -52,6 +61,10 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[str], list[int] | No
         value = getattr(args, name)
         if value is not None and value < least:
             raise ConfigError(f"{name}={value}: must be at least {least}")
+    if args.requests is not None:
+        for name in ("save_requests", "lengths", "limit", "num_fewshot"):
+            if getattr(args, name) is not None:
+                raise ConfigError(f"{name}={getattr(args, name)!r}: is not for --requests, whose questions are fixed")
     names: list[str] = []
     for name in filter(None, (part.strip() for part in args.tasks.split(","))):
         names += PAPER if name == "paper" else [name]
@@ -84,19 +97,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     names, lengths = check_arguments(args)
     jobs = model_jobs(args)
-    model_class()  # refuses at once when lm-eval is not there
-    catalogue = Catalogue(args.offline, lengths, args.limit, args.include_path)
-    catalogue.check(names)
+    if args.requests is None:
+        model_class()  # refuses at once when lm-eval is not there
+        catalogue = Catalogue(args.offline, lengths, args.limit, args.include_path)
+        catalogue.check(names)
     load = ModelLoader(args)
+    if args.save_requests is not None:
+        return save(catalogue, names, jobs, load, args)
     record: dict[str, Any] = {
         "command": command_line(parser, argv),
         **provenance(load.device, None, given_arguments(args)),
     }
-    record["versions"]["lm-eval"] = _version()
     finished = finished_keys(args.output)
     wanted: list[tuple[str, Row]] = []
     for job in jobs:
-        for unit in catalogue.units(names, job.model, args.num_fewshot):
+        units: Sequence[Unit | SavedUnit]
+        if args.requests is None:
+            units = catalogue.units(names, job.model, args.num_fewshot)
+        else:
+            units = read_requests(args.requests, names)
+        for unit in units:
             cells = job_cells(unit, job, args.max_length)
             wanted += [(job.name, cell) for cell in cells.values()]
             if all(row_key(cell) in finished for cell in cells.values()):
@@ -104,17 +124,36 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not args.hide_progress:
                 print(f"{job.name}: {unit.name}", file=sys.stderr)
             limit = next(iter(cells.values()))["protocol"]["max_length"] or NO_LIMIT
-            lm = model_of_job(load(job), job, limit, args.batch_size, args.hide_progress)
+            if isinstance(unit, SavedUnit):
+                unit.check_tokenizer(job.model)
+                scorer: Any = Scorer(load(job), job.scaling, limit, args.batch_size, args.hide_progress)
+            else:
+                scorer = model_of_job(load(job), job, limit, args.batch_size, args.hide_progress)
             with Meter(load.device) as meter, _silence() if args.hide_progress else contextlib.nullcontext():
-                rows = unit.measure(lm)
+                rows = unit.measure(scorer)
             cost = {"seconds": round(meter.seconds, 1), "peak_memory": meter.peak_memory}
+            source = record | {"versions": record["versions"] | {"lm-eval": unit.version}}
             for length, cell in cells.items():
                 if (key := row_key(cell)) not in finished:
                     finished.add(key)
-                    append_row(args.output, {**cell, **rows[length], **cost, "provenance": record})
+                    append_row(args.output, {**cell, **rows[length], **cost, "provenance": source})
     known = {row_key(row): row for row in read_rows(args.output)}
     lines = [[name, *describe(known[row_key(cell)])] for name, cell in wanted]
     print(f"\n{format_table(['', 'task', 'result', 'n', ''], lines)}\n\nrows: {args.output}")
+    return 0
+
+
+def save(
+    catalogue: Catalogue, names: Sequence[str], jobs: Sequence[ModelJob], load: ModelLoader, args: argparse.Namespace
+) -> int:
+    """Write the questions of all tasks, tokenized for the one model there is."""
+    if len(jobs) != 1:
+        raise ConfigError(f"save-requests={args.save_requests!r}: takes one model, for its tokenizer, not {len(jobs)}")
+    (job,) = jobs
+    for unit in catalogue.units(names, job.model, args.num_fewshot):
+        with _silence():
+            path = save_requests(unit, model_of_job(load(job), job, NO_LIMIT, None), args.save_requests)
+        print(f"{path}: {unit.data['documents']} questions")
     return 0
 
 
@@ -123,13 +162,6 @@ def _silence() -> Iterator[None]:
     """Without what is written to stderr: lm-eval's bars, which have no switch."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         yield
-
-
-def _version() -> str | None:
-    try:
-        return importlib.metadata.version("lm-eval")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

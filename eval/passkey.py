@@ -31,36 +31,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from scaled_rope.config import RopeScaling
-from scaled_rope.errors import ConfigError, Parser, run_cli
-from scaled_rope.evaluation import (
-    Failure,
+from scaled_rope.errors import ConfigError, Parser, refuse_early, run_cli
+from scaled_rope.flags import (
     add_evaluation_arguments,
-    batch_size,
-    command_line,
-    context_lengths,
-    given_arguments,
-    print_summary,
-    report_failures,
-    run,
-)
-from scaled_rope.heatmap import Panel, save_heatmap
-from scaled_rope.loading import (
-    ModelJob,
     add_model_arguments,
-    apply_scaling,
-    at_length,
-    load_tokenizer,
-    model_jobs,
-    resolve_device,
+    batch_size,
+    check_model_arguments,
+    context_lengths,
 )
-from scaled_rope.loss import hidden_states, project, shared_hidden_states
 from scaled_rope.passkey import PasskeyPrompt, build_prompt, draw_key
-from scaled_rope.plots import check_format
 from scaled_rope.results import Row, provenance
-from scaled_rope.retrieval import context_rows, context_table, record_contexts, tally
 
 DEPTHS = ("grid", "random")
 
@@ -78,6 +59,32 @@ def build_parser() -> argparse.ArgumentParser:
     add("--heatmap", metavar="FILE", help="also draw what was found by length and depth (.svg or .png)")
     add_evaluation_arguments(parser)
     return parser
+
+
+def check_arguments(args: argparse.Namespace) -> list[int]:
+    """The context lengths that the flags ask for; refuses what cannot be done."""
+    check_model_arguments(args)
+    if args.iterations < 1:
+        raise ConfigError(f"--iterations {args.iterations} is not allowed; at least 1")
+    if args.fixed_length is not None:
+        if args.lengths is not None:
+            raise ConfigError("give either --fixed-length or --lengths")
+        args.lengths = str(args.fixed_length)
+    return context_lengths(args)
+
+
+if __name__ == "__main__":
+    refuse_early(lambda: check_arguments(build_parser().parse_args()))
+
+# What takes seconds to import stands below the flags.
+import torch
+
+from scaled_rope.evaluation import Failure, command_line, given_arguments, print_summary, report_failures, run
+from scaled_rope.heatmap import Panel, save_heatmap
+from scaled_rope.loading import ModelJob, apply_scaling, at_length, load_tokenizer, model_jobs, resolve_device
+from scaled_rope.loss import hidden_states, project, shared_hidden_states
+from scaled_rope.plots import check_format
+from scaled_rope.retrieval import context_rows, context_table, record_contexts, tally
 
 
 def make_prompts(tokenizer: Any, length: int, iterations: int, depths: str, seed: int) -> list[PasskeyPrompt]:
@@ -118,17 +125,21 @@ def score(
             yield _answered(model, hidden, batch[:, ends_at:])
 
 
-def score_shared(model: Any, prompts: Sequence[PasskeyPrompt]) -> Iterator[tuple[int, bool]]:
+def score_shared(model: Any, prompts: Sequence[PasskeyPrompt], scaling: RopeScaling) -> Iterator[tuple[int, bool]]:
     """The same as (index of a prompt, outcome), the deeper keys last, with one prefill of what prompts share.
 
-    model: computes with a scaling that does not depend on the length.
+    Under dynamic scaling, of those that end at the same place: they have one scale, at which the shared part is read.
     """
-    order = sorted(range(len(prompts)), key=lambda index: prompts[index].depth)
-    sequences = [torch.tensor([*prompts[i].input_ids, *prompts[i].answer_ids], device=model.device) for i in order]
-    starts = [len(prompts[index].input_ids) - 1 for index in order]
-    states = shared_hidden_states(model, [ids[:-1] for ids in sequences], starts)
-    for index, ids, start, hidden in zip(order, sequences, starts, states, strict=True):
-        yield index, _answered(model, hidden, ids[None, start + 1 :])[0]
+    places: dict[int, list[int]] = {}
+    for index in sorted(range(len(prompts)), key=lambda index: prompts[index].depth):
+        places.setdefault(len(prompts[index].input_ids) if scaling.is_length_dependent else 0, []).append(index)
+    for ends_at, order in places.items():
+        apply_scaling(model, at_length(scaling, ends_at))
+        sequences = [torch.tensor([*prompts[i].input_ids, *prompts[i].answer_ids], device=model.device) for i in order]
+        starts = [len(prompts[index].input_ids) - 1 for index in order]
+        states = shared_hidden_states(model, [ids[:-1] for ids in sequences], starts)
+        for index, ids, start, hidden in zip(order, sequences, starts, states, strict=True):
+            yield index, _answered(model, hidden, ids[None, start + 1 :])[0]
 
 
 def _answered(model: Any, hidden: torch.Tensor, answers: torch.Tensor) -> list[bool]:
@@ -143,16 +154,9 @@ class Passkey:
     value = "accuracy"
 
     def __init__(self, args: argparse.Namespace) -> None:
-        if args.iterations < 1:
-            raise ConfigError(f"iterations {args.iterations} is not allowed; at least 1")
+        self.args, self.lengths = args, check_arguments(args)
         if args.heatmap is not None:
             check_format(Path(args.heatmap))
-        self.args = args
-        if args.fixed_length is not None:
-            if args.lengths is not None:
-                raise ConfigError("give either --fixed-length or --lengths")
-            args.lengths = str(args.fixed_length)
-        self.lengths = context_lengths(args)
         self._prompts = functools.cache(self._prompts_of)
 
     def _prompts_of(self, model: str) -> dict[int, list[PasskeyPrompt]]:
@@ -162,10 +166,6 @@ class Passkey:
         }
 
     def cells(self, job: ModelJob) -> dict[int, Row]:
-        if self.args.shared_prefill and job.scaling.is_length_dependent:
-            raise ConfigError(
-                f"shared-prefill is not for {job.label}: its keys cannot be cached, they change with length"
-            )
         cells = {}
         for length, prompts in self._prompts(job.model).items():
             ids = json.dumps([prompt.input_ids + prompt.answer_ids for prompt in prompts])
@@ -195,7 +195,7 @@ class Passkey:
         outcomes: list[bool] = []
         if self.args.shared_prefill:
             found = {}
-            for index, outcome in score_shared(model, prompts):
+            for index, outcome in score_shared(model, prompts, job.scaling):
                 found[index] = outcome
                 advance(length)
             outcomes = [found[index] for index in range(len(prompts))]

@@ -11,7 +11,9 @@ they begin again at the start. Keys, depths and questions follow from the seed.
 An answer is right when the first integer that greedy decoding gives within 10 tokens is the key. With
 `--restrict-tokens true` only digits, blanks and the end may be decoded, so that a model can't begin with other words.
 Decoding ends as soon as the answer can't change any more between right and wrong; it needs no cache, see
-scaled_rope/generation.py. Scalings that depend on the length are given a scale of their own at each step.
+scaled_rope/generation.py. Scalings that depend on the length are given a scale of their own at each step, and are
+decoded through the model's cache, as generation is; with `--uncached` each of their tokens is that of a full pass
+over the text, which takes no memory for keys and about as many passes as the answer has tokens.
 """
 
 from __future__ import annotations
@@ -29,38 +31,16 @@ from typing import Any
 import numpy as np
 
 from scaled_rope.data import IntArray, read_documents
-from scaled_rope.errors import ConfigError, Parser, run_cli
-from scaled_rope.evaluation import (
-    Failure,
+from scaled_rope.errors import ConfigError, Parser, refuse_early, run_cli
+from scaled_rope.flags import (
     add_evaluation_arguments,
-    batch_size,
-    command_line,
-    context_lengths,
-    given_arguments,
-    print_summary,
-    report_failures,
-    run,
-)
-from scaled_rope.generation import Answer, decode_numbers, end_tokens, number_tokens
-from scaled_rope.heatmap import Panel, save_heatmap
-from scaled_rope.loading import (
-    ModelJob,
     add_model_arguments,
-    load_config,
-    load_tokenizer,
-    model_jobs,
-    resolve_device,
+    batch_size,
+    check_model_arguments,
+    context_lengths,
 )
 from scaled_rope.passkey import HardPrompt, build_hard_prompt, draw_keys, encode
-from scaled_rope.plots import check_format
 from scaled_rope.results import Row, provenance, write_atomic
-from scaled_rope.retrieval import (
-    context_rows,
-    context_table,
-    format_share,
-    record_contexts,
-    tally,
-)
 
 FIXED_LENGTH = 8192
 MAX_NEW_TOKENS = 10
@@ -75,7 +55,7 @@ def true_or_false(text: str) -> bool:
     """A yes or no from the command line."""
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if text.lower() not in words:
-        raise ValueError(text)
+        raise ConfigError(f"{text!r} is not allowed; true or false")
     return words[text.lower()]
 
 
@@ -94,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     choice: dict[str, Any] = {"type": true_or_false, "nargs": "?", "metavar": "true|false"}
     words = "decode digits, blanks and the end only (default true)"
     add("--restrict-tokens", **choice, default=True, const=True, help=words)
+    add("--uncached", action="store_true", help="no cache under scalings that depend on the length, see above")
     add("--fixed-length", type=int, metavar="N", help=f"= --lengths N (default {FIXED_LENGTH}, if none of the next)")
     add("--heatmap", metavar="FILE", help="also draw what was found by length and depth (.svg or .png)")
     add_evaluation_arguments(parser)
@@ -113,6 +94,28 @@ def lengths_of(args: argparse.Namespace) -> list[int]:
     if args.fixed_length is not None or (args.lengths is None and args.tokens_step is None and unsaid):
         args.lengths = str(FIXED_LENGTH if args.fixed_length is None else args.fixed_length)
     return context_lengths(args)
+
+
+def check_arguments(args: argparse.Namespace) -> list[int]:
+    """The context lengths that the flags ask for; refuses what cannot be done."""
+    check_model_arguments(args)
+    for name in ("iterations", "num_keys"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
+    return lengths_of(args)
+
+
+if __name__ == "__main__":
+    refuse_early(lambda: check_arguments(build_parser().parse_args()))
+
+# What takes seconds to import stands below the flags.
+from scaled_rope.evaluation import Failure, command_line, given_arguments, print_summary, report_failures, run
+from scaled_rope.generation import Answer, decode_numbers, end_tokens, number_tokens
+from scaled_rope.heatmap import Panel, save_heatmap
+from scaled_rope.loading import ModelJob, load_config, load_tokenizer, model_jobs, resolve_device
+from scaled_rope.patch import cache_obstacle
+from scaled_rope.plots import check_format
+from scaled_rope.retrieval import context_rows, context_table, format_share, record_contexts, tally
 
 
 def read_tokens(args: argparse.Namespace, tokenizer: Any, wanted: int) -> IntArray:
@@ -159,13 +162,9 @@ class HardPasskey:
     value = "accuracy"
 
     def __init__(self, args: argparse.Namespace) -> None:
-        for name in ("iterations", "num_keys"):
-            if getattr(args, name) < 1:
-                raise ConfigError(f"{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
+        self.args, self.lengths = args, check_arguments(args)
         if args.heatmap is not None:
             check_format(Path(args.heatmap))
-        self.args = args
-        self.lengths = lengths_of(args)
         self._tokenizer = functools.cache(load_tokenizer)
         self._prompts = functools.cache(self._prompts_of)
 
@@ -195,9 +194,13 @@ class HardPasskey:
                     "restrict_tokens": self.args.restrict_tokens,
                     "max_new_tokens": MAX_NEW_TOKENS,
                     "seed": self.args.seed,
+                    **({"cached": True} if self._cached(job) else {}),
                 },
             }
         return cells
+
+    def _cached(self, job: ModelJob) -> bool:
+        return job.scaling.is_length_dependent and not self.args.uncached
 
     def passes(self, job: ModelJob, lengths: Sequence[int]) -> dict[int, list[int]]:
         return {length: [length] for length in lengths}
@@ -209,6 +212,8 @@ class HardPasskey:
         self, model: Any, job: ModelJob, length: int, yields: Sequence[int], advance: Callable[[int], object]
     ) -> Iterator[tuple[int, Row]]:
         prompts, tokenizer = self._prompts(job.model)[length], self._tokenizer(job.model)
+        if self._cached(job) and (obstacle := cache_obstacle(model)):
+            raise ConfigError(f"{job.label} can read no cache in this model, {obstacle}; use --uncached")
         vocabulary = model.get_output_embeddings().weight.shape[0]
         end = end_tokens(model, tokenizer)
         answers: dict[int, Answer] = {}
@@ -220,6 +225,7 @@ class HardPasskey:
             rows_per_pass=batch_size(self.args, length),
             max_new_tokens=MAX_NEW_TOKENS,
             allowed=number_tokens(tokenizer, vocabulary, end) if self.args.restrict_tokens else None,
+            cached=self._cached(job),
         ):
             answers[index] = answer
             advance(length)

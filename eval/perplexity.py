@@ -34,36 +34,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from scaled_rope.corpora import STANDIN, hub_documents, hub_table
 from scaled_rope.data import ColumnDataset, TokenRows, open_rows, read_documents
-from scaled_rope.errors import ConfigError, Parser, run_cli
-from scaled_rope.evaluation import (
-    Failure,
-    Meter,
-    Parts,
+from scaled_rope.errors import ConfigError, Parser, refuse_early, run_cli
+from scaled_rope.flags import (
     add_evaluation_arguments,
-    batch_size,
-    command_line,
-    context_lengths,
-    format_perplexity,
-    is_out_of_memory,
-    print_summary,
-    release_memory,
-    report_failures,
-    run_all,
-)
-from scaled_rope.loading import (
-    ModelJob,
     add_model_arguments,
-    at_length,
-    display_name,
-    load_config,
-    load_tokenizer,
-    model_jobs,
+    batch_size,
+    check_model_arguments,
+    context_lengths,
 )
-from scaled_rope.loss import IGNORE, token_nll
 from scaled_rope.passkey import encode
 from scaled_rope.results import Row, row_key
 from scaled_rope.windows import (
@@ -130,22 +111,53 @@ class Source:
 
 def check_arguments(args: argparse.Namespace) -> tuple[list[Source], int | None]:
     """The data sets, and the stride of the sliding protocol or None; refuses what cannot be done."""
+    check_model_arguments(args)
+    lengths = context_lengths(args)
     if bool(args.dataset) == bool(args.tokenized):
         raise ConfigError("give either --dataset or --tokenized")
     for name in ("samples", "windows", "dataset_min_tokens", "stride", "sliding_window", "prefill_chunk"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ConfigError(f"{name} {getattr(args, name)} is not allowed; at least 1")
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
+    if args.save_nll is not None and Path(args.save_nll).is_file():
+        raise ConfigError(f"--save-nll {args.save_nll} is a file; name a folder")
     sources = [Source(name, bool(args.tokenized)) for name in dict.fromkeys(args.dataset or args.tokenized)]
     implied = "truncate" if args.sliding_window is None else "sliding"
     if args.truncate or (args.protocol or implied) == "truncate":
         if args.stride is not None:
-            raise ConfigError(f"stride {args.stride} is for --protocol sliding")
+            raise ConfigError(f"--stride {args.stride} is for --protocol sliding")
         return sources, None
     if args.windows is not None:
-        raise ConfigError(f"windows {args.windows} is for --protocol truncate; sliding windows cover whole documents")
+        raise ConfigError(f"--windows {args.windows} is for --protocol truncate; sliding windows cover whole documents")
     if None not in (args.stride, args.sliding_window) and args.stride != args.sliding_window:
-        raise ConfigError(f"sliding-window {args.sliding_window} is a stride, and --stride says {args.stride}")
-    return sources, args.stride or args.sliding_window or 256
+        raise ConfigError(f"--sliding-window {args.sliding_window} is a stride, and --stride says {args.stride}")
+    stride = args.stride or args.sliding_window or 256
+    if stride > lengths[0]:
+        flag = "sliding-window" if args.stride is None and args.sliding_window is not None else "stride"
+        said = f"--{flag} {stride}" + ("" if args.stride or args.sliding_window else ", the default,")
+        raise ConfigError(f"{said} is not allowed; at most {lengths[0]}, the shortest window in tokens")
+    return sources, stride
+
+
+if __name__ == "__main__":
+    refuse_early(lambda: check_arguments(build_parser().parse_args()))
+
+# What takes seconds to import stands below the flags.
+import torch
+
+from scaled_rope.evaluation import (
+    Failure,
+    Meter,
+    Parts,
+    command_line,
+    format_perplexity,
+    is_out_of_memory,
+    print_summary,
+    release_memory,
+    report_failures,
+    run_all,
+)
+from scaled_rope.loading import ModelJob, at_length, display_name, load_config, load_tokenizer, model_jobs
+from scaled_rope.loss import IGNORE, token_nll
 
 
 def is_length_dependent(job: ModelJob) -> bool:
@@ -265,9 +277,12 @@ class Perplexity:
         tokenizer = load_tokenizer(model)
         source = documents(args, self.source, tokenizer)
         fill = longest if self.stride is None else None
-        texts = select(
-            source, tokenizer.bos_token_id, fill, args.windows or 1, args.dataset_min_tokens or 0, args.samples
-        )
+        enough = (args.windows or 1, args.dataset_min_tokens or 0, args.samples)
+        try:
+            texts = select(source, tokenizer.bos_token_id, fill, *enough)
+        except ConfigError as error:  # about the file that was being read, or about all of them
+            named = self.source.name in str(error)
+            raise error if named else ConfigError(f"dataset {self.source.name!r}: {error}") from None
         vocabulary = load_config(model).get_text_config().vocab_size
         largest = max(texts.bos or 0, *(int(document.tokens.max()) for document in texts.documents))
         if largest >= vocabulary:

@@ -18,15 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import GenerationConfig, TextStreamer
-from transformers.utils import logging as transformers_logging
-
-from scaled_rope.errors import ConfigError, Parser, run_cli
-from scaled_rope.generation import end_tokens
-from scaled_rope.loading import ModelJob, ModelLoader, add_model_arguments, load_tokenizer, model_jobs
+from scaled_rope.errors import ConfigError, Parser, refuse_early, run_cli
+from scaled_rope.flags import add_model_arguments, check_model_arguments
 from scaled_rope.passkey import encode
-from scaled_rope.patch import cache_obstacle
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,9 +39,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot be done before a model is read."""
+    check_model_arguments(args)
     if args.penalty_alpha is not None and args.penalty_alpha != 0:
         raise ConfigError(
-            f"penalty-alpha {args.penalty_alpha:g} is not available: transformers gave up contrastive search and "
+            f"--penalty-alpha {args.penalty_alpha:g} is not available: transformers gave up contrastive search and "
             "fetches it as code from the hub; use --repetition-penalty or --temperature"
         )
     for name, fits, allowed in (
@@ -58,7 +53,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     ):
         value = getattr(args, name)
         if value is not None and not fits(value):
-            raise ConfigError(f"{name.replace('_', '-')} {value} is not allowed; {allowed}")
+            raise ConfigError(f"--{name.replace('_', '-')} {value} is not allowed; {allowed}")
     if args.input_file is not None:
         read_file(args.input_file)
 
@@ -72,9 +67,22 @@ def read_file(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"input-file {path!r} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"--input-file {path!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"input-file {path!r} is not UTF-8 text (byte {error.start})") from error
+        raise ConfigError(f"--input-file {path!r} is not UTF-8 text (byte {error.start})") from error
+
+
+if __name__ == "__main__":
+    refuse_early(lambda: check_arguments(build_parser().parse_args()))
+
+# What takes seconds to import stands below the flags.
+import torch
+from transformers import GenerationConfig, TextStreamer
+from transformers.utils import logging as transformers_logging
+
+from scaled_rope.generation import end_tokens
+from scaled_rope.loading import ModelJob, ModelLoader, load_tokenizer, model_jobs
+from scaled_rope.patch import cache_obstacle
 
 
 def generation_config(args: argparse.Namespace, model: Any, tokenizer: Any, cached: bool) -> GenerationConfig:

@@ -27,12 +27,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from scaled_rope.choice import LETTERS, ChoicePrompt, build_choice_prompt, read_questions, score_letters
-from scaled_rope.errors import ConfigError, Parser, run_cli
-from scaled_rope.evaluation import Failure, command_line, print_summary, report_failures, run
-from scaled_rope.loading import ModelJob, add_model_arguments, apply_scaling, at_length, load_tokenizer, model_jobs
+from scaled_rope.errors import ConfigError, Parser, refuse_early, run_cli
+from scaled_rope.flags import add_model_arguments, check_model_arguments
 from scaled_rope.results import Row, write_atomic
-from scaled_rope.retrieval import format_share, tally
 
 TOO_LONG = ("cut", "drop")
 
@@ -56,15 +53,31 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what cannot be done."""
+    check_model_arguments(args)
+    for name in ("limit", "max_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
+
+
+if __name__ == "__main__":
+    refuse_early(lambda: check_arguments(build_parser().parse_args()))
+
+# What takes seconds to import stands below the flags.
+from scaled_rope.choice import LETTERS, ChoicePrompt, build_choice_prompt, read_questions, score_letters
+from scaled_rope.evaluation import Failure, command_line, print_summary, report_failures, run
+from scaled_rope.loading import ModelJob, apply_scaling, at_length, load_tokenizer, model_jobs
+from scaled_rope.retrieval import format_share, tally
+
+
 class Quality:
     """The evaluator; see the module's docstring for what it measures."""
 
     value = "accuracy"
 
     def __init__(self, args: argparse.Namespace) -> None:
-        for name in ("limit", "max_tokens"):
-            if getattr(args, name) is not None and getattr(args, name) < 1:
-                raise ConfigError(f"{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
+        check_arguments(args)
         self.args = args
         self._prompts = functools.cache(self._prompts_of)
 

@@ -24,13 +24,35 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scaled_rope.errors import ConfigError, Parser, refuse_early, run_cli
+from scaled_rope.results import portable_model, read_rows, write_atomic
+
+
+def build_parser() -> Parser:
+    parser = Parser("eval/report.py", __doc__ or "")
+    add = parser.add_argument
+    add("rows", nargs="*", metavar="ROWS", help="row files of the evaluators; none: the published tables alone")
+    add("--output", metavar="FOLDER", help="report.html, report.csv and the figures go here (default: terminal only)")
+    add("--title", default="Context extension, measured", help="heading of the page (default %(default)r)")
+    add("--paper", action="store_true", help="all tables and figures of the paper, measured or not")
+    add("--table", action="append", metavar="N", help="a table of the paper: 1 to 6, or figure5; repeatable")
+    add("--published", metavar="FOLDER", help="a copy of the released CSV files, for their full curves")
+    add("--verdict", choices=("demo",), help="decide a claim; exit code 1 when it doesn't hold")
+    add("--base", metavar="MODEL", help="the model without fine-tuning (default: the one with unscaled rows)")
+    add("--finetuned", metavar="MODEL", help="the fine-tuned model (default: the one that carries a scaling)")
+    add("--train-log", metavar="FILE", help="losses: JSON lines with step and loss, or comma-separated")
+    return parser
+
+
+if __name__ == "__main__":
+    refuse_early(build_parser().parse_args)
+
+# What takes seconds to import stands below the flags.
 from scaled_rope import paper
-from scaled_rope.errors import ConfigError, Parser, run_cli
 from scaled_rope.figures import figure_of, loss_figure, paper_figure, wavelength_figure
 from scaled_rope.loading import display_name
 from scaled_rope.page import Part, build_page, figure_html, paper_table_html, provenance_html, table_html
 from scaled_rope.paper import PaperFigure, PaperTable
-from scaled_rope.results import read_rows, write_atomic
 from scaled_rope.series import (
     Results,
     Section,
@@ -76,8 +98,9 @@ def demo_verdict(results: Results, base: str | None = None, finetuned: str | Non
         finetuned: the model that carries its scaling; default: the only one that does.
 
     Raises:
-        ConfigError: a row that the claim needs is missing.
+        ConfigError: a row that the claim needs is missing, or buckets that are compared begin at different positions.
     """
+    base, finetuned = (None if name is None else portable_model(name) for name in (base, finetuned))
     sections = [one for one in results.of("perplexity") if one.topic.setting("name") != "sliding"]
     if not sections:
         raise ConfigError("verdict: there are no perplexities")
@@ -102,6 +125,10 @@ def demo_verdict(results: Results, base: str | None = None, finetuned: str | Non
     beyond = [length for length in section.lengths(tuned) if length > (trained or 0)]
     if not beyond:
         raise ConfigError(f"verdict: {tuned.name} has no perplexity beyond {trained} tokens; evaluate it there")
+    for length in beyond:
+        spans = {_span(section, one, length) for one in (tuned, *rivals)}
+        if len(spans) > 1:
+            raise ConfigError(f"verdict: buckets {' and '.join(sorted(spans))} differ; evaluate all with one --lengths")
     margins = [(_bucket(section, rival, n) / _bucket(section, tuned, n), rival, n) for n in beyond for rival in rivals]
     worst, rival, length = min(margins, key=lambda margin: margin[0])
     line += (
@@ -213,22 +240,6 @@ def file_names(sections: Sequence[Section]) -> list[str]:
     return names
 
 
-def build_parser() -> Parser:
-    parser = Parser("eval/report.py", __doc__ or "")
-    add = parser.add_argument
-    add("rows", nargs="*", metavar="ROWS", help="row files of the evaluators; none: the published tables alone")
-    add("--output", metavar="FOLDER", help="report.html, report.csv and the figures go here (default: terminal only)")
-    add("--title", default="Context extension, measured", help="heading of the page (default %(default)r)")
-    add("--paper", action="store_true", help="all tables and figures of the paper, measured or not")
-    add("--table", action="append", metavar="N", help="a table of the paper: 1 to 6, or figure5; repeatable")
-    add("--published", metavar="FOLDER", help="a copy of the released CSV files, for their full curves")
-    add("--verdict", choices=("demo",), help="decide a claim; exit code 1 when it doesn't hold")
-    add("--base", metavar="MODEL", help="the model without fine-tuning (default: the one with unscaled rows)")
-    add("--finetuned", metavar="MODEL", help="the fine-tuned model (default: the one that carries a scaling)")
-    add("--train-log", metavar="FILE", help="losses: JSON lines with step and loss, or comma-separated")
-    return parser
-
-
 def read_report(args: argparse.Namespace) -> Report:
     """Everything that the arguments name."""
     results = load_results(args.rows, args.finetuned) if args.rows else None
@@ -244,6 +255,8 @@ def read_report(args: argparse.Namespace) -> Report:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if args.output and Path(args.output).is_file():
+        raise ConfigError(f"--output {args.output} is a file; name a folder")
     report = read_report(args)
     results = report.results
     verdict = demo_verdict(results, args.base, args.finetuned) if args.verdict and results else None

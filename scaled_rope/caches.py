@@ -133,6 +133,19 @@ def require_note(cache: Any, note: Note | None, why: str = "") -> None:
         )
 
 
+def check_device(cache: Any, device: torch.device) -> None:
+    """Refuse a cache that cannot work where the model is.
+
+    Raises:
+        ConfigError: it keeps its layers on the CPU between uses, which transformers can do with CUDA alone.
+    """
+    if getattr(cache, "offloading", False) and device.type != "cuda":
+        raise ConfigError(
+            f"past_key_values: this {type(cache).__name__} offloads its layers from a CUDA device to the CPU, the "
+            f"model computes on {device.type}; use one without offloading"
+        )
+
+
 class _Following:
     """What a cache's class is given in front, so that its note follows it."""
 

@@ -1,4 +1,6 @@
-"""The console script `scaled-rope`: one subcommand per module, imported when it is the one that was asked for."""
+"""The console script `scaled-rope`: one subcommand per module, imported when it is the one that was asked for and its
+flags are right.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +11,24 @@ import inspect
 import json
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from scaled_rope import flags
 from scaled_rope.errors import ConfigError, Parser, run_cli, unknown
 
-_HERE = ""
-COMMANDS: dict[str, tuple[str, str]] = {
-    "inspect": (
-        "scaled_rope.doctor",
-        "what a model's RoPE scaling is, dimension by dimension, and what is wrong with it",
-    ),
-    "methods": (_HERE, "list the scaling methods, or draw what each does"),
-    "export": ("scaled_rope.export", "words and flags that make another program run a scaling, checked against ours"),
-    "plan": ("scaled_rope.planning", "memory and time of a training recipe, and the flags that make it fit"),
-    "tune": ("scaled_rope.tune", "search the attention factor and the ramp that fit a model"),
-}
-"""Subcommand -> (the module with its `add_arguments` and `run`, what it does)."""
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A subcommand: what it is for, its flags, and who carries it out."""
+
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    check: Callable[[argparse.Namespace], None] = lambda args: None
+    """Refuses what the flags alone say is wrong, before the module is imported."""
+    module: str = __name__
+    """Has a function `run`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,29 +40,29 @@ def _main(argv: list[str]) -> int:
     name = next((argument for argument in argv if not argument.startswith("-")), None)
     if name is not None and name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
-    parser, chosen = _parser(name)
+    parser = _parser(name)
     args = parser.parse_args(argv)
-    if chosen is None:
+    if name is None:
         raise ConfigError(f"a command is missing: {', '.join(COMMANDS)} (see {parser.prog} --help)")
-    code: int = chosen.run(args)
+    COMMANDS[name].check(args)
+    code: int = importlib.import_module(COMMANDS[name].module).run(args)
     sys.stdout.flush()  # a reader that has gone is noticed here, where `run_cli` sees it
     return code
 
 
-def _parser(name: str | None) -> tuple[argparse.ArgumentParser, Any]:
-    """The parser with the flags of one subcommand, and what carries it out."""
+def _parser(name: str | None) -> argparse.ArgumentParser:
+    """The parser with the flags of one subcommand."""
     from scaled_rope import __version__
 
     parser = Parser("scaled-rope", "Extend the context of RoPE models: look, choose, tune, serve.")
     parser.add_argument("--version", action="version", version=f"scaled-rope {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
-    chosen: ModuleType | SimpleNamespace | None = None
-    for command, (module, summary) in COMMANDS.items():
-        sub = commands.add_parser(command, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        if command == name:
-            chosen = importlib.import_module(module) if module else _METHODS
-            chosen.add_arguments(sub)
-    return parser, chosen
+    for known, command in COMMANDS.items():
+        summary = command.summary
+        sub = commands.add_parser(known, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if known == name:
+            command.add_arguments(sub)
+    return parser
 
 
 # scaled-rope methods --------------------------------------------------------------------------------------------------
@@ -85,7 +86,8 @@ def _add_methods_arguments(parser: argparse.ArgumentParser) -> None:
     add("--factor", type=float, default=8.0, metavar="S", help="of the figures: scale (default: 8)")
 
 
-def _run_methods(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Carry out `scaled-rope methods`."""
     if args.figures:
         from scaled_rope.plots import write_figures
 
@@ -168,7 +170,34 @@ def method_rows() -> list[dict[str, Any]]:
     return rows
 
 
-_METHODS = SimpleNamespace(add_arguments=_add_methods_arguments, run=_run_methods)
+COMMANDS = {
+    "inspect": Command(
+        "what a model's RoPE scaling is, dimension by dimension, and what is wrong with it",
+        flags.add_inspect_arguments,
+        flags.check_inspect_arguments,
+        "scaled_rope.doctor",
+    ),
+    "methods": Command("list the scaling methods, or draw what each does", _add_methods_arguments),
+    "export": Command(
+        "words and flags that make another program run a scaling, checked against ours",
+        flags.add_export_arguments,
+        flags.check_export_arguments,
+        "scaled_rope.export",
+    ),
+    "plan": Command(
+        "memory and time of a training recipe, and the flags that make it fit",
+        flags.add_plan_arguments,
+        flags.check_plan_arguments,
+        "scaled_rope.planning",
+    ),
+    "tune": Command(
+        "search the attention factor and the ramp that fit a model",
+        flags.add_tune_arguments,
+        flags.check_tune_arguments,
+        "scaled_rope.tune",
+    ),
+}
+"""By name."""
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,13 +8,16 @@ It is memory-mapped on reading and needs nothing but numpy.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -39,8 +42,47 @@ def _text_of(record: Any, feature: str, where: str) -> str:
     return text
 
 
+#: suffixes of files that are read, each of them but Parquet's also with `ZSTD` behind it
+_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+ZSTD = ".zst"
+
+
+def _suffix(path: Path) -> str:
+    """The suffix that says what is in a file, whether it is compressed or not; "" where it is none of `_SUFFIXES`."""
+    suffix = Path(path.stem).suffix if path.suffix == ZSTD else path.suffix
+    return suffix if suffix in _SUFFIXES and not (suffix == ".parquet" and path.suffix == ZSTD) else ""
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, decompressed where its name ends in `ZSTD`, a little at a time.
+
+    Raises:
+        ConfigError: pyarrow is missing, or the compressed file is truncated or something else.
+    """
+    if path.suffix != ZSTD:
+        with path.open("rb") as file:
+            yield file
+        return
+    pyarrow = _import_pyarrow(path)
+    try:
+        with io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd")) as file:
+            yield file
+    except OSError as error:
+        raise ConfigError(f"dataset {path} is not a whole zstd file: {str(error).splitlines()[0]}") from None
+
+
+def _read_text(path: Path) -> str:
+    with _opened(path) as file:
+        data = file.read()
+    try:
+        return data.decode("utf-8-sig")  # a byte-order mark is no text
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"dataset {path} is not UTF-8 text (byte {error.start})") from None
+
+
 def _read_json_lines(path: Path, feature: str) -> Iterator[str]:
-    with path.open("rb") as lines:
+    with _opened(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -52,11 +94,9 @@ def _read_json_lines(path: Path, feature: str) -> Iterator[str]:
 
 
 def _read_parquet(path: Path, feature: str) -> Iterator[str]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise ConfigError(f"reading {path} needs pyarrow: pip install 'scaled-rope[train]'") from None
+    pyarrow = _import_pyarrow(path)
+    from pyarrow import parquet
+
     try:
         with parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
@@ -66,6 +106,14 @@ def _read_parquet(path: Path, feature: str) -> Iterator[str]:
         raise ConfigError(f"dataset {path} is not a whole Parquet file: {str(error).splitlines()[0]}") from None
 
 
+def _import_pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise ConfigError(f"reading {path} needs pyarrow: pip install 'scaled-rope[train]'") from None
+    return pyarrow
+
+
 def _read_hub(name: str, feature: str, split: str) -> Iterator[str]:
     datasets = _import_datasets(name)
     hub_name, _, folder = name.partition(":")
@@ -73,8 +121,13 @@ def _read_hub(name: str, feature: str, split: str) -> Iterator[str]:
         stream = datasets.load_dataset(hub_name, data_dir=folder or None, split=split, streaming=True)
     except Exception as error:  # the library raises a dozen unrelated types for "cannot be loaded"
         raise ConfigError(f"dataset {name!r} is no local path and the hub gave: {str(error).splitlines()[0]}") from None
-    for record in stream:
-        yield _text_of(record, feature, f"dataset {name!r}")
+    try:
+        for record in stream:
+            yield _text_of(record, feature, f"dataset {name!r}")
+    except ConfigError:
+        raise
+    except Exception as error:  # as above; files are opened, and decompressed, only now
+        raise ConfigError(f"dataset {name!r} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _import_datasets(name: str) -> Any:
@@ -88,14 +141,20 @@ def _import_datasets(name: str) -> Any:
 
 
 def _is_local(name: str) -> bool:
-    """Whether a name that is not on this disk was meant to be: hub names have at most two parts and no suffix."""
+    """Whether a name that is not on this disk was meant to be.
+
+    Hub names have at most two parts and no suffix, and nobody keeps a folder of the owner's name here.
+    """
     path = Path(name)
-    suffixes = (".txt", ".jsonl", ".json", ".parquet")
-    return name.startswith((".", "/", "~")) or len(path.parts) > 2 or path.suffix in suffixes
+    if name.startswith((".", "/", "~")) or len(path.parts) > 2 or _suffix(path):
+        return True
+    return len(path.parts) == 2 and (path.parts[0] in ("data", "out") or path.parent.is_dir())
 
 
 def read_documents(source: str, feature: str = "text", split: str = "train", as_json: bool = False) -> Iterator[str]:
     """Texts of a source, one by one: a .txt, .jsonl or .parquet file, a sorted folder of such files, or a hub dataset.
+
+    Text and JSON lines may be compressed (.jsonl.zst). Memory is that of one text and a buffer.
 
     Args:
         source: local path, hub name, or standin:NAME; NAME:FOLDER for one folder of a hub dataset's repository.
@@ -111,23 +170,18 @@ def read_documents(source: str, feature: str = "text", split: str = "train", as_
         return
     path = Path(source)
     if path.is_dir():
-        files = sorted(
-            p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".json", ".parquet") and p.is_file()
-        )
+        files = sorted(p for p in path.rglob("*") if _suffix(p) and p.is_file())
         if not files:
             raise ConfigError(f"dataset {source} is a folder without .txt, .jsonl or .parquet files")
         for file in files:
             yield from read_documents(str(file), feature, split, as_json)
     elif path.is_file():
-        if as_json or path.suffix in (".jsonl", ".json"):
+        if as_json or _suffix(path) in (".jsonl", ".json"):
             yield from _read_json_lines(path, feature)
-        elif path.suffix == ".parquet":
+        elif _suffix(path) == ".parquet":
             yield from _read_parquet(path, feature)
         else:
-            try:
-                yield path.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise ConfigError(f"dataset {path} is not UTF-8 text (byte {error.start})") from None
+            yield _read_text(path)
     elif _is_local(source):
         raise ConfigError(f"dataset {source} does not exist")
     else:
@@ -246,6 +300,11 @@ class TokenRows(Protocol):
 
     weighted: bool  # whether any weight may differ from 1
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        ...
+
     def __len__(self) -> int: ...
 
     def row(self, index: int) -> tuple[IntArray, IntArray]:
@@ -281,6 +340,10 @@ class PackedDataset:
     def sequence_length(self) -> int:
         return int(self.tokens.shape[1])
 
+    @property
+    def longest(self) -> int:
+        return self.sequence_length
+
     def __len__(self) -> int:
         return int(self.tokens.shape[0])
 
@@ -301,6 +364,14 @@ class ColumnDataset:
             raise ConfigError(f"dataset {name!r} is empty")
         self._table = table
         self.weighted = bool({"attention_mask", "labels"} & set(table.column_names))
+
+    @cached_property
+    def longest(self) -> int:
+        """Of all rows of the table, whichever of them are selected; their offsets alone are read."""
+        from pyarrow import compute
+
+        chunks = self._table.data.column("input_ids").chunks
+        return max(compute.max(compute.list_value_length(chunk)).as_py() or 0 for chunk in chunks)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -337,6 +408,8 @@ def open_rows(name: str, split: str = "train") -> TokenRows:
     if (path / "meta.json").is_file():
         return PackedDataset(path)
     if path.exists() or _is_local(name):
+        if not path.exists():
+            raise ConfigError(f"dataset {name} does not exist; make it with tokenization.py (prepare in a recipe)")
         if not path.is_dir() or not any((path / f).exists() for f in ("dataset_info.json", "dataset_dict.json")):
             raise ConfigError(f"dataset {name} is no tokenized set; make one with tokenization.py")
         table = _import_datasets(name).load_from_disk(name)

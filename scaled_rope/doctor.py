@@ -46,6 +46,7 @@ from scaled_rope.dialects import (
     split_config,
 )
 from scaled_rope.errors import ConfigError
+from scaled_rope.flags import check_inspect_arguments
 from scaled_rope.loading import load_model, no_config, resolve_scaling
 from scaled_rope.methods import compute_rope
 from scaled_rope.patch import ADAPTERS, layers_without_rope, patched_plan, patched_scaling
@@ -1344,27 +1345,13 @@ def _say(value: Any) -> str:
 # --------------------------------------------------------------------------------------------------------- the command
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `scaled-rope inspect`."""
-    add = parser.add_argument
-    add("model", metavar="MODEL_OR_CONFIG", help="folder, config.json or hub name")
-    add("--layer-type", metavar="TYPE", help="which layers, where layer types differ (default: full_attention)")
-    add("--scaling", metavar="SPEC", help="report on the model under another scaling, e.g. yarn:8")
-    add("--length", type=int, metavar="TOKENS", help="sequence length of the table, for length-dependent scalings")
-    add("--full", action="store_true", help="show every dimension")
-    add("--plot", metavar="FILE", help="draw wavelength against dimension; .svg or .png")
-    add("--weights", action="store_true", help="load the model too, and check what it computes")
-    add("--json", action="store_true", help="print a JSON object")
-
-
 def run(args: argparse.Namespace) -> int:
     """Carry out `scaled-rope inspect`: 1 when there is an error among the findings, else 0.
 
     Raises:
         ConfigError: bad input.
     """
-    if args.length is not None and args.length < 1:
-        raise ConfigError(f"length={args.length}: must be at least 1 token")
+    check_inspect_arguments(args)
     if args.plot:
         check_format(Path(args.plot))
     report = inspect(args.model, args.layer_type, args.scaling, args.length)

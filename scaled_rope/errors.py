@@ -8,7 +8,7 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 
@@ -20,9 +20,13 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ConfigError:
     """An error for a name that is not in `known`, with the nearest ones suggested."""
     # A name with a line break must not break the line.
     names = [name if name.isprintable() else repr(name) for name in sorted(map(str, known))]
-    near = difflib.get_close_matches(str(name), names, n=2)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    return ConfigError(f"unknown {kind} {name!r}; {hint}known: {', '.join(names)}")
+    return ConfigError(f"unknown {kind} {name!r}; {suggestion(name, names)}known: {', '.join(names)}")
+
+
+def suggestion(name: object, known: Iterable[str]) -> str:
+    """A question after the names in `known` that are nearest to `name`, with a blank behind it; empty without any."""
+    near = difflib.get_close_matches(str(name), list(known), n=2)
+    return f"did you mean {' or '.join(map(repr, near))}? " if near else ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,6 +38,38 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """As the base class, with the nearest flags in the error for one that there is not."""
+        found, left = self.parse_known_args(args, namespace)
+        if left:
+            flag = next((word.partition("=")[0] for word in left if word.startswith("-")), "")
+            self.error(f"unrecognized arguments: {' '.join(left)}; {suggestion(flag, self._flags())}".rstrip("; "))
+        return found
+
+    def _get_value(self, action: argparse.Action, text: str) -> object:
+        # argparse says "invalid int value", and of any other type the name of its function.
+        try:
+            return super()._get_value(action, text)
+        except argparse.ArgumentError as error:
+            allowed = {int: "a whole number", float: "a number"}.get(action.type)  # type: ignore[call-overload]
+            if allowed is not None:
+                raise argparse.ArgumentError(action, f"{text!r} is not allowed; {allowed}") from None
+            if isinstance(error.__context__, ConfigError):
+                raise argparse.ArgumentError(action, str(error.__context__)) from None
+            raise
+
+    def _flags(self) -> list[str]:
+        """The flags that the help shows, those of subcommands included."""
+        flags = []
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                flags += [flag for sub in action.choices.values() for flag in sub._flags()]
+            elif action.help != argparse.SUPPRESS:
+                flags += [flag for flag in action.option_strings if flag.startswith("--")]
+        return flags
 
 
 def run_cli(main: Callable[[], int | None]) -> int:
@@ -57,3 +93,16 @@ def run_cli(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
+
+
+def refuse_early(check: Callable[[], object]) -> None:
+    """End the process with exit code 2 and one line if `check` raises `ConfigError`; for entry scripts.
+
+    A script calls this between its flags and the imports that take seconds.
+    """
+
+    def checked() -> None:
+        check()
+
+    if code := run_cli(checked):
+        sys.exit(code)

@@ -15,7 +15,6 @@ import gc
 import io
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,8 +26,11 @@ import torch
 from tqdm import tqdm
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.flags import add_evaluation_arguments as add_evaluation_arguments
+from scaled_rope.flags import batch_size as batch_size
+from scaled_rope.flags import context_lengths as context_lengths
 from scaled_rope.loading import ModelJob, ModelLoader
-from scaled_rope.results import Row, append_row, provenance, read_rows, row_key, write_atomic
+from scaled_rope.results import Row, append_row, portable_command, provenance, read_rows, row_key, write_atomic
 
 OUT_OF_MEMORY = "out of memory"
 """The `error` of a row that could not be measured for that reason."""
@@ -87,7 +89,7 @@ class _Failed(Exception):
 
 def command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> str:
     """The command that repeats a run; part of its rows' provenance."""
-    return shlex.join(["python", parser.prog, *(sys.argv[1:] if argv is None else argv)])
+    return portable_command(["python", parser.prog, *(sys.argv[1:] if argv is None else argv)])
 
 
 def given_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -97,54 +99,6 @@ def given_arguments(args: argparse.Namespace) -> dict[str, Any]:
         return value is not None and value is not False and value != [] and not callable(value)
 
     return {name: value for name, value in vars(args).items() if says(value)}
-
-
-def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags for context lengths, output and progress."""
-    add = parser.add_argument_group("lengths and output").add_argument
-    add("--lengths", metavar="L1,L2,...", help="context lengths in tokens, instead of the next three")
-    add("--min-tokens", type=int, default=256, metavar="N", help="shortest context (default %(default)s)")
-    add("--max-tokens", type=int, default=8192, metavar="N", help="longest context (default %(default)s)")
-    add("--tokens-step", type=int, metavar="N", help="distance between contexts (default: each doubles the one before)")
-    add("--batch-size", type=int, metavar="N", help="sequences per forward pass (default: about 16k tokens' worth)")
-    add("--output", default="out/eval/rows.jsonl", metavar="FILE", help="rows are appended here (default %(default)s)")
-    add("--retry-oom", action="store_true", help="measure again what did not fit into memory in an earlier run")
-    add("--output-file", metavar="CSV", help="also write a table: a line of lengths, then a line per model")
-    add("--hide-progress", action="store_true")
-
-
-def context_lengths(args: argparse.Namespace) -> list[int]:
-    """The context lengths that the flags ask for, ascending.
-
-    Raises:
-        ConfigError: not whole numbers of at least 2 tokens, or an empty range.
-    """
-    if args.batch_size is not None and args.batch_size < 1:
-        raise ConfigError(f"batch size {args.batch_size} is not allowed; at least 1")
-    if args.lengths is not None:
-        try:
-            lengths = sorted({int(part) for part in args.lengths.split(",")})
-        except ValueError as error:
-            raise ConfigError(f"lengths {args.lengths!r} is not allowed; whole numbers, separated by commas") from error
-    else:
-        low, high, step = args.min_tokens, args.max_tokens, args.tokens_step
-        if low > high or low < 2:
-            raise ConfigError(f"min-tokens {low} with max-tokens {high} is not allowed; 2 <= min-tokens <= max-tokens")
-        if step is not None and step < 1:
-            raise ConfigError(f"tokens-step {step} is not allowed; at least 1")
-        if step is None:
-            lengths = [low << doublings for doublings in range((high // low).bit_length())]
-            lengths = sorted({*lengths, high})
-        else:
-            lengths = list(range(low, high + 1, step))
-    if lengths[0] < 2:
-        raise ConfigError(f"length {lengths[0]} is not allowed; at least 2 tokens, the first of which has no context")
-    return lengths
-
-
-def batch_size(args: argparse.Namespace, length: int) -> int:
-    """Sequences per forward pass of `length` tokens."""
-    return int(args.batch_size) if args.batch_size else max(1, 16384 // length)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

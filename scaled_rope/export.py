@@ -12,8 +12,10 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import re
 import shlex
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +28,9 @@ from transformers.utils import logging as transformers_logging
 from scaled_rope.config import RopeScaling
 from scaled_rope.dialects import SOFTMAX_MSCALE_FAMILIES, has_rope, nested_types, read_by_attention
 from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.flags import check_export_arguments
 from scaled_rope.gguf_files import GgufRope, add_rope
-from scaled_rope.loading import DEFAULT_MODEL, load_config, resolve_scaling
+from scaled_rope.loading import load_config, resolve_scaling
 from scaled_rope.methods import METHODS, compute_rope
 from scaled_rope.patch import head_dim_of
 from scaled_rope.results import write_atomic
@@ -754,28 +757,13 @@ TARGETS: dict[str, Target] = {
 # The command ---------------------------------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `scaled-rope export`."""
-    add = parser.add_argument
-    add("model", nargs="?", default=str(DEFAULT_MODEL), help="folder, its config.json, or hub name")
-    add("--for", dest="target", required=True, metavar="TARGET", help=", ".join(TARGETS))
-    add("--scaling", default="checkpoint", metavar="SPEC", help='default: what the checkpoint carries; e.g. "yarn:8"')
-    add("--length", type=int, metavar="TOKENS", help="longest sequence to serve; default: factor times original length")
-    add("--json", action="store_true", help="print a JSON object")
-    add("--output", metavar="DIR", help="write the patched config.json there (with --gguf: the GGUF)")
-    add("--gguf", metavar="FILE", help="llama.cpp: a GGUF of the model; a copy that holds the scaling goes to --output")
-
-
 def run(args: argparse.Namespace) -> int:
     """Carry out `scaled-rope export`: 0 when the target's numbers are ours, 1 when they differ, 2 when it has no words.
 
     Raises:
         ConfigError: bad input; a scaling that the target has no words for (with --json that is printed instead).
     """
-    if args.target not in TARGETS:
-        raise unknown("target", args.target, TARGETS)
-    if args.gguf and (args.target != "llama.cpp" or not args.output):
-        raise ConfigError("flag --gguf goes with --for llama.cpp and --output DIR")
+    check_export_arguments(args)
     path = Path(args.model)
     name = str(path.parent) if path.name == "config.json" and path.is_file() else args.model
     config = load_config(name)
@@ -803,13 +791,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(folder: Path, name: str, report: ExportReport, gguf: str | None) -> list[Path]:
+    """Write config.json and, given one, the GGUF; both get their names when both are whole. Returns their paths."""
     raw, _ = transformers.PreTrainedConfig.get_config_dict(name)
     raw.pop("_commit_hash", None)
-    written = [folder / "config.json"]
-    write_atomic(written[0], json.dumps(_patched(raw, report.config), indent=2) + "\n")
-    if gguf is not None and report.gguf is not None:
-        written.append(folder / Path(gguf).name)
-        add_rope(gguf, written[-1], report.gguf)
+    place = folder.absolute()
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as scratch:
+            staged = Path(scratch) / "staged"
+            if gguf is not None and report.gguf is not None:
+                add_rope(gguf, staged / Path(gguf).name, report.gguf)
+            write_atomic(staged / "config.json", json.dumps(_patched(raw, report.config), indent=2) + "\n")
+            written = [folder / file.name for file in sorted(staged.iterdir())]
+            if not place.exists():
+                os.rename(staged, place)
+            else:
+                for file in staged.iterdir():
+                    os.replace(file, place / file.name)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise ConfigError(f"--output {folder} cannot be written to: {error.strerror}") from error
     return written
 
 

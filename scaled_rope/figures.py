@@ -236,29 +236,38 @@ def _contexts_in_words(trained: int | None, extended: int | None) -> str:
 
 
 def perplexity_figure(section: Section, name: str, keys: Mapping[Series, str]) -> Figure | None:
-    """Perplexity along the context; None where there is one length only."""
-    if len(section.columns) < 2:
+    """Perplexity along the context; None where there is one length only.
+
+    Buckets of one series that overlap, because they were measured with several sets of lengths, are several curves.
+    """
+    lengths = sorted({length for length, _ in section.columns})
+    if len(lengths) < 2:
         return None
     sliding = section.topic.setting("name") == "sliding"
     table = tables_of(section)[0]
     curves: list[Curve] = []
+    legend: list[Curve] = []
     for series in section.rows:
-        cells = {length: perplexity_cell(row, not sliding) for length, row in section.lengths(series).items()}
-        found = {length: cell for length, cell in cells.items() if not cell.row or not cell.row.get("error")}
-        spans = dict(zip((length for length, _ in section.columns), table.columns, strict=True))
-        what = "perplexity, window of {} tokens" if sliding else "perplexity, positions {}"
-        curves.append(
-            _series_curve(
-                series,
-                keys[series],
-                list(found),
-                [math.nan if cell.value is None else cell.value for cell in found.values()],
-                tips=[about(series.full_name, cell, what.format(spans[length])) for length, cell in found.items()],
-                intervals=[cell.interval for cell in found.values()],
+        rows = section.rows[series]
+        first = len(curves)
+        for columns in [sorted(rows)] if sliding else section.partitions(series):
+            cells = {column: perplexity_cell(rows[column], not sliding) for column in columns}
+            found = {column: cell for column, cell in cells.items() if not cell.row or not cell.row.get("error")}
+            words = {
+                column: f"window of {column[0]} tokens" if sliding else f"positions {column[1]}" for column in found
+            }
+            curves.append(
+                _series_curve(
+                    series,
+                    keys[series],
+                    [length for length, _ in found],
+                    [math.nan if cell.value is None else cell.value for cell in found.values()],
+                    tips=[about(series.full_name, cell, f"perplexity, {words[one]}") for one, cell in found.items()],
+                    intervals=[cell.interval for cell in found.values()],
+                )
             )
-        )
+        legend.append(curves[first])
     trained, extended = common_contexts(section.rows)
-    lengths = [length for length, _ in section.columns]
 
     def draw(figure: Any, canvas: Canvas) -> None:
         axes = figure.subplots()
@@ -273,10 +282,12 @@ def perplexity_figure(section: Section, name: str, keys: Mapping[Series, str]) -
 
     band = " Bands: 95 % intervals." if len(curves) <= _CROWDED and any(any(c.intervals) for c in curves) else ""
     what = "windows of each length" if sliding else "the tokens in each position bucket"
+    mixed = " Buckets that end at one length begin at several: a line per set of lengths."
+    band += mixed if len(lengths) < len(section.columns) else ""
     caption = (
         f"Perplexity of {what}, both axes logarithmic; lower is better.{band}{_contexts_in_words(trained, extended)}"
     )
-    return Figure(name, table.title, caption, draw, 3.5, curves)
+    return Figure(name, table.title, caption, draw, 3.5, legend)
 
 
 # --------------------------------------------------------------------------------------------------------- passkeys

@@ -1,10 +1,14 @@
-"""Greedy decoding of a number, without a cache of keys, and only as far as needed to know whether it is the right one.
+"""Greedy decoding of a number, only as far as needed to know whether it is the right one.
 
-A pass runs over the prompt, what was decoded so far and a draft of what should follow. As far as the draft is what the
-model would have said, the pass holds every one of those steps at once; where it departs, the pass holds the model's own
-token. So the tokens are exactly those of greedy decoding, a right answer takes one pass, and a wrong one nearly always
-too. Where the scaling depends on the length, every step has a scale of its own (section 3.3 of the paper): drafts are
-left out and every token takes a pass.
+Under a scaling that does not depend on the length no keys are cached. A pass runs over the prompt, what was decoded so
+far and a draft of what should follow. As far as the draft is what the model would have said, the pass holds every one
+of those steps at once; where it departs, the pass holds the model's own token. So the tokens are exactly those of
+greedy decoding, a right answer takes one pass, and a wrong one nearly always too.
+
+Where the scaling depends on the length, every step has a scale of its own (section 3.3 of the paper), so drafts are
+left out. Either the model's cache is used, as `generate` does: all keys are rotated at the scale of each step, while
+the hidden states that they were made from are those of the scale at which their token was read. Or every token takes a
+pass over all of the text, which has one scale throughout and needs no memory for keys.
 """
 
 from __future__ import annotations
@@ -104,6 +108,7 @@ def decode_numbers(
     rows_per_pass: int,
     max_new_tokens: int,
     allowed: Tensor | None = None,
+    cached: bool = False,
 ) -> Iterator[tuple[int, Answer]]:
     """Decode an answer to each prompt until it is known whether its first number is the wanted one.
 
@@ -114,6 +119,7 @@ def decode_numbers(
         rows_per_pass: prompts per forward pass.
         max_new_tokens: where an answer ends at the latest.
         allowed: bool [vocabulary], the tokens that may be decoded; default: all.
+        cached: use the model's cache where the scale depends on the length; elsewhere it makes no difference.
 
     Yields:
         Index of a prompt and its answer, as they become known.
@@ -121,6 +127,15 @@ def decode_numbers(
     end = set(end_tokens(model, tokenizer))
     forbidden = None if allowed is None else ~allowed.to(model.device)
     open_tasks = {index: _Task(ids, key_ids, key, Answer()) for index, (ids, key_ids, key) in enumerate(prompts)}
+    if length_dependent and cached:
+        by_length: dict[int, list[tuple[int, _Task]]] = {}
+        for index, task in open_tasks.items():
+            by_length.setdefault(len(task.prompt), []).append((index, task))
+        for same in by_length.values():
+            for start in range(0, len(same), rows_per_pass):
+                some = same[start : start + rows_per_pass]
+                yield from _decode_cached(model, tokenizer, some, end, max_new_tokens, forbidden)
+        return
     while open_tasks:
         groups: dict[tuple[int, int], list[tuple[int, list[int]]]] = {}
         for index, task in open_tasks.items():
@@ -141,6 +156,32 @@ def decode_numbers(
                     if answer.right is not None:
                         del open_tasks[index]
                         yield index, answer
+
+
+def _decode_cached(
+    model: Any,
+    tokenizer: Any,
+    part: Sequence[tuple[int, _Task]],
+    end: set[int],
+    max_new_tokens: int,
+    forbidden: Tensor | None,
+) -> Iterator[tuple[int, Answer]]:
+    """Answers of prompts of one length, which share a cache. Rows that are decided go along until all of them are."""
+    waiting, cache = dict(enumerate(part)), None
+    ids = torch.tensor([task.prompt for _, task in part], device=model.device)
+    while waiting:
+        output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        logits = output.logits[:, -1].float()
+        if forbidden is not None:
+            logits = logits.masked_fill(forbidden, -torch.inf)
+        ids = logits.argmax(dim=-1, keepdim=True)
+        said = ids[:, 0].tolist()
+        for row, (index, task) in list(waiting.items()):
+            _take(task.answer, tokenizer, [], said[row : row + 1], task.wanted, end, max_new_tokens)
+            if task.answer.right is not None:
+                del waiting[row]
+                yield index, task.answer
 
 
 def _take(

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,8 +36,8 @@ from scaled_rope.config import RopeScaling
 from scaled_rope.errors import ConfigError, run_cli, unknown
 from scaled_rope.loading import ModelJob, at_length, load_config, load_model, load_tokenizer
 from scaled_rope.loss import hidden_states, positions_per_chunk, project
-from scaled_rope.patch import patched_scaling
-from scaled_rope.results import Row
+from scaled_rope.patch import cache_obstacle, patched_scaling
+from scaled_rope.results import Row, package_version
 from scaled_rope.retrieval import wilson_interval
 
 TASKS = Path(__file__).resolve().parents[1] / "eval" / "tasks"
@@ -286,10 +286,10 @@ def model_class() -> Any:
             return tokens
 
         def _model_generate(self, *args: Any, **options: Any) -> Tensor:
-            if not self.scaling.is_length_dependent:
+            if not self.scaling.is_length_dependent or not cache_obstacle(self._model):
                 generated: Tensor = super()._model_generate(*args, **options)
                 return generated
-            # lm-eval insists on a cache. Without one each token is what a full pass at its length says.
+            # lm-eval insists on a cache, which this model cannot read.
             model: Any = self._model
 
             def generate(**given: Any) -> Tensor:
@@ -389,12 +389,21 @@ class Unit:
             for length in self.lengths
         }
 
-    def measure(self, lm: Any) -> dict[int | None, Row]:
-        """Run the tasks on a model of lm-eval; give the measured fields by length."""
-        evaluator = _lm_eval("evaluator")
+    def prepare(self) -> None:
+        """Have the tasks draw the examples that a prompt begins with as they are always drawn."""
         for task in self.tasks.values():
             task.set_config(key="num_fewshot", value=self.num_fewshot)
             task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+
+    @property
+    def version(self) -> str | None:
+        """Of lm-eval, whose prompts these are."""
+        return package_version("lm-eval")
+
+    def measure(self, lm: Any) -> dict[int | None, Row]:
+        """Run the tasks on a model of lm-eval; give the measured fields by length."""
+        evaluator = _lm_eval("evaluator")
+        self.prepare()
         lm.truncated = 0
         everything = {name: len(task.eval_docs) for name, task in self.tasks.items()}
         chosen = {name: indices for name, indices in self.documents.items() if len(indices) < everything[name]}
@@ -582,7 +591,16 @@ def model_of_job(
     return lm
 
 
-def job_cells(unit: Unit, job: ModelJob, max_length: int | None) -> dict[int | None, Row]:
+class Measurable(Protocol):
+    """What `Unit` and `requests.SavedUnit` have in common: rows by length, or by None."""
+
+    @property
+    def name(self) -> str: ...
+
+    def cells(self, config: Any, scaling: RopeScaling, max_length: int | None) -> dict[int | None, Row]: ...
+
+
+def job_cells(unit: Measurable, job: ModelJob, max_length: int | None) -> dict[int | None, Row]:
     """Length -> the fields that identify a row of `job`."""
     cells = unit.cells(load_config(job.model), job.scaling, max_length)
     return {length: {**job.fields(), **cell} for length, cell in cells.items()}

@@ -1,4 +1,4 @@
-"""The only place that loads models and tokenizers, and the command-line flags that say which ones.
+"""The only place that loads models and tokenizers, those that command-line flags name included.
 
 A *job* is one checkpoint read under one scaling. `model_jobs` turns flags into jobs and needs only configuration files,
 so bad input is refused before any weights are read; `ModelLoader` then loads each checkpoint once and changes its
@@ -34,8 +34,12 @@ from scaled_rope.backends import resolve_attention as resolve_attention
 from scaled_rope.config import LayerPlan, RopeScaling
 from scaled_rope.dialects import CUSTOM_ROPE_TYPE, PRIMARY_LAYER_TYPE, RECORD_KEY, nested_types, read_by_attention
 from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.flags import DEFAULT_MODEL as DEFAULT_MODEL
+from scaled_rope.flags import NO_EFFECT, PARAMETERS, check_local, check_model_arguments
+from scaled_rope.flags import add_model_arguments as add_model_arguments
+from scaled_rope.flags import no_config as no_config
 from scaled_rope.formulas import dynamic_ntk_scale
-from scaled_rope.fused import KERNELS, resolve_kernel
+from scaled_rope.fused import resolve_kernel
 from scaled_rope.methods import METHODS, compute_scale
 from scaled_rope.patch import (
     ADAPTERS,
@@ -49,9 +53,7 @@ from scaled_rope.patch import (
     unpatch_model,
 )
 from scaled_rope.relocated import check_carrier
-
-DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-llama-256"
-"""The checkpoint that this project trained itself and carries along."""
+from scaled_rope.results import portable_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
@@ -129,36 +131,13 @@ def _reading(what: str, name: str) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _check_local(name: str) -> None:
-    """Refuse a path that does not exist here, rather than ask the hub for it."""
-    path = Path(name)
-    if path.is_file():
-        raise ConfigError(f"model {name!r} is a file; give the folder that holds config.json")
-    looks_local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
-    if not path.exists() and (looks_local or (len(path.parts) == 2 and Path(path.parts[0]).is_dir())):
-        raise ConfigError(f"model {name!r} does not exist")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise no_config(name)
-
-
-def no_config(folder: str) -> ConfigError:
-    """The error for a folder without config.json, by what is in it instead."""
-    if (Path(folder) / "adapter_config.json").is_file():
-        return ConfigError(f"model {folder!r} holds an adapter and no config.json: name its base model")
-    if any(Path(folder).glob("*.gguf")):
-        return ConfigError(
-            f"model {folder!r} holds a GGUF file and no config.json: name the folder of the model it was made from"
-        )
-    return ConfigError(f"model {folder!r} holds no config.json")
-
-
 def load_config(name: str, trust_remote_code: bool = False) -> Any:
     """The transformers configuration of a checkpoint (directory or hub name), with the RoPE parameters as written.
 
     Raises:
         ConfigError: nothing there, or not a configuration that transformers knows.
     """
-    _check_local(name)
+    check_local(name)
     with _reading("model", name):
         raw, _ = transformers.PreTrainedConfig.get_config_dict(name)
         rope = raw.get("rope_parameters")
@@ -187,7 +166,7 @@ def load_tokenizer(name: str) -> Any:
         ConfigError: nothing there, or no tokenizer in it.
     """
     if not (Path(name) / "tokenizer_config.json").is_file():  # a folder may hold a tokenizer alone
-        _check_local(name)
+        check_local(name)
     with _reading("tokenizer of model", name):
         return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
@@ -309,14 +288,6 @@ def resolve_plan(
     return plan
 
 
-def _indices(text: str) -> list[int]:
-    """Layers' indices from the command line."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"drop_layers={text!r}: must be indices of layers, as 3,7") from None
-
-
 def _quantization(bits: int, dtype: str) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(f"loading in {bits} bits needs: pip install bitsandbytes")
@@ -419,80 +390,7 @@ def load_model(
     return model.eval()
 
 
-# ------------------------------------------------------------------------------------------------- command-line flags
-
-# Released flags that no longer do anything, and why.
-_NO_EFFECT = {
-    "--custom-model": "code is never taken from a checkpoint",
-    "--custom-model-together": "code is never taken from a checkpoint",
-    "--custom-model-mistral": "code is never taken from a checkpoint",
-    "--gpt-neox-max-length": "positions are not limited by the configuration",
-    "--max-position-embeddings": "positions are not limited by the configuration",
-    "--no-use-cache": "evaluators keep no cache",
-}
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that say which checkpoints to read and under which scalings, the released scripts' flags included."""
-    group = parser.add_argument_group("models and scalings", "every model is read under every scaling")
-    add = group.add_argument
-    add("-m", "--model", action="append", metavar="NAME", help="directory or hub name; repeatable (default: embedded)")
-    add(
-        "--scaling",
-        action="append",
-        metavar="SPEC",
-        help="[dynamic-]METHOD[:FACTOR][,FIELD=VALUE...], default (unscaled) or checkpoint[:FACTOR]; repeatable",
-    )
-    for method in ("yarn", "linear", "ntk", "part-ntk", "dynamic-ntk"):
-        spec = f"{method}:{{}}".format
-        add(f"--{method}", dest="scaling", action="append", type=spec, metavar="S", help=f"--scaling {method}:S")
-    add(
-        "--rerope",
-        dest="scaling",
-        action="append",
-        type="rerope,window={}".format,
-        metavar="W",
-        help="window of ReRoPE",
-    )
-    for method in ("dynamic-linear", "dynamic-part-ntk", "dynamic-yarn"):
-        add(f"--{method}", dest="scaling", action="append_const", const=method, help=f"--scaling {method}")
-    add("--method", dest="scaling", action="append", metavar="NAME", help="--scaling NAME, with the flags that follow")
-    add("--window", type=int, metavar="W", help="tokens seen at their own distance, of methods that have a window")
-    add("--group", type=int, metavar="G", help="positions that count as one, of self-extend")
-    add("--chunk", type=int, metavar="S", help="tokens per chunk, of dual-chunk")
-    add("--k", type=float, metavar="K", help="tokens that count as one beyond the window, of leaky-rerope")
-    add("--logn", action="store_const", const="true", help="log-length factor of queries, of rerope and leaky-rerope")
-    add("--layers", metavar="TYPE", help="scale only the layers of this type (full_attention)")
-    add("--drop-layers", type=_indices, metavar="I,J,...", help="layers, from 0, that work without rotary embedding")
-    add("--factor", metavar="S", help="factor of every scaling that names none, the checkpoint's own included")
-    add("--finetuned", action="store_true", help="dynamic scalings start from the checkpoint's own factor")
-    add("--original-max-position-embeddings", type=int, metavar="N", help="trained context, if the checkpoint is wrong")
-    add("--dtype", default="auto", help="float32, bfloat16, float16 or auto (bfloat16 on a GPU)")
-    add("--device", help="torch device (default: the first GPU, else cpu)")
-    add("--attention", default="auto", help=f"one of: {', '.join(ATTENTIONS)}")
-    add("--flash-attention", dest="attention", action="store_const", const="flash_attention_2", help=argparse.SUPPRESS)
-    add("--kernel", default="auto", help=f"rotary kernel, one of: {', '.join(KERNELS)}")
-    add("--sliding-window-attention", type=int, metavar="N", help="attention window in tokens, where a model has one")
-    add("--adapter", metavar="PATH", help="LoRA adapter, merged into the weights")
-    bits = group.add_mutually_exclusive_group()
-    bits.add_argument("--load-in-8bit", action="store_true")
-    bits.add_argument("--load-in-4bit", action="store_true")
-    for flag in _NO_EFFECT:
-        takes_value = flag.endswith(("length", "embeddings"))
-        add(flag, dest="no_effect", nargs=1 if takes_value else 0, action=_Remember, help=argparse.SUPPRESS)
-
-
-_PARAMETERS = ("window", "group", "chunk", "k", "logn")
-"""Parameters of methods that have flags of their own."""
-
-
-class _Remember(argparse.Action):
-    """Collect the names of the flags that were given, whatever their values."""
-
-    def __call__(
-        self, parser: object, namespace: argparse.Namespace, values: object, option: str | None = None
-    ) -> None:
-        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), option])
+# ------------------------------------------------------------------------------------------------------------- jobs
 
 
 @dataclass(frozen=True)
@@ -529,7 +427,7 @@ class ModelJob:
     def fields(self) -> dict[str, Any]:
         """What a result row says about model and scaling."""
         return {
-            "model": self.model,
+            "model": portable_model(self.model),
             "model_fingerprint": self.fingerprint,
             "dtype": self.dtype,
             "head_dim": self.head_dim,
@@ -581,7 +479,7 @@ def _fingerprint(args: argparse.Namespace, name: str, config: Any) -> str:
 def _specs(args: argparse.Namespace) -> list[str]:
     """The scalings that the flags ask for, with `--factor`, `--finetuned` and parameters written into them."""
     specs = []
-    unused = {name for name in _PARAMETERS if getattr(args, name) is not None}
+    unused = {name for name in PARAMETERS if getattr(args, name) is not None}
     for spec in args.scaling or ["checkpoint"]:
         head, comma, fields = spec.partition(",")
         if ":" not in head and head not in ("default", "none"):
@@ -592,7 +490,7 @@ def _specs(args: argparse.Namespace) -> list[str]:
         given = [field.partition("=")[0] for field in fields.split(",")]
         row = METHODS.get(head.partition(":")[0])
         for name in (f.name for f in dataclasses.fields(row.params_type)) if row and row.params_type else ():
-            if name in _PARAMETERS and name not in given and getattr(args, name) is not None:
+            if name in PARAMETERS and name not in given and getattr(args, name) is not None:
                 comma, fields = ",", ",".join(filter(None, [fields, f"{name}={getattr(args, name)}"]))
                 unused.discard(name)
         specs.append(head + comma + fields)
@@ -608,13 +506,12 @@ def model_jobs(args: argparse.Namespace) -> list[ModelJob]:
         ConfigError: a model, scaling, device, dtype or adapter that cannot be used.
     """
     for flag in args.no_effect or ():
-        print(f"note: {flag} has no effect: {_NO_EFFECT[flag]}", file=sys.stderr)
+        print(f"note: {flag} has no effect: {NO_EFFECT[flag]}", file=sys.stderr)
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     resolve_attention(args.attention, device, dtype)
     resolve_kernel(args.kernel)
-    if args.adapter and not (Path(args.adapter) / "adapter_config.json").is_file():
-        raise ConfigError(f"adapter {args.adapter!r} holds no adapter_config.json")
+    check_model_arguments(args)
     jobs = []
     for name in args.model or [str(DEFAULT_MODEL)]:
         config = load_config(name)

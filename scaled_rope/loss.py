@@ -2,21 +2,27 @@
 
 Float32 logits of one 128k-token sequence over a 32k vocabulary take 16.8 GB. The hidden states are computed in one
 pass; the output projection and the cross-entropy then run over a few positions at a time, in float32, and when
-gradients are wanted each piece is checkpointed, so training holds one piece of logits as well.
+gradients are wanted each piece is checkpointed, so training holds one piece of logits as well. On a GPU both can be
+left to one Triton kernel, Liger's (https://github.com/linkedin/Liger-Kernel), which does the same without float32
+copies of the logits.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.results import package_version
 from scaled_rope.rotary import lengths
 
 IGNORE = -100
@@ -28,6 +34,47 @@ _LOGITS_PER_CHUNK = 2**25  # 128 MiB of float32: large enough to keep a GPU busy
 def logits_bytes() -> int:
     """The most that logits take while training: one piece in float32, its gradient, and the softmax between them."""
     return 3 * 4 * _LOGITS_PER_CHUNK
+
+
+_LIGER = "0.8.5"
+"""Liger's first version that we know to apply weights of single tokens before it sums gradients of the projection."""
+
+
+def resolve_loss(name: str, device: torch.device, engine: str = "plain", model: nn.Module | None = None) -> str:
+    """How the loss called `name` is computed here: "chunked", "fused" or "whole".
+
+    Args:
+        name: one of `recipes.LOSSES`; "auto" is "fused" where that is possible on a GPU, else "chunked".
+        engine: "plain", "zero2", "zero3" or "fsdp", as `engine.engine_name` has it.
+        model: looked at, too, once there is one.
+
+    Raises:
+        ConfigError: "fused" that cannot be.
+    """
+    lack = _fused_lacks(device, engine, model)
+    if name == "auto":
+        return "fused" if device.type == "cuda" and not lack else "chunked"
+    if name == "fused" and lack:
+        raise ConfigError(f"loss 'fused' needs {lack}; use chunked")
+    return name
+
+
+def _fused_lacks(device: torch.device, engine: str, model: nn.Module | None) -> str:
+    """What the fused loss would need and does not have; "" where it can run."""
+    installed = package_version("liger-kernel")
+    if importlib.util.find_spec("liger_kernel") is None or installed is None or Version(installed) < Version(_LIGER):
+        return f"liger-kernel {_LIGER} or newer: pip install 'scaled-rope[kernels]'"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"a CUDA GPU, this is {device.type}"
+    if engine in ("zero3", "fsdp"):
+        return f"the projection's weights as a whole, and {engine} gathers them for the module's own forward pass only"
+    if model is None:
+        return ""
+    head = _causal_lm(model).get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return f"an output projection that is a plain linear layer, this is {type(head).__name__}"
+    # Liger has one, but not in Triton's interpreter, so no test of ours has seen it.
+    return "" if _post_processing(model)[1] is None else "logits without a soft cap"
 
 
 # Configuration fields by which an architecture changes its logits after the projection. The two that `project`
@@ -124,17 +171,26 @@ def project(model: nn.Module, hidden: Tensor) -> Tensor:
     Raises:
         ConfigError: the architecture changes its logits in a way that is not known here.
     """
-    inner = _causal_lm(model)
-    config = inner.config.get_text_config()
+    scale, cap = _post_processing(model)
+    logits: Tensor = _causal_lm(model).get_output_embeddings()(hidden).float()
+    if scale is not None:
+        logits = logits * scale
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def _post_processing(model: nn.Module) -> tuple[float | None, float | None]:
+    """The factor (Cohere) and the soft cap (Gemma 2 and later) of a model's logits.
+
+    Raises:
+        ConfigError: it changes them in another way.
+    """
+    config = _causal_lm(model).config.get_text_config()
     for field in _UNHANDLED:
         if getattr(config, field, None) not in (None, 1, 1.0):
             raise ConfigError(f"model_type {config.model_type!r} is not supported: it post-processes logits by {field}")
-    logits: Tensor = inner.get_output_embeddings()(hidden).float()
-    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
-        logits = logits * scale
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2 and later
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+    return getattr(config, "logit_scale", None), getattr(config, "final_logit_softcapping", None)
 
 
 def token_nll(
@@ -147,6 +203,7 @@ def token_nll(
     start: int = 0,
     prefill_chunk: int | None = None,
     separate: bool = False,
+    loss: str = "chunked",
 ) -> Tensor:
     """Negative log-likelihood in nats of each target from `start` on, float32 [B, T - start]; differentiable.
 
@@ -162,18 +219,20 @@ def token_nll(
             bounds activations, at the price of the cache. Under a scaling that depends on the length all of them have
             the scale of the whole, so nothing changes but rounding.
         separate: `position_ids` start anew with each packed document, and attention stays within documents.
+        loss: "chunked"; "fused", by Liger's kernel; "whole", all logits at once, as transformers does. All the same
+            but for rounding: the factor of Cohere's logits is applied before the projection where it is fused.
 
     Raises:
         ConfigError: not a causal language model, or logits that `project` cannot reproduce.
     """
     if prefill_chunk is None or prefill_chunk >= input_ids.shape[1]:
         hidden = hidden_states(model, input_ids, position_ids, separate)
-        return _score(model, hidden[:, start:], targets[:, start:], chunk)
+        return _score(model, hidden[:, start:], targets[:, start:], chunk, loss)
     scored = []
     for first, hidden in _hidden_pieces(model, input_ids, position_ids, prefill_chunk):
         skip, end = max(0, start - first), first + hidden.shape[1]
         if first + skip < end:
-            scored.append(_score(model, hidden[:, skip:], targets[:, first + skip : end], chunk))
+            scored.append(_score(model, hidden[:, skip:], targets[:, first + skip : end], chunk, loss))
     return torch.cat(scored, dim=1)
 
 
@@ -182,14 +241,18 @@ def positions_per_chunk(model: nn.Module) -> int:
     return max(1, _LOGITS_PER_CHUNK // int(_causal_lm(model).config.get_text_config().vocab_size))
 
 
-def _score(model: nn.Module, hidden: Tensor, targets: Tensor, chunk: int | None) -> Tensor:
+def _score(model: nn.Module, hidden: Tensor, targets: Tensor, chunk: int | None, loss: str) -> Tensor:
     """The loss [B, t] of targets [B, t] given hidden states [B, t, H], over `chunk` positions at a time."""
-    if chunk is None:
-        chunk = positions_per_chunk(model)
+    if loss == "fused":
+        return _fused(model, hidden.flatten(0, 1), targets.flatten()).view_as(targets)
 
     def piece(hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(project(model, hidden), targets, ignore_index=IGNORE, reduction="none")
 
+    if loss == "whole":
+        return piece(hidden.flatten(0, 1), targets.flatten()).view_as(targets)
+    if chunk is None:
+        chunk = positions_per_chunk(model)
     pieces = []
     parts = zip(torch.split(hidden.flatten(0, 1), chunk), torch.split(targets.flatten(), chunk), strict=True)
     for part, wanted in parts:
@@ -198,3 +261,17 @@ def _score(model: nn.Module, hidden: Tensor, targets: Tensor, chunk: int | None)
         else:
             pieces.append(piece(part, wanted))
     return torch.cat(pieces).view_as(targets)
+
+
+def _fused(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """The loss [N] of targets [N] given hidden states [N, H] by Liger's kernel.
+
+    Its `reduction="none"` computes logits again in the backward pass, where the weight of each target is known, so a
+    weighted sum and its gradients are exact. Gradients of the projection are summed in float32.
+    """
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    scale, _ = _post_processing(model)
+    head = _causal_lm(model).get_output_embeddings()
+    fused = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, reduction="none", accum_dtype=torch.float32)
+    return cast(Tensor, fused(head.weight, hidden if scale is None else hidden * scale, targets, head.bias))

@@ -462,7 +462,7 @@ _ATTENTION: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReRopeParams:
     window: int
     """Distance, in tokens, up to which keys are seen where they are."""
@@ -488,19 +488,14 @@ def rerope(scaling: RopeScaling) -> Regions:
     return regions.rerope(params.window, length if params.logn else None)
 
 
-@dataclass(frozen=True)
-class LeakyReRopeParams:
-    window: int
-    """Distance, in tokens, up to which keys are seen where they are."""
+@dataclass(frozen=True, kw_only=True)
+class LeakyReRopeParams(ReRopeParams):
     k: float
     """Beyond the window, k tokens count as one."""
-    logn: bool = False
-    """Whether queries are multiplied by max(1, ln(i + 1) / ln L)."""
 
     def __post_init__(self) -> None:
-        _whole(self, "window", 1)
+        super().__post_init__()
         _store(self, "k", above=1)
-        _boolean(self, "logn")
 
 
 @register(

@@ -17,7 +17,7 @@ from pathlib import Path
 from scaled_rope.config import RopeScaling
 from scaled_rope.errors import ConfigError
 from scaled_rope.figures import GREY, PALETTE
-from scaled_rope.plots import drawing, save
+from scaled_rope.plots import drawing, save_figure
 from scaled_rope.recipes import Recipe, is_finished, read_recipe
 from scaled_rope.results import Row
 from scaled_rope.retrieval import passkey_context, wilson_interval
@@ -387,6 +387,6 @@ def _draw(curves: Mapping[str, Mapping[int, Spread]], factor: int | None, path: 
         axes.set_yticks([60, 80, 100, 150, 200, 250], ["60", "80", "100", "150", "200", "250"])
         axes.minorticks_off()
         axes.legend()
-        save(figure, path)
+        save_figure(figure, path)
         pyplot.close(figure)
     return path

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import Cache
 
 from scaled_rope import late
-from scaled_rope.caches import Note, Patch, check_note, leave_note, length_of, require_note
+from scaled_rope.caches import Note, Patch, check_device, check_note, leave_note, length_of, require_note
 from scaled_rope.config import RopeScaling
 from scaled_rope.errors import ConfigError
 from scaled_rope.methods import compute_scale
@@ -58,10 +58,10 @@ class Passes:
     """Whether some layer's frequencies change with the length."""
     late: bool = False
     """Whether attention can rotate cached keys."""
-    always: bool = False
-    """Whether it does so without a cache as well."""
     obstacle: str = ""
     """Why it cannot."""
+    unrotated: bool = False
+    """Whether attention takes keys as they are in every pass and rotates them itself, as methods that change it do."""
     dropped: tuple[int, ...] = ()
     rotary_name: str = field(default="rotary_emb", repr=False)
 
@@ -89,7 +89,7 @@ class Passes:
 
     def _skipped(self) -> bool:
         """A compiled pass, where nothing depends on the hooks but messages, and tracing them would break it in two."""
-        return torch.compiler.is_compiling() and not self.length_dependent and not self.always
+        return torch.compiler.is_compiling() and not self.length_dependent
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -99,14 +99,22 @@ class Passes:
             return None
         cache = given.get("past_key_values")
         cache = cache if isinstance(cache, Cache) or hasattr(cache, "get_seq_length") else None
+        check_device(cache, given[name].device)
         start = 0 if cache is None else length_of(cache)
         note = check_note(cache, self.patch) if start else None
-        deferred = self.always or (self.late and (cache is not None or _wants_cache(module, given)))
+        deferred = self.late and (cache is not None or _wants_cache(module, given))
         if start and self.length_dependent and not self.stepped:
             self._check_readable(module, cache, note)
-        if not self.length_dependent and not self.always:
+        if start and self.unrotated:
+            require_note(cache, note)
+        if not self.length_dependent:
             _RUNNING.set(_Running(None, cache, note, None, (name, given[name])))
-            return None
+            if not self.unrotated or cache is None or given.get("attention_mask") is not None:
+                return None
+            # Such attention is told by a mask what part of a cache of fixed size has been written.
+            rows, count = given[name].shape[:2]
+            mask = torch.ones(rows, start + count, dtype=torch.long, device=given[name].device)
+            return _arguments(given, attention_mask=mask)
 
         positions, changed = _positions(given, given[name], start)
         must = deferred or self.stepped or start > 0
@@ -121,8 +129,7 @@ class Passes:
         _RUNNING.set(running)
         if not changed and not must:
             return None
-        more = given.pop("kwargs", {})  # what forward() takes as **kwargs
-        return (), {**given, **more, "position_ids": positions}
+        return _arguments(given, position_ids=positions)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, output: Any) -> None:
@@ -225,6 +232,12 @@ def _span(scale: Tensor | None) -> str:
     """The scales of rows in words."""
     values = sorted({float(value) for value in ([] if scale is None else scale.flatten())})
     return " and ".join(f"{value:g}" for value in values) or "?"
+
+
+def _arguments(given: dict[str, Any], **changed: Any) -> tuple[tuple[()], dict[str, Any]]:
+    """What a pre-hook gives back: the arguments of forward() by name, some of them changed."""
+    more = given.pop("kwargs", {})  # what forward() takes as **kwargs
+    return (), {**given, **more, **changed}
 
 
 def _wants_cache(module: nn.Module, given: dict[str, Any]) -> bool:

@@ -245,7 +245,7 @@ def patch_model(
         base.set_attn_implementation(attention)
     if regions is not None:
         inv_freq = compute_rope(wanted.of_frequencies, head_dim)[0]
-        state.hooks += install_regions(base, attention_regions(wanted), inv_freq, regions)
+        install_regions(base, attention_regions(wanted), inv_freq, regions)
     state.hooks += _watch_passes(base, state, every, half)
     state.hooks += _hook_layers(base, rotary, plan, config, adapter)
     setattr(base, _STATE, state)
@@ -622,7 +622,8 @@ def _watch_passes(base: PreTrainedModel, state: _State, every: list[RopeScaling]
     label = state.scaling.label
     if len(set(map(repr, every))) > 1:
         label = ", ".join(f"{name}: {each.label}" for name, each in state.plan.layers.items())
-    passes = Passes(Patch(label), state.scaling, dependent, dropped=state.plan.drop_layers)
+    unrotated = state.scaling.changes_attention
+    passes = Passes(Patch(label), state.scaling, dependent, dropped=state.plan.drop_layers, unrotated=unrotated)
     if dependent and not passes.stepped:
         # What a family's own function rotates is asked in the layout that this function wants.
         state.late, passes.obstacle = late.install(base, state.adapter.layout, half)

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from scaled_rope.costs import Flops, ModelCost
 from scaled_rope.engine import accumulation, allowed_sequence_parallel
 from scaled_rope.errors import ConfigError
+from scaled_rope.flags import H100_TFLOPS, check_plan_arguments
 from scaled_rope.loading import attention_for, load_config
 from scaled_rope.loss import logits_bytes
 from scaled_rope.memory import Trace, to_cpu, trace_pass
@@ -80,7 +81,7 @@ GB = 1e9
 _MARGIN = 0.08  # of a GPU's memory: CUDA's own, the allocator's gaps, collectives' buffers
 _PREFETCHED_LAYERS = 2  # of ZeRO-3: the layer at work and the next
 _BUCKETS = 4 * 5e8  # elements of ZeRO-2's buckets: gradients and weights, each twice so that they overlap with work
-_DEFAULT_PEAK = 989e12
+_DEFAULT_PEAK = H100_TFLOPS * 1e12
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,8 @@ class Planner:
         if options.offload_activations:
             moved = counts.layer_inputs(recipe, length, 2 if cast else 4)
             inside, host = max(0.0, inside - moved), host + moved
-        logits = min(logits_bytes(), 3 * 4 * recipe.batch_size * length * counts.vocabulary)
+        logits = 3 * 4 * recipe.batch_size * length * counts.vocabulary
+        logits = logits if recipe.loss == "whole" else min(logits_bytes(), logits)
         # AdamW makes a list of square roots as large as the weights at once on a GPU, one by one on a CPU.
         workspace = 4.0 * trained / shards if self.on_gpu else 8.0 * counts.largest
         if options.engine == "zero3_offload":
@@ -235,7 +237,8 @@ class Planner:
                 model.config.use_cache = False
                 if recipe.sliding_window_attention_schedule is not None:
                     set_sliding_window(model, min(recipe.sliding_window_attention_schedule))
-                module = SummedLoss(model)
+                # A fused loss, for which there is no trace, holds about as much as a chunked one.
+                module = SummedLoss(model, loss="whole" if recipe.loss == "whole" else "chunked")
                 autocast = recipe.precision == "bf16" and not cast
                 trace = trace_pass(module, recipe.batch_size, length, autocast, accumulating)
                 self._traces[key] = trace, Counts.of(model)
@@ -296,27 +299,9 @@ def _length(recipe: Recipe) -> int:
     return recipe.truncate or recipe.sequence_length
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `scaled-rope plan`."""
-    add = parser.add_argument
-    add("recipe", help="name in configs/ or path of a YAML file")
-    add("--gpus", type=int, default=8, metavar="N", help="ranks (default %(default)s)")
-    add("--gpu-memory", type=float, default=80.0, metavar="GB", help="of each (default %(default)s)")
-    add("--peak-tflops", type=float, default=_DEFAULT_PEAK / 1e12, metavar="T",
-        help="dense bf16 rate of one GPU (default %(default)s: H100 SXM)")  # fmt: skip
-    add("--utilisation", type=float, default=0.4, metavar="SHARE", help="model FLOPs over peak (default %(default)s)")
-    add("--json", action="store_true", help="print a JSON object")
-
-
 def run(args: argparse.Namespace) -> int:
     """Print what a recipe needs and which flags make it fit."""
-    if args.gpus < 1:
-        raise ConfigError(f"--gpus {args.gpus} is not allowed; at least 1")
-    for name in ("gpu_memory", "peak_tflops"):
-        if not getattr(args, name) > 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; above 0")
-    if not 0 < args.utilisation <= 1:
-        raise ConfigError(f"--utilisation {args.utilisation} is not allowed; above 0, at most 1")
+    check_plan_arguments(args)
     recipe = read_recipe(args.recipe)
     planner, room = Planner(recipe), args.gpu_memory * (1 - _MARGIN)
     found, refused = [], []

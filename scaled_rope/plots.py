@@ -77,7 +77,7 @@ def drawing(**style: Any) -> Iterator[Any]:
         yield pyplot
 
 
-def save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     """Write the figure as SVG or PNG, by the name of the file, whole or not at all; no date in it."""
     kind = path.suffix.lower().lstrip(".")
     picture = io.BytesIO()
@@ -246,7 +246,7 @@ def plot_scaling(scaling: RopeScaling, head_dim: int, path: Path, title: str, le
         top.legend(loc="lower right")
         _divisor_panel(bottom, {scaling.label: divisors})
         _legend_of_regimes(bottom, names, loc=_free_corner(divisors))
-        save(figure, path)
+        save_figure(figure, path)
         pyplot.close(figure)
 
 
@@ -327,7 +327,7 @@ def _draw_method(pyplot: Any, scaling: RopeScaling, head_dim: int, factor: float
     _legend_of_regimes(right, names, loc=_free_corner(tables[-1][2]))
     title = f"longrope x{factor:g}" if scaling.method == "longrope" else scaling.label
     figure.suptitle(f"{title}, attention factor {factors[-1]:.4g}", x=0.01, ha="left", fontsize=10)
-    save(figure, path)
+    save_figure(figure, path)
     pyplot.close(figure)
 
 
@@ -346,7 +346,7 @@ def _draw_resonance(pyplot: Any, scaling: RopeScaling, head_dim: int, path: Path
     right.plot(range(len(change)), change, color=_LINES[0])
     right.set(xlabel="dimension d", ylabel="change of wavelength, %", xlim=(-0.5, len(change) - 0.5))
     figure.suptitle(f"resonance, on top of {scaling.label}", x=0.01, ha="left", fontsize=10)
-    save(figure, path)
+    save_figure(figure, path)
     pyplot.close(figure)
 
 
@@ -369,5 +369,5 @@ def _draw_overview(pyplot: Any, scalings: Mapping[str, RopeScaling], head_dim: i
     cells[0].set_ylim(0.8, max(2.0, 4 * largest))
     figure.supxlabel("dimension d", fontsize=9)
     figure.supylabel(f"θ divided by, at {length} tokens", fontsize=9)
-    save(figure, path)
+    save_figure(figure, path)
     pyplot.close(figure)

@@ -8,6 +8,7 @@ python -m scaled_rope.recipes demo --pending    # what is still to train for it,
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 import sys
 import types
@@ -26,6 +27,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LR_SCHEDULES = ("linear", "constant", "cosine")
 PRECISIONS = ("bf16", "fp32")
 DOCUMENTS = ("joined", "separate")
+LOSSES = ("auto", "chunked", "fused", "whole")
 EVALUATE_FIELDS = ("scalings", "perplexity", "passkey", "report")
 
 
@@ -57,6 +59,8 @@ class Recipe:
         documents: "joined" (the paper's): a packed row is one text; "separate": attention and positions start anew with
             each document of a row.
         sliding_window_attention_schedule: window at step i is entry i mod n (Mistral); None leaves the model's own.
+        loss: how it comes from hidden states: "chunked", some logits at a time; "fused", by Liger's kernel on a GPU;
+            "whole", all logits at once; "auto": fused where it can run, else chunked.
         gradient_checkpointing: keep the input of every layer only and compute the rest again in the backward pass.
         offload_activations: keep what the backward pass needs in CPU memory.
         sequence_parallel: ranks that share one sequence (Ulysses, under DeepSpeed ZeRO-3).
@@ -98,6 +102,7 @@ class Recipe:
     precision: str = "bf16"
     save_dtype: str | None = None
     attention: str = "auto"
+    loss: str = "auto"
     gradient_checkpointing: bool = True
     offload_activations: bool = False
     sequence_parallel: int = 1
@@ -135,9 +140,9 @@ class Recipe:
         require(self.weight_decay >= 0, "weight_decay", "0 or more")
         require(len(self.adam_betas) == 2 and all(0 <= b < 1 for b in self.adam_betas), "adam_betas", "two in [0, 1)")
         require(self.lr_schedule in LR_SCHEDULES, "lr_schedule", f"one of: {', '.join(LR_SCHEDULES)}")
-        unexpected = sorted(set(self.evaluate) - set(EVALUATE_FIELDS))
-        require(not unexpected, "evaluate", f"its fields are: {', '.join(EVALUATE_FIELDS)}")
+        self._check_evaluate()
         require(self.documents in DOCUMENTS, "documents", f"one of: {', '.join(DOCUMENTS)}")
+        require(self.loss in LOSSES, "loss", f"one of: {', '.join(LOSSES)}")
         require(
             self.gradient_checkpointing or not self.offload_activations,
             "offload_activations",
@@ -149,6 +154,20 @@ class Recipe:
         require(bool(self.heldout_lengths) == (self.heldout is not None), "heldout_lengths", "give it with `heldout`")
         require(all(length >= 2 for length in self.heldout_lengths), "heldout_lengths", "2 tokens or more")
         require(self.precision in PRECISIONS, "precision", f"one of: {', '.join(PRECISIONS)}")
+
+    def _check_evaluate(self) -> None:
+        for name, value in self.evaluate.items():
+            if name not in EVALUATE_FIELDS:
+                raise unknown(f"field of `evaluate` in recipe {self.name!r}", name, EVALUATE_FIELDS)
+            try:
+                if name == "scalings":
+                    _bring(value, tuple[str, ...])
+                else:
+                    shlex.split(_bring(value, str))
+            except ValueError:
+                allowed = "a list of scalings" if name == "scalings" else "flags, in one text as a shell splits it"
+                said = f"recipe {self.name!r}: evaluate: {name} = {value!r}"
+                raise ConfigError(f"{said} is not allowed; {allowed}") from None
 
     @property
     def compute_dtype(self) -> str:
@@ -169,6 +188,36 @@ class Recipe:
 _TYPES = typing.get_type_hints(Recipe)
 
 
+_WORDS: dict[Any, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple[str, ...]: "a list of texts",
+    tuple[int, ...]: "a list of whole numbers",
+    tuple[float, ...]: "a list of numbers",
+    Mapping[str, Any]: "a block of `field: value` lines",
+}
+"""The types of `Recipe` as a recipe's author knows them."""
+
+
+def _bring(value: Any, kind: Any) -> Any:
+    """A plain value as one of type `kind`; raises ValueError where that would change what it says."""
+    origin = typing.get_origin(kind) or kind
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_bring(entry, typing.get_args(kind)[0]) for entry in value)
+    if origin is Mapping and isinstance(value, Mapping):
+        return dict(value)
+    if origin is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        number = float(value)  # YAML reads 2e-5 as a string
+        if not math.isfinite(number):
+            raise ValueError
+        return number
+    if isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
+        return value
+    raise ValueError
+
+
 def coerce(name: str, value: Any) -> Any:
     """Bring a YAML or command-line value to the type of recipe field `name`.
 
@@ -179,23 +228,13 @@ def coerce(name: str, value: Any) -> Any:
         raise unknown("recipe field", name, _TYPES)
     annotation = _TYPES[name]
     union = typing.get_args(annotation) if typing.get_origin(annotation) is types.UnionType else (annotation,)
-    optional, kind = type(None) in union, next(member for member in union if member is not type(None))
-    origin = typing.get_origin(kind) or kind
-    if value is None and optional:
+    kind = next(member for member in union if member is not type(None))
+    if value is None and type(None) in union:
         return None
     try:
-        if origin is tuple and isinstance(value, (list, tuple)):
-            item = typing.get_args(kind)[0]
-            return tuple(item(entry) for entry in value)
-        if origin is Mapping and isinstance(value, Mapping):
-            return dict(value)
-        if origin is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            return float(value)  # YAML reads 2e-5 as a string
-        if isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
-            return value
-    except (TypeError, ValueError):
-        pass
-    raise ConfigError(f"recipe field {name} = {value!r} is not allowed; a value of type {origin.__name__}")
+        return _bring(value, kind)
+    except ValueError:
+        raise ConfigError(f"recipe field {name} = {value!r} is not allowed; {_WORDS[kind]}") from None
 
 
 def available() -> dict[str, Path]:
@@ -203,9 +242,28 @@ def available() -> dict[str, Path]:
     return {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
 
 
+def _check_keys(node: yaml.Node | None, path: Path) -> None:
+    """Refuse a key that stands twice in one block, of which YAML would take the last."""
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                raise ConfigError(f"{path}, line {line}: {name} stands there again, after line {lines[name]}; keep one")
+            lines[name] = line
+            _check_keys(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_keys(value, path)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
+        content = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start})") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -213,17 +271,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+def read_recipe(name: str, overrides: Mapping[str, Any] | None = None, also: Sequence[str] = ()) -> Recipe:
     """Read a recipe by its name in `configs/` or by the path of a YAML file.
 
     A recipe may name one `base` recipe whose fields it takes over; the base may not have a base itself.
+
+    also: what else could have been meant where there is no such recipe.
 
     Raises:
         ConfigError: no such recipe, an unknown field, a value that is not allowed, or a missing field.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else available().get(name)
     if path is None:
-        raise unknown("recipe", name, available())
+        raise unknown("recipe", name, [*available(), *also])
     if not path.is_file():
         raise ConfigError(f"recipe file {path} does not exist")
     fields = _read_yaml(path)
@@ -295,6 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pending", action="store_true", help="names of the recipes still to train for it, in order")
     parser.add_argument("--finished", action="store_true", help="exit with 0 when it is finished, else with 1")
     parser.add_argument("--shell", action="store_true", help="assignments for a shell script to eval")
+    parser.add_argument("--also", nargs="*", default=[], metavar="NAME", help="no recipes, but known to who asks")
     args = parser.parse_args(argv)
     if args.list:
         for name in available():
@@ -302,11 +363,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif args.name is None:
         raise ConfigError("name of a recipe is missing; --list shows them")
     elif args.pending:
-        print("".join(f"{recipe.name}\n" for recipe in pending(read_recipe(args.name))), end="")
+        recipe = read_recipe(args.name)
+        # The recipe itself as it was given: a file's is not known by its name.
+        print("".join(f"{args.name if one == recipe else one.name}\n" for one in pending(recipe)), end="")
     elif args.finished:
         return 0 if is_finished(read_recipe(args.name)) else 1
     elif args.shell:
-        print(shell_assignments(read_recipe(args.name)))
+        print(shell_assignments(read_recipe(args.name, also=args.also)))
     else:
         print(yaml.safe_dump(read_recipe(args.name).to_dict(), sort_keys=False, allow_unicode=True), end="")
     return 0

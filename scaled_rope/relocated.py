@@ -7,17 +7,14 @@ do, of any class. Masks come in the form of `sdpa_blocked`, [B, T] instead of [B
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from scaled_rope.attention.composed import composed_attention, flash, is_composable
 from scaled_rope.attention.regions import Regions, region_attention
 from scaled_rope.backends import by_stretch, has_window, refusal
-from scaled_rope.caches import length_of, note_of, require_note
 from scaled_rope.errors import ConfigError
 from scaled_rope.fused import APPLY, pairing_of
 from scaled_rope.late import INTERFACE
@@ -78,8 +75,8 @@ class _Only:
     __getitem__ = get_interface
 
 
-def install(base: nn.Module, regions: Regions, inv_freq: Tensor, interleaved: bool) -> list[RemovableHandle]:
-    """Make all attention modules of a base model attend in regions; returns the hooks that this takes.
+def install(base: nn.Module, regions: Regions, inv_freq: Tensor, interleaved: bool) -> None:
+    """Make all attention modules of a base model attend in regions. Its passes need `Passes.unrotated` besides.
 
     inv_freq: [R/2], unscaled.
     """
@@ -104,7 +101,11 @@ def install(base: nn.Module, regions: Regions, inv_freq: Tensor, interleaved: bo
             raise ConfigError(f"attention_mask of shape {list(attention_mask.shape)}: must be [rows, tokens]")
 
         def regional(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return region_attention(q, k, v, inv_freq, regions, scale, interleaved=interleaved).transpose(1, 2)
+            if is_composable(q, k, v):
+                found = composed_attention(q, k, v, inv_freq, regions, scale, flash, interleaved=interleaved)
+            else:
+                found = region_attention(q, k, v, inv_freq, regions, scale, interleaved=interleaved)
+            return found.transpose(1, 2)
 
         out = by_stretch(regional, query, key, value, attention_mask, position_ids, cu_seq_lens_q)
         return out.contiguous(), None
@@ -112,11 +113,10 @@ def install(base: nn.Module, regions: Regions, inv_freq: Tensor, interleaved: bo
     for module in callers(base, APPLY):
         rebind(module, APPLY, _as_they_are)
         rebind(module, INTERFACE, _Only(attend))
-    return [base.register_forward_pre_hook(_look_at_cache, with_kwargs=True)]
 
 
 def uninstall(base: nn.Module) -> None:
-    """Undo `install`, but for the hooks."""
+    """Undo `install`."""
     for module in callers(base, INTERFACE):
         rebind(module, INTERFACE, None)
         rebind(module, APPLY, None)
@@ -124,21 +124,3 @@ def uninstall(base: nn.Module) -> None:
 
 def _as_they_are(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     return q, k
-
-
-def _look_at_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook. Refuses a cache that somebody else has filled. A pass without a mask is given one, which tells
-    what part of a cache of fixed size has been written."""
-    given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-    cache = given.get("past_key_values")
-    tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-    if cache is None or tokens is None or torch.compiler.is_compiling():
-        return None
-    filled = length_of(cache)
-    if filled:
-        require_note(cache, note_of(cache))
-    if given.get("attention_mask") is not None:
-        return None
-    more = given.pop("kwargs", {})  # what forward() takes as **kwargs
-    mask = torch.ones(tokens.shape[0], filled + tokens.shape[1], dtype=torch.long, device=tokens.device)
-    return (), {**given, **more, "attention_mask": mask}

@@ -14,8 +14,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +29,7 @@ Row = dict[str, Any]
 IDENTITY = ("metric", "model_fingerprint", "dtype", "scaling", "data", "protocol", "length")
 """Fields that say what a row measured. Two rows that agree on them report the same thing."""
 
+_ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("scaled-rope", "torch", "transformers", "tokenizers", "numpy")
 
 
@@ -44,10 +46,13 @@ def _git(*arguments: str) -> str | None:
 
 @functools.cache
 def _commit() -> str | None:
-    """The commit of this package's source, "-dirty" when tracked files differ from it; None outside its repository."""
+    """The commit of this package's source, "-dirty" when tracked files differ from it.
+
+    Outside its repository what SCALED_ROPE_COMMIT says, for copies that were made without it; else None.
+    """
     # An installed copy may lie inside somebody else's repository: only a file that git tracks has a commit.
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is None or (head := _git("rev-parse", "HEAD")) is None:
-        return None
+        return os.environ.get("SCALED_ROPE_COMMIT")
     return head + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
 
 
@@ -76,13 +81,46 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def portable(text: str, parts: int = 1) -> str:
+    """A path as rows, which are for other machines too, record it: other text, and relative paths, as they are.
+
+    Absolute ones become relative to this repository or, outside of it, their last `parts` names.
+    """
+    path = Path(text)
+    if not path.is_absolute():
+        return text
+    return str(path.relative_to(_ROOT)) if path.is_relative_to(_ROOT) else "/".join(path.parts[1:][-parts:])
+
+
+def portable_model(name: str) -> str:
+    """A model as rows record it: of a folder elsewhere two names, since the last may be "model" or a step's number."""
+    return portable(name, parts=2)
+
+
+def portable_command(words: Iterable[str]) -> str:
+    """A command line as rows record it, with `portable` paths."""
+    flags = (word.partition("=") for word in words)
+    return shlex.join(
+        f"{flag}={portable(value)}" if equals and flag.startswith("--") else portable(flag + equals + value)
+        for flag, equals, value in flags
+    )
+
+
+def _portable_values(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _portable_values(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_portable_values(entry) for entry in value]
+    return portable(str(value)) if isinstance(value, (str, Path)) else value
+
+
 def provenance(device: object, seed: int | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Where a result came from: code, versions, machine, time and arguments.
 
     Args:
         device: the torch device (or its name) that computed.
         seed: the seed of whatever was drawn, None when nothing was.
-        arguments: the command-line arguments, JSON-able values (others are written as text).
+        arguments: the command-line arguments, JSON-able values (others are written as text); of paths see `portable`.
     """
     return {
         "commit": _commit(),
@@ -91,7 +129,7 @@ def provenance(device: object, seed: int | None, arguments: Mapping[str, Any]) -
         "cpu_count": os.cpu_count(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,
-        "arguments": json.loads(json.dumps(dict(arguments), default=str)),
+        "arguments": json.loads(json.dumps(_portable_values(arguments), default=str)),
     }
 
 
@@ -144,6 +182,8 @@ def read_rows(path: str | Path) -> list[Row]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        if not _is_row(line) and not rows:
+            raise ConfigError(f"file {str(path)!r} holds no rows: its line {number} is not a JSON object")
         if not _is_row(line):
             raise ConfigError(f"file {str(path)!r}, line {number} is not a JSON object; remove that line")
         rows.append(json.loads(line))

@@ -12,10 +12,11 @@ from scaled_rope.config import RopeScaling
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation import OUT_OF_MEMORY, format_perplexity, format_table
 from scaled_rope.loading import display_name
-from scaled_rope.results import Row, read_rows, row_key
+from scaled_rope.results import Row, portable_model, read_rows, row_key
 
 Column = tuple[int, str]
-"""What a table's column is of: a context length in tokens, and what else tells columns apart (a benchmark's task)."""
+"""What a table's column is of: a context length in tokens, and what else tells columns apart (a benchmark's task, the
+positions START-END of a bucket)."""
 
 MARKERS = "osD^vPX*"
 UNSCALED = -1
@@ -88,11 +89,41 @@ class Section:
     def columns(self) -> list[Column]:
         """Every column, in order: by length, or as they appeared."""
         found = list(dict.fromkeys(column for cells in self.rows.values() for column in cells))
-        return sorted(found) if self.topic.by_length else found
+        return sorted(found, key=_order) if self.topic.by_length else found
 
     def lengths(self, series: Series) -> dict[int, Row]:
-        """The rows of a series by context length in tokens, in ascending order."""
-        return {column[0]: row for column, row in sorted(self.rows.get(series, {}).items())}
+        """The rows of a series by context length in tokens, in ascending order.
+
+        Position buckets that end at one length are of one length; what counts there is a row that has a value.
+        """
+        cells = self.rows.get(series, {})
+        ordered = sorted(cells, key=lambda column: (column[0], not cells[column].get("error"), *_order(column)))
+        return {column[0]: cells[column] for column in ordered}
+
+    def partitions(self, series: Series) -> list[list[Column]]:
+        """A series' position buckets in lines, in each of which a bucket begins where the one before ended.
+
+        Measured with one set of lengths there is one line. A bucket that several lines need is in all of them.
+        """
+        columns = sorted(self.rows.get(series, {}), key=_order)
+        spans = {column: self.rows[series][column]["bucket"] for column in columns}
+        left, lines = dict.fromkeys(columns), []
+        while left:
+            line = [next(iter(left))]
+            while before := [column for column in columns if spans[column][1] == spans[line[0]][0]]:
+                line.insert(0, before[-1])
+            while after := [column for column in columns if spans[column][0] == spans[line[-1]][1]]:
+                line.append(next((column for column in after if column in left), after[0]))
+            for column in line:
+                left.pop(column, None)
+            lines.append(line)
+        return lines
+
+
+def _order(column: Column) -> tuple[int, int, str]:
+    """Sorts columns by length, and buckets that end at one by where they begin."""
+    length, other = column
+    return length, len(other), other
 
 
 def topic_of(row: Row) -> Topic:
@@ -119,7 +150,9 @@ def column_of(row: Row) -> Column:
         protocol = row["protocol"]
         limit = "" if protocol.get("limit") is None else f", first {protocol['limit']}"
         return (0, f"{protocol['task']}, {protocol['num_fewshot']}-shot {protocol['metric']}{limit}")
-    return (0, "") if row["metric"].endswith("_context") else (int(row["length"]), "")
+    if row["metric"].endswith("_context"):
+        return 0, ""
+    return int(row["length"]), "{}-{}".format(*row["bucket"]) if "bucket" in row else ""
 
 
 def current_rows(rows: Sequence[Row]) -> list[Row]:
@@ -161,6 +194,7 @@ def load_results(paths: Sequence[str], finetuned: str | None = None) -> Results:
     Raises:
         ConfigError: no rows, or rows that lack what every evaluator writes.
     """
+    finetuned = None if finetuned is None else portable_model(finetuned)
     found = list({row_key(row): row for path in paths for row in read_rows(path)}.values())
     known = [row for row in found if row.get("metric") in _NUMBERS]
     if not known:
@@ -169,7 +203,7 @@ def load_results(paths: Sequence[str], finetuned: str | None = None) -> Results:
         rows = current_rows(known)
         notes = []
         if len(known) < len(found):
-            other = sorted({str(row.get("metric")) for row in found} - set(_NUMBERS))
+            other = sorted({str(row.get("metric", "without a metric")) for row in found} - set(_NUMBERS))
             notes.append(f"{len(found) - len(known)} rows of other kinds are left out: {', '.join(other)}")
         if len(rows) < len(known):
             notes.append(f"{len(known) - len(rows)} rows of older weights or texts are left out")
@@ -406,21 +440,20 @@ def tables_of(section: Section) -> list[Table]:
         return Table(title, note, section, header, lines, lower)
 
     title = title_of(section)
-    lengths = [str(length) for length, _ in columns]
+    lengths = [str(length) for length in dict.fromkeys(length for length, _ in columns)]
     if topic.metric == "perplexity":
-        whole = table(
-            f"{title}, by context length",
-            "All tokens of the first L.",
-            lengths,
-            lambda r: perplexity_cell(r, False),
-            True,
-        )
+        whole = [
+            (series, [perplexity_cell(found[int(one)], False) if int(one) in found else Cell() for one in lengths])
+            for series, found in ((series, section.lengths(series)) for series in section.rows)
+        ]
         if topic.setting("name") == "sliding":
-            return [Table(f"{title}, by window", "Every token once.", section, lengths, whole.lines, True)]
-        buckets = {column: cells[column]["bucket"] for cells in section.rows.values() for column in cells}
-        spans = [f"{buckets[column][0]}-{buckets[column][1]}" for column in columns]
+            return [Table(f"{title}, by window", "Every token once.", section, lengths, whole, True)]
+        spans = [span for _, span in columns]
         note = "Tokens between two positions. Buckets differ in text: compare down the columns."
-        return [table(f"{title}, by position bucket", note, spans, lambda r: perplexity_cell(r, True), True), whole]
+        return [
+            table(f"{title}, by position bucket", note, spans, lambda r: perplexity_cell(r, True), True),
+            Table(f"{title}, by context length", "All tokens of the first L.", section, lengths, whole, True),
+        ]
     if topic.metric.endswith("_context"):
         return [_context_table(section, title)]
     if topic.by_length:

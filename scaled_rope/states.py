@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
+import platform
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +24,44 @@ from scaled_rope.results import Row, read_rows, write_atomic
 #: recipe fields that may differ between a run and its resumption without changing what is computed
 _FREE_FIELDS = {
     "name", "description", "output_dir", "prepare", "rebuild", "evaluate", "batch_size", "checkpointing_steps",
-    "kept_checkpoints", "offload_activations", "gradient_checkpointing", "sequence_parallel", "heldout",
+    "kept_checkpoints", "offload_activations", "gradient_checkpointing", "loss", "sequence_parallel", "heldout",
     "heldout_lengths", "heldout_steps", "heldout_rows",
 }  # fmt: skip
+
+
+@contextlib.contextmanager
+def run_lock(output: Path) -> Iterator[None]:
+    """Keep a run's output folder, which is created where it is missing, from other runs while this context lasts.
+
+    The lock is the first rank's; the others pass. The kernel releases it when its process ends, whatever ends it.
+
+    Raises:
+        ConfigError: another process holds it, or the folder cannot be written to.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        yield
+        return
+    path = output / ".lock"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise ConfigError(f"output_dir {output} cannot be written to: {error.strerror or error}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise ConfigError(f"output_dir {output} cannot be locked: {error.strerror or error}") from None
+            file.seek(0)
+            holder = " ".join(file.read().split()) or "unknown"
+            raise ConfigError(
+                f"output_dir {output} is being written by another run, process {holder}; choose another --output-dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
 
 
 def fingerprint(recipe: Recipe) -> dict[str, Any]:

@@ -11,9 +11,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +31,8 @@ AGREEMENT = 32
 _tokenizer: Any = None  # of this process
 
 
-@dataclass(frozen=True)
-class Part:
+# Named tuples, because a million short documents make a million of each, and half of them travel to another process.
+class Part(NamedTuple):
     """Characters `start` to `start + len(text)` of a document; `last` says whether they are its end."""
 
     text: str
@@ -41,13 +40,17 @@ class Part:
     last: bool = True
 
 
-@dataclass(frozen=True)
-class _Read:
-    """A part's ids, and where the tokens near its ends begin: index of the first such token, and characters."""
+Places = tuple[int, npt.NDArray[np.int64]]
+"""Where the tokens near an end of a window begin: index of the first such token, and characters of all of them."""
+_NOWHERE: Places = 0, np.empty(0, np.int64)
+
+
+class _Read(NamedTuple):
+    """A part's ids, and the places of the tokens near its ends where a neighbour shares these."""
 
     ids: Ids
-    head: tuple[int, npt.NDArray[np.int64]]
-    tail: tuple[int, npt.NDArray[np.int64]]
+    head: Places = _NOWHERE
+    tail: Places = _NOWHERE
 
 
 def _load(name: str) -> None:
@@ -56,37 +59,52 @@ def _load(name: str) -> None:
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are what is parallel here
     _tokenizer = load_tokenizer(name)
+    if _is_fast():  # transformers does both at each call, which is not how it is called here
+        _tokenizer.backend_tokenizer.no_truncation()
+        _tokenizer.backend_tokenizer.no_padding()
 
 
-def _encode(parts: list[Part]) -> tuple[Ids, list[int], list[tuple[Any, Any]]]:
-    """Ids of all parts in a row, tokens of each, and the places of tokens near the ends of those that are windows.
+def _is_fast() -> bool:
+    """Whether this process's tokenizer is one of the `tokenizers` library; others do not say where tokens are."""
+    return bool(getattr(_tokenizer, "is_fast", False))
+
+
+def _encode(parts: list[Part]) -> tuple[Ids, list[int], dict[int, tuple[Places, Places]]]:
+    """Ids of all parts in a row, tokens of each, and for windows, by index, the places of tokens near their ends.
 
     Few large arrays, because many small ones take longer to hand over than to make.
     """
-    found = _tokenizer(
-        [part.text for part in parts], add_special_tokens=False, return_attention_mask=False, verbose=False
-    )
-    lengths = [len(ids) for ids in found["input_ids"]]
-    flat = np.fromiter(chain.from_iterable(found["input_ids"]), np.uint32, sum(lengths))
-    none = (0, np.empty(0, np.int64))
-    places = []
+    texts = [part.text for part in parts]
+    if not _is_fast():
+        rows = _tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return _flat(rows), [len(ids) for ids in rows], {}
+    # Called directly: transformers makes a dictionary of six lists for each text, which for short ones takes as long as
+    # tokenizing them.
+    found = _tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    rows = [encoding.ids for encoding in found]
+    windows = {}
     for index, part in enumerate(parts):
-        windowed = part.start > 0, not part.last
-        size, count = len(part.text), lengths[index]
-        head = _places(found, index, part, 0, min(OVERLAP, size), count) if windowed[0] else none
-        tail = _places(found, index, part, max(0, size - OVERLAP), size, count) if windowed[1] else none
-        places.append((head, tail))
-    return flat, lengths, places
+        if part.start or not part.last:
+            size = len(part.text)
+            head = _places(found[index], part, 0, min(OVERLAP, size)) if part.start else _NOWHERE
+            tail = _NOWHERE if part.last else _places(found[index], part, max(0, size - OVERLAP), size)
+            windows[index] = head, tail
+    return _flat(rows), [len(ids) for ids in rows], windows
 
 
-def _places(found: Any, index: int, part: Part, begin: int, end: int, count: int) -> tuple[int, Any]:
+def _flat(rows: list[list[int]]) -> Ids:
+    return np.fromiter(chain.from_iterable(rows), np.uint32, sum(map(len, rows)))
+
+
+def _places(encoding: Any, part: Part, begin: int, end: int) -> Places:
     """Where the tokens that begin in characters [begin, end) of a part do so, counted in the document."""
 
     def start(token: int) -> int:
-        span = found.token_to_chars(index, token)
-        return -1 if span is None else int(span.start)
+        span = encoding.token_to_chars(token)
+        return -1 if span is None else int(span[0])
 
     # Starts do not fall, so the first token of the stretch is found by halving.
+    count = len(encoding)
     low, high = 0, count
     while low < high:
         middle = (low + high) // 2
@@ -136,11 +154,14 @@ def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
 def _read(batches: Iterator[list[Part]], tokenizer: str, num_proc: int) -> Iterator[tuple[Part, _Read]]:
     """Every part with its ids, in order."""
 
-    def unpacked(batch: list[Part], result: tuple[Ids, list[int], list[tuple[Any, Any]]]) -> Iterator[Any]:
-        flat, lengths, places = result
-        borders = np.cumsum([0, *lengths])
-        for part, begin, end, (head, tail) in zip(batch, borders[:-1], borders[1:], places, strict=True):
-            yield part, _Read(flat[begin:end], head, tail)
+    def unpacked(
+        batch: list[Part], result: tuple[Ids, list[int], dict[int, tuple[Places, Places]]]
+    ) -> Iterator[tuple[Part, _Read]]:
+        flat, lengths, windows = result
+        end = 0
+        for index, (part, length) in enumerate(zip(batch, lengths, strict=True)):
+            begin, end = end, end + length
+            yield part, _Read(flat[begin:end], *windows.get(index, ()))
 
     if num_proc == 1:
         for batch in batches:
@@ -182,8 +203,8 @@ class _Joiner:
                 self._absorbed += 1
                 whole = Part(before.text + part.text[OVERLAP:], before.start, part.last)
                 if not self._absorb or part.last:
-                    flat, _, (places,) = _encode([whole])
-                    left = _Read(flat, *places)
+                    flat, _, windows = _encode([whole])
+                    left = _Read(flat, *windows.get(0, ()))
                 self._held = whole, left, skip
         if part.last:
             _, left, skip = self._held
@@ -198,10 +219,13 @@ def tokenized(texts: Iterable[str], tokenizer: str, num_proc: int) -> Iterator[I
         num_proc: processes; 1 works in this one.
     """
     _load(tokenizer)
-    split = bool(getattr(_tokenizer, "is_fast", False))  # others do not say where tokens are
+    split = _is_fast()
     parts = (part for text in texts for part in (parts_of(text) if split else [Part(text)]))
     joiner = _Joiner()
     for part, read in _read(_batches(parts), tokenizer, num_proc):
+        if part.last and not part.start:
+            yield read.ids
+            continue
         joiner.add(part, read)
         if part.last:
             yield joiner.pieces[0] if len(joiner.pieces) == 1 else np.concatenate(joiner.pieces)

@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ from scaled_rope.loading import (
     resolve_plan,
     with_primary,
 )
-from scaled_rope.loss import IGNORE, token_nll
+from scaled_rope.loss import IGNORE, resolve_loss, token_nll
 from scaled_rope.patch import PatchReport, patch_model, patched_plan
 from scaled_rope.recipes import Recipe, is_finished
 from scaled_rope.results import Row, provenance, write_atomic
@@ -59,6 +60,7 @@ from scaled_rope.states import (
     latest_state,
     load_state,
     read_log,
+    run_lock,
     save_state,
 )
 from scaled_rope.tracking import RunLog, peak_memory, plot_losses, write_records
@@ -99,27 +101,34 @@ def collate(rows: Sequence[LoadedRow], length: int) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+def check_lengths(rows: TokenRows, recipe: Recipe) -> None:
+    """Refuse rows that are longer than the recipe says and are not to be cut.
+
+    Raises:
+        ConfigError: the longest one.
+    """
+    if recipe.truncate is None and rows.longest > recipe.sequence_length:
+        raise ConfigError(
+            f"dataset {recipe.dataset} has a row of {rows.longest} tokens, more than sequence_length"
+            f" {recipe.sequence_length}; set truncate, or re-cut the data with truncate.py"
+        )
+
+
 def step_batches(
     rows: TokenRows, recipe: Recipe, step: int, rank: int, ranks: int, vocabulary: int | None = None
 ) -> list[list[LoadedRow]]:
     """This rank's micro-batches of one optimizer step, each a list of `batch_size` rows of tokens and weights.
 
     Raises:
-        ConfigError: a row that is longer than the recipe says, or has a token id outside the model's `vocabulary`.
+        ConfigError: a row with a token id outside the model's `vocabulary`.
     """
     indices = step_rows(len(rows), recipe.global_batch_size, step, recipe.seed)
     mine = indices.reshape(-1, ranks, recipe.batch_size)[:, rank]
-    limit = recipe.sequence_length
 
     def fetch(index: int) -> LoadedRow:
         tokens, weight = rows.row(index)
         if recipe.truncate is not None:
             tokens, weight = tokens[: recipe.truncate], weight[: recipe.truncate]
-        if len(tokens) > limit:
-            raise ConfigError(
-                f"row {index} of {recipe.dataset} has {len(tokens)} tokens, more than sequence_length {limit};"
-                f" set truncate, or re-cut the data with truncate.py"
-            )
         if vocabulary is not None and tokens.max() >= vocabulary:
             raise ConfigError(
                 f"row {index} of {recipe.dataset} has token id {tokens.max()}, the model's vocabulary ends at"
@@ -136,14 +145,15 @@ class SummedLoss(nn.Module):
     Args:
         model: a causal language model, plain or with adapters.
         offload: keep what the backward pass needs, the inputs of checkpointed layers, in CPU memory.
+        loss: how it is computed, as `resolve_loss` says.
     """
 
-    def __init__(self, model: Any, offload: bool = False) -> None:
+    def __init__(self, model: Any, offload: bool = False, loss: str = "chunked") -> None:
         super().__init__()
         self.model = model
         self.config = model.config  # DeepSpeed sizes its buckets by it, Ulysses its heads
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # FSDP wraps these
-        self._offload = offload
+        self._offload, self._loss = offload, loss
 
     def forward(
         self,
@@ -156,7 +166,7 @@ class SummedLoss(nn.Module):
     ) -> torch.Tensor:
         """The weighted sum of the negative log-likelihoods, in nats; without `reduce` each of them, [B, T]."""
         with offloaded_activations() if self._offload else contextlib.nullcontext():
-            nll = token_nll(self.model, input_ids, targets, position_ids, separate=separate)
+            nll = token_nll(self.model, input_ids, targets, position_ids, separate=separate, loss=self._loss)
             return (nll * weights).sum() if reduce else nll
 
 
@@ -276,7 +286,10 @@ def add_lora(model: Any, embeddings_and_norms: bool = False) -> Any:
         r=16, lora_alpha=64, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM",
         modules_to_save=full, ensure_weight_tying=embeddings_and_norms and tied,
     )  # fmt: skip
-    adapted = get_peft_model(model, settings)
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks by the name that transformers 5.23 has given up.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        adapted = get_peft_model(model, settings)
     adapted.enable_input_require_grads()  # checkpointed layers need an input with a gradient
     return adapted
 
@@ -333,27 +346,32 @@ class Trainer:
         On SIGTERM it saves a state, says so and returns; the same call continues from there.
 
         Raises:
-            ConfigError: what cannot be trained, or a loss or gradient that is not finite.
+            ConfigError: what cannot be trained, another run at work in the folder, or a loss or gradient that is not
+                finite.
         """
         if is_finished(self.recipe):
             print(f"{self.output / 'model'}: already trained")
             return [row["loss"] for row in read_log(self.output)]
-        with StopSignal() as stop:
+        with StopSignal() as stop, run_lock(self.output):
             return self._run(stop)
 
     def _run(self, stop: StopSignal) -> list[float]:
         recipe = self.recipe
         rows = open_rows(recipe.dataset)
+        check_lengths(rows, recipe)
         heldout = Heldout(recipe) if recipe.heldout is not None else None
         attention = resolve_attention(recipe.attention, resolve_device(None), recipe.compute_dtype)
         accelerator = make_accelerator(recipe, attention)
+        engine = engine_name(accelerator)
+        resolve_loss(recipe.loss, accelerator.device, engine)  # refuses before a model is read
         model, report = build_model(recipe, attention)
         scaling = RopeScaling.from_config(model.config) if report is None else report.scaling
         check_sequence_parallel(recipe, model.config, scaling, model.config._attn_implementation)
+        loss = resolve_loss(recipe.loss, accelerator.device, engine, model)
         cost = ModelCost.of(model)
         accelerator.print(
-            f"{accelerator.device}, {accelerator.num_processes} processes, engine {engine_name(accelerator)},"
-            f" attention {model.config._attn_implementation}"
+            f"{accelerator.device}, {accelerator.num_processes} processes, engine {engine},"
+            f" attention {model.config._attn_implementation}, loss {loss}"
         )
         if report is not None and not report.native:
             accelerator.print(
@@ -361,7 +379,7 @@ class Trainer:
             )
         enable_checkpointing(model, recipe)
         model.config.use_cache = False
-        module = SummedLoss(model, recipe.offload_activations)
+        module = SummedLoss(model, recipe.offload_activations, loss)
         optimizer = make_optimizer(recipe, module)
         module, optimizer = accelerator.prepare(module, optimizer)
         facts = provenance(str(accelerator.device), recipe.seed, {"ranks": accelerator.num_processes})

@@ -27,7 +27,6 @@ import hashlib
 import io
 import json
 import math
-import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,8 +44,9 @@ from scaled_rope.corpora import CORPORA, fetch
 from scaled_rope.data import open_rows, read_documents
 from scaled_rope.errors import ConfigError, Parser
 from scaled_rope.evaluation import format_perplexity, format_table, given_arguments
+from scaled_rope.flags import add_tune_arguments as add_arguments
+from scaled_rope.flags import check_tune_arguments
 from scaled_rope.loading import (
-    ATTENTIONS,
     ModelJob,
     ModelLoader,
     add_model_arguments,
@@ -57,7 +57,7 @@ from scaled_rope.loading import (
 )
 from scaled_rope.loss import IGNORE, token_nll
 from scaled_rope.passkey import encode
-from scaled_rope.results import Row, append_row, provenance, read_rows, row_key, write_atomic
+from scaled_rope.results import Row, append_row, portable_command, provenance, read_rows, row_key, write_atomic
 
 Tokens = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -703,34 +703,6 @@ def _draw_fit(summary: Row, title: str) -> Callable[[Any], None]:
 # ------------------------------------------------------------------------------------------------------------- command
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `scaled-rope tune`."""
-    add = parser.add_argument_group("model").add_argument
-    add("-m", "--model", metavar="NAME", help="directory or hub name (default: embedded)")
-    add("--original-max-position-embeddings", type=int, metavar="N", help="trained context, if the checkpoint is wrong")
-    add("--dtype", default="auto", help="float32, bfloat16, float16 or auto (bfloat16 on a GPU)")
-    add("--device", help="torch device (default: the first GPU, else cpu)")
-    add("--attention", default="auto", help=f"one of: {', '.join(ATTENTIONS)}")
-    add("--adapter", metavar="PATH", help="LoRA adapter, merged into the weights")
-    add = parser.add_argument_group("text").add_argument
-    add("-d", "--dataset", metavar="PATH", help=".txt, .jsonl or .parquet file, folder, hub name, packed set or corpus")
-    add("-f", "--feature", default="text", help="field that holds the text (default %(default)s)")
-    add("--split", default="test", help="split of a hub dataset (default %(default)s)")
-    add("--documents", type=int, metavar="N", help="the first N documents that are long enough (default: all)")
-    add("--windows", type=int, default=1, metavar="N", help="windows per document, evenly spaced (default: its start)")
-    add = parser.add_argument_group("search").add_argument
-    add("--factors", default="2,4,8", metavar="S1,S2,...", help="factors s (default %(default)s)")
-    add("--grid", default="1.0:1.5:0.05", metavar="GRID", help="√(1/t): START:END:STEP or a list (default %(default)s)")
-    add("--beta-fast", metavar="GRID", help="also search beta_fast, for example 16,32,64")
-    add("--beta-slow", metavar="GRID", help="also search beta_slow, for example 1,2")
-    add("--fields", metavar="F=V,...", help="what else to set in every scaling, for example ramp=rotations")
-    add("--seed", type=int, default=0, help="of the bootstrap (default %(default)s)")
-    add = parser.add_argument_group("output").add_argument
-    add("--output", default="out/tune", metavar="DIR", help="rows, figures and best.json (default %(default)s)")
-    add("--json", action="store_true", help="print best.json in place of the tables")
-    add("--hide-progress", action="store_true")
-
-
 def _command(args: argparse.Namespace) -> str:
     """The command that repeats a run, from the flags that differ from their defaults."""
     parser = Parser("tune")
@@ -740,7 +712,7 @@ def _command(args: argparse.Namespace) -> str:
         value = getattr(args, name, default)
         if value != default:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return shlex.join(words)
+    return portable_command(words)
 
 
 def _loading_arguments(args: argparse.Namespace) -> argparse.Namespace:
@@ -807,13 +779,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: anything that cannot be used, before weights are read where that is possible.
     """
-    if args.dataset is None:
-        raise ConfigError(f"give --dataset: a path, a hub name or a corpus ({', '.join(CORPORA)})")
-    for name in ("documents", "windows"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ConfigError(f"{name} {getattr(args, name)} is not allowed; at least 1")
-    if args.seed < 0:
-        raise ConfigError(f"seed {args.seed} is not allowed; at least 0")
+    check_tune_arguments(args)
     grid = parse_grid(args.grid, least=3)
     flags = _loading_arguments(args)
     job = model_jobs(flags)[0]

@@ -113,7 +113,7 @@ def select(
     if not documents or (samples is not None and len(documents) < samples):
         asked = "at least 1 is needed" if samples is None else f"--samples asks for {samples}"
         need = max(min_tokens, body if length is None else length)
-        hint = "are there texts in it?" if length is None else "shorten the contexts"
+        hint = "are there texts in it?" if length is None else "ask for shorter --lengths or fewer --samples"
         raise ConfigError(f"only {len(documents)} of {read} documents have {need} tokens; {asked}: {hint}")
     return Texts(documents, bos)
 

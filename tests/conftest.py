@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from tests.runs import make_workspace, run
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, and the next line does that
+
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel  # noqa: E402
+
+from tests.runs import make_workspace, run  # noqa: E402
 
 # On a machine with a GPU patched models would get the rotary kernel, and would no longer equal vanilla ones bit by bit.
 os.environ.setdefault("SCALED_ROPE_KERNEL", "none")

@@ -20,7 +20,7 @@ from scaled_rope.tracking import MEASURED
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 48
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
 _PORTS = iter(range(29521, 29600))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
+from transformers.cache_utils import CacheLayerMixin, QuantizedLayer
 
 from scaled_rope.config import RopeScaling
 from scaled_rope.errors import ConfigError
@@ -255,6 +257,74 @@ def test_generation_from_embeddings_and_through_a_copied_prefix(tiny_model: Make
             assert torch.equal(generated(model, text[:, :30], past_key_values=cache), wanted)
         # A copy of the model is the same model.
         assert torch.equal(generated(copy.deepcopy(model), text[:, :30], past_key_values=prefix), wanted)
+
+
+class Exact(QuantizedLayer):
+    """A quantized layer that loses nothing: what is left is when it keeps which tokens in which of its two stores."""
+
+    def _quantize(self, tensor: Tensor, axis: int) -> Tensor:
+        return tensor.clone()
+
+    def _dequantize(self, quantized: Tensor) -> Tensor:
+        return quantized
+
+
+@pytest.mark.parametrize("spec", ["dynamic-yarn", "dynamic-yarn,dynamic_step=1.2", "rerope,window=10"])
+def test_quantized_caches(tiny_model: Make, text: Tensor, spec: str) -> None:
+    model = one_layer(tiny_model)
+    rotated = through_cache(model, text[:, :48], [20, 30, 47, 48])[:, -1]
+    patch_model(model, spec)
+    wanted = whole(model, text[:, :48])[:, -1]
+    cache = Cache(layers=[Exact(residual_length=12)])
+    ends = [20, *range(21, 49)]  # all three: into the store, into the rest, from the rest into the store
+    assert distance(through_cache(model, text[:, :48], ends, cache)[:, -1], wanted) < SAME
+    again = QuantizedCache("fp8", model.config)
+    found = through_cache(model, text[:, :48], ends, again)[:, -1]
+    # 8-bit floats with 3 bits of mantissa are off by up to 1/16, with random signs: less than a wrong scale is.
+    assert SAME < distance(found, wanted) < distance(rotated, wanted) / 4
+
+
+@pytest.fixture
+def offloading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches that offload, without a GPU: a layer that is offloaded has no numbers until it is fetched."""
+
+    class Stream(contextlib.nullcontext[None]):
+        def wait_stream(self, other: Any) -> None:
+            pass
+
+    def offload(layer: Any) -> None:
+        layer.away = layer.keys, layer.values
+        layer.keys, layer.values = (torch.full_like(x, math.nan) for x in layer.away)
+
+    def prefetch(layer: Any) -> None:
+        if layer.is_initialized and layer.keys.isnan().any():
+            layer.keys, layer.values = layer.away
+
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
+    monkeypatch.setattr(torch, "Stream", Stream)
+    monkeypatch.setattr(CacheLayerMixin, "offload", offload)
+    monkeypatch.setattr(CacheLayerMixin, "prefetch", prefetch)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("spec", ["dynamic-yarn", "dynamic-yarn,dynamic_step=1.2"])
+def test_offloaded_caches(
+    tiny_model: Make, text: Tensor, family: str, spec: str, offloading: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(family)
+    patch_model(model, spec)
+    ends = [20, 40, 41, 57, 58]
+    wanted = through_cache(model, text, ends)
+    for make in (
+        lambda: DynamicCache(config=model.config, offloading=True),
+        lambda: StaticCache(config=model.config, max_cache_len=60, offloading=True),
+    ):
+        refused(lambda: model(text, past_key_values=make()), "Cache offloads", "computes on cpu")  # noqa: B023
+        with monkeypatch.context() as patched:
+            patched.setattr("scaled_rope.passes.check_device", lambda cache, device: None)
+            cache = make()
+            assert distance(through_cache(model, text, ends, cache), wanted) < SAME
+            assert any(layer.keys.isnan().any() for layer in cache.layers)
 
 
 def test_two_models_take_turns(tiny_model: Make, text: Tensor) -> None:

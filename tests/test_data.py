@@ -6,6 +6,7 @@ import errno
 import json
 import random
 import subprocess
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,52 @@ def test_sources_of_every_kind_give_the_same_documents(tmp_path):
     assert list(read_documents(str(tmp_path / "txt"))) == texts
     assert list(read_documents(str(tmp_path / "lines.jsonl"), "body")) == texts
     assert list(read_documents(str(tmp_path / "table.parquet"), "body")) == texts
+    compressed(tmp_path / "zst" / "lines.jsonl.zst", (tmp_path / "lines.jsonl").read_bytes())
+    assert list(read_documents(str(tmp_path / "zst"), "body")) == texts
+    compressed(tmp_path / "text.txt.zst", texts[0].encode())
+    assert list(read_documents(str(tmp_path / "text.txt.zst"))) == texts[:1]
+
+
+def compressed(path: Path, *frames: bytes) -> Path:
+    """A zstd file of one frame for each piece, as parallel compressors write them."""
+    pyarrow = pytest.importorskip("pyarrow")
+    path.parent.mkdir(exist_ok=True)
+    parts = []
+    for frame in frames:
+        with pyarrow.output_stream(str(path), compression="zstd") as file:
+            file.write(frame)
+        parts.append(path.read_bytes())
+    path.write_bytes(b"".join(parts))
+    return path
+
+
+def test_compressed_lines_are_read_as_they_are_needed(tmp_path):
+    """The first texts of many megabytes come when kilobytes of the file have been read; frames follow each other."""
+    lines = [json.dumps({"text": f"{n} {'word ' * 200}"}).encode() + b"\n" for n in range(2000)]
+    path = compressed(tmp_path / "a.jsonl.zst", b"".join(lines[:1500]), b"".join(lines[1500:]))
+    assert [text.split()[0] for text in read_documents(str(path))] == [str(n) for n in range(2000)]
+    tracemalloc.start()
+    for _ in read_documents(str(path)):
+        pass
+    assert tracemalloc.get_traced_memory()[1] < 2**18, "2 MB of text were not to be held"
+    tracemalloc.stop()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 3 // 4])
+    with pytest.raises(ConfigError, match="not a whole zstd file: Truncated"):
+        list(read_documents(str(path)))
+    path.write_bytes(b'{"text": "not compressed"}\n')
+    with pytest.raises(ConfigError, match="not a whole zstd file"):
+        list(read_documents(str(path)))
+    with pytest.raises(ConfigError, match="dataset data/no.jsonl.zst does not exist"):
+        list(read_documents("data/no.jsonl.zst"))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name, content in (("a.txt", "text"), ("a.jsonl", '{"text": "text"}\n')):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        compressed(tmp_path / f"{name}.zst", content.encode("utf-8-sig"))
+        for path in (name, f"{name}.zst"):
+            assert list(read_documents(str(tmp_path / path))) == ["text"], path
 
 
 def test_tokenization_does_not_depend_on_processes_and_records_provenance(tmp_path, tokenizer_dir, capsys, monkeypatch):

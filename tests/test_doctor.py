@@ -781,7 +781,7 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         (["inspect", "{}/list.json"], "holds a list: must be a dictionary"),
         (["inspect", "{}/good.json", "--layer-type", "full"], "tells no layer types apart"),
         (["inspect", "{}/good.json", "--scaling", "yarm:8"], "did you mean 'yarn'?"),
-        (["inspect", "{}/good.json", "--length", "0"], "length=0"),
+        (["inspect", "{}/good.json", "--length", "0"], "--length 0 is not allowed"),
         (["inspect", "{}/good.json", "--plot", "x.pdf"], "must end in .svg or .png"),
         (["inspect", "{}/good.json", "--pot", "x.svg"], "unrecognized arguments: --pot"),
         (["inspect"], "MODEL_OR_CONFIG"),

@@ -460,7 +460,7 @@ def test_one_pass_agrees_with_greedy_decoding(memoriser: tuple[LlamaForCausalLM,
 
 
 @pytest.mark.parametrize("depths", ["grid", "random"])
-@pytest.mark.parametrize("spec", ["default", "linear:2", "yarn:2"])
+@pytest.mark.parametrize("spec", ["default", "linear:2", "yarn:2", "dynamic-yarn", "rerope,window=16"])
 def test_shared_prefill_decides_alike(
     memoriser: tuple[LlamaForCausalLM, list[Any]], tokenizer: PreTrainedTokenizerFast, spec: str, depths: str
 ) -> None:
@@ -471,7 +471,7 @@ def test_shared_prefill_decides_alike(
     scaling = RopeScaling.from_spec(spec, RopeScaling.from_config(model.config))
     apply_scaling(model, scaling)
     each = [outcome for prompt in prompts for batch in passkey.score(model, [prompt], scaling, 1) for outcome in batch]
-    assert [outcome for _, outcome in sorted(passkey.score_shared(model, prompts))] == each
+    assert [outcome for _, outcome in sorted(passkey.score_shared(model, prompts, scaling))] == each
 
 
 @pytest.mark.parametrize("chunk", [7, 1000])
@@ -566,7 +566,7 @@ SCORE = ["--lengths", "32", "--dataset", "{texts}"]
         (perplexity.main, ["-m", "{model}"], "--dataset"),
         (perplexity.main, ["-m", "{model}", *SCORE, "--tokenized", "x"], "--dataset"),
         (perplexity.main, ["-m", "{model}", *SCORE, "--protocol", "sliding", "--windows", "2"], "windows"),
-        (perplexity.main, ["-m", "{model}", *SCORE, "--sliding-window", "0"], "sliding_window"),
+        (perplexity.main, ["-m", "{model}", *SCORE, "--sliding-window", "0"], "--sliding-window 0"),
         (perplexity.main, ["-m", "{model}", *SCORE, "--stride", "64"], "--protocol sliding"),
         (perplexity.main, ["-m", "{model}", *SCORE, "--save-tokenized", "{texts}"], "exists"),
         (perplexity.main, ["-m", "{model}", *SCORE, "--subset", "x"], "hub"),
@@ -575,18 +575,21 @@ SCORE = ["--lengths", "32", "--dataset", "{texts}"]
         (perplexity.main, ["-m", "{model}", "--dataset", "{texts}", "--lengths", "1"], "at least 2"),
         (perplexity.main, ["-m", "{model}", "--dataset", "{texts}", "--min-tokens", "9000"], "min-tokens"),
         (perplexity.main, ["-m", "{model}", "--dataset", "{texts}", "--tokens-step", "0"], "tokens-step"),
-        (perplexity.main, ["-m", "{model}", "--dataset", "{texts}", "--max-tokens", "5000"], "only 0 of 3 documents"),
+        (
+            perplexity.main,
+            ["-m", "{model}", "--dataset", "{texts}", "--max-tokens", "5000"],
+            "': only 0 of 3 documents have 5000 tokens; at least 1 is needed: ask for shorter --lengths",
+        ),
         (perplexity.main, ["-m", "{model}", *SCORE, "--samples", "7"], "only 3 of 3 documents"),
         (perplexity.main, ["-m", "{model}", *SCORE, "--windows", "0"], "windows"),
-        (perplexity.main, ["-m", "{model}", *SCORE, "--batch-size", "0"], "batch size"),
+        (perplexity.main, ["-m", "{model}", *SCORE, "--batch-size", "0"], "--batch-size 0"),
         (perplexity.main, ["-m", "{model}", "--lengths", "32", "--dataset", "./nowhere"], "nowhere"),
         (perplexity.main, ["-m", "./nowhere", *SCORE], "does not exist"),
         (perplexity.main, ["-m", "{model}", *SCORE, "--yarn", "0.5"], "factor"),
         (perplexity.main, ["-m", "{model}", *SCORE, "--rerope", "512"], "window=512"),
-        (perplexity.main, ["-m", "{model}", *SCORE, "--output", "{texts}"], "cannot be used"),
+        (perplexity.main, ["-m", "{model}", *SCORE, "--output", "{texts}"], "is a folder; name a file"),
         (passkey.main, ["-m", "{model}", "--lengths", "20"], "too short"),
         (passkey.main, ["-m", "{model}", "--iterations", "0"], "iterations"),
-        (passkey.main, ["-m", "{model}", "--shared-prefill", "--scaling", "dynamic-yarn"], "shared-prefill is not for"),
         (report.main, ["{texts}/nowhere", "--output", "{texts}"], "nowhere"),
         (report.main, ["{texts}/a.txt", "--output", "{texts}"], "no rows"),
     ],

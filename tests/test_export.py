@@ -282,8 +282,10 @@ def test_refusals_are_one_line_and_exit_code_2(
     [
         (["--for", "vlm"], "did you mean 'vllm'"),
         (["--for", "vllm", "--scaling", "yarn"], "factor is missing"),
-        (["--for", "vllm", "--length", "0"], "length=0"),
+        (["--for", "vllm", "--length", "0"], "--length 0 is not allowed"),
         (["--for", "vllm", "--gguf", "a.gguf"], "--for llama.cpp and --output"),
+        (["--for", "vllm", "--force"], "--force goes with --output"),
+        (["--for", "vllm", "--scaling", "yarn:4", "--output", __file__], "--output .*test_export.py is a file"),
         (["--for", "llama.cpp", "--scaling", "yarn:4", "--gguf", "a.gguf", "--output", "out"], "is not needed"),
     ],
 )
@@ -316,6 +318,33 @@ def test_json_output_parses(target: str, folder: str, capsys: pytest.CaptureFixt
     assert (report["status"], report["label"]) == ("exact", "yarn x4")
     assert report["comparisons"][0]["matches"] is True
     assert report["written"] == []
+
+
+def test_an_export_replaces_another_only_when_told_to(folder: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = [folder, "--for", "transformers", "--output", str(out), "--scaling"]
+    command_line(*arguments, "yarn:4")[1]()
+    first = (out / "config.json").read_text()
+    with pytest.raises(ConfigError, match="--output .*out has a config.json; replace it with --force"):
+        command_line(*arguments, "yarn:8")[1]()
+    assert (out / "config.json").read_text() == first
+    (out / "model.safetensors").touch()  # what was copied there stays
+    command_line(*arguments, "yarn:8", "--force")[1]()
+    assert json.loads((out / "config.json").read_text())["rope_parameters"]["factor"] == 8
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "text.gguf").write_text("no GGUF")
+    arguments = [str(DEFAULT_MODEL), "--for", "llama.cpp", "--scaling", "yarn:8,ramp=rotations", "--output"]
+    for out in (tmp_path / "out", tmp_path):
+        gguf = str(tmp_path / "text.gguf")
+        message = "cannot be read" if out != tmp_path else "which it would overwrite"
+        with pytest.raises(ConfigError, match=message):
+            command_line(*arguments, str(out), "--gguf", gguf, "--force")[1]()
+        assert [path.name for path in tmp_path.iterdir()] == ["text.gguf"]
 
 
 @pytest.mark.parametrize("target", TARGETS)

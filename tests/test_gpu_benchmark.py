@@ -148,16 +148,18 @@ def test_decode_part_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -
     assert gpu.decode_error(plain, (1, 2, 1, 16), 70, torch.float32, torch.device("cpu")) > 0.1
 
 
+SMALL = {"small": dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, vocab_size=64)}
+SMALL["small"] |= dict(num_attention_heads=2, num_key_value_heads=1)
+
+
 @needs_no_gpu
-@pytest.mark.parametrize("train", [False, True])
-def test_model_parts_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch, train: bool) -> None:
-    small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, vocab_size=64)
-    monkeypatch.setattr(gpu, "MODELS", {"small": small | dict(num_attention_heads=2, num_key_value_heads=1)})
+def test_prefill_part_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "MODELS", SMALL)
     monkeypatch.setattr(gpu, "LENGTHS", (24, 32, 40))
     monkeypatch.setattr(gpu, "CHECKED", 16)
     monkeypatch.setattr(gpu, "KERNELS", ("none", "torch"))
     monkeypatch.setattr(gpu, "EAGER_LIMIT", 24)
-    rows = list(gpu.measure_models(train, gpu.Clock(600)))
+    rows = list(gpu.measure_prefill(gpu.Clock(600)))
     good = [row for row in rows if "skipped" not in row]
     for row in good:
         assert row["error"] < gpu.NOISE * row["noise"] and row["mfu"] > 0
@@ -167,6 +169,51 @@ def test_model_parts_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch, t
     assert not any(row["attention"] == "eager" and row["tokens"] > 24 for row in rows)
     assert len([row for row in rows if row["tokens"] == 40]) == 2  # the two fastest
     assert all("kernel" in str(row["skipped"]) for row in rows if "skipped" in row)  # cuDNN
+
+
+@needs_no_gpu
+def test_training_part_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every variant at two lengths; what does not fit is a row; what is wrong is not timed; and it goes on."""
+    monkeypatch.setattr(gpu, "MODELS", SMALL)
+    monkeypatch.setattr(gpu, "TRAINED", (24, 40))
+    monkeypatch.setattr(gpu, "CHECKED", 16)
+    assert all(row["skipped"] == gpu.NO_TIME for row in gpu.measure_training(gpu.Clock(0)))
+    original = gpu.time_model
+
+    def full(run: Any) -> Any:
+        original(run)
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "time_model", full)
+        patch.setattr(gpu, "OURS", {"ours": {}})
+        rows = list(gpu.measure_training(gpu.Clock(600)))
+        kinds = [(row["tokens"], row["variant"], row.get("skipped")) for row in rows]
+        expected = [("ours", "out of memory"), (gpu.STOCK, None)]
+        assert kinds == [(tokens, *one) for tokens in gpu.TRAINED for one in expected]
+    rest = list(gpu.measure_training(gpu.Clock(600), rows))
+    assert [row["variant"] for row in rest] == [name for name in gpu.OURS if name != "ours"] * len(gpu.TRAINED)
+    for row in rest + rows[1::2]:
+        assert "skipped" not in row, gpu.show(row)
+        assert (
+            row["mfu"] > 0 and row["seconds"] > 0 and row["peak_bytes"] == 2**20 and row["loss"] in ("chunked", "whole")
+        )
+        assert row["variant"] in ("ours, lora", gpu.STOCK) or row["error"] < gpu.NOISE * row["noise"]
+        assert gpu.show(row) and json.dumps(row, allow_nan=False)
+    stock = gpu.reference_gradient("small", torch.arange(16)[None])
+    module, _, _ = gpu.training_module(gpu.training_recipe("small", 24, scaling="yarn:4"))
+    found = gpu.first_gradient(gpu.summed_loss(module, torch.arange(16)[None]), module.model)
+    assert (found - stock[0]).norm() > gpu.NOISE * stock[1] * stock[0].norm(), "another scaling is not noise"
+
+
+@needs_no_gpu
+def test_training_rows_of_other_code_are_measured_again(tmp_path: Path) -> None:
+    about = {"commit": "a", "device": "b", "driver": "c"}
+    for row in (about, about | {"commit": "other"}, about | {"device": "other"}):
+        append_row(tmp_path / "rows.jsonl", {"metric": "training step"} | row)
+    append_row(tmp_path / "rows.jsonl", {"metric": "prefill"} | about)
+    assert gpu.training_rows(tmp_path / "rows.jsonl", about) == [{"metric": "training step"} | about]
+    assert gpu.training_rows(tmp_path / "none.jsonl", about) == []
 
 
 def test_operations_of_a_known_model() -> None:
@@ -186,11 +233,14 @@ def _rows() -> list[dict[str, Any]]:
     about = {"device": "Some GPU", "driver": "1.2", "versions": {"torch": "2.11"}, "commit": "abc"}
     rotary = {"metric": "rotary forward", "shape": "small", "bytes": 2**30, "copy_seconds": 0.001, "error": 0.002}
     model = {"metric": "prefill", "model": "1B", "attention": "sdpa", "mfu": None, "peak_bytes": 2**30}
+    step = {"metric": "training step", "model": "1B", "variant": gpu.STOCK}
     return [
         rotary | about | {"tokens": 131072, "variant": "a", "skipped": "out of memory"},
         rotary | about | {"tokens": 4096, "variant": "a", "seconds": 1, "bytes_per_second": 1e12, "share_of_copy": 0.5},
         rotary | about | {"tokens": 4096, "variant": "a", "seconds": 1, "bytes_per_second": 2e12, "share_of_copy": 0.9},
         model | about | {"tokens": 4096, "kernel": "triton", "seconds": 1, "tokens_per_second": 5e4},
+        step | about | {"tokens": 8192, "seconds": 1, "tokens_per_second": 5e4, "mfu": 0.4, "peak_bytes": 2**30},
+        step | about | {"tokens": 131072, "skipped": "out of memory"},
     ]
 
 
@@ -207,9 +257,14 @@ def test_report_is_the_newest_rows(tmp_path: Path) -> None:
     assert gpu_report.main(arguments) == 0 and gpu_report.main([*arguments, "--check"]) == 0
     text = page.read_text()
     assert "| | T = 4k | T = 128k |" in text and "| a | 2.00 TB/s, 90 % | out of memory |" in text
+    assert f"| {gpu.STOCK} | 50.0k, 40 %, 1.0 GiB | out of memory |" in text
     assert "| sdpa, kernel triton | 50.0k, 1.0 GiB |" in text and "Some GPU, driver 1.2, torch 2.11, commit abc" in text
     drawn = sorted(path.name for path in images.iterdir())
-    assert drawn == (["gpu-prefill.png", "gpu-rotary-forward.png"] if importlib.util.find_spec("matplotlib") else [])
+    assert drawn == (
+        ["gpu-prefill.png", "gpu-rotary-forward.png", "gpu-training-step.png"]
+        if importlib.util.find_spec("matplotlib")
+        else []
+    )
     page.write_text("no markers")
     with pytest.raises(ConfigError, match="has no part between"):
         gpu_report.main(arguments)

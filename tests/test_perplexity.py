@@ -29,7 +29,7 @@ from scaled_rope import corpora, loss, patch_model
 from scaled_rope.errors import ConfigError, run_cli
 from scaled_rope.loading import load_model
 from scaled_rope.loss import IGNORE, token_nll
-from scaled_rope.results import Row, read_rows
+from scaled_rope.results import Row, portable_model, read_rows
 from scaled_rope.windows import Document, Texts, bootstrap, cumulate, read_losses, select, sliding, terms, truncated
 
 ROOT = Path(__file__).parents[1]
@@ -544,7 +544,7 @@ def test_a_failing_model_leaves_the_others_their_results(
     table = tmp_path / "table.csv"
     capsys.readouterr()
     rows = evaluate(tmp_path / "rows.jsonl", *models, *argv, "--output-file", str(table), code=1)
-    assert [row["model"] for row in rows] == [checkpoint] * 2 + [other] * 2
+    assert [row["model"] for row in rows] == [portable_model(checkpoint)] * 2 + [portable_model(other)] * 2
     captured = capsys.readouterr()
     said = captured.err.splitlines()
     assert [line.partition(",")[0] for line in said] == ["failed: broken", "failed: odd"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +56,7 @@ def yarn(s: float, original: int = 4096, beta: float = 32, alpha: float = 1, dim
 LLAMA_64K, LLAMA_128K = (400, 65536, 2e-5, yarn(16), 1.2773, 65536), (200, 65536, 2e-5, yarn(32), 1.3466, 131072)
 SECOND = {"seed": 31337}
 MISTRAL = {"schedule": "constant"}
+SMOL = {"schedule": "cosine", "batch": 8, "warmup": 8}
 PAPER = {
     "llama-2-7b-64k": Paper(6738, *LLAMA_64K),
     "llama-2-7b-128k": Paper(6738, *LLAMA_128K, **SECOND),
@@ -76,6 +79,11 @@ PAPER = {
     "smollm2-135m-32k": Paper(
         135, 50, 32768, 1e-4, yarn(4, 8192, dim=64, theta=1e5), 1.1386, 32768, schedule="cosine", batch=4, warmup=10,
         **SECOND,
+    ),
+    "smollm2-135m-pi-32k": Paper(135, 64, 32768, 1e-4, reference.linear(64, 1e5, 4), 1.0, 32768, **SMOL),
+    "smollm2-135m-ntk-32k": Paper(135, 64, 32768, 1e-4, reference.ntk(64, 1e5, 4), 1.0, 32768, **SMOL),
+    "smollm2-135m-yarn-32k": Paper(
+        135, 64, 32768, 1e-4, yarn(4, 8192, dim=64, theta=1e5), 1.1386, 32768, **SMOL
     ),
 }  # fmt: skip
 OWN = {"demo", "tiny-base", "tiny-base-retrieval", "tiny-base-mixed"}
@@ -244,6 +252,49 @@ def test_inheritance_has_one_level(tmp_path, monkeypatch):
         read_recipe("a")
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_train_sh_alone_ends_every_process_and_lets_them_save(tmp_path, number, code):
+    """Training is a launcher that the signal kills at once, and its worker, which takes its time to save."""
+    for name in ("train.sh", "environment.sh"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "worker.py").write_text(
+        "import signal, sys, time\nfrom pathlib import Path\n\n"
+        "def save(*_):\n    time.sleep(0.5)\n    Path('saved').touch()\n    sys.exit(0)\n\n"
+        f"signal.signal({int(number)}, save)\nPath('begun').touch()\ntime.sleep(60)\n"
+    )
+    (tmp_path / "launcher.py").write_text(
+        "import signal, subprocess, sys\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+        "subprocess.run([sys.executable, 'worker.py'])\n"
+    )
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "LAUNCH": "python launcher.py"}
+    script = subprocess.Popen(
+        ["bash", "train.sh", "llama-2-7b-128k"], cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # nohup and the like ignore it
+    )  # fmt: skip
+    deadline = time.monotonic() + 120  # a machine may be busy
+    while not (tmp_path / "begun").exists():
+        assert script.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    script.send_signal(number)
+    script.communicate(timeout=120)  # to the end of its output, which the worker holds as well
+    assert script.returncode == code
+    assert (tmp_path / "saved").exists()
+
+
+def test_train_sh_does_not_go_on_after_a_run_that_was_stopped(tmp_path):
+    for name in ("train.sh", "environment.sh"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "finetune.py").write_text("print('ran')")  # ends with 0 as one that got SIGTERM does
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "train.sh", "llama-2-7b-128k"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (143, "ran\n")
+    assert done.stderr == "llama-2-7b-64k is not finished; the same command continues\n"
+
+
 def test_train_sh_runs_a_chain_and_hands_over_what_is_finished(tmp_path):
     """train.sh with a program in place of training, which notes the recipe's name and leaves a finished run behind."""
     for name in ("train.sh", "environment.sh"):
@@ -251,10 +302,10 @@ def test_train_sh_runs_a_chain_and_hands_over_what_is_finished(tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "finetune.py").write_text("")
     trainer = tmp_path / "trainer.sh"
-    last = {"step": read_recipe("llama-2-7b-64k").max_train_steps}
+    for name in ("llama-2-7b-64k", "llama-2-7b-128k"):
+        (tmp_path / name).write_text(json.dumps({"step": read_recipe(name).max_train_steps}) + "\n")
     trainer.write_text(
-        'echo "$2" >> order\nmkdir -p out/$2/model\necho {} > out/$2/model/config.json\n'
-        f"echo '{json.dumps(last)}' > out/$2/train_log.jsonl\n"
+        'echo "$2" >> order\nmkdir -p out/$2/model\necho {} > out/$2/model/config.json\ncp $2 out/$2/train_log.jsonl\n'
     )
     environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "LAUNCH": f"bash {trainer}"}
 
@@ -268,3 +319,67 @@ def test_train_sh_runs_a_chain_and_hands_over_what_is_finished(tmp_path):
     assert (tmp_path / "order").read_text().split() == ["llama-2-7b-64k", "llama-2-7b-128k"]
     train("llama-2-7b-64k")
     assert (tmp_path / "order").read_text().split()[2:] == ["llama-2-7b-64k"]
+
+
+def test_what_is_pending_of_a_file_is_the_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(json.dumps(read_recipe("llama-2-7b-128k").to_dict()))  # which is YAML too
+    assert recipes.main(["mine.yaml", "--pending"]) == 0
+    assert capsys.readouterr().out.split() == ["llama-2-7b-64k", "mine.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 2\n", ", line 2: seed stands there again, after line 1; keep one"),
+        ("evaluate:\n  report: x\n  perplexity: y\n  report: z\n", ", line 4: report stands there again, after line 2"),
+        ("{seed: 1, model: a, seed: 2}\n", "seed stands there again, after line 1"),
+        ("learning_rate: fast\n", "learning_rate = 'fast' is not allowed; a number"),
+        ("learning_rate: .inf\n", "learning_rate = inf is not allowed; a number"),
+        ("lora: 1\n", "lora = 1 is not allowed; true or false"),
+        ("model: 7\n", "model = 7 is not allowed; text"),
+        ("drop_layers: 3\n", "drop_layers = 3 is not allowed; a list of whole numbers"),
+        ("drop_layers: [1.5]\n", "drop_layers = [1.5] is not allowed; a list of whole numbers"),
+        ("adam_betas: [a, b]\n", "adam_betas = ['a', 'b'] is not allowed; a list of numbers"),
+        ("prepare: make it\n", "prepare = 'make it' is not allowed; a list of texts"),
+        ("init: llama\n", "init = 'llama' is not allowed; a block of `field: value` lines"),
+        (
+            "evaluate: {perplexty: x}\n",
+            "unknown field of `evaluate` in recipe 'a' 'perplexty'; did you mean 'perplexity'?",
+        ),
+        ("evaluate: {scalings: yarn:8}\n", "evaluate: scalings = 'yarn:8' is not allowed; a list of scalings"),
+        ("evaluate: {report: '--title \"x'}\n", "is not allowed; flags, in one text as a shell splits it"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said_in_the_words_of_the_file(tmp_path, text, message):
+    given = [line.partition(":")[0] for line in text.splitlines()]
+    needed = {"output_dir": "o", "dataset": "d", "sequence_length": 8, "global_batch_size": 1, "model": "m"}
+    if not text.startswith("{"):
+        text += "".join(f"{name}: {value}\n" for name, value in needed.items() if name not in given)
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(str(tmp_path / "a.yaml"))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("script", ["train.sh", "eval.sh", "eval-harness.sh"])
+def test_scripts_show_their_comment_for_help_and_refuse_other_flags(script):
+    environment = os.environ | {"PYTHON": sys.executable}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", script, *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+
+    shown = run("--help")
+    assert (shown.returncode, shown.stderr) == (0, "") and f"./{script} --list" in shown.stdout
+    refused = run("--force")
+    assert refused.returncode == 2 and "error: flag --force is not allowed" in refused.stderr
+
+
+def test_an_empty_name_is_not_the_demo():
+    for script in ("train.sh", "eval.sh"):
+        command = ["bash", script, ""]
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 2 and "unknown recipe ''" in done.stderr

@@ -84,6 +84,32 @@ def test_padding_on_either_side_changes_nothing_and_stays_finite(tiny_model: Mak
         assert (found[:, where] - alone).abs().max() < NOISE
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_model_on_a_gpu_gets_the_same_from_composed_calls(
+    spec: str, tiny_model: Make, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a GPU would run, over FlashAttention for CPUs: whole texts alone and padded, through a cache or not.
+    model = tiny_model()
+    patch_model(model, spec)
+    mask = torch.ones_like(tokens)
+    mask[0, :11] = 0
+    wanted = full(model, tokens), full(model, tokens, attention_mask=mask)
+    calls = []
+
+    def composable(q: Tensor, k: Tensor, v: Tensor) -> bool:
+        calls.append(q.shape[2] == k.shape[2])
+        return calls[-1]
+
+    monkeypatch.setattr("scaled_rope.relocated.is_composable", composable)
+    assert (full(model, tokens) - wanted[0]).abs().max() < NOISE
+    assert (full(model, tokens, attention_mask=mask) - wanted[1])[mask.bool()].abs().max() < NOISE
+    with torch.no_grad():
+        first = model(tokens[:, :40], use_cache=True)
+        rest = model(tokens[:, 40:], past_key_values=first.past_key_values)
+    assert (torch.cat((first.logits, rest.logits), dim=1) - wanted[0]).abs().max() < NOISE
+    assert True in calls and False in calls
+
+
 def test_packed_documents_are_apart(tiny_model: Make, tokens: Tensor) -> None:
     model = tiny_model()
     patch_model(model, SPECS[0])
@@ -232,7 +258,7 @@ def test_flags(tiny_model: Make, tmp_path: Path) -> None:
     assert labels("--method", "rerope", "--window", "8") == labels("--rerope", "8") == ["rerope (window=8)"]
     assert labels("--scaling", "yarn:2", "--method", "leaky-rerope", "--window", "8", "--k", "4", "--logn") == [
         "yarn x2",
-        "leaky-rerope (window=8, k=4, logn=True)",
+        "leaky-rerope (window=8, logn=True, k=4)",
     ]
     assert labels("--method", "self-extend", "--scaling", "rerope,window=5", "--group", "2", "--window", "8") == [
         "self-extend (group=2, window=8)",

@@ -116,6 +116,41 @@ def test_windows_of_another_length_are_another_section(tmp_path: Path) -> None:
     assert len(said) == 2 and "of 4096 tokens" in said[0] and "of 8192 tokens" in said[1]
 
 
+def test_buckets_of_other_lengths_are_other_columns_and_other_curves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        *perplexities("default", "t", {64: 30, 256: 90}),
+        *perplexities("default", "t", {128: 40, 256: 95, 1024: 99}),
+        *perplexities("yarn:4", "t", {128: 35, 256: None}),
+    ]
+    results = report.load_results([write(tmp_path / "rows", rows)])
+    (section,) = results.sections
+    unscaled, yarn = results.series
+    assert section.partitions(unscaled) == [
+        [(64, "0-64"), (256, "64-256"), (1024, "256-1024")],  # which both sets of lengths share
+        [(128, "0-128"), (256, "128-256"), (1024, "256-1024")],
+    ]
+    assert section.partitions(yarn) == [[(128, "0-128"), (256, "128-256")]]
+    assert report.main([str(tmp_path / "rows"), "--output", str(tmp_path)]) == 0
+    buckets, whole = (block.splitlines()[1:] for block in capsys.readouterr().out.strip().split("\n\n")[:2])
+    assert buckets[0].split() == ["0-64", "0-128", "64-256", "128-256", "256-1024"]
+    assert buckets[2].split() == ["unscaled", "30.00", "40.00", "90.00", "95.00", "99.00"]
+    assert buckets[3].split() == ["yarn", "x4", "35.00", "OOM"]
+    assert whole[0].split() == ["64", "128", "256", "1024"]
+    page = (tmp_path / "report.html").read_text()
+    assert "a line per set of lengths" in page
+
+
+def test_the_verdict_compares_buckets_of_one_range_only(tmp_path: Path) -> None:
+    rows = read_rows(write_rows(tmp_path / "rows.jsonl"))
+    for row in rows:
+        if row["model"] != "base" and row.get("bucket", [0])[0] == 128:
+            row["bucket"] = [100, row["bucket"][1]]
+    with pytest.raises(ConfigError, match="buckets 100-256 and 128-256 differ"):
+        report.demo_verdict(report.load_results([write(tmp_path / "changed", rows)]))
+
+
 @pytest.mark.parametrize("gone", ["unscaled", "linear x4", "ntk x4", "yarn x4 (checkpoint)"])
 def test_verdict_without_its_evidence_is_an_error(tmp_path: Path, gone: str) -> None:
     path = write_rows(tmp_path / "rows.jsonl")

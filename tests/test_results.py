@@ -13,7 +13,17 @@ import pytest
 
 from scaled_rope import results
 from scaled_rope.errors import ConfigError
-from scaled_rope.results import append_row, finished_keys, provenance, read_rows, row_key, write_atomic
+from scaled_rope.results import (
+    append_row,
+    finished_keys,
+    portable,
+    portable_command,
+    portable_model,
+    provenance,
+    read_rows,
+    row_key,
+    write_atomic,
+)
 
 
 def test_rows_come_back_as_they_went(tmp_path: Path) -> None:
@@ -145,3 +155,38 @@ def test_provenance_says_where_a_number_is_from() -> None:
     assert record["versions"]["torch"] and record["device"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record["date"])
     assert record["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", record["commit"])
+
+
+def test_a_copy_without_its_repository_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    for said in ("abc123", None):
+        results._commit.cache_clear()
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(results, "_git", lambda *_: None)
+            elsewhere.setenv("SCALED_ROPE_COMMIT", "abc123") if said else elsewhere.delenv("SCALED_ROPE_COMMIT", False)
+            assert provenance("cpu", None, {})["commit"] == said
+    results._commit.cache_clear()  # in the repository it is git's word that counts
+    if (head := results._git("rev-parse", "HEAD")) is not None:
+        monkeypatch.setenv("SCALED_ROPE_COMMIT", "abc123")
+        assert str(provenance("cpu", None, {})["commit"]).startswith(head)
+
+
+def test_a_file_that_holds_no_rows_is_said_to_be_none(tmp_path: Path) -> None:
+    for text in ("# A heading\n\nand text\n", "[1, 2]\n{}\n"):
+        (tmp_path / "file").write_text(text)
+        with pytest.raises(ConfigError, match=r"file '.*file' holds no rows: its line 1 is not a JSON object"):
+            read_rows(tmp_path / "file")
+
+
+def test_rows_name_no_path_of_this_machine(tmp_path: Path) -> None:
+    root = Path(results.__file__).parents[1]
+    assert portable(f"{root}/out/mine/model") == "out/mine/model"
+    assert portable_model("/scratch/me/run/model") == "run/model"
+    assert portable_model("/model") == "model" and portable_model("org/name") == "org/name"
+    assert portable("/scratch/me/rows.jsonl") == "rows.jsonl"
+    for text in ("out/rows.jsonl", "NousResearch/Llama-2-7b-hf", "yarn:8,ramp=rotations", "standin:books", ""):
+        assert portable(text) == text
+    words = ["python", "eval/perplexity.py", "-m", f"{root}/models/tiny-llama-256", f"--output={tmp_path}/a b.jsonl"]
+    assert portable_command(words) == "python eval/perplexity.py -m models/tiny-llama-256 '--output=a b.jsonl'"
+    given = {"output": tmp_path / "rows.jsonl", "model": [str(root / "out"), "org/name"], "lengths": "5", "factor": 2.5}
+    record = provenance("cpu", None, given)["arguments"]
+    assert record == {"output": "rows.jsonl", "model": ["out", "org/name"], "lengths": "5", "factor": 2.5}

@@ -304,10 +304,13 @@ def generated(
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@pytest.mark.parametrize("spec", ["default", "yarn:4", "dynamic-yarn"])
+@pytest.mark.parametrize(
+    ("spec", "cached"),
+    [("default", False), ("yarn:4", False), ("dynamic-yarn", False), ("dynamic-yarn", True)],
+)
 @pytest.mark.parametrize("restricted", [True, False])
 def test_decoding_agrees_with_generate(
-    tokenizers: dict[str, PreTrainedTokenizerFast], name: str, spec: str, restricted: bool
+    tokenizers: dict[str, PreTrainedTokenizerFast], name: str, spec: str, cached: bool, restricted: bool
 ) -> None:
     tokenizer, steps = tokenizers[name], 6
     model = new_model(len(tokenizer), seed=3)
@@ -322,7 +325,7 @@ def test_decoding_agrees_with_generate(
     for length in (TRAINED - 20, 2 * TRAINED, 2 * TRAINED, 2 * TRAINED):
         for _ in range(4):
             ids = torch.randint(2, len(tokenizer), (length,), generator=rng).tolist()
-            made = generated(model, ids, allowed, steps, cached=not scaling.is_length_dependent)
+            made = generated(model, ids, allowed, steps, cached=cached or not scaling.is_length_dependent)
             text = tokenizer.decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             found = re.search("[0-9]+", text)
             number = int(found[0]) if found else 12345
@@ -331,6 +334,7 @@ def test_decoding_agrees_with_generate(
                 tasks.append((ids, encode(tokenizer, f" {wanted}"), wanted))
                 expected.append((made, found is not None and wanted == number))
     options = {"length_dependent": scaling.is_length_dependent, "max_new_tokens": steps, "allowed": allowed}
+    options["cached"] = cached
     answers = dict(decode_numbers(model, tokenizer, tasks, rows_per_pass=5, **options))
     assert sorted(answers) == list(range(len(tasks)))
     for index, (made, right) in enumerate(expected):
@@ -340,6 +344,18 @@ def test_decoding_agrees_with_generate(
     assert 8 <= rights <= len(expected) // 2  # the case was put
     alone = dict(decode_numbers(model, tokenizer, tasks[:5], rows_per_pass=1, **options))
     assert alone == {index: answers[index] for index in range(5)}
+
+
+def test_a_model_that_reads_no_cache_is_decoded_without_or_refused(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "story.txt").write_text(STORY * 40)
+    monkeypatch.setattr(passkey_hard, "cache_obstacle", lambda model: "its attention is its own")
+    argv = ["-m", checkpoint, "--dataset", str(tmp_path / "story.txt"), "--lengths", "150", "--iterations", "1"]
+    argv += ["--device", "cpu", "--output", str(tmp_path / "rows.jsonl")]
+    with pytest.raises(ConfigError, match="its attention is its own; use --uncached"):
+        passkey_hard.main([*argv, "--scaling", "dynamic-yarn"])
+    assert passkey_hard.main([*argv, "--scaling", "dynamic-yarn", "--uncached", "--scaling", "yarn:4"]) == 0
 
 
 def test_a_right_answer_takes_one_pass_and_no_cache(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,11 +21,12 @@ from safetensors.torch import load_file
 
 import finetune
 from scaled_rope import RopeScaling, patch_model, training
-from scaled_rope.data import PackedWriter, open_packed, pack
+from scaled_rope.data import ColumnDataset, PackedWriter, open_packed, pack
 from scaled_rope.engine import accumulation
 from scaled_rope.errors import ConfigError, run_cli
 from scaled_rope.recipes import Recipe, read_recipe
-from scaled_rope.training import IGNORE, build_model, collate, learning_rate, step_batches
+from scaled_rope.states import run_lock
+from scaled_rope.training import IGNORE, build_model, check_lengths, collate, learning_rate, step_batches
 from tests.runs import ENVIRONMENT, LENGTH, log, weights
 
 
@@ -50,6 +54,42 @@ def test_linear_and_cosine_decay():
     assert learning_rate(recipe(warmup_steps=0), 0) == 1e-3
 
 
+# ------------------------------------------------------------------------------------------------ one run at a time
+
+
+def test_a_folder_takes_one_run_until_its_process_has_ended(workspace, tmp_path, monkeypatch, capsys):
+    begun, begin = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        with run_lock(tmp_path / "out"):
+            os.write(begin, b"!")
+            time.sleep(60)
+        os._exit(1)
+    try:
+        os.read(begun, 1)
+        for extra in ([], ["--save-only"]):
+            arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), *extra]
+            assert run_cli(lambda arguments=arguments: finetune.main(arguments)) == 2
+            said = f"output_dir {tmp_path / 'out'} is being written by another run, process {holder} on "
+            assert said in capsys.readouterr().err
+        monkeypatch.setenv("RANK", "1")
+        with run_lock(tmp_path / "out"):  # the first rank answers for all
+            pass
+        monkeypatch.delenv("RANK")
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+    with run_lock(tmp_path / "out"):
+        assert (tmp_path / "out" / ".lock").read_text().startswith(f"{os.getpid()} on ")
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=f"output_dir {tmp_path / 'file'} cannot be written to: File exists"):
+        with run_lock(tmp_path / "file"):
+            pass
+
+
 # --------------------------------------------------------------------------------------------------------- batches
 
 
@@ -75,9 +115,18 @@ def test_ranks_together_see_the_rows_of_one_rank(workspace, ranks, batch_size):
 
 
 def test_rows_longer_than_the_recipe_says_are_refused_unless_cut(workspace):
+    """By a packed set's shape, and by the longest row of a table, without reading either."""
     rows = open_packed(workspace / "set")
-    with pytest.raises(ConfigError, match=f"has {LENGTH} tokens, more than sequence_length 32"):
-        step_batches(rows, recipe(sequence_length=32), 0, 0, 1)
+    with pytest.raises(ConfigError, match=f"a row of {LENGTH} tokens, more than sequence_length 32"):
+        check_lengths(rows, recipe(sequence_length=32))
+    check_lengths(rows, recipe(sequence_length=LENGTH))
+    check_lengths(rows, recipe(sequence_length=32, truncate=32))
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"input_ids": [[1] * 5, [2] * 33, []]})
+    table = datasets.concatenate_datasets([table, datasets.Dataset.from_dict({"input_ids": [[3] * 32]})])
+    with pytest.raises(ConfigError, match="a row of 33 tokens, more than sequence_length 32"):
+        check_lengths(ColumnDataset(table, "table"), recipe(sequence_length=32))
+    check_lengths(ColumnDataset(table, "table"), recipe(sequence_length=33))
     tokens, weights = step_batches(rows, recipe(sequence_length=32, truncate=32), 0, 0, 1)[0][0]
     assert len(tokens) == len(weights) == 32
 
@@ -108,6 +157,10 @@ def test_a_batch_that_ranks_cannot_share_is_refused():
         (["{work}/recipe.yaml", "--scaling", "yarn:0.5"], "factor"),
         (["{work}/recipe.yaml", "--sequence-length", "32"], "more than sequence_length 32"),
         (["{work}/recipe.yaml", "--dataset", "{work}/model"], "no tokenized set"),
+        (["{work}/recipe.yaml", "--dataset", "data/missing"], "dataset data/missing does not exist"),
+        (["{work}/recipe.yaml", "--dataset", "tests/missing"], "dataset tests/missing does not exist"),
+        (["{work}/recipe.yaml", "--dataset", "./missing"], "dataset ./missing does not exist"),
+        (["{work}/recipe.yaml", "--heldout", "out/missing"], "dataset out/missing does not exist"),
         (["{work}/recipe.yaml", "--model", "{work}/set"], "config.json"),
         (["{work}/recipe.yaml", "--batch-size", "3"], "multiple of batch_size 3"),
         (["{work}/recipe.yaml", "--architecture", "mistral"], "'llama'"),
@@ -123,7 +176,7 @@ def test_bad_input_is_one_line_and_exit_code_2(workspace, tmp_path, capsys, argu
     assert run_cli(lambda: finetune.main(arguments)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
-    assert not (tmp_path / "out" / "model").exists()
+    assert not (tmp_path / "out").exists() or "--sliding-window-attention-schedule" in arguments
 
 
 def test_unknown_recipe_fields_and_types_are_refused(tmp_path):
@@ -131,7 +184,7 @@ def test_unknown_recipe_fields_and_types_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'learning_rate'"):
         read_recipe(str(tmp_path / "a.yaml"))
     (tmp_path / "b.yaml").write_text("max_train_steps: many\n")
-    with pytest.raises(ConfigError, match="max_train_steps = 'many' is not allowed; a value of type int"):
+    with pytest.raises(ConfigError, match="max_train_steps = 'many' is not allowed; a whole number"):
         read_recipe(str(tmp_path / "b.yaml"))
 
 

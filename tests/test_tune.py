@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from scaled_rope import RopeScaling, patch_model, tune
 from scaled_rope.errors import ConfigError, Parser, run_cli
 from scaled_rope.loading import ModelLoader
-from scaled_rope.results import Row, read_rows
+from scaled_rope.results import Row, portable, read_rows
 
 Make = Callable[..., PreTrainedModel]
 LENGTH = 32
@@ -394,7 +394,7 @@ def test_the_command_end_to_end(
         expected = [float(nll[max(i - 1, 0) : i + LENGTH - 1].detach().sum()) for i in range(0, len(words), LENGTH)]
         assert row["targets"] == [31, 32, 32, 32][: len(expected)]
         assert row["nll"] == pytest.approx(expected, abs=2e-3)  # float32 sums of 32 losses, another order of operations
-        assert row["provenance"]["command"].startswith(f"scaled-rope tune --model {checkpoint}")
+        assert row["provenance"]["command"].startswith(f"scaled-rope tune --model {portable(checkpoint)}")
 
     best = json.loads((out / "best.json").read_text())
     own = RopeScaling.from_config(tiny_model().config)

@@ -159,8 +159,7 @@ def _attend(
     positions = torch.arange(length, device=q.device)
     factor = torch.full((queries, 1), scale, dtype=q.dtype, device=q.device)
     if regions.log_length is not None:
-        logs = (positions[before:, None] + 1).to(q.dtype).log() / math.log(regions.log_length)
-        factor = factor * logs.clamp(min=1)
+        factor = factor * length_factor(positions[before:], regions.log_length).to(q.dtype)[:, None]
     q = q * factor
     # Keys of each region under its positions, from the first to the last that any of these queries sees there.
     spans, keys, ends = [], [], length
@@ -168,7 +167,7 @@ def _attend(
         first = max(0, region.start(before))
         spans.append(first)
         seen = positions[first:ends]
-        keys.append(_rotated(k[:, :, first:ends], region.key(seen), inv_freq, interleaved))
+        keys.append(rotated(k[:, :, first:ends], region.key(seen), inv_freq, interleaved))
         ends = max(0, region.start(length - 1))
     results = []
     start = before
@@ -208,7 +207,7 @@ def _block(
     for place, (index, first, last) in enumerate(pieces):
         region = regions.near_to_far[index]
         # Heads that share keys are rows of one product.
-        turned = _rotated(q, region.query(at), inv_freq, interleaved).reshape(batch, kv_heads, groups * size, -1)
+        turned = rotated(q, region.query(at), inv_freq, interleaved).reshape(batch, kv_heads, groups * size, -1)
         seen = keys[index][:, :, first - spans[index] : last - spans[index]].transpose(-1, -2)
         into = None if scores is None else torch.split(scores, shares, dim=-1)[place]
         part = _product(turned, seen, into)
@@ -255,7 +254,12 @@ def _product(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
     return into.copy_(torch.matmul(a, b))
 
 
-def _rotated(x: Tensor, positions: Tensor, inv_freq: Tensor, interleaved: bool) -> Tensor:
+def length_factor(positions: Tensor, log_length: int) -> Tensor:
+    """max(1, ln(i + 1) / ln L) of positions [T], float64."""
+    return ((positions + 1).double().log() / math.log(log_length)).clamp(min=1)
+
+
+def rotated(x: Tensor, positions: Tensor, inv_freq: Tensor, interleaved: bool) -> Tensor:
     """x [B, H, T, D] rotated to positions [T]."""
     if not len(positions):
         return x

@@ -1,0 +1,342 @@
+"""Flags of the evaluators and of `scaled-rope`, and what can be refused by looking at them alone.
+
+Nothing here imports torch or transformers, which takes seconds: a mistyped flag or path is told at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from scaled_rope.corpora import CORPORA
+from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.recipes import read_recipe
+
+# Names that belong to modules which import torch; `tests/test_flags.py` holds the two to each other.
+ATTENTIONS = (
+    "auto", "flash_attention_2", "flash_attention_3", "flash_attention_4", "sdpa", "sdpa_blocked", "blockwise",
+    "flex_attention", "eager",
+)  # fmt: skip
+KERNELS = ("auto", "torch", "triton", "none")
+TARGETS = ("transformers", "vllm", "sglang", "llama.cpp")
+H100_TFLOPS = 989.0
+"""Dense bfloat16 rate of an H100 SXM in 10^12 FLOP/s."""
+
+DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-llama-256"
+"""The checkpoint that this project trained itself and carries along."""
+
+
+# ---------------------------------------------------------------------------------------------------- names of models
+
+
+def check_local(name: str) -> None:
+    """Refuse a path that does not exist here, rather than ask the hub for it."""
+    path = Path(name)
+    if path.is_file():
+        raise ConfigError(f"model {name!r} is a file; give the folder that holds config.json")
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
+    if not path.exists() and (looks_local or (len(path.parts) == 2 and Path(path.parts[0]).is_dir())):
+        raise ConfigError(f"model {name!r} does not exist")
+    if not path.exists() and len(path.parts) < 2:  # the few models of the hub without an owner are older than RoPE
+        raise ConfigError(f"model {name!r} does not exist, and a hub name is OWNER/NAME")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise no_config(name)
+
+
+def no_config(folder: str) -> ConfigError:
+    """The error for a folder without config.json, by what is in it instead."""
+    if (Path(folder) / "adapter_config.json").is_file():
+        return ConfigError(f"model {folder!r} holds an adapter and no config.json: name its base model")
+    if any(Path(folder).glob("*.gguf")):
+        return ConfigError(
+            f"model {folder!r} holds a GGUF file and no config.json: name the folder of the model it was made from"
+        )
+    return ConfigError(f"model {folder!r} holds no config.json")
+
+
+# -------------------------------------------------------------------------------------------------------- evaluators
+
+# Released flags that no longer do anything, and why.
+NO_EFFECT = {
+    "--custom-model": "code is never taken from a checkpoint",
+    "--custom-model-together": "code is never taken from a checkpoint",
+    "--custom-model-mistral": "code is never taken from a checkpoint",
+    "--gpt-neox-max-length": "positions are not limited by the configuration",
+    "--max-position-embeddings": "positions are not limited by the configuration",
+    "--no-use-cache": "evaluators keep no cache",
+}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that say which checkpoints to read and under which scalings, the released scripts' flags included."""
+    group = parser.add_argument_group("models and scalings", "every model is read under every scaling")
+    add = group.add_argument
+    add("-m", "--model", action="append", metavar="NAME", help="directory or hub name; repeatable (default: embedded)")
+    add(
+        "--scaling",
+        action="append",
+        metavar="SPEC",
+        help="[dynamic-]METHOD[:FACTOR][,FIELD=VALUE...], default (unscaled) or checkpoint[:FACTOR]; repeatable",
+    )
+    for method in ("yarn", "linear", "ntk", "part-ntk", "dynamic-ntk"):
+        spec = f"{method}:{{}}".format
+        add(f"--{method}", dest="scaling", action="append", type=spec, metavar="S", help=f"--scaling {method}:S")
+    add(
+        "--rerope",
+        dest="scaling",
+        action="append",
+        type="rerope,window={}".format,
+        metavar="W",
+        help="window of ReRoPE",
+    )
+    for method in ("dynamic-linear", "dynamic-part-ntk", "dynamic-yarn"):
+        add(f"--{method}", dest="scaling", action="append_const", const=method, help=f"--scaling {method}")
+    add("--method", dest="scaling", action="append", metavar="NAME", help="--scaling NAME, with the flags that follow")
+    add("--window", type=int, metavar="W", help="tokens seen at their own distance, of methods that have a window")
+    add("--group", type=int, metavar="G", help="positions that count as one, of self-extend")
+    add("--chunk", type=int, metavar="S", help="tokens per chunk, of dual-chunk")
+    add("--k", type=float, metavar="K", help="tokens that count as one beyond the window, of leaky-rerope")
+    add("--logn", action="store_const", const="true", help="log-length factor of queries, of rerope and leaky-rerope")
+    add("--layers", metavar="TYPE", help="scale only the layers of this type (full_attention)")
+    add("--drop-layers", type=_indices, metavar="I,J,...", help="layers, from 0, that work without rotary embedding")
+    add("--factor", metavar="S", help="factor of every scaling that names none, the checkpoint's own included")
+    add("--finetuned", action="store_true", help="dynamic scalings start from the checkpoint's own factor")
+    add("--original-max-position-embeddings", type=int, metavar="N", help="trained context, if the checkpoint is wrong")
+    add("--dtype", default="auto", help="float32, bfloat16, float16 or auto (bfloat16 on a GPU)")
+    add("--device", help="torch device (default: the first GPU, else cpu)")
+    add("--attention", default="auto", help=f"one of: {', '.join(ATTENTIONS)}")
+    add("--flash-attention", dest="attention", action="store_const", const="flash_attention_2", help=argparse.SUPPRESS)
+    add("--kernel", default="auto", help=f"rotary kernel, one of: {', '.join(KERNELS)}")
+    add("--sliding-window-attention", type=int, metavar="N", help="attention window in tokens, where a model has one")
+    add("--adapter", metavar="PATH", help="LoRA adapter, merged into the weights")
+    bits = group.add_mutually_exclusive_group()
+    bits.add_argument("--load-in-8bit", action="store_true")
+    bits.add_argument("--load-in-4bit", action="store_true")
+    for flag in NO_EFFECT:
+        takes_value = flag.endswith(("length", "embeddings"))
+        add(flag, dest="no_effect", nargs=1 if takes_value else 0, action=_Remember, help=argparse.SUPPRESS)
+
+
+def check_model_arguments(args: argparse.Namespace) -> None:
+    """Refuse what an evaluator was given wrongly, as far as names and paths say it."""
+    for name in args.model or ():
+        check_local(name)
+    for flag, known in (("attention", ATTENTIONS), ("kernel", KERNELS)):
+        if getattr(args, flag) not in known:
+            raise unknown(flag, getattr(args, flag), known)
+    if args.adapter and not (Path(args.adapter) / "adapter_config.json").is_file():
+        raise ConfigError(f"--adapter {args.adapter!r} holds no adapter_config.json")
+    if (output := getattr(args, "output", None)) is not None and Path(output).is_dir():
+        raise ConfigError(f"--output {output} is a folder; name a file for the rows")
+
+
+PARAMETERS = ("window", "group", "chunk", "k", "logn")
+"""Parameters of methods that have flags of their own."""
+
+
+class _Remember(argparse.Action):
+    """Collect the names of the flags that were given, whatever their values."""
+
+    def __call__(
+        self, parser: object, namespace: argparse.Namespace, values: object, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), option])
+
+
+def _indices(text: str) -> list[int]:
+    """Layers' indices from the command line."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{text!r} is not allowed; indices of layers, as 3,7") from None
+
+
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags for context lengths, output and progress."""
+    add = parser.add_argument_group("lengths and output").add_argument
+    add("--lengths", metavar="L1,L2,...", help="context lengths in tokens, instead of the next three")
+    add("--min-tokens", type=int, default=256, metavar="N", help="shortest context (default %(default)s)")
+    add("--max-tokens", type=int, default=8192, metavar="N", help="longest context (default %(default)s)")
+    add("--tokens-step", type=int, metavar="N", help="distance between contexts (default: each doubles the one before)")
+    add("--batch-size", type=int, metavar="N", help="sequences per forward pass (default: about 16k tokens' worth)")
+    add("--output", default="out/eval/rows.jsonl", metavar="FILE", help="rows are appended here (default %(default)s)")
+    add("--retry-oom", action="store_true", help="measure again what did not fit into memory in an earlier run")
+    add("--output-file", metavar="CSV", help="also write a table: a line of lengths, then a line per model")
+    add("--hide-progress", action="store_true")
+
+
+def context_lengths(args: argparse.Namespace) -> list[int]:
+    """The context lengths that the flags ask for, ascending.
+
+    Raises:
+        ConfigError: not whole numbers of at least 2 tokens, or an empty range.
+    """
+    if args.batch_size is not None and args.batch_size < 1:
+        raise ConfigError(f"--batch-size {args.batch_size} is not allowed; at least 1")
+    if args.lengths is not None:
+        try:
+            lengths = sorted({int(part) for part in args.lengths.split(",")})
+        except ValueError as error:
+            raise ConfigError(
+                f"--lengths {args.lengths!r} is not allowed; whole numbers, separated by commas"
+            ) from error
+    else:
+        low, high, step = args.min_tokens, args.max_tokens, args.tokens_step
+        if low > high or low < 2:
+            raise ConfigError(
+                f"--min-tokens {low} with --max-tokens {high} is not allowed; 2 <= min-tokens <= max-tokens"
+            )
+        if step is not None and step < 1:
+            raise ConfigError(f"--tokens-step {step} is not allowed; at least 1")
+        if step is None:
+            lengths = [low << doublings for doublings in range((high // low).bit_length())]
+            lengths = sorted({*lengths, high})
+        else:
+            lengths = list(range(low, high + 1, step))
+    if lengths[0] < 2:
+        raise ConfigError(
+            f"--lengths {lengths[0]} is not allowed; at least 2 tokens, the first of which has no context"
+        )
+    return lengths
+
+
+def batch_size(args: argparse.Namespace, length: int) -> int:
+    """Sequences per forward pass of `length` tokens."""
+    return int(args.batch_size) if args.batch_size else max(1, 16384 // length)
+
+
+# ------------------------------------------------------------------------------------------------------- scaled-rope
+
+
+def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `scaled-rope inspect`."""
+    add = parser.add_argument
+    add("model", metavar="MODEL_OR_CONFIG", help="folder, config.json or hub name")
+    add("--layer-type", metavar="TYPE", help="which layers, where layer types differ (default: full_attention)")
+    add("--scaling", metavar="SPEC", help="report on the model under another scaling, e.g. yarn:8")
+    add("--length", type=int, metavar="TOKENS", help="sequence length of the table, for length-dependent scalings")
+    add("--full", action="store_true", help="show every dimension")
+    add("--plot", metavar="FILE", help="draw wavelength against dimension; .svg or .png")
+    add("--weights", action="store_true", help="load the model too, and check what it computes")
+    add("--json", action="store_true", help="print a JSON object")
+
+
+def check_inspect_arguments(args: argparse.Namespace) -> None:
+    """Refuse what `scaled-rope inspect` cannot do."""
+    if args.length is not None and args.length < 1:
+        raise ConfigError(f"--length {args.length} is not allowed; at least 1 token")
+    if args.model and not Path(args.model).is_file():  # any file, which `inspect` reads itself
+        check_local(args.model)
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `scaled-rope export`."""
+    add = parser.add_argument
+    add("model", nargs="?", default=str(DEFAULT_MODEL), help="folder, its config.json, or hub name")
+    add("--for", dest="target", required=True, metavar="TARGET", help=", ".join(TARGETS))
+    add("--scaling", default="checkpoint", metavar="SPEC", help='default: what the checkpoint carries; e.g. "yarn:8"')
+    add("--length", type=int, metavar="TOKENS", help="longest sequence to serve; default: factor times original length")
+    add("--json", action="store_true", help="print a JSON object")
+    add("--output", metavar="DIR", help="write the patched config.json there (with --gguf: the GGUF)")
+    add("--force", action="store_true", help="replace what an earlier export has left in --output")
+    add("--gguf", metavar="FILE", help="llama.cpp: a GGUF of the model; a copy that holds the scaling goes to --output")
+
+
+def check_export_arguments(args: argparse.Namespace) -> None:
+    """Refuse what `scaled-rope export` cannot do, and an output that would take the place of something."""
+    if args.target not in TARGETS:
+        raise unknown("target", args.target, TARGETS)
+    if args.length is not None and args.length < 1:
+        raise ConfigError(f"--length {args.length} is not allowed; at least 1 token")
+    if args.gguf and (args.target != "llama.cpp" or not args.output):
+        raise ConfigError("flag --gguf goes with --for llama.cpp and --output DIR")
+    if args.force and not args.output:
+        raise ConfigError("flag --force goes with --output DIR")
+    path = Path(args.model)
+    check_local(str(path.parent) if path.name == "config.json" and path.is_file() else args.model)
+    if args.output:
+        _check_export_output(Path(args.output), args.gguf, args.force)
+
+
+def _check_export_output(folder: Path, gguf: str | None, force: bool) -> None:
+    """Refuse an output that would take the place of something.
+
+    Raises:
+        ConfigError: a file in the folder's place; without `force` a file that would be replaced; with it the GGUF that
+            the copy is made from.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output {folder} is a file; name a folder")
+    files = [folder / "config.json", *([] if gguf is None else [folder / Path(gguf).name])]
+    if gguf is not None and files[1].exists() and Path(gguf).exists() and files[1].samefile(gguf):
+        raise ConfigError(f"--output {folder} is not allowed with --gguf {gguf}, which it would overwrite")
+    there = next((file for file in files if file.exists()), None)
+    if there is not None and not force:
+        raise ConfigError(f"--output {folder} has a {there.name}; replace it with --force, or choose another folder")
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `scaled-rope plan`."""
+    add = parser.add_argument
+    add("recipe", help="name in configs/ or path of a YAML file")
+    add("--gpus", type=int, default=8, metavar="N", help="ranks (default %(default)s)")
+    add("--gpu-memory", type=float, default=80.0, metavar="GB", help="of each (default %(default)s)")
+    add("--peak-tflops", type=float, default=H100_TFLOPS, metavar="T",
+        help="dense bf16 rate of one GPU (default %(default)s: H100 SXM)")  # fmt: skip
+    add("--utilisation", type=float, default=0.4, metavar="SHARE", help="model FLOPs over peak (default %(default)s)")
+    add("--json", action="store_true", help="print a JSON object")
+
+
+def check_plan_arguments(args: argparse.Namespace) -> None:
+    """Refuse what `scaled-rope plan` cannot do."""
+    if args.gpus < 1:
+        raise ConfigError(f"--gpus {args.gpus} is not allowed; at least 1")
+    for name in ("gpu_memory", "peak_tflops"):
+        if not getattr(args, name) > 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; above 0")
+    if not 0 < args.utilisation <= 1:
+        raise ConfigError(f"--utilisation {args.utilisation} is not allowed; above 0, at most 1")
+    read_recipe(args.recipe)
+
+
+def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `scaled-rope tune`."""
+    add = parser.add_argument_group("model").add_argument
+    add("-m", "--model", metavar="NAME", help="directory or hub name (default: embedded)")
+    add("--original-max-position-embeddings", type=int, metavar="N", help="trained context, if the checkpoint is wrong")
+    add("--dtype", default="auto", help="float32, bfloat16, float16 or auto (bfloat16 on a GPU)")
+    add("--device", help="torch device (default: the first GPU, else cpu)")
+    add("--attention", default="auto", help=f"one of: {', '.join(ATTENTIONS)}")
+    add("--adapter", metavar="PATH", help="LoRA adapter, merged into the weights")
+    add = parser.add_argument_group("text").add_argument
+    add("-d", "--dataset", metavar="PATH", help=".txt, .jsonl or .parquet file, folder, hub name, packed set or corpus")
+    add("-f", "--feature", default="text", help="field that holds the text (default %(default)s)")
+    add("--split", default="test", help="split of a hub dataset (default %(default)s)")
+    add("--documents", type=int, metavar="N", help="the first N documents that are long enough (default: all)")
+    add("--windows", type=int, default=1, metavar="N", help="windows per document, evenly spaced (default: its start)")
+    add = parser.add_argument_group("search").add_argument
+    add("--factors", default="2,4,8", metavar="S1,S2,...", help="factors s (default %(default)s)")
+    add("--grid", default="1.0:1.5:0.05", metavar="GRID", help="√(1/t): START:END:STEP or a list (default %(default)s)")
+    add("--beta-fast", metavar="GRID", help="also search beta_fast, for example 16,32,64")
+    add("--beta-slow", metavar="GRID", help="also search beta_slow, for example 1,2")
+    add("--fields", metavar="F=V,...", help="what else to set in every scaling, for example ramp=rotations")
+    add("--seed", type=int, default=0, help="of the bootstrap (default %(default)s)")
+    add = parser.add_argument_group("output").add_argument
+    add("--output", default="out/tune", metavar="DIR", help="rows, figures and best.json (default %(default)s)")
+    add("--json", action="store_true", help="print best.json in place of the tables")
+    add("--hide-progress", action="store_true")
+
+
+def check_tune_arguments(args: argparse.Namespace) -> None:
+    """Refuse what `scaled-rope tune` cannot do, as far as numbers, names and paths say it."""
+    if args.dataset is None:
+        raise ConfigError(f"give --dataset: a path, a hub name or a corpus ({', '.join(CORPORA)})")
+    for name, least in (("documents", 1), ("windows", 1), ("seed", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise ConfigError(f"--{name} {getattr(args, name)} is not allowed; at least {least}")
+    if args.attention not in ATTENTIONS:
+        raise unknown("attention", args.attention, ATTENTIONS)
+    if Path(args.output).is_file():
+        raise ConfigError(f"--output {args.output} is a file; name a folder")
+    if args.model is not None:
+        check_local(args.model)

@@ -1,0 +1,70 @@
+"""Command lines: what is wrong with them is told at once, before torch and transformers are imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from scaled_rope import backends, export, flags, fused
+from scaled_rope.recipes import available
+from tests.runs import ROOT
+
+#: command lines with a mistake, and what is to be said about it
+MISTAKES = {
+    "eval/perplexity.py --lenghts 5": "unrecognized arguments: --lenghts 5; did you mean '--lengths' or '--weighting'? "
+    "(see eval/perplexity.py --help)",
+    "eval/perplexity.py --dataset x --protocol sliding --stride 600 --lengths 512,1024": "--stride 600 is not allowed; "
+    "at most 512, the shortest window in tokens",
+    "eval/perplexity.py --dataset x --protocol sliding --lengths 64": "--stride 256, the default, is not allowed; "
+    "at most 64, the shortest window in tokens",
+    "eval/passkey.py --lengths 1": "--lengths 1 is not allowed; at least 2 tokens, the first of which has no context",
+    "eval/passkey_hard.py --restrict-tokens maybe": "argument --restrict-tokens: 'maybe' is not allowed; true or false "
+    "(see eval/passkey_hard.py --help)",
+    "eval/perplexity.py --drop-layers a": "argument --drop-layers: 'a' is not allowed; indices of layers, as 3,7 "
+    "(see eval/perplexity.py --help)",
+    "finetune.py --output-dir x --batch-size two": "argument --batch-size: 'two' is not allowed; a whole number "
+    "(see finetune.py --help)",
+    "eval/passkey_hard.py --num-keys 0": "--num-keys 0 is not allowed; at least 1",
+    "eval/quality.py -m nothere": "model 'nothere' does not exist, and a hub name is OWNER/NAME",
+    "eval/harness.py --attention sdap": "unknown attention 'sdap'; did you mean 'sdpa'? known: auto, blockwise, eager, "
+    "flash_attention_2, flash_attention_3, flash_attention_4, flex_attention, sdpa, sdpa_blocked",
+    "eval/prompt_loop.py --top-k 0": "--top-k 0 is not allowed; at least 1",
+    "eval/report.py --tabel 2": "unrecognized arguments: --tabel; did you mean '--table' or '--help'? "
+    "(see eval/report.py --help)",
+    "-m scaled_rope inspect nothere": "model 'nothere' does not exist, and a hub name is OWNER/NAME",
+    "-m scaled_rope export ./nothere --for vllm": "model './nothere' does not exist",
+    "-m scaled_rope plan demo --gpus 0": "--gpus 0 is not allowed; at least 1",
+    "-m scaled_rope tune --dataset x --output README.md": "--output README.md is a file; name a folder",
+    "eval/quality.py --output docs": "--output docs is a folder; name a file for the rows",
+    "-m scaled_rope tune": "give --dataset: a path, a hub name or a corpus (books)",
+    "finetune.py demo --sequence-lenght 5": "unrecognized arguments: --sequence-lenght 5; did you mean "
+    "'--sequence-length' or '--sequence-parallel'? (see finetune.py --help)",
+    "finetune.py demo --attention sdap": "unknown attention 'sdap'; did you mean 'sdpa'? known: "
+    + ", ".join(sorted(flags.ATTENTIONS)),
+    "finetune.py demo --dataset x --model ./nothere": "model './nothere' does not exist",
+    "finetune.py demo --output-dir README.md": "output_dir README.md is a file; name a folder with --output-dir",
+    "tokenization.py --dataset x --output docs": "--output docs exists and is no packed set; remove it or "
+    "choose another folder",
+    "truncate.py 5 docs --dataset x": "output docs exists and is no packed set; remove it or choose another folder",
+    "-m scaled_rope.recipes tble2 --shell --also table2": "unknown recipe 'tble2'; did you mean 'table2'? known: "
+    + ", ".join(sorted([*available(), "table2"])),
+    "tokenization.py --dataset x": "--output is missing: name the folder to create",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_told_before_anything_heavy_is_imported(line: str) -> None:
+    command = [sys.executable, "-X", "importtime", *line.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    said = [text for text in done.stderr.splitlines() if not text.startswith("import time:")]
+    assert (done.returncode, said, done.stdout) == (2, [f"error: {MISTAKES[line]}"], "")
+    imported = {text.rpartition("|")[2].strip() for text in done.stderr.splitlines() if text.startswith("import time:")}
+    assert "argparse" in imported and not imported & {"torch", "transformers", "datasets"}
+
+
+def test_names_that_flags_restate_are_those_of_their_modules() -> None:
+    assert flags.ATTENTIONS == backends.ATTENTIONS
+    assert flags.KERNELS == fused.KERNELS
+    assert flags.TARGETS == tuple(export.TARGETS)

@@ -1,0 +1,136 @@
+"""Liger's fused projection and cross-entropy against the chunked form: losses, weighted sums and every gradient."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import finetune
+from scaled_rope import loss
+from scaled_rope.errors import ConfigError, run_cli
+from scaled_rope.loss import IGNORE, resolve_loss, token_nll
+from tests.runs import log
+
+needs_liger = pytest.mark.skipif(not importlib.util.find_spec("liger_kernel"), reason="no liger-kernel")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+Make = Callable[..., PreTrainedModel]
+
+
+def weighted_sum(model: PreTrainedModel, tokens: torch.Tensor, name: str) -> tuple[torch.Tensor, list[Any]]:
+    """Losses of the tokens, and gradients of their weighted sum, in which some targets and weights are missing."""
+    model.zero_grad(set_to_none=True)
+    targets = tokens.roll(-1, dims=1)
+    targets[0, -5:] = IGNORE
+    weights = torch.randint(0, 4, tokens.shape, generator=torch.Generator().manual_seed(0)).float().to(tokens.device)
+    nll = token_nll(model, tokens, targets, loss=name)
+    ((nll * weights).sum() / weights.sum()).backward()
+    assert torch.all(nll[targets == IGNORE] == 0)
+    return nll.detach(), [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+@needs_liger
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"tie_word_embeddings": False, "vocab_size": 97}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("phi", {}),  # a bias
+    ],
+    ids=["tied", "untied", "factor", "bias"],
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_fused_loss_is_the_chunked_one(
+    tiny_model: Make, tokens: torch.Tensor, family: str, settings: dict[str, Any], frozen: bool
+) -> None:
+    """frozen: adapters elsewhere, the projection not trained."""
+    model = tiny_model(family, **settings).to(DEVICE)
+    if frozen:
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.requires_grad_(False)
+    (reference, wanted), (nll, found) = (weighted_sum(model, tokens.to(DEVICE), name) for name in ("chunked", "fused"))
+    # Losses of a few nats, gradients summed over 91 targets: float32 noise of a different order of summation.
+    torch.testing.assert_close(nll, reference, rtol=1e-5, atol=1e-5)
+    assert nll.dtype == torch.float32
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+@needs_liger
+def test_without_gradients_and_under_autocast(tiny_model: Make, tokens: torch.Tensor) -> None:
+    model, tokens = tiny_model().to(DEVICE), tokens.to(DEVICE)
+    with torch.no_grad():
+        reference, nll = (token_nll(model, tokens, tokens, loss=name) for name in ("whole", "fused"))
+    torch.testing.assert_close(nll, reference, rtol=1e-5, atol=1e-5)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        (reference, wanted), (nll, found) = (weighted_sum(model, tokens, name) for name in ("chunked", "fused"))
+    # Both take the softmax of the same bfloat16 logits in float32.
+    torch.testing.assert_close(nll, reference, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(found, wanted, strict=True):
+        # Products and sums of up to 91 gradients that are rounded to 2^-9, which the interpreter truncates, to 2^-8.
+        torch.testing.assert_close(ours, theirs, rtol=0.0, atol=2**-6 * float(theirs.abs().max()))
+
+
+@needs_liger
+def test_a_run_says_how_it_computes_its_loss_and_goes_the_same_way(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = [str(workspace / "recipe.yaml"), "--max-train-steps", "2", "--heldout-steps", "9"]
+    for name in ("auto", "fused"):
+        assert finetune.main([*short, "--output-dir", str(tmp_path / name), "--loss", name]) == 0
+        computed = "fused" if name == "fused" or DEVICE.type == "cuda" else "chunked"
+        assert f", loss {computed}\n" in capsys.readouterr().out
+    for one, two in zip(log(tmp_path / "auto"), log(tmp_path / "fused"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    if DEVICE.type == "cpu":
+        monkeypatch.delenv("TRITON_INTERPRET")
+        assert run_cli(lambda: finetune.main([*short, "--output-dir", str(tmp_path / "no"), "--loss", "fused"])) == 2
+        assert capsys.readouterr().err == "error: loss 'fused' needs a CUDA GPU, this is cpu; use chunked\n"
+
+
+@pytest.mark.parametrize("chunk", [5, None])
+def test_whole_logits_give_the_same(tiny_model: Make, tokens: torch.Tensor, chunk: int | None) -> None:
+    model, seen = tiny_model(), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
+    whole = token_nll(model, tokens, tokens, chunk=chunk, loss="whole")
+    assert seen == [tokens.numel()]
+    torch.testing.assert_close(whole, token_nll(model, tokens, tokens, chunk=chunk), rtol=1e-6, atol=1e-5)
+
+
+def test_what_cannot_be_fused_is_refused_and_auto_takes_another(
+    tiny_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(loss, "package_version", lambda name: "0.8.5")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert resolve_loss("auto", gpu) == "fused" and resolve_loss("auto", cpu) == "chunked"
+    assert resolve_loss("auto", gpu, "zero2", tiny_model()) == "fused"
+    assert [resolve_loss(name, gpu) for name in ("chunked", "whole")] == ["chunked", "whole"]
+    model = tiny_model()
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    for given, message in (
+        ((gpu, "zero3"), "needs the projection's weights as a whole, and zero3"),
+        ((gpu, "plain", model), "a plain linear layer, this is Sequential; use chunked"),
+        ((gpu, "plain", tiny_model("gemma2", final_logit_softcapping=2.0)), "logits without a soft cap"),
+    ):
+        assert resolve_loss("auto", *given) == "chunked"
+        with pytest.raises(ConfigError, match=message):
+            resolve_loss("fused", *given)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve_loss("fused", cpu) == "fused"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ConfigError, match="'fused' needs a CUDA GPU, this is cpu"):
+        resolve_loss("fused", cpu)
+    monkeypatch.setattr(loss, "package_version", lambda name: "0.8.4")
+    with pytest.raises(ConfigError, match=r"needs liger-kernel 0\.8\.5 or newer: pip install"):
+        resolve_loss("fused", gpu)
+    assert resolve_loss("auto", gpu) == "chunked"
