@@ -13,6 +13,7 @@ use two cores better than one with two threads. What they print goes to out/pape
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -51,16 +52,22 @@ class Evaluation:
     script: str
     data: str
     flags: Sequence[str]
+    seed: int | None = None  # of the prompts, in passkeys
 
     def command(self, model: str, scalings: Sequence[str], output: str) -> list[str]:
         named = [f"--scaling={scaling}" for scaling in scalings]
         return [f"eval/{self.script}.py", "-m", model, *named, *self.flags, "--output", output]
 
-    def is_measured(self, run: Run, rows: Sequence[Row]) -> bool:
-        """Whether every length of a run has its row."""
-        found = {r["length"] for r in rows if r["model"] == run.model and r["metric"] == self.script
-                 and r["data"]["name"] == self.data}  # fmt: skip
-        return found >= {int(length) for length in self.flags[self.flags.index("--lengths") + 1].split(",")}
+    def is_measured(self, names: Sequence[str], rows: Sequence[Row]) -> bool:
+        """Whether every length has its row for each of these runs, or scalings of the base (`mini.name_of`)."""
+        lengths = map(int, self.flags[self.flags.index("--lengths") + 1].split(","))
+        found = {
+            (mini.name_of(row), row["length"])
+            for row in rows
+            if row["metric"] == self.script and row["data"]["name"] == self.data
+            if self.seed is None or row["protocol"]["seed"] == self.seed
+        }
+        return found >= set(itertools.product(names, lengths))
 
 
 ON_BOOKS = Evaluation("perplexity", BOOKS, TEXTS[BOOKS])
@@ -69,7 +76,7 @@ ON_PROOFS = Evaluation("perplexity", PROOFS, TEXTS[PROOFS])
 
 def on_passkeys(seed: int) -> Evaluation:
     """Ten prompts per length, other ones for each seed."""
-    return Evaluation("passkey", "passkey", [*PASSKEYS, "--seed", str(seed)])
+    return Evaluation("passkey", "passkey", [*PASSKEYS, "--seed", str(seed)], seed)
 
 
 def evaluations(part: str, run: Run) -> list[Evaluation]:
@@ -97,7 +104,12 @@ def untrained(output: str) -> list[Task]:
         "books, dynamic": (ON_BOOKS, mini.FIGURE5[1:]),
         **{f"passkeys {seed}": (on_passkeys(seed), methods) for seed in mini.SEEDS},
     }
-    return [Task(f"base, {name}", [call.command(mini.BASE, specs, output)]) for name, (call, specs) in calls.items()]
+    rows = _rows(output)
+    return [
+        Task(f"base, {name}", [call.command(mini.BASE, specs, output)])
+        for name, (call, specs) in calls.items()
+        if not call.is_measured(specs, rows)
+    ]
 
 
 def record(run: Run, output: str) -> None:
@@ -124,7 +136,7 @@ def trained(part: str, runs: Sequence[Run], output: str, training: str) -> list[
     rows, tasks = _rows(output), []
     for run in runs:
         todo = evaluations(part, run) if part != "sweep" else []
-        commands = [each.command(run.model, (), output) for each in todo if not each.is_measured(run, rows)]
+        commands = [each.command(run.model, (), output) for each in todo if not each.is_measured([run.name], rows)]
         if commands or part == "sweep":
             commands = [["finetune.py", *run.flags()]] * bool(mini.missing([run])) + commands
             tasks.append(Task(f"{part}, {run.name}", commands, partial(record, run, training)))
