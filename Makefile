@@ -14,13 +14,14 @@ endif
 endif
 export PYTHON
 
-.PHONY: help demo test check base smollm2 clean stale
+.PHONY: help demo test check base smollm2 paper-mini clean stale
 
 help:
 	@echo "make demo    extend the embedded model from 256 to 2048 tokens, evaluate it, write out/demo/report.html"
 	@echo "make test    lint, types and tests"
 	@echo "make check   lint and types only"
 	@echo "make smollm2 a real model, SmolLM2-135M, under the scalings, without training (15 minutes)"
+	@echo "make paper-mini  the paper's comparisons on the embedded model, with seeds (90 minutes on 2 cores)"
 	@echo "make base    retrain the embedded base model"
 	@echo "make clean   remove out/ (runs and reports); .venv and downloaded data stay"
 	@echo "PYTHON=python uses the activated environment instead of .venv"
@@ -51,6 +52,11 @@ base: $(READY)
 
 smollm2: $(READY)
 	./benchmarks/smollm2.sh
+
+paper-mini: $(READY)
+	$(PYTHON) benchmarks/paper_mini.py --output out/paper-mini/rows.jsonl --training out/paper-mini/training.jsonl
+	$(PYTHON) benchmarks/paper_mini.py --output out/paper-mini/rows.jsonl --training out/paper-mini/training.jsonl \
+		--show --figures out/paper-mini
 
 clean:
 	rm -rf out

@@ -1,106 +1,229 @@
 """The paper in miniature, on the embedded model and two cores.
 
+    python benchmarks/paper_mini.py                          # everything that is missing, two programs at a time
     python benchmarks/paper_mini.py --list                   # the parts, and what each still lacks
     python benchmarks/paper_mini.py --part table1            # train and evaluate one part
-    python benchmarks/paper_mini.py --part table1 --show     # its table, from the rows
+    python benchmarks/paper_mini.py --show                   # the tables, from the rows
+    python benchmarks/paper_mini.py --figures docs/images    # and the figures
 
 A run that is finished is not trained again, one that was interrupted continues, and a row that is there is not measured
-again. Two processes with OMP_NUM_THREADS=1 on different parts use two cores better than one process with two threads.
+again. `sweep` comes first, because it chooses the learning rates of the others. Each program has one core: two of them
+use two cores better than one with two threads. What they print goes to out/paper-mini/logs.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
+from scaled_rope import mini
 from scaled_rope.errors import ConfigError, Parser, run_cli, unknown
-from scaled_rope.mini import LENGTHS, PARTS, RECIPE, Run, missing, table
-from scaled_rope.results import read_rows
+from scaled_rope.mini import BOOKS, PROOFS, Results, Run
+from scaled_rope.results import Row, append_row, read_rows
+from scaled_rope.states import read_log
 
 ROWS = "data/paper_mini_rows.jsonl"
-BOOKS = ["--dataset", "data/cache/books/heldout", "--windows", "12"]
-PROOFS = ["--dataset", "standin:hol-light", "--samples", "12"]
-ZERO_SHOT = ("default", "linear:8", "ntk:8", "abf:8,theta=200000", "ntk-by-parts:8", "yarn:8")
-FIGURE5 = ("default", "dynamic-linear", "dynamic-ntk", "dynamic-yarn")
-FORKS = (
-    "yarn:8", "yarn:8,truncate=false", "yarn:8,ramp=rotations",
-    "yarn:8,beta_fast=16", "yarn:8,beta_fast=8", "yarn:8,beta_slow=2", "yarn:8,beta_slow=4",
-)  # fmt: skip
+TRAINING = "data/paper_mini_training.jsonl"
+LOGS = Path("out/paper-mini/logs")
+LENGTHS = ["--lengths", "256,512,1024,1536,2048,3072,4096"]
+TEXTS = {
+    BOOKS: ["--dataset", "data/cache/books/heldout", "--windows", "6", *LENGTHS],
+    PROOFS: ["--dataset", PROOFS, "--samples", "6", *LENGTHS],
+}
+PASSKEYS = ["--lengths", "128,256,512,1024,2048", "--iterations", "10"]
+PARTS = ("sweep", "zero-shot", "table1", "table2", "rerun", "half", "forks")
 
 
-def evaluate(script: str, models: Sequence[str], scalings: Sequence[str], flags: Sequence[str], output: str) -> None:
-    """Run one of the evaluators; what `output` holds is skipped there.
+@dataclass(frozen=True)
+class Evaluation:
+    """A call of an evaluator: its rows have this metric and are of data with this name."""
+
+    script: str
+    data: str
+    flags: Sequence[str]
+    seed: int | None = None  # of the prompts, in passkeys
+
+    def command(self, model: str, scalings: Sequence[str], output: str) -> list[str]:
+        named = [f"--scaling={scaling}" for scaling in scalings]
+        return [f"eval/{self.script}.py", "-m", model, *named, *self.flags, "--output", output]
+
+    def is_measured(self, names: Sequence[str], rows: Sequence[Row]) -> bool:
+        """Whether every length has its row for each of these runs, or scalings of the base (`mini.name_of`)."""
+        lengths = map(int, self.flags[self.flags.index("--lengths") + 1].split(","))
+        found = {
+            (mini.name_of(row), row["length"])
+            for row in rows
+            if row["metric"] == self.script and row["data"]["name"] == self.data
+            if self.seed is None or row["protocol"]["seed"] == self.seed
+        }
+        return found >= set(itertools.product(names, lengths))
+
+
+ON_BOOKS = Evaluation("perplexity", BOOKS, TEXTS[BOOKS])
+ON_PROOFS = Evaluation("perplexity", PROOFS, TEXTS[PROOFS])
+
+
+def on_passkeys(seed: int) -> Evaluation:
+    """Ten prompts per length, other ones for each seed."""
+    return Evaluation("passkey", "passkey", [*PASSKEYS, "--seed", str(seed)], seed)
+
+
+def evaluations(part: str, run: Run) -> list[Evaluation]:
+    """Table 1 has proofs too, for one seed, and passkeys; the others held-out books only."""
+    if part != "table1":
+        return [ON_BOOKS]
+    return [ON_BOOKS, *[ON_PROOFS] * (run.seed == mini.SEEDS[0]), on_passkeys(run.seed)]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Programs that follow one another, and what is done when all have succeeded."""
+
+    name: str
+    commands: Sequence[Sequence[str]]
+    after: Callable[[], None] = lambda: None
+
+
+def untrained(output: str) -> list[Task]:
+    """The base under the methods, the forks and the dynamic forms, on both texts, and its passkeys."""
+    methods = ("default", *mini.TABLE1)
+    calls = {
+        "books": (ON_BOOKS, (*methods, *mini.FORKS_UNTRAINED)),
+        "proofs": (ON_PROOFS, (*methods, *mini.FORKS_UNTRAINED)),
+        "books, dynamic": (ON_BOOKS, mini.FIGURE5[1:]),
+        **{f"passkeys {seed}": (on_passkeys(seed), methods) for seed in mini.SEEDS},
+    }
+    rows = _rows(output)
+    return [
+        Task(f"base, {name}", [call.command(mini.BASE, specs, output)])
+        for name, (call, specs) in calls.items()
+        if not call.is_measured(specs, rows)
+    ]
+
+
+def record(run: Run, output: str) -> None:
+    """Append what the run's training came to, once; where and when is what the run itself wrote down."""
+    if any(row["model"] == run.model for row in _rows(output)):
+        return
+    log = read_log(mini.ROOT / run.name)
+    losses = [row["loss"] for row in log]
+    row = {
+        "metric": "train_loss", "model": run.model, "scaling": run.scaling, "seed": run.seed, "steps": run.steps,
+        "learning_rate": run.learning_rate, "late_loss": mini.late_loss(losses), "losses": losses,
+        "seconds": round(sum(row["seconds"] for row in log), 1), "command": f"finetune.py {' '.join(run.flags())}",
+        "provenance": json.loads((mini.ROOT / run.name / "provenance.json").read_text()),
+    }  # fmt: skip
+    append_row(output, row)
+
+
+def _rows(path: str) -> list[Row]:
+    return read_rows(path) if Path(path).exists() else []
+
+
+def trained(part: str, runs: Sequence[Run], output: str, training: str) -> list[Task]:
+    """What is still to do for these runs: to train them, and to measure what they end with."""
+    rows, tasks = _rows(output), []
+    for run in runs:
+        todo = evaluations(part, run) if part != "sweep" else []
+        commands = [each.command(run.model, (), output) for each in todo if not each.is_measured([run.name], rows)]
+        if commands or part == "sweep":
+            commands = [["finetune.py", *run.flags()]] * bool(mini.missing([run])) + commands
+            tasks.append(Task(f"{part}, {run.name}", commands, partial(record, run, training)))
+    return tasks
+
+
+def swept(training: str) -> dict[str, float]:
+    return mini.swept({Path(row["model"]).parent.name: row["late_loss"] for row in _rows(training)})
+
+
+def tasks_of(part: str, output: str, training: str) -> list[Task]:
+    if part == "zero-shot":
+        return untrained(output)
+    if part == "sweep":
+        known = {row["model"] for row in _rows(training)}
+        return trained(part, [run for run in mini.SWEEP if run.model not in known], output, training)
+    return trained(part, mini.parts(swept(training))[part], output, training)
+
+
+def perform(tasks: Sequence[Task], jobs: int) -> None:
+    """Do the tasks, so many at a time; the first that fails stops the rest.
 
     Raises:
-        ConfigError: it failed; what it says is on the terminal.
+        ConfigError: a program failed; its name, and where it wrote what it said.
     """
-    command = [sys.executable, f"eval/{script}.py", "--output", output, *flags]
-    for model in models:
-        command += ["-m", model]
-    for scaling in scalings:
-        command += ["--scaling", scaling]
-    if code := subprocess.run(command).returncode:
-        raise ConfigError(f"eval/{script}.py ended with exit code {code}")
+    LOGS.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    failed = threading.Event()
+
+    def do(numbered: tuple[int, Task]) -> None:
+        number, task = numbered
+        start = time.monotonic()
+        log = LOGS / f"{re.sub('[^a-zA-Z0-9.]+', '-', task.name)}.log"
+        with log.open("ab") as file:
+            for command in task.commands:
+                if failed.is_set():
+                    return
+                code = subprocess.run([sys.executable, *command], env=environment, stdout=file, stderr=file).returncode
+                if code:
+                    failed.set()
+                    raise ConfigError(f"{command[0]} of {task.name!r} ended with exit code {code}; see {log}")
+        task.after()
+        print(f"[{number}/{len(tasks)}] {task.name}: {time.monotonic() - start:.0f} s", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for _ in pool.map(do, enumerate(tasks, start=1)):
+            pass
 
 
 def prepare() -> None:
     """Fetch and pack the text that the runs train on, as train.sh does; nothing where it is there."""
-    script = f"source ./environment.sh; read_recipe {RECIPE}"
+    script = f"source ./environment.sh; read_recipe {mini.RECIPE}"
     subprocess.run(["bash", "-euo", "pipefail", "-c", script], env=os.environ | {"PYTHON": sys.executable}, check=True)
-
-
-def train(runs: Sequence[Run]) -> None:
-    from scaled_rope.training import Trainer
-
-    for run in missing(runs):
-        Trainer(run.recipe()).run()
-
-
-def zero_shot(output: str) -> None:
-    """The base under the methods, the dynamic forms and the forks, on both texts, and its passkeys."""
-    base = ["models/tiny-llama-256"]
-    for text in (BOOKS, PROOFS):
-        evaluate("perplexity", base, (*ZERO_SHOT, *FORKS[1:]), [*text, "--lengths", LENGTHS], output)
-        evaluate("perplexity", base, FIGURE5, [*text, "--lengths", LENGTHS], output)
-    passkeys = ["--lengths", "128,256,512,1024,2048", "--iterations", "10"]
-    evaluate("passkey", base, (*ZERO_SHOT, "dynamic-yarn"), passkeys, output)
-
-
-def trained(runs: Sequence[Run], output: str) -> None:
-    train(runs)
-    for run in runs:
-        for text in (BOOKS, PROOFS):
-            evaluate("perplexity", [run.model], (), [*text, "--lengths", LENGTHS], output)
-        if run.steps == max(one.steps for one in runs):
-            evaluate("passkey", [run.model], (), ["--lengths", "128,256,512,1024,2048", "--iterations", "10"], output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("benchmarks/paper_mini.py", __doc__)
-    parser.add_argument("--part", action="append", help="zero-shot, " + ", ".join(PARTS) + " (default: all)")
-    parser.add_argument("--list", action="store_true", help="the parts, and how many runs each still lacks")
-    parser.add_argument("--show", action="store_true", help="print the tables of the parts that train")
-    parser.add_argument("--output", default=ROWS, metavar="FILE", help="rows are appended here (default %(default)s)")
+    add = parser.add_argument
+    add("--part", action="append", help=", ".join(PARTS) + " (default: all)")
+    add("--jobs", type=int, default=2, metavar="N", help="programs at a time, a core each (default %(default)s)")
+    add("--list", action="store_true", help="the parts, and how many runs each still lacks")
+    add("--show", action="store_true", help="print the tables")
+    add("--figures", metavar="FOLDER", help="draw the figures")
+    add("--output", default=ROWS, metavar="FILE", help="rows are appended here (default %(default)s)")
+    add("--training", default=TRAINING, metavar="FILE", help="and those of the runs here (default %(default)s)")
     args = parser.parse_args(argv)
-    known = ("zero-shot", *PARTS)
     for name in args.part or ():
-        if name not in known:
-            raise unknown("part", name, known)
-    for name in args.part or known:
+        if name not in PARTS:
+            raise unknown("part", name, PARTS)
+    if args.jobs < 1:
+        raise ConfigError(f"--jobs {args.jobs} is not allowed; 1 or more")
+    if args.show or args.figures:
+        results = Results(read_rows(args.output))
+        if args.figures:
+            print("\n".join(map(str, mini.draw(results, swept(args.training), Path(args.figures)))))
+        if args.show:
+            for title, text in mini.tables(results, read_rows(args.training)).items():
+                print(f"{title}\n\n{text}\n")
+        return 0
+    if not args.list:
+        prepare()
+    for part in args.part or PARTS:
+        tasks = tasks_of(part, args.output, args.training)
         if args.list:
-            lacks = missing(PARTS.get(name, ()))
-            print(f"{name:<10} {len(PARTS.get(name, ()))} runs, {len(lacks)} to train")
-        elif args.show:
-            if name in PARTS:
-                print(f"{name}\n{table(read_rows(args.output), PARTS[name])}\n")
+            print(f"{part:<10} {len(tasks)} to do")
         else:
-            prepare()
-            if name == "zero-shot":
-                zero_shot(args.output)
-            else:
-                trained(PARTS[name], args.output)
+            perform(tasks, args.jobs)
     return 0
 
 
