@@ -23,38 +23,38 @@ under() { # SPEC ...: as flags
     for spec in "$@"; do flags+=(--scaling "$spec"); done
 }
 
-python -m scaled_rope.checkpoints fetch smollm2-135m --output "$model"
+attended python -m scaled_rope.checkpoints fetch smollm2-135m --output "$model"
 case $what in
     quick)
         under default linear:2 ntk:2 yarn:2 dynamic-yarn
-        python eval/perplexity.py "${shared[@]}" "${flags[@]}" "$@" --dataset standin:books --samples 1 \
+        attended python eval/perplexity.py "${shared[@]}" "${flags[@]}" "$@" --dataset standin:books --samples 1 \
             --lengths 1024,2048,4096,8192,12288,16384
         under default yarn:2
-        python eval/passkey.py "${shared[@]}" "${flags[@]}" "$@" --lengths 4096,8192,12288 --iterations 3
-        python eval/harness.py "${shared[@]}" "${flags[@]}" --offline --tasks truthfulqa_mc2 --limit 20
+        attended python eval/passkey.py "${shared[@]}" "${flags[@]}" "$@" --lengths 4096,8192,12288 --iterations 3
+        attended python eval/harness.py "${shared[@]}" "${flags[@]}" --offline --tasks truthfulqa_mc2 --limit 20
         ;;
     full)
         under default yarn:2 linear:2 ntk:2 ntk-by-parts:2 dynamic-yarn dynamic-ntk
-        python eval/perplexity.py "${shared[@]}" "${flags[@]}" "$@" --samples 1 \
+        attended python eval/perplexity.py "${shared[@]}" "${flags[@]}" "$@" --samples 1 \
             --dataset standin:books --dataset standin:hol-light --dataset standin:sotu \
             --lengths 1024,2048,4096,8192,12288,16384
         under yarn:2 default linear:2
-        python eval/passkey.py "${shared[@]}" "${flags[@]}" "$@" --lengths 4096,8192,12288,16384 --iterations 5
+        attended python eval/passkey.py "${shared[@]}" "${flags[@]}" "$@" --lengths 4096,8192,12288,16384 --iterations 5
         under default yarn:2
-        python eval/harness.py "${shared[@]}" "${flags[@]}" --offline --tasks arc_challenge,hellaswag --limit 40
-        python eval/harness.py "${shared[@]}" "${flags[@]}" --offline --tasks truthfulqa_mc2 --limit 60
-        python eval/harness.py "${shared[@]}" "${flags[@]}" --offline --tasks mmlu --limit 2
+        attended python eval/harness.py "${shared[@]}" "${flags[@]}" --offline --tasks arc_challenge,hellaswag --limit 40
+        attended python eval/harness.py "${shared[@]}" "${flags[@]}" --offline --tasks truthfulqa_mc2 --limit 60
+        attended python eval/harness.py "${shared[@]}" "${flags[@]}" --offline --tasks mmlu --limit 2
         under default yarn:4 linear:4 ntk:4
-        python eval/perplexity.py "${shared[@]}" "${flags[@]}" "$@" --dataset standin:books --samples 1 \
+        attended python eval/perplexity.py "${shared[@]}" "${flags[@]}" "$@" --dataset standin:books --samples 1 \
             --lengths 1024,2048,4096,8192,16384,24576,32768
         ;;
     attention)
         far=(--scaling rerope,window=4096 --scaling self-extend,group=8,window=2048 --scaling dual-chunk,chunk=6144)
-        python eval/perplexity.py "${shared[@]}" "${far[@]}" --scaling leaky-rerope,window=4096,k=8 --scaling default \
+        attended python eval/perplexity.py "${shared[@]}" "${far[@]}" --scaling leaky-rerope,window=4096,k=8 --scaling default \
             --scaling dynamic-yarn --scaling dynamic-linear "$@" --dataset standin:books --samples 1 --lengths 1024,2048,4096,8192,12288,16384
-        python eval/perplexity.py "${shared[@]}" "${far[@]}" "$@" --dataset standin:books --samples 1 \
+        attended python eval/perplexity.py "${shared[@]}" "${far[@]}" "$@" --dataset standin:books --samples 1 \
             --lengths 1024,2048,4096,8192,16384,24576,32768
-        python eval/passkey.py "${shared[@]}" "${far[@]}" --scaling yarn:2 "$@" \
+        attended python eval/passkey.py "${shared[@]}" "${far[@]}" --scaling yarn:2 "$@" \
             --lengths 12288 --iterations 3 --shared-prefill
         ;;
     *)
@@ -62,4 +62,4 @@ case $what in
         exit 2
         ;;
 esac
-python eval/report.py "$output/rows.jsonl" --output "$output" --title "SmolLM2-135M beyond its 8192 positions, untrained"
+attended python eval/report.py "$output/rows.jsonl" --output "$output" --title "SmolLM2-135M beyond its 8192 positions, untrained"
