@@ -795,6 +795,7 @@ def time_stock(name: str, tokens: Any) -> Row:
     import tempfile
 
     import torch
+    from accelerate.state import AcceleratorState
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     ends: list[float] = []
@@ -820,7 +821,10 @@ def time_stock(name: str, tokens: Any) -> Row:
             gradient_checkpointing_kwargs={"use_reentrant": False}, use_cpu=DEVICE == "cpu", save_strategy="no",
             logging_strategy="no", report_to=[], disable_tqdm=True,
         )  # fmt: skip
-        Trainer(stock_model(name), settings, train_dataset=Rows(), callbacks=[Timer()]).train()
+        try:
+            Trainer(stock_model(name), settings, train_dataset=Rows(), callbacks=[Timer()]).train()
+        finally:  # its precision would be that of everything that accelerate does in this process from now on
+            AcceleratorState._reset_state(reset_partial_state=True)
     low, median, high = quartiles([after - before for before, after in zip(ends, ends[1:], strict=False)])
     timed = {"seconds": median, "seconds_quartiles": [low, high], "runs": len(ends) - 1, "timing": "steps, host clock"}
     return timed | {"peak_bytes": torch.cuda.max_memory_allocated(), "attention": "sdpa", "loss": "whole"}

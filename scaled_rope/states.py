@@ -33,7 +33,8 @@ _FREE_FIELDS = {
 def run_lock(output: Path) -> Iterator[None]:
     """Keep a run's output folder, which is created where it is missing, from other runs while this context lasts.
 
-    The lock is the first rank's; the others pass. The kernel releases it when its process ends, whatever ends it.
+    The lock is the first rank's; the others pass. The kernel releases it when its process ends, whatever ends it. A run
+    that is refused before it has written anything leaves no folder behind.
 
     Raises:
         ConfigError: another process holds it, or the folder cannot be written to.
@@ -41,7 +42,7 @@ def run_lock(output: Path) -> Iterator[None]:
     if int(os.environ.get("RANK", "0")) > 0:
         yield
         return
-    path = output / ".lock"
+    path, is_new = output / ".lock", not output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
@@ -61,7 +62,13 @@ def run_lock(output: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()} on {platform.node()}\n")
         file.flush()
-        yield
+        try:
+            yield
+        except ConfigError:
+            if is_new and list(output.iterdir()) == [path]:
+                path.unlink()
+                output.rmdir()
+            raise
 
 
 def fingerprint(recipe: Recipe) -> dict[str, Any]:
