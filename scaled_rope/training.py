@@ -394,6 +394,7 @@ class Trainer:
         start = load_state(accelerator, self._resume, self.output)
         losses = loop.run(start, self._trackers)
         if loop.stopped:
+            accelerator.end_training()
             return losses
         state = accelerator.get_state_dict(module)
         if accelerator.is_main_process:
@@ -405,6 +406,8 @@ class Trainer:
             plot_losses({recipe.name: log}, self.output / "loss.png")
             print(f"{self.output / 'model'}: saved")
         accelerator.wait_for_everyone()
+        # A process group that is still there when Python ends may abort the process: its threads are running.
+        accelerator.end_training()
         return losses
 
 
