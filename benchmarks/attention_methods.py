@@ -28,6 +28,7 @@ from scaled_rope.attention.composed import composed_attention, flash, is_composa
 from scaled_rope.attention.regions import region_attention
 from scaled_rope.errors import ConfigError, Parser, run_cli
 from scaled_rope.evaluation import command_line, format_table
+from scaled_rope.flags import parse_lengths
 from scaled_rope.methods import attention_regions
 from scaled_rope.results import append_row, provenance
 
@@ -89,10 +90,7 @@ def seconds_of(attend: Variant, *given: torch.Tensor) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
-        lengths = [int(length) for length in args.lengths.split(",")]
-    except ValueError:
-        raise ConfigError(f"lengths {args.lengths!r}: must be whole numbers with commas") from None
+    lengths = parse_lengths(args.lengths)
     if min(lengths) < 2 or args.rounds < 1:
         raise ConfigError(f"lengths {args.lengths}, rounds {args.rounds}: must be at least 2, and at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():

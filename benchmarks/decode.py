@@ -32,6 +32,7 @@ from scaled_rope.caches import note_of
 from scaled_rope.config import RopeScaling
 from scaled_rope.errors import ConfigError, Parser, run_cli
 from scaled_rope.evaluation import command_line, format_table
+from scaled_rope.flags import parse_lengths
 from scaled_rope.methods import compute_scale
 from scaled_rope.patch import patch_model
 from scaled_rope.results import append_row, provenance
@@ -156,10 +157,7 @@ def rebuild(variant: Variant, length: int, ids: torch.Tensor) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
-        lengths = [int(length) for length in args.lengths.split(",")]
-    except ValueError:
-        raise ConfigError(f"lengths {args.lengths!r}: must be whole numbers with commas") from None
+    lengths = parse_lengths(args.lengths)
     if min(lengths) <= ORIGINAL or args.rounds < 1:
         raise ConfigError(f"lengths {args.lengths}, rounds {args.rounds}: must be above {ORIGINAL}, and at least 1")
     facts = provenance(torch.device("cpu"), 0, vars(args))

@@ -995,12 +995,11 @@ def show(row: Row) -> str:
 
 def training_rows(path: Path, about: Row) -> list[Row]:
     """The training rows of a file that this code has measured on this GPU."""
-    from scaled_rope.results import read_rows
+    from scaled_rope.results import rows_so_far
 
     same = ("commit", "device", "driver")
-    rows = read_rows(path) if path.exists() else []
     return [
-        row for row in rows
+        row for row in rows_so_far(path)
         if row["metric"] == "training step" and all(row.get(name) == about[name] for name in same)
     ]  # fmt: skip
 

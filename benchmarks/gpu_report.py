@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scaled_rope.errors import ConfigError, Parser, run_cli  # noqa: E402
-from scaled_rope.results import read_rows, write_atomic  # noqa: E402
+from scaled_rope.results import rows_so_far, write_atomic  # noqa: E402
 
 Row = dict[str, Any]
 ROWS = ROOT / "benchmarks" / "results" / "gpu.jsonl"
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images", help="default: %(default)s")
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args(argv)
-    rows = newest(read_rows(args.rows)) if args.rows.exists() else []
+    rows = newest(rows_so_far(args.rows))
     if not args.page.exists():
         raise ConfigError(f"page {args.page}: does not exist")
     page = args.page.read_text(encoding="utf-8")

@@ -30,7 +30,8 @@ from pathlib import Path
 from scaled_rope import mini
 from scaled_rope.errors import ConfigError, Parser, run_cli, unknown
 from scaled_rope.mini import BOOKS, PROOFS, Results, Run
-from scaled_rope.results import Row, append_row, read_rows
+from scaled_rope.recipes import is_finished
+from scaled_rope.results import Row, append_row, read_rows, rows_so_far
 from scaled_rope.states import read_log
 
 ROWS = "data/paper_mini_rows.jsonl"
@@ -104,7 +105,7 @@ def untrained(output: str) -> list[Task]:
         "books, dynamic": (ON_BOOKS, mini.FIGURE5[1:]),
         **{f"passkeys {seed}": (on_passkeys(seed), methods) for seed in mini.SEEDS},
     }
-    rows = _rows(output)
+    rows = rows_so_far(output)
     return [
         Task(f"base, {name}", [call.command(mini.BASE, specs, output)])
         for name, (call, specs) in calls.items()
@@ -114,7 +115,7 @@ def untrained(output: str) -> list[Task]:
 
 def record(run: Run, output: str) -> None:
     """Append what the run's training came to, once; where and when is what the run itself wrote down."""
-    if any(row["model"] == run.model for row in _rows(output)):
+    if any(row["model"] == run.model for row in rows_so_far(output)):
         return
     log = read_log(mini.ROOT / run.name)
     losses = [row["loss"] for row in log]
@@ -127,31 +128,28 @@ def record(run: Run, output: str) -> None:
     append_row(output, row)
 
 
-def _rows(path: str) -> list[Row]:
-    return read_rows(path) if Path(path).exists() else []
-
-
 def trained(part: str, runs: Sequence[Run], output: str, training: str) -> list[Task]:
     """What is still to do for these runs: to train them, and to measure what they end with."""
-    rows, tasks = _rows(output), []
+    rows, tasks = rows_so_far(output), []
     for run in runs:
         todo = evaluations(part, run) if part != "sweep" else []
         commands = [each.command(run.model, (), output) for each in todo if not each.is_measured([run.name], rows)]
         if commands or part == "sweep":
-            commands = [["finetune.py", *run.flags()]] * bool(mini.missing([run])) + commands
+            if not is_finished(run.recipe()):
+                commands.insert(0, ["finetune.py", *run.flags()])
             tasks.append(Task(f"{part}, {run.name}", commands, partial(record, run, training)))
     return tasks
 
 
 def swept(training: str) -> dict[str, float]:
-    return mini.swept({Path(row["model"]).parent.name: row["late_loss"] for row in _rows(training)})
+    return mini.swept(mini.late_losses(rows_so_far(training)))
 
 
 def tasks_of(part: str, output: str, training: str) -> list[Task]:
     if part == "zero-shot":
         return untrained(output)
     if part == "sweep":
-        known = {row["model"] for row in _rows(training)}
+        known = {row["model"] for row in rows_so_far(training)}
         return trained(part, [run for run in mini.SWEEP if run.model not in known], output, training)
     return trained(part, mini.parts(swept(training))[part], output, training)
 

@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 from scaled_rope.errors import ConfigError, Parser, run_cli, unknown  # noqa: E402
 from scaled_rope.recipes import Recipe, is_finished, read_recipe  # noqa: E402
-from scaled_rope.results import Row, portable_model, read_rows  # noqa: E402
+from scaled_rope.results import portable_model, rows_so_far  # noqa: E402
 
 RECIPES = ("smollm2-135m-pi-32k", "smollm2-135m-ntk-32k", "smollm2-135m-yarn-32k")
 METRICS = {"perplexity": "perplexity", "passkey": "passkey", "benchmarks": "benchmark"}
@@ -91,14 +91,13 @@ def _measurements(of: str, model: str, under: Sequence[str], recipe: Recipe, row
 
 
 def _steps(recipe: Recipe) -> str:
-    log = Path(recipe.output_dir) / "train_log.jsonl"
-    done = read_rows(log)[-1:] if log.exists() else []
+    done = rows_so_far(Path(recipe.output_dir) / "train_log.jsonl")[-1:]
     steps = done[0]["step"] if done else 0
     return f"{steps} of {recipe.max_train_steps} steps{', finished' if is_finished(recipe) else ''}"
 
 
 def _count(path: str, model: str, metric: str) -> str:
-    rows: list[Row] = read_rows(path) if Path(path).exists() else []
+    rows = rows_so_far(path)
     return f"{sum(row['model'] == portable_model(model) and row['metric'] == metric for row in rows)} rows"
 
 

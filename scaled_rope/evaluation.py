@@ -27,7 +27,16 @@ from tqdm import tqdm
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.loading import ModelJob, ModelLoader
-from scaled_rope.results import Row, append_row, portable_command, provenance, read_rows, row_key, write_atomic
+from scaled_rope.results import (
+    Row,
+    append_row,
+    portable_command,
+    provenance,
+    read_rows,
+    row_key,
+    rows_so_far,
+    write_atomic,
+)
 
 OUT_OF_MEMORY = "out of memory"
 """The `error` of a row that could not be measured for that reason."""
@@ -173,7 +182,7 @@ class Parts:
 
     def read(self, key: str) -> list[Row]:
         """The lines of one pass."""
-        return [row for row in read_rows(self.path) if row.get("key") == key] if self.path.exists() else []
+        return [row for row in rows_so_far(self.path) if row.get("key") == key]
 
     def add(self, key: str, parts: Mapping[int, Any], **more: Any) -> None:
         append_row(self.path, {"key": key, "parts": {str(part): result for part, result in parts.items()}, **more})
@@ -247,9 +256,7 @@ def run_all(
 ) -> dict[str, dict[ModelJob, dict[int, Row]]]:
     """`run` for several evaluators by name, such as one per data set; each model is loaded once for all of them."""
     finished = {
-        row_key(row)
-        for row in (read_rows(args.output) if Path(args.output).exists() else [])
-        if not (args.retry_oom and row.get("error") == OUT_OF_MEMORY)
+        row_key(row) for row in rows_so_far(args.output) if not (args.retry_oom and row.get("error") == OUT_OF_MEMORY)
     }
     identities: dict[str, dict[ModelJob, dict[int, Row]]] = {
         name: {
@@ -373,7 +380,7 @@ def report_failures(failures: Sequence[Failure], jobs: Sequence[ModelJob]) -> in
 
 def _collect(path: str, identities: Mapping[ModelJob, Mapping[int, Row]]) -> dict[ModelJob, dict[int, Row]]:
     """The measured rows in the file, by job and length."""
-    known = {row_key(row): row for row in read_rows(path)} if Path(path).exists() else {}
+    known = {row_key(row): row for row in rows_so_far(path)}
     return {
         job: {length: known[row_key(row)] for length, row in cells.items() if row_key(row) in known}
         for job, cells in identities.items()

@@ -165,6 +165,14 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hide-progress", action="store_true")
 
 
+def parse_lengths(text: str) -> list[int]:
+    """The numbers of a --lengths flag, as they stand. Raises ConfigError for anything else."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--lengths {text!r} is not allowed; whole numbers, separated by commas") from None
+
+
 def context_lengths(args: argparse.Namespace) -> list[int]:
     """The context lengths that the flags ask for, ascending.
 
@@ -174,12 +182,7 @@ def context_lengths(args: argparse.Namespace) -> list[int]:
     if args.batch_size is not None and args.batch_size < 1:
         raise ConfigError(f"--batch-size {args.batch_size} is not allowed; at least 1")
     if args.lengths is not None:
-        try:
-            lengths = sorted({int(part) for part in args.lengths.split(",")})
-        except ValueError as error:
-            raise ConfigError(
-                f"--lengths {args.lengths!r} is not allowed; whole numbers, separated by commas"
-            ) from error
+        lengths = sorted(set(parse_lengths(args.lengths)))
     else:
         low, high, step = args.min_tokens, args.max_tokens, args.tokens_step
         if low > high or low < 2:
@@ -208,6 +211,11 @@ def batch_size(args: argparse.Namespace, length: int) -> int:
 # ------------------------------------------------------------------------------------------------------- scaled-rope
 
 
+def _check_length(args: argparse.Namespace) -> None:
+    if args.length is not None and args.length < 1:
+        raise ConfigError(f"--length {args.length} is not allowed; at least 1 token")
+
+
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `scaled-rope inspect`."""
     add = parser.add_argument
@@ -223,8 +231,7 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_inspect_arguments(args: argparse.Namespace) -> None:
     """Refuse what `scaled-rope inspect` cannot do."""
-    if args.length is not None and args.length < 1:
-        raise ConfigError(f"--length {args.length} is not allowed; at least 1 token")
+    _check_length(args)
     if args.model and not Path(args.model).is_file():  # any file, which `inspect` reads itself
         check_local(args.model)
 
@@ -246,8 +253,7 @@ def check_export_arguments(args: argparse.Namespace) -> None:
     """Refuse what `scaled-rope export` cannot do, and an output that would take the place of something."""
     if args.target not in TARGETS:
         raise unknown("target", args.target, TARGETS)
-    if args.length is not None and args.length < 1:
-        raise ConfigError(f"--length {args.length} is not allowed; at least 1 token")
+    _check_length(args)
     if args.gguf and (args.target != "llama.cpp" or not args.output):
         raise ConfigError("flag --gguf goes with --for llama.cpp and --output DIR")
     if args.force and not args.output:

@@ -14,13 +14,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from scaled_rope.config import RopeScaling
 from scaled_rope.errors import ConfigError
 from scaled_rope.figures import GREY, PALETTE
 from scaled_rope.plots import drawing, save_figure
-from scaled_rope.recipes import Recipe, is_finished, read_recipe
+from scaled_rope.recipes import Recipe, read_recipe
 from scaled_rope.results import Row
 from scaled_rope.retrieval import passkey_context, wilson_interval
+from scaled_rope.windows import resampled_ratio
 
 ROOT = Path("out/paper-mini/runs")
 BASE = "models/tiny-llama-256"
@@ -132,9 +135,9 @@ def parts(rates: Mapping[str, float]) -> dict[str, tuple[Run, ...]]:
     }
 
 
-def missing(runs: Iterable[Run]) -> list[Run]:
-    """Those that have not come to their end."""
-    return [run for run in runs if not is_finished(run.recipe())]
+def late_losses(training: Iterable[Row]) -> dict[str, float]:
+    """A run's name -> the mean of its late losses, from the rows of training."""
+    return {Path(row["model"]).parent.name: row["late_loss"] for row in training}
 
 
 def late_loss(losses: Sequence[float]) -> float:
@@ -294,20 +297,8 @@ def paired(reference: Row, other: Row) -> tuple[float, float, float]:
     if targets != other["document_targets"]:
         raise ConfigError("two rows that scored other tokens cannot be paired")
     changes = [b - a for a, b in zip(reference["document_nats"], other["document_nats"], strict=True)]
-    low, high = _resampled(changes, targets)
+    low, high = resampled_ratio(np.asarray(changes), np.asarray(targets))
     return sum(changes) / sum(targets), low, high
-
-
-def _resampled(
-    changes: Sequence[float], targets: Sequence[int], draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    import numpy
-
-    rng, count = numpy.random.default_rng(seed), len(changes)
-    chosen = rng.integers(count, size=(draws, count))
-    means = numpy.asarray(changes)[chosen].sum(1) / numpy.asarray(targets)[chosen].sum(1)
-    low, high = numpy.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def _ranges(ends: Sequence[int]) -> list[str]:
@@ -319,7 +310,7 @@ BOOKS, PROOFS = "heldout", "standin:hol-light"
 
 def sweep_table(training: Iterable[Row]) -> str:
     """Loss of each method at each learning rate, the chosen one in bold."""
-    loss = {Path(row["model"]).parent.name: row["late_loss"] for row in training}
+    loss = late_losses(training)
     chosen = swept(loss)
 
     def cell(run: Run) -> str:
@@ -332,8 +323,7 @@ def sweep_table(training: Iterable[Row]) -> str:
 
 def tables(results: Results, training: Sequence[Row]) -> dict[str, str]:
     """Every table of the miniature by its title; those whose rows are still missing are left out."""
-    sweep = swept({Path(row["model"]).parent.name: row["late_loss"] for row in training})
-    runs = parts(sweep)
+    runs = parts(swept(late_losses(training)))
     yarn = tuple(run for run in runs["table1"] if run.scaling == YARN)
     untrained = ("default", *TABLE1)
     wanted: dict[str, Callable[[], str]] = {

@@ -139,9 +139,14 @@ def row_key(row: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
+def rows_so_far(path: str | Path) -> list[Row]:
+    """`read_rows`, and none when the file does not exist yet."""
+    return read_rows(path) if Path(path).exists() else []
+
+
 def finished_keys(path: str | Path) -> set[str]:
     """The `row_key` of every row in `path`; none when the file does not exist yet."""
-    return {row_key(row) for row in read_rows(path)} if Path(path).exists() else set()
+    return {row_key(row) for row in rows_so_far(path)}
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from scaled_rope.engine import engine_name
 from scaled_rope.errors import ConfigError
 from scaled_rope.loading import weights_hash
 from scaled_rope.recipes import Recipe
-from scaled_rope.results import Row, read_rows, write_atomic
+from scaled_rope.results import Row, rows_so_far, write_atomic
 
 #: recipe fields that may differ between a run and its resumption without changing what is computed
 _FREE_FIELDS = {
@@ -120,8 +120,7 @@ def find_state(output: Path, resume: str) -> Path | None:
 
 def read_log(output: Path) -> list[Row]:
     """The per-step rows of a run."""
-    path = output / "train_log.jsonl"
-    return read_rows(path) if path.exists() else []
+    return rows_so_far(output / "train_log.jsonl")
 
 
 def check_space(recipe: Recipe, parameters: int) -> None:

@@ -56,7 +56,7 @@ from scaled_rope.loading import (
 )
 from scaled_rope.loss import IGNORE, token_nll
 from scaled_rope.passkey import encode
-from scaled_rope.results import Row, append_row, portable_command, provenance, read_rows, row_key, write_atomic
+from scaled_rope.results import Row, append_row, portable_command, provenance, row_key, rows_so_far, write_atomic
 
 Tokens = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -323,7 +323,7 @@ class Sweep:
         """identity: what a row says about model and text, see `results.IDENTITY`; record: its provenance."""
         self.path, self.windows, self.segment = path, windows, segment
         self._identity, self._score, self._record, self._bar = identity, score, record, bar
-        self._rows = {row_key(row): row for row in read_rows(path)} if path.exists() else {}
+        self._rows = {row_key(row): row for row in rows_so_far(path)}
 
     def _cell(self, scaling: RopeScaling, window: Window) -> tuple[Tokens, Row]:
         """The tokens to score and what identifies the result."""

@@ -203,12 +203,17 @@ def bootstrap(above: Nats, below: Nats, seed: int = SEED) -> list[float | None] 
     None with fewer than two documents. It says how much the value depends on which documents were taken, which is far
     more than the number of tokens suggests; with a handful of documents it is too narrow.
     """
-    count = len(above)
-    if count < 2:
+    if len(above) < 2:
         return None
+    return [perplexity(bound, 1) for bound in resampled_ratio(above, below, seed)]
+
+
+def resampled_ratio(above: Nats, below: Nats, seed: int = SEED) -> tuple[float, float]:
+    """2.5th and 97.5th percentile of Σ above / Σ below over resamples of the documents, drawn with replacement."""
+    count = len(above)
     draws = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=_RESAMPLES)
     low, high = np.percentile((draws @ above) / (draws @ below), [2.5, 97.5])
-    return [perplexity(float(low), 1), perplexity(float(high), 1)]
+    return float(low), float(high)
 
 
 def cumulate(losses: Losses, counts: Sequence[int]) -> list[float]:
