@@ -2,13 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/attention_methods.py
     OMP_NUM_THREADS=1 python benchmarks/attention_methods.py --lengths 1024 --rounds 1 --output ""
-    python benchmarks/attention_methods.py --device cuda --lengths 4096,16384,65536
 
-On a CPU seconds of the processor and not of the clock, so that other programs on the machine count less; variants take
-turns, and the least time of each is kept. `queries` is how many of the keys' positions ask: all of them, or the last,
-as in decoding. `composed` is what a model on a GPU takes where it can, calls of FlashAttention that are merged
-(`composed_attention`), beside scores of one block of queries after the other (`region_attention`); its rows hold how
-far apart the results of the two are.
+On the CPU (benchmarks/gpu.py --part attention is for a GPU), in seconds of the processor and not of the clock, so that
+other programs on the machine count less; variants take turns, and the least time of each is kept. `queries` is how many
+of the keys' positions ask: all of them, or the last, as in decoding.
 """
 
 from __future__ import annotations
@@ -24,7 +21,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from scaled_rope import RopeScaling, compute_rope
 from scaled_rope.attention.blockwise import blockwise_attention
-from scaled_rope.attention.composed import composed_attention, flash, is_composable
 from scaled_rope.attention.regions import region_attention
 from scaled_rope.errors import ConfigError, Parser, run_cli
 from scaled_rope.evaluation import command_line, format_table
@@ -46,9 +42,13 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--lengths", default="4096,16384", metavar="N,...", help="keys (default: %(default)s)")
     add("--rounds", type=int, default=3, metavar="N", help="timings of each variant (default: %(default)s)")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     add("--note", default="", help="what else to say in the rows, such as who shared the machine")
-    add("--output", metavar="FILE", help="'' for none (default: data/benchmarks/attention_DEVICE.jsonl)")
+    add(
+        "--output",
+        metavar="FILE",
+        default="data/benchmarks/attention_cpu.jsonl",
+        help="'' for none (default: %(default)s)",
+    )
     return parser
 
 
@@ -58,32 +58,23 @@ Variant = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def variants(q: torch.Tensor, k: torch.Tensor) -> dict[str, Variant]:
     """What is timed, as functions of q, k and v."""
     base = RopeScaling("default", original_max_position_embeddings=ORIGINAL, rope_theta=1e5)
-    inv_freq, scale = compute_rope(base, HEAD_DIM, device=q.device)[0], HEAD_DIM**-0.5
+    inv_freq, scale = compute_rope(base, HEAD_DIM)[0], HEAD_DIM**-0.5
     whole = q.shape[2] == k.shape[2]
     found: dict[str, Variant] = {
         "sdpa": functools.partial(scaled_dot_product_attention, is_causal=whole, enable_gqa=True)
     }
-    if whole and q.dtype == torch.bfloat16 and not q.is_cuda:
+    if whole and q.dtype == torch.bfloat16:
         found["blockwise"] = functools.partial(blockwise_attention, scale=scale)
     for spec in SPECS:
         regions = attention_regions(RopeScaling.from_spec(spec, base))
-        given = {"inv_freq": inv_freq, "regions": regions, "scale": scale}
-        found[spec] = functools.partial(region_attention, **given)
-        if is_composable(q, k, k):
-            found[f"{spec} composed"] = functools.partial(composed_attention, **given, attend=flash)
+        found[spec] = functools.partial(region_attention, inv_freq=inv_freq, regions=regions, scale=scale)
     return found
 
 
 def seconds_of(attend: Variant, *given: torch.Tensor) -> float:
-    if not given[0].is_cuda:
-        start = time.process_time()
-        attend(*given)
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = time.process_time()
     attend(*given)
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 @torch.inference_mode()
@@ -93,17 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     lengths = parse_lengths(args.lengths)
     if min(lengths) < 2 or args.rounds < 1:
         raise ConfigError(f"lengths {args.lengths}, rounds {args.rounds}: must be at least 2, and at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda': no GPU here, nothing was measured")
-    output = f"data/benchmarks/attention_{args.device}.jsonl" if args.output is None else args.output
-    device = torch.device(args.device)
-    run = {"command": command_line(parser, argv), **provenance(device, 0, vars(args))}
+    run = {"command": command_line(parser, argv), **provenance("cpu", 0, vars(args))}
     torch.manual_seed(0)
     table = []
     for dtype in (torch.bfloat16, torch.float32):
         for queries, keys in [*((n, n) for n in lengths), (1, max(lengths))]:
-            q = torch.randn(1, HEADS, queries, HEAD_DIM, device=device).to(dtype)
-            k, v = (torch.randn(1, KV_HEADS, keys, HEAD_DIM, device=device).to(dtype) for _ in range(2))
+            q = torch.randn(1, HEADS, queries, HEAD_DIM).to(dtype)
+            k, v = (torch.randn(1, KV_HEADS, keys, HEAD_DIM).to(dtype) for _ in range(2))
             every = variants(q, k)
             seconds: dict[str, list[float]] = {name: [] for name in every}
             for _ in range(args.rounds if queries > 1 else 10 * args.rounds):
@@ -114,11 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "metric": "attention", "variant": name, "dtype": str(dtype)[6:], "queries": queries, "length": keys,
                     "threads": torch.get_num_threads(), "rounds": len(found), "seconds": min(found),
                 }  # fmt: skip
-                if name.endswith("composed"):
-                    other = every[name.removesuffix(" composed")](q, k, v).float()
-                    row["apart"] = float((every[name](q, k, v).float() - other).abs().max())
-                if output:
-                    append_row(output, row | {"note": args.note, "provenance": run})
+                if args.output:
+                    append_row(args.output, row | {"note": args.note, "provenance": run})
                 table.append([row["dtype"], str(queries), str(keys), name, f"{min(found):.4f}"])
             print(f"{row['dtype']}, {queries} of {keys}", file=sys.stderr, flush=True)
     print(format_table(["dtype", "queries", "keys", "attention", "seconds"], table))

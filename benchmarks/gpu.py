@@ -1,6 +1,6 @@
 """The rotary kernel and whole models on one GPU: is it right, how fast is it, how near to what the hardware allows.
 
-    python benchmarks/gpu.py --part rotary       # also: rotary-backward, decode, prefill, train; each under 9 minutes
+    python benchmarks/gpu.py --part rotary       # also: rotary-backward, decode, attention, prefill, train; < 9 minutes
     python benchmarks/gpu.py --part train        # again: goes on where the time was up
     python benchmarks/gpu.py --interpret                # correctness alone, on the CPU, in Triton's interpreter
     python benchmarks/gpu_report.py                     # tables and plots for docs/performance.md from the rows
@@ -39,7 +39,7 @@ Row = dict[str, Any]
 Pair = tuple[Any, Any]
 """Queries and keys, or their gradients."""
 
-PARTS = ("rotary", "rotary-backward", "decode", "prefill", "train")
+PARTS = ("rotary", "rotary-backward", "decode", "attention", "prefill", "train")
 OUTPUT = ROOT / "benchmarks" / "results" / "gpu.jsonl"
 DEVICE = "cuda"
 ROTATED_BYTES = 2**28
@@ -514,6 +514,99 @@ def measure_decode(clock: Clock, dtype: Any = None) -> Iterator[Row]:
                     free()
                 row["bytes_per_second"] = size / row["seconds"]
                 row["share_of_copy"] = copied["seconds"] / row["seconds"]
+                yield row
+
+
+# --------------------------------------------------------------------------------------- methods that change attention
+
+ATTENDED = (8192, 32768, 131072)
+ATTENTION_SHAPES = ((32, 8, 128), (9, 3, 64))
+"""Query heads, key heads, head_dim, of one row of tokens."""
+COMPARED = 12288
+"""The most tokens of the comparison with float64: with windows of 4096 and chunks of 6144, every region of a method."""
+
+
+def attention_inputs(shape: tuple[int, int, int], tokens: int, dtype: Any, device: Any) -> tuple[Any, Any, Any]:
+    """q [1, H, T, D], k and v [1, K, T, D], not rotated."""
+    import torch
+
+    heads, key_heads, width = shape
+    q = torch.randn(1, heads, tokens, width, dtype=dtype, device=device)
+    k, v = (torch.randn(1, key_heads, tokens, width, dtype=dtype, device=device) for _ in range(2))
+    return q, k, v
+
+
+def attention_variants(width: int, device: Any) -> dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]]:
+    """By name, functions of `attention_inputs` that attend causally, each with one that is right in float64.
+
+    "composed" is what models on a GPU take in inference, "by blocks" what they take elsewhere and in training. The
+    yardstick doesn't rotate, and is compared with nothing.
+    """
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    from benchmarks.attention_methods import ORIGINAL, SPECS
+    from scaled_rope import RopeScaling
+    from scaled_rope.attention.composed import composed_attention, flash
+    from scaled_rope.attention.regions import region_attention
+    from scaled_rope.methods import attention_regions, compute_rope
+
+    base = RopeScaling("default", original_max_position_embeddings=ORIGINAL, rope_theta=1e5)
+    inv_freq = compute_rope(base, width, device=device)[0]
+    found: dict[str, Any] = {"sdpa, no rotation": (partial(sdpa, is_causal=True, enable_gqa=True), None)}
+    for spec in SPECS:
+        regions = attention_regions(RopeScaling.from_spec(spec, base))
+        given = {"inv_freq": inv_freq, "regions": regions, "scale": width**-0.5}
+        blocks = partial(region_attention, **given)
+        found[f"ours, {spec}, composed"] = (partial(composed_attention, attend=flash, **given), blocks)
+        found[f"ours, {spec}, by blocks"] = (blocks, blocks)
+    return found
+
+
+def attention_error(
+    run: Callable[..., Any], exact: Callable[..., Any], shape: tuple[int, int, int], tokens: int, dtype: Any
+) -> float:
+    """Mean square error, relative, to `exact` in float64."""
+    import torch
+
+    q, k, v = attention_inputs(shape, tokens, dtype, torch.device(DEVICE))
+    wanted = exact(q.double(), k.double(), v.double())
+    return float((run(q, k, v).double() - wanted).norm() / wanted.norm())
+
+
+def measure_attention(clock: Clock, dtype: Any = None) -> Iterator[Row]:
+    """A row per shape, length and variant, by default in bf16."""
+    import torch
+
+    dtype, device = dtype or torch.bfloat16, torch.device(DEVICE)
+    for tokens in ATTENDED:
+        for shape in ATTENTION_SHAPES:
+            heads, key_heads, width = shape
+            for name, (run, exact) in attention_variants(width, device).items():
+                row: Row = {
+                    "metric": "attention",
+                    "shape": f"H{heads}/{key_heads} D{width}",
+                    "tokens": tokens,
+                    "variant": name,
+                }
+                if clock.left < 30:
+                    yield row | {"skipped": NO_TIME}
+                    continue
+                try:
+                    with torch.inference_mode():
+                        if exact is not None:
+                            row["error"] = attention_error(run, exact, shape, min(tokens, COMPARED), dtype)
+                            if not row["error"] < TOLERANCE:
+                                yield row | {"skipped": "wrong"}
+                                continue
+                        row |= time_model(partial(run, *attention_inputs(shape, tokens, dtype, device)))
+                except torch.OutOfMemoryError:
+                    yield row | {"skipped": "out of memory"}
+                    continue
+                finally:
+                    free()
+                row["flops"] = 2.0 * heads * width * tokens**2  # two products over half of all pairs
+                row["tokens_per_second"] = tokens / row["seconds"]
+                row["mfu"] = row["flops"] / row["seconds"] / peak if (peak := peak_flops()) else None
                 yield row
 
 
@@ -1041,6 +1134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = measure_decode(clock)
         elif part.startswith("rotary"):
             rows = measure_rotary(part == "rotary-backward", clock)
+        elif part == "attention":
+            rows = measure_attention(clock)
         elif part == "prefill":
             rows = measure_prefill(clock)
         else:

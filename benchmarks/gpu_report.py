@@ -76,10 +76,10 @@ def report(rows: Sequence[Row]) -> str:
             chosen = [row for row in rows if row["metric"] == metric and row["shape"] == shape]
             parts.append(f"**{metric.capitalize()}, {shape}**: bandwidth, share of a copy of as many bytes")
             parts.append(table(chosen, line_of, rotary_cell))
-    for metric in ("prefill", "training step"):
-        for model in dict.fromkeys(row["model"] for row in rows if row["metric"] == metric):
-            chosen = [row for row in rows if row["metric"] == metric and row["model"] == model]
-            parts.append(f"**{metric.capitalize()}, {model}**: tokens/s, share of the peak rate, peak memory")
+    for metric in ("attention", "prefill", "training step"):
+        for what in dict.fromkeys(map(subject, (row for row in rows if row["metric"] == metric))):
+            chosen = [row for row in rows if row["metric"] == metric and subject(row) == what]
+            parts.append(f"**{metric.capitalize()}, {what}**: tokens/s, share of the peak rate, peak memory")
             parts.append(table(chosen, line_of, model_cell))
     return "\n\n".join(parts)
 
@@ -106,18 +106,19 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
     for metric, field, unit in (
         ("rotary forward", "bytes_per_second", "TB/s of q and k, read and written"),
         ("rotary backward", "bytes_per_second", "TB/s of q and k, read and written"),
+        ("attention", "tokens_per_second", "thousand tokens/s of a layer"),
         ("prefill", "tokens_per_second", "thousand tokens/s"),
         ("training step", "tokens_per_second", "thousand tokens/s"),
     ):
         chosen = [row for row in rows if row["metric"] == metric and field in row]
-        panels = list(dict.fromkeys(row.get("shape") or row["model"] for row in chosen))
+        panels = list(dict.fromkeys(map(subject, chosen)))
         if not panels:
             continue
         figure, axes = pyplot.subplots(
             1, len(panels), figsize=(4 * len(panels), 3.6), layout="constrained", squeeze=False
         )
         for axis, panel in zip(axes[0], panels, strict=True):
-            here = [row for row in chosen if (row.get("shape") or row["model"]) == panel]
+            here = [row for row in chosen if subject(row) == panel]
             for name in dict.fromkeys(map(line_of, here)):
                 points = sorted((row["tokens"], row[field]) for row in here if line_of(row) == name)
                 scale = 1e12 if field == "bytes_per_second" else 1e3
@@ -133,6 +134,11 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
         pyplot.close(figure)
         drawn.append(path)
     return drawn
+
+
+def subject(row: Row) -> str:
+    """What was measured: a shape of heads or a model."""
+    return str(row.get("shape") or row["model"])
 
 
 def line_of(row: Row) -> str:

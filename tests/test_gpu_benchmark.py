@@ -148,6 +148,31 @@ def test_decode_part_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -
     assert gpu.decode_error(plain, (1, 2, 1, 16), 70, torch.float32, torch.device("cpu")) > 0.1
 
 
+@needs_no_gpu
+def test_attention_part_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All methods past their windows, both ways; what is wrong is not timed."""
+    from benchmarks import attention_methods
+
+    monkeypatch.setattr(attention_methods, "ORIGINAL", 32)
+    specs = ("rerope,window=16", "leaky-rerope,window=16,k=8", "self-extend,group=8,window=8", "dual-chunk,chunk=24")
+    monkeypatch.setattr(attention_methods, "SPECS", specs)
+    monkeypatch.setattr(gpu, "ATTENDED", (100,))
+    monkeypatch.setattr(gpu, "ATTENTION_SHAPES", ((4, 2, 16),))
+    rows = list(gpu.measure_attention(gpu.Clock(600)))
+    names = [f"ours, {spec}, {way}" for spec in specs for way in ("composed", "by blocks")]
+    assert [row["variant"] for row in rows] == ["sdpa, no rotation", *names]
+    for row in rows:
+        assert "skipped" not in row, gpu.show(row)
+        assert row["flops"] == 4 * 2 * 2 * 16 * 100**2 / 2 and row["tokens_per_second"] > 0 and row["peak_bytes"] > 0
+        assert 0 < row["error"] < gpu.TOLERANCE if "ours" in row["variant"] else "error" not in row
+        assert gpu.show(row) and json.dumps(row, allow_nan=False)
+    found = gpu.attention_variants(16, torch.device("cpu"))
+    (rerope, _), (_, leaky) = found[names[0]], found[names[2]]
+    assert leaky is not None
+    assert gpu.attention_error(rerope, leaky, (4, 2, 16), 100, torch.bfloat16) > 5 * gpu.TOLERANCE, "another method"
+    assert all(row["skipped"] == gpu.NO_TIME for row in gpu.measure_attention(gpu.Clock(0)))
+
+
 SMALL = {"small": dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, vocab_size=64)}
 SMALL["small"] |= dict(num_attention_heads=2, num_key_value_heads=1)
 
@@ -232,6 +257,7 @@ def test_operations_of_a_known_model() -> None:
 def _rows() -> list[dict[str, Any]]:
     about = {"device": "Some GPU", "driver": "1.2", "versions": {"torch": "2.11"}, "commit": "abc"}
     rotary = {"metric": "rotary forward", "shape": "small", "bytes": 2**30, "copy_seconds": 0.001, "error": 0.002}
+    attention = {"metric": "attention", "shape": "H4/2 D16", "variant": "b", "mfu": 0.5, "peak_bytes": 2**30}
     model = {"metric": "prefill", "model": "1B", "attention": "sdpa", "mfu": None, "peak_bytes": 2**30}
     step = {"metric": "training step", "model": "1B", "variant": gpu.STOCK}
     return [
@@ -239,6 +265,7 @@ def _rows() -> list[dict[str, Any]]:
         rotary | about | {"tokens": 4096, "variant": "a", "seconds": 1, "bytes_per_second": 1e12, "share_of_copy": 0.5},
         rotary | about | {"tokens": 4096, "variant": "a", "seconds": 1, "bytes_per_second": 2e12, "share_of_copy": 0.9},
         model | about | {"tokens": 4096, "kernel": "triton", "seconds": 1, "tokens_per_second": 5e4},
+        attention | about | {"tokens": 8192, "seconds": 1, "tokens_per_second": 3e4},
         step | about | {"tokens": 8192, "seconds": 1, "tokens_per_second": 5e4, "mfu": 0.4, "peak_bytes": 2**30},
         step | about | {"tokens": 131072, "skipped": "out of memory"},
     ]
@@ -258,10 +285,11 @@ def test_report_is_the_newest_rows(tmp_path: Path) -> None:
     text = page.read_text()
     assert "| | T = 4k | T = 128k |" in text and "| a | 2.00 TB/s, 90 % | out of memory |" in text
     assert f"| {gpu.STOCK} | 50.0k, 40 %, 1.0 GiB | out of memory |" in text
+    assert "| b | 30.0k, 50 %, 1.0 GiB |" in text
     assert "| sdpa, kernel triton | 50.0k, 1.0 GiB |" in text and "Some GPU, driver 1.2, torch 2.11, commit abc" in text
     drawn = sorted(path.name for path in images.iterdir())
     assert drawn == (
-        ["gpu-prefill.png", "gpu-rotary-forward.png", "gpu-training-step.png"]
+        ["gpu-attention.png", "gpu-prefill.png", "gpu-rotary-forward.png", "gpu-training-step.png"]
         if importlib.util.find_spec("matplotlib")
         else []
     )
