@@ -296,12 +296,20 @@ def _quantization(bits: int, dtype: str) -> Any:
     return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=DTYPES[dtype])
 
 
+@contextmanager
+def former_names() -> Iterator[None]:
+    """Around calls of PEFT: 0.21 asks transformers 5.23 by a name that it has given up, and each time it says so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
 def _merge_adapter(model: nn.Module, adapter: str) -> nn.Module:
     try:
         import peft
     except ImportError as error:
         raise ConfigError("an adapter needs peft: pip install 'scaled-rope[train]'") from error
-    with _reading("adapter", adapter):
+    with _reading("adapter", adapter), former_names():
         merged: nn.Module = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return merged
 

@@ -246,7 +246,8 @@ def _wants_cache(module: nn.Module, given: dict[str, Any]) -> bool:
     wanted = given.get("use_cache", given.get("kwargs", {}).get("use_cache"))
     wanted = getattr(config, "use_cache", False) if wanted is None else wanted
     # Then there is none, and a second forward must do what the first did.
-    recomputed = module.training and getattr(module, "is_gradient_checkpointing", False)
+    current, former = "is_activation_checkpointing", "is_gradient_checkpointing"  # renamed in transformers 5.23
+    recomputed = module.training and getattr(module, current if hasattr(module, current) else former, False)
     return bool(wanted) and not recomputed
 
 

@@ -15,7 +15,6 @@ import math
 import os
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from scaled_rope.engine import (
 from scaled_rope.errors import ConfigError
 from scaled_rope.loading import (
     attention_for,
+    former_names,
     load_model,
     load_tokenizer,
     resolve_attention,
@@ -286,9 +286,7 @@ def add_lora(model: Any, embeddings_and_norms: bool = False) -> Any:
         r=16, lora_alpha=64, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM",
         modules_to_save=full, ensure_weight_tying=embeddings_and_norms and tied,
     )  # fmt: skip
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks by the name that transformers 5.23 has given up.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    with former_names():
         adapted = get_peft_model(model, settings)
     adapted.enable_input_require_grads()  # checkpointed layers need an input with a gradient
     return adapted
