@@ -49,13 +49,17 @@ case $what in
             --lengths 1024,2048,4096,8192,16384,24576,32768
         ;;
     attention)
-        far=(--scaling rerope,window=4096 --scaling self-extend,group=8,window=2048 --scaling dual-chunk,chunk=6144)
-        attended python eval/perplexity.py "${shared[@]}" "${far[@]}" --scaling leaky-rerope,window=4096,k=8 --scaling default \
-            --scaling dynamic-yarn --scaling dynamic-linear "$@" --dataset standin:books --samples 1 --lengths 1024,2048,4096,8192,12288,16384
-        attended python eval/perplexity.py "${shared[@]}" "${far[@]}" "$@" --dataset standin:books --samples 1 \
-            --lengths 1024,2048,4096,8192,16384,24576,32768
+        far=(--scaling rerope,window=4096 --scaling leaky-rerope,window=4096,k=8 --scaling self-extend,group=8,window=2048
+            --scaling dual-chunk,chunk=6144 --scaling dynamic-yarn)
+        attended python eval/perplexity.py "${shared[@]}" "${far[@]}" --scaling default --scaling dynamic-linear \
+            --scaling rerope,window=4096,logn=true --scaling leaky-rerope,window=4096,k=8,logn=true "$@" \
+            --dataset standin:books --samples 1 --lengths 1024,2048,4096,8192,12288,16384
+        attended python eval/perplexity.py "${shared[@]}" "${far[@]}" --scaling yarn:4 --scaling dynamic-linear "$@" \
+            --dataset standin:books --samples 1 --lengths 1024,2048,4096,8192,16384,24576,32768
         attended python eval/passkey.py "${shared[@]}" "${far[@]}" --scaling yarn:2 "$@" \
-            --lengths 12288 --iterations 3 --shared-prefill
+            --lengths 12288,16384 --iterations 3 --shared-prefill
+        attended python eval/passkey.py "${shared[@]}" "${far[@]}" --scaling yarn:4 "$@" \
+            --lengths 32768 --iterations 3 --shared-prefill
         ;;
     *)
         echo "error: $what is not allowed; quick (the default), full or attention" >&2
