@@ -21,6 +21,7 @@ import torch
 from scaled_rope.config import RopeScaling
 from scaled_rope.errors import ConfigError
 from scaled_rope.recipes import Recipe
+from scaled_rope.rotary import ScaledRotaryEmbedding
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,8 @@ def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
         raise ConfigError("training needs accelerate: pip install 'scaled-rope[train]'") from None
     _quieten()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and not torch.cuda.is_available():
-        raise ConfigError(
-            "FSDP is not available on this platform: accelerate would train unsynchronised copies on CPU;"
-            " launch DDP (torchrun) or DeepSpeed"
-        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        check_fsdp()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if recipe.sequence_parallel > 1 and not deepspeed:
         raise ConfigError(
@@ -183,6 +181,19 @@ def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
     return accelerator
 
 
+def check_fsdp() -> None:
+    """Refuse FSDP where accelerate does not carry it out.
+
+    Raises:
+        ConfigError: there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "FSDP is not available on this platform: accelerate would train unsynchronised copies on CPU;"
+            " launch DDP (torchrun) or DeepSpeed"
+        )
+
+
 def _ulysses(recipe: Recipe, ranks: int, attention: str) -> Any:
     from accelerate.parallelism_config import ParallelismConfig
     from accelerate.utils import DeepSpeedSequenceParallelConfig
@@ -190,6 +201,17 @@ def _ulysses(recipe: Recipe, ranks: int, attention: str) -> Any:
     handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation=attention)
     size = recipe.sequence_parallel
     return ParallelismConfig(sp_size=size, dp_shard_size=ranks // size, sp_backend="deepspeed", sp_handler=handler)
+
+
+def place_tables(module: torch.nn.Module, device: torch.device) -> None:
+    """Bring rotary frequencies to the device that a model trains on.
+
+    accelerate takes a model to "meta" and back around FSDP2's sharding, and of what is no parameter it brings back
+    buffers only.
+    """
+    for part in module.modules():
+        if isinstance(part, ScaledRotaryEmbedding):
+            part.to_empty(device=device)  # it computes them again
 
 
 def restore_heads(model: Any) -> None:

@@ -35,6 +35,7 @@ from scaled_rope.engine import (
     engine_name,
     last_pass,
     make_accelerator,
+    place_tables,
     restore_heads,
 )
 from scaled_rope.errors import ConfigError
@@ -380,6 +381,7 @@ class Trainer:
         module = SummedLoss(model, recipe.offload_activations, loss)
         optimizer = make_optimizer(recipe, module)
         module, optimizer = accelerator.prepare(module, optimizer)
+        place_tables(module, accelerator.device)
         facts = provenance(str(accelerator.device), recipe.seed, {"ranks": accelerator.num_processes})
         if accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)

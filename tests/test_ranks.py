@@ -18,9 +18,9 @@ from scaled_rope.engine import Layout, allowed_sequence_parallel, check_sequence
 from scaled_rope.errors import ConfigError, run_cli
 from scaled_rope.recipes import read_recipe
 from scaled_rope.states import load_state
-from tests.runs import ROOT, Ranks, log, run, same, weights
+from tests.rank_worker import small_pieces_of_logits
+from tests.runs import ROOT, Ranks, launch, log, same, weights
 
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
 ZERO3 = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/zero3.yaml", "--num_processes", "2",
          "--main_process_port", "29518")  # fmt: skip
 
@@ -41,19 +41,18 @@ def assert_trained_alike(straight: Path, output: Path) -> None:
     assert max(float((reference[k] - other[k]).abs().max()) for k in reference) < 0.1 * 5e-3
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ZERO3], ids=["ddp", "zero3"])
-def test_two_ranks_train_like_one(workspace, straight, launcher):
-    output = workspace / f"two-{launcher[1]}"
-    if launcher is ZERO3:
-        pytest.importorskip("deepspeed")
-    run(workspace, output, launcher)
-    assert_trained_alike(straight, output)
-
-
-def test_two_ranks_of_zero2_train_like_one(workspace, straight, tmp_path):
+def test_two_ranks_that_a_launcher_started_train_like_one(workspace, straight, tmp_path):
     pytest.importorskip("deepspeed")
-    Ranks(workspace, tmp_path / "zero2", 2, "zero2").succeed()
-    assert_trained_alike(straight, tmp_path / "zero2")
+    launch(workspace, tmp_path / "zero3", ZERO3)
+    assert_trained_alike(straight, tmp_path / "zero3")
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_two_ranks_train_like_one(workspace, straight, tmp_path, engine):
+    if engine != "ddp":
+        pytest.importorskip("deepspeed")
+    Ranks(workspace, tmp_path / "two", 2, engine).succeed()
+    assert_trained_alike(straight, tmp_path / "two")
 
 
 @pytest.mark.parametrize(("ranks", "size"), [(2, 2), (4, 2), (4, 4)])
@@ -71,14 +70,10 @@ def test_rows_of_different_length_train_alike_on_shards(workspace, tmp_path):
     rows = [rng.integers(2, 60, length).tolist() for length in (48, 9, 30, 17, 41, 12)]
     datasets.Dataset.from_dict({"input_ids": rows}).save_to_disk(tmp_path / "ragged")
     extra = ("--dataset", str(tmp_path / "ragged"), "--max-train-steps", "2", "--global-batch-size", "2")
-    recipe = str(workspace / "recipe.yaml")
-    assert finetune.main([recipe, "--output-dir", str(tmp_path / "one"), *extra]) == 0
-    # The environment cannot reach into loss.py, so small pieces are set where every rank starts.
-    (tmp_path / "sitecustomize.py").write_text("import scaled_rope.loss\nscaled_rope.loss._LOGITS_PER_CHUNK = 64 * 8\n")
-    path = f"{tmp_path}:{ROOT}"
-    Ranks(workspace, tmp_path / "two", 2, "zero3", extra, PYTHONPATH=path).succeed()
+    Ranks(workspace, tmp_path / "one", 1, extra=extra).succeed()
+    Ranks(workspace, tmp_path / "two", 2, "zero3", extra, small_pieces_of_logits).succeed()
     shared = (*extra, "--sequence-parallel", "2")
-    Ranks(workspace, tmp_path / "shared", 2, "zero3", shared, PYTHONPATH=path).succeed()
+    Ranks(workspace, tmp_path / "shared", 2, "zero3", shared, small_pieces_of_logits).succeed()
     for name in ("two", "shared"):
         one, two = log(tmp_path / "one"), log(tmp_path / name)
         np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-5)
@@ -91,18 +86,19 @@ def test_rows_of_different_length_train_alike_on_shards(workspace, tmp_path):
 def test_killed_at_random_and_resumed_equals_never_stopped(workspace):
     """A pre-emption and a kill at random moments, with dropout; the loss log has neither gap nor duplicate."""
     extra = ("--max-train-steps", "120", "--checkpointing-steps", "7", "--model", str(workspace / "dropout"))
-    run(workspace, workspace / "long", extra=extra)
+    Ranks(workspace, workspace / "long", 1, extra=extra).succeed()
     output, when = workspace / "killed", random.Random()
     first, second = when.randrange(1, 50), when.randrange(55, 100)
     print(f"terminated after {first} steps, killed after {second}")
-    ((code, text),) = Ranks(workspace, output, 1, "", extra).when(first).signal(signal.SIGTERM).finish()
+    begun = Ranks(workspace, output, 1, extra=extra, afresh=True)
+    ((code, text),) = begun.when(first).signal(signal.SIGTERM).finish()
     assert code == 0 and "SIGTERM after step" in text and "the same command continues" in text
     stopped = log(output)[-1]["step"]
     assert (output / "checkpoints" / f"step-{stopped:06d}" / "state.json").exists()
-    Ranks(workspace, output, 1, "", extra).when(second).signal(signal.SIGKILL).finish()
+    Ranks(workspace, output, 1, extra=extra).when(second).signal(signal.SIGKILL).finish()
     assert not (output / "model").exists(), "it was to be killed before the end"
     assert len(list((output / "checkpoints").glob("step-*"))) <= 2
-    run(workspace, output, extra=extra)
+    Ranks(workspace, output, 1, extra=extra).succeed()
     assert [row["step"] for row in log(output)] == list(range(1, 121))
     assert same(log(output)) == same(log(workspace / "long"))
     reference, other = weights(workspace / "long"), weights(output)
