@@ -160,10 +160,6 @@ def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
     accelerator.gradient_accumulation_steps = passes
     if (plugin := accelerator.state.deepspeed_plugin) is not None:
         settings = plugin.deepspeed_config
-        if recipe.lora and plugin.zero_stage == 3:
-            raise ConfigError(
-                "lora under DeepSpeed ZeRO-3 is not available: adapters cannot be merged from shards; use DDP"
-            )
         if recipe.sequence_parallel > 1 and plugin.zero_stage != 3:
             raise ConfigError(
                 f"sequence_parallel {recipe.sequence_parallel} needs ZeRO-3, this is stage {plugin.zero_stage}"

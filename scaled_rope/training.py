@@ -155,6 +155,18 @@ class SummedLoss(nn.Module):
         self.config = model.config  # DeepSpeed sizes its buckets by it, Ulysses its heads
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # FSDP wraps these
         self._offload, self._loss = offload, loss
+        first: dict[int, str] = {}
+        shared = [(n, first.setdefault(id(p), n)) for n, p in model.named_parameters(remove_duplicate=False)]
+        self._tied = [(name, source) for name, source in shared if name != source]
+
+    def tie_weights(self) -> None:
+        """Make parameters one again that were one at the beginning; FSDP moves each by itself, and then calls this.
+
+        A model's own `tie_weights` fails where adapters train its embeddings.
+        """
+        for name, source in self._tied:
+            place, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(place), leaf, self.model.get_parameter(source))
 
     def forward(
         self,
@@ -293,6 +305,19 @@ def add_lora(model: Any, embeddings_and_norms: bool = False) -> Any:
     return adapted
 
 
+def make_whole(model: Any, state: dict[str, torch.Tensor]) -> None:
+    """Replace the parameters of a model, which hold shards, by the whole ones of `state`, to merge adapters into them.
+
+    The model is plain from here on: what sharded it must not be asked to run it again.
+    """
+    whole: dict[int, nn.Parameter] = {}  # by identity, so that tied parameters stay tied
+    for place, module in model.named_modules(remove_duplicate=False):
+        for leaf, shard in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(shard) not in whole:
+                whole[id(shard)] = nn.Parameter(state[f"{place}.{leaf}"], requires_grad=False)
+            setattr(module, leaf, whole[id(shard)])
+
+
 def save_model(
     model: Any, state: dict[str, torch.Tensor], recipe: Recipe, output: Path, records: Callable[[Path], None]
 ) -> None:
@@ -400,6 +425,8 @@ class Trainer:
         if accelerator.is_main_process:
             inner, log = accelerator.unwrap_model(module).model, read_log(self.output)
             state = {k.removeprefix("model."): v for k, v in state.items()}
+            if recipe.lora and engine in ("zero3", "fsdp"):
+                make_whole(inner, state)
             records = (recipe, facts, log, scaling.label)
             save_model(inner, state, recipe, self.output / "model", lambda folder: write_records(folder, *records))
             shutil.rmtree(self.output / "checkpoints", ignore_errors=True)

@@ -11,12 +11,16 @@ from typing import Any
 
 
 def work(
-    environment: dict[str, str], arguments: list[str], output: Path, prepare: Callable[[], None] | None, afresh: bool
+    environment: dict[str, str],
+    arguments: list[str],
+    output: Path,
+    prepare: tuple[Callable[[], None], ...],
+    afresh: bool,
 ) -> None:
     """Run `finetune.py ARGUMENTS` with its output in a file; the exit code is that of the script.
 
     Args:
-        prepare: called before the run; a function of a module, as it comes here by its name.
+        prepare: called before the run; functions of a module, as they come here by their names.
         afresh: as a new interpreter, as users start it.
     """
     from tests.runs import ROOT
@@ -30,8 +34,8 @@ def work(
         os.execve(sys.executable, [sys.executable, "finetune.py", *arguments], environment)
     os.environ.clear()
     os.environ.update(environment)
-    if prepare is not None:
-        prepare()
+    for function in prepare:
+        function()
     import finetune
     from scaled_rope.errors import run_cli
 
@@ -43,6 +47,13 @@ def small_pieces_of_logits() -> None:
     import scaled_rope.loss
 
     scaled_rope.loss._LOGITS_PER_CHUNK = 64 * 8
+
+
+def without_dropout() -> None:
+    """Ranks draw their own, so only without it are they comparable with one."""
+    import torch
+
+    torch.nn.Dropout.forward = lambda self, x: x  # type: ignore[method-assign]
 
 
 def let_accelerate_shard_on_cpu() -> None:

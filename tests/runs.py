@@ -41,15 +41,15 @@ _FORKED.set_forkserver_preload(
 
 
 def make_workspace(folder: Path) -> None:
-    """A tiny untied Llama (4 heads, 2 key/value heads) with tokenizer, the same with dropout, a recipe, and a packed
-    set with loss weights, whose first rows weigh much more."""
+    """A tiny untied Llama (4 heads, 2 key/value heads) with tokenizer, the same with dropout and a tied one, a recipe,
+    and a packed set with loss weights, whose first rows weigh much more."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t2"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="t0", eos_token="t1")
-    for name, dropout in (("model", 0.0), ("dropout", 0.1)):
+    for name, dropout, tied in (("model", 0.0, False), ("dropout", 0.1, False), ("tied", 0.0, True)):
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=64,
@@ -61,6 +61,7 @@ def make_workspace(folder: Path) -> None:
             max_position_embeddings=16,
             initializer_range=0.2,
             attention_dropout=dropout,
+            tie_word_embeddings=tied,
         )
         LlamaForCausalLM(config).save_pretrained(folder / name)
         fast.save_pretrained(folder / name)
@@ -111,7 +112,7 @@ class Ranks:
 
     Args:
         engine: "ddp", "fsdp2", or a file of deepspeed/ without its ending.
-        prepare: what each rank does before the run, as a function of a module.
+        prepare: what each rank does before the run, as functions of a module.
         afresh: start new interpreters instead.
         more: further variables of the environment.
     """
@@ -123,14 +124,14 @@ class Ranks:
         ranks: int,
         engine: str = "ddp",
         extra: tuple[str, ...] = (),
-        prepare: Callable[[], None] | None = None,
+        prepare: tuple[Callable[[], None], ...] = (),
         afresh: bool = False,
         **more: str,
     ) -> None:
         environment = ENVIRONMENT | more
         if engine == "fsdp2":
             environment |= _fsdp2_variables()
-            prepare = prepare or rank_worker.let_accelerate_shard_on_cpu
+            prepare = (*prepare, rank_worker.let_accelerate_shard_on_cpu)
         elif engine != "ddp":
             environment |= {
                 "ACCELERATE_USE_DEEPSPEED": "true",

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import finetune
 from scaled_rope import training
@@ -18,7 +19,7 @@ from scaled_rope.engine import Layout, allowed_sequence_parallel, check_sequence
 from scaled_rope.errors import ConfigError, run_cli
 from scaled_rope.recipes import read_recipe
 from scaled_rope.states import load_state
-from tests.rank_worker import small_pieces_of_logits
+from tests.rank_worker import small_pieces_of_logits, without_dropout
 from tests.runs import ROOT, Ranks, launch, log, same, weights
 
 ZERO3 = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/zero3.yaml", "--num_processes", "2",
@@ -55,6 +56,21 @@ def test_two_ranks_train_like_one(workspace, straight, tmp_path, engine):
     assert_trained_alike(straight, tmp_path / "two")
 
 
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+def test_adapters_of_two_ranks_are_merged_like_those_of_one(workspace, tmp_path, engine):
+    """Also where their model is in shards. Embeddings, tied to the output, and norms are trained as well."""
+    pytest.importorskip("peft")
+    if engine == "zero3":
+        pytest.importorskip("deepspeed")
+    extra = ("--lora", "--lora-embeddings-and-norms", "--max-train-steps", "3", "--model", str(workspace / "tied"))
+    Ranks(workspace, tmp_path / "one", 1, extra=extra, prepare=(without_dropout,)).succeed()
+    Ranks(workspace, tmp_path / "two", 2, engine, extra, (without_dropout,)).succeed()
+    assert_trained_alike(tmp_path / "one", tmp_path / "two")
+    one, two = (load_file(tmp_path / name / "model/adapter/adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 0.1 * 5e-3  # as in assert_trained_alike
+
+
 @pytest.mark.parametrize(("ranks", "size"), [(2, 2), (4, 2), (4, 4)])
 def test_ranks_that_share_sequences_train_like_one(workspace, straight, tmp_path, ranks, size):
     """4 heads and 2 key/value heads: over 4 ranks each key/value head is copied."""
@@ -71,9 +87,9 @@ def test_rows_of_different_length_train_alike_on_shards(workspace, tmp_path):
     datasets.Dataset.from_dict({"input_ids": rows}).save_to_disk(tmp_path / "ragged")
     extra = ("--dataset", str(tmp_path / "ragged"), "--max-train-steps", "2", "--global-batch-size", "2")
     Ranks(workspace, tmp_path / "one", 1, extra=extra).succeed()
-    Ranks(workspace, tmp_path / "two", 2, "zero3", extra, small_pieces_of_logits).succeed()
+    Ranks(workspace, tmp_path / "two", 2, "zero3", extra, (small_pieces_of_logits,)).succeed()
     shared = (*extra, "--sequence-parallel", "2")
-    Ranks(workspace, tmp_path / "shared", 2, "zero3", shared, small_pieces_of_logits).succeed()
+    Ranks(workspace, tmp_path / "shared", 2, "zero3", shared, (small_pieces_of_logits,)).succeed()
     for name in ("two", "shared"):
         one, two = log(tmp_path / "one"), log(tmp_path / name)
         np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-5)
