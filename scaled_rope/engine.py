@@ -158,6 +158,8 @@ def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
             f" they would train unsynchronised copies; launch DDP or DeepSpeed on this platform"
         )
     accelerator.gradient_accumulation_steps = passes
+    if kind == "FSDP":
+        _configure_fsdp(accelerator.state.fsdp_plugin, recipe)
     if (plugin := accelerator.state.deepspeed_plugin) is not None:
         settings = plugin.deepspeed_config
         if recipe.lora and plugin.zero_stage == 3:
@@ -191,6 +193,28 @@ def check_fsdp() -> None:
         raise ConfigError(
             "FSDP is not available on this platform: accelerate would train unsynchronised copies on CPU;"
             " launch DDP (torchrun) or DeepSpeed"
+        )
+
+
+def _configure_fsdp(plugin: Any, recipe: Recipe) -> None:
+    """Refuse what has not been seen to work under FSDP, and set what accelerate would round.
+
+    Its own policy under bf16 also sums gradients over ranks in bfloat16, and turns the loss and the weights of targets
+    into it.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if plugin.fsdp_version != 2:
+        raise ConfigError(f"FSDP field fsdp_version = {plugin.fsdp_version} is not allowed; 2")
+    if plugin.activation_checkpointing:
+        raise ConfigError(
+            "FSDP field fsdp_activation_checkpointing = true is not allowed; the recipe's gradient_checkpointing does it"
+        )
+    if recipe.lora:
+        raise ConfigError("lora under FSDP is not available: adapters cannot be merged from shards; use DDP")
+    if recipe.precision == "bf16":
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
 
 
