@@ -332,6 +332,9 @@ def save_model(
         model.save_pretrained(staged / "adapter", state_dict=state)
         model = model.merge_and_unload()
         state = model.state_dict()
+    names: dict[int, str] = {}  # of a weight that is tied the first, as FSDP gathers it once for each
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        state[name] = state[names.setdefault(id(weight), name)]
     cast: dict[int, torch.Tensor] = {}  # by address, so that tied weights stay one tensor and are written once
     state = {k: cast.setdefault(v.data_ptr(), v.to(getattr(torch, dtype)).contiguous()) for k, v in state.items()}
     model.config.dtype = dtype

@@ -70,6 +70,8 @@ def let_accelerate_shard_on_cpu() -> None:
         if is_first:
             assert self.distributed_type is DistributedType.MULTI_CPU, "then this function is needed no more"
             self.fsdp_plugin, self.distributed_type = options["fsdp_plugin"], DistributedType.FSDP
+            if self._mixed_precision != "no":
+                self.fsdp_plugin.set_mixed_precision(self._mixed_precision)
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = select_fsdp  # type: ignore[method-assign]

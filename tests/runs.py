@@ -26,13 +26,12 @@ from tests import rank_worker
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 48
-ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", "DS_ACCELERATOR": "cpu",
-    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # DeepSpeed imports the compiler, which would start processes of its own
-}  # fmt: skip
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+# DeepSpeed looks for an accelerator when it is imported, and imports the compiler, which would start processes.
+_IMPORTING = ENVIRONMENT | {"DS_ACCELERATOR": "cpu", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 _PORTS = iter(range(29521, 29600))
 _FORKED = multiprocessing.get_context("forkserver")
-# Of these what is missing is passed over. The last two are what DeepSpeed and FSDP import late.
+# Of these what is missing is passed over. The last three are what DeepSpeed and FSDP import late.
 _FORKED.set_forkserver_preload(
     ["tests.rank_worker", "finetune", "scaled_rope.training", "accelerate", "transformers.models.llama.modeling_llama",
      "matplotlib.pyplot", "tqdm", "deepspeed.runtime.zero.muon.muon_optimizer",
@@ -41,8 +40,8 @@ _FORKED.set_forkserver_preload(
 
 
 def make_workspace(folder: Path) -> None:
-    """A tiny untied Llama (4 heads, 2 key/value heads) with tokenizer, the same with dropout and a tied one, a recipe,
-    and a packed set with loss weights, whose first rows weigh much more."""
+    """A tiny untied Llama (4 heads, 2 key/value heads) with tokenizer, the same with dropout and with tied
+    embeddings, a recipe, and a packed set with loss weights, whose first rows weigh much more."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -142,7 +141,7 @@ class Ranks:
             environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)} | meeting
         self.output = output
         self._processes, self._files = [], []
-        with mock.patch.dict(os.environ, ENVIRONMENT):  # for the first of all, which starts what is forked
+        with mock.patch.dict(os.environ, _IMPORTING):  # the first of all starts what is forked
             for rank in range(ranks):
                 place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
                 number, name = tempfile.mkstemp(".txt", f"rank-{rank}-")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import signal
+import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,16 +16,29 @@ import torch
 from safetensors.torch import load_file
 
 import finetune
-from scaled_rope import training
-from scaled_rope.engine import Layout, allowed_sequence_parallel, check_sequence_parallel
+from scaled_rope import RopeScaling, training
+from scaled_rope.engine import (
+    Layout,
+    allowed_sequence_parallel,
+    check_can_build,
+    check_sequence_parallel,
+    configure_fsdp,
+)
 from scaled_rope.errors import ConfigError, run_cli
 from scaled_rope.recipes import read_recipe
-from scaled_rope.states import load_state
+from scaled_rope.states import latest_state, load_state
 from tests.rank_worker import small_pieces_of_logits, without_dropout
 from tests.runs import ROOT, Ranks, launch, log, same, weights
 
 ZERO3 = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/zero3.yaml", "--num_processes", "2",
          "--main_process_port", "29518")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tied(workspace: Path) -> Path:
+    """`straight` with embeddings that are the projection as well."""
+    Ranks(workspace, workspace / "straight-tied", 1, extra=("--model", str(workspace / "tied"))).succeed()
+    return workspace / "straight-tied"
 
 
 def assert_trained_alike(straight: Path, output: Path) -> None:
@@ -48,12 +63,33 @@ def test_two_ranks_that_a_launcher_started_train_like_one(workspace, straight, t
     assert_trained_alike(straight, tmp_path / "zero3")
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "zero3_offload", "fsdp2"])
 def test_two_ranks_train_like_one(workspace, straight, tmp_path, engine):
-    if engine != "ddp":
+    if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
     Ranks(workspace, tmp_path / "two", 2, engine).succeed()
     assert_trained_alike(straight, tmp_path / "two")
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_tied_embeddings_stay_one_weight_on_shards(workspace, tied, tmp_path, engine):
+    if engine == "zero3":
+        pytest.importorskip("deepspeed")
+    Ranks(workspace, tmp_path / "two", 2, engine, ("--model", str(workspace / "tied"))).succeed()
+    assert_trained_alike(tied, tmp_path / "two")
+    assert "lm_head.weight" not in weights(tmp_path / "two")
+
+
+def test_losses_under_bf16_are_not_rounded_to_it_on_shards(workspace, straight, tmp_path):
+    """Products in bfloat16 change the mean over tokens by 8e-5; losses, weights of targets and sums of gradients in
+    it, which is accelerate's own policy, by 9e-4."""
+    extra = ("--precision", "bf16", "--max-train-steps", "2")
+    Ranks(workspace, tmp_path / "bf16", 2, "fsdp2", extra).succeed()
+    exact, rounded = log(straight)[0], log(tmp_path / "bf16")[0]
+    assert rounded["loss"] != exact["loss"]
+    assert rounded["loss"] == pytest.approx(exact["loss"], rel=3e-4)
+    assert rounded["grad_norm"] == pytest.approx(exact["grad_norm"], rel=2e-3)
+    assert all(weight.dtype == torch.bfloat16 for weight in weights(tmp_path / "bf16").values())
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
@@ -121,14 +157,17 @@ def test_killed_at_random_and_resumed_equals_never_stopped(workspace):
     assert all(torch.equal(reference[name], other[name]) for name in reference)
 
 
-def test_shards_that_were_stopped_go_on_bit_for_bit(workspace, tmp_path):
-    pytest.importorskip("deepspeed")
+@pytest.mark.parametrize(("engine", "name"), [("zero3", "zero3"), ("fsdp2", "fsdp")])
+def test_shards_that_were_stopped_go_on_bit_for_bit(workspace, tmp_path, engine, name):
+    if engine == "zero3":
+        pytest.importorskip("deepspeed")
     extra = ("--max-train-steps", "20", "--model", str(workspace / "dropout"))
-    Ranks(workspace, tmp_path / "long", 2, "zero3", extra).succeed()
-    for code, text in Ranks(workspace, tmp_path / "stopped", 2, "zero3", extra).when(3).signal(signal.SIGTERM).finish():
+    Ranks(workspace, tmp_path / "long", 2, engine, extra).succeed()
+    for code, text in Ranks(workspace, tmp_path / "stopped", 2, engine, extra).when(3).signal(signal.SIGTERM).finish():
         assert code == 0, text[-4000:]
     assert not (tmp_path / "stopped" / "model").exists()
-    Ranks(workspace, tmp_path / "stopped", 2, "zero3", extra).succeed()
+    assert json.loads((latest_state(tmp_path / "stopped") / "state.json").read_text())["engine"] == name
+    Ranks(workspace, tmp_path / "stopped", 2, engine, extra).succeed()
     assert same(log(tmp_path / "stopped")) == same(log(tmp_path / "long"))
     reference, other = weights(tmp_path / "long"), weights(tmp_path / "stopped")
     assert all(torch.equal(reference[name], other[name]) for name in reference)
@@ -277,10 +316,6 @@ def test_heads_decide_over_how_many_ranks_a_sequence_can_go(heads, kv_heads, all
     ],
 )
 def test_what_would_be_wrong_over_a_shared_sequence_is_refused(workspace, fields, config, message):
-    from dataclasses import replace
-
-    from scaled_rope import RopeScaling
-
     shape = SimpleNamespace(**{"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None} | config)
     shape.get_text_config = lambda: shape
     recipe = replace(read_recipe(str(workspace / "recipe.yaml")), **{"sequence_parallel": 2} | fields)
@@ -305,6 +340,36 @@ def test_engines_that_cannot_do_it_are_refused(workspace, tmp_path, monkeypatch,
     arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), *flags]
     assert run_cli(lambda: finetune.main(arguments)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_deepspeed_without_a_compiler_is_refused_with_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        sys.modules, "deepspeed.git_version_info", SimpleNamespace(installed_ops={"cpu_adam": False, "built": True})
+    )
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    check_can_build("built")
+    with pytest.raises(ConfigError, match=r"has to compile cpu_adam and finds no ninja and no c\+\+: install"):
+        check_can_build("cpu_adam")
+    for tool in (tmp_path / "bin" / "ninja", tmp_path / "c++"):
+        tool.parent.mkdir(exist_ok=True)
+        tool.touch(0o755)
+    check_can_build("cpu_adam")
+
+
+@pytest.mark.parametrize(
+    ("plugin", "fields", "message"),
+    [
+        ({"fsdp_version": 1}, {}, "fsdp_version = 1 is not allowed"),
+        ({"activation_checkpointing": True}, {}, "the recipe's gradient_checkpointing does it"),
+    ],
+)
+def test_what_was_never_seen_to_work_under_fsdp_is_refused(workspace, plugin, fields, message):
+    recipe = replace(read_recipe(str(workspace / "recipe.yaml")), **fields)
+    settings = {"fsdp_version": 2, "activation_checkpointing": False, "mixed_precision_policy": None} | plugin
+    with pytest.raises(ConfigError, match=message):
+        configure_fsdp(SimpleNamespace(**settings), recipe)
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
