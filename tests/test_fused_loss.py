@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import shutil
 from collections.abc import Callable
@@ -144,9 +145,10 @@ def test_weights_that_are_freed_between_the_passes_are_gathered_again(tiny_model
     head.weight.data.fill_(torch.nan)
     head.register_forward_pre_hook(gather)
     head.register_forward_hook(free)
+    head.forward = own = functools.partial(head.forward)  # as libraries do that wrap modules in place
     assert_alike(weighted_sum(SummedLoss(model, loss="fused"), tokens), chunked)
     assert events == ["gather", "free", "gather"]
-    assert "forward" not in vars(head), "the projection is itself again"
+    assert head.forward is own, "the projection is itself again"
 
 
 @needs_liger
