@@ -8,11 +8,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,6 +24,7 @@ import torch
 from scaled_rope.config import RopeScaling
 from scaled_rope.errors import ConfigError
 from scaled_rope.recipes import Recipe
+from scaled_rope.rotary import ScaledRotaryEmbedding
 
 
 @dataclass(frozen=True)
@@ -131,11 +135,8 @@ def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
         raise ConfigError("training needs accelerate: pip install 'scaled-rope[train]'") from None
     _quieten()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and not torch.cuda.is_available():
-        raise ConfigError(
-            "FSDP is not available on this platform: accelerate would train unsynchronised copies on CPU;"
-            " launch DDP (torchrun) or DeepSpeed"
-        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        check_fsdp()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if recipe.sequence_parallel > 1 and not deepspeed:
         raise ConfigError(
@@ -143,6 +144,8 @@ def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
             f" accelerate launch --config_file configs/accelerate/zero3.yaml"
         )
     passes = accumulation(recipe, launched)
+    if deepspeed and not torch.cuda.is_available():
+        check_can_build("deepspeed_shm_comm")
     # Left to itself accelerate finds no process-group backend on CPU and a launched process believes that it is alone.
     on_cpu = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
     handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
@@ -160,6 +163,8 @@ def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
             f" they would train unsynchronised copies; launch DDP or DeepSpeed on this platform"
         )
     accelerator.gradient_accumulation_steps = passes
+    if kind == "FSDP":
+        configure_fsdp(accelerator.state.fsdp_plugin, recipe)
     if (plugin := accelerator.state.deepspeed_plugin) is not None:
         settings = plugin.deepspeed_config
         if recipe.lora and plugin.zero_stage == 3:
@@ -170,7 +175,11 @@ def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
             raise ConfigError(
                 f"sequence_parallel {recipe.sequence_parallel} needs ZeRO-3, this is stage {plugin.zero_stage}"
             )
-        if settings["zero_optimization"].get("reduce_scatter", True) is False:
+        zero = settings["zero_optimization"]
+        offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        if offloads and settings.get("zero_force_ds_cpu_optimizer", True):
+            check_can_build("cpu_adam")
+        if zero.get("reduce_scatter", True) is False:
             raise ConfigError(
                 "DeepSpeed field reduce_scatter = false is not allowed: without it gradients are averaged otherwise"
             )
@@ -183,6 +192,70 @@ def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
     return accelerator
 
 
+def check_fsdp() -> None:
+    """Refuse FSDP where accelerate does not carry it out.
+
+    Raises:
+        ConfigError: there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "FSDP is not available on this platform: accelerate would train unsynchronised copies on CPU;"
+            " launch DDP (torchrun) or DeepSpeed"
+        )
+
+
+def check_can_build(operation: str) -> None:
+    """Refuse DeepSpeed where it has to compile `operation`, as it does on first use, and cannot.
+
+    Raises:
+        ConfigError: what is missing: DeepSpeed itself, ninja or a C++ compiler.
+    """
+    try:
+        from deepspeed.git_version_info import installed_ops
+    except ImportError:
+        raise ConfigError("DeepSpeed is not installed: pip install 'scaled-rope[train]'") from None
+    if installed_ops.get(operation):
+        return
+    if shutil.which("ninja") is None:  # pip puts it beside Python, where PATH leads in an activated environment only
+        os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
+    missing = [tool for tool in ("ninja", os.environ.get("CXX", "c++")) if shutil.which(tool) is None]
+    if missing:
+        raise ConfigError(
+            f"DeepSpeed has to compile {operation} and finds no {' and no '.join(missing)}: install ninja (pip) and a"
+            f" C++ compiler, or launch DDP"
+        )
+
+
+def configure_fsdp(plugin: Any, recipe: Recipe) -> None:
+    """Refuse what has not been seen to work under FSDP, and set what accelerate would round.
+
+    Its own policy under bf16 also sums gradients over ranks in bfloat16, and turns the loss and the weights of targets
+    into it.
+
+    Args:
+        plugin: accelerate's `FullyShardedDataParallelPlugin`, not used yet.
+
+    Raises:
+        ConfigError: FSDP 1, its own activation checkpointing, adapters.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if plugin.fsdp_version != 2:
+        raise ConfigError(f"FSDP field fsdp_version = {plugin.fsdp_version} is not allowed; 2")
+    if plugin.activation_checkpointing:
+        raise ConfigError(
+            "FSDP field fsdp_activation_checkpointing = true is not allowed; the recipe's gradient_checkpointing does"
+            " it"
+        )
+    if recipe.lora:
+        raise ConfigError("lora under FSDP is not available: adapters cannot be merged from shards; use DDP")
+    if recipe.precision == "bf16":
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+
+
 def _ulysses(recipe: Recipe, ranks: int, attention: str) -> Any:
     from accelerate.parallelism_config import ParallelismConfig
     from accelerate.utils import DeepSpeedSequenceParallelConfig
@@ -190,6 +263,17 @@ def _ulysses(recipe: Recipe, ranks: int, attention: str) -> Any:
     handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation=attention)
     size = recipe.sequence_parallel
     return ParallelismConfig(sp_size=size, dp_shard_size=ranks // size, sp_backend="deepspeed", sp_handler=handler)
+
+
+def place_tables(module: torch.nn.Module, device: torch.device) -> None:
+    """Bring rotary frequencies to the device that a model trains on.
+
+    accelerate takes a model to "meta" and back around FSDP2's sharding, and of what is no parameter it brings back
+    buffers only.
+    """
+    for part in module.modules():
+        if isinstance(part, ScaledRotaryEmbedding):
+            part.to_empty(device=device)  # it computes them again
 
 
 def restore_heads(model: Any) -> None:

@@ -36,6 +36,7 @@ from scaled_rope.engine import (
     engine_name,
     last_pass,
     make_accelerator,
+    place_tables,
     restore_heads,
 )
 from scaled_rope.errors import ConfigError
@@ -154,6 +155,10 @@ class SummedLoss(nn.Module):
         self.config = model.config  # DeepSpeed sizes its buckets by it, Ulysses its heads
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # FSDP wraps these
         self._offload, self._loss = offload, loss
+
+    def tie_weights(self) -> None:
+        """Make one of what the model shares; FSDP calls it when it has moved parameters one by one."""
+        self.model.tie_weights()
 
     def forward(
         self,
@@ -308,6 +313,9 @@ def save_model(
         model.save_pretrained(staged / "adapter", state_dict=state)
         model = model.merge_and_unload()
         state = model.state_dict()
+    names: dict[int, str] = {}  # of a weight that is tied the first, as FSDP gathers it once for each
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        state[name] = state[names.setdefault(id(weight), name)]
     cast: dict[int, torch.Tensor] = {}  # by address, so that tied weights stay one tensor and are written once
     state = {k: cast.setdefault(v.data_ptr(), v.to(getattr(torch, dtype)).contiguous()) for k, v in state.items()}
     model.config.dtype = dtype
@@ -382,6 +390,7 @@ class Trainer:
         module = SummedLoss(model, recipe.offload_activations, loss)
         optimizer = make_optimizer(recipe, module)
         module, optimizer = accelerator.prepare(module, optimizer)
+        place_tables(module, accelerator.device)
         facts = provenance(str(accelerator.device), recipe.seed, {"ranks": accelerator.num_processes})
         if accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)

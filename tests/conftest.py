@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel  # noqa: E402
 
-from tests.runs import make_workspace, run  # noqa: E402
+from tests.runs import Ranks, make_workspace  # noqa: E402
 
 # On a machine with a GPU patched models would get the rotary kernel, and would no longer equal vanilla ones bit by bit.
 os.environ.setdefault("SCALED_ROPE_KERNEL", "none")
@@ -125,7 +125,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def straight(workspace: Path) -> Path:
     """The run that others are compared with: one process, no interruption."""
-    run(workspace, workspace / "straight", extra=("--log-loss", str(workspace / "losses.csv")))
+    Ranks(workspace, workspace / "straight", 1, extra=("--log-loss", str(workspace / "losses.csv"))).succeed()
     return workspace / "straight"
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -17,23 +22,33 @@ from safetensors.torch import load_file
 
 from scaled_rope.data import PackedWriter
 from scaled_rope.tracking import MEASURED
+from tests import rank_worker
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 48
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+# DeepSpeed looks for an accelerator when it is imported, and imports the compiler, which would start processes.
+_IMPORTING = ENVIRONMENT | {"DS_ACCELERATOR": "cpu", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 _PORTS = iter(range(29521, 29600))
+_FORKED = multiprocessing.get_context("forkserver")
+# Of these what is missing is passed over. The last three are what DeepSpeed and FSDP import late.
+_FORKED.set_forkserver_preload(
+    ["tests.rank_worker", "finetune", "scaled_rope.training", "accelerate", "transformers.models.llama.modeling_llama",
+     "matplotlib.pyplot", "tqdm", "deepspeed.runtime.zero.muon.muon_optimizer",
+     "deepspeed.runtime.sequence_parallel.ulysses_sp", "torch.distributed.checkpoint.state_dict"]
+)  # fmt: skip
 
 
 def make_workspace(folder: Path) -> None:
-    """A tiny untied Llama (4 heads, 2 key/value heads) with tokenizer, the same with dropout, a recipe, and a packed
-    set with loss weights, whose first rows weigh much more."""
+    """A tiny untied Llama (4 heads, 2 key/value heads) with tokenizer, the same with dropout and with tied
+    embeddings, a recipe, and a packed set with loss weights, whose first rows weigh much more."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t2"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="t0", eos_token="t1")
-    for name, dropout in (("model", 0.0), ("dropout", 0.1)):
+    for name, dropout, tied in (("model", 0.0, False), ("dropout", 0.1, False), ("tied", 0.0, True)):
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=64,
@@ -45,6 +60,7 @@ def make_workspace(folder: Path) -> None:
             max_position_embeddings=16,
             initializer_range=0.2,
             attention_dropout=dropout,
+            tie_word_embeddings=tied,
         )
         LlamaForCausalLM(config).save_pretrained(folder / name)
         fast.save_pretrained(folder / name)
@@ -63,78 +79,111 @@ def make_workspace(folder: Path) -> None:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(fields))
 
 
-def command(workspace: Path, output: Path, launcher: tuple[str, ...] = (), extra: tuple[str, ...] = ()) -> list[str]:
-    script = ["finetune.py", str(workspace / "recipe.yaml"), "--output-dir", str(output), *extra]
-    return [sys.executable, *launcher, *script]
+def command(workspace: Path, output: Path, extra: tuple[str, ...] = ()) -> list[str]:
+    """Arguments of `finetune.py`."""
+    return [str(workspace / "recipe.yaml"), "--output-dir", str(output), *extra]
 
 
-def run(
-    workspace: Path,
-    output: Path,
-    launcher: tuple[str, ...] = (),
-    extra: tuple[str, ...] = (),
-    environment: dict[str, str] = ENVIRONMENT,
-) -> None:
-    """One run to its end, by a launcher if one is given."""
-    done = subprocess.run(
-        command(workspace, output, launcher, extra),
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def launch(workspace: Path, output: Path, launcher: tuple[str, ...]) -> None:
+    """One run to its end by a launcher, as users start it."""
+    words = [sys.executable, *launcher, "finetune.py", *command(workspace, output)]
+    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+def _fsdp2_variables() -> dict[str, str]:
+    """What `accelerate launch` makes of configs/accelerate/fsdp2.yaml."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    words = ["--config_file", str(ROOT / "configs" / "accelerate" / "fsdp2.yaml"), "finetune.py"]
+    settings, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    variables = prepare_multi_gpu_env(settings)
+    return {name: value for name, value in variables.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
 class Ranks:
-    """Processes of one run, started as a cluster's scheduler does: no launcher, their places in the environment."""
+    """Processes of one run, placed by their environment as a cluster's scheduler does it; one is placed nowhere.
+
+    All runs of all numbers of ranks come from one launch: a process that imports everything once and is forked for each
+    rank of each run. So a run starts in no time, in fresh processes, and what one leaves behind, crashed or deadlocked,
+    does not reach the next.
+
+    Args:
+        engine: "ddp", "fsdp2", or a file of deepspeed/ without its ending.
+        prepare: what each rank does before the run, as a function of a module.
+        afresh: start new interpreters instead.
+        more: further variables of the environment.
+    """
 
     def __init__(
-        self, workspace: Path, output: Path, ranks: int, engine: str = "", extra: tuple[str, ...] = (), **more: str
+        self,
+        workspace: Path,
+        output: Path,
+        ranks: int,
+        engine: str = "ddp",
+        extra: tuple[str, ...] = (),
+        prepare: Callable[[], None] | None = None,
+        afresh: bool = False,
+        **more: str,
     ) -> None:
-        shared = ENVIRONMENT | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(_PORTS))}
-        if engine:
-            shared |= {
+        environment = ENVIRONMENT | more
+        if engine == "fsdp2":
+            environment |= _fsdp2_variables()
+            prepare = prepare or rank_worker.let_accelerate_shard_on_cpu
+        elif engine != "ddp":
+            environment |= {
                 "ACCELERATE_USE_DEEPSPEED": "true",
                 "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"deepspeed/{engine}.json",
             }
+        if ranks > 1:
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(_PORTS))}
+            environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)} | meeting
         self.output = output
-        self._processes = []
-        for rank in range(ranks):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
-            self._processes.append(
-                subprocess.Popen(
-                    command(workspace, output, (), extra), cwd=ROOT, env=shared | place | more, text=True,
-                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                )
-            )  # fmt: skip
+        self._processes, self._files = [], []
+        with mock.patch.dict(os.environ, _IMPORTING):  # the first of all starts what is forked
+            for rank in range(ranks):
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+                number, name = tempfile.mkstemp(".txt", f"rank-{rank}-")
+                os.close(number)
+                arguments = (environment | place, command(workspace, output, extra), Path(name), prepare, afresh)
+                self._processes.append(_FORKED.Process(target=rank_worker.work, args=arguments))
+                self._processes[-1].start()
+                self._files.append(Path(name))
 
     def when(self, steps: int) -> Ranks:
         """Wait until so many steps are logged, while the run goes on."""
         path, deadline = self.output / "train_log.jsonl", time.monotonic() + 120
         while not (path.exists() and path.read_text().count("\n") >= steps):
-            assert all(process.poll() is None for process in self._processes), self.finish()
+            assert all(process.exitcode is None for process in self._processes), self.finish()
             assert time.monotonic() < deadline
             time.sleep(0.002)
         return self
 
     def signal(self, number: signal.Signals) -> Ranks:
         for process in self._processes:
-            process.send_signal(number)
+            os.kill(process.pid, number)
         return self
 
     def finish(self) -> list[tuple[int, str]]:
-        """Exit code and output of every rank."""
-        finished = []
-        for process in self._processes:
-            out, error = process.communicate(timeout=300)
-            finished.append((process.returncode, out + error))
-        return finished
+        """Exit code and output of every rank. Once one has failed, the others are given a few seconds."""
+        deadline = time.monotonic() + 240
+        while (running := [p for p in self._processes if p.exitcode is None]) and time.monotonic() < deadline:
+            multiprocessing.connection.wait([process.sentinel for process in running], deadline - time.monotonic())
+            if any(process.exitcode for process in self._processes):
+                deadline = min(deadline, time.monotonic() + 15)
+        for process in running:
+            process.kill()
+            process.join()
+        texts = [path.read_text(errors="replace") for path in self._files]
+        for path in self._files:
+            path.unlink()
+        return [(process.exitcode, text) for process, text in zip(self._processes, texts, strict=True)]
 
     def succeed(self) -> None:
-        for code, text in self.finish():
-            assert code == 0, text[-4000:]
+        finished = self.finish()
+        shown = "\n".join(f"--- rank {n}, exit code {code}\n{text[-4000:]}" for n, (code, text) in enumerate(finished))
+        assert all(code == 0 for code, _ in finished), shown
 
 
 def log(output: Path) -> list[dict]:
