@@ -186,7 +186,7 @@ def test_two_ranks_of_zero3_with_the_fused_loss_train_like_one_with_the_chunked(
     LlamaForCausalLM(LlamaConfig.from_pretrained(tied, tie_word_embeddings=True)).save_pretrained(tied)
     extra = ("--model", str(tied), "--max-train-steps", "3", "--heldout-steps", "3")
     chunked, fused = tmp_path / "chunked", tmp_path / "fused"
-    sharded = Ranks(workspace, fused, 2, "zero3", (*extra, "--loss", "fused"), TRITON_INTERPRET="1")
+    sharded = Ranks(workspace, fused, 2, "zero3", (*extra, "--loss", "fused"), afresh=True, TRITON_INTERPRET="1")
     arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(chunked), *extra, "--loss", "chunked"]
     assert finetune.main(arguments) == 0
     finished = sharded.finish()
