@@ -823,7 +823,7 @@ def training_module(recipe: Any, kernel: str | None = None) -> tuple[Any, str, s
     if kernel is not None:
         unpatch_model(model)
         patch_model(model, recipe.scaling, kernel=kernel)
-    loss = resolve_loss(recipe.loss, device, "plain", model)
+    loss = resolve_loss(recipe.loss, device, model)
     enable_checkpointing(model, recipe)
     model.config.use_cache = False
     return SummedLoss(model, recipe.offload_activations, loss), str(model.config._attn_implementation), loss

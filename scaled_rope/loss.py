@@ -9,9 +9,10 @@ copies of the logits.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -40,18 +41,17 @@ _LIGER = "0.8.5"
 """Liger's first version that we know to apply weights of single tokens before it sums gradients of the projection."""
 
 
-def resolve_loss(name: str, device: torch.device, engine: str = "plain", model: nn.Module | None = None) -> str:
+def resolve_loss(name: str, device: torch.device, model: nn.Module | None = None) -> str:
     """How the loss called `name` is computed here: "chunked", "fused" or "whole".
 
     Args:
         name: one of `recipes.LOSSES`; "auto" is "fused" where that is possible on a GPU, else "chunked".
-        engine: "plain", "zero2", "zero3" or "fsdp", as `engine.engine_name` has it.
         model: looked at, too, once there is one.
 
     Raises:
         ConfigError: "fused" that cannot be.
     """
-    lack = _fused_lacks(device, engine, model)
+    lack = _fused_lacks(device, model)
     if name == "auto":
         return "fused" if device.type == "cuda" and not lack else "chunked"
     if name == "fused" and lack:
@@ -59,15 +59,13 @@ def resolve_loss(name: str, device: torch.device, engine: str = "plain", model: 
     return name
 
 
-def _fused_lacks(device: torch.device, engine: str, model: nn.Module | None) -> str:
+def _fused_lacks(device: torch.device, model: nn.Module | None) -> str:
     """What the fused loss would need and does not have; "" where it can run."""
     installed = package_version("liger-kernel")
     if importlib.util.find_spec("liger_kernel") is None or installed is None or Version(installed) < Version(_LIGER):
         return f"liger-kernel {_LIGER} or newer: pip install 'scaled-rope[kernels]'"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"a CUDA GPU, this is {device.type}"
-    if engine in ("zero3", "fsdp"):
-        return f"the projection's weights as a whole, and {engine} gathers them for the module's own forward pass only"
     if model is None:
         return ""
     head = _causal_lm(model).get_output_embeddings()
@@ -268,10 +266,42 @@ def _fused(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
 
     Its `reduction="none"` computes logits again in the backward pass, where the weight of each target is known, so a
     weighted sum and its gradients are exact. Gradients of the projection are summed in float32.
+
+    Engines that shard weights (ZeRO-3, FSDP) gather them in hooks around a call of the module and around its backward
+    pass. So the kernel runs as the projection's own forward pass, and what it saves for the backward pass is not the
+    weights but where they will be.
     """
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     scale, _ = _post_processing(model)
     head = _causal_lm(model).get_output_embeddings()
     fused = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, reduction="none", accum_dtype=torch.float32)
-    return cast(Tensor, fused(head.weight, hidden if scale is None else hidden * scale, targets, head.bias))
+
+    def forward(hidden: Tensor) -> Tensor:
+        gathered = head.weight.data_ptr()
+
+        def pack(saved: Tensor) -> Tensor | None:
+            return None if saved.data_ptr() == gathered else saved
+
+        def unpack(packed: Tensor | None) -> Tensor:
+            return head.weight.detach() if packed is None else packed
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return cast(Tensor, fused(head.weight, hidden, targets, head.bias))
+
+    with _forward_as(head, forward):
+        return cast(Tensor, head(hidden if scale is None else hidden * scale))
+
+
+@contextlib.contextmanager
+def _forward_as(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside this a call of `module`, hooks and all, computes `forward`."""
+    before = module.__dict__.get("forward")  # where a library has put its own in the class's place
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before

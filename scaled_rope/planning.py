@@ -237,7 +237,7 @@ class Planner:
                 model.config.use_cache = False
                 if recipe.sliding_window_attention_schedule is not None:
                     set_sliding_window(model, min(recipe.sliding_window_attention_schedule))
-                # A fused loss, for which there is no trace, holds about as much as a chunked one.
+                # There is no trace of a fused loss, whose pieces can be larger (docs/training.md).
                 module = SummedLoss(model, loss="whole" if recipe.loss == "whole" else "chunked")
                 autocast = recipe.precision == "bf16" and not cast
                 trace = trace_pass(module, recipe.batch_size, length, autocast, accumulating)

@@ -390,11 +390,11 @@ class Trainer:
         attention = resolve_attention(recipe.attention, resolve_device(None), recipe.compute_dtype)
         accelerator = make_accelerator(recipe, attention)
         engine = engine_name(accelerator)
-        resolve_loss(recipe.loss, accelerator.device, engine)  # refuses before a model is read
+        resolve_loss(recipe.loss, accelerator.device)  # refuses before a model is read
         model, report = build_model(recipe, attention)
         scaling = RopeScaling.from_config(model.config) if report is None else report.scaling
         check_sequence_parallel(recipe, model.config, scaling, model.config._attn_implementation)
-        loss = resolve_loss(recipe.loss, accelerator.device, engine, model)
+        loss = resolve_loss(recipe.loss, accelerator.device, model)
         cost = ModelCost.of(model)
         accelerator.print(
             f"{accelerator.device}, {accelerator.num_processes} processes, engine {engine},"

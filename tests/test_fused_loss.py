@@ -2,36 +2,55 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import finetune
 from scaled_rope import loss
 from scaled_rope.errors import ConfigError, run_cli
 from scaled_rope.loss import IGNORE, resolve_loss, token_nll
-from tests.runs import log
+from scaled_rope.training import SummedLoss
+from tests.runs import Ranks, log
+from tests.test_ranks import assert_trained_alike
 
 needs_liger = pytest.mark.skipif(not importlib.util.find_spec("liger_kernel"), reason="no liger-kernel")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Make = Callable[..., PreTrainedModel]
 
 
-def weighted_sum(model: PreTrainedModel, tokens: torch.Tensor, name: str) -> tuple[torch.Tensor, list[Any]]:
+def weighted_sum(module: SummedLoss, tokens: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
     """Losses of the tokens, and gradients of their weighted sum, in which some targets and weights are missing."""
-    model.zero_grad(set_to_none=True)
+    module.zero_grad(set_to_none=True)
     targets = tokens.roll(-1, dims=1)
     targets[0, -5:] = IGNORE
     weights = torch.randint(0, 4, tokens.shape, generator=torch.Generator().manual_seed(0)).float().to(tokens.device)
-    nll = token_nll(model, tokens, targets, loss=name)
+    nll = module(tokens, targets, weights, reduce=False)
     ((nll * weights).sum() / weights.sum()).backward()
     assert torch.all(nll[targets == IGNORE] == 0)
-    return nll.detach(), [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    gradients = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in module.parameters()]
+    return nll.detach(), [None if gradient is None else gradient.clone() for gradient in gradients]
+
+
+def assert_alike(fused: tuple[torch.Tensor, list[Any]], chunked: tuple[torch.Tensor, list[Any]]) -> None:
+    (nll, found), (reference, wanted) = fused, chunked
+    # Losses of a few nats, gradients summed over 91 targets: float32 noise of a different order of summation.
+    torch.testing.assert_close(nll, reference, rtol=1e-5, atol=1e-5)
+    assert nll.dtype == torch.float32
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 
 
 @needs_liger
@@ -54,14 +73,8 @@ def test_the_fused_loss_is_the_chunked_one(
     if frozen:
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             module.requires_grad_(False)
-    (reference, wanted), (nll, found) = (weighted_sum(model, tokens.to(DEVICE), name) for name in ("chunked", "fused"))
-    # Losses of a few nats, gradients summed over 91 targets: float32 noise of a different order of summation.
-    torch.testing.assert_close(nll, reference, rtol=1e-5, atol=1e-5)
-    assert nll.dtype == torch.float32
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert (ours is None) == (theirs is None)
-        if ours is not None:
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+    fused, chunked = (weighted_sum(SummedLoss(model, loss=name), tokens.to(DEVICE)) for name in ("fused", "chunked"))
+    assert_alike(fused, chunked)
 
 
 @needs_liger
@@ -71,7 +84,9 @@ def test_without_gradients_and_under_autocast(tiny_model: Make, tokens: torch.Te
         reference, nll = (token_nll(model, tokens, tokens, loss=name) for name in ("whole", "fused"))
     torch.testing.assert_close(nll, reference, rtol=1e-5, atol=1e-5)
     with torch.autocast(DEVICE.type, torch.bfloat16):
-        (reference, wanted), (nll, found) = (weighted_sum(model, tokens, name) for name in ("chunked", "fused"))
+        (reference, wanted), (nll, found) = (
+            weighted_sum(SummedLoss(model, loss=name), tokens) for name in ("chunked", "fused")
+        )
     # Both take the softmax of the same bfloat16 logits in float32.
     torch.testing.assert_close(nll, reference, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(found, wanted, strict=True):
@@ -106,6 +121,80 @@ def test_whole_logits_give_the_same(tiny_model: Make, tokens: torch.Tensor, chun
     torch.testing.assert_close(whole, token_nll(model, tokens, tokens, chunk=chunk), rtol=1e-6, atol=1e-5)
 
 
+# ------------------------------------------------------------------------------------------------ sharded weights
+
+
+@needs_liger
+def test_weights_that_are_freed_between_the_passes_are_gathered_again(tiny_model: Make, tokens: torch.Tensor) -> None:
+    """Hooks like those of ZeRO-3: the projection's weights exist from before its call until after it, and again from
+    before its backward pass, in other memory. What is freed is overwritten here, so nothing may have kept it."""
+    model, tokens = tiny_model().to(DEVICE), tokens.to(DEVICE)
+    chunked = weighted_sum(SummedLoss(model), tokens)
+    head, whole, events = model.lm_head, model.lm_head.weight.detach().clone(), []
+
+    def gather(*_: object) -> None:
+        events.append("gather")
+        head.weight.data = whole.clone()
+
+    def free(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+        events.append("free")
+        head.weight.data.fill_(torch.nan)
+        head.weight.data = torch.empty(0, device=DEVICE)
+        output.register_hook(gather)
+
+    head.weight.data.fill_(torch.nan)
+    head.register_forward_pre_hook(gather)
+    head.register_forward_hook(free)
+    head.forward = own = functools.partial(head.forward)  # as libraries do that wrap modules in place
+    assert_alike(weighted_sum(SummedLoss(model, loss="fused"), tokens), chunked)
+    assert events == ["gather", "free", "gather"]
+    assert head.forward is own, "the projection is itself again"
+
+
+@needs_liger
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # nothing changes it in place
+@pytest.mark.parametrize("alone", [False, True], ids=["among others", "alone"])
+def test_the_fused_loss_of_weights_that_fsdp2_shards(
+    tiny_model: Make, tokens: torch.Tensor, tmp_path: Path, alone: bool
+) -> None:
+    """alone: the projection is a unit of its own, whose weights are whole in its own call only. FSDP treats one rank
+    like many: weights are distributed tensors outside the passes, and the memory of gathered ones is freed."""
+    model, tokens = tiny_model().to(DEVICE), tokens.to(DEVICE)
+    chunked = weighted_sum(SummedLoss(model), tokens)
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo" if DEVICE.type == "cpu" else "nccl", store=store, rank=0, world_size=1)
+    try:
+        module = SummedLoss(model, loss="fused")
+        units = [*model.model.layers, *([model.lm_head] if alone else []), module]
+        for unit in units:
+            fully_shard(unit, mesh=distributed.init_device_mesh(DEVICE.type, (1,)), reshard_after_forward=True)
+        assert isinstance(model.lm_head.weight, DTensor)
+        assert_alike(weighted_sum(module, tokens), chunked)
+    finally:
+        distributed.destroy_process_group()
+
+
+@needs_liger
+def test_two_ranks_of_zero3_with_the_fused_loss_train_like_one_with_the_chunked(
+    workspace: Path, tmp_path: Path
+) -> None:
+    """The projection's weights are the embeddings' too, so both their gradients are summed before they are reduced."""
+    pytest.importorskip("deepspeed")
+    tied = tmp_path / "tied"
+    shutil.copytree(workspace / "model", tied)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(tied, tie_word_embeddings=True)).save_pretrained(tied)
+    extra = ("--model", str(tied), "--max-train-steps", "3", "--heldout-steps", "3")
+    chunked, fused = tmp_path / "chunked", tmp_path / "fused"
+    sharded = Ranks(workspace, fused, 2, "zero3", (*extra, "--loss", "fused"), afresh=True, TRITON_INTERPRET="1")
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(chunked), *extra, "--loss", "chunked"]
+    assert finetune.main(arguments) == 0
+    finished = sharded.finish()
+    assert [code for code, _ in finished] == [0, 0], finished[0][1][-4000:]
+    assert "engine zero3, attention sdpa, loss fused" in finished[0][1]
+    assert_trained_alike(chunked, fused)
+
+
 def test_what_cannot_be_fused_is_refused_and_auto_takes_another(
     tiny_model: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,14 +202,13 @@ def test_what_cannot_be_fused_is_refused_and_auto_takes_another(
     monkeypatch.setattr(loss, "package_version", lambda name: "0.8.5")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert resolve_loss("auto", gpu) == "fused" and resolve_loss("auto", cpu) == "chunked"
-    assert resolve_loss("auto", gpu, "zero2", tiny_model()) == "fused"
+    assert resolve_loss("auto", gpu, tiny_model()) == "fused"
     assert [resolve_loss(name, gpu) for name in ("chunked", "whole")] == ["chunked", "whole"]
     model = tiny_model()
     model.lm_head = torch.nn.Sequential(model.lm_head)
     for given, message in (
-        ((gpu, "zero3"), "needs the projection's weights as a whole, and zero3"),
-        ((gpu, "plain", model), "a plain linear layer, this is Sequential; use chunked"),
-        ((gpu, "plain", tiny_model("gemma2", final_logit_softcapping=2.0)), "logits without a soft cap"),
+        ((gpu, model), "a plain linear layer, this is Sequential; use chunked"),
+        ((gpu, tiny_model("gemma2", final_logit_softcapping=2.0)), "logits without a soft cap"),
     ):
         assert resolve_loss("auto", *given) == "chunked"
         with pytest.raises(ConfigError, match=message):
