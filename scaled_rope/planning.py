@@ -261,7 +261,7 @@ class Planner:
             ways.append(replace(smallest, engine="zero3_offload", offload_activations=True))
         ways += [replace(checkpointed, lora=True), replace(checkpointed, lora=True, offload_activations=True)]
         if ranks > 1:
-            ways.append(replace(smallest, lora=True, offload_activations=True))
+            ways += [replace(sharded, lora=True), replace(smallest, lora=True, offload_activations=True)]
         return ways
 
 

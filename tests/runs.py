@@ -7,6 +7,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,6 @@ LENGTH = 48
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
 # DeepSpeed looks for an accelerator when it is imported, and imports the compiler, which would start processes.
 _IMPORTING = ENVIRONMENT | {"DS_ACCELERATOR": "cpu", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-_PORTS = iter(range(29521, 29600))
 _FORKED = multiprocessing.get_context("forkserver")
 # Of these what is missing is passed over. The last three are what DeepSpeed and FSDP import late.
 _FORKED.set_forkserver_preload(
@@ -37,6 +37,13 @@ _FORKED.set_forkserver_preload(
      "matplotlib.pyplot", "tqdm", "deepspeed.runtime.zero.muon.muon_optimizer",
      "deepspeed.runtime.sequence_parallel.ulysses_sp", "torch.distributed.checkpoint.state_dict"]
 )  # fmt: skip
+
+
+def free_port() -> int:
+    """A port that nothing listens on now, so that tests of several checkouts can run at once."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def make_workspace(folder: Path) -> None:
@@ -137,7 +144,7 @@ class Ranks:
                 "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"deepspeed/{engine}.json",
             }
         if ranks > 1:
-            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(_PORTS))}
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
             environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)} | meeting
         self.output = output
         self._processes, self._files = [], []

@@ -28,10 +28,10 @@ from scaled_rope.errors import ConfigError, run_cli
 from scaled_rope.recipes import read_recipe
 from scaled_rope.states import latest_state, load_state
 from tests.rank_worker import small_pieces_of_logits, without_dropout
-from tests.runs import ROOT, Ranks, launch, log, same, weights
+from tests.runs import ROOT, Ranks, free_port, launch, log, same, weights
 
 ZERO3 = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/zero3.yaml", "--num_processes", "2",
-         "--main_process_port", "29518")  # fmt: skip
+         "--main_process_port", str(free_port()))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +92,15 @@ def test_losses_under_bf16_are_not_rounded_to_it_on_shards(workspace, straight, 
     assert all(weight.dtype == torch.bfloat16 for weight in weights(tmp_path / "bf16").values())
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
-def test_adapters_of_two_ranks_are_merged_like_those_of_one(workspace, tmp_path, engine):
+@pytest.mark.parametrize("engine, flags", [("ddp", ()), ("zero3", ("--sequence-parallel", "2")), ("fsdp2", ())])
+def test_adapters_of_two_ranks_are_merged_like_those_of_one(workspace, tmp_path, engine, flags):
     """Also where their model is in shards. Embeddings, tied to the output, and norms are trained as well."""
     pytest.importorskip("peft")
     if engine == "zero3":
         pytest.importorskip("deepspeed")
     extra = ("--lora", "--lora-embeddings-and-norms", "--max-train-steps", "3", "--model", str(workspace / "tied"))
     Ranks(workspace, tmp_path / "one", 1, extra=extra, prepare=(without_dropout,)).succeed()
-    Ranks(workspace, tmp_path / "two", 2, engine, extra, (without_dropout,)).succeed()
+    Ranks(workspace, tmp_path / "two", 2, engine, (*extra, *flags), (without_dropout,)).succeed()
     assert_trained_alike(tmp_path / "one", tmp_path / "two")
     one, two = (load_file(tmp_path / name / "model/adapter/adapter_model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
