@@ -55,10 +55,6 @@ CASES: dict[str, tuple[dict[str, Any], Options]] = {
     "weights and optimizer, two passes": ({"init": _WIDE, "sequence_length": 256, "global_batch_size": 2}, Options()),
     "weights and optimizer, bf16": ({"init": _WIDE, "sequence_length": 256, "precision": "bf16"}, Options()),
     "lora": ({"init": {**_WIDER, "num_hidden_layers": 24}, "sequence_length": 256, "lora": True}, Options(lora=True)),
-    "lora, zero3": (
-        {"init": {**_WIDER, "num_hidden_layers": 24}, "sequence_length": 256, "global_batch_size": 2, "lora": True},
-        Options(ranks=2, engine="zero3", lora=True),
-    ),
     "zero3": ({"init": _WIDER, "sequence_length": 256, "global_batch_size": 2}, Options(ranks=2, engine="zero3")),
     "zero2": ({"init": _WIDER, "sequence_length": 256, "global_batch_size": 2}, Options(ranks=2, engine="zero2")),
 }
