@@ -27,8 +27,9 @@ from tests import rank_worker
 ROOT = Path(__file__).parent.parent
 LENGTH = 48
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
-# DeepSpeed looks for an accelerator when it is imported, and imports the compiler, which would start processes.
-_IMPORTING = ENVIRONMENT | {"DS_ACCELERATOR": "cpu", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+# DeepSpeed looks for an accelerator when it is imported, and imports the compiler, which would start processes. Triton
+# can interpret only what was so when it was imported; a run that does says TRITON_INTERPRET="1" as well.
+_IMPORTING = ENVIRONMENT | {"DS_ACCELERATOR": "cpu", "TORCHINDUCTOR_COMPILE_THREADS": "1", "TRITON_INTERPRET": "1"}
 _PORTS = iter(range(29521, 29600))
 _FORKED = multiprocessing.get_context("forkserver")
 # Of these what is missing is passed over. The last three are what DeepSpeed and FSDP import late.
@@ -127,6 +128,7 @@ class Ranks:
         afresh: bool = False,
         **more: str,
     ) -> None:
+        assert not (afresh and (prepare or engine == "fsdp2")), "a new interpreter cannot be prepared"
         environment = ENVIRONMENT | more
         if engine == "fsdp2":
             environment |= _fsdp2_variables()
@@ -147,7 +149,7 @@ class Ranks:
                 number, name = tempfile.mkstemp(".txt", f"rank-{rank}-")
                 os.close(number)
                 arguments = (environment | place, command(workspace, output, extra), Path(name), prepare, afresh)
-                self._processes.append(_FORKED.Process(target=rank_worker.work, args=arguments))
+                self._processes.append(_FORKED.Process(target=rank_worker.work, args=arguments, daemon=True))
                 self._processes[-1].start()
                 self._files.append(Path(name))
 
