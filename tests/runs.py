@@ -7,6 +7,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,6 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", 
 # DeepSpeed looks for an accelerator when it is imported, and imports the compiler, which would start processes. Triton
 # can interpret only what was so when it was imported; a run that does says TRITON_INTERPRET="1" as well.
 _IMPORTING = ENVIRONMENT | {"DS_ACCELERATOR": "cpu", "TORCHINDUCTOR_COMPILE_THREADS": "1", "TRITON_INTERPRET": "1"}
-_PORTS = iter(range(29521, 29600))
 _FORKED = multiprocessing.get_context("forkserver")
 # Of these what is missing is passed over. The last three are what DeepSpeed and FSDP import late.
 _FORKED.set_forkserver_preload(
@@ -78,6 +78,13 @@ def make_workspace(folder: Path) -> None:
         "heldout": str(folder / "set"), "heldout_lengths": [16, 48], "heldout_steps": 3, "heldout_rows": 3,
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(fields))
+
+
+def free_port() -> str:
+    """A port that ranks can meet at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def command(workspace: Path, output: Path, extra: tuple[str, ...] = ()) -> list[str]:
@@ -139,7 +146,7 @@ class Ranks:
                 "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"deepspeed/{engine}.json",
             }
         if ranks > 1:
-            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(_PORTS))}
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
             environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)} | meeting
         self.output = output
         self._processes, self._files = [], []
@@ -169,7 +176,7 @@ class Ranks:
 
     def finish(self) -> list[tuple[int, str]]:
         """Exit code and output of every rank. Once one has failed, the others are given a few seconds."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 400  # on a machine's first run DeepSpeed compiles
         while (running := [p for p in self._processes if p.exitcode is None]) and time.monotonic() < deadline:
             multiprocessing.connection.wait([process.sentinel for process in running], deadline - time.monotonic())
             if any(process.exitcode for process in self._processes):
