@@ -28,8 +28,9 @@ from tests import rank_worker
 ROOT = Path(__file__).parent.parent
 LENGTH = 48
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
-# DeepSpeed looks for an accelerator when it is imported, and imports the compiler, which would start processes.
-_IMPORTING = ENVIRONMENT | {"DS_ACCELERATOR": "cpu", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+# DeepSpeed looks for an accelerator when it is imported, and imports the compiler, which would start processes. Triton
+# can interpret only what was so when it was imported; a run that does says TRITON_INTERPRET="1" as well.
+_IMPORTING = ENVIRONMENT | {"DS_ACCELERATOR": "cpu", "TORCHINDUCTOR_COMPILE_THREADS": "1", "TRITON_INTERPRET": "1"}
 _FORKED = multiprocessing.get_context("forkserver")
 # Of these what is missing is passed over. The last three are what DeepSpeed and FSDP import late.
 _FORKED.set_forkserver_preload(
@@ -37,13 +38,6 @@ _FORKED.set_forkserver_preload(
      "matplotlib.pyplot", "tqdm", "deepspeed.runtime.zero.muon.muon_optimizer",
      "deepspeed.runtime.sequence_parallel.ulysses_sp", "torch.distributed.checkpoint.state_dict"]
 )  # fmt: skip
-
-
-def free_port() -> int:
-    """A port that nothing listens on now, so that tests of several checkouts can run at once."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def make_workspace(folder: Path) -> None:
@@ -84,6 +78,13 @@ def make_workspace(folder: Path) -> None:
         "heldout": str(folder / "set"), "heldout_lengths": [16, 48], "heldout_steps": 3, "heldout_rows": 3,
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(fields))
+
+
+def free_port() -> str:
+    """A port that nothing listens on now, for ranks to meet at; tests of several checkouts can run at once."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def command(workspace: Path, output: Path, extra: tuple[str, ...] = ()) -> list[str]:
@@ -134,6 +135,7 @@ class Ranks:
         afresh: bool = False,
         **more: str,
     ) -> None:
+        assert not (afresh and (prepare or engine == "fsdp2")), "a new interpreter cannot be prepared"
         environment = ENVIRONMENT | more
         if engine == "fsdp2":
             environment |= _fsdp2_variables()
@@ -144,7 +146,7 @@ class Ranks:
                 "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"deepspeed/{engine}.json",
             }
         if ranks > 1:
-            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
             environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)} | meeting
         self.output = output
         self._processes, self._files = [], []
@@ -154,7 +156,7 @@ class Ranks:
                 number, name = tempfile.mkstemp(".txt", f"rank-{rank}-")
                 os.close(number)
                 arguments = (environment | place, command(workspace, output, extra), Path(name), prepare, afresh)
-                self._processes.append(_FORKED.Process(target=rank_worker.work, args=arguments))
+                self._processes.append(_FORKED.Process(target=rank_worker.work, args=arguments, daemon=True))
                 self._processes[-1].start()
                 self._files.append(Path(name))
 
@@ -174,7 +176,7 @@ class Ranks:
 
     def finish(self) -> list[tuple[int, str]]:
         """Exit code and output of every rank. Once one has failed, the others are given a few seconds."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 400  # on a machine's first run DeepSpeed compiles
         while (running := [p for p in self._processes if p.exitcode is None]) and time.monotonic() < deadline:
             multiprocessing.connection.wait([process.sentinel for process in running], deadline - time.monotonic())
             if any(process.exitcode for process in self._processes):
