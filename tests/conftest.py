@@ -129,6 +129,13 @@ def straight(workspace: Path) -> Path:
     return workspace / "straight"
 
 
+@pytest.fixture(scope="session")
+def tied(workspace: Path) -> Path:
+    """`straight` with embeddings that are the projection as well."""
+    Ranks(workspace, workspace / "straight-tied", 1, extra=("--model", str(workspace / "tied"))).succeed()
+    return workspace / "straight-tied"
+
+
 @pytest.fixture
 def tokens() -> torch.Tensor:
     """Random token ids [2, 48], longer than the tiny models' 32 positions."""

@@ -189,10 +189,12 @@ class Ranks:
             path.unlink()
         return [(process.exitcode, text) for process, text in zip(self._processes, texts, strict=True)]
 
-    def succeed(self) -> None:
+    def succeed(self) -> list[str]:
+        """What each rank wrote; all must have ended well."""
         finished = self.finish()
         shown = "\n".join(f"--- rank {n}, exit code {code}\n{text[-4000:]}" for n, (code, text) in enumerate(finished))
         assert all(code == 0 for code, _ in finished), shown
+        return [text for _, text in finished]
 
 
 def log(output: Path) -> list[dict]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import finetune
 from scaled_rope import loss
@@ -22,7 +21,7 @@ from scaled_rope.errors import ConfigError, run_cli
 from scaled_rope.loss import IGNORE, resolve_loss, token_nll
 from scaled_rope.training import SummedLoss
 from tests.runs import Ranks, log
-from tests.test_ranks import assert_trained_alike
+from tests.test_ranks import assert_trained_alike, need_deepspeed
 
 needs_liger = pytest.mark.skipif(not importlib.util.find_spec("liger_kernel"), reason="no liger-kernel")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -175,24 +174,17 @@ def test_the_fused_loss_of_weights_that_fsdp2_shards(
 
 
 @needs_liger
-def test_two_ranks_of_zero3_with_the_fused_loss_train_like_one_with_the_chunked(
-    workspace: Path, tmp_path: Path
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_two_ranks_with_the_fused_loss_on_shards_train_like_one_with_the_chunked(
+    workspace: Path, tied: Path, tmp_path: Path, engine: str
 ) -> None:
     """The projection's weights are the embeddings' too, so both their gradients are summed before they are reduced."""
-    pytest.importorskip("deepspeed")
-    tied = tmp_path / "tied"
-    shutil.copytree(workspace / "model", tied)
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig.from_pretrained(tied, tie_word_embeddings=True)).save_pretrained(tied)
-    extra = ("--model", str(tied), "--max-train-steps", "3", "--heldout-steps", "3")
-    chunked, fused = tmp_path / "chunked", tmp_path / "fused"
-    sharded = Ranks(workspace, fused, 2, "zero3", (*extra, "--loss", "fused"), afresh=True, TRITON_INTERPRET="1")
-    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(chunked), *extra, "--loss", "chunked"]
-    assert finetune.main(arguments) == 0
-    finished = sharded.finish()
-    assert [code for code, _ in finished] == [0, 0], finished[0][1][-4000:]
-    assert "engine zero3, attention sdpa, loss fused" in finished[0][1]
-    assert_trained_alike(chunked, fused)
+    if engine == "zero3":
+        need_deepspeed()
+    extra = ("--model", str(workspace / "tied"), "--loss", "fused")
+    fused = Ranks(workspace, tmp_path / "fused", 2, engine, extra, TRITON_INTERPRET="1").succeed()
+    assert "loss fused" in fused[0]
+    assert_trained_alike(tied, tmp_path / "fused")
 
 
 def test_what_cannot_be_fused_is_refused_and_auto_takes_another(

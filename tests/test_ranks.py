@@ -41,13 +41,6 @@ def need_deepspeed() -> None:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="module")
-def tied(workspace: Path) -> Path:
-    """`straight` with embeddings that are the projection as well."""
-    Ranks(workspace, workspace / "straight-tied", 1, extra=("--model", str(workspace / "tied"))).succeed()
-    return workspace / "straight-tied"
-
-
 def assert_trained_alike(straight: Path, output: Path) -> None:
     one, two = log(straight), log(output)
     for field in ("step", "tokens", "tokens_seen"):
