@@ -31,7 +31,7 @@ source ./environment.sh
 models=("${given[@]}")
 if [[ ${#models[@]} -eq 0 && -n "${MODELS:-}" ]]; then read -r -d '' -a models <<<"$MODELS" || true; fi
 if [[ ${#models[@]} -eq 0 ]]; then
-    assignments=$(python -m scaled_rope.paper table3 --shell)
+    assignments=$(python -m scaled_rope.report.paper table3 --shell)
     models=($(eval "$assignments" && printf '%s\n' "${models[@]}"))
 fi
 read -r -d '' -a tasks <<<"$TASKS" || true

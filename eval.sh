@@ -18,7 +18,7 @@ source ./environment.sh
 usage "$@"
 if [[ "${1:-}" == --list ]]; then
     python -m scaled_rope.recipes --list
-    python -m scaled_rope.paper --list
+    python -m scaled_rope.report.paper --list
     exit
 fi
 
@@ -62,7 +62,7 @@ recipe() { # NAME
 
 paper() { # NAME
     local assignments model evaluator table models data flags
-    assignments=$(python -m scaled_rope.paper "$1" --shell)
+    assignments=$(python -m scaled_rope.report.paper "$1" --shell)
     eval "$assignments"
     [[ -z "${MODELS:-}" ]] || read -r -d '' -a models <<<"$MODELS" || true
     if [[ -n "${DATASET:-}" && ${#data[@]} -gt 0 ]]; then data=(--dataset "$DATASET"); fi

@@ -18,8 +18,10 @@ from typing import Any
 
 import yaml
 
-from scaled_rope.errors import ConfigError, Parser, run_cli, unknown
-from scaled_rope.flags import ATTENTIONS, check_local
+from scaled_rope.checkpoint import check_local
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.flags import ATTENTIONS
 from scaled_rope.recipes import (
     DOCUMENTS,
     LOSSES,
@@ -165,9 +167,9 @@ def save_scaled(recipe: Recipe) -> None:
         ConfigError: several processes, or a run or a model is in the output folder already.
     """
     from scaled_rope.results import provenance
-    from scaled_rope.states import run_lock
-    from scaled_rope.tracking import write_records
-    from scaled_rope.training import build_model, save_model
+    from scaled_rope.training.model import build_model, save_model
+    from scaled_rope.training.run_state import run_lock
+    from scaled_rope.training.tracking import write_records
 
     folder = Path(recipe.output_dir)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -199,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.log_loss is not None and not args.log_loss.parent.is_dir():
         raise ConfigError(f"--log-loss {args.log_loss} is not allowed; folder {args.log_loss.parent} does not exist")
     if args.architecture is not None and recipe.model is not None:
-        from scaled_rope.loading import load_config
+        from scaled_rope.checkpoint import load_config
 
         found = load_config(recipe.model).model_type
         if found != args.architecture:
@@ -214,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made_here = any(recipe.dataset in command for command in recipe.prepare)
     if made_here and not Path(recipe.dataset).exists() and not is_finished(recipe):
         raise ConfigError(f"dataset {recipe.dataset} is not there yet; ./train.sh {args.recipe} makes it, then trains")
-    from scaled_rope.training import Trainer
+    from scaled_rope.training.loop import Trainer
 
     losses = Trainer(recipe, args.resume, args.wandb, args.tensorboard).run()
     if args.log_loss is not None and int(os.environ.get("RANK", "0")) == 0:

@@ -18,12 +18,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from scaled_rope.data import BOOKENDS, PackedWriter, Source, is_sampled, open_packed, pack, read_documents
-from scaled_rope.errors import ConfigError, Parser, run_cli
-from scaled_rope.tokenizing import tokenized
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.texts.documents import TextSource, is_sampled, read_documents
+from scaled_rope.texts.packed import BOOKENDS, PackedWriter, open_packed, pack
+from scaled_rope.texts.tokenizing import tokenized
 
 
-def _documents(sources: Sequence[Source], args: argparse.Namespace) -> Iterator[str]:
+def _documents(sources: Sequence[TextSource], args: argparse.Namespace) -> Iterator[str]:
     for place, source in enumerate(sources):
         for number, text in enumerate(read_documents(source.path, args.feature, args.split, args.json)):
             if is_sampled(args.seed, place, number, source.fraction):
@@ -82,10 +84,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    from scaled_rope.loading import load_tokenizer
+    from scaled_rope.checkpoint import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer)
-    sources = [Source.parse(text) for text in args.dataset]
+    sources = [TextSource.parse(text) for text in args.dataset]
     recipe = {
         "tokenizer": args.tokenizer, "tokenizer_hash": vocabulary_hash(tokenizer),
         "sources": [[s.path, s.fraction] for s in sources], "feature": args.feature,

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from scaled_rope.data import open_packed, open_rows, recut
-from scaled_rope.errors import ConfigError, Parser, run_cli
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.texts.packed import open_packed, open_rows, recut
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scaled_rope.errors import ConfigError, Parser, run_cli
-from scaled_rope.figures import short_length
-from scaled_rope.plots import check_format, drawing, save_figure
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.report.drawing import check_format, drawing, save_figure
+from scaled_rope.report.figures import short_length
 from scaled_rope.results import read_rows
 
 TRAINED, FIRST = 8192, 1024

@@ -21,11 +21,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from scaled_rope import RopeScaling, compute_rope
 from scaled_rope.attention.blockwise import blockwise_attention
+from scaled_rope.attention.methods import attention_regions
 from scaled_rope.attention.regions import region_attention
-from scaled_rope.errors import ConfigError, Parser, run_cli
-from scaled_rope.evaluation import command_line, format_table
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.formatting import format_table
+from scaled_rope.evaluation.runner import command_line
 from scaled_rope.flags import parse_lengths
-from scaled_rope.methods import attention_regions
 from scaled_rope.results import append_row, provenance
 
 HEADS, KV_HEADS, HEAD_DIM, ORIGINAL = 9, 3, 64, 8192

@@ -35,14 +35,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # eval/ is not part of the installed package
 
 import eval.perplexity as evaluator  # noqa: E402
-from scaled_rope.config import RopeScaling  # noqa: E402
-from scaled_rope.errors import ConfigError, Parser, run_cli, unknown  # noqa: E402
-from scaled_rope.evaluation import command_line, format_table  # noqa: E402
-from scaled_rope.loading import ModelLoader, model_jobs  # noqa: E402
-from scaled_rope.patch import head_dim_of, patch_model  # noqa: E402
-from scaled_rope.results import append_row, provenance  # noqa: E402
-from scaled_rope.rotary import ScaledRotaryEmbedding  # noqa: E402
-from scaled_rope.windows import truncated  # noqa: E402
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.evaluation.formatting import format_table
+from scaled_rope.evaluation.jobs import ModelLoader, model_jobs
+from scaled_rope.evaluation.runner import command_line
+from scaled_rope.evaluation.windows import truncated
+from scaled_rope.patching.families import head_dim_of
+from scaled_rope.patching.patch import patch_model
+from scaled_rope.patching.rotary import ScaledRotaryEmbedding
+from scaled_rope.results import append_row, provenance
+from scaled_rope.scaling.record import RopeScaling
 
 
 def build_parser() -> argparse.ArgumentParser:

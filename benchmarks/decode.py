@@ -27,15 +27,17 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from scaled_rope import late
-from scaled_rope.caches import note_of
-from scaled_rope.config import RopeScaling
-from scaled_rope.errors import ConfigError, Parser, run_cli
-from scaled_rope.evaluation import command_line, format_table
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.formatting import format_table
+from scaled_rope.evaluation.runner import command_line
 from scaled_rope.flags import parse_lengths
-from scaled_rope.methods import compute_scale
-from scaled_rope.patch import patch_model
+from scaled_rope.patching import deferred_rotation
+from scaled_rope.patching.cache_owners import note_of
+from scaled_rope.patching.patch import patch_model
 from scaled_rope.results import append_row, provenance
+from scaled_rope.scaling.frequencies import compute_scale
+from scaled_rope.scaling.record import RopeScaling
 
 ORIGINAL = 1024
 SHAPE: dict[str, Any] = {
@@ -71,11 +73,11 @@ class Variant:
 @contextmanager
 def plain_torch() -> Any:
     """Keys are rotated in memory, then the model's own attention runs."""
-    few, late.FEW = late.FEW, 0
+    few, deferred_rotation.FEW = deferred_rotation.FEW, 0
     try:
         yield
     finally:
-        late.FEW = few
+        deferred_rotation.FEW = few
 
 
 def variants(layers: int, longest: int) -> dict[str, Variant]:

@@ -123,7 +123,7 @@ def exact_rotary(scaling: Any, head_dim: int) -> Any:
     """A rotary module that makes float64 tables of our float32 frequencies."""
     import torch
 
-    from scaled_rope.methods import compute_rope
+    from scaled_rope.scaling.frequencies import compute_rope
 
     class Rotary(torch.nn.Module):
         def forward(self, x: Any, position_ids: Any) -> Any:
@@ -139,8 +139,9 @@ def our_logits(folder: str, scaling: Any, tokens: Sequence[int]) -> tuple[Any, A
     """Logits [N, V] of the patched model in float32, and of the same model in float64 throughout."""
     import torch
 
-    from scaled_rope.loading import load_model
-    from scaled_rope.patch import head_dim_of, patch_model
+    from scaled_rope.patching.families import head_dim_of
+    from scaled_rope.patching.loading import load_model
+    from scaled_rope.patching.patch import patch_model
 
     model = load_model(folder, dtype="float32", device=torch.device("cpu"), attn_implementation="eager")
     patch_model(model, scaling)
@@ -188,12 +189,13 @@ def as_converted(words: Any, scaling: Any) -> dict[str, Any]:
 
 def make_jobs(folder: str, specs: Sequence[str], text: str, length: int, scratch: Path) -> list[Job]:
     """One job per scaling with the exported flags, and for YaRN one with the converter's metadata and no flags."""
-    from scaled_rope.config import RopeScaling
+    from scaled_rope.checkpoint import load_config, load_tokenizer
     from scaled_rope.errors import ConfigError
-    from scaled_rope.export import divisors, export
-    from scaled_rope.gguf_files import GgufRope, add_rope, write_checkpoint
-    from scaled_rope.loading import load_config, load_tokenizer, resolve_scaling
-    from scaled_rope.patch import head_dim_of
+    from scaled_rope.patching.families import head_dim_of
+    from scaled_rope.scaling.record import RopeScaling, resolve_scaling
+    from scaled_rope.serving.export import export
+    from scaled_rope.serving.gguf import GgufRope, add_rope, write_checkpoint
+    from scaled_rope.serving.targets.common import divisors
 
     tokens = load_tokenizer(folder)(text, add_special_tokens=False)["input_ids"][:length]
     if len(tokens) < length:
@@ -266,9 +268,10 @@ def main() -> int:
         return 0
     import numpy as np
 
-    from scaled_rope.errors import ConfigError, Parser
-    from scaled_rope.evaluation import format_table
-    from scaled_rope.loading import DEFAULT_MODEL, display_name, weights_hash
+    from scaled_rope.checkpoint import DEFAULT_MODEL, display_name, weights_hash
+    from scaled_rope.command_line import Parser
+    from scaled_rope.errors import ConfigError
+    from scaled_rope.evaluation.formatting import format_table
     from scaled_rope.results import append_row, provenance
 
     parser = Parser("benchmarks/gguf_parity.py", __doc__)
@@ -358,6 +361,6 @@ def _line(*parts: Any) -> list[str]:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--evaluate"]:
         sys.exit(main())
-    from scaled_rope.errors import run_cli
+    from scaled_rope.command_line import run_cli
 
     sys.exit(run_cli(main))

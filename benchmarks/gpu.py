@@ -33,7 +33,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a GPU image need not have the package installed
 
-from scaled_rope.errors import ConfigError, Parser, run_cli  # noqa: E402
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError
 
 Row = dict[str, Any]
 Pair = tuple[Any, Any]
@@ -419,7 +420,7 @@ def decode_inputs(shape: tuple[int, int, int, int], keys: int, dtype: Any, devic
 
     from scaled_rope import RopeScaling
     from scaled_rope.kernels import DecodeAngles
-    from scaled_rope.methods import compute_rope
+    from scaled_rope.scaling.frequencies import compute_rope
 
     batch, heads, key_heads, width = shape
     query = torch.randn(batch, heads, 1, width, dtype=dtype, device=device)
@@ -547,8 +548,9 @@ def attention_variants(width: int, device: Any) -> dict[str, tuple[Callable[...,
     from benchmarks.attention_methods import ORIGINAL, SPECS
     from scaled_rope import RopeScaling
     from scaled_rope.attention.composed import composed_attention, flash
+    from scaled_rope.attention.methods import attention_regions
     from scaled_rope.attention.regions import region_attention
-    from scaled_rope.methods import attention_regions, compute_rope
+    from scaled_rope.scaling.frequencies import compute_rope
 
     base = RopeScaling("default", original_max_position_embeddings=ORIGINAL, rope_theta=1e5)
     inv_freq = compute_rope(base, width, device=device)[0]
@@ -657,7 +659,7 @@ def attentions() -> dict[str, tuple[str, list[Any]]]:
     import torch
     from torch.nn.attention import SDPBackend
 
-    from scaled_rope.backends import ATTENTIONS, resolve_attention
+    from scaled_rope.attention.backends import ATTENTIONS, resolve_attention
 
     found: dict[str, tuple[str, list[Any]]] = {
         "sdpa, flash": ("sdpa", [SDPBackend.FLASH_ATTENTION]),
@@ -812,9 +814,9 @@ def training_module(recipe: Any, kernel: str | None = None) -> tuple[Any, str, s
     import torch
 
     from scaled_rope import patch_model, unpatch_model
-    from scaled_rope.backends import resolve_attention
-    from scaled_rope.loss import resolve_loss
-    from scaled_rope.training import SummedLoss, build_model, enable_checkpointing
+    from scaled_rope.attention.backends import resolve_attention
+    from scaled_rope.patching.loss import resolve_loss
+    from scaled_rope.training.model import SummedLoss, build_model, enable_checkpointing
 
     device = torch.device(DEVICE)
     attention = resolve_attention(recipe.attention, device, recipe.compute_dtype)
@@ -862,7 +864,7 @@ def first_gradient(loss: Any, model: Any) -> Any:
 
 def time_ours(name: str, variant: str, tokens: Any, wanted: Any, noise: float) -> Row:
     """A row's measurements; first of all its gradient is compared with float32's, on the first `CHECKED` tokens."""
-    from scaled_rope.training import make_optimizer
+    from scaled_rope.training.loop import make_optimizer
 
     recipe = training_recipe(name, tokens.shape[1], **OURS[variant])
     module, attention, loss = training_module(recipe, "none" if variant.endswith("no rotary kernel") else None)

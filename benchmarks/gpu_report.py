@@ -14,8 +14,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scaled_rope.errors import ConfigError, Parser, run_cli  # noqa: E402
-from scaled_rope.results import rows_so_far, write_atomic  # noqa: E402
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.results import rows_so_far, write_atomic
 
 Row = dict[str, Any]
 ROWS = ROOT / "benchmarks" / "results" / "gpu.jsonl"

@@ -26,11 +26,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from scaled_rope.data import PackedWriter
-from scaled_rope.errors import Parser, run_cli, unknown
-from scaled_rope.planning import Options, Planner
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import unknown
 from scaled_rope.recipes import Recipe, make_recipe, read_recipe
 from scaled_rope.results import append_row, provenance, read_rows
+from scaled_rope.texts.packed import PackedWriter
+from scaled_rope.training.planning import Options, Planner
 
 ROOT = Path(__file__).parent.parent
 _LLAMA: dict[str, Any] = {
@@ -163,7 +164,7 @@ def _child(recipe: Recipe) -> None:
     from transformers import AutoModelForCausalLM  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    from scaled_rope.training import Loop, Trainer
+    from scaled_rope.training.loop import Loop, Trainer
 
     step, used = Loop._step, 0.0
 

@@ -27,12 +27,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from scaled_rope import mini
-from scaled_rope.errors import ConfigError, Parser, run_cli, unknown
-from scaled_rope.mini import BOOKS, PROOFS, Results, Run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import paper_mini_report
+from benchmarks.paper_mini_report import BOOKS, PROOFS, Results, Run
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.recipes import is_finished
 from scaled_rope.results import Row, append_row, read_rows, rows_so_far
-from scaled_rope.states import read_log
+from scaled_rope.training.run_state import read_log
 
 ROWS = "data/paper_mini_rows.jsonl"
 TRAINING = "data/paper_mini_training.jsonl"
@@ -63,7 +66,7 @@ class Evaluation:
         """Whether every length has its row for each of these runs, or scalings of the base (`mini.name_of`)."""
         lengths = map(int, self.flags[self.flags.index("--lengths") + 1].split(","))
         found = {
-            (mini.name_of(row), row["length"])
+            (paper_mini_report.name_of(row), row["length"])
             for row in rows
             if row["metric"] == self.script and row["data"]["name"] == self.data
             if self.seed is None or row["protocol"]["seed"] == self.seed
@@ -84,7 +87,7 @@ def evaluations(part: str, run: Run) -> list[Evaluation]:
     """Table 1 has proofs too, for one seed, and passkeys; the others held-out books only."""
     if part != "table1":
         return [ON_BOOKS]
-    return [ON_BOOKS, *[ON_PROOFS] * (run.seed == mini.SEEDS[0]), on_passkeys(run.seed)]
+    return [ON_BOOKS, *[ON_PROOFS] * (run.seed == paper_mini_report.SEEDS[0]), on_passkeys(run.seed)]
 
 
 @dataclass(frozen=True)
@@ -98,16 +101,16 @@ class Task:
 
 def untrained(output: str) -> list[Task]:
     """The base under the methods, the forks and the dynamic forms, on both texts, and its passkeys."""
-    methods = ("default", *mini.TABLE1)
+    methods = ("default", *paper_mini_report.TABLE1)
     calls = {
-        "books": (ON_BOOKS, (*methods, *mini.FORKS_UNTRAINED)),
-        "proofs": (ON_PROOFS, (*methods, *mini.FORKS_UNTRAINED)),
-        "books, dynamic": (ON_BOOKS, mini.FIGURE5[1:]),
-        **{f"passkeys {seed}": (on_passkeys(seed), methods) for seed in mini.SEEDS},
+        "books": (ON_BOOKS, (*methods, *paper_mini_report.FORKS_UNTRAINED)),
+        "proofs": (ON_PROOFS, (*methods, *paper_mini_report.FORKS_UNTRAINED)),
+        "books, dynamic": (ON_BOOKS, paper_mini_report.FIGURE5[1:]),
+        **{f"passkeys {seed}": (on_passkeys(seed), methods) for seed in paper_mini_report.SEEDS},
     }
     rows = rows_so_far(output)
     return [
-        Task(f"base, {name}", [call.command(mini.BASE, specs, output)])
+        Task(f"base, {name}", [call.command(paper_mini_report.BASE, specs, output)])
         for name, (call, specs) in calls.items()
         if not call.is_measured(specs, rows)
     ]
@@ -117,13 +120,13 @@ def record(run: Run, output: str) -> None:
     """Append what the run's training came to, once; where and when is what the run itself wrote down."""
     if any(row["model"] == run.model for row in rows_so_far(output)):
         return
-    log = read_log(mini.ROOT / run.name)
+    log = read_log(paper_mini_report.ROOT / run.name)
     losses = [row["loss"] for row in log]
     row = {
         "metric": "train_loss", "model": run.model, "scaling": run.scaling, "seed": run.seed, "steps": run.steps,
-        "learning_rate": run.learning_rate, "late_loss": mini.late_loss(losses), "losses": losses,
+        "learning_rate": run.learning_rate, "late_loss": paper_mini_report.late_loss(losses), "losses": losses,
         "seconds": round(sum(row["seconds"] for row in log), 1), "command": f"finetune.py {' '.join(run.flags())}",
-        "provenance": json.loads((mini.ROOT / run.name / "provenance.json").read_text()),
+        "provenance": json.loads((paper_mini_report.ROOT / run.name / "provenance.json").read_text()),
     }  # fmt: skip
     append_row(output, row)
 
@@ -142,7 +145,7 @@ def trained(part: str, runs: Sequence[Run], output: str, training: str) -> list[
 
 
 def swept(training: str) -> dict[str, float]:
-    return mini.swept(mini.late_losses(rows_so_far(training)))
+    return paper_mini_report.swept(paper_mini_report.late_losses(rows_so_far(training)))
 
 
 def tasks_of(part: str, output: str, training: str) -> list[Task]:
@@ -150,8 +153,8 @@ def tasks_of(part: str, output: str, training: str) -> list[Task]:
         return untrained(output)
     if part == "sweep":
         known = {row["model"] for row in rows_so_far(training)}
-        return trained(part, [run for run in mini.SWEEP if run.model not in known], output, training)
-    return trained(part, mini.parts(swept(training))[part], output, training)
+        return trained(part, [run for run in paper_mini_report.SWEEP if run.model not in known], output, training)
+    return trained(part, paper_mini_report.parts(swept(training))[part], output, training)
 
 
 def perform(tasks: Sequence[Task], jobs: int) -> None:
@@ -186,7 +189,7 @@ def perform(tasks: Sequence[Task], jobs: int) -> None:
 
 def prepare() -> None:
     """Fetch and pack the text that the runs train on, as train.sh does; nothing where it is there."""
-    script = f"source ./environment.sh; read_recipe {mini.RECIPE}"
+    script = f"source ./environment.sh; read_recipe {paper_mini_report.RECIPE}"
     subprocess.run(["bash", "-euo", "pipefail", "-c", script], env=os.environ | {"PYTHON": sys.executable}, check=True)
 
 
@@ -209,9 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.show or args.figures:
         results = Results(read_rows(args.output))
         if args.figures:
-            print("\n".join(map(str, mini.draw(results, swept(args.training), Path(args.figures)))))
+            print("\n".join(map(str, paper_mini_report.draw(results, swept(args.training), Path(args.figures)))))
         if args.show:
-            for title, text in mini.tables(results, read_rows(args.training)).items():
+            for title, text in paper_mini_report.tables(results, read_rows(args.training)).items():
                 print(f"{title}\n\n{text}\n")
         return 0
     if not args.list:

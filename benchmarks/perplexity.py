@@ -25,7 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # eval/ is not part of the installed package
 
-from scaled_rope.errors import ConfigError, Parser, run_cli  # noqa: E402
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError
 
 TOLERANCE = 1e-5
 """float32 losses, summed in different orders."""
@@ -62,9 +63,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     import eval.perplexity as evaluator
-    from scaled_rope.evaluation import Meter
-    from scaled_rope.loading import ModelLoader, model_jobs
-    from scaled_rope.windows import truncated
+    from scaled_rope.evaluation.jobs import ModelLoader, model_jobs
+    from scaled_rope.evaluation.memory_meter import Meter
+    from scaled_rope.evaluation.windows import truncated
 
     lengths = lengths_of(args)
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     lengths = lengths_of(args)
     if args.dataset is None:
-        from scaled_rope.corpora import fetch
+        from scaled_rope.texts.corpora import fetch
 
         args.dataset = os.path.relpath(fetch("books", ROOT / "data" / "cache" / "books") / "heldout")
     if args.arm is not None:
@@ -143,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from scaled_rope.evaluation import command_line
+    from scaled_rope.evaluation.runner import command_line
     from scaled_rope.results import append_row, provenance
 
     shared = ["--model", args.model, "--scaling", args.scaling, "--dataset", args.dataset, "--dtype", args.dtype]

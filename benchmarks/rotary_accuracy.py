@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
-from scaled_rope.kernels import frequency_phases  # noqa: E402
-from scaled_rope.kernels.rotary import tables_from_phases  # noqa: E402
+from scaled_rope.kernels import frequency_phases
+from scaled_rope.kernels.rotary import tables_from_phases
 
 HEAD_DIM, THETA, SAMPLES = 128, 10000.0, 200
 LENGTHS = (2**12, 2**17, 2**20, 2**24)

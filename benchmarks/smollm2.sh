@@ -23,7 +23,7 @@ under() { # SPEC ...: as flags
     for spec in "$@"; do flags+=(--scaling "$spec"); done
 }
 
-attended python -m scaled_rope.checkpoints fetch smollm2-135m --output "$model"
+attended python -m scaled_rope.texts.fetched_models fetch smollm2-135m --output "$model"
 case $what in
     quick)
         under default linear:2 ntk:2 yarn:2 dynamic-yarn

@@ -35,9 +35,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scaled_rope.errors import ConfigError, Parser, run_cli, unknown  # noqa: E402
-from scaled_rope.recipes import Recipe, is_finished, read_recipe  # noqa: E402
-from scaled_rope.results import portable_model, rows_so_far  # noqa: E402
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.recipes import Recipe, is_finished, read_recipe
+from scaled_rope.results import portable_model, rows_so_far
 
 RECIPES = ("smollm2-135m-pi-32k", "smollm2-135m-ntk-32k", "smollm2-135m-yarn-32k")
 METRICS = {"perplexity": "perplexity", "passkey": "passkey", "benchmarks": "benchmark"}

@@ -36,14 +36,15 @@ sys.path.insert(0, str(ROOT))  # eval/ is not part of the installed package
 
 import eval.harness  # noqa: E402
 import eval.perplexity  # noqa: E402
-from scaled_rope.data import PackedDataset, PackedWriter, open_packed, read_documents  # noqa: E402
-from scaled_rope.errors import ConfigError, Parser, run_cli, unknown  # noqa: E402
-from scaled_rope.flags import context_lengths  # noqa: E402
-from scaled_rope.loading import load_config, load_tokenizer  # noqa: E402
-from scaled_rope.passkey import encode  # noqa: E402
-from scaled_rope.recipes import read_recipe  # noqa: E402
-from scaled_rope.results import provenance, write_atomic  # noqa: E402
-from scaled_rope.windows import Tokens, select, truncated  # noqa: E402
+from scaled_rope.checkpoint import encode, load_config, load_tokenizer
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.evaluation.windows import Tokens, select, truncated
+from scaled_rope.flags import context_lengths
+from scaled_rope.recipes import read_recipe
+from scaled_rope.results import provenance, write_atomic
+from scaled_rope.texts.documents import read_documents
+from scaled_rope.texts.packed import PackedDataset, PackedWriter, open_packed
 
 RECIPE = "smollm2-135m-yarn-32k"
 WEIGHTS = "model.safetensors"

@@ -2,8 +2,8 @@
 
     python benchmarks/tokenization.py --output data/benchmarks/tokenization_cpu.jsonl
 
-Text is the stand-in for PG19 (`python -m scaled_rope.corpora list`), cut at spaces into documents; when it is used up
-it comes again, and every document begins with the number of the copy that it is from. `datasets.map` does what
+Text is the stand-in for PG19 (`python -m scaled_rope.texts.corpora list`), cut at spaces into documents; when it is
+used up it comes again, and every document begins with the number of the copy that it is from. `datasets.map` does what
 transformers' run_clm.py does: batches of 1000 documents are tokenized, then joined and cut.
 
 Each run has a process of its own. Its clock starts when everything is imported and the text lies on disk. Its memory is
@@ -29,9 +29,11 @@ from typing import Any
 
 import psutil
 
-from scaled_rope.data import open_packed, read_documents
-from scaled_rope.errors import ConfigError, Parser, run_cli, unknown
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.results import append_row, provenance, read_rows
+from scaled_rope.texts.documents import read_documents
+from scaled_rope.texts.packed import open_packed
 
 ROOT = Path(__file__).parent.parent
 TOOLS = ("tokenization.py", "datasets.map")
@@ -87,7 +89,7 @@ def with_datasets(text: Path, tokenizer_name: str, length: int, num_proc: int, f
     """Tokenize, join and cut with `datasets`; returns the number of sequences and the first one."""
     import datasets
 
-    from scaled_rope.loading import load_tokenizer
+    from scaled_rope.checkpoint import load_tokenizer
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = load_tokenizer(tokenizer_name)
@@ -126,7 +128,7 @@ def child(tool: str, text: Path, args: argparse.Namespace) -> None:
     import transformers  # noqa: F401
 
     import tokenization  # noqa: F401
-    from scaled_rope.loading import load_tokenizer
+    from scaled_rope.checkpoint import load_tokenizer
 
     datasets.disable_progress_bars()
     load_tokenizer(args.tokenizer)  # its modules are imported lazily

@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for benchmarks.memory
 
 from benchmarks.memory import measure  # noqa: E402
-from scaled_rope.errors import Parser, run_cli, unknown  # noqa: E402
-from scaled_rope.results import append_row, provenance, read_rows  # noqa: E402
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import unknown
+from scaled_rope.results import append_row, provenance, read_rows
 
 MODEL: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,

@@ -22,9 +22,10 @@ from typing import Any
 
 from tqdm import trange
 
-from scaled_rope.data import PackedWriter, open_packed, read_documents
-from scaled_rope.errors import Parser, run_cli
-from scaled_rope.passkey import PasskeyPrompt, build_prompt, draw_key
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt, build_prompt, draw_key
+from scaled_rope.texts.documents import read_documents
+from scaled_rope.texts.packed import PackedWriter, open_packed
 
 BOS, EOS = "<s>", "</s>"
 LENGTH = 256  # tokens per row: the context that the base is trained on
@@ -110,11 +111,13 @@ def build_set(name: str, tokenizer: Any, stream: list[int], output: Path, seed: 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("data/build_base.py", __doc__)
-    parser.add_argument("--books", type=Path, required=True, help="folder that `scaled_rope.corpora fetch books` made")
+    parser.add_argument(
+        "--books", type=Path, required=True, help="folder that `scaled_rope.texts.corpora fetch books` made"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for tokenizer, language and retrieval")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    from scaled_rope.loading import load_tokenizer
+    from scaled_rope.checkpoint import load_tokenizer
 
     texts = list(read_documents(str(args.books / "train")))
     args.output.mkdir(parents=True, exist_ok=True)

@@ -13,10 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scaled_rope.errors import ConfigError, Parser, run_cli
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError
 from scaled_rope.results import write_atomic
-from scaled_rope.states import read_log
-from scaled_rope.tracking import plot_losses
+from scaled_rope.training.run_state import read_log
+from scaled_rope.training.tracking import plot_losses
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from scaled_rope.errors import ConfigError, Parser, refuse_early, run_cli
+from scaled_rope.command_line import Parser, refuse_early, run_cli
+from scaled_rope.errors import ConfigError
 from scaled_rope.flags import add_model_arguments, check_model_arguments
 from scaled_rope.results import Row, append_row, finished_keys, provenance, read_rows, row_key
 
@@ -49,10 +50,12 @@ if __name__ == "__main__":
     refuse_early(lambda: check_model_arguments(build_parser().parse_args()))
 
 # What takes seconds to import stands below the flags.
-from scaled_rope.evaluation import Meter, command_line, format_table, given_arguments
-from scaled_rope.harness import NO_LIMIT, PAPER, Catalogue, Unit, job_cells, model_class, model_of_job
-from scaled_rope.loading import ModelJob, ModelLoader, model_jobs
-from scaled_rope.requests import SavedUnit, Scorer, read_requests, save_requests
+from scaled_rope.evaluation.formatting import format_table
+from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
+from scaled_rope.evaluation.lm_eval_tasks import NO_LIMIT, PAPER, Catalogue, Unit, job_cells, model_class, model_of_job
+from scaled_rope.evaluation.memory_meter import Meter
+from scaled_rope.evaluation.runner import command_line, given_arguments
+from scaled_rope.evaluation.saved_questions import SavedUnit, Scorer, read_requests, save_requests
 
 
 def check_arguments(args: argparse.Namespace) -> tuple[list[str], list[int] | None]:

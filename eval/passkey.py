@@ -31,8 +31,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from scaled_rope.config import RopeScaling
-from scaled_rope.errors import ConfigError, Parser, refuse_early, run_cli
+from scaled_rope.command_line import Parser, refuse_early, run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt, build_prompt, draw_key
 from scaled_rope.flags import (
     add_evaluation_arguments,
     add_model_arguments,
@@ -40,8 +41,8 @@ from scaled_rope.flags import (
     check_model_arguments,
     context_lengths,
 )
-from scaled_rope.passkey import PasskeyPrompt, build_prompt, draw_key
 from scaled_rope.results import Row, provenance
+from scaled_rope.scaling.record import RopeScaling
 
 DEPTHS = ("grid", "random")
 
@@ -79,12 +80,16 @@ if __name__ == "__main__":
 # What takes seconds to import stands below the flags.
 import torch
 
-from scaled_rope.evaluation import Failure, command_line, given_arguments, print_summary, report_failures, run
-from scaled_rope.heatmap import Panel, save_heatmap
-from scaled_rope.loading import ModelJob, apply_scaling, at_length, load_tokenizer, model_jobs, resolve_device
-from scaled_rope.loss import hidden_states, project, shared_hidden_states
-from scaled_rope.plots import check_format
-from scaled_rope.retrieval import context_rows, context_table, record_contexts, tally
+from scaled_rope.checkpoint import load_tokenizer
+from scaled_rope.evaluation.jobs import ModelJob, model_jobs
+from scaled_rope.evaluation.passkey_context import context_rows, context_table, record_contexts
+from scaled_rope.evaluation.runner import Failure, command_line, given_arguments, print_summary, report_failures, run
+from scaled_rope.evaluation.statistics import tally
+from scaled_rope.patching.loading import apply_scaling, resolve_device
+from scaled_rope.patching.loss import hidden_states, project, shared_hidden_states
+from scaled_rope.report.drawing import check_format
+from scaled_rope.report.heatmap import Panel, save_heatmap
+from scaled_rope.scaling.frequencies import at_length
 
 
 def make_prompts(tokenizer: Any, length: int, iterations: int, depths: str, seed: int) -> list[PasskeyPrompt]:

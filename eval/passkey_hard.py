@@ -30,8 +30,10 @@ from typing import Any
 
 import numpy as np
 
-from scaled_rope.data import IntArray, read_documents
-from scaled_rope.errors import ConfigError, Parser, refuse_early, run_cli
+from scaled_rope.checkpoint import encode
+from scaled_rope.command_line import Parser, refuse_early, run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.passkey_prompts import HardPrompt, build_hard_prompt, draw_keys
 from scaled_rope.flags import (
     add_evaluation_arguments,
     add_model_arguments,
@@ -39,8 +41,9 @@ from scaled_rope.flags import (
     check_model_arguments,
     context_lengths,
 )
-from scaled_rope.passkey import HardPrompt, build_hard_prompt, draw_keys, encode
 from scaled_rope.results import Row, provenance, write_atomic
+from scaled_rope.texts.documents import read_documents
+from scaled_rope.texts.packed import IntArray
 
 FIXED_LENGTH = 8192
 MAX_NEW_TOKENS = 10
@@ -109,13 +112,16 @@ if __name__ == "__main__":
     refuse_early(lambda: check_arguments(build_parser().parse_args()))
 
 # What takes seconds to import stands below the flags.
-from scaled_rope.evaluation import Failure, command_line, given_arguments, print_summary, report_failures, run
-from scaled_rope.generation import Answer, decode_numbers, end_tokens, number_tokens
-from scaled_rope.heatmap import Panel, save_heatmap
-from scaled_rope.loading import ModelJob, load_config, load_tokenizer, model_jobs, resolve_device
-from scaled_rope.patch import cache_obstacle
-from scaled_rope.plots import check_format
-from scaled_rope.retrieval import context_rows, context_table, format_share, record_contexts, tally
+from scaled_rope.checkpoint import load_config, load_tokenizer
+from scaled_rope.evaluation.decoding import Answer, decode_numbers, end_tokens, number_tokens
+from scaled_rope.evaluation.jobs import ModelJob, model_jobs
+from scaled_rope.evaluation.passkey_context import context_rows, context_table, record_contexts
+from scaled_rope.evaluation.runner import Failure, command_line, given_arguments, print_summary, report_failures, run
+from scaled_rope.evaluation.statistics import format_share, tally
+from scaled_rope.patching.loading import resolve_device
+from scaled_rope.patching.patch import cache_obstacle
+from scaled_rope.report.drawing import check_format
+from scaled_rope.report.heatmap import Panel, save_heatmap
 
 
 def read_tokens(args: argparse.Namespace, tokenizer: Any, wanted: int) -> IntArray:

@@ -16,7 +16,7 @@ Weighting `token`: perplexity is exp(sum of the targets' negative log-likelihood
 windows. `window`, the released code's: exp of the unweighted mean over windows of each window's mean.
 
 Data sets are .txt, .jsonl or .parquet files, folders of these, hub names, packed sets, or standin:NAME for texts from
-package archives (python -m scaled_rope.corpora list).
+package archives (python -m scaled_rope.texts.corpora list).
 """
 
 from __future__ import annotations
@@ -35,19 +35,10 @@ from typing import Any
 
 import numpy as np
 
-from scaled_rope.corpora import STANDIN, hub_documents, hub_table
-from scaled_rope.data import ColumnDataset, TokenRows, open_rows, read_documents
-from scaled_rope.errors import ConfigError, Parser, refuse_early, run_cli
-from scaled_rope.flags import (
-    add_evaluation_arguments,
-    add_model_arguments,
-    batch_size,
-    check_model_arguments,
-    context_lengths,
-)
-from scaled_rope.passkey import encode
-from scaled_rope.results import Row, row_key
-from scaled_rope.windows import (
+from scaled_rope.checkpoint import encode
+from scaled_rope.command_line import Parser, refuse_early, run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.windows import (
     SEED,
     WEIGHTINGS,
     Document,
@@ -66,6 +57,17 @@ from scaled_rope.windows import (
     terms,
     truncated,
 )
+from scaled_rope.flags import (
+    add_evaluation_arguments,
+    add_model_arguments,
+    batch_size,
+    check_model_arguments,
+    context_lengths,
+)
+from scaled_rope.results import Row, row_key
+from scaled_rope.texts.corpora import STANDIN
+from scaled_rope.texts.documents import hub_documents, hub_table, read_documents
+from scaled_rope.texts.packed import ColumnDataset, TokenRows, open_rows
 
 DOCUMENTS_IN_ROW = 200
 """A row lists the sums of its documents when there are no more than these."""
@@ -144,20 +146,13 @@ if __name__ == "__main__":
 # What takes seconds to import stands below the flags.
 import torch
 
-from scaled_rope.evaluation import (
-    Failure,
-    Meter,
-    Parts,
-    command_line,
-    format_perplexity,
-    is_out_of_memory,
-    print_summary,
-    release_memory,
-    report_failures,
-    run_all,
-)
-from scaled_rope.loading import ModelJob, at_length, display_name, load_config, load_tokenizer, model_jobs
-from scaled_rope.loss import IGNORE, token_nll
+from scaled_rope.checkpoint import display_name, load_config, load_tokenizer
+from scaled_rope.evaluation.formatting import format_perplexity
+from scaled_rope.evaluation.jobs import ModelJob, model_jobs
+from scaled_rope.evaluation.memory_meter import Meter, is_out_of_memory, release_memory
+from scaled_rope.evaluation.runner import Failure, Parts, command_line, print_summary, report_failures, run_all
+from scaled_rope.patching.loss import IGNORE, token_nll
+from scaled_rope.scaling.frequencies import at_length
 
 
 def is_length_dependent(job: ModelJob) -> bool:

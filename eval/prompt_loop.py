@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from scaled_rope.errors import ConfigError, Parser, refuse_early, run_cli
+from scaled_rope.checkpoint import encode
+from scaled_rope.command_line import Parser, refuse_early, run_cli
+from scaled_rope.errors import ConfigError
 from scaled_rope.flags import add_model_arguments, check_model_arguments
-from scaled_rope.passkey import encode
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -80,9 +81,10 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 from transformers.utils import logging as transformers_logging
 
-from scaled_rope.generation import end_tokens
-from scaled_rope.loading import ModelJob, ModelLoader, load_tokenizer, model_jobs
-from scaled_rope.patch import cache_obstacle
+from scaled_rope.checkpoint import load_tokenizer
+from scaled_rope.evaluation.decoding import end_tokens
+from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
+from scaled_rope.patching.patch import cache_obstacle
 
 
 def generation_config(args: argparse.Namespace, model: Any, tokenizer: Any, cached: bool) -> GenerationConfig:

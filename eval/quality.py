@@ -27,7 +27,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from scaled_rope.errors import ConfigError, Parser, refuse_early, run_cli
+from scaled_rope.command_line import Parser, refuse_early, run_cli
+from scaled_rope.errors import ConfigError
 from scaled_rope.flags import add_model_arguments, check_model_arguments
 from scaled_rope.results import Row, write_atomic
 
@@ -65,10 +66,19 @@ if __name__ == "__main__":
     refuse_early(lambda: check_arguments(build_parser().parse_args()))
 
 # What takes seconds to import stands below the flags.
-from scaled_rope.choice import LETTERS, ChoicePrompt, build_choice_prompt, read_questions, score_letters
-from scaled_rope.evaluation import Failure, command_line, print_summary, report_failures, run
-from scaled_rope.loading import ModelJob, apply_scaling, at_length, load_tokenizer, model_jobs
-from scaled_rope.retrieval import format_share, tally
+from scaled_rope.checkpoint import load_tokenizer
+from scaled_rope.evaluation.choice_prompts import (
+    LETTERS,
+    ChoicePrompt,
+    build_choice_prompt,
+    read_questions,
+    score_letters,
+)
+from scaled_rope.evaluation.jobs import ModelJob, model_jobs
+from scaled_rope.evaluation.runner import Failure, command_line, print_summary, report_failures, run
+from scaled_rope.evaluation.statistics import format_share, tally
+from scaled_rope.patching.loading import apply_scaling
+from scaled_rope.scaling.frequencies import at_length
 
 
 class Quality:

@@ -24,7 +24,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scaled_rope.errors import ConfigError, Parser, refuse_early, run_cli
+from scaled_rope.command_line import Parser, refuse_early, run_cli
+from scaled_rope.errors import ConfigError
 from scaled_rope.results import portable_model, read_rows, write_atomic
 
 
@@ -48,13 +49,13 @@ if __name__ == "__main__":
     refuse_early(build_parser().parse_args)
 
 # What takes seconds to import stands below the flags.
-from scaled_rope import paper
-from scaled_rope.figures import figure_of, loss_figure, paper_figure, wavelength_figure
-from scaled_rope.loading import display_name
-from scaled_rope.page import Part, build_page, figure_html, paper_table_html, provenance_html, table_html
-from scaled_rope.paper import PaperFigure, PaperTable
-from scaled_rope.series import (
-    Results,
+from scaled_rope.checkpoint import display_name
+from scaled_rope.report import paper
+from scaled_rope.report.figures import figure_of, loss_figure, paper_figure, wavelength_figure
+from scaled_rope.report.html import PageSection, build_page, figure_html, paper_table_html, provenance_html, table_html
+from scaled_rope.report.paper import PaperFigure, PaperTable
+from scaled_rope.report.tables import (
+    ReportRows,
     Section,
     Series,
     csv_text,
@@ -84,7 +85,7 @@ def _only(what: str, candidates: Sequence[Series]) -> Series:
     return candidates[0]
 
 
-def demo_verdict(results: Results, base: str | None = None, finetuned: str | None = None) -> Verdict:
+def demo_verdict(results: ReportRows, base: str | None = None, finetuned: str | None = None) -> Verdict:
     """Whether fine-tuning with YaRN extended the context.
 
     1. The fine-tuned model's perplexity in the position bucket that ends at its extended context is at most 1.10 times
@@ -179,7 +180,7 @@ def read_losses(path: str) -> list[tuple[int, float]]:
 class Report:
     """What goes into the page and the CSV file."""
 
-    results: Results | None
+    results: ReportRows | None
     """None: no row files."""
     tables: list[PaperTable]
     figures: list[PaperFigure]
@@ -194,12 +195,12 @@ class Report:
         return self.results.sections if self.results else []
 
 
-def parts(report: Report, folder: Path) -> Iterator[Part]:
+def parts(report: Report, folder: Path) -> Iterator[PageSection]:
     """The parts of the page; writes each figure's PNG and PDF into `folder`."""
     for table in report.tables:
         shown = [figure for figure in report.figures if figure.source == table.name]
         also = "".join(f" and figure {figure.name}" for figure in shown if table.name.isdigit())
-        part = Part(f"{table.heading}{also} of the paper")
+        part = PageSection(f"{table.heading}{also} of the paper")
         part.body += [figure_html(paper_figure(one, f"paper-figure-{one.name}"), folder) for one in shown]
         part.body.append(paper_table_html(table))
         yield part
@@ -207,11 +208,11 @@ def parts(report: Report, folder: Path) -> Iterator[Part]:
         return
     keys = {series: f"s{index}" for index, series in enumerate(report.results.series)}
     names = file_names(report.sections)
-    measured: list[Part] = []
+    measured: list[PageSection] = []
     base = None
     for section, name in zip(report.sections, names, strict=True):
         if section.topic.base != base:
-            measured.append(Part(title_of(section), describe(section)))
+            measured.append(PageSection(title_of(section), describe(section)))
             base = section.topic.base
         figure = figure_of(section, name, keys)
         measured[-1].body += [figure_html(figure, folder)] if figure else []
@@ -222,8 +223,8 @@ def parts(report: Report, folder: Path) -> Iterator[Part]:
     if report.losses:
         more.append(loss_figure(report.losses, "loss"))
     for extra in filter(None, more):
-        yield Part(extra.heading, "", [figure_html(extra, folder)])
-    yield Part("Where the numbers come from", "", [provenance_html(report.results.rows)])
+        yield PageSection(extra.heading, "", [figure_html(extra, folder)])
+    yield PageSection("Where the numbers come from", "", [provenance_html(report.results.rows)])
 
 
 def file_names(sections: Sequence[Section]) -> list[str]:

@@ -11,24 +11,27 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from scaled_rope.moved import install_finder
+
 if TYPE_CHECKING:
-    from scaled_rope.config import LayerPlan, RopeScaling
     from scaled_rope.errors import ConfigError
-    from scaled_rope.loading import load_model
-    from scaled_rope.methods import METHODS, compute_rope
-    from scaled_rope.patch import PatchReport, patch_model, unpatch_model
+    from scaled_rope.patching.loading import load_model
+    from scaled_rope.patching.patch import PatchReport, patch_model, unpatch_model
+    from scaled_rope.scaling.frequencies import compute_rope
+    from scaled_rope.scaling.record import LayerPlan, RopeScaling
+    from scaled_rope.scaling.registry import METHODS
 
 # Looked up on first use, because torch and transformers take seconds to import and not every command needs them.
 _HOMES = {
-    "METHODS": "methods",
+    "METHODS": "attention.methods",
     "ConfigError": "errors",
-    "LayerPlan": "config",
-    "PatchReport": "patch",
-    "RopeScaling": "config",
-    "compute_rope": "methods",
-    "load_model": "loading",
-    "patch_model": "patch",
-    "unpatch_model": "patch",
+    "LayerPlan": "scaling.record",
+    "PatchReport": "patching.patch",
+    "RopeScaling": "scaling.record",
+    "compute_rope": "scaling.frequencies",
+    "load_model": "patching.loading",
+    "patch_model": "patching.patch",
+    "unpatch_model": "patching.patch",
 }
 
 __all__ = [
@@ -43,6 +46,8 @@ __all__ = [
     "unpatch_model",
 ]
 __version__ = "0.1.0"
+
+install_finder()
 
 
 def __getattr__(name: str) -> Any:

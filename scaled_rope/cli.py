@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from scaled_rope import flags
-from scaled_rope.errors import ConfigError, Parser, run_cli, unknown
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError, unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +90,9 @@ def _add_methods_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Carry out `scaled-rope methods`."""
     if args.figures:
-        from scaled_rope.plots import write_figures
+        from scaled_rope.serving.scaling_plots import write_scaling_figures
 
-        paths = write_figures(Path(args.figures), args.head_dim, args.theta, args.original, args.factor)
+        paths = write_scaling_figures(Path(args.figures), args.head_dim, args.theta, args.original, args.factor)
         print(json.dumps([str(path) for path in paths]) if args.json else "\n".join(f"wrote {path}" for path in paths))
         return 0
     rows = method_rows()
@@ -142,9 +143,9 @@ def _describe_method(row: dict[str, Any]) -> Iterator[str]:
 
 def method_rows() -> list[dict[str, Any]]:
     """What there is to know about each method, fit for JSON; "native" is the rope_type by which transformers has it."""
-    from scaled_rope.dialects import native_type
-    from scaled_rope.methods import METHODS
-    from scaled_rope.plots import example
+    from scaled_rope.scaling.record import native_type
+    from scaled_rope.scaling.registry import METHODS
+    from scaled_rope.serving.scaling_plots import example
 
     rows = []
     for row in METHODS.values():
@@ -175,26 +176,26 @@ COMMANDS = {
         "what a model's RoPE scaling is, dimension by dimension, and what is wrong with it",
         flags.add_inspect_arguments,
         flags.check_inspect_arguments,
-        "scaled_rope.doctor",
+        "scaled_rope.serving.inspect_config",
     ),
     "methods": Command("list the scaling methods, or draw what each does", _add_methods_arguments),
     "export": Command(
         "words and flags that make another program run a scaling, checked against ours",
         flags.add_export_arguments,
         flags.check_export_arguments,
-        "scaled_rope.export",
+        "scaled_rope.serving.export",
     ),
     "plan": Command(
         "memory and time of a training recipe, and the flags that make it fit",
         flags.add_plan_arguments,
         flags.check_plan_arguments,
-        "scaled_rope.planning",
+        "scaled_rope.training.planning",
     ),
     "tune": Command(
         "search the attention factor and the ramp that fit a model",
         flags.add_tune_arguments,
         flags.check_tune_arguments,
-        "scaled_rope.tune",
+        "scaled_rope.tuning.search",
     ),
 }
 """By name."""

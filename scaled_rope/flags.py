@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from scaled_rope.corpora import CORPORA
+from scaled_rope.checkpoint import DEFAULT_MODEL, check_local
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.recipes import read_recipe
+from scaled_rope.texts.corpora import CORPORA
 
 # Names that belong to modules which import torch; `tests/test_flags.py` holds the two to each other.
 ATTENTIONS = (
@@ -22,39 +23,9 @@ TARGETS = ("transformers", "vllm", "sglang", "llama.cpp")
 H100_TFLOPS = 989.0
 """Dense bfloat16 rate of an H100 SXM in 10^12 FLOP/s."""
 
-DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-llama-256"
-"""The checkpoint that this project trained itself and carries along."""
-
-
-# ---------------------------------------------------------------------------------------------------- names of models
-
-
-def check_local(name: str) -> None:
-    """Refuse a path that does not exist here, rather than ask the hub for it."""
-    path = Path(name)
-    if path.is_file():
-        raise ConfigError(f"model {name!r} is a file; give the folder that holds config.json")
-    looks_local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
-    if not path.exists() and (looks_local or (len(path.parts) == 2 and Path(path.parts[0]).is_dir())):
-        raise ConfigError(f"model {name!r} does not exist")
-    if not path.exists() and len(path.parts) < 2:  # the few models of the hub without an owner are older than RoPE
-        raise ConfigError(f"model {name!r} does not exist, and a hub name is OWNER/NAME")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise no_config(name)
-
-
-def no_config(folder: str) -> ConfigError:
-    """The error for a folder without config.json, by what is in it instead."""
-    if (Path(folder) / "adapter_config.json").is_file():
-        return ConfigError(f"model {folder!r} holds an adapter and no config.json: name its base model")
-    if any(Path(folder).glob("*.gguf")):
-        return ConfigError(
-            f"model {folder!r} holds a GGUF file and no config.json: name the folder of the model it was made from"
-        )
-    return ConfigError(f"model {folder!r} holds no config.json")
-
 
 # -------------------------------------------------------------------------------------------------------- evaluators
+
 
 # Released flags that no longer do anything, and why.
 NO_EFFECT = {

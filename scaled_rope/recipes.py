@@ -20,7 +20,8 @@ from typing import Any
 
 import yaml
 
-from scaled_rope.errors import ConfigError, Parser, run_cli, unknown
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.results import read_rows
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

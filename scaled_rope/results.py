@@ -25,10 +25,8 @@ from typing import Any
 from scaled_rope.errors import ConfigError
 
 Row = dict[str, Any]
-
 IDENTITY = ("metric", "model_fingerprint", "dtype", "scaling", "data", "protocol", "length")
 """Fields that say what a row measured. Two rows that agree on them report the same thing."""
-
 _ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("scaled-rope", "torch", "transformers", "tokenizers", "numpy")
 
@@ -260,3 +258,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
             os.replace(scratch, path)
         finally:
             scratch.unlink(missing_ok=True)
+
+
+OUT_OF_MEMORY = "out of memory"
+"""The `error` of a row that could not be measured for that reason."""

@@ -37,16 +37,16 @@ def work(
     for function in prepare:
         function()
     import finetune
-    from scaled_rope.errors import run_cli
+    from scaled_rope.command_line import run_cli
 
     sys.exit(run_cli(lambda: finetune.main(arguments)))
 
 
 def small_pieces_of_logits() -> None:
     """Make the loss of a few tokens take several pieces."""
-    import scaled_rope.loss
+    import scaled_rope.patching.loss
 
-    scaled_rope.loss._LOGITS_PER_CHUNK = 64 * 8
+    scaled_rope.patching.loss._LOGITS_PER_CHUNK = 64 * 8
 
 
 def without_dropout() -> None:
@@ -60,7 +60,7 @@ def let_accelerate_shard_on_cpu() -> None:
     """FSDP on CPU, which PyTorch has and accelerate doesn't select: there it would train unsynchronised copies."""
     from accelerate.state import AcceleratorState, DistributedType, PartialState
 
-    from scaled_rope import engine
+    from scaled_rope.training import engine
 
     original = AcceleratorState.__init__
 

@@ -21,8 +21,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from scaled_rope.data import PackedWriter
-from scaled_rope.tracking import MEASURED
+from scaled_rope.texts.packed import PackedWriter
+from scaled_rope.training.tracking import MEASURED
 from tests import rank_worker
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +34,8 @@ _IMPORTING = ENVIRONMENT | {"DS_ACCELERATOR": "cpu", "TORCHINDUCTOR_COMPILE_THRE
 _FORKED = multiprocessing.get_context("forkserver")
 # Of these what is missing is passed over. The last three are what DeepSpeed and FSDP import late.
 _FORKED.set_forkserver_preload(
-    ["tests.rank_worker", "finetune", "scaled_rope.training", "accelerate", "transformers.models.llama.modeling_llama",
+    ["tests.rank_worker", "finetune", "scaled_rope.training.loop", "accelerate",
+     "transformers.models.llama.modeling_llama",
      "matplotlib.pyplot", "tqdm", "deepspeed.runtime.zero.muon.muon_optimizer",
      "deepspeed.runtime.sequence_parallel.ulysses_sp", "torch.distributed.checkpoint.state_dict"]
 )  # fmt: skip

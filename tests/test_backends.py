@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from scaled_rope import ConfigError, patch_model, unpatch_model
-from scaled_rope import backends as backends_module
-from scaled_rope.backends import (
+from scaled_rope.attention import backends as backends_module
+from scaled_rope.attention.backends import (
     IMPLEMENTATIONS,
     attention_for,
     blocked_sdpa,
@@ -24,8 +24,8 @@ from scaled_rope.backends import (
     refusal,
     resolve_attention,
 )
-from scaled_rope.loading import load_model
-from scaled_rope.training import set_sliding_window
+from scaled_rope.patching.loading import load_model
+from scaled_rope.training.model import set_sliding_window
 
 Make = Callable[..., PreTrainedModel]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

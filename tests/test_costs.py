@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from scaled_rope.costs import ModelCost, peak_flops
-from scaled_rope.planning import meta_model
 from scaled_rope.recipes import read_recipe
+from scaled_rope.training.costs import ModelCost, peak_flops
+from scaled_rope.training.planning import meta_model
 
 
 def test_flops_of_llama_2_7b_at_128k():
@@ -55,7 +55,7 @@ def test_experts_count_by_the_share_that_is_active(tiny_model):
 
 def test_adapters_alone_need_no_gradients_of_the_weights(tiny_model):
     pytest.importorskip("peft")
-    from scaled_rope.training import add_lora
+    from scaled_rope.training.model import add_lora
 
     model = tiny_model()
     whole = ModelCost.of(model)

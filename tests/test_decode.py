@@ -15,11 +15,12 @@ if not torch.cuda.is_available():
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import scaled_rope.late
+import scaled_rope.patching.deferred_rotation
 from scaled_rope.errors import ConfigError
 from scaled_rope.kernels import DecodeAngles, rotary_decode
-from scaled_rope.kernels.decode import BLOCK, splits_of
-from scaled_rope.patch import patch_model
+from scaled_rope.kernels.decode import BLOCK
+from scaled_rope.kernels.decode_triton import splits_of
+from scaled_rope.patching.patch import patch_model
 from tests.conftest import VOCABULARY
 from tests.h100 import compiled
 
@@ -149,12 +150,12 @@ def test_generation_is_the_same_with_it(
         calls += 1
         return rotary_decode(*args, **options)
 
-    monkeypatch.setattr(scaled_rope.late, "rotary_decode", counting)
+    monkeypatch.setattr(scaled_rope.patching.deferred_rotation, "rotary_decode", counting)
     settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True,
                 "output_logits": True, "cache_implementation": cache}  # fmt: skip
     fused = model.generate(ids, **settings)
     assert calls == 7 * 2  # every pass but the first, two layers
-    monkeypatch.setattr(scaled_rope.late, "FEW", 0)
+    monkeypatch.setattr(scaled_rope.patching.deferred_rotation, "FEW", 0)
     plain = model.generate(ids, **settings)
     assert calls == 7 * 2 and torch.equal(fused.sequences, plain.sequences)
     torch.testing.assert_close(torch.stack(fused.logits), torch.stack(plain.logits), rtol=0, atol=5e-5)

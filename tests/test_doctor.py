@@ -22,8 +22,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from scaled_rope import METHODS, ConfigError, RopeScaling, compute_rope, patch_model
 from scaled_rope.cli import main
-from scaled_rope.doctor import check_model, inspect
-from scaled_rope.plots import regimes
+from scaled_rope.serving.inspect_config import inspect
+from scaled_rope.serving.inspect_model import check_model
+from scaled_rope.serving.scaling_plots import regimes
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -32,14 +32,16 @@ import eval.passkey as passkey
 import eval.perplexity as perplexity
 import eval.report as report
 from scaled_rope import RopeScaling, patch_model
-from scaled_rope.data import PackedWriter
-from scaled_rope.errors import ConfigError, run_cli
-from scaled_rope.loading import apply_scaling, at_length, load_model
-from scaled_rope.loss import IGNORE, hidden_states, shared_hidden_states, token_nll
-from scaled_rope.passkey import FILLER, KEY_LINE, OPENING, QUESTION, build_prompt, minimum_length
-from scaled_rope.patch import patched_scaling
+from scaled_rope.command_line import run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.passkey_prompts import FILLER, KEY_LINE, OPENING, QUESTION, build_prompt, minimum_length
+from scaled_rope.evaluation.windows import select, truncated
+from scaled_rope.patching.loading import apply_scaling, load_model
+from scaled_rope.patching.loss import IGNORE, hidden_states, shared_hidden_states, token_nll
+from scaled_rope.patching.patch import patched_scaling
 from scaled_rope.results import Row, read_rows
-from scaled_rope.windows import select, truncated
+from scaled_rope.scaling.frequencies import at_length
+from scaled_rope.texts.packed import PackedWriter
 
 ROOT = Path(__file__).parents[1]
 Make = Callable[..., PreTrainedModel]

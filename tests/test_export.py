@@ -19,14 +19,17 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from benchmarks import gguf_parity
-from scaled_rope import export as module
 from scaled_rope import flags
-from scaled_rope.config import RopeScaling
-from scaled_rope.errors import ConfigError, Parser, run_cli
-from scaled_rope.export import TARGETS, TOLERANCE, ExportReport, Expressed, export
-from scaled_rope.gguf_files import GgufRope, add_rope, deinterleave, interleave, read_rope, write_checkpoint
-from scaled_rope.loading import DEFAULT_MODEL, resolve_scaling
-from scaled_rope.methods import compute_rope
+from scaled_rope.checkpoint import DEFAULT_MODEL
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.scaling.frequencies import compute_rope
+from scaled_rope.scaling.record import RopeScaling, resolve_scaling
+from scaled_rope.serving import export as module
+from scaled_rope.serving.export import TARGETS, ExportReport, export
+from scaled_rope.serving.gguf import GgufRope, add_rope, deinterleave, interleave, read_gguf_rope, write_checkpoint
+from scaled_rope.serving.targets import common, hf
+from scaled_rope.serving.targets.common import TOLERANCE, Expressed
 
 HEAD_DIM = 16
 SHORT, LONG = "+".join(["1.0"] * 8), "+".join(["1.0"] * 4 + ["2.0"] * 2 + ["6.5"] * 2)
@@ -161,7 +164,7 @@ def test_a_wrong_number_is_a_mismatch(config: LlamaConfig, monkeypatch: pytest.M
 
 def test_a_wrong_attention_factor_is_a_mismatch(config: LlamaConfig) -> None:
     """SGLang does not read attention_factor: a config in the words of transformers means something else there."""
-    target = dataclasses.replace(TARGETS["sglang"], express=module._express_transformers)
+    target = dataclasses.replace(TARGETS["sglang"], express=hf.express)
     report = export("yarn:4,attention_factor=1.2", config, target)
     assert report.status == "mismatch"
     wrong = report.comparisons[0]
@@ -214,7 +217,7 @@ def test_llama_cpp_flags_read_back_as_what_was_compared(spec: str, config: Llama
     given, override = gguf_parity._flags(report.flags)
     if override:
         given["attn_factor"] = override["llama.rope.scaling.attn_factor"]
-    request = module.Request(resolve_scaling(spec, RopeScaling.from_config(config)), config, HEAD_DIM, 2048)
+    request = common.ServedModel(resolve_scaling(spec, RopeScaling.from_config(config)), config, HEAD_DIM, 2048)
     restated = TARGETS["llama.cpp"].restate(request, Expressed(given, {}), 2048)
     ours, factor = compute_rope(request.scaling, HEAD_DIM)
     np.testing.assert_allclose(restated.inv_freq, ours, rtol=1e-6)
@@ -487,8 +490,8 @@ def test_a_checkpoint_written_as_gguf_reads_back(plain_gguf: Path) -> None:
     assert fields["llama.block_count"] == config.num_hidden_layers
     assert fields["llama.rope.freq_base"] == 10000.0
     assert len(fields["tokenizer.ggml.tokens"]) == config.vocab_size
-    assert read_rope(plain_gguf).metadata["llama.rope.scaling.type"] == "none"
-    assert read_rope(plain_gguf).divisors is None
+    assert read_gguf_rope(plain_gguf).metadata["llama.rope.scaling.type"] == "none"
+    assert read_gguf_rope(plain_gguf).divisors is None
 
 
 def test_a_copy_of_a_gguf_holds_the_scaling_and_all_else_unchanged(plain_gguf: Path, tmp_path: Path) -> None:
@@ -496,7 +499,7 @@ def test_a_copy_of_a_gguf_holds_the_scaling_and_all_else_unchanged(plain_gguf: P
     arguments = ["--for", "llama.cpp", "--scaling", "yarn:8,ramp=rotations"]
     _, run = command_line(str(DEFAULT_MODEL), *arguments, "--gguf", str(plain_gguf), "--output", str(tmp_path))
     assert run() == 0
-    copied = read_rope(tmp_path / "plain.gguf")
+    copied = read_gguf_rope(tmp_path / "plain.gguf")
     scaling = RopeScaling("yarn", 8.0, 256, ramp="rotations")
     ours, factor = compute_rope(scaling, 64)
     own, _ = compute_rope(RopeScaling("default"), 64)

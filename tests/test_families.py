@@ -20,20 +20,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from scaled_rope import METHODS, ConfigError, RopeScaling, patch_model, unpatch_model
-from scaled_rope.config import LayerPlan
-from scaled_rope.dialects import SOFTMAX_MSCALE_FAMILIES
-from scaled_rope.loading import load_model
-from scaled_rope.patch import (
-    ADAPTERS,
-    adapter_of,
-    computes,
-    detect_adapter,
-    head_dim_of,
-    layers_without_rope,
-    patched_plan,
-    patched_scaling,
-)
-from scaled_rope.rotary import ScaledRotaryEmbedding
+from scaled_rope.patching.families import ADAPTERS, adapter_of, detect_adapter, head_dim_of, layers_without_rope
+from scaled_rope.patching.loading import load_model
+from scaled_rope.patching.patch import computes, patched_plan, patched_scaling
+from scaled_rope.patching.rotary import ScaledRotaryEmbedding
+from scaled_rope.scaling.hf_config import SOFTMAX_MSCALE_FAMILIES
+from scaled_rope.scaling.record import LayerPlan
 
 Make = Callable[..., PreTrainedModel]
 

@@ -7,8 +7,11 @@ import sys
 
 import pytest
 
-from scaled_rope import backends, export, flags, fused
+from scaled_rope import flags
+from scaled_rope.attention import backends
+from scaled_rope.patching import rotary_kernel
 from scaled_rope.recipes import available
+from scaled_rope.serving import export
 from tests.runs import ROOT
 
 #: command lines with a mistake, and what is to be said about it
@@ -66,5 +69,5 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(line: str) -> None:
 
 def test_names_that_flags_restate_are_those_of_their_modules() -> None:
     assert flags.ATTENTIONS == backends.ATTENTIONS
-    assert flags.KERNELS == fused.KERNELS
+    assert flags.KERNELS == rotary_kernel.KERNELS
     assert flags.TARGETS == tuple(export.TARGETS)

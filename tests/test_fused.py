@@ -19,10 +19,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is first imported, which is in a test
 
 from scaled_rope import ConfigError, RopeScaling, patch_model, unpatch_model
-from scaled_rope.fused import APPLY, resolve_kernel
-from scaled_rope.loading import apply_scaling
-from scaled_rope.patch import ADAPTERS, patched_kernel
-from scaled_rope.rebind import bound, callers, calls, original, rebind
+from scaled_rope.patching.families import ADAPTERS
+from scaled_rope.patching.loading import apply_scaling
+from scaled_rope.patching.patch import patched_kernel
+from scaled_rope.patching.rebind import APPLY, bound, callers, calls, original, rebind
+from scaled_rope.patching.rotary_kernel import resolve_kernel
 
 Make = Callable[..., PreTrainedModel]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,10 +16,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 import finetune
-from scaled_rope import loss
-from scaled_rope.errors import ConfigError, run_cli
-from scaled_rope.loss import IGNORE, resolve_loss, token_nll
-from scaled_rope.training import SummedLoss
+from scaled_rope.command_line import run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.patching import loss
+from scaled_rope.patching.loss import IGNORE, resolve_loss, token_nll
+from scaled_rope.training.model import SummedLoss
 from tests.runs import Ranks, log
 from tests.test_ranks import assert_trained_alike, need_deepspeed
 

@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, assume, given, note, settings
 from hypothesis import strategies as st
 
 from scaled_rope import METHODS, ConfigError, RopeScaling, compute_rope
-from scaled_rope.config import LayerPlan
-from scaled_rope.dialects import CUSTOM_ROPE_TYPE, NATIVE, RECORD_KEY
-from scaled_rope.methods import compute_rope_batch
+from scaled_rope.scaling.frequencies import compute_rope_batch
+from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, NATIVE, RECORD_KEY
+from scaled_rope.scaling.record import LayerPlan
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "250"))
 fuzz = settings(

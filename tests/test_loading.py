@@ -21,21 +21,14 @@ from transformers import (
 )
 
 from scaled_rope import LayerPlan, RopeScaling, patch_model
+from scaled_rope.checkpoint import DEFAULT_MODEL, display_name, load_config, load_tokenizer
 from scaled_rope.errors import ConfigError
-from scaled_rope.loading import (
-    DEFAULT_MODEL,
-    ModelLoader,
-    add_model_arguments,
-    apply_scaling,
-    at_length,
-    display_name,
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_jobs,
-    resolve_scaling,
-)
-from scaled_rope.patch import patched_plan, patched_scaling
+from scaled_rope.evaluation.jobs import ModelLoader, model_jobs
+from scaled_rope.flags import add_model_arguments
+from scaled_rope.patching.loading import apply_scaling, load_model
+from scaled_rope.patching.patch import patched_plan, patched_scaling
+from scaled_rope.scaling.frequencies import at_length
+from scaled_rope.scaling.record import resolve_scaling
 
 Make = Callable[..., PreTrainedModel]
 

@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from scaled_rope import METHODS, ConfigError, RopeScaling, compute_rope
-from scaled_rope.methods import compute_rope_batch
+from scaled_rope.scaling.frequencies import compute_rope_batch
 
 UNIT = 2**-24  # largest relative error of one rounding to float32
 GOLDEN = [case for case in json.loads((Path(__file__).parent / "golden_rope.json").read_text())["cases"]]

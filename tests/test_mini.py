@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 
 import finetune
-from scaled_rope import mini
+from benchmarks import paper_mini_report
+from benchmarks.paper_mini_report import ROOT, SWEEP, Results, Run, paired, parts, spread, swept
 from scaled_rope.errors import ConfigError
-from scaled_rope.mini import ROOT, SWEEP, Results, Run, paired, parts, spread, swept
 from scaled_rope.results import read_rows
 
-RATES = dict.fromkeys(mini.TABLE1, 1e-3)
+RATES = dict.fromkeys(paper_mini_report.TABLE1, 1e-3)
 LENGTHS = (256, 2048)
 
 
-def _row(name: str, value: float, length: int = 256, *, text: str = mini.BOOKS, **more: Any) -> dict[str, Any]:
+def _row(
+    name: str, value: float, length: int = 256, *, text: str = paper_mini_report.BOOKS, **more: Any
+) -> dict[str, Any]:
     fields = {"metric": "perplexity", "carried": True, "label": "", "length": length, "data": {"name": text}}
     return {**fields, "model": str(ROOT / name / "model"), "perplexity_bucket": value, **more}
 
@@ -47,7 +49,7 @@ def test_every_method_has_the_same_budget() -> None:
         budgets: dict[str, set[tuple[int, int]]] = {}
         for run in parts(RATES)[name]:
             budgets.setdefault(run.scaling, set()).add((run.seed, run.steps))
-        assert set(budgets) == set(mini.TABLE1)
+        assert set(budgets) == set(paper_mini_report.TABLE1)
         assert len(set(map(frozenset, budgets.values()))) == 1
     everything = [run for runs in parts(RATES).values() for run in runs]
     assert len({run.name for run in (*everything, *SWEEP)}) == len({*everything, *SWEEP})
@@ -75,39 +77,39 @@ def test_a_command_line_is_the_recipe() -> None:
 
 
 def test_each_method_gets_its_best_learning_rate() -> None:
-    best = dict(zip(mini.TABLE1, (3e-3, 3e-4, 1e-3, 1e-3, 3e-4), strict=True))
+    best = dict(zip(paper_mini_report.TABLE1, (3e-3, 3e-4, 1e-3, 1e-3, 3e-4), strict=True))
     loss = {run.name: abs(math.log(run.learning_rate / best[run.scaling])) for run in SWEEP}
     assert swept(loss) == best
     del loss[SWEEP[0].name]
     with pytest.raises(ConfigError, match="lacks 1 of 20"):
         swept(loss)
-    assert mini.late_loss([9.0, 9.0, 9.0, 1.0, 2.0, 3.0]) == 2.0
+    assert paper_mini_report.late_loss([9.0, 9.0, 9.0, 1.0, 2.0, 3.0]) == 2.0
 
 
 def test_a_table_counts_only_rows_of_its_runs() -> None:
     runs = [Run("yarn:8", seed, 20, 1e-3) for seed in (1, 2)]
     other = Run("yarn:8", 1, 10, 1e-3)
     rows = [_row(runs[0].name, 10.0), _row(runs[1].name, 12.0), _row(other.name, 99.0)]
-    rows += [_row(runs[0].name, 99.0, text=mini.PROOFS), _row(runs[0].name, 99.0, carried=False)]
+    rows += [_row(runs[0].name, 99.0, text=paper_mini_report.PROOFS), _row(runs[0].name, 99.0, carried=False)]
     rows.append(_row(runs[0].name, 99.0) | {"model": "elsewhere/model"})
-    assert "| `yarn:8` | 2 | 11.0 ± 1.4 |" in Results(rows).table(mini.BOOKS, runs)
-    assert Results(rows).perplexity(mini.BOOKS)[runs[0].name] == {256: 10.0}
+    assert "| `yarn:8` | 2 | 11.0 ± 1.4 |" in Results(rows).table(paper_mini_report.BOOKS, runs)
+    assert Results(rows).perplexity(paper_mini_report.BOOKS)[runs[0].name] == {256: 10.0}
     with pytest.raises(ConfigError, match="no rows of the 2 runs"):
-        Results([]).table(mini.BOOKS, runs)
+        Results([]).table(paper_mini_report.BOOKS, runs)
 
 
 def test_seeds_of_a_chain_are_not_those_of_a_start_from_scratch() -> None:
     runs = parts(RATES)["table2"]
     rows = [_row(run.name, 10.0 + run.seed if run.start else 50.0) for run in runs]
-    lines = Results(rows).table(mini.BOOKS, runs).splitlines()
+    lines = Results(rows).table(paper_mini_report.BOOKS, runs).splitlines()
     assert lines[2:] == ["| `yarn:16` after `yarn:8` | 3 | 12.0 ± 1.0 |", "| `yarn:16` | 3 | 50.0 ± 0.0 |"]
 
 
 def test_another_seed_is_inside_or_outside() -> None:
     first, again = parts(RATES)["table1"], parts(RATES)["rerun"]
     rows = [_row(run.name, 10.0 + run.seed, 2048) for run in first]  # 12 ± 1: 7.0 to 17.0
-    rows += [_row(run.name, 16.9 if run.scaling == mini.YARN else 17.1, 2048) for run in again]
-    lines = Results(rows).predicted(mini.BOOKS, first, again, 2048).splitlines()[2:]
+    rows += [_row(run.name, 16.9 if run.scaling == paper_mini_report.YARN else 17.1, 2048) for run in again]
+    lines = Results(rows).predicted(paper_mini_report.BOOKS, first, again, 2048).splitlines()[2:]
     assert [line.split()[-2] for line in lines] == ["outside"] * 4 + ["inside"]
 
 
@@ -134,10 +136,12 @@ def test_prompts_of_all_seeds_count_together() -> None:
     run = parts(RATES)["table1"][4]
     rows = [_row(run.name, 0.0, n, metric="passkey", right=right, n=10) for n, right in ((256, 9), (512, 4))]
     rows += [
-        _row("x", 0.0, n, metric="passkey", right=10, n=10, label="yarn x8") | {"model": mini.BASE} for n in (256, 512)
+        _row("x", 0.0, n, metric="passkey", right=10, n=10, label="yarn x8") | {"model": paper_mini_report.BASE}
+        for n in (256, 512)
     ]
     rows += [
-        _row("x", 0.0, n, metric="passkey", right=4, n=10, label="yarn x8") | {"model": mini.BASE} for n in (256, 512)
+        _row("x", 0.0, n, metric="passkey", right=4, n=10, label="yarn x8") | {"model": paper_mini_report.BASE}
+        for n in (256, 512)
     ]
     lines = Results(rows).passkeys([run], ["yarn:8"]).splitlines()[2:]
     assert lines[0].startswith("| yarn:8, fine-tuned | 9/10 (") and lines[0].endswith("| 256 | 90 % |")
@@ -147,6 +151,6 @@ def test_prompts_of_all_seeds_count_together() -> None:
 def test_the_tables_of_the_documentation_are_those_of_the_rows() -> None:
     rows, training = (read_rows(f"data/paper_mini_{name}.jsonl") for name in ("rows", "training"))
     text = Path("docs/reproduction.md").read_text()
-    tables = mini.tables(Results(rows), training)
+    tables = paper_mini_report.tables(Results(rows), training)
     assert len(tables) == 12
     assert [title for title, table in tables.items() if table not in text] == []

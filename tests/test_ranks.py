@@ -16,17 +16,19 @@ import torch
 from safetensors.torch import load_file
 
 import finetune
-from scaled_rope import RopeScaling, training
-from scaled_rope.engine import (
+from scaled_rope import RopeScaling
+from scaled_rope.command_line import run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.recipes import read_recipe
+from scaled_rope.training import batches, loop, model
+from scaled_rope.training.engine import (
     Layout,
     allowed_sequence_parallel,
     check_can_build,
     check_sequence_parallel,
     configure_fsdp,
 )
-from scaled_rope.errors import ConfigError, run_cli
-from scaled_rope.recipes import read_recipe
-from scaled_rope.states import latest_state, load_state
+from scaled_rope.training.run_state import latest_state, load_state
 from tests.rank_worker import small_pieces_of_logits, without_dropout
 from tests.runs import ROOT, Ranks, free_port, launch, log, same, weights
 
@@ -178,7 +180,7 @@ def test_shards_that_were_stopped_go_on_bit_for_bit(workspace, tmp_path, engine,
 def broken_off(workspace, tmp_path, monkeypatch, capsys):
     """A run that was stopped by a signal in the middle of step 4, between two of its four passes."""
     output, passes = tmp_path / "out", []
-    original = training.collate
+    original = batches.collate
 
     def collate(*arguments):
         passes.append(None)
@@ -187,7 +189,7 @@ def broken_off(workspace, tmp_path, monkeypatch, capsys):
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "collate", collate)
+        patch.setattr(loop, "collate", collate)
         arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(output), "--model", str(workspace / "dropout")]
         arguments += ["--heldout-steps", "8"]  # its passes are not to be counted
         assert finetune.main(arguments) == 0
@@ -209,13 +211,13 @@ def test_a_step_that_was_broken_off_is_done_again_as_if_it_had_not_begun(workspa
 
 def test_another_number_of_ranks_continues_where_one_stopped(workspace, straight, tmp_path, monkeypatch):
     """Weights, optimizer, schedule and the samples consumed go on; dropout, which draws per rank, is off here."""
-    output, original = tmp_path / "out", training.save_state
+    output, original = tmp_path / "out", loop.save_state
 
     def save_and_die(accelerator, recipe, step):
         original(accelerator, recipe, step)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "save_state", save_and_die)
+    monkeypatch.setattr(loop, "save_state", save_and_die)
     arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(output)]
     assert run_cli(lambda: finetune.main(arguments)) == 130
     assert [row["step"] for row in log(output)] == [1, 2, 3]
@@ -249,7 +251,7 @@ def test_a_number_that_is_not_finite_stops_and_leaves_the_last_state_intact(
 ):
     arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), "--checkpointing-steps", "1"]
     arguments += ["--max-train-steps", "4"]
-    original, passes = training.SummedLoss.forward, []
+    original, passes = model.SummedLoss.forward, []
 
     def forward(self, **tensors):
         loss = original(self, **tensors)
@@ -262,7 +264,7 @@ def test_a_number_that_is_not_finite_stops_and_leaves_the_last_state_intact(
         return loss + ((weight - weight.detach()).sum() ** 2).sqrt()  # 0, with the gradient 0 x infinity
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.SummedLoss, "forward", forward)
+        patch.setattr(model.SummedLoss, "forward", forward)
         assert run_cli(lambda: finetune.main(arguments)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"error: {what} of step 3 is ") and "step-000002, is intact" in error
@@ -273,14 +275,14 @@ def test_a_number_that_is_not_finite_stops_and_leaves_the_last_state_intact(
 
 def test_states_are_rotated(workspace, tmp_path, monkeypatch):
     arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), "--checkpointing-steps", "1"]
-    seen, original = [], training.save_state
+    seen, original = [], loop.save_state
 
     def look(*everything):
         folder = original(*everything)
         seen.append(sorted(path.name for path in folder.parent.iterdir()))
         return folder
 
-    monkeypatch.setattr(training, "save_state", look)
+    monkeypatch.setattr(loop, "save_state", look)
     assert finetune.main([*arguments, "--kept-checkpoints", "3"]) == 0
     assert seen[-1] == ["step-000005", "step-000006", "step-000007"] and seen[1] == ["step-000001", "step-000002"]
 

@@ -18,12 +18,13 @@ import torch
 import tokenization
 import truncate
 from scaled_rope import compute_rope, recipes
-from scaled_rope.data import read_documents
-from scaled_rope.engine import accumulation
-from scaled_rope.errors import ConfigError, run_cli
-from scaled_rope.planning import meta_model
+from scaled_rope.command_line import run_cli
+from scaled_rope.errors import ConfigError
 from scaled_rope.recipes import available, is_finished, pending, read_recipe, starts_from
-from scaled_rope.training import learning_rate
+from scaled_rope.texts.documents import read_documents
+from scaled_rope.training.engine import accumulation
+from scaled_rope.training.loop import learning_rate
+from scaled_rope.training.planning import meta_model
 from tests import reference
 
 ROOT = Path(__file__).parent.parent
@@ -169,7 +170,10 @@ def test_each_recipe_has_a_data_recipe_whose_commands_exist(name):
                 args = truncate.parse_args(arguments)
                 outputs, lengths = [*outputs, str(args.output)], [*lengths, args.length]
             else:
-                assert (script, arguments[0]) in {("-m", "scaled_rope.corpora"), ("-m", "scaled_rope.checkpoints")}
+                assert (script, arguments[0]) in {
+                    ("-m", "scaled_rope.texts.corpora"),
+                    ("-m", "scaled_rope.texts.fetched_models"),
+                }
         if commands:
             assert lengths[-1] == recipe.sequence_length
             assert (outputs[-1] == recipe.dataset) == (commands is recipe.prepare)

@@ -15,10 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import attention_methods  # noqa: E402
-from scaled_rope.attention.composed import Attend, composed_attention, flash, is_composable, pieces  # noqa: E402
-from scaled_rope.attention.regions import Regions, dual_chunk, leaky_rerope, region_attention, rerope, self_extend  # noqa: E402
-from scaled_rope.errors import ConfigError  # noqa: E402
-from scaled_rope.results import read_rows  # noqa: E402
+from scaled_rope.attention.composed import Attend, composed_attention, flash, is_composable, pieces
+from scaled_rope.attention.regions import Regions, dual_chunk, leaky_rerope, region_attention, rerope, self_extend
+from scaled_rope.errors import ConfigError
+from scaled_rope.results import read_rows
 
 L = 24
 INV_FREQ = [100.0 ** (-d / 4) for d in range(4)]

@@ -15,8 +15,9 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from scaled_rope import RopeScaling, load_model, patch_model, unpatch_model
 from scaled_rope.attention.regions import region_attention, rerope
 from scaled_rope.errors import ConfigError
-from scaled_rope.loading import add_model_arguments, model_jobs
-from scaled_rope.memory import LiveBytes
+from scaled_rope.evaluation.jobs import model_jobs
+from scaled_rope.flags import add_model_arguments
+from scaled_rope.training.traced_memory import LiveBytes
 from tests.test_regions import oracle, rerope_distance
 
 # The tiny models have 32 positions; texts have 48 tokens.
@@ -100,7 +101,7 @@ def test_a_model_on_a_gpu_gets_the_same_from_composed_calls(
         calls.append(q.shape[2] == k.shape[2])
         return calls[-1]
 
-    monkeypatch.setattr("scaled_rope.relocated.is_composable", composable)
+    monkeypatch.setattr("scaled_rope.patching.region_attention.is_composable", composable)
     assert (full(model, tokens) - wanted[0]).abs().max() < NOISE
     assert (full(model, tokens, attention_mask=mask) - wanted[1])[mask.bool()].abs().max() < NOISE
     with torch.no_grad():

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 import eval.report as report
-from scaled_rope import RopeScaling, series
-from scaled_rope.errors import ConfigError, run_cli
-from scaled_rope.figures import GREY, PALETTE
+from scaled_rope import RopeScaling
+from scaled_rope.command_line import run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.report import tables
+from scaled_rope.report.figures import GREY, PALETTE
 from scaled_rope.results import Row, append_row, read_rows
 
 pytest.importorskip("matplotlib")
@@ -80,7 +82,7 @@ def test_demo_verdict(tmp_path: Path, changed: dict[str, tuple[float, ...]], hol
     assert verdict == report.demo_verdict(results, base="base", finetuned="run/model")
 
 
-def contents(results: series.Results) -> Any:
+def contents(results: tables.ReportRows) -> Any:
     return [(one.topic, {s.full_name: cells for s, cells in one.rows.items()}) for one in results.sections]
 
 
@@ -112,7 +114,7 @@ def test_windows_of_another_length_are_another_section(tmp_path: Path) -> None:
             append_row(both, {**row, "data": {**row["data"], "window_tokens": tokens, "fingerprint": str(tokens)}})
     found = report.load_results([str(both)])
     assert not found.notes
-    said = [series.describe(section) for section in found.of("perplexity")]
+    said = [tables.describe(section) for section in found.of("perplexity")]
     assert len(said) == 2 and "of 4096 tokens" in said[0] and "of 8192 tokens" in said[1]
 
 
@@ -168,7 +170,7 @@ def test_the_verdict_is_about_the_text_that_was_measured_last(tmp_path: Path) ->
         append_row(path, {**row, "data": {**row["data"], "name": "other", "fingerprint": "other"}})
     assert report.demo_verdict(report.load_results([path])).holds
     with pytest.raises(ConfigError, match="no perplexities"):
-        report.demo_verdict(series.Results([], [], [], []))
+        report.demo_verdict(tables.ReportRows([], [], [], []))
 
 
 def check_page(page: str) -> None:
@@ -335,12 +337,12 @@ def test_the_best_of_a_column_stands_out_unless_all_are_equal() -> None:
         *perplexities("yarn:4", "t", {64: 30, 128: 40}),
         *perplexities("linear:4", "t", {64: 30, 128: None}),
     ]
-    section = series.Section(series.topic_of(rows[0]))
+    section = tables.Section(tables.topic_of(rows[0]))
     for row in rows:
         one = next((s for s in section.rows if s.label == row["label"]), None)
-        one = one or series.Series("m", row["label"], RopeScaling.from_dict(row["scaling"]), False, 16)
-        section.rows.setdefault(one, {})[series.column_of(row)] = row
-    buckets, _ = series.tables_of(section)
+        one = one or tables.Series("m", row["label"], RopeScaling.from_dict(row["scaling"]), False, 16)
+        section.rows.setdefault(one, {})[tables.column_of(row)] = row
+    buckets, _ = tables.tables_of(section)
     assert buckets.best == [set(), {"40.00"}]
 
 
@@ -348,7 +350,7 @@ def test_dynamic_scalings_share_the_color_of_their_static_form(tmp_path: Path) -
     specs = ("default", "dynamic-yarn", "linear:4", "yarn:4", "dynamic-ntk")
     rows = [row for spec in specs for row in perplexities(spec, "t", {64: 30})]
     found = {one.label: one for one in report.load_results([write(tmp_path / "rows", rows)]).series}
-    assert found["unscaled"].color == series.UNSCALED
+    assert found["unscaled"].color == tables.UNSCALED
     assert found["dynamic-yarn"].color == found["yarn x4"].color and found["dynamic-yarn"].dashed
     assert len({one.color for one in found.values()}) == 4 and len({one.marker for one in found.values()}) == 5
 

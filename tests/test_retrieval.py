@@ -24,7 +24,10 @@ import eval.passkey_hard as passkey_hard
 import eval.prompt_loop as prompt_loop
 import eval.quality as quality
 from scaled_rope import patch_model
-from scaled_rope.choice import (
+from scaled_rope.checkpoint import encode
+from scaled_rope.command_line import run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.choice_prompts import (
     AFTER_STORY,
     BEFORE_STORY,
     LETTERS,
@@ -33,21 +36,20 @@ from scaled_rope.choice import (
     build_choice_prompt,
     score_letters,
 )
-from scaled_rope.errors import ConfigError, run_cli
-from scaled_rope.generation import decode_numbers, judge, number_tokens
-from scaled_rope.heatmap import Panel, save_heatmap
-from scaled_rope.passkey import (
+from scaled_rope.evaluation.decoding import decode_numbers, judge, number_tokens
+from scaled_rope.evaluation.passkey_context import passkey_context
+from scaled_rope.evaluation.passkey_prompts import (
     FILLER,
     HARD_KEY_LINE,
     HARD_QUESTION,
     OPENING,
     build_hard_prompt,
     draw_keys,
-    encode,
     ordinal,
 )
+from scaled_rope.evaluation.statistics import wilson_interval
+from scaled_rope.report.heatmap import Panel, save_heatmap
 from scaled_rope.results import Row, read_rows
-from scaled_rope.retrieval import passkey_context, wilson_interval
 
 ROOT = Path(__file__).parents[1]
 TRAINED = 64

@@ -20,13 +20,13 @@ import finetune
 from benchmarks import smollm2_32k, smollm2_32k_prepare
 from benchmarks.smollm2_32k_prepare import TEXTS, Text
 from eval import harness, passkey, perplexity
-from scaled_rope.corpora import CORPORA
-from scaled_rope.data import PackedWriter, open_packed, pack
-from scaled_rope.errors import ConfigError, run_cli
-from scaled_rope.loading import DEFAULT_MODEL, load_tokenizer, weights_hash
-from scaled_rope.passkey import encode
+from scaled_rope.checkpoint import DEFAULT_MODEL, encode, load_tokenizer, weights_hash
+from scaled_rope.command_line import run_cli
+from scaled_rope.errors import ConfigError
 from scaled_rope.recipes import read_recipe
 from scaled_rope.results import read_rows
+from scaled_rope.texts.corpora import CORPORA
+from scaled_rope.texts.packed import PackedWriter, open_packed, pack
 from tests.runs import ENVIRONMENT, ROOT
 from tests.test_harness import archives  # noqa: F401  (a fixture)
 

@@ -20,13 +20,18 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import finetune
-from scaled_rope import RopeScaling, patch_model, training
-from scaled_rope.data import ColumnDataset, PackedWriter, open_packed, pack
-from scaled_rope.engine import accumulation
-from scaled_rope.errors import ConfigError, run_cli
+from scaled_rope import RopeScaling, patch_model
+from scaled_rope.command_line import run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.patching.loss import IGNORE
 from scaled_rope.recipes import Recipe, read_recipe
-from scaled_rope.states import run_lock
-from scaled_rope.training import IGNORE, build_model, check_lengths, collate, learning_rate, step_batches
+from scaled_rope.texts.packed import ColumnDataset, PackedWriter, open_packed, pack
+from scaled_rope.training import loop
+from scaled_rope.training.batches import check_lengths, collate, step_batches
+from scaled_rope.training.engine import accumulation
+from scaled_rope.training.loop import learning_rate
+from scaled_rope.training.model import SummedLoss, build_model, set_sliding_window
+from scaled_rope.training.run_state import run_lock
 from tests.runs import ENVIRONMENT, LENGTH, log, weights
 
 
@@ -285,13 +290,13 @@ def test_a_refused_run_leaves_the_way_free_and_older_states_can_be_resumed(works
     arguments += ["--checkpointing-steps", "1"]
     assert run_cli(lambda: finetune.main([*arguments, "--sequence-length", "32"])) == 2
     states = tmp_path / "states"
-    original = training.save_state
+    original = loop.save_state
 
     def keep(accelerator, recipe, step):
         shutil.copytree(original(accelerator, recipe, step), states / f"step-{step:06d}")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "save_state", keep)
+        patch.setattr(loop, "save_state", keep)
         assert finetune.main(arguments) == 0
     reference = weights(tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "model")
@@ -314,7 +319,7 @@ def test_a_disk_without_room_is_refused_before_training(workspace, tmp_path, cap
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("scaled_rope.states.shutil.disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    monkeypatch.setattr("scaled_rope.training.run_state.shutil.disk_usage", lambda path: usage(10**9, 10**9, 1000))
     arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path)]
     assert run_cli(lambda: finetune.main(arguments)) == 2
     assert "0.0 GB free, the run needs up to" in capsys.readouterr().err
@@ -371,7 +376,7 @@ def test_lora_trains_adapters_and_saves_merged_weights(workspace, tmp_path):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_lora_with_embeddings_and_norms_saves_them_in_model_and_adapter(workspace, tmp_path, tied):
     pytest.importorskip("peft")
-    from scaled_rope.loading import load_model
+    from scaled_rope.patching.loading import load_model
 
     base = workspace / ("tied" if tied else "model")
     arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), "--model", str(base), "--lora",
@@ -394,7 +399,7 @@ def test_master_weights_are_float32_under_bf16(workspace, tmp_path):
     args = finetune.parse_args(arguments)
     resolved = replace(finetune.resolve(args, 1), save_dtype="float32")
     AcceleratorState._reset_state(True)  # accelerate allows one precision per process
-    training.Trainer(resolved).run()
+    loop.Trainer(resolved).run()
     AcceleratorState._reset_state(True)
     before, after = load_file(workspace / "model" / "model.safetensors"), weights(tmp_path)
     moved = [(after[name] - before[name]).abs() for name in before]
@@ -405,7 +410,7 @@ def test_master_weights_are_float32_under_bf16(workspace, tmp_path):
 
 def test_checkpointing_and_offloading_change_nothing(workspace, monkeypatch):
     """The offloading path is taken on the CPU too here, where its copies go from memory to memory."""
-    monkeypatch.setattr(training, "_is_on_accelerator", lambda tensor: True)
+    monkeypatch.setattr("scaled_rope.training.model._is_on_accelerator", lambda tensor: True)
     batch = collate([open_packed(workspace / "set").row(0)], LENGTH)
     copies, original = [], torch.empty
 
@@ -419,11 +424,11 @@ def test_checkpointing_and_offloading_change_nothing(workspace, monkeypatch):
         model, _ = build_model(replace(resolved_recipe(workspace), gradient_checkpointing=checkpointing))
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        module = training.SummedLoss(model, offload)
-        monkeypatch.setattr(training.torch, "empty", counted)
+        module = SummedLoss(model, offload)
+        monkeypatch.setattr(loop.torch, "empty", counted)
         module(**batch).backward()
         monkeypatch.undo()
-        monkeypatch.setattr(training, "_is_on_accelerator", lambda tensor: True)
+        monkeypatch.setattr("scaled_rope.training.model._is_on_accelerator", lambda tensor: True)
         gradients[checkpointing, offload] = [parameter.grad for parameter in model.parameters()]
         kept[checkpointing, offload] = len(copies)
     assert kept[False, False] == kept[True, False] == 0
@@ -542,13 +547,13 @@ def test_separate_documents_need_their_borders(workspace, tmp_path, capsys):
 
 
 def test_window_schedule_of_a_run_changes_step_by_step(workspace, tmp_path, monkeypatch):
-    seen, original = [], training.set_sliding_window
+    seen, original = [], set_sliding_window
 
     def note(model, window):
         original(model, window)
         seen.append(model.config.sliding_window)
 
-    monkeypatch.setattr(training, "set_sliding_window", note)
+    monkeypatch.setattr(loop, "set_sliding_window", note)
     init = {
         "model_type": "mistral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64, "max_position_embeddings": 16,
@@ -558,13 +563,13 @@ def test_window_schedule_of_a_run_changes_step_by_step(workspace, tmp_path, monk
         resolved_recipe(workspace), model=None, init=init, tokenizer=str(workspace / "model"), max_train_steps=3,
         warmup_steps=0, sliding_window_attention_schedule=(16, 64), output_dir=str(tmp_path),
     )  # fmt: skip
-    training.Trainer(resolved).run()
+    loop.Trainer(resolved).run()
     assert seen == [16, 64, 16]
     assert json.loads((tmp_path / "model" / "config.json").read_text())["sliding_window"] == 16
 
 
 def test_mistral_window_schedule_sets_the_window_of_each_step(tiny_model):
-    from scaled_rope.training import set_sliding_window
+    from scaled_rope.training.model import set_sliding_window
 
     model = tiny_model("mistral", sliding_window=8)
     tokens = torch.arange(1, 41)[None]

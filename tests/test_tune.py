@@ -20,15 +20,18 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from scaled_rope import RopeScaling, patch_model, tune
-from scaled_rope.errors import ConfigError, Parser, run_cli
+from scaled_rope import RopeScaling, patch_model
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.jobs import ModelLoader
 from scaled_rope.flags import add_tune_arguments
-from scaled_rope.loading import ModelLoader
 from scaled_rope.results import Row, portable, read_rows
+from scaled_rope.scaling import record
+from scaled_rope.tuning import curves, search
 
 Make = Callable[..., PreTrainedModel]
 LENGTH = 32
-GRID = tune.parse_grid("1.0:1.5:0.05")
+GRID = curves.parse_grid("1.0:1.5:0.05")
 
 
 # ------------------------------------------------------------------------------------------------------ pure functions
@@ -36,9 +39,9 @@ GRID = tune.parse_grid("1.0:1.5:0.05")
 
 def test_grids() -> None:
     assert GRID == (1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.35, 1.4, 1.45, 1.5)  # the end is in, without noise
-    assert tune.parse_grid("2,1, 1.5,2") == (1.0, 1.5, 2.0)
-    assert tune.parse_grid("0.9:1.0:0.03") == (0.9, 0.93, 0.96, 0.99)
-    assert tune.parse_grid("4") == (4.0,)
+    assert curves.parse_grid("2,1, 1.5,2") == (1.0, 1.5, 2.0)
+    assert curves.parse_grid("0.9:1.0:0.03") == (0.9, 0.93, 0.96, 0.99)
+    assert curves.parse_grid("4") == (4.0,)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +63,7 @@ def test_grids() -> None:
 )
 def test_bad_grids(text: str, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint) as caught:
-        tune.parse_grid(text, "some grid", least=3)
+        curves.parse_grid(text, "some grid", least=3)
     assert "some grid" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -72,19 +75,19 @@ def test_bad_grids(text: str, complaint: str) -> None:
 def test_the_vertex_of_a_parabola_is_found_on_any_grid(vertex: float, curvature: float, steps: list[float]) -> None:
     grid = np.cumsum([0.9, *steps])
     curve = 3 + curvature * (grid - vertex) ** 2
-    found = tune.parabola_minimum(grid, curve)
+    found = curves.parabola_minimum(grid, curve)
     lowest = int(np.argmin(curve))
     if 0 < lowest < len(grid) - 1:
         # Differences of the curve are at least 1e-5 here and carry rounding of about 1e-15.
         assert found.edge is None and found.x == pytest.approx(vertex, abs=1e-6)
         assert found.y == pytest.approx(3, abs=1e-9)
     else:
-        assert found == tune.Minimum(grid[lowest], curve[lowest], "lower" if lowest == 0 else "upper")
+        assert found == curves.Minimum(grid[lowest], curve[lowest], "lower" if lowest == 0 else "upper")
 
 
 @given(st.lists(st.floats(0, 10), min_size=3, max_size=8))
 def test_the_minimum_lies_between_the_neighbours_of_the_lowest_point(curve: list[float]) -> None:
-    found = tune.parabola_minimum(range(len(curve)), curve)
+    found = curves.parabola_minimum(range(len(curve)), curve)
     lowest = int(np.argmin(curve))
     # Within half a step: beyond it a neighbour would be lower.
     assert abs(found.x - lowest) <= 0.5 and found.y <= curve[lowest]
@@ -92,14 +95,14 @@ def test_the_minimum_lies_between_the_neighbours_of_the_lowest_point(curve: list
 
 def test_interpolation_is_exact_on_parabolas_and_stays_inside_the_grid() -> None:
     curve = [2 + 3 * (x - 1.17) ** 2 for x in GRID]
-    assert tune.interpolate(GRID, curve, 1.0693) == pytest.approx(2 + 3 * (1.0693 - 1.17) ** 2, abs=1e-12)
-    assert tune.interpolate(GRID, curve, 1.3) == pytest.approx(curve[6], abs=1e-12)
-    assert tune.interpolate(GRID, curve, 0.999) is None and tune.interpolate(GRID, curve, 1.501) is None
+    assert curves.interpolate(GRID, curve, 1.0693) == pytest.approx(2 + 3 * (1.0693 - 1.17) ** 2, abs=1e-12)
+    assert curves.interpolate(GRID, curve, 1.3) == pytest.approx(curve[6], abs=1e-12)
+    assert curves.interpolate(GRID, curve, 0.999) is None and curves.interpolate(GRID, curve, 1.501) is None
 
 
 def test_the_paper_s_line_is_recovered() -> None:
-    assert tune.paper_slope() == 0.1
-    fit = tune.fit_line({s: tune.paper_attention_factor(s) for s in (1, 2, 4, 8, 16)})
+    assert curves.paper_slope() == 0.1
+    fit = curves.fit_line({s: curves.paper_attention_factor(s) for s in (1, 2, 4, 8, 16)})
     assert fit is not None and fit.factors == (2, 4, 8, 16) and fit.intercept == 1
     assert fit.a == pytest.approx(0.1, abs=1e-12) and fit.residual < 1e-12
     assert fit.mscale == pytest.approx(1, abs=1e-11)
@@ -109,7 +112,7 @@ def test_lines_are_least_squares() -> None:
     best = {1.0: 0.97, 2.0: 1.05, 4.0: 1.2, 8.0: 1.18}
     logs, values = np.log([2, 4, 8]), np.asarray([1.05, 1.2, 1.18])
     expected = np.linalg.lstsq(logs[:, None], values - 1, rcond=None)[0][0]
-    fit, free = tune.fit_line(best), tune.fit_line(best, free=True)
+    fit, free = curves.fit_line(best), curves.fit_line(best, free=True)
     assert fit is not None and free is not None
     assert fit.a == pytest.approx(expected, abs=1e-12)
     assert fit.residual == pytest.approx(np.sqrt(np.mean((values - 1 - expected * logs) ** 2)), abs=1e-12)
@@ -117,13 +120,13 @@ def test_lines_are_least_squares() -> None:
     (slope, intercept), *_ = np.linalg.lstsq(design, np.asarray(list(best.values())), rcond=None)
     assert (free.a, free.intercept) == (pytest.approx(slope, abs=1e-12), pytest.approx(intercept, abs=1e-12))
     assert free.factors == (1, 2, 4, 8)
-    assert tune.fit_line({1.0: 1.2}) is None and tune.fit_line({2.0: 1.1, 4.0: 1.2}, free=True) is None
+    assert curves.fit_line({1.0: 1.2}) is None and curves.fit_line({2.0: 1.1, 4.0: 1.2}, free=True) is None
 
 
 @given(n=st.integers(2, 70), segment=st.integers(1, 40))
 def test_segments_hold_every_target_once(n: int, segment: int) -> None:
     nll = np.random.default_rng(n).random(n - 1).astype(np.float32)
-    sums, counts = tune.segment_sums(nll, segment)
+    sums, counts = curves.segment_sums(nll, segment)
     for index, (total, count) in enumerate(zip(sums, counts, strict=True)):
         mine = [float(nll[token - 1]) for token in range(1, n) if token // segment == index]
         assert count == len(mine) and total == pytest.approx(sum(mine), abs=1e-4)  # sums are rounded to 1e-4
@@ -132,11 +135,11 @@ def test_segments_hold_every_target_once(n: int, segment: int) -> None:
 
 def test_segment_statistics() -> None:
     perplexities = np.asarray([[10.0, 20.0], [9.0, 22.0], [12.0, 20.0]])
-    changes = tune.segment_changes(np.log(perplexities), baseline=0)
+    changes = curves.segment_changes(np.log(perplexities), baseline=0)
     np.testing.assert_allclose(changes, [[0, 0], [-0.1, 0.1], [0.2, 0]], atol=1e-12)
     # [grid, windows, segments]: the first window is best at point 1 and 2, the second at 1 in both segments.
-    curves = np.asarray([[[3, 3], [3, 3]], [[1, 2], [1, 1]], [[2, 1], [2, 3]]], dtype=np.float64)
-    np.testing.assert_array_equal(tune.best_counts(curves), [[0, 2, 0], [0, 1, 1]])
+    nlls = np.asarray([[[3, 3], [3, 3]], [[1, 2], [1, 1]], [[2, 1], [2, 3]]], dtype=np.float64)
+    np.testing.assert_array_equal(curves.best_counts(nlls), [[0, 2, 0], [0, 1, 1]])
 
 
 @pytest.mark.parametrize(
@@ -145,8 +148,8 @@ def test_segment_statistics() -> None:
 def test_specs_are_read_back(spec: str) -> None:
     own = RopeScaling("default", original_max_position_embeddings=128, rope_theta=5e5)
     scaling = RopeScaling.from_spec(spec, own)
-    assert RopeScaling.from_spec(tune.spec_of(scaling), own) == scaling
-    assert set(tune.spec_of(scaling).split(",")) == set(spec.split(","))
+    assert RopeScaling.from_spec(record.spec_of(scaling), own) == scaling
+    assert set(record.spec_of(scaling).split(",")) == set(spec.split(","))
 
 
 def test_windows() -> None:
@@ -154,7 +157,7 @@ def test_windows() -> None:
 
     def cut(length: int, **changes: Any) -> list[tuple[int, int, list[int]]]:
         settings: dict[str, Any] = {"bos": 0, "wanted": 2, "each": 2} | changes
-        found = tune.cut_windows(iter(texts), length, settings["bos"], settings["wanted"], settings["each"])
+        found = search.cut_windows(iter(texts), length, settings["bos"], settings["wanted"], settings["each"])
         return [(window.document, window.start, window.tokens.tolist()) for window in found]
 
     ten = cut(11)
@@ -186,12 +189,12 @@ def planted(scaling: RopeScaling, tokens: npt.NDArray[Any], a: float = 0.08) -> 
     return np.asarray(text + 5 * miss + ramp)
 
 
-def sweep(path: Path, score: tune.Score, windows: int = 6) -> tune.Sweep:
+def sweep(path: Path, score: search.Score, windows: int = 6) -> search.Sweep:
     """Over random windows of 8·32 tokens."""
     rng = np.random.default_rng(0)
-    pieces = [tune.Window(i, 0, rng.integers(0, 500, 8 * LENGTH)) for i in range(windows)]
+    pieces = [search.ScoredWindow(i, 0, rng.integers(0, 500, 8 * LENGTH)) for i in range(windows)]
     identity: Row = {"model_fingerprint": "m", "dtype": "float32", "data": {"name": "random"}}
-    return tune.Sweep(path, pieces, LENGTH, identity, score, {"seed": 0}, tqdm(disable=True))
+    return search.Sweep(path, pieces, LENGTH, identity, score, {"seed": 0}, tqdm(disable=True))
 
 
 def start(factor: float) -> RopeScaling:
@@ -200,13 +203,13 @@ def start(factor: float) -> RopeScaling:
 
 def test_a_planted_optimum_is_recovered(tmp_path: Path) -> None:
     one = sweep(tmp_path / "rows.jsonl", planted)
-    tuned = [tune.tune_factor(one, start(factor), GRID) for factor in (2, 4, 8)]
+    tuned = [search.tune_factor(one, start(factor), GRID) for factor in (2, 4, 8)]
     for found in tuned:
         # Segment sums are rounded to 1e-4 nats, 3e-6 a token, against a curvature of 5.
         assert found.minimum.x == pytest.approx(0.08 * math.log(found.factor) + 1, abs=1e-3)
         assert found.minimum.edge is None and found.scaling.attention_factor == round(found.minimum.x, 4)
         assert found.means.shape == (11, 6, found.factor) and found.ramps == ()
-    summary = tune.summarise(tuned, seed=0)
+    summary = search.summarise(tuned, seed=0)
     fit = summary["fit"]
     assert fit["a"] == pytest.approx(0.08, abs=1e-3) and fit["residual"] < 1e-3
     low, high = fit["interval"]
@@ -216,7 +219,7 @@ def test_a_planted_optimum_is_recovered(tmp_path: Path) -> None:
     own = RopeScaling("default", original_max_position_embeddings=LENGTH)
     carried_over = RopeScaling.from_spec(fit["spec"].replace("FACTOR", "16"), own)
     assert carried_over.mscale == pytest.approx(0.8, abs=0.01)
-    assert tune.remarks(summary) == []
+    assert search.remarks(summary) == []
     # Perplexity over all targets, of which the first segment has one less.
     text = np.mean([(2 + np.sin(window.tokens[1 : 4 * LENGTH])).mean() for window in one.windows])
     assert math.log(summary["factors"][1]["perplexity"]) == pytest.approx(text + 0.01 * (1 + 1), abs=1e-5)
@@ -235,7 +238,7 @@ def test_windows_that_disagree_give_an_interval(tmp_path: Path) -> None:
         return np.full(len(tokens) - 1, 2 + miss**2)
 
     one._score = score
-    (found,) = tune.summarise([tune.tune_factor(one, start(2), GRID)], seed=0)["factors"]
+    (found,) = search.summarise([search.tune_factor(one, start(2), GRID)], seed=0)["factors"]
     mean, error = np.mean(list(optima.values())), np.std(list(optima.values())) / math.sqrt(40)
     assert found["attention_factor"] == pytest.approx(mean, abs=1e-3)
     low, high = found["interval"]
@@ -243,7 +246,7 @@ def test_windows_that_disagree_give_an_interval(tmp_path: Path) -> None:
     assert (mean - low) / error == pytest.approx(1.64, abs=0.3) and (high - mean) / error == pytest.approx(
         1.64, abs=0.3
     )
-    assert tune.summarise([tune.tune_factor(one, start(2), GRID)], seed=0)["factors"] == [found]
+    assert search.summarise([search.tune_factor(one, start(2), GRID)], seed=0)["factors"] == [found]
 
 
 def test_the_ramp_is_searched_and_the_attention_factor_again(tmp_path: Path) -> None:
@@ -256,43 +259,43 @@ def test_the_ramp_is_searched_and_the_attention_factor_again(tmp_path: Path) -> 
 
     one = sweep(tmp_path / "rows.jsonl", score, windows=2)
     pairs = [(fast, slow) for fast in (16.0, 32.0, 64.0) for slow in (1.0, 2.0)]
-    found = tune.tune_factor(one, start(8), GRID, pairs)
+    found = search.tune_factor(one, start(8), GRID, pairs)
     assert found.scaling.ramp_bounds == (16, 2)
     assert found.minimum.x == pytest.approx(0.1 * math.log(8) + 1, abs=1e-3)
     assert len(found.ramps) == 6 and min(found.ramps, key=lambda ramp: ramp[2])[:2] == (16, 2)
     # The grid twice, each other pair once, none of it repeated.
     assert len(scored) == 2 * (11 + 5 + 10)
-    notes = tune.remarks(tune.summarise([found], seed=0))
+    notes = search.remarks(search.summarise([found], seed=0))
     assert [note.split(" is ")[0] for note in notes] == ["x8: beta_fast 16", "x8: beta_slow 2"]  # edges of their grids
-    assert found.scaling == RopeScaling.from_spec(tune.spec_of(found.scaling), start(1))
+    assert found.scaling == RopeScaling.from_spec(record.spec_of(found.scaling), start(1))
 
 
 def test_edges_and_other_doubts_are_told(tmp_path: Path) -> None:
     one = sweep(tmp_path / "rows.jsonl", planted, windows=1)
-    grid = tune.parse_grid("1.1:1.5:0.1")
-    summary = tune.summarise([tune.tune_factor(one, start(factor), grid) for factor in (2, 8)], seed=0)
+    grid = curves.parse_grid("1.1:1.5:0.1")
+    summary = search.summarise([search.tune_factor(one, start(factor), grid) for factor in (2, 8)], seed=0)
     low, inside = summary["factors"]
     assert (low["edge"], low["attention_factor"]) == ("lower", 1.1) and inside["edge"] is None
     assert summary["fit"]["factors"] == [8]  # a bound is no data point
     assert low["interval"] is None and summary["fit"]["interval"] is None
-    notes = " ".join(tune.remarks(summary))
+    notes = " ".join(search.remarks(summary))
     assert "x2: the lowest point is the grid's lower edge, 1.1" in notes and "one window" in notes and "x8" not in notes
-    assert "1.100*" in tune.report(summary)
+    assert "1.100*" in search.report(summary)
 
     def falling(scaling: RopeScaling, tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return planted(scaling, tokens, a=-0.05)
 
     one = sweep(tmp_path / "falling.jsonl", falling)
-    summary = tune.summarise([tune.tune_factor(one, start(4), tune.parse_grid("0.7:1.2:0.1"))], seed=0)
+    summary = search.summarise([search.tune_factor(one, start(4), curves.parse_grid("0.7:1.2:0.1"))], seed=0)
     assert summary["fit"]["a"] == pytest.approx(-0.05, abs=1e-3) and summary["fit"]["spec"] is None
-    assert any("mscale cannot express" in note for note in tune.remarks(summary))
+    assert any("mscale cannot express" in note for note in search.remarks(summary))
 
 
 def test_an_interval_that_reaches_the_edge_is_told_and_a_stray_sample_is_not() -> None:
     # A 90 % interval leaves out 5 % on either side.
     for share, told in ((0.0, False), (0.04, False), (0.06, True)):
         one = {"factor": 2.0, "edge": None, "edge_share": share, "ramps": []}
-        notes = tune.remarks({"factors": [one], "windows": 4, "fit": None})
+        notes = search.remarks({"factors": [one], "windows": 4, "fit": None})
         assert any("minimum at an edge" in note for note in notes) == told
 
 
@@ -302,19 +305,19 @@ def test_a_model_with_another_temperature_at_s_1_is_told(tmp_path: Path) -> None
         miss = scaling.attention_factor - (0.1 * math.log(scaling.factor) + 0.88)
         return np.full(len(tokens) - 1, 2 + miss**2)
 
-    one, grid = sweep(tmp_path / "rows.jsonl", score, windows=2), tune.parse_grid("0.8:1.2:0.05")
-    summary = tune.summarise([tune.tune_factor(one, start(factor), grid) for factor in (1, 2, 4, 8)], seed=0)
+    one, grid = sweep(tmp_path / "rows.jsonl", score, windows=2), curves.parse_grid("0.8:1.2:0.05")
+    summary = search.summarise([search.tune_factor(one, start(factor), grid) for factor in (1, 2, 4, 8)], seed=0)
     free = summary["fit"]["free"]
     assert (free["a"], free["intercept"]) == (pytest.approx(0.1, abs=1e-3), pytest.approx(0.88, abs=1e-3))
-    (note,) = tune.remarks(summary)
+    (note,) = search.remarks(summary)
     assert "one through 0.880" in note and "not mscale" in note
-    assert "with a free intercept: 0.1000·ln s + 0.8800" in tune.report(summary)
+    assert "with a free intercept: 0.1000·ln s + 0.8800" in search.report(summary)
 
 
 def test_losses_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     one = sweep(tmp_path / "rows.jsonl", lambda scaling, tokens: np.full(len(tokens) - 1, np.inf))
     with pytest.raises(ConfigError, match=r"dtype 'float32': yarn x2 \(attention_factor=1\).*not finite"):
-        tune.tune_factor(one, start(2), GRID)
+        search.tune_factor(one, start(2), GRID)
     assert not (tmp_path / "rows.jsonl").exists()
 
 
@@ -328,9 +331,9 @@ def test_an_interrupted_search_equals_an_uninterrupted_one(tmp_path: Path) -> No
             raise KeyboardInterrupt
         return planted(scaling, tokens)
 
-    def summary(path: Path, score: tune.Score) -> Row:
+    def summary(path: Path, score: search.Score) -> Row:
         one = sweep(path, score, windows=3)
-        return tune.summarise([tune.tune_factor(one, start(factor), GRID) for factor in (2, 4)], seed=0)
+        return search.summarise([search.tune_factor(one, start(factor), GRID) for factor in (2, 4)], seed=0)
 
     whole = summary(tmp_path / "whole.jsonl", planted)
     with pytest.raises(KeyboardInterrupt):
@@ -378,7 +381,7 @@ def test_the_command_end_to_end(
 ) -> None:
     out = tmp_path / "out"
     flags = ["-m", checkpoint, "--dataset", texts, "--factors", "1,2,4", "--grid", "0.8,1,1.25,1.5", "--output", out]
-    assert tune.run(arguments(*flags)) == 0
+    assert search.run(arguments(*flags)) == 0
     printed = capsys.readouterr().out
     assert "windows: 2, documents: 2" in printed and "yarn:4,attention_factor=" in printed
 
@@ -414,7 +417,7 @@ def test_factor_one_with_attention_factor_one_is_the_model_itself(
     tiny_model: Make, checkpoint: Path, texts: Path, tmp_path: Path
 ) -> None:
     flags = ["-m", checkpoint, "--dataset", texts, "--documents", 1, "--factors", 1, "--grid", "1,1.5,2"]
-    assert tune.run(arguments(*flags, "--output", tmp_path / "out")) == 0
+    assert search.run(arguments(*flags, "--output", tmp_path / "out")) == 0
     words = [0, *(int(word[1:]) for word in json.loads(texts.read_text().splitlines()[0])["text"].split())][:LENGTH]
     ids = torch.tensor([words])
     untouched = float(tiny_model()(ids, labels=ids).loss.detach()) * 31
@@ -432,7 +435,7 @@ def test_a_finished_search_reads_no_weights(
 ) -> None:
     flags = ["-m", checkpoint, "--dataset", texts, "--factors", "2", "--grid", "0.9,1.1,1.3"]
     flags += ["--beta-fast", "16,32", "--output", tmp_path / "out", "--json"]
-    assert tune.run(arguments(*flags)) == 0
+    assert search.run(arguments(*flags)) == 0
     first, rows = json.loads(capsys.readouterr().out), read_rows(tmp_path / "out" / "rows.jsonl")
 
     def refuse(*_: object) -> None:
@@ -440,12 +443,12 @@ def test_a_finished_search_reads_no_weights(
 
     with monkeypatch.context() as patched:
         patched.setattr(ModelLoader, "__call__", refuse)
-        assert tune.run(arguments(*flags)) == 0
+        assert search.run(arguments(*flags)) == 0
         assert read_rows(tmp_path / "out" / "rows.jsonl") == rows
         again = json.loads(capsys.readouterr().out)
         assert {**again, "provenance": None} == {**first, "provenance": None}
         with pytest.raises(AssertionError, match="weights were read"):  # but another grid point is measured
-            tune.run(arguments(*flags, "--grid", "0.9,1.1,1.3,1.5"))
+            search.run(arguments(*flags, "--grid", "0.9,1.1,1.3,1.5"))
     assert {row["scaling"].get("beta_fast") for row in rows} >= {None, 16.0}
     assert len(first["factors"][0]["ramps"]) == 2
 
@@ -477,7 +480,7 @@ def test_bad_input_is_one_line(
     checkpoint: Path, texts: Path, tmp_path: Path, flags: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usual = ["-m", checkpoint, "--dataset", texts, "--factors", "2", "--output", tmp_path / "out"]
-    assert run_cli(lambda: tune.run(arguments(*usual, *flags))) == 2
+    assert run_cli(lambda: search.run(arguments(*usual, *flags))) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and printed.count("\n") == 1 and complaint in printed
     assert not (tmp_path / "out").exists()
@@ -485,4 +488,4 @@ def test_bad_input_is_one_line(
 
 def test_a_dataset_is_needed(checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match="--dataset"):
-        tune.run(arguments("-m", checkpoint))
+        search.run(arguments("-m", checkpoint))

@@ -12,8 +12,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from scaled_rope.benchmarks_data import SOURCES, Document, read_split
-from scaled_rope.corpora import cache_dir
+from scaled_rope.texts.archives import cache_dir
+from scaled_rope.texts.benchmarks import SOURCES, Document, read_split
 
 
 def _splits(name: str) -> dict[str, Dataset]:

@@ -8,9 +8,9 @@ from typing import Any
 
 from datasets import Dataset
 
+from scaled_rope.checkpoint import load_tokenizer
 from scaled_rope.errors import ConfigError
-from scaled_rope.loading import load_tokenizer
-from scaled_rope.passkey import build_prompt, draw_key
+from scaled_rope.evaluation.passkey_prompts import build_prompt, draw_key
 
 DEFAULT_LENGTHS = (4096,)
 

@@ -13,7 +13,6 @@ keys, and what is left of a key after its product with the query is never stored
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 from torch import Tensor
@@ -185,11 +184,3 @@ def _decode_torch(
 def bytes_moved(batch: int, key_heads: int, keys: int, head_dim: int, element: int = 2) -> int:
     """What a pass has to read of memory at the least: every key and value once."""
     return 2 * batch * key_heads * keys * head_dim * element
-
-
-def splits_of(keys: int, rows: int, programs: int = 264, block: int = 64) -> int:
-    """Into how many stretches keys are cut, so that `rows` = B · Hkv of them keep a GPU busy.
-
-    programs: two for each multiprocessor of an H100. A stretch is at least four blocks.
-    """
-    return max(1, min(math.ceil(programs / rows), math.ceil(keys / (4 * block))))

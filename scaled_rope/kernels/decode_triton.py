@@ -2,20 +2,21 @@
 
 Decoding is bound by memory: of each key 2·D bytes are read (bf16) for 2·D·H/Hkv products. So a key is read once, by the
 program that also holds all queries that share it, rotated in registers and never written. The table of rotations within
-a block, [BLOCK_N, R/2], is made once per program, from 64-bit fractions of a turn (`_angle_tables`), without a load;
+a block, [BLOCK_N, R/2], is made once per program, from 64-bit fractions of a turn (`angle_tables`), without a load;
 the block's own rotation is taken off the query, [G, R/2]. The keys of a row are cut into stretches, one program each,
 which keep their own softmax; what they found is merged by torch.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from scaled_rope.kernels.decode import splits_of
-from scaled_rope.kernels.rotary_triton import _angle_tables
+from scaled_rope.kernels.rotary_triton import angle_tables
 
 BLOCK_N = 64
 
@@ -92,7 +93,7 @@ def decode_kernel(
     kind = key.dtype.element_ty
     row_phases = phases + b * phases_stride_b
     # Rotations within a block, the same for all of them.
-    cos, sin = _angle_tables(row_phases, n, 1.0, j, in_half)
+    cos, sin = angle_tables(row_phases, n, 1.0, j, in_half)
     first = tl.load(first_key + b * first_stride_b).to(tl.int64)
     step = 2 if INTERLEAVED else 1
     other_half = 1 if INTERLEAVED else HALF
@@ -105,7 +106,7 @@ def decode_kernel(
     for start in range(begin, tl.minimum(begin + stretch, keys), BLOCK_N):
         at = (start + n).to(tl.int64)
         valid = at < keys
-        base_cos, base_sin = _angle_tables(row_phases, first + start + tl.full((1,), 0, tl.int64), 1.0, j, in_half)
+        base_cos, base_sin = angle_tables(row_phases, first + start + tl.full((1,), 0, tl.int64), 1.0, j, in_half)
         # The transpose: the query goes back by what the whole block is ahead.
         to_a, to_b = q_a * base_cos + q_b * base_sin, q_b * base_cos - q_a * base_sin
         places = keys_here + at[:, None] * key_stride_n
@@ -210,3 +211,11 @@ def launch(
     share = torch.exp(maxima - torch.where(top.isinf(), 0.0, top))
     merged: Tensor = (out * share[..., None]).sum(dim=2) / (sums * share).sum(dim=2)[..., None]
     return merged
+
+
+def splits_of(keys: int, rows: int, programs: int = 264, block: int = 64) -> int:
+    """Into how many stretches keys are cut, so that `rows` = B · Hkv of them keep a GPU busy.
+
+    programs: two for each multiprocessor of an H100. A stretch is at least four blocks.
+    """
+    return max(1, min(math.ceil(programs / rows), math.ceil(keys / (4 * block))))

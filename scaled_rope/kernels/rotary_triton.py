@@ -29,7 +29,7 @@ PROGRAMS = 1024
 
 
 @triton.jit
-def _angle_tables(phases, positions, attention_factor, j, in_half):
+def angle_tables(phases, positions, attention_factor, j, in_half):
     """cos and sin [BLOCK_T, HALF] from 64-bit fractions of a turn; `tables_from_phases` in torch."""
     phase = tl.load(phases + j, mask=in_half, other=0)
     # The product wraps around at 2^64, which is a whole turn. Its upper half is a signed fraction of a turn.
@@ -167,7 +167,7 @@ def rotary_kernel(
         cos = tl.load(cos_table + at, mask=mask, other=float("nan"))
         sin = tl.load(sin_table + at, mask=mask, other=float("nan"))
     else:
-        cos, sin = _angle_tables(phases, position, attention_factor, j, in_half)
+        cos, sin = angle_tables(phases, position, attention_factor, j, in_half)
     if INVERSE:
         sin = -sin
     cos, sin = cos[:, None, :], sin[:, None, :]

@@ -1,0 +1,365 @@
+"""Which attention implementation runs where, and one more: PyTorch's own without a mask of T x T.
+
+Implementations are those of transformers' attention interface, by the names that it knows. This module chooses among
+what is installed, refuses what cannot work before a model is built, and adds `blockwise` (`scaled_rope.attention`) and
+`sdpa_blocked`, which calls PyTorch's scaled_dot_product_attention on pieces. transformers' `sdpa` builds a boolean mask
+of T x T for windows, for packed documents, for padding and whenever it is compiled, which is 17 GB at 128k tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import flash_attention_mask
+from transformers.utils import import_utils
+
+from scaled_rope.attention import blockwise
+from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.scaling.record import config_head_dim
+
+FLASH_HEAD_DIM = 256
+"""The widest head that FlashAttention takes."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What an implementation needs and what it does without a T x T matrix in memory."""
+
+    flag: str = ""
+    """The class attribute by which families of transformers say that they can use it."""
+    gpu: bool = False
+    """Whether it needs a GPU and, if it is FlashAttention, a half-precision dtype."""
+    install: str = ""
+    """How to get it, where PyTorch does not bring it."""
+    capability: int = 0
+    """Least major CUDA capability."""
+    windows: bool = False
+    documents: bool = False
+    softcap: bool = False
+    matrix: str = ""
+    """When a T x T matrix is made."""
+    cpu: str = ""
+    """The only dtype that it is for, on a CPU; "": it is not for CPUs alone."""
+
+    @property
+    def flash(self) -> bool:
+        return bool(self.install)
+
+
+IMPLEMENTATIONS = {
+    "flash_attention_2": Attention(
+        "_supports_flash_attn", True, "pip install 'scaled-rope[flash]'", 8, True, True, True, "never"
+    ),
+    "flash_attention_3": Attention(
+        "_supports_flash_attn", True, "the hopper folder of Dao-AILab/flash-attention", 9, True, True, True, "never"
+    ),
+    "flash_attention_4": Attention(
+        "_supports_flash_attn", True, "pip install --pre flash-attn-4", 9, True, True, True, "never"
+    ),
+    "sdpa": Attention("_supports_sdpa", matrix="windows, documents, padding, torch.compile"),
+    "sdpa_blocked": Attention("_supports_sdpa", windows=True, documents=True, matrix="never"),
+    "blockwise": Attention("_supports_sdpa", cpu="bfloat16", matrix="windows, documents, padding"),
+    "flex_attention": Attention(
+        "_supports_flex_attn", True, windows=True, documents=True, softcap=True, matrix="never (compiled)"
+    ),
+    "eager": Attention(softcap=True, matrix="always"),
+}
+"""By the name that transformers knows them by."""
+ATTENTIONS = ("auto", *IMPLEMENTATIONS)
+
+
+# ---------------------------------------------------------------------------------------------------------- choosing
+
+
+def resolve_attention(name: str, device: torch.device, dtype: str) -> str:
+    """The implementation called `name`; "auto" is the newest FlashAttention that is installed and can run, else "sdpa".
+
+    Raises:
+        ConfigError: unknown name, or one that cannot run here.
+    """
+    if name not in ATTENTIONS:
+        raise unknown("attention", name, ATTENTIONS)
+    if name == "auto":
+        flash = [one for one, row in IMPLEMENTATIONS.items() if row.flash and not _lacks(one, device, dtype)]
+        return flash[-1] if flash else "sdpa"
+    if lack := _lacks(name, device, dtype):
+        raise ConfigError(f"attention {name!r} needs {lack}")
+    return name
+
+
+def attention_for(config: Any, attention: str, device: torch.device | None = None) -> str:
+    """What "auto" makes of a resolved implementation for an architecture.
+
+    FlashAttention and PyTorch's own as they are where the family can use them. Otherwise, and for windows, what makes
+    no T x T mask: "sdpa_blocked" for windows, "flex_attention" on a GPU for families with soft caps or sinks, or else
+    "eager".
+
+    Args:
+        device: None: the first GPU when there is one, else the CPU.
+    """
+    if attention not in IMPLEMENTATIONS:
+        return attention
+    if IMPLEMENTATIONS[attention].flash and not refusal(config, attention):
+        return attention
+    if not IMPLEMENTATIONS[attention].flash and attention != "sdpa":
+        return attention
+    if not refusal(config, "sdpa"):
+        text = config.get_text_config()
+        return "sdpa_blocked" if has_window(text) and not refusal(config, "sdpa_blocked") else "sdpa"
+    gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+    return "flex_attention" if gpu and not refusal(config, "flex_attention") else "eager"
+
+
+def check_attention(config: Any, name: str, device: torch.device, dtype: str) -> None:
+    """Refuse an implementation that a machine or an architecture cannot use.
+
+    Raises:
+        ConfigError: what is missing, in one line.
+    """
+    resolve_attention(name, device, dtype)
+    if reason := refusal(config, name):
+        raise ConfigError(f"attention {name!r}: cannot be used with {config.model_type} models, {reason}")
+
+
+def refusal(config: Any, name: str) -> str:
+    """Why an architecture cannot use an implementation, in a few words; "" when it can or is not known."""
+    row = IMPLEMENTATIONS[name]
+    text = config.get_text_config()
+    known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    family = next((known[kind] for kind in type(config).__mro__ if kind in known), None)
+    # Asked first: some releases of transformers let sdpa run, and leave the cap out.
+    if getattr(text, "attn_logit_softcapping", None) is not None and not row.softcap:
+        return "whose scores have a soft cap"
+    if row.flag and not getattr(family, row.flag, True):
+        return "says transformers"
+    if row.flash:
+        only = getattr(family, "_compatible_flash_implementations", None)
+        if only is not None and name not in only:
+            return "whose attention needs sinks"
+        if (head_dim := config_head_dim(text) or 0) > FLASH_HEAD_DIM:
+            return f"head_dim {head_dim} is more than {FLASH_HEAD_DIM}"
+    if name == "sdpa_blocked" and family is not None:
+        module = sys.modules[family.__module__]
+        if not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
+            return "they do not use transformers' attention interface"
+        if getattr(text, "attention_chunk_size", None) is not None:
+            return "they attend in chunks"
+        if has_window(text) and "sliding_window=" not in inspect.getsource(module):
+            return "they do not say what their windows are"
+    return ""
+
+
+def has_window(config: Any) -> bool:
+    """Whether some layer has a window."""
+    if getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True):
+        return False
+    types = getattr(config, "layer_types", None)
+    return not types or "sliding_attention" in types
+
+
+def _lacks(name: str, device: torch.device, dtype: str) -> str:
+    """What a machine lacks for an implementation, in words."""
+    row = IMPLEMENTATIONS[name]
+    if row.cpu and (device.type, dtype) != ("cpu", row.cpu):
+        return f"{row.cpu} on a CPU, not {dtype} on {device.type!r}"
+    if not row.gpu:
+        return ""
+    if row.flash:
+        there = device.type == "cuda" and dtype != "float32" and _is_installed(name)
+        if not there:
+            return f"a GPU, a half-precision dtype and: {row.install}"
+    elif device.type != "cuda":
+        return "a GPU"
+    if (found := torch.cuda.get_device_capability(device)[0]) < row.capability:
+        return f"a GPU of CUDA capability {row.capability}.0 or more, not {found}.x"
+    return ""
+
+
+def _is_installed(name: str) -> bool:
+    # Asked there, because two of them share an import name.
+    check = getattr(import_utils, f"is_flash_attn_{name[-1]}_available", None)
+    return check is not None and bool(check())
+
+
+# -------------------------------------------------------------------------------------------------------- sdpa_blocked
+
+BLOCK = 128
+"""Least number of queries in a block of a window."""
+
+
+def blocked_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention in the interface of transformers, without a T x T mask.
+
+    Args:
+        query, key, value: [B, H, T, D], [B, K, S, D] twice; queries are the last T of S positions.
+        attention_mask: None, or what to attend to [B, S], true for one stretch of each row, or [B, 0] for all of it.
+        sliding_window: positions that a query sees, itself included.
+        position_ids: [B, T]; where they do not go on by one a document begins. Only without a cache and a mask.
+        cu_seq_lens_q: where documents begin, [documents + 1], as FlashAttention takes it; B is 1.
+
+    Returns:
+        [B, T, H, D] and None. Rows of padding are zero.
+
+    Raises:
+        ConfigError: soft caps, sinks and biases; a module that does not pass positions on.
+    """
+    for name in ("softcap", "s_aux", "position_bias", "cache"):
+        if kwargs.get(name) is not None:
+            raise ConfigError(f"attention 'sdpa_blocked': has no {name}")
+    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise ConfigError("attention 'sdpa_blocked': is causal, use 'sdpa'")
+    given = {"dropout": dropout, "scaling": scaling}
+    if attention_mask is not None and attention_mask.shape[1] > 0 and query.shape[2] == 1:
+        key, value = written(key, value, attention_mask)
+        seen = attention_mask if sliding_window is None else attention_mask[:, -sliding_window:]
+        key, value = key[:, :, -seen.shape[1] :], value[:, :, -seen.shape[1] :]
+        return sdpa_attention_forward(module, query, key, value, seen[:, None, None], **given)[0], None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _causal(module, q, k, v, sliding_window, given)
+
+    return by_stretch(attend, query, key, value, attention_mask, position_ids, cu_seq_lens_q), None
+
+
+def written(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values without what lies beyond a mask [B, S]: in a cache of fixed size that has not been written."""
+    if mask is None or not 0 < mask.shape[1] < key.shape[2]:
+        return key, value
+    return key[:, :, : mask.shape[1]], value[:, :, : mask.shape[1]]
+
+
+def by_stretch(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """Causal attention within each text of each row, [B, T, H, D]; zero where a query belongs to none.
+
+    Args:
+        attend: queries [B, H, T, D], the last T of S positions, and keys and values [B, K, S, D] -> [B, T, H, D].
+        query, key, value, mask, position_ids, cu_seqlens: as in `blocked_sdpa`.
+    """
+    key, value = written(key, value, mask)
+    tokens, keys = query.shape[2], key.shape[2]
+    found = _stretches(mask, position_ids, cu_seqlens, query, keys)
+    if found is None:
+        return attend(query, key, value)
+    out = query.new_zeros(query.shape[0], tokens, query.shape[1], value.shape[-1])
+    for row, start, end in found:
+        first = max(start, keys - tokens)  # keys before that belong to no query of this pass
+        if first >= end:
+            continue
+        one, those = slice(row, row + 1), slice(first - keys + tokens, end - keys + tokens)
+        out[one, those] = attend(query[one, :, those], key[one, :, start:end], value[one, :, start:end])
+    return out
+
+
+def _stretches(
+    mask: Tensor | None, position_ids: Tensor | None, cu_seqlens: Tensor | None, query: Tensor, keys: int
+) -> list[tuple[int, int, int]] | None:
+    """(row, first key, end) of everything that attends to itself alone; None: every row is one whole."""
+    batch, _, tokens, _ = query.shape
+    if mask is not None and mask.shape[1] == 0:
+        return None
+    if mask is not None:
+        starts, counts = mask.int().argmax(dim=1).tolist(), mask.sum(dim=1).tolist()
+        return [(row, start, start + n) for row, (start, n) in enumerate(zip(starts, counts, strict=True))]
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        return [(0, start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    if tokens != keys or tokens == 1:
+        return None
+    if position_ids is None:
+        raise ConfigError("attention 'sdpa_blocked': gets no position_ids, so it cannot tell packed documents")
+    jumps = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if torch.compiler.is_compiling():
+        # Looking would break the graph; attending across documents would be wrong.
+        torch._assert_async(~jumps.any(), "sdpa_blocked: packed documents cannot be compiled, use flex_attention")
+        return None
+    if not bool(jumps.any()):
+        return None
+    jumps = jumps.expand(batch, -1)
+    places = jumps.nonzero().tolist()
+    found = []
+    for row in range(batch):
+        bounds = [0, *(place + 1 for at, place in places if at == row), tokens]
+        found += [(row, start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return found
+
+
+def _causal(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, window: int | None, given: dict[str, Any]
+) -> Tensor:
+    """[B, T, H, D]: queries, the last T of S positions, attend to what is before them and in the window."""
+    tokens, keys = query.shape[2], key.shape[2]
+    window = keys if window is None else min(window, keys)
+    if tokens == 1:
+        return _plain(module, query, key[:, :, -window:], value[:, :, -window:], None, given)
+    if tokens == keys and window == keys:
+        return _plain(module, query, key, value, None, given)
+    # A quarter of the window: a query then meets a quarter more keys than it sees, and pieces stay large.
+    block = max(BLOCK, window // 4)
+    results = []
+    for start in range(0, tokens, block):
+        end = min(start + block, tokens)
+        before = keys - tokens
+        first, last = max(0, before + start - window + 1), before + end
+        at = torch.arange(before + start, last, device=query.device)[:, None]
+        seen = torch.arange(first, last, device=query.device)[None]
+        mask = (seen <= at) & (seen > at - window)
+        results.append(
+            _plain(module, query[:, :, start:end], key[:, :, first:last], value[:, :, first:last], mask, given)
+        )
+    return torch.cat(results, dim=1)
+
+
+def _plain(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, given: dict[str, Any]
+) -> Tensor:
+    """transformers' own sdpa, causal without a mask, which takes care of grouped heads."""
+    mask = None if mask is None else mask[None, None].expand(query.shape[0], 1, -1, -1)
+    out: Tensor = sdpa_attention_forward(module, query, key, value, mask, is_causal=True, **given)[0]
+    return out
+
+
+def blocked_mask(*, attention_mask: Tensor | None = None, use_vmap: bool = False, **kwargs: Any) -> Tensor | None:
+    """The mask that `blocked_sdpa` takes: what is not padding, [B, S]; [B, 0] when all is; None when none was given.
+
+    Raises:
+        ConfigError: a mask that is neither causal nor a window nor documents.
+    """
+    if use_vmap:
+        raise ConfigError("attention 'sdpa_blocked': has no custom masks, use 'sdpa'")
+    mask: Tensor | None = flash_attention_mask(attention_mask=attention_mask, **kwargs)
+    # With a mask transformers takes jumps of positions for jumps, without one for documents.
+    return attention_mask[:, :0] if mask is None and attention_mask is not None else mask
+
+
+AttentionInterface.register("sdpa_blocked", blocked_sdpa)
+AttentionMaskInterface.register("sdpa_blocked", blocked_mask)
+blockwise.register()

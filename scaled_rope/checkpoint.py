@@ -1,0 +1,171 @@
+"""What a checkpoint is before its weights are read: config, tokenizer, hash, and whether it is local."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from scaled_rope.errors import ConfigError
+from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, nested_types, read_by_attention
+from scaled_rope.scaling.record import RopeScaling
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids without special tokens."""
+    # "verbose" off: no warning about texts longer than the model's trained context.
+    return list(tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+
+
+DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-llama-256"
+"""The checkpoint that this project trained itself and carries along."""
+
+
+# ---------------------------------------------------------------------------------------------------- names of models
+
+
+def check_local(name: str) -> None:
+    """Refuse a path that does not exist here, rather than ask the hub for it."""
+    path = Path(name)
+    if path.is_file():
+        raise ConfigError(f"model {name!r} is a file; give the folder that holds config.json")
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
+    if not path.exists() and (looks_local or (len(path.parts) == 2 and Path(path.parts[0]).is_dir())):
+        raise ConfigError(f"model {name!r} does not exist")
+    if not path.exists() and len(path.parts) < 2:  # the few models of the hub without an owner are older than RoPE
+        raise ConfigError(f"model {name!r} does not exist, and a hub name is OWNER/NAME")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise no_config(name)
+
+
+def no_config(folder: str) -> ConfigError:
+    """The error for a folder without config.json, by what is in it instead."""
+    if (Path(folder) / "adapter_config.json").is_file():
+        return ConfigError(f"model {folder!r} holds an adapter and no config.json: name its base model")
+    if any(Path(folder).glob("*.gguf")):
+        return ConfigError(
+            f"model {folder!r} holds a GGUF file and no config.json: name the folder of the model it was made from"
+        )
+    return ConfigError(f"model {folder!r} holds no config.json")
+
+
+# ---------------------------------------------------------------------------------------------- reading checkpoints
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def reading(what: str, name: str) -> Iterator[None]:
+    """Report any failure to read a checkpoint as bad input in one line.
+
+    transformers, tokenizers, safetensors and the hub client raise a dozen unrelated types for a broken checkpoint and
+    log more, so every exception counts here and the log is silenced; the cause stays attached for debugging.
+    """
+    from transformers.utils import logging as transformers_logging  # seconds; what flags ask of this module needs none
+
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    hub = logging.getLogger("huggingface_hub")  # it logs every try to reach the hub
+    hub_level = hub.level
+    hub.setLevel(logging.CRITICAL)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except ConfigError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConfigError(f"{what} {name!r} cannot be read: {first_line(error)}") from error
+    except Exception as error:
+        raise ConfigError(f"{what} {name!r} cannot be read: {first_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        hub.setLevel(hub_level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration of a checkpoint (directory or hub name), with the RoPE parameters as written.
+
+    Raises:
+        ConfigError: nothing there, or not a configuration that transformers knows.
+    """
+    check_local(name)
+    import transformers
+
+    with reading("model", name):
+        raw, _ = transformers.PreTrainedConfig.get_config_dict(name)
+        rope = raw.get("rope_parameters")
+        if CUSTOM_ROPE_TYPE not in str(rope) or raw.get("model_type") not in transformers.CONFIG_MAPPING:
+            return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        # Some config classes reject rope types that they do not know, so that is set behind their back.
+        family = transformers.CONFIG_MAPPING[raw["model_type"]]
+        config = family.from_dict({**raw, "rope_parameters": without_custom_rope(rope)})
+        config.rope_parameters = rope
+        return config
+
+
+def without_custom_rope(rope: Any) -> Any:
+    """RoPE parameters that transformers can build a model from, where they are ours: the model before any scaling."""
+    if nested_types(rope):
+        return {
+            name: without_custom_rope(entry) if name in nested_types(rope) else entry for name, entry in rope.items()
+        }
+    if rope.get("rope_type") != CUSTOM_ROPE_TYPE:
+        return dict(rope)
+    return read_by_attention(rope) | RopeScaling.from_spec("default", RopeScaling.from_config(rope)).to_config()
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ConfigError: nothing there, or no tokenizer in it.
+    """
+    if not (Path(name) / "tokenizer_config.json").is_file():  # a folder may hold a tokenizer alone
+        check_local(name)
+    import transformers
+
+    with reading("tokenizer of model", name):
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def display_name(model: str) -> str:
+    """The directory name of a checkpoint; training runs keep theirs in RUN/model, so RUN is more telling there."""
+    path = Path(model)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+# A checkpoint is too large to hash whole and too regular to hash by its header: retraining changes neither names nor
+# sizes, but it does change every weight. So each file is sampled.
+_SAMPLES, _SAMPLE_BYTES = 64, 2**16
+
+
+def _sample_hash(path: Path) -> str:
+    """A hash of a file's size, beginning and evenly spaced pieces (all of it up to 4 MiB)."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for index in range(_SAMPLES):
+            file.seek(index * max(_SAMPLE_BYTES, size // _SAMPLES))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def weights_hash(folder: str | Path) -> str:
+    """A short hash of the weights, packed tokens and JSON files in a local folder."""
+    paths = sorted(path for pattern in ("*.safetensors", "*.bin", "*.json") for path in Path(folder).glob(pattern))
+    files = [(path.name, _sample_hash(path)) for path in paths]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]

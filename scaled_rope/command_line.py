@@ -1,0 +1,92 @@
+"""How an entry script reads its flags and reports bad input."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from scaled_rope.errors import ConfigError, suggestion
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser for an entry script: its description is laid out as written, and a bad flag is a `ConfigError`."""
+
+    def __init__(self, prog: str, description: str | None = None) -> None:
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=description, formatter_class=layout, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """As the base class, with the nearest flags in the error for one that there is not."""
+        found, left = self.parse_known_args(args, namespace)
+        if left:
+            flag = next((word.partition("=")[0] for word in left if word.startswith("-")), "")
+            self.error(f"unrecognized arguments: {' '.join(left)}; {suggestion(flag, self._flags())}".rstrip("; "))
+        return found
+
+    def _get_value(self, action: argparse.Action, text: str) -> object:
+        # argparse says "invalid int value", and of any other type the name of its function.
+        try:
+            return super()._get_value(action, text)
+        except argparse.ArgumentError as error:
+            allowed = {int: "a whole number", float: "a number"}.get(action.type)  # type: ignore[call-overload]
+            if allowed is not None:
+                raise argparse.ArgumentError(action, f"{text!r} is not allowed; {allowed}") from None
+            if isinstance(error.__context__, ConfigError):
+                raise argparse.ArgumentError(action, str(error.__context__)) from None
+            raise
+
+    def _flags(self) -> list[str]:
+        """The flags that the help shows, those of subcommands included."""
+        flags = []
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                flags += [flag for sub in action.choices.values() for flag in sub._flags()]
+            elif action.help != argparse.SUPPRESS:
+                flags += [flag for flag in action.option_strings if flag.startswith("--")]
+        return flags
+
+
+def run_cli(main: Callable[[], int | None]) -> int:
+    """Run an entry script: bad input is one line on stderr and exit code 2, never a traceback."""
+    try:
+        return main() or 0
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"error: no space left to write {error.filename or 'output'}", file=sys.stderr)
+            return 2
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+
+
+def refuse_early(check: Callable[[], object]) -> None:
+    """End the process with exit code 2 and one line if `check` raises `ConfigError`; for entry scripts.
+
+    A script calls this between its flags and the imports that take seconds.
+    """
+
+    def checked() -> None:
+        check()
+
+    if code := run_cli(checked):
+        sys.exit(code)

@@ -1,0 +1,3 @@
+from scaled_rope.moved import attributes_of
+
+__getattr__ = attributes_of("evaluation")

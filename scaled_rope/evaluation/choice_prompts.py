@@ -1,0 +1,176 @@
+"""Multiple choice over long stories (QuALITY) by the likelihood of the answer's letter.
+
+Wording and cutting are those of ZeroSCROLLS. The prompt ends in "Answer: (", and what follows that is scored as the
+tokenizer really writes it: the prompt is tokenized with each letter behind it, what all of these share is the context,
+and the rest is each letter's continuation. A tokenizer that merges "(A" into one token is thereby asked for that token
+and not for a lone "A" that never follows "(".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scaled_rope.errors import ConfigError
+from scaled_rope.patching.loss import hidden_states, project
+
+LETTERS = "ABCD"
+BEFORE_STORY = (
+    "You are provided a story and a multiple-choice question with 4 possible answers (marked by A, B, C, D). "
+    "Choose the best answer by writing its corresponding letter (either A, B, C, or D).\n\nStory:\n"
+)
+AFTER_STORY = (
+    "\n\nQuestion and Possible Answers:\n{question}\n (A) {options[0]}\n (B) {options[1]}\n (C) {options[2]}\n"
+    " (D) {options[3]}\n\nAnswer: ("
+)
+OMITTED = "... [The rest of the story is omitted]"
+"""What stands where a story was cut off."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A story and a question about it."""
+
+    article: str
+    question: str
+    options: tuple[str, ...]
+    answer: int
+    """Index of the right option, from 0."""
+
+
+@dataclass(frozen=True)
+class ChoicePrompt:
+    """A question in tokens. What the model reads is `context`; `letters` are the continuations to choose from."""
+
+    context: list[int]
+    letters: tuple[tuple[int, ...], ...]
+    answer: int
+    cut: bool
+    """Whether the end of the story was cut off."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and the longest letter."""
+        return len(self.context) + max(map(len, self.letters))
+
+
+def _question(record: Any, where: str) -> Question:
+    """A record with the fields article, question, options (four texts) and answer (0 to 3, or a letter)."""
+    if not isinstance(record, dict):
+        raise ConfigError(f"{where} is not an object with fields")
+    for name in ("article", "question"):
+        if not isinstance(record.get(name), str):
+            raise ConfigError(f"{where}: {name} must be a text; fields: {', '.join(sorted(map(str, record)))}")
+    options, answer = record.get("options"), record.get("answer")
+    if not isinstance(options, list) or len(options) != len(LETTERS) or not all(isinstance(o, str) for o in options):
+        raise ConfigError(f"{where}: options must be {len(LETTERS)} texts")
+    if isinstance(answer, str) and len(answer) == 1 and answer in LETTERS:
+        answer = LETTERS.index(answer)
+    if type(answer) is not int or not 0 <= answer < len(LETTERS):
+        raise ConfigError(f"{where}: answer={answer!r} must be 0 to {len(LETTERS) - 1} or a letter A to {LETTERS[-1]}")
+    return Question(record["article"], record["question"], tuple(options), answer)
+
+
+def read_questions(source: str, split: str) -> Iterator[Question]:
+    """The questions of a local JSON lines file or of a hub dataset, one by one.
+
+    Raises:
+        ConfigError: nothing there, or a record without the fields of `_question`.
+    """
+    path = Path(source)
+    if path.is_file():
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    where = f"dataset {source} line {number}"
+                    try:
+                        record = json.loads(line)
+                    except ValueError as error:  # not JSON, or not UTF-8
+                        raise ConfigError(f"{where} is not JSON: {error}") from None
+                    yield _question(record, where)
+        return
+    if path.exists():
+        raise ConfigError(f"dataset {source} is a folder; give a file of JSON lines")
+    if path.suffix or source.startswith((".", "/", "~")) or len(path.parts) > 2:
+        raise ConfigError(f"dataset {source} does not exist")
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(
+            f"dataset {source!r} is no local file; hub datasets need: pip install 'scaled-rope[train]'"
+        ) from None
+    try:
+        records = datasets.load_dataset(source, split=split, streaming=True)
+    except Exception as error:  # the library raises a dozen unrelated types for "cannot be loaded"
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"dataset {source!r} is no local file and the hub gave: {said}") from None
+    for number, record in enumerate(records, 1):
+        yield _question(record, f"dataset {source!r} record {number}")
+
+
+def _tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text without special tokens; no warning about texts longer than the model's trained context."""
+    return list(
+        tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    )
+
+
+def _split(tokenizer: Any, text: str) -> tuple[list[int], tuple[tuple[int, ...], ...]]:
+    """The tokens of `text` that stay whichever letter follows, and from there on those of each letter."""
+    whole = _tokenize(tokenizer, [text + letter for letter in LETTERS])
+    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*whole, strict=False)))
+    return whole[0][:shared], tuple(tuple(ids[shared:]) for ids in whole)
+
+
+def build_choice_prompt(tokenizer: Any, question: Question, max_tokens: int | None = None) -> ChoicePrompt:
+    """The prompt of a question; beyond `max_tokens` the end of the story gives way to a note, the question stays.
+
+    Args:
+        tokenizer: a transformers tokenizer; its BOS, if it has one, opens the prompt.
+        max_tokens: tokens of prompt and letter together; None: as many as it takes.
+
+    Raises:
+        ConfigError: the question alone needs more than `max_tokens`.
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    before = BEFORE_STORY + question.article
+    after = AFTER_STORY.format(question=question.question, options=question.options)
+    context, letters = _split(tokenizer, before + after)
+    whole = ChoicePrompt(bos + context, letters, question.answer, cut=False)
+    if max_tokens is None or whole.length <= max_tokens:
+        return whole
+    context, letters = _split(tokenizer, OMITTED + after)
+    (opening, story) = _tokenize(tokenizer, [BEFORE_STORY, before])
+    fixed = len(bos) + len(context) + max(map(len, letters))
+    if max_tokens < fixed + len(opening):
+        raise ConfigError(
+            f"max-tokens {max_tokens} is too short for a question; this one needs {fixed + len(opening)} and its story"
+        )
+    return ChoicePrompt(bos + story[: max_tokens - fixed] + context, letters, question.answer, cut=True)
+
+
+@torch.inference_mode()
+def score_letters(model: Any, prompt: ChoicePrompt) -> list[float]:
+    """Log-likelihood in nats of each letter's continuation after the context.
+
+    Continuations of one token take one pass for all letters; longer ones a pass for each way they begin.
+    """
+    scores: dict[tuple[int, ...], torch.Tensor] = {}
+    starts = {letter[:-1] for letter in prompt.letters}
+    # A pass over a longer beginning holds the shorter ones: a causal model's prediction doesn't see what follows.
+    for start in sorted(starts, key=len, reverse=True):
+        if start in scores:
+            continue
+        row = torch.tensor([[*prompt.context, *start]], device=model.device)
+        hidden = hidden_states(model, row)[0, len(prompt.context) - 1 :]
+        for n, log_probabilities in enumerate(project(model, hidden).log_softmax(dim=-1)):
+            scores.setdefault(start[:n], log_probabilities)
+    return [
+        float(sum(scores[letter[:n]][token].double() for n, token in enumerate(letter))) for letter in prompt.letters
+    ]

@@ -1,0 +1,165 @@
+"""Models under scalings, as flags name them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from scaled_rope.attention.backends import resolve_attention
+from scaled_rope.checkpoint import DEFAULT_MODEL, display_name, load_config, weights_hash
+from scaled_rope.errors import ConfigError
+from scaled_rope.flags import NO_EFFECT, PARAMETERS, check_model_arguments
+from scaled_rope.patching.families import head_dim_of
+from scaled_rope.patching.loading import apply_scaling, load_model, resolve_device, resolve_dtype, resolve_plan
+from scaled_rope.patching.region_attention import check_carrier
+from scaled_rope.patching.rotary_kernel import resolve_kernel
+from scaled_rope.results import portable_model
+from scaled_rope.scaling.record import LayerPlan, RopeScaling, resolve_scaling
+from scaled_rope.scaling.registry import METHODS
+
+# ------------------------------------------------------------------------------------------------------------- jobs
+
+
+@dataclass(frozen=True)
+class ModelJob:
+    """One checkpoint read under one scaling."""
+
+    model: str
+    """Directory or hub name, as given."""
+    spec: str
+    scaling: RopeScaling
+    carried: bool
+    """Whether the scaling is the checkpoint's own."""
+    head_dim: int
+    dtype: str
+    fingerprint: str
+    """Hash of the weights and of everything but scaling and dtype that changes what the model computes."""
+    plan: LayerPlan = LayerPlan()
+    """What differs between layers."""
+    choice: str = ""
+    """The layers that were chosen by flags, in words."""
+
+    @property
+    def label(self) -> str:
+        """The scaling in a few words: "unscaled", "yarn x8", "yarn x8 (checkpoint)" for a model's own."""
+        own = self.spec.partition(":")[0] == "checkpoint" and self.scaling.method != "default"
+        label = f"{self.scaling.label} (checkpoint)" if own else self.scaling.label
+        return f"{label}, {self.choice}" if self.choice else label
+
+    @property
+    def name(self) -> str:
+        """The model and its scaling: "tiny-llama-256, yarn x8"."""
+        return f"{display_name(self.model)}, {self.label}"
+
+    def fields(self) -> dict[str, Any]:
+        """What a result row says about model and scaling."""
+        return {
+            "model": portable_model(self.model),
+            "model_fingerprint": self.fingerprint,
+            "dtype": self.dtype,
+            "head_dim": self.head_dim,
+            "scaling": self.scaling.to_dict(),
+            "label": self.label,
+            "carried": self.carried,
+        }
+
+
+def _fingerprint(args: argparse.Namespace, name: str, config: Any) -> str:
+    # The hub's commit says what a hub name meant at this moment.
+    weights = weights_hash(name) if Path(name).is_dir() else [name, getattr(config, "_commit_hash", None)]
+    adapter = weights_hash(args.adapter) if args.adapter else None
+    options = [args.sliding_window_attention, args.load_in_8bit, args.load_in_4bit]
+    if args.layers is not None or args.drop_layers is not None:
+        options += [args.layers, args.drop_layers]
+    return hashlib.sha256(json.dumps([weights, adapter, options]).encode()).hexdigest()[:16]
+
+
+def _specs(args: argparse.Namespace) -> list[str]:
+    """The scalings that the flags ask for, with `--factor`, `--finetuned` and parameters written into them."""
+    specs = []
+    unused = {name for name in PARAMETERS if getattr(args, name) is not None}
+    for spec in args.scaling or ["checkpoint"]:
+        head, comma, fields = spec.partition(",")
+        if ":" not in head and head not in ("default", "none"):
+            if args.factor is not None:
+                head = f"{head}:{args.factor}"
+            elif args.finetuned and head.startswith("dynamic-"):
+                head = f"{head}:checkpoint"
+        given = [field.partition("=")[0] for field in fields.split(",")]
+        row = METHODS.get(head.partition(":")[0])
+        for name in (f.name for f in dataclasses.fields(row.params_type)) if row and row.params_type else ():
+            if name in PARAMETERS and name not in given and getattr(args, name) is not None:
+                comma, fields = ",", ",".join(filter(None, [fields, f"{name}={getattr(args, name)}"]))
+                unused.discard(name)
+        specs.append(head + comma + fields)
+    if unused:
+        raise ConfigError(f"flag --{min(unused)}: is for a scaling that takes {min(unused)}, none of these does")
+    return list(dict.fromkeys(specs))
+
+
+def model_jobs(args: argparse.Namespace) -> list[ModelJob]:
+    """Every model under every scaling that the flags name, checked as far as possible without reading weights.
+
+    Raises:
+        ConfigError: a model, scaling, device, dtype or adapter that cannot be used.
+    """
+    for flag in args.no_effect or ():
+        print(f"note: {flag} has no effect: {NO_EFFECT[flag]}", file=sys.stderr)
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype, device)
+    resolve_attention(args.attention, device, dtype)
+    resolve_kernel(args.kernel)
+    check_model_arguments(args)
+    jobs = []
+    for name in args.model or [str(DEFAULT_MODEL)]:
+        config = load_config(name)
+        own = base = RopeScaling.from_config(config)
+        if args.original_max_position_embeddings is not None:
+            base = replace(own, original_max_position_embeddings=args.original_max_position_embeddings)
+        fingerprint, head_dim = _fingerprint(args, name, config), head_dim_of(config.get_text_config())
+        plan = resolve_plan(config, args.layers, args.drop_layers)
+        choice = [f"{args.layers} layers only"] if args.layers is not None else []
+        choice += [f"without RoPE in {','.join(map(str, args.drop_layers))}"] if args.drop_layers else []
+        for spec in _specs(args):
+            scaling = resolve_scaling(spec, base)
+            if scaling.changes_attention:
+                check_carrier(scaling.method, args.attention)
+            carried = scaling == own
+            words = ", ".join(choice)
+            jobs.append(ModelJob(name, spec, scaling, carried, head_dim, dtype, fingerprint, plan, words))
+    return jobs
+
+
+class ModelLoader:
+    """Gives out models under the scalings of jobs; consecutive jobs on one checkpoint load it once."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device = resolve_device(args.device)
+        self._args = args
+        self._name: str | None = None
+        self._model: Any = None
+
+    def __call__(self, job: ModelJob) -> Any:
+        """The job's model, on the device, in eval mode, computing with the job's scaling."""
+        if job.model != self._name:
+            self._name, self._model = None, None  # free the memory before the next one is read
+            self._model = load_model(
+                job.model,
+                dtype=job.dtype,
+                device=self.device,
+                attn_implementation=self._args.attention,
+                adapter=self._args.adapter,
+                sliding_window=self._args.sliding_window_attention,
+                load_in_8bit=self._args.load_in_8bit,
+                load_in_4bit=self._args.load_in_4bit,
+                kernel=self._args.kernel,
+            )
+            self._name = job.model
+        apply_scaling(self._model, job.scaling, job.plan, self._args.kernel)
+        return self._model

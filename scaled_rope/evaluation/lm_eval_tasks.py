@@ -1,0 +1,621 @@
+"""Benchmarks through lm-eval, for every scaling there is.
+
+lm-eval finds models by name among those that were registered by an import; it knows no entry points. So this module is
+lm-eval's command line with ours registered:
+
+    python -m scaled_rope.evaluation.lm_eval_tasks run --model scaled-rope --model_args pretrained=DIR,scaling=yarn:8 \\
+        --include_path eval/tasks --tasks passkey --metadata '{"max_seq_lengths": [4096, 8192]}'
+
+A scaling with options is put in quotes: scaling="yarn:8,beta_fast=16". Other programs call `model_class()` first.
+`eval/harness.py` does the same with our flags and writes result rows. lm-eval is imported when it is needed only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import importlib
+import itertools
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from scaled_rope.checkpoint import load_config, load_tokenizer
+from scaled_rope.command_line import run_cli
+from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.evaluation.jobs import ModelJob
+from scaled_rope.evaluation.statistics import wilson_interval
+from scaled_rope.patching.loading import load_model
+from scaled_rope.patching.loss import hidden_states, positions_per_chunk, project
+from scaled_rope.patching.patch import cache_obstacle, patched_scaling
+from scaled_rope.results import Row, package_version
+from scaled_rope.scaling.frequencies import at_length
+from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.texts.benchmarks import SOURCES
+
+TASKS = Path(__file__).resolve().parents[2] / "eval" / "tasks"
+"""Our own tasks: passkeys, and the offline benchmarks."""
+
+NO_LIMIT = 2**31 - 1
+"""A context in tokens that no prompt reaches."""
+
+_TOKENS_PER_PASS = 2**14
+_FEWSHOT_SEED = 1234  # lm-eval's default
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How the paper's table 3 measures a task."""
+
+    metric: str
+    num_fewshot: int
+
+    @staticmethod
+    def offline_name(task: str) -> str:
+        """The task group that reads the same benchmark from a package archive."""
+        return f"{task}_offline"
+
+
+PAPER = {
+    "arc_challenge": Benchmark("acc_norm", 25),
+    "hellaswag": Benchmark("acc_norm", 10),
+    "mmlu": Benchmark("acc", 5),
+    "truthfulqa_mc2": Benchmark("acc", 0),
+}
+"""The benchmarks of the paper's table 3 by lm-eval's task name. MMLU is the plain mean over its 57 subjects."""
+
+_TASK_FOLDERS = ("arc", "hellaswag", "mmlu/default", "ruler", "truthfulqa")
+_PREFERRED_METRICS = ("acc_norm", "exact_match", "acc")
+# Shares between 0 and 1, which rows give in %. Metrics named by a length (RULER's tasks, passkeys) are shares as well.
+_SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em", "f1")
+
+
+# --------------------------------------------------------------------------------------------- scores of continuations
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Tokens to condition on, and the tokens whose probability is wanted; both at least one."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+
+
+def _batches(
+    inputs: Iterable[tuple[int, ...]], scaling: RopeScaling, rows: int | None
+) -> Iterator[list[tuple[int, ...]]]:
+    """Inputs by descending length, together only where padding to the longest leaves the scaling as it is."""
+
+    @functools.cache
+    def meaning(length: int) -> str:
+        return repr(at_length(scaling, length))
+
+    ordered = sorted(inputs, key=lambda tokens: (-len(tokens), tokens))
+    for _, group in itertools.groupby(ordered, key=lambda tokens: meaning(len(tokens))):
+        left = list(group)
+        while left:
+            size = rows or max(1, _TOKENS_PER_PASS // len(left[0]))
+            yield left[:size]
+            left = left[size:]
+
+
+@torch.inference_mode()
+def score(
+    model: Any,
+    scaling: RopeScaling,
+    requests: Sequence[Continuation],
+    max_length: int = NO_LIMIT,
+    rows: int | None = None,
+    hide_progress: bool = True,
+) -> list[tuple[float, bool]]:
+    """Log-likelihood of each continuation in nats, and whether it is what greedy decoding would give.
+
+    One pass without a cache per distinct input, padded on the right; logits are computed for continuations only, in
+    float32. The results equal those of one request at a time: under a length-dependent scaling a row has the scale of
+    its own length.
+
+    Args:
+        model: a causal language model that computes with `scaling`.
+        requests: in any order.
+        max_length: inputs are cut to their last `max_length` tokens.
+        rows: inputs per pass; default: about 16k tokens' worth.
+
+    Raises:
+        ConfigError: a continuation that is empty or does not fit into `max_length`.
+    """
+    by_input: dict[tuple[int, ...], list[int]] = {}
+    for index, request in enumerate(requests):
+        if not 1 <= len(request.continuation) <= max_length:
+            given = len(request.continuation)
+            raise ConfigError(
+                f"max_length={max_length}: a continuation has {given} tokens; it must have 1 to that many"
+            )
+        whole = (*request.context, *request.continuation)
+        by_input.setdefault(whole[-(max_length + 1) :][:-1], []).append(index)
+    answers: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
+    with tqdm(total=len(requests), disable=hide_progress, mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
+        for batch in _batches(by_input, scaling, rows):
+            tokens = torch.zeros((len(batch), len(batch[0])), dtype=torch.long)
+            wanted = []  # (row, position, target) of every token to score
+            spans = []
+            for row, ids in enumerate(batch):
+                tokens[row, : len(ids)] = torch.tensor(ids)
+                for index in by_input[ids]:
+                    targets = requests[index].continuation
+                    positions = range(len(ids) - len(targets), len(ids))
+                    wanted += [(row, position, target) for position, target in zip(positions, targets, strict=True)]
+                    spans.append((index, len(targets)))
+            at, position, target = torch.tensor(wanted, device=model.device).unbind(dim=1)
+            hidden = hidden_states(model, tokens.to(model.device))[at, position]
+            logs, greedy = _score_positions(model, hidden, target)
+            start = 0
+            for index, length in spans:
+                part = slice(start, start + length)
+                answers[index] = (float(logs[part].double().sum()), bool(greedy[part].all()))
+                start += length
+            bar.update(len(spans))
+    return answers
+
+
+def _score_positions(model: Any, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target [N] at hidden states [N, H], and whether it is the likeliest token."""
+    chunk = positions_per_chunk(model)
+    logs, greedy = [], []
+    for states, wanted in zip(torch.split(hidden, chunk), torch.split(target, chunk), strict=True):
+        logits = project(model, states)
+        logs.append(logits.log_softmax(dim=-1).gather(1, wanted[:, None])[:, 0].cpu())
+        greedy.append((logits.argmax(dim=-1) == wanted).cpu())
+    return torch.cat(logs), torch.cat(greedy)
+
+
+def context_limit(config: Any, scaling: RopeScaling) -> int:
+    """How many tokens of a prompt a model is given: its context, or all where its scale follows the length."""
+    if scaling.is_length_dependent:
+        return NO_LIMIT
+    lengths = (getattr(config.get_text_config(), "max_position_embeddings", None), scaling.max_position_embeddings)
+    return max((int(length) for length in lengths if length), default=NO_LIMIT)
+
+
+# ------------------------------------------------------------------------------------------------------ lm-eval's model
+
+
+def _lm_eval(module: str) -> Any:
+    """A module of lm-eval. Raises ConfigError when it is not installed."""
+    try:
+        return importlib.import_module(f"lm_eval{module and '.'}{module}")
+    except ImportError as error:
+        raise ConfigError(f"benchmarks need lm-eval: pip install 'scaled-rope[eval]' ({error})") from error
+
+
+@functools.cache
+def model_class() -> Any:
+    """lm-eval's model type "scaled-rope", registered by the first call.
+
+    Raises:
+        ConfigError: lm-eval is not installed.
+    """
+    base = _lm_eval("models.huggingface").HFLM
+
+    class ScaledRopeLM(base):  # type: ignore[misc, valid-type]
+        """A checkpoint under any scaling; lm-eval's own "hf" can only read what transformers knows.
+
+        Beyond the arguments of `load_model`: batch_size (a number, or "auto" for about 16k tokens' worth),
+        max_length (tokens; default `context_limit`), and what lm-eval's "hf" takes for a loaded model.
+        """
+
+        def __init__(
+            self,
+            pretrained: Any,
+            scaling: RopeScaling | str | None = None,
+            tokenizer: Any = None,
+            dtype: str = "auto",
+            device: str | None = None,
+            attention: str = "auto",
+            adapter: str | None = None,
+            layers: str | None = None,
+            drop_layers: Sequence[int] | None = None,
+            sliding_window: int | None = None,
+            load_in_8bit: bool = False,
+            load_in_4bit: bool = False,
+            batch_size: int | str | None = "auto",
+            max_length: int | None = None,
+            hide_progress: bool = False,
+            **more: Any,
+        ) -> None:
+            given, model = pretrained, pretrained
+            if isinstance(pretrained, str):
+                if str(device).startswith("cuda") and not torch.cuda.is_available():
+                    device = None  # what lm-eval's command line asks for when nothing was said
+                model = load_model(
+                    pretrained,
+                    scaling=scaling,
+                    dtype=dtype,
+                    device=device,
+                    attn_implementation=attention,
+                    adapter=adapter,
+                    sliding_window=sliding_window,
+                    layers=layers,
+                    drop_layers=drop_layers,
+                    load_in_8bit=load_in_8bit,
+                    load_in_4bit=load_in_4bit,
+                )
+                scaling = None
+            if not isinstance(scaling, RopeScaling):
+                scaling = patched_scaling(model) or RopeScaling.from_config(model.config)
+            self.scaling = scaling
+            self._model: Any = None  # set by lm-eval
+            self.truncated = 0
+            """Requests that were cut since this was last set to 0."""
+            self._rows = None if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
+            self._hide_progress = hide_progress
+            if tokenizer is None or isinstance(tokenizer, str):
+                tokenizer = load_tokenizer(tokenizer or str(given))
+            super().__init__(
+                pretrained=model,
+                tokenizer=tokenizer,
+                backend="causal",
+                batch_size=self._rows or 1,
+                max_length=max_length or context_limit(model.config, scaling),
+                **more,
+            )
+            self.pretrained = given if isinstance(given, str) else model.name_or_path
+
+        def _loglikelihood_tokens(
+            self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> list[tuple[float, bool]]:
+            pairs = [Continuation(context, continuation) for _, context, continuation in requests]
+            self.truncated += sum(len(pair.context) + len(pair.continuation) > self.max_length + 1 for pair in pairs)
+            hide = disable_tqdm or self._hide_progress
+            answers = score(self.model, self.scaling, pairs, self.max_length, self._rows, hide)
+            for (texts, _, _), answer in zip(requests, answers, strict=True):
+                if texts is not None:
+                    self.cache_hook.add_partial("loglikelihood", texts, answer)
+            return answers
+
+        def tok_batch_encode(self, strings: list[str], *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+            if (limit := options.get("left_truncate_len")) is not None:
+                self.truncated += sum(len(self.tok_encode(text)) > limit for text in strings)
+            tokens: tuple[Tensor, Tensor] = super().tok_batch_encode(strings, *args, **options)
+            return tokens
+
+        def _model_generate(self, *args: Any, **options: Any) -> Tensor:
+            if not self.scaling.is_length_dependent or not cache_obstacle(self._model):
+                generated: Tensor = super()._model_generate(*args, **options)
+                return generated
+            # lm-eval insists on a cache, which this model cannot read.
+            model: Any = self._model
+
+            def generate(**given: Any) -> Tensor:
+                tokens: Tensor = model.generate(**{**given, "use_cache": False})
+                return tokens
+
+            self._model = SimpleNamespace(generate=generate)
+            try:
+                generated = super()._model_generate(*args, **options)
+            finally:
+                self._model = model
+            return generated
+
+        def get_model_info(self) -> dict[str, Any]:
+            """What lm-eval's own results say about the model; nothing is asked of the hub."""
+            return {
+                "model_num_parameters": self.model.num_parameters(),
+                "model_dtype": str(self.model.dtype),
+                "scaling": self.scaling.to_dict(),
+            }
+
+    return _lm_eval("api.registry").register_model("scaled-rope")(ScaledRopeLM)
+
+
+# ---------------------------------------------------------------------------------------------------------------- tasks
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tasks of lm-eval that make one row, or one per length."""
+
+    name: str
+    tasks: Mapping[str, Any]
+    metric: str
+    num_fewshot: int
+    offline: bool
+    limit: int | None
+
+    @functools.cached_property
+    def documents(self) -> dict[str, list[int]]:
+        """Which documents of each task are used: the first `limit`, or the first of each length."""
+        chosen = {}
+        for name, task in self.tasks.items():
+            seen: dict[Any, list[int]] = {}
+            lengths = task.eval_docs["max_length"] if "max_length" in task.features else [None] * len(task.eval_docs)
+            for index, length in enumerate(lengths):
+                seen.setdefault(length, []).append(index)
+            chosen[name] = sorted(itertools.chain(*(indices[: self.limit] for indices in seen.values())))
+        return chosen
+
+    @functools.cached_property
+    def lengths(self) -> list[int | None]:
+        """The lengths in tokens that prompts were built for; [None] where a task has none."""
+        found: set[int] = set()
+        for task in self.tasks.values():
+            if "max_length" in task.features:
+                found.update(task.eval_docs["max_length"])
+        return [*sorted(found)] or [None]
+
+    @functools.cached_property
+    def data(self) -> Row:
+        """What a row says about the documents, those of the few-shot examples included."""
+        digest = hashlib.sha256()
+        for name, task in sorted(self.tasks.items()):
+            documents = task.eval_docs
+            used: Iterable[Any] = (documents[index] for index in self.documents[name])
+            examples = task.sampler.df if self.num_fewshot else ()
+            for document in itertools.chain(used, examples):
+                digest.update(json.dumps(document, sort_keys=True, default=str).encode())
+        first = next(iter(self.tasks.values()))
+        source = SOURCES[self.name].label if self.offline else first.config.dataset_path or "generated"
+        count = sum(map(len, self.documents.values()))
+        return {"name": self.name, "source": source, "documents": count, "fingerprint": digest.hexdigest()[:16]}
+
+    def cells(self, config: Any, scaling: RopeScaling, max_length: int | None) -> dict[int | None, Row]:
+        """Length -> what identifies a row for a model with this configuration.
+
+        max_length: where prompts are cut; None: at the model's context, or nowhere if the task sets lengths.
+        """
+        limit = max_length or (context_limit(config, scaling) if self.lengths == [None] else NO_LIMIT)
+        version = next(iter(self.tasks.values())).VERSION
+        return {
+            length: {
+                "metric": "benchmark",
+                "data": self.data,
+                "protocol": {
+                    "name": "lm-eval",
+                    "task": self.name,
+                    "version": version,
+                    "num_fewshot": self.num_fewshot,
+                    "limit": self.limit,
+                    "metric": self.metric if length is None else str(length),
+                    "max_length": None if limit == NO_LIMIT else limit,
+                },
+                "length": length,
+            }
+            for length in self.lengths
+        }
+
+    def prepare(self) -> None:
+        """Have the tasks draw the examples that a prompt begins with as they are always drawn."""
+        for task in self.tasks.values():
+            task.set_config(key="num_fewshot", value=self.num_fewshot)
+            task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+
+    @property
+    def version(self) -> str | None:
+        """Of lm-eval, whose prompts these are."""
+        return package_version("lm-eval")
+
+    def measure(self, lm: Any) -> dict[int | None, Row]:
+        """Run the tasks on a model of lm-eval; give the measured fields by length."""
+        evaluator = _lm_eval("evaluator")
+        self.prepare()
+        lm.truncated = 0
+        everything = {name: len(task.eval_docs) for name, task in self.tasks.items()}
+        chosen = {name: indices for name, indices in self.documents.items() if len(indices) < everything[name]}
+        results = evaluator.evaluate(
+            lm=lm, task_dict={"tasks": dict(self.tasks)}, samples=chosen or None, bootstrap_iters=1000
+        )
+        rows = measured_rows(results, self.metric, self.lengths)
+        return {length: {**row, "truncated": lm.truncated} for length, row in rows.items()}
+
+
+def measured_rows(results: Mapping[str, Any], metric: str, lengths: Sequence[int | None]) -> dict[int | None, Row]:
+    """What lm-eval found, as row fields by length: value, standard error and 95 % interval, in % for shares; n.
+
+    The value of several tasks is the plain mean of theirs. Right-or-wrong outcomes have a score interval, which is
+    sensible at 0 and 100 %, others a normal one.
+    """
+    tasks: Mapping[str, Any] = results["results"]
+    if lengths != [None]:
+        return {length: _length_row(results["samples"], str(length)) for length in lengths}
+    found = {name: _aggregate(task, metric) for name, task in tasks.items()}
+    value = sum(value for value, _ in found.values()) / len(found)
+    errors = [error for _, error in found.values() if error is not None]
+    error = math.sqrt(sum(error**2 for error in errors)) / len(found) if len(errors) == len(found) else None
+    row = _row(value, error, sum(task["sample_len"] for task in tasks.values()), share=metric in _SHARES)
+    if len(found) > 1:
+        return {None: {**row, "tasks": {name: round(value, 6) for name, (value, _) in found.items()}}}
+    ((name, task),) = tasks.items()
+    row["metrics"] = {key: value for key, value in task.items() if "," in key and isinstance(value, float)}
+    samples = results["samples"][name]
+    outcomes = [sample[metric] for sample in samples if sample["filter"] == samples[0]["filter"] and metric in sample]
+    return {None: row | _score_interval(outcomes)}
+
+
+def _length_row(samples: Mapping[str, Sequence[Mapping[str, Any]]], length: str) -> Row:
+    # RULER's tasks put -1 where a document is of another length.
+    found = [sample[length] for sample in itertools.chain(*samples.values()) if sample.get(length, -1) != -1]
+    n, mean = len(found), sum(found) / len(found)
+    error = math.sqrt(sum((value - mean) ** 2 for value in found) / (n - 1) / n) if n > 1 else None
+    return _row(mean, error, n, share=True) | _score_interval(found)
+
+
+def _score_interval(outcomes: Sequence[Any]) -> Row:
+    if not outcomes or not all(outcome in (0, 1) for outcome in outcomes):
+        return {}
+    return {"interval": [100 * end for end in wilson_interval(int(sum(outcomes)), len(outcomes))]}
+
+
+def _aggregate(task: Mapping[str, Any], metric: str) -> tuple[float, float | None]:
+    """Value and standard error of a metric, under the first of the task's filters."""
+    key = next(key for key in task if key.partition(",")[0] == metric)
+    error = task.get(key.replace(metric, f"{metric}_stderr", 1))
+    return float(task[key]), float(error) if isinstance(error, (int, float)) else None
+
+
+def _row(value: float, error: float | None, n: int, share: bool) -> Row:
+    scale, unit = (100.0, "%") if share else (1.0, None)
+    row: Row = {"value": scale * value, "unit": unit, "standard_error": None, "interval": None, "n": n}
+    if error is not None:
+        low, high = scale * (value - 1.959964 * error), scale * (value + 1.959964 * error)
+        row |= {
+            "standard_error": scale * error,
+            "interval": [max(0.0, low), min(100.0, high)] if share else [low, high],
+        }
+    return row
+
+
+class Catalogue:
+    """lm-eval's tasks and ours, built for one model.
+
+    Args:
+        offline: read the paper's benchmarks from package archives.
+        lengths: for tasks that build prompts of given lengths (tokens).
+        limit: documents per task, or per length; None: all.
+        include: more folders of task files.
+    """
+
+    def __init__(
+        self,
+        offline: bool = False,
+        lengths: Sequence[int] | None = None,
+        limit: int | None = None,
+        include: Sequence[str | Path] = (),
+    ) -> None:
+        self.offline, self.lengths, self.limit, self.include = offline, lengths, limit, list(include)
+        self._everything = False
+        self._loaded: tuple[tuple[str, str, int | None], list[Unit]] | None = None
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+    def _manager(self, everything: bool, model: str | None = None) -> Any:
+        """lm-eval's index of tasks. Reading all 14 000 task files takes half a minute, so mostly it has a part."""
+        tasks = _lm_eval("tasks")
+        root = Path(tasks.__file__).parent
+        parts = [] if everything else [root / name for name in _TASK_FOLDERS]
+        metadata = {} if model is None else {"pretrained": model, "tokenizer": model}
+        return tasks.TaskManager(
+            include_path=[*parts, TASKS, *self.include],
+            include_defaults=everything,
+            metadata=metadata | ({"max_seq_lengths": list(self.lengths)} if self.lengths else {}),
+        )
+
+    def _target(self, name: str) -> str:
+        return Benchmark.offline_name(name) if self.offline and name in PAPER else name
+
+    def check(self, names: Sequence[str]) -> None:
+        """Refuse names that are no tasks, groups or tags. Raises ConfigError with the nearest names."""
+        known = set(self._manager(False).all_tasks)
+        absent = {self._target(name) for name in names} - known
+        self._everything = bool(absent)
+        if not absent:
+            return
+        stems = set()
+        for path in Path(_lm_eval("tasks").__file__).parent.rglob("*.yaml"):  # far faster than to parse them
+            stems.add(path.stem)
+            text = path.read_text(encoding="utf-8", errors="replace")
+            absent -= {name for name in absent if name in text}
+        if not absent:
+            known = set(self._manager(True).all_tasks)
+        for name in names:
+            if self._target(name) in absent or (not absent and self._target(name) not in known):
+                # lm-eval has 14 000 names: only near ones are worth showing.
+                near = difflib.get_close_matches(name, sorted(known | stems), n=5)
+                raise unknown("task", name, {*PAPER, "passkey", *near})
+
+    def units(self, names: Sequence[str], model: str, num_fewshot: int | None = None) -> list[Unit]:
+        """What to measure for tasks, groups or tags, prompts sized for `model`; the last model's are kept.
+
+        Raises:
+            ConfigError: unknown names, or data that cannot be had.
+        """
+        key = (",".join(names), model, num_fewshot)
+        if self._loaded is None or self._loaded[0] != key:
+            self.check(names)
+            manager = self._manager(self._everything, model)
+            units = [unit for name in dict.fromkeys(names) for unit in self._units(manager, name, num_fewshot)]
+            self._loaded = (key, units)
+        return self._loaded[1]
+
+    def _units(self, manager: Any, name: str, num_fewshot: int | None) -> Iterator[Unit]:
+        datasets = importlib.import_module("datasets")
+        datasets.disable_progress_bars()
+        try:
+            tasks = manager.load([self._target(name)])["tasks"]
+        except ConfigError:
+            raise
+        except Exception as error:  # data sets fail in many ways
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            hint = "" if self.offline or name not in PAPER else "; --offline reads it from a package archive"
+            raise ConfigError(f"task {name!r} cannot be loaded: {reason}{hint}") from error
+        together = {name: tasks} if name in PAPER else {one: {one: task} for one, task in tasks.items()}
+        for title, part in together.items():
+            task = next(iter(part.values()))
+            paper = PAPER.get(title)
+            own = task.get_config("num_fewshot")
+            shots = num_fewshot if num_fewshot is not None else paper.num_fewshot if paper else own or 0
+            if own == 0:  # the prompt has its examples already
+                shots = 0
+            yield Unit(
+                title,
+                part,
+                paper.metric if paper else _main_metric(task),
+                shots,
+                self.offline and title in PAPER,
+                self.limit,
+            )
+
+
+def _main_metric(task: Any) -> str:
+    metrics = list(task.aggregation())
+    return next((metric for metric in _PREFERRED_METRICS if metric in metrics), metrics[0])
+
+
+def model_of_job(
+    model: Any, job: ModelJob, max_length: int, batch_size: int | None, hide_progress: bool = False
+) -> Any:
+    """A loaded model as lm-eval sees it."""
+    lm = model_class()(
+        pretrained=model,
+        scaling=job.scaling,
+        tokenizer=load_tokenizer(job.model),
+        batch_size=batch_size,
+        max_length=max_length,
+        hide_progress=hide_progress,
+    )
+    lm.pretrained = job.model
+    return lm
+
+
+class Measurable(Protocol):
+    """What `Unit` and `requests.SavedUnit` have in common: rows by length, or by None."""
+
+    @property
+    def name(self) -> str: ...
+
+    def cells(self, config: Any, scaling: RopeScaling, max_length: int | None) -> dict[int | None, Row]: ...
+
+
+def job_cells(unit: Measurable, job: ModelJob, max_length: int | None) -> dict[int | None, Row]:
+    """Length -> the fields that identify a row of `job`."""
+    cells = unit.cells(load_config(job.model), job.scaling, max_length)
+    return {length: {**job.fields(), **cell} for length, cell in cells.items()}
+
+
+def main() -> int:
+    """lm-eval's command line with the model type "scaled-rope"."""
+    model_class()
+    _lm_eval("__main__").cli_evaluate()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

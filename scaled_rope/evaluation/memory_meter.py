@@ -1,0 +1,72 @@
+"""Peak memory of a measurement, and what to do when there is too little."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory was not enough, on whatever device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # The CPU's allocator has no exception of its own.
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("can't allocate memory", "out of memory", "not enough memory")
+    )
+
+
+def release_memory() -> None:
+    """Give back what an exception's frames and the GPU's cache still held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Meter:
+    """Wall-clock time and peak memory of a `with` block: `seconds` and `peak_memory` (bytes).
+
+    Memory is what PyTorch allocated on a GPU; elsewhere the process's resident set, of which the model is a part.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = 0.0
+        self.peak_memory = 0
+
+    def __enter__(self) -> Meter:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            try:  # Linux forgets the peak so far; elsewhere it is that of the whole process
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError:
+                pass
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds = time.perf_counter() - self._start
+        self.peak_memory = (
+            int(torch.cuda.max_memory_allocated(self.device)) if self.device.type == "cuda" else _peak_resident()
+        )
+
+
+def _peak_resident() -> int:
+    """The largest resident set of this process in bytes since it was last reset."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

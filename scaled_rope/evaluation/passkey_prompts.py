@@ -1,0 +1,187 @@
+"""Passkey prompts of exact token length (Mohtashami & Jaggi 2023, wording of the released YaRN evaluation).
+
+A prompt is made of pieces, each tokenized on its own so that lengths add up: opening, filler with one or more key
+lines in it, question. The plain prompt has one key in a cyclic stream of dull sentences, the hard one has several,
+numbered in the order in which they stand, in whatever text it is given.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scaled_rope.checkpoint import encode
+from scaled_rope.errors import ConfigError
+
+OPENING = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there.\n"
+)
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+KEY_LINE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
+QUESTION = "\nWhat is the pass key? The pass key is"
+HARD_KEY_LINE = "\nThe {nth} pass key is {key}. Remember it. {key} is the {nth} pass key.\n"
+HARD_QUESTION = "\nWhat is the {nth} pass key? The {nth} pass key is"
+KEY_RANGE = (10_000, 99_999)  # five digits, as the paper says; the released script drew from 1 to 50000
+
+
+@dataclass(frozen=True)
+class PasskeyPrompt:
+    """`input_ids` ends with the question; `answer_ids` are the tokens a right continuation begins with.
+
+    `depth` is the realised share of the filler that stands before the key line, 0 (start) to 1 (end), and
+    `length` = len(input_ids) + len(answer_ids).
+    """
+
+    input_ids: list[int]
+    answer_ids: list[int]
+    key: int
+    depth: float
+    length: int
+
+
+@dataclass(frozen=True)
+class HardPrompt(PasskeyPrompt):
+    """A prompt with several keys; `key` and `depth` are those of the one that is asked for."""
+
+    keys: tuple[int, ...]
+    depths: tuple[float, ...]
+    """Of every key, in the order of the text."""
+    asked: int
+    """Which key is asked for, counted from 1."""
+
+
+def draw_key(rng: random.Random) -> int:
+    """A key with five digits."""
+    return rng.randint(*KEY_RANGE)
+
+
+def draw_keys(rng: random.Random, count: int) -> list[int]:
+    """Different keys with five digits."""
+    return rng.sample(range(KEY_RANGE[0], KEY_RANGE[1] + 1), count)
+
+
+def ordinal(n: int) -> str:
+    """A number as a place: 1st, 2nd, 3rd, 4th, 11th, 12th, 13th, 21st, 111th."""
+    suffix = "th" if n % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+    return f"{n}{suffix}"
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return bos + encode(tokenizer, OPENING)
+
+
+def _question_and_answer(tokenizer: Any, text: str, key: int) -> tuple[list[int], list[int]]:
+    """Split the tokens of "question + key" where the key begins.
+
+    A tokenizer may merge across that border, so the split is at the longest prefix that both tokenizations share.
+    """
+    question, whole = encode(tokenizer, text), encode(tokenizer, f"{text} {key}")
+    shared = 0
+    while shared < len(question) and question[shared] == whole[shared]:
+        shared += 1
+    return whole[:shared], whole[shared:]
+
+
+def _pieces(tokenizer: Any, key: int) -> tuple[list[int], list[int], list[int], list[int]]:
+    question, answer = _question_and_answer(tokenizer, QUESTION, key)
+    return _opening(tokenizer), encode(tokenizer, KEY_LINE.format(key=key)), question, answer
+
+
+def minimum_length(tokenizer: Any) -> int:
+    """The shortest `length` that `build_prompt` accepts for every key: a prompt without filler."""
+    return max(sum(map(len, _pieces(tokenizer, key))) for key in KEY_RANGE)
+
+
+def _room(length: int, *pieces: Sequence[int]) -> int:
+    """Tokens that are left for filler.
+
+    Raises:
+        ConfigError: none are, and some are missing.
+    """
+    room = length - sum(map(len, pieces))
+    if room < 0:
+        raise ConfigError(f"passkey length {length} is too short; this tokenizer needs at least {length - room} tokens")
+    return room
+
+
+def _check_depths(depths: Sequence[float]) -> None:
+    for depth in depths:
+        if not 0.0 <= depth <= 1.0:
+            raise ConfigError(f"depth {depth!r} is not allowed; it is a share between 0 and 1")
+
+
+def build_prompt(
+    tokenizer: Any, length: int, depth: float, key: int, filler_ids: Sequence[int] | None = None
+) -> PasskeyPrompt:
+    """A prompt whose tokens, answer included, number exactly `length`.
+
+    Args:
+        tokenizer: a transformers tokenizer; its BOS, if it has one, opens the prompt.
+        length: tokens of prompt and answer together.
+        depth: share of the filler before the key line, 0 to 1.
+        key: the number to retrieve.
+        filler_ids: tokens to fill with, repeated as needed; default: the released grass-and-sky sentences.
+
+    Raises:
+        ConfigError: `length` leaves no room for the fixed text, or `depth` is outside [0, 1].
+    """
+    _check_depths([depth])
+    opening, key_line, question, answer = _pieces(tokenizer, key)
+    room = _room(length, opening, key_line, question, answer)
+    source = list(filler_ids) if filler_ids is not None else encode(tokenizer, FILLER)
+    filler = (source * (room // len(source) + 1))[:room]
+    before = round(room * depth)
+    input_ids = opening + filler[:before] + key_line + filler[before:] + question
+    return PasskeyPrompt(input_ids, answer, key, before / room if room else 0.0, length)
+
+
+def build_hard_prompt(
+    tokenizer: Any, length: int, depths: Sequence[float], keys: Sequence[int], asked: int, text_ids: Sequence[int]
+) -> HardPrompt:
+    """A prompt with several keys whose tokens, answer included, number exactly `length`.
+
+    Args:
+        tokenizer: a transformers tokenizer; its BOS, if it has one, opens the prompt.
+        length: tokens of prompt and answer together.
+        depths: share of the text before each key line, 0 to 1, ascending.
+        keys: the numbers, in the order in which they stand; the first is called 1st.
+        asked: which of them is asked for, counted from 1.
+        text_ids: the text to hide them in; its first tokens are used, as many as there is room for.
+
+    Raises:
+        ConfigError: `length` leaves no room for the fixed text, the text is too short for it, depths outside [0, 1] or
+            not ascending, or no such key.
+    """
+    _check_depths(depths)
+    if list(depths) != sorted(depths) or len(depths) != len(keys) or not 1 <= asked <= len(keys):
+        raise ConfigError(
+            f"asked {asked} of {len(keys)} keys at depths {list(depths)} is not allowed; ascending depths"
+        )
+    key = keys[asked - 1]
+    opening = _opening(tokenizer)
+    lines = [encode(tokenizer, HARD_KEY_LINE.format(nth=ordinal(n), key=k)) for n, k in enumerate(keys, start=1)]
+    question, answer = _question_and_answer(tokenizer, HARD_QUESTION.format(nth=ordinal(asked)), key)
+    room = _room(length, opening, *lines, question, answer)
+    if len(text_ids) < room:
+        raise ConfigError(f"the text has {len(text_ids)} tokens; a prompt of {length} tokens needs {room} of them")
+    cuts = [round(room * depth) for depth in depths]
+    input_ids, start = list(opening), 0
+    for cut, line in zip(cuts, lines, strict=True):
+        input_ids += [*text_ids[start:cut], *line]
+        start = cut
+    input_ids += [*text_ids[start:room], *question]
+    realised = tuple(cut / room if room else 0.0 for cut in cuts)
+    return HardPrompt(
+        input_ids=input_ids,
+        answer_ids=answer,
+        key=key,
+        depth=realised[asked - 1],
+        length=length,
+        keys=tuple(keys),
+        depths=realised,
+        asked=asked,
+    )

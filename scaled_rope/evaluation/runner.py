@@ -1,0 +1,352 @@
+"""What evaluators share: context lengths, resuming, progress, failures, and the two forms in which results leave.
+
+An evaluator says which cells (model x scaling x length) there are and measures them; `run` skips the cells that the
+output already holds and appends every new row as soon as it is known. What does not fit into memory becomes a row that
+says so, and a model that fails leaves the others their results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import errno
+import fcntl
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.formatting import format_table
+from scaled_rope.evaluation.jobs import ModelJob, ModelLoader
+from scaled_rope.evaluation.memory_meter import Meter, is_out_of_memory, release_memory
+from scaled_rope.results import (
+    OUT_OF_MEMORY,
+    Row,
+    append_row,
+    portable_command,
+    provenance,
+    read_rows,
+    row_key,
+    rows_so_far,
+    write_atomic,
+)
+
+_LOCK_SECONDS = 10.0
+
+
+class Evaluator(Protocol):
+    """One metric over (model, scaling, context length)."""
+
+    value: str
+    """The row field that tables and CSV files show."""
+
+    def cells(self, job: ModelJob) -> dict[int, Row]:
+        """Context length -> the fields that, with those of the job, identify what is measured there."""
+        ...
+
+    def passes(self, job: ModelJob, lengths: Sequence[int]) -> dict[int, list[int]]:
+        """Length of a forward pass -> those of `lengths` that it yields."""
+        ...
+
+    def tokens(self, job: ModelJob, length: int) -> int:
+        """Tokens that go through the model in the passes of one length; what the progress bar counts."""
+        ...
+
+    def measure(
+        self, model: Any, job: ModelJob, length: int, yields: Sequence[int], advance: Callable[[int], object]
+    ) -> Iterator[tuple[int, Row]]:
+        """Do the passes of one length; give (context length, measured fields) and call `advance(tokens)` as it goes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A model whose evaluation ended early."""
+
+    name: str
+    error: Exception
+
+    def __str__(self) -> str:
+        lines = str(self.error).strip().splitlines() or [""]
+        kind = "" if isinstance(self.error, ConfigError) else f"{type(self.error).__name__}: "
+        return f"{self.name}: {kind}{lines[0]}"
+
+
+class _Failed(Exception):
+    """Carries what a model or an evaluator raised past what may not be blamed on it, such as a full disk."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> str:
+    """The command that repeats a run; part of its rows' provenance."""
+    return portable_command(["python", parser.prog, *(sys.argv[1:] if argv is None else argv)])
+
+
+def given_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that say something, as rows record them."""
+
+    def says(value: Any) -> bool:
+        return value is not None and value is not False and value != [] and not callable(value)
+
+    return {name: value for name, value in vars(args).items() if says(value)}
+
+
+class Parts:
+    """Results of the parts (documents) of passes that have not ended, kept beside the output.
+
+    A run that is killed continues there. Lines are {"key": of the pass, "parts": {number: result}, …}; those of a pass
+    are removed when its rows are written. A race of two processes for the file costs work that is done again, nothing
+    else.
+    """
+
+    def __init__(self, output: str | Path) -> None:
+        self.path = Path(f"{output}.partial.jsonl")
+
+    def read(self, key: str) -> list[Row]:
+        """The lines of one pass."""
+        return [row for row in rows_so_far(self.path) if row.get("key") == key]
+
+    def add(self, key: str, parts: Mapping[int, Any], **more: Any) -> None:
+        append_row(self.path, {"key": key, "parts": {str(part): result for part, result in parts.items()}, **more})
+
+    def discard(self, key: str) -> None:
+        """Forget one pass; the file goes with the last of them."""
+        if not self.path.exists():
+            return
+        rows = read_rows(self.path)
+        kept = [row for row in rows if row.get("key") != key]
+        if not kept:
+            self.path.unlink(missing_ok=True)
+        elif len(kept) < len(rows):
+            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _check_output(path: str | Path) -> None:
+    """Refuse an output that cannot be written to before hours are spent.
+
+    Raises:
+        ConfigError: no permission, not a file, or another process keeps it locked.
+    """
+    path = Path(path)
+    if not path.exists():
+        parent = next(parent for parent in path.absolute().parents if parent.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise ConfigError(f"file {str(path)!r} cannot be used: {parent} is no folder that can be written to")
+        return
+    deadline = time.monotonic() + _LOCK_SECONDS
+    try:
+        with open(path, "ab") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise ConfigError(f"file {str(path)!r} is locked by another process") from None
+                    time.sleep(0.1)
+    except OSError as error:
+        raise ConfigError(f"file {str(path)!r} cannot be used: {error.strerror or error}") from error
+
+
+def run(
+    evaluator: Evaluator,
+    jobs: Sequence[ModelJob],
+    args: argparse.Namespace,
+    command: str,
+    seed: int | None = None,
+    failures: list[Failure] | None = None,
+) -> dict[ModelJob, dict[int, Row]]:
+    """Measure every cell that `args.output` does not hold yet; give the rows of all cells by job and length.
+
+    Rows are appended as they are measured. The CSV file, if any, is rewritten after every job, so it is there, with
+    empty places, before the last one ends. A cell that runs out of memory becomes a row without a value and with
+    `"error": "out of memory"`; the shorter lengths of its pass are measured without it.
+
+    failures: when given, a model that cannot be loaded or measured is added to it and the next one follows; without
+    it the exception is raised.
+    """
+    return run_all({"": evaluator}, jobs, args, command, seed, failures)[""]
+
+
+def run_all(
+    evaluators: Mapping[str, Evaluator],
+    jobs: Sequence[ModelJob],
+    args: argparse.Namespace,
+    command: str,
+    seed: int | None = None,
+    failures: list[Failure] | None = None,
+) -> dict[str, dict[ModelJob, dict[int, Row]]]:
+    """`run` for several evaluators by name, such as one per data set; each model is loaded once for all of them."""
+    finished = {
+        row_key(row) for row in rows_so_far(args.output) if not (args.retry_oom and row.get("error") == OUT_OF_MEMORY)
+    }
+    identities: dict[str, dict[ModelJob, dict[int, Row]]] = {
+        name: {
+            job: {length: {**job.fields(), **cell, "length": length} for length, cell in evaluator.cells(job).items()}
+            for job in jobs
+        }
+        for name, evaluator in evaluators.items()
+    }
+    plan: dict[tuple[str, ModelJob], dict[int, list[int]]] = {}
+    for name, evaluator in evaluators.items():
+        for job in jobs:
+            cells = identities[name][job].items()
+            missing = {length: key for length, row in cells if (key := row_key(row)) not in finished}
+            finished |= set(missing.values())  # two jobs may name the same scaling
+            plan[name, job] = evaluator.passes(job, list(missing)) if missing else {}
+    _check_output(args.output)
+    total = sum(evaluators[name].tokens(job, length) for (name, job), passes in plan.items() for length in passes)
+    load = ModelLoader(args)
+    record = {"command": command, **provenance(load.device, seed, given_arguments(args))}
+    collected = {name: _collect(args.output, cells) for name, cells in identities.items()}
+
+    def write_table() -> None:
+        if args.output_file:
+            named = {name: (evaluator.value, collected[name]) for name, evaluator in evaluators.items()}
+            _write_csv(args.output_file, jobs, named)
+
+    with tqdm(
+        total=total,
+        unit="tok",
+        unit_scale=True,
+        disable=args.hide_progress or not total,
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+    ) as bar:
+        for job in jobs:
+            bar.set_description(job.name)
+            for name, evaluator in evaluators.items():
+                if not plan[name, job]:
+                    continue
+                try:
+                    for row in _measure(evaluator, job, plan[name, job], load, bar.update):
+                        append_row(args.output, {**identities[name][job][row["length"]], **row, "provenance": record})
+                except _Failed as failed:
+                    if failures is None:
+                        raise failed.error from None
+                    failures.append(Failure(f"{job.name} on {name}" if name else job.name, failed.error))
+                collected[name] = _collect(args.output, identities[name])
+                write_table()
+    write_table()
+    return collected
+
+
+def _measure(
+    evaluator: Evaluator,
+    job: ModelJob,
+    passes: Mapping[int, Sequence[int]],
+    load: ModelLoader,
+    advance: Callable[[int], object],
+) -> Iterator[Row]:
+    """The measured fields of a job's cells, each with its "length", as they become known.
+
+    Raises:
+        _Failed: the model could not be loaded, or the evaluator failed.
+    """
+    needs_model: Callable[[ModelJob, int, Sequence[int]], bool] | None = getattr(evaluator, "needs_model", None)
+    queue = list(passes.items())
+    while queue:
+        length, yields = queue.pop(0)
+        left = list(yields)
+        try:
+            model = load(job) if needs_model is None or needs_model(job, length, yields) else None
+            stream = iter(evaluator.measure(model, job, length, yields, advance))
+        except Exception as error:
+            raise _blamed(error) from error
+        exhausted = False
+        while True:
+            try:
+                with Meter(load.device) as meter:
+                    item = next(stream, None)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise _blamed(error) from error
+                exhausted = True
+                break
+            if item is None:
+                break
+            measured, result = item
+            left.remove(measured)
+            # An evaluator that shares a pass among rows knows better what it cost.
+            cost = {"seconds": round(meter.seconds, 3), "peak_memory": meter.peak_memory}
+            yield {"length": measured, **cost, **result}
+        del model, stream
+        if exhausted:
+            release_memory()
+            longest = max(left)
+            yield {"length": longest, evaluator.value: None, "error": OUT_OF_MEMORY}
+            left.remove(longest)
+            if left:
+                queue = [*evaluator.passes(job, left).items(), *queue]
+
+
+def _blamed(error: Exception) -> Exception:
+    """What to raise for an exception in a model's evaluation: a full disk is not the model's fault."""
+    return error if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) else _Failed(error)
+
+
+def report_failures(failures: Sequence[Failure], jobs: Sequence[ModelJob]) -> int:
+    """Say which models failed; the exit code that follows.
+
+    Raises:
+        ConfigError: all of them failed for the same reason, and it was bad input.
+    """
+    if not failures:
+        return 0
+    first = failures[0].error
+    if isinstance(first, ConfigError) and len(failures) >= len(jobs) and len({str(f.error) for f in failures}) == 1:
+        raise first
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1
+
+
+def _collect(path: str, identities: Mapping[ModelJob, Mapping[int, Row]]) -> dict[ModelJob, dict[int, Row]]:
+    """The measured rows in the file, by job and length."""
+    known = {row_key(row): row for row in rows_so_far(path)}
+    return {
+        job: {length: known[row_key(row)] for length, row in cells.items() if row_key(row) in known}
+        for job, cells in identities.items()
+    }
+
+
+def _write_csv(
+    path: str, jobs: Sequence[ModelJob], tables: Mapping[str, tuple[str, Mapping[ModelJob, Mapping[int, Row]]]]
+) -> None:
+    """The layout of the released result files: `,L1,L2,...`, then `name,value,value,...` per model.
+
+    tables: by name (of the data set; empty when there is one), the field to show and the rows.
+    """
+    lengths = sorted({length for _, rows in tables.values() for cells in rows.values() for length in cells})
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["", *lengths])
+    for job in jobs:
+        model = job.model if job.carried else f"{job.model} {job.label}"
+        for name, (value, rows) in tables.items():
+            line = [rows[job].get(length, {}).get(value, "") for length in lengths]
+            writer.writerow([f"{model} on {name}" if name else model, *line])
+    write_atomic(path, text.getvalue())
+
+
+def print_summary(title: str, rows: Mapping[ModelJob, Mapping[int, Row]], show: Callable[[Row], str]) -> None:
+    """The final table in the terminal: a line per job, a column per context length."""
+    lengths = sorted({length for cells in rows.values() for length in cells})
+    lines = [
+        [job.name, *(_shown(cells[length], show) if length in cells else "" for length in lengths)]
+        for job, cells in rows.items()
+    ]
+    print(f"\n{title}\n{format_table(['', *map(str, lengths)], lines)}")
+
+
+def _shown(row: Row, show: Callable[[Row], str]) -> str:
+    return "oom" if row.get("error") == OUT_OF_MEMORY else show(row)

@@ -1,0 +1,190 @@
+"""What a patched model knows of the key/value caches that it filled.
+
+A cache of transformers holds keys and no word about how they were rotated, so the model leaves a note on each: which
+patch filled it, where its tokens are, and what they were. The note goes with the cache wherever that goes (copies,
+pickles), and what changes the cache (beam search, cropping) changes the note: the cache's class is exchanged for a
+subclass that sees to it.
+"""
+
+from __future__ import annotations
+
+import functools
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from scaled_rope.errors import ConfigError
+
+_NOTE = "_scaled_rope_note"
+
+
+@dataclass(frozen=True)
+class CacheOwner:
+    """Who fills caches: one `patch_model` of one model, and copies of that model."""
+
+    label: str
+    """The scaling, as messages name it."""
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+@dataclass
+class CacheContents:
+    """What a cache holds. Tensors have one row for each of the cache's, or one for all."""
+
+    patch: CacheOwner
+    length: int
+    """Tokens in every row, padding included."""
+    offset: Tensor | None = None
+    """[B or 1], int64: the position of token j of a row is its offset + j, negative for padding on the left. None:
+    positions are not of that kind."""
+    inputs: list[tuple[str, Tensor]] = field(default_factory=list)
+    """The tokens themselves where they are kept, in pieces [B, T, ...] with the argument that each was given as."""
+    scale: Tensor | None = None
+    """[B or 1]: the scale that the keys were rotated with, where that changes."""
+
+    def _rows(self, change: Any) -> None:
+        def of(rows: Tensor) -> Tensor:
+            changed: Tensor = rows if rows.shape[0] == 1 else change(rows)
+            return changed
+
+        self.offset = None if self.offset is None else of(self.offset)
+        self.scale = None if self.scale is None else of(self.scale)
+        self.inputs = [(name, change(rows)) for name, rows in self.inputs]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i becomes what row rows[i] was."""
+        self._rows(lambda table: table[rows.to(table.device)])
+
+    def repeat(self, times: int) -> None:
+        """Each row is followed by its copies."""
+        self._rows(lambda table: table.repeat_interleave(times, dim=0))
+
+    def cut(self, length: int) -> None:
+        """Only the first `length` tokens stay."""
+        self.length = length
+        pieces, self.inputs = self.inputs, []
+        for name, rows in pieces:
+            self.inputs.append((name, rows[:, :length]))
+            length -= min(length, rows.shape[1])
+
+    def extend(self, name: str, rows: Tensor) -> None:
+        """Keep more tokens. Token ids are joined to those before; embeddings, which are large, are left as they are."""
+        if self.inputs and self.inputs[-1][0] == name == "input_ids":
+            rows = torch.cat((self.inputs.pop()[1], rows), dim=1)
+        self.inputs.append((name, rows))
+
+
+def note_of(cache: Any) -> CacheContents | None:
+    """The note on a cache, or None where no patched model has left one."""
+    note: CacheContents | None = vars(cache).get(_NOTE)
+    return note
+
+
+def leave_note(cache: Cache, note: CacheContents) -> None:
+    """Put a note on a cache, in place of any other."""
+    vars(cache)[_NOTE] = note
+    if not isinstance(cache, _Following):
+        family: Any = type(cache)
+        cache.__class__ = _following(family)
+
+
+def length_of(cache: Any) -> int:
+    """Tokens in each row of a cache; caches of fixed size hold it as a tensor that goes on counting."""
+    return int(cache.get_seq_length())
+
+
+def check_note(cache: Any, patch: CacheOwner) -> CacheContents | None:
+    """The note on a cache that holds something, if it is this patch's own; None where there is none.
+
+    Raises:
+        ConfigError: another patch filled the cache, or something else has changed it since.
+    """
+    note = note_of(cache)
+    if note is None:
+        return None
+    name = type(cache).__name__
+    if note.patch.key != patch.key:
+        raise ConfigError(
+            f"past_key_values: this {name} was filled under another patch ({note.patch.label}), the model computes "
+            f"with {patch.label} now; start from an empty cache"
+        )
+    if note.length != (length := length_of(cache)):
+        raise ConfigError(
+            f"past_key_values: this {name} holds {length} tokens, {note.length} when the model filled it; "
+            "start from an empty cache"
+        )
+    return note
+
+
+def require_note(cache: Any, note: CacheContents | None, why: str = "") -> None:
+    """Refuse a cache that holds something and has no note, for a model that needs keys before rotation.
+
+    Raises:
+        ConfigError: with `why` at its end, a clause about rotated keys.
+    """
+    if note is None:
+        raise ConfigError(
+            f"past_key_values: this {type(cache).__name__} was not filled by the model as it is patched, and holds "
+            f"keys that were rotated already{why}; start from an empty cache"
+        )
+
+
+def check_device(cache: Any, device: torch.device) -> None:
+    """Refuse a cache that cannot work where the model is.
+
+    Raises:
+        ConfigError: it keeps its layers on the CPU between uses, which transformers can do with CUDA alone.
+    """
+    if getattr(cache, "offloading", False) and device.type != "cuda":
+        raise ConfigError(
+            f"past_key_values: this {type(cache).__name__} offloads its layers from a CUDA device to the CPU, the "
+            f"model computes on {device.type}; use one without offloading"
+        )
+
+
+class _Following:
+    """What a cache's class is given in front, so that its note follows it."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        if (note := note_of(self)) is not None:
+            note.reorder(beam_idx)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)  # type: ignore[misc]
+        if (note := note_of(self)) is not None:
+            note.cut(min(note.length, length_of(self)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        if (note := note_of(self)) is not None:
+            note.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        if (note := note_of(self)) is not None:
+            note.reorder(torch.as_tensor(indices))
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        vars(self).pop(_NOTE, None)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _revive, (type(self).__mro__[2], vars(self).copy())
+
+
+@functools.cache
+def _following(family: Any) -> Any:
+    """The subclass of a cache's class whose notes follow; it has the name of that class."""
+    return type(family.__name__, (_Following, family), {})
+
+
+def _revive(family: Any, state: dict[str, Any]) -> Any:
+    """A copied or unpickled cache."""
+    cache = object.__new__(_following(family))
+    vars(cache).update(state)
+    return cache

@@ -1,0 +1,429 @@
+"""Rotate after the cache: keys are cached as they are before rotation, and rotated when attention reads them.
+
+What a key's rotation is may change as the text grows: with every token under dynamic scaling (section 3.3 of the YaRN
+paper), and with the query that reads it in methods that change attention itself. So in a pass that has a cache, the
+call of `apply_rotary_pos_emb` in each attention module does nothing, any cache stores what it is given, and where the
+module asks transformers' attention interface for its backend it gets a function of ours instead, which
+is handed queries and keys unrotated, with their positions, and has the backend.
+
+Positions of keys are not stored. Tokens of a row have consecutive positions, so those of cached keys follow from the
+row's offset, and caches say themselves which stretch of a row they hand out (`get_mask_sizes`, on which transformers
+builds its masks): all of it, the part in a window, or a buffer of fixed size of which the end is not yet written.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scaled_rope.errors import ConfigError
+from scaled_rope.kernels import DecodeAngles, rotary_decode, rotate
+from scaled_rope.patching.cache_owners import CacheContents
+from scaled_rope.patching.rebind import APPLY, INTERFACE, bound, callers, calls, rebind
+from scaled_rope.patching.rotary import LayeredRotaryEmbedding, Layout, ScaledRotaryEmbedding, row_lengths
+from scaled_rope.patching.rotary_kernel import pairing_of
+
+Backend = Callable[..., tuple[Tensor, Tensor | None]]
+"""A function of transformers' attention interface: (module, query, key, value, attention_mask, **options)."""
+
+
+def rotate_both(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    turn: Turn,
+    backend: Backend,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer in one pass: queries and all keys rotated at the scale of the row's present length, then
+    the module's backend; or both at once where a few queries read many keys.
+
+    Args:
+        query: [B, H, Q, D], not rotated.
+        key, value: [B, Hkv, K, D], all keys that the cache hands out, not rotated.
+        attention_mask: as the module's backend takes it.
+        turn: positions of queries and keys, and what rotates them.
+        backend: the module's own, by its config.
+        options: what the module tells its backend (scaling, dropout, sliding_window, softcap, s_aux, ...).
+
+    Returns:
+        [B, Q, H, D] and weights or None, as backends return them.
+    """
+    if (mask := _decodable(module, query, key, attention_mask, turn, options)) is not None:
+        angles = turn.angles_of(turn)
+        scaling = options.get("scaling")
+        out = rotary_decode(query, key, value, angles, mask[0], scaling=scaling, interleaved=turn.interleaved)
+        return out, None
+    query = turn.rotate(query, turn.query_positions)
+    key = turn.rotate(key, turn.key_positions)
+    return backend(module, query, key, value, attention_mask, **options)
+
+
+FEW = 16
+"""Most queries of a pass that rotates keys while it reads them."""
+_FUSED = ("sdpa", "sdpa_blocked", "blockwise", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+"""Backends that compute plain attention, which the kernel may do in their place."""
+
+
+def _decodable(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Any, turn: Turn, options: dict[str, Any]
+) -> tuple[Tensor | None] | None:
+    """What a query sees, [B or 1, 1, Q or 1, K] or None for all before it, in a tuple; None: not for the kernel."""
+    config: Any = getattr(module, "config", None)
+    count, keys = query.shape[2], key.shape[2]
+    if turn.first_key is None or count > FEW or getattr(config, "_attn_implementation", None) not in _FUSED:
+        return None
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        return None
+    if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")) or options.get("dropout"):
+        return None
+    if options.get("is_causal") is False or not getattr(module, "is_causal", True):
+        return None
+    # Some backends are told of windows only here.
+    if (window := options.get("sliding_window")) is not None and keys > window and not _is_whole(mask):
+        return None
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == 0):
+        return (None,) if keys == turn.length else None
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == keys and count == 1:
+        return (mask.bool()[:, None, None],)
+    return (mask,) if _is_whole(mask) and mask.shape[1] == 1 and mask.shape[3] == keys else None
+
+
+def _is_whole(mask: Any) -> bool:
+    """Whether a mask says for each query what it sees."""
+    return isinstance(mask, Tensor) and mask.dim() == 4
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Positions in one layer of one pass, and what rotates them."""
+
+    query_positions: Tensor
+    """[B, Q] or, where all rows have the same, [1, Q]."""
+    key_positions: Tensor
+    """[B, K] or [1, K]. Of padding on the left they are negative or arbitrary; the mask hides it, as what lies behind
+    the last query in a buffer of fixed size."""
+    seq_len: Tensor
+    """[B] or [1]: l', the length of each row after this pass."""
+    rotary: ScaledRotaryEmbedding
+    interleaved: bool
+    """Whether neighbours are rotated together instead of halves."""
+    tables_of: Callable[[ScaledRotaryEmbedding, Tensor, Tensor], tuple[Tensor, Tensor]]
+    """(rotary, positions, seq_len) -> cos and sin, made once for all layers of a pass."""
+    angles_of: Callable[[Turn], DecodeAngles]
+    """What the kernel is told of positions, likewise."""
+    first: int = 0
+    """Which token of a row is the first key."""
+    first_key: Tensor | None = None
+    """[B] or [1]: the position of the first key, from which the others follow one by one; None in a first pass."""
+    length: int = 0
+    """How many keys are no more than what a row holds, without an unwritten end."""
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B or 1, T, R/2], float32, at this pass's scale."""
+        return self.tables_of(self.rotary, positions, self.seq_len)
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Heads [B, H, T, D] rotated by positions [B or 1, T], the first R dimensions of each."""
+        cos, sin = self.tables(positions)
+        wanted = torch.promote_types(x.dtype, torch.float32)
+        return rotate(x, cos.to(wanted), sin.to(wanted), interleaved=self.interleaved)
+
+
+@dataclass
+class Pass:
+    """A forward pass of a base model in which keys are rotated late."""
+
+    positions: Tensor
+    """[B or 1, Q]: those of its queries."""
+    start: int
+    """Tokens in the cache before it."""
+    offset: Tensor | None
+    """[B or 1], see `Note.offset`; None: the positions are not consecutive."""
+    rotary: ScaledRotaryEmbedding | LayeredRotaryEmbedding
+    cache: Any
+    """The cache that it was given, if any."""
+    layer_types: list[str] | None
+    dropped: tuple[int, ...]
+    """Layers that are to work without rotation."""
+    seq_len: Tensor = field(init=False)
+    pending: tuple[Tensor, Tensor] | None = None
+    """The queries and keys that the next call of attention is to rotate."""
+    sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By layer: how many keys the cache hands out, and which token is the first, before the layer changes that."""
+    _keys: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _angles: dict[tuple[int, int], DecodeAngles] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.seq_len = row_lengths(self.positions)
+
+    @property
+    def tokens(self) -> int:
+        return self.positions.shape[1]
+
+    def key_positions(self, layer: int, count: int) -> Tensor:
+        """Positions of the keys that a layer's attention is given.
+
+        Raises:
+            ConfigError: a cache that hands out other keys than it says.
+        """
+        said, first = self.sizes.get(layer, (self.tokens, 0))
+        if count != said:
+            raise ConfigError(
+                f"past_key_values: a cache of type {type(self.cache).__name__} hands out {count} keys where it says "
+                f"{said}, so their positions are not known; use a DynamicCache or a StaticCache, or use_cache=False"
+            )
+        if (first, count) not in self._keys:
+            self._keys[first, count] = self._key_positions(first, count)
+        return self._keys[first, count]
+
+    def _key_positions(self, first: int, count: int) -> Tensor:
+        if self.start == 0 and first == 0:
+            # All keys are those of this pass, and what is left of a buffer of fixed size.
+            more = torch.arange(1, count - self.tokens + 1, device=self.positions.device)
+            return torch.cat((self.positions, self.positions[:, -1:] + more), dim=1) if len(more) else self.positions
+        assert self.offset is not None  # checked when the pass began
+        return self.offset[:, None] + torch.arange(first, first + count, device=self.offset.device)
+
+    def rotary_of(self, module: nn.Module) -> ScaledRotaryEmbedding:
+        """What rotates in the layer of an attention module."""
+        if isinstance(self.rotary, ScaledRotaryEmbedding):
+            return self.rotary
+        assert self.layer_types is not None
+        rotary = self.rotary.by_type[self.layer_types[_index(module)]]
+        assert isinstance(rotary, ScaledRotaryEmbedding)
+        return rotary
+
+    def angles(self, turn: Turn) -> DecodeAngles:
+        """What the kernel is told of positions, made once for layers that share it."""
+        assert turn.first_key is not None
+        key = (id(turn.rotary), turn.first)
+        if key not in self._angles:
+            inv_freq, factor = turn.rotary.frequencies(turn.seq_len)
+            self._angles[key] = DecodeAngles(inv_freq, turn.query_positions, turn.first_key, factor)
+        return self._angles[key]
+
+    def tables(self, rotary: ScaledRotaryEmbedding, positions: Tensor, seq_len: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables of positions that layers share are made once."""
+        known = any(positions is one for one in (self.positions, *self._keys.values())) and seq_len is self.seq_len
+        if not known:
+            return rotary.tables(positions, seq_len)
+        key = (id(rotary), id(positions))
+        if key not in self._tables:
+            self._tables[key] = rotary.tables(positions, seq_len)
+        return self._tables[key]
+
+
+CURRENT: ContextVar[Pass | None] = ContextVar("late", default=None)
+"""The pass that runs, when it is one that rotates late."""
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _current() -> Pass | None:
+    # torch.compile cannot trace context variables: a compiled model is in pieces where keys may be rotated late.
+    return CURRENT.get()
+
+
+def begin(
+    base: nn.Module,
+    rotary: ScaledRotaryEmbedding | LayeredRotaryEmbedding,
+    position_ids: Tensor,
+    cache: Any,
+    note: CacheContents | None,
+    dropped: tuple[int, ...],
+) -> Pass:
+    """A pass of a base model that is about to run.
+
+    Args:
+        position_ids: [B or 1, Q].
+        note: what is known of a cache that holds something.
+
+    Raises:
+        ConfigError: positions that do not go on from those in the cache; a cache that cannot say what it hands out.
+    """
+    config: Any = base.config
+    start = note.length if note is not None else 0
+    if start and note is not None and note.offset is None:
+        raise ConfigError(
+            "position_ids: those behind this cache are not consecutive in every row; pad on the left, and give one "
+            "text per row"
+        )
+    offset, consecutive = _offset(position_ids, start)
+    if note is not None and start:
+        assert note.offset is not None
+        before = note.offset.to(offset.device)
+        if not consecutive or not bool(((before == offset) | (start + offset <= 0)).all()):
+            raise ConfigError(
+                f"position_ids: must go on from the {start} tokens in the cache without a gap; give the whole "
+                "attention_mask, or the positions of the new tokens"
+            )
+    if len(position_ids) > 1 and _equal_rows(position_ids) and _equal_rows(offset):
+        position_ids, offset = position_ids[:1], offset[:1]
+    layer_types = getattr(config, "layer_types", None)
+    current = Pass(position_ids, start, offset if consecutive else None, rotary, cache, layer_types, dropped)
+    if cache is not None:
+        if not hasattr(cache, "get_mask_sizes"):
+            raise ConfigError(
+                f"past_key_values: a cache of type {type(cache).__name__} does not say which keys it hands out; use a "
+                "DynamicCache or a StaticCache, or use_cache=False"
+            )
+        count = position_ids.shape[1]
+        for layer in range(config.num_hidden_layers):
+            length, first = cache.get_mask_sizes(count, layer)
+            current.sizes[layer] = int(length), int(first)
+    return current
+
+
+def offset_of(position_ids: Tensor, start: int) -> Tensor | None:
+    """Offsets [B or 1] of rows whose tokens from `start` have these positions, None if they are not consecutive."""
+    offset, consecutive = _offset(position_ids, start)
+    return offset if consecutive else None
+
+
+def _offset(position_ids: Tensor, start: int) -> tuple[Tensor, bool]:
+    """Offsets [B or 1] by each row's last token, and whether all others agree or are padding on the left."""
+    end = start + position_ids.shape[1]
+    offset = position_ids[:, -1] - (end - 1)
+    if position_ids.shape[1] == 1:
+        return offset, True
+    wanted = offset[:, None] + torch.arange(start, end, device=offset.device)
+    return offset, bool(((wanted == position_ids) | (wanted < 0)).all())
+
+
+def _equal_rows(rows: Tensor) -> bool:
+    return bool((rows == rows[:1]).all())
+
+
+# ------------------------------------------------------------------------------------------------- in attention modules
+
+
+def defer_rotation(base: nn.Module, layout: Layout, half: int) -> tuple[list[nn.Module], str]:
+    """Prepare the attention modules of a base model for passes that rotate late; others run as before.
+
+    Args:
+        layout, half: as in `scaled_rope.patching.rotary_kernel.fused_rotation`.
+
+    Returns:
+        The modules and "", or none and why the family's attention cannot do it, in a few words.
+    """
+    interleaved, reason = pairing_of(base, layout, half)
+    if interleaved is None:
+        return [], reason
+    modules = callers(base, APPLY)
+    for module in modules:
+        name = type(module).__name__
+        if not calls(module, INTERFACE):
+            return [], f"{name} does not use transformers' attention interface"
+        if not hasattr(module, "layer_idx"):
+            return [], f"{name} does not know its layer"
+    for module in modules:
+        rebind(module, APPLY, _deferring(bound(module, APPLY)))
+        rebind(module, INTERFACE, _Interface(bound(module, INTERFACE), interleaved))
+    return modules, ""
+
+
+def rotate_before_cache(modules: list[nn.Module]) -> None:
+    """Undo `defer_rotation`, and what had been bound under `APPLY` before."""
+    for module in modules:
+        rebind(module, APPLY, None)
+        rebind(module, INTERFACE, None)
+
+
+def _deferring(now: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, *tables: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        current = _current()
+        if current is None:
+            return now(q, k, *tables, **options)
+        current.pending = q, k
+        return q, k
+
+    return apply_rotary_pos_emb
+
+
+class _Interface:
+    """In place of transformers' registry of backends, in one attention module."""
+
+    def __init__(self, functions: Any, interleaved: bool) -> None:
+        self.functions = functions
+        self.interleaved = interleaved
+
+    def get_interface(self, name: str, default: Backend) -> Backend:
+        """The backend of that name, or, where queries and keys wait for their rotation, what stands in for it."""
+        backend: Backend = self.functions.get_interface(name, default)
+        current = _current()
+        if current is None or current.pending is None:
+            return backend
+        return functools.partial(_attend, interleaved=self.interleaved, backend=backend)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    interleaved: bool,
+    backend: Backend,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    current = _current()
+    assert current is not None and current.pending is not None
+    (q, k), current.pending = current.pending, None
+    layer = _index(module)
+    if layer in current.dropped:
+        return backend(module, query, key, value, attention_mask, **options)
+    key_positions = current.key_positions(layer, key.shape[2])
+    if current.start == 0:
+        _check_untouched(module, q, query)
+        _check_untouched(module, k, key[:, :, : k.shape[2]])
+    rotary = current.rotary_of(module)
+    first = current.sizes[layer][1] if layer in current.sizes else 0
+    turn = Turn(
+        current.positions,
+        key_positions,
+        current.seq_len,
+        rotary,
+        interleaved,
+        current.tables,
+        current.angles,
+        first=first,
+        first_key=current.offset + first if current.start and current.offset is not None else None,
+        length=current.start + current.tokens - first,
+    )
+    return rotate_both(module, query, key, value, attention_mask, turn=turn, backend=backend, **options)
+
+
+_ALIKE = 0.998
+"""Least cosine between heads on their way to attention. A cache of 8-bit floats moves it from 1 by less than 0.001."""
+
+
+def _check_untouched(module: nn.Module, handed: Tensor, arrived: Tensor) -> None:
+    """Nothing may come between rotation and attention that a later rotation would not undo; a factor per token may.
+
+    Looked at in the first pass of each cache, at the last token alone, which costs next to nothing.
+    """
+    if arrived.is_meta:
+        return
+    one, other = (x[:1, :, -1:, : handed.shape[-1]].detach().float() for x in (handed, arrived))
+    if one.shape != other.shape or bool(((one * other).sum(-1) < _ALIKE * one.norm(dim=-1) * other.norm(dim=-1)).any()):
+        raise ConfigError(
+            f"past_key_values: {type(module).__name__} changes queries or keys between rotation and attention, so they "
+            "cannot be cached before rotation; pass use_cache=False"
+        )
+
+
+def _index(module: nn.Module) -> int:
+    index: Any = module.layer_idx
+    return int(index)

@@ -1,0 +1,198 @@
+"""One row per model type, and detection of the others."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.patching.rotary import Layout
+from scaled_rope.scaling.hf_config import PRIMARY_LAYER_TYPE, SOFTMAX_MSCALE_FAMILIES
+from scaled_rope.scaling.record import config_head_dim
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What differs between model families. The defaults are the common layout: one rotary module `rotary_emb` on the
+    base model that is called as rotary_emb(x, position_ids) and returns (cos, sin) over the rotated dimensions."""
+
+    layout: Layout = "halves"
+    float32_tables: bool = False
+    """Whether attention wants float32 tables whatever the model's dtype."""
+    per_layer_type: bool = False
+    """Whether the module is called with a layer type, and `rope_parameters` is nested by it."""
+    partial_rotary: bool = False
+    """Whether attention can rotate a part of each head only."""
+    layers: str = "layers"
+    """Name of the list of decoder layers on the base model."""
+    alibi: str = ""
+    """The config field that is true when the model uses ALiBi and its rotary module is idle."""
+    rope_flags: str = ""
+    """The config field that holds, layer by layer, whether the layer uses RoPE."""
+    rope_layer_type: str = ""
+    """The only layer type that uses RoPE."""
+    rope_window: str = ""
+    """The config field that, when null, makes all layers use RoPE in spite of `rope_layer_type`."""
+
+
+_PARTIAL = Adapter(partial_rotary=True)
+_EXAONE = Adapter(rope_layer_type="sliding_attention", rope_window="sliding_window")
+ADAPTERS: dict[str, Adapter] = {
+    "afmoe": Adapter(rope_layer_type="sliding_attention"),
+    "cohere": Adapter(layout="interleaved"),
+    "cohere2": Adapter(layout="interleaved", rope_layer_type="sliding_attention"),
+    "exaone4": _EXAONE,
+    "exaone_moe": _EXAONE,
+    "falcon": Adapter(layers="h", alibi="alibi"),
+    "gemma": Adapter(),
+    "gemma2": Adapter(),
+    "gemma3_text": Adapter(per_layer_type=True),
+    "gpt_neox": _PARTIAL,
+    "gpt_oss": Adapter(layout="half"),
+    "llama": Adapter(),
+    "mistral": Adapter(),
+    "mixtral": Adapter(),
+    "olmo": Adapter(float32_tables=True),
+    "olmo2": Adapter(float32_tables=True),
+    "olmo3": Adapter(float32_tables=True, per_layer_type=True),
+    "phi": _PARTIAL,
+    "phi3": _PARTIAL,
+    "qwen2": Adapter(),
+    "qwen2_moe": Adapter(),
+    "qwen3": Adapter(),
+    "qwen3_moe": Adapter(),
+    "smollm3": Adapter(rope_flags="no_rope_layers"),
+    "stablelm": _PARTIAL,
+}
+"""Supported families by `config.model_type`. Others are recognised by what their rotary module returns."""
+
+
+def head_dim_of(config: Any) -> int:
+    """Dimensions per attention head, from a transformers config."""
+    head_dim = config_head_dim(config)
+    if head_dim is None:
+        raise ConfigError(f"model_type {config.model_type!r}: its config says neither head_dim nor hidden_size")
+    return head_dim
+
+
+def adapter_of(config: Any, rotary: nn.Module | None = None) -> Adapter:
+    """The adapter of a family, by name or, given its rotary module, by what that returns.
+
+    Raises:
+        ConfigError: not recognised, or a model that does not use its rotary module.
+    """
+    adapter = ADAPTERS.get(config.model_type)
+    if adapter is None and rotary is not None:
+        adapter = detect_adapter(config, rotary)
+    if adapter is None:
+        raise unknown("architecture", config.model_type, ADAPTERS)
+    if adapter.alibi and getattr(config, adapter.alibi, False):
+        raise ConfigError(f"architecture {config.model_type!r} with {adapter.alibi}=true uses no rotary embedding")
+    return adapter
+
+
+def detect_adapter(config: Any, rotary: nn.Module) -> Adapter | None:
+    """The adapter of a standard rotary module of transformers by what it returns for a few positions, or None."""
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, dict) or "RotaryEmbedding" not in type(rotary).__name__:
+        return None
+    if getattr(config, "is_heterogeneous", False):
+        return None  # its layers differ in more than their type, for example in the size of heads
+    parameters = list(inspect.signature(rotary.forward).parameters)
+    if parameters == ["x", "position_ids"]:
+        return _probe(rotary, None)
+    types = layer_types_of(config)
+    nested = all(isinstance(rope.get(name), dict) for name in types)
+    if parameters != ["x", "position_ids", "layer_type"] or PRIMARY_LAYER_TYPE not in types or not nested:
+        return None
+    found = {_probe(rotary, name) for name in types}
+    return found.pop() if len(found) == 1 else None
+
+
+def _probe(rotary: nn.Module, layer_type: str | None) -> Adapter | None:
+    """The adapter that a rotary module's tables for positions 0, 1 and 3 speak for."""
+    # A copy: the module's own memory of lengths, if it has one, must not learn of the probe.
+    probe: Any = copy.deepcopy(rotary)
+    more = () if layer_type is None else (layer_type,)
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    inv_freq = getattr(probe, f"{prefix}inv_freq", None)
+    if not isinstance(inv_freq, Tensor) or inv_freq.dim() != 1 or inv_freq.is_meta:
+        return None
+    x = torch.zeros(2, 1, 1, dtype=torch.bfloat16, device=inv_freq.device)
+    positions = torch.tensor([[0, 1, 3]], device=inv_freq.device)
+    try:
+        cos, sin = probe(x, positions, *more)
+    except Exception:
+        return None  # whatever it wants, it is not the common layout
+    if not isinstance(cos, Tensor) or not isinstance(sin, Tensor) or _takes_axes(probe, x, positions, more):
+        return None
+    # What it computes with for so short a text, which need not be what a longer one left behind.
+    inv_freq = getattr(probe, f"{prefix}inv_freq")
+    angles = positions[..., None].float() * inv_freq.float()
+    scale = float(getattr(probe, f"{prefix}attention_scaling", 1.0))
+    layouts: dict[Layout, Callable[[Tensor], Tensor]] = {
+        "halves": lambda table: torch.cat((table, table), dim=-1),
+        "interleaved": lambda table: table.repeat_interleave(2, dim=-1),
+        "half": lambda table: table,
+    }
+    for layout, lay_out in layouts.items():
+        wanted = lay_out(angles.cos() * scale), lay_out(angles.sin() * scale)
+        if all(
+            table.shape == right.shape and torch.allclose(table.float(), right, rtol=0, atol=0.02 * scale)
+            for table, right in zip((cos, sin), wanted, strict=True)
+        ):
+            return Adapter(
+                layout=layout,
+                float32_tables=cos.dtype == torch.float32,
+                per_layer_type=layer_type is not None,
+                # Whether a part of each head is rotated shows in the table's width, see `_check_width`.
+                partial_rotary=True,
+            )
+    return None
+
+
+def _takes_axes(rotary: Any, x: Tensor, positions: Tensor, more: tuple[str, ...]) -> bool:
+    """Whether a rotary module takes positions along several axes (multimodal RoPE): [axes, B, T] instead of [B, T]."""
+    try:
+        cos, _ = rotary(x, positions.expand(3, 2, -1), *more)
+    except Exception:
+        return False
+    return bool(cos.dim() == 3)  # the axes have gone into one table
+
+
+def layers_without_rope(config: Any) -> list[int]:
+    """Indices of the layers of a family that use no rotary embedding by design."""
+    adapter = ADAPTERS.get(config.model_type, Adapter())
+    if adapter.rope_flags:
+        return [index for index, used in enumerate(getattr(config, adapter.rope_flags) or ()) if not used]
+    if rotated := rope_layer_type(config, adapter):
+        return [index for index, kind in enumerate(config.layer_types or ()) if kind != rotated]
+    return []
+
+
+def rope_layer_type(config: Any, adapter: Adapter) -> str:
+    """The only layer type that uses RoPE in this model; empty when none is alone in that."""
+    everywhere = adapter.rope_window and getattr(config, adapter.rope_window, None) is None
+    return "" if everywhere else adapter.rope_layer_type
+
+
+def layer_types_of(config: Any) -> list[str]:
+    """The distinct layer types of a model, in the order of their first layers; empty when it has no such thing."""
+    return list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+
+
+def check_softmax_scale(config: Any) -> None:
+    """A softmax scale that attention took from the RoPE parameters when it was built would stay when they change."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    given = rope.get("mscale_all_dim") if rope.get("rope_type") != "default" else None
+    if given and config.model_type in SOFTMAX_MSCALE_FAMILIES:
+        raise ConfigError(
+            f"architecture {config.model_type!r} with mscale_all_dim={given!r}: its attention took a softmax scale "
+            "from that and the factor when it was built, which a patch cannot follow; edit config.json and load again"
+        )

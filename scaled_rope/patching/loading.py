@@ -1,0 +1,249 @@
+"""The only place that loads models and tokenizers, those that command-line flags name included.
+
+A *job* is one checkpoint read under one scaling. `model_jobs` turns flags into jobs and needs only configuration files,
+so bad input is refused before any weights are read; `ModelLoader` then loads each checkpoint once and changes its
+scaling in place.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from scaled_rope.attention.backends import attention_for, check_attention, resolve_attention
+from scaled_rope.checkpoint import first_line, load_config, reading, without_custom_rope
+from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.patching.families import ADAPTERS, layer_types_of
+from scaled_rope.patching.patch import (
+    computes,
+    patch_model,
+    patched_kernel,
+    patched_plan,
+    patched_scaling,
+    unpatch_model,
+)
+from scaled_rope.patching.region_attention import check_carrier
+from scaled_rope.patching.rotary_kernel import resolve_kernel
+from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, PRIMARY_LAYER_TYPE, RECORD_KEY
+from scaled_rope.scaling.record import LayerPlan, RopeScaling, resolve_scaling, with_primary
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+
+
+# ------------------------------------------------------------------------------------------- names to torch objects
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """The torch device called `name`; None: the first GPU when there is one, else the CPU.
+
+    Raises:
+        ConfigError: not a device, or not on this machine.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device {name!r} cannot be used: {first_line(error)}") from error
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> str:
+    """The full name of a dtype; "auto" is bfloat16 on a GPU and float32 elsewhere.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    name = _DTYPE_ALIASES.get(name, name)
+    if name not in DTYPES:
+        raise unknown("dtype", name, ["auto", *DTYPES])
+    return name
+
+
+def apply_scaling(
+    model: nn.Module, scaling: RopeScaling, plan: LayerPlan | None = None, kernel: str | None = None
+) -> None:
+    """Make a model compute with `scaling`, whatever it computed with before.
+
+    plan: what differs between layers, its primary layer type aside; by default what differs now.
+    kernel: what rotates queries and keys, see `patch_model`; by default what does now, or else "auto".
+
+    A model whose config says so and that computes so is left untouched, so any architecture can be read as it is. Only
+    a kernel that is asked for by name, or that "auto" has to offer for a family known by name, is put in all the same.
+    """
+    if kernel is None:
+        kernel = patched_kernel(model) or "auto"
+    current = patched_plan(model)
+    plan = current if plan is None else plan
+    layers = with_primary(plan.layers, scaling)
+    backend = resolve_kernel(kernel)
+    if patched_scaling(model) == scaling and current == LayerPlan(layers, plan.drop_layers):
+        if kernel == "auto" or patched_kernel(model) == backend:
+            return
+    if patched_scaling(model) is not None:
+        unpatch_model(model)
+    config: Any = model.config
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said when the config was first read
+        own = RopeScaling.from_config(config)
+    wants_kernel = backend is not None and (kernel != "auto" or config.get_text_config().model_type in ADAPTERS)
+    if layers or plan.drop_layers or own != scaling or not computes(model, scaling) or wants_kernel:
+        patch_model(model, layers or scaling, drop_layers=plan.drop_layers, kernel=kernel)
+
+
+def resolve_plan(
+    config: Any, layers: str | None = None, drop_layers: Sequence[int] | None = None, plan: LayerPlan | None = None
+) -> LayerPlan:
+    """What is to differ between the layers of a model.
+
+    Args:
+        config: its configuration.
+        layers: the only layer type that a scaling is for; None: as the checkpoint says, or else all layers.
+        drop_layers: indices of layers without rotary embedding; None: as the checkpoint says.
+        plan: what the checkpoint says; by default read from `config`.
+
+    Raises:
+        ConfigError: a layer type that cannot be chosen, or indices that are none.
+    """
+    text = config.get_text_config()
+    plan = LayerPlan.from_config(text) if plan is None else plan
+    if layers is not None:
+        types = layer_types_of(text)
+        if PRIMARY_LAYER_TYPE not in types or len(types) < 2:
+            raise ConfigError(
+                f"layers={layers!r}: must be left out, the layers of this {text.model_type} model are of one type"
+            )
+        if layers != PRIMARY_LAYER_TYPE:
+            raise ConfigError(
+                f"layers={layers!r}: must be {PRIMARY_LAYER_TYPE!r}, others see no more than their window"
+            )
+        if not plan.layers:
+            plan = replace(plan, layers=dict.fromkeys(types, RopeScaling.from_config(text)))
+    if drop_layers is not None:
+        for index in drop_layers:
+            if not 0 <= index < text.num_hidden_layers:
+                raise ConfigError(f"drop_layers={index}: must be a layer's index, 0 to {text.num_hidden_layers - 1}")
+        plan = replace(plan, drop_layers=tuple(sorted(set(drop_layers))))
+    return plan
+
+
+def _quantization(bits: int, dtype: str) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"loading in {bits} bits needs: pip install bitsandbytes")
+    if bits == 8:
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=DTYPES[dtype])
+
+
+@contextmanager
+def former_names() -> Iterator[None]:
+    """Around calls of PEFT: 0.21 asks transformers 5.23 by a name that it has given up, and each time it says so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
+def _merge_adapter(model: nn.Module, adapter: str) -> nn.Module:
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError("an adapter needs peft: pip install 'scaled-rope[train]'") from error
+    with reading("adapter", adapter), former_names():
+        merged: nn.Module = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return merged
+
+
+def load_model(
+    name: str,
+    *,
+    scaling: RopeScaling | str | None = None,
+    dtype: str = "float32",
+    device: str | torch.device | None = None,
+    attn_implementation: str = "auto",
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+    sliding_window: int | None = None,
+    layers: str | None = None,
+    drop_layers: Sequence[int] | None = None,
+    kernel: str = "auto",
+    load_in_8bit: bool = False,
+    load_in_4bit: bool = False,
+) -> Any:
+    """Load a causal language model for inference, with a scaling installed; whatever `patch_model` has put into it.
+
+    Args:
+        name: directory or hub name. Only safetensors are read, never pickles.
+        scaling: None or "checkpoint": as the checkpoint says; otherwise a record or a spec (`resolve_scaling`).
+        dtype: float32, bfloat16, float16, or "auto" (bfloat16 on a GPU). Frequencies stay in float32 in any case.
+        device: default: the first GPU when there is one.
+        attn_implementation: "auto" is what can run here and suits the architecture (`attention.backends`).
+        adapter: a LoRA adapter that is merged into the weights.
+        sliding_window: replaces the configuration's attention window (tokens), for architectures that have one.
+        layers, drop_layers: which layers are scaled and which lose their rotary embedding, see `resolve_plan`.
+        kernel: what rotates queries and keys, see `patch_model`.
+
+    Raises:
+        ConfigError: nothing there, damaged files, weights of another architecture, an option that cannot be met.
+    """
+    device = resolve_device(None if device is None else str(device))
+    dtype = resolve_dtype(dtype, device)
+    config = load_config(name, trust_remote_code)
+    attention = resolve_attention(attn_implementation, device, dtype)
+    own = RopeScaling.from_config(config)
+    wanted = scaling if isinstance(scaling, RopeScaling) else resolve_scaling(scaling or "checkpoint", own)
+    if wanted.changes_attention:
+        check_carrier(wanted.method, attn_implementation)
+    plan = resolve_plan(config, layers, drop_layers)
+    text = config.get_text_config()
+    if CUSTOM_ROPE_TYPE in str(rope := getattr(text, "rope_parameters", None)):
+        # transformers refuses to build what it does not know: build it unscaled, `apply_scaling` does the rest.
+        text.rope_parameters = without_custom_rope(rope)
+        if hasattr(text, RECORD_KEY):
+            delattr(text, RECORD_KEY)
+    if sliding_window is not None:
+        if not hasattr(config, "sliding_window"):
+            raise ConfigError(f"model_type {config.model_type!r} has no sliding window; leave sliding_window out")
+        config.sliding_window = sliding_window
+    if attn_implementation == "auto":
+        attention = attention_for(config, attention, device)
+    else:
+        check_attention(config, attention, device, dtype)
+    options: dict[str, Any] = {"attn_implementation": attention}
+    if load_in_8bit or load_in_4bit:
+        options["quantization_config"] = _quantization(8 if load_in_8bit else 4, dtype)
+        options["device_map"] = {"": device}
+    with reading("model", name):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    # transformers only logs these, and fills what is missing with random numbers.
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if keys := sorted(map(str, info.get(kind) or ())):
+            raise ConfigError(
+                f"model {name!r} does not fit {type(model).__name__}: {len(keys)} {kind.replace('_', ' ')}, "
+                f"for example {keys[0]}"
+            )
+    if adapter is not None:
+        model = _merge_adapter(model, adapter)
+    if "device_map" not in options:
+        model = model.to(device)
+    apply_scaling(model, wanted, plan, kernel)
+    return model.eval()

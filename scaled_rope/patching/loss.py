@@ -1,0 +1,307 @@
+"""Per-token negative log-likelihood without ever holding the logits of a whole sequence.
+
+Float32 logits of one 128k-token sequence over a 32k vocabulary take 16.8 GB. The hidden states are computed in one
+pass; the output projection and the cross-entropy then run over a few positions at a time, in float32, and when
+gradients are wanted each piece is checkpointed, so training holds one piece of logits as well. On a GPU both can be
+left to one Triton kernel, Liger's (https://github.com/linkedin/Liger-Kernel), which does the same without float32
+copies of the logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from packaging.version import Version
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+
+from scaled_rope.errors import ConfigError
+from scaled_rope.patching.rotary import lengths
+from scaled_rope.results import package_version
+
+IGNORE = -100
+"""The target value of positions that are not scored."""
+
+_LOGITS_PER_CHUNK = 2**25  # 128 MiB of float32: large enough to keep a GPU busy, small next to the activations
+
+
+def logits_bytes() -> int:
+    """The most that logits take while training: one piece in float32, its gradient, and the softmax between them."""
+    return 3 * 4 * _LOGITS_PER_CHUNK
+
+
+_LIGER = "0.8.5"
+"""Liger's first version that we know to apply weights of single tokens before it sums gradients of the projection."""
+
+
+def resolve_loss(name: str, device: torch.device, model: nn.Module | None = None) -> str:
+    """How the loss called `name` is computed here: "chunked", "fused" or "whole".
+
+    Args:
+        name: one of `recipes.LOSSES`; "auto" is "fused" where that is possible on a GPU, else "chunked".
+        model: looked at, too, once there is one.
+
+    Raises:
+        ConfigError: "fused" that cannot be.
+    """
+    lack = _fused_lacks(device, model)
+    if name == "auto":
+        return "fused" if device.type == "cuda" and not lack else "chunked"
+    if name == "fused" and lack:
+        raise ConfigError(f"loss 'fused' needs {lack}; use chunked")
+    return name
+
+
+def _fused_lacks(device: torch.device, model: nn.Module | None) -> str:
+    """What the fused loss would need and does not have; "" where it can run."""
+    installed = package_version("liger-kernel")
+    if importlib.util.find_spec("liger_kernel") is None or installed is None or Version(installed) < Version(_LIGER):
+        return f"liger-kernel {_LIGER} or newer: pip install 'scaled-rope[kernels]'"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"a CUDA GPU, this is {device.type}"
+    if model is None:
+        return ""
+    head = _causal_lm(model).get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return f"an output projection that is a plain linear layer, this is {type(head).__name__}"
+    # Liger has one, but not in Triton's interpreter, so no test of ours has seen it.
+    return "" if _post_processing(model)[1] is None else "logits without a soft cap"
+
+
+# Configuration fields by which an architecture changes its logits after the projection. The two that `project`
+# applies are missing here; any other one would make the loss silently wrong, so it is refused.
+_UNHANDLED = ("logits_scaling", "lm_head_multiplier", "unpadded_vocab_size")
+
+
+def _causal_lm(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT wrapper, or `model` itself."""
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if not hasattr(inner, "get_output_embeddings") or inner.get_output_embeddings() is None:
+        raise ConfigError(f"model {type(model).__name__} has no output projection; a causal language model is needed")
+    return inner
+
+
+def hidden_states(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None, separate: bool = False
+) -> Tensor:
+    """Final hidden states [B, T, H] of `input_ids` [B, T]: no cache, no projection.
+
+    separate: positions that start anew are borders which attention does not cross.
+    """
+    base = _causal_lm(model).base_model
+    # Without a mask transformers takes positions with a step other than 1 for borders between packed sequences.
+    mask = None if position_ids is None or separate else torch.ones_like(input_ids)
+    output = base(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
+    return cast(Tensor, output.last_hidden_state)
+
+
+def _hidden_pieces(
+    model: nn.Module,
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    size: int,
+    cache: Any = None,
+    start: int = 0,
+) -> Iterator[tuple[int, Tensor]]:
+    """(first position, final hidden states [B, t, H]) of successive pieces of `size` positions, by a KV cache.
+
+    cache: holds the positions before `start` and takes up the others; by default a new one.
+    """
+    base = _causal_lm(model).base_model
+    mask = None if position_ids is None else torch.ones_like(input_ids)
+    # A scale that depends on the length is that of the whole for every piece.
+    whole = torch.tensor([input_ids.shape[1]]) if position_ids is None else position_ids.amax(dim=-1) + 1
+    for first in range(start, input_ids.shape[1], size):
+        end = first + size
+        with lengths(whole):
+            output = base(
+                input_ids=input_ids[:, first:end],
+                attention_mask=None if mask is None else mask[:, :end],
+                position_ids=None if position_ids is None else position_ids[:, first:end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        cache = output.past_key_values
+        yield first, output.last_hidden_state
+
+
+def shared_hidden_states(
+    model: nn.Module, sequences: Sequence[Tensor], starts: Sequence[int], chunk: int = 2048
+) -> Iterator[Tensor]:
+    """Final hidden states [1, T_i - starts_i, H] of each sequence from position starts_i on, without gradients.
+
+    What a sequence and the one before it begin with is read once: its keys and values stay in a cache. Order the
+    sequences so that each shares as much as possible with its neighbour.
+
+    Args:
+        model: under a scaling that does not depend on the length; elsewhere the shared part has another scale.
+        sequences: token ids [T_i].
+        starts: below T_i.
+        chunk: positions that go through the model at once; a mask of chunk x T is built for all but the first.
+    """
+    cache, kept = DynamicCache(), 0
+    for index, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
+        following = sequences[index + 1] if index + 1 < len(sequences) else ids[:0]
+        size = min(len(ids), len(following))
+        differs = (ids[:size] != following[:size]).nonzero()
+        # Neither more than the next one can use nor so much that nothing is left of it to compute.
+        common = min(int(differs[0]) if len(differs) else size, starts[index + 1]) if len(following) else 0
+        with torch.inference_mode():
+            pieces = list(_hidden_pieces(model, ids[None], None, chunk, cache, kept))
+            if common < len(ids):
+                cache.crop(common - len(ids))  # negative: how many to remove
+        kept = common
+        yield torch.cat([hidden[:, max(0, start - first) :] for first, hidden in pieces], dim=1)
+
+
+def project(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Float32 logits [..., V] of `hidden` [..., H], including the architecture's own scaling and soft cap.
+
+    The projection is the model's own module, called as such, because sharding (ZeRO-3, FSDP) gathers weights in hooks.
+
+    Raises:
+        ConfigError: the architecture changes its logits in a way that is not known here.
+    """
+    scale, cap = _post_processing(model)
+    logits: Tensor = _causal_lm(model).get_output_embeddings()(hidden).float()
+    if scale is not None:
+        logits = logits * scale
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def _post_processing(model: nn.Module) -> tuple[float | None, float | None]:
+    """The factor (Cohere) and the soft cap (Gemma 2 and later) of a model's logits.
+
+    Raises:
+        ConfigError: it changes them in another way.
+    """
+    config = _causal_lm(model).config.get_text_config()
+    for field in _UNHANDLED:
+        if getattr(config, field, None) not in (None, 1, 1.0):
+            raise ConfigError(f"model_type {config.model_type!r} is not supported: it post-processes logits by {field}")
+    return getattr(config, "logit_scale", None), getattr(config, "final_logit_softcapping", None)
+
+
+def token_nll(
+    model: nn.Module,
+    input_ids: Tensor,
+    targets: Tensor,
+    position_ids: Tensor | None = None,
+    chunk: int | None = None,
+    *,
+    start: int = 0,
+    prefill_chunk: int | None = None,
+    separate: bool = False,
+    loss: str = "chunked",
+) -> Tensor:
+    """Negative log-likelihood in nats of each target from `start` on, float32 [B, T - start]; differentiable.
+
+    Args:
+        model: a transformers causal language model, plain or wrapped by PEFT. A data-parallel wrapper must call this
+            from inside its own forward pass, or it will not see the gradients.
+        input_ids: [B, T].
+        targets: [B, T], already shifted: `targets[b, t]` is what position t should predict. `IGNORE` scores 0.
+        position_ids: [B, T]; default 0 … T-1. Every token still attends to all before it, unless `separate`.
+        chunk: positions whose logits are held at once; the default keeps them near 128 MiB. Changes memory, not values.
+        start: the first position that is scored; those before it are context and never reach the projection.
+        prefill_chunk: positions that go through the model at once, the earlier ones being read from a KV cache. This
+            bounds activations, at the price of the cache. Under a scaling that depends on the length all of them have
+            the scale of the whole, so nothing changes but rounding.
+        separate: `position_ids` start anew with each packed document, and attention stays within documents.
+        loss: "chunked"; "fused", by Liger's kernel; "whole", all logits at once, as transformers does. All the same
+            but for rounding: the factor of Cohere's logits is applied before the projection where it is fused.
+
+    Raises:
+        ConfigError: not a causal language model, or logits that `project` cannot reproduce.
+    """
+    if prefill_chunk is None or prefill_chunk >= input_ids.shape[1]:
+        hidden = hidden_states(model, input_ids, position_ids, separate)
+        return _score(model, hidden[:, start:], targets[:, start:], chunk, loss)
+    scored = []
+    for first, hidden in _hidden_pieces(model, input_ids, position_ids, prefill_chunk):
+        skip, end = max(0, start - first), first + hidden.shape[1]
+        if first + skip < end:
+            scored.append(_score(model, hidden[:, skip:], targets[:, first + skip : end], chunk, loss))
+    return torch.cat(scored, dim=1)
+
+
+def positions_per_chunk(model: nn.Module) -> int:
+    """Positions whose float32 logits may be held at once."""
+    return max(1, _LOGITS_PER_CHUNK // int(_causal_lm(model).config.get_text_config().vocab_size))
+
+
+def _score(model: nn.Module, hidden: Tensor, targets: Tensor, chunk: int | None, loss: str) -> Tensor:
+    """The loss [B, t] of targets [B, t] given hidden states [B, t, H], over `chunk` positions at a time."""
+    if loss == "fused":
+        return _fused(model, hidden.flatten(0, 1), targets.flatten()).view_as(targets)
+
+    def piece(hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(project(model, hidden), targets, ignore_index=IGNORE, reduction="none")
+
+    if loss == "whole":
+        return piece(hidden.flatten(0, 1), targets.flatten()).view_as(targets)
+    if chunk is None:
+        chunk = positions_per_chunk(model)
+    pieces = []
+    parts = zip(torch.split(hidden.flatten(0, 1), chunk), torch.split(targets.flatten(), chunk), strict=True)
+    for part, wanted in parts:
+        if torch.is_grad_enabled() and part.requires_grad:
+            pieces.append(cast(Tensor, checkpoint(piece, part, wanted, use_reentrant=False)))
+        else:
+            pieces.append(piece(part, wanted))
+    return torch.cat(pieces).view_as(targets)
+
+
+def _fused(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """The loss [N] of targets [N] given hidden states [N, H] by Liger's kernel.
+
+    Its `reduction="none"` computes logits again in the backward pass, where the weight of each target is known, so a
+    weighted sum and its gradients are exact. Gradients of the projection are summed in float32.
+
+    Engines that shard weights (ZeRO-3, FSDP) gather them in hooks around a call of the module and around its backward
+    pass. So the kernel runs as the projection's own forward pass, and what it saves for the backward pass is not the
+    weights but where they will be.
+    """
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    scale, _ = _post_processing(model)
+    head = _causal_lm(model).get_output_embeddings()
+    fused = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, reduction="none", accum_dtype=torch.float32)
+
+    def forward(hidden: Tensor) -> Tensor:
+        gathered = head.weight.data_ptr()
+
+        def pack(saved: Tensor) -> Tensor | None:
+            return None if saved.data_ptr() == gathered else saved
+
+        def unpack(packed: Tensor | None) -> Tensor:
+            return head.weight.detach() if packed is None else packed
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return cast(Tensor, fused(head.weight, hidden, targets, head.bias))
+
+    with _forward_as(head, forward):
+        return cast(Tensor, head(hidden if scale is None else hidden * scale))
+
+
+@contextlib.contextmanager
+def _forward_as(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside this a call of `module`, hooks and all, computes `forward`."""
+    before = module.__dict__.get("forward")  # where a library has put its own in the class's place
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before

@@ -1,0 +1,287 @@
+"""What happens before and after each forward pass of a patched base model.
+
+Positions: rows are told apart from their padding, so that a row's length is that of its text. Caches: the model reads
+those that it filled itself, under the present scaling. Where keys are rotated by a scale that grows with the text,
+they are either cached before rotation (`late`), or, with `dynamic_step`, cached as usual and made anew by a prefill
+when a row outgrows the scale that they were rotated with.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
+from transformers import Cache
+
+from scaled_rope.errors import ConfigError
+from scaled_rope.patching import deferred_rotation
+from scaled_rope.patching.cache_owners import (
+    CacheContents,
+    CacheOwner,
+    check_device,
+    check_note,
+    leave_note,
+    length_of,
+    require_note,
+)
+from scaled_rope.patching.rotary import lengths, row_lengths
+from scaled_rope.scaling.frequencies import compute_scale
+from scaled_rope.scaling.record import RopeScaling
+
+PIECE = 1024
+"""Tokens per pass when a cache is made anew."""
+_PATIENCE = 2.0
+"""Seconds after which that shows its progress."""
+
+
+@dataclass
+class _Running:
+    """A pass between its two hooks."""
+
+    positions: Tensor | None
+    cache: Any
+    note: CacheContents | None
+    current: deferred_rotation.Pass | None
+    inputs: tuple[str, Tensor]
+    token: Token[deferred_rotation.Pass | None] | None = None
+
+
+_RUNNING: ContextVar[_Running | None] = ContextVar("running", default=None)
+
+
+@dataclass
+class Passes:
+    """The hooks around a base model's forward. Copied with the model, so it holds no module."""
+
+    patch: CacheOwner
+    scaling: RopeScaling
+    length_dependent: bool
+    """Whether some layer's frequencies change with the length."""
+    late: bool = False
+    """Whether attention can rotate cached keys."""
+    obstacle: str = ""
+    """Why it cannot."""
+    unrotated: bool = False
+    """Whether attention takes keys as they are in every pass and rotates them itself, as methods that change it do."""
+    dropped: tuple[int, ...] = ()
+    rotary_name: str = field(default="rotary_emb", repr=False)
+
+    def install(self, base: nn.Module) -> list[RemovableHandle]:
+        """Hook a base model."""
+        before = base.register_forward_pre_hook(self.before, with_kwargs=True)
+        return [before, base.register_forward_hook(self.after, with_kwargs=True, always_call=True)]
+
+    @property
+    def stepped(self) -> bool:
+        return self.scaling.dynamic_step is not None
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook.
+
+        Raises:
+            ConfigError: a cache that this pass cannot read.
+        """
+        return None if self._skipped() else self._begin(module, args, kwargs)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Forward hook, called after a pass that failed as well."""
+        if not self._skipped():
+            self._end(output)
+
+    def _skipped(self) -> bool:
+        """A compiled pass, where nothing depends on the hooks but messages, and tracing them would break it in two."""
+        return torch.compiler.is_compiling() and not self.length_dependent
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        name = "input_ids" if given.get("input_ids") is not None else "inputs_embeds"
+        if given.get(name) is None:
+            return None
+        cache = given.get("past_key_values")
+        cache = cache if isinstance(cache, Cache) or hasattr(cache, "get_seq_length") else None
+        check_device(cache, given[name].device)
+        start = 0 if cache is None else length_of(cache)
+        note = check_note(cache, self.patch) if start else None
+        deferred = self.late and (cache is not None or _wants_cache(module, given))
+        if start and self.length_dependent and not self.stepped:
+            self._check_readable(module, cache, note)
+        if start and self.unrotated:
+            require_note(cache, note)
+        if not self.length_dependent:
+            _RUNNING.set(_Running(None, cache, note, None, (name, given[name])))
+            if not self.unrotated or cache is None or given.get("attention_mask") is not None:
+                return None
+            # Such attention is told by a mask what part of a cache of fixed size has been written.
+            rows, count = given[name].shape[:2]
+            mask = torch.ones(rows, start + count, dtype=torch.long, device=given[name].device)
+            return _arguments(given, attention_mask=mask)
+
+        positions, changed = _positions(given, given[name], start)
+        must = deferred or self.stepped or start > 0
+        running = _Running(positions, cache, note, None, (name, given[name]))
+        if deferred:
+            running.current = deferred_rotation.begin(
+                module, getattr(module, self.rotary_name), positions, cache, note, self.dropped
+            )
+            running.token = deferred_rotation.CURRENT.set(running.current)
+        elif self.stepped and start:
+            self._keep_up(module, running, start)
+        _RUNNING.set(running)
+        if not changed and not must:
+            return None
+        return _arguments(given, position_ids=positions)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _end(self, output: Any) -> None:
+        running = _RUNNING.get()
+        if running is None:
+            return
+        _RUNNING.set(None)
+        if running.token is not None:
+            deferred_rotation.CURRENT.reset(running.token)
+        cache = running.cache if running.cache is not None else _cache_in(output)
+        if output is None or not isinstance(cache, Cache):
+            return
+        note = running.note
+        if note is None:
+            if running.cache is not None and length_of(cache) != running.inputs[1].shape[1]:
+                return  # it held something that we know nothing of
+            note = CacheContents(self.patch, 0)
+        start, note.length = note.length, length_of(cache)
+        if note.length == 0:
+            return
+        if running.current is not None:
+            note.offset = running.current.offset
+        elif running.positions is not None:
+            note.offset = deferred_rotation.offset_of(running.positions, start)
+        if self.stepped:
+            assert running.positions is not None
+            note.scale = self._scale(running.positions)
+            note.extend(*running.inputs)
+        leave_note(cache, note)
+
+    def _check_readable(self, module: nn.Module, cache: Any, note: CacheContents | None) -> None:
+        if not self.late:
+            config: Any = module.config
+            raise ConfigError(
+                f"past_key_values: {self.patch.label} cannot read cached keys of this {config.model_type} model, "
+                f"{self.obstacle}; pass use_cache=False"
+            )
+        require_note(cache, note, f", which {self.patch.label} cannot read")
+
+    # ------------------------------------------------------------------------------------------------------ by steps
+
+    def _scale(self, positions: Tensor) -> Tensor:
+        return compute_scale(self.scaling, row_lengths(positions))
+
+    def _keep_up(self, module: nn.Module, running: _Running, start: int) -> None:
+        """Make the cache anew where a row of it was rotated at another scale than this pass has."""
+        positions, note = running.positions, running.note
+        assert positions is not None
+        wanted = self._scale(positions)
+        had = self._scale(positions[:, :1] - 1) if note is None else note.scale
+        if had is not None and bool((had.to(wanted.device) == wanted).all()):
+            return
+        name = type(running.cache).__name__
+        if note is None:
+            raise ConfigError(
+                f"past_key_values: the text passes from scale {_span(had)} to {_span(wanted)}, where keys are rotated "
+                f"anew, and the model did not fill this {name}; start from an empty cache"
+            )
+        if note.offset is None:
+            raise ConfigError(
+                "position_ids: those behind this cache are not consecutive in every row, so it cannot be made anew at "
+                f"scale {_span(wanted)}; pad on the left, and give one text per row"
+            )
+        running.note = None
+        self._prefill(module, running.cache, note, row_lengths(positions), _span(wanted))
+        note.scale = wanted
+        running.note = note
+
+    def _prefill(self, module: nn.Module, cache: Any, note: CacheContents, seq_len: Tensor, scale: str) -> None:
+        """Fill a cache again with the tokens that it held, as part of rows of the given lengths."""
+        assert note.offset is not None
+        forward: Any = module.forward
+        cache.reset()
+        places = note.offset[:, None] + torch.arange(note.length, device=note.offset.device)
+        rows = note.inputs[0][1].shape[0]
+        mask = (places >= 0).long().expand(rows, -1)
+        with (
+            lengths(seq_len),
+            tqdm(
+                total=note.length, desc=f"keys again, scale {scale}", unit="token", leave=False, delay=_PATIENCE,
+                mininterval=0.5 if sys.stderr.isatty() else 10,
+            ) as bar,
+        ):  # fmt: skip
+            start = 0
+            for name, tokens in note.inputs:
+                for piece in torch.split(tokens, PIECE, dim=1):
+                    end = start + piece.shape[1]
+                    forward(
+                        **{name: piece},
+                        attention_mask=mask[:, :end],
+                        position_ids=places[:, start:end].clamp(min=0),
+                        past_key_values=cache,
+                        use_cache=True,
+                    )
+                    bar.update(end - start)
+                    start = end
+
+
+def _span(scale: Tensor | None) -> str:
+    """The scales of rows in words."""
+    values = sorted({float(value) for value in ([] if scale is None else scale.flatten())})
+    return " and ".join(f"{value:g}" for value in values) or "?"
+
+
+def _arguments(given: dict[str, Any], **changed: Any) -> tuple[tuple[()], dict[str, Any]]:
+    """What a pre-hook gives back: the arguments of forward() by name, some of them changed."""
+    more = given.pop("kwargs", {})  # what forward() takes as **kwargs
+    return (), {**given, **more, **changed}
+
+
+def _wants_cache(module: nn.Module, given: dict[str, Any]) -> bool:
+    """Whether a pass that is given no cache is to make one."""
+    config: Any = module.config
+    wanted = given.get("use_cache", given.get("kwargs", {}).get("use_cache"))
+    wanted = getattr(config, "use_cache", False) if wanted is None else wanted
+    # Then there is none, and a second forward must do what the first did.
+    current, former = "is_activation_checkpointing", "is_gradient_checkpointing"  # renamed in transformers 5.23
+    recomputed = module.training and getattr(module, current if hasattr(module, current) else former, False)
+    return bool(wanted) and not recomputed
+
+
+def _positions(given: dict[str, Any], tokens: Tensor, start: int) -> tuple[Tensor, bool]:
+    """Positions [B or 1, Q] of a pass, and whether the model, left to itself, would take others.
+
+    Raises:
+        ConfigError: positions along several axes.
+    """
+    count = tokens.shape[1]
+    positions: Tensor | None = given.get("position_ids")
+    if positions is not None:
+        if positions.dim() != 2:
+            raise ConfigError(f"position_ids: must be [B, T], got {list(positions.shape)}")
+        return positions, False
+    mask = given.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= start + count:
+        # Count real tokens only, as generate() does: padding must not make a row look longer than it is.
+        positions = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+        return positions[:, start : start + count], True
+    return torch.arange(start, start + count, device=tokens.device)[None], False
+
+
+def _cache_in(output: Any) -> Cache | None:
+    """The cache that a pass made."""
+    found = getattr(output, "past_key_values", None)
+    if found is None and isinstance(output, tuple):
+        found = next((each for each in output if isinstance(each, Cache)), None)
+    return found if isinstance(found, Cache) else None

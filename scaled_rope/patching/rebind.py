@@ -1,0 +1,137 @@
+"""Give one module its own version of what its `forward` looks up by name among the globals of its source file.
+
+Families of transformers call `apply_rotary_pos_emb` by that name. Assigning to the name in their source file would
+change every model of the process. Here one module gets a copy of its forward whose globals differ in that name alone,
+so two models of a class may differ, and layers of one model too. Several names may be rebound in one module. The copy
+knows the source file as it was: what is assigned to its names later does not reach it.
+
+The copy is bound to the module, as its attribute `forward`. So a deep copy binds its own; activation checkpointing,
+engines and hooks call it as they call any forward; torch.compile traces through it; nothing of it is in a state dict.
+Pickling a whole module, which this package never does, would lose it.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from scaled_rope.errors import ConfigError
+
+_RECORD = "_scaled_rope_rebound"
+_OFFLOADED = "_old_forward"
+"""Where accelerate keeps the forward of a module whose weights it moves around."""
+
+
+@dataclass
+class _Rebound:
+    """What was done to a module."""
+
+    before: Any
+    """The module's own attribute of forward before, None where its class had the say."""
+    functions: dict[str, Any] = field(default_factory=dict)
+
+
+def calls(module: nn.Module, name: str) -> bool:
+    """Whether the module's forward looks up the global `name`."""
+    function = _function(module)
+    return function is not None and name in function.__code__.co_names and name in function.__globals__
+
+
+def callers(root: nn.Module, name: str) -> list[nn.Module]:
+    """The modules in `root` whose forward looks up the global `name`, in the order of `root.modules()`."""
+    return [module for module in root.modules() if calls(module, name)]
+
+
+def bound(module: nn.Module, name: str) -> Any:
+    """What the module's forward finds under `name` now.
+
+    Raises:
+        ConfigError: it looks for no such function.
+    """
+    function = _function(module)
+    if function is None or not calls(module, name):
+        raise ConfigError(f"{type(module).__name__}: its forward calls no {name}")
+    return function.__globals__[name]
+
+
+def original(module: nn.Module, name: str) -> Any:
+    """What the module's forward would find under `name` had nothing been rebound.
+
+    Raises:
+        ConfigError: it looks for no such function.
+    """
+    record: _Rebound | None = vars(module).get(_RECORD)
+    if record is None or name not in record.functions:
+        return bound(module, name)
+    forward = record.before if record.before is not None else type(module).forward
+    return getattr(forward, "__func__", forward).__globals__[name]
+
+
+def rebind(module: nn.Module, name: str, function: Any) -> Any:
+    """Make the module's forward, and nothing else, find `function` under the global `name`.
+
+    Args:
+        function: a function or any other object; None: what the source file has, again. A module that nothing is
+            rebound in is as it was.
+
+    Returns:
+        What a former `rebind` of this name had put there, to be put back later; None: nothing had.
+
+    Raises:
+        ConfigError: the module's forward looks for no such function.
+    """
+    if not calls(module, name):
+        raise ConfigError(f"{type(module).__name__}: its forward calls no {name}")
+    record: _Rebound | None = vars(module).get(_RECORD)
+    if record is None:
+        if function is None:
+            return None
+        record = _Rebound(vars(module).get(_slot(module)))
+        setattr(module, _RECORD, record)
+    former = record.functions.pop(name, None)
+    if function is not None:
+        record.functions[name] = function
+    _install(module, record)
+    return former
+
+
+def _install(module: nn.Module, record: _Rebound) -> None:
+    original = record.before if record.before is not None else types.MethodType(type(module).forward, module)
+    slot = _slot(module)
+    if not record.functions:
+        delattr(module, _RECORD)
+        if record.before is None and slot == "forward":
+            delattr(module, slot)
+        else:
+            setattr(module, slot, original)
+        return
+    function = original.__func__
+    # Without a __name__ torch.compile looks names up in this dictionary and not in the source file of that name.
+    names = {key: value for key, value in function.__globals__.items() if key != "__name__"} | record.functions
+    # Its own code as well: torch.compile keeps what it made with the code, by names that it puts into one dictionary.
+    copy = types.FunctionType(function.__code__.replace(), names, None, function.__defaults__, function.__closure__)
+    functools.update_wrapper(copy, function)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    del copy.__dict__["__wrapped__"]  # it stands in for the original, it does not call it
+    setattr(module, slot, types.MethodType(copy, module))
+
+
+def _slot(module: nn.Module) -> str:
+    return _OFFLOADED if _OFFLOADED in vars(module) else "forward"
+
+
+def _function(module: nn.Module) -> types.FunctionType | None:
+    """The plain function behind the module's forward, or None."""
+    forward = getattr(module, _slot(module), None)
+    function = getattr(forward, "__func__", None)
+    return function if isinstance(function, types.FunctionType) else None
+
+
+APPLY = "apply_rotary_pos_emb"
+"""The name under which families call it as fn(q, k, cos, sin, unsqueeze_dim=1)."""
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+"""The name under which attention modules look for backends, as INTERFACE.get_interface(name, default)."""

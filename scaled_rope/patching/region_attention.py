@@ -1,0 +1,125 @@
+"""Methods that change attention, inside a model of transformers.
+
+The attention modules of a patched model rotate nothing themselves: they cache keys as they are and hand them, with the
+queries, to `region_attention`, which rotates both by the distance of each pair. So any cache that keeps all keys will
+do, of any class. Masks come in the form of `sdpa_blocked`, [B, T] instead of [B, 1, T, T].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from scaled_rope.attention.backends import by_stretch, has_window, refusal
+from scaled_rope.attention.composed import composed_attention, flash, is_composable
+from scaled_rope.attention.regions import Regions, region_attention
+from scaled_rope.errors import ConfigError
+from scaled_rope.patching.rebind import APPLY, INTERFACE, callers, rebind
+from scaled_rope.patching.rotary import Layout
+from scaled_rope.patching.rotary_kernel import pairing_of
+
+MASKS_OF = "sdpa_blocked"
+"""The implementation that a patched model is told to make masks for."""
+CARRIERS = ("auto", "sdpa", "sdpa_blocked", "blockwise")
+"""Implementations in whose place regions may stand: all compute the same, in float32 or with bfloat16 factors."""
+
+
+def check_carrier(method: str, attention: str) -> None:
+    """Refuse an attention implementation that cannot carry a method.
+
+    Raises:
+        ConfigError: it is asked for by name and is none of `CARRIERS`.
+    """
+    if attention not in CARRIERS:
+        raise ConfigError(
+            f"attention {attention!r}: cannot carry method {method!r}, which computes attention itself; "
+            f"must be one of {', '.join(CARRIERS)}"
+        )
+
+
+def pairing(base: nn.Module, method: str, layout: Layout, half: int) -> bool:
+    """Whether a base model pairs neighbouring dimensions.
+
+    Args:
+        half: half of the rotated dimensions.
+
+    Raises:
+        ConfigError: a family whose attention does not fit.
+    """
+    config: Any = base.config
+    reason = refusal(config, MASKS_OF)
+    if not reason and has_window(config):
+        reason = "whose layers have a sliding window"
+    interleaved = None
+    if not reason:
+        interleaved, reason = pairing_of(base, layout, half)
+    if not reason and callers(base, APPLY) != callers(base, INTERFACE):
+        reason = "they do not use transformers' attention interface"
+    if interleaved is None:
+        raise ConfigError(f"method {method!r}: cannot be used with {config.model_type} models, {reason}")
+    return interleaved
+
+
+class _Only:
+    """What attention modules look their implementation up in, with one answer."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def get_interface(self, *_: Any) -> Callable[..., Any]:
+        return self._function
+
+    __getitem__ = get_interface
+
+
+def install_region_attention(base: nn.Module, regions: Regions, inv_freq: Tensor, interleaved: bool) -> None:
+    """Make all attention modules of a base model attend in regions. Its passes need `Passes.unrotated` besides.
+
+    inv_freq: [R/2], unscaled.
+    """
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """In the interface of transformers; q, k, v as in `region_attention`, mask as in `blocked_sdpa`."""
+        if dropout:
+            raise ConfigError(f"attention_dropout={dropout:g}: must be 0 for a method that changes attention")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ConfigError(f"attention_mask of shape {list(attention_mask.shape)}: must be [rows, tokens]")
+
+        def regional(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if is_composable(q, k, v):
+                found = composed_attention(q, k, v, inv_freq, regions, scale, flash, interleaved=interleaved)
+            else:
+                found = region_attention(q, k, v, inv_freq, regions, scale, interleaved=interleaved)
+            return found.transpose(1, 2)
+
+        out = by_stretch(regional, query, key, value, attention_mask, position_ids, cu_seq_lens_q)
+        return out.contiguous(), None
+
+    for module in callers(base, APPLY):
+        rebind(module, APPLY, _as_they_are)
+        rebind(module, INTERFACE, _Only(attend))
+
+
+def remove_region_attention(base: nn.Module) -> None:
+    """Undo `install_region_attention`."""
+    for module in callers(base, INTERFACE):
+        rebind(module, INTERFACE, None)
+        rebind(module, APPLY, None)
+
+
+def _as_they_are(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return q, k

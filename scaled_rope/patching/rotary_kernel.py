@@ -1,0 +1,129 @@
+"""The rotary kernel in place of a family's `apply_rotary_pos_emb`, module by module.
+
+What pairs a family's function rotates is found by asking it: tables and random heads go in, and its answer is compared
+with both pairings. A function that computes anything else is left alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scaled_rope.errors import unknown
+from scaled_rope.kernels import apply_rotary, kernel_backend
+from scaled_rope.kernels.rotary import BACKENDS, VARIABLE
+from scaled_rope.patching.rebind import APPLY, callers, original, rebind
+from scaled_rope.patching.rotary import Layout, lay_out
+
+KERNELS = (*BACKENDS, "none")
+_TABLES = "position_embeddings"
+Rotation = Callable[..., tuple[Tensor, Tensor]]
+
+
+def resolve_kernel(kernel: str) -> str | None:
+    """The backend to install: None leaves the model's own function.
+
+    Args:
+        kernel: "auto": the Triton kernel on a machine with a GPU, or what `SCALED_ROPE_KERNEL` says; elsewhere there is
+            nothing to gain, so None. "triton", "torch": that one. "none": None.
+
+    Raises:
+        ConfigError: unknown name, or triton where it cannot run.
+    """
+    if kernel not in KERNELS:
+        raise unknown("kernel", kernel, KERNELS)
+    forced = os.environ.get(VARIABLE) if kernel == "auto" else None
+    if "none" in (kernel, forced):
+        return None
+    chosen = kernel_backend(backend=kernel)
+    # "auto" is decided call by call: a model may be patched on the CPU and moved later.
+    return None if kernel == "auto" and chosen == "torch" and not forced else kernel
+
+
+def fused_rotation(base: nn.Module, layout: Layout, half: int, backend: str) -> tuple[Rotation | None, str]:
+    """What to bind under `APPLY` in the attention modules of a base model that is given half-width float32 tables.
+
+    Args:
+        layout: what tables its own function wants.
+        half: half of the rotated dimensions.
+
+    Returns:
+        The function and "", or None and what stands in the way, in a few words.
+    """
+    interleaved, reason = pairing_of(base, layout, half)
+    return (None, reason) if interleaved is None else (_rotation(interleaved, backend), "")
+
+
+def pairing_of(base: nn.Module, layout: Layout, half: int) -> tuple[bool | None, str]:
+    """Which dimensions the attention of a base model rotates together.
+
+    Args:
+        layout, half: as in `fused_rotation`.
+
+    Returns:
+        Whether pairs are neighbours (True) or halves (False), and ""; or None and why neither can be said.
+    """
+    modules = callers(base, APPLY)
+    if not modules:
+        return None, f"its attention calls no {APPLY}"
+    if others := [type(module).__name__ for module in _users_of_tables(base) if module not in modules]:
+        return None, f"{others[0]} rotates in its own way"
+    pairings = {_pairing(original(module, APPLY), layout, half) for module in modules}
+    if len(pairings) != 1 or (interleaved := pairings.pop()) is None:
+        return None, f"its {APPLY} is not the common one"
+    return interleaved, ""
+
+
+def bind_rotation(base: nn.Module, rotation: Rotation) -> list[nn.Module]:
+    """Bind a rotation in every attention module of a base model; returns the modules."""
+    modules = callers(base, APPLY)
+    for module in modules:
+        rebind(module, APPLY, rotation)
+    return modules
+
+
+def unbind_rotation(modules: list[nn.Module]) -> None:
+    """Undo `bind_rotation`."""
+    for module in modules:
+        rebind(module, APPLY, None)
+
+
+def _rotation(interleaved: bool, backend: str) -> Rotation:
+    def apply_rotary_pos_emb(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        return apply_rotary(q, k, cos, sin, heads_first=unsqueeze_dim == 1, interleaved=interleaved, backend=backend)
+
+    return apply_rotary_pos_emb
+
+
+def _users_of_tables(base: nn.Module) -> list[nn.Module]:
+    """The innermost modules that are handed cos and sin."""
+    given = [module for module in base.modules() if _TABLES in inspect.signature(module.forward).parameters]
+    return [module for module in given if not any(other in given for other in list(module.modules())[1:])]
+
+
+def _pairing(apply: Callable[..., Any], layout: Layout, half: int) -> bool | None:
+    """Whether a family's function pairs neighbours (True), halves (False), or does something else (None)."""
+    generator = torch.Generator().manual_seed(0)
+    plain: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    q, k = (torch.randn(1, heads, 3, 2 * half, **plain) for heads in (2, 1))
+    angles = torch.randn(1, 3, half, **plain)
+    cos, sin = angles.cos(), angles.sin()
+    try:
+        found = apply(q, k, lay_out(cos, layout), lay_out(sin, layout))
+    except Exception:
+        return None  # whatever it wants, it is not the common form
+    for interleaved in (False, True):
+        wanted = apply_rotary(q, k, cos, sin, interleaved=interleaved, backend="torch")
+        if all(
+            isinstance(one, Tensor) and one.shape == right.shape and torch.allclose(one, right, rtol=0, atol=1e-5)
+            for one, right in zip(found, wanted, strict=True)
+        ):
+            return interleaved
+    return None

@@ -1,0 +1,184 @@
+"""What a patched model's config says, so that the saved model carries its scaling."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from scaled_rope.patching.families import Adapter
+from scaled_rope.scaling.frequencies import compute_rope
+from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, NATIVE, RECORD_KEY, read_by_attention
+from scaled_rope.scaling.record import LayerPlan, RopeScaling
+
+CONFIG_FIELDS = ("rope_parameters", "max_position_embeddings", RECORD_KEY)
+ABSENT = object()
+
+
+def config_fields(
+    scaling: RopeScaling,
+    plan: LayerPlan,
+    head_dim: int,
+    adapter: Adapter,
+    config: Any,
+    before: dict[str, Any],
+    original: nn.Module,
+) -> dict[str, Any]:
+    """What the config is to say, by field; `ABSENT` for a field that is to go. before: what it said unpatched."""
+    context = 0 if before["max_position_embeddings"] is ABSENT else before["max_position_embeddings"]
+    # Where a family has a share of its own, leaving out a share of 1 would mean that.
+    says_share = "partial_rotary_factor" in str(before["rope_parameters"])
+    kept = read_by_attention(before["rope_parameters"])
+
+    def words(one: RopeScaling, rope_types: Iterable[str]) -> dict[str, Any]:
+        # Inside a layer type transformers does not see `truncate`.
+        unseen = {"yarn"} if adapter.per_layer_type and one.truncate is False else set()
+        values = one.to_config(head_dim=head_dim, rope_types=frozenset(rope_types) - unseen)
+        if says_share:
+            values.setdefault("partial_rotary_factor", one.partial_rotary_factor)
+        return kept | values
+
+    def said(rope_types: Iterable[str]) -> dict[str, Any]:
+        by_type = {name: words(one, rope_types) for name, one in plan.layers.items()}
+        return {
+            "rope_parameters": by_type if adapter.per_layer_type else words(scaling, rope_types),
+            "max_position_embeddings": max(context, scaling.max_position_embeddings or 0),
+        }
+
+    # A plan that transformers has no words for must not be built by it.
+    beyond_words = bool(plan.drop_layers) or (bool(plan.layers) and not adapter.per_layer_type)
+    fields = said(() if beyond_words else NATIVE)
+    scalings = plan.layers if adapter.per_layer_type else {"": scaling}
+    if not beyond_words and not _is_understood(fields, scalings, head_dim, config, original):
+        fields = said(())
+    layers = {name: one.to_dict() for name, one in plan.layers.items()}
+    if beyond_words:
+        fields[RECORD_KEY] = {"layers": layers, "drop_layers": list(plan.drop_layers)}
+    else:
+        fields[RECORD_KEY] = _record(scaling, plan, fields, config, layers)
+    return fields
+
+
+def _is_understood(
+    fields: dict[str, Any], scalings: Mapping[str, RopeScaling], head_dim: int, config: Any, original: nn.Module
+) -> bool:
+    """Whether transformers, reading a config with these fields, computes the scalings (by layer type, "" for all).
+
+    It need not: config classes reject or rewrite rope types and take lengths from elsewhere, and some formulas fail on
+    some families. So its own rotary module is built and asked.
+    """
+    if CUSTOM_ROPE_TYPE in str(fields["rope_parameters"]):
+        return False
+    if not type(original).__module__.startswith("transformers."):
+        return True  # somebody's own module: there is nothing to ask
+    said = {**copy.deepcopy(config.to_dict()), **copy.deepcopy(fields)}
+    try:
+        with _silent_transformers(), torch.device("cpu"):
+            rotary = type(original)(config=type(config).from_dict(said))
+            return all(_agrees(rotary, name, scaling, head_dim) for name, scaling in scalings.items())
+    except Exception:  # each family has its own ways to refuse
+        return False
+
+
+@contextmanager
+def _silent_transformers() -> Iterator[None]:
+    """transformers logs every key that a rope_type has no use for, and ours."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _agrees(rotary: Any, layer_type: str, scaling: RopeScaling, head_dim: int) -> bool:
+    """Whether a rotary module of transformers has the frequencies of a scaling, for short texts and beyond L."""
+    prefix, more = (f"{layer_type}_", (layer_type,)) if layer_type else ("", ())
+    original = scaling.original_max_position_embeddings or 1
+    for length in (1, original, 3 * original + 1) if scaling.is_length_dependent else (1,):
+        rotary(torch.zeros(1), torch.tensor([[length - 1]]), *more)
+        wanted, factor = compute_rope(scaling, head_dim, length)
+        inv_freq = getattr(rotary, f"{prefix}inv_freq")
+        # Computed in float32, off by some ln(b) + 3·s units of 6e-8.
+        if inv_freq.shape != wanted.shape or not torch.allclose(inv_freq, wanted, rtol=1e-3, atol=0):
+            return False
+        if abs(float(getattr(rotary, f"{prefix}attention_scaling")) - factor) > 1e-6 * factor:
+            return False
+    return True
+
+
+def _record(scaling: RopeScaling, plan: LayerPlan, fields: dict[str, Any], config: Any, layers: dict[str, Any]) -> Any:
+    """The record itself, when the words of transformers would be read back as another one."""
+    said = {"model_type": config.model_type, **{name: fields[name] for name in CONFIG_FIELDS[:2]}}
+    if hasattr(config, "original_max_position_embeddings"):
+        said["original_max_position_embeddings"] = config.original_max_position_embeddings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if plan.layers:
+            same = all(RopeScaling.from_config(said, name) == one for name, one in plan.layers.items())
+            return ABSENT if same else {"layers": layers}
+        return ABSENT if RopeScaling.from_config(said) == scaling else scaling.to_dict()
+
+
+def write_config(config: Any, fields: dict[str, Any]) -> None:
+    for name, value in fields.items():
+        if value is not ABSENT:
+            setattr(config, name, value)
+        elif hasattr(config, name):
+            delattr(config, name)
+
+
+def let_save(config: Any) -> None:
+    """Make a config that its class rejects savable. transformers checks configs before it writes them as well."""
+    if CUSTOM_ROPE_TYPE not in str(config.rope_parameters):
+        return
+    try:
+        with _silent_transformers():
+            copy.deepcopy(config).validate()  # some change what they check
+    except Exception:  # each family has its own ways to refuse
+        family: Any = type(config)
+        config.__class__ = _lenient(family)
+
+
+@functools.cache
+def _lenient(family: Any) -> type[Any]:
+    """A config class that saves our rope type where `family` rejects it. Reading a saved one still is up to `family`,
+    so that transformers refuses it."""
+
+    def validate(self: Any) -> None:
+        pass  # the config was valid before ours were written into it
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _revive, (family, vars(self).copy())
+
+    return type(family.__name__, (family,), {"validate": validate, "__reduce_ex__": reduce})
+
+
+def _revive(family: Any, state: dict[str, Any]) -> Any:
+    """A copied or unpickled `_lenient` config."""
+    config = object.__new__(_lenient(family))
+    vars(config).update(state)
+    return config
+
+
+def detach_config(model: nn.Module, base: PreTrainedModel) -> Any:
+    """Give every part of `model` that uses the base model's config one private copy of it."""
+    shared = base.config
+    private = copy.deepcopy(shared)
+    for module in model.modules():
+        own: Any = vars(module).get("config")  # vars: wrappers forward attributes that they do not have
+        if own is shared:
+            module.config = private
+        elif getattr(own, "text_config", None) is shared:
+            whole: Any = copy.copy(own)  # the config of a multimodal model holds it as a part
+            whole.text_config = private
+            module.config = whole
+    return private

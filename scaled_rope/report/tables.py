@@ -1,0 +1,506 @@
+"""From result rows to what a report shows: series (a model under a scaling), topics (what was measured), tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from scaled_rope.checkpoint import display_name
+from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.formatting import format_perplexity, format_table
+from scaled_rope.results import OUT_OF_MEMORY, Row, portable_model, read_rows, row_key
+from scaled_rope.scaling.record import RopeScaling
+
+Column = tuple[int, str]
+"""What a table's column is of: a context length in tokens, and what else tells columns apart (a benchmark's task, the
+positions START-END of a bucket)."""
+
+MARKERS = "osD^vPX*"
+UNSCALED = -1
+"""The color of a series without scaling; others count from 0."""
+
+# In the order of a report.
+_NUMBERS = ("perplexity", "passkey", "passkey_context", "passkey_hard", "passkey_hard_context", "benchmark", "quality")
+_PROVENANCE = ("command", "commit", "versions", "device", "cpu_count", "date", "seed")
+_MOST_COLUMNS = 12  # in the terminal
+
+
+@dataclass(eq=False)
+class Series:
+    """One model under one scaling."""
+
+    model: str
+    label: str
+    scaling: RopeScaling
+    carried: bool
+    head_dim: int
+    name: str = ""
+    """What plots and tables call it: the label, with the model where labels alone would be ambiguous."""
+    color: int = UNSCALED
+    """Number of its color; a dynamic scaling has that of its static form."""
+    marker: str = "o"
+    dashed: bool = False
+
+    @property
+    def full_name(self) -> str:
+        """Model and scaling."""
+        return f"{display_name(self.model)}, {self.label}"
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the checkpoint carries a scaling of its own."""
+        return self.carried and self.scaling.method != "default"
+
+
+@dataclass(frozen=True)
+class Topic:
+    """What the rows of one table have in common."""
+
+    metric: str
+    data: str
+    protocol: tuple[tuple[str, Any], ...]
+    text: str = ""
+    """Fingerprint of the tokens, where values over different ones cannot be compared."""
+    by_length: bool = True
+    """Whether columns are context lengths."""
+
+    @property
+    def base(self) -> tuple[Any, ...]:
+        """The same for a topic and for the figures of table 5 that follow from it."""
+        protocol = tuple((name, value) for name, value in self.protocol if name != "passed")
+        return self.metric.removesuffix("_context"), self.data, protocol, self.text
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        """One entry of the protocol."""
+        return dict(self.protocol).get(name, default)
+
+
+@dataclass
+class Section:
+    """The rows of one topic."""
+
+    topic: Topic
+    rows: dict[Series, dict[Column, Row]] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list[Column]:
+        """Every column, in order: by length, or as they appeared."""
+        found = list(dict.fromkeys(column for cells in self.rows.values() for column in cells))
+        return sorted(found, key=_order) if self.topic.by_length else found
+
+    def lengths(self, series: Series) -> dict[int, Row]:
+        """The rows of a series by context length in tokens, in ascending order.
+
+        Position buckets that end at one length are of one length; what counts there is a row that has a value.
+        """
+        cells = self.rows.get(series, {})
+        ordered = sorted(cells, key=lambda column: (column[0], not cells[column].get("error"), *_order(column)))
+        return {column[0]: cells[column] for column in ordered}
+
+    def partitions(self, series: Series) -> list[list[Column]]:
+        """A series' position buckets in lines, in each of which a bucket begins where the one before ended.
+
+        Measured with one set of lengths there is one line. A bucket that several lines need is in all of them.
+        """
+        columns = sorted(self.rows.get(series, {}), key=_order)
+        spans = {column: self.rows[series][column]["bucket"] for column in columns}
+        left, lines = dict.fromkeys(columns), []
+        while left:
+            line = [next(iter(left))]
+            while before := [column for column in columns if spans[column][1] == spans[line[0]][0]]:
+                line.insert(0, before[-1])
+            while after := [column for column in columns if spans[column][0] == spans[line[-1]][1]]:
+                line.append(next((column for column in after if column in left), after[0]))
+            for column in line:
+                left.pop(column, None)
+            lines.append(line)
+        return lines
+
+
+def _order(column: Column) -> tuple[int, int, str]:
+    """Sorts columns by length, and buckets that end at one by where they begin."""
+    length, other = column
+    return length, len(other), other
+
+
+def topic_of(row: Row) -> Topic:
+    """What a row measured, up to its column."""
+    metric, protocol, data = row["metric"], dict(row["protocol"]), row["data"]
+    protocol.pop("bucket_start", None)
+    if metric == "benchmark":
+        # The documents of a task without lengths are in its column, so that all tasks share a table.
+        if row["length"] is None:
+            return Topic(metric, "", (), by_length=False)
+        protocol.pop("metric", None)  # names the length
+        return Topic(metric, str(protocol["task"]), _frozen(protocol))
+    text = data["fingerprint"] if metric in ("perplexity", "quality") else ""
+    return Topic(metric, str(data.get("name", metric)), _frozen(protocol), text, not metric.endswith("_context"))
+
+
+def _frozen(protocol: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted((name, value) for name, value in protocol.items() if value is not None))
+
+
+def column_of(row: Row) -> Column:
+    """Where in its topic's table a row stands."""
+    if row["metric"] == "benchmark" and row["length"] is None:
+        protocol = row["protocol"]
+        limit = "" if protocol.get("limit") is None else f", first {protocol['limit']}"
+        return (0, f"{protocol['task']}, {protocol['num_fewshot']}-shot {protocol['metric']}{limit}")
+    if row["metric"].endswith("_context"):
+        return 0, ""
+    return int(row["length"]), "{}-{}".format(*row["bucket"]) if "bucket" in row else ""
+
+
+def current_rows(rows: Sequence[Row]) -> list[Row]:
+    """The rows that describe the present.
+
+    A file that is appended to keeps what was measured before the weights, the dtype or a text changed. Of each model
+    and metric the weights and dtype of the last row count, and of each series the text that it last saw under a name.
+    """
+    weights = {(row["model"], row["metric"]): (row["model_fingerprint"], row["dtype"]) for row in rows}
+    kept = [row for row in rows if weights[row["model"], row["metric"]] == (row["model_fingerprint"], row["dtype"])]
+
+    def named(row: Row) -> tuple[Any, ...]:
+        topic = topic_of(row)
+        # Windows of another length are another measurement, not a newer one.
+        return row["model"], row["label"], topic.metric, topic.data, topic.protocol, row["data"].get("window_tokens")
+
+    texts = {named(row): topic_of(row).text for row in kept}
+    return [row for row in kept if texts[named(row)] == topic_of(row).text]
+
+
+@dataclass
+class ReportRows:
+    """Everything that row files hold, in order of appearance."""
+
+    series: list[Series]
+    sections: list[Section]
+    rows: list[Row]
+    notes: list[str]
+    """What was left out, and why."""
+
+    def of(self, *metrics: str) -> list[Section]:
+        """The sections of some metrics."""
+        return [section for section in self.sections if section.topic.metric in metrics]
+
+
+def load_results(paths: Sequence[str], finetuned: str | None = None) -> ReportRows:
+    """Read row files; the model `finetuned` is named so.
+
+    Raises:
+        ConfigError: no rows, or rows that lack what every evaluator writes.
+    """
+    finetuned = None if finetuned is None else portable_model(finetuned)
+    found = list({row_key(row): row for path in paths for row in read_rows(path)}.values())
+    known = [row for row in found if row.get("metric") in _NUMBERS]
+    if not known:
+        raise ConfigError(f"no rows of the evaluators in {', '.join(paths)}")
+    try:
+        rows = current_rows(known)
+        notes = []
+        if len(known) < len(found):
+            other = sorted({str(row.get("metric", "without a metric")) for row in found} - set(_NUMBERS))
+            notes.append(f"{len(found) - len(known)} rows of other kinds are left out: {', '.join(other)}")
+        if len(rows) < len(known):
+            notes.append(f"{len(known) - len(rows)} rows of older weights or texts are left out")
+        series: dict[tuple[str, str], Series] = {}
+        sections: dict[Topic, Section] = {}
+        for row in rows:
+            _ = [row["provenance"][name] for name in _PROVENANCE]  # a field that lacks is noticed here
+            label = row["label"].replace("(checkpoint)", "(fine-tuned)") if row["model"] == finetuned else row["label"]
+            scaling = RopeScaling.from_dict(row["scaling"])
+            new = Series(row["model"], label, scaling, row["carried"], row["head_dim"])
+            one = series.setdefault((row["model"], label), new)
+            section = sections.setdefault(topic_of(row), Section(topic_of(row)))
+            section.rows.setdefault(one, {})[column_of(row)] = row
+    except KeyError as error:
+        raise ConfigError(f"a row has no field {error}; rows come from the evaluators in eval/") from error
+    _style(list(series.values()))
+    # By metric, then as they appeared, and what follows from a topic behind it.
+    bases = list(dict.fromkeys(topic.base for topic in sections))
+    ordered = sorted(sections.values(), key=lambda one: bases.index(one.topic.base))
+    ordered.sort(key=lambda one: _NUMBERS.index(one.topic.base[0]))
+    return ReportRows(list(series.values()), ordered, rows, notes)
+
+
+def _style(series: Sequence[Series]) -> None:
+    """Give each series its name, color and marker.
+
+    A dynamic scaling is drawn dashed in the color of the static form beside it, where there is one.
+    """
+    labels = [one.label for one in series]
+    static: dict[tuple[str, str], int] = {}
+    taken = 0
+    for one in sorted(series, key=lambda one: one.scaling.dynamic or one.scaling.method.startswith("dynamic-")):
+        one.name = one.label if labels.count(one.label) == 1 else one.full_name
+        one.marker = MARKERS[series.index(one) % len(MARKERS)]
+        one.dashed = one.scaling.dynamic or one.scaling.method.startswith("dynamic-")
+        if one.scaling.method == "default":
+            continue
+        method = (one.model, one.scaling.method.removeprefix("dynamic-"))
+        if one.dashed and method in static:
+            one.color = static.pop(method)
+        else:
+            one.color, taken = taken, taken + 1
+            static.setdefault(method, one.color)
+
+
+def common_contexts(series: Iterable[Series]) -> tuple[int | None, int | None]:
+    """The trained and the extended context length (tokens) that the series have in common, None where they differ."""
+    known = list(series)
+    trained = {one.scaling.original_max_position_embeddings for one in known}
+    extended = {one.scaling.max_position_embeddings for one in known if one.scaling.factor > 1}
+    return (trained.pop() if len(trained) == 1 else None, extended.pop() if len(extended) == 1 else None)
+
+
+# ----------------------------------------------------------------------------------------------------------- tables
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table."""
+
+    text: str = ""
+    row: Row | None = None
+    value: float | None = None
+    interval: tuple[float, float] | None = None
+    """95 %."""
+    unit: str = ""
+
+    @property
+    def share(self) -> float | None:
+        """The value as a share from 0 to 1, where it is one."""
+        return None if self.value is None or self.unit != "%" else self.value / 100
+
+
+@dataclass(frozen=True)
+class Table:
+    """A topic's numbers: a line per series, a cell per column."""
+
+    title: str
+    note: str
+    section: Section
+    columns: list[str]
+    lines: list[tuple[Series, list[Cell]]]
+    lower_is_better: bool | None = None
+    """None: nothing is the best."""
+
+    @property
+    def heading(self) -> str:
+        """The title without that of its section."""
+        short = self.title.removeprefix(f"{title_of(self.section)}, ")
+        return short[:1].upper() + short[1:]
+
+    @property
+    def best(self) -> list[set[str]]:
+        """For each column, the texts of the best values (as they are shown, so that ties are ties)."""
+        found: list[set[str]] = []
+        for cells in zip(*(cells for _, cells in self.lines), strict=True):
+            values = {cell.value for cell in cells if cell.value is not None}
+            if self.lower_is_better is None or len(values) < 2:
+                found.append(set())
+                continue
+            best = min(values) if self.lower_is_better else max(values)
+            found.append({cell.text for cell in cells if cell.value == best})
+        return found
+
+    def text(self) -> str:
+        """The table for a terminal; of very many columns a few."""
+        count = len(self.columns)
+        step = -(-count // _MOST_COLUMNS)
+        shown = range((count - 1) % step, count, step)
+        lines = [[series.name, *(cells[index].text for index in shown)] for series, cells in self.lines]
+        some = f" (every {step}th of {count} columns)" if step > 1 else ""
+        return f"{self.title}{some}\n{format_table(['', *(self.columns[index] for index in shown)], lines)}"
+
+
+def _interval(row: Row, name: str = "interval", scale: float = 1.0) -> tuple[float, float] | None:
+    bounds = row.get(name)
+    if not bounds or None in bounds:
+        return None
+    return scale * bounds[0], scale * bounds[1]
+
+
+def perplexity_cell(row: Row, bucket: bool) -> Cell:
+    """The perplexity of the first tokens, or of those since the next shorter length."""
+    if row.get("error"):
+        return Cell(_error(row), row)
+    value = row["perplexity_bucket" if bucket else "perplexity"]
+    return Cell(format_perplexity(value), row, value, _interval(row, "interval_bucket" if bucket else "interval"))
+
+
+def share_cell(row: Row) -> Cell:
+    """Right answers of all; in a benchmark, and where there are many, in percent."""
+    if row.get("error"):
+        return Cell(_error(row), row)
+    if row["metric"] == "benchmark":
+        unit = row.get("unit") or ""
+        return Cell(f"{row['value']:.1f}", row, row["value"], _interval(row), unit)
+    percent = 100 * row["right"] / row["n"]
+    text = f"{row['right']}/{row['n']}" if row["n"] < 100 else f"{percent:.1f}"
+    return Cell(text, row, percent, _interval(row, scale=100), "%")
+
+
+def _error(row: Row) -> str:
+    return "OOM" if row["error"] == OUT_OF_MEMORY else str(row["error"])
+
+
+def about(title: str, cell: Cell, what: str) -> str:
+    """Where one number comes from: lines of text, the first is `title`, the last the command."""
+    row = cell.row
+    assert row is not None  # an empty cell has nothing to say
+    record = row["provenance"]
+    value = row.get("error") or f"{cell.text}{' %' if cell.unit == '%' and '/' not in cell.text else ''}"
+    if cell.interval:
+        low, high = (format_perplexity(bound) for bound in cell.interval)
+        value += f" (95 % interval {low} to {high}{' %' if cell.unit == '%' else ''})"
+    counted = [f"{row[name]:,} {name}" for name in ("targets", "n") if row.get(name) is not None]
+    data = row["data"]
+    counted += [f"{data[name]} {name}" for name in ("documents", "questions") if data.get(name) is not None]
+    cost = [] if row.get("seconds") is None else [f"{row['seconds']:g} s"]
+    if row.get("peak_memory"):
+        cost.append(f"peak memory {row['peak_memory'] / 2**30:.2f} GiB")
+    versions = record.get("versions", {})
+    lines = [
+        title,
+        f"{what}: {value}",
+        ", ".join(counted),
+        ", ".join([f"weights {row['model_fingerprint']}", row["dtype"], *cost]),
+        f"commit {(record['commit'] or 'unknown')[:12]}, torch {versions.get('torch', 'unknown')}, {record['device']}, "
+        f"{record['date']}",
+        record.get("command", ""),
+    ]
+    return "\n".join(filter(None, lines))
+
+
+def describe(section: Section) -> str:
+    """What was measured and how, in a sentence."""
+    topic = section.topic
+    rows = [row for cells in section.rows.values() for row in cells.values()]
+    data = rows[0]["data"]
+    said = []
+    for name in ("documents", "windows", "questions"):
+        count = data.get(name)
+        if count is not None and (name != "windows" or count != data.get("documents")):
+            said.append(f"{count} {name if count != 1 else name[:-1]}")
+    if "window_tokens" in data:
+        said.append(f"of {data['window_tokens']} tokens")
+    protocol = dict(topic.protocol)
+    if topic.metric == "perplexity":
+        said.append(
+            f"sliding windows, stride {protocol['stride']}"
+            if protocol.get("name") == "sliding"
+            else "cut at each length"
+        )
+        said.append("windows weigh the same" if protocol.get("weighting") == "window" else "tokens weigh the same")
+    else:
+        if "iterations" in protocol:
+            said.append(f"{protocol['iterations']} prompts per length")
+        left = {name: value for name, value in protocol.items() if name not in ("name", "task", "passed", "iterations")}
+        said += [f"{name.replace('_', ' ')} {value}" for name, value in left.items()]
+    if any(row.get("error") == OUT_OF_MEMORY for row in rows):
+        said.append("OOM: ran out of memory")
+    return ", ".join(said)
+
+
+_TITLES = {
+    "passkey": "Passkeys found",
+    "passkey_hard": "Numbered passkeys found in text",
+    "passkey_context": "Passkey context",
+    "passkey_hard_context": "Passkey context, numbered keys in text",
+    "benchmark": "Benchmarks",
+    "quality": "Long-document questions answered",
+}
+
+
+def title_of(section: Section) -> str:
+    """A section's heading."""
+    topic = section.topic
+    if topic.metric == "perplexity":
+        where = " in sliding windows" if topic.setting("name") == "sliding" else ""
+        return f"Perplexity{where}, {topic.data or 'text'}"
+    title = _TITLES[topic.metric]
+    plain = topic.data in ("", topic.metric, "passkey") or topic.metric.startswith("passkey_hard")
+    return title if plain else f"{title}, {topic.data}"
+
+
+def tables_of(section: Section) -> list[Table]:
+    """The tables of one section, one or two."""
+    topic, columns = section.topic, section.columns
+
+    def table(title: str, note: str, header: list[str], cell: Callable[[Row], Cell], lower: bool | None) -> Table:
+        lines = [
+            (series, [cell(cells[column]) if column in cells else Cell() for column in columns])
+            for series, cells in section.rows.items()
+        ]
+        return Table(title, note, section, header, lines, lower)
+
+    title = title_of(section)
+    lengths = [str(length) for length in dict.fromkeys(length for length, _ in columns)]
+    if topic.metric == "perplexity":
+        whole = [
+            (series, [perplexity_cell(found[int(one)], False) if int(one) in found else Cell() for one in lengths])
+            for series, found in ((series, section.lengths(series)) for series in section.rows)
+        ]
+        if topic.setting("name") == "sliding":
+            return [Table(f"{title}, by window", "Every token once.", section, lengths, whole, True)]
+        spans = [span for _, span in columns]
+        note = "Tokens between two positions. Buckets differ in text: compare down the columns."
+        return [
+            table(f"{title}, by position bucket", note, spans, lambda r: perplexity_cell(r, True), True),
+            Table(f"{title}, by context length", "All tokens of the first L.", section, lengths, whole, True),
+        ]
+    if topic.metric.endswith("_context"):
+        return [_context_table(section, title)]
+    if topic.by_length:
+        return [table(f"{title}, by context length", "Right of all.", lengths, share_cell, False)]
+    note = "In percent, with 95 % intervals."
+    return [table(title, note, [name for _, name in columns], share_cell, False)]
+
+
+def _context_table(section: Section, title: str) -> Table:
+    """The two figures of the paper's table 5."""
+    lines = []
+    for series, cells in section.rows.items():
+        (row,) = cells.values()
+        context, accuracy = row["context"], row["accuracy"]
+        mean = Cell("", row) if accuracy is None else Cell(f"{100 * accuracy:.1f}", row, 100 * accuracy, None, "%")
+        lines.append((series, [Cell("none" if context is None else str(context), row, context), mean]))
+    share = f"{100 * section.topic.setting('passed', 0.8):.0f} %"
+    note = f"The longest length at which at least {share} are found, and the mean accuracy in percent up to it."
+    return Table(title, note, section, ["context (tokens)", "accuracy (%)"], lines, False)
+
+
+def to_csv(tables: Iterable[Table]) -> list[list[str]]:
+    """One line per number, under `CSV_HEADER`."""
+    lines = []
+    for table in tables:
+        for series, cells in table.lines:
+            for column, cell in zip(table.columns, cells, strict=True):
+                if cell.row is None:
+                    continue
+                record = cell.row["provenance"]
+                low, high = cell.interval or ("", "")
+                value = cell.row.get("error", "overflow") if cell.value is None else repr(cell.value)
+                where = [table.title, series.model, series.label, column]
+                numbers = ["", value, str(low), str(high), str(cell.row.get("n") or cell.row.get("targets") or "")]
+                lines.append([*where, *numbers, "", record.get("commit") or "", record.get("date") or ""])
+    return lines
+
+
+CSV_HEADER = [
+    "table", "model", "scaling", "column", "published", "measured", "low", "high", "n", "status", "commit", "date"
+]  # fmt: skip
+
+
+def csv_text(lines: Iterable[Sequence[str]]) -> str:
+    """The lines of `to_csv` under their header."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_HEADER)
+    writer.writerows(lines)
+    return text.getvalue()

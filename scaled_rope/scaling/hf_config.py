@@ -1,0 +1,486 @@
+"""How the configs of models say which scaling they have: every dialect in, the words of transformers out.
+
+Plain dictionaries on both sides; the record itself is `scaled_rope.scaling.record.RopeScaling`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from scaled_rope.errors import ConfigError, is_number, unknown
+from scaled_rope.scaling.formulas import attention_factor_of, longrope_attention_factor
+
+CUSTOM_ROPE_TYPE = "scaled-rope"
+"""rope_type of a scaling that transformers cannot express. transformers refuses to build such a model,
+which is what we want: the alternative is a model that runs with the wrong frequencies."""
+RECORD_KEY = "scaled_rope"
+"""Key on the top level of a config for what `rope_parameters` has no words for: the record that native words
+would not give back (NTK-aware is written as a larger base), or a scaling per layer."""
+MAX_THETA = 1e30
+"""The largest base of a record: far beyond what makes sense, and such that no formula leaves the range of float64."""
+PRIMARY_LAYER_TYPE = "full_attention"
+"""The layers that see the whole context, which a scaling is for unless it says otherwise."""
+_MODEL_KEYS = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+_ROPE_KEYS = ("rope_scaling", "rope_parameters")
+
+
+@dataclass(frozen=True)
+class NativeType:
+    """A `rope_type` of transformers: the method it is, and its keys beside the model's own."""
+
+    method: str
+    keys: tuple[str, ...] = ()
+    params: tuple[str, ...] = ()
+    """Those of the keys that go into the record's `params`."""
+
+
+_YARN_KEYS = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+NATIVE: dict[str, NativeType] = {
+    "default": NativeType("default"),
+    "linear": NativeType("linear", ("factor",)),
+    "dynamic": NativeType("dynamic-ntk", ("factor",)),
+    "yarn": NativeType("yarn", _YARN_KEYS),
+    "llama3": NativeType(
+        "llama3", ("factor", "low_freq_factor", "high_freq_factor"), ("low_freq_factor", "high_freq_factor")
+    ),
+    "longrope": NativeType(
+        "longrope", ("factor", "attention_factor", "short_factor", "long_factor"), ("short_factor", "long_factor")
+    ),
+    "proportional": NativeType("proportional", ("factor",)),
+}
+"""The rope types of transformers 5.23."""
+# Types of configs that were written for code in the checkpoint: that of the released YaRN models, and LongRoPE's first.
+_RELEASED_TYPES = {"dynamic-yarn": "yarn", "dynamic-linear": "linear", "ntk-by-parts": "ntk-by-parts"}
+_TYPE_ALIASES = {"su": "longrope"}
+MISTRAL_CONSTANTS = {"beta_fast": 128.0, "beta_slow": 2.0, "mscale": 0.7}
+"""What the code released with the Yarn-Mistral models has built in, where Llama's has 32, 1 and 1."""
+# What a family's config.json may leave out, as transformers 5.23 fills it in. 10000 and 1 where nothing is said.
+FAMILY_THETA: dict[str, float | dict[str, float]] = {
+    "cohere": 5e5,
+    "falcon": 1e4,
+    "gemma": 1e4,
+    "gemma2": 1e4,
+    "gemma3_text": {"full_attention": 1e6, "sliding_attention": 1e4},
+    "gpt_neox": 1e4,
+    "gpt_oss": 1.5e5,
+    "llama": 1e4,
+    "cohere2": 1e4,
+    "mistral": 1e4,
+    "mixtral": 1e6,
+    "olmo": 1e4,
+    "olmo2": 1e4,
+    "olmo3": 5e5,
+    "phi": 1e4,
+    "phi3": 1e4,
+    "qwen2": 1e4,
+    "qwen2_moe": 1e4,
+    "qwen3": 1e4,
+    "qwen3_moe": 1e4,
+    "smollm3": 2e6,
+    "stablelm": 1e4,
+}
+FAMILY_PARTIAL = {"gpt_neox": 0.25, "stablelm": 0.25, "phi": 0.5}
+FAMILY_SCALING: dict[str, dict[str, Any]] = {
+    "gpt_oss": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    }
+}
+_FAMILY_ORIGINAL = {"phi3": 4096}
+_ALIASES = {  # other names of top-level keys; there the usual names mean nothing
+    "gpt_neox": {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"},
+}
+# Keys of the RoPE dictionary that say nothing about frequencies: the first is read by attention, the other by nobody.
+_ATTENTION_KEYS = ("llama_4_scaling_beta", "max_position_embeddings")
+_ATTENTION_KEY_FAMILIES = ("ministral3", "mistral4")
+SOFTMAX_MSCALE_FAMILIES = (
+    *("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"),
+    *("hy_v4", "longcat_flash", "minicpm3", "mistral4", "mistral_large4_text", "youtu"),
+)
+"""Families whose attention, when it is built, multiplies its softmax scale by (0.1·mscale_all_dim·ln s + 1)²."""
+_LOCAL_THETA = "rope_local_base_freq"  # Gemma 3's older name for the base of its sliding layers
+NESTED_FAMILIES = ("gemma3_text", "olmo3")
+
+
+@dataclass(frozen=True)
+class ConfigNote:
+    """A remark on a config: what was assumed, or what does not do what its author may have meant."""
+
+    code: str
+    text: str
+    level: Literal["info", "warning"] = "warning"
+
+
+@dataclass
+class Reading:
+    """What a config says: the fields of a record, and remarks."""
+
+    values: dict[str, Any]
+    notes: list[ConfigNote] = field(default_factory=list)
+
+    def note(self, code: str, text: str, level: Literal["info", "warning"] = "warning") -> None:
+        self.notes.append(ConfigNote(code, text, level))
+
+
+def split_config(config: Any) -> tuple[dict[str, Any], Any]:
+    """A config (object of transformers or dictionary) as its top level, text part only, and its RoPE dictionary.
+
+    Raises:
+        ConfigError: neither of the two kinds.
+    """
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    if isinstance(config, Mapping):
+        model: dict[str, Any] = {str(key): value for key, value in config.items()}
+        nested = bool(model) and len(nested_types(model)) == len(model) and "text_config" not in model
+        by_itself = "rope_type" in model or "type" in model or "factor" in model or nested
+        if "model_type" not in model and by_itself and not (model.keys() & _ROPE_KEYS):
+            return {}, model  # a RoPE dictionary without a model
+        if isinstance(model.get("text_config"), Mapping) and not (model.keys() & {*_ROPE_KEYS, "rope_theta"}):
+            model = {str(key): value for key, value in model["text_config"].items()}
+    elif hasattr(config, "model_type"):
+        names = [*_MODEL_KEYS, "max_position_embeddings", "rope_parameters", "model_type", RECORD_KEY]
+        names += ["head_dim", "hidden_size", "num_attention_heads", "layer_types"]
+        model = {name: attribute(config, name) for name in names}
+    else:
+        raise ConfigError(f"config of type {type(config).__name__}: must be a model's config or a dictionary")
+    # Both dialects present: transformers lets the older one win.
+    for name in _ROPE_KEYS:
+        if model.get(name) is not None and not isinstance(model[name], Mapping):
+            raise ConfigError(f"{name}={model[name]!r}: must be a dictionary")
+    rope = model.get("rope_scaling") or model.get("rope_parameters") or {}
+    return model, {str(key): value for key, value in rope.items()}
+
+
+def attribute(config: Any, name: str) -> Any:
+    """A field of a config object of transformers; None when it has no such field.
+
+    Raises:
+        ConfigError: the field is another one in each layer (Gemma 4), of which transformers gives no single value.
+    """
+    try:
+        return getattr(config, name, None)
+    except RuntimeError as error:
+        raise ConfigError(f"{name} differs between the layers of this {config.model_type} model") from error
+
+
+def nested_types(rope: Mapping[str, Any]) -> list[str]:
+    """The layer types that a RoPE dictionary has an entry for; empty when it is flat."""
+    return [key for key, value in rope.items() if isinstance(value, Mapping) and key != "params"]
+
+
+def has_rope(config: Any) -> bool:
+    """Whether the class of a transformers config has RoPE parameters; GPT-2's and BERT's, for example, have none."""
+    return hasattr(type(config), "rope_parameters")
+
+
+def attention_keys(model_type: object) -> tuple[str, ...]:
+    """Keys that may stand in a family's RoPE dictionary and say nothing about frequencies; all of them for None."""
+    return _ATTENTION_KEYS if model_type is None or model_type in _ATTENTION_KEY_FAMILIES else ()
+
+
+def read_by_attention(rope: Any) -> dict[str, Any]:
+    """What a family's attention reads from its RoPE dictionary in every pass, L included; empty for most families."""
+    if not isinstance(rope, Mapping) or _ATTENTION_KEYS[0] not in rope:
+        return {}
+    return {name: rope[name] for name in (*_ATTENTION_KEYS, "original_max_position_embeddings") if name in rope}
+
+
+def read_rope(config: Any, layer_type: str | None = None) -> Reading:
+    """Fields of a `RopeScaling` and remarks from a model's config; see `RopeScaling.from_config`.
+
+    Raises:
+        ConfigError: an unknown type or key, or one that is missing.
+    """
+    model, rope = split_config(config)
+    reading = Reading({})
+    if model.get("rope_scaling") and model.get("rope_parameters"):
+        reading.note("both-dialects", "rope_scaling and rope_parameters are both present; rope_scaling counts")
+    model = _rename(model, reading)
+    entry, layer_type = _entry(model, rope, layer_type, reading)
+    entry = {key: value for key, value in entry.items() if value is not None or key == "factor"}
+    for name in attention_keys(model.get("model_type")):
+        if name in entry:
+            text = f"{name}={entry.pop(name)!r} says nothing about frequencies: it is left to the model's attention"
+            reading.note("attention-key", text, "info")
+    if "mrope_section" in entry:
+        raise ConfigError("mrope_section: multimodal rotary embeddings are not supported")
+    older_type = entry.pop("type", "default")
+    rope_type = entry.pop("rope_type", older_type)
+    if older_type not in ("default", rope_type):
+        reading.note("two-values", f"type={older_type!r} is ignored: rope_type={rope_type!r} counts")
+    finetuned = False if rope_type == CUSTOM_ROPE_TYPE else entry.pop("finetuned", False)
+    if not isinstance(finetuned, bool):
+        raise ConfigError(f"finetuned={finetuned!r}: must be true or false")
+    if rope_type == CUSTOM_ROPE_TYPE:
+        entry.setdefault("partial_rotary_factor", 1.0)  # a record leaves out what is 1
+    _fill_from_top_level(entry, model, layer_type, reading)
+    if rope_type == CUSTOM_ROPE_TYPE:
+        reading.values = entry
+        return reading
+    known_types = [*NATIVE, *_RELEASED_TYPES, *_TYPE_ALIASES, CUSTOM_ROPE_TYPE]
+    if not isinstance(rope_type, str) or rope_type not in known_types:
+        raise unknown("rope_type", rope_type, known_types)
+    dynamic = rope_type.startswith("dynamic-")
+    rope_type = _TYPE_ALIASES.get(rope_type, rope_type)
+    if rope_type in _RELEASED_TYPES:
+        method = _RELEASED_TYPES[rope_type]
+        native = NativeType(method, NATIVE["yarn" if method != "linear" else "linear"].keys)
+    else:
+        native = NATIVE[rope_type]
+    known = {*_MODEL_KEYS, *native.keys}
+    for name in entry:
+        if name not in known:
+            raise unknown(f"key in the config of rope_type {rope_type!r}:", name, known)
+    values = {name: value for name, value in entry.items() if name not in native.params}
+    values["method"] = native.method
+    params = {name: entry[name] for name in native.params if name in entry}
+    _fill_original(values, model, rope_type, layer_type is not None, reading)
+    if "factor" in native.keys:
+        _fill_factor(values, model, rope_type)
+    if native.method == "proportional":
+        # There the factor is the share of turning pairs in a table over the whole head.
+        params["fraction"] = values.pop("partial_rotary_factor", 1.0)
+    if params:
+        values["params"] = params
+    if dynamic:
+        values["dynamic"] = True
+        if not finetuned and is_number(values["factor"]):
+            if values["factor"] != 1:
+                reading.note(
+                    "dynamic-factor", f"factor={values['factor']!r} has no effect without finetuned: s = max(1, l'/L)"
+                )
+            values["factor"] = 1.0
+    if native.method == "yarn" and not dynamic:
+        _apply_mistral_constants(values, model, finetuned, reading)
+    if native.method in ("yarn", "ntk-by-parts"):
+        _fill_attention_factor(values, rope_type, reading)
+    elif native.method == "longrope":
+        _drop_default_longrope_factor(values)
+    reading.values = values
+    return reading
+
+
+def _rename(model: dict[str, Any], reading: Reading) -> dict[str, Any]:
+    """Top-level keys under the names that most families use."""
+    family = model.get("model_type")
+    for old, new in _ALIASES.get(str(family), {}).items():
+        ignored = model.pop(new, None)
+        if ignored not in (None, model.get(old)):
+            reading.note("other-name", f"{new}={ignored!r} is ignored: its name in {family} models is {old}")
+        model[new] = model.get(old)
+    return model
+
+
+def _entry(
+    model: dict[str, Any], rope: dict[str, Any], layer_type: str | None, reading: Reading
+) -> tuple[dict[str, Any], str | None]:
+    """The RoPE dictionary of one layer type, and which one that is (None: all layers share it)."""
+    family = model.get("model_type")
+    nested = nested_types(rope)
+    if not nested:
+        if family not in NESTED_FAMILIES:
+            types = model.get("layer_types")
+            if layer_type is not None and isinstance(types, list | tuple) and types and layer_type not in types:
+                raise unknown("layer_type", layer_type, _printable(types))
+            says_nothing = not model.get("rope_scaling") and model.get("rope_parameters") is None and not rope
+            return dict(FAMILY_SCALING.get(str(family), {})) if says_nothing else rope, None
+        # The older dialect of these families: a flat rope_scaling is for the full-attention layers.
+        if rope and not model.get("rope_scaling"):
+            reading.note(
+                "flat-parameters",
+                f"rope_parameters of model_type {family!r} is not nested per layer type: transformers drops it",
+            )
+            rope = {}
+        if rope.get("rope_type") is None and rope.get("type") not in (None, "default"):
+            reading.note("older-type", f"type={rope['type']!r}: transformers only sees rope_type in {family} models")
+        rope = {PRIMARY_LAYER_TYPE: rope, "sliding_attention": {}}
+        nested = list(rope)
+    if layer_type is None:
+        # One entry for all, or all entries alike, is as good as a flat dictionary.
+        layer_type = PRIMARY_LAYER_TYPE if PRIMARY_LAYER_TYPE in nested else None
+        if layer_type is None and all(rope[key] == rope[nested[0]] for key in nested):
+            layer_type = nested[0]
+    if layer_type not in nested:
+        raise unknown("layer_type", layer_type, _printable(nested))
+    entry = {str(key): value for key, value in rope[layer_type].items()}
+    _read_beside(entry, rope, layer_type, family in NESTED_FAMILIES, reading)
+    return entry, layer_type
+
+
+def _printable(names: Iterable[Any]) -> list[str]:
+    """Names from a config for a message of one line."""
+    return list(dict.fromkeys(str(name) if str(name).isprintable() else repr(name) for name in names))
+
+
+def _read_beside(
+    entry: dict[str, Any], rope: dict[str, Any], layer_type: str, nested_family: bool, reading: Reading
+) -> None:
+    """What stands next to the layer types and not in one of them."""
+    beside = {key: value for key, value in rope.items() if not isinstance(value, Mapping) and value is not None}
+    outside = beside.pop("truncate", None)
+    if nested_family and beside:
+        reading.note(
+            "flat-parameters", f"{', '.join(_printable(beside))} next to the layer types: transformers drops it"
+        )
+        beside = {}
+    # transformers puts these there when it reads a family whose layers all have the same scaling.
+    if beside.get("rope_type") == "default":
+        del beside["rope_type"]
+    for name in ("rope_theta", "partial_rotary_factor"):
+        said = beside.pop(name, None)
+        if said is not None and entry.get(name) is None:
+            entry[name] = said
+        elif said not in (None, entry.get(name)):
+            reading.note("two-values", f"{name}={said!r} is ignored: {name}={entry[name]!r} of {layer_type!r} counts")
+    if beside:
+        raise unknown(
+            "key next to the layer types of rope_parameters:", next(iter(beside)), _printable(nested_types(rope))
+        )
+    if (entry.get("rope_type") or entry.get("type")) != "yarn":
+        return
+    inside = entry.pop("truncate", None)
+    if inside not in (None, True if outside is None else outside):
+        reading.note(
+            "nested-truncate",
+            f"truncate={inside!r} inside {layer_type!r} has no effect: transformers reads it outside the layer types",
+        )
+    if outside is not None:
+        entry["truncate"] = outside
+
+
+def _fill_from_top_level(
+    entry: dict[str, Any], model: dict[str, Any], layer_type: str | None, reading: Reading
+) -> None:
+    """Base and rotated share, from where the family keeps them when the RoPE dictionary doesn't say."""
+    family = model.get("model_type")
+    for name in ("rope_theta", "partial_rotary_factor"):
+        outside = model.get(name)
+        if name == "rope_theta" and layer_type == "sliding_attention" and family in NESTED_FAMILIES:
+            outside = model.get(_LOCAL_THETA) if family == "gemma3_text" else None
+        if outside is None:
+            continue
+        if entry.setdefault(name, outside) != outside:
+            reading.note("two-values", f"{name}={outside!r} on the top level is ignored: {name}={entry[name]!r} counts")
+    if "rope_theta" not in entry:
+        says_something = bool(entry)  # a model without any RoPE key may have no RoPE at all
+        theta = FAMILY_THETA.get(str(family), 1e4)
+        if isinstance(theta, dict):
+            theta = theta.get(layer_type or PRIMARY_LAYER_TYPE, 1e4)
+        entry["rope_theta"] = theta
+        if family is not None and str(family) not in FAMILY_THETA and says_something:
+            reading.note("no-theta", f"rope_theta is missing and model_type {family!r} is not known: 10000 is assumed")
+        elif str(family) in FAMILY_THETA:
+            reading.note("family-theta", f"rope_theta is missing: {theta:g}, that of {family} models, is used", "info")
+    if str(family) in FAMILY_PARTIAL:
+        entry.setdefault("partial_rotary_factor", FAMILY_PARTIAL[str(family)])
+
+
+def _fill_original(
+    values: dict[str, Any], model: dict[str, Any], rope_type: str, nested: bool, reading: Reading
+) -> None:
+    """L: the top level wins over a flat RoPE dictionary, as in transformers, because Phi-3 keeps it there."""
+    name = "original_max_position_embeddings"
+    inside, outside, context = values.get(name), model.get(name), model.get("max_position_embeddings")
+    if outside is None:
+        outside = _FAMILY_ORIGINAL.get(str(model.get("model_type")))
+    said = {f"{name}={outside!r} on the top level": outside, f"{name}={inside!r} in the RoPE dictionary": inside}
+    if rope_type == "dynamic" and context is not None:
+        chosen, where = context, f"max_position_embeddings={context!r}"
+    elif nested:
+        chosen, where = (context if inside is None else inside), "what the layer type says, or max_position_embeddings,"
+    else:
+        chosen, where = (inside if outside is None else outside), "the top level"
+    for what, value in said.items():
+        if value not in (None, chosen):
+            reading.note("two-values", f"{what} is ignored: {where} counts in rope_type {rope_type!r}")
+    if inside is None and (nested or outside is None) and context is not None:
+        chosen = context
+        if rope_type in ("yarn", "llama3", "longrope"):
+            reading.note(
+                "no-original",
+                f"{name} is missing: max_position_embeddings={context!r} is taken for it, as transformers does; "
+                "wrong if that is the extended length",
+            )
+    values[name] = chosen
+
+
+def _fill_factor(values: dict[str, Any], model: dict[str, Any], rope_type: str) -> None:
+    """The factor; where transformers allows a null one, it is the ratio of the two lengths."""
+    context, original = model.get("max_position_embeddings"), values["original_max_position_embeddings"]
+    if values.get("factor") is None and rope_type == "proportional":
+        values["factor"] = 1.0
+    may_be_null = rope_type == "longrope" or (rope_type == "yarn" and "factor" in values)
+    if values.get("factor") is None and may_be_null and is_number(context) and is_number(original) and original > 0:
+        values["factor"] = max(context / original, 1.0) if rope_type == "longrope" else context / original
+    if "factor" not in values:
+        raise ConfigError(f"factor is missing in the config of rope_type {rope_type!r}")
+
+
+def _apply_mistral_constants(values: dict[str, Any], model: dict[str, Any], finetuned: bool, reading: Reading) -> None:
+    """Paper and released code differ: the Yarn-Mistral models have other constants, which their configs don't carry."""
+    told = {"beta_fast", "beta_slow", "attention_factor", "mscale"} & set(values)
+    if model.get("model_type") != "mistral" or told:
+        return
+    if finetuned:
+        values.update(MISTRAL_CONSTANTS)
+        reading.note(
+            "mistral-constants",
+            "a released Yarn-Mistral model: beta_fast=128, beta_slow=2 and 0.07·ln(s) + 1, the constants of its own "
+            "code, are used; other programs read this config with Llama's",
+        )
+    else:
+        reading.note(
+            "mistral-llama-constants",
+            "a Mistral config without beta_fast, beta_slow and attention_factor is read with Llama's constants;"
+            " the released Yarn-Mistral models need yarn:FACTOR,beta_fast=128,beta_slow=2,mscale=0.7",
+        )
+
+
+def _fill_attention_factor(values: dict[str, Any], rope_type: str, reading: Reading) -> None:
+    """Turn the two mscales of transformers into an attention factor; drop a factor that is the default."""
+    dynamic = bool(values.get("dynamic"))
+    refused = ("mscale", "mscale_all_dim", *(() if dynamic else ("attention_factor",)))
+    for name in refused if dynamic or values["method"] == "ntk-by-parts" else ():
+        if name in values:
+            raise ConfigError(f"{name}={values[name]!r}: not for rope_type {rope_type!r}")
+    if values["method"] == "ntk-by-parts":
+        return
+    mscale, mscale_all_dim = values.pop("mscale", None), values.pop("mscale_all_dim", None)
+    if not is_number(values["factor"]) or values["factor"] < 1:
+        return  # RopeScaling reports it
+    for name, value in (("mscale", mscale), ("mscale_all_dim", mscale_all_dim)):
+        if value is not None and not is_number(value):
+            raise ConfigError(f"{name}={value!r}: must be a number")
+    log_factor = math.log(values["factor"])
+    if mscale == MISTRAL_CONSTANTS["mscale"] and any(note.code == "mistral-constants" for note in reading.notes):
+        values["mscale"] = mscale
+    elif mscale and mscale_all_dim:
+        if "attention_factor" in values:
+            reading.note("two-values", "mscale and mscale_all_dim are ignored: attention_factor counts", "info")
+        else:
+            below = attention_factor_of(log_factor, mscale_all_dim)
+            values["attention_factor"] = attention_factor_of(log_factor, mscale) / below if below else math.inf
+    elif (mscale or mscale_all_dim) and "attention_factor" in values:
+        given = "mscale" if mscale else "mscale_all_dim"
+        reading.note("two-values", f"{given} is ignored: attention_factor counts", "info")
+    elif mscale or mscale_all_dim:
+        given = "mscale" if mscale else "mscale_all_dim"
+        other = "mscale_all_dim" if mscale else "mscale"
+        reading.note("lone-mscale", f"{given} is ignored without {other}, as in transformers")
+    if values.get("attention_factor") == attention_factor_of(log_factor, 1.0) and not dynamic:
+        del values["attention_factor"]  # the method's default, spelled out by native_words
+
+
+def _drop_default_longrope_factor(values: dict[str, Any]) -> None:
+    factor, original = values["factor"], values["original_max_position_embeddings"]
+    if is_number(factor) and factor >= 1 and isinstance(original, int) and "attention_factor" in values:
+        if values["attention_factor"] == longrope_attention_factor(float(factor), original):
+            del values["attention_factor"]

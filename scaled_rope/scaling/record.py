@@ -1,0 +1,594 @@
+"""The scaling record: what to do to a model's rotary embedding, as plain validated data (no torch here)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import math
+import re
+import warnings
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from scaled_rope.errors import ConfigError, is_number, is_positive_whole, unknown
+from scaled_rope.scaling.formulas import attention_factor_of, longrope_attention_factor, ntk_theta
+from scaled_rope.scaling.hf_config import (
+    CUSTOM_ROPE_TYPE,
+    MAX_THETA,
+    NATIVE,
+    PRIMARY_LAYER_TYPE,
+    RECORD_KEY,
+    ConfigNote,
+    attribute,
+    nested_types,
+    read_rope,
+    split_config,
+)
+from scaled_rope.scaling.registry import METHODS, Method
+
+Dialect = Literal["rope_parameters", "rope_scaling"]
+_DEFAULT_ROPE_THETA = 10000.0
+_RAMPS = ("dimension", "rotations")
+_SPEC_ALIASES = {"none": "default", "unscaled": "default"}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How to scale rotary position embeddings.
+
+    `None` means the method's own default. A field that the method does not take is an error, as is any
+    value that could not work: every record that exists can be used.
+
+    Raises:
+        ConfigError: in `__post_init__`, one line that names the field, its value and what is allowed.
+    """
+
+    method: str
+    """A name in `METHODS`."""
+    factor: float = 1.0
+    """s = L'/L, at least 1. With `dynamic`, the smallest s (1 unless the model was fine-tuned with more)."""
+    original_max_position_embeddings: int | None = None
+    """L: the context length, in tokens, that the model was pre-trained with."""
+    rope_theta: float = _DEFAULT_ROPE_THETA
+    """b: the base of the unscaled frequencies b^(-2d/D)."""
+    partial_rotary_factor: float = 1.0
+    """The share of each head's dimensions that is rotated."""
+    dynamic: bool = False
+    """Section 3.3 of the YaRN paper: s = max(factor, l'/L), l' the length of the sequence at hand."""
+    dynamic_step: float | None = None
+    """With `dynamic`: s grows by steps, s = factor·stepᵏ with the least k >= 0 that covers l'/L, so that rotated keys
+    stay right between steps. None: s follows l' token by token."""
+    attention_factor: float | None = None
+    """An explicit sqrt(1/t) that multiplies cos and sin. It stays constant under `dynamic`."""
+    resonance: bool = False
+    """Whether every wavelength is rounded to a whole number of tokens, on top of any method (Resonance RoPE)."""
+    beta_fast: float | None = None
+    """Rotations over L above which a frequency is kept (the paper's beta). Default 32."""
+    beta_slow: float | None = None
+    """Rotations over L below which a frequency is divided by s (the paper's alpha). Default 1."""
+    mscale: float | None = None
+    """m in the attention factor 0.1·m·ln(s) + 1. Default 1; the released Yarn-Mistral models use 0.7."""
+    ramp: str | None = None
+    """What the blend between kept and divided is linear in: "dimension" (default, the released code) or
+    "rotations" (the paper's equations 18-20)."""
+    truncate: bool | None = None
+    """Whether the ends of the "dimension" ramp are rounded outwards to whole dimensions. Default True."""
+    extrapolation_factor: float | None = None
+    """Multiplies the kept share of every frequency, 0 to 1. Default 1; 0 is position interpolation."""
+    params: dict[str, Any] = field(default_factory=dict, hash=False)
+    """The method's own parameters, those that no other method shares."""
+
+    def __post_init__(self) -> None:
+        _fill_registry()
+        if not isinstance(self.method, str) or self.method not in METHODS:
+            raise unknown("method", self.method, METHODS)
+        row = METHODS[self.method]
+        self._check_values()
+        if self.dynamic and row.no_dynamic:
+            raise ConfigError(f"dynamic=True: method {self.method!r} has no dynamic form, {row.no_dynamic}")
+        if self.dynamic_step is not None and not self.dynamic:
+            raise ConfigError(f"dynamic_step={self.dynamic_step:g}: is for dynamic scaling, such as dynamic-yarn")
+        for name in _METHOD_FIELDS:
+            value = getattr(self, name)
+            modifies_any = (name == "resonance" and row.kind == "frequency") or name == "dynamic_step"
+            if value != _DEFAULTS[name] and name not in row.fields and not modifies_any:
+                taken = ", ".join(sorted(row.fields)) or "no such field"
+                raise ConfigError(f"{name}={value!r}: not for method {self.method!r}, which takes {taken}")
+        if self.original_max_position_embeddings is None and (row.needs_original or self.dynamic):
+            raise ConfigError(
+                f"original_max_position_embeddings is missing: {self._name!r} needs the length, in "
+                "tokens, that the model was pre-trained with"
+            )
+        self._check_ramp()
+        self._check_params(row)
+        if row.kind == "attention":
+            row.fn(self)
+
+    def _check_values(self) -> None:
+        """Check each field by itself; store numbers as float, so that equal records are written equally."""
+        for name, (low, low_is_allowed, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is None and _DEFAULTS[name] is None:
+                continue
+            if not is_number(value) or value < low or value > high or (value == low and not low_is_allowed):
+                above = f"{'at least' if low_is_allowed else 'above'} {low:g}"
+                below = f" and at most {high:g}" if math.isfinite(high) else ""
+                raise ConfigError(f"{name}={value!r}: must be a finite number {above}{below}")
+            object.__setattr__(self, name, float(value))
+        for name in ("dynamic", "resonance", "truncate"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (value is None and _DEFAULTS[name] is None):
+                raise ConfigError(f"{name}={value!r}: must be true or false")
+        length = self.original_max_position_embeddings
+        if length is not None:
+            if not is_positive_whole(length) or length > _MAX_LENGTH:
+                raise ConfigError(
+                    f"original_max_position_embeddings={length!r}: must be a whole number, at least 1 and at most 2^53"
+                )
+            object.__setattr__(self, "original_max_position_embeddings", int(length))
+        if self.ramp is not None and self.ramp not in _RAMPS:
+            raise unknown("ramp", self.ramp, _RAMPS)
+
+    def _check_ramp(self) -> None:
+        if self.ramp == "rotations" and self.truncate is not None:
+            raise ConfigError(
+                f"truncate={self.truncate!r}: ramp 'rotations' has no ends to round; it goes with ramp 'dimension'"
+            )
+        fast, slow = self.ramp_bounds
+        if fast <= slow:
+            raise ConfigError(f"beta_fast={fast:g}: must be above beta_slow={slow:g}")
+
+    def _check_params(self, row: Method) -> None:
+        if not isinstance(self.params, Mapping):
+            raise ConfigError(f"params={self.params!r}: must be a mapping of names to values")
+        names = [f.name for f in dataclasses.fields(row.params_type)] if row.params_type else []
+        for name in self.params:
+            if name not in names:
+                raise unknown(f"parameter of method {self.method!r}", name, names or ["(it has none)"])
+        if row.params_type is None:
+            object.__setattr__(self, "params", {})
+            return
+        for required in dataclasses.fields(row.params_type):
+            if required.default is dataclasses.MISSING and required.name not in self.params:
+                raise ConfigError(f"{required.name} is missing: method {self.method!r} needs it")
+        parsed = row.params_type(**self.params)
+        # Canonical: what differs from the defaults, so that equal scalings are equal records.
+        fields = {f.name: f.default for f in dataclasses.fields(parsed)}
+        values = {name: getattr(parsed, name) for name in fields}
+        object.__setattr__(self, "params", {name: value for name, value in values.items() if value != fields[name]})
+
+    @property
+    def ramp_bounds(self) -> tuple[float, float]:
+        """(beta_fast, beta_slow) in rotations over L, defaults filled in."""
+        fast = 32.0 if self.beta_fast is None else self.beta_fast
+        slow = 1.0 if self.beta_slow is None else self.beta_slow
+        return fast, slow
+
+    @property
+    def method_params(self) -> Any:
+        """`params` as the method's own dataclass, defaults filled in; None when the method has none."""
+        params_type = METHODS[self.method].params_type
+        return None if params_type is None else params_type(**self.params)
+
+    @property
+    def static_attention_factor(self) -> float:
+        """The multiplier of cos and sin at s = factor."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.method == "yarn":
+            return attention_factor_of(math.log(self.factor), 1.0 if self.mscale is None else self.mscale)
+        if self.method == "longrope":
+            assert self.original_max_position_embeddings is not None  # validated
+            return longrope_attention_factor(self.factor, self.original_max_position_embeddings)
+        return 1.0
+
+    @property
+    def changes_attention(self) -> bool:
+        """Whether the method changes attention itself and leaves the frequencies alone."""
+        return METHODS[self.method].kind == "attention"
+
+    @property
+    def of_frequencies(self) -> RopeScaling:
+        """The scaling that the frequencies have: this one, or none under a method that changes attention."""
+        if not self.changes_attention:
+            return self
+        return RopeScaling("default", **{name: getattr(self, name) for name in _MODEL_FIELDS})
+
+    @property
+    def is_length_dependent(self) -> bool:
+        """Whether the frequencies change with the length of the sequence at hand."""
+        return self.dynamic or METHODS[self.method].length_dependent
+
+    @property
+    def max_position_embeddings(self) -> int | None:
+        """L' = factor·L in tokens, or None when L is not known. L for "dynamic-ntk", whose factor is no length."""
+        length = self.original_max_position_embeddings
+        if length is None or self.method == "dynamic-ntk":
+            return length
+        return int(self.factor * length)
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """D, the number of rotated dimensions of a head. Raises ConfigError unless even and positive."""
+        if not is_positive_whole(head_dim):
+            raise ConfigError(f"head_dim={head_dim!r}: must be a positive whole number")
+        dim = int(head_dim * self.partial_rotary_factor)
+        if dim < 2 or dim % 2:
+            share = f" at partial_rotary_factor={self.partial_rotary_factor:g}" if dim != head_dim else ""
+            raise ConfigError(f"head_dim={head_dim}: {dim} rotated dimensions{share}; must be even, at least 2")
+        return dim
+
+    @property
+    def _name(self) -> str:
+        # "dynamic-ntk" with a factor is a method of its own.
+        name = f"dynamic-{self.method}" if self.dynamic else self.method
+        return self.method if self.dynamic and name in METHODS and self.factor != 1 else name
+
+    @property
+    def label(self) -> str:
+        """A short name for tables: "unscaled", "yarn x8", "dynamic-yarn", "yarn x8 (ramp=rotations)"."""
+        name = "unscaled" if self.method == "default" else self._name
+        no_factor = "factor" not in METHODS[self.method].fields or METHODS[self.method].factor_optional
+        if not (self.factor == 1 and (self.dynamic or no_factor or self.method == "dynamic-ntk")):
+            name = f"{name} x{_show(self.factor)}"
+        shown = {n: getattr(self, n) for n in _METHOD_FIELDS if n not in ("factor", "dynamic")} | self.params
+        if self.dynamic and self._name == self.method:
+            shown["dynamic"] = True
+        options = [f"{n}={_show(v)}" for n, v in shown.items() if v != _DEFAULTS.get(n)]
+        return f"{name} ({', '.join(options)})" if options else name
+
+    def __repr__(self) -> str:
+        return f"RopeScaling({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The method and every field that differs from its default; fit for JSON."""
+        values = dataclasses.asdict(self)
+        return {n: v for n, v in values.items() if n == "method" or v != _DEFAULTS[n]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RopeScaling:
+        """The inverse of `to_dict`. Raises ConfigError on an unknown field."""
+        known = ["method", *_DEFAULTS]
+        for name in values:
+            if name not in known:
+                raise unknown("scaling field", name, known)
+        if "method" not in values:
+            raise ConfigError(f"method is missing; known: {', '.join(sorted(METHODS))}")
+        return cls(**values)
+
+    @classmethod
+    def from_spec(cls, text: str, base: RopeScaling) -> RopeScaling:
+        """Read "[dynamic-]METHOD[:FACTOR][,field=value...]", for example "yarn:8,ramp=rotations".
+
+        `base` describes the model as it was pre-trained and lends `rope_theta`, `partial_rotary_factor` and
+        `original_max_position_embeddings` where the text does not give them. "none" is "default". The method's own
+        parameters are fields as well; a list is written "1+1.5+2".
+        """
+        _fill_registry()
+        head, *options = [part.strip() for part in text.split(",")]
+        name, _, factor = head.partition(":")
+        dynamic = name.startswith("dynamic-") and name not in METHODS
+        method = name.removeprefix("dynamic-") if dynamic else name
+        method = _SPEC_ALIASES.get(method, method)
+        if method not in METHODS:
+            raise unknown("method", method, METHODS)
+        row = METHODS[method]
+        params = {f.name for f in dataclasses.fields(row.params_type)} if row.params_type else set()
+        values: dict[str, Any] = {n: getattr(base, n) for n in _MODEL_FIELDS} | {"method": method, "params": {}}
+        if dynamic:
+            values["dynamic"] = True
+        if factor or ":" in head:
+            values["factor"] = _parse("factor", factor)
+        given = {"factor"} if "factor" in values else set()
+        for option in options:
+            key, _, value = option.partition("=")
+            if key in given:
+                raise ConfigError(f"scaling {text!r}: {key} is given twice")
+            given.add(key)
+            if key in params:
+                values["params"][key] = _parse_param(key, value)
+                continue
+            if key not in _DEFAULTS or key == "params":
+                raise unknown("scaling field", key, [*(n for n in _DEFAULTS if n != "params"), *params])
+            values[key] = _parse(key, value)
+        takes_factor = "factor" in row.fields and not row.factor_optional and method != "dynamic-ntk"
+        if takes_factor and "factor" not in values and not values.get("dynamic"):
+            raise ConfigError(f"scaling {text!r}: factor is missing; write for example '{method}:8'")
+        return cls(**values)
+
+    def is_native(self, head_dim: int | None = None) -> bool:
+        """Whether transformers itself can express this scaling in `rope_parameters`.
+
+        head_dim: dimensions per head of the model; given it, NTK-aware scaling is a change of `rope_theta`.
+        """
+        return native_type(self, head_dim) is not None
+
+    def to_config(
+        self,
+        dialect: Dialect = "rope_parameters",
+        head_dim: int | None = None,
+        rope_types: Container[str] = NATIVE,
+    ) -> dict[str, Any]:
+        """What to write into a model's config.
+
+        dialect: "rope_parameters" (transformers 5) or "rope_scaling" (older, and other programs), in which
+            `rope_theta` stays outside, on the config's top level.
+        head_dim: dimensions per head of the model, see `is_native`.
+        rope_types: those that may be written.
+
+        What transformers can express is written in its own words, YaRN always with its attention factor:
+        NTK-by-parts is "yarn" with attention factor 1, NTK-aware is "default" with the base b'. Everything
+        else gets `rope_type` "scaled-rope", which `from_config` reads without loss and transformers refuses.
+        """
+        if dialect not in ("rope_parameters", "rope_scaling"):
+            raise unknown("dialect", dialect, ("rope_parameters", "rope_scaling"))
+        rope_type = native_type(self, head_dim)
+        # Another base can only be told to a reader that takes rope_theta from the same dictionary.
+        in_other_base = self.method in ("ntk", "abf") and dialect == "rope_scaling"
+        if rope_type in rope_types and rope_type is not None and not in_other_base:
+            values = native_words(self, rope_type, head_dim)
+        else:
+            values = {"rope_type": CUSTOM_ROPE_TYPE, **self.to_dict(), "rope_theta": self.rope_theta}
+        if dialect == "rope_scaling":
+            del values["rope_theta"]
+            values["type"] = values["rope_type"]
+        return values
+
+    @classmethod
+    def from_config(cls, config: Any, layer_type: str | None = None) -> RopeScaling:
+        """Read a model's config: an object of transformers, a config.json as a dict, or `to_config`'s result.
+
+        layer_type: which entry to read where `rope_parameters` is nested per layer type; by default that of the
+            full-attention layers.
+
+        Follows transformers 5.23: a missing original length is `max_position_embeddings`; `mscale` and
+        `mscale_all_dim` count as their ratio when both are given; one alone is ignored. The released YaRN
+        checkpoints are read as the code that came with them would. What had to be assumed is warned about.
+        A config without a scaling gives method "default". Raises ConfigError on an unknown type or key.
+        """
+        scaling, notes = cls.read_config(config, layer_type)
+        for note in notes:
+            if note.level == "warning":
+                warnings.warn(note.text, stacklevel=2)
+        return scaling
+
+    @classmethod
+    def read_config(cls, config: Any, layer_type: str | None = None) -> tuple[RopeScaling, list[ConfigNote]]:
+        """`from_config` with its remarks as values instead of warnings."""
+        reading = read_rope(config, layer_type)
+        scaling = cls.from_dict(reading.values)
+        record = _carried_record(config, layer_type)
+        if record is None or record == scaling:
+            return scaling, reading.notes
+        model, rope = split_config(config)
+        nested = nested_types(rope)
+        primary = PRIMARY_LAYER_TYPE if PRIMARY_LAYER_TYPE in nested else nested[0] if nested else None
+        entry = rope[layer_type or primary] if nested else rope
+        if entry.get("rope_type") == CUSTOM_ROPE_TYPE:
+            # It is a record itself: that of this layer type, or of the primary one where all share a dictionary.
+            if not nested and _carried_record(config, None) == scaling:
+                return record, reading.notes
+        else:
+            said = record.to_config(head_dim=config_head_dim(model))
+            if all(entry.get(name) == said[name] for name in said):
+                return record, reading.notes
+        text = f"{RECORD_KEY} says {record.label!r}, but rope_parameters was changed since then: the latter counts"
+        reading.note("stale-record", text)
+        return scaling, reading.notes
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What differs between the layers of a model."""
+
+    layers: dict[str, RopeScaling] = field(default_factory=dict, hash=False)
+    """Layer type -> its scaling; empty when all layers have the same."""
+    drop_layers: tuple[int, ...] = ()
+    """Indices of the layers, from 0, that work without rotary embedding."""
+
+    @classmethod
+    def from_config(cls, config: Any) -> LayerPlan:
+        """The plan that a config carries, in `rope_parameters` nested per layer type or in our own record.
+
+        Raises:
+            ConfigError: as `RopeScaling.from_config`, or a record that is none.
+        """
+        model, rope = split_config(config)
+        record = model.get(RECORD_KEY) or {}
+        if not isinstance(record, Mapping):
+            raise ConfigError(f"{RECORD_KEY}={record!r}: must be a dictionary")
+        dropped = record.get("drop_layers", ())
+        if not isinstance(dropped, list | tuple) or not all(
+            index == 0 or is_positive_whole(index) for index in dropped
+        ):
+            raise ConfigError(f"drop_layers={dropped!r}: must be a list of layers' indices")
+        layers = record.get("layers", {})
+        if not isinstance(layers, Mapping):
+            raise ConfigError(f"layers={layers!r}: must be a dictionary of layer types")
+        types = nested_types(rope) or list(layers)
+        return cls({name: RopeScaling.read_config(config, name)[0] for name in types}, tuple(map(int, dropped)))
+
+
+def _carried_record(config: Any, layer_type: str | None) -> RopeScaling | None:
+    """The record that `patch_model` left in a config whose native words would not give it back."""
+    model, _ = split_config(config)
+    record = model.get(RECORD_KEY)
+    if isinstance(record, Mapping) and "layers" in record:
+        layers = record["layers"]
+        record = layers.get(layer_type or PRIMARY_LAYER_TYPE) if isinstance(layers, Mapping) else None
+    if record is None:
+        return None
+    if not isinstance(record, Mapping):
+        raise ConfigError(f"{RECORD_KEY}={record!r}: must be a dictionary")
+    return RopeScaling.from_dict(record)
+
+
+_DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(RopeScaling)} | {"params": {}}
+del _DEFAULTS["method"]
+_MODEL_FIELDS = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
+"""Fields that describe the model rather than the scaling."""
+_METHOD_FIELDS = tuple(name for name in _DEFAULTS if name not in (*_MODEL_FIELDS, "params"))
+# Far beyond what makes sense, and near enough that no formula leaves the range of float64.
+_MAX_LENGTH = 2**53
+_RANGES = {  # field: (lower limit, whether the limit itself is allowed, upper limit)
+    "factor": (1.0, True, 1e9),
+    "dynamic_step": (1.0, False, 1e9),
+    "rope_theta": (1.0, False, MAX_THETA),
+    "partial_rotary_factor": (0.0, False, 1.0),
+    "attention_factor": (1e-6, True, 1e6),
+    "beta_fast": (1e-6, True, 1e9),
+    "beta_slow": (1e-6, True, 1e9),
+    "mscale": (0.0, True, 1e5),
+    "extrapolation_factor": (0.0, True, 1.0),
+}
+
+
+def _fill_registry() -> None:
+    """The rows of `METHODS` come with torch, so they are imported when the first record is made."""
+    if not METHODS:
+        importlib.import_module("scaled_rope.attention.methods")
+
+
+def config_head_dim(config: Any) -> int | None:
+    """Dimensions per attention head, from a model's config (object or dictionary); None when it doesn't say."""
+
+    def get(name: str) -> Any:
+        return config.get(name) if isinstance(config, Mapping) else attribute(config, name)
+
+    if get("qk_rope_head_dim") is not None:  # multi-head latent attention rotates a part that is kept apart
+        return int(get("qk_rope_head_dim")) if is_positive_whole(get("qk_rope_head_dim")) else None
+    if get("head_dim") is not None:
+        return int(get("head_dim")) if is_positive_whole(get("head_dim")) else None
+    hidden, heads = get("hidden_size"), get("num_attention_heads")
+    return int(hidden) // int(heads) if is_positive_whole(hidden) and is_positive_whole(heads) else None
+
+
+def _show(value: Any) -> str:
+    """A value as short as it can be told from others of its kind."""
+    if isinstance(value, list):
+        digest = hashlib.sha256(repr(value).encode()).hexdigest()[:6]
+        return f"{len(value)} values {digest}" if len(value) > 4 else "+".join(map(_show, value))
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return str(value)
+
+
+def _parse_param(name: str, text: str) -> Any:
+    """A method's own parameter: a whole number, a number or a list of numbers; the method checks which it wants."""
+    try:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        parts = re.split(r"(?<=[^eE+])\+", text)  # not the + of 1e+5
+        if len(parts) > 1:
+            return [float(part) for part in parts]
+        return int(text) if text.strip("+-").isdigit() else float(text)
+    except ValueError:
+        raise ConfigError(f"{name}={text!r}: must be a number, several as 1+1.5+2, or true or false") from None
+
+
+def _parse(name: str, text: str) -> Any:
+    """One value of a spec, by the type of its field."""
+    try:
+        if name in ("dynamic", "resonance", "truncate"):
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if name == "original_max_position_embeddings":
+            return int(text)
+        return text if name == "ramp" else float(text)
+    except (KeyError, ValueError):
+        kind = "true or false" if name in ("dynamic", "resonance", "truncate") else "a number"
+        raise ConfigError(f"{name}={text!r}: must be {kind}") from None
+
+
+def spec_of(scaling: RopeScaling) -> str:
+    """The text that `RopeScaling.from_spec` turns back into this static record, given the same model."""
+    values = scaling.to_dict()
+    head = f"{scaling.method}:{scaling.factor!r}".removesuffix(".0")
+    skip = ("method", "factor", "original_max_position_embeddings", "rope_theta", "partial_rotary_factor")
+    shown = {name: str(v).lower() if isinstance(v, bool) else v for name, v in values.items() if name not in skip}
+    fields = [f"{name}={f'{v!r}'.removesuffix('.0') if isinstance(v, float) else v}" for name, v in shown.items()]
+    return ",".join([head, *fields])
+
+
+def native_type(scaling: RopeScaling, head_dim: int | None) -> str | None:
+    """The rope_type by which transformers can express a scaling, or None."""
+    if scaling.dynamic or scaling.resonance:
+        return None
+    if scaling.method in ("ntk-by-parts", "yarn"):
+        return "yarn" if scaling.ramp in (None, "dimension") and scaling.extrapolation_factor in (None, 1.0) else None
+    if scaling.method == "abf":
+        return "default"
+    if scaling.method == "ntk":  # another base, which depends on the width
+        if head_dim is None:
+            return None
+        theta = ntk_theta(scaling.rope_theta, scaling.factor, scaling.rotary_dim(head_dim))
+        return "default" if theta <= MAX_THETA else None
+    if scaling.method == "proportional" and scaling.partial_rotary_factor != 1.0:
+        return None
+    return next((name for name, native in NATIVE.items() if native.method == scaling.method), None)
+
+
+def native_words(scaling: RopeScaling, rope_type: str, head_dim: int | None) -> dict[str, Any]:
+    """`rope_parameters` for a scaling that transformers can express as `rope_type`."""
+    theta = scaling.rope_theta
+    if scaling.method == "ntk":
+        assert head_dim is not None  # native_type said so
+        theta = ntk_theta(theta, scaling.factor, scaling.rotary_dim(head_dim))
+    elif scaling.method == "abf":
+        theta = float(scaling.method_params.theta)
+    values: dict[str, Any] = {"rope_type": rope_type, "rope_theta": theta}
+    if scaling.partial_rotary_factor != 1.0:
+        values["partial_rotary_factor"] = scaling.partial_rotary_factor
+    if rope_type == "default":
+        return values
+    values["factor"] = scaling.factor
+    if scaling.original_max_position_embeddings is not None:
+        # Where transformers has no use for it, it says so in its log and goes on.
+        values["original_max_position_embeddings"] = scaling.original_max_position_embeddings
+    if rope_type == "yarn":
+        values["attention_factor"] = scaling.static_attention_factor
+        for name in ("beta_fast", "beta_slow", "truncate"):
+            if getattr(scaling, name) is not None:
+                values[name] = getattr(scaling, name)
+    elif rope_type == "longrope":
+        values["attention_factor"] = scaling.static_attention_factor
+    elif rope_type == "proportional":
+        values["partial_rotary_factor"] = scaling.method_params.fraction
+    for name in NATIVE[rope_type].params:
+        values[name] = getattr(scaling.method_params, name)
+    return values
+
+
+def resolve_scaling(spec: str, own: RopeScaling) -> RopeScaling:
+    """What `spec` means for a checkpoint that carries `own`.
+
+    Beyond `RopeScaling.from_spec`: "checkpoint" is `own`, "checkpoint:FACTOR" is `own` read with another factor, and
+    "METHOD:checkpoint" takes over the factor of `own`.
+
+    Raises:
+        ConfigError: not a scaling, or a new factor for a checkpoint that carries none.
+    """
+    head, comma, fields = spec.partition(",")
+    name, colon, factor = head.partition(":")
+    if factor == "checkpoint":
+        head = f"{name}:{own.factor!r}"
+    if name != "checkpoint":
+        return RopeScaling.from_spec(head + comma + fields, own)
+    if fields:
+        raise ConfigError(f"scaling {spec!r} is not allowed; 'checkpoint' takes a factor only: checkpoint[:FACTOR]")
+    if not colon:
+        return own
+    if own.method == "default":
+        raise ConfigError(f"scaling {spec!r} is not allowed; the checkpoint carries no scaling, name a method")
+    try:
+        number = float(factor)
+    except ValueError as error:
+        raise ConfigError(f"scaling {spec!r} is not allowed; factor {factor!r} is not a number") from error
+    return replace(own, factor=number)
+
+
+def with_primary(layers: dict[str, RopeScaling], scaling: RopeScaling) -> dict[str, RopeScaling]:
+    """Scalings by layer type with that of the full-attention layers (or else the first) replaced; none stay none."""
+    if not layers:
+        return {}
+    return {**layers, (PRIMARY_LAYER_TYPE if PRIMARY_LAYER_TYPE in layers else next(iter(layers))): scaling}

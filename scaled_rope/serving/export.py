@@ -1,0 +1,347 @@
+"""What to tell transformers, vLLM, SGLang or llama.cpp so that they run a scaling, and what they make of it.
+
+Each program has its own words for a scaling and its own arithmetic. `export` finds words for a target, computes what
+the target computes from them, and compares that with `compute_rope`: only words that give our numbers are called exact.
+For transformers the target itself is run; the others are restated here in plain float64 Python, each at one version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import shlex
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from scaled_rope.checkpoint import load_config
+from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.flags import check_export_arguments
+from scaled_rope.patching.families import head_dim_of
+from scaled_rope.results import write_atomic
+from scaled_rope.scaling.frequencies import compute_rope
+from scaled_rope.scaling.hf_config import SOFTMAX_MSCALE_FAMILIES, has_rope, nested_types
+from scaled_rope.scaling.record import RopeScaling, resolve_scaling
+from scaled_rope.scaling.registry import METHODS
+from scaled_rope.serving.gguf import GgufRope, add_rope
+from scaled_rope.serving.targets import hf, llama_cpp, sglang, vllm
+from scaled_rope.serving.targets.common import TOLERANCE, Expressed, ServedModel, Target, build_patched
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A target's numbers against ours, for one sequence length."""
+
+    length: int
+    max_relative_difference: float
+    """Over all frequencies: |theirs - ours| / ours."""
+    worst_dimension: int
+    attention_factor: float
+    ours: float
+    """Our attention factor."""
+
+    @property
+    def attention_difference(self) -> float:
+        return self.attention_factor - self.ours
+
+    @property
+    def matches(self) -> bool:
+        return self.max_relative_difference <= TOLERANCE and abs(self.attention_difference) <= TOLERANCE * self.ours
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What to tell a target, and what it makes of it."""
+
+    scaling: RopeScaling
+    target: str
+    """Name and version."""
+    status: str
+    """"exact"; "partial": at some lengths only; "mismatch"; "refused"."""
+    reason: str = ""
+    """Why it was refused, one line."""
+    config: dict[str, Any] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+    command: str = ""
+    gguf: GgufRope | None = None
+    notes: tuple[str, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+
+    @property
+    def config_place(self) -> str:
+        """What `config` is to the command, in words."""
+        if not self.flags:
+            return "in config.json"
+        converted = self.target.startswith("llama.cpp")
+        return "in config.json, before it is converted" if converted else "or, instead of flags, in config.json"
+
+    @property
+    def exit_code(self) -> int:
+        """0: exact; 1: the numbers differ; 2: refused."""
+        return {"exact": 0, "refused": 2}.get(self.status, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fit for JSON."""
+        values = dataclasses.asdict(self) | {"scaling": self.scaling.to_dict(), "label": self.scaling.label}
+        values["comparisons"] = [
+            dataclasses.asdict(c) | {"attention_difference": c.attention_difference, "matches": c.matches}
+            for c in self.comparisons
+        ]
+        return values
+
+    def __str__(self) -> str:
+        if self.status == "refused":
+            return f"{self.scaling.label} for {self.target}: refused: {self.reason}"
+        lines = [f"{self.scaling.label} for {self.target}: {self.status}", "", "run:", f"  {self.command}", ""]
+        lines += [f"{self.config_place}:", *_lay_out_config(self.config), ""]
+        if self.gguf is not None:
+            lines += ["in the GGUF:", f"  {self.gguf}", ""]
+        lines.append(f"what {self.target} makes of it, against ours:")
+        for c in self.comparisons:
+            lines += [
+                f"  up to {c.length} tokens: {'same' if c.matches else 'DIFFERENT'}",
+                f"    frequencies       off by at most {c.max_relative_difference:.1e} (relative; dimension "
+                f"{c.worst_dimension})",
+                f"    attention factor  {c.attention_factor:.6g}, ours {c.ours:.6g} ({c.attention_difference:+.1e})",
+            ]
+        return "\n".join([*lines, *(["", "notes:"] if self.notes else []), *(f"  - {note}" for note in self.notes)])
+
+
+def _lay_out_config(config: Mapping[str, Any]) -> list[str]:
+    """JSON to be copied, one key per line also in `rope_parameters`."""
+    text = json.dumps(config, indent=2)
+    # A list of frequencies stays on one line.
+    text = re.sub(r"\[[^\[\]]*\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
+    return [f"  {line}" for line in text.splitlines()]
+
+
+def served_length(scaling: RopeScaling, config: Any) -> int:
+    """N where nothing is said: the factor's length, or what the checkpoint claims when it carries the scaling."""
+    claimed = int(config.max_position_embeddings)
+    extended = scaling.max_position_embeddings or 0
+    return extended if scaling.factor > 1 and scaling != RopeScaling.from_config(config) else max(claimed, extended)
+
+
+def export(scaling: RopeScaling | str, config: Any, target: Target | str, length: int | None = None) -> ExportReport:
+    """Say `scaling` in the words of `target` and compare the numbers.
+
+    Args:
+        scaling: a record, or a spec relative to what the config carries.
+        config: the model's config, an object of transformers.
+        target: a `Target` or a name in `TARGETS`.
+        length: the longest sequence to serve, in tokens; None: see `served_length`.
+
+    Of several ways to say it the first one is taken whose numbers are ours at every length, or else the nearest.
+
+    Raises:
+        ConfigError: an unknown target, or a scaling that does not fit the model. What the target cannot express is no
+            error but a report with status "refused".
+    """
+    if isinstance(target, str):
+        if target not in TARGETS:
+            raise unknown("target", target, TARGETS)
+        target = TARGETS[target]
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not has_rope(config):
+        raise ConfigError(f"transformers takes no RoPE parameters for model_type {config.model_type!r}")
+    if isinstance(scaling, str):
+        scaling = resolve_scaling(scaling, RopeScaling.from_config(config))
+    if length is not None and length < 1:
+        raise ConfigError(f"length={length}: must be a positive number of tokens")
+    request = ServedModel(scaling, config, head_dim_of(config), length or served_length(scaling, config))
+    name = f"{target.title} {target.version}"
+    reason = _no_words(request, target)
+    best: tuple[Expressed, tuple[Comparison, ...]] | None = None
+    try:
+        for words in () if reason else target.express(request):
+            try:
+                comparisons = tuple(_compare(request, target, words))
+            except ConfigError as error:
+                reason = reason or str(error)
+                continue
+            if best is None or sum(c.matches for c in comparisons) > sum(c.matches for c in best[1]):
+                best = words, comparisons
+            if all(c.matches for c in comparisons):
+                break
+    except ConfigError as error:
+        reason = reason or str(error)
+    if best is None or (reason and not any(c.matches for c in best[1])):
+        reason = reason or f"it has no words for {scaling.label!r}"
+        return ExportReport(scaling, name, "refused", reason)
+    words, comparisons = best
+    matches = [c.matches for c in comparisons]
+    status = "exact" if all(matches) else "partial" if any(matches) else "mismatch"
+    command = target.command.format(flags=shlex.join(words.flags)).strip()
+    notes = (*_notes(request, target), *words.notes)
+    return ExportReport(scaling, name, status, "", words.config, words.flags, command, words.gguf, notes, comparisons)
+
+
+def _no_words(request: ServedModel, target: Target) -> str:
+    """Why no words of the target can do it, or nothing."""
+    scaling, method = request.scaling, METHODS[request.scaling.method]
+    if method.kind != "frequency":
+        return f"{scaling.method!r} changes attention itself; no server computes it: use patch_model of this package"
+    if nested_types(request.carried):
+        return "the config has a scaling per layer type: save the model that patch_model made instead"
+    model_type, carried = request.config.model_type, request.carried
+    softmax = carried.get("mscale_all_dim") if carried.get("rope_type") != "default" else None
+    if softmax and model_type in SOFTMAX_MSCALE_FAMILIES:
+        return (
+            f"the attention of {model_type} models takes a softmax scale from mscale_all_dim={softmax!r} as well, "
+            "which words for a scaling would drop: serve the checkpoint as it is"
+        )
+    if scaling.dynamic:
+        static = target.static or "it has no words for it: use patch_model of this package"
+        if target.static:
+            static += f"; serve the static form for the length you need, --scaling {scaling.method}:FACTOR"
+        return f"{scaling.label!r} follows the length of each sequence, but {static}"
+    if scaling.method == "dynamic-ntk" and target.static:
+        return (
+            f"{scaling.label!r} follows the length of each sequence, but {target.static}; serve NTK-aware scaling "
+            "for the length you need, --scaling ntk:FACTOR"
+        )
+    return ""
+
+
+def _notes(request: ServedModel, target: Target) -> list[str]:
+    scaling, notes = request.scaling, []
+    if target.static and scaling.method != "default" and scaling.factor > 1 and not scaling.is_length_dependent:
+        notes.append(f"{target.title} scales short prompts as well: it computes one table for all lengths")
+    if not target.static and scaling.is_length_dependent:
+        notes.append(
+            "exact for one pass over a sequence; cached keys keep the rotation of the length they were made at"
+        )
+    model_type = getattr(request.config, "model_type", None)
+    if target.static and model_type not in ("llama", "mistral"):
+        notes.append(f"compared with what {target.title} does for Llama; its code for {model_type!r} may differ")
+    window = getattr(request.config, "sliding_window", None)
+    if window is not None and window < request.length:
+        notes.append(f"sliding_window={window} of the config is shorter than {request.length} tokens")
+    return notes
+
+
+def _compare(request: ServedModel, target: Target, words: Expressed) -> Iterator[Comparison]:
+    """The target's numbers against ours, at every length where ours may differ."""
+    scaling = request.scaling
+    lengths = {request.length}
+    if scaling.is_length_dependent:
+        original = int(scaling.original_max_position_embeddings or request.length)
+        lengths |= {min(original, request.length)} | (set() if target.static else {2 * original})
+    for length in sorted(lengths):
+        ours, factor = compute_rope(scaling, request.head_dim, length)
+        theirs = target.restate(request, words, length)
+        if theirs.rows is not None and theirs.rows < request.length:
+            raise ConfigError(f"length={request.length}: its table of these words ends at {theirs.rows} positions")
+        if len(theirs.inv_freq) != len(ours):
+            raise ConfigError(f"it makes {len(theirs.inv_freq)} frequencies of it, and the scaling has {len(ours)}")
+        # Below 1e-12 (a turn in 6e12 tokens) a frequency is 0 for all purposes.
+        off = [abs(a - b) / max(b, 1e-12) for a, b in zip(theirs.inv_freq, ours.tolist(), strict=True)]
+        worst = max(range(len(off)), key=off.__getitem__)
+        yield Comparison(length, off[worst], worst, theirs.attention_factor, factor)
+
+
+_CACHED = "{} computes one table for all lengths and caches rotated keys"
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target(
+            "transformers",
+            "transformers",
+            transformers.__version__,
+            hf.express,
+            hf.restate,
+            "AutoModelForCausalLM.from_pretrained(DIR), with these keys in DIR/config.json",
+        ),
+        Target(
+            "vllm",
+            "vLLM",
+            "0.33.0",
+            vllm.express,
+            vllm.restate,
+            "vllm serve MODEL {flags}",
+            _CACHED.format("vLLM"),
+        ),
+        Target(
+            "sglang",
+            "SGLang",
+            "0.5.23",
+            sglang.express,
+            sglang.restate,
+            "python -m sglang.launch_server --model-path MODEL {flags}",
+            _CACHED.format("SGLang"),
+        ),
+        Target(
+            "llama.cpp",
+            "llama.cpp",
+            "0c1e570",
+            llama_cpp.express,
+            llama_cpp.restate,
+            "llama-server -m MODEL.gguf {flags}",
+            "llama.cpp fixes the frequencies when it starts and caches rotated keys",
+        ),
+    )
+}
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+def run(args: argparse.Namespace) -> int:
+    """Carry out `scaled-rope export`: 0 when the target's numbers are ours, 1 when they differ, 2 when it has no words.
+
+    Raises:
+        ConfigError: bad input; a scaling that the target has no words for (with --json that is printed instead).
+    """
+    check_export_arguments(args)
+    path = Path(args.model)
+    name = str(path.parent) if path.name == "config.json" and path.is_file() else args.model
+    config = load_config(name)
+    report = export(args.scaling, config, args.target, args.length)
+    if report.gguf is not None and not args.gguf and report.exit_code != 2:
+        reason = (
+            f"it has no flags for {report.scaling.label!r}, only a tensor in the GGUF: "
+            "name a GGUF of the model with --gguf FILE --output DIR"
+        )
+        report = dataclasses.replace(report, status="refused", reason=reason)
+    if args.gguf and report.gguf is None and report.exit_code != 2:
+        raise ConfigError(f"flag --gguf is not needed: llama.cpp has words for {report.scaling.label!r}")
+    written = []
+    if args.output and report.exit_code != 2:
+        written = _write(Path(args.output), name, report, args.gguf)
+    if args.json:
+        print(json.dumps(report.to_dict() | {"written": [str(file) for file in written]}, indent=1))
+    elif report.status == "refused":
+        raise ConfigError(f"{report.target}: {report.reason}")
+    else:
+        print(report)
+        for file in written:
+            print(f"wrote {file}")
+    return report.exit_code
+
+
+def _write(folder: Path, name: str, report: ExportReport, gguf: str | None) -> list[Path]:
+    """Write config.json and, given one, the GGUF; both get their names when both are whole. Returns their paths."""
+    raw, _ = transformers.PreTrainedConfig.get_config_dict(name)
+    raw.pop("_commit_hash", None)
+    place = folder.absolute()
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as scratch:
+            staged = Path(scratch) / "staged"
+            if gguf is not None and report.gguf is not None:
+                add_rope(gguf, staged / Path(gguf).name, report.gguf)
+            write_atomic(staged / "config.json", json.dumps(build_patched(raw, report.config), indent=2) + "\n")
+            written = [folder / file.name for file in sorted(staged.iterdir())]
+            if not place.exists():
+                os.rename(staged, place)
+            else:
+                for file in staged.iterdir():
+                    os.replace(file, place / file.name)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise ConfigError(f"--output {folder} cannot be written to: {error.strerror}") from error
+    return written

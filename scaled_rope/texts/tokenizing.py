@@ -1,0 +1,234 @@
+"""Texts to token ids, in order, over several processes; nothing is held but a few batches and the document at work.
+
+A tokenizer needs memory and time that grow faster than its text, so documents are read in windows that overlap.
+Two neighbours are joined in the middle of their overlap, where both must have read the same tokens at the same places;
+where they have not, they are read again as one. Tokenizers look ahead and back by words at most, so the ids are those
+of the document as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.uint32]
+
+#: characters handed to a process at once: bounds memory, amortises the hand-over
+BATCH = 2**21
+#: characters of a window of a long document
+WINDOW = 2**14
+#: characters that neighbouring windows share
+OVERLAP = 2**10
+#: fewest tokens in the middle half of an overlap on which two windows may be joined
+AGREEMENT = 32
+
+_tokenizer: Any = None  # of this process
+
+
+# Named tuples, because a million short documents make a million of each, and half of them travel to another process.
+class DocumentPart(NamedTuple):
+    """Characters `start` to `start + len(text)` of a document; `last` says whether they are its end."""
+
+    text: str
+    start: int = 0
+    last: bool = True
+
+
+Places = tuple[int, npt.NDArray[np.int64]]
+"""Where the tokens near an end of a window begin: index of the first such token, and characters of all of them."""
+_NOWHERE: Places = 0, np.empty(0, np.int64)
+
+
+class _Read(NamedTuple):
+    """A part's ids, and the places of the tokens near its ends where a neighbour shares these."""
+
+    ids: Ids
+    head: Places = _NOWHERE
+    tail: Places = _NOWHERE
+
+
+def _load(name: str) -> None:
+    global _tokenizer
+    from scaled_rope.checkpoint import load_tokenizer
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are what is parallel here
+    _tokenizer = load_tokenizer(name)
+    if _is_fast():  # transformers does both at each call, which is not how it is called here
+        _tokenizer.backend_tokenizer.no_truncation()
+        _tokenizer.backend_tokenizer.no_padding()
+
+
+def _is_fast() -> bool:
+    """Whether this process's tokenizer is one of the `tokenizers` library; others do not say where tokens are."""
+    return bool(getattr(_tokenizer, "is_fast", False))
+
+
+def _encode(parts: list[DocumentPart]) -> tuple[Ids, list[int], dict[int, tuple[Places, Places]]]:
+    """Ids of all parts in a row, tokens of each, and for windows, by index, the places of tokens near their ends.
+
+    Few large arrays, because many small ones take longer to hand over than to make.
+    """
+    texts = [part.text for part in parts]
+    if not _is_fast():
+        rows = _tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return _flat(rows), [len(ids) for ids in rows], {}
+    # Called directly: transformers makes a dictionary of six lists for each text, which for short ones takes as long as
+    # tokenizing them.
+    found = _tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    rows = [encoding.ids for encoding in found]
+    windows = {}
+    for index, part in enumerate(parts):
+        if part.start or not part.last:
+            size = len(part.text)
+            head = _places(found[index], part, 0, min(OVERLAP, size)) if part.start else _NOWHERE
+            tail = _NOWHERE if part.last else _places(found[index], part, max(0, size - OVERLAP), size)
+            windows[index] = head, tail
+    return _flat(rows), [len(ids) for ids in rows], windows
+
+
+def _flat(rows: list[list[int]]) -> Ids:
+    return np.fromiter(chain.from_iterable(rows), np.uint32, sum(map(len, rows)))
+
+
+def _places(encoding: Any, part: DocumentPart, begin: int, end: int) -> Places:
+    """Where the tokens that begin in characters [begin, end) of a part do so, counted in the document."""
+
+    def start(token: int) -> int:
+        span = encoding.token_to_chars(token)
+        return -1 if span is None else int(span[0])
+
+    # Starts do not fall, so the first token of the stretch is found by halving.
+    count = len(encoding)
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if start(middle) < begin else (low, middle)
+    first, starts = low, []
+    while low < count and (place := start(low)) < end:
+        starts.append(place)
+        low += 1
+    return first, np.asarray(starts, np.int64) + part.start
+
+
+def _join(left: _Read, right: _Read, begin: int) -> tuple[int, int] | None:
+    """How many tokens of `left` to keep and how many of `right` to skip, for windows that share the `OVERLAP`
+    characters from `begin` on; None where they do not agree."""
+    middle = begin + OVERLAP // 4, begin + OVERLAP * 3 // 4
+    sides = []
+    for ids, (first, starts) in ((left.ids, left.tail), (right.ids, right.head)):
+        low, high = np.searchsorted(starts, middle)
+        sides.append((first + low, starts[low:high], ids[first + low : first + high]))
+    (keep, left_starts, left_ids), (skip, right_starts, right_ids) = sides
+    agree = np.array_equal(left_starts, right_starts) and np.array_equal(left_ids, right_ids)
+    return (int(keep), int(skip)) if agree and len(left_ids) >= AGREEMENT else None
+
+
+def parts_of(text: str) -> Iterator[DocumentPart]:
+    """The windows of a document; itself where it is short."""
+    start = 0
+    while len(text) - start > WINDOW + OVERLAP:
+        yield DocumentPart(text[start : start + WINDOW], start, last=False)
+        start += WINDOW - OVERLAP
+    yield DocumentPart(text[start:], start)
+
+
+def _batches(parts: Iterable[DocumentPart]) -> Iterator[list[DocumentPart]]:
+    batch: list[DocumentPart] = []
+    size = 0
+    for part in parts:
+        batch.append(part)
+        size += len(part.text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _read(batches: Iterator[list[DocumentPart]], tokenizer: str, num_proc: int) -> Iterator[tuple[DocumentPart, _Read]]:
+    """Every part with its ids, in order."""
+
+    def unpacked(
+        batch: list[DocumentPart], result: tuple[Ids, list[int], dict[int, tuple[Places, Places]]]
+    ) -> Iterator[tuple[DocumentPart, _Read]]:
+        flat, lengths, windows = result
+        end = 0
+        for index, (part, length) in enumerate(zip(batch, lengths, strict=True)):
+            begin, end = end, end + length
+            yield part, _Read(flat[begin:end], *windows.get(index, ()))
+
+    if num_proc == 1:
+        for batch in batches:
+            yield from unpacked(batch, _encode(batch))
+        return
+    with ProcessPoolExecutor(num_proc, initializer=_load, initargs=(tokenizer,)) as pool:
+        pending: list[tuple[list[DocumentPart], Future[Any]]] = []
+        for batch in batches:
+            pending.append((batch, pool.submit(_encode, batch)))
+            if len(pending) == 2 * num_proc:
+                oldest, future = pending.pop(0)
+                yield from unpacked(oldest, future.result())
+        for oldest, future in pending:
+            yield from unpacked(oldest, future.result())
+
+
+class _Joiner:
+    """Puts the windows of one document together; `pieces` in a row are the ids that are settled."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Ids] = []
+        self._held: tuple[DocumentPart, _Read, int] | None = (
+            None  # the newest window, and how many of its tokens to skip
+        )
+        self._absorb = 0  # windows to join to it as text before it is read again
+        self._absorbed = 1  # windows that it is made of
+
+    def add(self, part: DocumentPart, read: _Read) -> None:
+        if self._held is None:
+            self._held = part, read, 0
+        else:
+            before, left, skip = self._held
+            joint = None if self._absorb else _join(left, read, part.start)
+            if joint is not None:
+                keep, following = joint
+                self.pieces.append(left.ids[skip:keep])
+                self._held, self._absorbed = (part, read, following), 1
+            else:
+                # Windows that disagree (say, within one endless word) are read again as one, then twice as many.
+                self._absorb = (self._absorb or self._absorbed) - 1
+                self._absorbed += 1
+                whole = DocumentPart(before.text + part.text[OVERLAP:], before.start, part.last)
+                if not self._absorb or part.last:
+                    flat, _, windows = _encode([whole])
+                    left = _Read(flat, *windows.get(0, ()))
+                self._held = whole, left, skip
+        if part.last:
+            _, left, skip = self._held
+            self.pieces.append(left.ids[skip:])
+
+
+def tokenized(texts: Iterable[str], tokenizer: str, num_proc: int) -> Iterator[Ids]:
+    """Token ids of each text, without special tokens, in order, whatever `num_proc`. Texts are taken as needed.
+
+    Args:
+        tokenizer: folder or hub name.
+        num_proc: processes; 1 works in this one.
+    """
+    _load(tokenizer)
+    split = _is_fast()
+    parts = (part for text in texts for part in (parts_of(text) if split else [DocumentPart(text)]))
+    joiner = _Joiner()
+    for part, read in _read(_batches(parts), tokenizer, num_proc):
+        if part.last and not part.start:
+            yield read.ids
+            continue
+        joiner.add(part, read)
+        if part.last:
+            yield joiner.pieces[0] if len(joiner.pieces) == 1 else np.concatenate(joiner.pieces)
+            joiner = _Joiner()

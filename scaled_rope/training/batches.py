@@ -1,0 +1,138 @@
+"""The rows of each step, as batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from scaled_rope.errors import ConfigError
+from scaled_rope.patching.loss import IGNORE
+from scaled_rope.recipes import Recipe
+from scaled_rope.texts.packed import IntArray, TokenRows
+
+LoadedRow = tuple[IntArray, IntArray]  # tokens [T] and their loss weights [T]
+
+
+def collate(rows: Sequence[LoadedRow], length: int) -> dict[str, torch.Tensor]:
+    """Rows of tokens and weights -> `input_ids`, `targets` (next token or -100) and `weights` (of the target), [B, T].
+
+    All are padded on the right to T = `length`, where a causal model cannot see it from any position that counts.
+    """
+    input_ids = np.zeros((len(rows), length), np.int64)
+    targets = np.full((len(rows), length), IGNORE, np.int64)
+    weights = np.zeros((len(rows), length), np.float32)
+    for place, (tokens, weight) in enumerate(rows):
+        input_ids[place, : len(tokens)] = tokens
+        targets[place, : len(tokens) - 1] = np.where(weight[1:] > 0, tokens[1:], IGNORE)
+        weights[place, : len(tokens) - 1] = weight[1:]
+    arrays = {"input_ids": input_ids, "targets": targets, "weights": weights}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def check_lengths(rows: TokenRows, recipe: Recipe) -> None:
+    """Refuse rows that are longer than the recipe says and are not to be cut.
+
+    Raises:
+        ConfigError: the longest one.
+    """
+    if recipe.truncate is None and rows.longest > recipe.sequence_length:
+        raise ConfigError(
+            f"dataset {recipe.dataset} has a row of {rows.longest} tokens, more than sequence_length"
+            f" {recipe.sequence_length}; set truncate, or re-cut the data with truncate.py"
+        )
+
+
+def step_batches(
+    rows: TokenRows, recipe: Recipe, step: int, rank: int, ranks: int, vocabulary: int | None = None
+) -> list[list[LoadedRow]]:
+    """This rank's micro-batches of one optimizer step, each a list of `batch_size` rows of tokens and weights.
+
+    Raises:
+        ConfigError: a row with a token id outside the model's `vocabulary`.
+    """
+    indices = step_rows(len(rows), recipe.global_batch_size, step, recipe.seed)
+    mine = indices.reshape(-1, ranks, recipe.batch_size)[:, rank]
+
+    def fetch(index: int) -> LoadedRow:
+        tokens, weight = rows.row(index)
+        if recipe.truncate is not None:
+            tokens, weight = tokens[: recipe.truncate], weight[: recipe.truncate]
+        if vocabulary is not None and tokens.max() >= vocabulary:
+            raise ConfigError(
+                f"row {index} of {recipe.dataset} has token id {tokens.max()}, the model's vocabulary ends at"
+                f" {vocabulary - 1}; tokenize with the model's own tokenizer"
+            )
+        return tokens, weight
+
+    return [[fetch(int(index)) for index in micro] for micro in mine]
+
+
+@dataclass(frozen=True)
+class DocumentBorders:
+    """Where the documents of packed rows begin: at each BOS, or behind each EOS where the tokenizer has no BOS."""
+
+    bos: int | None
+    eos: int | None
+
+    @classmethod
+    def of(cls, rows: TokenRows, name: str) -> DocumentBorders:
+        """The borders in a packed set.
+
+        Raises:
+            ConfigError: not a packed set, one whose rows do not mark documents, or no BOS and no EOS.
+        """
+        meta: dict[str, Any] = getattr(rows, "meta", {})
+        if meta.get("bookend") != "document":
+            raise ConfigError(
+                f"documents: separate needs borders between documents, and dataset {name} does not say where they are;"
+                f" make it with tokenization.py --bookend document"
+            )
+        if meta["bos"] is None and meta["eos"] is None:
+            raise ConfigError(f"documents: separate is not possible: the tokenizer of {name} has neither BOS nor EOS")
+        return cls(meta["bos"], meta["eos"])
+
+    def starts(self, tokens: IntArray) -> npt.NDArray[np.bool_]:
+        """Whether each token [..., T] opens a document; the first of a row does."""
+        if self.bos is not None:
+            first: npt.NDArray[np.bool_] = tokens == self.bos
+        else:
+            first = np.roll(tokens == self.eos, 1, axis=-1)
+        first[..., 0] = True
+        return first
+
+    def positions(self, tokens: IntArray) -> IntArray:
+        """Position of each token [..., T] in its document, from 0 (in its row, for one that began before it)."""
+        index = np.arange(tokens.shape[-1])
+        begin = np.maximum.accumulate(np.where(self.starts(tokens), index, 0), axis=-1)
+        positions: IntArray = index - begin
+        return positions
+
+    def cut_targets(self, tokens: IntArray, weights: IntArray) -> tuple[IntArray, IntArray]:
+        """Tokens [T] and weights [T] in which no document has to predict how the next one opens."""
+        return tokens, np.where(self.starts(tokens), 0, weights)
+
+
+# ------------------------------------------------------------------------------------------------------- sampling
+
+
+def step_rows(rows: int, global_batch: int, step: int, seed: int) -> IntArray:
+    """Which rows the optimizer step number `step` (from 0) consumes: a pure function, so resuming needs no state.
+
+    The data is walked in one fresh permutation per epoch; a batch may span two epochs.
+
+    Returns:
+        int64 [global_batch].
+    """
+    positions = np.arange(step * global_batch, (step + 1) * global_batch)
+    epochs = positions // rows
+    out = np.empty(global_batch, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        order = np.random.default_rng([seed, int(epoch)]).permutation(rows)
+        chosen = epochs == epoch
+        out[chosen] = order[positions[chosen] % rows]
+    return out

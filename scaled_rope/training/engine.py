@@ -1,0 +1,347 @@
+"""What runs a training step on one process or many: accelerate with DDP, DeepSpeed or FSDP, and what they are told.
+
+Everything that an engine could get wrong about batch, schedule or synchronisation is either set here or refused here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from scaled_rope.errors import ConfigError
+from scaled_rope.patching.rotary import ScaledRotaryEmbedding
+from scaled_rope.recipes import Recipe
+from scaled_rope.scaling.record import RopeScaling
+
+
+@dataclass(frozen=True)
+class Layout:
+    """This process's place among all of them. Ranks that share a sequence are neighbours."""
+
+    rank: int
+    ranks: int
+    sequence_parallel: int = 1
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the `data_ranks` parts of a batch this rank works on."""
+        return self.rank // self.sequence_parallel
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks, or groups of ranks that share sequences, that get different rows."""
+        return self.ranks // self.sequence_parallel
+
+    def shard(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """This rank's stretch [B, T / sequence_parallel] of tensors [B, T]."""
+        part = self.rank % self.sequence_parallel
+        return {name: tensor.chunk(self.sequence_parallel, dim=1)[part] for name, tensor in tensors.items()}
+
+
+def accumulation(recipe: Recipe, ranks: int) -> int:
+    """Forward passes per rank and optimizer step.
+
+    Raises:
+        ConfigError: the global batch is no multiple of what all ranks do in one pass.
+    """
+    if ranks % recipe.sequence_parallel:
+        raise ConfigError(
+            f"sequence_parallel {recipe.sequence_parallel} is not allowed; a divisor of the {ranks} processes"
+        )
+    groups = ranks // recipe.sequence_parallel
+    per_pass = recipe.batch_size * groups
+    if recipe.global_batch_size % per_pass:
+        shared = "" if recipe.sequence_parallel == 1 else f" that share {recipe.sequence_parallel} to a sequence"
+        raise ConfigError(
+            f"global_batch_size {recipe.global_batch_size} is not allowed; a multiple of batch_size {recipe.batch_size}"
+            f" x {ranks} processes{shared} = {per_pass}"
+        )
+    return recipe.global_batch_size // per_pass
+
+
+def allowed_sequence_parallel(heads: int, kv_heads: int) -> list[int]:
+    """The numbers of ranks over which Ulysses can spread attention heads.
+
+    Each rank gets as many query heads as the others, and either as many key/value heads or a copy of one.
+    """
+    divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+    return [n for n in divisors if kv_heads % n == 0 or n % kv_heads == 0]
+
+
+def check_sequence_parallel(recipe: Recipe, config: Any, scaling: RopeScaling, attention: str) -> None:
+    """Refuse what would be wrong, or crash, when one sequence is spread over `recipe.sequence_parallel` ranks.
+
+    Raises:
+        ConfigError: heads that cannot be divided, dynamic scaling, a method that changes attention, windows, separate
+            documents, eager attention.
+    """
+    size = recipe.sequence_parallel
+    if size == 1:
+        return
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    if size not in (allowed := allowed_sequence_parallel(heads, kv_heads)):
+        raise ConfigError(
+            f"sequence_parallel {size} is not allowed for {heads} heads and {kv_heads} key/value heads;"
+            f" one of: {', '.join(map(str, allowed))}"
+        )
+    if scaling.is_length_dependent:
+        raise ConfigError(
+            f"sequence_parallel {size} is not allowed with {scaling.label}: no rank sees the length of the sequence"
+        )
+    if scaling.changes_attention:
+        raise ConfigError(
+            f"sequence_parallel {size} is not allowed with {scaling.label}: its attention needs the whole sequence"
+        )
+    windows = recipe.sliding_window_attention_schedule or (getattr(text, "sliding_window", None),)
+    longest = recipe.truncate or recipe.sequence_length
+    if any(window is not None and window < longest for window in windows):
+        raise ConfigError(
+            f"sequence_parallel {size} is not allowed with a sliding window below {longest} tokens: it would be ignored"
+        )
+    if recipe.documents != "joined":
+        raise ConfigError(f"sequence_parallel {size} is not allowed with documents: {recipe.documents}")
+    if attention == "eager":
+        raise ConfigError(f"sequence_parallel {size} is not allowed with eager attention; use sdpa or flash attention")
+
+
+def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
+    """An `Accelerator` for whatever launched this process, with the recipe's batch and clipping given to DeepSpeed.
+
+    Args:
+        attention_name: the attention implementation that the model will be built with; Ulysses has to be told.
+
+    Raises:
+        ConfigError: accelerate is missing, or it would train unsynchronised copies.
+    """
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+    except ImportError:
+        raise ConfigError("training needs accelerate: pip install 'scaled-rope[train]'") from None
+    _quieten()
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        check_fsdp()
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if recipe.sequence_parallel > 1 and not deepspeed:
+        raise ConfigError(
+            f"sequence_parallel {recipe.sequence_parallel} needs DeepSpeed:"
+            f" accelerate launch --config_file configs/accelerate/zero3.yaml"
+        )
+    passes = accumulation(recipe, launched)
+    if deepspeed and not torch.cuda.is_available():
+        check_can_build("deepspeed_shm_comm")
+    # Left to itself accelerate finds no process-group backend on CPU and a launched process believes that it is alone.
+    on_cpu = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
+    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    if on_cpu:
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    options: dict[str, Any] = {}
+    if recipe.sequence_parallel > 1:
+        options["parallelism_config"] = _ulysses(recipe, launched, attention_name)
+    mixed = "bf16" if recipe.precision == "bf16" else "no"
+    accelerator = Accelerator(mixed_precision=mixed, cpu=on_cpu and not deepspeed, kwargs_handlers=handlers, **options)
+    kind = accelerator.distributed_type.value
+    if launched != accelerator.num_processes or (launched > 1 and kind == "NO"):
+        raise ConfigError(
+            f"{launched} processes were launched but accelerate sees {accelerator.num_processes} of type {kind}:"
+            f" they would train unsynchronised copies; launch DDP or DeepSpeed on this platform"
+        )
+    accelerator.gradient_accumulation_steps = passes
+    if kind == "FSDP":
+        configure_fsdp(accelerator.state.fsdp_plugin, recipe)
+    if (plugin := accelerator.state.deepspeed_plugin) is not None:
+        settings = plugin.deepspeed_config
+        if recipe.sequence_parallel > 1 and plugin.zero_stage != 3:
+            raise ConfigError(
+                f"sequence_parallel {recipe.sequence_parallel} needs ZeRO-3, this is stage {plugin.zero_stage}"
+            )
+        zero = settings["zero_optimization"]
+        offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        if offloads and settings.get("zero_force_ds_cpu_optimizer", True):
+            check_can_build("cpu_adam")
+        if zero.get("reduce_scatter", True) is False:
+            raise ConfigError(
+                "DeepSpeed field reduce_scatter = false is not allowed: without it gradients are averaged otherwise"
+            )
+        for field in ("optimizer", "scheduler"):
+            if field in settings:
+                raise ConfigError(f"DeepSpeed field {field!r} is not allowed; the recipe sets it: remove the block")
+        settings["train_micro_batch_size_per_gpu"] = recipe.batch_size
+        settings["gradient_accumulation_steps"] = passes
+        settings["gradient_clipping"] = recipe.grad_norm or 0.0
+    return accelerator
+
+
+def check_fsdp() -> None:
+    """Refuse FSDP where accelerate does not carry it out.
+
+    Raises:
+        ConfigError: there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "FSDP is not available on this platform: accelerate would train unsynchronised copies on CPU;"
+            " launch DDP (torchrun) or DeepSpeed"
+        )
+
+
+def check_can_build(operation: str) -> None:
+    """Refuse DeepSpeed where it has to compile `operation`, as it does on first use, and cannot.
+
+    Raises:
+        ConfigError: what is missing: DeepSpeed itself, ninja or a C++ compiler.
+    """
+    try:
+        from deepspeed.git_version_info import installed_ops
+    except ImportError:
+        raise ConfigError("DeepSpeed is not installed: pip install 'scaled-rope[train]'") from None
+    if installed_ops.get(operation):
+        return
+    if shutil.which("ninja") is None:  # pip puts it beside Python, where PATH leads in an activated environment only
+        os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
+    missing = [tool for tool in ("ninja", os.environ.get("CXX", "c++")) if shutil.which(tool) is None]
+    if missing:
+        raise ConfigError(
+            f"DeepSpeed has to compile {operation} and finds no {' and no '.join(missing)}: install ninja (pip) and a"
+            f" C++ compiler, or launch DDP"
+        )
+
+
+def configure_fsdp(plugin: Any, recipe: Recipe) -> None:
+    """Refuse what has not been seen to work under FSDP, and set what accelerate would round.
+
+    Its own policy under bf16 also sums gradients over ranks in bfloat16, and turns the loss and the weights of targets
+    into it.
+
+    Args:
+        plugin: accelerate's `FullyShardedDataParallelPlugin`, not used yet.
+
+    Raises:
+        ConfigError: FSDP 1, and its own activation checkpointing.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if plugin.fsdp_version != 2:
+        raise ConfigError(f"FSDP field fsdp_version = {plugin.fsdp_version} is not allowed; 2")
+    if plugin.activation_checkpointing:
+        raise ConfigError(
+            "FSDP field fsdp_activation_checkpointing = true is not allowed; the recipe's gradient_checkpointing does"
+            " it"
+        )
+    if recipe.precision == "bf16":
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+
+
+def _ulysses(recipe: Recipe, ranks: int, attention: str) -> Any:
+    from accelerate.parallelism_config import ParallelismConfig
+    from accelerate.utils import DeepSpeedSequenceParallelConfig
+
+    handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation=attention)
+    size = recipe.sequence_parallel
+    return ParallelismConfig(sp_size=size, dp_shard_size=ranks // size, sp_backend="deepspeed", sp_handler=handler)
+
+
+def place_tables(module: torch.nn.Module, device: torch.device) -> None:
+    """Bring rotary frequencies to the device that a model trains on.
+
+    accelerate takes a model to "meta" and back around FSDP2's sharding, and of what is no parameter it brings back
+    buffers only.
+    """
+    for part in module.modules():
+        if isinstance(part, ScaledRotaryEmbedding):
+            part.to_empty(device=device)  # it computes them again
+
+
+def restore_heads(model: Any) -> None:
+    """Make attention group heads as the model's config says, for passes in which no sequence is shared.
+
+    Where ranks outnumber key/value heads Ulysses rewrites the grouping in every training pass and leaves it so.
+    """
+    config = model.config.get_text_config()
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    for module in model.modules():
+        if hasattr(module, "num_key_value_groups"):
+            module.num_key_value_groups = config.num_attention_heads // kv_heads
+
+
+def _quieten() -> None:
+    """Silence what the engines say about themselves at every start, so that what matters can be seen."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def engine_name(accelerator: Any) -> str:
+    """What a resumable state depends on: "plain" (one process and DDP), "fsdp", or "zero2", "zero3" of DeepSpeed."""
+    if (plugin := accelerator.state.deepspeed_plugin) is not None:
+        return f"zero{plugin.zero_stage}"
+    return "fsdp" if accelerator.distributed_type.value == "FSDP" else "plain"
+
+
+@contextlib.contextmanager
+def last_pass(accelerator: Any, module: Any, last: bool) -> Iterator[None]:
+    """Around one of the passes of a step: gradients are reduced, and the optimizer moves, in the last one only.
+
+    `Accelerator.accumulate` counts passes from the beginning of the run, which goes wrong when a run is resumed with
+    another number of passes per step.
+    """
+    accelerator.sync_gradients = last
+    with contextlib.nullcontext() if last else accelerator.no_sync(module):
+        yield
+
+
+class StopSignal:
+    """Remembers SIGTERM (a scheduler's pre-emption) until all ranks can act on it together. A context manager."""
+
+    def __init__(self) -> None:
+        self._requested = False
+        self._before: Any = None
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self._before = signal.signal(signal.SIGTERM, self._remember)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True
+
+    def anywhere(self, accelerator: Any) -> bool:
+        """Whether any rank was asked to stop; every rank must call this, and all get the same answer."""
+        mine = torch.tensor([int(self._requested)], device=accelerator.device)
+        return bool(accelerator.gather(mine).any())
+
+
+class RandomState:
+    """The random generators that dropout draws from, as they are now; `restore` brings them back."""
+
+    def __init__(self) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)

@@ -1,0 +1,372 @@
+"""The training loop: one code path for one process, several ranks, DDP and DeepSpeed.
+
+Three choices keep it right on any number of ranks. The learning rate is a function of the step, written into the
+optimizer before each step, so no scheduler can be stepped too often. The rows of a step are a function of the step too,
+so resuming restores data order without any loader state. The loss is a sum over targets divided by the weight of all
+targets of the whole global batch, so neither ranks nor accumulation change what is minimised.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+from scaled_rope.attention.backends import resolve_attention
+from scaled_rope.errors import ConfigError
+from scaled_rope.patching.loading import resolve_device
+from scaled_rope.patching.loss import resolve_loss
+from scaled_rope.recipes import Recipe, is_finished
+from scaled_rope.results import Row, provenance, write_atomic
+from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.texts.packed import TokenRows, open_rows
+from scaled_rope.training.batches import DocumentBorders, LoadedRow, check_lengths, collate, step_batches
+from scaled_rope.training.costs import ModelCost, device_peak_flops
+from scaled_rope.training.engine import (
+    Layout,
+    RandomState,
+    StopSignal,
+    check_sequence_parallel,
+    engine_name,
+    last_pass,
+    make_accelerator,
+    place_tables,
+    restore_heads,
+)
+from scaled_rope.training.model import (
+    SummedLoss,
+    build_model,
+    enable_checkpointing,
+    make_whole,
+    save_model,
+    set_sliding_window,
+)
+from scaled_rope.training.run_state import (
+    check_same_run,
+    check_space,
+    find_state,
+    fingerprint,
+    latest_state,
+    load_state,
+    read_log,
+    run_lock,
+    save_state,
+)
+from scaled_rope.training.tracking import RunLog, peak_memory, plot_losses, write_records
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Learning rate of optimizer step number `step`, counted from 0.
+
+    Warm-up rises linearly and reaches the peak at step `warmup_steps` - 1, so that no step is wasted on a rate of 0.
+    Then `constant` stays, `linear` falls to 0 just after the last step, `cosine` falls to a tenth of the peak.
+    """
+    peak, warmup, total = recipe.learning_rate, recipe.warmup_steps, recipe.max_train_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if recipe.lr_schedule == "constant":
+        return peak
+    progress = (step - warmup) / max(1, total - warmup)
+    if recipe.lr_schedule == "linear":
+        return peak * (1.0 - progress)
+    return peak * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
+    """AdamW over what is trained, as the recipe says."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    betas = (recipe.adam_betas[0], recipe.adam_betas[1])
+    return torch.optim.AdamW(trainable, lr=recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)
+
+
+# -------------------------------------------------------------------------------------------------------- the run
+
+
+class Trainer:
+    """One run of one recipe. `Trainer(recipe).run()` trains, resumes, or finds that everything is done.
+
+    Args:
+        recipe: what to do.
+        resume: "auto", the newest state of the run if there is one, or the folder of a state.
+        wandb_project, tensorboard: where to log beside `train_log.jsonl`: a project, a folder.
+    """
+
+    def __init__(
+        self, recipe: Recipe, resume: str = "auto", wandb_project: str | None = None, tensorboard: str | None = None
+    ) -> None:
+        self.recipe = recipe
+        self.output = Path(recipe.output_dir)
+        self._trackers = (wandb_project, tensorboard)
+        check_same_run(recipe, self.output)
+        self._resume = find_state(self.output, resume)
+
+    def run(self) -> list[float]:
+        """Train to the end and save; returns the loss of every step (nats per token).
+
+        On SIGTERM it saves a state, says so and returns; the same call continues from there.
+
+        Raises:
+            ConfigError: what cannot be trained, another run at work in the folder, or a loss or gradient that is not
+                finite.
+        """
+        if is_finished(self.recipe):
+            print(f"{self.output / 'model'}: already trained")
+            return [row["loss"] for row in read_log(self.output)]
+        with StopSignal() as stop, run_lock(self.output):
+            return self._run(stop)
+
+    def _run(self, stop: StopSignal) -> list[float]:
+        recipe = self.recipe
+        rows = open_rows(recipe.dataset)
+        check_lengths(rows, recipe)
+        heldout = Heldout(recipe) if recipe.heldout is not None else None
+        attention = resolve_attention(recipe.attention, resolve_device(None), recipe.compute_dtype)
+        accelerator = make_accelerator(recipe, attention)
+        engine = engine_name(accelerator)
+        resolve_loss(recipe.loss, accelerator.device)  # refuses before a model is read
+        model, report = build_model(recipe, attention)
+        scaling = RopeScaling.from_config(model.config) if report is None else report.scaling
+        check_sequence_parallel(recipe, model.config, scaling, model.config._attn_implementation)
+        loss = resolve_loss(recipe.loss, accelerator.device, model)
+        cost = ModelCost.of(model)
+        accelerator.print(
+            f"{accelerator.device}, {accelerator.num_processes} processes, engine {engine},"
+            f" attention {model.config._attn_implementation}, loss {loss}"
+        )
+        if report is not None and not report.native:
+            accelerator.print(
+                f"note: transformers cannot express {report.scaling.label}; load the result with scaled_rope"
+            )
+        enable_checkpointing(model, recipe)
+        model.config.use_cache = False
+        module = SummedLoss(model, recipe.offload_activations, loss)
+        optimizer = make_optimizer(recipe, module)
+        module, optimizer = accelerator.prepare(module, optimizer)
+        place_tables(module, accelerator.device)
+        facts = provenance(str(accelerator.device), recipe.seed, {"ranks": accelerator.num_processes})
+        if accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+            # under ZeRO-3 a parameter's own numel() is that of its shard
+            check_space(recipe, sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()))
+            record = recipe.to_dict() | fingerprint(recipe)
+            write_atomic(self.output / "recipe.yaml", yaml.safe_dump(record, sort_keys=False))
+            write_atomic(self.output / "provenance.json", json.dumps(facts, indent=2) + "\n")
+        loop = Loop(recipe, accelerator, module, optimizer, rows, cost, heldout, stop)
+        start = load_state(accelerator, self._resume, self.output)
+        losses = loop.run(start, self._trackers)
+        if loop.stopped:
+            accelerator.end_training()
+            return losses
+        state = accelerator.get_state_dict(module)
+        if accelerator.is_main_process:
+            inner, log = accelerator.unwrap_model(module).model, read_log(self.output)
+            state = {k.removeprefix("model."): v for k, v in state.items()}
+            if recipe.lora and engine in ("zero3", "fsdp"):
+                make_whole(inner, state)
+            records = (recipe, facts, log, scaling.label)
+            save_model(inner, state, recipe, self.output / "model", lambda folder: write_records(folder, *records))
+            shutil.rmtree(self.output / "checkpoints", ignore_errors=True)
+            plot_losses({recipe.name: log}, self.output / "loss.png")
+            print(f"{self.output / 'model'}: saved")
+        accelerator.wait_for_everyone()
+        # A process group that is still there when Python ends may abort the process: its threads are running.
+        accelerator.end_training()
+        return losses
+
+
+class Loop:
+    """The steps of a run. `stopped` says whether a signal ended it before the last one."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Any,
+        module: Any,
+        optimizer: Any,
+        rows: TokenRows,
+        cost: ModelCost,
+        heldout: Heldout | None,
+        stop: StopSignal,
+    ) -> None:
+        self.recipe, self.accelerator, self.module, self.optimizer = recipe, accelerator, module, optimizer
+        self.rows, self.cost, self.heldout, self.stop = rows, cost, heldout, stop
+        self.layout = Layout(accelerator.process_index, accelerator.num_processes, recipe.sequence_parallel)
+        self.documents = None if recipe.documents == "joined" else DocumentBorders.of(rows, recipe.dataset)
+        self.stopped = False
+
+    def run(self, start: int, trackers: tuple[str | None, str | None]) -> list[float]:
+        """Do the steps from `start` to the end, logging each and saving states; returns all losses."""
+        from tqdm import tqdm
+
+        recipe, main, output = self.recipe, self.accelerator.is_main_process, Path(self.recipe.output_dir)
+        log = RunLog(recipe, *trackers) if main else None
+        seen = sum(row["tokens"] for row in read_log(output)) if start else 0
+        total, every = recipe.max_train_steps, recipe.checkpointing_steps
+        with tqdm(total=total, initial=start, unit="step", desc=recipe.name, mininterval=1.0, disable=not main) as bar:
+            for step in range(start, total):
+                random, began = RandomState(), time.perf_counter()
+                row = self._step(step)
+                if row is None:
+                    self._save_and_stop(step, random)
+                    break
+                row = self._measure(row, time.perf_counter() - began)
+                seen += row["tokens"]
+                row["tokens_seen"] = seen
+                if self.heldout is not None and ((step + 1) % recipe.heldout_steps == 0 or step + 1 == total):
+                    row["heldout"] = self.heldout.perplexity(self.accelerator, self.module)
+                if log is not None:
+                    log.add(row)
+                bar.set_postfix(_shown(row), refresh=False)
+                bar.update(1)
+                if every and (step + 1) % every == 0 and step + 1 < total:
+                    save_state(self.accelerator, recipe, step + 1)
+        if log is not None:
+            log.close()
+        return [row["loss"] for row in read_log(output)]
+
+    def _save_and_stop(self, step: int, random: RandomState) -> None:
+        """Keep what has been done before step number `step`, as if its passes had not begun."""
+        self.stopped = True
+        random.restore()
+        self.optimizer.zero_grad()
+        saved = "nothing was to be saved"
+        if step > 0:
+            saved = f"saved {save_state(self.accelerator, self.recipe, step)}"
+        self.accelerator.print(f"SIGTERM after step {step}: {saved}; the same command continues")
+
+    def _measure(self, row: Row, seconds: float) -> Row:
+        """The row of a step with what it cost on this machine."""
+        flops, device = row.pop("flops"), self.accelerator.device
+        peak = device_peak_flops(device)
+        used = None if peak is None else round(flops / seconds / self.layout.ranks / peak, 4)
+        memory = torch.tensor([peak_memory(device)], device=device)
+        return row | {
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(row["tokens"] / seconds, 1),
+            "mfu": used,
+            "peak_memory_gb": round(float(self.accelerator.gather(memory).max()), 3),
+        }
+
+    def _step(self, step: int) -> Row | None:
+        """One optimizer step over the global batch; returns its log row, or None when it was broken off."""
+        recipe, accelerator, layout = self.recipe, self.accelerator, self.layout
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step)
+        inner = accelerator.unwrap_model(self.module)
+        if (windows := recipe.sliding_window_attention_schedule) is not None:
+            set_sliding_window(inner.model, windows[step % len(windows)])
+        batches = step_batches(self.rows, recipe, step, layout.data_rank, layout.data_ranks, inner.config.vocab_size)
+        if self.documents is not None:
+            batches = [[self.documents.cut_targets(*row) for row in batch] for batch in batches]
+        weight, tokens, flops, length = self._sizes([row for batch in batches for row in batch])
+        total, mean, norm = torch.zeros((), device=accelerator.device), math.nan, math.nan
+        for number, batch in enumerate(batches, 1):
+            if self.stop.anywhere(accelerator):
+                return None
+            with last_pass(accelerator, self.module, number == len(batches)):
+                tensors = collate(batch, length)
+                if self.documents is not None:
+                    tensors["position_ids"] = torch.from_numpy(self.documents.positions(tensors["input_ids"].numpy()))
+                elif layout.sequence_parallel > 1:
+                    tensors["position_ids"] = torch.arange(length).expand(len(batch), length)
+                tensors = {name: value.to(accelerator.device) for name, value in layout.shard(tensors).items()}
+                loss = self.module(**tensors, separate=self.documents is not None) / weight
+                total += loss.detach()
+                if accelerator.sync_gradients:
+                    mean = float(accelerator.reduce(total, "sum"))
+                    self._check_finite(step, "loss", mean)
+                # Engines average over ranks and over passes; undo both. (DeepSpeed's reduce-scatter averages over the
+                # ranks that share a sequence as well.)
+                accelerator.backward(loss * (layout.ranks * len(batches)))
+                if accelerator.sync_gradients:
+                    norm = self._clip(step)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        rate = float(self.optimizer.param_groups[0]["lr"])  # what the engine used, not what it was told
+        row = {"step": step + 1, "loss": mean, "learning_rate": rate, "grad_norm": norm, "tokens": round(tokens)}
+        return row | {"flops": flops}
+
+    def _sizes(self, mine: Sequence[LoadedRow]) -> tuple[float, float, float, int]:
+        """Of the step's rows on all ranks: weight of all targets, tokens, FLOPs, and the length to pad each row to."""
+        device, shared = self.accelerator.device, self.layout.sequence_parallel
+        lengths = [len(tokens) for tokens, _ in mine]
+        flops = sum(self.cost.sequence(length).total for length in lengths)
+        sizes = [sum(weight[1:].sum() for _, weight in mine), sum(lengths), flops, max(lengths)]
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        everyone = self.accelerator.gather(torch.tensor([sizes], device=device, dtype=exact))
+        weight, tokens, flops = (everyone[:, :3].sum(dim=0) / shared).tolist()
+        # One length for all ranks: under ZeRO-3 each pass is made of collectives, whose number must agree.
+        longest = int(everyone[:, 3].max())
+        return weight, tokens, flops, -(-longest // shared) * shared
+
+    def _clip(self, step: int) -> float:
+        """Clip the gradient of the whole step; its norm before that."""
+        norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), self.recipe.grad_norm or math.inf))
+        self._check_finite(step, "gradient", norm)
+        return norm
+
+    def _check_finite(self, step: int, what: str, value: float) -> None:
+        if math.isfinite(value):
+            return
+        state = latest_state(Path(self.recipe.output_dir))
+        kept = f"the last state, {state}, is intact" if state is not None else "no state was saved yet"
+        raise ConfigError(
+            f"{what} of step {step + 1} is {value}; {kept}. Lower learning_rate, clip with grad_norm, or look at"
+            f" the rows of this step"
+        )
+
+
+def _shown(row: Row) -> dict[str, str]:
+    """What the progress bar shows of a row."""
+    shown = {
+        "loss": f"{row['loss']:.3f}", "lr": f"{row['learning_rate']:.1e}", "norm": f"{row['grad_norm']:.2f}",
+        "tok/s": f"{row['tokens_per_second']:.0f}", "GB": f"{row['peak_memory_gb']:.1f}",
+    }  # fmt: skip
+    return shown | ({} if row["mfu"] is None else {"mfu": f"{row['mfu']:.2f}"})
+
+
+class Heldout:
+    """Perplexity at several lengths on rows that are not trained on: the first of the recipe's `heldout` set.
+
+    Raises:
+        ConfigError: fewer rows than asked for, or rows that are shorter than the longest length.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        rows, longest = open_rows(str(recipe.heldout)), max(recipe.heldout_lengths)
+        if len(rows) < recipe.heldout_rows:
+            raise ConfigError(f"heldout {recipe.heldout} has {len(rows)} rows; heldout_rows is {recipe.heldout_rows}")
+        self._rows = [rows.row(index)[0][:longest] for index in range(recipe.heldout_rows)]
+        for index, tokens in enumerate(self._rows):
+            if len(tokens) < longest:
+                raise ConfigError(f"heldout {recipe.heldout}, row {index}: {len(tokens)} tokens, fewer than {longest}")
+        self._lengths = recipe.heldout_lengths
+
+    def perplexity(self, accelerator: Any, module: Any) -> dict[str, float]:
+        """exp of the mean loss of all targets within each length. Every rank must call this."""
+        rank, ranks, rows = accelerator.process_index, accelerator.num_processes, self._rows
+        sums = torch.zeros(len(self._lengths), device=accelerator.device)
+        module.eval()
+        restore_heads(accelerator.unwrap_model(module).model)
+        with torch.no_grad():
+            for first in range(0, len(rows), ranks):  # equally many passes on every rank, as ZeRO-3 needs
+                mine = first + rank
+                tokens = rows[min(mine, len(rows) - 1)]
+                batch = collate([(tokens, np.ones_like(tokens))], len(tokens))
+                tensors = {name: value.to(accelerator.device) for name, value in batch.items()}
+                nll = module(**tensors, reduce=False)[0]
+                if mine < len(rows):
+                    sums += torch.stack([nll[: length - 1].sum() for length in self._lengths])
+        module.train()
+        totals = accelerator.reduce(sums, "sum").tolist()
+        means = [total / (len(rows) * (n - 1)) for total, n in zip(totals, self._lengths, strict=True)]
+        return {str(n): round(math.exp(min(mean, 700.0)), 4) for n, mean in zip(self._lengths, means, strict=True)}

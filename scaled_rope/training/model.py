@@ -1,0 +1,238 @@
+"""The model that is trained: built, scaled, wrapped, and saved."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from scaled_rope.attention.backends import attention_for
+from scaled_rope.checkpoint import load_tokenizer
+from scaled_rope.errors import ConfigError
+from scaled_rope.patching.loading import former_names, load_model, resolve_plan
+from scaled_rope.patching.loss import token_nll
+from scaled_rope.patching.patch import PatchReport, patch_model, patched_plan
+from scaled_rope.recipes import Recipe
+from scaled_rope.scaling.record import RopeScaling, with_primary
+
+
+class SummedLoss(nn.Module):
+    """A model together with its loss, so that engines which wrap `forward` wrap both.
+
+    Args:
+        model: a causal language model, plain or with adapters.
+        offload: keep what the backward pass needs, the inputs of checkpointed layers, in CPU memory.
+        loss: how it is computed, as `resolve_loss` says.
+    """
+
+    def __init__(self, model: Any, offload: bool = False, loss: str = "chunked") -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config  # DeepSpeed sizes its buckets by it, Ulysses its heads
+        self._no_split_modules = getattr(model, "_no_split_modules", None)  # FSDP wraps these
+        self._offload, self._loss = offload, loss
+        first: dict[int, str] = {}
+        shared = [(n, first.setdefault(id(p), n)) for n, p in model.named_parameters(remove_duplicate=False)]
+        self._tied = [(name, source) for name, source in shared if name != source]
+
+    def tie_weights(self) -> None:
+        """Make parameters one again that were one at the beginning; FSDP moves each by itself, and then calls this.
+
+        A model's own `tie_weights` fails where adapters train its embeddings.
+        """
+        for name, source in self._tied:
+            place, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(place), leaf, self.model.get_parameter(source))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        separate: bool = False,
+        reduce: bool = True,
+    ) -> torch.Tensor:
+        """The weighted sum of the negative log-likelihoods, in nats; without `reduce` each of them, [B, T]."""
+        with offloaded_activations() if self._offload else contextlib.nullcontext():
+            nll = token_nll(self.model, input_ids, targets, position_ids, separate=separate, loss=self._loss)
+            return (nll * weights).sum() if reduce else nll
+
+
+@contextlib.contextmanager
+def offloaded_activations() -> Iterator[None]:
+    """What autograd keeps inside this goes to CPU memory until the backward pass asks for it; weights stay."""
+
+    def pack(tensor: torch.Tensor) -> Any:
+        if isinstance(tensor, nn.Parameter) or not _is_on_accelerator(tensor):
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        host.copy_(tensor, non_blocking=True)
+        return tensor.device, host
+
+    def unpack(packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        device, host = packed
+        return host.to(device, non_blocking=True)  # type: ignore[no-any-return]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def _is_on_accelerator(tensor: torch.Tensor) -> bool:
+    return tensor.device.type != "cpu"
+
+
+# ------------------------------------------------------------------------------------------------------- the model
+
+
+def build_model(recipe: Recipe, attention: str = "sdpa") -> tuple[Any, PatchReport | None]:
+    """The recipe's model in float32 on the CPU with its scaling installed; `attention` is what it will run with.
+
+    Raises:
+        ConfigError: an `init` that is no model, and what `load_model` and `patch_model` raise.
+    """
+    torch.manual_seed(recipe.seed)
+    if recipe.init is not None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        fields = dict(recipe.init)
+        try:
+            config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+            attention = attention_for(config, attention)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"init of recipe {recipe.name!r} is no model: {str(error).splitlines()[0]}") from None
+    else:
+        model = load_model(str(recipe.model), dtype="float32", device="cpu")
+        model.set_attn_implementation(attention_for(model.config, attention))
+    report = install_scaling(model, recipe)
+    if recipe.lora:
+        model = add_lora(model, recipe.lora_embeddings_and_norms)
+    model.train()
+    return model, report
+
+
+def install_scaling(model: Any, recipe: Recipe) -> PatchReport | None:
+    """Put the recipe's scaling and context length into a model; None where it keeps the checkpoint's own.
+
+    Raises:
+        ConfigError: what `patch_model` raises.
+    """
+    report = None
+    own = RopeScaling.from_config(model.config)
+    base = dataclasses.replace(
+        own,
+        rope_theta=recipe.rope_theta or own.rope_theta,
+        original_max_position_embeddings=recipe.original_max_position_embeddings
+        or own.original_max_position_embeddings,
+    )
+    plan = resolve_plan(model.config, recipe.layers, recipe.drop_layers, patched_plan(model))
+    if recipe.scaling is not None or base != own or plan != patched_plan(model):
+        scaling = base if recipe.scaling is None else RopeScaling.from_spec(recipe.scaling, base)
+        report = patch_model(model, with_primary(plan.layers, scaling) or scaling, drop_layers=plan.drop_layers)
+    if recipe.max_position_embeddings is not None:
+        model.config.max_position_embeddings = recipe.max_position_embeddings
+    return report
+
+
+def enable_checkpointing(model: Any, recipe: Recipe) -> None:
+    """Switch gradient checkpointing on where the recipe says so."""
+    if recipe.gradient_checkpointing:
+        # renamed in transformers 5.23
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+
+def add_lora(model: Any, embeddings_and_norms: bool = False) -> Any:
+    """Low-rank adapters with the released settings: r=16, alpha=64, dropout 0.05, all linear layers but the head.
+
+    embeddings_and_norms: train input embeddings, output projection and norms in full beside them.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ConfigError("lora needs peft: pip install 'scaled-rope[train]'") from None
+    full: list[str] | None = None
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if embeddings_and_norms:
+        head = () if tied else (model.get_output_embeddings(),)
+        whole = {id(module) for module in (model.get_input_embeddings(), *head)}
+        names = [
+            name for name, module in model.named_modules()
+            if id(module) in whole or type(module).__name__.endswith("Norm")
+        ]  # fmt: skip
+        full = sorted({name.rpartition(".")[2] for name in names})
+    settings = LoraConfig(
+        r=16, lora_alpha=64, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM",
+        modules_to_save=full, ensure_weight_tying=embeddings_and_norms and tied,
+    )  # fmt: skip
+    with former_names():
+        adapted = get_peft_model(model, settings)
+    adapted.enable_input_require_grads()  # checkpointed layers need an input with a gradient
+    return adapted
+
+
+def make_whole(model: Any, state: dict[str, torch.Tensor]) -> None:
+    """Replace the parameters of a model, which hold shards, by the whole ones of `state`, to merge adapters into them.
+
+    The model is plain from here on: what sharded it must not be asked to run it again.
+    """
+    whole: dict[int, nn.Parameter] = {}  # by identity, so that tied parameters stay tied
+    for place, module in model.named_modules(remove_duplicate=False):
+        for leaf, shard in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(shard) not in whole:
+                whole[id(shard)] = nn.Parameter(state[f"{place}.{leaf}"], requires_grad=False)
+            setattr(module, leaf, whole[id(shard)])
+
+
+def save_model(
+    model: Any, state: dict[str, torch.Tensor], recipe: Recipe, output: Path, records: Callable[[Path], None]
+) -> None:
+    """Write checkpoint and tokenizer to `output` in one rename; adapters are merged, and also kept in `adapter/`.
+
+    records: writes what else belongs into the folder.
+    """
+    staged = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    dtype = recipe.save_dtype or recipe.compute_dtype
+    if recipe.lora:
+        model.save_pretrained(staged / "adapter", state_dict=state)
+        model = model.merge_and_unload()
+        state = model.state_dict()
+    names: dict[int, str] = {}  # of a weight that is tied the first, as FSDP gathers it once for each
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        state[name] = state[names.setdefault(id(weight), name)]
+    cast: dict[int, torch.Tensor] = {}  # by address, so that tied weights stay one tensor and are written once
+    state = {k: cast.setdefault(v.data_ptr(), v.to(getattr(torch, dtype)).contiguous()) for k, v in state.items()}
+    model.config.dtype = dtype
+    model.config.use_cache = True
+    model.save_pretrained(staged, state_dict=state)
+    load_tokenizer(recipe.tokenizer or str(recipe.model)).save_pretrained(staged)
+    records(staged)
+    shutil.rmtree(output, ignore_errors=True)
+    os.rename(staged, output)
+
+
+def set_sliding_window(model: Any, window: int) -> None:
+    """Make every attention layer of a model with sliding windows (Mistral) use `window` tokens.
+
+    Raises:
+        ConfigError: the model has no sliding window.
+    """
+    if not hasattr(model.config, "sliding_window"):
+        raise ConfigError(
+            f"sliding_window_attention_schedule is not allowed for {model.config.model_type}; Mistral only"
+        )
+    model.config.sliding_window = window
+    for layer in model.modules():
+        if hasattr(layer, "sliding_window"):
+            layer.sliding_window = window

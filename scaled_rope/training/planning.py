@@ -1,0 +1,376 @@
+"""What a training run will need, before it is started: `scaled-rope plan RECIPE --gpus 8 --gpu-memory 80`.
+
+Memory of a pass is found by tracing it on shapes (`memory.py`); weights, gradients and optimizer follow from how each
+engine divides them. Time is FLOPs over a stated share of a stated peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from scaled_rope.attention.backends import attention_for
+from scaled_rope.checkpoint import load_config
+from scaled_rope.errors import ConfigError
+from scaled_rope.flags import H100_TFLOPS, check_plan_arguments
+from scaled_rope.patching.loss import logits_bytes
+from scaled_rope.recipes import Recipe, read_recipe, starts_from
+from scaled_rope.training.costs import Flops, ModelCost
+from scaled_rope.training.engine import accumulation, allowed_sequence_parallel
+from scaled_rope.training.model import SummedLoss, add_lora, enable_checkpointing, install_scaling, set_sliding_window
+from scaled_rope.training.traced_memory import Trace, to_cpu, trace_pass
+
+ARCHITECTURES = Path(__file__).resolve().parents[2] / "data" / "architectures.json"
+"""What the config.json of the recipes' base models says, so that planning needs no network."""
+
+
+def base_config(recipe: Recipe) -> Any:
+    """The configuration of the model that a recipe starts from.
+
+    A model that another recipe has yet to make is what that recipe would make.
+
+    Raises:
+        ConfigError: the model is neither here, nor in `ARCHITECTURES`, nor on the hub.
+    """
+    from transformers import AutoConfig
+
+    if recipe.init is not None:
+        fields = dict(recipe.init)
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    name = str(recipe.model)
+    if not Path(name).is_dir():
+        known = json.loads(ARCHITECTURES.read_text(encoding="utf-8"))
+        if name in known:
+            fields = dict(known[name])
+            return AutoConfig.for_model(fields.pop("model_type"), **fields)
+        if (before := starts_from(recipe)) is not None:
+            return copy.deepcopy(meta_model(before).config)
+    return load_config(name)
+
+
+def meta_model(recipe: Recipe) -> Any:
+    """The model of a recipe with its scaling installed, on the meta device: shapes and frequencies, no weights.
+
+    Raises:
+        ConfigError: what `base_config` and `install_scaling` raise, or an `init` that is no model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(base_config(recipe), dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"model of recipe {recipe.name!r} cannot be built: {str(error).splitlines()[0]}") from None
+    install_scaling(model, recipe)
+    return model
+
+
+# -------------------------------------------------------------------------------------------------------- the plan
+
+GB = 1e9
+_MARGIN = 0.08  # of a GPU's memory: CUDA's own, the allocator's gaps, collectives' buffers
+_PREFETCHED_LAYERS = 2  # of ZeRO-3: the layer at work and the next
+_BUCKETS = 4 * 5e8  # elements of ZeRO-2's buckets: gradients and weights, each twice so that they overlap with work
+_DEFAULT_PEAK = H100_TFLOPS * 1e12
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a recipe is run: what changes memory and time but not the result."""
+
+    ranks: int = 1
+    engine: str = "plain"
+    gradient_checkpointing: bool = True
+    offload_activations: bool = False
+    sequence_parallel: int = 1
+    lora: bool = False
+
+    def __str__(self) -> str:
+        words = [self.engine]
+        words += [] if self.gradient_checkpointing else ["no gradient checkpointing"]
+        words += ["activations offloaded"] if self.offload_activations else []
+        words += [f"{self.sequence_parallel} ranks to a sequence"] if self.sequence_parallel > 1 else []
+        words += ["lora"] if self.lora else []
+        return ", ".join(words)
+
+    def command(self, recipe: str) -> str:
+        """What to type for it."""
+        parts = ["finetune.py", recipe]
+        parts += [] if self.gradient_checkpointing else ["--no-gradient-checkpointing"]
+        parts += ["--offload-activations"] if self.offload_activations else []
+        parts += [f"--sequence-parallel {self.sequence_parallel}"] if self.sequence_parallel > 1 else []
+        parts += ["--lora"] if self.lora else []
+        if self.engine != "plain":
+            return " ".join(["accelerate launch --config_file", f"configs/accelerate/{self.engine}.yaml", *parts])
+        return " ".join([f"torchrun --nproc_per_node {self.ranks}" if self.ranks > 1 else "python", *parts])
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per rank, by what holds them; those of the pass and of the optimizer's step are not there at once."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """The most that a pass holds beside the three above."""
+    logits: float
+    """The most that logits take while the loss is computed; counted in `activations` if that is when it is largest."""
+    gathered: float
+    step_workspace: float
+    host: float
+    """In CPU memory, of what was offloaded."""
+
+    cache = 0.0
+    """Training keeps no key/value cache."""
+
+    @property
+    def total(self) -> float:
+        """The most at once on the device."""
+        in_pass = self.activations + self.gathered
+        return self.weights + self.gradients + self.optimizer + max(in_pass, self.step_workspace)
+
+    def terms(self) -> dict[str, float]:
+        """Name -> GB."""
+        names = ("weights", "gradients", "optimizer", "activations", "logits", "gathered", "step_workspace", "cache")
+        return {name: getattr(self, name) / GB for name in names} | {"total": self.total / GB, "host": self.host / GB}
+
+
+class Planner:
+    """Memory and time of a recipe under different options. Building it reads shapes; each new pass is traced once."""
+
+    def __init__(self, recipe: Recipe, on_gpu: bool = True) -> None:
+        self.recipe, self.on_gpu = recipe, on_gpu
+        self._config = base_config(recipe)
+        self._traces: dict[tuple[Any, ...], tuple[Trace, Counts]] = {}
+        text = self._config.get_text_config()
+        self.heads = text.num_attention_heads
+        self.kv_heads = getattr(text, "num_key_value_heads", None) or self.heads
+
+    def flops(self, lora: bool | None = None) -> Flops:
+        """Of one optimizer step over the global batch of full rows."""
+        recipe = self.recipe if lora is None else replace(self.recipe, lora=lora)
+        cost = ModelCost.of(self._build(recipe, torch.float32))
+        return cost.sequence(_length(recipe)) * recipe.global_batch_size
+
+    def seconds(self, options: Options, peak: float, utilisation: float) -> float:
+        """Of one optimizer step, where `utilisation` of the ranks' `peak` FLOP/s is model FLOPs."""
+        return self.flops(options.lora).total / (options.ranks * peak * utilisation)
+
+    def memory(self, options: Options) -> Memory:
+        """Per rank.
+
+        Raises:
+            ConfigError: a batch that the ranks cannot share.
+        """
+        recipe = replace(
+            self.recipe,
+            gradient_checkpointing=options.gradient_checkpointing,
+            sequence_parallel=options.sequence_parallel,
+            lora=options.lora,
+            lora_embeddings_and_norms=options.lora and self.recipe.lora_embeddings_and_norms,
+            offload_activations=options.offload_activations,
+        )
+        passes = accumulation(recipe, options.ranks)
+        shards = options.ranks if options.engine.startswith("zero") else 1
+        half = recipe.precision == "bf16"
+        cast = half and options.engine != "plain"  # DeepSpeed keeps bfloat16 weights beside the float32 ones
+        length = -(-_length(recipe) // options.sequence_parallel)
+        trace, counts = self._trace(recipe, length, cast, passes > 1 or options.engine != "plain")
+        all_, trained, width = counts.parameters, counts.trained, 2 if half else 4
+        if options.engine == "plain":
+            weights, gradients, optimizer = 4.0 * all_, 4.0 * trained, 8.0 * trained
+            gathered, host = 0.0, 0.0
+        else:
+            weights = width * all_ / (shards if options.engine.startswith("zero3") else 1)
+            gradients, optimizer = 4.0 * trained / shards, 12.0 * trained / shards
+            # ZeRO-3: layers at work and the projection, whole; and the largest gradient on its way to the others.
+            layers = _PREFETCHED_LAYERS * counts.layer + counts.head
+            gathered = min(width * layers, width * all_) + width * counts.largest
+            if options.engine == "zero2":
+                gathered = min(_BUCKETS * width, width * all_)
+            host = 0.0
+            if options.engine == "zero3_offload":
+                host, weights, gradients, optimizer = weights + gradients + optimizer, 0.0, 0.0, 0.0
+        inside = trace.peak if passes > 1 or options.engine != "plain" else max(0.0, trace.peak - gradients)
+        if options.offload_activations:
+            moved = counts.layer_inputs(recipe, length, 2 if cast else 4)
+            inside, host = max(0.0, inside - moved), host + moved
+        logits = 3 * 4 * recipe.batch_size * length * counts.vocabulary
+        logits = logits if recipe.loss == "whole" else min(logits_bytes(), logits)
+        # AdamW makes a list of square roots as large as the weights at once on a GPU, one by one on a CPU.
+        workspace = 4.0 * trained / shards if self.on_gpu else 8.0 * counts.largest
+        if options.engine == "zero3_offload":
+            workspace = 0.0
+        return Memory(weights, gradients, optimizer, inside, float(logits), gathered, workspace, host)
+
+    def _build(self, recipe: Recipe, dtype: torch.dtype) -> Any:
+        """The recipe's model on the meta device, without its scaling."""
+        from transformers import AutoModelForCausalLM
+
+        attention = attention_for(self._config, "sdpa")
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(self._config), dtype=dtype, attn_implementation=attention
+            )
+            return add_lora(model, recipe.lora_embeddings_and_norms) if recipe.lora else model
+
+    def _trace(self, recipe: Recipe, length: int, cast: bool, accumulating: bool) -> tuple[Trace, Counts]:
+        key = (length, recipe.gradient_checkpointing, recipe.lora, cast, accumulating)
+        if key not in self._traces:
+            model = self._build(recipe, torch.bfloat16 if cast else torch.float32).train()
+            with FakeTensorMode(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                to_cpu(model)
+                install_scaling(model.get_base_model() if recipe.lora else model, recipe)
+                enable_checkpointing(model, recipe)
+                model.config.use_cache = False
+                if recipe.sliding_window_attention_schedule is not None:
+                    set_sliding_window(model, min(recipe.sliding_window_attention_schedule))
+                # There is no trace of a fused loss, whose pieces can be larger (docs/training.md).
+                module = SummedLoss(model, loss="whole" if recipe.loss == "whole" else "chunked")
+                autocast = recipe.precision == "bf16" and not cast
+                trace = trace_pass(module, recipe.batch_size, length, autocast, accumulating)
+                self._traces[key] = trace, Counts.of(model)
+        return self._traces[key]
+
+    def alternatives(self, ranks: int) -> list[Options]:
+        """Ways to run the recipe on so many ranks, from the fastest and largest to the slowest and smallest."""
+        first = Options(ranks, "plain", False)
+        checkpointed = replace(first, gradient_checkpointing=True)
+        ways = [first, checkpointed]
+        if ranks > 1:
+            ways += [replace(checkpointed, engine="zero2"), replace(checkpointed, engine="zero3")]
+        sharded = ways[-1]
+        for size in allowed_sequence_parallel(self.heads, self.kv_heads) if ranks > 1 else ():
+            if size > 1 and ranks % size == 0:
+                ways.append(replace(sharded, sequence_parallel=size))
+        smallest = ways[-1]
+        ways.append(replace(smallest, offload_activations=True))
+        if ranks > 1:
+            ways.append(replace(smallest, engine="zero3_offload", offload_activations=True))
+        ways += [replace(checkpointed, lora=True), replace(checkpointed, lora=True, offload_activations=True)]
+        if ranks > 1:
+            ways += [replace(sharded, lora=True), replace(smallest, lora=True, offload_activations=True)]
+        return ways
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sizes of a model in parameters; `largest` is of the trained ones."""
+
+    parameters: int
+    trained: int
+    largest: int
+    layer: int
+    head: int
+    layers: int
+    hidden: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model: Any) -> Counts:
+        config = model.config.get_text_config()
+        sizes = [parameter.numel() for parameter in model.parameters()]
+        trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        head = base.get_output_embeddings().weight.numel()
+        outside = sum(
+            p.numel() for p in {*base.get_input_embeddings().parameters(), base.get_output_embeddings().weight}
+        )
+        layers = config.num_hidden_layers
+        layer = (sum(sizes) - outside) // layers
+        return cls(sum(sizes), sum(trained), max(trained), layer, head, layers, config.hidden_size, config.vocab_size)
+
+    def layer_inputs(self, recipe: Recipe, length: int, width: int) -> float:
+        """Bytes that checkpointing keeps for all layers."""
+        return float(self.layers * recipe.batch_size * length * self.hidden * width)
+
+
+def _length(recipe: Recipe) -> int:
+    return recipe.truncate or recipe.sequence_length
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what a recipe needs and which flags make it fit."""
+    check_plan_arguments(args)
+    recipe = read_recipe(args.recipe)
+    planner, room = Planner(recipe), args.gpu_memory * (1 - _MARGIN)
+    found, refused = [], []
+    for options in planner.alternatives(args.gpus):
+        try:
+            terms = planner.memory(options).terms()
+        except ConfigError as error:
+            refused.append((str(options), str(error)))
+            continue
+        seconds = planner.seconds(options, args.peak_tflops * 1e12, args.utilisation)
+        hours = seconds * recipe.max_train_steps / 3600
+        found.append((options, terms, seconds, hours, terms["total"] <= room))
+    if not found:
+        raise ConfigError(f"recipe {recipe.name!r} cannot run on {args.gpus} ranks: {refused[0][1]}")
+    if args.json:
+        rows = [
+            {"options": str(o), "command": o.command(args.recipe), "memory_gb": {k: round(v, 3) for k, v in t.items()},
+             "step_seconds": round(s, 2), "hours": round(h, 2), "fits": fits} for o, t, s, h, fits in found
+        ]  # fmt: skip
+        flops = planner.flops()
+        print(json.dumps({"recipe": recipe.name, "gpus": args.gpus, "gpu_memory_gb": args.gpu_memory,
+                          "flops_per_step": {"linear": flops.linear, "attention": flops.attention},
+                          "alternatives": rows}, indent=1))  # fmt: skip
+        return 0
+    _print(planner, args, found, refused, room)
+    return 0
+
+
+Found = tuple[Options, dict[str, float], float, float, bool]
+
+
+def _print(
+    planner: Planner, args: argparse.Namespace, found: Sequence[Found], refused: Sequence[tuple[str, str]], room: float
+) -> None:
+    recipe, flops = planner.recipe, planner.flops()
+    print(
+        f"{recipe.name}: {recipe.max_train_steps} steps of {recipe.global_batch_size} sequences of {_length(recipe)}"
+        f" tokens, {recipe.tokens_per_step * recipe.max_train_steps / 1e9:.3g} B tokens"
+    )
+    print(
+        f"one step: {flops.total / 1e15:.4g} PFLOP, {flops.linear / flops.total:.0%} in matrices,"
+        f" {flops.attention / flops.total:.0%} in causal attention (recomputation not counted)\n"
+    )
+    terms = ("weights", "gradients", "optimizer", "activations", "logits", "gathered", "step_workspace", "cache")
+    head = ("GB per rank", *(term.replace("step_workspace", "Adam's") for term in terms), "total", "host", "fits")
+    table = [head]
+    for options, memory, _, _, fits in found:
+        cells = [f"{memory[term]:.1f}" for term in (*terms, "total", "host")]
+        table.append((str(options), *cells, "yes" if fits else "no"))
+    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
+    for row in table:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        print("  ".join(cells).rstrip())
+    print(
+        f"\nfits: at most {room:.1f} of {args.gpu_memory:g} GB."
+        f" Adam's workspace and what a pass needs are not there at once; logits are part of the pass."
+    )
+    for name, reason in refused:
+        print(f"not possible: {name}: {reason}")
+    best = next((entry for entry in found if entry[4]), None)
+    if best is None:
+        print("nothing fits: more GPUs (--gpus), or larger ones (--gpu-memory)")
+        return
+    options, _, seconds, hours, _ = best
+    print(f"\nfirst that fits: {options.command(args.recipe)}")
+    print(
+        f"at {args.utilisation:.0%} of {args.peak_tflops:g} TFLOP/s: {seconds:.4g} s a step, {hours:.4g} hours,"
+        f" {hours * args.gpus:.4g} GPU-hours"
+    )

@@ -1,0 +1,220 @@
+"""Curves over the attention factor: minima, fits and their intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from scaled_rope.errors import ConfigError
+from scaled_rope.scaling.record import RopeScaling
+
+Floats = npt.NDArray[np.float64]
+LEVEL = 0.9
+"""Coverage of the bootstrap intervals."""
+DRAWS = 1000
+_LARGEST_GRID = 200
+
+
+# ------------------------------------------------------------------------------------------------------ pure functions
+
+
+def parse_grid(text: str, name: str = "grid", least: int = 1) -> tuple[float, ...]:
+    """Read "1.0:1.5:0.05" (start, end, step; the end included) or "1,1.1,1.25": positive numbers, ascending.
+
+    Args:
+        name: what an error message calls it.
+        least: how many different values are needed.
+
+    Raises:
+        ConfigError: not numbers, not positive, an empty or endless range, too few values.
+    """
+    form = "START:END:STEP or numbers separated by commas"
+    try:
+        numbers = [float(part) for part in text.split(":" if ":" in text else ",")]
+    except ValueError:
+        raise ConfigError(f"{name} {text!r} is not allowed; {form}") from None
+    if not all(math.isfinite(number) and number > 0 for number in numbers):
+        raise ConfigError(f"{name} {text!r} is not allowed; finite numbers above 0")
+    if ":" in text:
+        if len(numbers) != 3 or numbers[1] < numbers[0]:
+            raise ConfigError(f"{name} {text!r} is not allowed; {form}, START at most END")
+        start, end, step = numbers
+        count = math.floor((end - start) / step + 1e-9) + 1  # 1e-9: 0.5 / 0.05 is 9.999…
+        if count > _LARGEST_GRID:
+            raise ConfigError(f"{name} {text!r} is not allowed; {count} values, at most {_LARGEST_GRID}")
+        numbers = [round(start + index * step, 10) for index in range(count)]
+    values = tuple(sorted(set(numbers)))
+    if len(values) < least:
+        raise ConfigError(f"{name} {text!r} is not allowed; at least {least} different values")
+    return values
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """Where a curve on a grid is lowest."""
+
+    x: float
+    y: float
+    """The parabola's value; at an edge the measured one."""
+    edge: str | None = None
+    """"lower" or "upper" when the lowest point is the grid's first or last: then x is a bound and not an optimum."""
+
+
+def parabola_minimum(x: Sequence[float] | Floats, y: Sequence[float] | Floats) -> Minimum:
+    """The minimum of a curve sampled at ascending x: the vertex of the parabola through the lowest point and its
+    neighbours, which enclose it. (The three lowest points need not: on a steep side they can all lie on the other.)
+    """
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    at = int(np.argmin(y))
+    if at == 0 or at == len(x) - 1:
+        return Minimum(float(x[at]), float(y[at]), "lower" if at == 0 else "upper")
+    left, right = x[at] - x[at - 1], x[at + 1] - x[at]
+    fall, rise = (y[at] - y[at - 1]) / left, (y[at + 1] - y[at]) / right  # fall <= 0 <= rise
+    curvature = (rise - fall) / (left + right)
+    if curvature <= 0:  # three equal values
+        return Minimum(float(x[at]), float(y[at]))
+    slope = (fall * right + rise * left) / (left + right)  # of the parabola, at x[at]
+    shift = -slope / (2 * curvature)
+    return Minimum(float(x[at] + shift), float(y[at] + shift * slope / 2))
+
+
+def interpolate(x: Sequence[float] | Floats, y: Sequence[float] | Floats, at: float) -> float | None:
+    """The curve's value at `at` from the parabola through the three nearest grid points; None outside the grid."""
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if not x[0] <= at <= x[-1]:
+        return None
+    near = np.argsort(np.abs(x - at), kind="stable")[:3]
+    weights = [np.prod([(at - x[j]) / (x[i] - x[j]) for j in near if j != i]) for i in near]  # Lagrange
+    return float(np.dot(weights, y[near]))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """√(1/t) = a·ln s + intercept, fitted by least squares."""
+
+    a: float
+    intercept: float
+    residual: float
+    """Root mean square of what the line misses, in units of √(1/t)."""
+    factors: tuple[float, ...]
+    """The factors that took part."""
+
+    @property
+    def mscale(self) -> float:
+        """The `mscale` that carries the line over to other factors: the paper's line has 1."""
+        return self.a / paper_slope()
+
+
+def fit_line(best: Mapping[float, float], free: bool = False) -> Fit | None:
+    """The line that is nearest to `best` (factor s: √(1/t)).
+
+    Args:
+        free: whether the intercept is free as well; otherwise it is 1, because YaRN is to do nothing at s = 1.
+
+    None when the factors can't determine it: s = 1 says nothing about a line through 1, and two factors leave a free
+    line nothing to miss.
+    """
+    points = {factor: value for factor, value in best.items() if free or factor > 1}
+    if len(points) < (3 if free else 1):
+        return None
+    logs, values = np.log(list(points)), np.asarray(list(points.values()))
+    if free:
+        a, intercept = (float(number) for number in np.polyfit(logs, values, 1))
+    else:
+        a, intercept = float(np.dot(logs, values - 1) / np.dot(logs, logs)), 1.0
+    return Fit(a, intercept, float(np.sqrt(np.mean((values - a * logs - intercept) ** 2))), tuple(points))
+
+
+def paper_attention_factor(factor: float) -> float:
+    """√(1/t) of plain YaRN for factor s, equation 22; it depends on s alone."""
+    return RopeScaling("yarn", factor, original_max_position_embeddings=4096).static_attention_factor
+
+
+def paper_slope() -> float:
+    """a of the paper's line."""
+    return round(paper_attention_factor(math.e) - 1, 12)
+
+
+def segment_bounds(length: int, segment: int) -> list[tuple[int, int]]:
+    """The segments of a window of `length` tokens as (first position, end); the last one may be shorter."""
+    return [(start, min(start + segment, length)) for start in range(0, length, segment)]
+
+
+def segment_sums(nll: npt.NDArray[Any], segment: int) -> tuple[list[float], list[int]]:
+    """Nats and targets of each segment from the nats of tokens 1 … n-1 of a window of n.
+
+    Token 0 is no target, so the first segment has one target less than the others. Sums are rounded to 1e-4 nats.
+    """
+    bounds = segment_bounds(len(nll) + 1, segment)
+    pieces = [nll[max(start - 1, 0) : end - 1].astype(np.float64) for start, end in bounds]
+    return [round(float(piece.sum()), 4) for piece in pieces], [len(piece) for piece in pieces]
+
+
+def segment_changes(curves: Floats, baseline: int) -> Floats:
+    """Relative change of each segment's perplexity from that at grid point `baseline`.
+
+    curves: mean nats per token [grid, segments]. Returns [grid, segments]; -0.1 is a perplexity that is 10 % lower.
+    """
+    return np.asarray(np.exp(curves - curves[baseline]) - 1)
+
+
+def best_counts(curves: Floats) -> npt.NDArray[np.int64]:
+    """For how many windows each grid point is best, per segment.
+
+    curves: mean nats per token [grid, windows, segments]. Returns [segments, grid]; of equal points the first counts.
+    """
+    best = curves.argmin(axis=0)
+    return np.stack([np.bincount(column, minlength=len(curves)) for column in best.T])
+
+
+def resample(windows: int, seed: int, draws: int = DRAWS) -> npt.NDArray[np.int64]:
+    """Bootstrap samples of windows, [draws, windows], drawn with replacement."""
+    return np.random.default_rng(seed).integers(0, windows, (draws, windows))
+
+
+def bootstrap_minima(grid: Sequence[float], curves: Floats, samples: npt.NDArray[np.int64]) -> list[Minimum]:
+    """The minimum of the mean curve of each bootstrap sample; curves: [grid, windows]."""
+    return [parabola_minimum(grid, curves[:, sample].mean(axis=1)) for sample in samples]
+
+
+def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
+    """The central part of a sample that holds `level` of it."""
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was found for one factor."""
+
+    factor: float
+    grid: tuple[float, ...]
+    means: Floats
+    """Nats per token [grid, windows, segments]."""
+    curve: Floats
+    """The same over all windows and targets, [grid]: what is minimised."""
+    per_window: Floats
+    """The same for each window, [grid, windows]."""
+    minimum: Minimum
+    scaling: RopeScaling
+    """The scaling to reuse, √(1/t) rounded to four decimals."""
+    ramps: tuple[tuple[float, float, float], ...]
+    """(beta_fast, beta_slow, nats per token) of every ramp that was tried; empty without such a search."""
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of a window and of a segment."""
+        window, segment = self.scaling.max_position_embeddings, self.scaling.original_max_position_embeddings
+        assert window is not None and segment is not None  # "yarn" needs the original length
+        return window, segment
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8a8a"

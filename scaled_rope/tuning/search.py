@@ -1,0 +1,513 @@
+"""Find the attention factor √(1/t), and optionally the ends of YaRN's ramp, that suit a model best, without training.
+
+    scaled-rope tune -m MODEL --dataset FOLDER --factors 2,4,8 --grid 1.0:1.5:0.05 --output out/tune
+
+The search of the YaRN paper's appendix A.2: the frequencies are those of NTK-by-parts for a factor s, √(1/t) takes
+every value of a grid, and windows of s·L tokens (L the original context) are scored in one forward pass each. The best
+value is the vertex of the parabola through the lowest grid point and its two neighbours. The line √(1/t) = a·ln s + 1
+is then fitted over all factors; the paper found a = 0.1 for Llama.
+
+What is compared is the mean negative log-likelihood (nats per token) over all windows, that is, the logarithm of their
+joint perplexity. A window opens with the BOS if the tokenizer has one, and its first token is never a target. Segment k
+holds the targets at positions kL to (k+1)L.
+
+`--beta-fast` and `--beta-slow` are searched one after the other with √(1/t): first √(1/t) at the given ramp, then every
+pair of ends at the best grid point, then √(1/t) again if another pair won. The full product would take a forward pass
+per pair, grid point and window; the two barely interact, because the ramp says which dimensions turn slower and √(1/t)
+how sharp attention is.
+
+The folder of `--output` receives rows.jsonl (a row per window and scaling, with the nats of each segment; a rerun
+measures only what is missing), best.json (the scalings to reuse) and the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+
+from scaled_rope.checkpoint import display_name, encode, load_config, load_tokenizer
+from scaled_rope.command_line import Parser
+from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.formatting import format_perplexity, format_table
+from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
+from scaled_rope.evaluation.runner import given_arguments
+from scaled_rope.flags import add_model_arguments, add_tune_arguments, check_tune_arguments
+from scaled_rope.patching.loss import IGNORE, token_nll
+from scaled_rope.results import Row, append_row, portable_command, provenance, row_key, rows_so_far, write_atomic
+from scaled_rope.scaling.record import RopeScaling, spec_of
+from scaled_rope.texts.corpora import CORPORA, fetch
+from scaled_rope.texts.documents import read_documents
+from scaled_rope.texts.packed import open_rows
+from scaled_rope.tuning.curves import (
+    DRAWS,
+    LEVEL,
+    Floats,
+    Minimum,
+    Tuned,
+    bootstrap_minima,
+    fit_line,
+    interpolate,
+    interval,
+    paper_attention_factor,
+    paper_slope,
+    parabola_minimum,
+    parse_grid,
+    resample,
+    segment_bounds,
+    segment_sums,
+)
+from scaled_rope.tuning.figures import write_tuning_figures
+
+Tokens = npt.NDArray[np.int64]
+Score = Callable[[RopeScaling, Tokens], npt.NDArray[Any]]
+"""Nats of tokens 1 … n-1 of a window of n tokens under a scaling."""
+METRIC = "segment_nll"
+_TUNED = ("attention_factor", "mscale", "factor", "dynamic")
+
+
+# ------------------------------------------------------------------------------------------------------------- windows
+
+
+@dataclass(frozen=True)
+class ScoredWindow:
+    """A piece of a document, as long as the largest factor needs."""
+
+    document: int
+    """Number of the document in the source, from 0."""
+    start: int
+    """Its first token's place in the document."""
+    tokens: Tokens
+    """[n], the BOS included."""
+
+
+def documents(args: argparse.Namespace, tokenizer: Any) -> Iterator[Tokens]:
+    """Token ids of each document, without special tokens (packed sets: of each row, as it is)."""
+    source = args.dataset
+    if source in CORPORA and not Path(source).exists():
+        source = str(fetch(source, Path("data/cache") / source) / "heldout")
+    if any((Path(source) / name).is_file() for name in ("meta.json", "dataset_info.json")):
+        rows = open_rows(source, args.split)
+        for index in range(len(rows)):
+            yield rows.row(index)[0]
+    else:
+        for text in read_documents(source, args.feature, args.split):
+            yield np.asarray(encode(tokenizer, text), dtype=np.int64)
+
+
+def cut_windows(
+    source: Iterator[Tokens], length: int, bos: int | None, wanted: int | None, each: int
+) -> list[ScoredWindow]:
+    """Windows of `length` tokens from the first `wanted` documents that are long enough; None: from all.
+
+    A document gives up to `each` windows that do not overlap and begin at equal distances, the first at its start.
+    Where they begin depends on `length` only if it leaves no room for so many, so a rerun with other factors mostly
+    meets the windows of before.
+
+    Raises:
+        ConfigError: fewer documents are long enough than are wanted, or none is.
+    """
+    windows: list[ScoredWindow] = []
+    head = [] if bos is None else [bos]
+    body = length - len(head)
+    used = read = 0
+    for tokens in source:
+        read += 1
+        if len(tokens) and tokens[0] == bos:  # a packed row brings its own BOS; every window gets one
+            tokens = tokens[1:]
+        if len(tokens) < body:
+            continue
+        count = min(each, len(tokens) // body)
+        for start in [index * (len(tokens) // count) for index in range(count)]:
+            piece = np.concatenate([np.asarray(head, dtype=np.int64), tokens[start : start + body]])
+            windows.append(ScoredWindow(read - 1, start, piece))
+        used += 1
+        if used == wanted:
+            break
+    if not used or (wanted is not None and used < wanted):
+        asked = "at least 1 is needed" if wanted is None else f"--documents asks for {wanted}"
+        raise ConfigError(f"only {used} of {read} documents have {length} tokens; {asked}: smaller --factors need less")
+    return windows
+
+
+# --------------------------------------------------------------------------------------------------------- measurement
+
+
+class Sweep:
+    """Scores windows under scalings, each pair once: what the rows of `path` already hold is not scored again."""
+
+    def __init__(
+        self,
+        path: Path,
+        windows: Sequence[ScoredWindow],
+        segment: int,
+        identity: Row,
+        score: Score,
+        record: Row,
+        bar: Any,
+    ) -> None:
+        """identity: what a row says about model and text, see `results.IDENTITY`; record: its provenance."""
+        self.path, self.windows, self.segment = path, windows, segment
+        self._identity, self._score, self._record, self._bar = identity, score, record, bar
+        self._rows = {row_key(row): row for row in rows_so_far(path)}
+
+    def _cell(self, scaling: RopeScaling, window: ScoredWindow) -> tuple[Tokens, Row]:
+        """The tokens to score and what identifies the result."""
+        length = scaling.max_position_embeddings
+        assert length is not None  # "yarn" needs the original length
+        tokens = window.tokens[:length]
+        fingerprint = hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
+        return tokens, {
+            "metric": METRIC,
+            **self._identity,
+            "scaling": scaling.to_dict(),
+            "label": scaling.label,
+            "data": {**self._identity["data"], "fingerprint": fingerprint},
+            "protocol": {"name": "segments", "segment": self.segment},
+            "length": length,
+        }
+
+    def missing(self, scalings: Sequence[RopeScaling]) -> int:
+        """Tokens that are still to be scored."""
+        cells = [self._cell(scaling, window)[1] for window in self.windows for scaling in scalings]
+        return sum(length for key, length in {row_key(c): c["length"] for c in cells}.items() if key not in self._rows)
+
+    def measure(self, scalings: Sequence[RopeScaling]) -> Floats:
+        """Mean nats per token [scalings, windows, segments] of scalings with one factor."""
+        self._bar.total = max(self._bar.total or 0, self._bar.n + self.missing(scalings))
+        means = [[self._one(scaling, window) for scaling in scalings] for window in self.windows]
+        return np.asarray(means, dtype=np.float64).transpose(1, 0, 2)
+
+    def _one(self, scaling: RopeScaling, window: ScoredWindow) -> list[float]:
+        tokens, row = self._cell(scaling, window)
+        key = row_key(row)
+        if key not in self._rows:
+            self._bar.set_description(f"x{scaling.factor:g}, √(1/t) {scaling.attention_factor:g}")
+            nll = self._score(scaling, tokens)
+            if not np.isfinite(nll).all():
+                raise ConfigError(f"dtype {row.get('dtype')!r}: {scaling.label} gives losses that are not finite")
+            sums, targets = segment_sums(nll, self.segment)
+            row |= {"document": window.document, "start": window.start, "nll": sums, "targets": targets}
+            append_row(self.path, {**row, "provenance": self._record})
+            self._rows[key] = row
+            self._bar.update(len(tokens))
+        found = self._rows[key]
+        return [nats / count for nats, count in zip(found["nll"], found["targets"], strict=True)]
+
+
+def tune_factor(
+    sweep: Sweep, start: RopeScaling, grid: tuple[float, ...], ramps: Sequence[tuple[float, float]] = ()
+) -> Tuned:
+    """Search one factor.
+
+    Args:
+        start: "yarn" with the factor and the ramp to begin from, without an attention factor.
+        ramps: pairs of beta_fast and beta_slow to try in place of its own.
+
+    Raises:
+        ConfigError: a ramp that cannot be, before anything is measured; losses that are not finite.
+    """
+    length = start.max_position_embeddings
+    assert length is not None  # "yarn" needs the original length
+    bounds = segment_bounds(length, sweep.segment)
+    share = np.asarray([end - max(first, 1) for first, end in bounds]) / (length - 1)
+    candidates = [start, *(replace(start, beta_fast=fast, beta_slow=slow) for fast, slow in ramps)]
+    candidates = [c for i, c in enumerate(candidates) if c.ramp_bounds not in [d.ramp_bounds for d in candidates[:i]]]
+
+    def curve_of(candidate: RopeScaling, values: Sequence[float]) -> Floats:
+        return sweep.measure([replace(candidate, attention_factor=value) for value in values])
+
+    means = curve_of(start, grid)
+    tried: list[tuple[float, float, float]] = []
+    winner = start
+    if len(candidates) > 1:
+        value = grid[int(np.argmin((means @ share).mean(axis=1)))]
+        losses = [float((curve_of(candidate, [value])[0] @ share).mean()) for candidate in candidates]
+        tried = [(*candidate.ramp_bounds, loss) for candidate, loss in zip(candidates, losses, strict=True)]
+        winner = candidates[int(np.argmin(losses))]
+        if winner is not start:
+            means = curve_of(winner, grid)
+    per_window = means @ share
+    curve = per_window.mean(axis=1)
+    minimum = parabola_minimum(grid, curve)
+    scaling = replace(winner, attention_factor=round(minimum.x, 4))
+    return Tuned(start.factor, grid, means, curve, per_window, minimum, scaling, tuple(tried))
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def _line(best: Mapping[float, float], minima: Mapping[float, Sequence[Minimum]], free: bool) -> Row:
+    """A fitted line, with the interval of its slope over the bootstrap samples; empty when there is none."""
+    fit = fit_line(best, free)
+    if fit is None:
+        return {}
+    draws = zip(*(minima[factor] for factor in best), strict=True) if minima else []
+    again = [fit_line(dict(zip(best, (m.x for m in drawn), strict=True)), free) for drawn in draws]
+    slopes = [one.a for one in again if one is not None]
+    spread = list(interval(slopes)) if slopes else None
+    return {**asdict(fit), "factors": list(fit.factors), "interval": spread}
+
+
+def summarise(tuned: Sequence[Tuned], seed: int) -> Row:
+    """Everything that is said about the search, as plain data; the content of best.json but for the provenance."""
+    windows = tuned[0].per_window.shape[1]
+    samples = resample(windows, seed) if windows > 1 else None
+    minima = {one.factor: bootstrap_minima(one.grid, one.per_window, samples) for one in tuned if samples is not None}
+    inside = {one.factor: one.minimum.x for one in tuned if one.minimum.edge is None}
+    fit = fit_line(inside)
+    factors = []
+    for one in tuned:
+        drawn = minima.get(one.factor)
+        paper = paper_attention_factor(one.factor)
+        at_paper = interpolate(one.grid, one.curve, paper)
+        per_segment = [parabola_minimum(one.grid, column.mean(axis=1)) for column in one.means.transpose(2, 0, 1)]
+        factors.append(
+            {
+                "factor": one.factor,
+                "spec": spec_of(one.scaling),
+                "scaling": one.scaling.to_dict(),
+                "rope_parameters": one.scaling.to_config(),
+                "attention_factor": one.minimum.x,
+                "interval": list(interval([m.x for m in drawn])) if drawn else None,
+                "edge": one.minimum.edge,
+                "edge_share": sum(m.edge is not None for m in drawn) / len(drawn) if drawn else None,
+                "perplexity": math.exp(one.minimum.y),
+                "paper_attention_factor": paper,
+                "paper_perplexity": None if at_paper is None else math.exp(at_paper),
+                "curve": [[x, math.exp(y)] for x, y in zip(one.grid, one.curve, strict=True)],
+                "segments": [
+                    {"positions": list(bounds), "attention_factor": m.x, "edge": m.edge}
+                    for bounds, m in zip(segment_bounds(*one.lengths), per_segment, strict=True)
+                ],
+                "ramps": [{"beta_fast": f, "beta_slow": s, "perplexity": math.exp(y)} for f, s, y in one.ramps],
+            }
+        )
+    line = None
+    if fit is not None:
+        lines = {free: _line(inside, minima, free) for free in (False, True)}
+        spec = None
+        if fit.a >= 0 and len({one.scaling.ramp_bounds for one in tuned}) == 1:
+            example = replace(tuned[0].scaling, factor=2.0, attention_factor=None, mscale=round(fit.mscale, 4))
+            spec = spec_of(example).replace(":2", ":FACTOR", 1)
+        line = {**lines[False], "paper_a": paper_slope(), "mscale": fit.mscale, "spec": spec, "free": lines[True]}
+    return {"windows": windows, "level": LEVEL, "draws": DRAWS, "seed": seed, "fit": line, "factors": factors}
+
+
+def remarks(summary: Row) -> list[str]:
+    """What a reader of the numbers must know."""
+    notes = []
+    for one in summary["factors"]:
+        if one["edge"]:
+            value, way = one["attention_factor"], "below" if one["edge"] == "lower" else "above"
+            notes.append(
+                f"x{one['factor']:g}: the lowest point is the grid's {one['edge']} edge, {value:g}; the best value may "
+                f"lie {way} it. Widen --grid. It is left out of the fit."
+            )
+        elif one["edge_share"] and one["edge_share"] > (1 - LEVEL) / 2:  # fewer are outside of the interval anyway
+            notes.append(
+                f"x{one['factor']:g}: {one['edge_share']:.0%} of the bootstrap samples have their minimum at an edge "
+                "of the grid, so the interval may be too narrow"
+            )
+        for end in ("beta_fast", "beta_slow"):
+            tried = sorted({ramp[end] for ramp in one["ramps"]})
+            best = min(one["ramps"], key=lambda ramp: ramp["perplexity"])[end] if tried else None
+            if len(tried) > 1 and best in (tried[0], tried[-1]):
+                flag = end.replace("_", "-")
+                notes.append(f"x{one['factor']:g}: {end} {best:g} is at the edge of what was tried. Widen --{flag}.")
+    if summary["windows"] == 1:
+        notes.append("one window: no interval can be given; see --documents and --windows")
+    if summary["fit"] is None:
+        notes.append("no fit: no factor above 1 has its best value inside the grid")
+    elif summary["fit"]["a"] < 0:
+        notes.append("a is below 0, which mscale cannot express; reuse the attention factors one by one")
+    elif summary["fit"]["spec"] is None:
+        notes.append("factors differ in their best ramp: the fit has no scaling of its own")
+    fit = summary["fit"] or {}
+    if (free := fit.get("free")) and fit["residual"] > max(0.01, 4 * free["residual"]):
+        notes.append(
+            f"a line through 1 misses the points by {fit['residual']:.3f}, one through {free['intercept']:.3f} by "
+            f"{free['residual']:.3f}: the model wants another temperature at s = 1 too, so reuse the attention factors "
+            "one by one and not mscale"
+        )
+    return notes
+
+
+def report(summary: Row) -> str:
+    """The table and the fit, for the terminal."""
+
+    def between(low_high: Sequence[float] | None, digits: int) -> str:
+        return "" if low_high is None else f"{low_high[0]:.{digits}f} to {low_high[1]:.{digits}f}"
+
+    def perplexity(value: float | None) -> str:
+        return "" if value is None else format_perplexity(value)
+
+    header = ["factor", "√(1/t)", f"{summary['level']:.0%} interval", "paper", "ppl", "ppl (paper)", "scaling"]
+    lines = [
+        [
+            f"{one['factor']:g}",
+            f"{one['attention_factor']:.3f}" + ("*" if one["edge"] else ""),
+            between(one["interval"], 3),
+            f"{one['paper_attention_factor']:.3f}",
+            perplexity(one["perplexity"]),
+            perplexity(one["paper_perplexity"]),
+            one["spec"],
+        ]
+        for one in summary["factors"]
+    ]
+    text = [format_table(header, lines)]
+    for one in summary["factors"]:
+        if one["ramps"]:
+            rows = [[f"{r['beta_fast']:g}", f"{r['beta_slow']:g}", perplexity(r["perplexity"])] for r in one["ramps"]]
+            text.append(f"\nx{one['factor']:g}, ends of the ramp at the best grid point")
+            text.append(format_table(["beta_fast", "beta_slow", "ppl"], rows))
+    if (fit := summary["fit"]) is not None:
+        spread = f" ({summary['level']:.0%}: {between(fit['interval'], 4)})" if fit["interval"] else ""
+        factors = ", ".join(f"{factor:g}" for factor in fit["factors"])
+        text.append(
+            f"\nfit: √(1/t) = {fit['a']:.4f}·ln s + 1{spread}, over s = {factors}; "
+            + (f"residual {fit['residual']:.4f}; " if len(fit["factors"]) > 1 else "")
+            + f"paper: {fit['paper_a']:g}"
+        )
+        if free := fit["free"]:
+            spread = f" ({summary['level']:.0%}: {between(free['interval'], 4)})" if free["interval"] else ""
+            text.append(
+                f"with a free intercept: {free['a']:.4f}·ln s + {free['intercept']:.4f}{spread}; "
+                f"residual {free['residual']:.4f}"
+            )
+        if fit["spec"]:
+            text.append(f"at any factor: {fit['spec']}")
+    return "\n".join(text)
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command that repeats a run, from the flags that differ from their defaults."""
+    parser = Parser("tune")
+    add_tune_arguments(parser)
+    words = ["scaled-rope", "tune"]
+    for name, default in vars(parser.parse_args([])).items():
+        value = getattr(args, name, default)
+        if value != default:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return portable_command(words)
+
+
+def _loading_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags as `loading` reads them: of one model, under the scaling that it carries."""
+    parser = Parser("tune")
+    add_model_arguments(parser)
+    flags = parser.parse_args([])
+    flags.model = None if args.model is None else [args.model]
+    for name in ("original_max_position_embeddings", "dtype", "device", "attention", "adapter"):
+        setattr(flags, name, getattr(args, name))
+    return flags
+
+
+def _starts(args: argparse.Namespace, own: RopeScaling) -> list[RopeScaling]:
+    """The scaling that the search begins with, for each factor."""
+    fields = f",{args.fields}" if args.fields else ""
+    for field in fields.split(",")[1:]:
+        if field.partition("=")[0].strip() in _TUNED:
+            raise ConfigError(f"fields {args.fields!r} is not allowed; {', '.join(_TUNED)} are what the search sets")
+    factors = parse_grid(args.factors, "factors")
+    return [RopeScaling.from_spec(f"yarn:{factor!r}{fields}", own) for factor in factors]
+
+
+def _ramps(args: argparse.Namespace, start: RopeScaling) -> list[tuple[float, float]]:
+    """Every combination of the ends of the ramp that the flags name."""
+    fast = parse_grid(args.beta_fast, "beta-fast") if args.beta_fast else [start.ramp_bounds[0]]
+    slow = parse_grid(args.beta_slow, "beta-slow") if args.beta_slow else [start.ramp_bounds[1]]
+    if not args.beta_fast and not args.beta_slow:
+        return []
+    for f, s in (pairs := [(f, s) for f in fast for s in slow]):
+        replace(start, beta_fast=f, beta_slow=s)  # refuse crossed ends now
+    return pairs
+
+
+def _windows(args: argparse.Namespace, job: ModelJob, length: int) -> list[ScoredWindow]:
+    tokenizer = load_tokenizer(job.model)
+    windows = cut_windows(documents(args, tokenizer), length, tokenizer.bos_token_id, args.documents, args.windows)
+    vocabulary = load_config(job.model).get_text_config().vocab_size
+    if (largest := max(window.tokens.max() for window in windows)) >= vocabulary:
+        raise ConfigError(f"token id {largest} does not fit model {job.model!r} with a vocabulary of {vocabulary}")
+    return windows
+
+
+def model_score(load: ModelLoader, job: ModelJob) -> Score:
+    """`Score` by a forward pass. The weights are read at the first call; another scaling is patched into them."""
+
+    def score(scaling: RopeScaling, tokens: Tokens) -> npt.NDArray[Any]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what patch_model remarks is the same for every grid point
+            model = load(replace(job, spec="", scaling=scaling, carried=False))
+        ids = torch.from_numpy(tokens)[None].to(model.device)
+        targets = torch.full_like(ids, IGNORE)
+        targets[:, :-1] = ids[:, 1:]
+        with torch.inference_mode():
+            nll: npt.NDArray[Any] = token_nll(model, ids, targets)[0, :-1].cpu().numpy()
+        return nll
+
+    return score
+
+
+def run(args: argparse.Namespace) -> int:
+    """Search, print, and write the folder of `--output`.
+
+    Raises:
+        ConfigError: anything that cannot be used, before weights are read where that is possible.
+    """
+    check_tune_arguments(args)
+    grid = parse_grid(args.grid, least=3)
+    flags = _loading_arguments(args)
+    job = model_jobs(flags)[0]
+    own = job.scaling
+    starts = _starts(args, own)
+    ramps = _ramps(args, starts[0])
+    if own.method != "default":
+        print(f"note: the checkpoint's own scaling, {own.label}, is replaced by each that is tried", file=sys.stderr)
+    longest, segment = starts[-1].max_position_embeddings, starts[-1].original_max_position_embeddings
+    assert longest is not None and segment is not None  # "yarn" needs the original length
+    if segment < 2:
+        raise ConfigError(
+            f"original_max_position_embeddings={segment}: must be at least 2, a segment's length in tokens"
+        )
+    windows = _windows(args, job, longest)
+
+    folder = Path(args.output)
+    load = ModelLoader(flags)
+    record = {"command": _command(args), **provenance(load.device, args.seed, given_arguments(args))}
+    identity = {**job.fields(), "carried": False, "data": {"name": Path(args.dataset).name}}
+    with tqdm(
+        unit="tok", unit_scale=True, disable=args.hide_progress, mininterval=0.5 if sys.stderr.isatty() else 10
+    ) as bar:
+        sweep = Sweep(folder / "rows.jsonl", windows, segment, identity, model_score(load, job), record, bar)
+        bar.total = sum(sweep.missing([replace(s, attention_factor=x) for x in grid]) for s in starts)
+        tuned = [tune_factor(sweep, start, grid, ramps) for start in starts]
+    model = {name: identity[name] for name in ("model", "model_fingerprint", "dtype")}
+    data = {**identity["data"], "documents": len({window.document for window in windows})}
+    summary = {**model, "data": data, **summarise(tuned, args.seed)}
+    write_atomic(folder / "best.json", json.dumps({**summary, "provenance": record}, indent=2) + "\n")
+    write_tuning_figures(tuned, summary, display_name(job.model), folder)
+    if args.json:
+        print(json.dumps({**summary, "provenance": record}, indent=2))
+    else:
+        print(f"\n{display_name(job.model)}, windows: {len(windows)}, documents: {data['documents']}")
+        print(f"{report(summary)}\n\nthe scalings to reuse: {folder / 'best.json'}")
+    for note in remarks(summary):
+        print(f"warning: {note}", file=sys.stderr)
+    return 0
