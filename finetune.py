@@ -33,6 +33,7 @@ from scaled_rope.recipes import (
     read_recipe,
     starts_from,
 )
+from scaled_rope.scaling.spec import rescale
 
 #: what a run without a recipe starts from, beside the recipe's own defaults: the released script's
 RELEASED_DEFAULTS: dict[str, Any] = {
@@ -103,16 +104,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--architecture", help="model type, as llama; checked against the checkpoint")
     parser.add_argument("--num-proc", type=int, help="accepted for old scripts; data is memory-mapped")
     return parser.parse_args(argv)
-
-
-def rescale(spec: str, method: str | None, factor: float | None) -> str:
-    """A scaling spec with another method (which drops the fields of the old one) or another factor."""
-    head, comma, fields = spec.partition(",")
-    old_method, _, old_factor = head.partition(":")
-    new_factor = old_factor if factor is None else f"{factor:g}"
-    if method not in (None, old_method):
-        old_method, comma, fields = method, "", ""
-    return f"{old_method}:{new_factor}{comma}{fields}" if new_factor else f"{old_method}{comma}{fields}"
 
 
 def overrides(args: argparse.Namespace, base: Recipe, ranks: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Looked up on first use, because torch and transformers take seconds to import and not every command needs them.
 _HOMES = {
-    "METHODS": "attention.methods",
+    "METHODS": "scaling.registry",
     "ConfigError": "errors",
     "LayerPlan": "scaling.record",
     "PatchReport": "patching.patch",

@@ -26,8 +26,9 @@ from scaled_rope.scaling.hf_config import (
     NATIVE,
     NESTED_FAMILIES,
     RECORD_KEY,
+    config_head_dim,
 )
-from scaled_rope.scaling.record import LayerPlan, config_head_dim
+from scaled_rope.scaling.record import LayerPlan
 
 LISTS = {"short_factor": [1.0, 1.5, 2.0, 2.0], "long_factor": [1.5, 4.0, 16.0, 32.0]}
 BASE = RopeScaling("default", original_max_position_embeddings=4096, rope_theta=50000.0)

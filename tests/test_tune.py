@@ -26,7 +26,6 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.jobs import ModelLoader
 from scaled_rope.flags import add_tune_arguments
 from scaled_rope.results import Row, portable, read_rows
-from scaled_rope.scaling import record
 from scaled_rope.tuning import curves, search
 
 Make = Callable[..., PreTrainedModel]
@@ -148,8 +147,8 @@ def test_segment_statistics() -> None:
 def test_specs_are_read_back(spec: str) -> None:
     own = RopeScaling("default", original_max_position_embeddings=128, rope_theta=5e5)
     scaling = RopeScaling.from_spec(spec, own)
-    assert RopeScaling.from_spec(record.spec_of(scaling), own) == scaling
-    assert set(record.spec_of(scaling).split(",")) == set(spec.split(","))
+    assert RopeScaling.from_spec(scaling.to_spec(), own) == scaling
+    assert set(scaling.to_spec().split(",")) == set(spec.split(","))
 
 
 def test_windows() -> None:
@@ -267,7 +266,7 @@ def test_the_ramp_is_searched_and_the_attention_factor_again(tmp_path: Path) -> 
     assert len(scored) == 2 * (11 + 5 + 10)
     notes = search.remarks(search.summarise([found], seed=0))
     assert [note.split(" is ")[0] for note in notes] == ["x8: beta_fast 16", "x8: beta_slow 2"]  # edges of their grids
-    assert found.scaling == RopeScaling.from_spec(record.spec_of(found.scaling), start(1))
+    assert found.scaling == RopeScaling.from_spec(found.scaling.to_spec(), start(1))
 
 
 def test_edges_and_other_doubts_are_told(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from transformers.utils import import_utils
 
 from scaled_rope.attention import blockwise
 from scaled_rope.errors import ConfigError, unknown
-from scaled_rope.scaling.record import config_head_dim
+from scaled_rope.scaling.hf_config import config_head_dim
 
 FLASH_HEAD_DIM = 256
 """The widest head that FlashAttention takes."""

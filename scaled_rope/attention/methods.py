@@ -2,89 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import scaled_rope.scaling.frequencies  # noqa: F401  (its rows come first)
 from scaled_rope.attention import regions
 from scaled_rope.attention.regions import Regions
 from scaled_rope.errors import ConfigError
 from scaled_rope.scaling.parameters import DualChunkParams, LeakyReRopeParams, ReRopeParams, SelfExtendParams
 from scaled_rope.scaling.record import RopeScaling
-from scaled_rope.scaling.registry import METHODS, register
-
-# ------------------------------------------------------------------------------------- methods that change attention
+from scaled_rope.scaling.registry import METHODS
 
 
-_ATTENTION: dict[str, Any] = {
-    "kind": "attention",
-    "fields": ("factor",),
-    "factor_optional": True,
-    "needs_original": True,
-    "no_dynamic": "it has no scale",
-}
-
-
-@register(
-    "rerope",
-    params_type=ReRopeParams,
-    source="ReRoPE (Su), kexue.fm/archives/9708",
-    summary="attention: no distance beyond a window",
-    **_ATTENTION,
-)
 def rerope(scaling: RopeScaling) -> Regions:
     """Relative position min(i - j, window)."""
     params: ReRopeParams = scaling.method_params
-    length = _within_length(scaling, "window")
-    return regions.rerope(params.window, length if params.logn else None)
+    return regions.rerope(params.window, _trained_length(scaling) if params.logn else None)
 
 
-@register(
-    "leaky-rerope",
-    params_type=LeakyReRopeParams,
-    source="Leaky ReRoPE (Su), kexue.fm/archives/9728",
-    summary="attention: distances beyond a window divided by k",
-    **_ATTENTION,
-)
 def leaky_rerope(scaling: RopeScaling) -> Regions:
     """Relative position i - j within the window, window + (i - j - window)/k beyond."""
     params: LeakyReRopeParams = scaling.method_params
-    length = _within_length(scaling, "window")
-    return regions.leaky_rerope(params.window, params.k, length if params.logn else None)
+    return regions.leaky_rerope(params.window, params.k, _trained_length(scaling) if params.logn else None)
 
 
-@register(
-    "self-extend",
-    params_type=SelfExtendParams,
-    source="Self-Extend, arXiv 2401.01325",
-    summary="attention: positions beyond a window in groups",
-    **_ATTENTION,
-)
 def self_extend(scaling: RopeScaling) -> Regions:
     """Relative position i - j for i - j < window, ⌊i/g⌋ - ⌊j/g⌋ + (window - ⌊window/g⌋) beyond."""
     params: SelfExtendParams = scaling.method_params
-    _within_length(scaling, "window")
     return regions.self_extend(params.group, params.window)
 
 
-@register(
-    "dual-chunk",
-    params_type=DualChunkParams,
-    source="dual chunk attention, arXiv 2402.17463",
-    summary="attention: positions within chunks",
-    **_ATTENTION,
-)
 def dual_chunk(scaling: RopeScaling) -> Regions:
     """Keys at j mod S; the query at i mod S towards its own chunk, at min(S + (i mod S), L - 1) towards the chunk
     before, at L - 1 towards earlier ones."""
     params: DualChunkParams = scaling.method_params
-    return regions.dual_chunk(params.chunk, _within_length(scaling, "chunk"))
+    return regions.dual_chunk(params.chunk, _trained_length(scaling))
 
 
 def attention_regions(scaling: RopeScaling) -> Regions:
     """What a method of kind "attention" does to positions.
 
     Raises:
-        ConfigError: a window, group or chunk that does not fit the trained length; a method of the other kind.
+        ConfigError: a method of the other kind.
     """
     row = METHODS[scaling.method]
     if row.kind != "attention":
@@ -93,11 +48,7 @@ def attention_regions(scaling: RopeScaling) -> Regions:
     return found
 
 
-def _within_length(scaling: RopeScaling, name: str) -> int:
-    """L, which the parameter has to be below."""
-    length = scaling.original_max_position_embeddings
-    assert length is not None  # validated by RopeScaling
-    value = getattr(scaling.method_params, name)
-    if value >= length:
-        raise ConfigError(f"{name}={value}: must be below the trained length, {length} tokens")
-    return length
+def _trained_length(scaling: RopeScaling) -> int:
+    """L; the record has checked that windows and chunks are below it."""
+    assert scaling.original_max_position_embeddings is not None
+    return scaling.original_max_position_embeddings

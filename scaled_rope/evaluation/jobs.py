@@ -22,6 +22,7 @@ from scaled_rope.patching.rotary_kernel import resolve_kernel
 from scaled_rope.results import portable_model
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, resolve_scaling
 from scaled_rope.scaling.registry import METHODS
+from scaled_rope.scaling.spec import Spec
 
 # ------------------------------------------------------------------------------------------------------------- jobs
 
@@ -48,7 +49,7 @@ class ModelJob:
     @property
     def label(self) -> str:
         """The scaling in a few words: "unscaled", "yarn x8", "yarn x8 (checkpoint)" for a model's own."""
-        own = self.spec.partition(":")[0] == "checkpoint" and self.scaling.method != "default"
+        own = Spec.parse(self.spec).method == "checkpoint" and self.scaling.method != "default"
         label = f"{self.scaling.label} (checkpoint)" if own else self.scaling.label
         return f"{label}, {self.choice}" if self.choice else label
 
@@ -84,20 +85,19 @@ def _specs(args: argparse.Namespace) -> list[str]:
     """The scalings that the flags ask for, with `--factor`, `--finetuned` and parameters written into them."""
     specs = []
     unused = {name for name in PARAMETERS if getattr(args, name) is not None}
-    for spec in args.scaling or ["checkpoint"]:
-        head, comma, fields = spec.partition(",")
-        if ":" not in head and head not in ("default", "none"):
+    for text in args.scaling or ["checkpoint"]:
+        spec = Spec.parse(text)
+        if spec.factor is None and spec.method not in ("default", "none"):
             if args.factor is not None:
-                head = f"{head}:{args.factor}"
-            elif args.finetuned and head.startswith("dynamic-"):
-                head = f"{head}:checkpoint"
-        given = [field.partition("=")[0] for field in fields.split(",")]
-        row = METHODS.get(head.partition(":")[0])
+                spec = replace(spec, factor=args.factor)
+            elif args.finetuned and spec.method.startswith("dynamic-"):
+                spec = replace(spec, factor="checkpoint")
+        row = METHODS.get(spec.method)
         for name in (f.name for f in dataclasses.fields(row.params_type)) if row and row.params_type else ():
-            if name in PARAMETERS and name not in given and getattr(args, name) is not None:
-                comma, fields = ",", ",".join(filter(None, [fields, f"{name}={getattr(args, name)}"]))
+            if name in PARAMETERS and name not in dict(spec.fields) and getattr(args, name) is not None:
+                spec = replace(spec, fields=(*spec.fields, (name, str(getattr(args, name)))))
                 unused.discard(name)
-        specs.append(head + comma + fields)
+        specs.append(str(spec))
     if unused:
         raise ConfigError(f"flag --{min(unused)}: is for a scaling that takes {min(unused)}, none of these does")
     return list(dict.fromkeys(specs))

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.patching.rotary import Layout
-from scaled_rope.scaling.hf_config import PRIMARY_LAYER_TYPE, SOFTMAX_MSCALE_FAMILIES
-from scaled_rope.scaling.record import config_head_dim
+from scaled_rope.scaling.hf_config import PRIMARY_LAYER_TYPE, SOFTMAX_MSCALE_FAMILIES, config_head_dim
 
 
 @dataclass(frozen=True)

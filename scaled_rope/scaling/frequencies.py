@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,51 +17,32 @@ from torch import Tensor
 from scaled_rope.errors import ConfigError
 from scaled_rope.scaling.formulas import attention_factor_of, dynamic_ntk_scale, ntk_theta
 from scaled_rope.scaling.parameters import (
-    AbfParams,
     ClipParams,
     Llama3Params,
     LongRopeParams,
-    NtkMixedParams,
     PartNtkParams,
-    ProportionalParams,
 )
 from scaled_rope.scaling.record import RopeScaling
-from scaled_rope.scaling.registry import METHODS, register
-
-__all__ = ["METHODS", "compute_rope", "compute_rope_batch", "compute_scale", "register"]
-_SCALED = ("factor", "dynamic")
-_BY_PARTS = (*_SCALED, "beta_fast", "beta_slow", "ramp", "truncate", "extrapolation_factor")
+from scaled_rope.scaling.registry import METHODS
 
 
-@register(
-    "default", fields=(), no_dynamic="it has no scale", source="RoFormer, arXiv 2104.09864", summary="unscaled RoPE"
-)
 def default(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """θ_d = b^(-2d/D)."""
     inv_freq = _powers(scaling.rope_theta, dim, factor)
     return inv_freq.expand(*factor.shape, dim // 2), torch.ones_like(factor)
 
 
-@register("linear", fields=_SCALED, source="arXiv 2306.15595; YaRN eq. 10, 12", summary="position interpolation (PI)")
 def linear(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """θ_d / s: dividing every position by s is dividing every frequency."""
     return _powers(scaling.rope_theta, dim, factor) / factor[..., None], torch.ones_like(factor)
 
 
-@register("ntk", fields=_SCALED, source="arXiv 2309.00071 (YaRN), eq. 14-16", summary="NTK-aware: a larger base")
 def ntk(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """b'^(-2d/D) with b' = b·s^(D/(D-2)): the lowest frequency ends at θ/s, the highest stays."""
     theta = ntk_theta(scaling.rope_theta, factor[..., None], dim)
     return _powers(theta, dim, factor), torch.ones_like(factor)
 
 
-@register(
-    "ntk-by-parts",
-    fields=_BY_PARTS,
-    needs_original=True,
-    source="arXiv 2309.00071 (YaRN), eq. 17-20",
-    summary="YaRN's frequencies without its attention factor",
-)
 def ntk_by_parts(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """(1-γ)·θ_d/s + γ·θ_d, where the kept share γ falls from 1 to 0 as wavelengths grow."""
     inv_freq = _powers(scaling.rope_theta, dim, factor)
@@ -76,13 +56,6 @@ def ntk_by_parts(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor
     return inv_freq * (1 - (1 - keep) * (1 - 1 / factor[..., None])), torch.ones_like(factor)
 
 
-@register(
-    "yarn",
-    fields=(*_BY_PARTS, "attention_factor", "mscale"),
-    needs_original=True,
-    source="arXiv 2309.00071 (YaRN), eq. 17-22",
-    summary="NTK-by-parts and an attention temperature",
-)
 def yarn(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """The frequencies of `ntk_by_parts`; attention factor 0.1·mscale·ln(s) + 1, or the given one."""
     inv_freq, _ = ntk_by_parts(scaling, dim, factor, seq_len)
@@ -92,14 +65,6 @@ def yarn(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None)
     return inv_freq, attention_factor_of(torch.log(factor), mscale)
 
 
-@register(
-    "part-ntk",
-    fields=(*_SCALED, "extrapolation_factor"),
-    params_type=PartNtkParams,
-    needs_original=True,
-    source="first NTK-by-parts, github.com/jquesnelle/yarn",
-    summary="θ/s for long waves, NTK-aware for middle, θ for short",
-)
 def part_ntk(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """Two ramps in the dimension index: linear to NTK-aware around one rotation, then to unscaled from 2 to 16."""
     params: PartNtkParams = scaling.method_params
@@ -114,14 +79,6 @@ def part_ntk(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | N
     return blended + second * (plain - blended), torch.ones_like(factor)
 
 
-@register(
-    "llama3",
-    fields=_SCALED,
-    params_type=Llama3Params,
-    needs_original=True,
-    source="Llama 3.1, arXiv 2407.21783",
-    summary="a ramp in rotations from 1 to 4, no attention factor",
-)
 def llama3(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """θ/s below `low_freq_factor` rotations over L, θ above `high_freq_factor`, linear in rotations between; a step
     where both are the same."""
@@ -131,16 +88,6 @@ def llama3(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | Non
     return inv_freq * (1 - (1 - keep) * (1 - 1 / factor[..., None])), torch.ones_like(factor)
 
 
-@register(
-    "longrope",
-    fields=("factor", "attention_factor"),
-    params_type=LongRopeParams,
-    needs_original=True,
-    length_dependent=True,
-    no_dynamic="its frequencies switch at L already",
-    source="LongRoPE, arXiv 2402.13753, as in transformers",
-    summary="a divisor per frequency, one list up to L, one beyond",
-)
 def longrope(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """θ_d / short_d for sequences up to L, θ_d / long_d for longer ones; attention factor sqrt(1 + ln s / ln L).
 
@@ -163,30 +110,12 @@ def longrope(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | N
     return inv_freq, torch.full_like(factor, scaling.static_attention_factor)
 
 
-@register(
-    "abf",
-    fields=("factor",),
-    params_type=AbfParams,
-    factor_optional=True,
-    no_dynamic="its base does not depend on s",
-    source="adjusted base frequency, arXiv 2309.16039",
-    summary="another base, chosen by hand",
-)
 def abf(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """theta^(-2d/D)."""
     inv_freq = _powers(scaling.method_params.theta, dim, factor)
     return inv_freq.expand(*factor.shape, dim // 2), torch.ones_like(factor)
 
 
-@register(
-    "dynamic-ntk",
-    fields=("factor",),
-    needs_original=True,
-    length_dependent=True,
-    no_dynamic="it is one already",
-    source="'dynamic', github.com/huggingface/transformers",
-    summary="a base that grows with the length, s = α·l'/L - (α-1)",
-)
 def dynamic_ntk(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """NTK-aware at s = α·l'/L - (α-1), α the factor; unscaled up to L. With α = 1 it is the dynamic form of `ntk`."""
     assert scaling.original_max_position_embeddings is not None  # validated by RopeScaling
@@ -197,13 +126,6 @@ def dynamic_ntk(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor 
     return _powers(ntk_theta(scaling.rope_theta, s[..., None], dim), dim, factor), torch.ones_like(factor)
 
 
-@register(
-    "ntk-mixed",
-    fields=_SCALED,
-    params_type=NtkMixedParams,
-    source="NTK-RoPE-mixed (Su), kexue.fm/archives/9706",
-    summary="θ_m / exp(a·m^0.625): a smooth change from θ to θ/s",
-)
 def ntk_mixed(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """θ_m / exp(a·m^0.625) for m = 1 … D/2, with a·(D/2)^0.625 = ln s: the lowest frequency ends at θ/s."""
     plain = _powers(scaling.rope_theta, dim, factor)
@@ -211,14 +133,6 @@ def ntk_mixed(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | 
     return plain * factor[..., None] ** -(share**scaling.method_params.exponent), torch.ones_like(factor)
 
 
-@register(
-    "proportional",
-    fields=_SCALED,
-    params_type=ProportionalParams,
-    factor_optional=True,
-    source="p-RoPE, arXiv 2410.06205, as in transformers",
-    summary="the lowest frequencies 0, the others divided by s",
-)
 def proportional(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """θ_d / s for the first fraction·D/2 frequencies, 0 for the rest."""
     turning = int(scaling.method_params.fraction * dim // 2)
@@ -226,20 +140,6 @@ def proportional(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor
     return _scale_lowest(inv_freq, _zeros(dim // 2 - turning)), torch.ones_like(factor)
 
 
-_CLIPPED: dict[str, Any] = {
-    "fields": ("factor",),
-    "params_type": ClipParams,
-    "factor_optional": True,
-    "no_dynamic": "what it clips does not depend on s",
-}
-
-
-@register(
-    "cope",
-    source="Clipped RoPE, arXiv 2602.05258",
-    summary="the lowest frequencies tapered to 0 by a cosine",
-    **_CLIPPED,
-)
 def cope(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """θ_d · (1 + cos φ)/2 over the lowest frequencies, φ from 0 to π in equal steps; the last one is 0."""
     inv_freq, clip = _clipped(scaling, dim, factor)
@@ -247,12 +147,6 @@ def cope(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None)
     return _scale_lowest(inv_freq, (1 + phase.cos()) / 2), torch.ones_like(factor)
 
 
-@register(
-    "hardclip",
-    source="the baseline of Clipped RoPE, arXiv 2602.05258",
-    summary="the lowest frequencies set to 0",
-    **_CLIPPED,
-)
 def hardclip(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """θ_d, and 0 for the lowest frequencies."""
     inv_freq, clip = _clipped(scaling, dim, factor)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from scaled_rope.errors import ConfigError, is_number, unknown
+from scaled_rope.errors import ConfigError, is_number, is_positive_whole, unknown
 from scaled_rope.scaling.formulas import attention_factor_of, longrope_attention_factor
 
 CUSTOM_ROPE_TYPE = "scaled-rope"
@@ -169,6 +169,20 @@ def attribute(config: Any, name: str) -> Any:
         return getattr(config, name, None)
     except RuntimeError as error:
         raise ConfigError(f"{name} differs between the layers of this {config.model_type} model") from error
+
+
+def config_head_dim(config: Any) -> int | None:
+    """Dimensions per attention head, from a model's config (object or dictionary); None when it doesn't say."""
+
+    def get(name: str) -> Any:
+        return config.get(name) if isinstance(config, Mapping) else attribute(config, name)
+
+    if get("qk_rope_head_dim") is not None:  # multi-head latent attention rotates a part that is kept apart
+        return int(get("qk_rope_head_dim")) if is_positive_whole(get("qk_rope_head_dim")) else None
+    if get("head_dim") is not None:
+        return int(get("head_dim")) if is_positive_whole(get("head_dim")) else None
+    hidden, heads = get("hidden_size"), get("num_attention_heads")
+    return int(hidden) // int(heads) if is_positive_whole(hidden) and is_positive_whole(heads) else None
 
 
 def nested_types(rope: Mapping[str, Any]) -> list[str]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib
 import math
-import re
 import warnings
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,17 +18,17 @@ from scaled_rope.scaling.hf_config import (
     PRIMARY_LAYER_TYPE,
     RECORD_KEY,
     ConfigNote,
-    attribute,
+    config_head_dim,
     nested_types,
     read_rope,
     split_config,
 )
 from scaled_rope.scaling.registry import METHODS, Method
+from scaled_rope.scaling.spec import Spec, shown
 
 Dialect = Literal["rope_parameters", "rope_scaling"]
 _DEFAULT_ROPE_THETA = 10000.0
 _RAMPS = ("dimension", "rotations")
-_SPEC_ALIASES = {"none": "default", "unscaled": "default"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,6 @@ class RopeScaling:
     """The method's own parameters, those that no other method shares."""
 
     def __post_init__(self) -> None:
-        _fill_registry()
         if not isinstance(self.method, str) or self.method not in METHODS:
             raise unknown("method", self.method, METHODS)
         row = METHODS[self.method]
@@ -103,8 +99,11 @@ class RopeScaling:
             )
         self._check_ramp()
         self._check_params(row)
-        if row.kind == "attention":
-            row.fn(self)
+        if row.below_original and getattr(self.method_params, row.below_original) >= self._trained_length:
+            raise ConfigError(
+                f"{row.below_original}={getattr(self.method_params, row.below_original)}: must be below the trained "
+                f"length, {self._trained_length} tokens"
+            )
 
     def _check_values(self) -> None:
         """Check each field by itself; store numbers as float, so that equal records are written equally."""
@@ -158,6 +157,11 @@ class RopeScaling:
         fields = {f.name: f.default for f in dataclasses.fields(parsed)}
         values = {name: getattr(parsed, name) for name in fields}
         object.__setattr__(self, "params", {name: value for name, value in values.items() if value != fields[name]})
+
+    @property
+    def _trained_length(self) -> int:
+        assert self.original_max_position_embeddings is not None  # checked for methods that need it
+        return self.original_max_position_embeddings
 
     @property
     def ramp_bounds(self) -> tuple[float, float]:
@@ -231,11 +235,11 @@ class RopeScaling:
         name = "unscaled" if self.method == "default" else self._name
         no_factor = "factor" not in METHODS[self.method].fields or METHODS[self.method].factor_optional
         if not (self.factor == 1 and (self.dynamic or no_factor or self.method == "dynamic-ntk")):
-            name = f"{name} x{_show(self.factor)}"
-        shown = {n: getattr(self, n) for n in _METHOD_FIELDS if n not in ("factor", "dynamic")} | self.params
+            name = f"{name} x{shown(self.factor)}"
+        values = {n: getattr(self, n) for n in _METHOD_FIELDS if n not in ("factor", "dynamic")} | self.params
         if self.dynamic and self._name == self.method:
-            shown["dynamic"] = True
-        options = [f"{n}={_show(v)}" for n, v in shown.items() if v != _DEFAULTS.get(n)]
+            values["dynamic"] = True
+        options = [f"{n}={shown(v)}" for n, v in values.items() if v != _DEFAULTS.get(n)]
         return f"{name} ({', '.join(options)})" if options else name
 
     def __repr__(self) -> str:
@@ -265,37 +269,20 @@ class RopeScaling:
         `original_max_position_embeddings` where the text does not give them. "none" is "default". The method's own
         parameters are fields as well; a list is written "1+1.5+2".
         """
-        _fill_registry()
-        head, *options = [part.strip() for part in text.split(",")]
-        name, _, factor = head.partition(":")
-        dynamic = name.startswith("dynamic-") and name not in METHODS
-        method = name.removeprefix("dynamic-") if dynamic else name
-        method = _SPEC_ALIASES.get(method, method)
-        if method not in METHODS:
-            raise unknown("method", method, METHODS)
-        row = METHODS[method]
-        params = {f.name for f in dataclasses.fields(row.params_type)} if row.params_type else set()
-        values: dict[str, Any] = {n: getattr(base, n) for n in _MODEL_FIELDS} | {"method": method, "params": {}}
-        if dynamic:
-            values["dynamic"] = True
-        if factor or ":" in head:
-            values["factor"] = _parse("factor", factor)
-        given = {"factor"} if "factor" in values else set()
-        for option in options:
-            key, _, value = option.partition("=")
-            if key in given:
-                raise ConfigError(f"scaling {text!r}: {key} is given twice")
-            given.add(key)
-            if key in params:
-                values["params"][key] = _parse_param(key, value)
-                continue
-            if key not in _DEFAULTS or key == "params":
-                raise unknown("scaling field", key, [*(n for n in _DEFAULTS if n != "params"), *params])
-            values[key] = _parse(key, value)
-        takes_factor = "factor" in row.fields and not row.factor_optional and method != "dynamic-ntk"
-        if takes_factor and "factor" not in values and not values.get("dynamic"):
-            raise ConfigError(f"scaling {text!r}: factor is missing; write for example '{method}:8'")
-        return cls(**values)
+        values = Spec.parse(text).values(known_fields=[name for name in _DEFAULTS if name != "params"])
+        return cls(**({name: getattr(base, name) for name in _MODEL_FIELDS} | values))
+
+    def to_spec(self) -> str:
+        """The text that `from_spec` turns back into this static record, given the same model."""
+        values = {
+            name: value for name, value in self.to_dict().items() if name not in ("method", "factor", *_MODEL_FIELDS)
+        }
+        texts = {name: str(value).lower() if isinstance(value, bool) else value for name, value in values.items()}
+        fields = [
+            (name, repr(value).removesuffix(".0") if isinstance(value, float) else str(value))
+            for name, value in texts.items()
+        ]
+        return str(Spec(self.method, f"{self.factor!r}".removesuffix(".0"), tuple(fields)))
 
     def is_native(self, head_dim: int | None = None) -> bool:
         """Whether transformers itself can express this scaling in `rope_parameters`.
@@ -444,72 +431,6 @@ _RANGES = {  # field: (lower limit, whether the limit itself is allowed, upper l
 }
 
 
-def _fill_registry() -> None:
-    """The rows of `METHODS` come with torch, so they are imported when the first record is made."""
-    if not METHODS:
-        importlib.import_module("scaled_rope.attention.methods")
-
-
-def config_head_dim(config: Any) -> int | None:
-    """Dimensions per attention head, from a model's config (object or dictionary); None when it doesn't say."""
-
-    def get(name: str) -> Any:
-        return config.get(name) if isinstance(config, Mapping) else attribute(config, name)
-
-    if get("qk_rope_head_dim") is not None:  # multi-head latent attention rotates a part that is kept apart
-        return int(get("qk_rope_head_dim")) if is_positive_whole(get("qk_rope_head_dim")) else None
-    if get("head_dim") is not None:
-        return int(get("head_dim")) if is_positive_whole(get("head_dim")) else None
-    hidden, heads = get("hidden_size"), get("num_attention_heads")
-    return int(hidden) // int(heads) if is_positive_whole(hidden) and is_positive_whole(heads) else None
-
-
-def _show(value: Any) -> str:
-    """A value as short as it can be told from others of its kind."""
-    if isinstance(value, list):
-        digest = hashlib.sha256(repr(value).encode()).hexdigest()[:6]
-        return f"{len(value)} values {digest}" if len(value) > 4 else "+".join(map(_show, value))
-    if isinstance(value, float):
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    return str(value)
-
-
-def _parse_param(name: str, text: str) -> Any:
-    """A method's own parameter: a whole number, a number or a list of numbers; the method checks which it wants."""
-    try:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        parts = re.split(r"(?<=[^eE+])\+", text)  # not the + of 1e+5
-        if len(parts) > 1:
-            return [float(part) for part in parts]
-        return int(text) if text.strip("+-").isdigit() else float(text)
-    except ValueError:
-        raise ConfigError(f"{name}={text!r}: must be a number, several as 1+1.5+2, or true or false") from None
-
-
-def _parse(name: str, text: str) -> Any:
-    """One value of a spec, by the type of its field."""
-    try:
-        if name in ("dynamic", "resonance", "truncate"):
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if name == "original_max_position_embeddings":
-            return int(text)
-        return text if name == "ramp" else float(text)
-    except (KeyError, ValueError):
-        kind = "true or false" if name in ("dynamic", "resonance", "truncate") else "a number"
-        raise ConfigError(f"{name}={text!r}: must be {kind}") from None
-
-
-def spec_of(scaling: RopeScaling) -> str:
-    """The text that `RopeScaling.from_spec` turns back into this static record, given the same model."""
-    values = scaling.to_dict()
-    head = f"{scaling.method}:{scaling.factor!r}".removesuffix(".0")
-    skip = ("method", "factor", "original_max_position_embeddings", "rope_theta", "partial_rotary_factor")
-    shown = {name: str(v).lower() if isinstance(v, bool) else v for name, v in values.items() if name not in skip}
-    fields = [f"{name}={f'{v!r}'.removesuffix('.0') if isinstance(v, float) else v}" for name, v in shown.items()]
-    return ",".join([head, *fields])
-
-
 def native_type(scaling: RopeScaling, head_dim: int | None) -> str | None:
     """The rope_type by which transformers can express a scaling, or None."""
     if scaling.dynamic or scaling.resonance:
@@ -568,23 +489,22 @@ def resolve_scaling(spec: str, own: RopeScaling) -> RopeScaling:
     Raises:
         ConfigError: not a scaling, or a new factor for a checkpoint that carries none.
     """
-    head, comma, fields = spec.partition(",")
-    name, colon, factor = head.partition(":")
-    if factor == "checkpoint":
-        head = f"{name}:{own.factor!r}"
-    if name != "checkpoint":
-        return RopeScaling.from_spec(head + comma + fields, own)
-    if fields:
+    parts = Spec.parse(spec)
+    if parts.method != "checkpoint":
+        if parts.factor == "checkpoint":
+            spec = str(replace(parts, factor=repr(own.factor)))
+        return RopeScaling.from_spec(spec, own)
+    if parts.fields:
         raise ConfigError(f"scaling {spec!r} is not allowed; 'checkpoint' takes a factor only: checkpoint[:FACTOR]")
-    if not colon:
+    if parts.factor is None:
         return own
     if own.method == "default":
         raise ConfigError(f"scaling {spec!r} is not allowed; the checkpoint carries no scaling, name a method")
     try:
-        number = float(factor)
+        factor = float(parts.factor)
     except ValueError as error:
-        raise ConfigError(f"scaling {spec!r} is not allowed; factor {factor!r} is not a number") from error
-    return replace(own, factor=number)
+        raise ConfigError(f"scaling {spec!r} is not allowed; factor {parts.factor!r} is not a number") from error
+    return replace(own, factor=factor)
 
 
 def with_primary(layers: dict[str, RopeScaling], scaling: RopeScaling) -> dict[str, RopeScaling]:

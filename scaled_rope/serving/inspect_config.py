@@ -37,11 +37,12 @@ from scaled_rope.scaling.hf_config import (
     SOFTMAX_MSCALE_FAMILIES,
     ConfigNote,
     attention_keys,
+    config_head_dim,
     has_rope,
     nested_types,
     split_config,
 )
-from scaled_rope.scaling.record import LayerPlan, RopeScaling, config_head_dim, native_type, resolve_scaling
+from scaled_rope.scaling.record import LayerPlan, RopeScaling, native_type, resolve_scaling
 from scaled_rope.scaling.registry import METHODS
 from scaled_rope.serving.inspect_model import check_model
 from scaled_rope.serving.inspect_report import (

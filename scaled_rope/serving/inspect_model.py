@@ -13,8 +13,8 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.patching.families import ADAPTERS
 from scaled_rope.patching.patch import patched_plan, patched_scaling
 from scaled_rope.scaling.frequencies import compute_rope
-from scaled_rope.scaling.hf_config import nested_types
-from scaled_rope.scaling.record import RopeScaling, config_head_dim
+from scaled_rope.scaling.hf_config import config_head_dim, nested_types
+from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.serving.inspect_report import Finding, describe_difference, quiet
 
 

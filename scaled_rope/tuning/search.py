@@ -47,7 +47,8 @@ from scaled_rope.evaluation.runner import given_arguments
 from scaled_rope.flags import add_model_arguments, add_tune_arguments, check_tune_arguments
 from scaled_rope.patching.loss import IGNORE, token_nll
 from scaled_rope.results import Row, append_row, portable_command, provenance, row_key, rows_so_far, write_atomic
-from scaled_rope.scaling.record import RopeScaling, spec_of
+from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.scaling.spec import Spec
 from scaled_rope.texts.corpora import CORPORA, fetch
 from scaled_rope.texts.documents import read_documents
 from scaled_rope.texts.packed import open_rows
@@ -277,7 +278,7 @@ def summarise(tuned: Sequence[Tuned], seed: int) -> Row:
         factors.append(
             {
                 "factor": one.factor,
-                "spec": spec_of(one.scaling),
+                "spec": one.scaling.to_spec(),
                 "scaling": one.scaling.to_dict(),
                 "rope_parameters": one.scaling.to_config(),
                 "attention_factor": one.minimum.x,
@@ -301,7 +302,7 @@ def summarise(tuned: Sequence[Tuned], seed: int) -> Row:
         spec = None
         if fit.a >= 0 and len({one.scaling.ramp_bounds for one in tuned}) == 1:
             example = replace(tuned[0].scaling, factor=2.0, attention_factor=None, mscale=round(fit.mscale, 4))
-            spec = spec_of(example).replace(":2", ":FACTOR", 1)
+            spec = example.to_spec().replace(":2", ":FACTOR", 1)
         line = {**lines[False], "paper_a": paper_slope(), "mscale": fit.mscale, "spec": spec, "free": lines[True]}
     return {"windows": windows, "level": LEVEL, "draws": DRAWS, "seed": seed, "fit": line, "factors": factors}
 
@@ -421,8 +422,8 @@ def _loading_arguments(args: argparse.Namespace) -> argparse.Namespace:
 def _starts(args: argparse.Namespace, own: RopeScaling) -> list[RopeScaling]:
     """The scaling that the search begins with, for each factor."""
     fields = f",{args.fields}" if args.fields else ""
-    for field in fields.split(",")[1:]:
-        if field.partition("=")[0].strip() in _TUNED:
+    for name, _ in Spec.parse(f"yarn{fields}").fields:
+        if name in _TUNED:
             raise ConfigError(f"fields {args.fields!r} is not allowed; {', '.join(_TUNED)} are what the search sets")
     factors = parse_grid(args.factors, "factors")
     return [RopeScaling.from_spec(f"yarn:{factor!r}{fields}", own) for factor in factors]
