@@ -23,6 +23,7 @@ from transformers.masking_utils import flash_attention_mask
 from transformers.utils import import_utils
 
 from scaled_rope.attention import blockwise
+from scaled_rope.attention.interface import AttentionCall, attention_function
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.scaling.hf_config import config_head_dim
 
@@ -196,27 +197,16 @@ BLOCK = 128
 """Least number of queries in a block of a window."""
 
 
-def blocked_sdpa(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    position_ids: Tensor | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+@attention_function
+def blocked_sdpa(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """Causal attention in the interface of transformers, without a T x T mask.
 
     Args:
-        query, key, value: [B, H, T, D], [B, K, S, D] twice; queries are the last T of S positions.
-        attention_mask: None, or what to attend to [B, S], true for one stretch of each row, or [B, 0] for all of it.
-        sliding_window: positions that a query sees, itself included.
-        position_ids: [B, T]; where they do not go on by one a document begins. Only without a cache and a mask.
-        cu_seq_lens_q: where documents begin, [documents + 1], as FlashAttention takes it; B is 1.
+        call: its mask is None, or what to attend to [B, S], true for one stretch of each row, or [B, 0] for all of it.
+            Of its options count: dropout and scaling;
+            sliding_window: positions that a query sees, itself included;
+            position_ids: [B, T]; where they do not go on by one a document begins, only without a cache and a mask;
+            cu_seq_lens_q: where documents begin, [documents + 1], as FlashAttention takes it; B is 1.
 
     Returns:
         [B, T, H, D] and None. Rows of padding are zero.
@@ -224,22 +214,23 @@ def blocked_sdpa(
     Raises:
         ConfigError: soft caps, sinks and biases; a module that does not pass positions on.
     """
-    for name in ("softcap", "s_aux", "position_bias", "cache"):
-        if kwargs.get(name) is not None:
-            raise ConfigError(f"attention 'sdpa_blocked': has no {name}")
-    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+    if name := call.has("softcap", "s_aux", "position_bias", "cache"):
+        raise ConfigError(f"attention 'sdpa_blocked': has no {name}")
+    if call.options.get("is_causal") is False or not getattr(call.module, "is_causal", True):
         raise ConfigError("attention 'sdpa_blocked': is causal, use 'sdpa'")
-    given = {"dropout": dropout, "scaling": scaling}
-    if attention_mask is not None and attention_mask.shape[1] > 0 and query.shape[2] == 1:
-        key, value = written(key, value, attention_mask)
-        seen = attention_mask if sliding_window is None else attention_mask[:, -sliding_window:]
+    module, query, key, value, mask = call.module, call.query, call.key, call.value, call.attention_mask
+    window: int | None = call.options.get("sliding_window")
+    given = {"dropout": call.dropout, "scaling": call.options.get("scaling")}
+    if mask is not None and mask.shape[1] > 0 and query.shape[2] == 1:
+        key, value = written(key, value, mask)
+        seen = mask if window is None else mask[:, -window:]
         key, value = key[:, :, -seen.shape[1] :], value[:, :, -seen.shape[1] :]
         return sdpa_attention_forward(module, query, key, value, seen[:, None, None], **given)[0], None
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _causal(module, q, k, v, sliding_window, given)
+        return _causal(module, q, k, v, window, given)
 
-    return by_stretch(attend, query, key, value, attention_mask, position_ids, cu_seq_lens_q), None
+    return by_stretch(attend, call), None
 
 
 def written(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -249,24 +240,17 @@ def written(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Te
     return key[:, :, : mask.shape[1]], value[:, :, : mask.shape[1]]
 
 
-def by_stretch(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    position_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
+def by_stretch(attend: Callable[[Tensor, Tensor, Tensor], Tensor], call: AttentionCall) -> Tensor:
     """Causal attention within each text of each row, [B, T, H, D]; zero where a query belongs to none.
 
     Args:
         attend: queries [B, H, T, D], the last T of S positions, and keys and values [B, K, S, D] -> [B, T, H, D].
-        query, key, value, mask, position_ids, cu_seqlens: as in `blocked_sdpa`.
+        call: as in `blocked_sdpa`.
     """
-    key, value = written(key, value, mask)
+    query, mask = call.query, call.attention_mask
+    key, value = written(call.key, call.value, mask)
     tokens, keys = query.shape[2], key.shape[2]
-    found = _stretches(mask, position_ids, cu_seqlens, query, keys)
+    found = _stretches(mask, call.options.get("position_ids"), call.options.get("cu_seq_lens_q"), query, keys)
     if found is None:
         return attend(query, key, value)
     out = query.new_zeros(query.shape[0], tokens, query.shape[1], value.shape[-1])

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from scaled_rope.attention.interface import AttentionCall, attention_function
 
 _BLOCK = 128  # queries; of 64 to 256 the fastest at 8192 positions, by little
 
@@ -67,33 +68,19 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, block: in
     return out
 
 
-def _forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **more: Any,
-) -> tuple[Tensor, None]:
-    """An attention function of transformers: q [B, H, S, D], k and v [B, K, T, D] to [B, S, H, D]."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = causal and attention_mask is None and query.shape[2] == key.shape[2] and not dropout
-    extras = any(more.get(name) is not None for name in ("cache", "position_bias", "softcap"))
+@attention_function
+def _forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    query = call.query
+    plain = call.is_causal and call.attention_mask is None and query.shape[2] == call.key.shape[2] and not call.dropout
     if (
         not plain
-        or extras
+        or call.has("cache", "position_bias", "softcap")
         or query.dtype != torch.bfloat16
         or query.device.type != "cpu"
         or (torch.is_grad_enabled() and query.requires_grad)
     ):
-        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **more}
-        theirs: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-        return theirs
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return blockwise_attention(query, key, value, scale).transpose(1, 2).contiguous(), None
+        return call.handed_to(sdpa_attention_forward)
+    return blockwise_attention(query, call.key, call.value, call.scale).transpose(1, 2).contiguous(), None
 
 
 def register() -> None:

@@ -1,14 +1,13 @@
-"""What a patched model knows of the key/value caches that it filled.
+"""What a patched model knows of the key/value caches that it filled: who filled them, and what they hold.
 
-A cache of transformers holds keys and no word about how they were rotated, so the model leaves a note on each: which
-patch filled it, where its tokens are, and what they were. The note goes with the cache wherever that goes (copies,
-pickles), and what changes the cache (beam search, cropping) changes the note: the cache's class is exchanged for a
+A cache of transformers holds keys and no word about how they were rotated, so the model keeps a `CacheContents` on it:
+which patch filled it, where its tokens are, and what they were. It goes with the cache wherever that goes (copies,
+pickles), and what changes the cache (beam search, cropping) changes it too: the cache's class is exchanged for a
 subclass that sees to it.
 """
 
 from __future__ import annotations
 
-import functools
 import uuid
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +17,9 @@ from torch import Tensor
 from transformers import Cache
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.patching.class_exchange import exchange_class
 
-_NOTE = "_scaled_rope_note"
+_CONTENTS = "_scaled_rope_contents"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class CacheOwner:
 class CacheContents:
     """What a cache holds. Tensors have one row for each of the cache's, or one for all."""
 
-    patch: CacheOwner
+    owner: CacheOwner
     length: int
     """Tokens in every row, padding included."""
     offset: Tensor | None = None
@@ -78,18 +78,16 @@ class CacheContents:
         self.inputs.append((name, rows))
 
 
-def note_of(cache: Any) -> CacheContents | None:
-    """The note on a cache, or None where no patched model has left one."""
-    note: CacheContents | None = vars(cache).get(_NOTE)
-    return note
+def contents_of(cache: Any) -> CacheContents | None:
+    """What is known of a cache, or None where no patched model filled it."""
+    contents: CacheContents | None = vars(cache).get(_CONTENTS)
+    return contents
 
 
-def leave_note(cache: Cache, note: CacheContents) -> None:
-    """Put a note on a cache, in place of any other."""
-    vars(cache)[_NOTE] = note
-    if not isinstance(cache, _Following):
-        family: Any = type(cache)
-        cache.__class__ = _following(family)
+def leave_contents(cache: Cache, contents: CacheContents) -> None:
+    """Keep on a cache what it holds, in place of what was kept there."""
+    vars(cache)[_CONTENTS] = contents
+    exchange_class(cache, _KeepsContents)
 
 
 def length_of(cache: Any) -> int:
@@ -97,36 +95,36 @@ def length_of(cache: Any) -> int:
     return int(cache.get_seq_length())
 
 
-def check_note(cache: Any, patch: CacheOwner) -> CacheContents | None:
-    """The note on a cache that holds something, if it is this patch's own; None where there is none.
+def check_owner(cache: Any, owner: CacheOwner) -> CacheContents | None:
+    """What is known of a cache that holds something, if this patch filled it; None where nothing is known.
 
     Raises:
         ConfigError: another patch filled the cache, or something else has changed it since.
     """
-    note = note_of(cache)
-    if note is None:
+    contents = contents_of(cache)
+    if contents is None:
         return None
     name = type(cache).__name__
-    if note.patch.key != patch.key:
+    if contents.owner.key != owner.key:
         raise ConfigError(
-            f"past_key_values: this {name} was filled under another patch ({note.patch.label}), the model computes "
-            f"with {patch.label} now; start from an empty cache"
+            f"past_key_values: this {name} was filled under another patch ({contents.owner.label}), the model computes "
+            f"with {owner.label} now; start from an empty cache"
         )
-    if note.length != (length := length_of(cache)):
+    if contents.length != (length := length_of(cache)):
         raise ConfigError(
-            f"past_key_values: this {name} holds {length} tokens, {note.length} when the model filled it; "
+            f"past_key_values: this {name} holds {length} tokens, {contents.length} when the model filled it; "
             "start from an empty cache"
         )
-    return note
+    return contents
 
 
-def require_note(cache: Any, note: CacheContents | None, why: str = "") -> None:
-    """Refuse a cache that holds something and has no note, for a model that needs keys before rotation.
+def require_contents(cache: Any, contents: CacheContents | None, why: str = "") -> None:
+    """Refuse a cache that holds something and of which nothing is known, for a model that needs keys before rotation.
 
     Raises:
         ConfigError: with `why` at its end, a clause about rotated keys.
     """
-    if note is None:
+    if contents is None:
         raise ConfigError(
             f"past_key_values: this {type(cache).__name__} was not filled by the model as it is patched, and holds "
             f"keys that were rotated already{why}; start from an empty cache"
@@ -146,45 +144,29 @@ def check_device(cache: Any, device: torch.device) -> None:
         )
 
 
-class _Following:
-    """What a cache's class is given in front, so that its note follows it."""
+class _KeepsContents:
+    """What a cache's class is given in front, so that what is known of it stays right."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
-        if (note := note_of(self)) is not None:
-            note.reorder(beam_idx)
+        if (contents := contents_of(self)) is not None:
+            contents.reorder(beam_idx)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         super().crop(*args, **kwargs)  # type: ignore[misc]
-        if (note := note_of(self)) is not None:
-            note.cut(min(note.length, length_of(self)))
+        if (contents := contents_of(self)) is not None:
+            contents.cut(min(contents.length, length_of(self)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        if (note := note_of(self)) is not None:
-            note.repeat(repeats)
+        if (contents := contents_of(self)) is not None:
+            contents.repeat(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)  # type: ignore[misc]
-        if (note := note_of(self)) is not None:
-            note.reorder(torch.as_tensor(indices))
+        if (contents := contents_of(self)) is not None:
+            contents.reorder(torch.as_tensor(indices))
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        vars(self).pop(_NOTE, None)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _revive, (type(self).__mro__[2], vars(self).copy())
-
-
-@functools.cache
-def _following(family: Any) -> Any:
-    """The subclass of a cache's class whose notes follow; it has the name of that class."""
-    return type(family.__name__, (_Following, family), {})
-
-
-def _revive(family: Any, state: dict[str, Any]) -> Any:
-    """A copied or unpickled cache."""
-    cache = object.__new__(_following(family))
-    vars(cache).update(state)
-    return cache
+        vars(self).pop(_CONTENTS, None)

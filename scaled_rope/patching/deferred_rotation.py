@@ -13,59 +13,44 @@ builds its masks): all of it, the part in a window, or a buffer of fixed size of
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from scaled_rope.attention.interface import AttentionCall, AttentionFunction, attention_function
 from scaled_rope.errors import ConfigError
 from scaled_rope.kernels import DecodeAngles, rotary_decode, rotate
 from scaled_rope.patching.cache_owners import CacheContents
+from scaled_rope.patching.forward_pass import current_pass, row_lengths
 from scaled_rope.patching.rebind import APPLY, INTERFACE, bound, callers, calls, rebind
-from scaled_rope.patching.rotary import LayeredRotaryEmbedding, Layout, ScaledRotaryEmbedding, row_lengths
+from scaled_rope.patching.rotary import LayeredRotaryEmbedding, Layout, ScaledRotaryEmbedding
 from scaled_rope.patching.rotary_kernel import pairing_of
 
-Backend = Callable[..., tuple[Tensor, Tensor | None]]
-"""A function of transformers' attention interface: (module, query, key, value, attention_mask, **options)."""
 
-
-def rotate_both(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    *,
-    turn: Turn,
-    backend: Backend,
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
+def rotate_both(call: AttentionCall, layer: LayerRotation, backend: AttentionFunction) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer in one pass: queries and all keys rotated at the scale of the row's present length, then
     the module's backend; or both at once where a few queries read many keys.
 
     Args:
-        query: [B, H, Q, D], not rotated.
-        key, value: [B, Hkv, K, D], all keys that the cache hands out, not rotated.
-        attention_mask: as the module's backend takes it.
-        turn: positions of queries and keys, and what rotates them.
+        call: queries, and all keys that the cache hands out, none of them rotated.
+        layer: positions of queries and keys, and what rotates them.
         backend: the module's own, by its config.
-        options: what the module tells its backend (scaling, dropout, sliding_window, softcap, s_aux, ...).
 
     Returns:
         [B, Q, H, D] and weights or None, as backends return them.
     """
-    if (mask := _decodable(module, query, key, attention_mask, turn, options)) is not None:
-        angles = turn.angles_of(turn)
-        scaling = options.get("scaling")
-        out = rotary_decode(query, key, value, angles, mask[0], scaling=scaling, interleaved=turn.interleaved)
+    if (mask := _decodable(call, layer)) is not None:
+        angles, scaling = layer.angles_of(layer), call.options.get("scaling")
+        out = rotary_decode(
+            call.query, call.key, call.value, angles, mask[0], scaling=scaling, interleaved=layer.interleaved
+        )
         return out, None
-    query = turn.rotate(query, turn.query_positions)
-    key = turn.rotate(key, turn.key_positions)
-    return backend(module, query, key, value, attention_mask, **options)
+    query = layer.rotate(call.query, layer.query_positions)
+    key = layer.rotate(call.key, layer.key_positions)
+    return replace(call, query=query, key=key).handed_to(backend)
 
 
 FEW = 16
@@ -74,25 +59,23 @@ _FUSED = ("sdpa", "sdpa_blocked", "blockwise", "flash_attention_2", "flash_atten
 """Backends that compute plain attention, which the kernel may do in their place."""
 
 
-def _decodable(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Any, turn: Turn, options: dict[str, Any]
-) -> tuple[Tensor | None] | None:
+def _decodable(call: AttentionCall, layer: LayerRotation) -> tuple[Tensor | None] | None:
     """What a query sees, [B or 1, 1, Q or 1, K] or None for all before it, in a tuple; None: not for the kernel."""
-    config: Any = getattr(module, "config", None)
-    count, keys = query.shape[2], key.shape[2]
-    if turn.first_key is None or count > FEW or getattr(config, "_attn_implementation", None) not in _FUSED:
+    config: Any = getattr(call.module, "config", None)
+    mask, count, keys = call.attention_mask, call.query.shape[2], call.key.shape[2]
+    if layer.first_key is None or count > FEW or getattr(config, "_attn_implementation", None) not in _FUSED:
         return None
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+    if torch.is_grad_enabled() and (call.query.requires_grad or call.key.requires_grad):
         return None
-    if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")) or options.get("dropout"):
+    if call.has("softcap", "s_aux", "position_bias") or call.dropout:
         return None
-    if options.get("is_causal") is False or not getattr(module, "is_causal", True):
+    if call.options.get("is_causal") is False or not getattr(call.module, "is_causal", True):
         return None
     # Some backends are told of windows only here.
-    if (window := options.get("sliding_window")) is not None and keys > window and not _is_whole(mask):
+    if (window := call.options.get("sliding_window")) is not None and keys > window and not _is_whole(mask):
         return None
     if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == 0):
-        return (None,) if keys == turn.length else None
+        return (None,) if keys == layer.length else None
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == keys and count == 1:
         return (mask.bool()[:, None, None],)
     return (mask,) if _is_whole(mask) and mask.shape[1] == 1 and mask.shape[3] == keys else None
@@ -104,7 +87,7 @@ def _is_whole(mask: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Turn:
+class LayerRotation:
     """Positions in one layer of one pass, and what rotates them."""
 
     query_positions: Tensor
@@ -119,7 +102,7 @@ class Turn:
     """Whether neighbours are rotated together instead of halves."""
     tables_of: Callable[[ScaledRotaryEmbedding, Tensor, Tensor], tuple[Tensor, Tensor]]
     """(rotary, positions, seq_len) -> cos and sin, made once for all layers of a pass."""
-    angles_of: Callable[[Turn], DecodeAngles]
+    angles_of: Callable[[LayerRotation], DecodeAngles]
     """What the kernel is told of positions, likewise."""
     first: int = 0
     """Which token of a row is the first key."""
@@ -140,15 +123,15 @@ class Turn:
 
 
 @dataclass
-class Pass:
-    """A forward pass of a base model in which keys are rotated late."""
+class DeferredPass:
+    """A forward pass of a base model in which keys are rotated when they are read."""
 
     positions: Tensor
     """[B or 1, Q]: those of its queries."""
     start: int
     """Tokens in the cache before it."""
     offset: Tensor | None
-    """[B or 1], see `Note.offset`; None: the positions are not consecutive."""
+    """[B or 1], see `CacheContents.offset`; None: the positions are not consecutive."""
     rotary: ScaledRotaryEmbedding | LayeredRotaryEmbedding
     cache: Any
     """The cache that it was given, if any."""
@@ -204,13 +187,13 @@ class Pass:
         assert isinstance(rotary, ScaledRotaryEmbedding)
         return rotary
 
-    def angles(self, turn: Turn) -> DecodeAngles:
+    def angles(self, layer: LayerRotation) -> DecodeAngles:
         """What the kernel is told of positions, made once for layers that share it."""
-        assert turn.first_key is not None
-        key = (id(turn.rotary), turn.first)
+        assert layer.first_key is not None
+        key = (id(layer.rotary), layer.first)
         if key not in self._angles:
-            inv_freq, factor = turn.rotary.frequencies(turn.seq_len)
-            self._angles[key] = DecodeAngles(inv_freq, turn.query_positions, turn.first_key, factor)
+            inv_freq, factor = layer.rotary.frequencies(layer.seq_len)
+            self._angles[key] = DecodeAngles(inv_freq, layer.query_positions, layer.first_key, factor)
         return self._angles[key]
 
     def tables(self, rotary: ScaledRotaryEmbedding, positions: Tensor, seq_len: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,44 +207,39 @@ class Pass:
         return self._tables[key]
 
 
-CURRENT: ContextVar[Pass | None] = ContextVar("late", default=None)
-"""The pass that runs, when it is one that rotates late."""
+def _current() -> DeferredPass | None:
+    current = current_pass()
+    return None if current is None else current.deferred
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _current() -> Pass | None:
-    # torch.compile cannot trace context variables: a compiled model is in pieces where keys may be rotated late.
-    return CURRENT.get()
-
-
-def begin(
+def begin_deferred(
     base: nn.Module,
     rotary: ScaledRotaryEmbedding | LayeredRotaryEmbedding,
     position_ids: Tensor,
     cache: Any,
-    note: CacheContents | None,
+    contents: CacheContents | None,
     dropped: tuple[int, ...],
-) -> Pass:
+) -> DeferredPass:
     """A pass of a base model that is about to run.
 
     Args:
         position_ids: [B or 1, Q].
-        note: what is known of a cache that holds something.
+        contents: what is known of a cache that holds something.
 
     Raises:
         ConfigError: positions that do not go on from those in the cache; a cache that cannot say what it hands out.
     """
     config: Any = base.config
-    start = note.length if note is not None else 0
-    if start and note is not None and note.offset is None:
+    start = contents.length if contents is not None else 0
+    if start and contents is not None and contents.offset is None:
         raise ConfigError(
             "position_ids: those behind this cache are not consecutive in every row; pad on the left, and give one "
             "text per row"
         )
     offset, consecutive = _offset(position_ids, start)
-    if note is not None and start:
-        assert note.offset is not None
-        before = note.offset.to(offset.device)
+    if contents is not None and start:
+        assert contents.offset is not None
+        before = contents.offset.to(offset.device)
         if not consecutive or not bool(((before == offset) | (start + offset <= 0)).all()):
             raise ConfigError(
                 f"position_ids: must go on from the {start} tokens in the cache without a gap; give the whole "
@@ -270,7 +248,7 @@ def begin(
     if len(position_ids) > 1 and _equal_rows(position_ids) and _equal_rows(offset):
         position_ids, offset = position_ids[:1], offset[:1]
     layer_types = getattr(config, "layer_types", None)
-    current = Pass(position_ids, start, offset if consecutive else None, rotary, cache, layer_types, dropped)
+    current = DeferredPass(position_ids, start, offset if consecutive else None, rotary, cache, layer_types, dropped)
     if cache is not None:
         if not hasattr(cache, "get_mask_sizes"):
             raise ConfigError(
@@ -308,7 +286,7 @@ def _equal_rows(rows: Tensor) -> bool:
 
 
 def defer_rotation(base: nn.Module, layout: Layout, half: int) -> tuple[list[nn.Module], str]:
-    """Prepare the attention modules of a base model for passes that rotate late; others run as before.
+    """Prepare attention modules of a base model for passes that rotate keys when they are read; others run as before.
 
     Args:
         layout, half: as in `scaled_rope.patching.rotary_kernel.fused_rotation`.
@@ -357,44 +335,39 @@ class _Interface:
         self.functions = functions
         self.interleaved = interleaved
 
-    def get_interface(self, name: str, default: Backend) -> Backend:
+    def get_interface(self, name: str, default: AttentionFunction) -> AttentionFunction:
         """The backend of that name, or, where queries and keys wait for their rotation, what stands in for it."""
-        backend: Backend = self.functions.get_interface(name, default)
+        backend: AttentionFunction = self.functions.get_interface(name, default)
         current = _current()
         if current is None or current.pending is None:
             return backend
-        return functools.partial(_attend, interleaved=self.interleaved, backend=backend)
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        @attention_function
+        def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+            return _attend(call, self.interleaved, backend)
+
+        function: AttentionFunction = attend
+        return function
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    *,
-    interleaved: bool,
-    backend: Backend,
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
+def _attend(call: AttentionCall, interleaved: bool, backend: AttentionFunction) -> tuple[Tensor, Tensor | None]:
     current = _current()
     assert current is not None and current.pending is not None
     (q, k), current.pending = current.pending, None
-    layer = _index(module)
-    if layer in current.dropped:
-        return backend(module, query, key, value, attention_mask, **options)
-    key_positions = current.key_positions(layer, key.shape[2])
+    index = _index(call.module)
+    if index in current.dropped:
+        return call.handed_to(backend)
+    key_positions = current.key_positions(index, call.key.shape[2])
     if current.start == 0:
-        _check_untouched(module, q, query)
-        _check_untouched(module, k, key[:, :, : k.shape[2]])
-    rotary = current.rotary_of(module)
-    first = current.sizes[layer][1] if layer in current.sizes else 0
-    turn = Turn(
+        _check_untouched(call.module, q, call.query)
+        _check_untouched(call.module, k, call.key[:, :, : k.shape[2]])
+    first = current.sizes[index][1] if index in current.sizes else 0
+    layer = LayerRotation(
         current.positions,
         key_positions,
         current.seq_len,
-        rotary,
+        current.rotary_of(call.module),
         interleaved,
         current.tables,
         current.angles,
@@ -402,7 +375,7 @@ def _attend(
         first_key=current.offset + first if current.start and current.offset is not None else None,
         length=current.start + current.tokens - first,
     )
-    return rotate_both(module, query, key, value, attention_mask, turn=turn, backend=backend, **options)
+    return rotate_both(call, layer, backend)
 
 
 _ALIKE = 0.998

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.patching.rotary import lengths
+from scaled_rope.patching.forward_pass import lengths
 from scaled_rope.results import package_version
 
 IGNORE = -100

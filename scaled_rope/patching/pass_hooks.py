@@ -2,15 +2,14 @@
 
 Positions: rows are told apart from their padding, so that a row's length is that of its text. Caches: the model reads
 those that it filled itself, under the present scaling. Where keys are rotated by a scale that grows with the text,
-they are either cached before rotation (`late`), or, with `dynamic_step`, cached as usual and made anew by a prefill
-when a row outgrows the scale that they were rotated with.
+they are either cached before rotation (`deferred_rotation`), or, with `dynamic_step`, cached as usual and made anew by
+a prefill when a row outgrows the scale that they were rotated with.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,17 +20,18 @@ from tqdm import tqdm
 from transformers import Cache
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.patching import deferred_rotation
+from scaled_rope.patching import forward_pass
 from scaled_rope.patching.cache_owners import (
     CacheContents,
     CacheOwner,
     check_device,
-    check_note,
-    leave_note,
+    check_owner,
+    leave_contents,
     length_of,
-    require_note,
+    require_contents,
 )
-from scaled_rope.patching.rotary import lengths, row_lengths
+from scaled_rope.patching.deferred_rotation import begin_deferred, offset_of
+from scaled_rope.patching.forward_pass import ForwardPass, lengths, row_lengths
 from scaled_rope.scaling.frequencies import compute_scale
 from scaled_rope.scaling.record import RopeScaling
 
@@ -42,29 +42,14 @@ _PATIENCE = 2.0
 
 
 @dataclass
-class _Running:
-    """A pass between its two hooks."""
-
-    positions: Tensor | None
-    cache: Any
-    note: CacheContents | None
-    current: deferred_rotation.Pass | None
-    inputs: tuple[str, Tensor]
-    token: Token[deferred_rotation.Pass | None] | None = None
-
-
-_RUNNING: ContextVar[_Running | None] = ContextVar("running", default=None)
-
-
-@dataclass
 class Passes:
     """The hooks around a base model's forward. Copied with the model, so it holds no module."""
 
-    patch: CacheOwner
+    owner: CacheOwner
     scaling: RopeScaling
     length_dependent: bool
     """Whether some layer's frequencies change with the length."""
-    late: bool = False
+    deferrable: bool = False
     """Whether attention can rotate cached keys."""
     obstacle: str = ""
     """Why it cannot."""
@@ -73,7 +58,7 @@ class Passes:
     dropped: tuple[int, ...] = ()
     rotary_name: str = field(default="rotary_emb", repr=False)
 
-    def install(self, base: nn.Module) -> list[RemovableHandle]:
+    def hook(self, base: nn.Module) -> list[RemovableHandle]:
         """Hook a base model."""
         before = base.register_forward_pre_hook(self.before, with_kwargs=True)
         return [before, base.register_forward_hook(self.after, with_kwargs=True, always_call=True)]
@@ -109,14 +94,15 @@ class Passes:
         cache = cache if isinstance(cache, Cache) or hasattr(cache, "get_seq_length") else None
         check_device(cache, given[name].device)
         start = 0 if cache is None else length_of(cache)
-        note = check_note(cache, self.patch) if start else None
-        deferred = self.late and (cache is not None or _wants_cache(module, given))
+        contents = check_owner(cache, self.owner) if start else None
+        deferred = self.deferrable and (cache is not None or _wants_cache(module, given))
         if start and self.length_dependent and not self.stepped:
-            self._check_readable(module, cache, note)
+            self._check_readable(module, cache, contents)
         if start and self.unrotated:
-            require_note(cache, note)
+            require_contents(cache, contents)
+        current = ForwardPass(hooks=self, cache=cache, contents=contents, inputs=(name, given[name]))
         if not self.length_dependent:
-            _RUNNING.set(_Running(None, cache, note, None, (name, given[name])))
+            forward_pass.begin(current)
             if not self.unrotated or cache is None or given.get("attention_mask") is not None:
                 return None
             # Such attention is told by a mask what part of a cache of fixed size has been written.
@@ -124,105 +110,100 @@ class Passes:
             mask = torch.ones(rows, start + count, dtype=torch.long, device=given[name].device)
             return _arguments(given, attention_mask=mask)
 
-        positions, changed = _positions(given, given[name], start)
-        must = deferred or self.stepped or start > 0
-        running = _Running(positions, cache, note, None, (name, given[name]))
+        current.positions, changed = _positions(given, given[name], start)
         if deferred:
-            running.current = deferred_rotation.begin(
-                module, getattr(module, self.rotary_name), positions, cache, note, self.dropped
+            current.deferred = begin_deferred(
+                module, getattr(module, self.rotary_name), current.positions, cache, contents, self.dropped
             )
-            running.token = deferred_rotation.CURRENT.set(running.current)
         elif self.stepped and start:
-            self._keep_up(module, running, start)
-        _RUNNING.set(running)
-        if not changed and not must:
+            self._keep_up(module, current, start)
+        forward_pass.begin(current)
+        if not (changed or deferred or self.stepped or start > 0):
             return None
-        return _arguments(given, position_ids=positions)
+        return _arguments(given, position_ids=current.positions)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, output: Any) -> None:
-        running = _RUNNING.get()
-        if running is None:
+        current = forward_pass.end(self)
+        if current is None:
             return
-        _RUNNING.set(None)
-        if running.token is not None:
-            deferred_rotation.CURRENT.reset(running.token)
-        cache = running.cache if running.cache is not None else _cache_in(output)
+        cache = current.cache if current.cache is not None else _cache_in(output)
         if output is None or not isinstance(cache, Cache):
             return
-        note = running.note
-        if note is None:
-            if running.cache is not None and length_of(cache) != running.inputs[1].shape[1]:
+        assert current.inputs is not None
+        contents = current.contents
+        if contents is None:
+            if current.cache is not None and length_of(cache) != current.inputs[1].shape[1]:
                 return  # it held something that we know nothing of
-            note = CacheContents(self.patch, 0)
-        start, note.length = note.length, length_of(cache)
-        if note.length == 0:
+            contents = CacheContents(self.owner, 0)
+        start, contents.length = contents.length, length_of(cache)
+        if contents.length == 0:
             return
-        if running.current is not None:
-            note.offset = running.current.offset
-        elif running.positions is not None:
-            note.offset = deferred_rotation.offset_of(running.positions, start)
+        if current.deferred is not None:
+            contents.offset = current.deferred.offset
+        elif current.positions is not None:
+            contents.offset = offset_of(current.positions, start)
         if self.stepped:
-            assert running.positions is not None
-            note.scale = self._scale(running.positions)
-            note.extend(*running.inputs)
-        leave_note(cache, note)
+            assert current.positions is not None
+            contents.scale = self._scale(current.positions)
+            contents.extend(*current.inputs)
+        leave_contents(cache, contents)
 
-    def _check_readable(self, module: nn.Module, cache: Any, note: CacheContents | None) -> None:
-        if not self.late:
+    def _check_readable(self, module: nn.Module, cache: Any, contents: CacheContents | None) -> None:
+        if not self.deferrable:
             config: Any = module.config
             raise ConfigError(
-                f"past_key_values: {self.patch.label} cannot read cached keys of this {config.model_type} model, "
+                f"past_key_values: {self.owner.label} cannot read cached keys of this {config.model_type} model, "
                 f"{self.obstacle}; pass use_cache=False"
             )
-        require_note(cache, note, f", which {self.patch.label} cannot read")
+        require_contents(cache, contents, f", which {self.owner.label} cannot read")
 
     # ------------------------------------------------------------------------------------------------------ by steps
 
     def _scale(self, positions: Tensor) -> Tensor:
         return compute_scale(self.scaling, row_lengths(positions))
 
-    def _keep_up(self, module: nn.Module, running: _Running, start: int) -> None:
+    def _keep_up(self, module: nn.Module, current: ForwardPass, start: int) -> None:
         """Make the cache anew where a row of it was rotated at another scale than this pass has."""
-        positions, note = running.positions, running.note
+        positions, contents = current.positions, current.contents
         assert positions is not None
         wanted = self._scale(positions)
-        had = self._scale(positions[:, :1] - 1) if note is None else note.scale
+        had = self._scale(positions[:, :1] - 1) if contents is None else contents.scale
         if had is not None and bool((had.to(wanted.device) == wanted).all()):
             return
-        name = type(running.cache).__name__
-        if note is None:
+        name = type(current.cache).__name__
+        if contents is None:
             raise ConfigError(
                 f"past_key_values: the text passes from scale {_span(had)} to {_span(wanted)}, where keys are rotated "
                 f"anew, and the model did not fill this {name}; start from an empty cache"
             )
-        if note.offset is None:
+        if contents.offset is None:
             raise ConfigError(
                 "position_ids: those behind this cache are not consecutive in every row, so it cannot be made anew at "
                 f"scale {_span(wanted)}; pad on the left, and give one text per row"
             )
-        running.note = None
-        self._prefill(module, running.cache, note, row_lengths(positions), _span(wanted))
-        note.scale = wanted
-        running.note = note
+        current.contents = None  # none, should the prefill fail
+        self._prefill(module, current.cache, contents, row_lengths(positions), _span(wanted))
+        contents.scale = wanted
+        current.contents = contents
 
-    def _prefill(self, module: nn.Module, cache: Any, note: CacheContents, seq_len: Tensor, scale: str) -> None:
+    def _prefill(self, module: nn.Module, cache: Any, contents: CacheContents, seq_len: Tensor, scale: str) -> None:
         """Fill a cache again with the tokens that it held, as part of rows of the given lengths."""
-        assert note.offset is not None
+        assert contents.offset is not None
         forward: Any = module.forward
         cache.reset()
-        places = note.offset[:, None] + torch.arange(note.length, device=note.offset.device)
-        rows = note.inputs[0][1].shape[0]
+        places = contents.offset[:, None] + torch.arange(contents.length, device=contents.offset.device)
+        rows = contents.inputs[0][1].shape[0]
         mask = (places >= 0).long().expand(rows, -1)
         with (
             lengths(seq_len),
             tqdm(
-                total=note.length, desc=f"keys again, scale {scale}", unit="token", leave=False, delay=_PATIENCE,
+                total=contents.length, desc=f"keys again, scale {scale}", unit="token", leave=False, delay=_PATIENCE,
                 mininterval=0.5 if sys.stderr.isatty() else 10,
             ) as bar,
         ):  # fmt: skip
             start = 0
-            for name, tokens in note.inputs:
+            for name, tokens in contents.inputs:
                 for piece in torch.split(tokens, PIECE, dim=1):
                     end = start + piece.shape[1]
                     forward(

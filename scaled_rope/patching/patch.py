@@ -105,7 +105,7 @@ class _State:
     hooks: list[RemovableHandle] = field(default_factory=list)
     fused: list[nn.Module] = field(default_factory=list)
     """Attention modules that call the rotary kernel."""
-    late: list[nn.Module] = field(default_factory=list)
+    deferred: list[nn.Module] = field(default_factory=list)
     """Attention modules that can rotate after the cache."""
     obstacle: str = ""
     """Why none can, where they must."""
@@ -455,9 +455,9 @@ def _watch_passes(base: PreTrainedModel, state: _State, every: list[RopeScaling]
     passes = Passes(CacheOwner(label), state.scaling, dependent, dropped=state.plan.drop_layers, unrotated=unrotated)
     if dependent and not passes.stepped:
         # What a family's own function rotates is asked in the layout that this function wants.
-        state.late, passes.obstacle = deferred_rotation.defer_rotation(base, state.adapter.layout, half)
-        passes.late, state.obstacle = bool(state.late), passes.obstacle
-    return passes.install(base)
+        state.deferred, passes.obstacle = deferred_rotation.defer_rotation(base, state.adapter.layout, half)
+        passes.deferrable, state.obstacle = bool(state.deferred), passes.obstacle
+    return passes.hook(base)
 
 
 def _hook_layers(
@@ -531,7 +531,7 @@ def _restore(base: PreTrainedModel, state: _State) -> None:
     base.config.__class__ = state.config_class
     for hook in state.hooks:
         hook.remove()
-    deferred_rotation.rotate_before_cache(state.late)
+    deferred_rotation.rotate_before_cache(state.deferred)
     unbind_rotation(state.fused)
     if state.scaling.changes_attention:
         remove_region_attention(base)

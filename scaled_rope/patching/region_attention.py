@@ -7,13 +7,13 @@ do, of any class. Masks come in the form of `sdpa_blocked`, [B, T] instead of [B
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from scaled_rope.attention.backends import by_stretch, has_window, refusal
 from scaled_rope.attention.composed import composed_attention, flash, is_composable
+from scaled_rope.attention.interface import AttentionCall, AttentionFunction, attention_function
 from scaled_rope.attention.regions import Regions, region_attention
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.rebind import APPLY, INTERFACE, callers, rebind
@@ -65,10 +65,10 @@ def pairing(base: nn.Module, method: str, layout: Layout, half: int) -> bool:
 class _Only:
     """What attention modules look their implementation up in, with one answer."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: AttentionFunction) -> None:
         self._function = function
 
-    def get_interface(self, *_: Any) -> Callable[..., Any]:
+    def get_interface(self, *_: Any) -> AttentionFunction:
         return self._function
 
     __getitem__ = get_interface
@@ -80,34 +80,22 @@ def install_region_attention(base: nn.Module, regions: Regions, inv_freq: Tensor
     inv_freq: [R/2], unscaled.
     """
 
-    def attend(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        position_ids: Tensor | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        **_: Any,
-    ) -> tuple[Tensor, None]:
-        """In the interface of transformers; q, k, v as in `region_attention`, mask as in `blocked_sdpa`."""
-        if dropout:
-            raise ConfigError(f"attention_dropout={dropout:g}: must be 0 for a method that changes attention")
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ConfigError(f"attention_mask of shape {list(attention_mask.shape)}: must be [rows, tokens]")
+    @attention_function
+    def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        if call.dropout:
+            raise ConfigError(f"attention_dropout={call.dropout:g}: must be 0 for a method that changes attention")
+        mask: Tensor | None = call.attention_mask
+        if mask is not None and mask.dim() != 2:
+            raise ConfigError(f"attention_mask of shape {list(mask.shape)}: must be [rows, tokens]")
 
         def regional(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if is_composable(q, k, v):
-                found = composed_attention(q, k, v, inv_freq, regions, scale, flash, interleaved=interleaved)
+                found = composed_attention(q, k, v, inv_freq, regions, call.scale, flash, interleaved=interleaved)
             else:
-                found = region_attention(q, k, v, inv_freq, regions, scale, interleaved=interleaved)
+                found = region_attention(q, k, v, inv_freq, regions, call.scale, interleaved=interleaved)
             return found.transpose(1, 2)
 
-        out = by_stretch(regional, query, key, value, attention_mask, position_ids, cu_seq_lens_q)
-        return out.contiguous(), None
+        return by_stretch(regional, call).contiguous(), None
 
     for module in callers(base, APPLY):
         rebind(module, APPLY, _as_they_are)

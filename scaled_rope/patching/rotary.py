@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from typing import Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from scaled_rope.patching.forward_pass import row_lengths
 from scaled_rope.scaling.frequencies import compute_rope, compute_rope_batch
 from scaled_rope.scaling.record import RopeScaling
-
-_LENGTHS: ContextVar[Tensor | None] = ContextVar("lengths", default=None)
 
 Layout = Literal["halves", "interleaved", "half"]
 """How a family wants its tables over the D rotated dimensions: the D/2 angles twice, side by side; each angle twice in
@@ -29,33 +26,12 @@ def lay_out(table: Tensor, layout: Layout) -> Tensor:
     return torch.cat((table, table), dim=-1)
 
 
-@contextmanager
-def lengths(seq_len: Tensor | None) -> Iterator[None]:
-    """Within it, passes of dynamically scaled models belong to rows of these lengths [B], instead of to what their
-    positions say: a text that is read in pieces has one scale. None: what positions say."""
-    token = _LENGTHS.set(seq_len)
-    try:
-        yield
-    finally:
-        _LENGTHS.reset(token)
-
-
-def row_lengths(position_ids: Tensor) -> Tensor:
-    """l' of rows whose latest positions are these [B, T]: largest position + 1, or what `lengths` says; [B] or [1]."""
-    given = _lengths_now()
-    return position_ids.amax(dim=-1) + 1 if given is None else given.to(position_ids.device)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _lengths_now() -> Tensor | None:
-    return _LENGTHS.get()
-
-
 class ScaledRotaryEmbedding(nn.Module):
     """Rotary tables for any `RopeScaling`, in the interface that the models of transformers call.
 
     Frequencies and tables are float32 whatever the dtype of the model; only the finished tables are rounded.
-    The module has no parameters, no buffers and no memory: its output depends on its inputs (and `lengths`) alone.
+    The module has no parameters, no buffers and no memory: its output depends on its inputs alone, and on the lengths
+    that `forward_pass.lengths` says.
     """
 
     inv_freq: Tensor
@@ -93,7 +69,7 @@ class ScaledRotaryEmbedding(nn.Module):
         Returns:
             cos and sin [B, T, D] ([B, T, D/2] in the "half" layout) in x.dtype or float32, multiplied by the
             attention factor. Under dynamic scaling a row's scale follows from its own largest position, or from
-            `lengths`.
+            `forward_pass.lengths`.
         """
         position_ids = position_ids.to(x.device)
         seq_len = row_lengths(position_ids) if self.scaling.is_length_dependent else None

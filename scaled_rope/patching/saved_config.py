@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from scaled_rope.patching.class_exchange import exchange_class
 from scaled_rope.patching.families import Adapter
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, NATIVE, RECORD_KEY, read_by_attention
@@ -144,29 +144,15 @@ def let_save(config: Any) -> None:
         with _silent_transformers():
             copy.deepcopy(config).validate()  # some change what they check
     except Exception:  # each family has its own ways to refuse
-        family: Any = type(config)
-        config.__class__ = _lenient(family)
+        exchange_class(config, _Unvalidated)
 
 
-@functools.cache
-def _lenient(family: Any) -> type[Any]:
-    """A config class that saves our rope type where `family` rejects it. Reading a saved one still is up to `family`,
-    so that transformers refuses it."""
+class _Unvalidated:
+    """What a config's class is given in front where it rejects our rope type: the config was valid before ours was
+    written into it. Reading a saved one still is up to its class, so that transformers refuses it."""
 
-    def validate(self: Any) -> None:
-        pass  # the config was valid before ours were written into it
-
-    def reduce(self: Any, protocol: Any) -> Any:
-        return _revive, (family, vars(self).copy())
-
-    return type(family.__name__, (family,), {"validate": validate, "__reduce_ex__": reduce})
-
-
-def _revive(family: Any, state: dict[str, Any]) -> Any:
-    """A copied or unpickled `_lenient` config."""
-    config = object.__new__(_lenient(family))
-    vars(config).update(state)
-    return config
+    def validate(self) -> None:
+        pass
 
 
 def detach_config(model: nn.Module, base: PreTrainedModel) -> Any:
