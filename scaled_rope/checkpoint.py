@@ -9,12 +9,13 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, nested_types, read_by_attention
-from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.scaling.record import RopeScaling, RopeSettings
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -115,6 +116,29 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
         config = family.from_dict({**raw, "rope_parameters": without_custom_rope(rope)})
         config.rope_parameters = rope
         return config
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose config has been read, and what the config says about RoPE."""
+
+    name: str
+    """Directory or hub name, as given."""
+    config: Any
+    """The configuration, an object of transformers."""
+    settings: RopeSettings
+
+
+def open_checkpoint(name: str, trust_remote_code: bool = False) -> Checkpoint:
+    """Read the config of a checkpoint, and warn of what had to be assumed about its RoPE.
+
+    Raises:
+        ConfigError: as `load_config`; RoPE parameters that cannot be read.
+    """
+    config = load_config(name, trust_remote_code)
+    settings = RopeSettings(config)
+    settings.warn()
+    return Checkpoint(name, config, settings)
 
 
 def without_custom_rope(rope: Any) -> Any:

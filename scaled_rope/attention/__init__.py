@@ -1,1 +1,5 @@
-"""Attention implementations that this package adds to those of transformers."""
+"""Attention implementations of our own, and which implementation can run where and for which family.
+
+Those that change what attention sees (ReRoPE and its like) are lists of regions, computed by one loop.
+Knows nothing of how a model is patched.
+"""

@@ -7,15 +7,14 @@ import dataclasses
 import hashlib
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from scaled_rope.attention.backends import resolve_attention
-from scaled_rope.checkpoint import DEFAULT_MODEL, display_name, load_config, weights_hash
+from scaled_rope.checkpoint import DEFAULT_MODEL, Checkpoint, display_name, open_checkpoint, weights_hash
 from scaled_rope.errors import ConfigError
 from scaled_rope.flags import NO_EFFECT, PARAMETERS, check_model_arguments
-from scaled_rope.patching.families import head_dim_of
 from scaled_rope.patching.loading import apply_scaling, load_model, resolve_device, resolve_dtype, resolve_plan
 from scaled_rope.patching.region_attention import check_carrier
 from scaled_rope.patching.rotary_kernel import resolve_kernel
@@ -45,6 +44,8 @@ class ModelJob:
     """What differs between layers."""
     choice: str = ""
     """The layers that were chosen by flags, in words."""
+    checkpoint: Checkpoint | None = field(default=None, compare=False, repr=False)
+    """The checkpoint, its config read; None: it is read when the model is loaded."""
 
     @property
     def label(self) -> str:
@@ -118,12 +119,12 @@ def model_jobs(args: argparse.Namespace) -> list[ModelJob]:
     check_model_arguments(args)
     jobs = []
     for name in args.model or [str(DEFAULT_MODEL)]:
-        config = load_config(name)
-        own = base = RopeScaling.from_config(config)
+        checkpoint = open_checkpoint(name)
+        own = base = checkpoint.settings.scaling
         if args.original_max_position_embeddings is not None:
             base = replace(own, original_max_position_embeddings=args.original_max_position_embeddings)
-        fingerprint, head_dim = _fingerprint(args, name, config), head_dim_of(config.get_text_config())
-        plan = resolve_plan(config, args.layers, args.drop_layers)
+        fingerprint, head_dim = _fingerprint(args, name, checkpoint.config), checkpoint.settings.head_dim
+        plan = resolve_plan(checkpoint.settings, args.layers, args.drop_layers)
         choice = [f"{args.layers} layers only"] if args.layers is not None else []
         choice += [f"without RoPE in {','.join(map(str, args.drop_layers))}"] if args.drop_layers else []
         for spec in _specs(args):
@@ -132,7 +133,7 @@ def model_jobs(args: argparse.Namespace) -> list[ModelJob]:
                 check_carrier(scaling.method, args.attention)
             carried = scaling == own
             words = ", ".join(choice)
-            jobs.append(ModelJob(name, spec, scaling, carried, head_dim, dtype, fingerprint, plan, words))
+            jobs.append(ModelJob(name, spec, scaling, carried, head_dim, dtype, fingerprint, plan, words, checkpoint))
     return jobs
 
 
@@ -150,7 +151,7 @@ class ModelLoader:
         if job.model != self._name:
             self._name, self._model = None, None  # free the memory before the next one is read
             self._model = load_model(
-                job.model,
+                job.checkpoint or job.model,
                 dtype=job.dtype,
                 device=self.device,
                 attn_implementation=self._args.attention,

@@ -1,0 +1,5 @@
+"""How a scaling gets into a model of transformers: families, rotary modules, hooks, caches, the config that is saved.
+
+Loading a model and its loss per token are here too, since both depend on what a patch does to a forward pass.
+Knows nothing of formulas, data sets, training and evaluation.
+"""

@@ -7,6 +7,7 @@ scaling in place.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,21 +20,22 @@ import transformers
 from torch import nn
 
 from scaled_rope.attention.backends import attention_for, check_attention, resolve_attention
-from scaled_rope.checkpoint import first_line, load_config, reading, without_custom_rope
+from scaled_rope.checkpoint import Checkpoint, first_line, open_checkpoint, reading, without_custom_rope
 from scaled_rope.errors import ConfigError, unknown
-from scaled_rope.patching.families import ADAPTERS, layer_types_of
+from scaled_rope.patching.families import ADAPTERS
 from scaled_rope.patching.patch import (
     computes,
-    patch_model,
+    patch_as_read,
     patched_kernel,
     patched_plan,
     patched_scaling,
+    settings_without_patch,
     unpatch_model,
 )
 from scaled_rope.patching.region_attention import check_carrier
 from scaled_rope.patching.rotary_kernel import resolve_kernel
 from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, PRIMARY_LAYER_TYPE, RECORD_KEY
-from scaled_rope.scaling.record import LayerPlan, RopeScaling, resolve_scaling, with_primary
+from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings, resolve_scaling, with_primary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
@@ -73,12 +75,17 @@ def resolve_dtype(name: str, device: torch.device) -> str:
 
 
 def apply_scaling(
-    model: nn.Module, scaling: RopeScaling, plan: LayerPlan | None = None, kernel: str | None = None
+    model: nn.Module,
+    scaling: RopeScaling,
+    plan: LayerPlan | None = None,
+    kernel: str | None = None,
+    settings: RopeSettings | None = None,
 ) -> None:
     """Make a model compute with `scaling`, whatever it computed with before.
 
     plan: what differs between layers, its primary layer type aside; by default what differs now.
     kernel: what rotates queries and keys, see `patch_model`; by default what does now, or else "auto".
+    settings: what the config of an unpatched model says, when that has been read already.
 
     A model whose config says so and that computes so is left untouched, so any architecture can be read as it is. Only
     a kernel that is asked for by name, or that "auto" has to offer for a family known by name, is put in all the same.
@@ -93,48 +100,56 @@ def apply_scaling(
         if kernel == "auto" or patched_kernel(model) == backend:
             return
     if patched_scaling(model) is not None:
+        settings = settings_without_patch(model)
         unpatch_model(model)
     config: Any = model.config
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said when the config was first read
-        own = RopeScaling.from_config(config)
-    wants_kernel = backend is not None and (kernel != "auto" or config.get_text_config().model_type in ADAPTERS)
-    if layers or plan.drop_layers or own != scaling or not computes(model, scaling) or wants_kernel:
-        patch_model(model, layers or scaling, drop_layers=plan.drop_layers, kernel=kernel)
+    settings = settings or RopeSettings(config)
+    wants_kernel = backend is not None and (kernel != "auto" or settings.model_type in ADAPTERS)
+    if (
+        layers
+        or plan.drop_layers
+        or settings.scaling != scaling
+        or not computes(model, scaling, settings)
+        or wants_kernel
+    ):
+        patch_as_read(model, settings, layers or scaling, plan.drop_layers, kernel)
 
 
 def resolve_plan(
-    config: Any, layers: str | None = None, drop_layers: Sequence[int] | None = None, plan: LayerPlan | None = None
+    settings: RopeSettings,
+    layers: str | None = None,
+    drop_layers: Sequence[int] | None = None,
+    plan: LayerPlan | None = None,
 ) -> LayerPlan:
     """What is to differ between the layers of a model.
 
     Args:
-        config: its configuration.
+        settings: what its config says.
         layers: the only layer type that a scaling is for; None: as the checkpoint says, or else all layers.
         drop_layers: indices of layers without rotary embedding; None: as the checkpoint says.
-        plan: what the checkpoint says; by default read from `config`.
+        plan: what differs now; by default what the config says.
 
     Raises:
         ConfigError: a layer type that cannot be chosen, or indices that are none.
     """
-    text = config.get_text_config()
-    plan = LayerPlan.from_config(text) if plan is None else plan
+    plan = settings.plan if plan is None else plan
     if layers is not None:
-        types = layer_types_of(text)
+        types = settings.layer_types
         if PRIMARY_LAYER_TYPE not in types or len(types) < 2:
             raise ConfigError(
-                f"layers={layers!r}: must be left out, the layers of this {text.model_type} model are of one type"
+                f"layers={layers!r}: must be left out, the layers of this {settings.model_type} model are of one type"
             )
         if layers != PRIMARY_LAYER_TYPE:
             raise ConfigError(
                 f"layers={layers!r}: must be {PRIMARY_LAYER_TYPE!r}, others see no more than their window"
             )
         if not plan.layers:
-            plan = replace(plan, layers=dict.fromkeys(types, RopeScaling.from_config(text)))
+            plan = replace(plan, layers=dict.fromkeys(types, settings.scaling))
     if drop_layers is not None:
         for index in drop_layers:
-            if not 0 <= index < text.num_hidden_layers:
-                raise ConfigError(f"drop_layers={index}: must be a layer's index, 0 to {text.num_hidden_layers - 1}")
+            if not 0 <= index < settings.num_hidden_layers:
+                last = settings.num_hidden_layers - 1
+                raise ConfigError(f"drop_layers={index}: must be a layer's index, 0 to {last}")
         plan = replace(plan, drop_layers=tuple(sorted(set(drop_layers))))
     return plan
 
@@ -166,7 +181,7 @@ def _merge_adapter(model: nn.Module, adapter: str) -> nn.Module:
 
 
 def load_model(
-    name: str,
+    name: str | Checkpoint,
     *,
     scaling: RopeScaling | str | None = None,
     dtype: str = "float32",
@@ -184,7 +199,8 @@ def load_model(
     """Load a causal language model for inference, with a scaling installed; whatever `patch_model` has put into it.
 
     Args:
-        name: directory or hub name. Only safetensors are read, never pickles.
+        name: directory or hub name, or a checkpoint whose config has been read. Only safetensors are read, never
+            pickles.
         scaling: None or "checkpoint": as the checkpoint says; otherwise a record or a spec (`resolve_scaling`).
         dtype: float32, bfloat16, float16, or "auto" (bfloat16 on a GPU). Frequencies stay in float32 in any case.
         device: default: the first GPU when there is one.
@@ -199,19 +215,16 @@ def load_model(
     """
     device = resolve_device(None if device is None else str(device))
     dtype = resolve_dtype(dtype, device)
-    config = load_config(name, trust_remote_code)
+    checkpoint = name if isinstance(name, Checkpoint) else open_checkpoint(name, trust_remote_code)
     attention = resolve_attention(attn_implementation, device, dtype)
-    own = RopeScaling.from_config(config)
-    wanted = scaling if isinstance(scaling, RopeScaling) else resolve_scaling(scaling or "checkpoint", own)
+    settings = checkpoint.settings
+    wanted = scaling if isinstance(scaling, RopeScaling) else resolve_scaling(scaling or "checkpoint", settings.scaling)
     if wanted.changes_attention:
         check_carrier(wanted.method, attn_implementation)
-    plan = resolve_plan(config, layers, drop_layers)
-    text = config.get_text_config()
-    if CUSTOM_ROPE_TYPE in str(rope := getattr(text, "rope_parameters", None)):
-        # transformers refuses to build what it does not know: build it unscaled, `apply_scaling` does the rest.
-        text.rope_parameters = without_custom_rope(rope)
-        if hasattr(text, RECORD_KEY):
-            delattr(text, RECORD_KEY)
+    plan = resolve_plan(settings, layers, drop_layers)
+    config = copy.deepcopy(checkpoint.config)
+    if _build_unscaled(config):
+        settings = RopeSettings(config)
     if sliding_window is not None:
         if not hasattr(config, "sliding_window"):
             raise ConfigError(f"model_type {config.model_type!r} has no sliding window; leave sliding_window out")
@@ -220,19 +233,43 @@ def load_model(
         attention = attention_for(config, attention, device)
     else:
         check_attention(config, attention, device, dtype)
-    options: dict[str, Any] = {"attn_implementation": attention}
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "attn_implementation": attention}
     if load_in_8bit or load_in_4bit:
         options["quantization_config"] = _quantization(8 if load_in_8bit else 4, dtype)
         options["device_map"] = {"": device}
+    model = _read_weights(checkpoint.name, config, trust_remote_code=trust_remote_code, **options)
+    if adapter is not None:
+        model = _merge_adapter(model, adapter)
+    if "device_map" not in options:
+        model = model.to(device)
+    apply_scaling(model, wanted, plan, kernel, settings)
+    return model.eval()
+
+
+def _build_unscaled(config: Any) -> bool:
+    """Make a config one that transformers builds the unscaled model from, where its rope_type is ours; whether it was.
+
+    transformers refuses to build what it does not know; `apply_scaling` does the rest.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None)
+    if CUSTOM_ROPE_TYPE not in str(rope):
+        return False
+    text.rope_parameters = without_custom_rope(rope)
+    if hasattr(text, RECORD_KEY):
+        delattr(text, RECORD_KEY)
+    return True
+
+
+def _read_weights(name: str, config: Any, **options: Any) -> Any:
+    """The model of a checkpoint with all of its weights.
+
+    Raises:
+        ConfigError: damaged files; weights that are missing, too many or of another shape.
+    """
     with reading("model", name):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            name,
-            config=config,
-            dtype=DTYPES[dtype],
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **options,
+            name, config=config, use_safetensors=True, output_loading_info=True, **options
         )
     # transformers only logs these, and fills what is missing with random numbers.
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
@@ -241,9 +278,4 @@ def load_model(
                 f"model {name!r} does not fit {type(model).__name__}: {len(keys)} {kind.replace('_', ' ')}, "
                 f"for example {keys[0]}"
             )
-    if adapter is not None:
-        model = _merge_adapter(model, adapter)
-    if "device_map" not in options:
-        model = model.to(device)
-    apply_scaling(model, wanted, plan, kernel)
-    return model.eval()
+    return model

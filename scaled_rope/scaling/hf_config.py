@@ -147,7 +147,8 @@ def split_config(config: Any) -> tuple[dict[str, Any], Any]:
             model = {str(key): value for key, value in model["text_config"].items()}
     elif hasattr(config, "model_type"):
         names = [*_MODEL_KEYS, "max_position_embeddings", "rope_parameters", "model_type", RECORD_KEY]
-        names += ["head_dim", "hidden_size", "num_attention_heads", "layer_types"]
+        names += ["head_dim", "qk_rope_head_dim", "hidden_size", "num_attention_heads"]
+        names += ["layer_types", "num_hidden_layers"]
         model = {name: attribute(config, name) for name in names}
     else:
         raise ConfigError(f"config of type {type(config).__name__}: must be a model's config or a dictionary")
@@ -207,18 +208,19 @@ def read_by_attention(rope: Any) -> dict[str, Any]:
     return {name: rope[name] for name in (*_ATTENTION_KEYS, "original_max_position_embeddings") if name in rope}
 
 
-def read_rope(config: Any, layer_type: str | None = None) -> Reading:
+def read_rope(model: Mapping[str, Any], rope: Mapping[str, Any], layer_type: str | None = None) -> Reading:
     """Fields of a `RopeScaling` and remarks from a model's config; see `RopeScaling.from_config`.
+
+    model, rope: what `split_config` makes of it.
 
     Raises:
         ConfigError: an unknown type or key, or one that is missing.
     """
-    model, rope = split_config(config)
     reading = Reading({})
     if model.get("rope_scaling") and model.get("rope_parameters"):
         reading.note("both-dialects", "rope_scaling and rope_parameters are both present; rope_scaling counts")
-    model = _rename(model, reading)
-    entry, layer_type = _entry(model, rope, layer_type, reading)
+    model = _rename(dict(model), reading)
+    entry, layer_type = _entry(model, dict(rope), layer_type, reading)
     entry = {key: value for key, value in entry.items() if value is not None or key == "factor"}
     for name in attention_keys(model.get("model_type")):
         if name in entry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Container, Mapping
@@ -334,35 +335,15 @@ class RopeScaling:
         checkpoints are read as the code that came with them would. What had to be assumed is warned about.
         A config without a scaling gives method "default". Raises ConfigError on an unknown type or key.
         """
-        scaling, notes = cls.read_config(config, layer_type)
-        for note in notes:
-            if note.level == "warning":
-                warnings.warn(note.text, stacklevel=2)
-        return scaling
+        settings = RopeSettings(config)
+        settings.warn(layer_type)
+        return settings.of(layer_type)
 
     @classmethod
     def read_config(cls, config: Any, layer_type: str | None = None) -> tuple[RopeScaling, list[ConfigNote]]:
         """`from_config` with its remarks as values instead of warnings."""
-        reading = read_rope(config, layer_type)
-        scaling = cls.from_dict(reading.values)
-        record = _carried_record(config, layer_type)
-        if record is None or record == scaling:
-            return scaling, reading.notes
-        model, rope = split_config(config)
-        nested = nested_types(rope)
-        primary = PRIMARY_LAYER_TYPE if PRIMARY_LAYER_TYPE in nested else nested[0] if nested else None
-        entry = rope[layer_type or primary] if nested else rope
-        if entry.get("rope_type") == CUSTOM_ROPE_TYPE:
-            # It is a record itself: that of this layer type, or of the primary one where all share a dictionary.
-            if not nested and _carried_record(config, None) == scaling:
-                return record, reading.notes
-        else:
-            said = record.to_config(head_dim=config_head_dim(model))
-            if all(entry.get(name) == said[name] for name in said):
-                return record, reading.notes
-        text = f"{RECORD_KEY} says {record.label!r}, but rope_parameters was changed since then: the latter counts"
-        reading.note("stale-record", text)
-        return scaling, reading.notes
+        settings = RopeSettings(config)
+        return settings.of(layer_type), settings.notes(layer_type)
 
 
 @dataclass(frozen=True)
@@ -381,8 +362,65 @@ class LayerPlan:
         Raises:
             ConfigError: as `RopeScaling.from_config`, or a record that is none.
         """
-        model, rope = split_config(config)
-        record = model.get(RECORD_KEY) or {}
+        return RopeSettings(config).plan
+
+
+class RopeSettings:
+    """What a model's config says about its rotary embedding. The config is read when this is made, and not again.
+
+    Raises:
+        ConfigError: what is made of the config is refused when it is asked for, as `RopeScaling.from_config` does.
+    """
+
+    def __init__(self, config: Any) -> None:
+        """config: as for `RopeScaling.from_config`."""
+        self._model, self._rope = split_config(config)
+        self._read: dict[str | None, tuple[RopeScaling, list[ConfigNote]]] = {}
+
+    @property
+    def model_type(self) -> str:
+        return str(self._model.get("model_type"))
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The distinct layer types, in the order of their first layers; empty when the model has no such thing."""
+        return list(dict.fromkeys(self._model.get("layer_types") or ()))
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return int(self._model["num_hidden_layers"])
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions per attention head. Raises ConfigError when the config doesn't say."""
+        head_dim = config_head_dim(self._model)
+        if head_dim is None:
+            raise ConfigError(f"model_type {self.model_type!r}: its config says neither head_dim nor hidden_size")
+        return head_dim
+
+    @property
+    def scaling(self) -> RopeScaling:
+        """The scaling of all layers, or of those of the primary type."""
+        return self.of(None)
+
+    def of(self, layer_type: str | None) -> RopeScaling:
+        """The scaling of a layer type; None as for `scaling`."""
+        return self._reading(layer_type)[0]
+
+    def notes(self, layer_type: str | None = None) -> list[ConfigNote]:
+        """What had to be assumed."""
+        return self._reading(layer_type)[1]
+
+    def warn(self, layer_type: str | None = None) -> None:
+        """Warn of what had to be assumed and may be wrong."""
+        for note in self.notes(layer_type):
+            if note.level == "warning":
+                warnings.warn(note.text, stacklevel=3)
+
+    @functools.cached_property
+    def plan(self) -> LayerPlan:
+        """What differs between layers, see `LayerPlan.from_config`."""
+        record = self._model.get(RECORD_KEY) or {}
         if not isinstance(record, Mapping):
             raise ConfigError(f"{RECORD_KEY}={record!r}: must be a dictionary")
         dropped = record.get("drop_layers", ())
@@ -393,22 +431,45 @@ class LayerPlan:
         layers = record.get("layers", {})
         if not isinstance(layers, Mapping):
             raise ConfigError(f"layers={layers!r}: must be a dictionary of layer types")
-        types = nested_types(rope) or list(layers)
-        return cls({name: RopeScaling.read_config(config, name)[0] for name in types}, tuple(map(int, dropped)))
+        types = nested_types(self._rope) or list(layers)
+        return LayerPlan({name: self.of(name) for name in types}, tuple(map(int, dropped)))
 
+    def _reading(self, layer_type: str | None) -> tuple[RopeScaling, list[ConfigNote]]:
+        if layer_type not in self._read:
+            reading = read_rope(self._model, self._rope, layer_type)
+            scaling = RopeScaling.from_dict(reading.values)
+            record = self._record(layer_type)
+            if record is not None and record != scaling:
+                if self._says(record, scaling, layer_type):
+                    scaling = record
+                else:
+                    text = f"{RECORD_KEY} says {record.label!r}, but rope_parameters was changed since then"
+                    reading.note("stale-record", f"{text}: the latter counts")
+            self._read[layer_type] = scaling, reading.notes
+        return self._read[layer_type]
 
-def _carried_record(config: Any, layer_type: str | None) -> RopeScaling | None:
-    """The record that `patch_model` left in a config whose native words would not give it back."""
-    model, _ = split_config(config)
-    record = model.get(RECORD_KEY)
-    if isinstance(record, Mapping) and "layers" in record:
-        layers = record["layers"]
-        record = layers.get(layer_type or PRIMARY_LAYER_TYPE) if isinstance(layers, Mapping) else None
-    if record is None:
-        return None
-    if not isinstance(record, Mapping):
-        raise ConfigError(f"{RECORD_KEY}={record!r}: must be a dictionary")
-    return RopeScaling.from_dict(record)
+    def _record(self, layer_type: str | None) -> RopeScaling | None:
+        """The record that `patch_model` left in a config whose native words would not give it back."""
+        record = self._model.get(RECORD_KEY)
+        if isinstance(record, Mapping) and "layers" in record:
+            layers = record["layers"]
+            record = layers.get(layer_type or PRIMARY_LAYER_TYPE) if isinstance(layers, Mapping) else None
+        if record is None:
+            return None
+        if not isinstance(record, Mapping):
+            raise ConfigError(f"{RECORD_KEY}={record!r}: must be a dictionary")
+        return RopeScaling.from_dict(record)
+
+    def _says(self, record: RopeScaling, scaling: RopeScaling, layer_type: str | None) -> bool:
+        """Whether the RoPE dictionary, which reads as `scaling`, is what a record would have been written as."""
+        nested = nested_types(self._rope)
+        primary = PRIMARY_LAYER_TYPE if PRIMARY_LAYER_TYPE in nested else nested[0] if nested else None
+        entry = self._rope[layer_type or primary] if nested else self._rope
+        if entry.get("rope_type") == CUSTOM_ROPE_TYPE:
+            # It is a record itself: that of this layer type, or of the primary one where all share a dictionary.
+            return not nested and self._record(None) == scaling
+        said = record.to_config(head_dim=config_head_dim(self._model))
+        return all(entry.get(name) == said[name] for name in said)
 
 
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(RopeScaling)} | {"params": {}}

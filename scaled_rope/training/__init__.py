@@ -1,3 +1,9 @@
+"""Training: the loop, batches, the model that is trained, engines, states that resume, memory and time planned.
+
+What is trained is a recipe (`scaled_rope.recipes`); everything of step k follows from it and from k.
+Knows nothing of methods and of how results are judged.
+"""
+
 from scaled_rope.moved import attributes_of
 
 __getattr__ = attributes_of("training")

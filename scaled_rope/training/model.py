@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from scaled_rope.attention.backends import attention_for
-from scaled_rope.checkpoint import load_tokenizer
+from scaled_rope.checkpoint import load_tokenizer, open_checkpoint
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loading import former_names, load_model, resolve_plan
 from scaled_rope.patching.loss import token_nll
-from scaled_rope.patching.patch import PatchReport, patch_model, patched_plan
+from scaled_rope.patching.patch import PatchReport, patch_as_read, patched_plan
 from scaled_rope.recipes import Recipe
-from scaled_rope.scaling.record import RopeScaling, with_primary
+from scaled_rope.scaling.record import RopeScaling, RopeSettings, with_primary
 
 
 class SummedLoss(nn.Module):
@@ -101,6 +101,7 @@ def build_model(recipe: Recipe, attention: str = "sdpa") -> tuple[Any, PatchRepo
         ConfigError: an `init` that is no model, and what `load_model` and `patch_model` raise.
     """
     torch.manual_seed(recipe.seed)
+    settings = None
     if recipe.init is not None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -112,33 +113,40 @@ def build_model(recipe: Recipe, attention: str = "sdpa") -> tuple[Any, PatchRepo
         except (TypeError, ValueError) as error:
             raise ConfigError(f"init of recipe {recipe.name!r} is no model: {str(error).splitlines()[0]}") from None
     else:
-        model = load_model(str(recipe.model), dtype="float32", device="cpu")
+        checkpoint = open_checkpoint(str(recipe.model))
+        settings = checkpoint.settings
+        model = load_model(checkpoint, dtype="float32", device="cpu")
         model.set_attn_implementation(attention_for(model.config, attention))
-    report = install_scaling(model, recipe)
+    report = install_scaling(model, recipe, settings)
     if recipe.lora:
         model = add_lora(model, recipe.lora_embeddings_and_norms)
     model.train()
     return model, report
 
 
-def install_scaling(model: Any, recipe: Recipe) -> PatchReport | None:
+def install_scaling(model: Any, recipe: Recipe, settings: RopeSettings | None = None) -> PatchReport | None:
     """Put the recipe's scaling and context length into a model; None where it keeps the checkpoint's own.
+
+    settings: what the config of the checkpoint says; None: the model's is read.
 
     Raises:
         ConfigError: what `patch_model` raises.
     """
     report = None
-    own = RopeScaling.from_config(model.config)
+    if settings is None:
+        settings = RopeSettings(model.config)
+        settings.warn()
+    own = settings.scaling
     base = dataclasses.replace(
         own,
         rope_theta=recipe.rope_theta or own.rope_theta,
         original_max_position_embeddings=recipe.original_max_position_embeddings
         or own.original_max_position_embeddings,
     )
-    plan = resolve_plan(model.config, recipe.layers, recipe.drop_layers, patched_plan(model))
+    plan = resolve_plan(settings, recipe.layers, recipe.drop_layers, patched_plan(model))
     if recipe.scaling is not None or base != own or plan != patched_plan(model):
         scaling = base if recipe.scaling is None else RopeScaling.from_spec(recipe.scaling, base)
-        report = patch_model(model, with_primary(plan.layers, scaling) or scaling, drop_layers=plan.drop_layers)
+        report = patch_as_read(model, settings, with_primary(plan.layers, scaling) or scaling, plan.drop_layers)
     if recipe.max_position_embeddings is not None:
         model.config.max_position_embeddings = recipe.max_position_embeddings
     return report

@@ -1,0 +1,135 @@
+"""Which package may import which: one order, no circles, and nothing hidden in functions."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scaled_rope.moved import MOVED
+from scaled_rope.scaling.registry import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "scaled_rope"
+
+# Low to high. A module may import what stands further left, and the modules of its own package.
+ORDER = """
+moved | errors | results command_line | scaling | kernels | recipes | checkpoint | attention | patching | texts | flags
+| training | evaluation | report | tuning | serving | cli
+"""
+LEVELS = {name: level for level, names in enumerate(ORDER.replace("\n", " ").split("|")) for name in names.split()}
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def _imports(module: str) -> set[str]:
+    """The modules of the package that a module imports, in functions and for type checkers included."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively"
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module else []
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            while name not in MODULES and "." in name:
+                name = name.rpartition(".")[0]
+            if name in MODULES and name != "scaled_rope":
+                found.add(name)
+    return found - {module}
+
+
+IMPORTS = {module: _imports(module) for module in MODULES}
+
+
+def _room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_every_room_has_a_level() -> None:
+    assert {_room(module) for module in MODULES} - {"", "__main__"} == set(LEVELS)
+
+
+@pytest.mark.parametrize("module", sorted(module for module in MODULES if _room(module) in LEVELS))
+def test_imports_point_down(module: str) -> None:
+    mine = LEVELS[_room(module)]
+    up = {
+        other
+        for other in IMPORTS[module]
+        if _room(other) != _room(module) and LEVELS[_room(other)] >= mine
+    }  # fmt: skip
+    assert not up, f"{module} imports {sorted(up)}, which stand above it or beside it in ORDER"
+
+
+def test_no_circles() -> None:
+    left = {module: set(others) for module, others in IMPORTS.items()}
+    while free := [module for module, others in left.items() if not others & left.keys()]:
+        for module in free:
+            del left[module]
+    assert not left, f"these import each other: {sorted(left)}"
+
+
+def test_every_method_of_the_registry_is_found() -> None:
+    for name, row in METHODS.items():
+        assert callable(row.fn), name
+        module, _, function = row.function.partition(":")
+        assert getattr(importlib.import_module(f"scaled_rope.{module}"), function) is row.fn
+
+
+def test_methods_are_named_read_and_refused_without_torch() -> None:
+    program = (
+        "import sys; from scaled_rope import METHODS, ConfigError, RopeScaling\n"
+        "base = RopeScaling('default', original_max_position_embeddings=4096)\n"
+        "RopeScaling.from_spec('rerope,window=512', base); RopeScaling.from_spec('yarn:8,ramp=rotations', base)\n"
+        "for wrong in ('yan:8', 'yarn:8,bet=3', 'rerope,window=5000', 'longrope:8'):\n"
+        "    try: RopeScaling.from_spec(wrong, base)\n"
+        "    except ConfigError: pass\n"
+        "    else: sys.exit(wrong)\n"
+        "sys.exit('torch' in sys.modules or len(METHODS) < 10)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("former", sorted(MOVED))
+def test_a_former_module_says_where_it_is(former: str) -> None:
+    for heir in MOVED[former]:
+        place = (
+            ROOT.joinpath(*heir.split(".")) if heir.startswith("benchmarks.") else PACKAGE.joinpath(*heir.split("."))
+        )
+        assert place.with_suffix(".py").is_file() or place.is_dir()
+    name = f"scaled_rope.{former}"
+    if name in MODULES:  # a package took its name
+        return
+    with pytest.raises(ImportError, match=f"{name} is now .*{MOVED[former][0]}"):
+        importlib.import_module(name)
+
+
+def test_a_name_of_a_former_module_whose_name_a_package_took() -> None:
+    with pytest.raises(ImportError, match="is now scaled_rope.training.batches.collate"):
+        importlib.import_module("scaled_rope.training").collate  # noqa: B018
+    with pytest.raises(ImportError, match="is now scaled_rope.evaluation.memory_meter.Meter"):
+        importlib.import_module("scaled_rope.evaluation").Meter  # noqa: B018
+    assert not hasattr(importlib.import_module("scaled_rope.training"), "no_such_name")
+
+
+@pytest.mark.parametrize("former", ["recipes", "corpora", "checkpoints", "paper", "benchmarks_data", "harness"])
+def test_commands_of_old_recipes_run(former: str) -> None:
+    heir = MOVED.get(former, (former,))[0]
+    old, new = (
+        subprocess.run(
+            [sys.executable, "-m", f"scaled_rope.{name}", "--help"], cwd=ROOT, capture_output=True, timeout=120
+        )
+        for name in (former, heir)
+    )
+    assert old.returncode == 0 and old.stdout == new.stdout and old.stdout
