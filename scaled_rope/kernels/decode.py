@@ -179,8 +179,3 @@ def _decode_torch(
     for start in range(0, keys, BLOCK):
         out += weights[..., start : start + BLOCK] @ value[:, :, start : start + BLOCK].to(weights.dtype)
     return out
-
-
-def bytes_moved(batch: int, key_heads: int, keys: int, head_dim: int, element: int = 2) -> int:
-    """What a pass has to read of memory at the least: every key and value once."""
-    return 2 * batch * key_heads * keys * head_dim * element

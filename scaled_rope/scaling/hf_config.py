@@ -228,6 +228,24 @@ def read_rope(model: Mapping[str, Any], rope: Mapping[str, Any], layer_type: str
             reading.note("attention-key", text, "info")
     if "mrope_section" in entry:
         raise ConfigError("mrope_section: multimodal rotary embeddings are not supported")
+    rope_type, finetuned = _type_of(entry, reading)
+    if rope_type == CUSTOM_ROPE_TYPE:
+        entry.setdefault("partial_rotary_factor", 1.0)  # a record leaves out what is 1
+    _fill_from_top_level(entry, model, layer_type, reading)
+    if rope_type == CUSTOM_ROPE_TYPE:
+        reading.values = entry
+        return reading
+    native = _native_of(rope_type)
+    known = {*_MODEL_KEYS, *native.keys}
+    for name in entry:
+        if name not in known:
+            raise unknown(f"key in the config of rope_type {_TYPE_ALIASES.get(rope_type, rope_type)!r}:", name, known)
+    _fill_values(entry, model, native, rope_type, layer_type is not None, finetuned, reading)
+    return reading
+
+
+def _type_of(entry: dict[str, Any], reading: Reading) -> tuple[str, bool]:
+    """The rope_type that a RoPE dictionary says, and whether the model was fine-tuned with it; both are taken out."""
     older_type = entry.pop("type", "default")
     rope_type = entry.pop("rope_type", older_type)
     if older_type not in ("default", rope_type):
@@ -235,30 +253,36 @@ def read_rope(model: Mapping[str, Any], rope: Mapping[str, Any], layer_type: str
     finetuned = False if rope_type == CUSTOM_ROPE_TYPE else entry.pop("finetuned", False)
     if not isinstance(finetuned, bool):
         raise ConfigError(f"finetuned={finetuned!r}: must be true or false")
-    if rope_type == CUSTOM_ROPE_TYPE:
-        entry.setdefault("partial_rotary_factor", 1.0)  # a record leaves out what is 1
-    _fill_from_top_level(entry, model, layer_type, reading)
-    if rope_type == CUSTOM_ROPE_TYPE:
-        reading.values = entry
-        return reading
-    known_types = [*NATIVE, *_RELEASED_TYPES, *_TYPE_ALIASES, CUSTOM_ROPE_TYPE]
-    if not isinstance(rope_type, str) or rope_type not in known_types:
-        raise unknown("rope_type", rope_type, known_types)
-    dynamic = rope_type.startswith("dynamic-")
-    rope_type = _TYPE_ALIASES.get(rope_type, rope_type)
+    return rope_type, finetuned
+
+
+def _native_of(rope_type: object) -> NativeType:
+    """What a rope_type means and which keys it has."""
+    known = [*NATIVE, *_RELEASED_TYPES, *_TYPE_ALIASES, CUSTOM_ROPE_TYPE]
+    if not isinstance(rope_type, str) or rope_type not in known:
+        raise unknown("rope_type", rope_type, known)
     if rope_type in _RELEASED_TYPES:
         method = _RELEASED_TYPES[rope_type]
-        native = NativeType(method, NATIVE["yarn" if method != "linear" else "linear"].keys)
-    else:
-        native = NATIVE[rope_type]
-    known = {*_MODEL_KEYS, *native.keys}
-    for name in entry:
-        if name not in known:
-            raise unknown(f"key in the config of rope_type {rope_type!r}:", name, known)
+        return NativeType(method, NATIVE["yarn" if method != "linear" else "linear"].keys)
+    return NATIVE[_TYPE_ALIASES.get(rope_type, rope_type)]
+
+
+def _fill_values(
+    entry: dict[str, Any],
+    model: dict[str, Any],
+    native: NativeType,
+    rope_type: str,
+    is_nested: bool,
+    finetuned: bool,
+    reading: Reading,
+) -> None:
+    """The fields of a record from the RoPE dictionary of a type that we know, and what it leaves to be filled in."""
+    dynamic = rope_type.startswith("dynamic-")
+    rope_type = _TYPE_ALIASES.get(rope_type, rope_type)
     values = {name: value for name, value in entry.items() if name not in native.params}
     values["method"] = native.method
     params = {name: entry[name] for name in native.params if name in entry}
-    _fill_original(values, model, rope_type, layer_type is not None, reading)
+    _fill_original(values, model, rope_type, is_nested, reading)
     if "factor" in native.keys:
         _fill_factor(values, model, rope_type)
     if native.method == "proportional":
@@ -267,13 +291,7 @@ def read_rope(model: Mapping[str, Any], rope: Mapping[str, Any], layer_type: str
     if params:
         values["params"] = params
     if dynamic:
-        values["dynamic"] = True
-        if not finetuned and is_number(values["factor"]):
-            if values["factor"] != 1:
-                reading.note(
-                    "dynamic-factor", f"factor={values['factor']!r} has no effect without finetuned: s = max(1, l'/L)"
-                )
-            values["factor"] = 1.0
+        _fill_dynamic(values, finetuned, reading)
     if native.method == "yarn" and not dynamic:
         _apply_mistral_constants(values, model, finetuned, reading)
     if native.method in ("yarn", "ntk-by-parts"):
@@ -281,7 +299,17 @@ def read_rope(model: Mapping[str, Any], rope: Mapping[str, Any], layer_type: str
     elif native.method == "longrope":
         _drop_default_longrope_factor(values)
     reading.values = values
-    return reading
+
+
+def _fill_dynamic(values: dict[str, Any], finetuned: bool, reading: Reading) -> None:
+    """The released dynamic types scale from 1 on, unless the model was fine-tuned with more."""
+    values["dynamic"] = True
+    if not finetuned and is_number(values["factor"]):
+        if values["factor"] != 1:
+            reading.note(
+                "dynamic-factor", f"factor={values['factor']!r} has no effect without finetuned: s = max(1, l'/L)"
+            )
+        values["factor"] = 1.0
 
 
 def _rename(model: dict[str, Any], reading: Reading) -> dict[str, Any]:
