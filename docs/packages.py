@@ -23,7 +23,10 @@ def table() -> str:
         for name in level:
             path = ROOT / "scaled_rope" / name
             init = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-            text = " ".join((ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or "").split())
+            source = init.read_text(encoding="utf-8")
+            # A docstring that is also the text of --help has the sentence below it, as a comment.
+            beside = " ".join(re.findall(r"^# (Knows nothing of .*)$", source, re.MULTILINE))
+            text = " ".join(f"{ast.get_docstring(ast.parse(source)) or ''} {beside}".split())
             holds, _, unknown = text.partition("Knows nothing of ")
             shown = f"`{name}/`" if path.is_dir() else f"`{name}.py`"
             first = re.split(r"(?<=[.!?]) ", holds.strip())[0].rstrip(".")

@@ -1,4 +1,7 @@
-"""What a checkpoint is before its weights are read: config, tokenizer, hash, and whether it is local."""
+"""What a checkpoint is before its weights are read: config, tokenizer, hash, and whether it is local.
+
+Knows nothing of weights and of how a model is patched.
+"""
 
 from __future__ import annotations
 

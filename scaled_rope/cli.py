@@ -1,5 +1,7 @@
 """The console script `scaled-rope`: one subcommand per module, imported when it is the one that was asked for and its
 flags are right.
+
+Knows nothing of the subcommands but their names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""How an entry script reads its flags and reports bad input."""
+"""How an entry script reads its flags and reports bad input.
+
+Knows nothing of what the script does.
+"""
 
 from __future__ import annotations
 

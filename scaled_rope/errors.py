@@ -1,4 +1,7 @@
-"""The one error that users cause, and how an entry script reports it."""
+"""The one error that users cause, and how an entry script reports it.
+
+Knows nothing of the rest of the package.
+"""
 
 from __future__ import annotations
 

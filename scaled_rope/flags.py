@@ -1,6 +1,8 @@
 """Flags of the evaluators and of `scaled-rope`, and what can be refused by looking at them alone.
 
 Nothing here imports torch or transformers, which takes seconds: a mistyped flag or path is told at once.
+
+Knows nothing of torch.
 """
 
 from __future__ import annotations

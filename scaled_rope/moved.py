@@ -2,6 +2,8 @@
 
 `import scaled_rope.patch` raises an ImportError that says so, and `python -m scaled_rope.corpora`, as recipes of old
 runs have it, runs what took its place.
+
+Knows nothing of what is in them.
 """
 
 from __future__ import annotations

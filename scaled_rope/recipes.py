@@ -4,6 +4,7 @@ python -m scaled_rope.recipes --list
 python -m scaled_rope.recipes demo              # the resolved recipe
 python -m scaled_rope.recipes demo --pending    # what is still to train for it, in order; nothing when it is finished
 """
+# Knows nothing of torch and models.
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 A row is identified by what was measured (`IDENTITY`), not by when or where, so an interrupted evaluation that is run
 again computes only the missing rows. Several processes may append to one file.
+
+Knows nothing of what is measured.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Kernels, each a Triton kernel and its torch twin behind one function. They know nothing of models.
+"""Kernels: each a Triton kernel and its torch twin behind one function, as operators of torch.
 
 Triton is imported when it is first used: everything works, on the CPU, without it.
+Knows nothing of models.
 """
 
 from scaled_rope.kernels.decode import DecodeAngles, rotary_decode
