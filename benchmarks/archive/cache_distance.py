@@ -34,7 +34,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # eval/ is not part of the installed package
 
-import eval.perplexity as evaluator  # noqa: E402
+import eval.perplexity as evaluator
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.evaluation.formatting import format_table

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch  # noqa: E402
+import torch
 
 from scaled_rope.kernels import frequency_phases
 from scaled_rope.kernels.rotary import tables_from_phases
