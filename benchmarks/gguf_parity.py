@@ -22,7 +22,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,7 @@ def make_jobs(folder: str, specs: Sequence[str], text: str, length: int, scratch
         elif scaling.method == "llama3":  # the converter's tensor
             path = scratch / f"{plain.stem}-{index}.gguf"
             add_rope(plain, path, GgufRope(divisors=tuple(divisors(scaling, head_dim_of(config), length))))
-        variants = [("flags" if path == plain else "tensor", path, *_flags(report.flags))]
+        variants = [("flags" if path == plain else "tensor", path, *read_flags(report.flags))]
         if report.gguf is None and scaling.method in ("yarn", "ntk-by-parts") and scaling.is_native(64):
             path = scratch / f"{plain.stem}-{index}-converted.gguf"
             add_rope(plain, path, GgufRope(as_converted(report.config, scaling)))
@@ -240,7 +241,7 @@ def make_jobs(folder: str, specs: Sequence[str], text: str, length: int, scratch
     return jobs
 
 
-def _flags(flags: Sequence[str]) -> tuple[dict[str, Any], dict[str, float]]:
+def read_flags(flags: Sequence[str]) -> tuple[dict[str, Any], dict[str, float]]:
     """Exported flags, read back as what llama-cpp-python takes, so that what is tested is what is printed."""
     read: dict[str, Callable[[str], Any]] = {
         "--rope-scaling": str,
@@ -262,17 +263,9 @@ def _flags(flags: Sequence[str]) -> tuple[dict[str, Any], dict[str, float]]:
     return given, override
 
 
-def main() -> int:
-    if sys.argv[1:2] == ["--evaluate"]:
-        evaluate(json.loads(Path(sys.argv[2]).read_text()))
-        return 0
-    import numpy as np
-
-    from scaled_rope.checkpoint import DEFAULT_MODEL, display_name, weights_hash
+def build_parser() -> Any:
+    from scaled_rope.checkpoint import DEFAULT_MODEL
     from scaled_rope.command_line import Parser
-    from scaled_rope.errors import ConfigError
-    from scaled_rope.evaluation.formatting import format_table
-    from scaled_rope.results import append_row, provenance
 
     parser = Parser("benchmarks/gguf_parity.py", __doc__)
     add = parser.add_argument
@@ -282,80 +275,111 @@ def main() -> int:
     add("--text", default=str(DEFAULT_MODEL.parents[1] / "README.md"), metavar="FILE", help="what is evaluated")
     add("--llama-python", metavar="PATH", help="an interpreter that has llama-cpp-python")
     add("--output", metavar="FILE", help="rows, one JSON object per line, appended")
-    args = parser.parse_args()
+    return parser
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Logits [N, V] of one job: llama.cpp's, the patched model's in float32, and the same model's in float64."""
+
+    theirs: Any
+    single: Any
+    double: Any
+
+    def stretches(self, lengths: Sequence[int], unscaled: Any) -> Iterator[tuple[list[int], Job]]:
+        """Positions [start, end] of each stretch, and how the logits differ there; stretches end at `lengths`.
+
+        unscaled: the float32 logits without scaling, None where they are not compared with.
+        """
+        for start, end in zip([0, *lengths], lengths, strict=False):
+            at = slice(start, end)
+            found = {
+                **differences(self.theirs[at], self.single[at]),
+                "theirs_from_float64": differences(self.theirs[at], self.double[at]),
+                "ours_from_float64": differences(self.single[at], self.double[at]),
+                "logits_std": float(self.double[at].std()),
+            }
+            if unscaled is not None:
+                found["effect_of_scaling"] = differences(unscaled[at], self.single[at])
+            yield [start, end], found
+
+    def cells(self) -> list[str]:
+        """How they differ over all positions, as a line of the table says it."""
+        whole = differences(self.theirs, self.single)
+        return [
+            f"{whole['max_difference']:.1e}",
+            f"{whole['rms_difference']:.1e}",
+            f"{whole['same_top']:.4f}",
+            f"{differences(self.theirs, self.double)['max_difference']:.1e}",
+            f"{differences(self.single, self.double)['max_difference']:.1e}",
+        ]
+
+
+def compare(
+    model: str, specs: Sequence[str], text: str, lengths: Sequence[int], python: str | None
+) -> Iterator[tuple[list[str], list[Job]]]:
+    """Of each job of a model a line of the table, and a row without its provenance for every stretch of positions."""
+    import numpy as np
+
+    from scaled_rope.checkpoint import display_name, weights_hash
+
+    with tempfile.TemporaryDirectory() as name:
+        jobs = make_jobs(model, specs, text, lengths[-1], Path(name))
+        sent = [{key: value for key, value in job.items() if key != "scaling"} for job in jobs]
+        answer = run_llama_cpp(python, sent, Path(name))
+        tokens = jobs[0]["tokens"]
+        same_tokens = answer["tokenized"][0][: len(tokens)] == tokens
+        which = "the same" if same_tokens else "OTHER"
+        print(f"{display_name(model)}: llama.cpp splits the text into {which} tokens", flush=True)
+        ours: dict[str, Any] = {}
+        for job in jobs:
+            spec, scaling, variant = job["spec"], job["scaling"], job["variant"]
+            if spec not in ours:
+                ours[spec] = our_logits(model, scaling, tokens)
+            logits = Logits(np.load(job["logits"]), *ours[spec])
+            about = {
+                "metric": "gguf-logits", "model": model, "model_fingerprint": weights_hash(model), "dtype": "float32",
+                "scaling": scaling.to_dict(), "label": scaling.label,
+            }  # fmt: skip
+            more = {"command": job["command"], "llama_cpp_python": answer["llama_cpp"], "same_tokens": same_tokens}
+            unscaled = ours["default"][0] if "default" in ours and spec != "default" else None
+            rows = []
+            for positions, found in logits.stretches(lengths, unscaled):
+                protocol = {"positions": positions, "variant": variant, "kv_cache": "float32"}
+                rows.append({**about, "length": positions[1], "protocol": protocol, **more, **found})
+            yield [display_name(model), scaling.label, variant, *logits.cells()], rows
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--evaluate"]:
+        evaluate(json.loads(Path(sys.argv[2]).read_text()))
+        return 0
+    from scaled_rope.checkpoint import DEFAULT_MODEL
+    from scaled_rope.errors import ConfigError
+    from scaled_rope.evaluation.formatting import format_table
+    from scaled_rope.results import append_row, provenance
+
+    args = build_parser().parse_args()
     try:
         lengths = sorted(int(part) for part in args.lengths.split(","))
         text = Path(args.text).read_text(encoding="utf-8")
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     except ValueError as error:
         raise ConfigError(f"lengths={args.lengths!r}: whole numbers with commas between them") from error
+    data = {"text": Path(args.text).name, "sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
     table, worst = [], 0.0
     told = {key: value for key, value in vars(args).items() if key not in ("llama_python", "output")}
     for model in args.model or [str(DEFAULT_MODEL)]:
-        with tempfile.TemporaryDirectory() as name:
-            scratch = Path(name)
-            jobs = make_jobs(model, args.scaling or SCALINGS, text, lengths[-1], scratch)
-            sent = [{key: value for key, value in job.items() if key != "scaling"} for job in jobs]
-            answer = run_llama_cpp(args.llama_python, sent, scratch)
-            tokens = jobs[0]["tokens"]
-            same_tokens = answer["tokenized"][0][: len(tokens)] == tokens
-            which = "the same" if same_tokens else "OTHER"
-            print(f"{display_name(model)}: llama.cpp splits the text into {which} tokens", flush=True)
-            ours: dict[str, Any] = {}
-            for job in jobs:
-                scaling, variant = job["scaling"], job["variant"]
-                if job["spec"] not in ours:
-                    ours[job["spec"]] = our_logits(model, scaling, tokens)
-                (single, double), theirs = ours[job["spec"]], np.load(job["logits"])
-                start = 0
-                for end in lengths:
-                    at = slice(start, end)
-                    row = {
-                        "metric": "gguf-logits",
-                        "model": model,
-                        "model_fingerprint": weights_hash(model),
-                        "dtype": "float32",
-                        "scaling": scaling.to_dict(),
-                        "label": scaling.label,
-                        "length": end,
-                        "data": {"text": Path(args.text).name, "sha256": digest},
-                        "protocol": {"positions": [start, end], "variant": variant, "kv_cache": "float32"},
-                        "command": job["command"],
-                        "llama_cpp_python": answer["llama_cpp"],
-                        "same_tokens": same_tokens,
-                        **differences(theirs[at], single[at]),
-                        "theirs_from_float64": differences(theirs[at], double[at]),
-                        "ours_from_float64": differences(single[at], double[at]),
-                        "logits_std": float(double[at].std()),
-                    }
-                    if "default" in ours and job["spec"] != "default":
-                        row["effect_of_scaling"] = differences(ours["default"][0][at], single[at])
-                    row |= provenance("cpu", None, told)
-                    if args.output:
-                        append_row(args.output, row)
-                    if variant != "converted":
-                        worst = max(worst, row["max_difference"])
-                    start = end
-                table.append(_line(display_name(model), scaling.label, variant, theirs, single, double))
+        for line, rows in compare(model, args.scaling or SCALINGS, text, lengths, args.llama_python):
+            table.append(line)
+            for row in rows:
+                if args.output:
+                    append_row(args.output, row | {"data": data} | provenance("cpu", None, told))
+                if row["protocol"]["variant"] != "converted":
+                    worst = max(worst, row["max_difference"])
     heads = ["model", "scaling", "variant", "max", "rms", "top", "theirs-f64", "ours-f64"]
     print(format_table(heads, table))
     print(f"largest difference under exported flags: {worst:.1e}, allowed {TOLERANCE}")
     return 0 if worst <= TOLERANCE else 1
-
-
-def _line(*parts: Any) -> list[str]:
-    model, label, variant, theirs, single, double = parts
-    whole = differences(theirs, single)
-    return [
-        model,
-        label,
-        variant,
-        f"{whole['max_difference']:.1e}",
-        f"{whole['rms_difference']:.1e}",
-        f"{whole['same_top']:.4f}",
-        f"{differences(theirs, double)['max_difference']:.1e}",
-        f"{differences(single, double)['max_difference']:.1e}",
-    ]
 
 
 if __name__ == "__main__":

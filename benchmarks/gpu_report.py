@@ -9,16 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.results import rows_so_far, write_atomic
+from scaled_rope.results import Row, rows_so_far, write_atomic
 
-Row = dict[str, Any]
 ROWS = ROOT / "benchmarks" / "results" / "gpu.jsonl"
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- rows of benchmarks/gpu.py: begin -->", "<!-- rows of benchmarks/gpu.py: end -->"

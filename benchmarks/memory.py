@@ -26,14 +26,15 @@ from typing import Any
 import numpy as np
 import yaml
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import ROOT, check_names, resident_bytes
 from scaled_rope.command_line import Parser, run_cli
-from scaled_rope.errors import unknown
 from scaled_rope.recipes import Recipe, make_recipe, read_recipe
 from scaled_rope.results import append_row, provenance, read_rows
 from scaled_rope.texts.packed import PackedWriter
 from scaled_rope.training.planning import Options, Planner
 
-ROOT = Path(__file__).parent.parent
 _LLAMA: dict[str, Any] = {
     "model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1024,
     "tie_word_embeddings": False,
@@ -142,7 +143,7 @@ class Watch:
 
     @staticmethod
     def now() -> int:
-        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+        return resident_bytes()[1]
 
     def _look(self) -> None:
         while not self._done.wait(0.002):
@@ -166,7 +167,7 @@ def _child(recipe: Recipe) -> None:
 
     from scaled_rope.training.loop import Loop, Trainer
 
-    step, used = Loop._step, 0.0
+    step, used = Loop.optimizer_step, 0.0
 
     def timed(loop: Loop, number: int) -> Any:
         nonlocal used
@@ -175,7 +176,7 @@ def _child(recipe: Recipe) -> None:
         used = time.process_time() - began
         return row
 
-    Loop._step = timed  # type: ignore[method-assign]
+    Loop.optimizer_step = timed  # type: ignore[method-assign]
     torch.nn.Linear(8, 8)(torch.zeros(1, 8)).sum().backward()
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:
         import deepspeed  # noqa: F401
@@ -196,10 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.child:
         _child(read_recipe(args.child))
         return 0
+    check_names("case", args.cases, CASES)
     facts = provenance("cpu", 0, {"cases": args.cases})  # of the code as it is now
     for name in args.cases or CASES:
-        if name not in CASES:
-            raise unknown("case", name, CASES)
         fields, options = CASES[name]
         expected = planned(name)
         measured = measure(case_fields(name), options.ranks, options.engine).peak

@@ -30,9 +30,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import paper_mini_report
+from benchmarks.common import check_names, run_prepare_commands
 from benchmarks.paper_mini_report import BOOKS, PROOFS, Results, Run
 from scaled_rope.command_line import Parser, run_cli
-from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.errors import ConfigError
 from scaled_rope.recipes import is_finished
 from scaled_rope.results import Row, append_row, read_rows, rows_so_far
 from scaled_rope.training.run_state import read_log
@@ -187,12 +188,6 @@ def perform(tasks: Sequence[Task], jobs: int) -> None:
             pass
 
 
-def prepare() -> None:
-    """Fetch and pack the text that the runs train on, as train.sh does; nothing where it is there."""
-    script = f"source ./environment.sh; read_recipe {paper_mini_report.RECIPE}"
-    subprocess.run(["bash", "-euo", "pipefail", "-c", script], env=os.environ | {"PYTHON": sys.executable}, check=True)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("benchmarks/paper_mini.py", __doc__)
     add = parser.add_argument
@@ -204,9 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output", default=ROWS, metavar="FILE", help="rows are appended here (default %(default)s)")
     add("--training", default=TRAINING, metavar="FILE", help="and those of the runs here (default %(default)s)")
     args = parser.parse_args(argv)
-    for name in args.part or ():
-        if name not in PARTS:
-            raise unknown("part", name, PARTS)
+    check_names("part", args.part, PARTS)
     if args.jobs < 1:
         raise ConfigError(f"--jobs {args.jobs} is not allowed; 1 or more")
     if args.show or args.figures:
@@ -218,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{title}\n\n{text}\n")
         return 0
     if not args.list:
-        prepare()
+        run_prepare_commands(paper_mini_report.RECIPE)  # the text that the runs train on
     for part in args.part or PARTS:
         tasks = tasks_of(part, args.output, args.training)
         if args.list:

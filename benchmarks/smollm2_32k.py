@@ -32,11 +32,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.common import ROOT, check_names
 from scaled_rope.command_line import Parser, run_cli
-from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.errors import ConfigError
 from scaled_rope.recipes import Recipe, is_finished, read_recipe
 from scaled_rope.results import portable_model, rows_so_far
 
@@ -181,9 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"recipe {source!r} is not allowed; a model under one method each, with `evaluate`")
         recipes[method] = (source, recipe)
     known = parts(recipes, args.rows)
-    for name in args.part or ():
-        if name not in known:
-            raise unknown("part", name, known)
+    check_names("part", args.part, known)
     wanted = [known[name] for name in args.part or known]
     if args.list:
         for part in wanted:

@@ -19,10 +19,8 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import os
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,11 +29,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # eval/ is not part of the installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # eval/ is not part of the installed package
 
-import eval.harness  # noqa: E402
-import eval.perplexity  # noqa: E402
+import eval.harness
+import eval.perplexity
+from benchmarks.common import run_prepare_commands
 from scaled_rope.checkpoint import encode, load_config, load_tokenizer
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
@@ -163,10 +161,7 @@ def prepare(name: str, piece_bytes: int) -> Path:
     """Fill the folder of a recipe's data; returns it."""
     recipe = read_recipe(name)
     bundle, model = Path(recipe.dataset).parent, str(recipe.model)
-    script = f"source ./environment.sh; read_recipe {shlex.quote(name)}"  # as train.sh does
-    environment = os.environ | {"PYTHON": sys.executable}
-    if subprocess.run(["bash", "-euo", "pipefail", "-c", script], env=environment, cwd=ROOT).returncode:
-        raise ConfigError(f"the prepare commands of recipe {recipe.name!r} failed")
+    run_prepare_commands(name)
 
     flags = eval.perplexity.build_parser().parse_args(shlex.split(recipe.evaluate["perplexity"]))
     length, train = context_lengths(flags)[-1], open_packed(recipe.dataset)

@@ -29,13 +29,15 @@ from typing import Any
 
 import psutil
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import ROOT, check_names, resident_bytes
 from scaled_rope.command_line import Parser, run_cli
-from scaled_rope.errors import ConfigError, unknown
-from scaled_rope.results import append_row, provenance, read_rows
+from scaled_rope.errors import ConfigError
+from scaled_rope.results import append_row, provenance, rows_so_far
 from scaled_rope.texts.documents import read_documents
 from scaled_rope.texts.packed import open_packed
 
-ROOT = Path(__file__).parent.parent
 TOOLS = ("tokenization.py", "datasets.map")
 LOOK_S = 0.1
 BATCH = 1000  # documents; what datasets.map takes by default
@@ -150,11 +152,10 @@ def resident(process: psutil.Process) -> tuple[int, int]:
     whole = anonymous = 0
     for one in (process, *process.children(recursive=True)):
         try:
-            status = Path(f"/proc/{one.pid}/status").read_text()
-            whole += int(status.split("VmRSS:")[1].split()[0]) * 1024
-            anonymous += int(status.split("RssAnon:")[1].split()[0]) * 1024
+            more, more_anonymous = resident_bytes(one.pid)
         except (OSError, IndexError):  # it has ended
             continue
+        whole, anonymous = whole + more, anonymous + more_anonymous
     return whole, anonymous
 
 
@@ -220,12 +221,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.child:
         child(args.child, args.child_text, args)
         return 0
-    for name in args.cases:
-        if name not in CASES:
-            raise unknown("case", name, CASES)
+    check_names("case", args.cases, CASES)
     told = ("cases", "tools", "tokenizer", "text", "sequence_length", "num_proc", "memory_limit")
     facts = provenance("cpu", None, {name: getattr(args, name) for name in told})  # of the code as it is now
-    done = [] if args.output is None or not args.output.exists() else read_rows(args.output)
+    done = [] if args.output is None else rows_so_far(args.output)
     finished = {(row["commit"], row["case"], row["tool"]) for row in done}
     for name in args.cases or CASES:
         first: dict[str, list[int]] = {}

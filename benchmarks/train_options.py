@@ -15,13 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # for benchmarks.memory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.memory import measure  # noqa: E402
+from benchmarks.common import check_names
+from benchmarks.memory import measure
 from scaled_rope.command_line import Parser, run_cli
-from scaled_rope.errors import unknown
-from scaled_rope.results import append_row, provenance, read_rows
+from scaled_rope.results import append_row, provenance, rows_so_far
 
 MODEL: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
@@ -47,11 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="tokens (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="append rows to this file")
     args = parser.parse_args(argv)
-    for name in args.options:
-        if name not in OPTIONS:
-            raise unknown("option", name, OPTIONS)
+    check_names("option", args.options, OPTIONS)
     facts = provenance("cpu", 0, {"options": args.options, "lengths": args.lengths})  # of the code as it is now
-    done = [] if args.output is None or not args.output.exists() else read_rows(args.output)
+    done = [] if args.output is None else rows_so_far(args.output)
     finished = {(row["commit"], row["option"], row["length"]) for row in done}
     for length in args.lengths:
         for name in args.options or OPTIONS:

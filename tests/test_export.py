@@ -214,7 +214,7 @@ def test_llama_cpp_gets_the_attention_factor_relative_to_its_own(
 @pytest.mark.parametrize("spec", ["yarn:4", "linear:4", "ntk:4", "yarn:4,beta_fast=64,extrapolation_factor=0.5"])
 def test_llama_cpp_flags_read_back_as_what_was_compared(spec: str, config: LlamaConfig) -> None:
     report = export(spec, config, "llama.cpp")
-    given, override = gguf_parity._flags(report.flags)
+    given, override = gguf_parity.read_flags(report.flags)
     if override:
         given["attn_factor"] = override["llama.rope.scaling.attn_factor"]
     request = common.ServedModel(resolve_scaling(spec, RopeScaling.from_config(config)), config, HEAD_DIM, 2048)

@@ -22,13 +22,25 @@ sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is first imported, which is in a test
 
-from benchmarks import gpu, gpu_report  # noqa: E402
+from benchmarks import attention_methods, gpu, gpu_report  # noqa: E402
+from benchmarks.gpu_parts import (
+    attention,
+    decode,
+    models,
+    prefill,
+    rotary,
+    rotary_backward,
+    rotary_cases,
+    timing,
+    train,
+)
+from benchmarks.gpu_parts.rows import NO_TIME, TOLERANCE, complete, show
 from scaled_rope import ConfigError
 from scaled_rope.results import append_row
 
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-TINY = (gpu.Shape("small", 3, 1, 16, 8), gpu.Shape("packed", 2, 2, 8, 8, documents=True))
+TINY = (rotary_cases.Shape("small", 3, 1, 16, 8), rotary_cases.Shape("packed", 2, 2, 8, 8, documents=True))
 
 
 @needs_no_gpu
@@ -41,10 +53,10 @@ def test_without_a_gpu_it_says_so() -> None:
 @needs_no_gpu
 @needs_triton
 def test_interpret_checks_every_variant(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(gpu, "SHAPES", TINY)
+    monkeypatch.setattr(rotary_cases, "SHAPES", TINY)
     assert gpu.main(["--interpret"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 * 2 * 3 * 2 + len(gpu.DECODE_SHAPES) and all(line.startswith("ok ") for line in lines)
+    assert len(lines) == 2 * 2 * 3 * 2 + len(decode.DECODE_SHAPES) and all(line.startswith("ok ") for line in lines)
 
 
 def test_a_wrong_variant_is_found() -> None:
@@ -62,20 +74,44 @@ def test_a_wrong_variant_is_found() -> None:
         "nothing": lambda q, k, x: (q.clone(), k.clone()),
         "unwritten": unwritten,
     }
-    right = gpu.check(gpu.variants(TINY[0], "torch", others=False)["ours, tables"], *_case(), backward=False)
-    assert right < gpu.TOLERANCE
+    right = rotary.forward_error(rotary_cases.our_variants("torch")["ours, tables"], *_case())
+    assert right < TOLERANCE
     for name, variant in wrong.items():
-        error = gpu.check(variant, *_case(), backward=False)
-        assert not error < gpu.TOLERANCE, name
+        error = rotary.forward_error(variant, *_case())
+        assert not error < TOLERANCE, name
 
 
 def _case() -> tuple[Any, ...]:
     return TINY[0], 64, torch.bfloat16, torch.device("cpu")
 
 
+def test_what_is_not_timed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "free", lambda: None)
+    clock = timing.Clock(600)
+
+    def raising(error: Exception) -> Any:
+        def run() -> Any:
+            raise error
+
+        return run
+
+    timed = {"error": 0.001, "seconds": 1.0}
+    assert complete({}, clock, 20, lambda: {"seconds": 1.0}, lambda: 0.001) == timed
+    unused = raising(AssertionError("must not be called"))
+    assert complete({}, timing.Clock(0), 20, unused, unused) == {"skipped": "no time left"}
+    for error in (0.1, math.nan):
+        assert complete({}, clock, 20, unused, lambda error=error: error)["skipped"] == "wrong"
+    full = complete({}, clock, 20, raising(torch.OutOfMemoryError()), lambda: 0.001, refusals=(RuntimeError,))
+    assert full == {"error": 0.001, "skipped": "out of memory"}
+    refused = raising(RuntimeError("no kernel\nfor this shape"))
+    assert complete({}, clock, 20, refused, refusals=(RuntimeError,)) == {"skipped": "no kernel"}
+    with pytest.raises(RuntimeError, match="no kernel"):
+        complete({}, clock, 20, refused)
+
+
 def test_document_lengths_are_uneven_and_fill_the_row() -> None:
     for tokens in (5, 41, 4096, 131072):
-        bounds = gpu.document_positions(tokens)
+        bounds = rotary_cases.document_positions(tokens)
         lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
         assert sum(lengths) == tokens and min(lengths) == 1 and max(lengths) < max(tokens / 3, 2)
 
@@ -99,14 +135,14 @@ class _Event:
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the parts of the benchmark on the CPU, with small shapes and without compiling."""
-    monkeypatch.setattr(gpu, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu, "SHAPES", TINY)
-    monkeypatch.setattr(gpu, "TOKENS", (16,))
-    monkeypatch.setattr(gpu, "ROTATED_BYTES", 2**12)
-    monkeypatch.setattr(gpu, "RUNS", (1, 1))
-    monkeypatch.setattr(gpu, "free", lambda: None)
-    monkeypatch.setattr(gpu, "peak_flops", lambda: 1e12)
-    monkeypatch.setattr(gpu, "matmul_rate", lambda: 1e12)
+    monkeypatch.setattr(timing, "DEVICE", "cpu")
+    monkeypatch.setattr(rotary_cases, "SHAPES", TINY)
+    monkeypatch.setattr(rotary_cases, "TOKENS", (16,))
+    monkeypatch.setattr(timing, "ROTATED_BYTES", 2**12)
+    monkeypatch.setattr(timing, "RUNS", (1, 1))
+    monkeypatch.setattr(timing, "free", lambda: None)
+    monkeypatch.setattr(timing, "peak_flops", lambda: 1e12)
+    monkeypatch.setattr(timing, "matmul_rate", lambda: 1e12)
     monkeypatch.setattr(torch.cuda, "Event", _Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
@@ -117,60 +153,58 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_no_gpu
 @needs_triton
-@pytest.mark.parametrize("backward", [False, True])
-def test_rotary_parts_on_the_cpu(on_cpu: None, backward: bool) -> None:
-    rows = list(gpu.measure_rotary(backward, gpu.Clock(600)))
+@pytest.mark.parametrize("part", [rotary, rotary_backward])
+def test_rotary_parts_on_the_cpu(on_cpu: None, part: Any) -> None:
+    rows = list(part.measure(timing.Clock(600)))
     names = {row["variant"] for row in rows}
     assert {"ours, tables", "ours, no tables", "transformers, eager", "transformers, compiled"} <= names
     for row in rows:
-        assert row["error"] < gpu.TOLERANCE and "skipped" not in row, gpu.show(row)
+        assert row["error"] < TOLERANCE and "skipped" not in row, show(row)
         assert row["bytes"] == 2 * 2 * 16 * 4 * 16 and row["share_of_copy"] > 0
         assert row["seconds_quartiles"][0] <= row["seconds"] <= row["seconds_quartiles"][1]
         json.dumps(row, allow_nan=False)
-    assert all(row["skipped"] == "no time left" for row in gpu.measure_rotary(backward, gpu.Clock(0)))
+    assert all(row["skipped"] == "no time left" for row in part.measure(timing.Clock(0)))
 
 
 @needs_no_gpu
 @needs_triton
 def test_decode_part_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "DECODED", (70,))
-    monkeypatch.setattr(gpu, "DECODE_SHAPES", ((1, 2, 1, 16),))
-    rows = list(gpu.measure_decode(gpu.Clock(600), torch.float32))  # bf16 is beyond the interpreter
+    monkeypatch.setattr(decode, "DECODED", (70,))
+    monkeypatch.setattr(decode, "DECODE_SHAPES", ((1, 2, 1, 16),))
+    rows = list(decode.measure(timing.Clock(600), torch.float32))  # bf16 is beyond the interpreter
     by_name = {row["variant"]: row for row in rows}
     assert {"ours, rotates while it reads", "rotated in memory, then sdpa", "sdpa, no rotation"} <= set(by_name)
     for name, row in by_name.items():
         assert "skipped" not in row and row["bytes"] == 2 * 70 * 16 * 4 and row["share_of_copy"] > 0
         # Angles of up to 70 are rounded to 2^-24 of themselves in the reference.
         assert row["error"] < 2e-6 if "no rotation" not in name else "error" not in row
-        assert gpu.show(row) and json.dumps(row, allow_nan=False)
+        assert show(row) and json.dumps(row, allow_nan=False)
     # Without rotation the result is another one, so it is not compared.
-    plain = gpu.decode_variants()["sdpa, no rotation"]
-    assert gpu.decode_error(plain, (1, 2, 1, 16), 70, torch.float32, torch.device("cpu")) > 0.1
+    plain = decode.decode_variants()["sdpa, no rotation"]
+    assert decode.decode_error(plain, (1, 2, 1, 16), 70, torch.float32, torch.device("cpu")) > 0.1
 
 
 @needs_no_gpu
 def test_attention_part_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """All methods past their windows, both ways; what is wrong is not timed."""
-    from benchmarks import attention_methods
-
     monkeypatch.setattr(attention_methods, "ORIGINAL", 32)
     specs = ("rerope,window=16", "leaky-rerope,window=16,k=8", "self-extend,group=8,window=8", "dual-chunk,chunk=24")
     monkeypatch.setattr(attention_methods, "SPECS", specs)
-    monkeypatch.setattr(gpu, "ATTENDED", (100,))
-    monkeypatch.setattr(gpu, "ATTENTION_SHAPES", ((4, 2, 16),))
-    rows = list(gpu.measure_attention(gpu.Clock(600)))
+    monkeypatch.setattr(attention, "ATTENDED", (100,))
+    monkeypatch.setattr(attention, "ATTENTION_SHAPES", ((4, 2, 16),))
+    rows = list(attention.measure(timing.Clock(600)))
     names = [f"ours, {spec}, {way}" for spec in specs for way in ("composed", "by blocks")]
     assert [row["variant"] for row in rows] == ["sdpa, no rotation", *names]
     for row in rows:
-        assert "skipped" not in row, gpu.show(row)
+        assert "skipped" not in row, show(row)
         assert row["flops"] == 4 * 2 * 2 * 16 * 100**2 / 2 and row["tokens_per_second"] > 0 and row["peak_bytes"] > 0
-        assert 0 < row["error"] < gpu.TOLERANCE if "ours" in row["variant"] else "error" not in row
-        assert gpu.show(row) and json.dumps(row, allow_nan=False)
-    found = gpu.attention_variants(16, torch.device("cpu"))
+        assert 0 < row["error"] < TOLERANCE if "ours" in row["variant"] else "error" not in row
+        assert show(row) and json.dumps(row, allow_nan=False)
+    found = attention.attention_variants(16)
     (rerope, _), (_, leaky) = found[names[0]], found[names[2]]
     assert leaky is not None
-    assert gpu.attention_error(rerope, leaky, (4, 2, 16), 100, torch.bfloat16) > 5 * gpu.TOLERANCE, "another method"
-    assert all(row["skipped"] == gpu.NO_TIME for row in gpu.measure_attention(gpu.Clock(0)))
+    assert attention.attention_error(rerope, leaky, (4, 2, 16), 100, torch.bfloat16) > 5 * TOLERANCE, "another method"
+    assert all(row["skipped"] == NO_TIME for row in attention.measure(timing.Clock(0)))
 
 
 SMALL = {"small": dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, vocab_size=64)}
@@ -179,15 +213,15 @@ SMALL["small"] |= dict(num_attention_heads=2, num_key_value_heads=1)
 
 @needs_no_gpu
 def test_prefill_part_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "MODELS", SMALL)
-    monkeypatch.setattr(gpu, "LENGTHS", (24, 32, 40))
-    monkeypatch.setattr(gpu, "CHECKED", 16)
-    monkeypatch.setattr(gpu, "KERNELS", ("none", "torch"))
-    monkeypatch.setattr(gpu, "EAGER_LIMIT", 24)
-    rows = list(gpu.measure_prefill(gpu.Clock(600)))
+    monkeypatch.setattr(models, "MODELS", SMALL)
+    monkeypatch.setattr(prefill, "LENGTHS", (24, 32, 40))
+    monkeypatch.setattr(models, "CHECKED", 16)
+    monkeypatch.setattr(prefill, "KERNELS", ("none", "torch"))
+    monkeypatch.setattr(prefill, "EAGER_LIMIT", 24)
+    rows = list(prefill.measure(timing.Clock(600)))
     good = [row for row in rows if "skipped" not in row]
     for row in good:
-        assert row["error"] < gpu.NOISE * row["noise"] and row["mfu"] > 0
+        assert row["error"] < models.NOISE * row["noise"] and row["mfu"] > 0
         json.dumps(row, allow_nan=False)
     kinds = {(row["attention"], row["kernel"], row["tokens"]) for row in good}
     assert {("eager", "none", 24), ("eager", "torch", 24), ("sdpa_blocked", "torch", 32)} <= kinds
@@ -199,36 +233,36 @@ def test_prefill_part_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch) 
 @needs_no_gpu
 def test_training_part_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every variant at two lengths; what does not fit is a row; what is wrong is not timed; and it goes on."""
-    monkeypatch.setattr(gpu, "MODELS", SMALL)
-    monkeypatch.setattr(gpu, "TRAINED", (24, 40))
-    monkeypatch.setattr(gpu, "CHECKED", 16)
-    assert all(row["skipped"] == gpu.NO_TIME for row in gpu.measure_training(gpu.Clock(0)))
-    original = gpu.time_model
+    monkeypatch.setattr(models, "MODELS", SMALL)
+    monkeypatch.setattr(train, "TRAINED", (24, 40))
+    monkeypatch.setattr(models, "CHECKED", 16)
+    assert all(row["skipped"] == NO_TIME for row in train.measure(timing.Clock(0)))
+    original = timing.time_model
 
     def full(run: Any) -> Any:
         original(run)
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(gpu, "time_model", full)
-        patch.setattr(gpu, "OURS", {"ours": {}})
-        rows = list(gpu.measure_training(gpu.Clock(600)))
+        patch.setattr(timing, "time_model", full)
+        patch.setattr(train, "OURS", {"ours": {}})
+        rows = list(train.measure(timing.Clock(600)))
         kinds = [(row["tokens"], row["variant"], row.get("skipped")) for row in rows]
-        expected = [("ours", "out of memory"), (gpu.STOCK, None)]
-        assert kinds == [(tokens, *one) for tokens in gpu.TRAINED for one in expected]
-    rest = list(gpu.measure_training(gpu.Clock(600), rows))
-    assert [row["variant"] for row in rest] == [name for name in gpu.OURS if name != "ours"] * len(gpu.TRAINED)
+        expected = [("ours", "out of memory"), (train.STOCK, None)]
+        assert kinds == [(tokens, *one) for tokens in train.TRAINED for one in expected]
+    rest = list(train.measure(timing.Clock(600), rows))
+    assert [row["variant"] for row in rest] == [name for name in train.OURS if name != "ours"] * len(train.TRAINED)
     for row in rest + rows[1::2]:
-        assert "skipped" not in row, gpu.show(row)
+        assert "skipped" not in row, show(row)
         assert (
             row["mfu"] > 0 and row["seconds"] > 0 and row["peak_bytes"] == 2**20 and row["loss"] in ("chunked", "whole")
         )
-        assert row["variant"] in ("ours, lora", gpu.STOCK) or row["error"] < gpu.NOISE * row["noise"]
-        assert gpu.show(row) and json.dumps(row, allow_nan=False)
-    stock = gpu.reference_gradient("small", torch.arange(16)[None])
-    module, _, _ = gpu.training_module(gpu.training_recipe("small", 24, scaling="yarn:4"))
-    found = gpu.first_gradient(gpu.summed_loss(module, torch.arange(16)[None]), module.model)
-    assert (found - stock[0]).norm() > gpu.NOISE * stock[1] * stock[0].norm(), "another scaling is not noise"
+        assert row["variant"] in ("ours, lora", train.STOCK) or row["error"] < models.NOISE * row["noise"]
+        assert show(row) and json.dumps(row, allow_nan=False)
+    stock = train.reference_gradient("small", torch.arange(16)[None])
+    module, _, _ = train.training_module(train.training_recipe("small", 24, scaling="yarn:4"))
+    found = train.first_gradient(train.summed_loss(module, torch.arange(16)[None]), module.model)
+    assert (found - stock[0]).norm() > models.NOISE * stock[1] * stock[0].norm(), "another scaling is not noise"
 
 
 @needs_no_gpu
@@ -237,8 +271,8 @@ def test_training_rows_of_other_code_are_measured_again(tmp_path: Path) -> None:
     for row in (about, about | {"commit": "other"}, about | {"device": "other"}):
         append_row(tmp_path / "rows.jsonl", {"metric": "training step"} | row)
     append_row(tmp_path / "rows.jsonl", {"metric": "prefill"} | about)
-    assert gpu.training_rows(tmp_path / "rows.jsonl", about) == [{"metric": "training step"} | about]
-    assert gpu.training_rows(tmp_path / "none.jsonl", about) == []
+    assert train.training_rows(tmp_path / "rows.jsonl", about) == [{"metric": "training step"} | about]
+    assert train.training_rows(tmp_path / "none.jsonl", about) == []
 
 
 def test_operations_of_a_known_model() -> None:
@@ -247,8 +281,8 @@ def test_operations_of_a_known_model() -> None:
 
     tokens = 131072
     weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
-    assert gpu.flops(LlamaConfig(), tokens) == 2 * weights * tokens + 32 * 2 * 4096 * tokens**2
-    assert abs(gpu.flops(LlamaConfig(), tokens) / 1e15 - 6.2) < 0.05
+    assert models.flops(LlamaConfig(), tokens) == 2 * weights * tokens + 32 * 2 * 4096 * tokens**2
+    assert abs(models.flops(LlamaConfig(), tokens) / 1e15 - 6.2) < 0.05
 
 
 # ----------------------------------------------------------------------------------------------------------- the report
@@ -259,7 +293,7 @@ def _rows() -> list[dict[str, Any]]:
     rotary = {"metric": "rotary forward", "shape": "small", "bytes": 2**30, "copy_seconds": 0.001, "error": 0.002}
     attention = {"metric": "attention", "shape": "H4/2 D16", "variant": "b", "mfu": 0.5, "peak_bytes": 2**30}
     model = {"metric": "prefill", "model": "1B", "attention": "sdpa", "mfu": None, "peak_bytes": 2**30}
-    step = {"metric": "training step", "model": "1B", "variant": gpu.STOCK}
+    step = {"metric": "training step", "model": "1B", "variant": train.STOCK}
     return [
         rotary | about | {"tokens": 131072, "variant": "a", "skipped": "out of memory"},
         rotary | about | {"tokens": 4096, "variant": "a", "seconds": 1, "bytes_per_second": 1e12, "share_of_copy": 0.5},
@@ -284,7 +318,7 @@ def test_report_is_the_newest_rows(tmp_path: Path) -> None:
     assert gpu_report.main(arguments) == 0 and gpu_report.main([*arguments, "--check"]) == 0
     text = page.read_text()
     assert "| | T = 4k | T = 128k |" in text and "| a | 2.00 TB/s, 90 % | out of memory |" in text
-    assert f"| {gpu.STOCK} | 50.0k, 40 %, 1.0 GiB | out of memory |" in text
+    assert f"| {train.STOCK} | 50.0k, 40 %, 1.0 GiB | out of memory |" in text
     assert "| b | 30.0k, 50 %, 1.0 GiB |" in text
     assert "| sdpa, kernel triton | 50.0k, 1.0 GiB |" in text and "Some GPU, driver 1.2, torch 2.11, commit abc" in text
     drawn = sorted(path.name for path in images.iterdir())

@@ -214,7 +214,7 @@ class Loop:
         with tqdm(total=total, initial=start, unit="step", desc=recipe.name, mininterval=1.0, disable=not main) as bar:
             for step in range(start, total):
                 random, began = RandomState(), time.perf_counter()
-                row = self._step(step)
+                row = self.optimizer_step(step)
                 if row is None:
                     self._save_and_stop(step, random)
                     break
@@ -256,8 +256,11 @@ class Loop:
             "peak_memory_gb": round(float(self.accelerator.gather(memory).max()), 3),
         }
 
-    def _step(self, step: int) -> Row | None:
-        """One optimizer step over the global batch; returns its log row, or None when it was broken off."""
+    def optimizer_step(self, step: int) -> Row | None:
+        """Step number `step`, from 0, of the optimizer over the global batch.
+
+        Returns its row of the log, with "flops" and without what it cost; None when a signal broke it off.
+        """
         recipe, accelerator, layout = self.recipe, self.accelerator, self.layout
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step)

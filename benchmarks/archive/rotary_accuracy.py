@@ -1,6 +1,6 @@
 """How far off cos and sin are at high positions: float32 products, and 64-bit fractions of a turn.
 
-    python benchmarks/rotary_accuracy.py
+    python benchmarks/archive/rotary_accuracy.py
 
 The reference is exact: positions and frequencies as fractions, reduced modulo a π of 60 digits, then float64. The
 first way is how rotary modules make their tables; the second is that of `apply_rotary_from_frequencies`, in its twin.
@@ -14,9 +14,9 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch  # noqa: E402
+import torch
 
 from scaled_rope.kernels import frequency_phases
 from scaled_rope.kernels.rotary import tables_from_phases

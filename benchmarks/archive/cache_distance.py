@@ -1,7 +1,7 @@
 """How far from a full pass generation is under dynamic scaling, by what its cache holds.
 
-    python benchmarks/cache_distance.py                                          # models/tiny-llama-256, token by token
-    python benchmarks/cache_distance.py -m models/smollm2-135m --dtype bfloat16 --attention blockwise \\
+    python benchmarks/archive/cache_distance.py                                  # models/tiny-llama-256, token by token
+    python benchmarks/archive/cache_distance.py -m models/smollm2-135m --dtype bfloat16 --attention blockwise \\
         --until 11264 --pass-tokens 256 --leave-out "full, stepped"
 
 A text is read as generation reads it: a prompt of L tokens (the original length), then pieces of `--pass-tokens`
@@ -31,10 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # eval/ is not part of the installed package
 
-import eval.perplexity as evaluator  # noqa: E402
+import eval.perplexity as evaluator
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.evaluation.formatting import format_table
@@ -49,7 +49,7 @@ from scaled_rope.scaling.record import RopeScaling
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser("benchmarks/cache_distance.py", __doc__ or "")
+    parser = Parser("benchmarks/archive/cache_distance.py", __doc__ or "")
     add = parser.add_argument
     add("-m", "--model", default="models/tiny-llama-256", help="default: %(default)s")
     add("--scaling", default="dynamic-yarn", metavar="SPEC", help="a dynamic scaling of Llama models (%(default)s)")
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", default="float32", help="default: %(default)s")
     add("--attention", default="auto", help="attention implementation (default: %(default)s)")
     add("--leave-out", action="append", default=[], metavar="WAY", help="a way that is not measured; repeatable")
-    add("--output", default="data/cache_distance_rows.jsonl", metavar="FILE", help="default: %(default)s")
+    add("--output", default="benchmarks/archive/cache_distance_rows.jsonl", metavar="FILE", help="default: %(default)s")
     return parser
 
 

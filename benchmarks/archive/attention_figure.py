@@ -1,6 +1,6 @@
 """Figure 5 of the paper for SmolLM2: perplexity by position under scalings and methods that change attention.
 
-    python benchmarks/attention_figure.py           # docs/images/smollm2-attention.png from data/smollm2_rows.jsonl
+    python benchmarks/archive/attention_figure.py   # docs/images/smollm2-attention.png from data/smollm2_rows.jsonl
 
 Two panels, of passes to twice and to four times the trained length. Under dynamic scaling each point is a pass of its
 own, which ends there.
@@ -35,7 +35,7 @@ TOP = 400
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser("benchmarks/attention_figure.py", __doc__ or "")
+    parser = Parser("benchmarks/archive/attention_figure.py", __doc__ or "")
     parser.add_argument("--rows", default="data/smollm2_rows.jsonl", metavar="FILE", help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("docs/images/smollm2-attention.png"), metavar="FILE")
     args = parser.parse_args(argv)

@@ -1,0 +1,49 @@
+"""What several benchmarks do in the same way."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.recipes import read_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def check_names(kind: str, given: Iterable[str] | None, known: Collection[str]) -> None:
+    """Refuse names that there are not; `kind` says what they name.
+
+    Raises:
+        ConfigError: the first of them.
+    """
+    for name in given or ():
+        if name not in known:
+            raise unknown(kind, name, known)
+
+
+def run_prepare_commands(recipe: str) -> None:
+    """Make the data of a recipe, by its name or file, as train.sh does; nothing is done again.
+
+    Raises:
+        ConfigError: one of its commands failed; what it says is on the terminal.
+    """
+    script = f"source ./environment.sh; read_recipe {shlex.quote(recipe)}"
+    environment = os.environ | {"PYTHON": sys.executable}
+    if subprocess.run(["bash", "-euo", "pipefail", "-c", script], env=environment, cwd=ROOT).returncode:
+        raise ConfigError(f"the prepare commands of recipe {read_recipe(recipe).name!r} failed")
+
+
+def resident_bytes(process: int | str = "self") -> tuple[int, int]:
+    """What a process has resident, and how much of that is anonymous: no file's page, which the system could take back.
+
+    Raises:
+        OSError, IndexError: it has ended.
+    """
+    status = Path(f"/proc/{process}/status").read_text()
+    whole, anonymous = (int(status.split(name)[1].split()[0]) * 1024 for name in ("VmRSS:", "RssAnon:"))
+    return whole, anonymous

@@ -1,0 +1,138 @@
+"""Part `prefill`: a whole model's pass over a prompt, by attention implementation and rotary kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.gpu_parts import models, timing
+from benchmarks.gpu_parts.rows import add_rate, complete, relative_difference
+from scaled_rope import patch_model, unpatch_model
+from scaled_rope.attention.backends import ATTENTIONS, resolve_attention
+from scaled_rope.errors import ConfigError
+from scaled_rope.results import Row
+
+LENGTHS = (4096, 32768, 131072)
+EAGER_LIMIT = 8192
+"""The longest length for attention that holds all scores at once."""
+KERNELS = ("none", "triton")
+SPEC = "yarn:32"
+
+
+def build(name: str, dtype: torch.dtype) -> Any:
+    """A Llama with random weights, rope_theta and original length as Llama 2 has them, scaled by YaRN to 128k."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**models.MODELS[name], max_position_embeddings=4096, tie_word_embeddings=True)
+    with torch.device(timing.DEVICE):
+        model = LlamaForCausalLM(config)
+    model = model.to(dtype).eval()
+    patch_model(model, SPEC, kernel="none", attn="eager")
+    return model
+
+
+def attentions() -> dict[str, tuple[str, list[Any]]]:
+    """Implementations that can run, by name: what transformers calls them, and torch's own backends to allow."""
+    found: dict[str, tuple[str, list[Any]]] = {
+        "sdpa, flash": ("sdpa", [SDPBackend.FLASH_ATTENTION]),
+        "sdpa, cuDNN": ("sdpa", [SDPBackend.CUDNN_ATTENTION]),
+        "sdpa, efficient": ("sdpa", [SDPBackend.EFFICIENT_ATTENTION]),
+    }
+    for name in ATTENTIONS[1:]:
+        try:
+            resolve_attention(name, torch.device(timing.DEVICE), "bfloat16")
+        except ConfigError:
+            continue
+        found[name] = (name, [])
+    return found
+
+
+def with_attention(model: Any, attention: str, allowed: list[Any], run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` under an attention implementation, with torch's backends restricted where they are named."""
+    model.set_attn_implementation(attention)
+
+    def restricted() -> Any:
+        with sdpa_kernel(allowed):
+            return run()
+
+    return restricted if allowed else run
+
+
+def last_logits(model: Any, tokens: Any) -> Any:
+    with torch.no_grad():
+        return model(tokens, use_cache=False, logits_to_keep=1).logits
+
+
+def logits_error(model: Any, tokens: Any, wanted: Any) -> float:
+    """Relative error of the last logits against float64 ones."""
+    return relative_difference(last_logits(model, tokens), wanted)
+
+
+Under = Callable[[Callable[[], Any]], Callable[[], Any]]
+"""`with_attention` of a model and an implementation."""
+
+
+def error_under(model: Any, kernel: str, under: Under, error: Callable[[], float]) -> float:
+    """The error of a model that is patched anew, with this rotary kernel."""
+    unpatch_model(model)
+    patch_model(model, SPEC, kernel=kernel)
+    return float(under(error)())
+
+
+def time_under(under: Under, run: Callable[[], Any]) -> Row:
+    return timing.time_model(under(run))
+
+
+def cells(length: int, fastest: list[tuple[str, str]]) -> Iterator[tuple[str, str, list[Any], str]]:
+    """What is measured at a length: attention with its implementation and torch's backends, and rotary kernel."""
+    for attention, (implementation, allowed) in attentions().items():
+        for kernel in KERNELS:
+            if implementation == "eager" and length > EAGER_LIMIT:
+                continue
+            if length == max(LENGTHS) and (attention, kernel) not in fastest:
+                continue
+            yield attention, implementation, allowed, kernel
+
+
+def measure_model(name: str, measured_rate: float, clock: timing.Clock) -> Iterator[Row]:
+    """A row per length, attention and kernel of one model."""
+    tokens = torch.randint(0, models.MODELS[name]["vocab_size"], (1, max(LENGTHS)), device=timing.DEVICE)
+    checked = tokens[:, : models.CHECKED]
+    wanted = last_logits(build(name, torch.float64), checked)
+    timing.free()
+    model = build(name, torch.bfloat16)
+    error = partial(logits_error, model, checked, wanted)
+    noise = error()
+    speeds: dict[tuple[str, str], float] = {}
+    for length in LENGTHS:
+        fastest, speeds = sorted(speeds, key=speeds.__getitem__)[:2], {}
+        for attention, implementation, allowed, kernel in cells(length, fastest):
+            row: Row = {
+                "metric": "prefill",
+                "model": name,
+                "tokens": length,
+                "attention": attention,
+                "kernel": kernel,
+                "matmul_flops_per_second": measured_rate,
+                "noise": noise,
+            }
+            under = partial(with_attention, model, implementation, allowed)
+            check = partial(error_under, model, kernel, under, error)
+            time_it = partial(time_under, under, partial(last_logits, model, tokens[:, :length]))
+            # RuntimeError: a backend of torch that does not take the shape.
+            row = complete(row, clock, 30, time_it, check, limit=models.NOISE * noise, refusals=(RuntimeError,))
+            if "skipped" not in row:
+                speeds[attention, kernel] = row["seconds"]
+            yield add_rate(row, models.flops(model.config, length))
+
+
+def measure(clock: timing.Clock) -> Iterator[Row]:
+    """A row per model, length, attention and kernel. The longest length is for the two fastest at the one before."""
+    measured_rate = timing.matmul_rate()
+    for name in models.MODELS:
+        yield from measure_model(name, measured_rate, clock)
+        timing.free()

@@ -1,0 +1,111 @@
+"""Rows of the GPU benchmark: a variant is checked before it is timed, and its row says so where it was not timed."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_parts import timing
+from scaled_rope.errors import ConfigError
+from scaled_rope.results import OUT_OF_MEMORY, Row, package_version
+
+NO_TIME = "no time left"
+WRONG = "wrong"
+TOLERANCE = 8e-3
+"""Largest relative error of a variant in bf16.
+
+bf16 rounds with a relative error of up to 2^-9, so 1.1e-3 in the mean square; variants that round cos, sin and each
+product have about twice that, three times with sums. A wrong angle makes 1e-1 and more.
+"""
+
+
+def relative_difference(out: Any, wanted: Any) -> float:
+    """‖out - wanted‖ / ‖wanted‖ in float64."""
+    return float((out.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def complete(
+    row: Row,
+    clock: timing.Clock,
+    needed_s: float,
+    time_it: Callable[[], Row],
+    check: Callable[[], float] | None = None,
+    limit: float = TOLERANCE,
+    refusals: tuple[type[Exception], ...] = (),
+) -> Row:
+    """Check one variant and time it: its row with `error` and times, or with `skipped`, the reason why not.
+
+    Args:
+        row: what is measured.
+        needed_s: seconds that must be left on the clock.
+        time_it: measures, and returns what is to be added to the row.
+        check: returns the variant's error. One that is not below `limit`, as NaN is not, is not timed.
+        refusals: exceptions by which a variant says that it cannot run here. Memory that is full is always one.
+    """
+    if clock.left < needed_s:
+        return row | {"skipped": NO_TIME}
+    try:
+        if check is not None:
+            row["error"] = check()
+            if not row["error"] < limit:
+                return row | {"skipped": WRONG}
+        row |= time_it()
+    except torch.OutOfMemoryError:
+        row["skipped"] = OUT_OF_MEMORY
+    except refusals as problem:
+        row["skipped"] = str(problem) if isinstance(problem, ConfigError) else str(problem).splitlines()[0][:120]
+    finally:
+        timing.free()
+    return row
+
+
+def add_bandwidth(row: Row) -> Row:
+    """Bytes per second of a row that was timed, and its share of what a copy of as many bytes reaches."""
+    if "skipped" not in row:
+        row["bytes_per_second"] = row["bytes"] / row["seconds"]
+        row["share_of_copy"] = row["copy_seconds"] / row["seconds"]
+    return row
+
+
+def add_rate(row: Row, operations: float) -> Row:
+    """Tokens and floating-point operations per second of a row that was timed, the latter as a share of the peak."""
+    if "skipped" not in row:
+        row |= {"tokens_per_second": row["tokens"] / row["seconds"], "flops": operations}
+        row["mfu"] = operations / row["seconds"] / peak if (peak := timing.peak_flops()) else None
+    return row
+
+
+def machine() -> Row:
+    """What a row says about the GPU beside `results.provenance`."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, timeout=60).stdout.split("\n")[0].strip() or None
+    except OSError:
+        driver = None
+    properties = torch.cuda.get_device_properties(0)
+    packages = ("triton", "liger-kernel", "flash-attn", "flash-attn-4")
+    return {
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "gpu_versions": {name: package_version(name) for name in packages},
+    }
+
+
+def show(row: Row) -> str:
+    """A row as a line of text."""
+    words = [row["metric"], row.get("shape") or row["model"], f"T={row['tokens']}"]
+    words += [row["variant"]] if "variant" in row else [row["attention"], f"kernel {row['kernel']}"]
+    if "skipped" in row:
+        return f"{', '.join(words)}: {row['skipped']}"
+    if "bytes_per_second" in row:
+        speed = f"{row['bytes_per_second'] / 1e9:.0f} GB/s, {100 * row['share_of_copy']:.0f} % of a copy"
+    else:
+        used = "" if row["mfu"] is None else f", {100 * row['mfu']:.0f} % of the peak rate"
+        speed = f"{row['tokens_per_second']:.0f} tokens/s{used}, peak {row['peak_bytes'] / 2**30:.1f} GiB"
+    error = f", error {row['error']:.1e}" if "error" in row else ""
+    return f"{', '.join(words)}: {row['seconds'] * 1e6:.1f} us, {speed}{error}"
