@@ -42,7 +42,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "fused": ("patching.rotary_kernel", "patching.rebind"),
     "generation": ("evaluation.decoding",),
     "gguf_files": ("serving.gguf",),
-    "harness": ("evaluation.lm_eval_tasks",),
+    "harness": ("evaluation.lm_eval_tasks", "evaluation.continuations", "evaluation.lm_eval_model"),
     "heatmap": ("report.heatmap",),
     "late": ("patching.deferred_rotation", "patching.rebind"),
     "loading": ("patching.loading", "checkpoint", "evaluation.jobs", "scaling.record", "scaling.frequencies"),
