@@ -22,7 +22,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "checkpoints": ("texts.fetched_models",),
     "choice": ("evaluation.choice_prompts",),
     "config": ("scaling.record", "scaling.registry"),
-    "corpora": ("texts.corpora", "texts.archives", "texts.documents"),
+    "corpora": ("texts.corpora", "texts.archives", "texts.documents", "texts.hub"),
     "costs": ("training.costs",),
     "data": ("texts.packed", "texts.documents", "training.batches"),
     "dialects": ("scaling.hf_config", "errors", "scaling.record"),

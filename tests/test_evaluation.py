@@ -34,6 +34,7 @@ import eval.report as report
 from scaled_rope import RopeScaling, patch_model
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation import perplexity_evaluator
 from scaled_rope.evaluation.passkey_prompts import FILLER, KEY_LINE, OPENING, QUESTION, build_prompt, minimum_length
 from scaled_rope.evaluation.windows import select, truncated
 from scaled_rope.patching.loading import apply_scaling, load_model
@@ -241,7 +242,7 @@ def test_perplexity_is_that_of_whole_logits(checkpoint: str, texts: str, tmp_pat
     argv = ("-m", checkpoint, "--dataset", texts, "--lengths", "16,48", "--samples", "2", "--windows", "3")
     rows = evaluate(perplexity.main, tmp_path / "rows.jsonl", *argv)
     args = perplexity.build_parser().parse_args(list(argv))
-    texts_of, _ = perplexity.Perplexity(args).prepare(checkpoint)
+    texts_of, _ = perplexity.evaluator_of(args).prepare(checkpoint)
     windows = torch.from_numpy(np.stack([texts_of.ids(window) for window in truncated(texts_of, 48)]))
     assert windows.shape == (6, 48) and torch.all(windows[:, 0] == 0)  # BOS once, in front
     model = load_model(checkpoint, device="cpu")
@@ -260,7 +261,7 @@ def test_perplexity_is_that_of_whole_logits(checkpoint: str, texts: str, tmp_pat
 def test_one_pass_is_many(checkpoint: str, texts: str, tmp_path: Path, spec: str) -> None:
     argv = ("-m", checkpoint, "--scaling", spec, "--dataset", texts, "--samples", "2", "--device", "cpu")
     args = perplexity.build_parser().parse_args([*argv, "--lengths", "32,64,200"])
-    evaluator, (job,) = perplexity.Perplexity(args), perplexity.model_jobs(args)
+    evaluator, (job,) = perplexity.evaluator_of(args), perplexity.model_jobs(args)
     model = load_model(checkpoint, scaling=spec, device="cpu")
     assert evaluator.passes(job, [32, 64, 200]) == {200: [32, 64, 200]}
     together = dict(evaluator.measure(model, job, 200, [32, 64, 200], lambda tokens: None))
@@ -293,7 +294,7 @@ def test_lengths_with_the_same_dynamic_scale_share_a_pass(checkpoint: str, texts
     shared = ("-m", checkpoint, "--scaling", "dynamic-yarn", "--dataset", texts, "--samples", "2")
     lengths = [TRAINED // 4, TRAINED // 2, TRAINED, 2 * TRAINED, 3 * TRAINED]
     args = perplexity.build_parser().parse_args([*shared, "--lengths", ",".join(map(str, lengths))])
-    evaluator, (job,) = perplexity.Perplexity(args), perplexity.model_jobs(args)
+    evaluator, (job,) = perplexity.evaluator_of(args), perplexity.model_jobs(args)
     assert evaluator.passes(job, lengths) == {n: [n] for n in lengths[3:]} | {TRAINED: lengths[:3]}
     rows = evaluate(perplexity.main, tmp_path / "together.jsonl", *shared, "--lengths", args.lengths)
     for row in rows:
@@ -330,7 +331,7 @@ def test_interrupted_run_continues(
     assert measured(resumed) == measured(whole)
     assert table.read_text() == expected_table
     assert [row["provenance"] for row in resumed[:4]] == [row["provenance"] for row in whole[:4]]
-    monkeypatch.setattr(perplexity, "token_nll", None)  # nothing is left to compute
+    monkeypatch.setattr(perplexity_evaluator, "token_nll", None)  # nothing is left to compute
     assert measured(evaluate(perplexity.main, cut, *argv)) == measured(whole)
 
 

@@ -257,7 +257,7 @@ def test_commands_measure_what_the_tables_compare(name):
         return
     args = perplexity_script.build_parser().parse_args(argv)
     ((source,), stride) = perplexity_script.check_arguments(args)
-    evaluator = perplexity_script.Perplexity(args)
+    evaluator = perplexity_script.evaluator_of(args)
     assert source.tokenized and set(table["columns"]) <= set(evaluator.lengths)
     assert (stride, args.weighting) == ((256, "window") if name == "table4" else (None, "token"))
     assert (args.samples, args.dataset_min_tokens) == (
