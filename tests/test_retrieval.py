@@ -27,7 +27,7 @@ from scaled_rope import patch_model
 from scaled_rope.checkpoint import encode
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.evaluation import hard_passkey_evaluator, passkey_evaluator
+from scaled_rope.evaluation import hard_passkey_evaluator, passkey_evaluator, quality_evaluator, streamed_answers
 from scaled_rope.evaluation.choice_prompts import (
     AFTER_STORY,
     BEFORE_STORY,
@@ -671,7 +671,7 @@ def test_quality_end_to_end(
     assert names == [str(tmp_path / "likes-c"), f"{tmp_path / 'likes-c'} dynamic-yarn"] and values == ["0.5", "0.5"]
     said = capsys.readouterr().out
     assert "3: choice C, answer A" in said and "3/6, 50.0 %" in said
-    monkeypatch.setattr(quality, "score_letters", None)  # nothing is left to compute
+    monkeypatch.setattr(quality_evaluator, "score_letters", None)  # nothing is left to compute
     assert evaluate(quality.main, output, *argv) == rows
 
 
@@ -753,7 +753,7 @@ def test_dynamic_prompts_are_answered_through_a_cache(
     patch_model(model := LlamaForCausalLM.from_pretrained(checkpoint).eval(), "dynamic-yarn")
     assert out == "".join(answered(model, tokenizer, one, 3, cached=True) + "\n" for one in ("The sea", long))
     # A family that cannot rotate late is asked without, and that is said once.
-    monkeypatch.setattr(prompt_loop, "cache_obstacle", lambda model: "its attention is its own")
+    monkeypatch.setattr(streamed_answers, "cache_obstacle", lambda model: "its attention is its own")
     _, err = loop(monkeypatch, capsys, io.StringIO("The sea\nThe sea\n"), *argv)
     assert err.count("use_cache=False") == 1
 
