@@ -65,6 +65,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import eval.perplexity as evaluator
     from scaled_rope.evaluation.jobs import ModelLoader, model_jobs
     from scaled_rope.evaluation.memory_meter import Meter
+    from scaled_rope.evaluation.perplexity_evaluator import is_length_dependent
     from scaled_rope.evaluation.windows import truncated
 
     lengths = lengths_of(args)
@@ -72,9 +73,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         argv = ["-m", args.model, "--scaling", args.scaling, "--dtype", args.dtype, "--dataset", args.dataset]
         argv += ["--lengths", ",".join(map(str, lengths)), "--windows", str(args.windows), "--device", "cpu"]
         given = evaluator.build_parser().parse_args([*argv, "--output", str(Path(folder) / "rows.jsonl")])
-        ours = evaluator.Perplexity(given)
+        ours = evaluator.evaluator_of(given)
         (job,) = model_jobs(given)
-        if evaluator.is_length_dependent(job):
+        if is_length_dependent(job):
             raise ConfigError(f"scaling {args.scaling!r} depends on the length: each length takes a pass of its own")
         texts, data = ours.prepare(job.model)
         model = ModelLoader(given)(job)

@@ -15,16 +15,13 @@ already are not measured again.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.flags import add_model_arguments, check_model_arguments
-from scaled_rope.results import Row, append_row, finished_keys, provenance, read_rows, row_key
+from scaled_rope.results import provenance
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,12 +47,11 @@ if __name__ == "__main__":
     refuse_early(lambda: check_model_arguments(build_parser().parse_args()))
 
 # What takes seconds to import stands below the flags.
-from scaled_rope.evaluation.formatting import format_table
+from scaled_rope.evaluation.benchmark_runs import BenchmarkRun, benchmark_table, save_questions
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
-from scaled_rope.evaluation.lm_eval_tasks import NO_LIMIT, PAPER, Catalogue, Unit, job_cells, model_class, model_of_job
-from scaled_rope.evaluation.memory_meter import Meter
+from scaled_rope.evaluation.lm_eval_tasks import PAPER, Catalogue, Unit, model_class
 from scaled_rope.evaluation.runner import command_line, given_arguments
-from scaled_rope.evaluation.saved_questions import SavedUnit, Scorer, read_requests, save_requests
+from scaled_rope.evaluation.saved_questions import SavedUnit, read_requests
 
 
 def check_arguments(args: argparse.Namespace) -> tuple[list[str], list[int] | None]:
@@ -84,17 +80,6 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[str], list[int] | No
     return names, lengths
 
 
-def describe(row: Row) -> list[str]:
-    """A row in the final table: task, value and standard error, documents, prompts that were cut."""
-    protocol, error = row["protocol"], row["standard_error"]
-    if row["length"] is None:
-        task = f"{protocol['task']}, {protocol['num_fewshot']}-shot, {protocol['metric']}"
-    else:
-        task = f"{protocol['task']} at {row['length']}"
-    value = f"{row['value']:.2f}" + ("" if error is None else f" ± {error:.2f}")
-    return [task, value, str(row["n"]), f"{row['truncated']} cut" if row["truncated"] else ""]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -106,65 +91,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         catalogue.check(names)
     load = ModelLoader(args)
     if args.save_requests is not None:
-        return save(catalogue, names, jobs, load, args)
-    record: dict[str, Any] = {
-        "command": command_line(parser, argv),
-        **provenance(load.device, None, given_arguments(args)),
-    }
-    finished = finished_keys(args.output)
-    wanted: list[tuple[str, Row]] = []
-    for job in jobs:
-        units: Sequence[Unit | SavedUnit]
-        if args.requests is None:
-            units = catalogue.units(names, job.model, args.num_fewshot)
-        else:
-            units = read_requests(args.requests, names)
-        for unit in units:
-            cells = job_cells(unit, job, args.max_length)
-            wanted += [(job.name, cell) for cell in cells.values()]
-            if all(row_key(cell) in finished for cell in cells.values()):
-                continue
-            if not args.hide_progress:
-                print(f"{job.name}: {unit.name}", file=sys.stderr)
-            limit = next(iter(cells.values()))["protocol"]["max_length"] or NO_LIMIT
-            if isinstance(unit, SavedUnit):
-                unit.check_tokenizer(job.model)
-                scorer: Any = Scorer(load(job), job.scaling, limit, args.batch_size, args.hide_progress)
-            else:
-                scorer = model_of_job(load(job), job, limit, args.batch_size, args.hide_progress)
-            with Meter(load.device) as meter, _silence() if args.hide_progress else contextlib.nullcontext():
-                rows = unit.measure(scorer)
-            cost = {"seconds": round(meter.seconds, 1), "peak_memory": meter.peak_memory}
-            source = record | {"versions": record["versions"] | {"lm-eval": unit.version}}
-            for length, cell in cells.items():
-                if (key := row_key(cell)) not in finished:
-                    finished.add(key)
-                    append_row(args.output, {**cell, **rows[length], **cost, "provenance": source})
-    known = {row_key(row): row for row in read_rows(args.output)}
-    lines = [[name, *describe(known[row_key(cell)])] for name, cell in wanted]
-    print(f"\n{format_table(['', 'task', 'result', 'n', ''], lines)}\n\nrows: {args.output}")
+        if len(jobs) != 1:
+            raise ConfigError(
+                f"save-requests={args.save_requests!r}: takes one model, for its tokenizer, not {len(jobs)}"
+            )
+        units = catalogue.units(names, jobs[0].model, args.num_fewshot)
+        for line in save_questions(units, jobs[0], load, args.save_requests):
+            print(line)
+        return 0
+
+    def units_of(job: ModelJob) -> Sequence[Unit | SavedUnit]:
+        if args.requests is not None:
+            return read_requests(args.requests, names)
+        return catalogue.units(names, job.model, args.num_fewshot)
+
+    record = {"command": command_line(parser, argv), **provenance(load.device, None, given_arguments(args))}
+    run = BenchmarkRun(load, args.output, args.max_length, args.batch_size, args.hide_progress)
+    wanted = run.measure(jobs, units_of, record)
+    print(f"\n{benchmark_table(args.output, wanted)}\n\nrows: {args.output}")
     return 0
-
-
-def save(
-    catalogue: Catalogue, names: Sequence[str], jobs: Sequence[ModelJob], load: ModelLoader, args: argparse.Namespace
-) -> int:
-    """Write the questions of all tasks, tokenized for the one model there is."""
-    if len(jobs) != 1:
-        raise ConfigError(f"save-requests={args.save_requests!r}: takes one model, for its tokenizer, not {len(jobs)}")
-    (job,) = jobs
-    for unit in catalogue.units(names, job.model, args.num_fewshot):
-        with _silence():
-            path = save_requests(unit, model_of_job(load(job), job, NO_LIMIT, None), args.save_requests)
-        print(f"{path}: {unit.data['documents']} questions")
-    return 0
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Without what is written to stderr: lm-eval's bars, which have no switch."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        yield
 
 
 if __name__ == "__main__":

@@ -17,20 +17,12 @@ answer (0 to 3, or a letter).
 from __future__ import annotations
 
 import argparse
-import csv
-import functools
-import hashlib
-import io
-import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.flags import add_model_arguments, check_model_arguments
-from scaled_rope.results import Row, write_atomic
 
 TOO_LONG = ("cut", "drop")
 
@@ -66,122 +58,33 @@ if __name__ == "__main__":
     refuse_early(lambda: check_arguments(build_parser().parse_args()))
 
 # What takes seconds to import stands below the flags.
-from scaled_rope.checkpoint import load_tokenizer
-from scaled_rope.evaluation.choice_prompts import (
-    LETTERS,
-    ChoicePrompt,
-    build_choice_prompt,
-    read_questions,
-    score_letters,
-)
-from scaled_rope.evaluation.jobs import ModelJob, model_jobs
+from scaled_rope.evaluation.jobs import model_jobs
+from scaled_rope.evaluation.quality_evaluator import Quality, describe_choices, write_accuracies
 from scaled_rope.evaluation.runner import Failure, command_line, print_summary, report_failures, run
-from scaled_rope.evaluation.statistics import format_share, tally
-from scaled_rope.patching.loading import apply_scaling
-from scaled_rope.scaling.frequencies import at_length
-
-
-class Quality:
-    """The evaluator; see the module's docstring for what it measures."""
-
-    value = "accuracy"
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        check_arguments(args)
-        self.args = args
-        self._prompts = functools.cache(self._prompts_of)
-
-    def _prompts_of(self, model: str) -> list[ChoicePrompt]:
-        args, tokenizer = self.args, load_tokenizer(model)
-        prompts: list[ChoicePrompt] = []
-        read = 0
-        for question in read_questions(args.dataset, args.split):
-            prompt = build_choice_prompt(tokenizer, question, args.max_tokens if args.too_long == "cut" else None)
-            read += 1
-            if args.max_tokens is None or prompt.length <= args.max_tokens:
-                prompts.append(prompt)
-            if len(prompts) == args.limit:
-                break
-        if not prompts:
-            why = f"all {read} questions are longer than {args.max_tokens} tokens" if read else "it holds no questions"
-            raise ConfigError(f"dataset {args.dataset!r} cannot be used: {why}")
-        return prompts
-
-    def cells(self, job: ModelJob) -> dict[int, Row]:
-        prompts = self._prompts(job.model)
-        digest = hashlib.sha256()
-        for prompt in prompts:
-            digest.update(json.dumps([prompt.context, prompt.letters, prompt.answer]).encode())
-        name = self.args.dataset if not Path(self.args.dataset).is_file() else Path(self.args.dataset).name
-        cell = {
-            "metric": "quality",
-            "data": {"name": name, "fingerprint": digest.hexdigest()[:16], "questions": len(prompts)},
-            "protocol": {
-                "name": "letter-likelihood",
-                "max_tokens": self.args.max_tokens,
-                "too_long": self.args.too_long,
-            },
-        }
-        return {self.args.max_tokens or max(prompt.length for prompt in prompts): cell}
-
-    def passes(self, job: ModelJob, lengths: Sequence[int]) -> dict[int, list[int]]:
-        return {length: [length] for length in lengths}
-
-    def tokens(self, job: ModelJob, length: int) -> int:
-        return sum(prompt.length for prompt in self._prompts(job.model))
-
-    def measure(
-        self, model: Any, job: ModelJob, length: int, yields: Sequence[int], advance: Callable[[int], object]
-    ) -> Iterator[tuple[int, Row]]:
-        prompts = self._prompts(job.model)
-        questions = []
-        for prompt in prompts:
-            apply_scaling(model, at_length(job.scaling, len(prompt.context)))
-            scores = score_letters(model, prompt)
-            choice = scores.index(max(scores))
-            questions.append(
-                {
-                    "choice": LETTERS[choice],
-                    "answer": LETTERS[prompt.answer],
-                    "right": choice == prompt.answer,
-                    "scores": [round(score, 4) for score in scores],
-                    "tokens": prompt.length,
-                    "cut": prompt.cut,
-                }
-            )
-            advance(prompt.length)
-        cut = sum(prompt.cut for prompt in prompts)
-        yield length, {**tally([one["right"] for one in questions]), "cut": cut, "questions": questions}
-
-
-def write_table(path: str, jobs: Sequence[ModelJob], rows: dict[ModelJob, dict[int, Row]]) -> None:
-    """The layout of the released result files: a line of names, a line of accuracies; empty where there is none."""
-    cells = [next(iter(rows[job].values()), {}) for job in jobs]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([job.model if job.carried else f"{job.model} {job.label}" for job in jobs])
-    writer.writerow([row.get("accuracy", "") for row in cells])
-    write_atomic(path, text.getvalue())
+from scaled_rope.evaluation.statistics import format_share
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    evaluator = Quality(args)
+    check_arguments(args)
+    evaluator = Quality(
+        dataset=args.dataset,
+        split=args.split,
+        limit=args.limit,
+        max_tokens=args.max_tokens,
+        too_long=args.too_long,
+    )
     jobs = model_jobs(args)
     table, args.output_file = args.output_file, None  # `run` would write one line per model
     failures: list[Failure] = []
     rows = run(evaluator, jobs, args, command_line(parser, argv), None, failures)
     code = report_failures(failures, jobs)
     if args.print_choices:
-        for job, cells in rows.items():
-            for row in cells.values():
-                print(f"\n{job.name}")
-                for number, one in enumerate(row.get("questions", ()), 1):
-                    scores = " ".join(f"{letter} {s:.2f}" for letter, s in zip(LETTERS, one["scores"], strict=True))
-                    print(f"{number}: choice {one['choice']}, answer {one['answer']} ({scores})")
+        for line in describe_choices(rows):
+            print(line)
     if table is not None:
-        write_table(table, jobs, rows)
+        write_accuracies(table, jobs, rows)
     print_summary("QuALITY answers right, with 95 % intervals, by longest prompt (tokens)", rows, format_share)
     print(f"\nrows: {args.output}")
     return code

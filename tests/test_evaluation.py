@@ -32,9 +32,11 @@ import eval.passkey as passkey
 import eval.perplexity as perplexity
 import eval.report as report
 from scaled_rope import RopeScaling, patch_model
+from scaled_rope.checkpoint import encode
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.evaluation.passkey_prompts import FILLER, KEY_LINE, OPENING, QUESTION, build_prompt, minimum_length
+from scaled_rope.evaluation import passkey_evaluator, perplexity_evaluator
+from scaled_rope.evaluation.passkey_prompts import FILLER, KEY_LINE, KEY_RANGE, OPENING, QUESTION, build_prompt
 from scaled_rope.evaluation.windows import select, truncated
 from scaled_rope.patching.loading import apply_scaling, load_model
 from scaled_rope.patching.loss import IGNORE, hidden_states, shared_hidden_states, token_nll
@@ -241,7 +243,7 @@ def test_perplexity_is_that_of_whole_logits(checkpoint: str, texts: str, tmp_pat
     argv = ("-m", checkpoint, "--dataset", texts, "--lengths", "16,48", "--samples", "2", "--windows", "3")
     rows = evaluate(perplexity.main, tmp_path / "rows.jsonl", *argv)
     args = perplexity.build_parser().parse_args(list(argv))
-    texts_of, _ = perplexity.Perplexity(args).prepare(checkpoint)
+    texts_of, _ = perplexity.evaluator_of(args).prepare(checkpoint)
     windows = torch.from_numpy(np.stack([texts_of.ids(window) for window in truncated(texts_of, 48)]))
     assert windows.shape == (6, 48) and torch.all(windows[:, 0] == 0)  # BOS once, in front
     model = load_model(checkpoint, device="cpu")
@@ -260,7 +262,7 @@ def test_perplexity_is_that_of_whole_logits(checkpoint: str, texts: str, tmp_pat
 def test_one_pass_is_many(checkpoint: str, texts: str, tmp_path: Path, spec: str) -> None:
     argv = ("-m", checkpoint, "--scaling", spec, "--dataset", texts, "--samples", "2", "--device", "cpu")
     args = perplexity.build_parser().parse_args([*argv, "--lengths", "32,64,200"])
-    evaluator, (job,) = perplexity.Perplexity(args), perplexity.model_jobs(args)
+    evaluator, (job,) = perplexity.evaluator_of(args), perplexity.model_jobs(args)
     model = load_model(checkpoint, scaling=spec, device="cpu")
     assert evaluator.passes(job, [32, 64, 200]) == {200: [32, 64, 200]}
     together = dict(evaluator.measure(model, job, 200, [32, 64, 200], lambda tokens: None))
@@ -293,7 +295,7 @@ def test_lengths_with_the_same_dynamic_scale_share_a_pass(checkpoint: str, texts
     shared = ("-m", checkpoint, "--scaling", "dynamic-yarn", "--dataset", texts, "--samples", "2")
     lengths = [TRAINED // 4, TRAINED // 2, TRAINED, 2 * TRAINED, 3 * TRAINED]
     args = perplexity.build_parser().parse_args([*shared, "--lengths", ",".join(map(str, lengths))])
-    evaluator, (job,) = perplexity.Perplexity(args), perplexity.model_jobs(args)
+    evaluator, (job,) = perplexity.evaluator_of(args), perplexity.model_jobs(args)
     assert evaluator.passes(job, lengths) == {n: [n] for n in lengths[3:]} | {TRAINED: lengths[:3]}
     rows = evaluate(perplexity.main, tmp_path / "together.jsonl", *shared, "--lengths", args.lengths)
     for row in rows:
@@ -330,7 +332,7 @@ def test_interrupted_run_continues(
     assert measured(resumed) == measured(whole)
     assert table.read_text() == expected_table
     assert [row["provenance"] for row in resumed[:4]] == [row["provenance"] for row in whole[:4]]
-    monkeypatch.setattr(perplexity, "token_nll", None)  # nothing is left to compute
+    monkeypatch.setattr(perplexity_evaluator, "token_nll", None)  # nothing is left to compute
     assert measured(evaluate(perplexity.main, cut, *argv)) == measured(whole)
 
 
@@ -408,7 +410,7 @@ SPECS = ("default", "linear:2", "dynamic-yarn")
 @pytest.fixture(scope="module")
 def memoriser(tokenizer: PreTrainedTokenizerFast) -> tuple[LlamaForCausalLM, list[Any]]:
     """A model that was overfitted, under each of `SPECS`, to half of 6 prompts, and the prompts."""
-    prompts = passkey.make_prompts(tokenizer, 2 * TRAINED, 6, "grid", seed=0)
+    prompts = passkey_evaluator.make_prompts(tokenizer, 2 * TRAINED, 6, "grid", seed=0)
     model = new_model()
     own = RopeScaling.from_config(model.config)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -440,7 +442,7 @@ def test_one_pass_agrees_with_greedy_decoding(memoriser: tuple[LlamaForCausalLM,
     apply_scaling(model, RopeScaling("default", original_max_position_embeddings=TRAINED))
     scaling = RopeScaling.from_spec(spec, RopeScaling.from_config(model.config))
     apply_scaling(model, scaling)
-    scored = [outcome for batch in passkey.score(model, prompts, scaling, 4) for outcome in batch]
+    scored = [outcome for batch in passkey_evaluator.score(model, prompts, scaling, 4) for outcome in batch]
     decoded = []
     for prompt in prompts:
         # Greedy decoding sees the scale of its first step, where the sequence is the prompt.
@@ -468,12 +470,17 @@ def test_shared_prefill_decides_alike(
 ) -> None:
     model, prompts = memoriser
     if depths == "random":
-        prompts = prompts + passkey.make_prompts(tokenizer, 2 * TRAINED, 5, "random", seed=3)
+        prompts = prompts + passkey_evaluator.make_prompts(tokenizer, 2 * TRAINED, 5, "random", seed=3)
     apply_scaling(model, RopeScaling("default", original_max_position_embeddings=TRAINED))
     scaling = RopeScaling.from_spec(spec, RopeScaling.from_config(model.config))
     apply_scaling(model, scaling)
-    each = [outcome for prompt in prompts for batch in passkey.score(model, [prompt], scaling, 1) for outcome in batch]
-    assert [outcome for _, outcome in sorted(passkey.score_shared(model, prompts, scaling))] == each
+    each = [
+        outcome
+        for prompt in prompts
+        for batch in passkey_evaluator.score(model, [prompt], scaling, 1)
+        for outcome in batch
+    ]
+    assert [outcome for _, outcome in sorted(passkey_evaluator.score_shared(model, prompts, scaling))] == each
 
 
 @pytest.mark.parametrize("chunk", [7, 1000])
@@ -507,7 +514,7 @@ def test_what_sequences_share_is_read_once(tiny_model: Make, monkeypatch: pytest
 
 def test_prompts_follow_from_the_seed_alone(tokenizer: PreTrainedTokenizerFast) -> None:
     def make(length: int = 128, n: int = 5, depths: str = "random", seed: int = 1) -> list[Any]:
-        return passkey.make_prompts(tokenizer, length, n, depths, seed)
+        return passkey_evaluator.make_prompts(tokenizer, length, n, depths, seed)
 
     assert make() == make()
     assert make(n=3) == make(n=5)[:3]
@@ -536,9 +543,9 @@ def test_rows_record_every_prompt(checkpoint: str, tmp_path: Path, monkeypatch: 
     cut = tmp_path / "cut.jsonl"
     cut.write_bytes(b"".join((tmp_path / "rows.jsonl").read_bytes().splitlines(keepends=True)[:3]))
     lengths: list[int] = []
-    score = passkey.score
+    score = passkey_evaluator.score
     monkeypatch.setattr(
-        passkey,
+        passkey_evaluator,
         "score",
         lambda model, prompts, *rest: lengths.append(prompts[0].length) or score(model, prompts, *rest),
     )
@@ -547,7 +554,8 @@ def test_rows_record_every_prompt(checkpoint: str, tmp_path: Path, monkeypatch: 
 
 
 def test_fixed_length_and_shortest(checkpoint: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    shortest = minimum_length(tokenizer)
+    fixed = (OPENING, KEY_LINE, QUESTION + " {key}")
+    shortest = 1 + max(sum(len(encode(tokenizer, piece.format(key=key))) for piece in fixed) for key in KEY_RANGE)
     argv = ("-m", checkpoint, "--fixed-length", str(shortest), "--iterations", "1")
     row, _ = evaluate(passkey.main, tmp_path / "rows.jsonl", *argv)
     assert row["length"] == shortest

@@ -26,17 +26,8 @@ import eval.harness as command
 from scaled_rope.checkpoint import DEFAULT_MODEL, load_tokenizer
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.evaluation.lm_eval_tasks import (
-    NO_LIMIT,
-    PAPER,
-    TASKS,
-    Catalogue,
-    Continuation,
-    context_limit,
-    measured_rows,
-    model_class,
-    score,
-)
+from scaled_rope.evaluation.continuations import NO_LIMIT, Continuation, context_limit, score
+from scaled_rope.evaluation.lm_eval_tasks import PAPER, TASKS, Catalogue, measured_rows, model_class
 from scaled_rope.evaluation.saved_questions import outcomes
 from scaled_rope.patching.loading import apply_scaling
 from scaled_rope.results import IDENTITY, read_rows, row_key
@@ -309,7 +300,7 @@ def test_generation_equals_greedy_decoding_of_each_prompt(
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
 
-    monkeypatch.setattr("scaled_rope.evaluation.lm_eval_tasks.cache_obstacle", lambda model: obstacle)
+    monkeypatch.setattr("scaled_rope.evaluation.lm_eval_model.cache_obstacle", lambda model: obstacle)
     lm = model_class()(pretrained=checkpoint, scaling=spec, batch_size=2, dtype="float32")
     passes: list[int] = []
     hook = lm.model.model.register_forward_pre_hook(
@@ -511,7 +502,7 @@ def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         downloads.append(archive.package)
         return truthful if archive.package == "bigbench" else wheel
 
-    monkeypatch.setattr(benchmarks, "download", download)
+    monkeypatch.setattr("scaled_rope.texts.archives.download", download)
     monkeypatch.setenv("SCALED_ROPE_CACHE", str(tmp_path / "cache"))
     return downloads
 

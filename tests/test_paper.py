@@ -252,12 +252,12 @@ def test_commands_measure_what_the_tables_compare(name):
         assert set(table["columns"]) == set(harness.check_arguments(args)[0])
         return
     if run.evaluator == "passkey":
-        evaluator = passkey.Passkey(passkey.build_parser().parse_args(argv))
+        evaluator = passkey.evaluator_of(passkey.build_parser().parse_args(argv))
         assert (evaluator.lengths[0], evaluator.lengths[-1], len(evaluator.lengths)) == (8192, 131072, 16)
         return
     args = perplexity_script.build_parser().parse_args(argv)
     ((source,), stride) = perplexity_script.check_arguments(args)
-    evaluator = perplexity_script.Perplexity(args)
+    evaluator = perplexity_script.evaluator_of(args)
     assert source.tokenized and set(table["columns"]) <= set(evaluator.lengths)
     assert (stride, args.weighting) == ((256, "window") if name == "table4" else (None, "token"))
     assert (args.samples, args.dataset_min_tokens) == (

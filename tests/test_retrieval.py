@@ -27,6 +27,7 @@ from scaled_rope import patch_model
 from scaled_rope.checkpoint import encode
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation import hard_passkey_evaluator, passkey_evaluator, quality_evaluator, streamed_answers
 from scaled_rope.evaluation.choice_prompts import (
     AFTER_STORY,
     BEFORE_STORY,
@@ -212,7 +213,7 @@ def test_hard_prompts_follow_from_the_seed_alone(tokenizer: PreTrainedTokenizerF
     text = torch.tensor(encode(tokenizer, STORY * 300)).numpy()
 
     def make(length: int = 300, n: int = 6, keys: int = 3, seed: int = 1) -> list[Any]:
-        return passkey_hard.make_prompts(tokenizer, text, length, n, keys, seed)
+        return hard_passkey_evaluator.make_prompts(tokenizer, text, length, n, keys, seed)
 
     assert make() == make() and make(n=3) == make(n=6)[:3]
     assert [p.keys for p in make(seed=2)] != [p.keys for p in make()]
@@ -224,10 +225,10 @@ def test_hard_prompts_follow_from_the_seed_alone(tokenizer: PreTrainedTokenizerF
         assert len(set(prompt.keys)) == 3 and list(prompt.depths) == sorted(prompt.depths)
         assert all(10_000 <= key <= 99_999 for key in prompt.keys)
     assert len({tuple(p.input_ids[100:140]) for p in make()}) == 6  # each from a stretch of its own
-    short = passkey_hard.make_prompts(tokenizer, text[:650], 300, 6, 1, 1)  # text for two
+    short = hard_passkey_evaluator.make_prompts(tokenizer, text[:650], 300, 6, 1, 1)  # text for two
     assert [len(p.input_ids) + len(p.answer_ids) for p in short] == [300] * 6
     with pytest.raises(ConfigError, match="the text has 50 tokens; a prompt of 300"):
-        passkey_hard.make_prompts(tokenizer, text[:50], 300, 1, 1, 1)
+        hard_passkey_evaluator.make_prompts(tokenizer, text[:50], 300, 1, 1, 1)
     with pytest.raises(ConfigError, match="too short"):
         make(keys=40)
 
@@ -352,7 +353,7 @@ def test_a_model_that_reads_no_cache_is_decoded_without_or_refused(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "story.txt").write_text(STORY * 40)
-    monkeypatch.setattr(passkey_hard, "cache_obstacle", lambda model: "its attention is its own")
+    monkeypatch.setattr(hard_passkey_evaluator, "cache_obstacle", lambda model: "its attention is its own")
     argv = ["-m", checkpoint, "--dataset", str(tmp_path / "story.txt"), "--lengths", "150", "--iterations", "1"]
     argv += ["--device", "cpu", "--output", str(tmp_path / "rows.jsonl")]
     with pytest.raises(ConfigError, match="its attention is its own; use --uncached"):
@@ -433,7 +434,7 @@ def planned(model: Any, prompts: Any, *rest: Any) -> Any:
 def test_passkey_context_becomes_a_row(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(passkey, "score", planned)
+    monkeypatch.setattr(passkey_evaluator, "score", planned)
     argv = ["-m", checkpoint, "--scaling", "default", "--yarn", "2", "--iterations", "5"]
     all_lengths = ["--lengths", ",".join(map(str, FOUND))]
     picture = tmp_path / "map.svg"
@@ -446,7 +447,7 @@ def test_passkey_context_becomes_a_row(
     said = capsys.readouterr().out
     assert re.search(r"unscaled +160 +73\.3 %", said) and picture.read_text().startswith("<?xml")
     # Nothing new is measured or appended by the same command; other lengths are other figures.
-    monkeypatch.setattr(passkey, "score", None)
+    monkeypatch.setattr(passkey_evaluator, "score", None)
     assert evaluate(passkey.main, tmp_path / "rows.jsonl", *argv, *all_lengths) == rows
     more = evaluate(passkey.main, tmp_path / "rows.jsonl", *argv, "--lengths", "130,190")
     assert [row["context"] for row in more[10:]] == [None, None] and len(more) == 12
@@ -461,7 +462,7 @@ def test_what_did_not_fit_into_memory_is_left_out(
             raise torch.OutOfMemoryError("CUDA out of memory")
         yield from planned(model, prompts)
 
-    monkeypatch.setattr(passkey, "score", limited)
+    monkeypatch.setattr(passkey_evaluator, "score", limited)
     argv = ["-m", checkpoint, "--iterations", "5", "--lengths", "100,130,160", "--heatmap", str(tmp_path / "map.png")]
     rows = evaluate(passkey.main, tmp_path / "rows.jsonl", *argv)
     assert rows[2]["error"] == "out of memory" and rows[3]["context"] == 100
@@ -535,7 +536,7 @@ def test_passkey_hard_end_to_end(
     cut = tmp_path / "cut.jsonl"
     cut.write_bytes(b"".join((tmp_path / "rows.jsonl").read_bytes().splitlines(keepends=True)[:3]))
     assert measured(evaluate(passkey_hard.main, cut, *argv)) == measured(whole)
-    monkeypatch.setattr(passkey_hard, "decode_numbers", None)  # nothing is left to compute
+    monkeypatch.setattr(hard_passkey_evaluator, "decode_numbers", None)  # nothing is left to compute
     assert measured(evaluate(passkey_hard.main, cut, *argv)) == measured(whole)
 
 
@@ -670,7 +671,7 @@ def test_quality_end_to_end(
     assert names == [str(tmp_path / "likes-c"), f"{tmp_path / 'likes-c'} dynamic-yarn"] and values == ["0.5", "0.5"]
     said = capsys.readouterr().out
     assert "3: choice C, answer A" in said and "3/6, 50.0 %" in said
-    monkeypatch.setattr(quality, "score_letters", None)  # nothing is left to compute
+    monkeypatch.setattr(quality_evaluator, "score_letters", None)  # nothing is left to compute
     assert evaluate(quality.main, output, *argv) == rows
 
 
@@ -752,7 +753,7 @@ def test_dynamic_prompts_are_answered_through_a_cache(
     patch_model(model := LlamaForCausalLM.from_pretrained(checkpoint).eval(), "dynamic-yarn")
     assert out == "".join(answered(model, tokenizer, one, 3, cached=True) + "\n" for one in ("The sea", long))
     # A family that cannot rotate late is asked without, and that is said once.
-    monkeypatch.setattr(prompt_loop, "cache_obstacle", lambda model: "its attention is its own")
+    monkeypatch.setattr(streamed_answers, "cache_obstacle", lambda model: "its attention is its own")
     _, err = loop(monkeypatch, capsys, io.StringIO("The sea\nThe sea\n"), *argv)
     assert err.count("use_cache=False") == 1
 

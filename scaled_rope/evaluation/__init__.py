@@ -1,3 +1,8 @@
+"""What models are asked and how answers become result rows: perplexity, passkeys, QuALITY, benchmarks.
+
+Knows nothing of the tables and figures that rows go into, nor of training.
+"""
+
 from scaled_rope.moved import attributes_of
 
 __getattr__ = attributes_of("evaluation")

@@ -8,7 +8,6 @@ and not for a lone "A" that never follows "(".
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -19,6 +18,8 @@ import torch
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loss import hidden_states, project
+from scaled_rope.texts.documents import is_local, read_json_lines
+from scaled_rope.texts.hub import hub_records
 
 LETTERS = "ABCD"
 BEFORE_STORY = (
@@ -84,34 +85,16 @@ def read_questions(source: str, split: str) -> Iterator[Question]:
         ConfigError: nothing there, or a record without the fields of `_question`.
     """
     path = Path(source)
-    if path.is_file():
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    where = f"dataset {source} line {number}"
-                    try:
-                        record = json.loads(line)
-                    except ValueError as error:  # not JSON, or not UTF-8
-                        raise ConfigError(f"{where} is not JSON: {error}") from None
-                    yield _question(record, where)
-        return
-    if path.exists():
+    if path.is_dir():
         raise ConfigError(f"dataset {source} is a folder; give a file of JSON lines")
-    if path.suffix or source.startswith((".", "/", "~")) or len(path.parts) > 2:
+    if path.is_file():
+        for record, place in read_json_lines(source):
+            yield _question(record, f"dataset {place}")
+    elif is_local(source):
         raise ConfigError(f"dataset {source} does not exist")
-    try:
-        import datasets
-    except ImportError:
-        raise ConfigError(
-            f"dataset {source!r} is no local file; hub datasets need: pip install 'scaled-rope[train]'"
-        ) from None
-    try:
-        records = datasets.load_dataset(source, split=split, streaming=True)
-    except Exception as error:  # the library raises a dozen unrelated types for "cannot be loaded"
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"dataset {source!r} is no local file and the hub gave: {said}") from None
-    for number, record in enumerate(records, 1):
-        yield _question(record, f"dataset {source!r} record {number}")
+    else:
+        for number, record in enumerate(hub_records(source, split), 1):
+            yield _question(record, f"dataset {source!r} record {number}")
 
 
 def _tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

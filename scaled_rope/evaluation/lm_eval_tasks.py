@@ -24,33 +24,21 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol
-
-import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from scaled_rope.checkpoint import load_config, load_tokenizer
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.evaluation.continuations import NO_LIMIT, context_limit
 from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.statistics import wilson_interval
-from scaled_rope.patching.loading import load_model
-from scaled_rope.patching.loss import hidden_states, positions_per_chunk, project
-from scaled_rope.patching.patch import cache_obstacle, patched_scaling
 from scaled_rope.results import Row, package_version
-from scaled_rope.scaling.frequencies import at_length
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.texts.benchmarks import SOURCES
 
 TASKS = Path(__file__).resolve().parents[2] / "eval" / "tasks"
 """Our own tasks: passkeys, and the offline benchmarks."""
 
-NO_LIMIT = 2**31 - 1
-"""A context in tokens that no prompt reaches."""
-
-_TOKENS_PER_PASS = 2**14
 _FEWSHOT_SEED = 1234  # lm-eval's default
 
 
@@ -81,112 +69,6 @@ _PREFERRED_METRICS = ("acc_norm", "exact_match", "acc")
 _SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em", "f1")
 
 
-# --------------------------------------------------------------------------------------------- scores of continuations
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """Tokens to condition on, and the tokens whose probability is wanted; both at least one."""
-
-    context: Sequence[int]
-    continuation: Sequence[int]
-
-
-def _batches(
-    inputs: Iterable[tuple[int, ...]], scaling: RopeScaling, rows: int | None
-) -> Iterator[list[tuple[int, ...]]]:
-    """Inputs by descending length, together only where padding to the longest leaves the scaling as it is."""
-
-    @functools.cache
-    def meaning(length: int) -> str:
-        return repr(at_length(scaling, length))
-
-    ordered = sorted(inputs, key=lambda tokens: (-len(tokens), tokens))
-    for _, group in itertools.groupby(ordered, key=lambda tokens: meaning(len(tokens))):
-        left = list(group)
-        while left:
-            size = rows or max(1, _TOKENS_PER_PASS // len(left[0]))
-            yield left[:size]
-            left = left[size:]
-
-
-@torch.inference_mode()
-def score(
-    model: Any,
-    scaling: RopeScaling,
-    requests: Sequence[Continuation],
-    max_length: int = NO_LIMIT,
-    rows: int | None = None,
-    hide_progress: bool = True,
-) -> list[tuple[float, bool]]:
-    """Log-likelihood of each continuation in nats, and whether it is what greedy decoding would give.
-
-    One pass without a cache per distinct input, padded on the right; logits are computed for continuations only, in
-    float32. The results equal those of one request at a time: under a length-dependent scaling a row has the scale of
-    its own length.
-
-    Args:
-        model: a causal language model that computes with `scaling`.
-        requests: in any order.
-        max_length: inputs are cut to their last `max_length` tokens.
-        rows: inputs per pass; default: about 16k tokens' worth.
-
-    Raises:
-        ConfigError: a continuation that is empty or does not fit into `max_length`.
-    """
-    by_input: dict[tuple[int, ...], list[int]] = {}
-    for index, request in enumerate(requests):
-        if not 1 <= len(request.continuation) <= max_length:
-            given = len(request.continuation)
-            raise ConfigError(
-                f"max_length={max_length}: a continuation has {given} tokens; it must have 1 to that many"
-            )
-        whole = (*request.context, *request.continuation)
-        by_input.setdefault(whole[-(max_length + 1) :][:-1], []).append(index)
-    answers: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
-    with tqdm(total=len(requests), disable=hide_progress, mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
-        for batch in _batches(by_input, scaling, rows):
-            tokens = torch.zeros((len(batch), len(batch[0])), dtype=torch.long)
-            wanted = []  # (row, position, target) of every token to score
-            spans = []
-            for row, ids in enumerate(batch):
-                tokens[row, : len(ids)] = torch.tensor(ids)
-                for index in by_input[ids]:
-                    targets = requests[index].continuation
-                    positions = range(len(ids) - len(targets), len(ids))
-                    wanted += [(row, position, target) for position, target in zip(positions, targets, strict=True)]
-                    spans.append((index, len(targets)))
-            at, position, target = torch.tensor(wanted, device=model.device).unbind(dim=1)
-            hidden = hidden_states(model, tokens.to(model.device))[at, position]
-            logs, greedy = _score_positions(model, hidden, target)
-            start = 0
-            for index, length in spans:
-                part = slice(start, start + length)
-                answers[index] = (float(logs[part].double().sum()), bool(greedy[part].all()))
-                start += length
-            bar.update(len(spans))
-    return answers
-
-
-def _score_positions(model: Any, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target [N] at hidden states [N, H], and whether it is the likeliest token."""
-    chunk = positions_per_chunk(model)
-    logs, greedy = [], []
-    for states, wanted in zip(torch.split(hidden, chunk), torch.split(target, chunk), strict=True):
-        logits = project(model, states)
-        logs.append(logits.log_softmax(dim=-1).gather(1, wanted[:, None])[:, 0].cpu())
-        greedy.append((logits.argmax(dim=-1) == wanted).cpu())
-    return torch.cat(logs), torch.cat(greedy)
-
-
-def context_limit(config: Any, scaling: RopeScaling) -> int:
-    """How many tokens of a prompt a model is given: its context, or all where its scale follows the length."""
-    if scaling.is_length_dependent:
-        return NO_LIMIT
-    lengths = (getattr(config.get_text_config(), "max_position_embeddings", None), scaling.max_position_embeddings)
-    return max((int(length) for length in lengths if length), default=NO_LIMIT)
-
-
 # ------------------------------------------------------------------------------------------------------ lm-eval's model
 
 
@@ -205,115 +87,8 @@ def model_class() -> Any:
     Raises:
         ConfigError: lm-eval is not installed.
     """
-    base = _lm_eval("models.huggingface").HFLM
-
-    class ScaledRopeLM(base):  # type: ignore[misc, valid-type]
-        """A checkpoint under any scaling; lm-eval's own "hf" can only read what transformers knows.
-
-        Beyond the arguments of `load_model`: batch_size (a number, or "auto" for about 16k tokens' worth),
-        max_length (tokens; default `context_limit`), and what lm-eval's "hf" takes for a loaded model.
-        """
-
-        def __init__(
-            self,
-            pretrained: Any,
-            scaling: RopeScaling | str | None = None,
-            tokenizer: Any = None,
-            dtype: str = "auto",
-            device: str | None = None,
-            attention: str = "auto",
-            adapter: str | None = None,
-            layers: str | None = None,
-            drop_layers: Sequence[int] | None = None,
-            sliding_window: int | None = None,
-            load_in_8bit: bool = False,
-            load_in_4bit: bool = False,
-            batch_size: int | str | None = "auto",
-            max_length: int | None = None,
-            hide_progress: bool = False,
-            **more: Any,
-        ) -> None:
-            given, model = pretrained, pretrained
-            if isinstance(pretrained, str):
-                if str(device).startswith("cuda") and not torch.cuda.is_available():
-                    device = None  # what lm-eval's command line asks for when nothing was said
-                model = load_model(
-                    pretrained,
-                    scaling=scaling,
-                    dtype=dtype,
-                    device=device,
-                    attn_implementation=attention,
-                    adapter=adapter,
-                    sliding_window=sliding_window,
-                    layers=layers,
-                    drop_layers=drop_layers,
-                    load_in_8bit=load_in_8bit,
-                    load_in_4bit=load_in_4bit,
-                )
-                scaling = None
-            if not isinstance(scaling, RopeScaling):
-                scaling = patched_scaling(model) or RopeScaling.from_config(model.config)
-            self.scaling = scaling
-            self._model: Any = None  # set by lm-eval
-            self.truncated = 0
-            """Requests that were cut since this was last set to 0."""
-            self._rows = None if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
-            self._hide_progress = hide_progress
-            if tokenizer is None or isinstance(tokenizer, str):
-                tokenizer = load_tokenizer(tokenizer or str(given))
-            super().__init__(
-                pretrained=model,
-                tokenizer=tokenizer,
-                backend="causal",
-                batch_size=self._rows or 1,
-                max_length=max_length or context_limit(model.config, scaling),
-                **more,
-            )
-            self.pretrained = given if isinstance(given, str) else model.name_or_path
-
-        def _loglikelihood_tokens(
-            self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
-        ) -> list[tuple[float, bool]]:
-            pairs = [Continuation(context, continuation) for _, context, continuation in requests]
-            self.truncated += sum(len(pair.context) + len(pair.continuation) > self.max_length + 1 for pair in pairs)
-            hide = disable_tqdm or self._hide_progress
-            answers = score(self.model, self.scaling, pairs, self.max_length, self._rows, hide)
-            for (texts, _, _), answer in zip(requests, answers, strict=True):
-                if texts is not None:
-                    self.cache_hook.add_partial("loglikelihood", texts, answer)
-            return answers
-
-        def tok_batch_encode(self, strings: list[str], *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-            if (limit := options.get("left_truncate_len")) is not None:
-                self.truncated += sum(len(self.tok_encode(text)) > limit for text in strings)
-            tokens: tuple[Tensor, Tensor] = super().tok_batch_encode(strings, *args, **options)
-            return tokens
-
-        def _model_generate(self, *args: Any, **options: Any) -> Tensor:
-            if not self.scaling.is_length_dependent or not cache_obstacle(self._model):
-                generated: Tensor = super()._model_generate(*args, **options)
-                return generated
-            # lm-eval insists on a cache, which this model cannot read.
-            model: Any = self._model
-
-            def generate(**given: Any) -> Tensor:
-                tokens: Tensor = model.generate(**{**given, "use_cache": False})
-                return tokens
-
-            self._model = SimpleNamespace(generate=generate)
-            try:
-                generated = super()._model_generate(*args, **options)
-            finally:
-                self._model = model
-            return generated
-
-        def get_model_info(self) -> dict[str, Any]:
-            """What lm-eval's own results say about the model; nothing is asked of the hub."""
-            return {
-                "model_num_parameters": self.model.num_parameters(),
-                "model_dtype": str(self.model.dtype),
-                "scaling": self.scaling.to_dict(),
-            }
+    _lm_eval("models.huggingface")  # says it when lm-eval is not there
+    from scaled_rope.evaluation.lm_eval_model import ScaledRopeLM
 
     return _lm_eval("api.registry").register_model("scaled-rope")(ScaledRopeLM)
 
@@ -596,7 +371,7 @@ def model_of_job(
 
 
 class Measurable(Protocol):
-    """What `Unit` and `requests.SavedUnit` have in common: rows by length, or by None."""
+    """What `Unit` and `saved_questions.SavedUnit` have in common: rows by length, or by None."""
 
     @property
     def name(self) -> str: ...

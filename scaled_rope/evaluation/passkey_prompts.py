@@ -91,11 +91,6 @@ def _pieces(tokenizer: Any, key: int) -> tuple[list[int], list[int], list[int], 
     return _opening(tokenizer), encode(tokenizer, KEY_LINE.format(key=key)), question, answer
 
 
-def minimum_length(tokenizer: Any) -> int:
-    """The shortest `length` that `build_prompt` accepts for every key: a prompt without filler."""
-    return max(sum(map(len, _pieces(tokenizer, key))) for key in KEY_RANGE)
-
-
 def _room(length: int, *pieces: Sequence[int]) -> int:
     """Tokens that are left for filler.
 

