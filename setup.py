@@ -24,6 +24,12 @@ EXTRAS = {
 # Not in "all": flash-attn, which builds only where a CUDA toolkit is.
 EXTRAS["all"] = sorted({requirement for name in EXTRAS if name != "flash" for requirement in EXTRAS[name]})
 
+# What a wheel holds a copy of, see scaled_rope/bundled.py: package -> folder of the checkout.
+BUNDLED = {
+    f"scaled_rope._files.{folder.replace('/', '.')}": folder
+    for folder in ("configs", "data", "eval/tasks", "models/tiny-llama-256")
+}
+
 setup(
     name="scaled-rope",
     version=VERSION,
@@ -32,8 +38,9 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=find_packages(include=["scaled_rope", "scaled_rope.*"]),
-    package_data={"scaled_rope": ["py.typed"]},
+    packages=[*find_packages(include=["scaled_rope", "scaled_rope.*"]), *BUNDLED],
+    package_dir=BUNDLED,
+    package_data={"scaled_rope": ["py.typed"], **dict.fromkeys(BUNDLED, ["*.yaml", "*.json", "*.py", "*.safetensors"])},
     entry_points={"console_scripts": ["scaled-rope = scaled_rope.cli:main"]},
     install_requires=["torch>=2.9", "transformers>=5.17", "numpy", "pyyaml", "tqdm"],
     extras_require=EXTRAS,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scaled_rope.bundled import bundled
 from scaled_rope.errors import ConfigError
 from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, nested_types, read_by_attention
 from scaled_rope.scaling.record import RopeScaling, RopeSettings
@@ -27,7 +28,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
 
 
-DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-llama-256"
+DEFAULT_MODEL = bundled("models/tiny-llama-256")
 """The checkpoint that this project trained itself and carries along."""
 
 

@@ -21,11 +21,12 @@ from typing import Any
 
 import yaml
 
+from scaled_rope.bundled import bundled
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.results import read_rows
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = bundled("configs")
 LR_SCHEDULES = ("linear", "constant", "cosine")
 PRECISIONS = ("bf16", "fp32")
 DOCUMENTS = ("joined", "separate")
@@ -294,6 +295,9 @@ def read_recipe(name: str, overrides: Mapping[str, Any] | None = None, also: Seq
         if parent is None or "base" in parent:
             raise ConfigError(f"{path}: base {base!r} is not allowed; a recipe beside it that has no base itself")
         fields = parent | fields
+    model = fields.get("model")
+    if isinstance(model, str) and not Path(model).exists() and bundled(model).is_dir():
+        fields["model"] = str(bundled(model))  # the embedded model, seen from outside the checkout
     return make_recipe({"name": path.stem} | fields | dict(overrides or {}), str(path))
 
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from scaled_rope.bundled import bundled
 from scaled_rope.checkpoint import load_config, load_tokenizer
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError, unknown
@@ -36,7 +37,7 @@ from scaled_rope.results import Row, package_version
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.texts.benchmarks import SOURCES
 
-TASKS = Path(__file__).resolve().parents[2] / "eval" / "tasks"
+TASKS = bundled("eval/tasks")
 """Our own tasks: passkeys, and the offline benchmarks."""
 
 _FEWSHOT_SEED = 1234  # lm-eval's default

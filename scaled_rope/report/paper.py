@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from scaled_rope.bundled import bundled
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.evaluation.formatting import format_table
@@ -27,7 +28,7 @@ from scaled_rope.evaluation.lm_eval_tasks import PAPER
 from scaled_rope.results import OUT_OF_MEMORY, Row
 from scaled_rope.scaling.record import RopeScaling
 
-PUBLISHED = Path(__file__).resolve().parents[2] / "data" / "paper.json"
+PUBLISHED = bundled("data/paper.json")
 REPRODUCED, DIFFERS, NOT_RUN = "reproduced", "differs", "not run"
 SIGNS = {REPRODUCED: "=", DIFFERS: "!", NOT_RUN: "."}
 """A status in one character, so that color is never alone in saying it."""

@@ -19,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scaled_rope.attention.backends import attention_for
+from scaled_rope.bundled import bundled
 from scaled_rope.checkpoint import load_config
 from scaled_rope.errors import ConfigError
 from scaled_rope.flags import H100_TFLOPS, check_plan_arguments
@@ -29,7 +30,7 @@ from scaled_rope.training.engine import accumulation, allowed_sequence_parallel
 from scaled_rope.training.model import SummedLoss, add_lora, enable_checkpointing, install_scaling, set_sliding_window
 from scaled_rope.training.traced_memory import Trace, to_cpu, trace_pass
 
-ARCHITECTURES = Path(__file__).resolve().parents[2] / "data" / "architectures.json"
+ARCHITECTURES = bundled("data/architectures.json")
 """What the config.json of the recipes' base models says, so that planning needs no network."""
 
 
