@@ -28,6 +28,7 @@ done
 flags=("$@")
 set --
 source ./environment.sh
+find_python
 models=("${given[@]}")
 if [[ ${#models[@]} -eq 0 && -n "${MODELS:-}" ]]; then read -r -d '' -a models <<<"$MODELS" || true; fi
 if [[ ${#models[@]} -eq 0 ]]; then

@@ -14,6 +14,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source ./environment.sh
 usage "$@"
+find_python
 if [[ "${1:-}" == --list ]]; then
     python -m scaled_rope.recipes --list
     exit

@@ -32,7 +32,7 @@ def run_prepare_commands(recipe: str) -> None:
     Raises:
         ConfigError: one of its commands failed; what it says is on the terminal.
     """
-    script = f"source ./environment.sh; read_recipe {shlex.quote(recipe)}"
+    script = f"source ./environment.sh; find_python; read_recipe {shlex.quote(recipe)}"
     environment = os.environ | {"PYTHON": sys.executable}
     if subprocess.run(["bash", "-euo", "pipefail", "-c", script], env=environment, cwd=ROOT).returncode:
         raise ConfigError(f"the prepare commands of recipe {read_recipe(recipe).name!r} failed")

@@ -11,6 +11,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source ./environment.sh
+find_python
 
 what=${1:-quick}
 shift || true

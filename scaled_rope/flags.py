@@ -8,11 +8,16 @@ Knows nothing of torch.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 from scaled_rope.checkpoint import DEFAULT_MODEL, check_local
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.recipes import read_recipe
+from scaled_rope.scaling.record import check_spec
+from scaled_rope.scaling.registry import METHODS
+from scaled_rope.scaling.spec import Spec
 from scaled_rope.texts.corpora import CORPORA
 
 # Names that belong to modules which import torch; `tests/test_flags.py` holds the two to each other.
@@ -94,6 +99,8 @@ def check_model_arguments(args: argparse.Namespace) -> None:
     """Refuse what an evaluator was given wrongly, as far as names and paths say it."""
     for name in args.model or ():
         check_local(name)
+    for spec in requested_specs(args):
+        check_spec(spec)
     for flag, known in (("attention", ATTENTIONS), ("kernel", KERNELS)):
         if getattr(args, flag) not in known:
             raise unknown(flag, getattr(args, flag), known)
@@ -105,6 +112,28 @@ def check_model_arguments(args: argparse.Namespace) -> None:
 
 PARAMETERS = ("window", "group", "chunk", "k", "logn")
 """Parameters of methods that have flags of their own."""
+
+
+def requested_specs(args: argparse.Namespace) -> list[str]:
+    """The scalings that the flags ask for, with `--factor`, `--finetuned` and parameters written into them."""
+    specs = []
+    unused = {name for name in PARAMETERS if getattr(args, name) is not None}
+    for text in args.scaling or ["checkpoint"]:
+        spec = Spec.parse(text)
+        if spec.factor is None and spec.method not in ("default", "none"):
+            if args.factor is not None:
+                spec = replace(spec, factor=args.factor)
+            elif args.finetuned and spec.method.startswith("dynamic-"):
+                spec = replace(spec, factor="checkpoint")
+        row = METHODS.get(spec.method)
+        for name in (f.name for f in dataclasses.fields(row.params_type)) if row and row.params_type else ():
+            if name in PARAMETERS and name not in dict(spec.fields) and getattr(args, name) is not None:
+                spec = replace(spec, fields=(*spec.fields, (name, str(getattr(args, name)))))
+                unused.discard(name)
+        specs.append(str(spec))
+    if unused:
+        raise ConfigError(f"flag --{min(unused)}: is for a scaling that takes {min(unused)}, none of these does")
+    return list(dict.fromkeys(specs))
 
 
 class _Remember(argparse.Action):
@@ -205,6 +234,8 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
 def check_inspect_arguments(args: argparse.Namespace) -> None:
     """Refuse what `scaled-rope inspect` cannot do."""
     _check_length(args)
+    if args.scaling is not None:
+        check_spec(args.scaling)
     if args.model and not Path(args.model).is_file():  # any file, which `inspect` reads itself
         check_local(args.model)
 
@@ -227,6 +258,8 @@ def check_export_arguments(args: argparse.Namespace) -> None:
     if args.target not in TARGETS:
         raise unknown("target", args.target, TARGETS)
     _check_length(args)
+    if args.scaling is not None:
+        check_spec(args.scaling)
     if args.gguf and (args.target != "llama.cpp" or not args.output):
         raise ConfigError("flag --gguf goes with --for llama.cpp and --output DIR")
     if args.force and not args.output:

@@ -25,6 +25,7 @@ from scaled_rope.bundled import bundled
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.results import read_rows
+from scaled_rope.scaling.record import check_spec
 
 CONFIGS = bundled("configs")
 LR_SCHEDULES = ("linear", "constant", "cosine")
@@ -143,6 +144,8 @@ class Recipe:
         require(self.weight_decay >= 0, "weight_decay", "0 or more")
         require(len(self.adam_betas) == 2 and all(0 <= b < 1 for b in self.adam_betas), "adam_betas", "two in [0, 1)")
         require(self.lr_schedule in LR_SCHEDULES, "lr_schedule", f"one of: {', '.join(LR_SCHEDULES)}")
+        if self.scaling is not None:
+            check_spec(self.scaling)
         self._check_evaluate()
         require(self.documents in DOCUMENTS, "documents", f"one of: {', '.join(DOCUMENTS)}")
         require(self.loss in LOSSES, "loss", f"one of: {', '.join(LOSSES)}")

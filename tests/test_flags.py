@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -11,8 +12,12 @@ from scaled_rope import flags
 from scaled_rope.attention import backends
 from scaled_rope.patching import rotary_kernel
 from scaled_rope.recipes import available
+from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.scaling.registry import METHODS
 from scaled_rope.serving import export
 from tests.runs import ROOT
+
+FIELDS = [field.name for field in dataclasses.fields(RopeScaling) if field.name not in ("method", "params")]
 
 #: command lines with a mistake, and what is to be said about it
 MISTAKES = {
@@ -54,7 +59,24 @@ MISTAKES = {
     "-m scaled_rope.recipes tble2 --shell --also table2": "unknown recipe 'tble2'; did you mean 'table2'? known: "
     + ", ".join(sorted([*available(), "table2"])),
     "tokenization.py --dataset x": "--output is missing: name the folder to create",
+    "eval/perplexity.py --dataset x --scaling yan:8": "unknown method 'yan'; did you mean 'yarn'? known: "
+    + ", ".join(sorted(METHODS)),
+    "eval/harness.py --scaling yarn:0.5": "factor=0.5: must be a finite number at least 1 and at most 1e+09",
+    "finetune.py demo --scaling rerope,windw=64": "unknown scaling field 'windw'; did you mean 'window'? known: "
+    + ", ".join(sorted([*FIELDS, "window", "logn"])),
+    "-m scaled_rope inspect models/tiny-llama-256 --scaling yarn": "scaling 'yarn': factor is missing; write for "
+    "example 'yarn:8'",
+    "-m scaled_rope export models/tiny-llama-256 --for vllm --scaling ntk:8,beta_fast=3": "beta_fast=3.0: not for "
+    "method 'ntk', which takes dynamic, factor",
 }
+
+
+@pytest.mark.parametrize("script", ["train.sh", "eval.sh", "eval-harness.sh"])
+def test_a_script_explains_itself_without_any_package(script: str) -> None:
+    done = subprocess.run(
+        ["bash", script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=10, env={"PATH": "/usr/bin:/bin"}
+    )
+    assert (done.returncode, done.stderr) == (0, "") and f"./{script}" in done.stdout
 
 
 @pytest.mark.parametrize("line", MISTAKES)

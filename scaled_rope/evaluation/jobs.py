@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import sys
@@ -13,14 +12,12 @@ from typing import Any
 
 from scaled_rope.attention.backends import resolve_attention
 from scaled_rope.checkpoint import DEFAULT_MODEL, Checkpoint, display_name, open_checkpoint, weights_hash
-from scaled_rope.errors import ConfigError
-from scaled_rope.flags import NO_EFFECT, PARAMETERS, check_model_arguments
+from scaled_rope.flags import NO_EFFECT, check_model_arguments, requested_specs
 from scaled_rope.patching.loading import apply_scaling, load_model, resolve_device, resolve_dtype, resolve_plan
 from scaled_rope.patching.region_attention import check_carrier
 from scaled_rope.patching.rotary_kernel import resolve_kernel
 from scaled_rope.results import portable_model
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, resolve_scaling
-from scaled_rope.scaling.registry import METHODS
 from scaled_rope.scaling.spec import Spec
 
 # ------------------------------------------------------------------------------------------------------------- jobs
@@ -82,28 +79,6 @@ def _fingerprint(args: argparse.Namespace, name: str, config: Any) -> str:
     return hashlib.sha256(json.dumps([weights, adapter, options]).encode()).hexdigest()[:16]
 
 
-def _specs(args: argparse.Namespace) -> list[str]:
-    """The scalings that the flags ask for, with `--factor`, `--finetuned` and parameters written into them."""
-    specs = []
-    unused = {name for name in PARAMETERS if getattr(args, name) is not None}
-    for text in args.scaling or ["checkpoint"]:
-        spec = Spec.parse(text)
-        if spec.factor is None and spec.method not in ("default", "none"):
-            if args.factor is not None:
-                spec = replace(spec, factor=args.factor)
-            elif args.finetuned and spec.method.startswith("dynamic-"):
-                spec = replace(spec, factor="checkpoint")
-        row = METHODS.get(spec.method)
-        for name in (f.name for f in dataclasses.fields(row.params_type)) if row and row.params_type else ():
-            if name in PARAMETERS and name not in dict(spec.fields) and getattr(args, name) is not None:
-                spec = replace(spec, fields=(*spec.fields, (name, str(getattr(args, name)))))
-                unused.discard(name)
-        specs.append(str(spec))
-    if unused:
-        raise ConfigError(f"flag --{min(unused)}: is for a scaling that takes {min(unused)}, none of these does")
-    return list(dict.fromkeys(specs))
-
-
 def model_jobs(args: argparse.Namespace) -> list[ModelJob]:
     """Every model under every scaling that the flags name, checked as far as possible without reading weights.
 
@@ -127,7 +102,7 @@ def model_jobs(args: argparse.Namespace) -> list[ModelJob]:
         plan = resolve_plan(checkpoint.settings, args.layers, args.drop_layers)
         choice = [f"{args.layers} layers only"] if args.layers is not None else []
         choice += [f"without RoPE in {','.join(map(str, args.drop_layers))}"] if args.drop_layers else []
-        for spec in _specs(args):
+        for spec in requested_specs(args):
             scaling = resolve_scaling(spec, base)
             if scaling.changes_attention:
                 check_carrier(scaling.method, args.attention)

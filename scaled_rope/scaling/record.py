@@ -568,6 +568,16 @@ def resolve_scaling(spec: str, own: RopeScaling) -> RopeScaling:
     return replace(own, factor=factor)
 
 
+def check_spec(text: str) -> None:
+    """Refuse a text that is no scaling of any model, whatever its checkpoint says; see `resolve_scaling`.
+
+    Raises:
+        ConfigError: an unknown method or field, or a value that is not allowed.
+    """
+    # A model that carries a scaling, trained at the longest length there is: no window is too long for it.
+    resolve_scaling(text, RopeScaling("yarn", 2.0, original_max_position_embeddings=_MAX_LENGTH))
+
+
 def with_primary(layers: dict[str, RopeScaling], scaling: RopeScaling) -> dict[str, RopeScaling]:
     """Scalings by layer type with that of the full-attention layers (or else the first) replaced; none stay none."""
     if not layers:
