@@ -20,7 +20,9 @@ from scaled_rope.results import Row, rows_so_far, write_atomic
 ROWS = ROOT / "benchmarks" / "results" / "gpu.jsonl"
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- rows of benchmarks/gpu.py: begin -->", "<!-- rows of benchmarks/gpu.py: end -->"
-NONE = "No GPU row exists yet: no GPU was to be had. Nothing on this page about speed is measured."
+NONE = (
+    "No row from a GPU exists yet, because no GPU was available. Nothing on this page about speed on a GPU is measured."
+)
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
