@@ -36,6 +36,7 @@ from scaled_rope.flags import (
     context_lengths,
 )
 from scaled_rope.results import write_atomic
+from scaled_rope.texts.documents import check_there
 
 FIXED_LENGTH = 8192
 RED_PAJAMA = "togethercomputer/RedPajama-Data-1T-Sample"
@@ -93,6 +94,7 @@ def lengths_of(args: argparse.Namespace) -> list[int]:
 def check_arguments(args: argparse.Namespace) -> list[int]:
     """The context lengths that the flags ask for; refuses what cannot be done."""
     check_model_arguments(args)
+    check_there(args.dataset)
     for name in ("iterations", "num_keys"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")

@@ -59,6 +59,11 @@ MISTAKES = {
     "-m scaled_rope.recipes tble2 --shell --also table2": "unknown recipe 'tble2'; did you mean 'table2'? known: "
     + ", ".join(sorted([*available(), "table2"])),
     "tokenization.py --dataset x": "--output is missing: name the folder to create",
+    "eval/perplexity.py --dataset data/nothing": "dataset data/nothing does not exist",
+    "eval/quality.py --dataset nothing.jsonl": "dataset nothing.jsonl does not exist",
+    "eval/passkey_hard.py --dataset ./nothing": "dataset ./nothing does not exist",
+    "tokenization.py --dataset data/nothing,0.5 --output x": "dataset data/nothing does not exist",
+    "-m scaled_rope tune --dataset data/nothing": "dataset data/nothing does not exist",
     "eval/perplexity.py --dataset x --scaling yan:8": "unknown method 'yan'; did you mean 'yarn'? known: "
     + ", ".join(sorted(METHODS)),
     "eval/harness.py --scaling yarn:0.5": "factor=0.5: must be a finite number at least 1 and at most 1e+09",
