@@ -11,8 +11,8 @@ they begin again at the start. Keys, depths and questions follow from the seed.
 An answer is right when the first integer that greedy decoding gives within 10 tokens is the key. With
 `--restrict-tokens true` only digits, blanks and the end may be decoded, so that a model can't begin with other words.
 Decoding ends as soon as the answer can't change any more between right and wrong; it needs no cache, see
-scaled_rope/evaluation/decoding.py. Scalings that depend on the length are given a scale of their own at each step, and are
-decoded through the model's cache, as generation is; with `--uncached` each of their tokens is that of a full pass
+scaled_rope/evaluation/decoding.py. Scalings that depend on the length are given a scale of their own at each step, and
+are decoded through the model's cache, as generation is; with `--uncached` each of their tokens is that of a full pass
 over the text, which takes no memory for keys and about as many passes as the answer has tokens.
 """
 

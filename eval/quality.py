@@ -5,8 +5,8 @@
 
 The prompt has the wording of ZeroSCROLLS and ends in "Answer: (". The letter with the highest log-likelihood as a
 continuation of that is the model's choice, each letter being scored in the tokens in which the tokenizer really writes
-it there (scaled_rope/evaluation/choice_prompts.py). Under a scaling that depends on the length, a question's passes use the scale at its
-prompt's end. Guessing gives 25 %.
+it there (scaled_rope/evaluation/choice_prompts.py). Under a scaling that depends on the length, a question's passes use
+the scale at its prompt's end. Guessing gives 25 %.
 
 With `--max-tokens` prompt and letter have at most so many tokens. As in ZeroSCROLLS, the end of a longer story is cut
 off and a note says so, while the question stays whole; `--too-long drop` leaves such questions out instead, as the
