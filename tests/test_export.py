@@ -26,10 +26,12 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.record import RopeScaling, resolve_scaling
 from scaled_rope.serving import export as module
-from scaled_rope.serving.export import TARGETS, ExportReport, export
+from scaled_rope.serving.export import export
+from scaled_rope.serving.export_report import ExportReport
 from scaled_rope.serving.gguf import GgufRope, add_rope, deinterleave, interleave, read_gguf_rope, write_checkpoint
 from scaled_rope.serving.targets import common, hf
 from scaled_rope.serving.targets.common import TOLERANCE, Expressed
+from scaled_rope.serving.targets.registry import TARGETS
 
 HEAD_DIM = 16
 SHORT, LONG = "+".join(["1.0"] * 8), "+".join(["1.0"] * 4 + ["2.0"] * 2 + ["6.5"] * 2)
