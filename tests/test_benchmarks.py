@@ -10,7 +10,7 @@ import pytest
 from benchmarks import common, decode
 from scaled_rope.errors import ConfigError
 from scaled_rope.results import read_rows
-from tests.runs import ROOT
+from tests.helpers import ROOT
 
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)

@@ -15,7 +15,7 @@ from scaled_rope.recipes import available
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.scaling.registry import METHODS
 from scaled_rope.serving import export
-from tests.runs import ROOT
+from tests.helpers import ROOT
 
 FIELDS = [field.name for field in dataclasses.fields(RopeScaling) if field.name not in ("method", "params")]
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaConfig
 
 from scaled_rope.serving.checks_keys import keys_unknown_to_the_rope_type, misspelt_top_level_keys
-from tests.serving.facts import found, only
+from tests.helpers.facts import found, only
 
 
 @pytest.mark.parametrize(

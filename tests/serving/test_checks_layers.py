@@ -14,7 +14,7 @@ from scaled_rope.serving.checks_layers import (
     layers_that_do_not_rotate,
     window_shorter_than_context,
 )
-from tests.serving.facts import UNSCALED, YARN, found, only
+from tests.helpers.facts import UNSCALED, YARN, found, only
 
 SLIDING = ["sliding_attention"] * 4
 MIXED = ["sliding_attention", "full_attention"] * 2

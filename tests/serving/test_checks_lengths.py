@@ -12,7 +12,7 @@ from scaled_rope.serving.checks_lengths import (
     undeclared_extended_length,
     unsaid_original_length,
 )
-from tests.serving.facts import YARN, found, only
+from tests.helpers.facts import YARN, found, only
 
 LINEAR = RopeScaling("linear", 8.0, 4096)
 LLAMA3 = RopeScaling("llama3", 8.0, 4096, params={"low_freq_factor": 1.0, "high_freq_factor": 4.0})

@@ -17,7 +17,7 @@ from scaled_rope.serving.checks_notes import (
     remarks_of_the_reader,
 )
 from scaled_rope.serving.config_facts import ConfigFacts, read_facts
-from tests.serving.facts import LLAMA, YARN, found
+from tests.helpers.facts import LLAMA, YARN, found
 
 MISSING = ConfigNote("no-original", "original_max_position_embeddings is missing")
 MSCALE = ConfigNote("lone-mscale", "mscale_all_dim is ignored without mscale")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from scaled_rope.serving.checks_origin import code_in_the_checkpoint, family_unknown_to_transformers, finetuned_flag
-from tests.serving.facts import found, only
+from tests.helpers.facts import found, only
 
 CODE = {"auto_map": {"AutoModelForCausalLM": "modeling.Model", "AutoConfig": "configuration.Config"}}
 

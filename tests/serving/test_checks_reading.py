@@ -11,7 +11,7 @@ from scaled_rope.serving.checks_reading import (
     unreadable_layer_types,
     unreadable_scaling,
 )
-from tests.serving.facts import YARN, found, only
+from tests.helpers.facts import YARN, found, only
 
 
 def test_something_else_in_place_of_the_rope_dictionary() -> None:

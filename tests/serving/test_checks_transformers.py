@@ -18,7 +18,7 @@ from scaled_rope.serving.checks_transformers import (
     theta_dropped_with_rope_parameters,
 )
 from scaled_rope.serving.config_facts import ConfigFacts, read_facts
-from tests.serving.facts import LLAMA, UNSCALED, YARN, found, only
+from tests.helpers.facts import LLAMA, UNSCALED, YARN, found, only
 
 YARN_ROPE = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096}
 

@@ -14,7 +14,7 @@ from scaled_rope.serving.checks_use import (
     softmax_scale_from_mscale,
     static_scaling_of_short_prompts,
 )
-from tests.serving.facts import UNSCALED, YARN, found, only
+from tests.helpers.facts import UNSCALED, YARN, found, only
 
 DYNAMIC_NTK = RopeScaling("dynamic-ntk", 2.0, 4096)
 DYNAMIC_YARN = RopeScaling("yarn", 1.0, 4096, dynamic=True)

@@ -8,7 +8,7 @@ import pytest
 
 from scaled_rope import ConfigError, RopeScaling
 from scaled_rope.serving.config_facts import ConfigFacts, known_keys, native_keys_of, read_facts
-from tests.serving.facts import LLAMA, YARN
+from tests.helpers.facts import LLAMA, YARN
 
 YARN_ROPE = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096}
 BY_TYPE = {"full_attention": YARN_ROPE, "sliding_attention": {"rope_type": "default"}}

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from scaled_rope import ConfigError
 from scaled_rope.serving.config_file import config_as_dictionary, read_config_file
-from tests.serving.facts import LLAMA
+from tests.helpers.facts import LLAMA
 
 
 def test_a_folder_and_its_file_hold_the_same(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from scaled_rope import RopeScaling
 from scaled_rope.serving.config_facts import ConfigFacts, read_facts
 from scaled_rope.serving.config_numbers import lengths_in_effect, native_rope_type, numbers_in_effect
-from tests.serving.facts import LLAMA, UNSCALED, YARN
+from tests.helpers.facts import LLAMA, UNSCALED, YARN
 
 YARN_ROPE = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096, "beta_fast": 64}
 

@@ -8,7 +8,7 @@ import pytest
 
 from scaled_rope.serving.export_report import Comparison, ExportReport
 from scaled_rope.serving.gguf import GgufRope
-from tests.serving.facts import YARN
+from tests.helpers.facts import YARN
 
 SAME = Comparison(length=4096, max_relative_difference=1e-7, worst_dimension=3, attention_factor=1.2, ours=1.2)
 OTHER = Comparison(length=8192, max_relative_difference=0.5, worst_dimension=7, attention_factor=1.2, ours=1.2)

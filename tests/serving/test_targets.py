@@ -12,7 +12,7 @@ from scaled_rope import RopeScaling, compute_rope
 from scaled_rope.serving.targets import arithmetic, servers
 from scaled_rope.serving.targets.common import ServedModel
 from scaled_rope.serving.targets.registry import TARGETS
-from tests.serving.facts import YARN
+from tests.helpers.facts import YARN
 
 DIM = 64
 
