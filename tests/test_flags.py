@@ -98,3 +98,13 @@ def test_names_that_flags_restate_are_those_of_their_modules() -> None:
     assert flags.ATTENTIONS == backends.ATTENTIONS
     assert flags.KERNELS == rotary_kernel.KERNELS
     assert flags.TARGETS == tuple(export.TARGETS)
+
+
+@pytest.mark.parametrize(
+    "line", ["-m scaled_rope methods", "-m scaled_rope methods yarn", "-m scaled_rope.recipes --list"]
+)
+def test_lists_need_no_torch(line: str) -> None:
+    command = [sys.executable, "-X", "importtime", *line.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    imported = {text.rpartition("|")[2].strip() for text in done.stderr.splitlines()}
+    assert done.returncode == 0 and done.stdout and not imported & {"torch", "transformers"}
