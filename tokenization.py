@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.texts.documents import TextSource, is_sampled, read_documents
+from scaled_rope.texts.documents import TextSource, check_there, is_sampled, read_documents
 from scaled_rope.texts.packed import BOOKENDS, PackedWriter, open_packed, pack
 from scaled_rope.texts.tokenizing import tokenized
 
@@ -79,6 +79,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ConfigError(f"--sequence-length {args.sequence_length} is not allowed; at least 2 tokens")
     if args.num_proc < 1:
         raise ConfigError(f"--num-proc {args.num_proc} is not allowed; at least 1")
+    for text in args.dataset:
+        check_there(TextSource.parse(text).path)
     return args
 
 

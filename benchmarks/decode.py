@@ -33,7 +33,7 @@ from scaled_rope.evaluation.formatting import format_table
 from scaled_rope.evaluation.runner import command_line
 from scaled_rope.flags import parse_lengths
 from scaled_rope.patching import deferred_rotation
-from scaled_rope.patching.cache_owners import note_of
+from scaled_rope.patching.cache_owners import contents_of
 from scaled_rope.patching.patch import patch_model
 from scaled_rope.results import append_row, provenance
 from scaled_rope.scaling.frequencies import compute_scale
@@ -112,13 +112,13 @@ def variants(layers: int, longest: int) -> dict[str, Variant]:
 def fill(variant: Variant, length: int, keys: list[tuple[torch.Tensor, torch.Tensor]], ids: torch.Tensor) -> None:
     """A cache of `length` tokens of which the model believes that it filled it."""
     cache = variant.model(ids[:, :1], use_cache=True).past_key_values
-    if (note := note_of(cache)) is not None:
-        note.length = length
-        note.inputs = [("input_ids", ids[:, :length])] if note.inputs else []
-        if note.scale is not None:
+    if (known := contents_of(cache)) is not None:
+        known.length = length
+        known.inputs = [("input_ids", ids[:, :length])] if known.inputs else []
+        if known.scale is not None:
             scaling = RopeScaling("yarn", 1.0, ORIGINAL, dynamic=True, dynamic_step=2.0)
             # As if this token's step had been made already.
-            note.scale = compute_scale(scaling, torch.tensor([length + 1]))
+            known.scale = compute_scale(scaling, torch.tensor([length + 1]))
     variant.cache = cache
     put_back(variant, keys)
 
@@ -132,24 +132,24 @@ def decode_once(
     variant: Variant, length: int, keys: list[tuple[torch.Tensor, torch.Tensor]], ids: Any
 ) -> tuple[float, float]:
     """Seconds of the core and of the clock for one token after `length` others; the cache is as before afterwards."""
-    note = copy.copy(note_of(variant.cache))
-    inputs = None if note is None else list(note.inputs)
+    known = copy.copy(contents_of(variant.cache))
+    inputs = None if known is None else list(known.inputs)
     places = torch.tensor([[length]])
     began, spent = time.perf_counter(), time.process_time()
     with variant.context():
         variant.model(ids[:, length : length + 1], past_key_values=variant.cache, position_ids=places, use_cache=True)
     seconds = time.process_time() - spent, time.perf_counter() - began
     put_back(variant, keys)
-    if (kept := note_of(variant.cache)) is not None and note is not None and inputs is not None:
-        kept.length, kept.offset, kept.scale, kept.inputs = note.length, note.offset, note.scale, inputs
+    if (kept := contents_of(variant.cache)) is not None and known is not None and inputs is not None:
+        kept.length, kept.offset, kept.scale, kept.inputs = known.length, known.offset, known.scale, inputs
     return seconds
 
 
 def rebuild(variant: Variant, length: int, ids: torch.Tensor) -> float:
     """Seconds of the core for one token that makes a cache of `length` tokens anew."""
-    note = note_of(variant.cache)
-    assert note is not None and note.scale is not None
-    note.scale = note.scale / 2
+    known = contents_of(variant.cache)
+    assert known is not None and known.scale is not None
+    known.scale = known.scale / 2
     spent = time.process_time()
     variant.model(ids[:, length : length + 1], past_key_values=variant.cache, use_cache=True)
     return time.process_time() - spent

@@ -86,6 +86,7 @@ RENAMED = {
     "serving.targets.sglang": {"_express_sglang": "express", "_restate_sglang": "restate"},
     "serving.targets.vllm": {"_express_vllm": "express", "_restate_vllm": "restate"},
     "texts.benchmarks": {"Source": "BenchmarkFiles"},
+    "texts.fetched_models": {"Checkpoint": "FetchedModel"},
     "texts.documents": {"_import_datasets": "import_datasets", "_is_local": "is_local", "Source": "TextSource"},
     "texts.tokenizing": {"Part": "DocumentPart"},
     "tuning.curves": {"_BLUE": "BLUE", "_DRAWS": "DRAWS", "_GREY": "GREY", "_ORANGE": "ORANGE"},

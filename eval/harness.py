@@ -50,7 +50,7 @@ if __name__ == "__main__":
 from scaled_rope.evaluation.benchmark_runs import BenchmarkRun, benchmark_table, save_questions
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
 from scaled_rope.evaluation.lm_eval_tasks import PAPER, Catalogue, Unit, model_class
-from scaled_rope.evaluation.runner import command_line, given_arguments
+from scaled_rope.evaluation.runner import Failure, command_line, given_arguments, report_failures
 from scaled_rope.evaluation.saved_questions import SavedUnit, read_requests
 
 
@@ -107,9 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     record = {"command": command_line(parser, argv), **provenance(load.device, None, given_arguments(args))}
     run = BenchmarkRun(load, args.output, args.max_length, args.batch_size, args.hide_progress)
-    wanted = run.measure(jobs, units_of, record)
+    failures: list[Failure] = []
+    wanted = run.measure(jobs, units_of, record, failures)
+    code = report_failures(failures, jobs)
     print(f"\n{benchmark_table(args.output, wanted)}\n\nrows: {args.output}")
-    return 0
+    return code
 
 
 if __name__ == "__main__":

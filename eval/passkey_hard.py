@@ -11,8 +11,8 @@ they begin again at the start. Keys, depths and questions follow from the seed.
 An answer is right when the first integer that greedy decoding gives within 10 tokens is the key. With
 `--restrict-tokens true` only digits, blanks and the end may be decoded, so that a model can't begin with other words.
 Decoding ends as soon as the answer can't change any more between right and wrong; it needs no cache, see
-scaled_rope/generation.py. Scalings that depend on the length are given a scale of their own at each step, and are
-decoded through the model's cache, as generation is; with `--uncached` each of their tokens is that of a full pass
+scaled_rope/evaluation/decoding.py. Scalings that depend on the length are given a scale of their own at each step, and
+are decoded through the model's cache, as generation is; with `--uncached` each of their tokens is that of a full pass
 over the text, which takes no memory for keys and about as many passes as the answer has tokens.
 """
 
@@ -36,6 +36,7 @@ from scaled_rope.flags import (
     context_lengths,
 )
 from scaled_rope.results import write_atomic
+from scaled_rope.texts.documents import check_there
 
 FIXED_LENGTH = 8192
 RED_PAJAMA = "togethercomputer/RedPajama-Data-1T-Sample"
@@ -93,6 +94,7 @@ def lengths_of(args: argparse.Namespace) -> list[int]:
 def check_arguments(args: argparse.Namespace) -> list[int]:
     """The context lengths that the flags ask for; refuses what cannot be done."""
     check_model_arguments(args)
+    check_there(args.dataset)
     for name in ("iterations", "num_keys"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")

@@ -37,6 +37,7 @@ from scaled_rope.flags import (
     check_model_arguments,
     context_lengths,
 )
+from scaled_rope.texts.documents import check_there
 from scaled_rope.texts.token_documents import TokenSource, save_token_documents
 
 
@@ -75,6 +76,8 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[TokenSource], int | 
     for name in ("samples", "windows", "dataset_min_tokens", "stride", "sliding_window", "prefill_chunk"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
+    for name in args.dataset or ():
+        check_there(name)
     if args.save_nll is not None and Path(args.save_nll).is_file():
         raise ConfigError(f"--save-nll {args.save_nll} is a file; name a folder")
     sources = [

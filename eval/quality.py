@@ -5,8 +5,8 @@
 
 The prompt has the wording of ZeroSCROLLS and ends in "Answer: (". The letter with the highest log-likelihood as a
 continuation of that is the model's choice, each letter being scored in the tokens in which the tokenizer really writes
-it there (scaled_rope/choice.py). Under a scaling that depends on the length, a question's passes use the scale at its
-prompt's end. Guessing gives 25 %.
+it there (scaled_rope/evaluation/choice_prompts.py). Under a scaling that depends on the length, a question's passes use
+the scale at its prompt's end. Guessing gives 25 %.
 
 With `--max-tokens` prompt and letter have at most so many tokens. As in ZeroSCROLLS, the end of a longer story is cut
 off and a note says so, while the question stays whole; `--too-long drop` leaves such questions out instead, as the
@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.flags import add_model_arguments, check_model_arguments
+from scaled_rope.texts.documents import check_there
 
 TOO_LONG = ("cut", "drop")
 
@@ -52,6 +53,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("limit", "max_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
+    check_there(args.dataset)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import inspect
 import json
 import sys
 import textwrap
@@ -145,9 +144,9 @@ def _describe_method(row: dict[str, Any]) -> Iterator[str]:
 
 def method_rows() -> list[dict[str, Any]]:
     """What there is to know about each method, fit for JSON; "native" is the rope_type by which transformers has it."""
+    from scaled_rope.scaling.examples import example
     from scaled_rope.scaling.record import native_type
     from scaled_rope.scaling.registry import METHODS
-    from scaled_rope.serving.scaling_plots import example
 
     rows = []
     for row in METHODS.values():
@@ -159,7 +158,7 @@ def method_rows() -> list[dict[str, Any]]:
                 "name": row.name,
                 "summary": row.summary,
                 "source": row.source,
-                "formula": inspect.cleandoc(row.fn.__doc__ or ""),
+                "formula": row.formula,
                 "kind": row.kind,
                 "fields": sorted(row.fields),
                 "parameters": defaults,

@@ -19,6 +19,7 @@ from scaled_rope.scaling.record import check_spec
 from scaled_rope.scaling.registry import METHODS
 from scaled_rope.scaling.spec import Spec
 from scaled_rope.texts.corpora import CORPORA
+from scaled_rope.texts.documents import check_there
 
 # Names that belong to modules which import torch; `tests/test_flags.py` holds the two to each other.
 ATTENTIONS = (
@@ -350,5 +351,6 @@ def check_tune_arguments(args: argparse.Namespace) -> None:
         raise unknown("attention", args.attention, ATTENTIONS)
     if Path(args.output).is_file():
         raise ConfigError(f"--output {args.output} is a file; name a folder")
+    check_there(args.dataset)
     if args.model is not None:
         check_local(args.model)

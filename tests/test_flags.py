@@ -15,7 +15,7 @@ from scaled_rope.recipes import available
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.scaling.registry import METHODS
 from scaled_rope.serving import export
-from tests.runs import ROOT
+from tests.helpers import ROOT
 
 FIELDS = [field.name for field in dataclasses.fields(RopeScaling) if field.name not in ("method", "params")]
 
@@ -59,6 +59,11 @@ MISTAKES = {
     "-m scaled_rope.recipes tble2 --shell --also table2": "unknown recipe 'tble2'; did you mean 'table2'? known: "
     + ", ".join(sorted([*available(), "table2"])),
     "tokenization.py --dataset x": "--output is missing: name the folder to create",
+    "eval/perplexity.py --dataset data/nothing": "dataset data/nothing does not exist",
+    "eval/quality.py --dataset nothing.jsonl": "dataset nothing.jsonl does not exist",
+    "eval/passkey_hard.py --dataset ./nothing": "dataset ./nothing does not exist",
+    "tokenization.py --dataset data/nothing,0.5 --output x": "dataset data/nothing does not exist",
+    "-m scaled_rope tune --dataset data/nothing": "dataset data/nothing does not exist",
     "eval/perplexity.py --dataset x --scaling yan:8": "unknown method 'yan'; did you mean 'yarn'? known: "
     + ", ".join(sorted(METHODS)),
     "eval/harness.py --scaling yarn:0.5": "factor=0.5: must be a finite number at least 1 and at most 1e+09",
@@ -93,3 +98,13 @@ def test_names_that_flags_restate_are_those_of_their_modules() -> None:
     assert flags.ATTENTIONS == backends.ATTENTIONS
     assert flags.KERNELS == rotary_kernel.KERNELS
     assert flags.TARGETS == tuple(export.TARGETS)
+
+
+@pytest.mark.parametrize(
+    "line", ["-m scaled_rope methods", "-m scaled_rope methods yarn", "-m scaled_rope.recipes --list"]
+)
+def test_lists_need_no_torch(line: str) -> None:
+    command = [sys.executable, "-X", "importtime", *line.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    imported = {text.rpartition("|")[2].strip() for text in done.stderr.splitlines()}
+    assert done.returncode == 0 and done.stdout and not imported & {"torch", "transformers"}

@@ -13,8 +13,8 @@ import pytest
 
 from scaled_rope.moved import MOVED
 from scaled_rope.scaling.registry import METHODS
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "scaled_rope"
 
 # Low to high. A module may import what stands further left, and the modules of its own package.

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import random
 import signal
-import sys
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,21 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 import finetune
-from scaled_rope import RopeScaling
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.recipes import read_recipe
-from scaled_rope.training import batches, loop, model
-from scaled_rope.training.engine import (
-    Layout,
-    allowed_sequence_parallel,
-    check_can_build,
-    check_sequence_parallel,
-    configure_fsdp,
-)
-from scaled_rope.training.run_state import latest_state, load_state
-from tests.rank_worker import small_pieces_of_logits, without_dropout
-from tests.runs import ROOT, Ranks, free_port, launch, log, same, weights
+from scaled_rope.training import loop
+from scaled_rope.training.engine import check_can_build
+from scaled_rope.training.run_state import latest_state
+from tests.helpers.optional import needs_liger
+from tests.helpers.rank_worker import small_pieces_of_logits, without_dropout
+from tests.helpers.runs import Ranks, free_port, launch, log, same, weights
 
 ZERO3 = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/zero3.yaml", "--num_processes", "2")
 
@@ -176,39 +166,6 @@ def test_shards_that_were_stopped_go_on_bit_for_bit(workspace, tmp_path, engine,
     assert all(torch.equal(reference[name], other[name]) for name in reference)
 
 
-@pytest.fixture
-def broken_off(workspace, tmp_path, monkeypatch, capsys):
-    """A run that was stopped by a signal in the middle of step 4, between two of its four passes."""
-    output, passes = tmp_path / "out", []
-    original = batches.collate
-
-    def collate(*arguments):
-        passes.append(None)
-        if len(passes) == 4 * 3 + 2:
-            signal.raise_signal(signal.SIGTERM)
-        return original(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "collate", collate)
-        arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(output), "--model", str(workspace / "dropout")]
-        arguments += ["--heldout-steps", "8"]  # its passes are not to be counted
-        assert finetune.main(arguments) == 0
-    assert "SIGTERM after step 3: saved" in capsys.readouterr().out
-    assert len(passes) == 14, "the step's other passes were not to be made"
-    return output, arguments
-
-
-def test_a_step_that_was_broken_off_is_done_again_as_if_it_had_not_begun(workspace, broken_off, tmp_path):
-    output, arguments = broken_off
-    assert [row["step"] for row in log(output)] == [1, 2, 3]
-    assert finetune.main(arguments) == 0
-    whole = [*arguments[:2], str(tmp_path / "whole"), *arguments[3:]]
-    assert finetune.main(whole) == 0
-    assert same(log(output)) == same(log(tmp_path / "whole"))
-    reference, other = weights(tmp_path / "whole"), weights(output)
-    assert all(torch.equal(reference[name], other[name]) for name in reference)
-
-
 def test_another_number_of_ranks_continues_where_one_stopped(workspace, straight, tmp_path, monkeypatch):
     """Weights, optimizer, schedule and the samples consumed go on; dropout, which draws per rank, is off here."""
     output, original = tmp_path / "out", loop.save_state
@@ -225,159 +182,15 @@ def test_another_number_of_ranks_continues_where_one_stopped(workspace, straight
     assert_trained_alike(straight, output)
 
 
-@pytest.mark.parametrize(
-    ("saved", "engine", "ranks", "message"),
-    [
-        ({"step": 3, "ranks": 4, "engine": "zero3"}, "zero3", 2, "saved by 4 zero3 processes, now there are 2"),
-        ({"step": 3, "ranks": 2, "engine": "zero3"}, "plain", 2, "saved by engine zero3, this is plain"),
-        ({"step": 3, "ranks": 2, "engine": "plain"}, "zero2", 2, "saved by engine plain, this is zero2"),
-    ],
-)
-def test_states_that_cannot_be_continued_are_refused_with_the_reason(tmp_path, saved, engine, ranks, message):
-    (tmp_path / "state.json").write_text(json.dumps(saved))
-    plugin = None if engine == "plain" else SimpleNamespace(zero_stage=int(engine[-1]))
-    accelerator = SimpleNamespace(
-        state=SimpleNamespace(deepspeed_plugin=plugin),
-        distributed_type=SimpleNamespace(value="MULTI_CPU"),
-        num_processes=ranks,
-    )
-    with pytest.raises(ConfigError, match=message):
-        load_state(accelerator, tmp_path, tmp_path)
-
-
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_number_that_is_not_finite_stops_and_leaves_the_last_state_intact(
-    workspace, tmp_path, monkeypatch, capsys, what
-):
-    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), "--checkpointing-steps", "1"]
-    arguments += ["--max-train-steps", "4"]
-    original, passes = model.SummedLoss.forward, []
-
-    def forward(self, **tensors):
-        loss = original(self, **tensors)
-        passes.append(None)
-        if len(passes) <= 4 * 2:
-            return loss
-        if what == "loss":
-            return loss + torch.inf
-        weight = next(self.parameters())
-        return loss + ((weight - weight.detach()).sum() ** 2).sqrt()  # 0, with the gradient 0 x infinity
-
-    with monkeypatch.context() as patch:
-        patch.setattr(model.SummedLoss, "forward", forward)
-        assert run_cli(lambda: finetune.main(arguments)) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith(f"error: {what} of step 3 is ") and "step-000002, is intact" in error
-    assert not (tmp_path / "out" / "model").exists()
-    assert finetune.main(arguments) == 0
-    assert [row["step"] for row in log(tmp_path / "out")] == [1, 2, 3, 4]
-
-
-def test_states_are_rotated(workspace, tmp_path, monkeypatch):
-    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), "--checkpointing-steps", "1"]
-    seen, original = [], loop.save_state
-
-    def look(*everything):
-        folder = original(*everything)
-        seen.append(sorted(path.name for path in folder.parent.iterdir()))
-        return folder
-
-    monkeypatch.setattr(loop, "save_state", look)
-    assert finetune.main([*arguments, "--kept-checkpoints", "3"]) == 0
-    assert seen[-1] == ["step-000005", "step-000006", "step-000007"] and seen[1] == ["step-000001", "step-000002"]
-
-
-# -------------------------------------------------------------------------------------------------------- refusals
-
-
-def test_ranks_that_share_a_sequence_work_on_the_same_rows():
-    layouts = [Layout(rank, 8, 4) for rank in range(8)]
-    assert [layout.data_rank for layout in layouts] == [0] * 4 + [1] * 4
-    assert {layout.data_ranks for layout in layouts} == {2}
-    whole = {"input_ids": torch.arange(24).view(2, 12)}
-    parts = [layout.shard(whole)["input_ids"] for layout in layouts[:4]]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole["input_ids"])
-
-
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "allowed"),
-    [(9, 3, [1, 3, 9]), (32, 8, [1, 2, 4, 8, 16, 32]), (6, 4, [1, 2]), (4, 1, [1, 2, 4])],
-)
-def test_heads_decide_over_how_many_ranks_a_sequence_can_go(heads, kv_heads, allowed):
-    assert allowed_sequence_parallel(heads, kv_heads) == allowed
-
-
-@pytest.mark.parametrize(
-    ("fields", "config", "message"),
-    [
-        ({"sequence_parallel": 2}, {"num_attention_heads": 9, "num_key_value_heads": 3}, "one of: 1, 3, 9"),
-        ({"scaling": "dynamic-yarn"}, {}, "no rank sees the length"),
-        ({}, {"sliding_window": 16}, "sliding window below 48 tokens"),
-        ({"sliding_window_attention_schedule": (64, 32)}, {"sliding_window": 128}, "sliding window below 48 tokens"),
-        ({"documents": "separate"}, {}, "documents: separate"),
-        ({"attention": "eager"}, {}, "eager attention"),
-    ],
-)
-def test_what_would_be_wrong_over_a_shared_sequence_is_refused(workspace, fields, config, message):
-    shape = SimpleNamespace(**{"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None} | config)
-    shape.get_text_config = lambda: shape
-    recipe = replace(read_recipe(str(workspace / "recipe.yaml")), **{"sequence_parallel": 2} | fields)
-    base = RopeScaling(method="default", original_max_position_embeddings=16)
-    with pytest.raises(ConfigError, match=message):
-        check_sequence_parallel(recipe, shape, RopeScaling.from_spec(recipe.scaling, base), recipe.attention)
-
-
-@pytest.mark.parametrize(
-    ("environment", "flags", "message"),
-    [
-        ({"ACCELERATE_USE_FSDP": "true"}, [], "FSDP is not available on this platform"),
-        ({}, ["--sequence-parallel", "2"], "sequence_parallel 2 needs DeepSpeed"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, ["--sequence-parallel", "2"], "a divisor of the 1 processes"),
-        ({}, ["--offload-activations", "--no-gradient-checkpointing"], "it needs gradient_checkpointing"),
-        ({}, ["--lora-embeddings-and-norms"], "it is for lora: true"),
-    ],
-)
-def test_engines_that_cannot_do_it_are_refused(workspace, tmp_path, monkeypatch, capsys, environment, flags, message):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), *flags]
-    assert run_cli(lambda: finetune.main(arguments)) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_deepspeed_without_a_compiler_is_refused_with_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        sys.modules, "deepspeed.git_version_info", SimpleNamespace(installed_ops={"cpu_adam": False, "built": True})
-    )
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    check_can_build("built")
-    with pytest.raises(ConfigError, match=r"has to compile cpu_adam and finds no ninja and no c\+\+: install"):
-        check_can_build("cpu_adam")
-    for tool in (tmp_path / "bin" / "ninja", tmp_path / "c++"):
-        tool.parent.mkdir(exist_ok=True)
-        tool.touch(0o755)
-    check_can_build("cpu_adam")
-
-
-@pytest.mark.parametrize(
-    ("plugin", "fields", "message"),
-    [
-        ({"fsdp_version": 1}, {}, "fsdp_version = 1 is not allowed"),
-        ({"activation_checkpointing": True}, {}, "the recipe's gradient_checkpointing does it"),
-    ],
-)
-def test_what_was_never_seen_to_work_under_fsdp_is_refused(workspace, plugin, fields, message):
-    recipe = replace(read_recipe(str(workspace / "recipe.yaml")), **fields)
-    settings = {"fsdp_version": 2, "activation_checkpointing": False, "mixed_precision_policy": None} | plugin
-    with pytest.raises(ConfigError, match=message):
-        configure_fsdp(SimpleNamespace(**settings), recipe)
-
-
-@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
-def test_deepspeed_settings_leave_batch_and_schedule_to_the_recipe(name):
-    settings = json.loads((ROOT / "deepspeed" / f"{name}.json").read_text())
-    assert not {"optimizer", "scheduler"} & set(settings)
-    assert settings["train_micro_batch_size_per_gpu"] == settings["gradient_accumulation_steps"] == "auto"
-    assert settings["gradient_clipping"] == "auto" and settings["data_types"]["grad_accum_dtype"] == "fp32"
+@needs_liger
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_two_ranks_with_the_fused_loss_on_shards_train_like_one_with_the_chunked(
+    workspace: Path, tied: Path, tmp_path: Path, engine: str
+) -> None:
+    """The projection's weights are the embeddings' too, so both their gradients are summed before they are reduced."""
+    if engine == "zero3":
+        need_deepspeed()
+    extra = ("--model", str(workspace / "tied"), "--loss", "fused")
+    fused = Ranks(workspace, tmp_path / "fused", 2, engine, extra, TRITON_INTERPRET="1").succeed()
+    assert "loss fused" in fused[0]
+    assert_trained_alike(tied, tmp_path / "fused")

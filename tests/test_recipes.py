@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +16,10 @@ from scaled_rope import compute_rope, recipes
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.recipes import available, is_finished, pending, read_recipe, starts_from
-from scaled_rope.texts.documents import read_documents
 from scaled_rope.training.engine import accumulation
 from scaled_rope.training.loop import learning_rate
 from scaled_rope.training.planning import meta_model
-from tests import reference
-
-ROOT = Path(__file__).parent.parent
+from tests.helpers import reference
 
 
 @dataclass(frozen=True)
@@ -195,23 +187,6 @@ def test_the_evaluators_take_the_flags_of_a_recipe(name):
 LLAMA_TOKENS = {("NousResearch/Llama-2-7b-hf", "NousResearch/Llama-2-13b-hf")}
 
 
-def test_a_folder_of_a_hub_dataset_is_a_source(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    asked = []
-
-    def load(name, **options):
-        asked.append((name, options))
-        return [{"text": "one"}, {"text": "two"}]
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert list(read_documents("someone/set:fine-tune")) == ["one", "two"]
-    assert list(read_documents("someone/set")) == ["one", "two"]
-    assert asked == [
-        ("someone/set", {"data_dir": "fine-tune", "split": "train", "streaming": True}),
-        ("someone/set", {"data_dir": None, "split": "train", "streaming": True}),
-    ]
-
-
 # ---------------------------------------------------------------------------------------------------------- chains
 
 
@@ -256,75 +231,6 @@ def test_inheritance_has_one_level(tmp_path, monkeypatch):
         read_recipe("a")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_to_train_sh_alone_ends_every_process_and_lets_them_save(tmp_path, number, code):
-    """Training is a launcher that the signal kills at once, and its worker, which takes its time to save."""
-    for name in ("train.sh", "environment.sh"):
-        (tmp_path / name).write_text((ROOT / name).read_text())
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "worker.py").write_text(
-        "import signal, sys, time\nfrom pathlib import Path\n\n"
-        "def save(*_):\n    time.sleep(0.5)\n    Path('saved').touch()\n    sys.exit(0)\n\n"
-        f"signal.signal({int(number)}, save)\nPath('begun').touch()\ntime.sleep(60)\n"
-    )
-    (tmp_path / "launcher.py").write_text(
-        "import signal, subprocess, sys\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\n"
-        "subprocess.run([sys.executable, 'worker.py'])\n"
-    )
-    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "LAUNCH": "python launcher.py"}
-    script = subprocess.Popen(
-        ["bash", "train.sh", "llama-2-7b-128k"], cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # nohup and the like ignore it
-    )  # fmt: skip
-    deadline = time.monotonic() + 120  # a machine may be busy
-    while not (tmp_path / "begun").exists():
-        assert script.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    script.send_signal(number)
-    script.communicate(timeout=120)  # to the end of its output, which the worker holds as well
-    assert script.returncode == code
-    assert (tmp_path / "saved").exists()
-
-
-def test_train_sh_does_not_go_on_after_a_run_that_was_stopped(tmp_path):
-    for name in ("train.sh", "environment.sh"):
-        (tmp_path / name).write_text((ROOT / name).read_text())
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "finetune.py").write_text("print('ran')")  # ends with 0 as one that got SIGTERM does
-    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        ["bash", "train.sh", "llama-2-7b-128k"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (143, "ran\n")
-    assert done.stderr == "llama-2-7b-64k is not finished; the same command continues\n"
-
-
-def test_train_sh_runs_a_chain_and_hands_over_what_is_finished(tmp_path):
-    """train.sh with a program in place of training, which notes the recipe's name and leaves a finished run behind."""
-    for name in ("train.sh", "environment.sh"):
-        (tmp_path / name).write_text((ROOT / name).read_text())
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "finetune.py").write_text("")
-    trainer = tmp_path / "trainer.sh"
-    for name in ("llama-2-7b-64k", "llama-2-7b-128k"):
-        (tmp_path / name).write_text(json.dumps({"step": read_recipe(name).max_train_steps}) + "\n")
-    trainer.write_text(
-        'echo "$2" >> order\nmkdir -p out/$2/model\necho {} > out/$2/model/config.json\ncp $2 out/$2/train_log.jsonl\n'
-    )
-    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "LAUNCH": f"bash {trainer}"}
-
-    def train(*names: str) -> None:
-        done = subprocess.run(
-            ["bash", "train.sh", *names], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-
-    train("llama-2-7b-128k")
-    assert (tmp_path / "order").read_text().split() == ["llama-2-7b-64k", "llama-2-7b-128k"]
-    train("llama-2-7b-64k")
-    assert (tmp_path / "order").read_text().split()[2:] == ["llama-2-7b-64k"]
-
-
 def test_what_is_pending_of_a_file_is_the_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(json.dumps(read_recipe("llama-2-7b-128k").to_dict()))  # which is YAML too
@@ -366,24 +272,10 @@ def test_what_is_wrong_in_a_file_is_said_in_the_words_of_the_file(tmp_path, text
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("script", ["train.sh", "eval.sh", "eval-harness.sh"])
-def test_scripts_show_their_comment_for_help_and_refuse_other_flags(script):
-    environment = os.environ | {"PYTHON": sys.executable}
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = ["bash", script, *arguments]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-
-    shown = run("--help")
-    assert (shown.returncode, shown.stderr) == (0, "") and f"./{script} --list" in shown.stdout
-    refused = run("--force")
-    assert refused.returncode == 2 and "error: flag --force is not allowed" in refused.stderr
-
-
-def test_an_empty_name_is_not_the_demo():
-    for script in ("train.sh", "eval.sh"):
-        command = ["bash", script, ""]
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == 2 and "unknown recipe ''" in done.stderr
+def test_unknown_recipe_fields_and_types_are_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("learning_rat: 1\n")
+    with pytest.raises(ConfigError, match="did you mean 'learning_rate'"):
+        read_recipe(str(tmp_path / "a.yaml"))
+    (tmp_path / "b.yaml").write_text("max_train_steps: many\n")
+    with pytest.raises(ConfigError, match="max_train_steps = 'many' is not allowed; a whole number"):
+        read_recipe(str(tmp_path / "b.yaml"))

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from scaled_rope.bundled import FOLDERS
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.helpers import ROOT
 
 
 @pytest.fixture(scope="module")

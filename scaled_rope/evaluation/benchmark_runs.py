@@ -14,8 +14,9 @@ from scaled_rope.evaluation.formatting import format_table
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader
 from scaled_rope.evaluation.lm_eval_tasks import Unit, job_cells, model_of_job
 from scaled_rope.evaluation.memory_meter import Meter
+from scaled_rope.evaluation.runner import Failure, failing_alone
 from scaled_rope.evaluation.saved_questions import SavedUnit, Scorer, save_requests
-from scaled_rope.results import Row, append_row, finished_keys, read_rows, row_key
+from scaled_rope.results import Row, append_row, finished_keys, row_key, rows_so_far
 
 
 @dataclass(frozen=True)
@@ -41,36 +42,45 @@ class BenchmarkRun:
         jobs: Iterable[ModelJob],
         units_of: Callable[[ModelJob], Sequence[Unit | SavedUnit]],
         record: Mapping[str, Any],
+        failures: list[Failure],
     ) -> list[tuple[str, Row]]:
         """Append the rows that the output lacks; gives every row's model and scaling in words, and its identity.
 
         record: provenance of the rows, to which the version of lm-eval is added.
+        failures: takes up the models and tasks that fail; the others are measured.
         """
         finished = finished_keys(self.output)
         wanted: list[tuple[str, Row]] = []
         for job in jobs:
-            for unit in units_of(job):
-                cells = job_cells(unit, job, self.max_length)
-                wanted += [(job.name, cell) for cell in cells.values()]
-                if all(row_key(cell) in finished for cell in cells.values()):
-                    continue
-                if not self.hide_progress:
-                    print(f"{job.name}: {unit.name}", file=sys.stderr)
-                rows = self._ask(job, unit, next(iter(cells.values()))["protocol"]["max_length"] or NO_LIMIT)
-                source = {**record, "versions": record["versions"] | {"lm-eval": unit.version}}
-                for length, cell in cells.items():
-                    if (key := row_key(cell)) not in finished:
-                        finished.add(key)
-                        append_row(self.output, {**cell, **rows[length], "provenance": source})
+            with failing_alone(failures, job):
+                units = [(unit, job_cells(unit, job, self.max_length)) for unit in units_of(job)]
+                wanted += [(job.name, cell) for _, cells in units for cell in cells.values()]
+                missing = [
+                    (unit, cells)
+                    for unit, cells in units
+                    if not all(row_key(cell) in finished for cell in cells.values())
+                ]
+                model = self.load(job) if missing else None
+                for unit, cells in missing:
+                    if not self.hide_progress:
+                        print(f"{job.name}: {unit.name}", file=sys.stderr)
+                    with failing_alone(failures, job, unit.name):
+                        rows = self._ask(model, job, unit, next(iter(cells.values()))["protocol"]["max_length"])
+                        source = {**record, "versions": record["versions"] | {"lm-eval": unit.version}}
+                        for length, cell in cells.items():
+                            if (key := row_key(cell)) not in finished:
+                                finished.add(key)
+                                append_row(self.output, {**cell, **rows[length], "provenance": source})
         return wanted
 
-    def _ask(self, job: ModelJob, unit: Unit | SavedUnit, limit: int) -> dict[int | None, Row]:
-        """The measured fields by length; limit: longest prompt in tokens."""
+    def _ask(self, model: Any, job: ModelJob, unit: Unit | SavedUnit, max_length: int | None) -> dict[int | None, Row]:
+        """The measured fields by length; max_length: longest prompt in tokens."""
+        limit = max_length or NO_LIMIT
         if isinstance(unit, SavedUnit):
             unit.check_tokenizer(job.model)
-            scorer: Any = Scorer(self.load(job), job.scaling, limit, self.batch_size, self.hide_progress)
+            scorer: Any = Scorer(model, job.scaling, limit, self.batch_size, self.hide_progress)
         else:
-            scorer = model_of_job(self.load(job), job, limit, self.batch_size, self.hide_progress)
+            scorer = model_of_job(model, job, limit, self.batch_size, self.hide_progress)
         with Meter(self.load.device) as meter, silence() if self.hide_progress else contextlib.nullcontext():
             rows = unit.measure(scorer)
         cost = {"seconds": round(meter.seconds, 1), "peak_memory": meter.peak_memory}
@@ -78,9 +88,9 @@ class BenchmarkRun:
 
 
 def benchmark_table(output: str, wanted: Iterable[tuple[str, Row]]) -> str:
-    """The rows that `measure` names, from the file that holds them, in the terminal."""
-    known = {row_key(row): row for row in read_rows(output)}
-    lines = [[name, *_described(known[row_key(cell)])] for name, cell in wanted]
+    """The rows that `measure` names and the file holds, in the terminal."""
+    known = {row_key(row): row for row in rows_so_far(output)}
+    lines = [[name, *_described(known[key])] for name, cell in wanted if (key := row_key(cell)) in known]
     return format_table(["", "task", "result", "n", ""], lines)
 
 

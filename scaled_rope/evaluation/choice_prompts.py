@@ -18,7 +18,7 @@ import torch
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loss import hidden_states, project
-from scaled_rope.texts.documents import is_local, read_json_lines
+from scaled_rope.texts.documents import check_there, read_json_lines
 from scaled_rope.texts.hub import hub_records
 
 LETTERS = "ABCD"
@@ -90,9 +90,8 @@ def read_questions(source: str, split: str) -> Iterator[Question]:
     if path.is_file():
         for record, place in read_json_lines(source):
             yield _question(record, f"dataset {place}")
-    elif is_local(source):
-        raise ConfigError(f"dataset {source} does not exist")
     else:
+        check_there(source)
         for number, record in enumerate(hub_records(source, split), 1):
             yield _question(record, f"dataset {source!r} record {number}")
 

@@ -8,6 +8,7 @@ says so, and a model that fails leaves the others their results.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import errno
 import fcntl
@@ -72,7 +73,10 @@ class Failure:
     """A model whose evaluation ended early."""
 
     name: str
+    """The model under its scaling, and what it was asked."""
     error: Exception
+    job: str
+    """The model under its scaling."""
 
     def __str__(self) -> str:
         lines = str(self.error).strip().splitlines() or [""]
@@ -233,7 +237,7 @@ def run_all(
                 except _Failed as failed:
                     if failures is None:
                         raise failed.error from None
-                    failures.append(Failure(f"{job.name} on {name}" if name else job.name, failed.error))
+                    failures.append(Failure(f"{job.name} on {name}" if name else job.name, failed.error, job.name))
                 collected[name] = _collect(args.output, identities[name])
                 write_table()
     write_table()
@@ -294,6 +298,22 @@ def _blamed(error: Exception) -> Exception:
     return error if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) else _Failed(error)
 
 
+@contextlib.contextmanager
+def failing_alone(failures: list[Failure], job: ModelJob, task: str = "") -> Iterator[None]:
+    """Around the evaluation of one model: what it raises is added to `failures`, and the next model follows.
+
+    A full disk is raised, since it is not the model's fault.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(_blamed(error), _Failed):
+            raise
+        failures.append(Failure(f"{job.name} on {task}" if task else job.name, error, job.name))
+        if is_out_of_memory(error):
+            release_memory()
+
+
 def report_failures(failures: Sequence[Failure], jobs: Sequence[ModelJob]) -> int:
     """Say which models failed; the exit code that follows.
 
@@ -303,7 +323,8 @@ def report_failures(failures: Sequence[Failure], jobs: Sequence[ModelJob]) -> in
     if not failures:
         return 0
     first = failures[0].error
-    if isinstance(first, ConfigError) and len(failures) >= len(jobs) and len({str(f.error) for f in failures}) == 1:
+    all_failed = {failure.job for failure in failures} >= {job.name for job in jobs}
+    if isinstance(first, ConfigError) and all_failed and len({str(failure.error) for failure in failures}) == 1:
         raise first
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)

@@ -6,10 +6,12 @@ listed, parsed and refused without torch.
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from scaled_rope.scaling.parameters import (
@@ -63,6 +65,16 @@ class Method:
     def fn(self) -> MethodFn:
         """The function itself. The first use imports its module, and torch with it."""
         return _resolved(self.function)
+
+    @property
+    def formula(self) -> str:
+        """The docstring of the function, read from its source file: nothing is imported."""
+        module, _, name = self.function.partition(":")
+        source = Path(__file__).parents[1].joinpath(*module.split(".")).with_suffix(".py")
+        for node in ast.parse(source.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name == name:
+                return ast.get_docstring(node) or ""
+        raise LookupError(f"scaled_rope.{module} has no function {name}")
 
 
 @functools.cache

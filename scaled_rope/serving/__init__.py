@@ -1,0 +1,5 @@
+"""Inspecting a model's RoPE scaling, and saying it in the words of other programs.
+
+Holds the checks of configs and of loaded models, figures of scalings, the targets of an export, and GGUF files.
+Knows nothing of training, evaluation and tuning.
+"""

@@ -11,11 +11,9 @@ import argparse
 import dataclasses
 import json
 import os
-import re
 import shlex
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,96 +28,10 @@ from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import SOFTMAX_MSCALE_FAMILIES, has_rope, nested_types
 from scaled_rope.scaling.record import RopeScaling, resolve_scaling
 from scaled_rope.scaling.registry import METHODS
-from scaled_rope.serving.gguf import GgufRope, add_rope
-from scaled_rope.serving.targets import hf, llama_cpp, sglang, vllm
-from scaled_rope.serving.targets.common import TOLERANCE, Expressed, ServedModel, Target, build_patched
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A target's numbers against ours, for one sequence length."""
-
-    length: int
-    max_relative_difference: float
-    """Over all frequencies: |theirs - ours| / ours."""
-    worst_dimension: int
-    attention_factor: float
-    ours: float
-    """Our attention factor."""
-
-    @property
-    def attention_difference(self) -> float:
-        return self.attention_factor - self.ours
-
-    @property
-    def matches(self) -> bool:
-        return self.max_relative_difference <= TOLERANCE and abs(self.attention_difference) <= TOLERANCE * self.ours
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What to tell a target, and what it makes of it."""
-
-    scaling: RopeScaling
-    target: str
-    """Name and version."""
-    status: str
-    """"exact"; "partial": at some lengths only; "mismatch"; "refused"."""
-    reason: str = ""
-    """Why it was refused, one line."""
-    config: dict[str, Any] = field(default_factory=dict)
-    flags: tuple[str, ...] = ()
-    command: str = ""
-    gguf: GgufRope | None = None
-    notes: tuple[str, ...] = ()
-    comparisons: tuple[Comparison, ...] = ()
-
-    @property
-    def config_place(self) -> str:
-        """What `config` is to the command, in words."""
-        if not self.flags:
-            return "in config.json"
-        converted = self.target.startswith("llama.cpp")
-        return "in config.json, before it is converted" if converted else "or, instead of flags, in config.json"
-
-    @property
-    def exit_code(self) -> int:
-        """0: exact; 1: the numbers differ; 2: refused."""
-        return {"exact": 0, "refused": 2}.get(self.status, 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Fit for JSON."""
-        values = dataclasses.asdict(self) | {"scaling": self.scaling.to_dict(), "label": self.scaling.label}
-        values["comparisons"] = [
-            dataclasses.asdict(c) | {"attention_difference": c.attention_difference, "matches": c.matches}
-            for c in self.comparisons
-        ]
-        return values
-
-    def __str__(self) -> str:
-        if self.status == "refused":
-            return f"{self.scaling.label} for {self.target}: refused: {self.reason}"
-        lines = [f"{self.scaling.label} for {self.target}: {self.status}", "", "run:", f"  {self.command}", ""]
-        lines += [f"{self.config_place}:", *_lay_out_config(self.config), ""]
-        if self.gguf is not None:
-            lines += ["in the GGUF:", f"  {self.gguf}", ""]
-        lines.append(f"what {self.target} makes of it, against ours:")
-        for c in self.comparisons:
-            lines += [
-                f"  up to {c.length} tokens: {'same' if c.matches else 'DIFFERENT'}",
-                f"    frequencies       off by at most {c.max_relative_difference:.1e} (relative; dimension "
-                f"{c.worst_dimension})",
-                f"    attention factor  {c.attention_factor:.6g}, ours {c.ours:.6g} ({c.attention_difference:+.1e})",
-            ]
-        return "\n".join([*lines, *(["", "notes:"] if self.notes else []), *(f"  - {note}" for note in self.notes)])
-
-
-def _lay_out_config(config: Mapping[str, Any]) -> list[str]:
-    """JSON to be copied, one key per line also in `rope_parameters`."""
-    text = json.dumps(config, indent=2)
-    # A list of frequencies stays on one line.
-    text = re.sub(r"\[[^\[\]]*\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
-    return [f"  {line}" for line in text.splitlines()]
+from scaled_rope.serving.export_report import Comparison, ExportReport
+from scaled_rope.serving.gguf import add_rope
+from scaled_rope.serving.targets.common import Expressed, ServedModel, Target, build_patched
+from scaled_rope.serving.targets.registry import TARGETS
 
 
 def served_length(scaling: RopeScaling, config: Any) -> int:
@@ -148,6 +60,32 @@ def export(scaling: RopeScaling | str, config: Any, target: Target | str, length
         if target not in TARGETS:
             raise unknown("target", target, TARGETS)
         target = TARGETS[target]
+    request = _request(scaling, config, length)
+    name = f"{target.title} {target.version}"
+    reason = _no_words(request, target)
+    best, failure = (None, "") if reason else _nearest_words(request, target)
+    reason = reason or failure
+    if best is None or (reason and not any(c.matches for c in best[1])):
+        reason = reason or f"it has no words for {request.scaling.label!r}"
+        return ExportReport(request.scaling, name, "refused", reason)
+    words, comparisons = best
+    matches = [c.matches for c in comparisons]
+    return ExportReport(
+        scaling=request.scaling,
+        target=name,
+        status="exact" if all(matches) else "partial" if any(matches) else "mismatch",
+        config=words.config,
+        flags=words.flags,
+        command=target.command.format(flags=shlex.join(words.flags)).strip(),
+        gguf=words.gguf,
+        notes=(*_notes(request, target), *words.notes),
+        comparisons=comparisons,
+        config_place=target.config_place,
+    )
+
+
+def _request(scaling: RopeScaling | str, config: Any, length: int | None) -> ServedModel:
+    """Raises ConfigError for a model without RoPE, a bad spec or length."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     if not has_rope(config):
         raise ConfigError(f"transformers takes no RoPE parameters for model_type {config.model_type!r}")
@@ -155,12 +93,15 @@ def export(scaling: RopeScaling | str, config: Any, target: Target | str, length
         scaling = resolve_scaling(scaling, RopeScaling.from_config(config))
     if length is not None and length < 1:
         raise ConfigError(f"length={length}: must be a positive number of tokens")
-    request = ServedModel(scaling, config, head_dim_of(config), length or served_length(scaling, config))
-    name = f"{target.title} {target.version}"
-    reason = _no_words(request, target)
+    return ServedModel(scaling, config, head_dim_of(config), length or served_length(scaling, config))
+
+
+def _nearest_words(request: ServedModel, target: Target) -> tuple[tuple[Expressed, tuple[Comparison, ...]] | None, str]:
+    """The words of a target whose numbers are ours at most lengths, and the first reason why others cannot be said."""
     best: tuple[Expressed, tuple[Comparison, ...]] | None = None
+    reason = ""
     try:
-        for words in () if reason else target.express(request):
+        for words in target.express(request):
             try:
                 comparisons = tuple(_compare(request, target, words))
             except ConfigError as error:
@@ -172,15 +113,7 @@ def export(scaling: RopeScaling | str, config: Any, target: Target | str, length
                 break
     except ConfigError as error:
         reason = reason or str(error)
-    if best is None or (reason and not any(c.matches for c in best[1])):
-        reason = reason or f"it has no words for {scaling.label!r}"
-        return ExportReport(scaling, name, "refused", reason)
-    words, comparisons = best
-    matches = [c.matches for c in comparisons]
-    status = "exact" if all(matches) else "partial" if any(matches) else "mismatch"
-    command = target.command.format(flags=shlex.join(words.flags)).strip()
-    notes = (*_notes(request, target), *words.notes)
-    return ExportReport(scaling, name, status, "", words.config, words.flags, command, words.gguf, notes, comparisons)
+    return best, reason
 
 
 def _no_words(request: ServedModel, target: Target) -> str:
@@ -211,6 +144,7 @@ def _no_words(request: ServedModel, target: Target) -> str:
 
 
 def _notes(request: ServedModel, target: Target) -> list[str]:
+    """What is to be said whatever the words."""
     scaling, notes = request.scaling, []
     if target.static and scaling.method != "default" and scaling.factor > 1 and not scaling.is_length_dependent:
         notes.append(f"{target.title} scales short prompts as well: it computes one table for all lengths")
@@ -245,49 +179,6 @@ def _compare(request: ServedModel, target: Target, words: Expressed) -> Iterator
         off = [abs(a - b) / max(b, 1e-12) for a, b in zip(theirs.inv_freq, ours.tolist(), strict=True)]
         worst = max(range(len(off)), key=off.__getitem__)
         yield Comparison(length, off[worst], worst, theirs.attention_factor, factor)
-
-
-_CACHED = "{} computes one table for all lengths and caches rotated keys"
-TARGETS: dict[str, Target] = {
-    target.name: target
-    for target in (
-        Target(
-            "transformers",
-            "transformers",
-            transformers.__version__,
-            hf.express,
-            hf.restate,
-            "AutoModelForCausalLM.from_pretrained(DIR), with these keys in DIR/config.json",
-        ),
-        Target(
-            "vllm",
-            "vLLM",
-            "0.33.0",
-            vllm.express,
-            vllm.restate,
-            "vllm serve MODEL {flags}",
-            _CACHED.format("vLLM"),
-        ),
-        Target(
-            "sglang",
-            "SGLang",
-            "0.5.23",
-            sglang.express,
-            sglang.restate,
-            "python -m sglang.launch_server --model-path MODEL {flags}",
-            _CACHED.format("SGLang"),
-        ),
-        Target(
-            "llama.cpp",
-            "llama.cpp",
-            "0c1e570",
-            llama_cpp.express,
-            llama_cpp.restate,
-            "llama-server -m MODEL.gguf {flags}",
-            "llama.cpp fixes the frequencies when it starts and caches rotated keys",
-        ),
-    )
-}
 
 
 # The command ---------------------------------------------------------------------------------------------------------

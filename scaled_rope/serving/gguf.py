@@ -95,10 +95,28 @@ def write_checkpoint(folder: str | Path, path: str | Path, rope: GgufRope) -> No
         raise ConfigError(
             f"model_type={config.model_type!r}: only llama and mistral checkpoints can be written as GGUF"
         )
-    head_dim = head_dim_of(config)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    metadata: dict[str, Any] = {
-        "general.name": Path(folder).name,
+    metadata = _llama_metadata(config, Path(folder).name) | rope.metadata
+    with _writing(path) as scratch:
+        writer = gguf.GGUFWriter(str(scratch), "llama")
+        for key, value in metadata.items():
+            _add(writer, key, value)
+        _add_tokenizer(writer, Path(folder), config)
+        for name, tensor in _weights(Path(folder)):
+            target = _tensor_name(name)
+            kind = target.split(".")[-2]
+            array = interleave(tensor, heads[kind]) if kind in heads else tensor
+            writer.add_tensor(target, np.ascontiguousarray(array))
+        if rope.divisors is not None:
+            writer.add_tensor(ROPE_TENSOR, np.asarray(rope.divisors, dtype=np.float32))
+        _finish(writer)
+
+
+def _llama_metadata(config: Any, name: str) -> dict[str, Any]:
+    """Keys and values for a model's config, its rotary base included."""
+    head_dim = head_dim_of(config)
+    return {
+        "general.name": name,
         "general.file_type": 0,  # float32 throughout
         "llama.block_count": config.num_hidden_layers,
         "llama.context_length": config.max_position_embeddings,
@@ -113,19 +131,6 @@ def write_checkpoint(folder: str | Path, path: str | Path, rope: GgufRope) -> No
         "llama.rope.dimension_count": head_dim,
         "llama.rope.freq_base": float(config.rope_parameters["rope_theta"]),
     }
-    with _writing(path) as scratch:
-        writer = gguf.GGUFWriter(str(scratch), "llama")
-        for key, value in (metadata | rope.metadata).items():
-            _add(writer, key, value)
-        _add_tokenizer(writer, Path(folder), config)
-        for name, tensor in _weights(Path(folder)):
-            target = _tensor_name(name)
-            kind = target.split(".")[-2]
-            array = interleave(tensor, heads[kind]) if kind in heads else tensor
-            writer.add_tensor(target, np.ascontiguousarray(array))
-        if rope.divisors is not None:
-            writer.add_tensor(ROPE_TENSOR, np.asarray(rope.divisors, dtype=np.float32))
-        _finish(writer)
 
 
 def add_rope(source: str | Path, path: str | Path, rope: GgufRope) -> None:

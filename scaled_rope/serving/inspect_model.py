@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,9 +51,8 @@ def _check_rotary(model: nn.Module, base: Any, rotary: Any) -> Iterator[Finding]
     if adapter is not None and adapter.alibi and getattr(config, adapter.alibi, False):
         yield Finding("alibi", "info", f"{adapter.alibi}=true: the model has a rotary module that it does not use.")
         return
-    rope = getattr(config, "rope_parameters", None)
-    parts = [rope[name] for name in nested_types(rope)] if isinstance(rope, Mapping) and nested_types(rope) else [rope]
-    if any(not isinstance(part, Mapping) or part.get("rope_theta") is None for part in parts):
+    with_theta = _has_theta(getattr(config, "rope_parameters", None))
+    if not with_theta:
         yield Finding(
             "no-live-theta",
             "error",
@@ -64,8 +64,14 @@ def _check_rotary(model: nn.Module, base: Any, rotary: Any) -> Iterator[Finding]
     installed = patched_scaling(model)
     if installed is not None:
         yield from _check_patched(model, config, installed)
-    elif all(isinstance(part, Mapping) and part.get("rope_theta") is not None for part in parts):
+    elif with_theta:
         yield from _check_vanilla(config, rotary)
+
+
+def _has_theta(rope: Any) -> bool:
+    """Whether every part of `rope_parameters` says its base."""
+    parts = [rope[name] for name in nested_types(rope)] if isinstance(rope, Mapping) and nested_types(rope) else [rope]
+    return all(isinstance(part, Mapping) and part.get("rope_theta") is not None for part in parts)
 
 
 def _check_dtype(config: Any, rotary: Any) -> Iterator[Finding]:
@@ -122,6 +128,29 @@ def _check_patched(model: nn.Module, config: Any, installed: RopeScaling) -> Ite
         )
 
 
+@dataclass(frozen=True)
+class _Tables:
+    """What a rotary module of transformers computes with in one layer type."""
+
+    layer_type: str | None
+    """None where all layers share it."""
+    rope_type: str
+    live: Tensor
+    """Frequencies [D/2] as the module was built."""
+    live_factor: float
+    """Its attention factor."""
+    current: Tensor
+    """Frequencies [D/2] that the last input left behind."""
+    now: Tensor
+    """Frequencies [D/2] of a module that is built now."""
+    now_factor: float
+
+    @property
+    def where(self) -> str:
+        """The layers in question, to go on with in a sentence; empty for all."""
+        return f" in {self.layer_type} layers" if self.layer_type else ""
+
+
 def _check_vanilla(config: Any, rotary: Any) -> Iterator[Finding]:
     """A module of transformers: what it holds, what it would hold if built now, and what the config means."""
     fresh = _fresh(config, rotary)
@@ -134,52 +163,85 @@ def _check_vanilla(config: Any, rotary: Any) -> Iterator[Finding]:
             "Use patch_model, or correct the config.",
         )
         return
-    rope = config.rope_parameters
-    layer_types: list[str | None] = [*nested_types(rope)] or [None]
+    layer_types: list[str | None] = [*nested_types(config.rope_parameters)] or [None]
     for layer_type in layer_types:
-        prefix = f"{layer_type}_" if layer_type else ""
-        live = getattr(rotary, f"{prefix}original_inv_freq", getattr(rotary, f"{prefix}inv_freq", None))
-        now = getattr(fresh, f"{prefix}inv_freq", None)
-        if not isinstance(live, Tensor) or not isinstance(now, Tensor) or live.is_meta:
+        tables = _tables_of(config, rotary, fresh, layer_type)
+        if tables is None:
             continue
-        live_factor = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
-        now_factor = float(getattr(fresh, f"{prefix}attention_scaling", 1.0))
-        where = f" in {layer_type} layers" if layer_type else ""
-        if live.dtype in (torch.float32, torch.float64):
-            difference = describe_difference(live, live_factor, now, now_factor, "the model", "by the config")
-            if difference:
-                yield Finding(
-                    "edited-after-load",
-                    "error",
-                    f"The model does not compute what its config says{where}{difference}. An edit of the config does "
-                    "not reach a model that is loaded.",
-                    "Use patch_model, or edit config.json and load again.",
-                )
-                continue
-        current = getattr(rotary, f"{prefix}inv_freq")
-        rope_type = (rope[layer_type] if layer_type else rope).get("rope_type", "default")
-        if rope_type in ("dynamic", "longrope") and describe_difference(current.to(live.dtype), 1, live, 1, "", ""):
-            yield Finding(
-                "dynamic-state",
-                "warning",
-                f"The frequencies{where} are those of an earlier, longer input: the next one is computed with them "
-                "until it resets them.",
-                "Load with scaled_rope.load_model, whose rotary module has no memory.",
-            )
-        try:
-            meant = RopeScaling.read_config(config, layer_type)[0]
-            head_dim = config_head_dim(config)
-            if head_dim is None:
-                continue
-            ours, our_factor = compute_rope(meant.of_frequencies, head_dim)
-        except ConfigError as error:
-            yield Finding("bad-value", "error", f"{error}.", "Correct the value.")
+        edited = list(_check_edited(tables))
+        if edited:
+            yield from edited
             continue
-        difference = describe_difference(now, now_factor, ours, our_factor, "the model", "meant")
-        if difference:
-            yield Finding(
-                "computes-otherwise",
-                "error",
-                f"The model's code makes something else of its config than the config means{where}{difference}.",
-                "Use patch_model: it computes what is meant.",
-            )
+        yield from _check_memory(tables)
+        yield from _check_meaning(config, tables)
+
+
+def _tables_of(config: Any, rotary: Any, fresh: Any, layer_type: str | None) -> _Tables | None:
+    """None where the module has no frequencies of its own to look at."""
+    prefix = f"{layer_type}_" if layer_type else ""
+    live = getattr(rotary, f"{prefix}original_inv_freq", getattr(rotary, f"{prefix}inv_freq", None))
+    now = getattr(fresh, f"{prefix}inv_freq", None)
+    if not isinstance(live, Tensor) or not isinstance(now, Tensor) or live.is_meta:
+        return None
+    rope = config.rope_parameters
+    return _Tables(
+        layer_type=layer_type,
+        rope_type=(rope[layer_type] if layer_type else rope).get("rope_type", "default"),
+        live=live,
+        live_factor=float(getattr(rotary, f"{prefix}attention_scaling", 1.0)),
+        current=getattr(rotary, f"{prefix}inv_freq"),
+        now=now,
+        now_factor=float(getattr(fresh, f"{prefix}attention_scaling", 1.0)),
+    )
+
+
+def _check_edited(tables: _Tables) -> Iterator[Finding]:
+    """Whether the module is the one that the config describes; `_check_dtype` reports frequencies in low precision."""
+    if tables.live.dtype not in (torch.float32, torch.float64):
+        return
+    difference = describe_difference(
+        tables.live, tables.live_factor, tables.now, tables.now_factor, "the model", "by the config"
+    )
+    if difference:
+        yield Finding(
+            "edited-after-load",
+            "error",
+            f"The model does not compute what its config says{tables.where}{difference}. An edit of the config does "
+            "not reach a model that is loaded.",
+            "Use patch_model, or edit config.json and load again.",
+        )
+
+
+def _check_memory(tables: _Tables) -> Iterator[Finding]:
+    """Whether the module still holds the frequencies of a longer input."""
+    if tables.rope_type not in ("dynamic", "longrope"):
+        return
+    if describe_difference(tables.current.to(tables.live.dtype), 1, tables.live, 1, "", ""):
+        yield Finding(
+            "dynamic-state",
+            "warning",
+            f"The frequencies{tables.where} are those of an earlier, longer input: the next one is computed with them "
+            "until it resets them.",
+            "Load with scaled_rope.load_model, whose rotary module has no memory.",
+        )
+
+
+def _check_meaning(config: Any, tables: _Tables) -> Iterator[Finding]:
+    """Whether the model's code makes of the config what it means."""
+    try:
+        meant = RopeScaling.read_config(config, tables.layer_type)[0]
+        head_dim = config_head_dim(config)
+        if head_dim is None:
+            return
+        ours, our_factor = compute_rope(meant.of_frequencies, head_dim)
+    except ConfigError as error:
+        yield Finding("bad-value", "error", f"{error}.", "Correct the value.")
+        return
+    difference = describe_difference(tables.now, tables.now_factor, ours, our_factor, "the model", "meant")
+    if difference:
+        yield Finding(
+            "computes-otherwise",
+            "error",
+            f"The model's code makes something else of its config than the config means{tables.where}{difference}.",
+            "Use patch_model: it computes what is meant.",
+        )

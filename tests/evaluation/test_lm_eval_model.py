@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from scaled_rope import patch_model
-from tests.runs import ROOT
+from tests.helpers import ROOT
 
 
 def test_lm_eval_is_imported_when_it_is_needed_only() -> None:

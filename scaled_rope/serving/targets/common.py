@@ -1,8 +1,7 @@
-"""What the programs share: requests, and the arithmetic that several of them do."""
+"""What the programs share: what is to be served, and the words that several of them take."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import read_by_attention
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.serving.gguf import GgufRope
+from scaled_rope.serving.targets.arithmetic import powers
 
 TOLERANCE = 1e-5
 """Largest relative difference of a frequency, and of the attention factor, that counts as the same number: float32
@@ -85,6 +85,8 @@ class Target:
     """How its command line begins; {flags} is what we add."""
     static: str = ""
     """Why the target cannot follow the length of a sequence; empty when it can."""
+    config_place: str = "in config.json"
+    """What keys of config.json are to the command, in words."""
 
 
 # Words ---------------------------------------------------------------------------------------------------------------
@@ -137,6 +139,7 @@ LONG_LIST_NOTE = "prompts of up to L tokens get the long list too, where LongRoP
 
 
 def table_notes(request: ServedModel) -> tuple[str, ...]:
+    """What is to be said about `table_of`."""
     return (_TABLE_NOTE, LONG_LIST_NOTE) if request.scaling.is_length_dependent else (_TABLE_NOTE,)
 
 
@@ -149,75 +152,6 @@ def config_of(request: ServedModel, rope: dict[str, Any], context: int) -> dict[
     if getattr(request.config, "original_max_position_embeddings", None) is not None:
         config["original_max_position_embeddings"] = rope.get("original_max_position_embeddings", context)
     return config
-
-
-# What the programs compute -------------------------------------------------------------------------------------------
-def powers(base: float, dim: int) -> list[float]:
-    return [base ** (-2 * d / dim) for d in range(dim // 2)]
-
-
-def yarn_attention(factor: float) -> float:
-    """The attention factor that every one of the programs has for YaRN unless told otherwise."""
-    return 1.0 if factor <= 1 else 1.0 + 0.1 * math.log(factor)
-
-
-def correction_range(
-    dim: int, base: float, original: float, fast: float, slow: float, truncate: bool
-) -> tuple[float, float]:
-    """The ends of YaRN's ramp in dimensions, the same in all of the programs."""
-    low, high = (dim * math.log(original / (2 * math.pi * turns)) / (2 * math.log(base)) for turns in (fast, slow))
-    if truncate:
-        low, high = math.floor(low), math.ceil(high)
-    return max(low, 0), min(high, dim - 1)
-
-
-def blend(own: Sequence[float], factor: float, low: float, span: float, kept: float = 1.0) -> list[float]:
-    """Frequencies between own / factor and own; `kept` multiplies the share of own ones."""
-    share = [kept * (1 - min(1.0, max(0.0, (d - low) / span))) for d in range(len(own))]
-    return [theta * (k + (1 - k) / factor) for theta, k in zip(own, share, strict=True)]
-
-
-def restate_servers_yarn(rope: Mapping[str, Any], dim: int) -> list[float]:
-    """The frequencies of `YaRNScalingRotaryEmbedding`, alike in vLLM and SGLang."""
-    base, original = rope["rope_theta"], rope["original_max_position_embeddings"]
-    fast, slow = (32.0 if rope.get("beta_fast") is None else rope["beta_fast"]), rope.get("beta_slow")
-    truncate = rope.get("truncate", True)
-    low, high = correction_range(dim, base, original, fast, 1.0 if slow is None else slow, truncate)
-    span = 0.001 if low == high else high - low
-    kept = rope.get("extrapolation_factor", 1.0)
-    return blend(powers(base, dim), rope["factor"], low, span, kept)
-
-
-def restate_llama3(rope: Mapping[str, Any], dim: int) -> list[float]:
-    """vLLM's and SGLang's `Llama3RotaryEmbedding`, and llama.cpp's converter, which stores the quotients."""
-    original, factor = rope["original_max_position_embeddings"], rope["factor"]
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    result = []
-    for theta in powers(rope["rope_theta"], dim):
-        turns = original * theta / (2 * math.pi)
-        smooth = 1.0 if turns > high else 0.0 if turns < low else (turns - low) / (high - low) if low != high else 0.0
-        result.append((1 - smooth) * theta / factor + smooth * theta)
-    return result
-
-
-def mscale_pair(rope: Mapping[str, Any]) -> float | None:
-    """The quotient that `mscale` and `mscale_all_dim` stand for when both are given."""
-    one, other = rope.get("mscale"), rope.get("mscale_all_dim")
-    if not one or not other:
-        return None
-    log_factor = math.log(max(rope["factor"], 1.0))
-    return float((1 + 0.1 * one * log_factor) / (1 + 0.1 * other * log_factor))
-
-
-def restate_longrope(rope: Mapping[str, Any], dim: int, long: bool, context: int) -> tuple[list[float], float]:
-    """`Phi3LongRoPEScaledRotaryEmbedding`, alike in vLLM and SGLang; neither reads `attention_factor`."""
-    name = "long" if long else "short"
-    original = rope["original_max_position_embeddings"]
-    scale = context / original
-    default = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
-    mscale = rope.get(f"{name}_mscale")
-    inv_freq = [a / b for a, b in zip(powers(rope["rope_theta"], dim), rope[f"{name}_factor"], strict=True)]
-    return inv_freq, default if mscale is None else mscale
 
 
 def build_patched(config: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from scaled_rope.serving.targets.common import (
     Expressed,
     Restated,
     ServedModel,
+    Target,
     build_patched,
     config_of,
     native_keys,
@@ -23,6 +24,7 @@ from scaled_rope.serving.targets.common import (
 
 
 def express(request: ServedModel) -> Iterator[Expressed]:
+    """Under its own name where the program has one, then as a table of frequencies."""
     rope = native_keys(request)
     if rope is not None:
         # In "dynamic" the model's maximum is L.
@@ -53,3 +55,13 @@ def restate(request: ServedModel, words: Expressed, length: int) -> Restated:
     finally:
         transformers_logging.set_verbosity(verbosity)
     return Restated(rotary.inv_freq.tolist(), float(rotary.attention_scaling))
+
+
+TARGET = Target(
+    name="transformers",
+    title="transformers",
+    version=transformers.__version__,
+    express=express,
+    restate=restate,
+    command="AutoModelForCausalLM.from_pretrained(DIR), with these keys in DIR/config.json",
+)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.scaling.frequencies import compute_rope
-from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.serving.gguf import GgufRope
+from scaled_rope.serving.targets.arithmetic import blend, correction_range, powers, restate_llama3, yarn_attention
 from scaled_rope.serving.targets.common import (
     LONG_LIST_NOTE,
     Expressed,
     Restated,
     ServedModel,
-    blend,
+    Target,
     config_of,
-    correction_range,
     divisors,
     native_keys,
-    powers,
-    restate_llama3,
-    yarn_attention,
 )
 
 _GGUF_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama"}
@@ -41,62 +37,6 @@ _GGUF_OTHERS = {
     "smollm3": "smollm3",
     "stablelm": "stablelm",
 }
-
-
-def express(request: ServedModel) -> Iterator[Expressed]:
-    scaling = request.scaling
-    model_type = str(getattr(request.config, "model_type", None))
-    arch = _GGUF_ARCHITECTURES.get(model_type) or _GGUF_OTHERS.get(model_type)
-    if arch is None:
-        raise unknown("model_type", model_type, [*_GGUF_ARCHITECTURES, *_GGUF_OTHERS])
-    scale = f"{arch}.rope.scaling."
-
-    def words(
-        given: dict[str, Any], rope: dict[str, Any], notes: tuple[str, ...] = (), gguf: GgufRope | None = None
-    ) -> Expressed:
-        flags = [
-            part for key, value in given.items() if key in _LLAMA_FLAGS for part in (_LLAMA_FLAGS[key], f"{value}")
-        ]
-        factor = given.get("attn_factor", 1.0)
-        if factor != 1.0 and gguf is None:
-            flags += ["--override-kv", f"{scale}attn_factor=float:{factor:.9g}"]
-        flags += ["-c", str(request.length)]
-        return Expressed(given, config_of(request, rope, request.length), tuple(flags), notes, gguf)
-
-    rope = native_keys(request)
-    plain: dict[str, Any] = {"rope_type": "default", "rope_theta": scaling.rope_theta}
-    if scaling.partial_rotary_factor != 1.0:
-        plain["partial_rotary_factor"] = scaling.partial_rotary_factor
-    kind = rope["rope_type"] if rope is not None else None
-    if rope is not None and kind == "default":
-        yield words({"scaling": "none", "freq_base": rope["rope_theta"]}, rope)
-    elif rope is not None and kind == "linear":
-        yield words({"scaling": "linear", "scale": rope["factor"], "freq_base": rope["rope_theta"]}, rope)
-    elif rope is not None and kind == "llama3" and arch == "llama":
-        note = "convert from this config.json: the converter computes llama3's divisors and stores them in the GGUF"
-        yield words({"scaling": "none", "freq_base": rope["rope_theta"], "converted": rope}, rope, (note,))
-    if scaling.method in ("yarn", "ntk-by-parts") and scaling.ramp != "rotations":
-        yield from _yarn_llama_cpp(scaling, words, rope or plain)
-    if arch not in _GGUF_ARCHITECTURES.values():
-        raise ConfigError(f"it has no flags for {scaling.label!r}, and its {arch} models read no tensor of divisors")
-    _, attention_factor = compute_rope(scaling, request.head_dim, request.length)
-    gguf = GgufRope(
-        metadata={
-            f"{scale}type": "none",
-            f"{arch}.rope.freq_base": scaling.rope_theta,
-            f"{scale}attn_factor": attention_factor,
-        },
-        divisors=tuple(divisors(scaling, request.head_dim, request.length)),
-    )
-    given = {"scaling": "none", "freq_base": scaling.rope_theta, "attn_factor": attention_factor}
-    notes: tuple[str, ...] = (
-        "flags have no words for this: the GGUF must hold a tensor of divisors; --gguf adds it to a GGUF",
-    )
-    if scaling.is_length_dependent:
-        notes = (*notes, LONG_LIST_NOTE)
-    yield words(given | {"divisors": gguf.divisors}, plain, notes, gguf)
-
-
 _LLAMA_FLAGS = {
     "scaling": "--rope-scaling",
     "scale": "--rope-scale",
@@ -108,14 +48,78 @@ _LLAMA_FLAGS = {
 }
 
 
-def _yarn_llama_cpp(scaling: RopeScaling, words: Callable[..., Expressed], rope: dict[str, Any]) -> Iterator[Expressed]:
+def express(request: ServedModel) -> Iterator[Expressed]:
+    """By flags where it has some, then by a tensor of divisors in the GGUF.
+
+    Raises:
+        ConfigError: a family that llama.cpp does not know here, or neither flags nor a tensor.
+    """
+    scaling, arch = request.scaling, _architecture(request)
+    rope = native_keys(request)
+    if rope is not None:
+        yield from _by_name(request, arch, rope)
+    if scaling.method in ("yarn", "ntk-by-parts") and scaling.ramp != "rotations":
+        yield _by_yarn_flags(request, arch, rope or _plain(request))
+    if arch not in _GGUF_ARCHITECTURES.values():
+        raise ConfigError(f"it has no flags for {scaling.label!r}, and its {arch} models read no tensor of divisors")
+    yield _by_divisors(request, arch)
+
+
+def _architecture(request: ServedModel) -> str:
+    """llama.cpp's name for the family."""
+    model_type = str(getattr(request.config, "model_type", None))
+    arch = _GGUF_ARCHITECTURES.get(model_type) or _GGUF_OTHERS.get(model_type)
+    if arch is None:
+        raise unknown("model_type", model_type, [*_GGUF_ARCHITECTURES, *_GGUF_OTHERS])
+    return arch
+
+
+def _plain(request: ServedModel) -> dict[str, Any]:
+    """`rope_parameters` of the unscaled model."""
+    scaling = request.scaling
+    plain: dict[str, Any] = {"rope_type": "default", "rope_theta": scaling.rope_theta}
+    if scaling.partial_rotary_factor != 1.0:
+        plain["partial_rotary_factor"] = scaling.partial_rotary_factor
+    return plain
+
+
+def _words(
+    request: ServedModel,
+    arch: str,
+    given: dict[str, Any],
+    rope: dict[str, Any],
+    notes: tuple[str, ...] = (),
+    gguf: GgufRope | None = None,
+) -> Expressed:
+    """given: what llama.cpp is to be told; rope: `rope_parameters` to convert from."""
+    flags = [part for key, value in given.items() if key in _LLAMA_FLAGS for part in (_LLAMA_FLAGS[key], f"{value}")]
+    factor = given.get("attn_factor", 1.0)
+    if factor != 1.0 and gguf is None:
+        flags += ["--override-kv", f"{arch}.rope.scaling.attn_factor=float:{factor:.9g}"]
+    flags += ["-c", str(request.length)]
+    return Expressed(given, config_of(request, rope, request.length), tuple(flags), notes, gguf)
+
+
+def _by_name(request: ServedModel, arch: str, rope: dict[str, Any]) -> Iterator[Expressed]:
+    """The rope types of transformers that llama.cpp has as well; YaRN is `_by_yarn_flags`."""
+    kind, theta = rope["rope_type"], rope["rope_theta"]
+    if kind == "default":
+        yield _words(request, arch, {"scaling": "none", "freq_base": theta}, rope)
+    elif kind == "linear":
+        yield _words(request, arch, {"scaling": "linear", "scale": rope["factor"], "freq_base": theta}, rope)
+    elif kind == "llama3" and arch == "llama":
+        note = "convert from this config.json: the converter computes llama3's divisors and stores them in the GGUF"
+        yield _words(request, arch, {"scaling": "none", "freq_base": theta, "converted": rope}, rope, (note,))
+
+
+def _by_yarn_flags(request: ServedModel, arch: str, rope: dict[str, Any]) -> Expressed:
+    scaling = request.scaling
     extrapolation = 1.0 if scaling.extrapolation_factor is None else scaling.extrapolation_factor
     fast, slow = scaling.ramp_bounds
     given: dict[str, Any] = {"scaling": "yarn", "scale": scaling.factor, "freq_base": scaling.rope_theta}
     wanted = scaling.static_attention_factor
     if extrapolation == 0:  # nothing is kept, and the program leaves its own attention factor out as well
-        yield words(given | {"scaling": "linear", "attn_factor": wanted}, rope)
-        return
+        return _words(request, arch, given | {"scaling": "linear", "attn_factor": wanted}, rope)
     given |= {"orig_ctx": scaling.original_max_position_embeddings, "ext_factor": extrapolation}
     notes: tuple[str, ...] = (
         "the flags are needed at every start: a converted Llama or Mistral does not read these from its GGUF",
@@ -124,7 +128,28 @@ def _yarn_llama_cpp(scaling: RopeScaling, words: Callable[..., Expressed], rope:
         given["attn_factor"] = wanted / yarn_attention(scaling.factor)
         notes += ("--yarn-attn-factor is overwritten by this version; the metadata attn_factor multiplies its own",)
     told = (fast, slow) != (32.0, 1.0) or extrapolation != 1 or "attn_factor" in given
-    yield words(given | {"beta_fast": fast, "beta_slow": slow}, rope, notes if told else ())
+    return _words(request, arch, given | {"beta_fast": fast, "beta_slow": slow}, rope, notes if told else ())
+
+
+def _by_divisors(request: ServedModel, arch: str) -> Expressed:
+    """Every frequency spelled out in the GGUF."""
+    scaling = request.scaling
+    _, attention_factor = compute_rope(scaling, request.head_dim, request.length)
+    gguf = GgufRope(
+        metadata={
+            f"{arch}.rope.scaling.type": "none",
+            f"{arch}.rope.freq_base": scaling.rope_theta,
+            f"{arch}.rope.scaling.attn_factor": attention_factor,
+        },
+        divisors=tuple(divisors(scaling, request.head_dim, request.length)),
+    )
+    given = {"scaling": "none", "freq_base": scaling.rope_theta, "attn_factor": attention_factor}
+    notes: tuple[str, ...] = (
+        "flags have no words for this: the GGUF must hold a tensor of divisors; --gguf adds it to a GGUF",
+    )
+    if scaling.is_length_dependent:
+        notes = (*notes, LONG_LIST_NOTE)
+    return _words(request, arch, given | {"divisors": gguf.divisors}, _plain(request), notes, gguf)
 
 
 def restate(request: ServedModel, words: Expressed, length: int) -> Restated:
@@ -149,3 +174,15 @@ def restate(request: ServedModel, words: Expressed, length: int) -> Restated:
     low, high = correction_range(dim, given["freq_base"], given["orig_ctx"], fast, slow, truncate=True)
     inv_freq = blend(own, scale, low, max(0.001, high - low), given["ext_factor"])
     return Restated(inv_freq, factor * yarn_attention(scale))
+
+
+TARGET = Target(
+    name="llama.cpp",
+    title="llama.cpp",
+    version="0c1e570",
+    express=express,
+    restate=restate,
+    command="llama-server -m MODEL.gguf {flags}",
+    static="llama.cpp fixes the frequencies when it starts and caches rotated keys",
+    config_place="in config.json, before it is converted",
+)

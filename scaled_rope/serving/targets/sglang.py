@@ -6,25 +6,31 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from scaled_rope.serving.targets.arithmetic import yarn_attention
 from scaled_rope.serving.targets.common import (
     TOLERANCE,
     Expressed,
     Restated,
     ServedModel,
+    Target,
     config_of,
-    mscale_pair,
     native_keys,
-    powers,
-    restate_llama3,
-    restate_longrope,
-    restate_servers_yarn,
     table_notes,
-    table_of,
-    yarn_attention,
+)
+from scaled_rope.serving.targets.servers import (
+    CACHED,
+    CONFIG_PLACE,
+    longrope_numbers,
+    mscale_pair,
+    plain_frequencies,
+    table_with_mscales,
+    yarn_frequencies,
 )
 
 
 def express(request: ServedModel) -> Iterator[Expressed]:
+    """Under its own name where the program has one, then as a table of frequencies."""
+
     def words(rope: dict[str, Any], notes: tuple[str, ...] = ()) -> Expressed:
         config = config_of(request, rope, request.length)
         if "partial_rotary_factor" in rope:  # read from the top level there
@@ -45,9 +51,7 @@ def express(request: ServedModel) -> Iterator[Expressed]:
             if abs(ratio - 1) > TOLERANCE:
                 notes = ("attn_factor carries the attention factor: SGLang does not read attention_factor",)
         yield words(rope, notes)
-    rope = table_of(request)
-    rope |= {"short_mscale": rope["attention_factor"], "long_mscale": rope["attention_factor"]}
-    yield words(rope, table_notes(request))
+    yield words(table_with_mscales(request), table_notes(request))
 
 
 def restate(request: ServedModel, words: Expressed, length: int) -> Restated:
@@ -61,12 +65,21 @@ def restate(request: ServedModel, words: Expressed, length: int) -> Restated:
     kind = rope["rope_type"]
     if kind == "longrope":
         long = length - 1 > rope["original_max_position_embeddings"]
-        return Restated(*restate_longrope(rope, dim, long, request.length))
+        return Restated(*longrope_numbers(rope, dim, long, request.length))
     if kind == "yarn":
         pair = mscale_pair(rope)
         factor = (yarn_attention(rope["factor"]) if pair is None else pair) * rope.get("attn_factor", 1.0)
-        return Restated(restate_servers_yarn(rope, dim), factor)
-    if kind == "llama3":
-        return Restated(restate_llama3(rope, dim), 1.0)
-    divisor = rope["factor"] if kind == "linear" else 1.0
-    return Restated([theta / divisor for theta in powers(rope["rope_theta"], dim)], 1.0)
+        return Restated(yarn_frequencies(rope, dim), factor)
+    return Restated(plain_frequencies(rope, dim), 1.0)
+
+
+TARGET = Target(
+    name="sglang",
+    title="SGLang",
+    version="0.5.23",
+    express=express,
+    restate=restate,
+    command="python -m sglang.launch_server --model-path MODEL {flags}",
+    static=CACHED.format("SGLang"),
+    config_place=CONFIG_PLACE,
+)

@@ -7,24 +7,30 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from scaled_rope.serving.targets.arithmetic import yarn_attention
 from scaled_rope.serving.targets.common import (
     Expressed,
     Restated,
     ServedModel,
+    Target,
     config_of,
-    mscale_pair,
     native_keys,
-    powers,
-    restate_llama3,
-    restate_longrope,
-    restate_servers_yarn,
     table_notes,
-    table_of,
-    yarn_attention,
+)
+from scaled_rope.serving.targets.servers import (
+    CACHED,
+    CONFIG_PLACE,
+    longrope_numbers,
+    mscale_pair,
+    plain_frequencies,
+    table_with_mscales,
+    yarn_frequencies,
 )
 
 
 def express(request: ServedModel) -> Iterator[Expressed]:
+    """Under its own name where the program has one, then as a table of frequencies."""
+
     def words(rope: dict[str, Any], context: int, notes: tuple[str, ...] = ()) -> Expressed:
         config = config_of(request, rope, context)
         flags = ("--hf-overrides", json.dumps(config), "--max-model-len", str(request.length))
@@ -37,9 +43,7 @@ def express(request: ServedModel) -> Iterator[Expressed]:
         # Here alone the program multiplies the config's maximum by the factor, for its limit and for its table.
         note = "max_position_embeddings is the length before scaling: vLLM multiplies it by a linear factor"
         yield words(rope, math.ceil(request.length / rope["factor"]), (note,))
-    rope = table_of(request)
-    rope |= {"short_mscale": rope["attention_factor"], "long_mscale": rope["attention_factor"]}
-    yield words(rope, request.length, table_notes(request))
+    yield words(table_with_mscales(request), request.length, table_notes(request))
 
 
 def restate(request: ServedModel, words: Expressed, length: int) -> Restated:
@@ -53,14 +57,24 @@ def restate(request: ServedModel, words: Expressed, length: int) -> Restated:
     kind = rope["rope_type"]
     if kind == "longrope":
         long = request.length > rope["original_max_position_embeddings"]
-        inv_freq, factor = restate_longrope(rope, dim, long, context)
+        inv_freq, factor = longrope_numbers(rope, dim, long, context)
         return Restated(inv_freq, factor, context if long else rope["original_max_position_embeddings"])
     if kind == "yarn":
-        inv_freq = restate_servers_yarn({**rope, "extrapolation_factor": 1.0}, dim)
+        inv_freq = yarn_frequencies({**rope, "extrapolation_factor": 1.0}, dim)
         told = rope.get("attention_factor")
         factor = told if told is not None else mscale_pair(rope) or yarn_attention(rope["factor"])
         return Restated(inv_freq, factor, math.ceil(rope["original_max_position_embeddings"] * rope["factor"]))
-    if kind == "llama3":
-        return Restated(restate_llama3(rope, dim), 1.0, context)
-    divisor = rope["factor"] if kind == "linear" else 1.0
-    return Restated([theta / divisor for theta in powers(rope["rope_theta"], dim)], 1.0, int(context * divisor))
+    rows = int(context * rope["factor"]) if kind == "linear" else context
+    return Restated(plain_frequencies(rope, dim), 1.0, rows)
+
+
+TARGET = Target(
+    name="vllm",
+    title="vLLM",
+    version="0.33.0",
+    express=express,
+    restate=restate,
+    command="vllm serve MODEL {flags}",
+    static=CACHED.format("vLLM"),
+    config_place=CONFIG_PLACE,
+)

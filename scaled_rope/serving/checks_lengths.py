@@ -1,0 +1,77 @@
+"""Whether factor, original length L and max_position_embeddings of a config go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from scaled_rope.scaling.registry import METHODS
+from scaled_rope.serving.config_facts import ConfigFacts
+from scaled_rope.serving.inspect_report import Finding
+
+_FACTOR_IS_NO_RATIO = ("llama3", "dynamic-ntk")
+"""Methods that need L and whose factor is no ratio of two lengths."""
+
+
+def unsaid_original_length(facts: ConfigFacts) -> Iterator[Finding]:
+    """Scalings that work without L leave open which length max_position_embeddings is."""
+    own, context = facts.own, facts.context
+    if own is None or facts.spec is not None or own.method not in ("linear", "ntk") or own.factor <= 1:
+        return
+    if not facts.original_is_written and context:
+        yield Finding(
+            "unknown-original",
+            "info",
+            f"The config does not say the original length. max_position_embeddings={context} is taken for it, but "
+            f"by another habit that is the extended length, and the original one {context / own.factor:.0f}; the "
+            "frequencies are the same.",
+            "Write original_max_position_embeddings, for programs and people that need it.",
+        )
+
+
+def undeclared_extended_length(facts: ConfigFacts) -> Iterator[Finding]:
+    """max_position_embeddings is still L."""
+    lengths = _lengths_apart(facts)
+    if lengths is None or lengths[0] != lengths[1]:
+        return
+    context, original, factor = lengths
+    yield Finding(
+        "undeclared-length",
+        "warning",
+        f"max_position_embeddings={context} is still the original length, although the factor {factor:g} "
+        f"leads to {factor * original:.0f}: programs that take their limit from it stop at {context}. Or {context} is "
+        "the extended length, and then the factor counts twice.",
+        f"Write max_position_embeddings={factor * original:.0f}, or correct original_max_position_embeddings.",
+    )
+
+
+def length_other_than_factor_times_original(facts: ConfigFacts) -> Iterator[Finding]:
+    """max_position_embeddings is neither L nor factor times L."""
+    lengths = _lengths_apart(facts)
+    if lengths is None or lengths[0] == lengths[1]:
+        return
+    context, original, factor = lengths
+    extended = factor * original
+    meaning = "below" if context < extended else "above"
+    yield Finding(
+        "length-mismatch",
+        "warning",
+        f"factor {factor:g} times original_max_position_embeddings={original} is {extended:.0f}, "
+        f"max_position_embeddings={context} is {meaning} that. transformers only logs it and scales by the factor; "
+        "programs that take their limit from max_position_embeddings "
+        + ("stop early." if context < extended else "go where the scaling does not reach."),
+        f"Write max_position_embeddings={extended:.0f}, or the factor {context / original:g} if the model was "
+        "trained so.",
+    )
+
+
+def _lengths_apart(facts: ConfigFacts) -> tuple[int, int, float] | None:
+    """(max_position_embeddings, L, factor) of a config that says all three, where they do not go together."""
+    own, context = facts.own, facts.context
+    if own is None or facts.spec is not None or context is None or not facts.original_is_written:
+        return None
+    original, factor = own.original_max_position_embeddings, own.factor
+    by_length = METHODS[own.method].needs_original and own.method not in _FACTOR_IS_NO_RATIO
+    if not by_length or factor <= 1 or original is None:
+        return None
+    together = abs(context - factor * original) <= 1e-3 * (factor * original)
+    return None if together else (context, original, factor)

@@ -1,0 +1,156 @@
+"""What transformers does with a config, where that is not what the config says.
+
+Only for the model's own scaling: transformers knows nothing of one that was asked for instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from scaled_rope.errors import ConfigError
+from scaled_rope.scaling.frequencies import compute_rope
+from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, PRIMARY_LAYER_TYPE, config_head_dim, nested_types
+from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.serving.config_facts import RELEASED_TYPES, ConfigFacts
+from scaled_rope.serving.inspect_report import Finding, describe_difference, quiet
+
+PHI3_TYPES = ("default", "longrope")
+"""What Phi-3's config class accepts."""
+
+
+def rope_type_that_phi3_has_not(facts: ConfigFacts) -> Iterator[Finding]:
+    """The config class of Phi-3 knows one scaling only."""
+    if not _is_compared(facts) or not _phi3_lacks_type(facts):
+        return
+    rope_type = facts.rope_type
+    said = (
+        "is rewritten to 'longrope' by the config class of Phi-3, which then misses its lists of factors"
+        if rope_type == "yarn"
+        else "is refused by the config class of Phi-3, which takes 'default' and 'longrope' only"
+    )
+    yield Finding(
+        "phi3-rewritten" if rope_type == "yarn" else "phi3-refused",
+        "error",
+        f"rope_type {rope_type!r} {said}.",
+        'Leave the scaling out of the config and patch the loaded model: patch_model(model, "yarn:8").',
+    )
+
+
+def config_that_transformers_refuses(facts: ConfigFacts) -> Iterator[Finding]:
+    """A config that this package can read and the config class of the family does not accept."""
+    if not _is_compared(facts) or _phi3_lacks_type(facts) or not facts.refusal:
+        return
+    if facts.rope_error or facts.dimensions_error:
+        return  # the same in other words
+    yield Finding(
+        "transformers-refuses",
+        "error",
+        f"transformers {transformers.__version__} does not accept this config: {facts.refusal}.",
+        "Use a scaling that the family has, or load it with scaled_rope.load_model.",
+    )
+
+
+def theta_dropped_with_rope_parameters(facts: ConfigFacts) -> Iterator[Finding]:
+    """rope_scaling replaces the dictionary that holds rope_theta."""
+    if not _is_accepted(facts) or facts.own is None:
+        return
+    written, other = facts.text.get("rope_parameters"), facts.text.get("rope_scaling")
+    if not other or not isinstance(written, Mapping) or nested_types(written) or not isinstance(other, Mapping):
+        return
+    theta = written.get("rope_theta")
+    if theta is not None and other.get("rope_theta") is None and facts.text.get("rope_theta") is None:
+        yield Finding(
+            "theta-dropped",
+            "error",
+            f"rope_theta={theta!r} is in rope_parameters only, and rope_scaling replaces all of "
+            f"rope_parameters: {facts.own.rope_theta:g} is used.",
+            "Move the scaling into rope_parameters, beside rope_theta, and delete rope_scaling.",
+        )
+
+
+def rope_type_that_transformers_has_not(facts: ConfigFacts) -> Iterator[Finding]:
+    """This package's own rope_type, or one of the code released with YaRN."""
+    if not _is_accepted(facts):
+        return
+    if facts.rope_type == CUSTOM_ROPE_TYPE:
+        yield Finding(
+            "not-native",
+            "info",
+            f"rope_type {CUSTOM_ROPE_TYPE!r} is this package's own: other programs refuse to build the model.",
+            "Load it with scaled_rope.load_model; `scaled-rope export` looks for words for other programs.",
+        )
+    elif facts.rope_type in RELEASED_TYPES:
+        yield Finding(
+            "not-native",
+            "warning",
+            f"rope_type {facts.rope_type!r} is known to the code that was released with YaRN and to this package; "
+            "transformers cannot build the model.",
+            "`scaled-rope export` looks for words for the program at hand.",
+        )
+
+
+def other_numbers_in_transformers(facts: ConfigFacts) -> Iterator[Finding]:
+    """transformers computes other frequencies or another attention factor than the config means."""
+    if not _is_accepted(facts) or facts.rope_type in (CUSTOM_ROPE_TYPE, *RELEASED_TYPES):
+        return
+    if any(note.code in ("mistral-constants", "stale-record") for note in facts.notes):
+        return  # these notes say so
+    difference = difference_from_transformers(facts)
+    if difference:
+        yield Finding(
+            "computes-otherwise",
+            "error",
+            f"transformers {transformers.__version__} computes other numbers from this config than it "
+            f"says{difference}.",
+            "Load it with scaled_rope.load_model, or write what is meant in other words (`scaled-rope export`).",
+        )
+
+
+def _is_compared(facts: ConfigFacts) -> bool:
+    """Whether the report is about the model's own scaling."""
+    return facts.own is not None and facts.spec is None
+
+
+def _is_accepted(facts: ConfigFacts) -> bool:
+    """Whether the config class of the family, if there is one, takes the model's own scaling as it is."""
+    return _is_compared(facts) and not _phi3_lacks_type(facts) and not facts.refusal
+
+
+def _phi3_lacks_type(facts: ConfigFacts) -> bool:
+    return facts.model_type == "phi3" and facts.rope_type not in (*PHI3_TYPES, "su", CUSTOM_ROPE_TYPE)
+
+
+def difference_from_transformers(facts: ConfigFacts) -> str:
+    """How transformers' numbers differ from ours, in words to go on with; empty when they don't."""
+    if facts.own is None or facts.built is None or facts.head_dim is None:
+        return ""
+    try:
+        with quiet():
+            theirs, their_factor = _vanilla_rope(facts.built, facts.layer_type)
+        ours, our_factor = compute_rope(facts.own.of_frequencies, facts.head_dim)
+    except Exception:  # not comparable: another finding says why, or the family computes by itself
+        return ""
+    return describe_difference(theirs, their_factor, ours, our_factor, "transformers", "meant")
+
+
+def _vanilla_rope(config: Any, layer_type: str | None) -> tuple[Tensor, float]:
+    """What transformers computes from a config object: frequencies [D/2] and attention factor, at no length."""
+    rope = config.rope_parameters
+    nested = nested_types(rope)
+    layer_type = (layer_type or PRIMARY_LAYER_TYPE) if nested else None
+    entry = rope[layer_type] if nested else rope
+    if entry["rope_type"] != "default":
+        inv_freq, factor = ROPE_INIT_FUNCTIONS[entry["rope_type"]](config, torch.device("cpu"), layer_type=layer_type)
+        return inv_freq, float(factor)
+    partial = entry.get("partial_rotary_factor", 1.0)
+    plain = RopeScaling("default", rope_theta=float(entry["rope_theta"]), partial_rotary_factor=partial)
+    head_dim = config_head_dim(config)
+    if head_dim is None:
+        raise ConfigError("head_dim is not known")
+    return compute_rope(plain, head_dim)

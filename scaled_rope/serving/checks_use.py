@@ -1,0 +1,93 @@
+"""What a scaling does to a model in use: which prompts it changes, what caches do to it, what attention adds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from scaled_rope.errors import is_number
+from scaled_rope.scaling.hf_config import SOFTMAX_MSCALE_FAMILIES
+from scaled_rope.serving.config_facts import ConfigFacts
+from scaled_rope.serving.inspect_report import Finding
+
+_TRAINED_WITH_THEIRS = (
+    *("deepseek_v2", "deepseek_v3", "deepseek_v32", "gemma3_text", "gpt_oss", "ministral3", "mistral4", "olmo3"),
+)
+"""Families whose published models were trained with the scaling in their configs."""
+_CHANGES_SHORT_PROMPTS = ("linear", "ntk", "ntk-by-parts", "part-ntk", "yarn", "ntk-mixed")
+
+
+def cached_keys_of_dynamic_ntk(facts: ConfigFacts) -> Iterator[Finding]:
+    """transformers' own dynamic type, whose cached and new keys disagree."""
+    if facts.scaling is not None and facts.scaling.method == "dynamic-ntk":
+        yield Finding(
+            "dynamic-cache",
+            "warning",
+            "The base grows with the sequence, but transformers and most servers cache keys that are rotated "
+            "already: cached and new keys then disagree, and what the model says depends on earlier inputs.",
+            "Use a static scaling for generation, or load with scaled_rope.load_model, which caches keys "
+            "before rotation.",
+        )
+
+
+def cached_keys_of_dynamic_scaling(facts: ConfigFacts) -> Iterator[Finding]:
+    """A scaling that follows the length of each sequence, which this package alone runs."""
+    scaling = facts.scaling
+    if scaling is not None and scaling.dynamic and scaling.method != "dynamic-ntk":
+        yield Finding(
+            "dynamic-cache",
+            "info",
+            f"{scaling.label}: frequencies depend on the length of each sequence, so keys must be cached before "
+            "rotation. This package does so; other programs do not run this scaling.",
+            "Nothing to do here; for servers, export a static scaling for one length.",
+        )
+
+
+def longrope_switches_tables(facts: ConfigFacts) -> Iterator[Finding]:
+    """longrope has two tables, and keys that were cached with the first."""
+    scaling = facts.scaling
+    if scaling is not None and scaling.method == "longrope" and not scaling.dynamic:
+        yield Finding(
+            "longrope-switch",
+            "info",
+            f"longrope changes its table at {scaling.original_max_position_embeddings} tokens: within one "
+            "generation that crosses it, keys cached before are rotated by the other one.",
+            "Decide by the final length: prompt and new tokens together.",
+        )
+
+
+def static_scaling_of_short_prompts(facts: ConfigFacts) -> Iterator[Finding]:
+    """A scaling in effect at every length, of a model that was not trained with it as far as one can tell."""
+    scaling = facts.scaling
+    if scaling is None or scaling.method not in _CHANGES_SHORT_PROMPTS or scaling.factor <= 1 or scaling.dynamic:
+        return
+    finetuned = bool(facts.entry.get("finetuned")) and facts.spec is None
+    trained = facts.model_type in _TRAINED_WITH_THEIRS and facts.spec is None
+    if not finetuned and not trained:
+        yield Finding(
+            "static-scaling",
+            "info",
+            f"{scaling.label} is in effect at every length: a model that was not fine-tuned with it does worse on "
+            "prompts that fit the original length than without it.",
+            f'Use "dynamic-{scaling.method}", or serve short prompts from an unscaled endpoint; nothing to do if '
+            "the model was trained with it.",
+        )
+
+
+def softmax_scale_from_mscale(facts: ConfigFacts) -> Iterator[Finding]:
+    """Families whose attention takes a part of YaRN's temperature into its softmax scale."""
+    scaling, entry = facts.scaling, facts.entry
+    if scaling is None or facts.model_type not in SOFTMAX_MSCALE_FAMILIES:
+        return
+    if not entry.get("mscale") or not entry.get("mscale_all_dim"):
+        return
+    s = math.log(max(scaling.factor, 1.0))
+    value = (0.1 * float(entry["mscale_all_dim"]) * s + 1) ** 2 if is_number(entry["mscale_all_dim"]) else 1
+    yield Finding(
+        "mscale-softmax",
+        "info",
+        f"Models of type {facts.model_type} multiply the softmax scale by (0.1·mscale_all_dim·ln s + 1)² = "
+        f"{value:.4g} in their attention; the attention factor of cos and sin here is only the ratio of both "
+        "mscales. That scale is fixed when the model is built.",
+        "To change the scaling edit config.json: patch_model refuses to leave that scale behind.",
+    )

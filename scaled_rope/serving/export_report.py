@@ -1,0 +1,102 @@
+"""What `export` found out about a scaling and a target, and how it is laid out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.serving.gguf import GgufRope
+from scaled_rope.serving.targets.common import TOLERANCE
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A target's numbers against ours, for one sequence length."""
+
+    length: int
+    max_relative_difference: float
+    """Over all frequencies: |theirs - ours| / ours."""
+    worst_dimension: int
+    attention_factor: float
+    ours: float
+    """Our attention factor."""
+
+    @property
+    def attention_difference(self) -> float:
+        """Theirs - ours."""
+        return self.attention_factor - self.ours
+
+    @property
+    def matches(self) -> bool:
+        """Whether both count as the same, see `TOLERANCE`."""
+        return self.max_relative_difference <= TOLERANCE and abs(self.attention_difference) <= TOLERANCE * self.ours
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What to tell a target, and what it makes of it."""
+
+    scaling: RopeScaling
+    target: str
+    """Name and version."""
+    status: str
+    """"exact"; "partial": at some lengths only; "mismatch"; "refused"."""
+    reason: str = ""
+    """Why it was refused, one line."""
+    config: dict[str, Any] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+    command: str = ""
+    gguf: GgufRope | None = None
+    notes: tuple[str, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+    config_place: str = "in config.json"
+    """What `config` is to the command, in words; not part of `to_dict`."""
+
+    @property
+    def exit_code(self) -> int:
+        """0: exact; 1: the numbers differ; 2: refused."""
+        return {"exact": 0, "refused": 2}.get(self.status, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fit for JSON."""
+        values = dataclasses.asdict(self) | {"scaling": self.scaling.to_dict(), "label": self.scaling.label}
+        del values["config_place"]
+        values["comparisons"] = [
+            dataclasses.asdict(c) | {"attention_difference": c.attention_difference, "matches": c.matches}
+            for c in self.comparisons
+        ]
+        return values
+
+    def __str__(self) -> str:
+        if self.status == "refused":
+            return f"{self.scaling.label} for {self.target}: refused: {self.reason}"
+        lines = [f"{self.scaling.label} for {self.target}: {self.status}", "", "run:", f"  {self.command}", ""]
+        lines += [f"{self.config_place}:", *_lay_out_config(self.config), ""]
+        if self.gguf is not None:
+            lines += ["in the GGUF:", f"  {self.gguf}", ""]
+        lines.append(f"what {self.target} makes of it, against ours:")
+        for comparison in self.comparisons:
+            lines += _lay_out_comparison(comparison)
+        return "\n".join([*lines, *(["", "notes:"] if self.notes else []), *(f"  - {note}" for note in self.notes)])
+
+
+def _lay_out_comparison(c: Comparison) -> list[str]:
+    return [
+        f"  up to {c.length} tokens: {'same' if c.matches else 'DIFFERENT'}",
+        f"    frequencies       off by at most {c.max_relative_difference:.1e} (relative; dimension "
+        f"{c.worst_dimension})",
+        f"    attention factor  {c.attention_factor:.6g}, ours {c.ours:.6g} ({c.attention_difference:+.1e})",
+    ]
+
+
+def _lay_out_config(config: Mapping[str, Any]) -> list[str]:
+    """JSON to be copied, one key per line also in `rope_parameters`."""
+    text = json.dumps(config, indent=2)
+    # A list of frequencies stays on one line.
+    text = re.sub(r"\[[^\[\]]*\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
+    return [f"  {line}" for line in text.splitlines()]

@@ -1,0 +1,19 @@
+"""The programs that a scaling can be exported for. A new one is a module with a `TARGET`, a row here, and its name in
+`scaled_rope.flags.TARGETS`.
+"""
+
+from __future__ import annotations
+
+from scaled_rope.serving.targets import hf, llama_cpp, sglang, vllm
+from scaled_rope.serving.targets.common import Target
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        hf.TARGET,
+        vllm.TARGET,
+        sglang.TARGET,
+        llama_cpp.TARGET,
+    )
+}
+"""By name."""

@@ -1,0 +1,59 @@
+"""What vLLM and SGLang have in common: rotary modules of the same origin."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from scaled_rope.serving.targets.arithmetic import blend, correction_range, powers, restate_llama3
+from scaled_rope.serving.targets.common import ServedModel, table_of
+
+CACHED = "{} computes one table for all lengths and caches rotated keys"
+"""Why they follow no sequence's length; {} is the program."""
+CONFIG_PLACE = "or, instead of flags, in config.json"
+
+
+def table_with_mscales(request: ServedModel) -> dict[str, Any]:
+    """`table_of` with the attention factor under the names that these programs read."""
+    rope = table_of(request)
+    return rope | {"short_mscale": rope["attention_factor"], "long_mscale": rope["attention_factor"]}
+
+
+def plain_frequencies(rope: Mapping[str, Any], dim: int) -> list[float]:
+    """Frequencies of the rope types default, linear and llama3, whose attention factor is 1."""
+    if rope["rope_type"] == "llama3":
+        return restate_llama3(rope, dim)
+    divisor = rope["factor"] if rope["rope_type"] == "linear" else 1.0
+    return [theta / divisor for theta in powers(rope["rope_theta"], dim)]
+
+
+def yarn_frequencies(rope: Mapping[str, Any], dim: int) -> list[float]:
+    """The frequencies of `YaRNScalingRotaryEmbedding`."""
+    base, original = rope["rope_theta"], rope["original_max_position_embeddings"]
+    fast, slow = (32.0 if rope.get("beta_fast") is None else rope["beta_fast"]), rope.get("beta_slow")
+    truncate = rope.get("truncate", True)
+    low, high = correction_range(dim, base, original, fast, 1.0 if slow is None else slow, truncate)
+    span = 0.001 if low == high else high - low
+    kept = rope.get("extrapolation_factor", 1.0)
+    return blend(powers(base, dim), rope["factor"], low, span, kept)
+
+
+def mscale_pair(rope: Mapping[str, Any]) -> float | None:
+    """The quotient that `mscale` and `mscale_all_dim` stand for when both are given."""
+    one, other = rope.get("mscale"), rope.get("mscale_all_dim")
+    if not one or not other:
+        return None
+    log_factor = math.log(max(rope["factor"], 1.0))
+    return float((1 + 0.1 * one * log_factor) / (1 + 0.1 * other * log_factor))
+
+
+def longrope_numbers(rope: Mapping[str, Any], dim: int, long: bool, context: int) -> tuple[list[float], float]:
+    """Frequencies and attention factor of `Phi3LongRoPEScaledRotaryEmbedding`, which reads no `attention_factor`."""
+    name = "long" if long else "short"
+    original = rope["original_max_position_embeddings"]
+    scale = context / original
+    default = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+    mscale = rope.get(f"{name}_mscale")
+    inv_freq = [a / b for a, b in zip(powers(rope["rope_theta"], dim), rope[f"{name}_factor"], strict=True)]
+    return inv_freq, default if mscale is None else mscale

@@ -1,0 +1,139 @@
+"""eval/harness.py: rows, resuming, and bad input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import eval.harness as command
+from scaled_rope.checkpoint import load_tokenizer
+from scaled_rope.command_line import run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.continuations import Continuation
+from scaled_rope.evaluation.lm_eval_tasks import model_class
+from scaled_rope.patching.loading import apply_scaling
+from scaled_rope.results import IDENTITY, read_rows
+from tests.helpers.lm_eval_runs import (
+    TRAINED,
+    checkpoint,  # noqa: F401
+    one_by_one,
+    scaling_of,
+    words,
+)
+from tests.helpers.models import Make
+
+
+@pytest.fixture
+def own_tasks(tmp_path: Path) -> Path:
+    """A folder with one multiple-choice task over local JSON lines, prompts of 8 to 78 words."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [
+        {"question": words(8 + 10 * index, index), "choices": [words(2, 50 + index), words(3, 90 + index)], "gold": 1}
+        for index in range(8)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "task": "tiny_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}, "cache_dir": str(tmp_path / "cache")},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "num_fewshot": 0,
+        "metadata": {"version": 2.0},
+    }
+    (folder / "tiny_choice.yaml").write_text(json.dumps(settings))
+    return folder
+
+
+def run(checkpoint: str, own_tasks: Path, *more: str) -> list[dict[str, Any]]:
+    rows = own_tasks / "out.jsonl"
+    flags = ["-m", checkpoint, "--tasks", "tiny_choice", "--include-path", str(own_tasks), "--output", str(rows)]
+    assert command.main([*flags, "--hide-progress", *more]) == 0
+    return read_rows(rows)
+
+
+def test_rows_and_resuming(checkpoint: str, own_tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lm_eval")
+    more = ["--scaling", "default", "--scaling", "cope,clip=2", "--scaling", "dynamic-yarn", "--limit", "7"]
+    rows = run(checkpoint, own_tasks, *more)
+    assert [row["label"].split()[0] for row in rows] == ["unscaled", "cope", "dynamic-yarn"]
+    for row in rows:
+        assert row.keys() >= {
+            *IDENTITY,
+            "model",
+            "value",
+            "standard_error",
+            "interval",
+            "n",
+            "seconds",
+            "peak_memory",
+            "provenance",
+        }
+        assert row["metric"] == "benchmark" and row["n"] == 7 and row["unit"] == "%" and row["length"] is None
+        assert row["data"]["documents"] == 7 and len(row["data"]["fingerprint"]) == 16
+        assert row["provenance"]["versions"]["lm-eval"]
+    expected = {"name": "lm-eval", "task": "tiny_choice", "version": 2.0, "num_fewshot": 0, "limit": 7, "metric": "acc"}
+    assert [row["protocol"] for row in rows] == [
+        {**expected, "max_length": TRAINED},
+        {**expected, "max_length": TRAINED},
+        {**expected, "max_length": None},
+    ]
+    # 8 to 68 words and 1 or 2 of the answer: those from 38 on are cut, twice each, unless the scale follows the length.
+    assert [row["truncated"] for row in rows] == [8, 8, 0]
+    assert "8 cut" in capsys.readouterr().out
+    assert run(checkpoint, own_tasks, *more) == rows  # nothing is measured again
+    assert len(run(checkpoint, own_tasks, "--limit", "3")) == 4  # other documents, another row
+
+
+def test_values_follow_from_scores(checkpoint: str, own_tasks: Path, tiny_model: Make) -> None:
+    """The row's accuracy, from the definition: the likelier choice."""
+    pytest.importorskip("lm_eval")
+    (row,) = run(checkpoint, own_tasks, "--scaling", "dynamic-yarn")
+    model, tokenizer = tiny_model(), load_tokenizer(checkpoint)
+    apply_scaling(model, scaling_of("dynamic-yarn"))
+    right = 0
+    for line in (own_tasks / "rows.jsonl").read_text().splitlines():
+        document = json.loads(line)
+        context = tokenizer.encode(document["question"])
+        likelihoods = [
+            one_by_one(model, Continuation(context, tokenizer.encode(choice)))[0] for choice in document["choices"]
+        ]
+        right += likelihoods[1] > likelihoods[0]
+    assert 0 < right < 8
+    assert row["value"] == 100 * right / 8
+
+
+def test_bad_input_is_one_line(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["-m", checkpoint]
+    for more, message in (
+        (["--tasks", ","], "tasks=','"),
+        (["--lengths", "8,x"], "lengths='8,x'"),
+        (["--limit", "0"], "limit=0"),
+        (["--num-fewshot", "-1"], "num_fewshot=-1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            command.main([*flags, *more])
+    # The cached function would hide that the package is gone.
+    monkeypatch.setattr(command, "model_class", model_class.__wrapped__)
+    for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert run_cli(lambda: command.main(flags)) == 2
+    assert capsys.readouterr().err.startswith("error: benchmarks need lm-eval: pip install 'scaled-rope[eval]'")
+
+
+def test_unknown_tasks_are_answered_with_near_ones(checkpoint: str) -> None:
+    pytest.importorskip("lm_eval")
+    with pytest.raises(ConfigError, match="unknown task 'helaswag'; did you mean 'hellaswag'") as error:
+        command.main(["-m", checkpoint, "--tasks", "helaswag"])
+    assert len(str(error.value)) < 400

@@ -1,0 +1,33 @@
+"""eval/report.py: rows that lack a field, and rows without lengths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import eval.report as report
+from scaled_rope.command_line import run_cli
+from tests.helpers.report_rows import every_kind, new_row, write
+
+pytest.importorskip("matplotlib")
+
+
+def test_a_row_that_lacks_a_field_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = every_kind()[0]
+    del row["scaling"]
+    assert run_cli(lambda: report.main([write(tmp_path / "rows", [row])])) == 2
+    assert capsys.readouterr().err == "error: a row has no field 'scaling'; rows come from the evaluators in eval/\n"
+    row = every_kind()[0]
+    del row["provenance"]["commit"]
+    assert run_cli(lambda: report.main([write(tmp_path / "rows", [row])])) == 2
+    assert "no field 'commit'" in capsys.readouterr().err
+    assert run_cli(lambda: report.main(["--verdict", "demo"])) == 2
+
+
+def test_rows_without_lengths_alone(tmp_path: Path) -> None:
+    said = {"name": "lm-eval", "task": "mmlu", "num_fewshot": 5, "limit": 50, "metric": "acc"}
+    specs = ("default", "dynamic-yarn", "yarn:4")
+    rows = [new_row("benchmark", None, spec, protocol=said, value=25.0, unit="%", n=50) for spec in specs]
+    assert report.main([write(tmp_path / "rows", rows), "--output", str(tmp_path)]) == 0
+    assert "dynamic-yarn at 64" in (tmp_path / "report.html").read_text()

@@ -1,0 +1,78 @@
+"""What a process of `runs.Ranks` does after it was forked: one training run, in its place among the ranks."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def work(
+    environment: dict[str, str],
+    arguments: list[str],
+    output: Path,
+    prepare: tuple[Callable[[], None], ...],
+    afresh: bool,
+) -> None:
+    """Run `finetune.py ARGUMENTS` with its output in a file; the exit code is that of the script.
+
+    Args:
+        prepare: called before the run; functions of a module, as they come here by their names.
+        afresh: as a new interpreter, as users start it.
+    """
+    from tests.helpers import ROOT
+
+    gc.freeze()  # what was imported is not to be looked through again, nor copied for that
+    os.chdir(ROOT)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    if afresh:
+        os.execve(sys.executable, [sys.executable, "finetune.py", *arguments], environment)
+    os.environ.clear()
+    os.environ.update(environment)
+    for function in prepare:
+        function()
+    import finetune
+    from scaled_rope.command_line import run_cli
+
+    sys.exit(run_cli(lambda: finetune.main(arguments)))
+
+
+def small_pieces_of_logits() -> None:
+    """Make the loss of a few tokens take several pieces."""
+    import scaled_rope.patching.loss
+
+    scaled_rope.patching.loss._LOGITS_PER_CHUNK = 64 * 8
+
+
+def without_dropout() -> None:
+    """Ranks draw their own, so only without it are they comparable with one."""
+    import torch
+
+    torch.nn.Dropout.forward = lambda self, x: x  # type: ignore[method-assign]
+
+
+def let_accelerate_shard_on_cpu() -> None:
+    """FSDP on CPU, which PyTorch has and accelerate doesn't select: there it would train unsynchronised copies."""
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    from scaled_rope.training import engine
+
+    original = AcceleratorState.__init__
+
+    def select_fsdp(self: AcceleratorState, *arguments: Any, **options: Any) -> None:
+        is_first = not AcceleratorState._shared_state
+        original(self, *arguments, **options)
+        if is_first:
+            assert self.distributed_type is DistributedType.MULTI_CPU, "then this function is needed no more"
+            self.fsdp_plugin, self.distributed_type = options["fsdp_plugin"], DistributedType.FSDP
+            if self._mixed_precision != "no":
+                self.fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = select_fsdp  # type: ignore[method-assign]
+    engine.check_fsdp = lambda: None

@@ -1,0 +1,7 @@
+"""The grid of the tests of the search."""
+
+from __future__ import annotations
+
+from scaled_rope.tuning import curves
+
+GRID = curves.parse_grid("1.0:1.5:0.05")

@@ -1,0 +1,112 @@
+"""Saved models of every family carry their scaling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from scaled_rope import RopeScaling, patch_model, unpatch_model
+from scaled_rope.patching.patch import patched_plan, patched_scaling
+from scaled_rope.scaling.record import LayerPlan
+from tests.helpers.families import (
+    ALL,
+    CHANGED,
+    PLANS,
+    REFUSALS,
+    SAME,
+    WITHOUT_WORDS,
+    assert_vanilla_is_right_or_refuses,
+    distance,
+    load,
+    logits,
+    record,
+    width,
+)
+from tests.helpers.models import PLAIN, Make
+
+
+@pytest.mark.parametrize("spec", ["yarn:4", "ntk:4", "yarn:4,ramp=rotations", "dynamic-yarn:2"])
+@pytest.mark.parametrize("family", ALL)
+def test_a_saved_model_carries_its_scaling(
+    tiny_model: Make, tokens: Tensor, tmp_path: Path, family: str, spec: str
+) -> None:
+    model = tiny_model(family)
+    report = patch_model(model, spec)
+    wanted = logits(model, tokens)
+    model.save_pretrained(tmp_path)
+    assert report.native == (spec in ("yarn:4", "ntk:4") and not (family in WITHOUT_WORDS and spec == "yarn:4"))
+    raw = transformers.PreTrainedConfig.get_config_dict(tmp_path)[0]
+    for config in (raw, model.config):
+        assert RopeScaling.from_config(config) == report.scaling
+        assert LayerPlan.from_config(config) == report.plan
+    loaded = load(tmp_path)
+    assert distance(logits(loaded, tokens), wanted) < SAME
+    assert RopeScaling.from_config(loaded.config) == report.scaling
+    if report.native:
+        vanilla = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+        assert distance(logits(vanilla, tokens), wanted) < SAME
+    else:
+        with pytest.raises(REFUSALS, match="rope"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+
+
+def test_a_whole_head_stays_whole_in_families_that_rotate_a_part(
+    tiny_model: Make, tokens: Tensor, tmp_path: Path
+) -> None:
+    # A config that leaves the share out would mean a quarter.
+    for spec, native in (("yarn:4", True), ("yarn:4,ramp=rotations", False)):
+        model = tiny_model("gpt_neox", rope_parameters={**PLAIN, "partial_rotary_factor": 1.0})
+        assert width(model) == 32
+        assert patch_model(model, spec).native == native
+        assert_vanilla_is_right_or_refuses(model, native, tokens, tmp_path / str(native))
+
+
+def test_lengths_that_transformers_would_replace_are_not_left_to_it(
+    tiny_model: Make, tokens: Tensor, tmp_path: Path
+) -> None:
+    # Phi-3 takes L from the config's top level, rope_type "dynamic" from max_position_embeddings.
+    phi = tiny_model("phi3")
+    scaling = RopeScaling.from_dict({**record(phi, "longrope").to_dict(), "original_max_position_embeddings": 40})
+    ntk = RopeScaling("dynamic-ntk", 2.0, 24)
+    for name, model, given in (("phi3", phi, scaling), ("llama", tiny_model(), ntk)):
+        report = patch_model(model, given)
+        assert not report.native
+        assert_vanilla_is_right_or_refuses(model, report.native, tokens, tmp_path / name)
+        assert RopeScaling.from_config(model.config) == given
+    model = tiny_model()
+    assert patch_model(model, "dynamic-ntk:2").native
+    assert_vanilla_is_right_or_refuses(model, True, tokens, tmp_path / "native")
+
+
+@pytest.mark.filterwarnings("error::UserWarning")  # nothing that we wrote ourselves is remarked on
+@pytest.mark.parametrize(("family", "scaling", "dropped"), PLANS)
+def test_a_saved_plan_is_loaded(
+    tiny_model: Make, tokens: Tensor, tmp_path: Path, family: str, scaling: Any, dropped: list[int]
+) -> None:
+    model = tiny_model(family)
+    report = patch_model(model, scaling, drop_layers=dropped)
+    wanted = logits(model, tokens)
+    unscaled = logits(tiny_model(family), tokens)
+    assert distance(wanted, unscaled) > CHANGED
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert distance(logits(loaded, tokens), wanted) < SAME
+    raw = transformers.PreTrainedConfig.get_config_dict(tmp_path)[0]
+    for config in (raw, loaded.config):
+        assert LayerPlan.from_config(config) == report.plan
+        assert RopeScaling.from_config(config) == report.scaling
+    if patched_scaling(loaded) is not None:
+        assert patched_plan(loaded) == report.plan
+        unpatch_model(loaded)
+    if report.native:
+        vanilla = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+        assert distance(logits(vanilla, tokens), wanted) < SAME
+    else:
+        with pytest.raises(REFUSALS, match="rope"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)

@@ -1,0 +1,103 @@
+"""From result rows to series and tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import eval.report as report
+from scaled_rope import RopeScaling
+from scaled_rope.report import tables
+from scaled_rope.report.tables import load_results
+from scaled_rope.results import append_row, read_rows
+from tests.helpers.report_rows import perplexities, write, write_rows
+
+pytest.importorskip("matplotlib")
+
+
+def contents(results: tables.ReportRows) -> Any:
+    return [(one.topic, {s.full_name: cells for s, cells in one.rows.items()}) for one in results.sections]
+
+
+def test_rows_of_older_weights_or_texts_do_not_share_a_line_with_new_ones(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl")
+    before = load_results([path])
+    rows = [row for row in read_rows(path) if row["model"] == "base" and row["metric"] == "perplexity"]
+    renewed = tmp_path / "renewed.jsonl"
+    for row in rows:
+        stale = {**row, "perplexity_bucket": 1.0, "length": row["length"] + 1}
+        append_row(renewed, {**stale, "model_fingerprint": "older"})
+        append_row(renewed, {**stale, "data": {**row["data"], "fingerprint": "older"}})
+        append_row(renewed, {**stale, "dtype": "bfloat16"})
+    for row in read_rows(path):
+        append_row(renewed, row)
+    after = load_results([str(renewed)])
+    assert contents(after) == contents(before)
+    assert after.notes == [f"{3 * len(rows)} rows of older weights or texts are left out"]
+    named = load_results([path], finetuned="run/model")
+    assert [one.label for one in named.series][-1] == "yarn x4 (fine-tuned)"
+
+
+def test_windows_of_another_length_are_another_section(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl")
+    rows = [row for row in read_rows(path) if row["metric"] == "perplexity"]
+    both = tmp_path / "both.jsonl"
+    for tokens in (4096, 8192):
+        for row in rows:
+            append_row(both, {**row, "data": {**row["data"], "window_tokens": tokens, "fingerprint": str(tokens)}})
+    found = load_results([str(both)])
+    assert not found.notes
+    said = [tables.describe(section) for section in found.of("perplexity")]
+    assert len(said) == 2 and "of 4096 tokens" in said[0] and "of 8192 tokens" in said[1]
+
+
+def test_buckets_of_other_lengths_are_other_columns_and_other_curves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        *perplexities("default", "t", {64: 30, 256: 90}),
+        *perplexities("default", "t", {128: 40, 256: 95, 1024: 99}),
+        *perplexities("yarn:4", "t", {128: 35, 256: None}),
+    ]
+    results = load_results([write(tmp_path / "rows", rows)])
+    (section,) = results.sections
+    unscaled, yarn = results.series
+    assert section.partitions(unscaled) == [
+        [(64, "0-64"), (256, "64-256"), (1024, "256-1024")],  # which both sets of lengths share
+        [(128, "0-128"), (256, "128-256"), (1024, "256-1024")],
+    ]
+    assert section.partitions(yarn) == [[(128, "0-128"), (256, "128-256")]]
+    assert report.main([str(tmp_path / "rows"), "--output", str(tmp_path)]) == 0
+    buckets, whole = (block.splitlines()[1:] for block in capsys.readouterr().out.strip().split("\n\n")[:2])
+    assert buckets[0].split() == ["0-64", "0-128", "64-256", "128-256", "256-1024"]
+    assert buckets[2].split() == ["unscaled", "30.00", "40.00", "90.00", "95.00", "99.00"]
+    assert buckets[3].split() == ["yarn", "x4", "35.00", "OOM"]
+    assert whole[0].split() == ["64", "128", "256", "1024"]
+    page = (tmp_path / "report.html").read_text()
+    assert "a line per set of lengths" in page
+
+
+def test_the_best_of_a_column_stands_out_unless_all_are_equal() -> None:
+    rows = [
+        *perplexities("default", "t", {64: 30, 128: 50}),
+        *perplexities("yarn:4", "t", {64: 30, 128: 40}),
+        *perplexities("linear:4", "t", {64: 30, 128: None}),
+    ]
+    section = tables.Section(tables.topic_of(rows[0]))
+    for row in rows:
+        one = next((s for s in section.rows if s.label == row["label"]), None)
+        one = one or tables.Series("m", row["label"], RopeScaling.from_dict(row["scaling"]), False, 16)
+        section.rows.setdefault(one, {})[tables.column_of(row)] = row
+    buckets, _ = tables.tables_of(section)
+    assert buckets.best == [set(), {"40.00"}]
+
+
+def test_dynamic_scalings_share_the_color_of_their_static_form(tmp_path: Path) -> None:
+    specs = ("default", "dynamic-yarn", "linear:4", "yarn:4", "dynamic-ntk")
+    rows = [row for spec in specs for row in perplexities(spec, "t", {64: 30})]
+    found = {one.label: one for one in load_results([write(tmp_path / "rows", rows)]).series}
+    assert found["unscaled"].color == tables.UNSCALED
+    assert found["dynamic-yarn"].color == found["yarn x4"].color and found["dynamic-yarn"].dashed
+    assert len({one.color for one in found.values()}) == 4 and len({one.marker for one in found.values()}) == 5

@@ -1,0 +1,43 @@
+"""What llama.cpp makes of an export."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from transformers import LlamaConfig
+
+from benchmarks import gguf_parity
+from scaled_rope.scaling.frequencies import compute_rope
+from scaled_rope.scaling.record import RopeScaling, resolve_scaling
+from scaled_rope.serving.export import export
+from scaled_rope.serving.targets import common
+from scaled_rope.serving.targets.common import Expressed
+from scaled_rope.serving.targets.registry import TARGETS
+from tests.helpers.exports import HEAD_DIM, flags_of
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1.0, 1 / (1 + 0.1 * math.log(4))), (1.4, None)])
+def test_llama_cpp_gets_the_attention_factor_relative_to_its_own(
+    factor: float, expected: float | None, config: LlamaConfig
+) -> None:
+    report = export(f"yarn:4,attention_factor={factor}", config, "llama.cpp")
+    key, _, value = flags_of(report)["--override-kv"].partition("=float:")
+    assert key == "llama.rope.scaling.attn_factor"
+    assert float(value) == pytest.approx(expected or 1.4 / (1 + 0.1 * math.log(4)))
+    assert "--yarn-attn-factor" not in report.flags
+    assert "--override-kv" not in export("yarn:4", config, "llama.cpp").flags
+
+
+@pytest.mark.parametrize("spec", ["yarn:4", "linear:4", "ntk:4", "yarn:4,beta_fast=64,extrapolation_factor=0.5"])
+def test_llama_cpp_flags_read_back_as_what_was_compared(spec: str, config: LlamaConfig) -> None:
+    report = export(spec, config, "llama.cpp")
+    given, override = gguf_parity.read_flags(report.flags)
+    if override:
+        given["attn_factor"] = override["llama.rope.scaling.attn_factor"]
+    request = common.ServedModel(resolve_scaling(spec, RopeScaling.from_config(config)), config, HEAD_DIM, 2048)
+    restated = TARGETS["llama.cpp"].restate(request, Expressed(given, {}), 2048)
+    ours, factor = compute_rope(request.scaling, HEAD_DIM)
+    np.testing.assert_allclose(restated.inv_freq, ours, rtol=1e-6)
+    assert restated.attention_factor == pytest.approx(factor, rel=1e-6)

@@ -1,0 +1,85 @@
+"""Factor, L and max_position_embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from scaled_rope import RopeScaling
+from scaled_rope.serving.checks_lengths import (
+    length_other_than_factor_times_original,
+    undeclared_extended_length,
+    unsaid_original_length,
+)
+from tests.helpers.facts import YARN, found, only
+
+LINEAR = RopeScaling("linear", 8.0, 4096)
+LLAMA3 = RopeScaling("llama3", 8.0, 4096, params={"low_freq_factor": 1.0, "high_freq_factor": 4.0})
+
+
+def lengths(own: RopeScaling, context: int | None, written: bool = True) -> dict[str, Any]:
+    original = {"original_max_position_embeddings": own.original_max_position_embeddings} if written else {}
+    return {"own": own, "rope": original, "complete": {"max_position_embeddings": context}}
+
+
+def test_a_scaling_that_needs_no_original_length_leaves_it_open() -> None:
+    finding = only(unsaid_original_length, **lengths(LINEAR, 32768, written=False))
+    assert (finding.code, finding.level) == ("unknown-original", "info")
+    assert "the original one 4096" in finding.text
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        lengths(LINEAR, 32768),
+        lengths(LINEAR, None, written=False),
+        lengths(YARN, 32768, written=False),  # a note says so
+        lengths(RopeScaling("linear", 1.0, 4096), 4096, written=False),
+        lengths(LINEAR, 32768, written=False) | {"spec": "linear:8"},
+        {},
+    ],
+)
+def test_an_original_length_that_is_said_or_not_needed(facts: dict[str, Any]) -> None:
+    assert found(unsaid_original_length, **facts) == []
+
+
+def test_a_context_that_is_still_the_original_length() -> None:
+    finding = only(undeclared_extended_length, **lengths(YARN, 4096))
+    assert (finding.code, finding.level) == ("undeclared-length", "warning")
+    assert finding.remedy.startswith("Write max_position_embeddings=32768")
+
+
+@pytest.mark.parametrize(
+    ("context", "meaning", "remedy"), [(16384, "below", "factor 4 "), (65536, "above", "factor 16 ")]
+)
+def test_a_context_that_is_no_product_of_the_factor(context: int, meaning: str, remedy: str) -> None:
+    finding = only(length_other_than_factor_times_original, **lengths(YARN, context))
+    assert (finding.code, finding.level) == ("length-mismatch", "warning")
+    assert f"={context} is {meaning} that" in finding.text and remedy in finding.remedy
+
+
+FITTING = [
+    lengths(YARN, 32768),
+    lengths(YARN, 32770),  # rounded somewhere
+    lengths(YARN, None),
+    lengths(YARN, 16384, written=False),
+    lengths(YARN, 4096, written=False),
+    lengths(LLAMA3, 131072),  # its factor is no ratio of lengths
+    lengths(LLAMA3, 4096),
+    lengths(LINEAR, 4096),  # works without L
+    lengths(RopeScaling("yarn", 1.0, 4096), 8192),
+    lengths(YARN, 4096) | {"spec": "yarn:8"},
+    {},
+]
+
+
+@pytest.mark.parametrize("facts", FITTING)
+def test_lengths_that_go_together_or_say_nothing(facts: dict[str, Any]) -> None:
+    assert found(undeclared_extended_length, **facts) == []
+    assert found(length_other_than_factor_times_original, **facts) == []
+
+
+def test_either_of_the_two_is_found() -> None:
+    assert found(length_other_than_factor_times_original, **lengths(YARN, 4096)) == []
+    assert found(undeclared_extended_length, **lengths(YARN, 16384)) == []

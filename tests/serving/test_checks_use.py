@@ -1,0 +1,94 @@
+"""What a scaling does in use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from scaled_rope import RopeScaling
+from scaled_rope.serving.checks_use import (
+    cached_keys_of_dynamic_ntk,
+    cached_keys_of_dynamic_scaling,
+    longrope_switches_tables,
+    softmax_scale_from_mscale,
+    static_scaling_of_short_prompts,
+)
+from tests.helpers.facts import UNSCALED, YARN, found, only
+
+DYNAMIC_NTK = RopeScaling("dynamic-ntk", 2.0, 4096)
+DYNAMIC_YARN = RopeScaling("yarn", 1.0, 4096, dynamic=True)
+LONGROPE = RopeScaling("longrope", 8.0, 4096, params={"short_factor": [1.0] * 4, "long_factor": [2.0] * 4})
+
+
+def test_what_depends_on_the_length_is_told_apart() -> None:
+    checks = (cached_keys_of_dynamic_ntk, cached_keys_of_dynamic_scaling, longrope_switches_tables)
+    expected = {
+        DYNAMIC_NTK: (["warning dynamic-cache"], [], []),
+        DYNAMIC_YARN: ([], ["info dynamic-cache"], []),
+        LONGROPE: ([], [], ["info longrope-switch"]),
+        YARN: ([], [], []),
+        None: ([], [], []),
+    }
+    for scaling, said in expected.items():
+        assert tuple(found(check, scaling=scaling) for check in checks) == said
+
+
+def test_a_dynamic_scaling_is_named_and_longrope_says_where_it_switches() -> None:
+    assert only(cached_keys_of_dynamic_scaling, scaling=DYNAMIC_YARN).text.startswith(f"{DYNAMIC_YARN.label}: ")
+    assert "at 4096 tokens" in only(longrope_switches_tables, scaling=LONGROPE).text
+
+
+@pytest.mark.parametrize("method", ["linear", "ntk", "ntk-by-parts", "part-ntk", "yarn", "ntk-mixed"])
+def test_a_static_scaling_changes_short_prompts(method: str) -> None:
+    finding = only(static_scaling_of_short_prompts, scaling=RopeScaling(method, 8.0, 4096))
+    assert (finding.code, finding.level) == ("static-scaling", "info")
+    assert f'"dynamic-{method}"' in finding.remedy
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"scaling": RopeScaling("yarn", 1.0, 4096)},
+        {"scaling": DYNAMIC_YARN},
+        {"scaling": UNSCALED},
+        {"scaling": LONGROPE},
+        {"scaling": YARN, "rope": {"finetuned": True}},
+        {"scaling": YARN, "model_type": "olmo3"},
+        {},
+    ],
+)
+def test_a_scaling_that_was_trained_or_changes_nothing_short(facts: dict[str, Any]) -> None:
+    assert found(static_scaling_of_short_prompts, **facts) == []
+
+
+def test_another_scaling_than_the_trained_one_was_not_trained() -> None:
+    for facts in ({"rope": {"finetuned": True}}, {"model_type": "olmo3"}):
+        assert found(static_scaling_of_short_prompts, scaling=YARN, spec="yarn:8", **facts) == ["info static-scaling"]
+
+
+MSCALES = {"mscale": 1.0, "mscale_all_dim": 1.0}
+
+
+def test_a_softmax_scale_that_attention_takes_from_mscale_all_dim() -> None:
+    scaling = RopeScaling("yarn", 40.0, 4096)
+    finding = only(softmax_scale_from_mscale, scaling=scaling, model_type="deepseek_v3", rope=MSCALES)
+    assert (finding.code, finding.level) == ("mscale-softmax", "info")
+    assert "= 1.874 in their attention" in finding.text  # (0.1·ln 40 + 1)²
+    text = only(
+        softmax_scale_from_mscale, scaling=scaling, model_type="deepseek_v3", rope=MSCALES | {"mscale_all_dim": "1"}
+    ).text
+    assert "= 1 in their attention" in text
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"model_type": "llama", "rope": MSCALES},
+        {"model_type": "deepseek_v3", "rope": {"mscale": 1.0}},
+        {"model_type": "deepseek_v3", "rope": MSCALES | {"mscale": 0}},
+        {"model_type": "deepseek_v3", "rope": MSCALES, "scaling": None},
+    ],
+)
+def test_no_softmax_scale(facts: dict[str, Any]) -> None:
+    assert found(softmax_scale_from_mscale, **{"scaling": YARN} | facts) == []

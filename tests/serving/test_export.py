@@ -1,0 +1,333 @@
+"""What other programs make of what `export` tells them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from scaled_rope.checkpoint import DEFAULT_MODEL
+from scaled_rope.command_line import run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.scaling.frequencies import compute_rope
+from scaled_rope.scaling.record import RopeScaling, resolve_scaling
+from scaled_rope.serving.export import export
+from scaled_rope.serving.targets import hf
+from scaled_rope.serving.targets.common import TOLERANCE
+from scaled_rope.serving.targets.registry import TARGETS
+from tests.helpers.exports import HEAD_DIM, command_line, make_config
+
+SHORT, LONG = "+".join(["1.0"] * 8), "+".join(["1.0"] * 4 + ["2.0"] * 2 + ["6.5"] * 2)
+LONGROPE = f"longrope:4,short_factor={SHORT},long_factor={LONG}"
+IN_ALL_WORDS = [
+    "default",
+    "linear:4",
+    "linear:2.5",
+    "ntk:4",
+    "ntk-by-parts:4",
+    "yarn:4",
+    "yarn:1",
+    "yarn:4,attention_factor=1.0",
+    "yarn:4,mscale=0.7,beta_fast=64,beta_slow=2",
+    "llama3:4",
+    "abf,theta=500000",
+]
+AS_TABLE = [
+    "yarn:4,ramp=rotations",
+    "yarn:4,resonance=true",
+    "ntk-mixed:4",
+    "part-ntk:4",
+    "hardclip,clip=3",
+    "proportional:2,fraction=0.5",
+]
+HALVES = ["yarn:4,truncate=false", "yarn:4,extrapolation_factor=0.5", "yarn:4,extrapolation_factor=0"]
+"""Some programs have words for these, others need every frequency spelled out."""
+SERVERS = [name for name in TARGETS if name != "transformers"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("spec", [*IN_ALL_WORDS, *AS_TABLE, *HALVES])
+def test_every_static_scaling_has_exact_words_for_every_target(spec: str, target: str, config: LlamaConfig) -> None:
+    report = export(spec, config, target)
+    assert report.status == "exact", report
+    # Our frequencies are rounded to float32, theirs are float64, or float32 by another route in transformers.
+    assert all(c.max_relative_difference < 1e-6 and abs(c.attention_difference) < 1e-9 for c in report.comparisons)
+
+
+@pytest.mark.parametrize("spec", IN_ALL_WORDS)
+def test_plain_scalings_need_no_table(spec: str, config: LlamaConfig) -> None:
+    for target in TARGETS:
+        report = export(spec, config, target)
+        assert report.gguf is None
+        assert report.config["rope_parameters"]["rope_type"] != "longrope"
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize("original", [4, 256, 4096, 2_000_000])
+def test_the_ramp_is_ours_at_every_width_and_length(head_dim: int, original: int) -> None:
+    # At 4 tokens and at 2 million the ramp's ends fall outside of the head and are clamped, which llama.cpp does in
+    # its own way: there its words are not ours, and the tensor is taken.
+    config = make_config(head_dim=head_dim, max_position_embeddings=original)
+    for target in TARGETS:
+        assert export("yarn:8", config, target, length=original).status == "exact"
+
+
+def test_longrope_is_exact_only_where_short_prompts_get_the_short_list(config: LlamaConfig) -> None:
+    assert export(LONGROPE, config, "transformers").status == "exact"
+    for target in SERVERS:
+        report = export(LONGROPE, config, target)
+        assert report.status == "partial" and report.exit_code == 1
+        assert [c.matches for c in report.comparisons] == [False, True]
+
+
+def test_a_partly_rotated_head() -> None:
+    scaling = RopeScaling("yarn", 4.0, 512, partial_rotary_factor=0.5)
+    for target in TARGETS:
+        assert export(scaling, make_config(head_dim=32), target).status == "exact"
+
+
+def test_a_wrong_number_is_a_mismatch(config: LlamaConfig, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    target = TARGETS["vllm"]
+
+    def off(*args: Any) -> Any:
+        restated = target.restate(*args)
+        inv_freq = list(restated.inv_freq)
+        inv_freq[5] *= 1 + 1e-3
+        return restated._replace(inv_freq=inv_freq)
+
+    monkeypatch.setitem(TARGETS, "vllm", dataclasses.replace(target, restate=off))
+    report = export("yarn:4", config, "vllm")
+    assert (report.status, report.exit_code) == ("mismatch", 1)
+    assert report.comparisons[0].worst_dimension == 5
+    assert report.comparisons[0].max_relative_difference == pytest.approx(1e-3, rel=1e-3)
+    assert "DIFFERENT" in str(report)
+    _, run = command_line(folder, "--for", "vllm", "--scaling", "yarn:4")
+    assert run() == 1
+
+
+def test_a_wrong_attention_factor_is_a_mismatch(config: LlamaConfig) -> None:
+    """SGLang does not read attention_factor: a config in the words of transformers means something else there."""
+    target = dataclasses.replace(TARGETS["sglang"], express=hf.express)
+    report = export("yarn:4,attention_factor=1.2", config, target)
+    assert report.status == "mismatch"
+    wrong = report.comparisons[0]
+    assert wrong.max_relative_difference < TOLERANCE
+    assert (wrong.attention_factor, wrong.ours) == (pytest.approx(1 + 0.1 * math.log(4)), 1.2)
+
+
+def test_servers_are_said_to_scale_short_prompts(config: LlamaConfig) -> None:
+    for target in SERVERS:
+        assert any("short prompts" in note for note in export("yarn:4", config, target).notes)
+        assert not export("default", config, target).notes
+
+
+def test_families_that_were_not_read_are_pointed_out() -> None:
+    config = AutoConfig.for_model("qwen2", hidden_size=32, num_attention_heads=2, max_position_embeddings=512)
+    assert any("'qwen2' may differ" in note for note in export("yarn:4", config, "vllm").notes)
+
+
+def test_a_config_without_head_dim_gets_one() -> None:
+    """transformers multiplies the null of Mixtral's head_dim with a number as soon as there is a scaling."""
+    config = AutoConfig.for_model(
+        "mixtral", hidden_size=32, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, vocab_size=61
+    )
+    report = export("yarn:4", config, "transformers")
+    assert report.status == "exact" and report.config["head_dim"] == 16
+
+
+def test_phi3_takes_only_longrope() -> None:
+    settings = {"hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 61}
+    config = AutoConfig.for_model("phi3", **settings, num_hidden_layers=1, pad_token_id=0, max_position_embeddings=512)
+    report = export("yarn:4", config, "transformers")
+    assert report.status == "exact" and report.config["rope_parameters"]["rope_type"] == "longrope"
+
+
+def test_a_sliding_window_is_pointed_out() -> None:
+    config = AutoConfig.for_model("mistral", sliding_window=256, head_dim=16, max_position_embeddings=512)
+    report = export("yarn:4,beta_fast=64", config, "vllm")
+    assert any("sliding_window=256" in note for note in report.notes)
+
+
+REFUSED = [
+    ("dynamic-yarn", "vllm"),
+    ("dynamic-yarn", "transformers"),
+    ("dynamic-ntk:2", "sglang"),
+    ("dynamic-linear", "llama.cpp"),
+    ("yarn:4,ramp=rotations", "llama.cpp"),
+    (LONGROPE, "llama.cpp"),
+]
+
+
+@pytest.mark.parametrize(("spec", "target"), REFUSED)
+def test_refusals_are_one_line_and_exit_code_2(
+    spec: str, target: str, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [folder, "--for", target, "--scaling", spec]
+    assert run_cli(command_line(*arguments)[1]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert run_cli(command_line(*arguments, "--json")[1]) == 2
+    report = json.loads(capsys.readouterr().out)
+    assert report["status"] == "refused" and report["reason"] in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--for", "vlm"], "did you mean 'vllm'"),
+        (["--for", "vllm", "--scaling", "yarn"], "factor is missing"),
+        (["--for", "vllm", "--length", "0"], "--length 0 is not allowed"),
+        (["--for", "vllm", "--gguf", "a.gguf"], "--for llama.cpp and --output"),
+        (["--for", "vllm", "--force"], "--force goes with --output"),
+        (["--for", "vllm", "--scaling", "yarn:4", "--output", __file__], "--output .*test_export.py is a file"),
+        (["--for", "llama.cpp", "--scaling", "yarn:4", "--gguf", "a.gguf", "--output", "out"], "is not needed"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str, folder: str) -> None:
+    _, run = command_line(folder, *arguments)
+    with pytest.raises(ConfigError, match=message) as caught:
+        run()
+    assert "\n" not in str(caught.value)
+
+
+def test_scalings_per_layer_type_and_unknown_architectures_are_refused(config: LlamaConfig) -> None:
+    nested = make_config()
+    nested.rope_parameters = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    report = export(RopeScaling("yarn", 4.0, 512), nested, "vllm", length=2048)
+    assert report.status == "refused" and "layer type" in report.reason
+    config.model_type = "bloom"
+    assert "unknown model_type 'bloom'" in export("yarn:4", config, "llama.cpp").reason
+    # Architectures that read no tensor of divisors have flags only.
+    config.model_type = "qwen2"
+    assert export("yarn:4", config, "llama.cpp").status == "exact"
+    for spec in ("yarn:4,truncate=false", "ntk-mixed:4"):
+        report = export(spec, config, "llama.cpp")
+        assert report.status == "refused" and "tensor of divisors" in report.reason
+
+
+def test_an_export_replaces_another_only_when_told_to(folder: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = [folder, "--for", "transformers", "--output", str(out), "--scaling"]
+    command_line(*arguments, "yarn:4")[1]()
+    first = (out / "config.json").read_text()
+    with pytest.raises(ConfigError, match="--output .*out has a config.json; replace it with --force"):
+        command_line(*arguments, "yarn:8")[1]()
+    assert (out / "config.json").read_text() == first
+    (out / "model.safetensors").touch()  # what was copied there stays
+    command_line(*arguments, "yarn:8", "--force")[1]()
+    assert json.loads((out / "config.json").read_text())["rope_parameters"]["factor"] == 8
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "text.gguf").write_text("no GGUF")
+    arguments = [str(DEFAULT_MODEL), "--for", "llama.cpp", "--scaling", "yarn:8,ramp=rotations", "--output"]
+    for out in (tmp_path / "out", tmp_path):
+        gguf = str(tmp_path / "text.gguf")
+        message = "cannot be read" if out != tmp_path else "which it would overwrite"
+        with pytest.raises(ConfigError, match=message):
+            command_line(*arguments, str(out), "--gguf", gguf, "--force")[1]()
+        assert [path.name for path in tmp_path.iterdir()] == ["text.gguf"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_printed_config_can_be_copied(target: str, config: LlamaConfig) -> None:
+    for spec in ("yarn:4", "ntk-mixed:4"):
+        report = export(spec, config, target)
+        text = str(report)
+        block = text[text.index("config.json") :]
+        found, _ = json.JSONDecoder().raw_decode(block[block.index("{") :])
+        assert found == report.config
+        assert report.command in text and max(map(len, block.splitlines())) < 400
+        assert re.search(r"^  up to \d+ tokens: same$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("target", ["transformers", "vllm", "sglang"])
+@pytest.mark.parametrize("spec", ["linear:4", "ntk:4", "yarn:4,beta_fast=64,mscale=0.7", *AS_TABLE, "llama3:4"])
+def test_a_written_config_has_the_same_frequencies_in_transformers(
+    spec: str, target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The older dialect in the source: rope_scaling would win over rope_parameters if it stayed.
+    source, out = tmp_path / "source", tmp_path / "out"
+    make_config().save_pretrained(source)
+    raw = json.loads((source / "config.json").read_text())
+    del raw["rope_parameters"]
+    old = {"rope_theta": 20000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    (source / "config.json").write_text(json.dumps(raw | old))
+    _, run = command_line(f"{source}/config.json", "--for", target, "--scaling", spec, "--output", str(out))
+    assert run() == 0
+    assert f"wrote {out}/config.json" in capsys.readouterr().out
+    written = json.loads((out / "config.json").read_text())
+    assert set(raw) - {"rope_parameters"} <= set(written)
+    rotary = LlamaRotaryEmbedding(AutoConfig.from_pretrained(out))
+    base = RopeScaling("default", rope_theta=20000.0, original_max_position_embeddings=512)
+    ours, factor = compute_rope(resolve_scaling(spec, base), HEAD_DIM, 2048)
+    torch.testing.assert_close(rotary.inv_freq, ours, rtol=1e-6, atol=1e-12)
+    assert rotary.attention_scaling == pytest.approx(factor)
+
+
+def test_a_checkpoint_that_carries_its_scaling_needs_no_spec(tmp_path: Path) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 512}
+    make_config(rope_parameters=rope, max_position_embeddings=4096).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    for target in TARGETS:
+        report = export("checkpoint", config, target)
+        assert (report.status, report.scaling.factor) == ("exact", 8.0)
+        assert report.config["max_position_embeddings"] == 4096
+
+
+@pytest.mark.parametrize("target", ["transformers", "vllm", "sglang"])
+def test_a_checkpoint_in_our_own_words_becomes_servable(target: str, tmp_path: Path) -> None:
+    """What transformers refuses to build, because it has no name for it, can be spelled out."""
+    scaling = RopeScaling("ntk-mixed", 4.0, 512, params={"exponent": 0.5})
+    config = make_config(rope_parameters=scaling.to_config(head_dim=HEAD_DIM), max_position_embeddings=2048)
+    config.save_pretrained(tmp_path / "custom")
+    _, run = command_line(str(tmp_path / "custom"), "--for", target, "--output", str(tmp_path / "out"))
+    assert run() == 0
+    rotary = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path / "out"))
+    torch.testing.assert_close(rotary.inv_freq, compute_rope(scaling, HEAD_DIM)[0], rtol=1e-6, atol=0)
+
+
+MINISTRAL = {"head_dim": 16, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.mark.parametrize("target", ["transformers", "vllm", "sglang"])
+def test_what_attention_reads_from_the_rope_parameters_is_kept(target: str) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1}
+    rope["original_max_position_embeddings"] = 256
+    config = transformers.Ministral3Config(**MINISTRAL, max_position_embeddings=256, rope_parameters=dict(rope))
+    for spec in ("default", "linear:4", "yarn:4"):
+        report = export(spec, config, target)
+        words = report.config["rope_parameters"]
+        assert report.status == "exact"
+        assert (words["llama_4_scaling_beta"], words["original_max_position_embeddings"]) == (0.1, 256)
+        assert 'llama_4_scaling_beta": null' not in " ".join(report.flags)
+    # Frequencies are spelled out with another L, which attention would take for its own.
+    refused = export("ntk-mixed:4", config, target)
+    assert refused.status == "refused" and "the attention of this model reads 256 there" in refused.reason
+
+
+def test_a_softmax_scale_that_words_would_drop_is_refused() -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 4096}
+    for scale, status in ((1.0, "refused"), (None, "exact")):
+        rope = yarn | ({"mscale": scale, "mscale_all_dim": scale} if scale else {})
+        report = export("checkpoint", transformers.DeepseekV3Config(rope_parameters=rope), "vllm")
+        assert report.status == status
+        assert ("takes a softmax scale from mscale_all_dim=1.0" in report.reason) == (status == "refused")
+
+
+def test_a_model_without_rope_is_refused() -> None:
+    with pytest.raises(ConfigError, match="takes no RoPE parameters for model_type 'gpt2'"):
+        export("default", transformers.GPT2Config(), "vllm")

@@ -1,0 +1,108 @@
+"""GGUF files that hold a scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoConfig, PreTrainedModel
+
+from scaled_rope.checkpoint import DEFAULT_MODEL
+from scaled_rope.errors import ConfigError
+from scaled_rope.scaling.frequencies import compute_rope
+from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.serving.gguf import GgufRope, add_rope, deinterleave, interleave, read_gguf_rope, write_checkpoint
+from tests.helpers.exports import command_line
+
+
+def test_interleaving_turns_the_same_pairs() -> None:
+    """q and k in llama.cpp's order, turned in neighbouring pairs, have the products of q and k turned in halves."""
+    generator = np.random.default_rng(0)
+    q, k = generator.normal(size=(2, 3, 8))  # three heads of eight dimensions
+    angles = generator.uniform(0, 6, size=(2, 4))
+
+    def turn(x: np.ndarray, angle: np.ndarray, first: Any, second: Any) -> np.ndarray:
+        y, a, b = x.copy(), x[:, first], x[:, second]
+        y[:, first], y[:, second] = a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)
+        return y
+
+    half, rest, even, odd = slice(0, 4), slice(4, 8), slice(0, 8, 2), slice(1, 8, 2)
+    theirs = [interleave(x.reshape(24, 1), 3).reshape(3, 8) for x in (q, k)]
+    ours = turn(q, angles[0], half, rest) @ turn(k, angles[1], half, rest).T
+    again = turn(theirs[0], angles[0], even, odd) @ turn(theirs[1], angles[1], even, odd).T
+    np.testing.assert_allclose(again, ours)
+    assert not np.array_equal(theirs[0], q)
+    np.testing.assert_array_equal(deinterleave(interleave(q.reshape(24, 1), 3), 3), q.reshape(24, 1))
+
+
+@pytest.fixture(scope="module")
+def plain_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("gguf")
+    path = tmp_path_factory.mktemp("gguf") / "plain.gguf"
+    write_checkpoint(DEFAULT_MODEL, path, GgufRope({"llama.rope.scaling.type": "none"}))
+    return path
+
+
+def test_a_checkpoint_written_as_gguf_reads_back(plain_gguf: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    from safetensors.torch import load_file
+
+    weights = load_file(DEFAULT_MODEL / "model.safetensors")
+    reader = gguf.GGUFReader(plain_gguf)
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    config = AutoConfig.from_pretrained(DEFAULT_MODEL)
+    assert len(tensors) == len(weights)
+    for layer in range(config.num_hidden_layers):
+        for name, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
+            ours = weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"].float().numpy()
+            theirs = tensors[f"blk.{layer}.attn_{name}.weight"]
+            assert not np.array_equal(theirs, ours)
+            np.testing.assert_array_equal(deinterleave(theirs, heads), ours)
+    np.testing.assert_array_equal(tensors["token_embd.weight"], weights["model.embed_tokens.weight"].float().numpy())
+    fields = {name: entry.contents() for name, entry in reader.fields.items()}
+    assert fields["llama.block_count"] == config.num_hidden_layers
+    assert fields["llama.rope.freq_base"] == 10000.0
+    assert len(fields["tokenizer.ggml.tokens"]) == config.vocab_size
+    assert read_gguf_rope(plain_gguf).metadata["llama.rope.scaling.type"] == "none"
+    assert read_gguf_rope(plain_gguf).divisors is None
+
+
+def test_a_copy_of_a_gguf_holds_the_scaling_and_all_else_unchanged(plain_gguf: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    arguments = ["--for", "llama.cpp", "--scaling", "yarn:8,ramp=rotations"]
+    _, run = command_line(str(DEFAULT_MODEL), *arguments, "--gguf", str(plain_gguf), "--output", str(tmp_path))
+    assert run() == 0
+    copied = read_gguf_rope(tmp_path / "plain.gguf")
+    scaling = RopeScaling("yarn", 8.0, 256, ramp="rotations")
+    ours, factor = compute_rope(scaling, 64)
+    own, _ = compute_rope(RopeScaling("default"), 64)
+    assert copied.divisors is not None
+    np.testing.assert_allclose(own.numpy() / np.array(copied.divisors), ours, rtol=1e-6)
+    assert copied.metadata["llama.rope.scaling.attn_factor"] == pytest.approx(factor)
+    before, after = gguf.GGUFReader(plain_gguf), gguf.GGUFReader(tmp_path / "plain.gguf")
+    kept = {tensor.name: tensor for tensor in after.tensors}
+    for tensor in before.tensors:
+        assert kept[tensor.name].tensor_type == tensor.tensor_type
+        np.testing.assert_array_equal(kept[tensor.name].data, tensor.data)
+    for name, entry in before.fields.items():
+        if ".rope." not in name and not name.startswith("GGUF."):
+            assert after.fields[name].contents() == entry.contents()
+
+
+def test_gguf_refusals(plain_gguf: Path, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]) -> None:
+    with pytest.raises(ConfigError, match="overwrite"):
+        add_rope(plain_gguf, plain_gguf, GgufRope())
+    with pytest.raises(ConfigError, match="architecture 'llama', but the scaling says qwen2.rope"):
+        add_rope(plain_gguf, tmp_path / "a.gguf", GgufRope({"qwen2.rope.freq_base": 1e4}))
+    (tmp_path / "text.gguf").write_text("no GGUF")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        add_rope(tmp_path / "text.gguf", tmp_path / "a.gguf", GgufRope())
+    with pytest.raises(ConfigError, match="does not exist"):
+        add_rope(tmp_path / "none.gguf", tmp_path / "a.gguf", GgufRope())
+    tiny_model().save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="no tokenizer.json"):
+        write_checkpoint(tmp_path / "model", tmp_path / "a.gguf", GgufRope())
+    assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "a.gguf").exists()

@@ -1,0 +1,116 @@
+"""finetune.py: its flags and the recipes that they make."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import finetune
+from scaled_rope.command_line import run_cli
+from scaled_rope.recipes import Recipe
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, [], "FSDP is not available on this platform"),
+        ({}, ["--sequence-parallel", "2"], "sequence_parallel 2 needs DeepSpeed"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, ["--sequence-parallel", "2"], "a divisor of the 1 processes"),
+        ({}, ["--offload-activations", "--no-gradient-checkpointing"], "it needs gradient_checkpointing"),
+        ({}, ["--lora-embeddings-and-norms"], "it is for lora: true"),
+    ],
+)
+def test_engines_that_cannot_do_it_are_refused(workspace, tmp_path, monkeypatch, capsys, environment, flags, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), *flags]
+    assert run_cli(lambda: finetune.main(arguments)) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dem"], "unknown recipe 'dem'; did you mean 'demo'?"),
+        (["nothing.yaml"], "does not exist"),
+        ([], "--output-dir is missing"),
+        (["demo", "--learning-rate", "-1"], "learning_rate = -1.0"),
+        (["demo", "--warmup-steps", "61"], "warmup_steps = 61"),
+        (["demo", "--scaling", "yarn:8", "--scaling-factor", "4"], "exclude each other"),
+        (["{work}/recipe.yaml", "--scaling", "yarnn:8"], "did you mean 'yarn'"),
+        (["{work}/recipe.yaml", "--scaling", "yarn:0.5"], "factor"),
+        (["{work}/recipe.yaml", "--sequence-length", "32"], "more than sequence_length 32"),
+        (["{work}/recipe.yaml", "--dataset", "{work}/model"], "no tokenized set"),
+        (["{work}/recipe.yaml", "--dataset", "data/missing"], "dataset data/missing does not exist"),
+        (["{work}/recipe.yaml", "--dataset", "tests/missing"], "dataset tests/missing does not exist"),
+        (["{work}/recipe.yaml", "--dataset", "./missing"], "dataset ./missing does not exist"),
+        (["{work}/recipe.yaml", "--heldout", "out/missing"], "dataset out/missing does not exist"),
+        (["{work}/recipe.yaml", "--model", "{work}/set"], "config.json"),
+        (["{work}/recipe.yaml", "--batch-size", "3"], "multiple of batch_size 3"),
+        (["{work}/recipe.yaml", "--architecture", "mistral"], "'llama'"),
+        (["{work}/recipe.yaml", "--resume-from-checkpoint", "{work}/set"], "no saved state"),
+        (["{work}/recipe.yaml", "--deepspeed"], "needs a launcher"),
+        (["{work}/recipe.yaml", "--sliding-window-attention-schedule", "16"], "Mistral only"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(workspace, tmp_path, capsys, arguments, message):
+    arguments = [argument.replace("{work}", str(workspace)) for argument in arguments]
+    if arguments and arguments[0].startswith(str(workspace)):
+        arguments += ["--output-dir", str(tmp_path / "out")]
+    assert run_cli(lambda: finetune.main(arguments)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "out").exists() or "--sliding-window-attention-schedule" in arguments
+
+
+def test_released_flags_map_to_the_recipe():
+    args = finetune.parse_args(
+        ["--output-dir", "o", "--batch-size", "2", "--gradient-accumulate-every", "4", "--scaling-type", "linear",
+         "--scaling-factor", "2", "--sliding-window-attention-schedule", "64,128", "--num-proc", "8"]
+    )  # fmt: skip
+    resolved = finetune.resolve(args, ranks=8)
+    assert resolved.global_batch_size == 64 and resolved.scaling == "linear:2"
+    assert resolved.sliding_window_attention_schedule == (64, 128)
+    assert resolved.batch_size == 2
+    assert (resolved.max_train_steps, resolved.warmup_steps, resolved.learning_rate, resolved.seed) == (
+        400,
+        20,
+        2e-5,
+        42,
+    )
+    assert finetune.resolve(finetune.parse_args(["--output-dir", "o"]), ranks=2).global_batch_size == 16
+
+
+def resolved(*arguments: str) -> Recipe:
+    return finetune.resolve(finetune.parse_args(list(arguments)), ranks=2)
+
+
+def test_another_factor_keeps_the_other_fields_of_the_scaling_and_another_method_drops_them():
+    released = "beta_fast=128,beta_slow=2,mscale=0.7"
+    assert resolved("mistral-7b-64k", "--scaling-factor", "16").scaling == f"yarn:16,{released}"
+    assert resolved("mistral-7b-64k", "--scaling-type", "yarn").scaling == f"yarn:8,{released}"
+    assert resolved("mistral-7b-64k", "--scaling-type", "linear").scaling == "linear:8"
+    assert resolved("--output-dir", "o", "--scaling-type", "linear").scaling == "linear:16"
+
+
+def test_accumulation_counts_the_recipes_own_batch_size():
+    assert resolved("tiny-base", "--gradient-accumulate-every", "4").global_batch_size == 4 * 8 * 2
+
+
+def test_save_only_writes_the_scaling_and_nothing_else(workspace, tmp_path, capsys):
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path), "--save-only"]
+    assert finetune.main(arguments) == 0
+    before, after = (
+        load_file(workspace / "model" / "model.safetensors"),
+        load_file(tmp_path / "model" / "model.safetensors"),
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["rope_parameters"]["factor"] == 3.0 and config["max_position_embeddings"] == 48
+    # Neither training nor saving again may take this model for a trained one, or replace it.
+    assert run_cli(lambda: finetune.main(arguments)) == 2
+    assert run_cli(lambda: finetune.main(arguments[:-1])) == 2
+    assert "no training run wrote" in capsys.readouterr().err

@@ -1,0 +1,139 @@
+"""train.sh, eval.sh and eval-harness.sh."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+
+from scaled_rope.recipes import read_recipe
+from tests.helpers import ROOT
+
+
+def test_eval_sh_measures_tables_and_then_reports(tmp_path):
+    """With an interpreter that writes the evaluators' command lines down instead of running them."""
+    python, log, rows = tmp_path / "python", tmp_path / "log", tmp_path / "rows.jsonl"
+    python.write_text(
+        f"""#!/usr/bin/env bash
+        if [[ "$1" != eval/* ]]; then exec {sys.executable} "$@"; fi
+        echo "$@" >> {log}
+        [[ "$*" != *missing* ]] || exit 3
+        echo '{{}}' >> {rows}
+        """
+    )
+    python.chmod(python.stat().st_mode | stat.S_IEXEC)
+    variables = {"PYTHON": str(python), "PYTHONPATH": str(ROOT), "OUTPUT": str(rows), "TASKS": "mmlu"}
+    variables |= {"MODELS": "a/b missing", "DATASET": "x.txt"}
+    command = ["./eval.sh", "table4", "table3", "--", "--seed", "1"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+    flags = "--protocol sliding --stride 256 --weighting window --samples 50 --dataset-min-tokens 16384 --lengths 32768"
+    lines = log.read_text().splitlines()
+    assert lines[:4] == [
+        f"eval/perplexity.py -m a/b --dataset x.txt {flags} --seed 1 --output {rows}",
+        f"eval/perplexity.py -m missing --dataset x.txt {flags} --seed 1 --output {rows}",
+        f"eval/harness.py -m a/b --tasks mmlu --output {rows} --seed 1",  # through eval-harness.sh
+        f"eval/harness.py -m missing --tasks mmlu --output {rows} --seed 1",
+    ]
+    assert lines[4].startswith(f"eval/report.py {rows} --table 4 --table 3 ") and len(lines) == 5
+    assert lines[4].endswith(f"--output {tmp_path}")
+    # A model that fails does not keep the others from being measured, and is named in the end.
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["failed: missing: mmlu", "failed: table4: missing", "failed: table3"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_train_sh_alone_ends_every_process_and_lets_them_save(tmp_path, number, code):
+    """Training is a launcher that the signal kills at once, and its worker, which takes its time to save."""
+    for name in ("train.sh", "environment.sh"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "worker.py").write_text(
+        "import signal, sys, time\nfrom pathlib import Path\n\n"
+        "def save(*_):\n    time.sleep(0.5)\n    Path('saved').touch()\n    sys.exit(0)\n\n"
+        f"signal.signal({int(number)}, save)\nPath('begun').touch()\ntime.sleep(60)\n"
+    )
+    (tmp_path / "launcher.py").write_text(
+        "import signal, subprocess, sys\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+        "subprocess.run([sys.executable, 'worker.py'])\n"
+    )
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "LAUNCH": "python launcher.py"}
+    script = subprocess.Popen(
+        ["bash", "train.sh", "llama-2-7b-128k"], cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # nohup and the like ignore it
+    )  # fmt: skip
+    deadline = time.monotonic() + 120  # a machine may be busy
+    while not (tmp_path / "begun").exists():
+        assert script.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    script.send_signal(number)
+    script.communicate(timeout=120)  # to the end of its output, which the worker holds as well
+    assert script.returncode == code
+    assert (tmp_path / "saved").exists()
+
+
+def test_train_sh_does_not_go_on_after_a_run_that_was_stopped(tmp_path):
+    for name in ("train.sh", "environment.sh"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "finetune.py").write_text("print('ran')")  # ends with 0 as one that got SIGTERM does
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "train.sh", "llama-2-7b-128k"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (143, "ran\n")
+    assert done.stderr == "llama-2-7b-64k is not finished; the same command continues\n"
+
+
+def test_train_sh_runs_a_chain_and_hands_over_what_is_finished(tmp_path):
+    """train.sh with a program in place of training, which notes the recipe's name and leaves a finished run behind."""
+    for name in ("train.sh", "environment.sh"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "finetune.py").write_text("")
+    trainer = tmp_path / "trainer.sh"
+    for name in ("llama-2-7b-64k", "llama-2-7b-128k"):
+        (tmp_path / name).write_text(json.dumps({"step": read_recipe(name).max_train_steps}) + "\n")
+    trainer.write_text(
+        'echo "$2" >> order\nmkdir -p out/$2/model\necho {} > out/$2/model/config.json\ncp $2 out/$2/train_log.jsonl\n'
+    )
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "LAUNCH": f"bash {trainer}"}
+
+    def train(*names: str) -> None:
+        done = subprocess.run(
+            ["bash", "train.sh", *names], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+    train("llama-2-7b-128k")
+    assert (tmp_path / "order").read_text().split() == ["llama-2-7b-64k", "llama-2-7b-128k"]
+    train("llama-2-7b-64k")
+    assert (tmp_path / "order").read_text().split()[2:] == ["llama-2-7b-64k"]
+
+
+@pytest.mark.parametrize("script", ["train.sh", "eval.sh", "eval-harness.sh"])
+def test_scripts_show_their_comment_for_help_and_refuse_other_flags(script):
+    environment = os.environ | {"PYTHON": sys.executable}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", script, *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+
+    shown = run("--help")
+    assert (shown.returncode, shown.stderr) == (0, "") and f"./{script} --list" in shown.stdout
+    refused = run("--force")
+    assert refused.returncode == 2 and "error: flag --force is not allowed" in refused.stderr
+
+
+def test_an_empty_name_is_not_the_demo():
+    for script in ("train.sh", "eval.sh"):
+        command = ["bash", script, ""]
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 2 and "unknown recipe ''" in done.stderr

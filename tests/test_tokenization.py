@@ -1,0 +1,90 @@
+"""tokenization.py."""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+import pytest
+
+import tokenization
+from scaled_rope.texts import tokenizing
+from scaled_rope.texts.documents import is_sampled
+from scaled_rope.texts.packed import PackedWriter, open_packed
+from tests.helpers.packing import BOS, documents, packed, tokenize, write_corpus
+
+
+def test_tokenization_does_not_depend_on_processes_and_records_provenance(tmp_path, tokenizer_dir, capsys, monkeypatch):
+    write_corpus(tmp_path)
+    monkeypatch.setattr(tokenizing, "BATCH", 300)  # several batches per worker
+    source = ("--dataset", tmp_path / "txt", "--tokenizer", tokenizer_dir, "--sequence-length", 64)
+    for processes in (1, 2):
+        assert tokenize(*source, "--num-proc", processes, "--output", tmp_path / f"by{processes}") == 0
+    one, two = open_packed(tmp_path / "by1"), open_packed(tmp_path / "by2")
+    np.testing.assert_array_equal(one.tokens, two.tokens)
+    assert one.meta == two.meta
+    assert one.meta["documents"] == 30
+    assert one.meta["tokens"] == len(one) * 64 + one.meta["dropped_tokens"]
+    assert one.meta["sources"] == [[str(tmp_path / "txt"), 1.0]]
+    assert (one.tokens == BOS).sum() == pytest.approx(30, abs=1)
+    before = (tmp_path / "by1" / "tokens.bin").stat().st_mtime_ns
+    assert tokenize(*source, "--num-proc", 1, "--output", tmp_path / "by1") == 0
+    assert "already there" in capsys.readouterr().out
+    assert (tmp_path / "by1" / "tokens.bin").stat().st_mtime_ns == before
+
+
+def test_mixing_and_json_flags(tmp_path, tokenizer_dir):
+    write_corpus(tmp_path)
+    (tmp_path / "lines.data").write_bytes((tmp_path / "lines.jsonl").read_bytes())
+    common = ("--tokenizer", tokenizer_dir, "--sequence-length", 32, "--feature", "body", "--num-proc", 1, "--json")
+    data = tmp_path / "lines.data"
+    assert tokenize("--dataset", data, "--dataset", f"{data},0.5", *common, "--output", tmp_path / "mixed") == 0
+    kept = sum(is_sampled(42, 1, number, 0.5) for number in range(30))
+    assert 0 < kept < 30
+    assert open_packed(tmp_path / "mixed").meta["documents"] == 30 + kept
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, tokenizer_dir, capsys, monkeypatch):
+    write_corpus(tmp_path)
+
+    def full(self: PackedWriter, *rows: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "tokens.bin")
+
+    monkeypatch.setattr(PackedWriter, "append", full)
+    code = tokenize("--dataset", tmp_path / "txt", "--tokenizer", tokenizer_dir, "--sequence-length", 32,
+                    "--num-proc", 1, "--output", tmp_path / "out" / "set")  # fmt: skip
+    assert code == 2
+    assert "no space left" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--dataset": "{tmp}/nothing"}, "does not exist"),
+        ({"--dataset": "{tmp}/txt,1.5"}, "fraction"),
+        ({"--dataset": "{tmp}/lines.jsonl"}, "feature 'text'"),
+        ({"--tokenizer": "{tmp}/txt"}, "config.json"),
+        ({"--sequence-length": "1"}, "at least 2"),
+        ({"--sequence-length": "1000000"}, "no full sequence"),
+        ({"--num-proc": "0"}, "at least 1"),
+    ],
+)
+def test_tokenization_refuses_bad_input_in_one_line(tmp_path, tokenizer_dir, capsys, change, message):
+    write_corpus(tmp_path)
+    flags = {"--dataset": f"{tmp_path}/txt", "--tokenizer": str(tokenizer_dir), "--sequence-length": "32",
+             "--num-proc": "1", "--output": f"{tmp_path}/new"}  # fmt: skip
+    flags |= {name: value.replace("{tmp}", str(tmp_path)) for name, value in change.items()}
+    assert tokenize(*[part for pair in flags.items() for part in pair]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(("new", ".partial"))]
+
+
+def test_pushing_to_the_hub_hands_over_every_row(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    data, _ = packed(tmp_path, documents(5), 16, "document")
+    pushed = {}
+    monkeypatch.setattr(datasets.Dataset, "push_to_hub", lambda self, name: pushed.update({name: self}))
+    tokenization.push_to_hub(tmp_path / "set", "someone/set")
+    assert pushed["someone/set"]["input_ids"][:] == data.tokens.tolist()

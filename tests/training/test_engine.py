@@ -1,0 +1,105 @@
+"""Layouts of ranks, and what engines cannot do."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from scaled_rope import RopeScaling
+from scaled_rope.errors import ConfigError
+from scaled_rope.recipes import read_recipe
+from scaled_rope.training.engine import (
+    Layout,
+    accumulation,
+    allowed_sequence_parallel,
+    check_can_build,
+    check_sequence_parallel,
+    configure_fsdp,
+)
+from tests.helpers import ROOT
+from tests.helpers.training_recipes import recipe
+
+
+def test_ranks_that_share_a_sequence_work_on_the_same_rows():
+    layouts = [Layout(rank, 8, 4) for rank in range(8)]
+    assert [layout.data_rank for layout in layouts] == [0] * 4 + [1] * 4
+    assert {layout.data_ranks for layout in layouts} == {2}
+    whole = {"input_ids": torch.arange(24).view(2, 12)}
+    parts = [layout.shard(whole)["input_ids"] for layout in layouts[:4]]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "allowed"),
+    [(9, 3, [1, 3, 9]), (32, 8, [1, 2, 4, 8, 16, 32]), (6, 4, [1, 2]), (4, 1, [1, 2, 4])],
+)
+def test_heads_decide_over_how_many_ranks_a_sequence_can_go(heads, kv_heads, allowed):
+    assert allowed_sequence_parallel(heads, kv_heads) == allowed
+
+
+@pytest.mark.parametrize(
+    ("fields", "config", "message"),
+    [
+        ({"sequence_parallel": 2}, {"num_attention_heads": 9, "num_key_value_heads": 3}, "one of: 1, 3, 9"),
+        ({"scaling": "dynamic-yarn"}, {}, "no rank sees the length"),
+        ({}, {"sliding_window": 16}, "sliding window below 48 tokens"),
+        ({"sliding_window_attention_schedule": (64, 32)}, {"sliding_window": 128}, "sliding window below 48 tokens"),
+        ({"documents": "separate"}, {}, "documents: separate"),
+        ({"attention": "eager"}, {}, "eager attention"),
+    ],
+)
+def test_what_would_be_wrong_over_a_shared_sequence_is_refused(workspace, fields, config, message):
+    shape = SimpleNamespace(**{"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None} | config)
+    shape.get_text_config = lambda: shape
+    recipe = replace(read_recipe(str(workspace / "recipe.yaml")), **{"sequence_parallel": 2} | fields)
+    base = RopeScaling(method="default", original_max_position_embeddings=16)
+    with pytest.raises(ConfigError, match=message):
+        check_sequence_parallel(recipe, shape, RopeScaling.from_spec(recipe.scaling, base), recipe.attention)
+
+
+def test_deepspeed_without_a_compiler_is_refused_with_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        sys.modules, "deepspeed.git_version_info", SimpleNamespace(installed_ops={"cpu_adam": False, "built": True})
+    )
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    check_can_build("built")
+    with pytest.raises(ConfigError, match=r"has to compile cpu_adam and finds no ninja and no c\+\+: install"):
+        check_can_build("cpu_adam")
+    for tool in (tmp_path / "bin" / "ninja", tmp_path / "c++"):
+        tool.parent.mkdir(exist_ok=True)
+        tool.touch(0o755)
+    check_can_build("cpu_adam")
+
+
+@pytest.mark.parametrize(
+    ("plugin", "fields", "message"),
+    [
+        ({"fsdp_version": 1}, {}, "fsdp_version = 1 is not allowed"),
+        ({"activation_checkpointing": True}, {}, "the recipe's gradient_checkpointing does it"),
+    ],
+)
+def test_what_was_never_seen_to_work_under_fsdp_is_refused(workspace, plugin, fields, message):
+    recipe = replace(read_recipe(str(workspace / "recipe.yaml")), **fields)
+    settings = {"fsdp_version": 2, "activation_checkpointing": False, "mixed_precision_policy": None} | plugin
+    with pytest.raises(ConfigError, match=message):
+        configure_fsdp(SimpleNamespace(**settings), recipe)
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
+def test_deepspeed_settings_leave_batch_and_schedule_to_the_recipe(name):
+    settings = json.loads((ROOT / "deepspeed" / f"{name}.json").read_text())
+    assert not {"optimizer", "scheduler"} & set(settings)
+    assert settings["train_micro_batch_size_per_gpu"] == settings["gradient_accumulation_steps"] == "auto"
+    assert settings["gradient_clipping"] == "auto" and settings["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused():
+    with pytest.raises(ConfigError, match="multiple of batch_size 1 x 3 processes"):
+        accumulation(recipe(), 3)

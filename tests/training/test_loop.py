@@ -1,0 +1,224 @@
+"""Learning rates, and whole runs in this process."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+import finetune
+from scaled_rope import patch_model
+from scaled_rope.command_line import run_cli
+from scaled_rope.patching.loss import IGNORE
+from scaled_rope.recipes import read_recipe
+from scaled_rope.texts.packed import PackedWriter, open_packed, pack
+from scaled_rope.training import batches, loop, model
+from scaled_rope.training.batches import collate, step_batches
+from scaled_rope.training.loop import learning_rate
+from scaled_rope.training.model import set_sliding_window
+from tests.helpers.runs import LENGTH, log, same, weights
+from tests.helpers.training_recipes import recipe, resolved_recipe
+
+# ------------------------------------------------------------------------------------------------------- schedules
+
+
+def test_warm_up_rises_linearly_to_the_peak_and_wastes_no_step():
+    rates = [learning_rate(recipe(lr_schedule="constant"), step) for step in range(100)]
+    assert rates[:20] == pytest.approx([1e-3 * (step + 1) / 20 for step in range(20)])
+    assert rates[20:] == [1e-3] * 80
+
+
+def test_linear_and_cosine_decay():
+    linear = [learning_rate(recipe(), step) for step in range(100)]
+    assert linear[20] == 1e-3 and linear[60] == pytest.approx(0.5e-3) and linear[99] == pytest.approx(1e-3 / 80)
+    cosine = [learning_rate(recipe(lr_schedule="cosine"), step) for step in range(100)]
+    assert cosine[60] == pytest.approx(0.55e-3) and 1e-4 < cosine[99] < 1.02e-4
+    assert all(a >= b for rates in (linear, cosine) for a, b in zip(rates[20:], rates[21:], strict=False))
+    assert learning_rate(recipe(warmup_steps=0), 0) == 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------ whole runs
+
+
+def test_the_log_has_the_right_rate_batch_and_tokens_at_every_step(workspace, straight):
+    rows = log(straight)
+    resolved = read_recipe(str(workspace / "recipe.yaml"))
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["learning_rate"] for row in rows] == [learning_rate(resolved, step) for step in range(8)]
+    assert [row["tokens"] for row in rows] == [4 * LENGTH] * 8
+    assert [row["tokens_seen"] for row in rows] == [4 * LENGTH * n for n in range(1, 9)]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert [float(x) for x in (workspace / "losses.csv").read_text().split(",")] == [row["loss"] for row in rows]
+    assert not (straight / "checkpoints").exists() and (straight / "loss.png").stat().st_size > 1000
+
+
+def test_the_first_loss_is_the_weighted_mean_over_the_global_batch(workspace, straight):
+    """A slow restatement with the model's own full logits."""
+    from transformers import AutoModelForCausalLM
+
+    resolved = read_recipe(str(workspace / "recipe.yaml"))
+    model = AutoModelForCausalLM.from_pretrained(resolved.model, dtype=torch.float32)
+    patch_model(model, resolved.scaling)
+    total = weight = 0.0
+    for rows in step_batches(open_packed(resolved.dataset), resolved, 0, 0, 1):
+        batch = collate(rows, LENGTH)
+        logits = model(input_ids=batch["input_ids"]).logits.detach().double().log_softmax(-1)
+        for b, t in np.ndindex(*batch["targets"].shape):
+            if batch["targets"][b, t] != IGNORE:
+                total -= float(batch["weights"][b, t] * logits[b, t, batch["targets"][b, t]])
+                weight += float(batch["weights"][b, t])
+    # float32 forward against float64 softmax of the same logits: relative error near 2^-24 times a few hundred terms
+    assert log(straight)[0]["loss"] == pytest.approx(total / weight, rel=1e-5)
+
+
+def test_master_weights_are_float32_under_bf16(workspace, tmp_path):
+    """Updates of 1e-6 are far below the spacing of bfloat16 numbers near 0.1 (5e-4): in bfloat16 nothing would move."""
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path), "--max-train-steps", "3",
+                 "--learning-rate", "1e-6", "--lr-schedule", "constant", "--precision", "bf16"]  # fmt: skip
+    args = finetune.parse_args(arguments)
+    resolved = replace(finetune.resolve(args, 1), save_dtype="float32")
+    AcceleratorState._reset_state(True)  # accelerate allows one precision per process
+    loop.Trainer(resolved).run()
+    AcceleratorState._reset_state(True)
+    before, after = load_file(workspace / "model" / "model.safetensors"), weights(tmp_path)
+    moved = [(after[name] - before[name]).abs() for name in before]
+    assert all(float(change.max()) < 1e-5 for change in moved)
+    # every weight that had a gradient moved: Adam moves by the learning rate whatever the gradient's size
+    assert sum(int((change > 1e-7).sum()) for change in moved) > 0.5 * sum(change.numel() for change in moved)
+
+
+def test_heldout_perplexity_is_that_of_the_model_at_each_length(workspace, straight):
+    from transformers import AutoModelForCausalLM
+
+    rows = log(straight)
+    assert [row["step"] for row in rows if "heldout" in row] == [3, 6, 8]
+    model = AutoModelForCausalLM.from_pretrained(straight / "model", dtype=torch.float32)
+    data = open_packed(workspace / "set")
+    for length in (16, 48):
+        losses = []
+        for index in range(3):
+            ids = torch.from_numpy(data.row(index)[0])[None, :length]
+            scores = model(input_ids=ids).logits.double().log_softmax(-1)[0, :-1]
+            losses += (-scores.gather(1, ids[0, 1:, None])[:, 0]).tolist()
+        # float32 logits: as for the first loss; four decimals are logged
+        assert rows[-1]["heldout"][str(length)] == pytest.approx(float(np.exp(np.mean(losses))), rel=1e-4)
+
+
+def test_separate_documents_train_as_if_each_were_alone(workspace, tmp_path):
+    """The first loss of a run on packed documents, against the documents one by one."""
+    from transformers import AutoModelForCausalLM
+
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(2, 60, size).tolist() for size in (5, 17, 1, 30, 9, 44, 21, 13, 40, 8)]
+    with PackedWriter(tmp_path / "set", LENGTH, 64) as writer:
+        pack(documents, writer, 0, 1)
+        writer.close({"bookend": "document", "bos": 0, "eos": 1})
+    data = open_packed(tmp_path / "set")
+    arguments = [str(workspace / "recipe.yaml"), "--dataset", str(tmp_path / "set"), "--max-train-steps", "2"]
+    losses = {}
+    for name in ("joined", "separate"):
+        assert finetune.main([*arguments, "--documents", name, "--output-dir", str(tmp_path / name)]) == 0
+        losses[name] = log(tmp_path / name)[0]["loss"]
+    model = AutoModelForCausalLM.from_pretrained(workspace / "model", dtype=torch.float32)
+    patch_model(model, "yarn:3")
+    total = count = 0.0
+    for rows in step_batches(data, resolved_recipe(workspace), 0, 0, 1):
+        for tokens, _ in rows:
+            starts = [index for index in range(LENGTH) if tokens[index] == 0 or index == 0]
+            for begin, end in zip(starts, [*starts[1:], LENGTH], strict=True):
+                ids = torch.from_numpy(tokens[begin:end])[None]
+                scores = model(input_ids=ids).logits.detach().double().log_softmax(-1)[0, :-1]
+                total -= float(scores.gather(1, ids[0, 1:, None]).sum())
+                count += end - begin - 1
+    # float32 forward against float64 softmax of the same logits, as for the first loss above
+    assert losses["separate"] == pytest.approx(total / count, rel=1e-5)
+    assert abs(losses["joined"] - losses["separate"]) > 1e-3
+
+
+def test_window_schedule_of_a_run_changes_step_by_step(workspace, tmp_path, monkeypatch):
+    seen, original = [], set_sliding_window
+
+    def note(model, window):
+        original(model, window)
+        seen.append(model.config.sliding_window)
+
+    monkeypatch.setattr(loop, "set_sliding_window", note)
+    init = {
+        "model_type": "mistral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64, "max_position_embeddings": 16,
+        "sliding_window": 8,
+    }  # fmt: skip
+    resolved = replace(
+        resolved_recipe(workspace), model=None, init=init, tokenizer=str(workspace / "model"), max_train_steps=3,
+        warmup_steps=0, sliding_window_attention_schedule=(16, 64), output_dir=str(tmp_path),
+    )  # fmt: skip
+    loop.Trainer(resolved).run()
+    assert seen == [16, 64, 16]
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["sliding_window"] == 16
+
+
+@pytest.fixture
+def broken_off(workspace, tmp_path, monkeypatch, capsys):
+    """A run that was stopped by a signal in the middle of step 4, between two of its four passes."""
+    output, passes = tmp_path / "out", []
+    original = batches.collate
+
+    def collate(*arguments):
+        passes.append(None)
+        if len(passes) == 4 * 3 + 2:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "collate", collate)
+        arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(output), "--model", str(workspace / "dropout")]
+        arguments += ["--heldout-steps", "8"]  # its passes are not to be counted
+        assert finetune.main(arguments) == 0
+    assert "SIGTERM after step 3: saved" in capsys.readouterr().out
+    assert len(passes) == 14, "the step's other passes were not to be made"
+    return output, arguments
+
+
+def test_a_step_that_was_broken_off_is_done_again_as_if_it_had_not_begun(workspace, broken_off, tmp_path):
+    output, arguments = broken_off
+    assert [row["step"] for row in log(output)] == [1, 2, 3]
+    assert finetune.main(arguments) == 0
+    whole = [*arguments[:2], str(tmp_path / "whole"), *arguments[3:]]
+    assert finetune.main(whole) == 0
+    assert same(log(output)) == same(log(tmp_path / "whole"))
+    reference, other = weights(tmp_path / "whole"), weights(output)
+    assert all(torch.equal(reference[name], other[name]) for name in reference)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_stops_and_leaves_the_last_state_intact(
+    workspace, tmp_path, monkeypatch, capsys, what
+):
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), "--checkpointing-steps", "1"]
+    arguments += ["--max-train-steps", "4"]
+    original, passes = model.SummedLoss.forward, []
+
+    def forward(self, **tensors):
+        loss = original(self, **tensors)
+        passes.append(None)
+        if len(passes) <= 4 * 2:
+            return loss
+        if what == "loss":
+            return loss + torch.inf
+        weight = next(self.parameters())
+        return loss + ((weight - weight.detach()).sum() ** 2).sqrt()  # 0, with the gradient 0 x infinity
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.SummedLoss, "forward", forward)
+        assert run_cli(lambda: finetune.main(arguments)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: {what} of step 3 is ") and "step-000002, is intact" in error
+    assert not (tmp_path / "out" / "model").exists()
+    assert finetune.main(arguments) == 0
+    assert [row["step"] for row in log(tmp_path / "out")] == [1, 2, 3, 4]

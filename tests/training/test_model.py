@@ -1,0 +1,140 @@
+"""The model that is trained: built, wrapped, and saved."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import finetune
+from scaled_rope import RopeScaling, patch_model
+from scaled_rope.errors import ConfigError
+from scaled_rope.texts.packed import open_packed
+from scaled_rope.training import loop
+from scaled_rope.training.batches import collate
+from scaled_rope.training.model import SummedLoss, build_model
+from tests.helpers.runs import ENVIRONMENT, LENGTH, weights
+from tests.helpers.training_recipes import recipe, resolved_recipe
+
+
+def test_the_checkpoint_loads_without_this_package_and_gives_the_same_logits(straight):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    program = (
+        "import sys, torch, transformers\n"
+        "sys.modules['scaled_rope'] = None\n"
+        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
+        "ids = torch.arange(2, 42)[None]\n"
+        "torch.save(model(input_ids=ids).logits, sys.argv[2])\n"
+    )
+    saved = straight / "logits.pt"
+    subprocess.run([sys.executable, "-c", program, str(straight / "model"), str(saved)], check=True, timeout=120,
+                   capture_output=True, env=ENVIRONMENT)  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(straight / "model", dtype=torch.float32)
+    assert model.config.rope_parameters["rope_type"] == "yarn" and model.config.rope_parameters["factor"] == 3.0
+    assert model.config.max_position_embeddings == 48
+    scaling = RopeScaling(method="yarn", factor=3.0, original_max_position_embeddings=16)
+    patch_model(model, scaling)
+    ours = model(input_ids=torch.arange(2, 42)[None]).logits
+    # inv_freq may differ in the last bit (float64 rounded once against float32 arithmetic): 1e-7 rad over 40 positions
+    torch.testing.assert_close(torch.load(saved), ours, rtol=1e-4, atol=1e-4)
+    assert len(AutoTokenizer.from_pretrained(straight / "model")) == 64
+
+
+def test_recipes_choose_layers():
+    init = {
+        "model_type": "qwen2", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 61, "max_position_embeddings": 32,
+        "use_sliding_window": True, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"],
+    }  # fmt: skip
+    fields = {"model": None, "init": init, "tokenizer": "none", "scaling": "yarn:4"}
+    _, report = build_model(recipe(**fields, layers="full_attention", drop_layers=(0,)))
+    assert report is not None and not report.native and report.plan.drop_layers == (0,)
+    assert {name: one.label for name, one in report.plan.layers.items()} == {
+        "sliding_attention": "unscaled",
+        "full_attention": "yarn x4",
+    }
+    model, report = build_model(recipe(**fields))
+    assert report is not None and report.native and not report.plan.layers
+    assert model.config.max_position_embeddings == 128
+    with pytest.raises(ConfigError, match="drop_layers=2: must be a layer's index, 0 to 1"):
+        build_model(recipe(**fields, drop_layers=(2,)))
+
+
+def test_lora_trains_adapters_and_saves_merged_weights(workspace, tmp_path):
+    pytest.importorskip("peft")
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path), "--lora", "--max-train-steps", "2"]
+    assert finetune.main(arguments) == 0
+    before, after = load_file(workspace / "model" / "model.safetensors"), weights(tmp_path)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("proj" in name for name in changed)
+    assert (tmp_path / "model" / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_lora_with_embeddings_and_norms_saves_them_in_model_and_adapter(workspace, tmp_path, tied):
+    pytest.importorskip("peft")
+    from scaled_rope.patching.loading import load_model
+
+    base = workspace / ("tied" if tied else "model")
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), "--model", str(base), "--lora",
+                 "--lora-embeddings-and-norms", "--max-train-steps", "2"]  # fmt: skip
+    assert finetune.main(arguments) == 0
+    before, after = load_file(base / "model.safetensors"), weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    # What the evaluators make of base and adapter is the merged model; merging rounds once, in float32.
+    merged = load_model(str(tmp_path / "out" / "model"))
+    adapted = load_model(str(base), scaling="yarn:3", adapter=str(tmp_path / "out" / "model" / "adapter"))
+    ids = torch.arange(2, 42)[None]
+    torch.testing.assert_close(adapted(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointing_and_offloading_change_nothing(workspace, monkeypatch):
+    """The offloading path is taken on the CPU too here, where its copies go from memory to memory."""
+    monkeypatch.setattr("scaled_rope.training.model._is_on_accelerator", lambda tensor: True)
+    batch = collate([open_packed(workspace / "set").row(0)], LENGTH)
+    copies, original = [], torch.empty
+
+    def counted(*arguments, **options):
+        if options.get("pin_memory") is not None:
+            copies.append(arguments)
+        return original(*arguments, **options)
+
+    gradients, kept = {}, {}
+    for checkpointing, offload in ((False, False), (True, False), (True, True)):
+        model, _ = build_model(replace(resolved_recipe(workspace), gradient_checkpointing=checkpointing))
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        module = SummedLoss(model, offload)
+        monkeypatch.setattr(loop.torch, "empty", counted)
+        module(**batch).backward()
+        monkeypatch.undo()
+        monkeypatch.setattr("scaled_rope.training.model._is_on_accelerator", lambda tensor: True)
+        gradients[checkpointing, offload] = [parameter.grad for parameter in model.parameters()]
+        kept[checkpointing, offload] = len(copies)
+    assert kept[False, False] == kept[True, False] == 0
+    # the inputs of both layers, at least
+    hidden = [shape for (shape, *_) in copies if tuple(shape) == (1, LENGTH, 32)]
+    assert len(hidden) >= 2
+    for other in ((True, False), (True, True)):
+        for one, two in zip(gradients[False, False], gradients[other], strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def test_mistral_window_schedule_sets_the_window_of_each_step(tiny_model):
+    from scaled_rope.training.model import set_sliding_window
+
+    model = tiny_model("mistral", sliding_window=8)
+    tokens = torch.arange(1, 41)[None]
+    narrow = model(input_ids=tokens).logits
+    set_sliding_window(model, 64)
+    wide = model(input_ids=tokens).logits
+    reference = tiny_model("mistral", sliding_window=None)(input_ids=tokens).logits
+    assert not torch.allclose(narrow, wide)
+    torch.testing.assert_close(wide, reference)

@@ -1,0 +1,86 @@
+"""Plans against arithmetic."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+
+from scaled_rope import cli
+from scaled_rope.recipes import read_recipe
+from scaled_rope.training.planning import Options, Planner
+from tests.helpers import ROOT
+from tests.helpers.planning import small
+
+LLAMA_7B = 6738415616
+
+
+def test_static_memory_of_llama_2_7b_by_engine():
+    planner = Planner(read_recipe("llama-2-7b-64k"))
+    plain = planner.memory(Options(8, "plain"))
+    assert (plain.weights, plain.gradients, plain.optimizer) == (4 * LLAMA_7B, 4 * LLAMA_7B, 8 * LLAMA_7B)
+    zero2, zero3 = (planner.memory(Options(8, engine)) for engine in ("zero2", "zero3"))
+    # bfloat16 weights, float32 gradients, and float32 weights with two moments
+    assert (zero2.weights, zero2.gradients, zero2.optimizer) == (2 * LLAMA_7B, LLAMA_7B / 2, 12 * LLAMA_7B / 8)
+    assert zero3.weights == LLAMA_7B / 4 and zero3.total < zero2.total < plain.total
+    offloaded = planner.memory(Options(8, "zero3_offload"))
+    assert offloaded.weights == offloaded.optimizer == 0
+    assert offloaded.host == zero3.weights + zero3.gradients + zero3.optimizer
+    shared = planner.memory(Options(8, "zero3", sequence_parallel=8))
+    # the inputs of 32 checkpointed layers, bfloat16, are the least that a pass keeps
+    assert zero3.activations > 32 * 65536 * 4096 * 2
+    # a pass is linear in the length, but for pieces of constant size
+    assert shared.activations == pytest.approx(zero3.activations / 8, rel=0.02)
+    assert zero3.logits == 3 * 4 * 2**25 < zero3.activations
+    hosted = planner.memory(Options(8, "zero3", offload_activations=True))
+    assert hosted.host == 32 * 65536 * 4096 * 2 and zero3.activations - hosted.activations == hosted.host
+    assert plain.cache == 0.0
+
+
+def test_adapters_need_room_for_adapters():
+    planner = Planner(small(lora=True), on_gpu=False)
+    adapted = planner.memory(Options(lora=True))
+    whole = planner.memory(Options())
+    assert adapted.weights > whole.weights, "the adapters themselves"
+    assert adapted.optimizer == 2 * adapted.gradients == 2 * (adapted.weights - whole.weights)
+    # the largest matrix of an adapter: 16 x 160
+    assert adapted.step_workspace == 8 * 16 * 160 and whole.step_workspace == 8 * 512 * 64
+
+
+def test_a_plan_says_what_fits_and_how_long_it_takes(capsys):
+    arguments = ["plan", str(ROOT / "configs" / "demo.yaml"), "--gpus", "2", "--gpu-memory", "1", "--json"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert cli.main([*arguments, "--peak-tflops", "100", "--utilisation", "0.5"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    flops = sum(plan["flops_per_step"].values())
+    first = plan["alternatives"][0]
+    assert first["step_seconds"] == pytest.approx(flops / (2 * 100e12 * 0.5), abs=0.01)
+    assert all(row["fits"] == (row["memory_gb"]["total"] <= 0.92) for row in plan["alternatives"])
+    commands = [row["command"] for row in plan["alternatives"]]
+    assert any(
+        "configs/accelerate/zero3.yaml" in command and "--sequence-parallel 2" in command for command in commands
+    )
+    assert all(
+        (ROOT / word).exists() for command in commands for word in command.split() if word.startswith("configs/")
+    )
+    assert cli.main(arguments[:-1]) == 0
+    text = capsys.readouterr().out
+    assert "first that fits: torchrun --nproc_per_node 2 finetune.py" in text and "GPU-hours" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["demo", "--gpus", "0"], "--gpus 0"),
+        (["demo", "--gpus", "3"], "cannot run on 3 ranks: global_batch_size 4"),
+        (["demo", "--gpu-memory", "0"], "--gpu-memory 0.0"),
+        (["demo", "--utilisation", "1.5"], "--utilisation 1.5"),
+        (["dmo"], "did you mean 'demo'"),
+    ],
+)
+def test_plans_that_make_no_sense_are_one_line(capsys, flags, message):
+    assert cli.main(["plan", *flags]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("error: ") and message in error[0]

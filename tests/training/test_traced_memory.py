@@ -1,0 +1,51 @@
+"""Traced passes against what the same pass holds when it really runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from scaled_rope.training.model import SummedLoss, enable_checkpointing
+from scaled_rope.training.traced_memory import LiveBytes, trace_pass
+from tests.helpers.planning import small
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("accumulating", [False, True])
+def test_a_traced_pass_holds_what_a_real_one_holds(checkpointing, precision, accumulating):
+    """The same counter over real tensors. Without data an operator cannot tell a sparse case: none is there."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    recipe = replace(small(gradient_checkpointing=checkpointing), precision=precision)
+    fields = dict(recipe.init)
+    peaks = []
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    masks = pytest.importorskip("transformers.masking_utils").ALL_MASK_ATTENTION_FUNCTIONS
+    for mode in (FakeTensorMode(), torch.device("cpu")):
+        with mode:
+            config = AutoConfig.for_model(
+                fields["model_type"], **{k: v for k, v in fields.items() if k != "model_type"}
+            )
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+            enable_checkpointing(model, recipe)
+            model.config.use_cache = False
+            peaks.append(trace_pass(SummedLoss(model), 2, 256, precision == "bf16", accumulating))
+    assert "sdpa" not in masks._local_mapping, "masks were to come back"
+    assert peaks[0].kept == pytest.approx(peaks[1].kept, rel=0.01)
+    assert peaks[0].peak == pytest.approx(peaks[1].peak, rel=0.01)
+
+
+def test_storages_count_once_and_as_long_as_they_live():
+    with LiveBytes() as counter:
+        a = torch.empty(1000)
+        b = a[10:].view(-1)
+        assert counter.live == 4000
+        c = a + 1
+        del a, c
+        assert counter.live == 4000 and counter.peak == 8000
+        del b
+        assert counter.live == 0 and counter.peak == 8000
