@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up .venv when it is missing or stale, then run.
+# `make demo` and `make test` first set up .venv when it is missing or out of date.
 # In an environment that has the package already (a cluster's, a container's): make demo PYTHON=python
 
 ifdef PYTHON
@@ -17,14 +17,14 @@ export PYTHON
 .PHONY: help demo test check base smollm2 paper-mini clean stale
 
 help:
-	@echo "make demo    extend the embedded model from 256 to 2048 tokens, evaluate it, write out/demo/report.html"
-	@echo "make test    lint, types and tests"
-	@echo "make check   lint and types only"
-	@echo "make smollm2 a real model, SmolLM2-135M, under the scalings, without training (15 minutes)"
-	@echo "make paper-mini  the paper's comparisons on the embedded model, with seeds (90 minutes on 2 cores)"
-	@echo "make base    retrain the embedded base model"
-	@echo "make clean   remove out/ (runs and reports); .venv and downloaded data stay"
-	@echo "PYTHON=python uses the activated environment instead of .venv"
+	@echo "make demo        extend the embedded model from 256 to 2048 tokens, evaluate it, write out/demo/report.html"
+	@echo "make test        lint, types and tests"
+	@echo "make check       lint and types only"
+	@echo "make smollm2     evaluate a real model, SmolLM2-135M, under the scalings, without training (15 minutes)"
+	@echo "make paper-mini  test the paper's claims on the embedded model, with seeds (52 minutes on 2 cores)"
+	@echo "make base        retrain the embedded base model"
+	@echo "make clean       remove out/ (runs and reports); .venv and downloaded data stay"
+	@echo "Add PYTHON=python to use the active environment instead of .venv."
 
 .venv/.ready: setup.py constraints.txt $(STALE)
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
