@@ -90,7 +90,12 @@ def commands() -> Iterator[list[str]]:
 
 def run(command: list[str], root: Path) -> tuple[int, list[str]]:
     """Exit code, and the lines of both outputs without what differs from place to place."""
-    environment = os.environ | {"PYTHONPATH": str(root), "PYTHON": sys.executable, "COLUMNS": "100"}
+    environment = os.environ | {
+        "PYTHONPATH": str(root),
+        "PYTHON": sys.executable,
+        "COLUMNS": "100",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     return done.returncode, plain(done.stdout, root) + plain(done.stderr, root)
 
