@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -288,6 +289,13 @@ def _quieten() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def has_slow_bfloat16() -> bool:
+    """Whether the CPU has to take bfloat16 apart in float32 registers: x86 without AVX-512."""
+    return platform.machine() in ("x86_64", "AMD64") and not torch.backends.cpu.get_cpu_capability().startswith(
+        "AVX512"
+    )
 
 
 def engine_name(accelerator: Any) -> str:

@@ -37,6 +37,7 @@ from scaled_rope.training.engine import (
     StopSignal,
     check_sequence_parallel,
     engine_name,
+    has_slow_bfloat16,
     last_pass,
     make_accelerator,
     place_tables,
@@ -142,6 +143,11 @@ class Trainer:
             f"{accelerator.device}, {accelerator.num_processes} processes, engine {engine},"
             f" attention {model.config._attn_implementation}, loss {loss}"
         )
+        if accelerator.device.type == "cpu" and recipe.compute_dtype == "bfloat16" and has_slow_bfloat16():
+            accelerator.print(
+                "note: this processor has no instructions for bfloat16 and needs about 15 times as long for it as for "
+                "float32; --precision fp32 is faster"
+            )
         if report is not None and not report.native:
             accelerator.print(
                 f"note: transformers cannot express {report.scaling.label}; load the result with scaled_rope"
