@@ -1,4 +1,4 @@
-"""Counts and intervals."""
+"""Shares of right answers and their confidence intervals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from scaled_rope.results import Row
 
 PASSED = 0.8
-"""The accuracy from which on table 5 counts a context length as passed."""
+"""The least accuracy at which the paper's table 5 counts a context length as passed."""
 
 
 def wilson_interval(right: int, n: int) -> list[float]:
@@ -20,12 +20,12 @@ def wilson_interval(right: int, n: int) -> list[float]:
 
 
 def tally(outcomes: Sequence[bool]) -> Row:
-    """The fields of a row that say how many answers were right."""
+    """A row's fields for the number and share of right answers."""
     n, right = len(outcomes), sum(outcomes)
     return {"n": n, "right": right, "accuracy": right / n, "interval": wilson_interval(right, n)}
 
 
 def format_share(row: Row) -> str:
-    """A row's share in words: "8/10, 80.0 % (49.0 to 94.3)"."""
+    """Format a row's share of right answers: "8/10, 80.0 % (49.0 to 94.3)"."""
     low, high = (100 * bound for bound in row["interval"])
     return f"{row['right']}/{row['n']}, {100 * row['accuracy']:.1f} % ({low:.1f} to {high:.1f})"
