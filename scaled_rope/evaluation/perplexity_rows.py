@@ -60,7 +60,7 @@ def truncated_row(sums: Mapping[int, Sums], length: int, start: int, weighting: 
     nats = [_numbers(of[str(length)]) for of in sums.values()]
     targets = [np.full(len(one), length - 1.0) for one in nats]
     bucket = [one - _numbers(of[str(start)]) for one, of in zip(nats, sums.values(), strict=True)] if start else nats
-    # Position 0 predicts nothing about itself: the first bucket has one target less than positions.
+    # Nothing predicts position 0, so a bucket that begins there has one target less than positions.
     bucket_targets = [np.full(len(one), float(length - max(start, 1))) for one in nats]
     value, interval = _estimate(nats, targets, weighting)
     bucket_value, bucket_interval = _estimate(bucket, bucket_targets, weighting)

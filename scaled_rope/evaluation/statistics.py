@@ -13,7 +13,7 @@ PASSED = 0.8
 
 def wilson_interval(right: int, n: int) -> list[float]:
     """The 95 % score interval of a share (Wilson 1927); unlike the normal one it is sensible at 0 and 1."""
-    z, share = 1.959964, right / n
+    z, share = 1.959964, right / n  # z: the 97.5th percentile of the normal distribution
     centre, width = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low, high = [(centre + side * width) / (1 + z * z / n) for side in (-1, 1)]
     return [max(0.0, round(low, 4)), min(1.0, round(high, 4))]

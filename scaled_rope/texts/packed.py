@@ -333,7 +333,7 @@ def recut(
             inner = slice(len(head), len(tokens) - len(tail))
             yield tokens[inner], weights[inner] if source.weighted else None
 
-    vocabulary = int(meta.get("vocabulary", 2**32))
+    vocabulary = int(meta.get("vocabulary", 2**32))  # where it is not known, tokens are stored in 32 bits
     with PackedWriter(output, sequence_length, vocabulary, source.weighted) as writer:
         dropped = _cut(pieces(), writer, head, tail)
         meta["recut"] = {

@@ -146,7 +146,7 @@ def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
     passes = accumulation(recipe, launched)
     if deepspeed and not torch.cuda.is_available():
         check_can_build("deepspeed_shm_comm")
-    # By itself accelerate 1.15 finds no process-group backend on CPU, and launched processes train without each other.
+    # On CPU accelerate 1.15 needs both the gloo backend and cpu=True, or launched processes train without each other.
     on_cpu = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
     handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if on_cpu:

@@ -372,5 +372,6 @@ class Heldout:
                     sums += torch.stack([nll[: length - 1].sum() for length in self._lengths])
         module.train()
         totals = accelerator.reduce(sums, "sum").tolist()
+        # 700 below: exp overflows float64 above 709.
         means = [total / (len(rows) * (n - 1)) for total, n in zip(totals, self._lengths, strict=True)]
         return {str(n): round(math.exp(min(mean, 700.0)), 4) for n, mean in zip(self._lengths, means, strict=True)}

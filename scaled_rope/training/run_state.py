@@ -131,6 +131,7 @@ def check_space(recipe: Recipe, parameters: int) -> None:
     Raises:
         ConfigError: there is less room than that.
     """
+    # Bytes per parameter: 12 for a state, 4 for the model.
     states = (recipe.kept_checkpoints + 1) * 12 if recipe.checkpointing_steps else 0
     needed, free = (states + 4) * parameters, shutil.disk_usage(recipe.output_dir).free
     if free < needed:
