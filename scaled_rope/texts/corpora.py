@@ -72,7 +72,7 @@ CORPORA: dict[str, Corpus] = {
 
 
 def normalise(text: str) -> str:
-    """Give a text Unix line ends, no byte-order mark, and a line per paragraph (archives wrap at different widths)."""
+    """Return a text with Unix line ends, no byte-order mark, and a line per paragraph (archives wrap differently)."""
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")
     paragraphs = re.split(r"\n\s*\n", text.strip())
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs) + "\n"

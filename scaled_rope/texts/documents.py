@@ -108,7 +108,7 @@ def is_local(name: str) -> bool:
     """Whether a name means something on this disk, rather than a data set of the hub.
 
     It does if it exists, if it is a stand-in's, and if it can only be a path: hub names have at most two parts and no
-    suffix, and an owner is taken for a folder if one of that name exists here.
+    suffix, and A/B is a path if there is a folder A here (or A is data or out).
     """
     path = Path(name)
     if name.startswith((".", "/", "~", STANDIN)) or len(path.parts) > 2 or _suffix(path) or path.exists():

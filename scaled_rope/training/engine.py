@@ -120,7 +120,7 @@ def check_sequence_parallel(recipe: Recipe, config: Any, scaling: RopeScaling, a
 
 
 def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
-    """An `Accelerator` for whatever launched this process, with the recipe's batch and clipping given to DeepSpeed.
+    """Make an `Accelerator` that suits this process's launcher; DeepSpeed gets the recipe's batch and clipping.
 
     Args:
         attention_name: the attention implementation that the model will be built with, which Ulysses must know.

@@ -37,7 +37,7 @@ ARCHITECTURES = bundled("data/architectures.json")
 def base_config(recipe: Recipe) -> Any:
     """The configuration of the model that a recipe starts from.
 
-    If another recipe has yet to train that model, it is the configuration that this recipe would give it.
+    If another recipe has yet to train that model, its configuration is the one that the other recipe would write.
 
     Raises:
         ConfigError: the model is neither here, nor in `ARCHITECTURES`, nor on the hub.

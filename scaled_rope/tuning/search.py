@@ -113,7 +113,7 @@ def cut_windows(
 ) -> list[ScoredWindow]:
     """Cut windows of `length` tokens from the first `wanted` documents that are long enough; None: from all.
 
-    A document gives up to `each` windows that do not overlap and begin at equal distances, the first at its start.
+    A document yields at most `each` windows, which do not overlap and begin at equal distances, the first at its start.
     Their starts depend on `length` only if there is no room for so many, so a rerun with other factors mostly reuses
     earlier results.
 
