@@ -33,7 +33,7 @@ FLASH_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class Attention:
-    """What an attention implementation needs, and what it computes without a T x T matrix in memory."""
+    """The requirements of an attention implementation, and the cases that it computes without a T x T matrix."""
 
     flag: str = ""
     """Class attribute of transformers' models that says whether they can use it; "" for none."""

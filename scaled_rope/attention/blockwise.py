@@ -51,7 +51,7 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, block: in
     batch, heads, length, dim = q.shape
     groups = heads // k.shape[1]
     out = torch.empty_like(q)
-    above = torch.full((block, block), -torch.inf, device=q.device).triu(1)
+    above = torch.full((block, block), -torch.inf, device=q.device).triu(1)  # hides later keys of the same block
     with bfloat16_products():
         for row in range(batch):
             for head in range(k.shape[1]):

@@ -91,7 +91,7 @@ def leave_contents(cache: Cache, contents: CacheContents) -> None:
 
 
 def length_of(cache: Any) -> int:
-    """The number of tokens in each row of a cache, as a copy: caches of fixed size count in a tensor, in place."""
+    """The number of tokens in each row of a cache, as an int: caches of fixed size return a tensor that changes."""
     return int(cache.get_seq_length())
 
 

@@ -42,6 +42,7 @@ class Adapter:
 
 
 _PARTIAL = Adapter(partial_rotary=True)
+# With a sliding window, EXAONE's layers of full attention have no RoPE.
 _EXAONE = Adapter(rope_layer_type="sliding_attention", rope_window="sliding_window")
 ADAPTERS: dict[str, Adapter] = {
     "afmoe": Adapter(rope_layer_type="sliding_attention"),
@@ -143,6 +144,7 @@ def _probe(rotary: nn.Module, layer_type: str | None) -> Adapter | None:
     }
     for layout, lay_out in layouts.items():
         wanted = lay_out(angles.cos() * scale), lay_out(angles.sin() * scale)
+        # 0.02: the module rounds its tables to bfloat16, by up to 0.002 of `scale`.
         if all(
             table.shape == right.shape and torch.allclose(table.float(), right, rtol=0, atol=0.02 * scale)
             for table, right in zip((cos, sin), wanted, strict=True)

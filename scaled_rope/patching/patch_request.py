@@ -257,7 +257,7 @@ def remarks(own: RopeScaling, scaling: RopeScaling, config: Any, adapter: Adapte
     notes = []
     if scaling.rope_theta != own.rope_theta:
         notes.append(f"rope_theta={scaling.rope_theta:g} differs from the model's own {own.rope_theta:g}")
-        warnings.warn(notes[-1], stacklevel=4)
+        warnings.warn(notes[-1], stacklevel=4)  # names the caller of `patch_model`
     original = own.original_max_position_embeddings
     if scaling.original_max_position_embeddings not in (None, original):
         given = scaling.original_max_position_embeddings

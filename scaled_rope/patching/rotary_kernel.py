@@ -111,7 +111,7 @@ def _users_of_tables(base: nn.Module) -> list[nn.Module]:
 
 def _pairing(apply: Callable[..., Any], layout: Layout, half: int) -> bool | None:
     """Whether a family's function pairs neighbours (True), halves (False), or does something else (None)."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # its own, so that the global random state stays
     plain: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
     q, k = (torch.randn(1, heads, 3, 2 * half, **plain) for heads in (2, 1))
     angles = torch.randn(1, 3, half, **plain)

@@ -81,7 +81,7 @@ def _is_understood(
         return True  # somebody's own module: there is nothing to ask
     said = {**copy.deepcopy(config.to_dict()), **copy.deepcopy(fields)}
     try:
-        with _silent_transformers(), torch.device("cpu"):
+        with _silent_transformers(), torch.device("cpu"):  # models may be built under a default device of "meta"
             rotary = type(original)(config=type(config).from_dict(said))
             return all(_agrees(rotary, name, scaling, head_dim) for name, scaling in scalings.items())
     except Exception:  # each family has its own ways to refuse
