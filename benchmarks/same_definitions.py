@@ -214,7 +214,8 @@ def compare(args: argparse.Namespace) -> int:
         texts = {
             heir: plain(after[heir, new])
             for heir in heirs_of(module)
-            if (heir, new := RENAMED.get(heir, {}).get(name, name)) in after
+            for new in (RENAMED.get(heir, {}).get(name, name), name)
+            if (heir, new) in after
         }
         if text in texts.values():
             same += 1
