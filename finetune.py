@@ -35,7 +35,7 @@ from scaled_rope.recipes import (
 )
 from scaled_rope.scaling.spec import rescale
 
-#: what a run without a recipe starts from, beside the recipe's own defaults: the released script's
+#: defaults of a run without a recipe, besides the recipe's own: those of the released script
 RELEASED_DEFAULTS: dict[str, Any] = {
     "name": "custom",
     "model": "NousResearch/Llama-2-7b-hf",

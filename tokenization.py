@@ -79,17 +79,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ConfigError(f"--sequence-length {args.sequence_length} is not allowed; at least 2 tokens")
     if args.num_proc < 1:
         raise ConfigError(f"--num-proc {args.num_proc} is not allowed; at least 1")
-    for text in args.dataset:
-        check_there(TextSource.parse(text).path)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    sources = [TextSource.parse(text) for text in args.dataset]
+    for source in sources:
+        check_there(source.path)
     from scaled_rope.checkpoint import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer)
-    sources = [TextSource.parse(text) for text in args.dataset]
     recipe = {
         "tokenizer": args.tokenizer, "tokenizer_hash": vocabulary_hash(tokenizer),
         "sources": [[s.path, s.fraction] for s in sources], "feature": args.feature,

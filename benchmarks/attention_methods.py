@@ -58,7 +58,7 @@ Variant = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def variants(q: torch.Tensor, k: torch.Tensor) -> dict[str, Variant]:
-    """What is timed, as functions of q, k and v."""
+    """The variants to time, as functions of q, k and v."""
     base = RopeScaling("default", original_max_position_embeddings=ORIGINAL, rope_theta=1e5)
     inv_freq, scale = compute_rope(base, HEAD_DIM)[0], HEAD_DIM**-0.5
     whole = q.shape[2] == k.shape[2]

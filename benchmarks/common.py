@@ -1,4 +1,4 @@
-"""What several benchmarks do in the same way."""
+"""Functions that several benchmarks share."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def check_names(kind: str, given: Iterable[str] | None, known: Collection[str]) -> None:
-    """Refuse names that there are not; `kind` says what they name.
+    """Raise an error for an unknown name; `kind` says in the message what the names stand for.
 
     Raises:
-        ConfigError: the first of them.
+        ConfigError: a name is unknown.
     """
     for name in given or ():
         if name not in known:
@@ -27,10 +27,10 @@ def check_names(kind: str, given: Iterable[str] | None, known: Collection[str]) 
 
 
 def run_prepare_commands(recipe: str) -> None:
-    """Make the data of a recipe, by its name or file, as train.sh does; nothing is done again.
+    """Make the data of a recipe, by its name or file, as train.sh does; finished parts are not repeated.
 
     Raises:
-        ConfigError: one of its commands failed; what it says is on the terminal.
+        ConfigError: one of its commands failed; its own message is on the terminal.
     """
     script = f"source ./environment.sh; find_python; read_recipe {shlex.quote(recipe)}"
     environment = os.environ | {"PYTHON": sys.executable}
@@ -39,7 +39,7 @@ def run_prepare_commands(recipe: str) -> None:
 
 
 def resident_bytes(process: int | str = "self") -> tuple[int, int]:
-    """What a process has resident, and how much of that is anonymous: no file's page, which the system could take back.
+    """Bytes of a process's resident memory, and how many are anonymous: not pages of files, which can be taken back.
 
     Raises:
         OSError, IndexError: it has ended.

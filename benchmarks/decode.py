@@ -46,7 +46,7 @@ SHAPE: dict[str, Any] = {
     "tie_word_embeddings": True,
 }  # fmt: skip
 BASE = "static yarn"
-"""What the others are compared with."""
+"""The variant that the others are compared with."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -72,7 +72,7 @@ class Variant:
 
 @contextmanager
 def plain_torch() -> Any:
-    """Keys are rotated in memory, then the model's own attention runs."""
+    """Within this context, keys are rotated in memory, then the model's own attention runs."""
     few, deferred_rotation.FEW = deferred_rotation.FEW, 0
     try:
         yield
@@ -81,7 +81,7 @@ def plain_torch() -> Any:
 
 
 def variants(layers: int, longest: int) -> dict[str, Variant]:
-    """All of them over the same weights."""
+    """All variants by name, over the same weights."""
     torch.manual_seed(0)
     shape = SHAPE | {"num_hidden_layers": layers}
     weights: Any = AutoModelForCausalLM.from_config(LlamaConfig(**shape)).eval()
@@ -110,7 +110,7 @@ def variants(layers: int, longest: int) -> dict[str, Variant]:
 
 
 def fill(variant: Variant, length: int, keys: list[tuple[torch.Tensor, torch.Tensor]], ids: torch.Tensor) -> None:
-    """A cache of `length` tokens of which the model believes that it filled it."""
+    """Give a variant a cache of `length` tokens that looks as if its model had filled it."""
     cache = variant.model(ids[:, :1], use_cache=True).past_key_values
     if (known := contents_of(cache)) is not None:
         known.length = length
@@ -146,7 +146,7 @@ def decode_once(
 
 
 def rebuild(variant: Variant, length: int, ids: torch.Tensor) -> float:
-    """Seconds of the core for one token that makes a cache of `length` tokens anew."""
+    """Seconds of the core for one token at which a cache of `length` tokens is computed anew."""
     known = contents_of(variant.cache)
     assert known is not None and known.scale is not None
     known.scale = known.scale / 2
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for turn in range(args.rounds + 1):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 core, wall = decode_once(every[name], length, keys, ids)
-                if turn:  # the first is for the memory to be touched
+                if turn:  # the first turn is a warm-up, in which memory is touched
                     times[name].append(core)
                     clock[name].append(wall)
             print(f"{length} tokens, round {turn} of {args.rounds}", file=sys.stderr, flush=True)

@@ -48,11 +48,11 @@ SCALINGS = (
 )
 
 
-# What runs under the interpreter that has llama-cpp-python; it needs nothing else than numpy.
+# This part runs under the interpreter that has llama-cpp-python; it needs nothing else but numpy.
 
 
 def evaluate(jobs: Sequence[Job]) -> None:
-    """Logits of every job by llama.cpp, written to its "logits" path: float32 [N, V]."""
+    """Compute the logits of every job with llama.cpp and write them to its "logits" path: float32 [N, V]."""
     import llama_cpp
     import numpy as np
 
@@ -64,7 +64,7 @@ def evaluate(jobs: Sequence[Job]) -> None:
     for job in jobs:
         given, tokens = job["given"], job["tokens"]
         rope: dict[str, Any] = {
-            # As the flags do: what is not said keeps the program's own default.
+            # As with the flags: a value that is not given keeps the program's own default.
             "rope_scaling_type": kinds.get(given.get("scaling"), llama_cpp.LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED),
             "rope_freq_base": given.get("freq_base", 0.0),
             "rope_freq_scale": 1.0 / given["scale"] if "scale" in given else 0.0,
@@ -99,7 +99,7 @@ def evaluate(jobs: Sequence[Job]) -> None:
 
 
 def run_llama_cpp(python: str | None, jobs: Sequence[Job], folder: Path) -> dict[str, Any]:
-    """`evaluate` in a process of its own, under `python`. Raises ConfigError when that has no llama_cpp."""
+    """Run `evaluate` in a process of its own, under `python`. Raises ConfigError when that has no llama_cpp."""
     from scaled_rope.errors import ConfigError
 
     if python is None:
@@ -117,7 +117,7 @@ def run_llama_cpp(python: str | None, jobs: Sequence[Job], folder: Path) -> dict
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-# What runs here.
+# The rest runs in this process.
 
 
 def exact_rotary(scaling: Any, head_dim: int) -> Any:
@@ -156,7 +156,7 @@ def our_logits(folder: str, scaling: Any, tokens: Sequence[int]) -> tuple[Any, A
 
 
 def differences(a: Any, b: Any) -> dict[str, float]:
-    """How two sets of logits [N, V] differ: over all entries, and in what they predict."""
+    """Differences between two sets of logits [N, V]: over all entries, and in their predictions."""
     import numpy as np
 
     def log_softmax(x: Any) -> Any:
@@ -242,7 +242,7 @@ def make_jobs(folder: str, specs: Sequence[str], text: str, length: int, scratch
 
 
 def read_flags(flags: Sequence[str]) -> tuple[dict[str, Any], dict[str, float]]:
-    """Exported flags, read back as what llama-cpp-python takes, so that what is tested is what is printed."""
+    """Parse exported flags into arguments of llama-cpp-python, so that the printed flags are the ones tested."""
     read: dict[str, Callable[[str], Any]] = {
         "--rope-scaling": str,
         "--rope-scale": float,
@@ -287,7 +287,7 @@ class Logits:
     double: Any
 
     def stretches(self, lengths: Sequence[int], unscaled: Any) -> Iterator[tuple[list[int], Job]]:
-        """Positions [start, end] of each stretch, and how the logits differ there; stretches end at `lengths`.
+        """Yield positions [start, end] of each stretch, and how the logits differ there; stretches end at `lengths`.
 
         unscaled: the float32 logits without scaling, None where they are not compared with.
         """
@@ -304,7 +304,7 @@ class Logits:
             yield [start, end], found
 
     def cells(self) -> list[str]:
-        """How they differ over all positions, as a line of the table says it."""
+        """The differences over all positions, as cells of a line of the table."""
         whole = differences(self.theirs, self.single)
         return [
             f"{whole['max_difference']:.1e}",
@@ -318,7 +318,7 @@ class Logits:
 def compare(
     model: str, specs: Sequence[str], text: str, lengths: Sequence[int], python: str | None
 ) -> Iterator[tuple[list[str], list[Job]]]:
-    """Of each job of a model a line of the table, and a row without its provenance for every stretch of positions."""
+    """Yield for each job of a model a line of the table, and a row without provenance for each stretch of positions."""
     import numpy as np
 
     from scaled_rope.checkpoint import display_name, weights_hash

@@ -47,7 +47,7 @@ def build_parser() -> Parser:
 
 
 def rows_of(part: str, args: argparse.Namespace, about: Row) -> Iterator[Row]:
-    """The rows of one part as they are measured; those of `train` without what the output has already."""
+    """Yield the rows of one part as they are measured; of `train`, only those that the output lacks."""
     from benchmarks.gpu_parts.timing import Clock
 
     module, clock = importlib.import_module(f"benchmarks.gpu_parts.{part.replace('-', '_')}"), Clock(60 * args.minutes)
@@ -60,7 +60,7 @@ def rows_of(part: str, args: argparse.Namespace, about: Row) -> Iterator[Row]:
 
 
 def measure(args: argparse.Namespace) -> int:
-    """Measure what was asked for, a row at a time. Returns 1 when a variant of ours is wrong."""
+    """Measure the parts that were asked for, a row at a time. Returns 1 when a variant of ours is wrong."""
     import torch
 
     from benchmarks.gpu_parts.rows import WRONG, machine, show

@@ -26,7 +26,7 @@ NONE = (
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
-    """The last row of everything that was measured more than once."""
+    """Keep only the last row of each measurement."""
     names = ("metric", "device", "shape", "model", "tokens", "variant", "attention", "kernel")
     return list({tuple(row.get(name) for name in names): row for row in rows}.values())
 
@@ -65,7 +65,7 @@ def model_cell(row: Row) -> str:
 
 
 def report(rows: Sequence[Row]) -> str:
-    """What stands between the markers."""
+    """The content between the markers."""
     if not rows:
         return NONE
     parts = []
@@ -138,12 +138,12 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def subject(row: Row) -> str:
-    """What was measured: a shape of heads or a model."""
+    """The thing that was measured: a shape of heads or a model."""
     return str(row.get("shape") or row["model"])
 
 
 def line_of(row: Row) -> str:
-    """What a row is called among others of its metric."""
+    """The name of a row among others of its metric."""
     return str(row["variant"]) if "variant" in row else f"{row['attention']}, kernel {row['kernel']}"
 
 

@@ -63,7 +63,7 @@ CASES: dict[str, tuple[dict[str, Any], Options]] = {
 
 
 def case_fields(name: str) -> dict[str, Any]:
-    """What is particular to the recipe of a case."""
+    """The recipe fields of a case."""
     fields, options = CASES[name]
     return fields | {"gradient_checkpointing": options.gradient_checkpointing}
 
@@ -94,7 +94,7 @@ class Measured:
 
 
 def measure(fields: dict[str, Any], ranks: int = 1, engine: str = "plain") -> Measured:
-    """Train as `fields` of a recipe say, on random data; ranks are processes, engine is "plain", "zero2" or "zero3"."""
+    """Train a recipe with these `fields` on random data; ranks are processes, engine is "plain", "zero2" or "zero3"."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         recipe = make(fields, folder)
@@ -135,7 +135,7 @@ def measure(fields: dict[str, Any], ranks: int = 1, engine: str = "plain") -> Me
 
 
 class Watch:
-    """The most anonymous memory of this process while it is open, in bytes."""
+    """Records the most anonymous memory of this process, in bytes, while the context lasts."""
 
     def __init__(self) -> None:
         self.peak, self._done = 0, threading.Event()
@@ -159,7 +159,7 @@ class Watch:
 
 
 def _child(recipe: Recipe) -> None:
-    """One rank: note what is resident when everything is imported, then train."""
+    """Run one rank: note the resident memory when everything is imported, then train."""
     import accelerate  # noqa: F401
     import torch
     from transformers import AutoModelForCausalLM  # noqa: F401

@@ -52,7 +52,7 @@ PARTS = ("sweep", "zero-shot", "table1", "table2", "rerun", "half", "forks")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A call of an evaluator: its rows have this metric and are of data with this name."""
+    """A call of an evaluator; `script` is also the metric of its rows, `data` the name of their data."""
 
     script: str
     data: str
@@ -64,7 +64,7 @@ class Evaluation:
         return [f"eval/{self.script}.py", "-m", model, *named, *self.flags, "--output", output]
 
     def is_measured(self, names: Sequence[str], rows: Sequence[Row]) -> bool:
-        """Whether every length has its row for each of these runs, or scalings of the base (`mini.name_of`)."""
+        """Whether every length has a row for each of these runs or scalings of the base, see `name_of`."""
         lengths = map(int, self.flags[self.flags.index("--lengths") + 1].split(","))
         found = {
             (paper_mini_report.name_of(row), row["length"])
@@ -80,12 +80,12 @@ ON_PROOFS = Evaluation("perplexity", PROOFS, TEXTS[PROOFS])
 
 
 def on_passkeys(seed: int) -> Evaluation:
-    """Ten prompts per length, other ones for each seed."""
+    """The evaluation of passkeys: ten prompts per length, different ones for each seed."""
     return Evaluation("passkey", "passkey", [*PASSKEYS, "--seed", str(seed)], seed)
 
 
 def evaluations(part: str, run: Run) -> list[Evaluation]:
-    """Table 1 has proofs too, for one seed, and passkeys; the others held-out books only."""
+    """The evaluations of a run: held-out books; in table 1 also passkeys and, for one seed, proofs."""
     if part != "table1":
         return [ON_BOOKS]
     return [ON_BOOKS, *[ON_PROOFS] * (run.seed == paper_mini_report.SEEDS[0]), on_passkeys(run.seed)]
@@ -93,7 +93,7 @@ def evaluations(part: str, run: Run) -> list[Evaluation]:
 
 @dataclass(frozen=True)
 class Task:
-    """Programs that follow one another, and what is done when all have succeeded."""
+    """Programs to run one after the other, and a function to call when all have succeeded."""
 
     name: str
     commands: Sequence[Sequence[str]]
@@ -101,7 +101,7 @@ class Task:
 
 
 def untrained(output: str) -> list[Task]:
-    """The base under the methods, the forks and the dynamic forms, on both texts, and its passkeys."""
+    """Tasks that measure the base under methods, forks and dynamic forms, on both texts and with passkeys."""
     methods = ("default", *paper_mini_report.TABLE1)
     calls = {
         "books": (ON_BOOKS, (*methods, *paper_mini_report.FORKS_UNTRAINED)),
@@ -118,7 +118,7 @@ def untrained(output: str) -> list[Task]:
 
 
 def record(run: Run, output: str) -> None:
-    """Append what the run's training came to, once; where and when is what the run itself wrote down."""
+    """Append a row about the run's training, once; its provenance is the one that the run itself wrote."""
     if any(row["model"] == run.model for row in rows_so_far(output)):
         return
     log = read_log(paper_mini_report.ROOT / run.name)
@@ -133,7 +133,7 @@ def record(run: Run, output: str) -> None:
 
 
 def trained(part: str, runs: Sequence[Run], output: str, training: str) -> list[Task]:
-    """What is still to do for these runs: to train them, and to measure what they end with."""
+    """The tasks still to do for these runs: train them, and measure their final models."""
     rows, tasks = rows_so_far(output), []
     for run in runs:
         todo = evaluations(part, run) if part != "sweep" else []
@@ -159,10 +159,10 @@ def tasks_of(part: str, output: str, training: str) -> list[Task]:
 
 
 def perform(tasks: Sequence[Task], jobs: int) -> None:
-    """Do the tasks, so many at a time; the first that fails stops the rest.
+    """Do the tasks, `jobs` at a time; the first that fails stops the rest.
 
     Raises:
-        ConfigError: a program failed; its name, and where it wrote what it said.
+        ConfigError: a program failed; the message names it and its log file.
     """
     LOGS.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

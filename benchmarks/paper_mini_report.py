@@ -1,7 +1,7 @@
-"""The paper in miniature: which runs and evaluations it is made of, and what is said of their rows.
+"""The paper in miniature: the plan of its runs, and the tables and figures of their rows.
 
-`benchmarks/paper_mini.py` does what is planned here. A run is a recipe (`configs/demo.yaml`) with other values; its
-folder is named after them, so rows say by their `model` what they belong to.
+`benchmarks/paper_mini.py` carries out this plan. A run is a recipe (`configs/demo.yaml`) with other values; its folder
+is named after them, so the `model` of a row tells which run it belongs to.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8
 
 @dataclass(frozen=True)
 class Run:
-    """One fine-tuning run of the miniature, of the base or of what another run ended with."""
+    """One fine-tuning run of the miniature, of the base or of another run's final model."""
 
     scaling: str
     seed: int
@@ -54,7 +54,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """What its seeds have in common, as a line of a table says it."""
+        """The name for a table's line that runs share which differ in the seed only."""
         return f"`{self.scaling}`" + ("" if self.start is None else f" after {self.start.label}")
 
     @property
@@ -63,7 +63,7 @@ class Run:
         return str(ROOT / self.name / "model")
 
     def changes(self) -> dict[str, object]:
-        """What it changes in the recipe; a tenth of the steps are warm-up, as there."""
+        """The recipe's fields that it changes; a tenth of the steps are warm-up, as in the recipe."""
         return {
             "model": BASE if self.start is None else self.start.model,
             "scaling": self.scaling,
@@ -78,7 +78,7 @@ class Run:
         return read_recipe(RECIPE, self.changes())
 
     def flags(self) -> list[str]:
-        """The same for the command line of finetune.py."""
+        """The same changes as flags for finetune.py."""
         return [RECIPE, *(f"--{name.replace('_', '-')}={value}" for name, value in self.changes().items())]
 
 
@@ -86,7 +86,7 @@ class Run:
 TABLE1 = ("linear:8", "ntk:8", "abf:8,theta=200000", "ntk-by-parts:8", "yarn:8")
 YARN = "yarn:8"
 FORKS = ("yarn:8,ramp=rotations", "yarn:8,truncate=false")
-"""Where paper and released code differ; these are fine-tuned too."""
+"""Variants where paper and released code differ; these are fine-tuned too."""
 FORKS_UNTRAINED = (*FORKS, "yarn:8,beta_fast=8", "yarn:8,beta_fast=16", "yarn:8,beta_slow=2", "yarn:8,beta_slow=4")
 FIGURE5 = ("default", "dynamic-linear", "dynamic-ntk", "dynamic-yarn", "dynamic-yarn,dynamic_step=2")
 SEEDS = (1, 2, 3)
@@ -98,7 +98,7 @@ SWEEP = tuple(Run(method, SEEDS[0], STEPS // 2, rate) for method in TABLE1 for r
 
 
 def swept(loss: Mapping[str, float]) -> dict[str, float]:
-    """Each method's learning rate: that with the lowest loss of the sweep.
+    """Each method's learning rate: the one with the lowest loss in the sweep.
 
     Args:
         loss: a run's name -> its mean training loss, over texts that it saw for the first time.
@@ -115,7 +115,7 @@ def swept(loss: Mapping[str, float]) -> dict[str, float]:
 
 
 def parts(rates: Mapping[str, float]) -> dict[str, tuple[Run, ...]]:
-    """The runs of each part that trains at the swept rates, in the order of what a reader misses most.
+    """The runs of each part that trains at the swept rates, the most important part first.
 
     `table2` has YaRN with s = 16 after s = 8 for half the steps, as the paper made its 128k models, and from the base
     for as many steps as both together; both see texts of 2048 = 8·256 tokens only.
@@ -142,7 +142,7 @@ def late_losses(training: Iterable[Row]) -> dict[str, float]:
 
 
 def late_loss(losses: Sequence[float]) -> float:
-    """The mean over the second half of the steps, in nats per token: what the sweep compares."""
+    """The mean loss of the second half of the steps, in nats per token, which the sweep compares."""
     return statistics.fmean(losses[len(losses) // 2 :])
 
 
@@ -159,7 +159,7 @@ class Spread:
 
     @property
     def prediction(self) -> tuple[float, float]:
-        """Where one more seed falls with 95 %, if values are normal: mean ± t·sd·√(1 + 1/n), n - 1 degrees of freedom.
+        """The 95 % range of one more seed, if values are normal: mean ± t·sd·√(1 + 1/n), n - 1 degrees of freedom.
 
         Raises:
             ConfigError: fewer than 2 or more than 11 values.
@@ -171,7 +171,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and sample standard deviation (n - 1 below the line; not a number for a single value)."""
+    """Mean and sample standard deviation (divided by n - 1; not a number for a single value)."""
     sd = statistics.stdev(values) if len(values) > 1 else math.nan
     return Spread(statistics.fmean(values), sd, len(values))
 
@@ -179,12 +179,12 @@ def spread(values: Sequence[float]) -> Spread:
 ORIGINAL, FACTOR = 256, 8
 _BASE_SCALING = RopeScaling(method="default", original_max_position_embeddings=ORIGINAL)
 UNTRAINED = ("default", *TABLE1, *FORKS_UNTRAINED, *FIGURE5[1:])
-"""What the base is read under without training."""
+"""Scalings under which the base is read without training."""
 _SPECS = {RopeScaling.from_spec(spec, _BASE_SCALING).label: spec for spec in UNTRAINED}
 
 
 def name_of(row: Row) -> str | None:
-    """What a row's curve is called: a run's name, or for the base the scaling that it was read under."""
+    """The name of a row's curve: a run's name or, for the base, its scaling; None for other rows."""
     path = Path(row["model"])
     if row["carried"] and path.parent.parent == ROOT:
         return path.parent.name
@@ -199,7 +199,7 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 @dataclass(frozen=True)
 class Results:
-    """The rows of the miniature, found again by what they belong to."""
+    """The rows of the miniature, looked up by run or scaling."""
 
     rows: Sequence[Row]
 
@@ -244,7 +244,7 @@ class Results:
         return markdown(["scaling", *_ranges(lengths)], lines)
 
     def predicted(self, text: str, runs: Sequence[Run], again: Sequence[Run], length: int) -> str:
-        """What one more seed gave in the bucket up to `length`, beside the interval that the others predict."""
+        """A table of one more seed's perplexity in the bucket up to `length`, beside the others' predicted range."""
         first, more = self.over_seeds(text, runs), self.over_seeds(text, again)
         lines = []
         for label, of in more.items():
@@ -255,8 +255,8 @@ class Results:
         return markdown(["scaling", "seeds 1 to 3", "95 % for one more", f"seed {RERUN_SEED}", ""], lines)
 
     def differences(self, text: str, length: int, reference: str, others: Sequence[str]) -> str:
-        """Change of the perplexity up to `length` against `reference`, of the base, in percent; intervals of 95 % from
-        a bootstrap over the documents, paired: each is read under both."""
+        """A table of the base's change in perplexity up to `length` against `reference`, in percent. 95 % intervals are
+        from a paired bootstrap over documents: each is read under both scalings."""
         per = {
             name_of(row): row
             for row in self.rows
@@ -269,8 +269,8 @@ class Results:
         return markdown([f"against `{reference}`", "perplexity", "95 %"], lines)
 
     def passkeys(self, runs: Sequence[Run], scalings: Sequence[str]) -> str:
-        """Found keys by length, of the base under each scaling and of runs (all seeds together); then table 5's two
-        columns, from the accuracies over all prompts."""
+        """A table of found keys by length, for the base under each scaling and for runs (all seeds together), and table
+        5's two columns, from the accuracies over all prompts."""
         counts: dict[str, dict[int, list[int]]] = {}
         of_run = {run.name: f"{run.scaling}, fine-tuned" for run in runs}
         for row in self.rows:

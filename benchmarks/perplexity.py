@@ -58,7 +58,7 @@ def lengths_of(args: argparse.Namespace) -> list[int]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """One arm, in this process: seconds, memory, and the perplexity at each length."""
+    """Measure one arm in this process: seconds, memory, and the perplexity at each length."""
     import numpy as np
     import torch
 
@@ -107,7 +107,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             spent = time.process_time()
             perplexities, peak = arms[args.arm]()
             cpu_seconds = time.process_time() - spent
-        peak = max(peak, meter.peak_memory)  # the evaluator starts a meter of its own, which makes this one forget
+        peak = max(peak, meter.peak_memory)  # the evaluator starts a meter of its own, which resets this one's peak
     identity = {**job.fields(), "data": data, "threads": torch.get_num_threads()}
     return {
         "identity": identity,
@@ -122,7 +122,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_arm(arm: str, argv: Sequence[str]) -> dict[str, Any]:
-    """One arm, in a process of its own."""
+    """Run one arm in a process of its own; return its report."""
     command = [sys.executable, str(Path(__file__).resolve()), *argv, "--arm", arm]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     if done.returncode:

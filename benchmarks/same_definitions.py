@@ -100,11 +100,11 @@ PARTS_OF_WHAT_STAYED = {
     "kernels.decode": ("kernels.decode_triton",),
 }
 MODULE_NAMES = {old: heirs[0].rpartition(".")[2] for old, heirs in MOVED.items()}
-"""Modules used as names, `late.begin(...)`, by their new ones."""
+"""Old name of a module -> its new one, for modules that code uses by name, as in `late.begin(...)`."""
 
 
 def _one_of_each() -> dict[str, str]:
-    """Name -> what stands for it and all that it was or will be called."""
+    """Name -> one name that stands for all its old and new names."""
     groups: list[set[str]] = []
     for old, new in [pair for names in RENAMED.values() for pair in names.items()] + list(MODULE_NAMES.items()):
         touching = [group for group in groups if group & {old, new}]
@@ -149,7 +149,7 @@ def definitions(tree: ast.Module) -> list[tuple[str, ast.stmt]]:
 
 
 class Plain(ast.NodeTransformer):
-    """Leaves of a definition what the comparison looks at."""
+    """Reduces a definition to the parts that are compared, with one name for old and new."""
 
     def visit_Import(self, node: ast.Import) -> None:
         return None
@@ -193,7 +193,7 @@ def plain(node: ast.stmt) -> str:
 
 
 def heirs_of(module: str) -> list[str]:
-    """The modules in which the definitions of one may be now."""
+    """The modules that may now contain the definitions of a former module."""
     return [module, *MOVED.get(module, ()), *PARTS_OF_WHAT_STAYED.get(module, ())]
 
 
@@ -206,7 +206,7 @@ def main() -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Print what differs; 1 when anything does."""
+    """Print the differences; return 1 when there are any."""
     before, after = at_commit(args.before), at_commit(args.after)
     same, differing = 0, []
     for (module, name), node in before.items():
@@ -214,7 +214,8 @@ def compare(args: argparse.Namespace) -> int:
         texts = {
             heir: plain(after[heir, new])
             for heir in heirs_of(module)
-            if (heir, new := RENAMED.get(heir, {}).get(name, name)) in after
+            for new in (RENAMED.get(heir, {}).get(name, name), name)
+            if (heir, new) in after
         }
         if text in texts.values():
             same += 1

@@ -39,7 +39,7 @@ VOLATILE = {"provenance", "seconds", "memory", "peak_memory", "tokens_per_second
 
 
 def commands() -> Iterator[list[str]]:
-    """Every command, as words; run in the root of a checkout."""
+    """Yield every command, as a list of words; they run in the root of a checkout."""
     for script in ("finetune.py", "tokenization.py", "truncate.py"):
         yield [*PYTHON, script, "--help"]
     for name in ("perplexity", "passkey", "passkey_hard", "quality", "harness", "prompt_loop", "report"):
@@ -89,14 +89,19 @@ def commands() -> Iterator[list[str]]:
 
 
 def run(command: list[str], root: Path) -> tuple[int, list[str]]:
-    """Exit code, and the lines of both outputs without what differs from place to place."""
-    environment = os.environ | {"PYTHONPATH": str(root), "PYTHON": sys.executable, "COLUMNS": "100"}
+    """Run a command in a checkout; return its exit code, and the lines of both outputs as `plain` leaves them."""
+    environment = os.environ | {
+        "PYTHONPATH": str(root),
+        "PYTHON": sys.executable,
+        "COLUMNS": "100",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     return done.returncode, plain(done.stdout, root) + plain(done.stderr, root)
 
 
 def plain(text: str, root: Path) -> list[str]:
-    """Lines without bars, paths, speeds and the names of modules that have moved."""
+    """Split a text into lines, without progress bars, paths, speeds and the new names of moved modules."""
     text = text.replace(str(root), "ROOT")
     for former, (heir, *_) in MOVED.items():
         text = re.sub(rf"\bscaled_rope\.{re.escape(heir)}\b", f"scaled_rope.{former}", text)
@@ -107,7 +112,7 @@ def plain(text: str, root: Path) -> list[str]:
 
 
 def rows(root: Path) -> dict[str, list[dict[str, Any]]]:
-    """What was written, by file: rows, log lines and the bytes of configs."""
+    """The written files and their content: rows, lines of logs, and configs."""
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted((root / WORK).rglob("*.jsonl")):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -132,7 +137,7 @@ def main() -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Run, compare, print; 1 when anything differs."""
+    """Run all commands in both checkouts and print the comparison; return 1 when anything differs."""
     roots = [Path(args.before).resolve(), Path(args.after).resolve()]
     for root in roots:
         if not (root / "scaled_rope" / "__init__.py").is_file():

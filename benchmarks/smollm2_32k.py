@@ -42,7 +42,7 @@ from scaled_rope.results import portable_model, rows_so_far
 
 RECIPES = ("smollm2-135m-pi-32k", "smollm2-135m-ntk-32k", "smollm2-135m-yarn-32k")
 METRICS = {"perplexity": "perplexity", "passkey": "passkey", "benchmarks": "benchmark"}
-"""What is measured -> the metric of its rows."""
+"""Kind of measurement -> the metric of its rows."""
 MAX_LENGTH = "8192"  # where prompts would be cut, for all models alike; none is as long
 
 
@@ -51,7 +51,7 @@ MAX_LENGTH = "8192"  # where prompts would be cut, for all models alike; none is
 
 @dataclass(frozen=True)
 class Part:
-    """One command, and how to say what it has done."""
+    """One command, and a function that describes its progress."""
 
     name: str
     command: tuple[str, ...]
@@ -59,7 +59,7 @@ class Part:
 
 
 def parts(recipes: dict[str, tuple[str, Recipe]], rows: str) -> dict[str, Part]:
-    """Everything there is to do, in order.
+    """All parts by name, in the order in which they run.
 
     recipes: by method, the name or file that it was read from, and the recipe.
     """
@@ -106,10 +106,10 @@ def _count(path: str, model: str, metric: str) -> str:
 
 
 def assemble(bundle: Path, model: Path) -> None:
-    """Put the model together from its pieces where it is not there yet.
+    """Put the model together from its pieces if it is missing.
 
     Raises:
-        ConfigError: no pieces, one that is missing, or a file that is not what the manifest says.
+        ConfigError: no pieces, a missing piece, or a file that differs from the manifest.
     """
     if model.exists():
         return
@@ -139,10 +139,10 @@ def assemble(bundle: Path, model: Path) -> None:
 
 
 def run(command: Sequence[str], deadline: float) -> bool:
-    """Run one of the project's scripts; False when it was stopped because time is over.
+    """Run one of the project's scripts; return False when it was stopped because time is over.
 
     Raises:
-        ConfigError: it failed; what it says is on the terminal.
+        ConfigError: it failed; its own message is on the terminal.
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     script = str(ROOT / command[0])

@@ -50,13 +50,13 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Text:
-    """An evaluation text: where it comes from, and which windows of it are taken.
+    """An evaluation text: its sources, and the windows that are taken from it.
 
     Attributes:
         sources: files (patterns are allowed) or stand-ins.
         samples: the first so many documents that fill a window; None: all of them.
-        windows: of each document, evenly spaced from its start to its end, at most so many.
-        joined: whether all documents are one, in the order of their names.
+        windows: the most windows per document, evenly spaced from its start to its end.
+        joined: whether all documents are joined into one, in the order of their names.
     """
 
     sources: tuple[str, ...]
@@ -72,10 +72,10 @@ TEXTS: dict[str, Text] = {
         ("standin:sotu",), windows=8, joined=True
     ),  # the longest has 40505 tokens; files begin with years
 }
-"""By the last part of the recipe's data sets."""
+"""Texts by the last part of the names of the recipe's data sets."""
 
 QUESTIONS: dict[str, int | None] = {"arc_challenge": 200, "hellaswag": 200, "mmlu": 5, "truthfulqa_mc2": None}
-"""The first so many of each benchmark's tasks (MMLU has 57); None: all there are."""
+"""Benchmark -> the first so many questions of each of its tasks (MMLU has 57); None: all questions."""
 
 _RUN = 32  # tokens that must agree for a passage to count as the same
 _SHARED = 0.01  # of a text's passages: proverbs and titles recur, chapters do not
@@ -85,7 +85,7 @@ _SHARED = 0.01  # of a text's passages: proverbs and titles recur, chapters do n
 
 
 def _texts(text: Text, tokenizer: object) -> Iterator[Tokens]:
-    """Token ids of each document."""
+    """Yield the token ids of each document."""
     for source in text.sources:
         paths = sorted(glob.glob(source)) if "*" in source else [source]
         if not paths:
@@ -124,13 +124,14 @@ def _passages(tokens: npt.NDArray[np.generic]) -> npt.NDArray[np.uint64]:
     stream = tokens.astype(np.uint64)
     count = len(stream) - _RUN + 1
     found = np.zeros(max(0, count), np.uint64)
+    # A polynomial hash modulo 2^64; the factor is 2^64 over the golden ratio, the usual multiplier for hashing.
     for place in range(_RUN):
         found = found * np.uint64(0x9E3779B97F4A7C15) + stream[place : place + count] + np.uint64(1)
     return found
 
 
 def shared_passages(train: PackedDataset, text: PackedDataset) -> float:
-    """The share of a text's passages of 32 tokens that stand in a training set."""
+    """The share of a text's passages of 32 tokens that occur in a training set."""
     known = np.unique(_passages(np.asarray(train.tokens).reshape(-1)))
     asked = np.concatenate([_passages(np.asarray(row)) for row in text.tokens])
     return float(np.isin(asked, known).mean())
@@ -140,7 +141,7 @@ def shared_passages(train: PackedDataset, text: PackedDataset) -> float:
 
 
 def split(path: Path, folder: Path, size: int) -> list[Path]:
-    """Cut a file into pieces of `size` bytes, numbered in order; those that are there are kept."""
+    """Cut a file into pieces of `size` bytes, numbered in order; delete other files in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     count = -(-path.stat().st_size // size)
     pieces = [folder / f"{path.name}.{index:02d}" for index in range(count)]
@@ -158,7 +159,7 @@ def sha256(path: Path) -> str:
 
 
 def prepare(name: str, piece_bytes: int) -> Path:
-    """Fill the folder of a recipe's data; returns it."""
+    """Fill the folder of a recipe's data; return its path."""
     recipe = read_recipe(name)
     bundle, model = Path(recipe.dataset).parent, str(recipe.model)
     run_prepare_commands(name)

@@ -61,7 +61,7 @@ CASES = {
 
 
 def pieces(source: str, size: int) -> Iterator[str]:
-    """Without end: the source's texts cut at the first space after `size` characters, marked with the copy's number."""
+    """Yield endless pieces of the source's texts, cut at a space after `size` characters, with the copy's number."""
     for copy in count():
         for text in read_documents(source):
             start = 0
@@ -73,7 +73,7 @@ def pieces(source: str, size: int) -> Iterator[str]:
 
 
 def documents(case: Case, source: str) -> Iterator[str]:
-    """The documents of a case, the same ones every time."""
+    """Yield the documents of a case, the same ones every time."""
     total = case.characters // case.document
     if total > 1:
         yield from (text for text, _ in zip(pieces(source, case.document), range(total), strict=False))
@@ -88,7 +88,7 @@ def documents(case: Case, source: str) -> Iterator[str]:
 
 
 def with_datasets(text: Path, tokenizer_name: str, length: int, num_proc: int, folder: Path) -> tuple[int, list[int]]:
-    """Tokenize, join and cut with `datasets`; returns the number of sequences and the first one."""
+    """Tokenize, join and cut with `datasets`; return the number of sequences and the first one."""
     import datasets
 
     from scaled_rope.checkpoint import load_tokenizer
@@ -108,7 +108,7 @@ def with_datasets(text: Path, tokenizer_name: str, length: int, num_proc: int, f
 
     raw = datasets.load_dataset("json", data_files=str(text), split="train", cache_dir=str(folder / "cache"))
     mapping = {"batched": True, "batch_size": BATCH}
-    # A process gets a share of the documents, so there cannot be more of them.
+    # Each process gets a share of the documents, so there cannot be more processes than documents.
     tokens = raw.map(tokenize, **mapping, num_proc=min(num_proc, len(raw)), remove_columns=["text"])
     rows = tokens.map(group, **mapping, num_proc=min(num_proc, len(tokens)))
     return len(rows), rows[0]["input_ids"]
@@ -125,7 +125,7 @@ def with_ours(text: Path, tokenizer: str, length: int, num_proc: int, folder: Pa
 
 
 def child(tool: str, text: Path, args: argparse.Namespace) -> None:
-    """One measured run: imports, then the work; prints what it took."""
+    """Do one measured run: import, then work; print time and result."""
     import datasets
     import transformers  # noqa: F401
 
@@ -142,13 +142,13 @@ def child(tool: str, text: Path, args: argparse.Namespace) -> None:
 
 
 def _processor_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """Processor time of this process and of its children that have ended."""
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in usage)
 
 
 def resident(process: psutil.Process) -> tuple[int, int]:
-    """Bytes that a process and all below it have resident, and how many of them are anonymous."""
+    """Resident bytes of a process and all its descendants, and how many of them are anonymous."""
     whole = anonymous = 0
     for one in (process, *process.children(recursive=True)):
         try:
@@ -160,7 +160,7 @@ def resident(process: psutil.Process) -> tuple[int, int]:
 
 
 def measure(name: str, tool: str, args: argparse.Namespace) -> dict[str, Any]:
-    """A row without its provenance."""
+    """Run one case with one tool; return its row without provenance."""
     case = CASES[name]
     row: dict[str, Any] = {
         "metric": "tokenization", "case": name, "tool": tool, "tokenizer": args.tokenizer, "text": args.text,

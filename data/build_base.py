@@ -34,7 +34,7 @@ VOCABULARY = 4096
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a set is made of."""
+    """The composition of a training set."""
 
     rows: int
     passkey_share: float  # of rows that open with passkey documents
@@ -51,7 +51,7 @@ SETS = {
 
 
 def train_tokenizer(books: Sequence[str], output: Path) -> Path:
-    """A byte-level BPE with single digits, so that a key of five digits is five tokens."""
+    """Train a byte-level BPE tokenizer with single digits, so that a key of five digits is five tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -74,7 +74,7 @@ def train_tokenizer(books: Sequence[str], output: Path) -> Path:
 
 
 def repeated_key_weights(prompt: PasskeyPrompt, weight: int) -> list[int]:
-    """Weights of a prompt and its answer: `weight` wherever the key stands again, where it can be known, else 1."""
+    """Weights of a prompt's and its answer's tokens: `weight` where the key is repeated, so can be known, else 1."""
     tokens, key = prompt.input_ids + prompt.answer_ids, prompt.answer_ids
     places = [start for start in range(len(tokens)) if tokens[start : start + len(key)] == key]
     weights = [1] * len(tokens)

@@ -55,7 +55,7 @@ from scaled_rope.evaluation.saved_questions import SavedUnit, read_requests
 
 
 def check_arguments(args: argparse.Namespace) -> tuple[list[str], list[int] | None]:
-    """Task names and lengths. Raises ConfigError on values that cannot be meant."""
+    """Check the flags and return task names and lengths. Raises ConfigError on values that make no sense."""
     for name, least in (("num_fewshot", 0), ("limit", 1), ("max_length", 2), ("batch_size", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names, lengths = check_arguments(args)
     jobs = model_jobs(args)
     if args.requests is None:
-        model_class()  # refuses at once when lm-eval is not there
+        model_class()  # raises the error at once if lm-eval is not installed
         catalogue = Catalogue(args.offline, lengths, args.limit, args.include_path)
         catalogue.check(names)
     load = ModelLoader(args)

@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(args: argparse.Namespace) -> list[int]:
-    """The context lengths that the flags ask for; refuses what cannot be done."""
+    """Check the flags and return the context lengths that they ask for."""
     check_model_arguments(args)
     if args.iterations < 1:
         raise ConfigError(f"--iterations {args.iterations} is not allowed; at least 1")
@@ -79,7 +79,7 @@ from scaled_rope.report.heatmap import Panel, save_heatmap
 
 
 def evaluator_of(args: argparse.Namespace) -> Passkey:
-    """The evaluator that the flags ask for."""
+    """Make the evaluator that the flags ask for."""
     lengths = check_arguments(args)
     if args.heatmap is not None:
         check_format(Path(args.heatmap))

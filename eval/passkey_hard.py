@@ -43,7 +43,7 @@ RED_PAJAMA = "togethercomputer/RedPajama-Data-1T-Sample"
 
 
 class _Default(int):
-    """A default that can be told from the same number given by hand."""
+    """The type of a default, which tells it apart from the same number given by the user."""
 
 
 def true_or_false(text: str) -> bool:
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def lengths_of(args: argparse.Namespace) -> list[int]:
-    """The context lengths that the flags ask for: one, unless they say more."""
+    """The context lengths that the flags ask for; by default `FIXED_LENGTH` alone."""
     unsaid = isinstance(args.min_tokens, _Default) and isinstance(args.max_tokens, _Default)
     if args.fixed_length is not None and args.lengths is not None:
         raise ConfigError("give either --fixed-length or --lengths")
@@ -92,7 +92,7 @@ def lengths_of(args: argparse.Namespace) -> list[int]:
 
 
 def check_arguments(args: argparse.Namespace) -> list[int]:
-    """The context lengths that the flags ask for; refuses what cannot be done."""
+    """Check the flags and return the context lengths that they ask for."""
     check_model_arguments(args)
     check_there(args.dataset)
     for name in ("iterations", "num_keys"):
@@ -115,7 +115,7 @@ from scaled_rope.report.heatmap import Panel, save_heatmap
 
 
 def evaluator_of(args: argparse.Namespace) -> HardPasskey:
-    """The evaluator that the flags ask for."""
+    """Make the evaluator that the flags ask for."""
     lengths = check_arguments(args)
     if args.heatmap is not None:
         check_format(Path(args.heatmap))

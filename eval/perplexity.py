@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(args: argparse.Namespace) -> tuple[list[TokenSource], int | None]:
-    """The data sets, and the stride of the sliding protocol or None; refuses what cannot be done."""
+    """Check the flags and return the data sets, and the stride of the sliding protocol or None."""
     check_model_arguments(args)
     lengths = context_lengths(args)
     if bool(args.dataset) == bool(args.tokenized):
@@ -113,7 +113,7 @@ from scaled_rope.evaluation.runner import Failure, Parts, command_line, print_su
 
 
 def evaluator_of(args: argparse.Namespace, source: TokenSource | None = None) -> Perplexity:
-    """The evaluator that the flags ask for, of one of their data sets; by default of the first."""
+    """Make the evaluator that the flags ask for, for one of their data sets; by default the first."""
     sources, stride = check_arguments(args)
     return Perplexity(
         source=source or sources[0],
@@ -131,10 +131,10 @@ def evaluator_of(args: argparse.Namespace, source: TokenSource | None = None) ->
 
 
 def save_tokenized(source: TokenSource, models: Sequence[str], output: str) -> int:
-    """Write all of a data set's documents as token ids; gives their number.
+    """Write all of a data set's documents as token ids; return their number.
 
     Raises:
-        ConfigError: something there already, or several tokenizers to choose from.
+        ConfigError: `output` exists already, or there are several tokenizers to choose from.
     """
     if len(models) != 1:
         raise ConfigError(f"save-tokenized takes one model, for its tokenizer, not {len(models)}")

@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what cannot be done before a model is read."""
+    """Check the flags before a model is read; raise ConfigError on those that cannot be used."""
     check_model_arguments(args)
     if args.penalty_alpha is not None and args.penalty_alpha != 0:
         raise ConfigError(

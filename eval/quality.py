@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what cannot be done."""
+    """Check the flags; raise ConfigError on those that cannot be used."""
     check_model_arguments(args)
     for name in ("limit", "max_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

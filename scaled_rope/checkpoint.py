@@ -1,4 +1,4 @@
-"""What a checkpoint is before its weights are read: config, tokenizer, hash, and whether it is local.
+"""A checkpoint before its weights are loaded: config, tokenizer, hash, and whether it is local.
 
 Knows nothing of weights and of how a model is patched.
 """
@@ -23,20 +23,20 @@ from scaled_rope.scaling.record import RopeScaling, RopeSettings
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids without special tokens."""
+    """The token ids of a text, without special tokens."""
     # "verbose" off: no warning about texts longer than the model's trained context.
     return list(tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
 
 
 DEFAULT_MODEL = bundled("models/tiny-llama-256")
-"""The checkpoint that this project trained itself and carries along."""
+"""The checkpoint that comes with this project, which trained it."""
 
 
 # ---------------------------------------------------------------------------------------------------- names of models
 
 
 def check_local(name: str) -> None:
-    """Refuse a path that does not exist here, rather than ask the hub for it."""
+    """Raise a ConfigError for a name that can only be a local path and is no checkpoint, instead of asking the hub."""
     path = Path(name)
     if path.is_file():
         raise ConfigError(f"model {name!r} is a file; give the folder that holds config.json")
@@ -50,7 +50,7 @@ def check_local(name: str) -> None:
 
 
 def no_config(folder: str) -> ConfigError:
-    """The error for a folder without config.json, by what is in it instead."""
+    """The error for a folder without config.json; its text depends on what the folder holds instead."""
     if (Path(folder) / "adapter_config.json").is_file():
         return ConfigError(f"model {folder!r} holds an adapter and no config.json: name its base model")
     if any(Path(folder).glob("*.gguf")):
@@ -74,7 +74,7 @@ def reading(what: str, name: str) -> Iterator[None]:
     transformers, tokenizers, safetensors and the hub client raise a dozen unrelated types for a broken checkpoint and
     log more, so every exception counts here and the log is silenced; the cause stays attached for debugging.
     """
-    from transformers.utils import logging as transformers_logging  # seconds; what flags ask of this module needs none
+    from transformers.utils import logging as transformers_logging  # takes seconds; checks of flags do not need it
 
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
@@ -105,7 +105,7 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
     """The transformers configuration of a checkpoint (directory or hub name), with the RoPE parameters as written.
 
     Raises:
-        ConfigError: nothing there, or not a configuration that transformers knows.
+        ConfigError: no such checkpoint, or not a configuration that transformers knows.
     """
     check_local(name)
     import transformers
@@ -115,7 +115,7 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
         rope = raw.get("rope_parameters")
         if CUSTOM_ROPE_TYPE not in str(rope) or raw.get("model_type") not in transformers.CONFIG_MAPPING:
             return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        # Some config classes reject rope types that they do not know, so that is set behind their back.
+        # Some config classes reject rope types that they do not know, so ours is set after they have checked the rest.
         family = transformers.CONFIG_MAPPING[raw["model_type"]]
         config = family.from_dict({**raw, "rope_parameters": without_custom_rope(rope)})
         config.rope_parameters = rope
@@ -124,7 +124,7 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose config has been read, and what the config says about RoPE."""
+    """A checkpoint whose config has been read, and the RoPE settings in it."""
 
     name: str
     """Directory or hub name, as given."""
@@ -146,7 +146,10 @@ def open_checkpoint(name: str, trust_remote_code: bool = False) -> Checkpoint:
 
 
 def without_custom_rope(rope: Any) -> Any:
-    """RoPE parameters that transformers can build a model from, where they are ours: the model before any scaling."""
+    """Replace RoPE parameters of type "scaled-rope" by those of the unscaled model, which transformers can build.
+
+    Other parameters are copied; nested ones are treated one layer type at a time.
+    """
     if nested_types(rope):
         return {
             name: without_custom_rope(entry) if name in nested_types(rope) else entry for name, entry in rope.items()
@@ -160,7 +163,7 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of a checkpoint.
 
     Raises:
-        ConfigError: nothing there, or no tokenizer in it.
+        ConfigError: no such checkpoint, or no tokenizer in it.
     """
     if not (Path(name) / "tokenizer_config.json").is_file():  # a folder may hold a tokenizer alone
         check_local(name)
@@ -171,7 +174,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def display_name(model: str) -> str:
-    """The directory name of a checkpoint; training runs keep theirs in RUN/model, so RUN is more telling there."""
+    """The directory name of a checkpoint; RUN for RUN/model, where training runs keep theirs."""
     path = Path(model)
     return path.parent.name if path.name == "model" and path.parent.name else path.name
 

@@ -1,5 +1,5 @@
-"""The console script `scaled-rope`: one subcommand per module, imported when it is the one that was asked for and its
-flags are right.
+"""The console script `scaled-rope`: one subcommand per module, imported only when it is asked for and its flags are
+right.
 
 Knows nothing of the subcommands but their names.
 """
@@ -23,18 +23,18 @@ from scaled_rope.errors import ConfigError, unknown
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A subcommand: what it is for, its flags, and who carries it out."""
+    """A subcommand: its summary, its flags, and the module that runs it."""
 
     summary: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     check: Callable[[argparse.Namespace], None] = lambda args: None
-    """Refuses what the flags alone say is wrong, before the module is imported."""
+    """Raises ConfigError for mistakes that show in the flags alone; called before the module is imported."""
     module: str = __name__
-    """Has a function `run`."""
+    """The module whose function `run` takes the parsed flags and returns the exit code."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `scaled-rope` with these arguments, by default those of the process; its exit code, 2 for bad input."""
+    """Run `scaled-rope` with these arguments, by default those of the process. Return its exit code (2: bad input)."""
     return run_cli(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
 
 
@@ -74,7 +74,7 @@ MODIFIERS = {
     "dynamic-METHOD": "s = max(factor, l'/L), l' the length of each row at every pass (YaRN § 3.3)",
     "resonance=true": "every wavelength rounded to a whole number of tokens (Resonance RoPE, arXiv 2403.00071)",
 }
-"""What a spec may add to a method."""
+"""Modifiers that a spec may add to a method."""
 
 
 def _add_methods_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list_methods(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """One line per method."""
+    """The list of all methods, line by line."""
     table = [("method", "", "what it does to the frequencies θ", "source")]
     for row in rows:
         marks = ("d" if row["dynamic"] else "-") + ("t" if row["native"] else "-")
@@ -127,7 +127,7 @@ def _list_methods(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _describe_method(row: dict[str, Any]) -> Iterator[str]:
-    """All about one method."""
+    """The description of one method, line by line."""
     own = [name if value is None else f"{name}={json.dumps(value)}" for name, value in row["parameters"].items()]
     yield f"{row['name']}: {row['summary']}"
     yield ""
@@ -143,7 +143,7 @@ def _describe_method(row: dict[str, Any]) -> Iterator[str]:
 
 
 def method_rows() -> list[dict[str, Any]]:
-    """What there is to know about each method, fit for JSON; "native" is the rope_type by which transformers has it."""
+    """The properties of each method, fit for JSON; "native" is its rope_type in transformers, or None."""
     from scaled_rope.scaling.examples import example
     from scaled_rope.scaling.record import native_type
     from scaled_rope.scaling.registry import METHODS
@@ -199,7 +199,7 @@ COMMANDS = {
         "scaled_rope.tuning.search",
     ),
 }
-"""By name."""
+"""Subcommands by name."""
 
 if __name__ == "__main__":
     sys.exit(main())

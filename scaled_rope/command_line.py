@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """As the base class, with the nearest flags in the error for one that there is not."""
+        """Like the base class, but the error for an unknown flag names the flags nearest to it."""
         found, left = self.parse_known_args(args, namespace)
         if left:
             flag = next((word.partition("=")[0] for word in left if word.startswith("-")), "")
@@ -68,7 +68,7 @@ def run_cli(main: Callable[[], int | None]) -> int:
         return 2
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 128 + signal.SIGPIPE  # as shells report a program that died of a signal
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             print(f"error: no space left to write {error.filename or 'output'}", file=sys.stderr)
@@ -79,7 +79,7 @@ def run_cli(main: Callable[[], int | None]) -> int:
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
-        return 130
+        return 130  # 128 + SIGINT
 
 
 def refuse_early(check: Callable[[], object]) -> None:

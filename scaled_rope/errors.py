@@ -23,7 +23,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ConfigError:
 
 
 def suggestion(name: object, known: Iterable[str]) -> str:
-    """A question after the names in `known` that are nearest to `name`, with a blank behind it; empty without any."""
+    """Ask "did you mean ...? " with the names in `known` nearest to `name`; ends with a blank; "" when none is near."""
     near = difflib.get_close_matches(str(name), list(known), n=2)
     return f"did you mean {' or '.join(map(repr, near))}? " if near else ""
 

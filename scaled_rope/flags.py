@@ -1,6 +1,6 @@
-"""Flags of the evaluators and of `scaled-rope`, and what can be refused by looking at them alone.
+"""Flags of the evaluators and of `scaled-rope`, and the checks that need nothing but the flags.
 
-Nothing here imports torch or transformers, which takes seconds: a mistyped flag or path is told at once.
+Nothing here imports torch or transformers, which takes seconds: a mistyped flag or path is reported at once.
 
 Knows nothing of torch.
 """
@@ -97,7 +97,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_model_arguments(args: argparse.Namespace) -> None:
-    """Refuse what an evaluator was given wrongly, as far as names and paths say it."""
+    """Refuse mistakes in an evaluator's flags that show in names and paths alone."""
     for name in args.model or ():
         check_local(name)
     for spec in requested_specs(args):
@@ -255,7 +255,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_export_arguments(args: argparse.Namespace) -> None:
-    """Refuse what `scaled-rope export` cannot do, and an output that would take the place of something."""
+    """Refuse what `scaled-rope export` cannot do, and an output that would replace existing files."""
     if args.target not in TARGETS:
         raise unknown("target", args.target, TARGETS)
     _check_length(args)
@@ -272,7 +272,7 @@ def check_export_arguments(args: argparse.Namespace) -> None:
 
 
 def _check_export_output(folder: Path, gguf: str | None, force: bool) -> None:
-    """Refuse an output that would take the place of something.
+    """Refuse an output that would replace existing files.
 
     Raises:
         ConfigError: a file in the folder's place; without `force` a file that would be replaced; with it the GGUF that
@@ -341,7 +341,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_tune_arguments(args: argparse.Namespace) -> None:
-    """Refuse what `scaled-rope tune` cannot do, as far as numbers, names and paths say it."""
+    """Refuse what `scaled-rope tune` cannot do, as far as numbers, names and paths show it."""
     if args.dataset is None:
         raise ConfigError(f"give --dataset: a path, a hub name or a corpus ({', '.join(CORPORA)})")
     for name, least in (("documents", 1), ("windows", 1), ("seed", 0)):

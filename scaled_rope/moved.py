@@ -1,7 +1,7 @@
 """Where the modules of the former flat layout are now.
 
-`import scaled_rope.patch` raises an ImportError that says so, and `python -m scaled_rope.corpora`, as recipes of old
-runs have it, runs what took its place.
+`import scaled_rope.patch` raises an ImportError that says where the module is now, and `python -m scaled_rope.corpora`,
+which recipes of old runs contain, runs its successor.
 
 Knows nothing of what is in them.
 """
@@ -90,7 +90,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "tune": ("tuning.search", "scaling.record", "tuning.curves", "tuning.figures"),
     "windows": ("evaluation.windows",),
 }
-"""Module -> its heir, and then the modules that parts of it went to; all inside `scaled_rope`, but `benchmarks.…`."""
+"""Former module -> its successor, then modules that took over parts; all inside `scaled_rope` except `benchmarks.…`."""
 
 
 def where(name: str) -> str:
@@ -101,9 +101,10 @@ def where(name: str) -> str:
 
 
 def attributes_of(name: str) -> Callable[[str], Any]:
-    """A `__getattr__` for a package that took a module's name: what was in the module is told where it went.
+    """Make a `__getattr__` for a package that has the name of a former module.
 
-    Names that no module of the table had are ordinary missing attributes.
+    For names that were in the module, it raises an ImportError that says where they are now. Other names are ordinary
+    missing attributes.
     """
 
     def __getattr__(attribute: str) -> Any:
@@ -120,7 +121,8 @@ def attributes_of(name: str) -> Callable[[str], Any]:
 
 
 class _Heir:
-    """A loader that says where a moved module is, and gives `python -m`, which asks for code, that of the heir."""
+    """The loader of a moved module. An import raises an error that says where the module is now; `python -m`, which
+    asks for code, gets that of its successor."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -137,7 +139,7 @@ class _Heir:
 
 
 class _Finder:
-    """For `sys.meta_path`, behind those that find what exists."""
+    """A finder for the end of `sys.meta_path`, after those that find existing modules."""
 
     @staticmethod
     def find_spec(
@@ -151,7 +153,7 @@ class _Finder:
 
 
 def install_finder() -> None:
-    """Let imports of moved modules be told where they are now."""
+    """Make imports of moved modules say where the modules are now."""
     finder: Any = _Finder
     if finder not in sys.meta_path:
         sys.meta_path.append(finder)

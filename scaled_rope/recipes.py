@@ -63,16 +63,16 @@ class Recipe:
         documents: "joined" (the paper's): a packed row is one text; "separate": attention and positions start anew with
             each document of a row.
         sliding_window_attention_schedule: window at step i is entry i mod n (Mistral); None leaves the model's own.
-        loss: how it comes from hidden states: "chunked", some logits at a time; "fused", by Liger's kernel on a GPU;
-            "whole", all logits at once; "auto": fused where it can run, else chunked.
-        gradient_checkpointing: keep the input of every layer only and compute the rest again in the backward pass.
-        offload_activations: keep what the backward pass needs in CPU memory.
+        loss: how it is computed from hidden states: "chunked", some logits at a time; "fused", by Liger's kernel on a
+            GPU; "whole", all logits at once; "auto": fused where it can run, else chunked.
+        gradient_checkpointing: keep only the input of every layer and compute the rest again in the backward pass.
+        offload_activations: keep activations for the backward pass in CPU memory.
         sequence_parallel: ranks that share one sequence (Ulysses, under DeepSpeed ZeRO-3).
         checkpointing_steps: keep a resumable state every so many steps; None: never.
         kept_checkpoints: how many of the newest states are kept.
         heldout: packed set whose perplexity is measured every `heldout_steps` steps over its first `heldout_rows` rows,
             cut at each of `heldout_lengths`.
-        evaluate: what eval.sh does with the result: `scalings` (specs under which the base is read without training),
+        evaluate: settings of eval.sh for the result: `scalings` (specs under which the base is read without training),
             and the flags of `perplexity`, `passkey` and `report`.
     """
 
@@ -204,11 +204,11 @@ _WORDS: dict[Any, str] = {
     tuple[float, ...]: "a list of numbers",
     Mapping[str, Any]: "a block of `field: value` lines",
 }
-"""The types of `Recipe` as a recipe's author knows them."""
+"""Field types of `Recipe` -> their names in error messages."""
 
 
 def _bring(value: Any, kind: Any) -> Any:
-    """A plain value as one of type `kind`; raises ValueError where that would change what it says."""
+    """Convert a plain value to type `kind`. Raises ValueError where that would change its meaning."""
     origin = typing.get_origin(kind) or kind
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_bring(entry, typing.get_args(kind)[0]) for entry in value)
@@ -249,7 +249,7 @@ def available() -> dict[str, Path]:
 
 
 def _check_keys(node: yaml.Node | None, path: Path) -> None:
-    """Refuse a key that stands twice in one block, of which YAML would take the last."""
+    """Raise a ConfigError for a key that occurs twice in one block, where YAML would silently take the last."""
     if isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
         for key, value in node.value:
@@ -282,7 +282,7 @@ def read_recipe(name: str, overrides: Mapping[str, Any] | None = None, also: Seq
 
     A recipe may name one `base` recipe whose fields it takes over; the base may not have a base itself.
 
-    also: what else could have been meant where there is no such recipe.
+    also: further names to suggest in the error for an unknown recipe.
 
     Raises:
         ConfigError: no such recipe, an unknown field, a value that is not allowed, or a missing field.
@@ -325,7 +325,7 @@ def is_finished(recipe: Recipe) -> bool:
 
 
 def pending(recipe: Recipe) -> list[Recipe]:
-    """What is still to train, in order, before `recipe` is finished: what it starts from, and itself."""
+    """The recipes still to train, in order, before `recipe` is finished: those that it starts from, and itself."""
     if is_finished(recipe):
         return []
     before = starts_from(recipe)
@@ -333,7 +333,7 @@ def pending(recipe: Recipe) -> list[Recipe]:
 
 
 def make_recipe(fields: Mapping[str, Any], where: str) -> Recipe:
-    """A recipe from plain values, each brought to its field's type; `where` names their origin in errors.
+    """Make a recipe from plain values, each converted to its field's type; `where` names their origin in errors.
 
     Raises:
         ConfigError: an unknown field, a value that is not allowed, or a missing field.
@@ -347,8 +347,8 @@ def make_recipe(fields: Mapping[str, Any], where: str) -> Recipe:
 
 
 def shell_assignments(recipe: Recipe) -> str:
-    """Bash assignments of what train.sh and eval.sh need: strings `model`, `output_dir`; arrays `prepare`, `scalings`,
-    and the flags `perplexity`, `passkey` and `report`, split as a shell splits words.
+    """Bash assignments for train.sh and eval.sh: strings `model`, `output_dir`; arrays `prepare`, `scalings`, and the
+    flags `perplexity`, `passkey` and `report`, split as a shell splits words.
     """
     arrays: dict[str, Sequence[str]] = {"prepare": recipe.prepare, "scalings": recipe.evaluate.get("scalings", ())}
     arrays |= {name: shlex.split(recipe.evaluate.get(name, "")) for name in ("perplexity", "passkey", "report")}
@@ -373,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("name of a recipe is missing; --list shows them")
     elif args.pending:
         recipe = read_recipe(args.name)
-        # The recipe itself as it was given: a file's is not known by its name.
+        # The recipe itself under the name that was given: one from a file cannot be found by its own name.
         print("".join(f"{args.name if one == recipe else one.name}\n" for one in pending(recipe)), end="")
     elif args.finished:
         return 0 if is_finished(read_recipe(args.name)) else 1

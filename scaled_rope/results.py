@@ -46,9 +46,9 @@ def _git(*arguments: str) -> str | None:
 
 @functools.cache
 def _commit() -> str | None:
-    """The commit of this package's source, "-dirty" when tracked files differ from it.
+    """The commit of this package's source, with "-dirty" appended when tracked files differ from it.
 
-    Outside its repository what SCALED_ROPE_COMMIT says, for copies that were made without it; else None.
+    Outside its repository, the value of the environment variable SCALED_ROPE_COMMIT if it is set; else None.
     """
     # An installed copy may lie inside somebody else's repository: only a file that git tracks has a commit.
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is None or (head := _git("rev-parse", "HEAD")) is None:
@@ -82,9 +82,10 @@ def _cpu_name() -> str:
 
 
 def portable(text: str, parts: int = 1) -> str:
-    """A path as rows, which are for other machines too, record it: other text, and relative paths, as they are.
+    """Return a path in the form that rows record, which other machines can read too.
 
-    Absolute ones become relative to this repository or, outside of it, their last `parts` names.
+    An absolute path becomes relative to this repository or, outside of it, is cut to its last `parts` names. Relative
+    paths and text that is no path are returned unchanged.
     """
     path = Path(text)
     if not path.is_absolute():
@@ -93,12 +94,15 @@ def portable(text: str, parts: int = 1) -> str:
 
 
 def portable_model(name: str) -> str:
-    """A model as rows record it: of a folder elsewhere two names, since the last may be "model" or a step's number."""
+    """Return a model's name or folder in the form that rows record.
+
+    A folder outside this repository keeps its last two names, since the last may be "model" or a step's number.
+    """
     return portable(name, parts=2)
 
 
 def portable_command(words: Iterable[str]) -> str:
-    """A command line as rows record it, with `portable` paths."""
+    """Return a command line in the form that rows record, with `portable` paths."""
     flags = (word.partition("=") for word in words)
     return shlex.join(
         f"{flag}={portable(value)}" if equals and flag.startswith("--") else portable(flag + equals + value)
@@ -120,7 +124,7 @@ def provenance(device: object, seed: int | None, arguments: Mapping[str, Any]) -
     Args:
         device: the torch device (or its name) that computed.
         seed: the seed of whatever was drawn, None when nothing was.
-        arguments: the command-line arguments, JSON-able values (others are written as text); of paths see `portable`.
+        arguments: the command-line arguments; values that JSON cannot hold become text, paths as `portable` says.
     """
     return {
         "commit": _commit(),
@@ -140,12 +144,12 @@ def row_key(row: Mapping[str, Any]) -> str:
 
 
 def rows_so_far(path: str | Path) -> list[Row]:
-    """`read_rows`, and none when the file does not exist yet."""
+    """Like `read_rows`, but an empty list when the file does not exist yet."""
     return read_rows(path) if Path(path).exists() else []
 
 
 def finished_keys(path: str | Path) -> set[str]:
-    """The `row_key` of every row in `path`; none when the file does not exist yet."""
+    """The `row_key` of every row in `path`; empty when the file does not exist yet."""
     return {row_key(row) for row in rows_so_far(path)}
 
 
@@ -196,7 +200,7 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def _heal(descriptor: int) -> None:
-    """Make the file end with a newline: finish a last line that is whole, cut off one that is torn."""
+    """Make the file end with a newline: add one to a complete last row, cut off an incomplete one."""
     size = os.fstat(descriptor).st_size
     if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
         return
@@ -211,8 +215,8 @@ def _heal(descriptor: int) -> None:
 def append_row(path: str | Path, row: Mapping[str, Any]) -> None:
     """Append one row and wait until it is on disk. Safe for several processes at once.
 
-    A torn last line, left by a process that was killed, is cut off first. When the disk fills up nothing of the row
-    remains.
+    An incomplete last line, left by a process that was killed, is cut off first. When the disk fills up, nothing of
+    the row remains.
 
     Raises:
         ConfigError: the path cannot be written to, or the row holds a number that is not finite.
@@ -231,7 +235,7 @@ def append_row(path: str | Path, row: Mapping[str, Any]) -> None:
             _heal(descriptor)
             size = os.fstat(descriptor).st_size
             try:
-                if os.write(descriptor, line) < len(line):
+                if os.write(descriptor, line) < len(line):  # a disk that fills up can take a part without an error
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
                 os.fsync(descriptor)
             except OSError:
@@ -249,7 +253,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
         OSError: no space left; the old content stays.
     """
     path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: a rename works within one file system
     with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -263,4 +267,4 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
 
 
 OUT_OF_MEMORY = "out of memory"
-"""The `error` of a row that could not be measured for that reason."""
+"""The `error` field of a row whose measurement ran out of memory."""

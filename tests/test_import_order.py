@@ -142,3 +142,8 @@ def test_commands_of_old_recipes_run(former: str) -> None:
         for name in (former, heir)
     )
     assert old.returncode == 0 and old.stdout == new.stdout and old.stdout
+
+
+def test_the_table_of_packages_is_that_of_their_docstrings() -> None:
+    done = subprocess.run([sys.executable, "docs/packages.py", "--check"], cwd=ROOT, timeout=60)
+    assert done.returncode == 0, "run python docs/packages.py"

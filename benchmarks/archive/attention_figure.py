@@ -31,7 +31,7 @@ LINES = {
 }
 """Label of a row: name in the figure, colour, marker."""
 TOP = 400
-"""Perplexity at which lines are cut."""
+"""The perplexity at which lines are cut off."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in read_rows(args.rows):
         if row["metric"] == "perplexity" and row["data"]["name"] == "standin:books" and row["label"] in LINES:
             start, end = row["bucket"]
-            if start or end == FIRST:  # what begins at 0 and goes on behind the first bucket is another quantity
+            if start or end == FIRST:  # a longer bucket that begins at 0 is another quantity
                 curves.setdefault((row["data"]["window_tokens"], row["label"]), []).append(
                     (end, row["perplexity_bucket"])
                 )

@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 @dataclass
 class Sums:
-    """What is added up over scored tokens."""
+    """Sums over scored tokens, for one way of caching."""
 
     nats: float = 0.0
     divergence: float = 0.0
@@ -94,7 +94,7 @@ class Reader:
 
 
 def readers(model: Any, scaling: RopeScaling, step: float) -> tuple[Reader, dict[str, Reader]]:
-    """The full pass, and what is compared with it."""
+    """The reader that does full passes, and the readers that are compared with it, by name."""
 
     def patched(one: RopeScaling) -> Any:
         copied = copy.deepcopy(model)
@@ -103,7 +103,7 @@ def readers(model: Any, scaling: RopeScaling, step: float) -> tuple[Reader, dict
 
     # Steps are for dynamic forms of methods; dynamic-ntk is a method that depends on the length by itself.
     stepped = patched(RopeScaling.from_dict(scaling.to_dict() | {"dynamic_step": step})) if scaling.dynamic else None
-    # The tables of dynamic scaling without what keeps caches right.
+    # Dynamic tables without the hooks that keep cached keys right, as in transformers.
     rotated = copy.deepcopy(model)
     rotated.model.rotary_emb = ScaledRotaryEmbedding(scaling, head_dim_of(model.config))
     dynamic = patched(scaling)
@@ -121,7 +121,7 @@ def readers(model: Any, scaling: RopeScaling, step: float) -> tuple[Reader, dict
 def measure(
     full: Reader, others: dict[str, Reader], ids: Tensor, original: int, size: int, say: Callable[[str], None]
 ) -> dict[str, Sums]:
-    """All sums, by way of caching; ids [1, T + 1], of which the last is a target only."""
+    """Measure the sums for each way of caching. ids: [1, T + 1], of which the last is only a target."""
     total = ids.shape[1] - 1
     sums = {"full pass": Sums()} | {name: Sums() for name in others}
     stretch = max(size, (total - original) // 16 // size * size)

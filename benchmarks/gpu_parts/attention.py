@@ -1,4 +1,4 @@
-"""Part `attention`: what methods that change attention cost beside plain attention."""
+"""Part `attention`: the cost of methods that change attention, beside that of plain attention."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def attention_inputs(shape: AttentionShape, tokens: int, dtype: torch.dtype) -> 
 
 
 def attention_variants(width: int) -> dict[str, tuple[Variant, Variant | None]]:
-    """Variants by name, each with one that is right in float64.
+    """Variants by name, each with a function that is exact in float64, to compare it with.
 
-    "composed" is what models on a GPU take in inference, "by blocks" what they take elsewhere and in training. The
-    yardstick doesn't rotate, and is compared with nothing.
+    Models use "composed" for inference on a GPU, "by blocks" elsewhere and in training. The yardstick doesn't rotate,
+    and is compared with nothing.
     """
     base = RopeScaling("default", original_max_position_embeddings=attention_methods.ORIGINAL, rope_theta=1e5)
     inv_freq = compute_rope(base, width, device=torch.device(timing.DEVICE))[0]

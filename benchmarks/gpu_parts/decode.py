@@ -75,7 +75,7 @@ def decode_error(run: Variant, shape: DecodeShape, keys: int, dtype: torch.dtype
 
 
 def time_decode(run: Variant, shape: DecodeShape, keys: int, dtype: torch.dtype, size: int) -> Row:
-    """Over as many caches of `size` bytes as it takes for the L2 cache not to hold them."""
+    """Time one token over so many caches of `size` bytes that the L2 cache cannot hold them."""
     device = torch.device(timing.DEVICE)
     sets = [decode_inputs(shape, keys, dtype, device) for _ in range(timing.rotated_sets(size, most=16))]
     with torch.no_grad():

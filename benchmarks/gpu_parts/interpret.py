@@ -14,14 +14,14 @@ CPU = torch.device("cpu")
 
 
 def is_good(error: float, tolerance: float, what: str) -> bool:
-    """Whether an error is small enough; printed in a line with what it is of."""
+    """Whether an error is small enough; prints a line that says so. what: the thing that was checked."""
     good = error < tolerance
     print(f"{'ok   ' if good else 'WRONG'} {error:.1e} {what}")
     return good
 
 
 def interpret() -> int:
-    """Every shape, a few tokens, forward and backward. Returns 1 when one is wrong."""
+    """Check every shape with a few tokens, forward and backward. Returns 1 when one is wrong."""
     good = []
     for dtype in (torch.float32, torch.bfloat16):
         # float32: products and sums of roundings of 6e-8. bf16: the interpreter truncates, which doubles the error.

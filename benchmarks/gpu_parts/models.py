@@ -16,7 +16,7 @@ MODELS: dict[str, dict[str, int]] = {
 }  # fmt: skip
 THETA = 10000.0
 CHECKED = 512
-"""Tokens of the comparison with a reference."""
+"""Number of tokens in the comparison with a reference."""
 NOISE = 3.0
 """Allowed error in units of that of plain bf16, eager: another implementation rounds elsewhere, and may be unlucky."""
 

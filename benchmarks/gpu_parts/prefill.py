@@ -19,7 +19,7 @@ from scaled_rope.results import Row
 
 LENGTHS = (4096, 32768, 131072)
 EAGER_LIMIT = 8192
-"""The longest length for attention that holds all scores at once."""
+"""The longest length for attention that keeps all scores in memory."""
 KERNELS = ("none", "triton")
 SPEC = "yarn:32"
 
@@ -88,7 +88,7 @@ def time_under(under: Under, run: Callable[[], Any]) -> Row:
 
 
 def cells(length: int, fastest: list[tuple[str, str]]) -> Iterator[tuple[str, str, list[Any], str]]:
-    """What is measured at a length: attention with its implementation and torch's backends, and rotary kernel."""
+    """The cases to measure at a length: attention, its implementation, torch's backends, and the rotary kernel."""
     for attention, (implementation, allowed) in attentions().items():
         for kernel in KERNELS:
             if implementation == "eager" and length > EAGER_LIMIT:

@@ -1,4 +1,4 @@
-"""Part `rotary`: queries and keys rotated, and what `rotary_backward` shares with it."""
+"""Part `rotary`: rotation of queries and keys, with functions that `rotary_backward` uses too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scaled_rope.results import Row
 
 
 def rotation_error(out: Any, x: Any, inputs: Inputs, inverse: bool = False) -> float:
-    """‖out - reference‖ / ‖reference‖ in float64, in pieces; x is what went in. NaN when anything was not written."""
+    """‖out - reference‖ / ‖reference‖ in float64, in pieces; x is the input. NaN when any element was not written."""
     half = inputs.cos.shape[-1]
     apart = total = 0.0
     for start in range(0, x.shape[2], 2**14):
@@ -42,7 +42,7 @@ def poison(*like: Any) -> None:
 def forward_error(variant: Variant, shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
     """The larger relative error of q and k, on inputs of its own.
 
-    What went in is drawn again and not kept: some variants overwrite it, and at a million tokens memory is short.
+    Inputs are drawn again instead of kept: some variants overwrite them, and at a million tokens memory is short.
     """
     seed = int(torch.randint(2**31, ()))
     torch.manual_seed(seed)
@@ -55,7 +55,7 @@ def forward_error(variant: Variant, shape: Shape, tokens: int, dtype: torch.dtyp
 
 
 def input_sets(shape: Shape, tokens: int, dtype: torch.dtype) -> tuple[Inputs, list[Pair], bool]:
-    """Inputs, all queries and keys to rotate among, and whether a call with them is a short one."""
+    """Inputs, all pairs of queries and keys to rotate among, and whether a call with them is a short one."""
     size = shape.elements(tokens) * dtype.itemsize
     first = make_inputs(shape, tokens, dtype, torch.device(timing.DEVICE))
     more = [(torch.randn_like(first.q), torch.randn_like(first.k)) for _ in range(timing.rotated_sets(size) - 1)]

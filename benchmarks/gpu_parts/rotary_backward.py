@@ -18,7 +18,7 @@ def backward_error(variant: Variant, shape: Shape, tokens: int, dtype: torch.dty
     torch.manual_seed(seed)
     x = make_inputs(shape, tokens, dtype, device)
     leaves = [x.q.requires_grad_(), x.k.requires_grad_()]
-    # By 1, which is exact: in place needs something that is not a leaf.
+    # Times 1, which is exact: an operation in place needs tensors that are not leaves.
     out = variant(leaves[0] * 1, leaves[1] * 1, x)
     torch.manual_seed(seed)
     gradients = [torch.randn(y.shape, dtype=dtype, device=device) for y in out]
@@ -42,7 +42,7 @@ def time_backward(variant: Variant, shape: Shape, tokens: int, dtype: torch.dtyp
     return timing.time_calls(calls, short)
 
 
-# In place is the same as "ours, tables", a launch each for q and k.
+# With gradients, "in place" does the same as "ours, tables", in a launch each for q and k.
 BACKWARD = rotary.Direction("rotary backward", backward_error, time_backward, left_out=("ours, in place",))
 
 

@@ -1,4 +1,4 @@
-"""Shapes and lengths of the rotary parts, their inputs, and what rotates them."""
+"""Shapes and lengths of the rotary parts, their inputs, and the implementations that rotate them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Shape:
     head_dim: int
     rotary_dim: int
     documents: bool = False
-    """Whether the tokens are those of uneven documents in a line."""
+    """Whether the tokens belong to documents of uneven length, one after the other."""
 
     def elements(self, tokens: int) -> int:
         return tokens * (self.heads + self.kv_heads) * self.head_dim
@@ -51,7 +51,7 @@ TOKENS = (131072, 1048576, 32768, 4096, 32, 1)
 
 @dataclass
 class Inputs:
-    """What a call needs. q, k: [1, H, T, D] views of token-major memory, as projections give them."""
+    """The inputs of a call. q, k: [1, H, T, D] views of token-major memory, as projections give them."""
 
     q: Any
     k: Any
@@ -65,7 +65,7 @@ class Inputs:
 
 
 def document_positions(tokens: int) -> list[int]:
-    """Where documents of uneven length begin in a row of `tokens`: lengths 1, 3, 9, … up to a third of the row."""
+    """First positions of documents of lengths 1, 3, 9, … up to a third of a row of `tokens`, then `tokens`."""
     bounds, length = [0], 1
     while bounds[-1] < tokens:
         bounds.append(min(bounds[-1] + length, tokens))
@@ -99,7 +99,7 @@ def make_inputs(shape: Shape, tokens: int, dtype: torch.dtype, device: torch.dev
 
 
 def eager(q: Any, k: Any, cos: Any, sin: Any) -> Pair:
-    """As families of transformers do it, those with a partial rotary width by splitting and joining."""
+    """Rotate as families of transformers do, those with a partial rotary width by splitting and joining."""
     width = cos.shape[-1]
     if width == q.shape[-1]:
         result: Pair = apply_rotary_pos_emb(q, k, cos, sin)
@@ -125,9 +125,9 @@ def our_variants(backend: str) -> dict[str, Variant]:
 
 
 def variants(shape: Shape) -> dict[str, Variant]:
-    """What rotates, by name; only what is installed and takes the shape."""
+    """Implementations by name, only those that are installed and take the shape."""
     found = our_variants("triton")
-    torch.compiler.reset()  # what it made for other shapes counts towards its limit
+    torch.compiler.reset()  # compilations for other shapes count towards its limit
     compiled = torch.compile(eager, dynamic=False)
     found["transformers, eager"] = lambda q, k, x: eager(q, k, x.wide_cos, x.wide_sin)
     found["transformers, compiled"] = lambda q, k, x: compiled(q, k, x.wide_cos, x.wide_sin)

@@ -1,4 +1,4 @@
-"""Rows of the GPU benchmark: a variant is checked before it is timed, and its row says so where it was not timed."""
+"""Rows of the GPU benchmark: a variant is checked before it is timed, and its row says why if it was not timed."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def complete(
     limit: float = TOLERANCE,
     refusals: tuple[type[Exception], ...] = (),
 ) -> Row:
-    """Check one variant and time it: its row with `error` and times, or with `skipped`, the reason why not.
+    """Check one variant and time it; return its row with `error` and times, or with `skipped`, the reason why not.
 
     Args:
-        row: what is measured.
+        row: the fields that identify the case.
         needed_s: seconds that must be left on the clock.
-        time_it: measures, and returns what is to be added to the row.
-        check: returns the variant's error. One that is not below `limit`, as NaN is not, is not timed.
-        refusals: exceptions by which a variant says that it cannot run here. Memory that is full is always one.
+        time_it: measures, and returns the fields to add to the row.
+        check: returns the variant's error. A variant whose error is not below `limit` (NaN is not) is not timed.
+        refusals: exceptions by which a variant says that it cannot run here; running out of memory always is one.
     """
     if clock.left < needed_s:
         return row | {"skipped": NO_TIME}
@@ -79,7 +79,7 @@ def add_rate(row: Row, operations: float) -> Row:
 
 
 def machine() -> Row:
-    """What a row says about the GPU beside `results.provenance`."""
+    """A row's fields about the GPU, besides `results.provenance`."""
     try:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(query, capture_output=True, text=True, timeout=60).stdout.split("\n")[0].strip() or None

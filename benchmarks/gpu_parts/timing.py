@@ -14,19 +14,19 @@ from scaled_rope.results import Row
 
 DEVICE = "cuda"
 ROTATED_BYTES = 2**28
-"""Inputs to rotate among: five times the L2 cache of an H100."""
+"""Bytes of inputs to rotate among: five times the L2 cache of an H100."""
 RUNS = 20, 500
 """Fewest and most timings of which the median is taken; three where a call takes seconds."""
 SHORT_BYTES = 2**26
 """Calls that move less than this are timed in a CUDA graph."""
 HEAD_START_CYCLES = 1_000_000
-"""How long the GPU spins before a timed call, half a millisecond, so that the call is queued when its turn comes."""
+"""Cycles that the GPU spins before a timed call, half a millisecond, so that the call is queued by then."""
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16 rates from data sheets, by a word of the device's name."""
 
 
 class Clock:
-    """Seconds that a part may take."""
+    """The time limit of a part, in seconds."""
 
     def __init__(self, limit: float) -> None:
         self.end = time.monotonic() + limit
@@ -42,7 +42,7 @@ def free() -> None:
 
 
 def rotated_sets(size: int, most: int = 64, fewest: int = 1) -> int:
-    """How many inputs of `size` bytes to rotate among, so that the L2 cache doesn't hold them all."""
+    """The number of inputs of `size` bytes to rotate among, so that the L2 cache cannot hold them all."""
     return max(fewest, min(most, ROTATED_BYTES // size))
 
 
@@ -53,10 +53,10 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def time_calls(calls: Sequence[Callable[[], Any]], short: bool, budget_s: float = 0.3) -> Row:
-    """Seconds per call, by CUDA events, over calls that use buffers of their own.
+    """Time calls that use buffers of their own by CUDA events; return seconds per call.
 
-    short: launches would be a good part of the time, so all calls are captured into one CUDA graph, whose replays are
-    timed. Where that fails launches are in the time and the row says so.
+    short: whether launches would be a good part of the time; then all calls are captured into one CUDA graph, whose
+    replays are timed. Where that fails, launches are part of the time and the row says so.
     """
     for call in calls:
         call()
@@ -66,12 +66,12 @@ def time_calls(calls: Sequence[Callable[[], Any]], short: bool, budget_s: float 
     if short:
         try:
             graph = torch.cuda.CUDAGraph()
-            # Backward passes run where their forward pass did, so that is where they are captured.
+            # Backward passes run on the stream of their forward pass, so they are captured on that stream.
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 kept = [call() for call in calls]  # outputs with memory of their own
             del kept
             runs, method, per_run = [graph.replay], "graph", len(calls)
-        except Exception as error:  # whatever a library does that cannot be captured
+        except Exception as error:  # some libraries do things that cannot be captured
             method = f"events, launches included ({type(error).__name__})"
             torch.cuda.synchronize()
     times: list[float] = []
@@ -101,7 +101,7 @@ def time_model(run: Callable[[], Any]) -> Row:
 
 
 def copy_time(elements: int, dtype: torch.dtype) -> Row:
-    """A device-to-device copy of as many elements, timed like everything else."""
+    """Time a device-to-device copy of as many elements, like everything else."""
     size = elements * dtype.itemsize
     source = torch.randn(rotated_sets(size, fewest=2), elements, dtype=dtype, device=DEVICE)
     target = torch.empty_like(source)

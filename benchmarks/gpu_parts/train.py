@@ -36,9 +36,9 @@ OURS: dict[str, Row] = {
     "ours, lora": {"lora": True},
     "ours, no rotary kernel": {},
 }
-"""By name, how the recipe differs from its defaults."""
+"""Name of a variant -> recipe fields that differ from their defaults."""
 FIRST = ("ours", STOCK)
-"""What is measured at all lengths of all models before anything else."""
+"""Variants that are measured at all lengths of all models before any others."""
 STEPS = 4
 """Steps of a measurement, the first of which is not counted."""
 
@@ -52,7 +52,7 @@ def training_recipe(name: str, length: int, **fields: Any) -> Recipe:
 
 
 def training_module(recipe: Recipe, kernel: str | None = None) -> tuple[Any, str, str]:
-    """The recipe's model and loss on the device as finetune.py has them, and what "auto" made of attention and loss."""
+    """The recipe's model with its loss, on the device as in finetune.py, and the attention and the loss in use."""
     device = torch.device(timing.DEVICE)
     attention = resolve_attention(recipe.attention, device, recipe.compute_dtype)
     with device:
@@ -79,7 +79,7 @@ def summed_loss(module: Any, tokens: Any) -> Any:
 
 
 def stock_model(name: str) -> Any:
-    """The same Llama as anyone would make it, YaRN by transformers."""
+    """The same Llama made by transformers alone, including YaRN."""
     scaling = {"rope_type": "yarn", "factor": 32.0, "rope_theta": THETA, "original_max_position_embeddings": 4096}
     config = LlamaConfig(
         **models.MODELS[name], max_position_embeddings=32 * 4096, rope_parameters=scaling, tie_word_embeddings=True
@@ -90,13 +90,13 @@ def stock_model(name: str) -> Any:
 
 
 def first_gradient(loss: Any, model: Any) -> Any:
-    """Of the first layer's query projection, which all layers and the loss have gone into."""
+    """The gradient of the first layer's query projection, to which all layers and the loss contribute."""
     weight = model.model.layers[0].self_attn.q_proj.weight
     return torch.autograd.grad(loss, weight)[0].double()
 
 
 def reference_gradient(name: str, tokens: Any) -> tuple[Any, float]:
-    """transformers' gradient in float32, and by how much bf16 products change it."""
+    """transformers' gradient in float32, and its relative change through bf16 products."""
     model = stock_model(name)
     wanted = first_gradient(model(tokens, labels=tokens).loss, model)
     with autocast():
@@ -105,7 +105,7 @@ def reference_gradient(name: str, tokens: Any) -> tuple[Any, float]:
 
 
 def time_ours(name: str, variant: str, tokens: Any, wanted: Any, noise: float) -> Row:
-    """A row's measurements; first of all its gradient is compared with float32's, on the first `CHECKED` tokens."""
+    """A row's measurements. First its gradient is compared with the float32 one, on the first `CHECKED` tokens."""
     recipe = training_recipe(name, tokens.shape[1], **OURS[variant])
     module, attention, loss = training_module(recipe, "none" if variant.endswith("no rotary kernel") else None)
     row: Row = {"attention": attention, "loss": loss}
@@ -126,7 +126,7 @@ def time_ours(name: str, variant: str, tokens: Any, wanted: Any, noise: float) -
 
 
 def time_stock(name: str, tokens: Any) -> Row:
-    """Steps of transformers' own Trainer with bf16 and gradient checkpointing on, everything else as it comes."""
+    """Time steps of transformers' own Trainer with bf16 and gradient checkpointing, and its defaults otherwise."""
     from accelerate.state import AcceleratorState
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -149,7 +149,7 @@ def time_stock(name: str, tokens: Any) -> Row:
         )  # fmt: skip
         try:
             Trainer(stock_model(name), settings, train_dataset=rows, callbacks=[Timer()]).train()
-        finally:  # its precision would be that of everything that accelerate does in this process from now on
+        finally:  # or accelerate would keep this precision for everything else in this process
             AcceleratorState._reset_state(reset_partial_state=True)
     low, median, high = timing.quartiles([after - before for before, after in zip(ends, ends[1:], strict=False)])
     timed = {"seconds": median, "seconds_quartiles": [low, high], "runs": len(ends) - 1, "timing": "steps, host clock"}
@@ -157,7 +157,7 @@ def time_stock(name: str, tokens: Any) -> Row:
 
 
 def training_flops(name: str, tokens: int, lora: bool = False) -> float:
-    """Of one step: forward, and as much again for each of the gradients of inputs and of weights that are trained."""
+    """FLOPs of one step: forward, and as many for the gradients of inputs and for those of trained weights."""
     model = models.MODELS[name]
     forward = models.flops(LlamaConfig(**model), tokens)
     forward += 2.0 * tokens * model["hidden_size"] * model["vocab_size"]
@@ -181,13 +181,13 @@ def training_rows(path: Path, about: Row) -> list[Row]:
 
 
 class References:
-    """Gradients that others are compared with, by model, each found once."""
+    """Reference gradients by model, each computed once."""
 
     def __init__(self) -> None:
         self.found: dict[str, tuple[Any, float]] = {}
 
     def time_case(self, name: str, variant: str, tokens: Any) -> Row:
-        """What one case adds to its row: its times, or that its gradient is wrong."""
+        """The fields that one case adds to its row: its times, or that its gradient is wrong."""
         if variant == STOCK:
             return time_stock(name, tokens)
         if name not in self.found:
@@ -198,8 +198,8 @@ class References:
 def measure(clock: timing.Clock, done: Sequence[Row] = ()) -> Iterator[Row]:
     """A row per model, length and variant: optimizer steps over one sequence, float32 weights, bf16 products.
 
-    What `done` has a measurement of, or has found not to fit, is left out; so a part that ran out of time goes on
-    where it was.
+    Cases in `done` that were measured, or found not to fit, are left out, so a part that ran out of time continues
+    where it stopped.
     """
     finished = {(row["model"], row["tokens"], row["variant"]) for row in done if row.get("skipped") != NO_TIME}
     cases = [case for case in training_cases() if case not in finished]

@@ -1,6 +1,6 @@
 """The documents of the offline benchmarks, for the YAML files beside this one.
 
-Only where documents come from is replaced: prompts, choices and scores stay lm-eval's own, task by task.
+Only the source of the documents is replaced: prompts, choices and scores stay lm-eval's own, task by task.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def hellaswag(**_: Any) -> dict[str, Dataset]:
 
 
 def hellaswag_documents(documents: Dataset) -> Dataset:
-    """What lm-eval makes of raw documents; those that are cleaned up already pass as they are."""
+    """Process raw documents as lm-eval does; documents that are cleaned up already stay as they are."""
     from lm_eval.tasks.hellaswag.utils import process_docs
 
     return documents if "query" in documents.column_names else process_docs(documents)

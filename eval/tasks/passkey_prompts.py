@@ -39,9 +39,10 @@ def dataset(
 
 
 def _prompt(tokenizer: Any, length: int, depth: float, key: int) -> str:
-    """A prompt that with its answer comes to `length` tokens, or as few less as can be.
+    """A prompt that has `length` tokens together with its answer, or slightly fewer.
 
-    lm-eval hands texts to a model. Where a tokenizer merges what was built as two pieces, more filler makes up for it.
+    lm-eval passes prompts as text. Where the tokenizer merges tokens of two separately tokenized pieces, more filler
+    makes up for it.
     """
     text, asked = "", length
     for _ in range(8):
@@ -57,6 +58,6 @@ def _prompt(tokenizer: Any, length: int, depth: float, key: int) -> str:
 
 
 def score(document: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
-    """Whether the key is the greedy continuation: over all lengths, and under the length as RULER's tasks do."""
+    """Whether the key is the greedy continuation: as "acc" over all lengths, and by length, as in RULER's tasks."""
     right = float(results[0][1])
     return {"acc": right, str(document["max_length"]): right}

@@ -1,7 +1,7 @@
-"""Which attention implementation runs where, and one more: PyTorch's own without a mask of T x T.
+"""Choose an attention implementation for a machine and a model; `sdpa_blocked`, PyTorch's own without a T x T mask.
 
-Implementations are those of transformers' attention interface, by the names that it knows. This module chooses among
-what is installed, refuses what cannot work before a model is built, and adds `blockwise` (`scaled_rope.attention`) and
+Implementations are those of transformers' attention interface, under its names. This module chooses among the installed
+ones, refuses those that cannot work before a model is built, and adds `blockwise` (`scaled_rope.attention`) and
 `sdpa_blocked`, which calls PyTorch's scaled_dot_product_attention on pieces. transformers' `sdpa` builds a boolean mask
 of T x T for windows, for packed documents, for padding and whenever it is compiled, which is 17 GB at 128k tokens.
 """
@@ -33,23 +33,26 @@ FLASH_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class Attention:
-    """What an implementation needs and what it does without a T x T matrix in memory."""
+    """The requirements of an attention implementation, and the cases that it computes without a T x T matrix."""
 
     flag: str = ""
-    """The class attribute by which families of transformers say that they can use it."""
+    """Class attribute of transformers' models that says whether they can use it; "" for none."""
     gpu: bool = False
     """Whether it needs a GPU and, if it is FlashAttention, a half-precision dtype."""
     install: str = ""
-    """How to get it, where PyTorch does not bring it."""
+    """How to install it; "" when it comes with PyTorch."""
     capability: int = 0
     """Least major CUDA capability."""
     windows: bool = False
+    """Whether sliding windows need no T x T matrix."""
     documents: bool = False
+    """Whether packed documents need no T x T matrix."""
     softcap: bool = False
+    """Whether it can cap attention scores."""
     matrix: str = ""
-    """When a T x T matrix is made."""
+    """The cases in which it makes a T x T matrix."""
     cpu: str = ""
-    """The only dtype that it is for, on a CPU; "": it is not for CPUs alone."""
+    """The dtype that it needs, if it is for CPUs alone; else ""."""
 
     @property
     def flash(self) -> bool:
@@ -74,7 +77,7 @@ IMPLEMENTATIONS = {
     ),
     "eager": Attention(softcap=True, matrix="always"),
 }
-"""By the name that transformers knows them by."""
+"""Implementations by their names in transformers."""
 ATTENTIONS = ("auto", *IMPLEMENTATIONS)
 
 
@@ -82,7 +85,7 @@ ATTENTIONS = ("auto", *IMPLEMENTATIONS)
 
 
 def resolve_attention(name: str, device: torch.device, dtype: str) -> str:
-    """The implementation called `name`; "auto" is the newest FlashAttention that is installed and can run, else "sdpa".
+    """Return `name` or, for "auto", the newest FlashAttention that is installed and can run here, else "sdpa".
 
     Raises:
         ConfigError: unknown name, or one that cannot run here.
@@ -98,13 +101,15 @@ def resolve_attention(name: str, device: torch.device, dtype: str) -> str:
 
 
 def attention_for(config: Any, attention: str, device: torch.device | None = None) -> str:
-    """What "auto" makes of a resolved implementation for an architecture.
+    """Return the implementation that a family uses under "auto", given the one that "auto" resolved to.
 
-    FlashAttention and PyTorch's own as they are where the family can use them. Otherwise, and for windows, what makes
-    no T x T mask: "sdpa_blocked" for windows, "flex_attention" on a GPU for families with soft caps or sinks, or else
-    "eager".
+    FlashAttention and PyTorch's own stay where the family can use them. Otherwise, and for windows, one that makes no
+    T x T mask takes their place: "sdpa_blocked" for windows, "flex_attention" on a GPU for families with soft caps or
+    sinks, or else "eager".
 
     Args:
+        config: a config of transformers.
+        attention: the result of `resolve_attention`; an unknown name is returned unchanged.
         device: None: the first GPU when there is one, else the CPU.
     """
     if attention not in IMPLEMENTATIONS:
@@ -121,10 +126,10 @@ def attention_for(config: Any, attention: str, device: torch.device | None = Non
 
 
 def check_attention(config: Any, name: str, device: torch.device, dtype: str) -> None:
-    """Refuse an implementation that a machine or an architecture cannot use.
+    """Raise an error for an implementation that a machine or an architecture cannot use.
 
     Raises:
-        ConfigError: what is missing, in one line.
+        ConfigError: it cannot run; the message says what is missing.
     """
     resolve_attention(name, device, dtype)
     if reason := refusal(config, name):
@@ -160,7 +165,7 @@ def refusal(config: Any, name: str) -> str:
 
 
 def has_window(config: Any) -> bool:
-    """Whether some layer has a window."""
+    """Whether any layer of a model has a sliding window."""
     if getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True):
         return False
     types = getattr(config, "layer_types", None)
@@ -168,7 +173,7 @@ def has_window(config: Any) -> bool:
 
 
 def _lacks(name: str, device: torch.device, dtype: str) -> str:
-    """What a machine lacks for an implementation, in words."""
+    """Say in a few words what a machine lacks for an implementation; "" when nothing."""
     row = IMPLEMENTATIONS[name]
     if row.cpu and (device.type, dtype) != ("cpu", row.cpu):
         return f"{row.cpu} on a CPU, not {dtype} on {device.type!r}"
@@ -186,7 +191,7 @@ def _lacks(name: str, device: torch.device, dtype: str) -> str:
 
 
 def _is_installed(name: str) -> bool:
-    # Asked there, because two of them share an import name.
+    # transformers can tell them apart: two versions of FlashAttention share an import name.
     check = getattr(import_utils, f"is_flash_attn_{name[-1]}_available", None)
     return check is not None and bool(check())
 
@@ -194,7 +199,7 @@ def _is_installed(name: str) -> bool:
 # -------------------------------------------------------------------------------------------------------- sdpa_blocked
 
 BLOCK = 128
-"""Least number of queries in a block of a window."""
+"""Least number of queries in a block of windowed attention."""
 
 
 @attention_function
@@ -202,11 +207,11 @@ def blocked_sdpa(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """Causal attention in the interface of transformers, without a T x T mask.
 
     Args:
-        call: its mask is None, or what to attend to [B, S], true for one stretch of each row, or [B, 0] for all of it.
-            Of its options count: dropout and scaling;
+        call: its mask is [B, S], true for the keys to attend to, one stretch of each row; or [B, 0]: all keys; or
+            None: all keys, of one document or of several. These options are used, others ignored: dropout and scaling;
             sliding_window: positions that a query sees, itself included;
-            position_ids: [B, T]; where they do not go on by one a document begins, only without a cache and a mask;
-            cu_seq_lens_q: where documents begin, [documents + 1], as FlashAttention takes it; B is 1.
+            position_ids: [B, T]; a new document begins where they do not rise by one, without a cache and a mask only;
+            cu_seq_lens_q: first tokens of documents, [documents + 1], as FlashAttention takes it; B is 1.
 
     Returns:
         [B, T, H, D] and None. Rows of padding are zero.
@@ -234,7 +239,7 @@ def blocked_sdpa(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
 
 
 def written(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Keys and values without what lies beyond a mask [B, S]: in a cache of fixed size that has not been written."""
+    """Cut keys and values to the length of a mask [B, S]: the rest of a cache of fixed size is not written yet."""
     if mask is None or not 0 < mask.shape[1] < key.shape[2]:
         return key, value
     return key[:, :, : mask.shape[1]], value[:, :, : mask.shape[1]]
@@ -266,7 +271,7 @@ def by_stretch(attend: Callable[[Tensor, Tensor, Tensor], Tensor], call: Attenti
 def _stretches(
     mask: Tensor | None, position_ids: Tensor | None, cu_seqlens: Tensor | None, query: Tensor, keys: int
 ) -> list[tuple[int, int, int]] | None:
-    """(row, first key, end) of everything that attends to itself alone; None: every row is one whole."""
+    """List (row, first key, end) of each text that attends only to itself; None when every row is a single text."""
     batch, _, tokens, _ = query.shape
     if mask is not None and mask.shape[1] == 0:
         return None
@@ -282,7 +287,7 @@ def _stretches(
         raise ConfigError("attention 'sdpa_blocked': gets no position_ids, so it cannot tell packed documents")
     jumps = position_ids[:, 1:] != position_ids[:, :-1] + 1
     if torch.compiler.is_compiling():
-        # Looking would break the graph; attending across documents would be wrong.
+        # Reading values would break the graph, and attending across documents would be wrong: checked on the device.
         torch._assert_async(~jumps.any(), "sdpa_blocked: packed documents cannot be compiled, use flex_attention")
         return None
     if not bool(jumps.any()):
@@ -299,14 +304,14 @@ def _stretches(
 def _causal(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, window: int | None, given: dict[str, Any]
 ) -> Tensor:
-    """[B, T, H, D]: queries, the last T of S positions, attend to what is before them and in the window."""
+    """Causal attention [B, T, H, D] within a window; queries are the last T of S positions."""
     tokens, keys = query.shape[2], key.shape[2]
     window = keys if window is None else min(window, keys)
     if tokens == 1:
         return _plain(module, query, key[:, :, -window:], value[:, :, -window:], None, given)
     if tokens == keys and window == keys:
         return _plain(module, query, key, value, None, given)
-    # A quarter of the window: a query then meets a quarter more keys than it sees, and pieces stay large.
+    # Blocks of a quarter of the window: a query is scored with a quarter more keys than it sees, and pieces stay large.
     block = max(BLOCK, window // 4)
     results = []
     for start in range(0, tokens, block):
@@ -325,14 +330,14 @@ def _causal(
 def _plain(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, given: dict[str, Any]
 ) -> Tensor:
-    """transformers' own sdpa, causal without a mask, which takes care of grouped heads."""
+    """Call transformers' own sdpa, which is causal without a mask and handles grouped heads."""
     mask = None if mask is None else mask[None, None].expand(query.shape[0], 1, -1, -1)
     out: Tensor = sdpa_attention_forward(module, query, key, value, mask, is_causal=True, **given)[0]
     return out
 
 
 def blocked_mask(*, attention_mask: Tensor | None = None, use_vmap: bool = False, **kwargs: Any) -> Tensor | None:
-    """The mask that `blocked_sdpa` takes: what is not padding, [B, S]; [B, 0] when all is; None when none was given.
+    """The mask for `blocked_sdpa`: [B, S], true but for padding; [B, 0] without padding; None when none was given.
 
     Raises:
         ConfigError: a mask that is neither causal nor a window nor documents.
@@ -340,7 +345,7 @@ def blocked_mask(*, attention_mask: Tensor | None = None, use_vmap: bool = False
     if use_vmap:
         raise ConfigError("attention 'sdpa_blocked': has no custom masks, use 'sdpa'")
     mask: Tensor | None = flash_attention_mask(attention_mask=attention_mask, **kwargs)
-    # With a mask transformers takes jumps of positions for jumps, without one for documents.
+    # Keeps the difference: only without a mask does transformers take a jump in positions for a new document.
     return attention_mask[:, :0] if mask is None and attention_mask is not None else mask
 
 

@@ -5,8 +5,8 @@ if they are float32 products that are told to round their factors to bfloat16; s
 which is what the fused kernel does too. Memory grows with block x T, never with T x T. The products are small: give a
 process one thread (OMP_NUM_THREADS=1) where other programs keep the cores busy.
 
-Registered with transformers as "blockwise" (`register`); what is not plain causal attention in bfloat16 without
-gradients, such as padding or a sliding window, is handed to PyTorch's own kernel.
+Registered with transformers as "blockwise" (`register`). It computes plain causal attention in bfloat16 without
+gradients; all else, such as padding or a sliding window, goes to PyTorch's own kernel.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BLOCK = 128  # queries; of 64 to 256 the fastest at 8192 positions, by little
 
 @contextmanager
 def bfloat16_products() -> Iterator[None]:
-    """float32 matrix products whose factors are rounded to bfloat16 and whose sums are float32."""
+    """Within this context, float32 matrix products round their factors to bfloat16 and sum in float32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -43,7 +43,7 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, block: in
         q: [B, H, T, D].
         k, v: [B, K, T, D], where K divides H: each of them serves H / K neighbouring heads.
         scale: usually 1 / sqrt(D).
-        block: queries whose scores are held at once.
+        block: number of queries whose scores are in memory at once.
 
     Returns:
         [B, H, T, D] in the dtype of q.
@@ -51,7 +51,7 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, block: in
     batch, heads, length, dim = q.shape
     groups = heads // k.shape[1]
     out = torch.empty_like(q)
-    above = torch.full((block, block), -torch.inf, device=q.device).triu(1)
+    above = torch.full((block, block), -torch.inf, device=q.device).triu(1)  # hides later keys of the same block
     with bfloat16_products():
         for row in range(batch):
             for head in range(k.shape[1]):

@@ -1,8 +1,8 @@
-"""Attention in regions out of plain attention calls, for kernels that give the log-sum-exp of their scores.
+"""Attention in regions, composed of plain attention calls to kernels that return the log-sum-exp of their scores.
 
-Every region of `Regions` is made of squares of which the lower triangle is seen and of rectangles, so a kernel that
-computes causal and full attention, such as FlashAttention, computes all of it. What it gives for the pieces of a query
-is merged by their log-sum-exp, as ring attention does (arXiv 2310.01889). Nothing is as large as T x T. Gradients would
+Every region of `Regions` can be cut into squares of which the lower triangle is seen, and rectangles, so a kernel that
+computes causal and full attention, such as FlashAttention, computes all of it. The results for the pieces of a query
+are merged by their log-sum-exp, as in ring attention (arXiv 2310.01889). Nothing is as large as T x T. Gradients would
 have to go through the log-sum-exp as well, which kernels don't offer: `region_attention` is for training.
 
 Shapes as in `scaled_rope.attention.regions`.
@@ -25,7 +25,7 @@ scores, float32 [B, H, Q]. Causal: Q = N, and query t sees keys 0 to t."""
 
 @dataclass(frozen=True)
 class Piece:
-    """Queries and keys, by their places in the text, of one call. A slice may run backwards."""
+    """The queries and keys of one attention call, by their places in the text, which may run backwards."""
 
     region: int
     queries: Tensor
@@ -34,7 +34,7 @@ class Piece:
 
 
 def pieces(regions: Regions, length: int) -> Iterator[Piece]:
-    """What `length` queries see of as many keys, every pair once; the pieces of a query begin with a causal one."""
+    """Cut what `length` queries see of as many keys into pieces, each pair in one; a query's first piece is causal."""
     at = torch.arange(length)
     if regions.period is not None:
         # All queries up to the next jump see the same keys of earlier regions.
@@ -128,7 +128,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[
 
 
 def is_composable(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether attention on a GPU is what `flash` takes: whole texts of 16-bit numbers, no gradients."""
+    """Whether `flash` can compute this attention on a GPU: whole texts of 16-bit numbers, no gradients."""
     return (
         q.is_cuda
         and q.dtype in (torch.bfloat16, torch.float16)

@@ -19,7 +19,7 @@ AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 @dataclass
 class AttentionCall:
-    """What an attention module hands to its attention function."""
+    """The arguments that an attention module passes to its attention function."""
 
     module: nn.Module
     query: Tensor
@@ -29,13 +29,13 @@ class AttentionCall:
     value: Tensor
     """[B, K, S, D]."""
     attention_mask: Any
-    """In the form that the mask function registered beside the attention function makes."""
+    """In the form of the mask function that is registered beside the attention function."""
     options: dict[str, Any]
-    """What else the module says: dropout, scaling, sliding_window, softcap, s_aux, position_ids, cu_seq_lens_q, ..."""
+    """Keyword arguments: dropout, scaling, sliding_window, softcap, s_aux, position_ids, cu_seq_lens_q, ..."""
 
     @property
     def scale(self) -> float:
-        """What multiplies the products of queries and keys, by default 1 / sqrt(D)."""
+        """The factor on the products of queries and keys, by default 1 / sqrt(D)."""
         scaling: float | None = self.options.get("scaling")
         return self.query.shape[-1] ** -0.5 if scaling is None else scaling
 
@@ -46,21 +46,21 @@ class AttentionCall:
 
     @property
     def is_causal(self) -> bool:
-        """Whether a query sees no later key: as the call says, or else the module."""
+        """Whether a query sees no later key: the call's option, or else the module's attribute."""
         said = self.options.get("is_causal")
         return bool(getattr(self.module, "is_causal", True) if said is None else said)
 
     def has(self, *names: str) -> str:
-        """The first of these options that is given, or ""."""
+        """The name of the first of these options that is given, or ""."""
         return next((name for name in names if self.options.get(name) is not None), "")
 
     def handed_to(self, function: AttentionFunction) -> tuple[Tensor, Tensor | None]:
-        """What another attention function makes of the same call."""
+        """Pass the call on to another attention function and return its result."""
         return function(self.module, self.query, self.key, self.value, self.attention_mask, **self.options)
 
 
 def attention_function(compute: Callable[[AttentionCall], tuple[Tensor, Tensor | None]]) -> AttentionFunction:
-    """A function of an `AttentionCall` in the form that transformers calls."""
+    """Wrap a function of an `AttentionCall` so that transformers can call it."""
 
     @functools.wraps(compute)
     def function(

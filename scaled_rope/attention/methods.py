@@ -1,4 +1,4 @@
-"""Methods that change attention itself: which regions of positions each of them makes."""
+"""Methods that change attention itself: the regions of positions of each."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def dual_chunk(scaling: RopeScaling) -> Regions:
 
 
 def attention_regions(scaling: RopeScaling) -> Regions:
-    """What a method of kind "attention" does to positions.
+    """The regions of positions of a method of kind "attention".
 
     Raises:
-        ConfigError: a method of the other kind.
+        ConfigError: the method changes frequencies.
     """
     row = METHODS[scaling.method]
     if row.kind != "attention":

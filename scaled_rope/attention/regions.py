@@ -1,7 +1,7 @@
 """Attention whose positions depend on how far a key is from its query, in linear memory.
 
-ReRoPE, Self-Extend and their like split the keys before a query into regions: the nearest ones are seen at their own
-distance, those further away under other positions of query and key. Within a region the rotation is RoPE as ever, so a
+ReRoPE, Self-Extend and their like split the keys before a query into regions: the nearest keys keep their true
+distance, those further away get other positions of query and key. Within a region the rotation is ordinary RoPE, so a
 score is one product of a rotated query and a rotated key, and each key is scored under one pair of positions.
 
 Shapes: B rows, H query heads, K key heads (K divides H), D = head_dim. Positions count tokens from 0. Queries are the
@@ -25,15 +25,15 @@ from scaled_rope.attention.blockwise import bfloat16_products
 from scaled_rope.kernels import rotate
 
 _BLOCK = 128
-"""Queries whose scores are held at once."""
+"""Number of queries whose scores are in memory at once."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """Keys that are seen under one pair of positions."""
+    """A range of keys that share one rule for the positions of query and key."""
 
     start: Callable[[Any], Any]
-    """Position of a query, a number or a tensor -> that of the first key of the region (below 0: all keys)."""
+    """Position of a query, a number or a tensor -> position of the region's first key (below 0: all keys)."""
     query: Callable[[Tensor], Tensor]
     """Positions of queries -> the positions that they are rotated to."""
     key: Callable[[Tensor], Tensor]
@@ -47,7 +47,8 @@ class Regions:
     near_to_far: tuple[Region, ...]
     """Each ends where the one before begins, the first one with the query itself; the last begins at the first key."""
     period: int | None = None
-    """Where regions jump every so many queries: no block of queries reaches across a multiple of it."""
+    """Number of queries after which the bounds of regions jump: no block of queries crosses a multiple of it.
+    None: bounds move with every query."""
     log_length: int | None = None
     """L, when queries are multiplied by max(1, ln(i + 1) / ln L)."""
 
@@ -71,6 +72,7 @@ def rerope(window: int, log_length: int | None = None) -> Regions:
 def leaky_rerope(window: int, k: float, log_length: int | None = None) -> Regions:
     """Relative position i - j within the window, window + (i - j - window)/k beyond."""
     near = Region(lambda i: i - window + 1, _itself, _itself)
+    # The difference of the two positions is window + (i - j - window)/k.
     far = Region(_everything, lambda i: (i.double() + window * (k - 1)) / k, lambda j: j.double() / k)
     return Regions((near, far), log_length=log_length)
 
@@ -108,7 +110,7 @@ def region_attention(
     interleaved: bool = False,
     block: int = _BLOCK,
 ) -> Tensor:
-    """softmax(scale · scores) v over the keys up to each query, every score under the positions of its region.
+    """softmax(scale · scores) v over the keys up to each query; each score uses the positions of its region.
 
     Args:
         q: [B, H, Q, D], not rotated: the last Q of T positions.
@@ -117,7 +119,7 @@ def region_attention(
         inv_freq: [R/2], radians per position of the R <= D rotated dimensions.
         scale: usually 1 / sqrt(D).
         interleaved: dimensions are paired (2i, 2i+1) instead of (i, i + R/2).
-        block: queries whose scores are held at once.
+        block: number of queries whose scores are in memory at once.
 
     Returns:
         [B, H, Q, V] in the dtype of q. Rotation and sums are float32 (float64 for float64), for bfloat16 the factors
@@ -153,7 +155,7 @@ def _attend(
     block: int,
     gradients: bool,
 ) -> Tensor:
-    """`region_attention` in one dtype."""
+    """`region_attention` of tensors that all have one dtype."""
     queries, length = q.shape[2], k.shape[2]
     before = length - queries
     positions = torch.arange(length, device=q.device)
@@ -161,7 +163,7 @@ def _attend(
     if regions.log_length is not None:
         factor = factor * length_factor(positions[before:], regions.log_length).to(q.dtype)[:, None]
     q = q * factor
-    # Keys of each region under its positions, from the first to the last that any of these queries sees there.
+    # Rotate the keys of each region, from the first to the last that any of these queries sees there.
     spans, keys, ends = [], [], length
     for region in regions.near_to_far:
         first = max(0, region.start(before))
@@ -194,7 +196,7 @@ def _block(
     interleaved: bool,
     gradients: bool,
 ) -> Tensor:
-    """Queries of positions start to end, [B, H, end - start, V]. keys: of each region, the first one at its span."""
+    """Attention [B, H, end - start, V] of the queries from start to end; keys[i] begin at position spans[i]."""
     batch, heads, size, _ = q.shape
     kv_heads = v.shape[1]
     groups = heads // kv_heads
@@ -214,7 +216,7 @@ def _block(
         by_query = part.view(batch, kv_heads, groups, size, -1)
         stop = regions.near_to_far[index - 1].start if index else lambda i: i + 1
         begins, ends = region.start(at), stop(at)
-        # Only where the region begins or ends within the block is anything to be hidden.
+        # A mask is needed only for keys at which the region begins or ends within this block of queries.
         common = min(last, max(first, region.start(end - 1))), max(first, stop(start))
         for low, high in ((first, common[0]), (max(common), last)):
             if low < high:
@@ -233,7 +235,7 @@ def _block(
 
 
 def _pieces(regions: Regions, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """(index of a region, first key, end) of what queries from start to end see."""
+    """Yield (index of a region, first key, end) for the keys that queries from start to end see."""
     stop = end
     for index, region in enumerate(regions.near_to_far):
         first = max(0, region.start(start))
@@ -245,7 +247,7 @@ def _pieces(regions: Regions, start: int, end: int) -> Iterator[tuple[int, int, 
 
 
 def _product(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
-    """a b, in the place of `into` if that is given. Of one head it is a product of matrices, which may be strided."""
+    """The matrix product a b, written into `into` if that is given, which may be strided if there is one head."""
     if a.shape[0] * a.shape[1] == 1 and not a.requires_grad and not b.requires_grad:
         found = torch.mm(a[0, 0], b[0, 0], out=None if into is None else into[0, 0])
         return found[None, None] if into is None else into

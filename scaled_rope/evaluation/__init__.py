@@ -1,4 +1,4 @@
-"""What models are asked and how answers become result rows: perplexity, passkeys, QuALITY, benchmarks.
+"""Evaluations of models, from prompts to result rows: perplexity, passkeys, QuALITY, benchmarks.
 
 Knows nothing of the tables and figures that rows go into, nor of training.
 """

@@ -1,4 +1,4 @@
-"""Benchmarks of many models and scalings as rows: what is missing in the output is measured and appended to it."""
+"""Run benchmarks on many models and scalings; rows that the output lacks are measured and appended to it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class BenchmarkRun:
     """How benchmarks are measured, and where their rows go.
 
     Attributes:
-        load: gives out the models.
+        load: the loader of models.
         output: file of the rows.
-        max_length: prompts are cut to so many tokens; None: to the model's context.
+        max_length: longest prompt in tokens, to which others are cut; None: the model's context.
         batch_size: sequences per forward pass; None: about 16k tokens' worth.
-        hide_progress: whether nothing is said on the way.
+        hide_progress: whether to show no progress.
     """
 
     load: ModelLoader
@@ -44,10 +44,10 @@ class BenchmarkRun:
         record: Mapping[str, Any],
         failures: list[Failure],
     ) -> list[tuple[str, Row]]:
-        """Append the rows that the output lacks; gives every row's model and scaling in words, and its identity.
+        """Append the rows that the output lacks; return, for each row, the name of its job and its identifying fields.
 
         record: provenance of the rows, to which the version of lm-eval is added.
-        failures: takes up the models and tasks that fail; the others are measured.
+        failures: models and tasks that fail are added to it; the others are measured.
         """
         finished = finished_keys(self.output)
         wanted: list[tuple[str, Row]] = []
@@ -74,7 +74,7 @@ class BenchmarkRun:
         return wanted
 
     def _ask(self, model: Any, job: ModelJob, unit: Unit | SavedUnit, max_length: int | None) -> dict[int | None, Row]:
-        """The measured fields by length; max_length: longest prompt in tokens."""
+        """Measure one unit and return its fields by length. max_length: longest prompt in tokens."""
         limit = max_length or NO_LIMIT
         if isinstance(unit, SavedUnit):
             unit.check_tokenizer(job.model)
@@ -88,14 +88,14 @@ class BenchmarkRun:
 
 
 def benchmark_table(output: str, wanted: Iterable[tuple[str, Row]]) -> str:
-    """The rows that `measure` names and the file holds, in the terminal."""
+    """A table for the terminal of those rows in `wanted`, as `measure` returns them, that the file holds."""
     known = {row_key(row): row for row in rows_so_far(output)}
     lines = [[name, *_described(known[key])] for name, cell in wanted if (key := row_key(cell)) in known]
     return format_table(["", "task", "result", "n", ""], lines)
 
 
 def _described(row: Row) -> list[str]:
-    """Task, value and standard error, documents, prompts that were cut."""
+    """A row's cells in the table: task, value and standard error, number of documents, number of prompts cut."""
     protocol, error = row["protocol"], row["standard_error"]
     if row["length"] is None:
         task = f"{protocol['task']}, {protocol['num_fewshot']}-shot, {protocol['metric']}"
@@ -106,7 +106,7 @@ def _described(row: Row) -> list[str]:
 
 
 def save_questions(units: Iterable[Unit], job: ModelJob, load: ModelLoader, folder: str) -> Iterator[str]:
-    """Write the questions of all units into a folder, tokenized for a job's model; gives a line about each."""
+    """Write the questions of all units into a folder, tokenized for a job's model; yield a line about each unit."""
     for unit in units:
         with silence():
             path = save_requests(unit, model_of_job(load(job), job, NO_LIMIT, None), folder)
@@ -115,6 +115,6 @@ def save_questions(units: Iterable[Unit], job: ModelJob, load: ModelLoader, fold
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Without what is written to stderr: lm-eval's bars, which have no switch."""
+    """Drop everything written to stderr: lm-eval's progress bars cannot be switched off."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         yield

@@ -1,9 +1,9 @@
 """Multiple choice over long stories (QuALITY) by the likelihood of the answer's letter.
 
-Wording and cutting are those of ZeroSCROLLS. The prompt ends in "Answer: (", and what follows that is scored as the
-tokenizer really writes it: the prompt is tokenized with each letter behind it, what all of these share is the context,
-and the rest is each letter's continuation. A tokenizer that merges "(A" into one token is thereby asked for that token
-and not for a lone "A" that never follows "(".
+Wording and cutting are those of ZeroSCROLLS. The prompt ends in "Answer: (", and a letter after it is scored as the
+tokenizer really writes it: the prompt is tokenized with each letter appended, the tokens that all four share are the
+context, and the rest is each letter's continuation. So if a tokenizer merges "(A" into one token, that token is scored
+and not a lone "A" that never follows "(".
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ AFTER_STORY = (
     " (D) {options[3]}\n\nAnswer: ("
 )
 OMITTED = "... [The rest of the story is omitted]"
-"""What stands where a story was cut off."""
+"""The note that takes the place of the part of a story that was cut off."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Question:
 
 @dataclass(frozen=True)
 class ChoicePrompt:
-    """A question in tokens. What the model reads is `context`; `letters` are the continuations to choose from."""
+    """A question as tokens. The model reads `context`; `letters` are the continuations to choose from."""
 
     context: list[int]
     letters: tuple[tuple[int, ...], ...]
@@ -57,12 +57,12 @@ class ChoicePrompt:
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt and the longest letter."""
+        """The number of tokens of the prompt and the longest letter."""
         return len(self.context) + max(map(len, self.letters))
 
 
 def _question(record: Any, where: str) -> Question:
-    """A record with the fields article, question, options (four texts) and answer (0 to 3, or a letter)."""
+    """Check a record with the fields article, question, options (four texts) and answer (0 to 3, or a letter)."""
     if not isinstance(record, dict):
         raise ConfigError(f"{where} is not an object with fields")
     for name in ("article", "question"):
@@ -79,10 +79,10 @@ def _question(record: Any, where: str) -> Question:
 
 
 def read_questions(source: str, split: str) -> Iterator[Question]:
-    """The questions of a local JSON lines file or of a hub dataset, one by one.
+    """Yield the questions of a local JSON lines file or of a hub dataset.
 
     Raises:
-        ConfigError: nothing there, or a record without the fields of `_question`.
+        ConfigError: no such file or dataset, or a record without the fields of `_question`.
     """
     path = Path(source)
     if path.is_dir():
@@ -104,18 +104,18 @@ def _tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _split(tokenizer: Any, text: str) -> tuple[list[int], tuple[tuple[int, ...], ...]]:
-    """The tokens of `text` that stay whichever letter follows, and from there on those of each letter."""
+    """Split the tokens of `text` and a letter: those that are the same for all letters, and each letter's rest."""
     whole = _tokenize(tokenizer, [text + letter for letter in LETTERS])
     shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*whole, strict=False)))
     return whole[0][:shared], tuple(tuple(ids[shared:]) for ids in whole)
 
 
 def build_choice_prompt(tokenizer: Any, question: Question, max_tokens: int | None = None) -> ChoicePrompt:
-    """The prompt of a question; beyond `max_tokens` the end of the story gives way to a note, the question stays.
+    """Build the prompt of a question; if it exceeds `max_tokens`, a note replaces the end of the story.
 
     Args:
         tokenizer: a transformers tokenizer; its BOS, if it has one, opens the prompt.
-        max_tokens: tokens of prompt and letter together; None: as many as it takes.
+        max_tokens: the most tokens of prompt and letter together; None: no limit.
 
     Raises:
         ConfigError: the question alone needs more than `max_tokens`.
@@ -141,7 +141,7 @@ def build_choice_prompt(tokenizer: Any, question: Question, max_tokens: int | No
 def score_letters(model: Any, prompt: ChoicePrompt) -> list[float]:
     """Log-likelihood in nats of each letter's continuation after the context.
 
-    Continuations of one token take one pass for all letters; longer ones a pass for each way they begin.
+    If continuations are single tokens, one pass serves all letters; otherwise there is a pass for each beginning.
     """
     scores: dict[tuple[int, ...], torch.Tensor] = {}
     starts = {letter[:-1] for letter in prompt.letters}

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, which is what benchmarks ask a model for. Knows nothing of lm-eval."""
+"""Log-likelihoods of continuations, from which benchmarks are scored. Knows nothing of lm-eval."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TOKENS_PER_PASS = 2**14
 
 @dataclass(frozen=True)
 class Continuation:
-    """Tokens to condition on, and the tokens whose probability is wanted; both at least one."""
+    """A context, and the tokens after it whose probability is wanted; at least one token each."""
 
     context: Sequence[int]
     continuation: Sequence[int]
@@ -36,7 +36,10 @@ class Continuation:
 def _batches(
     inputs: Iterable[tuple[int, ...]], scaling: RopeScaling, rows: int | None
 ) -> Iterator[list[tuple[int, ...]]]:
-    """Inputs by descending length, together only where padding to the longest leaves the scaling as it is."""
+    """Yield batches of inputs by descending length; only inputs that have the same scaling share a batch.
+
+    Padding to the longest input of a batch then changes no scale.
+    """
 
     @functools.cache
     def meaning(length: int) -> str:
@@ -83,6 +86,7 @@ def score(
                 f"max_length={max_length}: a continuation has {given} tokens; it must have 1 to that many"
             )
         whole = (*request.context, *request.continuation)
+        # The last token is only predicted, never an input; so max_length + 1 tokens fit.
         by_input.setdefault(whole[-(max_length + 1) :][:-1], []).append(index)
     answers: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
     with tqdm(total=len(requests), disable=hide_progress, mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
@@ -121,7 +125,7 @@ def _score_positions(model: Any, hidden: Tensor, target: Tensor) -> tuple[Tensor
 
 
 def context_limit(config: Any, scaling: RopeScaling) -> int:
-    """How many tokens of a prompt a model is given: its context, or all where its scale follows the length."""
+    """The longest prompt for a model, in tokens: its context, or `NO_LIMIT` where its scale follows the length."""
     if scaling.is_length_dependent:
         return NO_LIMIT
     lengths = (getattr(config.get_text_config(), "max_position_embeddings", None), scaling.max_position_embeddings)

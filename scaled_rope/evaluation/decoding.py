@@ -1,14 +1,14 @@
 """Greedy decoding of a number, only as far as needed to know whether it is the right one.
 
-Under a scaling that does not depend on the length no keys are cached. A pass runs over the prompt, what was decoded so
-far and a draft of what should follow. As far as the draft is what the model would have said, the pass holds every one
-of those steps at once; where it departs, the pass holds the model's own token. So the tokens are exactly those of
-greedy decoding, a right answer takes one pass, and a wrong one nearly always too.
+Under a scaling that does not depend on the length no keys are cached. A pass runs over the prompt, the tokens decoded
+so far and a draft of those that should follow. As long as the draft agrees with the model, the pass gives the model's
+tokens for all these steps at once; where they differ, it gives the model's own token. So the tokens are exactly those
+of greedy decoding, a right answer takes one pass, and a wrong one nearly always too.
 
-Where the scaling depends on the length, every step has a scale of its own (section 3.3 of the paper), so drafts are
-left out. Either the model's cache is used, as `generate` does: all keys are rotated at the scale of each step, while
-the hidden states that they were made from are those of the scale at which their token was read. Or every token takes a
-pass over all of the text, which has one scale throughout and needs no memory for keys.
+Where the scaling depends on the length, every step has a scale of its own (section 3.3 of the paper), so there are no
+drafts. Either the model's cache is used, as in `generate`: all keys are rotated at the scale of each step, but they
+come from hidden states that were computed at the scale at which their token was read. Or every token takes a pass over
+the whole text, which has one scale throughout and needs no memory for keys.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NUMERIC = frozenset("0123456789 \t\n\r")
 
 @dataclass
 class Answer:
-    """What was decoded, up to the token that decided the case."""
+    """An answer as decoded so far, up to the token that decides whether it is right."""
 
     ids: list[int] = field(default_factory=list)
     text: str = ""
@@ -44,7 +44,7 @@ def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def number_tokens(tokenizer: Any, vocabulary: int, end: Sequence[int]) -> Tensor:
-    """Which tokens may be decoded when only a number is wanted: digits, blanks and the end; bool [vocabulary].
+    """Mask of the tokens that may be decoded when only a number is wanted: digits, blanks, the end; bool [vocabulary].
 
     Raises:
         ConfigError: the tokenizer has no token for a digit.
@@ -77,7 +77,7 @@ def judge(text: str, ended: bool, wanted: int) -> bool | None:
         return False if ended else None
     if ended or match.end() < len(text):
         return int(match[0]) == wanted
-    return None if str(wanted).startswith(match[0].lstrip("0")) else False
+    return None if str(wanted).startswith(match[0].lstrip("0")) else False  # leading zeros do not change a number
 
 
 @dataclass
@@ -89,7 +89,7 @@ class _Task:
 
 
 def _draft(tokenizer: Any, task: _Task) -> list[int]:
-    """The tokens that a right answer would go on with, as far as they can be foreseen; a guess costs nothing."""
+    """Guess the tokens with which a right answer would continue; empty without a guess. A wrong guess costs nothing."""
     if not task.answer.ids:
         return task.key_ids
     match = _NUMBER.search(task.answer.text)
@@ -113,11 +113,11 @@ def decode_numbers(
     """Decode an answer to each prompt until it is known whether its first number is the wanted one.
 
     Args:
-        model: computes with the scaling that is asked about.
+        model: a causal language model that computes with the scaling under test.
         prompts: for each, its tokens, the tokens of the wanted number as they would follow them, and that number.
         length_dependent: whether the model's scale depends on the length.
         rows_per_pass: prompts per forward pass.
-        max_new_tokens: where an answer ends at the latest.
+        max_new_tokens: longest answer.
         allowed: bool [vocabulary], the tokens that may be decoded; default: all.
         cached: use the model's cache where the scale depends on the length; elsewhere it makes no difference.
 
@@ -166,7 +166,7 @@ def _decode_cached(
     max_new_tokens: int,
     forbidden: Tensor | None,
 ) -> Iterator[tuple[int, Answer]]:
-    """Answers of prompts of one length, which share a cache. Rows that are decided go along until all of them are."""
+    """Yield the answers to prompts of one length, which share a cache. Decided rows run on until all are decided."""
     waiting, cache = dict(enumerate(part)), None
     ids = torch.tensor([task.prompt for _, task in part], device=model.device)
     while waiting:
@@ -187,7 +187,7 @@ def _decode_cached(
 def _take(
     answer: Answer, tokenizer: Any, draft: list[int], said: list[int], wanted: int, end: set[int], limit: int
 ) -> None:
-    """Append the tokens that greedy decoding would give, until one departs from the draft or decides the case."""
+    """Append the tokens of greedy decoding, until one differs from the draft or decides whether the answer is right."""
     for token, expected in zip(said, [*draft, None], strict=True):
         answer.ids.append(token)
         answer.text = text_of(tokenizer, answer.ids)

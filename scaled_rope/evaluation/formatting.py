@@ -16,5 +16,5 @@ def format_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def format_perplexity(value: float | None) -> str:
-    """A perplexity in a table."""
+    """Format a perplexity for a table."""
     return "overflow" if value is None else f"{value:.2f}" if value < 1000 else f"{value:.3g}"

@@ -19,16 +19,16 @@ from scaled_rope.texts.packed import IntArray
 from scaled_rope.texts.token_documents import first_tokens
 
 MAX_NEW_TOKENS = 10
-"""Where an answer ends at the latest."""
+"""Longest answer, in tokens."""
 
 
 def make_prompts(
     tokenizer: Any, tokens: IntArray, length: int, iterations: int, num_keys: int, seed: int
 ) -> list[HardPrompt]:
-    """The prompts of one length. They depend on these arguments only, and the first ones not on how many there are.
+    """Make the prompts of one length. They depend on these arguments only, and the first ones not on `iterations`.
 
-    tokens: the text, of which each prompt takes a stretch of `length`. When all whole stretches were used, the first
-        one follows again.
+    tokens: the text, of which each prompt takes a stretch of `length`. After the last whole stretch comes the first
+        again.
 
     Raises:
         ConfigError: the length is too short for so many keys, or the text for a prompt.
@@ -124,7 +124,7 @@ class HardPasskey(PasskeyTrials[HardPrompt]):
 
 
 def _described(prompt: HardPrompt, answer: Answer) -> Row:
-    """What rows say about a prompt and its answer."""
+    """The fields of a row about one prompt and its answer."""
     return {
         "asked": prompt.asked,
         "depth": round(prompt.depth, 4),

@@ -1,4 +1,4 @@
-"""Models under scalings, as flags name them."""
+"""Jobs: the models and scalings that flags ask for; and the loader that carries them out."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class ModelJob:
     fingerprint: str
     """Hash of the weights and of everything but scaling and dtype that changes what the model computes."""
     plan: LayerPlan = LayerPlan()
-    """What differs between layers."""
+    """The differences between layers."""
     choice: str = ""
-    """The layers that were chosen by flags, in words."""
+    """The layers that flags choose, as text; "" for all."""
     checkpoint: Checkpoint | None = field(default=None, compare=False, repr=False)
-    """The checkpoint, its config read; None: it is read when the model is loaded."""
+    """The checkpoint with its config; None: the config is read when the model is loaded."""
 
     @property
     def label(self) -> str:
@@ -57,7 +57,7 @@ class ModelJob:
         return f"{display_name(self.model)}, {self.label}"
 
     def fields(self) -> dict[str, Any]:
-        """What a result row says about model and scaling."""
+        """The fields of a result row that describe model and scaling."""
         return {
             "model": portable_model(self.model),
             "model_fingerprint": self.fingerprint,
@@ -70,7 +70,7 @@ class ModelJob:
 
 
 def _fingerprint(args: argparse.Namespace, name: str, config: Any) -> str:
-    # The hub's commit says what a hub name meant at this moment.
+    # A hub name can change its content; the hub's commit identifies it.
     weights = weights_hash(name) if Path(name).is_dir() else [name, getattr(config, "_commit_hash", None)]
     adapter = weights_hash(args.adapter) if args.adapter else None
     options = [args.sliding_window_attention, args.load_in_8bit, args.load_in_4bit]
@@ -80,7 +80,7 @@ def _fingerprint(args: argparse.Namespace, name: str, config: Any) -> str:
 
 
 def model_jobs(args: argparse.Namespace) -> list[ModelJob]:
-    """Every model under every scaling that the flags name, checked as far as possible without reading weights.
+    """Make a job of every model under every scaling that the flags name; checked as far as possible without weights.
 
     Raises:
         ConfigError: a model, scaling, device, dtype or adapter that cannot be used.
@@ -113,7 +113,7 @@ def model_jobs(args: argparse.Namespace) -> list[ModelJob]:
 
 
 class ModelLoader:
-    """Gives out models under the scalings of jobs; consecutive jobs on one checkpoint load it once."""
+    """Loads the models of jobs and sets their scalings; consecutive jobs on one checkpoint load it once."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device = resolve_device(args.device)
@@ -122,7 +122,7 @@ class ModelLoader:
         self._model: Any = None
 
     def __call__(self, job: ModelJob) -> Any:
-        """The job's model, on the device, in eval mode, computing with the job's scaling."""
+        """Return the job's model, on the device, in eval mode, computing with the job's scaling."""
         if job.model != self._name:
             self._name, self._model = None, None  # free the memory before the next one is read
             self._model = load_model(

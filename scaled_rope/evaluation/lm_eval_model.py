@@ -1,4 +1,4 @@
-"""lm-eval's view of a model under any scaling. Importing this module imports lm-eval; `model_class` does it."""
+"""The class by which lm-eval runs a model under any scaling. Importing it imports lm-eval, see `model_class`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ HFLM: Any = importlib.import_module("lm_eval.models.huggingface").HFLM
 
 
 class ScaledRopeLM(HFLM):  # type: ignore[misc]
-    """A checkpoint under any scaling; lm-eval's own "hf" can only read what transformers knows.
+    """A checkpoint under any scaling; lm-eval's own "hf" can only read scalings that transformers knows.
 
     Beyond the arguments of `load_model`: batch_size (a number, or "auto" for about 16k tokens' worth),
-    max_length (tokens; default `context_limit`), and what lm-eval's "hf" takes for a loaded model.
+    max_length (tokens; default `context_limit`), and the options of lm-eval's "hf" for a loaded model.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class ScaledRopeLM(HFLM):  # type: ignore[misc]
         self.scaling = scaling if name is None and isinstance(scaling, RopeScaling) else _scaling_of(model)
         self._model: Any = None  # set by lm-eval
         self.truncated = 0
-        """Requests that were cut since this was last set to 0."""
+        """Number of requests that were cut since this was last set to 0."""
         self._rows = None if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
         self._hide_progress = hide_progress
         if tokenizer is None or isinstance(tokenizer, str):
@@ -107,7 +107,7 @@ class ScaledRopeLM(HFLM):  # type: ignore[misc]
         return generated
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval's own results say about the model; nothing is asked of the hub."""
+        """Facts about the model for lm-eval's own result files; nothing is asked of the hub."""
         return {
             "model_num_parameters": self.model.num_parameters(),
             "model_dtype": str(self.model.dtype),
@@ -116,17 +116,17 @@ class ScaledRopeLM(HFLM):  # type: ignore[misc]
 
 
 def _available(device: str | None) -> str | None:
-    """The device to load on; None where there is no GPU and one is named, as lm-eval's command line does by itself."""
+    """The device to load on; None for a GPU that is not there, since lm-eval's command line names one by default."""
     return None if str(device).startswith("cuda") and not torch.cuda.is_available() else device
 
 
 def _scaling_of(model: Any) -> RopeScaling:
-    """What a loaded model computes with."""
+    """The scaling that a loaded model computes with."""
     return patched_scaling(model) or RopeScaling.from_config(model.config)
 
 
 def _without_cache(model: Any) -> SimpleNamespace:
-    """A model that generates without a cache, which lm-eval insists on and some models cannot read."""
+    """Wrap a model so that it generates without a cache; lm-eval always asks for one, which some models cannot read."""
 
     def generate(**given: Any) -> Tensor:
         tokens: Tensor = model.generate(**{**given, "use_cache": False})

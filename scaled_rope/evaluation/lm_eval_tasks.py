@@ -1,13 +1,13 @@
 """Benchmarks through lm-eval, for every scaling there is.
 
-lm-eval finds models by name among those that were registered by an import; it knows no entry points. So this module is
-lm-eval's command line with ours registered:
+lm-eval finds model types by name among those that an import has registered; it knows no entry points. So this module
+is lm-eval's command line with our type registered:
 
     python -m scaled_rope.evaluation.lm_eval_tasks run --model scaled-rope --model_args pretrained=DIR,scaling=yarn:8 \\
         --include_path eval/tasks --tasks passkey --metadata '{"max_seq_lengths": [4096, 8192]}'
 
 A scaling with options is put in quotes: scaling="yarn:8,beta_fast=16". Other programs call `model_class()` first.
-`eval/harness.py` does the same with our flags and writes result rows. lm-eval is imported when it is needed only.
+`eval/harness.py` does the same with our flags and writes result rows. lm-eval is imported only when it is needed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _FEWSHOT_SEED = 1234  # lm-eval's default
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How the paper's table 3 measures a task."""
+    """The settings with which the paper's table 3 measures a task."""
 
     metric: str
     num_fewshot: int
@@ -74,7 +74,7 @@ _SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em
 
 
 def _lm_eval(module: str) -> Any:
-    """A module of lm-eval. Raises ConfigError when it is not installed."""
+    """Import a module of lm-eval. Raises ConfigError when lm-eval is not installed."""
     try:
         return importlib.import_module(f"lm_eval{module and '.'}{module}")
     except ImportError as error:
@@ -88,7 +88,7 @@ def model_class() -> Any:
     Raises:
         ConfigError: lm-eval is not installed.
     """
-    _lm_eval("models.huggingface")  # says it when lm-eval is not there
+    _lm_eval("models.huggingface")  # raises the ConfigError
     from scaled_rope.evaluation.lm_eval_model import ScaledRopeLM
 
     return _lm_eval("api.registry").register_model("scaled-rope")(ScaledRopeLM)
@@ -110,7 +110,7 @@ class Unit:
 
     @functools.cached_property
     def documents(self) -> dict[str, list[int]]:
-        """Which documents of each task are used: the first `limit`, or the first of each length."""
+        """The indices of the documents used of each task: the first `limit`, or the first `limit` of each length."""
         chosen = {}
         for name, task in self.tasks.items():
             seen: dict[Any, list[int]] = {}
@@ -131,7 +131,7 @@ class Unit:
 
     @functools.cached_property
     def data(self) -> Row:
-        """What a row says about the documents, those of the few-shot examples included."""
+        """A row's description of the documents, those of the few-shot examples included."""
         digest = hashlib.sha256()
         for name, task in sorted(self.tasks.items()):
             documents = task.eval_docs
@@ -145,9 +145,10 @@ class Unit:
         return {"name": self.name, "source": source, "documents": count, "fingerprint": digest.hexdigest()[:16]}
 
     def cells(self, config: Any, scaling: RopeScaling, max_length: int | None) -> dict[int | None, Row]:
-        """Length -> what identifies a row for a model with this configuration.
+        """Length -> the fields that identify a row for a model with this configuration.
 
-        max_length: where prompts are cut; None: at the model's context, or nowhere if the task sets lengths.
+        max_length: longest prompt, to which others are cut; None: the model's context, or no limit if the task sets
+            lengths.
         """
         limit = max_length or (context_limit(config, scaling) if self.lengths == [None] else NO_LIMIT)
         version = next(iter(self.tasks.values())).VERSION
@@ -170,18 +171,18 @@ class Unit:
         }
 
     def prepare(self) -> None:
-        """Have the tasks draw the examples that a prompt begins with as they are always drawn."""
+        """Set the number and the seed of the few-shot examples, so that the tasks always draw the same ones."""
         for task in self.tasks.values():
             task.set_config(key="num_fewshot", value=self.num_fewshot)
             task.set_fewshot_seed(seed=_FEWSHOT_SEED)
 
     @property
     def version(self) -> str | None:
-        """Of lm-eval, whose prompts these are."""
+        """The version of lm-eval, which makes the prompts."""
         return package_version("lm-eval")
 
     def measure(self, lm: Any) -> dict[int | None, Row]:
-        """Run the tasks on a model of lm-eval; give the measured fields by length."""
+        """Run the tasks on a model of lm-eval; return the measured fields by length."""
         evaluator = _lm_eval("evaluator")
         self.prepare()
         lm.truncated = 0
@@ -195,10 +196,10 @@ class Unit:
 
 
 def measured_rows(results: Mapping[str, Any], metric: str, lengths: Sequence[int | None]) -> dict[int | None, Row]:
-    """What lm-eval found, as row fields by length: value, standard error and 95 % interval, in % for shares; n.
+    """Convert lm-eval's results to row fields by length: value, standard error and 95 % interval, in % for shares; n.
 
-    The value of several tasks is the plain mean of theirs. Right-or-wrong outcomes have a score interval, which is
-    sensible at 0 and 100 %, others a normal one.
+    The value of several tasks is the plain mean of their values. Right-or-wrong outcomes have a score interval, which
+    is sensible at 0 and 100 %, others a normal one.
     """
     tasks: Mapping[str, Any] = results["results"]
     if lengths != [None]:
@@ -255,7 +256,7 @@ class Catalogue:
 
     Args:
         offline: read the paper's benchmarks from package archives.
-        lengths: for tasks that build prompts of given lengths (tokens).
+        lengths: lengths in tokens, for tasks that build prompts of given lengths.
         limit: documents per task, or per length; None: all.
         include: more folders of task files.
     """
@@ -273,7 +274,7 @@ class Catalogue:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
     def _manager(self, everything: bool, model: str | None = None) -> Any:
-        """lm-eval's index of tasks. Reading all 14 000 task files takes half a minute, so mostly it has a part."""
+        """lm-eval's index of tasks. Reading all 14 000 task files takes half a minute, so usually a part is read."""
         tasks = _lm_eval("tasks")
         root = Path(tasks.__file__).parent
         parts = [] if everything else [root / name for name in _TASK_FOLDERS]
@@ -288,7 +289,7 @@ class Catalogue:
         return Benchmark.offline_name(name) if self.offline and name in PAPER else name
 
     def check(self, names: Sequence[str]) -> None:
-        """Refuse names that are no tasks, groups or tags. Raises ConfigError with the nearest names."""
+        """Raise a ConfigError, with the nearest names, for names that are no tasks, groups or tags."""
         known = set(self._manager(False).all_tasks)
         absent = {self._target(name) for name in names} - known
         self._everything = bool(absent)
@@ -308,10 +309,10 @@ class Catalogue:
                 raise unknown("task", name, {*PAPER, "passkey", *near})
 
     def units(self, names: Sequence[str], model: str, num_fewshot: int | None = None) -> list[Unit]:
-        """What to measure for tasks, groups or tags, prompts sized for `model`; the last model's are kept.
+        """The units to measure for tasks, groups or tags, with prompts sized for `model`; the last model's are kept.
 
         Raises:
-            ConfigError: unknown names, or data that cannot be had.
+            ConfigError: unknown names, or data that cannot be read.
         """
         key = (",".join(names), model, num_fewshot)
         if self._loaded is None or self._loaded[0] != key:
@@ -358,7 +359,7 @@ def _main_metric(task: Any) -> str:
 def model_of_job(
     model: Any, job: ModelJob, max_length: int, batch_size: int | None, hide_progress: bool = False
 ) -> Any:
-    """A loaded model as lm-eval sees it."""
+    """Wrap a loaded model for lm-eval."""
     lm = model_class()(
         pretrained=model,
         scaling=job.scaling,
@@ -372,7 +373,7 @@ def model_of_job(
 
 
 class Measurable(Protocol):
-    """What `Unit` and `saved_questions.SavedUnit` have in common: rows by length, or by None."""
+    """The interface that `Unit` and `saved_questions.SavedUnit` share: rows by length, or by None."""
 
     @property
     def name(self) -> str: ...

@@ -1,4 +1,4 @@
-"""Peak memory of a measurement, and what to do when there is too little."""
+"""Measure time and peak memory of a block of code; recognise and recover from running out of memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory was not enough, on whatever device."""
+    """Whether an exception says that memory was not enough, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     # The CPU's allocator has no exception of its own.
@@ -21,7 +21,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory() -> None:
-    """Give back what an exception's frames and the GPU's cache still held."""
+    """Free memory that an exception's frames and the GPU's cache still hold."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -42,7 +42,7 @@ class Meter:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            try:  # Linux forgets the peak so far; elsewhere it is that of the whole process
+            try:  # resets the peak on Linux; elsewhere it stays that of the whole process
                 Path("/proc/self/clear_refs").write_text("5")
             except OSError:
                 pass
@@ -69,4 +69,4 @@ def _peak_resident() -> int:
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB

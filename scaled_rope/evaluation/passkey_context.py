@@ -1,4 +1,4 @@
-"""What the retrieval evaluations share: shares of right answers, how sure they are, and the figures of table 5."""
+"""Passkey contexts, the two figures of the paper's table 5: computed from accuracies by length, as rows and a table."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from scaled_rope.results import Row, append_row, finished_keys, row_key
 
 
 def passkey_context(accuracies: Mapping[int, float]) -> tuple[int | None, float | None]:
-    """The two figures of table 5 from accuracies by context length (tokens).
+    """Compute the two figures of table 5 from accuracies by context length (tokens).
 
-    The largest length with an accuracy of at least `PASSED`, whatever shorter ones do, and the mean accuracy over the
+    The largest length with an accuracy of at least `PASSED`, regardless of shorter ones, and the mean accuracy over the
     lengths up to it; None and None when no length passes.
     """
     passed = [length for length, accuracy in accuracies.items() if accuracy >= PASSED]
@@ -26,9 +26,9 @@ def passkey_context(accuracies: Mapping[int, float]) -> tuple[int | None, float 
 
 
 def context_rows(rows: Mapping[ModelJob, Mapping[int, Row]]) -> dict[ModelJob, Row]:
-    """A row per job with the figures of table 5, from its rows by length; jobs of which nothing was measured have none.
+    """A row per job with the figures of table 5, from its rows by length; jobs without a measured row are left out.
 
-    Their metric is that of the rows with "_context" behind it, and `length` the longest one measured.
+    The metric is that of the rows with "_context" appended, and `length` the longest one measured.
     """
     found = {}
     for job, cells in rows.items():
@@ -52,7 +52,7 @@ def context_rows(rows: Mapping[ModelJob, Mapping[int, Row]]) -> dict[ModelJob, R
 
 
 def record_contexts(output: str, found: Mapping[ModelJob, Row], record: Row) -> None:
-    """Append the rows of `context_rows` that the file does not hold yet, `record` being their provenance."""
+    """Append the rows of `context_rows` that the file does not hold yet. record: their provenance."""
     finished = finished_keys(output)
     for row in found.values():
         if (key := row_key(row)) not in finished:
@@ -61,7 +61,7 @@ def record_contexts(output: str, found: Mapping[ModelJob, Row], record: Row) -> 
 
 
 def context_table(found: Mapping[ModelJob, Row]) -> str:
-    """Table 5 in the terminal: a line per job."""
+    """Table 5 for the terminal: a line per job."""
     lines = []
     for job, row in found.items():
         context = "none" if row["context"] is None else str(row["context"])

@@ -1,4 +1,4 @@
-"""Plain passkeys: one key in dull sentences, found when greedy decoding would repeat it. One pass decides that."""
+"""Plain passkeys: one key in dull sentences, found if greedy decoding would repeat it. One forward pass tells."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from scaled_rope.scaling.record import RopeScaling
 
 
 def make_prompts(tokenizer: Any, length: int, iterations: int, depths: str, seed: int) -> list[PasskeyPrompt]:
-    """The prompts of one length. They depend on these arguments only, not on other lengths.
+    """Make the prompts of one length. They depend on these arguments only, not on other lengths.
 
-    depths: where the keys stand: "grid", evenly from the start of the filler to its end, or "random".
+    depths: places of the keys: "grid", evenly from the start of the filler to its end, or "random".
 
     Raises:
         ConfigError: the length is too short for a prompt.
@@ -42,12 +42,12 @@ def make_prompts(tokenizer: Any, length: int, iterations: int, depths: str, seed
 def score(
     model: Any, prompts: Sequence[PasskeyPrompt], scaling: RopeScaling, rows_per_pass: int
 ) -> Iterator[list[bool]]:
-    """Whether each prompt's key would be the greedy continuation; a list per pass, in order of `prompts`.
+    """Yield whether each prompt's key would be the greedy continuation; a list per pass, in order of `prompts`.
 
     Args:
         model: left with a static scaling if `scaling` is dynamic.
         prompts: all of the same `length`.
-        scaling: what the model computes with.
+        scaling: the scaling under test.
         rows_per_pass: prompts per forward pass.
     """
     # Prompts of one length end at different places if keys differ in tokens; each place has its own dynamic scale.
@@ -62,9 +62,9 @@ def score(
 
 
 def score_shared(model: Any, prompts: Sequence[PasskeyPrompt], scaling: RopeScaling) -> Iterator[tuple[int, bool]]:
-    """The same as (index of a prompt, outcome), the deeper keys last, with one prefill of what prompts share.
+    """Like `score`, with one prefill of what prompts share; yields (index of a prompt, outcome), deeper keys last.
 
-    Under dynamic scaling, of those that end at the same place: they have one scale, at which the shared part is read.
+    Under dynamic scaling only prompts that end at the same place share: they have one scale for the shared part.
     """
     places: dict[int, list[int]] = {}
     for index in sorted(range(len(prompts)), key=lambda index: prompts[index].depth):
@@ -79,7 +79,7 @@ def score_shared(model: Any, prompts: Sequence[PasskeyPrompt], scaling: RopeScal
 
 
 def _answered(model: Any, hidden: torch.Tensor, answers: torch.Tensor) -> list[bool]:
-    """Whether hidden states [B, t, H] give each row of answers [B, t] greedily."""
+    """Whether greedy decoding from hidden states [B, t, H] gives each row of answers [B, t]."""
     with torch.inference_mode():
         return list((project(model, hidden).argmax(dim=-1) == answers).all(dim=-1).tolist())
 
@@ -90,7 +90,7 @@ class Passkey(PasskeyTrials[PasskeyPrompt]):
 
     Attributes:
         depths: as for `make_prompts`.
-        shared_prefill: whether what prompts of one length have in common is read once.
+        shared_prefill: whether the beginning that prompts of one length share is read only once.
     """
 
     depths: str = "grid"

@@ -48,7 +48,7 @@ class HardPrompt(PasskeyPrompt):
 
     keys: tuple[int, ...]
     depths: tuple[float, ...]
-    """Of every key, in the order of the text."""
+    """The depth of every key, in the order of the text."""
     asked: int
     """Which key is asked for, counted from 1."""
 
@@ -64,7 +64,7 @@ def draw_keys(rng: random.Random, count: int) -> list[int]:
 
 
 def ordinal(n: int) -> str:
-    """A number as a place: 1st, 2nd, 3rd, 4th, 11th, 12th, 13th, 21st, 111th."""
+    """The ordinal of a number: 1st, 2nd, 3rd, 4th, 11th, 12th, 13th, 21st, 111th."""
     suffix = "th" if n % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
     return f"{n}{suffix}"
 
@@ -92,10 +92,10 @@ def _pieces(tokenizer: Any, key: int) -> tuple[list[int], list[int], list[int], 
 
 
 def _room(length: int, *pieces: Sequence[int]) -> int:
-    """Tokens that are left for filler.
+    """The number of tokens left for filler.
 
     Raises:
-        ConfigError: none are, and some are missing.
+        ConfigError: the pieces alone are longer than `length`.
     """
     room = length - sum(map(len, pieces))
     if room < 0:
@@ -112,7 +112,7 @@ def _check_depths(depths: Sequence[float]) -> None:
 def build_prompt(
     tokenizer: Any, length: int, depth: float, key: int, filler_ids: Sequence[int] | None = None
 ) -> PasskeyPrompt:
-    """A prompt whose tokens, answer included, number exactly `length`.
+    """Build a prompt of exactly `length` tokens, answer included.
 
     Args:
         tokenizer: a transformers tokenizer; its BOS, if it has one, opens the prompt.
@@ -137,7 +137,7 @@ def build_prompt(
 def build_hard_prompt(
     tokenizer: Any, length: int, depths: Sequence[float], keys: Sequence[int], asked: int, text_ids: Sequence[int]
 ) -> HardPrompt:
-    """A prompt with several keys whose tokens, answer included, number exactly `length`.
+    """Build a prompt with several keys, of exactly `length` tokens, answer included.
 
     Args:
         tokenizer: a transformers tokenizer; its BOS, if it has one, opens the prompt.

@@ -1,4 +1,4 @@
-"""What plain and hard passkeys share: their prompts are trials, each of which finds its key or not."""
+"""The common part of plain and hard passkeys: their prompts are trials, each of which finds its key or not."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Prompt = TypeVar("Prompt", bound=PasskeyPrompt)
 
 @dataclass(eq=False, kw_only=True)
 class PasskeyTrials(ABC, Generic[Prompt]):
-    """An evaluator of passkeys; a kind of them says how prompts are made and asked.
+    """Base class of the evaluators of passkeys; a subclass says how prompts are made and asked.
 
     Attributes:
-        lengths: of prompts and their answers, in tokens.
+        lengths: lengths of prompts with their answers, in tokens.
         iterations: prompts per length.
-        seed: what is drawn follows from it.
+        seed: determines everything that is drawn.
         rows_per_pass: prompts per forward pass, given their length.
     """
 
@@ -48,22 +48,22 @@ class PasskeyTrials(ABC, Generic[Prompt]):
     @property
     @abstractmethod
     def text(self) -> str:
-        """What rows call the text that the keys are hidden in."""
+        """The name in rows of the text that the keys are hidden in."""
 
     @abstractmethod
     def make(self, model: str) -> dict[int, list[Prompt]]:
-        """The prompts of each length for the tokenizer of a model."""
+        """Make the prompts of each length for the tokenizer of a model."""
 
     @abstractmethod
     def protocol(self, job: ModelJob) -> Row:
-        """What rows say about how the prompts are made and asked."""
+        """A row's description of how the prompts are made and asked."""
 
     @abstractmethod
     def ask(self, model: Any, job: ModelJob, prompts: Sequence[Prompt], advance: Callable[[int], object]) -> list[Row]:
-        """What rows say about each of some prompts of one length, `"right"` among it; calls `advance(tokens)`."""
+        """Ask prompts of one length; return the row fields of each, with `"right"`, and call `advance(tokens)`."""
 
     def prompts(self, model: str) -> dict[int, list[Prompt]]:
-        """What `make` made for a model."""
+        """The prompts of `make` for a model, made once."""
         if model not in self._made:
             self._made[model] = self.make(model)
         return self._made[model]
@@ -107,8 +107,8 @@ def run_trials(
         args: as for `run`.
         command: the command that repeats the run.
         given: the arguments, as the rows of passkey contexts record them.
-        title: of the table of rows.
-        show: a row in that table.
+        title: title of the table of rows.
+        show: formats a row for that table.
 
     Returns:
         The rows by job and length, and the exit code.

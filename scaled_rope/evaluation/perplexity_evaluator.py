@@ -25,7 +25,7 @@ from scaled_rope.texts.token_documents import TokenSource
 
 
 def is_length_dependent(job: ModelJob) -> bool:
-    """Whether what a job's model computes for a token depends on what follows it."""
+    """Whether what a job's model computes for a token depends on later tokens: its scale follows the length."""
     return any(scaling.is_length_dependent for scaling in (job.scaling, *job.plan.layers.values()))
 
 
@@ -36,12 +36,12 @@ class Perplexity:
     Attributes:
         source: the documents.
         lengths: context lengths in tokens, ascending.
-        parts: where sums of documents are kept while passes go on.
+        parts: keeps sums of documents until their pass has ended.
         rows_per_pass: windows per forward pass, given their length.
-        stride: of sliding windows, in tokens; None: windows are truncated.
+        stride: stride of sliding windows, in tokens; None: windows are truncated.
         weighting: as for `terms`.
-        windows: truncated ones per document.
-        min_tokens: documents must have so many.
+        windows: number of truncated windows per document.
+        min_tokens: least number of tokens of a document.
         samples: the first so many documents that are long enough; None: all.
         prefill_chunk: positions that go through the model at once; None: all.
         save_nll: folder for every token's loss.
@@ -66,7 +66,7 @@ class Perplexity:
     # The documents.
 
     def prepare(self, model: str) -> tuple[Texts, Row]:
-        """The documents for a model's tokenizer, and what a row says about them.
+        """The documents for a model's tokenizer, and a row's description of them.
 
         Raises:
             ConfigError: they cannot be read, too few are long enough, or their tokens do not fit the model.
@@ -91,7 +91,7 @@ class Perplexity:
             raise error if named else ConfigError(f"dataset {self.source.name!r}: {error}") from None
 
     def _describe(self, texts: Texts) -> Row:
-        """What a row says about the documents."""
+        """A row's description of the documents."""
         digest, said = hashlib.sha256(), {"name": self.source.title, "documents": len(texts.documents)}
         if self.source.subset is not None:
             said["subset"] = self.source.subset
@@ -110,7 +110,7 @@ class Perplexity:
 
     @property
     def _starts(self) -> dict[int, int]:
-        """Where the bucket of each context length begins."""
+        """Context length -> the position at which its bucket begins."""
         return dict(zip(self.lengths, [0, *self.lengths], strict=False))
 
     def cells(self, job: ModelJob) -> dict[int, Row]:
@@ -146,7 +146,7 @@ class Perplexity:
         return len(found.sums) < len(self.prepare(job.model)[0].documents)
 
     def _needed(self, yields: Sequence[int]) -> set[int]:
-        """The context lengths of which sums are needed for the rows of others."""
+        """The context lengths whose sums are needed for the rows of `yields`: these, and where their buckets begin."""
         if self.stride is not None:
             return set(yields)
         return {one for wanted in yields for one in (wanted, self._starts[wanted]) if one}
@@ -193,7 +193,7 @@ class Perplexity:
         self.parts.discard(one.key)
 
     def _complete(self, model: Any, one: ScoredPass, done: PassResult, advance: Callable[[int], object]) -> None:
-        """Score the documents that `done` has no sums of, and add them to it."""
+        """Score the documents whose sums `done` lacks, and add these to it."""
         texts, limit, unsaved = one.texts, self.rows_per_pass(one.length), PassResult()
         losses: dict[int, list[Losses]] = {index: [] for index in one.by_document if index not in done.sums}
         for batch in batches(one.windows, lambda window: self.rows_per_pass(texts.positions(window))):
@@ -222,7 +222,7 @@ class Perplexity:
 def score_windows(
     model: Any, texts: Texts, batch: Sequence[Window], limit: int, prefill_chunk: int | None = None
 ) -> tuple[int, list[Losses]]:
-    """The losses of each window's scored tokens, `limit` windows at a time, or fewer if memory demands it.
+    """Compute the losses of each window's scored tokens, `limit` windows at a time, or fewer if memory demands it.
 
     batch: windows of one shape.
 

@@ -11,7 +11,7 @@ from scaled_rope.evaluation.windows import Losses, Nats, Window, bootstrap, cumu
 from scaled_rope.results import Row
 
 DOCUMENTS_IN_ROW = 200
-"""A row lists the sums of its documents when there are no more than these."""
+"""The most documents for which a row lists the sum of each."""
 
 Sums = dict[str, list[float | None]]
 """For each context length, as text, the nats of each window of a document; None where they are not finite."""
@@ -19,7 +19,7 @@ Sums = dict[str, list[float | None]]
 
 @dataclass
 class PassResult:
-    """What is known of a pass, by document, and what it cost."""
+    """The results of a pass by document, as far as known, and their cost."""
 
     sums: dict[int, Sums] = field(default_factory=dict)
     seconds: float = 0.0
@@ -60,6 +60,7 @@ def truncated_row(sums: Mapping[int, Sums], length: int, start: int, weighting: 
     nats = [_numbers(of[str(length)]) for of in sums.values()]
     targets = [np.full(len(one), length - 1.0) for one in nats]
     bucket = [one - _numbers(of[str(start)]) for one, of in zip(nats, sums.values(), strict=True)] if start else nats
+    # Nothing predicts position 0, so a bucket that begins there has one target less than positions.
     bucket_targets = [np.full(len(one), float(length - max(start, 1))) for one in nats]
     value, interval = _estimate(nats, targets, weighting)
     bucket_value, bucket_interval = _estimate(bucket, bucket_targets, weighting)
@@ -80,7 +81,7 @@ def sliding_row(sums: Mapping[int, Sums], windows: Mapping[int, Sequence[Window]
 
     Args:
         sums: of each document in order, by `whole_sums`.
-        windows: of each document, likewise.
+        windows: the windows of each document, likewise.
         length: positions of a window.
         weighting: as for `terms`.
     """
@@ -97,7 +98,7 @@ def sliding_row(sums: Mapping[int, Sums], windows: Mapping[int, Sequence[Window]
 
 
 def cost_fields(result: PassResult, length: int) -> Row:
-    """What the whole pass took; a pass may yield several rows. Nothing where all losses were there already."""
+    """The cost of a row's whole pass, which may yield several rows; 0 or None if all losses were known already."""
     return {
         "pass_length": length,
         "seconds": round(result.seconds, 3),
@@ -109,7 +110,7 @@ def cost_fields(result: PassResult, length: int) -> Row:
 def _estimate(
     nats: Sequence[Nats], targets: Sequence[Nats], weighting: str
 ) -> tuple[float | None, list[float | None] | None]:
-    """Perplexity and its interval."""
+    """Perplexity and its 95 % interval."""
     above, below = terms(nats, targets, weighting)
     return perplexity(above.sum(), below.sum()), bootstrap(above, below)
 

@@ -29,13 +29,13 @@ from scaled_rope.scaling.frequencies import at_length
 
 @dataclass(eq=False, kw_only=True)
 class Quality:
-    """The evaluator.
+    """The evaluator of QuALITY.
 
     Attributes:
         dataset, split: the questions, as for `read_questions`.
         limit: the first so many questions; None: all.
-        max_tokens: of a prompt, letter included; None: as many as it takes.
-        too_long: what becomes of longer ones: "cut", their story loses its end, or "drop".
+        max_tokens: longest prompt, letter included; None: no limit.
+        too_long: treatment of longer prompts: "cut", their story loses its end, or "drop".
     """
 
     dataset: str
@@ -48,7 +48,7 @@ class Quality:
     value = "accuracy"
 
     def prompts(self, model: str) -> list[ChoicePrompt]:
-        """The questions for the tokenizer of a model.
+        """The questions as prompts for the tokenizer of a model.
 
         Raises:
             ConfigError: they cannot be read, or none is left.
@@ -116,7 +116,7 @@ class Quality:
 
 
 def describe_choices(rows: Mapping[ModelJob, Mapping[int, Row]]) -> Iterator[str]:
-    """Lines with choice, right answer and scores of every question, under the name of each model."""
+    """Yield lines with choice, right answer and scores of every question, under the name of each model."""
     for job, cells in rows.items():
         for row in cells.values():
             yield f"\n{job.name}"
@@ -126,7 +126,7 @@ def describe_choices(rows: Mapping[ModelJob, Mapping[int, Row]]) -> Iterator[str
 
 
 def write_accuracies(path: str, jobs: Sequence[ModelJob], rows: Mapping[ModelJob, Mapping[int, Row]]) -> None:
-    """The layout of the released result files: a line of names, a line of accuracies; empty where there is none."""
+    """Write accuracies in the layout of the released files: a line of names, a line of values, empty if missing."""
     cells: list[Row] = [next(iter(rows[job].values()), {}) for job in jobs]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

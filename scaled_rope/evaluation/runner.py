@@ -1,8 +1,8 @@
-"""What evaluators share: context lengths, resuming, progress, failures, and the two forms in which results leave.
+"""The common part of all evaluators: context lengths, resuming, progress, failures, and the two output formats.
 
-An evaluator says which cells (model x scaling x length) there are and measures them; `run` skips the cells that the
-output already holds and appends every new row as soon as it is known. What does not fit into memory becomes a row that
-says so, and a model that fails leaves the others their results.
+An evaluator lists the cells (model x scaling x length) and measures them; `run` skips the cells that the output already
+holds and appends every new row as soon as it is known. A cell that does not fit into memory becomes a row that says so,
+and a model that fails leaves the others their results.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Evaluator(Protocol):
     def measure(
         self, model: Any, job: ModelJob, length: int, yields: Sequence[int], advance: Callable[[int], object]
     ) -> Iterator[tuple[int, Row]]:
-        """Do the passes of one length; give (context length, measured fields) and call `advance(tokens)` as it goes."""
+        """Run the passes of one length: yield (context length, measured fields) and call `advance(tokens)`."""
         ...
 
 
@@ -73,10 +73,10 @@ class Failure:
     """A model whose evaluation ended early."""
 
     name: str
-    """The model under its scaling, and what it was asked."""
+    """The model, its scaling and the task."""
     error: Exception
     job: str
-    """The model under its scaling."""
+    """The model and its scaling."""
 
     def __str__(self) -> str:
         lines = str(self.error).strip().splitlines() or [""]
@@ -85,7 +85,7 @@ class Failure:
 
 
 class _Failed(Exception):
-    """Carries what a model or an evaluator raised past what may not be blamed on it, such as a full disk."""
+    """Wraps an exception that a model or an evaluator is to blame for, unlike, for example, a full disk."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -97,7 +97,7 @@ def command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) ->
 
 
 def given_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that say something, as rows record them."""
+    """The arguments that rows record: all but None, False, empty lists and functions."""
 
     def says(value: Any) -> bool:
         return value is not None and value is not False and value != [] and not callable(value)
@@ -106,10 +106,10 @@ def given_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class Parts:
-    """Results of the parts (documents) of passes that have not ended, kept beside the output.
+    """A file beside the output with results for parts (documents) of passes that have not ended.
 
-    A run that is killed continues there. Lines are {"key": of the pass, "parts": {number: result}, …}; those of a pass
-    are removed when its rows are written. A race of two processes for the file costs work that is done again, nothing
+    A run that was killed continues from it. Lines are {"key": of the pass, "parts": {number: result}, …}; those of a
+    pass are removed when its rows are written. If two processes change the file at once, some work is repeated, nothing
     else.
     """
 
@@ -124,7 +124,7 @@ class Parts:
         append_row(self.path, {"key": key, "parts": {str(part): result for part, result in parts.items()}, **more})
 
     def discard(self, key: str) -> None:
-        """Forget one pass; the file goes with the last of them."""
+        """Remove the lines of one pass, and the file if it was the last."""
         if not self.path.exists():
             return
         rows = read_rows(self.path)
@@ -136,7 +136,7 @@ class Parts:
 
 
 def _check_output(path: str | Path) -> None:
-    """Refuse an output that cannot be written to before hours are spent.
+    """Raise an error for an output that cannot be written to, before hours are spent.
 
     Raises:
         ConfigError: no permission, not a file, or another process keeps it locked.
@@ -170,7 +170,7 @@ def run(
     seed: int | None = None,
     failures: list[Failure] | None = None,
 ) -> dict[ModelJob, dict[int, Row]]:
-    """Measure every cell that `args.output` does not hold yet; give the rows of all cells by job and length.
+    """Measure every cell that `args.output` does not hold yet; return the rows of all cells by job and length.
 
     Rows are appended as they are measured. The CSV file, if any, is rewritten after every job, so it is there, with
     empty places, before the last one ends. A cell that runs out of memory becomes a row without a value and with
@@ -251,7 +251,7 @@ def _measure(
     load: ModelLoader,
     advance: Callable[[int], object],
 ) -> Iterator[Row]:
-    """The measured fields of a job's cells, each with its "length", as they become known.
+    """Yield the measured fields of a job's cells, each with its "length", as they become known.
 
     Raises:
         _Failed: the model could not be loaded, or the evaluator failed.
@@ -280,7 +280,7 @@ def _measure(
                 break
             measured, result = item
             left.remove(measured)
-            # An evaluator that shares a pass among rows knows better what it cost.
+            # Overridden by the evaluator's own figures if it shares a pass among rows.
             cost = {"seconds": round(meter.seconds, 3), "peak_memory": meter.peak_memory}
             yield {"length": measured, **cost, **result}
         del model, stream
@@ -294,15 +294,15 @@ def _measure(
 
 
 def _blamed(error: Exception) -> Exception:
-    """What to raise for an exception in a model's evaluation: a full disk is not the model's fault."""
+    """Wrap an exception of a model's evaluation in `_Failed`, but not a full disk, which is not the model's fault."""
     return error if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) else _Failed(error)
 
 
 @contextlib.contextmanager
 def failing_alone(failures: list[Failure], job: ModelJob, task: str = "") -> Iterator[None]:
-    """Around the evaluation of one model: what it raises is added to `failures`, and the next model follows.
+    """Within this context one model is evaluated: an exception is added to `failures`, so that the next model follows.
 
-    A full disk is raised, since it is not the model's fault.
+    A full disk is raised all the same, since it is not the model's fault.
     """
     try:
         yield
@@ -315,7 +315,7 @@ def failing_alone(failures: list[Failure], job: ModelJob, task: str = "") -> Ite
 
 
 def report_failures(failures: Sequence[Failure], jobs: Sequence[ModelJob]) -> int:
-    """Say which models failed; the exit code that follows.
+    """Print which models failed, and return the exit code.
 
     Raises:
         ConfigError: all of them failed for the same reason, and it was bad input.
@@ -343,9 +343,9 @@ def _collect(path: str, identities: Mapping[ModelJob, Mapping[int, Row]]) -> dic
 def _write_csv(
     path: str, jobs: Sequence[ModelJob], tables: Mapping[str, tuple[str, Mapping[ModelJob, Mapping[int, Row]]]]
 ) -> None:
-    """The layout of the released result files: `,L1,L2,...`, then `name,value,value,...` per model.
+    """Write results in the layout of the released files: `,L1,L2,...`, then `name,value,value,...` per model.
 
-    tables: by name (of the data set; empty when there is one), the field to show and the rows.
+    tables: name (of the data set; empty when there is only one) -> the field to show and the rows.
     """
     lengths = sorted({length for _, rows in tables.values() for cells in rows.values() for length in cells})
     text = io.StringIO()
@@ -360,7 +360,7 @@ def _write_csv(
 
 
 def print_summary(title: str, rows: Mapping[ModelJob, Mapping[int, Row]], show: Callable[[Row], str]) -> None:
-    """The final table in the terminal: a line per job, a column per context length."""
+    """Print the final table: a line per job, a column per context length."""
     lengths = sorted({length for cells in rows.values() for length in cells})
     lines = [
         [job.name, *(_shown(cells[length], show) if length in cells else "" for length in lengths)]

@@ -35,7 +35,7 @@ _PROBE = 2000  # characters of a prompt that tell tokenizers apart
 
 
 def outcomes(choices: Sequence[tuple[float, float]], target: int | Sequence[int]) -> dict[str, float]:
-    """What one question adds to the means of a benchmark's metrics.
+    """The values of one question for a benchmark's metrics, which are means over questions.
 
     Args:
         choices: log-likelihood in nats and length in characters of each choice.
@@ -55,10 +55,9 @@ def outcomes(choices: Sequence[tuple[float, float]], target: int | Sequence[int]
 
 
 def save_requests(unit: Unit, lm: Any, folder: str | Path) -> Path:
-    """Write the questions of a unit, tokenized by lm-eval for `lm` (a model of its kind; nothing goes through it).
+    """Write the questions of a unit, tokenized by lm-eval for `lm` (an lm-eval model; nothing is computed with it).
 
-    That `outcomes` says of every question what lm-eval's own rule does is found out by asking both about made-up
-    log-likelihoods.
+    For every question, `outcomes` and lm-eval's own rule are both given made-up log-likelihoods and must agree.
 
     Raises:
         ConfigError: a task that is not multiple choice, or whose answers are judged otherwise.
@@ -92,7 +91,7 @@ def save_requests(unit: Unit, lm: Any, folder: str | Path) -> Path:
 
 
 def _tokenized(lm: Any, instances: Sequence[Any]) -> list[Continuation]:
-    """What lm-eval would have `lm` score."""
+    """The continuations that lm-eval would have `lm` score, caught on their way to it."""
     found: list[Continuation] = []
 
     def note(requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
@@ -131,7 +130,7 @@ def _compare(task: Any, document: Any, line: Row, metric: str) -> None:
     values = [rng.uniform(-20.0, -1.0) for _ in line["choices"]]
     theirs = task.process_results(document, [(value, False) for value in values])
     ours = outcomes(_answers(line, values), line["target"])
-    # a share is a quotient of sums of exponentials, in another order
+    # not equal to the last bit: the two sum exponentials in different orders
     if metric not in theirs or metric not in ours or not math.isclose(theirs[metric], ours[metric], abs_tol=1e-9):
         raise ConfigError(
             f"task {line['task']!r} cannot be saved as requests: its {metric} is {theirs.get(metric)} where the rule"
@@ -148,7 +147,7 @@ def _answers(line: Row, values: Sequence[float]) -> list[tuple[float, float]]:
 
 @dataclass(frozen=True)
 class Scorer:
-    """What a saved benchmark needs of a model: the arguments of `score`."""
+    """A model and the other arguments of `score` that a saved benchmark is measured with."""
 
     model: Any
     scaling: RopeScaling
@@ -167,12 +166,12 @@ class SavedUnit:
 
     @property
     def version(self) -> str | None:
-        """Of the lm-eval that made the prompts."""
+        """The version of lm-eval that made the prompts."""
         version: str | None = self.header["version"]
         return version
 
     def check_tokenizer(self, model: str) -> None:
-        """Raises ConfigError when the tokenizer of a checkpoint is not the one that the requests were made with."""
+        """Raise ConfigError when the tokenizer of a checkpoint is not the one that the requests were made with."""
         probe = self.header["probe"]
         if encode(load_tokenizer(model), probe["text"]) != probe["input_ids"]:
             raise ConfigError(f"requests of {self.name!r} were made with another tokenizer than that of {model!r}")
@@ -191,7 +190,7 @@ class SavedUnit:
                 yield Continuation(line["contexts"][context], continuation)
 
     def measure(self, scorer: Scorer) -> dict[int | None, Row]:
-        """Score all questions; the measured fields, as lm-eval's path gives them."""
+        """Score all questions; return the measured fields as `lm_eval_tasks.Unit.measure` does."""
         requests = list(self.requests())
         limit = scorer.max_length
         found = score(scorer.model, scorer.scaling, requests, limit, scorer.rows, scorer.hide_progress)
@@ -210,7 +209,7 @@ class SavedUnit:
 
 
 def _summary(judged: Sequence[Mapping[str, float]]) -> Row:
-    """Means and standard errors in lm-eval's words."""
+    """Means and standard errors under lm-eval's names."""
     count = len(judged)
     found: Row = {"sample_len": count}
     for metric in judged[0]:
@@ -224,7 +223,7 @@ def _summary(judged: Sequence[Mapping[str, float]]) -> Row:
 
 
 def read_requests(folder: str | Path, names: Sequence[str]) -> list[SavedUnit]:
-    """The benchmarks of a folder, by name.
+    """Read the benchmarks called `names` from a folder of requests.
 
     Raises:
         ConfigError: no such folder or benchmark, or a file that holds no requests.

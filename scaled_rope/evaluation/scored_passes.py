@@ -1,4 +1,4 @@
-"""Passes that score documents: what earlier runs have left of one, and where the losses of a document are kept."""
+"""Passes that score documents: the results that earlier runs have left, and the storage of a document's losses."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class ScoredPass:
     Attributes:
         texts: the documents.
         length: positions of a window.
-        lengths: context lengths up to `length`, of which there are sums under the truncate protocol; ascending.
-        stride: of sliding windows, in tokens; None: windows are truncated.
-        context: what a token's loss depends on beside the tokens before it, as in `LossFolder`.
+        lengths: context lengths up to `length`, for which sums are kept under the truncate protocol; ascending.
+        stride: stride of sliding windows, in tokens; None: windows are truncated.
+        context: the context that a token's loss depends on, as in `LossFolder`.
         key: identifies the pass among `parts`.
         parts: sums of documents, kept beside the rows until these are written.
-        folder: where losses are kept instead, for good.
+        folder: where losses are kept for good, instead of `parts`.
     """
 
     texts: Texts
@@ -62,9 +62,9 @@ class ScoredPass:
         return prefix_sums(losses, self.lengths)
 
     def known(self, needed: set[int]) -> PassResult:
-        """What earlier runs have left.
+        """The results that earlier runs have left.
 
-        needed: context lengths of which a document must have sums to count as known.
+        needed: context lengths for which a document must have sums to count as known.
         """
         found = PassResult()
         if self.folder:
@@ -72,7 +72,7 @@ class ScoredPass:
                 losses = self._stored(self.folder, windows)
                 if losses is not None:
                     found.sums[index] = self.sums(losses)
-            return found  # what is not in the folder has to be put there
+            return found  # losses that the folder lacks must be computed for it, whatever sums `parts` holds
         for line in self.parts.read(self.key):
             for index, sums in line["parts"].items():
                 if {str(length) for length in needed} <= set(sums):
@@ -81,7 +81,7 @@ class ScoredPass:
         return found
 
     def finish(self, index: int, losses: list[Losses]) -> Sums:
-        """The sums of a document, given the losses of all its windows; puts these into the folder, if there is one."""
+        """Return the sums of a document, given the losses of all its windows; store these in the folder, if any."""
         if self.folder:
             self._store(self.folder, self.by_document[index], losses)
         return self.sums(losses)

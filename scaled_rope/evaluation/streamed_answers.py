@@ -18,14 +18,14 @@ from scaled_rope.patching.patch import cache_obstacle
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are made.
+    """How answers are decoded.
 
     Attributes:
         max_new_tokens: longest answer.
         temperature: tokens are drawn at this temperature; 0, or None without `top_k`: the likeliest is taken.
         top_k: tokens are drawn from so many likeliest ones; None: from all.
-        repetition_penalty: logits of tokens that were there are divided by it; None: by nothing.
-        seed: what is drawn follows from it.
+        repetition_penalty: logits of tokens that already occurred are divided by it; None: no penalty.
+        seed: determines what is drawn.
     """
 
     max_new_tokens: int = 256
@@ -36,7 +36,7 @@ class Decoding:
 
 
 def generation_config(decoding: Decoding, model: Any, tokenizer: Any, cached: bool) -> GenerationConfig:
-    """The same for transformers: whatever the checkpoint recommends, of that its end tokens alone are kept."""
+    """The settings as transformers takes them; of the checkpoint's own recommendations, only end tokens are kept."""
     end = end_tokens(model, tokenizer)
     draw = decoding.temperature != 0 and (decoding.temperature is not None or decoding.top_k is not None)
     return GenerationConfig(
@@ -62,7 +62,7 @@ def context_of(job: ModelJob) -> int | None:
 
 
 def answerer(model: Any, tokenizer: Any, job: ModelJob, decoding: Decoding) -> Callable[[str], None]:
-    """A function that prints the answer of a job's model to a prompt as it is made. Seeds torch."""
+    """Return a function that prints the answer of a job's model to a prompt, token by token. Seeds torch."""
     if obstacle := cache_obstacle(model):
         print(f"note: {job.label} changes every key as the text grows, and {obstacle}, so no cache is kept "
               "(use_cache=False); each token reads the whole text again", file=sys.stderr)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Prompts that are typed into a terminal or piped in, alone or behind a file's text. Knows nothing of models."""
+"""Prompts that are typed into a terminal or piped in, alone or appended to a file's text. Knows nothing of models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_file(path: str) -> str:
 
 
 def typed_lines() -> Iterator[str]:
-    """Lines from the terminal or the pipe, until they end. Ctrl-C at an empty prompt begins a new one."""
+    """Yield lines from the terminal or the pipe, until they end. Ctrl-C at an empty prompt begins a new one."""
     interactive = sys.stdin.isatty()
     if interactive:
         try:
@@ -47,7 +47,7 @@ def typed_lines() -> Iterator[str]:
 
 
 def prompts(input_file: str | None, lines: Iterator[str]) -> Iterator[str]:
-    """Whole prompts: the file, if any, with each line behind it; without a line the file once."""
+    """Yield whole prompts: for each line, the file's text, if any, and the line; without lines, the file once."""
     empty = True
     for line in lines:
         empty = False

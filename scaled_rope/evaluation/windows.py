@@ -1,7 +1,7 @@
-"""Which tokens of a document are scored in which forward pass, and what becomes of their losses.
+"""Cut documents into windows of scored tokens, and turn the tokens' losses into perplexities or store them.
 
 A *document* is a text's tokens without special tokens. A *window* is a run of them that goes through a model at once,
-behind the BOS where the tokenizer has one (`head` = 1, else 0); its *positions* include the BOS. A window scores its
+after the BOS where the tokenizer has one (`head` = 1, else 0); its *positions* include the BOS. A window scores its
 last tokens; the BOS is never scored, the first token predicted from it is. Losses are in nats. Nothing here knows of
 models.
 """
@@ -39,25 +39,25 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """One text, as far as it is needed."""
+    """One text, or as much of it as is needed."""
 
     digest: str
-    """Hash of the whole text's tokens and of the BOS in front, whatever part of it is kept here."""
+    """Hash of the whole text's tokens and of the BOS in front, even if only a part is kept here."""
     tokens: Tokens
     begins: tuple[int, ...] = (0,)
-    """Where its windows begin under the truncate protocol."""
+    """Indices of the first tokens of its windows under the truncate protocol."""
 
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """The documents that are scored, in their order."""
+    """The documents to score, in order."""
 
     documents: list[Document]
     bos: int | None
 
     @property
     def head(self) -> int:
-        """Positions that a window spends on special tokens."""
+        """The number of special tokens at the start of a window: 1 with a BOS, else 0."""
         return 0 if self.bos is None else 1
 
     def ids(self, window: Window) -> Tokens:
@@ -77,15 +77,15 @@ def select(
     min_tokens: int = 0,
     samples: int | None = None,
 ) -> Texts:
-    """The first `samples` documents that are long enough; all of them by default.
+    """Select the first `samples` documents that are long enough; all of them by default.
 
     Args:
-        source: the tokens of each document. A BOS that a document brings (as packed rows do) is taken off.
-        bos: what every window begins with; None for tokenizers without one.
-        length: positions that each document must fill. Kept are up to `windows` runs of that size that do not
-            overlap, evenly spaced from the document's start to its end; with one window that is its start. None: any
-            document that has something to score, whole.
-        min_tokens: tokens that each document must have beside that.
+        source: the tokens of each document. A BOS at its start (packed rows have one) is removed.
+        bos: the token that opens every window; None for tokenizers without one.
+        length: positions that each document must fill. Up to `windows` runs of that size are kept, which do not
+            overlap and are evenly spaced from the document's start to its end; one window is at the start. None:
+            whole documents, all that have a token to score.
+        min_tokens: tokens that each document must have at least, besides.
 
     Raises:
         ConfigError: fewer documents than asked for are long enough, or none is.
@@ -178,18 +178,18 @@ def batches(windows: Sequence[Window], size: Callable[[Window], int]) -> Iterato
 
 def perplexity(total: float, count: float) -> float | None:
     """exp(total / count), of nats; None where that is not finite, since JSON has no such number."""
-    if not count or not math.isfinite(total) or total / count > 700:
+    if not count or not math.isfinite(total) or total / count > 700:  # exp overflows float64 above 709
         return None
     return math.exp(total / count)
 
 
 def terms(nats: Sequence[Nats], targets: Sequence[Nats], weighting: str = "token") -> tuple[Nats, Nats]:
-    """What each document adds above and below the fraction whose exponential is the perplexity, two arrays [documents].
+    """Numerators and denominators of documents, two arrays [documents]; exp of the ratio of sums is the perplexity.
 
     Args:
         nats, targets: per document, the sum over each of its windows [windows].
-        weighting: "token": nats over targets. "window": means of windows over the number of windows, so that a window
-            of one token weighs as much as one of thousands; the released code's.
+        weighting: "token": nats over targets. "window", as in the released code: means of windows over the number of
+            windows, so that a window of one token weighs as much as one of thousands.
     """
     if weighting == "window":
         means = [np.asarray(sums) / np.asarray(counts) for sums, counts in zip(nats, targets, strict=True)]
@@ -251,7 +251,7 @@ class LossFolder:
         return losses[:count] if len(losses) >= count else None
 
     def write(self, document: Document, begin: int, context: str, losses: Losses, head: int) -> None:
-        """Keep the losses of a piece, in one atomic step."""
+        """Store the losses of a piece, in one atomic step."""
         header = {"digest": document.digest, "first": str(begin + 1 - head), "context": context}
         content = safetensors.numpy.save({"nll": np.ascontiguousarray(losses, dtype=np.float32)}, header)
         write_atomic(self._file(document.digest, begin, context), content)

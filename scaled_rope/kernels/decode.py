@@ -1,13 +1,12 @@
 """Attention of a few queries over many keys that are rotated while they are read: the function and its torch twin.
 
-Shapes: B rows, H query heads, Hkv key heads (H/Hkv of the former share one of the latter), Q queries, K keys,
-D = head_dim, R <= D rotated dimensions (the first ones).
+Shapes: B rows, H query heads, Hkv key heads (each serves H/Hkv query heads), Q queries, K keys, D = head_dim,
+R <= D rotated dimensions (the first ones).
 
 Keys that are cached before rotation must be rotated whenever they are read. Rotating a cache in memory reads and writes
 it once more and reads tables that are as large as one head of it. Here neither happens. Positions of a row are
-consecutive, m = m0 + j in a block that begins at m0, so the rotation by m is one by j, the same in every block, after
-one by m0, which can be taken off the query: q·R(m0 + j)k = (R(m0)ᵀq)·(R(j)k). One table of a block's length serves all
-keys, and what is left of a key after its product with the query is never stored.
+consecutive, m = m0 + j in a block that begins at m0. R(j) is the same in every block, and R(m0) can be moved to the
+query: q·R(m0 + j)k = (R(m0)ᵀq)·(R(j)k). One table of a block's length serves all keys, and rotated keys are not kept.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.kernels.rotary import frequency_phases, kernel_backend, tables_from_phases
 
 BLOCK = 512
-"""Keys that the twin rotates at once: few enough for a cache of the processor, many enough to be worth a call."""
+"""Keys that the torch twin rotates at once: few enough to fit the processor's cache, many enough to be worth a call."""
 
 
 class DecodeAngles:
-    """Where queries and keys of one pass are, and how they turn: the same for all layers that rotate alike, made once.
+    """Rotation tables for the queries and keys of one pass, made once for all layers with the same frequencies.
 
     Args:
         inv_freq: [B, R/2] or [1, R/2], float32, radians per position.
@@ -43,7 +42,7 @@ class DecodeAngles:
             raise ConfigError(f"inv_freq {list(inv_freq.shape)}: must be [B or 1, R/2]")
         self.phases = frequency_phases(inv_freq)
         self.first_key = first_key
-        # That of the keys too, so that theirs need none; what is not rotated has no factor.
+        # Squared: queries carry the keys' factor too, whose tables then need none. Unrotated dimensions have no factor.
         factor = torch.as_tensor(attention_factor, device=inv_freq.device).float().reshape(-1, 1, 1) ** 2
         cos, sin = self._tables(query_positions)
         self.query = (cos * factor)[:, None], (sin * factor)[:, None]
@@ -54,7 +53,7 @@ class DecodeAngles:
 
     @functools.cached_property
     def within(self) -> tuple[Tensor, Tensor]:
-        """cos and sin within a block [B or 1, 1, BLOCK, R/2]."""
+        """cos and sin of the places within a block [B or 1, 1, BLOCK, R/2]."""
         cos, sin = self._tables(torch.arange(BLOCK, device=self.phases.device)[None])
         return cos[:, None], sin[:, None]
 
@@ -63,7 +62,7 @@ class DecodeAngles:
         return {}
 
     def bases(self, blocks: int) -> list[tuple[Tensor, Tensor]]:
-        """cos and sin [B or 1, 1, 1, R/2] for the beginning of each block."""
+        """cos and sin [B or 1, 1, 1, R/2] of the first position of each block."""
         if blocks not in self._bases:
             starts = self.first_key.reshape(-1, 1) + torch.arange(blocks, device=self.phases.device) * BLOCK
             cos, sin = (table[:, None, :, None] for table in self._tables(starts))
@@ -82,14 +81,14 @@ def rotary_decode(
     interleaved: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """softmax(scaling · R(n)q · R(m)k) v for queries at n and keys at consecutive m, neither rotated. No gradients.
+    """softmax(scaling · R(n)q · R(m)k) v for unrotated queries at n and unrotated keys at consecutive m. No gradients.
 
     Args:
         query: [B, H, Q, D].
         key, value: [B, Hkv, K, D] and [B, Hkv, K, Dv], of query's dtype.
-        angles: of those positions.
+        angles: the rotation tables of these positions.
         mask: [B or 1, 1, Q or 1, K], true (or 0, added to scores) where a query sees a key; None: the queries are the
-            last Q of K tokens and see what is not after them.
+            last Q of K tokens and see no later key.
         scaling: default D^(-1/2).
         interleaved: pair neighbours instead of halves.
         backend: see `kernel_backend`.
@@ -106,7 +105,7 @@ def rotary_decode(
     wanted = torch.promote_types(query.dtype, torch.float32)
     cos, sin = angles.query
     a, b, tail = _parts(query.to(wanted) * scale, cos.shape[-1], interleaved)
-    # Queries of heads that share keys lie side by side, [B, Hkv, H/Hkv·Q, D]; in each a, b and the rest.
+    # Queries of heads that share keys lie side by side, [B, Hkv, H/Hkv·Q, D]; D holds all a, all b, then the rest.
     turned = torch.cat((a * cos - b * sin, b * cos + a * sin, tail), dim=-1).reshape(batch, key.shape[1], -1, head_dim)
     if mask is None and count > 1:
         seen = torch.arange(key.shape[2] - count, key.shape[2], device=query.device)[:, None]
@@ -134,7 +133,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, phases: Tensor, mask: Tens
 
 
 def _parts(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """What is rotated together, [..., R/2] twice, and the rest of each head."""
+    """The first and second dimensions of the rotated pairs, [..., R/2] each, and the unrotated rest of each head."""
     if interleaved:
         return x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2], x[..., 2 * half :]
     return x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
@@ -147,7 +146,7 @@ def _boolean(mask: Tensor | None) -> Tensor | None:
 def _decode_torch(
     query: Tensor, key: Tensor, value: Tensor, angles: DecodeAngles, mask: Tensor | None, count: int, interleaved: bool
 ) -> Tensor:
-    """[B, Hkv, G, Dv] for queries [B, Hkv, G, D] that are rotated and scaled; G = H/Hkv · Q."""
+    """Attention [B, Hkv, G, Dv] of queries [B, Hkv, G, D] that are rotated and scaled already; G = H/Hkv · Q."""
     half, keys = angles.phases.shape[-1], key.shape[2]
     batch, key_heads, rows, head_dim = query.shape
     cos, sin = (table.to(query.dtype) for table in angles.within)
@@ -157,7 +156,7 @@ def _decode_torch(
     turned = query.new_empty(batch, key_heads, min(BLOCK, keys), head_dim)
     for start, (base_cos, base_sin) in zip(range(0, keys, BLOCK), bases, strict=True):
         size = min(BLOCK, keys - start)
-        # The transpose: the query goes back by what the whole block is ahead.
+        # R(m0)ᵀ, which rotates the query backwards: hence the signs.
         towards = torch.cat((a * base_cos + b * base_sin, b * base_cos - a * base_sin, tail), dim=-1)
         ka, kb, rest = _parts(key[:, :, start : start + size].to(query.dtype), half, interleaved)
         one, c, s = turned[:, :, :size], cos[:, :, :size], sin[:, :, :size]

@@ -3,8 +3,8 @@
 Decoding is bound by memory: of each key 2·D bytes are read (bf16) for 2·D·H/Hkv products. So a key is read once, by the
 program that also holds all queries that share it, rotated in registers and never written. The table of rotations within
 a block, [BLOCK_N, R/2], is made once per program, from 64-bit fractions of a turn (`angle_tables`), without a load;
-the block's own rotation is taken off the query, [G, R/2]. The keys of a row are cut into stretches, one program each,
-which keep their own softmax; what they found is merged by torch.
+the block's own rotation is moved to the query, [G, R/2]. The keys of a row are cut into stretches, one program each.
+Each program computes a softmax over its own stretch; torch merges the results.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from scaled_rope.kernels.rotary_triton import angle_tables
 BLOCK_N = 64
 
 
-# Of our own, because those of the library work in the interpreter only if it was chosen before triton was imported.
+# Triton's own library functions run in the interpreter only if it was chosen before triton was imported.
 @triton.jit
 def _add(a, b):
     return a + b
@@ -75,7 +75,7 @@ def decode_kernel(
     INTERLEAVED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Grid: (rows times key heads, stretches). ROWS queries [B, Hkv, ROWS, D] share the keys; COUNT of them a head."""
+    """Grid: (rows times key heads, stretches). ROWS queries [B, Hkv, ROWS, D] share the keys, COUNT from each head."""
     pair, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     b, h = (pair // KEY_HEADS).to(tl.int64), (pair % KEY_HEADS).to(tl.int64)
     g = tl.arange(0, BLOCK_G)
@@ -92,7 +92,7 @@ def decode_kernel(
         q_t = tl.load(source + 2 * HALF + t[None, :], mask=in_rows[:, None] & (t[None, :] < TAIL), other=0.0)
     kind = key.dtype.element_ty
     row_phases = phases + b * phases_stride_b
-    # Rotations within a block, the same for all of them.
+    # Rotations within a block, the same for every block.
     cos, sin = angle_tables(row_phases, n, 1.0, j, in_half)
     first = tl.load(first_key + b * first_stride_b).to(tl.int64)
     step = 2 if INTERLEAVED else 1
@@ -107,13 +107,14 @@ def decode_kernel(
         at = (start + n).to(tl.int64)
         valid = at < keys
         base_cos, base_sin = angle_tables(row_phases, first + start + tl.full((1,), 0, tl.int64), 1.0, j, in_half)
-        # The transpose: the query goes back by what the whole block is ahead.
+        # R(m0)ᵀ, which rotates the query backwards: hence the signs.
         to_a, to_b = q_a * base_cos + q_b * base_sin, q_b * base_cos - q_a * base_sin
         places = keys_here + at[:, None] * key_stride_n
         k_mask = valid[:, None] & in_half[None, :]
         a = tl.load(places + (j * step)[None, :] * key_stride_d, mask=k_mask, other=0.0).to(tl.float32)
         c = tl.load(places + (j * step + other_half)[None, :] * key_stride_d, mask=k_mask, other=0.0).to(tl.float32)
         k_a, k_b = (a * cos - c * sin).to(kind), (c * cos + a * sin).to(kind)
+        # "ieee": the default would round float32 to TF32.
         scores = tl.dot(to_a.to(kind), tl.trans(k_a), input_precision="ieee")
         scores += tl.dot(to_b.to(kind), tl.trans(k_b), input_precision="ieee")
         if TAIL > 0:
@@ -158,7 +159,7 @@ def launch(
     count: int,
     interleaved: bool,
 ) -> Tensor:
-    """[B, Hkv, G, Dv] float32 for queries [B, Hkv, G, D], float32, rotated and scaled; the mask is boolean."""
+    """Attention [B, Hkv, G, Dv], float32, of queries [B, Hkv, G, D], float32, rotated and scaled; a boolean mask."""
     batch, key_heads, rows, head_dim = query.shape
     keys, width, half = key.shape[2], value.shape[3], phases.shape[-1]
     tail = head_dim - 2 * half
@@ -195,7 +196,7 @@ def launch(
             KEY_HEADS=key_heads,
             ROWS=rows,
             COUNT=count,
-            BLOCK_G=max(16, triton.next_power_of_2(rows)),
+            BLOCK_G=max(16, triton.next_power_of_2(rows)),  # tl.dot takes no side shorter than 16
             HALF=half,
             HALF_BLOCK=max(16, triton.next_power_of_2(half)),
             TAIL=tail,
@@ -214,8 +215,8 @@ def launch(
 
 
 def splits_of(keys: int, rows: int, programs: int = 264, block: int = 64) -> int:
-    """Into how many stretches keys are cut, so that `rows` = B · Hkv of them keep a GPU busy.
+    """The number of stretches to cut the keys of each of `rows` = B · Hkv into, so that a GPU is kept busy.
 
-    programs: two for each multiprocessor of an H100. A stretch is at least four blocks.
+    programs: the programs wanted, two for each multiprocessor of an H100. A stretch is at least four blocks.
     """
     return max(1, min(math.ceil(programs / rows), math.ceil(keys / (4 * block))))

@@ -36,12 +36,12 @@ TURN = 2.0**64
 
 
 def kernel_backend(device: torch.device | str | None = None, backend: str = "auto") -> str:
-    """Which implementation runs on a device: "torch" or "triton".
+    """Return the implementation that runs on a device: "torch" or "triton".
 
     Args:
         device: None: the first GPU when there is one, else the CPU.
-        backend: "torch" or "triton" to insist; "auto": what `SCALED_ROPE_KERNEL` says, or else triton on a GPU where
-            it is installed.
+        backend: "torch" or "triton" to insist; "auto": the one that `SCALED_ROPE_KERNEL` names, or else triton on a
+            GPU where it is installed, or else torch.
 
     Raises:
         ConfigError: unknown name, or triton where it cannot run (it runs on a GPU, and on the CPU with
@@ -140,7 +140,7 @@ def apply_rotary_from_frequencies(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None, **options: Any) -> Tensor:
-    """`apply_rotary` for one tensor, as where cached keys are more than the queries; the same options."""
+    """`apply_rotary` for one tensor, for example when there are more cached keys than queries; the same options."""
     heads = 1 if x.dim() == 3 or options.get("heads_first", True) else 2
     return apply_rotary(x, x.narrow(heads, 0, 0), cos, sin, position_ids, **options)[0]
 
@@ -148,13 +148,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = No
 def frequency_phases(inv_freq: Tensor) -> Tensor:
     """Frequencies [R/2] in radians per position as int64 fractions of a turn, in units of 2^-64."""
     turns = inv_freq.double() / (2 * math.pi)
+    # Without whole turns, -1/2 to 1/2 is left, which a signed 64-bit number holds.
     return ((turns - torch.floor(turns + 0.5)) * TURN).round().long()
 
 
 def packed_position_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """Positions [1, tokens] that start from 0 in every document.
 
-    cu_seqlens: [documents + 1], where documents begin, then `tokens`; made without waiting for the GPU.
+    cu_seqlens: [documents + 1], the first token of each document, then `tokens`. Does not wait for the GPU.
     """
     index = torch.arange(tokens, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens.long(), index, right=True) - 1
@@ -252,12 +253,13 @@ def _check(
 def tables_from_phases(phases: Tensor, positions: Tensor, attention_factor: float) -> tuple[Tensor, Tensor]:
     """cos and sin [..., R/2] of phases [R/2] at integer positions [...], float32, as the Triton kernel makes them."""
     top = (positions.long()[..., None] * phases) >> 32  # a signed fraction of a turn, in units of 2^-32
-    quadrant = (top + 2**29) >> 30
+    quadrant = (top + 2**29) >> 30  # the nearest quarter turn
     x = (top - (quadrant << 30)).float() * (2 * math.pi / 2**32)  # at most π/4
     square = x * x
     # Taylor series; the first terms left out are under 2e-9.
     s = x * (1 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880)))))
     c = 1 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320 - square / 3628800))))
+    # In odd quadrants cos and sin change places; cos is negative in quadrants 1 and 2, sin in 2 and 3.
     odd = (quadrant & 1).bool()
     cos = torch.where(odd, s, c) * (1 - ((quadrant + 1) & 2))
     sin = torch.where(odd, c, s) * (1 - (quadrant & 2))
@@ -364,7 +366,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _, _, cos, sin, phases, position_ids, *flags = inputs
     ctx.save_for_backward(cos, sin, phases, position_ids)
     ctx.flags = flags
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # the gradient of an unused output is None, not a tensor of zeros
 
 
 def _backward(ctx: Any, q: Tensor | None, k: Tensor | None) -> tuple[Any, ...]:

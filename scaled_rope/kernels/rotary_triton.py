@@ -34,7 +34,7 @@ def angle_tables(phases, positions, attention_factor, j, in_half):
     phase = tl.load(phases + j, mask=in_half, other=0)
     # The product wraps around at 2^64, which is a whole turn. Its upper half is a signed fraction of a turn.
     top = ((positions[:, None] * phase[None, :]) >> 32).to(tl.int32)
-    quadrant = (top + 536870912) >> 30
+    quadrant = (top + 536870912) >> 30  # 2^29, an eighth of a turn: rounds to the nearest quarter
     x = (top - (quadrant << 30)).to(tl.float32) * 1.4629180792671596e-09  # 2π / 2^32
     square = x * x
     s = x * (1 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880)))))
@@ -68,8 +68,8 @@ def _rotate_heads(
     TAIL_BLOCK: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """Rotate every PARTS-th block of BLOCK_H heads; row, out_row: where tokens begin, [BLOCK_T, 1, 1]."""
-    # A constant number of turns, which is a constant for the compiler and for the interpreter.
+    """Rotate every PARTS-th block of BLOCK_H heads; row, out_row: offsets of the tokens in memory, [BLOCK_T, 1, 1]."""
+    # A constant number of iterations: bounds that differ by program fail in Triton 3.6's interpreter with NumPy 2.4.
     for turn in range((HEADS + PARTS * BLOCK_H - 1) // (PARTS * BLOCK_H)):
         head = ((turn * PARTS + part) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)[None, :, None]
         if HEADS % (PARTS * BLOCK_H) != 0:
@@ -149,7 +149,7 @@ def rotary_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Grid: (blocks of tokens, parts of the heads). A table's row is that of the token's row plus its position."""
+    """Grid: (blocks of tokens, parts of the heads). A token reads the table of its row of the batch at its position."""
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     valid = token < tokens
     b, t = (token // seq_len).to(tl.int64), (token % seq_len).to(tl.int64)
@@ -163,7 +163,7 @@ def rotary_kernel(
         known = (position >= 0) & (position < table_rows)
         at = (b * table_stride_b + position * table_stride_t)[:, None] + j[None, :]
         mask = (valid & known)[:, None] & in_half[None, :]
-        # A position that the table does not hold must not pass for one that it does.
+        # A position outside the table gives NaN, so that it cannot pass for a right one.
         cos = tl.load(cos_table + at, mask=mask, other=float("nan"))
         sin = tl.load(sin_table + at, mask=mask, other=float("nan"))
     else:
@@ -188,12 +188,12 @@ def rotary_kernel(
 def blocks(tokens: int, q_heads: int, k_heads: int, half: int, heads_first: bool) -> tuple[int, int, int, int]:
     """BLOCK_T, BLOCK_H, parts of the heads, and warps for a shape.
 
-    heads_first: whether the heads of a token lie further apart in memory than its neighbours. Blocks then run along
-    tokens, otherwise along the heads, which lie side by side; a block never covers heads that are not there.
+    heads_first: whether the heads of a token lie further apart in memory than neighbouring tokens. Blocks then run
+    along tokens, otherwise along the heads, which lie side by side; a block never covers heads that do not exist.
     """
     rows = max(1, TILE // triton.next_power_of_2(half))
     common = math.gcd(q_heads, k_heads)
-    block_h = 1 if heads_first else min(common & -common, rows, 16)
+    block_h = 1 if heads_first else min(common & -common, rows, 16)  # the largest power of two that divides `common`
     block_t = min(rows // block_h, triton.next_power_of_2(tokens))
     programs = triton.cdiv(tokens, block_t)
     # A power of two, so that few versions of the kernel are compiled as T changes.
@@ -218,10 +218,10 @@ def launch(
     interleaved: bool,
     inverse: bool,
 ) -> None:
-    """Rotate q and k into q_out and k_out, which may be q and k; arguments as the operator has them, checked before.
+    """Rotate q and k into q_out and k_out, which may be q and k. The operator's other arguments, already checked.
 
     Raises:
-        ConfigError: 2^31 tokens and more.
+        ConfigError: 2^31 tokens or more.
     """
     token_axis, head_axis = (2, 1) if heads_first else (1, 2)
     batch, seq_len, head_dim = q.shape[0], q.shape[token_axis], q.shape[3]
@@ -229,7 +229,7 @@ def launch(
     if tokens >= 2**31:
         raise ConfigError(f"tokens={tokens}: must be below 2^31 in one call")
     half = (cos if cos is not None else phases).shape[-1]  # type: ignore[union-attr]
-    tail = 0 if q_out is q else head_dim - 2 * half
+    tail = 0 if q_out is q else head_dim - 2 * half  # in place, the dimensions that are not rotated stay
     larger = q if q_heads else k
     apart = larger.stride(head_axis) > larger.stride(token_axis)
     block_t, block_h, parts, warps = blocks(tokens, q_heads, k_heads, half, apart)

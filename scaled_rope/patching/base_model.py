@@ -1,4 +1,4 @@
-"""Where a model of transformers keeps its rotary module."""
+"""Find the rotary module in a model of transformers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.patching.families import ADAPTERS
 
 ROTARY = "rotary_emb"
-"""The name of the rotary module on the base model, the part of a model that makes hidden states."""
+"""The name of the rotary module on the base model, the part of a model that computes hidden states."""
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
-    """The part of `model` that makes hidden states, whatever wraps it; of a multimodal model, that for text."""
+    """Return the part of `model` that computes hidden states, inside any wrapper; in a multimodal model, that for text.
+
+    Raises:
+        ConfigError: there is no such part with RoPE, or there are several.
+    """
     bases = [
         module for module in model.modules() if isinstance(module, PreTrainedModel) and module.base_model is module
     ]
@@ -35,7 +39,7 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 
 def device_of(rotary: nn.Module) -> torch.device:
-    """Where a rotary module, of a family or ours, has its frequencies."""
+    """The device that holds the frequencies of a rotary module, of a family or ours."""
     buffer = next(rotary.buffers(), None)
     inv_freq: Any = buffer if buffer is not None else rotary.inv_freq
     device: torch.device = inv_freq.device

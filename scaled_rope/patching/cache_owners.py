@@ -1,9 +1,9 @@
-"""What a patched model knows of the key/value caches that it filled: who filled them, and what they hold.
+"""Notes on the key/value caches that a patched model filled: which patch filled them, and what they hold.
 
-A cache of transformers holds keys and no word about how they were rotated, so the model keeps a `CacheContents` on it:
-which patch filled it, where its tokens are, and what they were. It goes with the cache wherever that goes (copies,
-pickles), and what changes the cache (beam search, cropping) changes it too: the cache's class is exchanged for a
-subclass that sees to it.
+A cache of transformers holds keys but does not say how they were rotated, so the model keeps a note on it, a
+`CacheContents`: which patch filled it, the positions of its tokens, and where needed the tokens. Copies and pickles of
+the cache have the note too, and operations on the cache (beam search, cropping) update it: the cache's class is
+exchanged for a subclass that does this.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ _CONTENTS = "_scaled_rope_contents"
 
 @dataclass(frozen=True)
 class CacheOwner:
-    """Who fills caches: one `patch_model` of one model, and copies of that model."""
+    """Identifies the patch that fills caches: one `patch_model` call on one model, and copies of that model."""
 
     label: str
-    """The scaling, as messages name it."""
+    """The name of the scaling, for messages."""
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 @dataclass
 class CacheContents:
-    """What a cache holds. Tensors have one row for each of the cache's, or one for all."""
+    """A note on the contents of a cache. Tensors have one row for each row of the cache, or one for all."""
 
     owner: CacheOwner
     length: int
-    """Tokens in every row, padding included."""
+    """Number of tokens in every row, padding included."""
     offset: Tensor | None = None
     """[B or 1], int64: the position of token j of a row is its offset + j, negative for padding on the left. None:
-    positions are not of that kind."""
+    positions are not consecutive."""
     inputs: list[tuple[str, Tensor]] = field(default_factory=list)
-    """The tokens themselves where they are kept, in pieces [B, T, ...] with the argument that each was given as."""
+    """The tokens, where they are kept, in pieces [B, T, ...], each with the name of the argument that it came as."""
     scale: Tensor | None = None
-    """[B or 1]: the scale that the keys were rotated with, where that changes."""
+    """[B or 1]: the scale that the keys were rotated with, where it can change."""
 
     def _rows(self, change: Any) -> None:
         def of(rows: Tensor) -> Tensor:
@@ -56,15 +56,15 @@ class CacheContents:
         self.inputs = [(name, change(rows)) for name, rows in self.inputs]
 
     def reorder(self, rows: Tensor) -> None:
-        """Row i becomes what row rows[i] was."""
+        """Replace row i by the former row rows[i]."""
         self._rows(lambda table: table[rows.to(table.device)])
 
     def repeat(self, times: int) -> None:
-        """Each row is followed by its copies."""
+        """Repeat each row `times` times, copies next to each other."""
         self._rows(lambda table: table.repeat_interleave(times, dim=0))
 
     def cut(self, length: int) -> None:
-        """Only the first `length` tokens stay."""
+        """Keep only the first `length` tokens."""
         self.length = length
         pieces, self.inputs = self.inputs, []
         for name, rows in pieces:
@@ -72,31 +72,31 @@ class CacheContents:
             length -= min(length, rows.shape[1])
 
     def extend(self, name: str, rows: Tensor) -> None:
-        """Keep more tokens. Token ids are joined to those before; embeddings, which are large, are left as they are."""
+        """Add tokens. Ids are joined to earlier ids; embeddings, which are large, stay separate pieces."""
         if self.inputs and self.inputs[-1][0] == name == "input_ids":
             rows = torch.cat((self.inputs.pop()[1], rows), dim=1)
         self.inputs.append((name, rows))
 
 
 def contents_of(cache: Any) -> CacheContents | None:
-    """What is known of a cache, or None where no patched model filled it."""
+    """Return the note on a cache, or None if no patched model filled it."""
     contents: CacheContents | None = vars(cache).get(_CONTENTS)
     return contents
 
 
 def leave_contents(cache: Cache, contents: CacheContents) -> None:
-    """Keep on a cache what it holds, in place of what was kept there."""
+    """Put a note on a cache, in place of any earlier one."""
     vars(cache)[_CONTENTS] = contents
     exchange_class(cache, _KeepsContents)
 
 
 def length_of(cache: Any) -> int:
-    """Tokens in each row of a cache; caches of fixed size hold it as a tensor that goes on counting."""
+    """The number of tokens in each row of a cache, as an int: caches of fixed size return a tensor that changes."""
     return int(cache.get_seq_length())
 
 
 def check_owner(cache: Any, owner: CacheOwner) -> CacheContents | None:
-    """What is known of a cache that holds something, if this patch filled it; None where nothing is known.
+    """Return the note on a cache that is not empty, once it is clear that this patch filled it; None without a note.
 
     Raises:
         ConfigError: another patch filled the cache, or something else has changed it since.
@@ -119,10 +119,15 @@ def check_owner(cache: Any, owner: CacheOwner) -> CacheContents | None:
 
 
 def require_contents(cache: Any, contents: CacheContents | None, why: str = "") -> None:
-    """Refuse a cache that holds something and of which nothing is known, for a model that needs keys before rotation.
+    """Raise an error for a cache without a note, on behalf of a model that needs keys before rotation.
+
+    Args:
+        cache: one that is not empty.
+        contents: the note on it, or None.
+        why: a clause about rotated keys, for the message.
 
     Raises:
-        ConfigError: with `why` at its end, a clause about rotated keys.
+        ConfigError: there is no note.
     """
     if contents is None:
         raise ConfigError(
@@ -132,7 +137,7 @@ def require_contents(cache: Any, contents: CacheContents | None, why: str = "") 
 
 
 def check_device(cache: Any, device: torch.device) -> None:
-    """Refuse a cache that cannot work where the model is.
+    """Raise an error for a cache that cannot work on the model's device.
 
     Raises:
         ConfigError: it keeps its layers on the CPU between uses, which transformers can do with CUDA alone.
@@ -145,7 +150,7 @@ def check_device(cache: Any, device: torch.device) -> None:
 
 
 class _KeepsContents:
-    """What a cache's class is given in front, so that what is known of it stays right."""
+    """Methods that come before those of a cache's class, and keep the note on the cache up to date."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]

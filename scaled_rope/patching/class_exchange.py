@@ -1,7 +1,7 @@
-"""Give one object other methods than its class has, and let its copies and pickles keep them.
+"""Override methods of a single object, also in its copies and pickles.
 
 Caches get methods that keep track of what they hold (`cache_owners`), configs one that lets them be saved
-(`saved_config`). The object's class is exchanged for a subclass of the same name, so `isinstance` goes on to work.
+(`saved_config`). The object's class is exchanged for a subclass of the same name, so `isinstance` still works.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def exchange_class(instance: Any, methods: type[Any]) -> None:
-    """Put the methods of a class in front of an object's own; once, however often it is called.
+    """Let the methods of a class override those of an object. A second call changes nothing.
 
     methods: a class at the top of a module, without state of its own.
     """
@@ -30,7 +30,7 @@ def _subclass(family: Any, methods: Any) -> Any:
 
 
 def _revive(family: Any, methods: Any, state: dict[str, Any]) -> Any:
-    """A copied or unpickled object."""
+    """Make a copied or unpickled object."""
     instance = object.__new__(_subclass(family, methods))
     vars(instance).update(state)
     return instance

@@ -1,14 +1,14 @@
 """Rotate after the cache: keys are cached as they are before rotation, and rotated when attention reads them.
 
-What a key's rotation is may change as the text grows: with every token under dynamic scaling (section 3.3 of the YaRN
+The rotation of a key may change as the text grows: with every token under dynamic scaling (section 3.3 of the YaRN
 paper), and with the query that reads it in methods that change attention itself. So in a pass that has a cache, the
-call of `apply_rotary_pos_emb` in each attention module does nothing, any cache stores what it is given, and where the
-module asks transformers' attention interface for its backend it gets a function of ours instead, which
-is handed queries and keys unrotated, with their positions, and has the backend.
+call of `apply_rotary_pos_emb` in each attention module does nothing, and a cache of any class stores the unrotated
+keys. Where the module asks transformers' attention interface for its backend, it gets a function of ours instead. This
+receives unrotated queries and keys, knows their positions, rotates them and calls the backend.
 
 Positions of keys are not stored. Tokens of a row have consecutive positions, so those of cached keys follow from the
-row's offset, and caches say themselves which stretch of a row they hand out (`get_mask_sizes`, on which transformers
-builds its masks): all of it, the part in a window, or a buffer of fixed size of which the end is not yet written.
+row's offset, and caches say which stretch of a row they return (`get_mask_sizes`, on which transformers builds its
+masks): all of it, the part in a window, or a buffer of fixed size of which the end is not yet written.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from scaled_rope.patching.rotary_kernel import pairing_of
 
 
 def rotate_both(call: AttentionCall, layer: LayerRotation, backend: AttentionFunction) -> tuple[Tensor, Tensor | None]:
-    """Attention of one layer in one pass: queries and all keys rotated at the scale of the row's present length, then
-    the module's backend; or both at once where a few queries read many keys.
+    """Attention of one layer in one pass: rotate queries and all keys at the scale of the row's present length, then
+    call the module's backend; or do both at once where a few queries read many keys.
 
     Args:
-        call: queries, and all keys that the cache hands out, none of them rotated.
-        layer: positions of queries and keys, and what rotates them.
+        call: queries, and all keys that the cache returns, none of them rotated.
+        layer: positions of queries and keys, and the rotary module.
         backend: the module's own, by its config.
 
     Returns:
@@ -54,13 +54,16 @@ def rotate_both(call: AttentionCall, layer: LayerRotation, backend: AttentionFun
 
 
 FEW = 16
-"""Most queries of a pass that rotates keys while it reads them."""
+"""The most queries for which keys are rotated while they are read (`rotary_decode`)."""
 _FUSED = ("sdpa", "sdpa_blocked", "blockwise", "flash_attention_2", "flash_attention_3", "flash_attention_4")
-"""Backends that compute plain attention, which the kernel may do in their place."""
+"""Backends that compute plain attention, so that `rotary_decode` may take their place."""
 
 
 def _decodable(call: AttentionCall, layer: LayerRotation) -> tuple[Tensor | None] | None:
-    """What a query sees, [B or 1, 1, Q or 1, K] or None for all before it, in a tuple; None: not for the kernel."""
+    """Return the mask for `rotary_decode` in a tuple, or None if it cannot compute this call.
+
+    The mask is [B or 1, 1, Q or 1, K], or None where a query sees all keys before it.
+    """
     config: Any = getattr(call.module, "config", None)
     mask, count, keys = call.attention_mask, call.query.shape[2], call.key.shape[2]
     if layer.first_key is None or count > FEW or getattr(config, "_attn_implementation", None) not in _FUSED:
@@ -71,7 +74,7 @@ def _decodable(call: AttentionCall, layer: LayerRotation) -> tuple[Tensor | None
         return None
     if call.options.get("is_causal") is False or not getattr(call.module, "is_causal", True):
         return None
-    # Some backends are told of windows only here.
+    # Some backends learn of the window from this option alone, and get no mask for it.
     if (window := call.options.get("sliding_window")) is not None and keys > window and not _is_whole(mask):
         return None
     if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == 0):
@@ -82,41 +85,41 @@ def _decodable(call: AttentionCall, layer: LayerRotation) -> tuple[Tensor | None
 
 
 def _is_whole(mask: Any) -> bool:
-    """Whether a mask says for each query what it sees."""
+    """Whether a mask has entries for each query, [B or 1, 1, Q, K]."""
     return isinstance(mask, Tensor) and mask.dim() == 4
 
 
 @dataclass(frozen=True)
 class LayerRotation:
-    """Positions in one layer of one pass, and what rotates them."""
+    """The positions of queries and keys in one layer of one pass, and the rotary module that rotates them."""
 
     query_positions: Tensor
     """[B, Q] or, where all rows have the same, [1, Q]."""
     key_positions: Tensor
-    """[B, K] or [1, K]. Of padding on the left they are negative or arbitrary; the mask hides it, as what lies behind
-    the last query in a buffer of fixed size."""
+    """[B, K] or [1, K]. Negative or arbitrary for padding on the left, which the mask hides, as it hides what comes
+    after the last query in a buffer of fixed size."""
     seq_len: Tensor
     """[B] or [1]: l', the length of each row after this pass."""
     rotary: ScaledRotaryEmbedding
     interleaved: bool
-    """Whether neighbours are rotated together instead of halves."""
+    """Whether pairs are neighbouring dimensions instead of halves."""
     tables_of: Callable[[ScaledRotaryEmbedding, Tensor, Tensor], tuple[Tensor, Tensor]]
     """(rotary, positions, seq_len) -> cos and sin, made once for all layers of a pass."""
     angles_of: Callable[[LayerRotation], DecodeAngles]
-    """What the kernel is told of positions, likewise."""
+    """(this layer) -> the tables for `rotary_decode`, made once for all layers of a pass that share them."""
     first: int = 0
-    """Which token of a row is the first key."""
+    """Index of the first key among the tokens of a row."""
     first_key: Tensor | None = None
     """[B] or [1]: the position of the first key, from which the others follow one by one; None in a first pass."""
     length: int = 0
-    """How many keys are no more than what a row holds, without an unwritten end."""
+    """Number of keys up to the last token of a row, without the unwritten end of a buffer of fixed size."""
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B or 1, T, R/2], float32, at this pass's scale."""
         return self.tables_of(self.rotary, positions, self.seq_len)
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Heads [B, H, T, D] rotated by positions [B or 1, T], the first R dimensions of each."""
+        """Rotate the first R dimensions of heads [B, H, T, D] by positions [B or 1, T]."""
         cos, sin = self.tables(positions)
         wanted = torch.promote_types(x.dtype, torch.float32)
         return rotate(x, cos.to(wanted), sin.to(wanted), interleaved=self.interleaved)
@@ -127,22 +130,24 @@ class DeferredPass:
     """A forward pass of a base model in which keys are rotated when they are read."""
 
     positions: Tensor
-    """[B or 1, Q]: those of its queries."""
+    """[B or 1, Q]: the positions of its queries."""
     start: int
-    """Tokens in the cache before it."""
+    """Number of tokens in the cache before the pass."""
     offset: Tensor | None
     """[B or 1], see `CacheContents.offset`; None: the positions are not consecutive."""
     rotary: ScaledRotaryEmbedding | LayeredRotaryEmbedding
     cache: Any
-    """The cache that it was given, if any."""
+    """The cache that the pass was given, if any."""
     layer_types: list[str] | None
     dropped: tuple[int, ...]
-    """Layers that are to work without rotation."""
+    """Indices of layers that work without rotation."""
     seq_len: Tensor = field(init=False)
+    """[B] or [1]: l', the length of each row after this pass."""
     pending: tuple[Tensor, Tensor] | None = None
-    """The queries and keys that the next call of attention is to rotate."""
+    """Queries and keys that the next call of attention has to rotate."""
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """By layer: how many keys the cache hands out, and which token is the first, before the layer changes that."""
+    """Layer -> the number of keys that the cache will return in this pass, and the index of the first among the tokens
+    of a row. Asked before the pass, since each layer changes the answer."""
     _keys: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _angles: dict[tuple[int, int], DecodeAngles] = field(default_factory=dict)
@@ -155,10 +160,10 @@ class DeferredPass:
         return self.positions.shape[1]
 
     def key_positions(self, layer: int, count: int) -> Tensor:
-        """Positions of the keys that a layer's attention is given.
+        """Positions of the `count` keys that a layer's attention is given.
 
         Raises:
-            ConfigError: a cache that hands out other keys than it says.
+            ConfigError: the cache returned another number of keys than it had said.
         """
         said, first = self.sizes.get(layer, (self.tokens, 0))
         if count != said:
@@ -172,14 +177,14 @@ class DeferredPass:
 
     def _key_positions(self, first: int, count: int) -> Tensor:
         if self.start == 0 and first == 0:
-            # All keys are those of this pass, and what is left of a buffer of fixed size.
+            # The keys of this pass, then those of the unwritten end of a buffer of fixed size, which the mask hides.
             more = torch.arange(1, count - self.tokens + 1, device=self.positions.device)
             return torch.cat((self.positions, self.positions[:, -1:] + more), dim=1) if len(more) else self.positions
         assert self.offset is not None  # checked when the pass began
         return self.offset[:, None] + torch.arange(first, first + count, device=self.offset.device)
 
     def rotary_of(self, module: nn.Module) -> ScaledRotaryEmbedding:
-        """What rotates in the layer of an attention module."""
+        """The rotary module for the layer of an attention module."""
         if isinstance(self.rotary, ScaledRotaryEmbedding):
             return self.rotary
         assert self.layer_types is not None
@@ -188,7 +193,7 @@ class DeferredPass:
         return rotary
 
     def angles(self, layer: LayerRotation) -> DecodeAngles:
-        """What the kernel is told of positions, made once for layers that share it."""
+        """The tables for `rotary_decode`, made once for layers that share them."""
         assert layer.first_key is not None
         key = (id(layer.rotary), layer.first)
         if key not in self._angles:
@@ -197,7 +202,7 @@ class DeferredPass:
         return self._angles[key]
 
     def tables(self, rotary: ScaledRotaryEmbedding, positions: Tensor, seq_len: Tensor) -> tuple[Tensor, Tensor]:
-        """Tables of positions that layers share are made once."""
+        """cos and sin of positions in rows of given lengths; made once for positions that layers share."""
         known = any(positions is one for one in (self.positions, *self._keys.values())) and seq_len is self.seq_len
         if not known:
             return rotary.tables(positions, seq_len)
@@ -220,14 +225,14 @@ def begin_deferred(
     contents: CacheContents | None,
     dropped: tuple[int, ...],
 ) -> DeferredPass:
-    """A pass of a base model that is about to run.
+    """Return the state for a pass of a base model that is about to run.
 
     Args:
         position_ids: [B or 1, Q].
-        contents: what is known of a cache that holds something.
+        contents: the note on a cache that is not empty.
 
     Raises:
-        ConfigError: positions that do not go on from those in the cache; a cache that cannot say what it hands out.
+        ConfigError: positions that do not continue those in the cache; a cache that cannot say which keys it returns.
     """
     config: Any = base.config
     start = contents.length if contents is not None else 0
@@ -263,13 +268,13 @@ def begin_deferred(
 
 
 def offset_of(position_ids: Tensor, start: int) -> Tensor | None:
-    """Offsets [B or 1] of rows whose tokens from `start` have these positions, None if they are not consecutive."""
+    """Offsets [B or 1] of rows whose tokens from `start` on have these positions; None if they are not consecutive."""
     offset, consecutive = _offset(position_ids, start)
     return offset if consecutive else None
 
 
 def _offset(position_ids: Tensor, start: int) -> tuple[Tensor, bool]:
-    """Offsets [B or 1] by each row's last token, and whether all others agree or are padding on the left."""
+    """Offsets [B or 1] by each row's last token, and whether all other tokens agree or are padding on the left."""
     end = start + position_ids.shape[1]
     offset = position_ids[:, -1] - (end - 1)
     if position_ids.shape[1] == 1:
@@ -292,7 +297,7 @@ def defer_rotation(base: nn.Module, layout: Layout, half: int) -> tuple[list[nn.
         layout, half: as in `scaled_rope.patching.rotary_kernel.fused_rotation`.
 
     Returns:
-        The modules and "", or none and why the family's attention cannot do it, in a few words.
+        The modules and "", or an empty list and the reason, in a few words, why the family's attention cannot do it.
     """
     interleaved, reason = pairing_of(base, layout, half)
     if interleaved is None:
@@ -311,7 +316,7 @@ def defer_rotation(base: nn.Module, layout: Layout, half: int) -> tuple[list[nn.
 
 
 def rotate_before_cache(modules: list[nn.Module]) -> None:
-    """Undo `defer_rotation`, and what had been bound under `APPLY` before."""
+    """Undo `defer_rotation`, and any other binding of `APPLY`."""
     for module in modules:
         rebind(module, APPLY, None)
         rebind(module, INTERFACE, None)
@@ -329,14 +334,14 @@ def _deferring(now: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple
 
 
 class _Interface:
-    """In place of transformers' registry of backends, in one attention module."""
+    """Stands in for transformers' registry of attention backends in one attention module."""
 
     def __init__(self, functions: Any, interleaved: bool) -> None:
         self.functions = functions
         self.interleaved = interleaved
 
     def get_interface(self, name: str, default: AttentionFunction) -> AttentionFunction:
-        """The backend of that name, or, where queries and keys wait for their rotation, what stands in for it."""
+        """Return the backend of that name or, if queries and keys wait for rotation, a function that rotates first."""
         backend: AttentionFunction = self.functions.get_interface(name, default)
         current = _current()
         if current is None or current.pending is None:
@@ -379,13 +384,14 @@ def _attend(call: AttentionCall, interleaved: bool, backend: AttentionFunction) 
 
 
 _ALIKE = 0.998
-"""Least cosine between heads on their way to attention. A cache of 8-bit floats moves it from 1 by less than 0.001."""
+"""Least cosine between a head before rotation and as attention gets it. 8-bit floats lower it from 1 by under 0.001."""
 
 
 def _check_untouched(module: nn.Module, handed: Tensor, arrived: Tensor) -> None:
-    """Nothing may come between rotation and attention that a later rotation would not undo; a factor per token may.
+    """Raise a ConfigError if a module changes heads between rotation and attention by more than a factor per token.
 
-    Looked at in the first pass of each cache, at the last token alone, which costs next to nothing.
+    Rotating after such a change would give other results. Only the last token is looked at, in the first pass of each
+    cache, which costs next to nothing.
     """
     if arrived.is_meta:
         return

@@ -1,4 +1,4 @@
-"""One row per model type, and detection of the others."""
+"""Model families: one row per known model type, and detection of others by their rotary module."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from scaled_rope.scaling.hf_config import PRIMARY_LAYER_TYPE, SOFTMAX_MSCALE_FAM
 
 @dataclass(frozen=True)
 class Adapter:
-    """What differs between model families. The defaults are the common layout: one rotary module `rotary_emb` on the
-    base model that is called as rotary_emb(x, position_ids) and returns (cos, sin) over the rotated dimensions."""
+    """The properties that differ between model families. The defaults are the common layout: one rotary module
+    `rotary_emb` on the base model, called as rotary_emb(x, position_ids), that returns (cos, sin) over the rotated
+    dimensions."""
 
     layout: Layout = "halves"
     float32_tables: bool = False
-    """Whether attention wants float32 tables whatever the model's dtype."""
+    """Whether attention takes float32 tables whatever the model's dtype."""
     per_layer_type: bool = False
-    """Whether the module is called with a layer type, and `rope_parameters` is nested by it."""
+    """Whether the rotary module is called with a layer type, and `rope_parameters` is nested by layer type."""
     partial_rotary: bool = False
     """Whether attention can rotate a part of each head only."""
     layers: str = "layers"
@@ -35,12 +36,13 @@ class Adapter:
     rope_flags: str = ""
     """The config field that holds, layer by layer, whether the layer uses RoPE."""
     rope_layer_type: str = ""
-    """The only layer type that uses RoPE."""
+    """The only layer type that uses RoPE; empty when all do."""
     rope_window: str = ""
     """The config field that, when null, makes all layers use RoPE in spite of `rope_layer_type`."""
 
 
 _PARTIAL = Adapter(partial_rotary=True)
+# With a sliding window, EXAONE's layers of full attention have no RoPE.
 _EXAONE = Adapter(rope_layer_type="sliding_attention", rope_window="sliding_window")
 ADAPTERS: dict[str, Adapter] = {
     "afmoe": Adapter(rope_layer_type="sliding_attention"),
@@ -81,10 +83,10 @@ def head_dim_of(config: Any) -> int:
 
 
 def adapter_of(config: Any, rotary: nn.Module | None = None) -> Adapter:
-    """The adapter of a family, by name or, given its rotary module, by what that returns.
+    """Return the adapter of a family, by its name or, given its rotary module, by the tables that this returns.
 
     Raises:
-        ConfigError: not recognised, or a model that does not use its rotary module.
+        ConfigError: the family is not recognised, or the model does not use its rotary module.
     """
     adapter = ADAPTERS.get(config.model_type)
     if adapter is None and rotary is not None:
@@ -97,7 +99,7 @@ def adapter_of(config: Any, rotary: nn.Module | None = None) -> Adapter:
 
 
 def detect_adapter(config: Any, rotary: nn.Module) -> Adapter | None:
-    """The adapter of a standard rotary module of transformers by what it returns for a few positions, or None."""
+    """Return the adapter that fits the tables of a standard rotary module of transformers, or None."""
     rope = getattr(config, "rope_parameters", None)
     if not isinstance(rope, dict) or "RotaryEmbedding" not in type(rotary).__name__:
         return None
@@ -115,8 +117,8 @@ def detect_adapter(config: Any, rotary: nn.Module) -> Adapter | None:
 
 
 def _probe(rotary: nn.Module, layer_type: str | None) -> Adapter | None:
-    """The adapter that a rotary module's tables for positions 0, 1 and 3 speak for."""
-    # A copy: the module's own memory of lengths, if it has one, must not learn of the probe.
+    """Return the adapter that fits a rotary module's tables at positions 0, 1 and 3, or None."""
+    # A copy: a module that remembers the longest length seen must not remember the probe's.
     probe: Any = copy.deepcopy(rotary)
     more = () if layer_type is None else (layer_type,)
     prefix = "" if layer_type is None else f"{layer_type}_"
@@ -131,7 +133,7 @@ def _probe(rotary: nn.Module, layer_type: str | None) -> Adapter | None:
         return None  # whatever it wants, it is not the common layout
     if not isinstance(cos, Tensor) or not isinstance(sin, Tensor) or _takes_axes(probe, x, positions, more):
         return None
-    # What it computes with for so short a text, which need not be what a longer one left behind.
+    # Read again after the call, which may have replaced frequencies that a longer text left behind.
     inv_freq = getattr(probe, f"{prefix}inv_freq")
     angles = positions[..., None].float() * inv_freq.float()
     scale = float(getattr(probe, f"{prefix}attention_scaling", 1.0))
@@ -142,6 +144,7 @@ def _probe(rotary: nn.Module, layer_type: str | None) -> Adapter | None:
     }
     for layout, lay_out in layouts.items():
         wanted = lay_out(angles.cos() * scale), lay_out(angles.sin() * scale)
+        # 0.02: the module rounds its tables to bfloat16, by up to 0.002 of `scale`.
         if all(
             table.shape == right.shape and torch.allclose(table.float(), right, rtol=0, atol=0.02 * scale)
             for table, right in zip((cos, sin), wanted, strict=True)
@@ -166,7 +169,7 @@ def _takes_axes(rotary: Any, x: Tensor, positions: Tensor, more: tuple[str, ...]
 
 
 def layers_without_rope(config: Any) -> list[int]:
-    """Indices of the layers of a family that use no rotary embedding by design."""
+    """Indices of the layers that have no rotary embedding in a family's own design."""
     adapter = ADAPTERS.get(config.model_type, Adapter())
     if adapter.rope_flags:
         return [index for index, used in enumerate(getattr(config, adapter.rope_flags) or ()) if not used]
@@ -176,18 +179,21 @@ def layers_without_rope(config: Any) -> list[int]:
 
 
 def rope_layer_type(config: Any, adapter: Adapter) -> str:
-    """The only layer type that uses RoPE in this model; empty when none is alone in that."""
+    """The only layer type that uses RoPE in this model; empty when all do."""
     everywhere = adapter.rope_window and getattr(config, adapter.rope_window, None) is None
     return "" if everywhere else adapter.rope_layer_type
 
 
 def layer_types_of(config: Any) -> list[str]:
-    """The distinct layer types of a model, in the order of their first layers; empty when it has no such thing."""
+    """The distinct layer types of a model, in the order of their first layers; empty when its config lists none."""
     return list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
 
 
 def check_softmax_scale(config: Any) -> None:
-    """A softmax scale that attention took from the RoPE parameters when it was built would stay when they change."""
+    """Raise a ConfigError if attention took its softmax scale from the RoPE parameters when it was built.
+
+    A patch could not change that scale.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
     given = rope.get("mscale_all_dim") if rope.get("rope_type") != "default" else None
     if given and config.model_type in SOFTMAX_MSCALE_FAMILIES:

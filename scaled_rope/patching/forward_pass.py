@@ -1,6 +1,7 @@
-"""What is known of the forward pass of a patched base model while it runs: one object, in one context variable.
+"""The state of a patched base model's forward pass while it runs: one object, in one context variable.
 
-The variable and not the model holds it, so that copies of models, threads and models that call each other don't meet.
+It is in the variable and not on the model, so that copies of models, threads and models that call each other do not
+interfere.
 """
 
 from __future__ import annotations
@@ -17,24 +18,24 @@ from torch import Tensor
 
 @dataclass
 class ForwardPass:
-    """A forward pass between its two hooks (`pass_hooks`), or only the lengths that the passes to come shall have."""
+    """A forward pass between its two hooks (`pass_hooks`), or only the row lengths for passes to come (`lengths`)."""
 
     seq_len: Tensor | None = None
-    """[B]: the lengths of the rows where they are not what positions say, see `lengths`."""
+    """[B]: the lengths of the rows where they do not follow from positions, see `lengths`."""
     hooks: object = None
     """The hooks that began the pass and end it; None where no pass has begun."""
     positions: Tensor | None = None
-    """[B or 1, Q]: those of its queries, where frequencies depend on the length."""
+    """[B or 1, Q]: the positions of its queries, where frequencies depend on the length."""
     cache: Any = None
-    """The cache that it was given, if any."""
+    """The cache that the pass was given, if any."""
     contents: Any = None
-    """What is known of that cache, a `cache_owners.CacheContents`; None: nothing."""
+    """The note on that cache, a `cache_owners.CacheContents`; None without one."""
     inputs: tuple[str, Tensor] | None = None
-    """The name of the argument with its tokens, and these, [B, Q] or [B, Q, H]."""
+    """The name of the argument that holds the tokens, and its value: ids [B, Q] or embeddings [B, Q, H]."""
     deferred: Any = None
     """The `deferred_rotation.DeferredPass` of a pass that rotates keys when they are read; None for others."""
     outer: ForwardPass | None = None
-    """What was running when this one began."""
+    """The pass that was running when this one began."""
 
 
 _CURRENT: ContextVar[ForwardPass | None] = ContextVar("scaled_rope_forward_pass", default=None)
@@ -42,13 +43,13 @@ _CURRENT: ContextVar[ForwardPass | None] = ContextVar("scaled_rope_forward_pass"
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def current_pass() -> ForwardPass | None:
-    """The pass that runs, the innermost one."""
-    # torch.compile cannot trace context variables: a compiled model is in pieces where keys may be rotated late.
+    """The running pass, the innermost if there are several; None when there is none."""
+    # torch.compile cannot trace context variables: where keys may be rotated late, a model compiles in pieces.
     return _CURRENT.get()
 
 
 def begin(current: ForwardPass) -> None:
-    """Let `current` be the pass that runs, inside the one that does now; its rows have the lengths said for that."""
+    """Make `current` the running pass, inside the one that runs now; it takes over that pass's row lengths."""
     current.outer = _CURRENT.get()
     while current.outer is not None and current.outer.hooks is current.hooks:
         current.outer = current.outer.outer  # an earlier pass of these hooks that an interrupt left behind
@@ -58,7 +59,7 @@ def begin(current: ForwardPass) -> None:
 
 
 def end(hooks: object) -> ForwardPass | None:
-    """End the pass that these hooks began, and return it; None when it is not the one that runs."""
+    """End the pass that these hooks began, and return it; None when another one or none is running."""
     current = _CURRENT.get()
     if current is None or current.hooks is not hooks:
         return None
@@ -68,8 +69,8 @@ def end(hooks: object) -> ForwardPass | None:
 
 @contextmanager
 def lengths(seq_len: Tensor | None) -> Iterator[None]:
-    """Within it, passes of dynamically scaled models belong to rows of these lengths [B], instead of to what their
-    positions say: a text that is read in pieces has one scale. None: what positions say."""
+    """Within this context, passes of dynamically scaled models take these row lengths [B], not those that follow from
+    their positions: a text that is read in pieces has one scale. None: lengths follow from positions."""
     token = _CURRENT.set(ForwardPass(seq_len))
     try:
         yield
@@ -78,7 +79,7 @@ def lengths(seq_len: Tensor | None) -> Iterator[None]:
 
 
 def row_lengths(position_ids: Tensor) -> Tensor:
-    """l' of rows whose latest positions are these [B, T]: largest position + 1, or what `lengths` says; [B] or [1]."""
+    """l' of rows at positions [B, T]: the largest position + 1, or the length that `lengths` gives; [B] or [1]."""
     current = current_pass()
     given: Tensor | None = None if current is None else current.seq_len
     return position_ids.amax(dim=-1) + 1 if given is None else given.to(position_ids.device)

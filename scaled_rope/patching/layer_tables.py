@@ -23,9 +23,9 @@ def build_rotary(
     """The rotary module of a patched model.
 
     Args:
-        scaling: that of all layers, where `layers` is empty.
+        scaling: the scaling of all layers, where `layers` is empty.
         layers: layer type -> its scaling.
-        adapter: how the tables are to be laid out.
+        adapter: gives the layout and the dtype of the tables.
     """
 
     def one(scaling: RopeScaling) -> ScaledRotaryEmbedding:
@@ -37,10 +37,10 @@ def build_rotary(
 
 
 def check_layers_can_differ(plan: LayerPlan, base: PreTrainedModel, adapter: Adapter) -> None:
-    """Refuse a plan whose layers `hook_layers` could not tell apart in this model.
+    """Raise an error for a plan whose layers `hook_layers` could not tell apart in this model.
 
     Raises:
-        ConfigError: its layers are no list, or are not handed tables.
+        ConfigError: the model's layers are no list, or are not passed any tables.
     """
     if not plan.drop_layers and (adapter.per_layer_type or not plan.layers):
         return
@@ -52,7 +52,7 @@ def check_layers_can_differ(plan: LayerPlan, base: PreTrainedModel, adapter: Ada
 def hook_layers(
     base: nn.Module, rotary: nn.Module, plan: LayerPlan, config: Any, adapter: Adapter
 ) -> list[RemovableHandle]:
-    """Hooks that give each layer its tables, where the model passes the same to all."""
+    """Hook the layers of a model that passes the same tables to all, so that each gets its own; return the hooks."""
     stacked = bool(plan.layers) and not adapter.per_layer_type
     if not stacked and not plan.drop_layers:
         return []
@@ -70,9 +70,10 @@ def hook_layers(
 
 @dataclass(frozen=True)
 class _TableChoice:
-    """Forward pre-hook of a decoder layer: its entry of stacked tables, or tables that rotate nothing."""
+    """Forward pre-hook of a decoder layer: passes on its entry of stacked tables, or tables that rotate nothing."""
 
     place: int | None
+    """Index of the layer's tables in the stack; None when tables are not stacked."""
     dropped: bool
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,8 +1,7 @@
-"""The only place that loads models and tokenizers, those that command-line flags name included.
+"""Load the weights of a checkpoint, and give the model its scaling, attention implementation and adapter.
 
-A *job* is one checkpoint read under one scaling. `model_jobs` turns flags into jobs and needs only configuration files,
-so bad input is refused before any weights are read; `ModelLoader` then loads each checkpoint once and changes its
-scaling in place.
+All that can be refused by the config alone is refused before any weights are read. Configs and tokenizers are read in
+`scaled_rope.checkpoint`.
 """
 
 from __future__ import annotations
@@ -83,12 +82,13 @@ def apply_scaling(
 ) -> None:
     """Make a model compute with `scaling`, whatever it computed with before.
 
-    plan: what differs between layers, its primary layer type aside; by default what differs now.
-    kernel: what rotates queries and keys, see `patch_model`; by default what does now, or else "auto".
-    settings: what the config of an unpatched model says, when that has been read already.
+    plan: differences between layers; the primary layer type gets `scaling` instead. By default, the present ones.
+    kernel: the implementation that rotates queries and keys, see `patch_model`; by default the present one, or "auto".
+    settings: the RoPE settings in the config of an unpatched model, if they have been read already.
 
-    A model whose config says so and that computes so is left untouched, so any architecture can be read as it is. Only
-    a kernel that is asked for by name, or that "auto" has to offer for a family known by name, is put in all the same.
+    A model whose config has this scaling and that computes it is left untouched, so any architecture can be read with
+    its own scaling. The exception is a kernel: it is installed if it is asked for by name, or if "auto" selects it for
+    a family in `ADAPTERS`.
     """
     if kernel is None:
         kernel = patched_kernel(model) or "auto"
@@ -121,16 +121,16 @@ def resolve_plan(
     drop_layers: Sequence[int] | None = None,
     plan: LayerPlan | None = None,
 ) -> LayerPlan:
-    """What is to differ between the layers of a model.
+    """Return the wanted differences between the layers of a model.
 
     Args:
-        settings: what its config says.
+        settings: the RoPE settings in its config.
         layers: the only layer type that a scaling is for; None: as the checkpoint says, or else all layers.
         drop_layers: indices of layers without rotary embedding; None: as the checkpoint says.
-        plan: what differs now; by default what the config says.
+        plan: the present differences; by default those in the config.
 
     Raises:
-        ConfigError: a layer type that cannot be chosen, or indices that are none.
+        ConfigError: a layer type that cannot be chosen, or an index that no layer has.
     """
     plan = settings.plan if plan is None else plan
     if layers is not None:
@@ -164,7 +164,7 @@ def _quantization(bits: int, dtype: str) -> Any:
 
 @contextmanager
 def former_names() -> Iterator[None]:
-    """Around calls of PEFT: 0.21 asks transformers 5.23 by a name that it has given up, and each time it says so."""
+    """Silence a warning during calls of PEFT: its version 0.21 uses an attribute that transformers 5.23 deprecates."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
@@ -196,7 +196,7 @@ def load_model(
     load_in_8bit: bool = False,
     load_in_4bit: bool = False,
 ) -> Any:
-    """Load a causal language model for inference, with a scaling installed; whatever `patch_model` has put into it.
+    """Load a causal language model for inference, with a scaling installed; also one saved after `patch_model`.
 
     Args:
         name: directory or hub name, or a checkpoint whose config has been read. Only safetensors are read, never
@@ -204,14 +204,14 @@ def load_model(
         scaling: None or "checkpoint": as the checkpoint says; otherwise a record or a spec (`resolve_scaling`).
         dtype: float32, bfloat16, float16, or "auto" (bfloat16 on a GPU). Frequencies stay in float32 in any case.
         device: default: the first GPU when there is one.
-        attn_implementation: "auto" is what can run here and suits the architecture (`attention.backends`).
+        attn_implementation: "auto" chooses one that can run here and suits the architecture (`attention.backends`).
         adapter: a LoRA adapter that is merged into the weights.
         sliding_window: replaces the configuration's attention window (tokens), for architectures that have one.
         layers, drop_layers: which layers are scaled and which lose their rotary embedding, see `resolve_plan`.
-        kernel: what rotates queries and keys, see `patch_model`.
+        kernel: the implementation that rotates queries and keys, see `patch_model`.
 
     Raises:
-        ConfigError: nothing there, damaged files, weights of another architecture, an option that cannot be met.
+        ConfigError: no such checkpoint, damaged files, weights of another architecture, an option that cannot be met.
     """
     device = resolve_device(None if device is None else str(device))
     dtype = resolve_dtype(dtype, device)
@@ -247,9 +247,9 @@ def load_model(
 
 
 def _build_unscaled(config: Any) -> bool:
-    """Make a config one that transformers builds the unscaled model from, where its rope_type is ours; whether it was.
+    """If a config's rope_type is ours, change it to that of the unscaled model; return whether it was ours.
 
-    transformers refuses to build what it does not know; `apply_scaling` does the rest.
+    transformers refuses to build a rope_type that it does not know; `apply_scaling` installs the scaling later.
     """
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None)
@@ -262,7 +262,7 @@ def _build_unscaled(config: Any) -> bool:
 
 
 def _read_weights(name: str, config: Any, **options: Any) -> Any:
-    """The model of a checkpoint with all of its weights.
+    """Build the model of a checkpoint with all of its weights.
 
     Raises:
         ConfigError: damaged files; weights that are missing, too many or of another shape.

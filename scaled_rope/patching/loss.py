@@ -1,10 +1,9 @@
 """Per-token negative log-likelihood without ever holding the logits of a whole sequence.
 
 Float32 logits of one 128k-token sequence over a 32k vocabulary take 16.8 GB. The hidden states are computed in one
-pass; the output projection and the cross-entropy then run over a few positions at a time, in float32, and when
-gradients are wanted each piece is checkpointed, so training holds one piece of logits as well. On a GPU both can be
-left to one Triton kernel, Liger's (https://github.com/linkedin/Liger-Kernel), which does the same without float32
-copies of the logits.
+pass; the output projection and the cross-entropy then run over a few positions at a time, in float32. When gradients
+are wanted each piece is checkpointed, so training holds one piece of logits at a time too. On a GPU one Triton kernel,
+Liger's (https://github.com/linkedin/Liger-Kernel), can do both, without float32 copies of the logits.
 """
 
 from __future__ import annotations
@@ -38,18 +37,18 @@ def logits_bytes() -> int:
 
 
 _LIGER = "0.8.5"
-"""Liger's first version that we know to apply weights of single tokens before it sums gradients of the projection."""
+"""Oldest version of Liger known to apply weights of single tokens before it sums gradients of the projection."""
 
 
 def resolve_loss(name: str, device: torch.device, model: nn.Module | None = None) -> str:
-    """How the loss called `name` is computed here: "chunked", "fused" or "whole".
+    """Return the way in which the loss called `name` is computed here: "chunked", "fused" or "whole".
 
     Args:
         name: one of `recipes.LOSSES`; "auto" is "fused" where that is possible on a GPU, else "chunked".
-        model: looked at, too, once there is one.
+        model: checked too, if it is given.
 
     Raises:
-        ConfigError: "fused" that cannot be.
+        ConfigError: "fused" where it cannot run.
     """
     lack = _fused_lacks(device, model)
     if name == "auto":
@@ -60,7 +59,7 @@ def resolve_loss(name: str, device: torch.device, model: nn.Module | None = None
 
 
 def _fused_lacks(device: torch.device, model: nn.Module | None) -> str:
-    """What the fused loss would need and does not have; "" where it can run."""
+    """Say in a few words what the fused loss needs and lacks; "" where it can run."""
     installed = package_version("liger-kernel")
     if importlib.util.find_spec("liger_kernel") is None or installed is None or Version(installed) < Version(_LIGER):
         return f"liger-kernel {_LIGER} or newer: pip install 'scaled-rope[kernels]'"
@@ -71,7 +70,7 @@ def _fused_lacks(device: torch.device, model: nn.Module | None) -> str:
     head = _causal_lm(model).get_output_embeddings()
     if type(head) is not nn.Linear:
         return f"an output projection that is a plain linear layer, this is {type(head).__name__}"
-    # Liger has one, but not in Triton's interpreter, so no test of ours has seen it.
+    # Liger has a soft cap, but it does not run in Triton's interpreter, so no test of ours covers it.
     return "" if _post_processing(model)[1] is None else "logits without a soft cap"
 
 
@@ -93,10 +92,10 @@ def hidden_states(
 ) -> Tensor:
     """Final hidden states [B, T, H] of `input_ids` [B, T]: no cache, no projection.
 
-    separate: positions that start anew are borders which attention does not cross.
+    separate: attention does not cross the borders where positions start anew.
     """
     base = _causal_lm(model).base_model
-    # Without a mask transformers takes positions with a step other than 1 for borders between packed sequences.
+    # Without a mask transformers takes any jump in positions for a border between packed sequences.
     mask = None if position_ids is None or separate else torch.ones_like(input_ids)
     output = base(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
     return cast(Tensor, output.last_hidden_state)
@@ -110,13 +109,13 @@ def _hidden_pieces(
     cache: Any = None,
     start: int = 0,
 ) -> Iterator[tuple[int, Tensor]]:
-    """(first position, final hidden states [B, t, H]) of successive pieces of `size` positions, by a KV cache.
+    """Yield (first position, final hidden states [B, t, H]) of successive pieces of `size` positions, with a KV cache.
 
     cache: holds the positions before `start` and takes up the others; by default a new one.
     """
     base = _causal_lm(model).base_model
     mask = None if position_ids is None else torch.ones_like(input_ids)
-    # A scale that depends on the length is that of the whole for every piece.
+    # A scale that depends on the length is the same for every piece: that of the whole text.
     whole = torch.tensor([input_ids.shape[1]]) if position_ids is None else position_ids.amax(dim=-1) + 1
     for first in range(start, input_ids.shape[1], size):
         end = first + size
@@ -135,15 +134,15 @@ def _hidden_pieces(
 def shared_hidden_states(
     model: nn.Module, sequences: Sequence[Tensor], starts: Sequence[int], chunk: int = 2048
 ) -> Iterator[Tensor]:
-    """Final hidden states [1, T_i - starts_i, H] of each sequence from position starts_i on, without gradients.
+    """Yield final hidden states [1, T_i - starts_i, H] of each sequence from position starts_i on, without gradients.
 
-    What a sequence and the one before it begin with is read once: its keys and values stay in a cache. Order the
-    sequences so that each shares as much as possible with its neighbour.
+    The common beginning of a sequence and the one before it is read once: its keys and values stay in a cache. Order
+    the sequences so that each shares as much as possible with its neighbours.
 
     Args:
-        model: under a scaling that does not depend on the length; elsewhere the shared part has another scale.
+        model: under a scaling that does not depend on the length, or the shared part would have another scale.
         sequences: token ids [T_i].
-        starts: below T_i.
+        starts: the first position wanted of each sequence, below T_i.
         chunk: positions that go through the model at once; a mask of chunk x T is built for all but the first.
     """
     cache, kept = DynamicCache(), 0
@@ -151,7 +150,7 @@ def shared_hidden_states(
         following = sequences[index + 1] if index + 1 < len(sequences) else ids[:0]
         size = min(len(ids), len(following))
         differs = (ids[:size] != following[:size]).nonzero()
-        # Neither more than the next one can use nor so much that nothing is left of it to compute.
+        # What the next sequence shares, but nothing from its start on, whose hidden states must be computed.
         common = min(int(differs[0]) if len(differs) else size, starts[index + 1]) if len(following) else 0
         with torch.inference_mode():
             pieces = list(_hidden_pieces(model, ids[None], None, chunk, cache, kept))
@@ -182,7 +181,7 @@ def _post_processing(model: nn.Module) -> tuple[float | None, float | None]:
     """The factor (Cohere) and the soft cap (Gemma 2 and later) of a model's logits.
 
     Raises:
-        ConfigError: it changes them in another way.
+        ConfigError: the model changes its logits in another way.
     """
     config = _causal_lm(model).config.get_text_config()
     for field in _UNHANDLED:
@@ -211,14 +210,14 @@ def token_nll(
         input_ids: [B, T].
         targets: [B, T], already shifted: `targets[b, t]` is what position t should predict. `IGNORE` scores 0.
         position_ids: [B, T]; default 0 … T-1. Every token still attends to all before it, unless `separate`.
-        chunk: positions whose logits are held at once; the default keeps them near 128 MiB. Changes memory, not values.
+        chunk: positions whose logits are in memory at once; by default near 128 MiB. Changes memory, not values.
         start: the first position that is scored; those before it are context and never reach the projection.
-        prefill_chunk: positions that go through the model at once, the earlier ones being read from a KV cache. This
+        prefill_chunk: positions that go through the model at once, while earlier ones are read from a KV cache. This
             bounds activations, at the price of the cache. Under a scaling that depends on the length all of them have
-            the scale of the whole, so nothing changes but rounding.
+            the scale of the whole text, so only rounding differs.
         separate: `position_ids` start anew with each packed document, and attention stays within documents.
-        loss: "chunked"; "fused", by Liger's kernel; "whole", all logits at once, as transformers does. All the same
-            but for rounding: the factor of Cohere's logits is applied before the projection where it is fused.
+        loss: "chunked"; "fused", by Liger's kernel; "whole", all logits at once, as in transformers. They differ in
+            rounding only: "fused" applies the factor of Cohere's logits before the projection.
 
     Raises:
         ConfigError: not a causal language model, or logits that `project` cannot reproduce.
@@ -235,7 +234,7 @@ def token_nll(
 
 
 def positions_per_chunk(model: nn.Module) -> int:
-    """Positions whose float32 logits may be held at once."""
+    """The number of positions whose float32 logits may be in memory at once."""
     return max(1, _LOGITS_PER_CHUNK // int(_causal_lm(model).config.get_text_config().vocab_size))
 
 
@@ -268,8 +267,8 @@ def _fused(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     weighted sum and its gradients are exact. Gradients of the projection are summed in float32.
 
     Engines that shard weights (ZeRO-3, FSDP) gather them in hooks around a call of the module and around its backward
-    pass. So the kernel runs as the projection's own forward pass, and what it saves for the backward pass is not the
-    weights but where they will be.
+    pass. So the kernel runs as the projection's own forward pass, and instead of the weights that it saves for the
+    backward pass, a note is saved to read them from the module then.
     """
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
@@ -278,7 +277,7 @@ def _fused(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     fused = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, reduction="none", accum_dtype=torch.float32)
 
     def forward(hidden: Tensor) -> Tensor:
-        gathered = head.weight.data_ptr()
+        gathered = head.weight.data_ptr()  # by address: the kernel saves detached tensors over the same memory
 
         def pack(saved: Tensor) -> Tensor | None:
             return None if saved.data_ptr() == gathered else saved
@@ -295,8 +294,8 @@ def _fused(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _forward_as(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside this a call of `module`, hooks and all, computes `forward`."""
-    before = module.__dict__.get("forward")  # where a library has put its own in the class's place
+    """Within this context, a call of `module` computes `forward`, with the module's hooks around it."""
+    before = module.__dict__.get("forward")  # set if a library has put its own in place of the class's
     module.forward = forward
     try:
         yield

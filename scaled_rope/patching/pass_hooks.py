@@ -1,9 +1,9 @@
-"""What happens before and after each forward pass of a patched base model.
+"""Hooks before and after each forward pass of a patched base model; they keep track of positions and caches.
 
-Positions: rows are told apart from their padding, so that a row's length is that of its text. Caches: the model reads
-those that it filled itself, under the present scaling. Where keys are rotated by a scale that grows with the text,
-they are either cached before rotation (`deferred_rotation`), or, with `dynamic_step`, cached as usual and made anew by
-a prefill when a row outgrows the scale that they were rotated with.
+Positions: padding does not count, so a row's length is that of its text. Caches: the model reads those that it filled
+itself, under the present scaling. Where keys are rotated by a scale that grows with the text, they are either cached
+before rotation (`deferred_rotation`), or, with `dynamic_step`, cached as usual and computed anew by a prefill when a
+row outgrows the scale that they were rotated with.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from scaled_rope.scaling.frequencies import compute_scale
 from scaled_rope.scaling.record import RopeScaling
 
 PIECE = 1024
-"""Tokens per pass when a cache is made anew."""
+"""Tokens per pass when a cache is computed anew."""
 _PATIENCE = 2.0
-"""Seconds after which that shows its progress."""
+"""Seconds after which computing a cache anew shows a progress bar."""
 
 
 @dataclass
@@ -52,14 +52,14 @@ class Passes:
     deferrable: bool = False
     """Whether attention can rotate cached keys."""
     obstacle: str = ""
-    """Why it cannot."""
+    """Why attention cannot rotate cached keys; "" when it can or need not."""
     unrotated: bool = False
-    """Whether attention takes keys as they are in every pass and rotates them itself, as methods that change it do."""
+    """Whether attention gets unrotated keys in every pass and rotates them itself, as in methods that change it."""
     dropped: tuple[int, ...] = ()
     rotary_name: str = field(default="rotary_emb", repr=False)
 
     def hook(self, base: nn.Module) -> list[RemovableHandle]:
-        """Hook a base model."""
+        """Put the hooks on a base model, and return their handles."""
         before = base.register_forward_pre_hook(self.before, with_kwargs=True)
         return [before, base.register_forward_hook(self.after, with_kwargs=True, always_call=True)]
 
@@ -81,7 +81,10 @@ class Passes:
             self._end(output)
 
     def _skipped(self) -> bool:
-        """A compiled pass, where nothing depends on the hooks but messages, and tracing them would break it in two."""
+        """Whether the hooks do nothing: in a compiled pass, unless frequencies depend on the length.
+
+        They would only check caches there, and tracing them would break the graph in two.
+        """
         return torch.compiler.is_compiling() and not self.length_dependent
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -105,7 +108,7 @@ class Passes:
             forward_pass.begin(current)
             if not self.unrotated or cache is None or given.get("attention_mask") is not None:
                 return None
-            # Such attention is told by a mask what part of a cache of fixed size has been written.
+            # Attention of this kind learns from the mask which part of a cache of fixed size has been written.
             rows, count = given[name].shape[:2]
             mask = torch.ones(rows, start + count, dtype=torch.long, device=given[name].device)
             return _arguments(given, attention_mask=mask)
@@ -134,7 +137,7 @@ class Passes:
         contents = current.contents
         if contents is None:
             if current.cache is not None and length_of(cache) != current.inputs[1].shape[1]:
-                return  # it held something that we know nothing of
+                return  # the cache already held tokens without a note
             contents = CacheContents(self.owner, 0)
         start, contents.length = contents.length, length_of(cache)
         if contents.length == 0:
@@ -164,7 +167,7 @@ class Passes:
         return compute_scale(self.scaling, row_lengths(positions))
 
     def _keep_up(self, module: nn.Module, current: ForwardPass, start: int) -> None:
-        """Make the cache anew where a row of it was rotated at another scale than this pass has."""
+        """Compute the cache anew if any of its rows was rotated at another scale than this pass has."""
         positions, contents = current.positions, current.contents
         assert positions is not None
         wanted = self._scale(positions)
@@ -182,13 +185,13 @@ class Passes:
                 "position_ids: those behind this cache are not consecutive in every row, so it cannot be made anew at "
                 f"scale {_span(wanted)}; pad on the left, and give one text per row"
             )
-        current.contents = None  # none, should the prefill fail
+        current.contents = None  # stays None if the prefill fails
         self._prefill(module, current.cache, contents, row_lengths(positions), _span(wanted))
         contents.scale = wanted
         current.contents = contents
 
     def _prefill(self, module: nn.Module, cache: Any, contents: CacheContents, seq_len: Tensor, scale: str) -> None:
-        """Fill a cache again with the tokens that it held, as part of rows of the given lengths."""
+        """Fill a cache again with the tokens that it held, at the scale of rows of the given lengths."""
         assert contents.offset is not None
         forward: Any = module.forward
         cache.reset()
@@ -218,30 +221,30 @@ class Passes:
 
 
 def _span(scale: Tensor | None) -> str:
-    """The scales of rows in words."""
+    """The distinct scales of rows, as text."""
     values = sorted({float(value) for value in ([] if scale is None else scale.flatten())})
     return " and ".join(f"{value:g}" for value in values) or "?"
 
 
 def _arguments(given: dict[str, Any], **changed: Any) -> tuple[tuple[()], dict[str, Any]]:
-    """What a pre-hook gives back: the arguments of forward() by name, some of them changed."""
+    """The return value of a pre-hook: the arguments of forward() by name, some of them changed."""
     more = given.pop("kwargs", {})  # what forward() takes as **kwargs
     return (), {**given, **more, **changed}
 
 
 def _wants_cache(module: nn.Module, given: dict[str, Any]) -> bool:
-    """Whether a pass that is given no cache is to make one."""
+    """Whether a pass that is given no cache will make one."""
     config: Any = module.config
     wanted = given.get("use_cache", given.get("kwargs", {}).get("use_cache"))
     wanted = getattr(config, "use_cache", False) if wanted is None else wanted
-    # Then there is none, and a second forward must do what the first did.
+    # Under activation checkpointing transformers makes no cache, and the second forward must repeat the first.
     current, former = "is_activation_checkpointing", "is_gradient_checkpointing"  # renamed in transformers 5.23
     recomputed = module.training and getattr(module, current if hasattr(module, current) else former, False)
     return bool(wanted) and not recomputed
 
 
 def _positions(given: dict[str, Any], tokens: Tensor, start: int) -> tuple[Tensor, bool]:
-    """Positions [B or 1, Q] of a pass, and whether the model, left to itself, would take others.
+    """Positions [B or 1, Q] of a pass, and whether the model by itself would use others.
 
     Raises:
         ConfigError: positions along several axes.
@@ -261,7 +264,7 @@ def _positions(given: dict[str, Any], tokens: Tensor, start: int) -> tuple[Tenso
 
 
 def _cache_in(output: Any) -> Cache | None:
-    """The cache that a pass made."""
+    """The cache in a pass's output; None when there is none."""
     found = getattr(output, "past_key_values", None)
     if found is None and isinstance(output, tuple):
         found = next((each for each in output if isinstance(each, Cache)), None)

@@ -1,9 +1,9 @@
 """Put a scaling into a model of transformers, and take it out again.
 
-A patched model differs in its rotary module, in what its config says about RoPE and, where layers are to differ though
-they share one pair of tables, in a hook in front of each layer. What was there before is kept on the base model (the
-part that makes hidden states), so it travels with copies of the model. With the rotary kernel, its attention modules
-call that instead of their family's function.
+A patched model has another rotary module, other RoPE parameters in its config and, where layers differ although they
+share one pair of tables, a hook in front of each layer. The previous state is kept on the base model (the part that
+computes hidden states), so copies of the model have it too. With the rotary kernel, attention modules call that instead
+of their family's function.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _STATE = "_scaled_rope_state"
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What `patch_model` changed."""
+    """A report of the changes that `patch_model` made."""
 
     model_type: str
     modules: tuple[str, ...]
@@ -58,7 +58,7 @@ class PatchReport:
     before: RopeScaling
     """The scaling in effect before."""
     notes: tuple[str, ...]
-    """What the caller may not have meant; empty when all is plain."""
+    """Remarks on what the caller may not have meant; empty without any."""
     plan: LayerPlan = LayerPlan()
     """The scaling of each layer type, where they differ, and the layers that were left without RoPE."""
     native: bool = True
@@ -71,22 +71,22 @@ class PatchReport:
 
 @dataclass
 class _State:
-    """What a patched base model was before its first patch, and what it is now."""
+    """The state of a patched base model before its first patch, and the patch in effect."""
 
     unpatched: Unpatched
     request: PatchRequest
     config: dict[str, Any]
-    """The fields that are changed, as they were."""
+    """The config's values before the patch, of the fields that it changes."""
     config_class: type[Any]
     attention: str | None = None
-    """The implementation before, where another one was set."""
+    """The attention implementation before the patch, if the patch set another one."""
     hooks: list[RemovableHandle] = field(default_factory=list)
     rotating: list[nn.Module] = field(default_factory=list)
     """Attention modules that call the rotary kernel."""
     deferred: list[nn.Module] = field(default_factory=list)
     """Attention modules that can rotate after the cache."""
     obstacle: str = ""
-    """Why none can, where they must."""
+    """Why no attention module can, where one must; else ""."""
 
 
 def patch_model(
@@ -104,11 +104,12 @@ def patch_model(
         scaling: a record, or a spec such as "yarn:8" (see `RopeScaling.from_spec`) relative to the model as
             it was before any patch. Patching a patched model replaces the scaling. It is for all layers, in families
             with RoPE parameters per layer type for the full-attention layers. A mapping from layer types
-            ("full_attention", "sliding_attention") says it for each; None and what is missing stay as they are.
+            ("full_attention", "sliding_attention") gives one for each; None and missing types leave theirs as it is.
         drop_layers: indices of layers, from 0, that are to work without rotary embedding.
-        kernel: what rotates queries and keys. "auto": the fused Triton kernel on a machine with a GPU, where the family
-            allows it; without one the model's own function, untouched. "triton" and "torch" (its twin) insist, "none"
-            is the model's own; see `patching.rotary_kernel`. Each model, and each copy, has its own.
+        kernel: the implementation that rotates queries and keys. "auto": the fused Triton kernel on a machine with a
+            GPU, where the family allows it; without a GPU the model's own function, untouched. "triton" and "torch"
+            (its twin) insist, "none" is the model's own; see `patching.rotary_kernel`. Each model, and each copy, has
+            its own.
         attn: attention implementation to set, a name of `attention.backends` or "auto"; None leaves the model's own.
 
     `config.rope_parameters` and, when it is too small, `config.max_position_embeddings` follow, so that the
@@ -116,11 +117,11 @@ def patch_model(
     own copy; only the config of a bare base model, which may belong to an enclosing model, changes in place.
 
     Under dynamic scaling caches hold keys before rotation (`patching.deferred_rotation`), or, with `dynamic_step`, are
-    made anew when the scale changes; see `patching.pass_hooks`.
+    computed anew when the scale changes; see `patching.pass_hooks`.
 
     Raises:
         ConfigError: an unknown architecture; a scaling, a kernel or an attention implementation that does not fit the
-            model or the machine. Nothing changes then.
+            model or the machine. The model is then unchanged.
     """
     return patch_as_read(model, None, scaling, drop_layers, kernel, attn)
 
@@ -135,12 +136,12 @@ def patch_as_read(
 ) -> PatchReport:
     """`patch_model` for a model whose config has been read.
 
-    settings: what it says without a patch; None: it is read, and what had to be assumed is warned about.
+    settings: the RoPE settings in its config without a patch; None: they are read here, with warnings of assumptions.
     """
     base = base_model(model)
     state: _State | None = getattr(base, _STATE, None)
     replaced = getattr(base, ROTARY)
-    # Of a patched model: its module may read its config when called, and that has changed.
+    # Kept since the first patch: the original module may read its config when called, and the config has changed.
     unpatched = state.unpatched if state else Unpatched.of(base, replaced, settings)
     before = state.request.scaling if state else unpatched.own
     request = read_request(base, unpatched, scaling, drop_layers, kernel, attn)
@@ -174,7 +175,7 @@ def patch_as_read(
 
 
 def _rotary_for(request: PatchRequest, unpatched: Unpatched, replaced: nn.Module) -> Any:
-    """The rotary module of a request; the rotary kernel wants half-width float32 tables of any family."""
+    """The rotary module for a request; the rotary kernel takes half-width float32 tables in any family."""
     adapter = unpatched.adapter
     if request.rotation is not None:
         adapter = replace(adapter, layout="half", float32_tables=True)
@@ -186,7 +187,7 @@ def _fields_of(config: Any) -> dict[str, Any]:
 
 
 def _install(base: PreTrainedModel, unpatched: Unpatched, request: PatchRequest, rotary: nn.Module) -> None:
-    """Give an unpatched base model what was requested, its config aside."""
+    """Apply a request to an unpatched base model, all but the config."""
     config: Any = base.config
     state = _State(unpatched, request, _fields_of(config), type(config))
     if request.rotation is not None:
@@ -204,8 +205,8 @@ def _install(base: PreTrainedModel, unpatched: Unpatched, request: PatchRequest,
 
 
 def _watch_passes(base: PreTrainedModel, state: _State) -> list[RemovableHandle]:
-    """Hooks that know of positions and caches; where frequencies change with every token, keys can be cached before
-    rotation from then on."""
+    """Put hooks on a base model that keep track of positions and caches. Where frequencies change with every token,
+    also prepare its attention modules to cache keys before rotation."""
     request = state.request
     dependent = any(each.is_length_dependent for each in request.scalings)
     label = request.scaling.label
@@ -219,7 +220,7 @@ def _watch_passes(base: PreTrainedModel, state: _State) -> list[RemovableHandle]
         unrotated=request.scaling.changes_attention,
     )
     if dependent and not passes.stepped:
-        # What a family's own function rotates is asked in the layout that this function wants.
+        # The pairing is probed with tables in the layout of the family's own function, not in the kernel's.
         state.deferred, passes.obstacle = defer_rotation(base, state.unpatched.adapter.layout, request.half)
         passes.deferrable, state.obstacle = bool(state.deferred), passes.obstacle
     return passes.hook(base)
@@ -263,7 +264,7 @@ def patched_scaling(model: nn.Module) -> RopeScaling | None:
 
 
 def patched_plan(model: nn.Module) -> LayerPlan:
-    """What `patch_model` made differ between layers; empty when the model is not patched."""
+    """The differences between layers that `patch_model` made; empty when the model is not patched."""
     state = _state_of(model)
     return state.request.plan if state else LayerPlan()
 
@@ -275,14 +276,14 @@ def patched_kernel(model: nn.Module) -> str | None:
 
 
 def settings_without_patch(model: nn.Module) -> RopeSettings | None:
-    """What the config of a patched model said before; None when it is not patched."""
+    """The RoPE settings in a patched model's config before the patch; None when the model is not patched."""
     state = _state_of(model)
     return state.unpatched.settings if state else None
 
 
 def cache_obstacle(model: nn.Module) -> str:
-    """Why `model`, under the scaling that `patch_model` gave it, can use no key/value cache, in a few words; "" when it
-    can."""
+    """Say in a few words why `model` can use no key/value cache under the scaling that `patch_model` gave it; "" when
+    it can."""
     state = _state_of(model)
     return state.obstacle if state else ""
 
@@ -292,12 +293,12 @@ def _state_of(model: nn.Module) -> _State | None:
 
 
 def computes(model: nn.Module, scaling: RopeScaling, settings: RopeSettings | None = None) -> bool:
-    """Whether an unpatched model computes with a static scaling already, by the numbers in its rotary module.
+    """Whether an unpatched model computes with a static scaling already, judged by the numbers in its rotary module.
 
-    Its config is not asked: families drop, rewrite or ignore parts of it. Models whose rotary module is not understood
-    count by their config.
+    The config is not trusted, because families drop, rewrite or ignore parts of it. Only models whose rotary module is
+    not understood are judged by their config.
 
-    settings: what its config says, when that has been read already.
+    settings: the RoPE settings in its config, if they have been read already.
     """
     try:
         base = base_model(model)

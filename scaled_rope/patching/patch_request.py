@@ -1,4 +1,4 @@
-"""What `patch_model` is asked for, held against the model and refused where it does not fit. Nothing changes here."""
+"""Check the arguments of `patch_model` against the model, and refuse those that do not fit. Nothing is changed here."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ class Unpatched:
 
     @property
     def own(self) -> RopeScaling:
-        """Its scaling; where layer types differ, that of the primary one."""
+        """The model's own scaling; where layer types differ, that of the primary type."""
         return self.settings.scaling
 
     def own_of(self, layer_type: str) -> RopeScaling:
-        """Its scaling of the layers of a type."""
+        """The model's own scaling of the layers of a type."""
         return self.settings.of(layer_type) if self.adapter.per_layer_type else self.own
 
     @classmethod
     def of(cls, base: PreTrainedModel, rotary: nn.Module, settings: RopeSettings | None = None) -> Unpatched:
-        """Look at a base model that is not patched.
+        """Inspect a base model that is not patched.
 
-        settings: what its config says, when that has been read already.
+        settings: the RoPE settings in its config, if they have been read already.
 
         Raises:
-            ConfigError: an architecture that is not known, or one that a patch could not follow.
+            ConfigError: an architecture that is not known, or one whose attention a patch could not change completely.
         """
         adapter = adapter_of(base.config, rotary)
         check_softmax_scale(base.config)
@@ -71,10 +71,10 @@ class Unpatched:
 
 @dataclass(frozen=True)
 class PatchRequest:
-    """What a model is to be given."""
+    """The checked arguments of `patch_model`, resolved for a model."""
 
     scaling: RopeScaling
-    """The scaling; where layer types differ, that of the primary one."""
+    """The scaling; where layer types differ, that of the primary type."""
     plan: LayerPlan
     head_dim: int
     regions_interleaved: bool | None = None
@@ -82,15 +82,15 @@ class PatchRequest:
     attention: str | None = None
     """The attention implementation to set; None leaves the model's own."""
     rotation: Rotation | None = None
-    """What attention modules are to call in place of their family's function; None leaves that."""
+    """The function for attention modules to call in place of their family's; None leaves the family's."""
     kernel: str | None = None
     """The backend of that rotation."""
     notes: tuple[str, ...] = ()
-    """Where the kernel was wanted and cannot be had."""
+    """Why the kernel was wanted and cannot be used, if so."""
 
     @property
     def scalings(self) -> list[RopeScaling]:
-        """Those of all layer types, or the one."""
+        """The scalings of all layer types, or the single one of all layers."""
         return list(self.plan.layers.values()) or [self.scaling]
 
     @property
@@ -107,7 +107,7 @@ def read_request(
     kernel: str,
     attn: str | None,
 ) -> PatchRequest:
-    """The arguments of `patch_model`, read as it says.
+    """Resolve the arguments of `patch_model` for a base model.
 
     Raises:
         ConfigError: a scaling, a kernel or an attention implementation that does not fit the model or the machine.
@@ -132,7 +132,7 @@ def read_request(
 def _resolve(
     scaling: RequestedScaling, config: Any, unpatched: Unpatched
 ) -> tuple[RopeScaling, dict[str, RopeScaling]]:
-    """The primary scaling and, where layer types are told apart, that of each type."""
+    """Return the primary scaling and, where layer types differ, the scaling of each type."""
 
     def read(one: RopeScaling | str | None, mine: RopeScaling) -> RopeScaling:
         if one is None:
@@ -172,7 +172,7 @@ def _check_layers(layers: Iterable[int], base: nn.Module, adapter: Adapter) -> t
 
 
 def _check_width(scaling: RopeScaling, layer_type: str, unpatched: Unpatched) -> None:
-    """A table must be as wide as the one that attention is built for."""
+    """Raise a ConfigError unless a scaling rotates as many dimensions as the model's attention does."""
     settings, adapter = unpatched.settings, unpatched.adapter
     head_dim, family = settings.head_dim, settings.model_type
     width = scaling.rotary_dim(head_dim)
@@ -189,7 +189,7 @@ def _check_width(scaling: RopeScaling, layer_type: str, unpatched: Unpatched) ->
 
 
 def _check_steps(scalings: Sequence[RopeScaling]) -> None:
-    """A cache is made anew as a whole."""
+    """Raise a ConfigError if layers scale in different steps: a cache can only be computed anew as a whole."""
     ways = {
         (one.dynamic_step, one.factor, one.original_max_position_embeddings)
         for one in scalings
@@ -209,7 +209,7 @@ def _pairing_of_regions(
     layout: Layout,
     half: int,
 ) -> bool | None:
-    """For a method that changes attention, whether it is to pair neighbouring dimensions; None for others."""
+    """Whether a method that changes attention must pair neighbouring dimensions; None for other methods."""
     method = next((each.method for each in scalings if each.changes_attention), None)
     if method is None:
         return None
@@ -224,7 +224,7 @@ def _pairing_of_regions(
 
 
 def _attention(base: PreTrainedModel, attn: str | None) -> str | None:
-    """The attention implementation to set, one that works."""
+    """The attention implementation to set, once it is clear that it can run; None to leave the model's own."""
     if attn is None:
         return None
     config: Any = base.config
@@ -239,7 +239,7 @@ def _attention(base: PreTrainedModel, attn: str | None) -> str | None:
 def _rotation(
     base: PreTrainedModel, half: int, kernel: str, layout: Layout
 ) -> tuple[Rotation | None, str | None, tuple[str, ...]]:
-    """The rotation to install, its backend, and a note where the kernel was wanted and cannot be had."""
+    """The rotation to install, its backend, and a note if the kernel was wanted and cannot be used."""
     backend = resolve_kernel(kernel)
     if backend is None:
         return None, None, ()
@@ -257,7 +257,7 @@ def remarks(own: RopeScaling, scaling: RopeScaling, config: Any, adapter: Adapte
     notes = []
     if scaling.rope_theta != own.rope_theta:
         notes.append(f"rope_theta={scaling.rope_theta:g} differs from the model's own {own.rope_theta:g}")
-        warnings.warn(notes[-1], stacklevel=4)
+        warnings.warn(notes[-1], stacklevel=4)  # names the caller of `patch_model`
     original = own.original_max_position_embeddings
     if scaling.original_max_position_embeddings not in (None, original):
         given = scaling.original_max_position_embeddings

@@ -1,13 +1,13 @@
-"""Give one module its own version of what its `forward` looks up by name among the globals of its source file.
+"""Replace, for one module only, a global of its source file that its `forward` looks up by name.
 
 Families of transformers call `apply_rotary_pos_emb` by that name. Assigning to the name in their source file would
 change every model of the process. Here one module gets a copy of its forward whose globals differ in that name alone,
 so two models of a class may differ, and layers of one model too. Several names may be rebound in one module. The copy
-knows the source file as it was: what is assigned to its names later does not reach it.
+has the globals of the source file as they were: later assignments to them do not reach it.
 
-The copy is bound to the module, as its attribute `forward`. So a deep copy binds its own; activation checkpointing,
-engines and hooks call it as they call any forward; torch.compile traces through it; nothing of it is in a state dict.
-Pickling a whole module, which this package never does, would lose it.
+The copy is bound to the module, as its attribute `forward`. So a deep copy of the module binds its own; activation
+checkpointing, engines and hooks call it as they call any forward; torch.compile traces through it; state dicts do not
+contain it. Pickling a whole module, which this package never does, would lose it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from scaled_rope.errors import ConfigError
 
 _RECORD = "_scaled_rope_rebound"
 _OFFLOADED = "_old_forward"
-"""Where accelerate keeps the forward of a module whose weights it moves around."""
+"""The attribute in which accelerate keeps the forward of a module whose weights it moves around."""
 
 
 @dataclass
 class _Rebound:
-    """What was done to a module."""
+    """A record of the names that were rebound in a module."""
 
     before: Any
-    """The module's own attribute of forward before, None where its class had the say."""
+    """The module's own attribute `forward` before; None when it had only that of its class."""
     functions: dict[str, Any] = field(default_factory=dict)
+    """Global name -> the object in its place."""
 
 
 def calls(module: nn.Module, name: str) -> bool:
@@ -47,10 +48,10 @@ def callers(root: nn.Module, name: str) -> list[nn.Module]:
 
 
 def bound(module: nn.Module, name: str) -> Any:
-    """What the module's forward finds under `name` now.
+    """Return the object that the module's forward now finds under the global `name`.
 
     Raises:
-        ConfigError: it looks for no such function.
+        ConfigError: the forward looks up no such name.
     """
     function = _function(module)
     if function is None or not calls(module, name):
@@ -59,10 +60,10 @@ def bound(module: nn.Module, name: str) -> Any:
 
 
 def original(module: nn.Module, name: str) -> Any:
-    """What the module's forward would find under `name` had nothing been rebound.
+    """Return the object that the module's forward would find under `name` if nothing had been rebound.
 
     Raises:
-        ConfigError: it looks for no such function.
+        ConfigError: the forward looks up no such name.
     """
     record: _Rebound | None = vars(module).get(_RECORD)
     if record is None or name not in record.functions:
@@ -75,14 +76,14 @@ def rebind(module: nn.Module, name: str, function: Any) -> Any:
     """Make the module's forward, and nothing else, find `function` under the global `name`.
 
     Args:
-        function: a function or any other object; None: what the source file has, again. A module that nothing is
-            rebound in is as it was.
+        function: a function or any other object; None: again the one in the source file. A module in which nothing is
+            rebound any more is as it was at first.
 
     Returns:
-        What a former `rebind` of this name had put there, to be put back later; None: nothing had.
+        The object that an earlier `rebind` of this name had put there, so that it can be restored; None without one.
 
     Raises:
-        ConfigError: the module's forward looks for no such function.
+        ConfigError: the forward looks up no such name.
     """
     if not calls(module, name):
         raise ConfigError(f"{type(module).__name__}: its forward calls no {name}")
@@ -112,11 +113,11 @@ def _install(module: nn.Module, record: _Rebound) -> None:
     function = original.__func__
     # Without a __name__ torch.compile looks names up in this dictionary and not in the source file of that name.
     names = {key: value for key, value in function.__globals__.items() if key != "__name__"} | record.functions
-    # Its own code as well: torch.compile keeps what it made with the code, by names that it puts into one dictionary.
+    # Its own code object too: torch.compile caches by code object, and expects one dictionary of globals for each.
     copy = types.FunctionType(function.__code__.replace(), names, None, function.__defaults__, function.__closure__)
     functools.update_wrapper(copy, function)
     copy.__kwdefaults__ = function.__kwdefaults__
-    del copy.__dict__["__wrapped__"]  # it stands in for the original, it does not call it
+    del copy.__dict__["__wrapped__"]  # it replaces the original instead of wrapping it
     setattr(module, slot, types.MethodType(copy, module))
 
 
@@ -132,6 +133,6 @@ def _function(module: nn.Module) -> types.FunctionType | None:
 
 
 APPLY = "apply_rotary_pos_emb"
-"""The name under which families call it as fn(q, k, cos, sin, unsqueeze_dim=1)."""
+"""The name of the function that attention modules call as fn(q, k, cos, sin, unsqueeze_dim=1)."""
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-"""The name under which attention modules look for backends, as INTERFACE.get_interface(name, default)."""
+"""The name of the registry that attention modules ask for backends, as INTERFACE.get_interface(name, default)."""

@@ -1,8 +1,8 @@
-"""Methods that change attention, inside a model of transformers.
+"""Install methods that change attention in a model of transformers.
 
-The attention modules of a patched model rotate nothing themselves: they cache keys as they are and hand them, with the
-queries, to `region_attention`, which rotates both by the distance of each pair. So any cache that keeps all keys will
-do, of any class. Masks come in the form of `sdpa_blocked`, [B, T] instead of [B, 1, T, T].
+The attention modules of a patched model rotate nothing themselves: they cache unrotated keys and pass them, with the
+queries, to `region_attention`, which rotates both by the distance of each pair. So caches of any class work if they
+keep all keys. Masks come in the form of `sdpa_blocked`, [B, T] instead of [B, 1, T, T].
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from scaled_rope.patching.rotary import Layout
 from scaled_rope.patching.rotary_kernel import pairing_of
 
 MASKS_OF = "sdpa_blocked"
-"""The implementation that a patched model is told to make masks for."""
+"""The attention implementation that is set on a patched model, so that masks come in its form."""
 CARRIERS = ("auto", "sdpa", "sdpa_blocked", "blockwise")
-"""Implementations in whose place regions may stand: all compute the same, in float32 or with bfloat16 factors."""
+"""Implementations that regions may replace: all compute the same, in float32 or with bfloat16 factors."""
 
 
 def check_carrier(method: str, attention: str) -> None:
-    """Refuse an attention implementation that cannot carry a method.
+    """Raise an error for an attention implementation that a method cannot replace.
 
     Raises:
-        ConfigError: it is asked for by name and is none of `CARRIERS`.
+        ConfigError: it is none of `CARRIERS`.
     """
     if attention not in CARRIERS:
         raise ConfigError(
@@ -40,13 +40,13 @@ def check_carrier(method: str, attention: str) -> None:
 
 
 def pairing(base: nn.Module, method: str, layout: Layout, half: int) -> bool:
-    """Whether a base model pairs neighbouring dimensions.
+    """Whether the attention of a base model pairs neighbouring dimensions.
 
     Args:
         half: half of the rotated dimensions.
 
     Raises:
-        ConfigError: a family whose attention does not fit.
+        ConfigError: a family with whose attention the method does not work.
     """
     config: Any = base.config
     reason = refusal(config, MASKS_OF)
@@ -63,7 +63,7 @@ def pairing(base: nn.Module, method: str, layout: Layout, half: int) -> bool:
 
 
 class _Only:
-    """What attention modules look their implementation up in, with one answer."""
+    """Stands in for the registry of attention implementations; always returns one function."""
 
     def __init__(self, function: AttentionFunction) -> None:
         self._function = function
@@ -75,7 +75,7 @@ class _Only:
 
 
 def install_region_attention(base: nn.Module, regions: Regions, inv_freq: Tensor, interleaved: bool) -> None:
-    """Make all attention modules of a base model attend in regions. Its passes need `Passes.unrotated` besides.
+    """Make all attention modules of a base model attend in regions. `Passes.unrotated` must be set as well.
 
     inv_freq: [R/2], unscaled.
     """

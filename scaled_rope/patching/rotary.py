@@ -13,12 +13,12 @@ from scaled_rope.scaling.frequencies import compute_rope, compute_rope_batch
 from scaled_rope.scaling.record import RopeScaling
 
 Layout = Literal["halves", "interleaved", "half"]
-"""How a family wants its tables over the D rotated dimensions: the D/2 angles twice, side by side; each angle twice in
-a row (Cohere); or once (GPT-OSS)."""
+"""The layout of a family's tables over the D rotated dimensions. "halves": all D/2 angles, then all again;
+"interleaved": each angle twice in a row (Cohere); "half": each angle once (GPT-OSS)."""
 
 
 def lay_out(table: Tensor, layout: Layout) -> Tensor:
-    """A table [..., D/2] as wide as a layout wants it."""
+    """Widen a table [..., D/2] to a layout."""
     if layout == "half":
         return table
     if layout == "interleaved":
@@ -30,8 +30,8 @@ class ScaledRotaryEmbedding(nn.Module):
     """Rotary tables for any `RopeScaling`, in the interface that the models of transformers call.
 
     Frequencies and tables are float32 whatever the dtype of the model; only the finished tables are rounded.
-    The module has no parameters, no buffers and no memory: its output depends on its inputs alone, and on the lengths
-    that `forward_pass.lengths` says.
+    The module has no parameters, no buffers and no memory: its output depends only on its inputs, and on row lengths
+    that `forward_pass.lengths` gives.
     """
 
     inv_freq: Tensor
@@ -116,9 +116,9 @@ class ScaledRotaryEmbedding(nn.Module):
 class LayeredRotaryEmbedding(nn.Module):
     """One `ScaledRotaryEmbedding` per layer type.
 
-    Called with a layer type, as Gemma 3 and OLMo 3 do, it gives the tables of that type. Called without, as the models
-    do whose layers share one pair of tables, it gives all of them stacked, [types, B, T, D], for `select` to choose
-    from in front of each layer.
+    Called with a layer type, as in Gemma 3 and OLMo 3, it returns the tables of that type. Called without, as in models
+    whose layers share one pair of tables, it returns those of all types stacked, [types, B, T, D]; a hook in front of
+    each layer takes its own (`layer_tables`).
     """
 
     def __init__(self, by_type: Mapping[str, ScaledRotaryEmbedding]) -> None:
@@ -126,14 +126,14 @@ class LayeredRotaryEmbedding(nn.Module):
         self.by_type = nn.ModuleDict(by_type)
 
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
-        """Tables as `ScaledRotaryEmbedding.forward` makes them, of one type or of all in the order of `by_type`."""
+        """Tables as from `ScaledRotaryEmbedding.forward`, of one type, or of all types in the order of `by_type`."""
         if layer_type is not None:
             return cast(tuple[Tensor, Tensor], self.by_type[layer_type](x, position_ids))
         tables = [rotary(x, position_ids) for rotary in self.by_type.values()]
         return torch.stack([cos for cos, _ in tables]), torch.stack([sin for _, sin in tables])
 
     def index(self, layer_type: str) -> int:
-        """Where the tables of a layer type are in the stack."""
+        """The index of a layer type's tables in the stack."""
         return list(self.by_type).index(layer_type)
 
     @property

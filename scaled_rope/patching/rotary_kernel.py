@@ -1,7 +1,7 @@
 """The rotary kernel in place of a family's `apply_rotary_pos_emb`, module by module.
 
-What pairs a family's function rotates is found by asking it: tables and random heads go in, and its answer is compared
-with both pairings. A function that computes anything else is left alone.
+To find which pairs of dimensions a family's function rotates, it is run on tables and random heads, and its result is
+compared with both pairings. A function that computes anything else is left alone.
 """
 
 from __future__ import annotations
@@ -46,27 +46,28 @@ def resolve_kernel(kernel: str) -> str | None:
 
 
 def fused_rotation(base: nn.Module, layout: Layout, half: int, backend: str) -> tuple[Rotation | None, str]:
-    """What to bind under `APPLY` in the attention modules of a base model that is given half-width float32 tables.
+    """Return the function to bind under `APPLY` in the attention modules of a base model; it takes half-width float32
+    tables.
 
     Args:
-        layout: what tables its own function wants.
+        layout: the layout of tables that the family's own function takes.
         half: half of the rotated dimensions.
 
     Returns:
-        The function and "", or None and what stands in the way, in a few words.
+        The function and "", or None and, in a few words, why there is none.
     """
     interleaved, reason = pairing_of(base, layout, half)
     return (None, reason) if interleaved is None else (_rotation(interleaved, backend), "")
 
 
 def pairing_of(base: nn.Module, layout: Layout, half: int) -> tuple[bool | None, str]:
-    """Which dimensions the attention of a base model rotates together.
+    """Find which dimensions the attention of a base model rotates together.
 
     Args:
         layout, half: as in `fused_rotation`.
 
     Returns:
-        Whether pairs are neighbours (True) or halves (False), and ""; or None and why neither can be said.
+        Whether pairs are neighbours (True) or halves (False), and ""; or None and, in a few words, why it is neither.
     """
     modules = callers(base, APPLY)
     if not modules:
@@ -80,7 +81,7 @@ def pairing_of(base: nn.Module, layout: Layout, half: int) -> tuple[bool | None,
 
 
 def bind_rotation(base: nn.Module, rotation: Rotation) -> list[nn.Module]:
-    """Bind a rotation in every attention module of a base model; returns the modules."""
+    """Bind a rotation in every attention module of a base model; return the modules."""
     modules = callers(base, APPLY)
     for module in modules:
         rebind(module, APPLY, rotation)
@@ -103,14 +104,14 @@ def _rotation(interleaved: bool, backend: str) -> Rotation:
 
 
 def _users_of_tables(base: nn.Module) -> list[nn.Module]:
-    """The innermost modules that are handed cos and sin."""
+    """The innermost modules whose forward takes cos and sin."""
     given = [module for module in base.modules() if _TABLES in inspect.signature(module.forward).parameters]
     return [module for module in given if not any(other in given for other in list(module.modules())[1:])]
 
 
 def _pairing(apply: Callable[..., Any], layout: Layout, half: int) -> bool | None:
     """Whether a family's function pairs neighbours (True), halves (False), or does something else (None)."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # its own, so that the global random state stays
     plain: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
     q, k = (torch.randn(1, heads, 3, 2 * half, **plain) for heads in (2, 1))
     angles = torch.randn(1, 3, half, **plain)

@@ -1,4 +1,4 @@
-"""What a patched model's config says, so that the saved model carries its scaling."""
+"""Write the scaling of a patched model into its config, so that the saved model carries it."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def config_fields(
     before: dict[str, Any],
     original: nn.Module,
 ) -> dict[str, Any]:
-    """What the config is to say, by field; `ABSENT` for a field that is to go. before: what it said unpatched."""
+    """Return the config's new values by field, `ABSENT` for a field to delete. before: its values without a patch."""
     context = 0 if before["max_position_embeddings"] is ABSENT else before["max_position_embeddings"]
-    # Where a family has a share of its own, leaving out a share of 1 would mean that.
+    # In a family with a default share of its own, leaving out a share of 1 would mean that default.
     says_share = "partial_rotary_factor" in str(before["rope_parameters"])
     kept = read_by_attention(before["rope_parameters"])
 
@@ -53,7 +53,7 @@ def config_fields(
             "max_position_embeddings": max(context, scaling.max_position_embeddings or 0),
         }
 
-    # A plan that transformers has no words for must not be built by it.
+    # transformers cannot express such a plan, and so must refuse to build the model.
     beyond_words = bool(plan.drop_layers) or (bool(plan.layers) and not adapter.per_layer_type)
     fields = said(() if beyond_words else NATIVE)
     scalings = plan.layers if adapter.per_layer_type else {"": scaling}
@@ -72,8 +72,8 @@ def _is_understood(
 ) -> bool:
     """Whether transformers, reading a config with these fields, computes the scalings (by layer type, "" for all).
 
-    It need not: config classes reject or rewrite rope types and take lengths from elsewhere, and some formulas fail on
-    some families. So its own rotary module is built and asked.
+    It may not: config classes reject or rewrite rope types and take lengths from elsewhere, and some formulas fail on
+    some families. So the family's own rotary module is built from the config and its frequencies are compared.
     """
     if CUSTOM_ROPE_TYPE in str(fields["rope_parameters"]):
         return False
@@ -81,7 +81,7 @@ def _is_understood(
         return True  # somebody's own module: there is nothing to ask
     said = {**copy.deepcopy(config.to_dict()), **copy.deepcopy(fields)}
     try:
-        with _silent_transformers(), torch.device("cpu"):
+        with _silent_transformers(), torch.device("cpu"):  # models may be built under a default device of "meta"
             rotary = type(original)(config=type(config).from_dict(said))
             return all(_agrees(rotary, name, scaling, head_dim) for name, scaling in scalings.items())
     except Exception:  # each family has its own ways to refuse
@@ -90,7 +90,7 @@ def _is_understood(
 
 @contextmanager
 def _silent_transformers() -> Iterator[None]:
-    """transformers logs every key that a rope_type has no use for, and ours."""
+    """Silence transformers, which logs our keys and every key that a rope_type does not use."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -116,7 +116,7 @@ def _agrees(rotary: Any, layer_type: str, scaling: RopeScaling, head_dim: int) -
 
 
 def _record(scaling: RopeScaling, plan: LayerPlan, fields: dict[str, Any], config: Any, layers: dict[str, Any]) -> Any:
-    """The record itself, when the words of transformers would be read back as another one."""
+    """The record as a dictionary if the written `rope_parameters` would be read back as another one; else ABSENT."""
     said = {"model_type": config.model_type, **{name: fields[name] for name in CONFIG_FIELDS[:2]}}
     if hasattr(config, "original_max_position_embeddings"):
         said["original_max_position_embeddings"] = config.original_max_position_embeddings
@@ -137,7 +137,7 @@ def write_config(config: Any, fields: dict[str, Any]) -> None:
 
 
 def let_save(config: Any) -> None:
-    """Make a config that its class rejects savable. transformers checks configs before it writes them as well."""
+    """Let a config be saved that its own class rejects: transformers validates configs before it writes them, too."""
     if CUSTOM_ROPE_TYPE not in str(config.rope_parameters):
         return
     try:
@@ -148,8 +148,8 @@ def let_save(config: Any) -> None:
 
 
 class _Unvalidated:
-    """What a config's class is given in front where it rejects our rope type: the config was valid before ours was
-    written into it. Reading a saved one still is up to its class, so that transformers refuses it."""
+    """A method that comes before that of a config's class, where the class rejects our rope type. The config was valid
+    before ours was written into it. Reading a saved one is still left to the class, so transformers refuses it."""
 
     def validate(self) -> None:
         pass

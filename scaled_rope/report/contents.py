@@ -1,4 +1,4 @@
-"""What a report shows: the paper's tables beside the measured ones, figures, and where the numbers come from."""
+"""The contents of a report: the paper's tables beside the measured ones, figures, and where the numbers come from."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from scaled_rope.results import read_rows
 
 @dataclass(frozen=True)
 class Report:
-    """What goes into the page and the CSV file."""
+    """The contents of the page and the CSV file."""
 
     results: ReportRows | None
-    """None: no row files."""
+    """None when there are no row files."""
     tables: list[PaperTable]
     figures: list[PaperFigure]
     losses: list[tuple[int, float]]
@@ -46,7 +46,7 @@ class Report:
 
 
 def parts(report: Report, folder: Path) -> Iterator[PageSection]:
-    """The parts of the page; writes each figure's PNG and PDF into `folder`."""
+    """Yield the parts of the page, and write each figure's PNG and PDF into `folder`."""
     for table in report.tables:
         shown = [figure for figure in report.figures if figure.source == table.name]
         also = "".join(f" and figure {figure.name}" for figure in shown if table.name.isdigit())
@@ -92,7 +92,7 @@ def file_names(sections: Sequence[Section]) -> list[str]:
 
 
 def lead(report: Report) -> str:
-    """The sentence under the heading."""
+    """The sentence under the page's heading."""
     if report.results is None:
         return "The numbers that the paper prints. Nothing was measured."
     names = list(dict.fromkeys(display_name(series.model) for series in report.results.series))
@@ -127,12 +127,12 @@ def read_report(
     published: str | None = None,
     train_log: str | None = None,
 ) -> Report:
-    """Everything that a report shows.
+    """Collect the contents of a report.
 
     Args:
-        files: row files; none: the published tables alone.
+        files: row files; without any, the report has the published tables alone.
         finetuned: the model that carries its scaling, as for `load_results`.
-        tables: names of the paper's tables; None: those that something was measured for.
+        tables: names of the paper's tables; None: those for which something was measured.
         whole_paper: show all of the paper's tables, measured or not.
         published: folder of the released CSV files.
         train_log: file of losses, as for `read_losses`.

@@ -1,4 +1,4 @@
-"""What all figures share: style, colours, and how a figure is written."""
+"""Shared by all figures: style, colours, and writing to files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _STYLE: dict[str, Any] = {
 
 @contextmanager
 def drawing(**style: Any) -> Iterator[Any]:
-    """pyplot without a display, in our style and what is given beside it.
+    """Provide pyplot without a display, in our style and with the rcParams in `style`.
 
     Raises:
         ConfigError: matplotlib is missing.
@@ -59,7 +59,7 @@ def drawing(**style: Any) -> Iterator[Any]:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write the figure as SVG or PNG, by the name of the file, whole or not at all; no date in it."""
+    """Write a figure as SVG or PNG, by the file's suffix. The file appears whole or not at all and contains no date."""
     kind = path.suffix.lower().lstrip(".")
     picture = io.BytesIO()
     nothing: dict[str, dict[str, None]] = {"svg": dict.fromkeys(("Date", "Creator", "Format", "Type")), "png": {}}
@@ -69,9 +69,9 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def squeeze(svg: str) -> str:
-    """The same drawing in a third of the bytes: a hundredth of a point is enough, and fonts need no list."""
+    """Shrink an SVG to a third of its bytes: coordinates get two decimals of a point, fonts lose their alternatives."""
     rounded = partial(re.sub, r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."))
-    svg = re.sub(r"<[^>]*>", lambda tag: rounded(tag[0]), svg)  # not what is written in the picture
+    svg = re.sub(r"<[^>]*>", lambda tag: rounded(tag[0]), svg)  # only inside tags, not in the picture's texts
     svg = re.sub(r"font-family: [^;\"]*", "font-family: sans-serif", svg)
     svg = re.sub(r' transform="rotate\(-0 [^"]*"|<metadata>.*?</metadata>', "", svg, flags=re.DOTALL)
     return re.sub(r"\s*\n\s*", "\n", re.sub(r" ?\n(?=[LMCQzZ\"])", " ", svg))

@@ -53,11 +53,11 @@ _STYLE: dict[str, Any] = {
 
 WIDTH = 4.8  # inches: on a phone the text of a figure then has about the size of the page's small text
 _CROWDED = 4
-"""So many curves may have bands for their intervals."""
+"""The most curves that are drawn with bands for their intervals."""
 
 
 def css_color(color: int) -> str:
-    """The page's variable for a color of `Series.color`."""
+    """The page's CSS variable for a color of `Series.color`."""
     return "var(--grey)" if color < 0 else f"var(--c{color % len(PALETTE)})"
 
 
@@ -67,12 +67,13 @@ def _hex(color: int) -> str:
 
 @dataclass
 class Canvas:
-    """What the page attaches to the parts of a drawing."""
+    """The attributes that the page attaches to the parts of a drawing."""
 
     parts: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Id of an artist -> its attributes."""
 
     def part(self, key: str, tip: str = "") -> str:
-        """An id for an artist that belongs to the series `key` and, if it is a number, tells where it comes from."""
+        """Return a new id for an artist of the series `key`. tip: where its number comes from, if it shows one."""
         name = f"part{len(self.parts)}"
         self.parts[name] = {"data-s": key} | ({"data-tip": tip} if tip else {})
         return name
@@ -86,7 +87,7 @@ class Curve:
     """A line through numbers: `x` in tokens, `y` with a tip each (none: a line without points) and 95 % intervals."""
 
     key: str
-    """Curves and points with one key are picked together on the page."""
+    """Curves and points with the same key are highlighted together on the page."""
     name: str
     color: int
     """As `Series.color`."""
@@ -110,10 +111,10 @@ class Figure:
     height: float
     """Inches on the page."""
     legend: Sequence[Curve] = ()
-    """What it shows, for the page to name, and PNG and PDF below the picture."""
+    """Curves to name beside the figure on the page, and below the picture in PNG and PDF."""
 
     def render(self, folder: Path) -> str:
-        """Write NAME.png and NAME.pdf into `folder` and give the SVG element for the page."""
+        """Write NAME.png and NAME.pdf into `folder`, and return the SVG element for the page."""
         made: dict[str, bytes] = {}
         page = Canvas()
         for kind in ("svg", "png", "pdf"):
@@ -136,7 +137,7 @@ class Figure:
 
 
 def _for_page(svg: str, name: str, parts: Mapping[str, Mapping[str, str]]) -> str:
-    """An SVG element that takes its size and colors from the page, with what belongs to its parts."""
+    """Turn an SVG file into an element that takes its size and colors from the page. parts: see `Canvas.parts`."""
     svg = squeeze(svg[svg.index("<svg") :])
     inks = {_INK: "currentColor", _EMPTY: "var(--line)", GREY[0]: css_color(-1)}
     inks |= {light: css_color(index) for index, (light, _) in enumerate(PALETTE)}
@@ -174,7 +175,7 @@ def _plot(axes: Any, canvas: Canvas, curves: Sequence[Curve]) -> None:
             axes.fill_between(
                 *zip(*known, strict=True), color=color, alpha=0.15, linewidth=0, gid=canvas.part(curve.key)
             )
-        # Of a very dense curve the page can still point at every number; dots would hide it.
+        # Dots would hide a very dense curve; tiny ones still let the page show every number.
         size = 4.5 if len(curve.x) <= 24 else 0.1
         face = {"markerfacecolor": "none", "markeredgewidth": 1.2} if curve.dashed else {"markeredgewidth": 0}
         for x, y, tip in zip(curve.x, curve.y, curve.tips, strict=False):
@@ -184,7 +185,7 @@ def _plot(axes: Any, canvas: Canvas, curves: Sequence[Curve]) -> None:
 
 
 def _legend(figure: Any, curves: Sequence[Curve]) -> None:
-    """Names below the picture, in two columns."""
+    """Draw the curves' names below the picture, in two columns."""
     from matplotlib.lines import Line2D
 
     handles = []
@@ -199,7 +200,7 @@ def _legend(figure: Any, curves: Sequence[Curve]) -> None:
 
 
 def _logarithmic(axis: Any, low: float, high: float) -> None:
-    """Plain numbers at 1, 2 and 5 times powers of ten, or finer where the axis is short."""
+    """Label an axis with plain numbers at 1, 2 and 5 times powers of ten, or finer where the axis is short."""
     from matplotlib import ticker
 
     decades = math.log10(high / low) if low > 0 and high > low else 0.0
@@ -217,7 +218,7 @@ def short_length(length: float) -> str:
 
 
 def _length_axis(axes: Any, lengths: Sequence[int]) -> None:
-    """Logarithmic, with as many of the lengths named as there is room for, the longest always."""
+    """Make the x axis logarithmic and name as many of the lengths as there is room for, the longest always."""
     axes.set_xscale("log")
     span = math.log2(max(lengths) / min(lengths)) or 1.0
     named: list[int] = []
@@ -303,7 +304,7 @@ def perplexity_figure(section: Section, name: str, keys: Mapping[Series, str]) -
 
 
 def passkey_figure(section: Section, name: str) -> Figure | None:
-    """What was found by length and depth; None where no row has its prompts."""
+    """The keys found by length and depth; None if no row has its prompts."""
     panels = [heatmap.Panel.of_rows(series.name, section.lengths(series)) for series in section.rows]
     panels = [panel for panel in panels if any(panel.prompts.values())]
     if not panels:
@@ -427,7 +428,7 @@ def loss_figure(losses: Sequence[tuple[int, float]], name: str) -> Figure:
 
 
 def _line_color(index: int) -> int:
-    """The figures of the paper have no unscaled line that grey would be kept for."""
+    """The color of a line in a figure of the paper. The last is grey, which no unscaled line needs there."""
     return index if index < len(PALETTE) else UNSCALED
 
 
@@ -482,7 +483,7 @@ def paper_figure(paper: PaperFigure, name: str) -> Figure:
 def figure_of(section: Section, name: str, keys: Mapping[Series, str]) -> Figure | None:
     """The figure of one section, if its metric has one.
 
-    name: of its files.
+    name: base name of its files.
     keys: a short identifier for each series.
     """
     metric = section.topic.metric

@@ -1,4 +1,4 @@
-"""Which keys were found, by length and depth: a panel per model and scaling, in one picture.
+"""Draw which keys were found, by length and depth: a panel per model and scaling, in one picture.
 
 matplotlib is imported when something is drawn, and never needs a display.
 """
@@ -17,7 +17,7 @@ from scaled_rope.report.drawing import check_format
 from scaled_rope.results import Row, write_atomic
 
 MOST_BINS = 10
-"""Depths are gathered into so many rows at most."""
+"""The most rows into which depths are binned."""
 
 _INK, _EMPTY = "#222222", "#dddddd"
 _ANNOTATED = 12  # lengths up to which counts fit into the cells
@@ -45,7 +45,7 @@ class Panel:
 
     @classmethod
     def of_rows(cls, title: str, rows: Mapping[int, Row]) -> Panel:
-        """From result rows by length; those without prompts (errors) are left out."""
+        """Make a panel from result rows by length; rows without prompts (errors) are left out."""
         kept = {length: row["prompts"] for length, row in rows.items() if "prompts" in row}
         return cls(title, {n: [(one["depth"], one["right"]) for one in prompts] for n, prompts in kept.items()})
 

@@ -1,6 +1,6 @@
 """One HTML page for a report: it needs no other file and no network, fits a phone, and follows light and dark mode.
 
-Every number is a cell or a point with `data-tip`, which hovering, tapping or focusing it shows.
+Every number is a cell or a point with `data-tip`, a text that is shown on hovering, tapping or focusing.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ _SHAPES = {
 
 
 def _swatch(color: int, marker: str, dashed: bool, thick: bool) -> str:
-    """A short piece of a line as the figures draw it."""
+    """A short piece of a curve, drawn as in the figures, for legends and tables."""
     dash = " stroke-dasharray='4 2'" if dashed else ""
     fill = "var(--paper)" if dashed else css_color(color)
     shape = f"<path d='{_SHAPES[marker]}' fill='{fill}' stroke='{css_color(color)}'/>" if marker else ""
@@ -183,7 +183,7 @@ def _swatch(color: int, marker: str, dashed: bool, thick: bool) -> str:
 
 
 def figure_html(figure: Figure, folder: Path) -> str:
-    """A figure with its legend, whose entries pick curves; its PNG and PDF are written into `folder`."""
+    """A figure with its legend, whose entries highlight curves; its PNG and PDF are written into `folder`."""
     chips = "".join(
         f"<button type=button aria-pressed=false data-key={curve.key}>"
         f"{_swatch(curve.color, curve.marker, curve.dashed, curve.width > 2)}{html.escape(curve.name)}</button>"
@@ -233,12 +233,12 @@ def table_html(table: Table, folded: bool = False) -> str:
     inner = f"<p class=note>{html.escape(table.note)}</p>{_rows_html(table.columns, body)}"
     if folded:
         return f"<details><summary>{html.escape(table.heading)}</summary>{inner}</details>"
-    # The only table of a part is named by the part.
+    # A table with the heading of its part needs none of its own.
     return inner if table.heading == title_of(table.section) else f"<h3>{html.escape(table.heading)}</h3>{inner}"
 
 
 def paper_table_html(table: PaperTable) -> str:
-    """A table of the paper: each cell ours above, the published number below; the last column is the verdict."""
+    """A table of the paper: each cell has our number above the published one; the last column is the verdict."""
     body, first = [], True
     for label, cells in table.lines:
         line = f"<th scope=row>{html.escape(label)}</th>"
@@ -278,7 +278,7 @@ class PageSection:
 
 
 def provenance_html(rows: Sequence[Row]) -> str:
-    """What all rows say of their origin, together."""
+    """The provenance of all rows together: models, code, machine, versions, dates, seeds and commands."""
     records = [row["provenance"] for row in rows]
     dates = sorted(record["date"] for record in records)
     versions = dict.fromkeys(f"{name} {v}" for record in records for name, v in record["versions"].items() if v)

@@ -31,7 +31,7 @@ from scaled_rope.scaling.record import RopeScaling
 PUBLISHED = bundled("data/paper.json")
 REPRODUCED, DIFFERS, NOT_RUN = "reproduced", "differs", "not run"
 SIGNS = {REPRODUCED: "=", DIFFERS: "!", NOT_RUN: "."}
-"""A status in one character, so that color is never alone in saying it."""
+"""One character for each status, so that color alone never says it."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class PaperCell:
     """None: not run, or run and too large for a number."""
     status: str = NOT_RUN
     digits: int = 0
-    """Decimals that the paper prints at least."""
+    """The least number of decimals that the paper prints."""
 
     @property
     def printed(self) -> str:
@@ -90,12 +90,12 @@ class PaperTable:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many cells have which status; cells without a published number are left out."""
+        """Status -> the number of cells that have it; cells without a published number are left out."""
         return _count([cell for _, line in self.lines for cell in line])
 
     @property
     def measured(self) -> bool:
-        """Whether there is any row."""
+        """Whether any cell has a measured row."""
         return any(cell.row for _, cells in self.lines for cell in cells)
 
     @staticmethod
@@ -140,13 +140,13 @@ def load_published(path: Path = PUBLISHED) -> dict[str, Any]:
 
 
 def _numbers(published: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """All that has numbers of its own: the tables "1" to "6", and "figure5"."""
+    """The tables "1" to "6", and "figure5", the only figure with numbers that no table has."""
     tables: dict[str, dict[str, Any]] = published["tables"]
     return tables | {f"figure{n}": f for n, f in published["figures"].items() if "table" not in f}
 
 
 def compare(rows: Sequence[Row], tables: Sequence[str] | None = None) -> list[PaperTable]:
-    """The paper's tables with the rows that measure the same thing.
+    """The paper's tables, filled in with the rows that measure the same thing.
 
     A row belongs to a cell when it has the model (by hub name, or a folder of that name), the model's own scaling (or
     the one that the table names), the data set by name, the protocol, the number of documents and the length. Of
@@ -258,7 +258,7 @@ def _measured(row: Row, metric: str, column: Any) -> float | None:
 def _cell(value: Any, row: Row | None, metric: str, column: Any, tolerance: float) -> PaperCell:
     above = isinstance(value, Mapping)
     published = value["above"] if above else value
-    if row is None or published is None or row.get("error"):  # what ran out of memory is neither like the paper nor not
+    if row is None or published is None or row.get("error"):  # out of memory: neither reproduced nor different
         return PaperCell(published, above, row, None if row is None else _measured(row, metric, column))
     measured = _measured(row, metric, column)
     if column == "passkey context":
@@ -281,7 +281,7 @@ def _with_printed(cell: PaperCell, value: Any, metric: str, column: Any) -> Pape
 
 
 def to_csv(tables: Sequence[PaperTable]) -> list[list[str]]:
-    """One line per cell, under `series.CSV_HEADER`."""
+    """One line per cell, under `tables.CSV_HEADER`."""
     lines = []
     for table in tables:
         for label, cells in table.lines:
@@ -320,22 +320,22 @@ class PaperFigure:
     """Name of the table with its numbers."""
     lines: list[PaperLine]
     highest: float
-    """The perplexity at which it is cut off."""
+    """The perplexity at which the figure is cut off."""
     tick: int
-    """Distance in tokens between the marks of its axis."""
+    """Distance in tokens between the marks of the x axis."""
 
 
 def figures(
     rows: Sequence[Row], tables: Sequence[str] | None = None, published: str | Path | None = None
 ) -> list[PaperFigure]:
-    """The paper's figures with the rows that measure the same thing at whatever lengths.
+    """The paper's figures, with the rows that measure the same thing at any length.
 
     Args:
         tables: only the figures that show these tables' numbers ("2", "6", "figure5"); default: all.
         published: a folder with the released CSV files.
 
     Raises:
-        ConfigError: no such folder, or what is in it is not the released files.
+        ConfigError: no such folder, or its files are not the released ones.
     """
     facts = load_published()
     curves = {} if published is None else read_curves(published)
@@ -391,12 +391,12 @@ def read_curves(folder: str | Path) -> dict[str, dict[int, float]]:
 
 _EVALUATORS = {"perplexity": "perplexity", "passkey_context": "passkey", "benchmark": "harness"}
 _FLAGS = {"name": "--protocol", "documents": "--samples", "dataset": "--tokenized"}
-"""Flags that are not called as the entry of a protocol is; the evaluators have the released scripts' names."""
+"""Protocol entry -> flag, where their names differ; the evaluators have the flags of the released scripts."""
 
 
 @dataclass(frozen=True)
 class PaperRun:
-    """What eval.sh runs for a table."""
+    """The evaluation that eval.sh runs for a table."""
 
     name: str
     table: str
@@ -410,12 +410,12 @@ class PaperRun:
 
     @property
     def command(self) -> str:
-        """One of its command lines, for reading."""
+        """The command line with MODEL in place of a model, for people to read."""
         return shlex.join(["python", f"eval/{self.evaluator}.py", "-m", "MODEL", *self.data, *self.flags])
 
 
 def runs() -> dict[str, PaperRun]:
-    """By name: table1 to table6, figure5, and figure1 and figure6, which show the numbers of tables 2 and 6."""
+    """Evaluations by name: table1 to table6, figure5, and figure1 and figure6, which are those of tables 2 and 6."""
     facts = load_published()
     made: dict[str, PaperRun] = {}
     for key, table in _numbers(facts).items():

@@ -1,4 +1,4 @@
-"""From result rows to what a report shows: series (a model under a scaling), topics (what was measured), tables."""
+"""Arrange result rows for a report: series (a model under a scaling), topics (the subjects of tables), and tables."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from scaled_rope.results import OUT_OF_MEMORY, Row, portable_model, read_rows, r
 from scaled_rope.scaling.record import RopeScaling
 
 Column = tuple[int, str]
-"""What a table's column is of: a context length in tokens, and what else tells columns apart (a benchmark's task, the
-positions START-END of a bucket)."""
+"""The key of a table's column: a context length in tokens (0 for none), and a text that tells columns of one length
+apart (a benchmark's task, the positions START-END of a bucket)."""
 
 MARKERS = "osD^vPX*"
 UNSCALED = -1
@@ -38,7 +38,7 @@ class Series:
     carried: bool
     head_dim: int
     name: str = ""
-    """What plots and tables call it: the label, with the model where labels alone would be ambiguous."""
+    """The name in plots and tables: the label, with the model where labels alone would be ambiguous."""
     color: int = UNSCALED
     """Number of its color; a dynamic scaling has that of its static form."""
     marker: str = "o"
@@ -57,19 +57,19 @@ class Series:
 
 @dataclass(frozen=True)
 class Topic:
-    """What the rows of one table have in common."""
+    """The subject of one table: metric, data and protocol, which all of its rows share."""
 
     metric: str
     data: str
     protocol: tuple[tuple[str, Any], ...]
     text: str = ""
-    """Fingerprint of the tokens, where values over different ones cannot be compared."""
+    """Fingerprint of the tokens, for metrics whose values over different tokens cannot be compared; else ""."""
     by_length: bool = True
     """Whether columns are context lengths."""
 
     @property
     def base(self) -> tuple[Any, ...]:
-        """The same for a topic and for the figures of table 5 that follow from it."""
+        """A key that passkeys share with the two figures of the paper's table 5, which are computed from them."""
         protocol = tuple((name, value) for name, value in self.protocol if name != "passed")
         return self.metric.removesuffix("_context"), self.data, protocol, self.text
 
@@ -87,23 +87,23 @@ class Section:
 
     @property
     def columns(self) -> list[Column]:
-        """Every column, in order: by length, or as they appeared."""
+        """All columns, in order of length, or as they appeared."""
         found = list(dict.fromkeys(column for cells in self.rows.values() for column in cells))
         return sorted(found, key=_order) if self.topic.by_length else found
 
     def lengths(self, series: Series) -> dict[int, Row]:
         """The rows of a series by context length in tokens, in ascending order.
 
-        Position buckets that end at one length are of one length; what counts there is a row that has a value.
+        Of several position buckets that end at one length, one row is kept, with a value if any has one.
         """
         cells = self.rows.get(series, {})
         ordered = sorted(cells, key=lambda column: (column[0], not cells[column].get("error"), *_order(column)))
         return {column[0]: cells[column] for column in ordered}
 
     def partitions(self, series: Series) -> list[list[Column]]:
-        """A series' position buckets in lines, in each of which a bucket begins where the one before ended.
+        """Group the position buckets of a series into lines, in which each bucket begins where the one before ends.
 
-        Measured with one set of lengths there is one line. A bucket that several lines need is in all of them.
+        Buckets that were measured with one set of lengths form one line. A bucket that several lines need is in all.
         """
         columns = sorted(self.rows.get(series, {}), key=_order)
         spans = {column: self.rows[series][column]["bucket"] for column in columns}
@@ -121,13 +121,14 @@ class Section:
 
 
 def _order(column: Column) -> tuple[int, int, str]:
-    """Sorts columns by length, and buckets that end at one by where they begin."""
+    """The sort key of a column: its length, then the beginning of its bucket."""
     length, other = column
+    # Shorter texts first: numbers in them then sort as numbers.
     return length, len(other), other
 
 
 def topic_of(row: Row) -> Topic:
-    """What a row measured, up to its column."""
+    """The topic of a row: all that it measured except for the column."""
     metric, protocol, data = row["metric"], dict(row["protocol"]), row["data"]
     protocol.pop("bucket_start", None)
     if metric == "benchmark":
@@ -145,7 +146,7 @@ def _frozen(protocol: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 
 def column_of(row: Row) -> Column:
-    """Where in its topic's table a row stands."""
+    """The column of a row in its topic's table."""
     if row["metric"] == "benchmark" and row["length"] is None:
         protocol = row["protocol"]
         limit = "" if protocol.get("limit") is None else f", first {protocol['limit']}"
@@ -156,10 +157,11 @@ def column_of(row: Row) -> Column:
 
 
 def current_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows that describe the present.
+    """Leave out rows that newer ones have replaced.
 
-    A file that is appended to keeps what was measured before the weights, the dtype or a text changed. Of each model
-    and metric the weights and dtype of the last row count, and of each series the text that it last saw under a name.
+    A file that is appended to keeps rows from before the weights, the dtype or a text changed. For each model and
+    metric, rows with the weights and dtype of the last one are kept, and of these, for each series, the rows over the
+    text that it last saw under a name.
     """
     weights = {(row["model"], row["metric"]): (row["model_fingerprint"], row["dtype"]) for row in rows}
     kept = [row for row in rows if weights[row["model"], row["metric"]] == (row["model_fingerprint"], row["dtype"])]
@@ -181,7 +183,7 @@ class ReportRows:
     sections: list[Section]
     rows: list[Row]
     notes: list[str]
-    """What was left out, and why."""
+    """Remarks on rows that were left out."""
 
     def of(self, *metrics: str) -> list[Section]:
         """The sections of some metrics."""
@@ -189,7 +191,7 @@ class ReportRows:
 
 
 def load_results(paths: Sequence[str], finetuned: str | None = None) -> ReportRows:
-    """Read row files; the model `finetuned` is named so.
+    """Read row files. Labels of the model `finetuned` say "(fine-tuned)" instead of "(checkpoint)".
 
     Raises:
         ConfigError: no rows, or rows that lack what every evaluator writes.
@@ -210,7 +212,7 @@ def load_results(paths: Sequence[str], finetuned: str | None = None) -> ReportRo
         series: dict[tuple[str, str], Series] = {}
         sections: dict[Topic, Section] = {}
         for row in rows:
-            _ = [row["provenance"][name] for name in _PROVENANCE]  # a field that lacks is noticed here
+            _ = [row["provenance"][name] for name in _PROVENANCE]  # a missing field raises the KeyError caught below
             label = row["label"].replace("(checkpoint)", "(fine-tuned)") if row["model"] == finetuned else row["label"]
             scaling = RopeScaling.from_dict(row["scaling"])
             new = Series(row["model"], label, scaling, row["carried"], row["head_dim"])
@@ -220,7 +222,7 @@ def load_results(paths: Sequence[str], finetuned: str | None = None) -> ReportRo
     except KeyError as error:
         raise ConfigError(f"a row has no field {error}; rows come from the evaluators in eval/") from error
     _style(list(series.values()))
-    # By metric, then as they appeared, and what follows from a topic behind it.
+    # By metric, then as they appeared; topics with one base stay together.
     bases = list(dict.fromkeys(topic.base for topic in sections))
     ordered = sorted(sections.values(), key=lambda one: bases.index(one.topic.base))
     ordered.sort(key=lambda one: _NUMBERS.index(one.topic.base[0]))
@@ -268,7 +270,7 @@ class Cell:
     row: Row | None = None
     value: float | None = None
     interval: tuple[float, float] | None = None
-    """95 %."""
+    """The 95 % interval."""
     unit: str = ""
 
     @property
@@ -287,11 +289,11 @@ class Table:
     columns: list[str]
     lines: list[tuple[Series, list[Cell]]]
     lower_is_better: bool | None = None
-    """None: nothing is the best."""
+    """None: no value is marked as the best."""
 
     @property
     def heading(self) -> str:
-        """The title without that of its section."""
+        """The title without the section's title in front."""
         short = self.title.removeprefix(f"{title_of(self.section)}, ")
         return short[:1].upper() + short[1:]
 
@@ -309,7 +311,7 @@ class Table:
         return found
 
     def text(self) -> str:
-        """The table for a terminal; of very many columns a few."""
+        """The table for a terminal; of very many columns, only every second, third and so on."""
         count = len(self.columns)
         step = -(-count // _MOST_COLUMNS)
         shown = range((count - 1) % step, count, step)
@@ -334,7 +336,7 @@ def perplexity_cell(row: Row, bucket: bool) -> Cell:
 
 
 def share_cell(row: Row) -> Cell:
-    """Right answers of all; in a benchmark, and where there are many, in percent."""
+    """A benchmark's score, or the right answers out of all, in percent from 100 questions on."""
     if row.get("error"):
         return Cell(_error(row), row)
     if row["metric"] == "benchmark":
@@ -350,7 +352,7 @@ def _error(row: Row) -> str:
 
 
 def about(title: str, cell: Cell, what: str) -> str:
-    """Where one number comes from: lines of text, the first is `title`, the last the command."""
+    """Describe where one number comes from, in lines of text: the first is `title`, the last the command."""
     row = cell.row
     assert row is not None  # an empty cell has nothing to say
     record = row["provenance"]
@@ -378,7 +380,7 @@ def about(title: str, cell: Cell, what: str) -> str:
 
 
 def describe(section: Section) -> str:
-    """What was measured and how, in a sentence."""
+    """Say in one sentence what was measured and how."""
     topic = section.topic
     rows = [row for cells in section.rows.values() for row in cells.values()]
     data = rows[0]["data"]

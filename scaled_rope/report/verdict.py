@@ -12,7 +12,7 @@ from scaled_rope.report.tables import ReportRows, Section, Series
 from scaled_rope.results import portable_model
 
 TOLERANCE = 1.10
-"""How many times the perplexity within its own context may be that at the extended one."""
+"""The largest ratio allowed, of the perplexity at the extended context to the base's within its trained context."""
 
 
 @dataclass(frozen=True)

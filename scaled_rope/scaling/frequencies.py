@@ -143,7 +143,7 @@ def proportional(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor
 def cope(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """θ_d · (1 + cos φ)/2 over the lowest frequencies, φ from 0 to π in equal steps; the last one is 0."""
     inv_freq, clip = _clipped(scaling, dim, factor)
-    phase = torch.linspace(math.pi, 0, clip, dtype=torch.float64, device="cpu").flip(0)  # of one step, it is π
+    phase = torch.linspace(math.pi, 0, clip, dtype=torch.float64, device="cpu").flip(0)  # flipped: one step gives π
     return _scale_lowest(inv_freq, (1 + phase.cos()) / 2), torch.ones_like(factor)
 
 
@@ -154,8 +154,9 @@ def hardclip(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | N
 
 
 def _clipped(scaling: RopeScaling, dim: int, factor: Tensor) -> tuple[Tensor, int]:
-    """Unclipped frequencies [..., D/2] and how many of them are to be clipped."""
+    """Unclipped frequencies [..., D/2], and the number of lowest ones to clip."""
     params: ClipParams = scaling.method_params
+    # The released code clips 20 of the 64 frequencies of a model with head_dim 128.
     clip = max(1, round(dim / 2 * 20 / 64)) if params.clip is None else params.clip
     if clip > dim // 2:
         raise ConfigError(f"clip={clip}: must be at most {dim // 2}, the number of frequencies")
@@ -176,7 +177,7 @@ def _zeros(count: int) -> Tensor:
 def _round_wavelengths(inv_freq: Tensor) -> Tensor:
     """Resonance RoPE (arXiv 2403.00071): each wavelength becomes the nearest whole number of tokens."""
     wavelength = (2 * math.pi / inv_freq).round().clamp(min=1)
-    return torch.where(inv_freq > 0, 2 * math.pi / wavelength, inv_freq)
+    return torch.where(inv_freq > 0, 2 * math.pi / wavelength, inv_freq)  # a frequency of 0 has no wavelength
 
 
 def _powers(base: float | Tensor, dim: int, like: Tensor) -> Tensor:
@@ -203,7 +204,7 @@ def _index_ramp(scaling: RopeScaling, dim: int, fast: float, slow: float, like: 
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
-        high += 0.001
+        high += 0.001  # as in the released code, against a division by zero
     index = torch.arange(dim // 2, dtype=like.dtype, device=like.device)
     return 1 - ((index - low) / (high - low)).clamp(0, 1)
 
@@ -293,7 +294,10 @@ def compute_scale(scaling: RopeScaling, seq_len: Tensor) -> Tensor:
 
 
 def _compute(scaling: RopeScaling, head_dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The method's function at the scale in effect: that of `compute_scale` when a length is given, else factor."""
+    """Call the method's function at the scale in effect: `compute_scale` if dynamic and seq_len is given, else factor.
+
+    factor, seq_len, shapes and results: as `registry.MethodFn`.
+    """
     row = METHODS[scaling.method]
     if row.kind != "frequency":
         raise ConfigError(f"method {scaling.method!r} changes attention itself; it has no frequencies")
@@ -305,7 +309,10 @@ def _compute(scaling: RopeScaling, head_dim: int, factor: Tensor, seq_len: Tenso
 
 
 def at_length(scaling: RopeScaling, seq_len: int) -> RopeScaling:
-    """The scaling that gives every sequence what a length-dependent one gives a sequence of `seq_len` tokens."""
+    """Return a scaling whose frequencies at every length are those of `scaling` for `seq_len` tokens.
+
+    A scaling that does not depend on the length is returned unchanged.
+    """
     if not scaling.is_length_dependent:
         return scaling
     assert scaling.original_max_position_embeddings is not None  # validated by RopeScaling

@@ -1,6 +1,6 @@
-"""How the configs of models say which scaling they have: every dialect in, the words of transformers out.
+"""Read the RoPE scaling from a model's config in any dialect; the table of transformers' own rope types.
 
-Plain dictionaries on both sides; the record itself is `scaled_rope.scaling.record.RopeScaling`.
+Input and output are plain dictionaries; the record itself is `scaled_rope.scaling.record.RopeScaling`.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ CUSTOM_ROPE_TYPE = "scaled-rope"
 """rope_type of a scaling that transformers cannot express. transformers refuses to build such a model,
 which is what we want: the alternative is a model that runs with the wrong frequencies."""
 RECORD_KEY = "scaled_rope"
-"""Key on the top level of a config for what `rope_parameters` has no words for: the record that native words
-would not give back (NTK-aware is written as a larger base), or a scaling per layer."""
+"""Key on the top level of a config for what `rope_parameters` cannot express: a scaling per layer, or a record that
+could not be read back from transformers' own keys (NTK-aware is written as a larger base)."""
 MAX_THETA = 1e30
 """The largest base of a record: far beyond what makes sense, and such that no formula leaves the range of float64."""
 PRIMARY_LAYER_TYPE = "full_attention"
-"""The layers that see the whole context, which a scaling is for unless it says otherwise."""
+"""The type of layers that see the whole context. A scaling applies to these unless it says otherwise."""
 _MODEL_KEYS = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 _ROPE_KEYS = ("rope_scaling", "rope_parameters")
 
 
 @dataclass(frozen=True)
 class NativeType:
-    """A `rope_type` of transformers: the method it is, and its keys beside the model's own."""
+    """A `rope_type` of transformers: the method it stands for, and its config keys besides the model's own."""
 
     method: str
     keys: tuple[str, ...] = ()
     params: tuple[str, ...] = ()
-    """Those of the keys that go into the record's `params`."""
+    """The `keys` whose values go into the record's `params`."""
 
 
 _YARN_KEYS = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
@@ -56,8 +56,8 @@ NATIVE: dict[str, NativeType] = {
 _RELEASED_TYPES = {"dynamic-yarn": "yarn", "dynamic-linear": "linear", "ntk-by-parts": "ntk-by-parts"}
 _TYPE_ALIASES = {"su": "longrope"}
 MISTRAL_CONSTANTS = {"beta_fast": 128.0, "beta_slow": 2.0, "mscale": 0.7}
-"""What the code released with the Yarn-Mistral models has built in, where Llama's has 32, 1 and 1."""
-# What a family's config.json may leave out, as transformers 5.23 fills it in. 10000 and 1 where nothing is said.
+"""Constants built into the code released with the Yarn-Mistral models; the code for Llama has 32, 1 and 1."""
+# Values that a family's config.json may leave out, as transformers 5.23 fills them in; 10000 and 1 where none is given.
 FAMILY_THETA: dict[str, float | dict[str, float]] = {
     "cohere": 5e5,
     "falcon": 1e4,
@@ -120,7 +120,7 @@ class ConfigNote:
 
 @dataclass
 class Reading:
-    """What a config says: the fields of a record, and remarks."""
+    """The result of reading a config: the fields of a record, and remarks."""
 
     values: dict[str, Any]
     notes: list[ConfigNote] = field(default_factory=list)
@@ -130,10 +130,10 @@ class Reading:
 
 
 def split_config(config: Any) -> tuple[dict[str, Any], Any]:
-    """A config (object of transformers or dictionary) as its top level, text part only, and its RoPE dictionary.
+    """Split a config (object of transformers or dictionary) into its top level, text part only, and RoPE dictionary.
 
     Raises:
-        ConfigError: neither of the two kinds.
+        ConfigError: the config is neither of the two.
     """
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
@@ -164,7 +164,7 @@ def attribute(config: Any, name: str) -> Any:
     """A field of a config object of transformers; None when it has no such field.
 
     Raises:
-        ConfigError: the field is another one in each layer (Gemma 4), of which transformers gives no single value.
+        ConfigError: the field differs between layers (Gemma 4), so transformers gives no single value.
     """
     try:
         return getattr(config, name, None)
@@ -197,24 +197,24 @@ def has_rope(config: Any) -> bool:
 
 
 def attention_keys(model_type: object) -> tuple[str, ...]:
-    """Keys that may stand in a family's RoPE dictionary and say nothing about frequencies; all of them for None."""
+    """Keys of a family's RoPE dictionary that do not affect frequencies; for None, those of all families."""
     return _ATTENTION_KEYS if model_type is None or model_type in _ATTENTION_KEY_FAMILIES else ()
 
 
 def read_by_attention(rope: Any) -> dict[str, Any]:
-    """What a family's attention reads from its RoPE dictionary in every pass, L included; empty for most families."""
+    """Entries of the RoPE dictionary that attention reads in every pass, L included; empty for most families."""
     if not isinstance(rope, Mapping) or _ATTENTION_KEYS[0] not in rope:
         return {}
     return {name: rope[name] for name in (*_ATTENTION_KEYS, "original_max_position_embeddings") if name in rope}
 
 
 def read_rope(model: Mapping[str, Any], rope: Mapping[str, Any], layer_type: str | None = None) -> Reading:
-    """Fields of a `RopeScaling` and remarks from a model's config; see `RopeScaling.from_config`.
+    """Read the fields of a `RopeScaling` and remarks from a model's config; see `RopeScaling.from_config`.
 
-    model, rope: what `split_config` makes of it.
+    model, rope: the two parts that `split_config` returns.
 
     Raises:
-        ConfigError: an unknown type or key, or one that is missing.
+        ConfigError: a type or key is unknown or missing.
     """
     reading = Reading({})
     if model.get("rope_scaling") and model.get("rope_parameters"):
@@ -245,7 +245,7 @@ def read_rope(model: Mapping[str, Any], rope: Mapping[str, Any], layer_type: str
 
 
 def _type_of(entry: dict[str, Any], reading: Reading) -> tuple[str, bool]:
-    """The rope_type that a RoPE dictionary says, and whether the model was fine-tuned with it; both are taken out."""
+    """Take out of a RoPE dictionary its rope_type, and whether the model was fine-tuned with it; return both."""
     older_type = entry.pop("type", "default")
     rope_type = entry.pop("rope_type", older_type)
     if older_type not in ("default", rope_type):
@@ -257,7 +257,7 @@ def _type_of(entry: dict[str, Any], reading: Reading) -> tuple[str, bool]:
 
 
 def _native_of(rope_type: object) -> NativeType:
-    """What a rope_type means and which keys it has."""
+    """The method and the keys of a rope_type. Raises ConfigError on an unknown one."""
     known = [*NATIVE, *_RELEASED_TYPES, *_TYPE_ALIASES, CUSTOM_ROPE_TYPE]
     if not isinstance(rope_type, str) or rope_type not in known:
         raise unknown("rope_type", rope_type, known)
@@ -276,7 +276,7 @@ def _fill_values(
     finetuned: bool,
     reading: Reading,
 ) -> None:
-    """The fields of a record from the RoPE dictionary of a type that we know, and what it leaves to be filled in."""
+    """Set the fields of a record in `reading`: from the RoPE dictionary of a known type, missing ones filled in."""
     dynamic = rope_type.startswith("dynamic-")
     rope_type = _TYPE_ALIASES.get(rope_type, rope_type)
     values = {name: value for name, value in entry.items() if name not in native.params}
@@ -302,7 +302,7 @@ def _fill_values(
 
 
 def _fill_dynamic(values: dict[str, Any], finetuned: bool, reading: Reading) -> None:
-    """The released dynamic types scale from 1 on, unless the model was fine-tuned with more."""
+    """Make the scaling dynamic. The smallest s of the released types is 1 unless the model was fine-tuned with more."""
     values["dynamic"] = True
     if not finetuned and is_number(values["factor"]):
         if values["factor"] != 1:
@@ -313,7 +313,7 @@ def _fill_dynamic(values: dict[str, Any], finetuned: bool, reading: Reading) -> 
 
 
 def _rename(model: dict[str, Any], reading: Reading) -> dict[str, Any]:
-    """Top-level keys under the names that most families use."""
+    """Rename a family's top-level keys to the names that most families use."""
     family = model.get("model_type")
     for old, new in _ALIASES.get(str(family), {}).items():
         ignored = model.pop(new, None)
@@ -326,7 +326,7 @@ def _rename(model: dict[str, Any], reading: Reading) -> dict[str, Any]:
 def _entry(
     model: dict[str, Any], rope: dict[str, Any], layer_type: str | None, reading: Reading
 ) -> tuple[dict[str, Any], str | None]:
-    """The RoPE dictionary of one layer type, and which one that is (None: all layers share it)."""
+    """Return the RoPE dictionary of one layer type, and the name of that type (None: all layers share it)."""
     family = model.get("model_type")
     nested = nested_types(rope)
     if not nested:
@@ -367,7 +367,7 @@ def _printable(names: Iterable[Any]) -> list[str]:
 def _read_beside(
     entry: dict[str, Any], rope: dict[str, Any], layer_type: str, nested_family: bool, reading: Reading
 ) -> None:
-    """What stands next to the layer types and not in one of them."""
+    """Add to `entry` the keys that stand next to the layer types instead of inside one of them."""
     beside = {key: value for key, value in rope.items() if not isinstance(value, Mapping) and value is not None}
     outside = beside.pop("truncate", None)
     if nested_family and beside:
@@ -403,7 +403,7 @@ def _read_beside(
 def _fill_from_top_level(
     entry: dict[str, Any], model: dict[str, Any], layer_type: str | None, reading: Reading
 ) -> None:
-    """Base and rotated share, from where the family keeps them when the RoPE dictionary doesn't say."""
+    """Fill in base and rotated share that the RoPE dictionary lacks, from where the family keeps them."""
     family = model.get("model_type")
     for name in ("rope_theta", "partial_rotary_factor"):
         outside = model.get(name)
@@ -430,7 +430,7 @@ def _fill_from_top_level(
 def _fill_original(
     values: dict[str, Any], model: dict[str, Any], rope_type: str, nested: bool, reading: Reading
 ) -> None:
-    """L: the top level wins over a flat RoPE dictionary, as in transformers, because Phi-3 keeps it there."""
+    """Fill in L. The top level wins over a flat RoPE dictionary, as in transformers, because Phi-3 keeps L there."""
     name = "original_max_position_embeddings"
     inside, outside, context = values.get(name), model.get(name), model.get("max_position_embeddings")
     if outside is None:
@@ -457,7 +457,7 @@ def _fill_original(
 
 
 def _fill_factor(values: dict[str, Any], model: dict[str, Any], rope_type: str) -> None:
-    """The factor; where transformers allows a null one, it is the ratio of the two lengths."""
+    """Fill in the factor; where transformers allows a null one, it is the ratio of the two lengths."""
     context, original = model.get("max_position_embeddings"), values["original_max_position_embeddings"]
     if values.get("factor") is None and rope_type == "proportional":
         values["factor"] = 1.0
@@ -469,7 +469,7 @@ def _fill_factor(values: dict[str, Any], model: dict[str, Any], rope_type: str) 
 
 
 def _apply_mistral_constants(values: dict[str, Any], model: dict[str, Any], finetuned: bool, reading: Reading) -> None:
-    """Paper and released code differ: the Yarn-Mistral models have other constants, which their configs don't carry."""
+    """Fill in the constants of the released Yarn-Mistral models: not the paper's, and missing from their configs."""
     told = {"beta_fast", "beta_slow", "attention_factor", "mscale"} & set(values)
     if model.get("model_type") != "mistral" or told:
         return

@@ -10,13 +10,14 @@ from scaled_rope.errors import ConfigError, is_number, is_positive_whole
 
 @dataclass(frozen=True)
 class PartNtkParams:
-    """Rotations over L between which the older blend works; the released code has them built in."""
+    """Bounds of the two ramps of `part_ntk`, in rotations over L; the defaults are those of the released code."""
 
     linear_above: float = 0.75
     """Below this, frequencies are divided by s."""
     ntk_above: float = 1.25
     """Above this, and below `blend_above`, they are NTK-aware."""
     blend_above: float = 2.0
+    """Between this and `keep_above`, they go from NTK-aware to kept."""
     keep_above: float = 16.0
     """Above this, they are kept."""
 
@@ -32,12 +33,12 @@ class PartNtkParams:
 
 @dataclass(frozen=True)
 class Llama3Params:
-    """Where the blend of `llama3` begins and ends, in rotations over L."""
+    """Bounds of the blend of `llama3`, in rotations over L."""
 
     low_freq_factor: float = 1.0
-    """Fewer rotations: divided by s."""
+    """Frequencies with fewer rotations are divided by s."""
     high_freq_factor: float = 4.0
-    """More: kept."""
+    """Frequencies with more rotations are kept."""
 
     def __post_init__(self) -> None:
         for name in ("low_freq_factor", "high_freq_factor"):
@@ -83,7 +84,7 @@ class AbfParams:
 @dataclass(frozen=True)
 class NtkMixedParams:
     exponent: float = 0.625
-    """How fast the division sets in towards low frequencies."""
+    """The exponent of m in exp(a·m^0.625): the larger, the more only the lowest frequencies are divided."""
 
     def __post_init__(self) -> None:
         _store(self, "exponent", above=0)
@@ -115,7 +116,7 @@ class ClipParams:
 
 
 def _store(params: object, name: str, above: float, at_most: float = math.inf) -> None:
-    """Check a number of a parameter dataclass and store it as float."""
+    """Check a number in a parameter dataclass and store it as float."""
     value = getattr(params, name)
     if not is_number(value) or not above < value <= at_most:
         limit = f" and at most {at_most:g}" if math.isfinite(at_most) else ""
@@ -126,7 +127,7 @@ def _store(params: object, name: str, above: float, at_most: float = math.inf) -
 @dataclass(frozen=True, kw_only=True)
 class ReRopeParams:
     window: int
-    """Distance, in tokens, up to which keys are seen where they are."""
+    """Distance in tokens up to which keys keep their true positions."""
     logn: bool = False
     """Whether queries are multiplied by max(1, ln(i + 1) / ln L)."""
 
@@ -150,7 +151,7 @@ class SelfExtendParams:
     group: int
     """g: beyond the window, g neighbouring positions count as one."""
     window: int
-    """w: distance, in tokens, below which keys are seen where they are."""
+    """w: distance in tokens below which keys keep their true positions."""
 
     def __post_init__(self) -> None:
         _whole(self, "group", 2)

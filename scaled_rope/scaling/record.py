@@ -69,14 +69,14 @@ class RopeScaling:
     mscale: float | None = None
     """m in the attention factor 0.1·m·ln(s) + 1. Default 1; the released Yarn-Mistral models use 0.7."""
     ramp: str | None = None
-    """What the blend between kept and divided is linear in: "dimension" (default, the released code) or
-    "rotations" (the paper's equations 18-20)."""
+    """The quantity in which the blend between kept and divided frequencies is linear: "dimension" (default, the
+    released code) or "rotations" (the paper's equations 18-20)."""
     truncate: bool | None = None
     """Whether the ends of the "dimension" ramp are rounded outwards to whole dimensions. Default True."""
     extrapolation_factor: float | None = None
     """Multiplies the kept share of every frequency, 0 to 1. Default 1; 0 is position interpolation."""
     params: dict[str, Any] = field(default_factory=dict, hash=False)
-    """The method's own parameters, those that no other method shares."""
+    """Parameters of this method alone, by name; see `scaled_rope.scaling.parameters`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or self.method not in METHODS:
@@ -196,7 +196,7 @@ class RopeScaling:
 
     @property
     def of_frequencies(self) -> RopeScaling:
-        """The scaling that the frequencies have: this one, or none under a method that changes attention."""
+        """The scaling of the frequencies: this one, or "default" (unscaled) under a method that changes attention."""
         if not self.changes_attention:
             return self
         return RopeScaling("default", **{name: getattr(self, name) for name in _MODEL_FIELDS})
@@ -298,14 +298,14 @@ class RopeScaling:
         head_dim: int | None = None,
         rope_types: Container[str] = NATIVE,
     ) -> dict[str, Any]:
-        """What to write into a model's config.
+        """Return the RoPE dictionary to write into a model's config.
 
         dialect: "rope_parameters" (transformers 5) or "rope_scaling" (older, and other programs), in which
             `rope_theta` stays outside, on the config's top level.
         head_dim: dimensions per head of the model, see `is_native`.
-        rope_types: those that may be written.
+        rope_types: the types of transformers that may be used.
 
-        What transformers can express is written in its own words, YaRN always with its attention factor:
+        A scaling that transformers can express is written with its keys, YaRN always with its attention factor:
         NTK-by-parts is "yarn" with attention factor 1, NTK-aware is "default" with the base b'. Everything
         else gets `rope_type` "scaled-rope", which `from_config` reads without loss and transformers refuses.
         """
@@ -348,7 +348,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What differs between the layers of a model."""
+    """Differences between the layers of a model: scalings by layer type, and layers without rotary embedding."""
 
     layers: dict[str, RopeScaling] = field(default_factory=dict, hash=False)
     """Layer type -> its scaling; empty when all layers have the same."""
@@ -360,16 +360,17 @@ class LayerPlan:
         """The plan that a config carries, in `rope_parameters` nested per layer type or in our own record.
 
         Raises:
-            ConfigError: as `RopeScaling.from_config`, or a record that is none.
+            ConfigError: as `RopeScaling.from_config`, or our record in the config is malformed.
         """
         return RopeSettings(config).plan
 
 
 class RopeSettings:
-    """What a model's config says about its rotary embedding. The config is read when this is made, and not again.
+    """The settings of the rotary embedding in a model's config, which is read once, when this object is made.
 
     Raises:
-        ConfigError: what is made of the config is refused when it is asked for, as `RopeScaling.from_config` does.
+        ConfigError: on creation, something that is no config; when a setting is asked for, as
+            `RopeScaling.from_config`.
     """
 
     def __init__(self, config: Any) -> None:
@@ -383,7 +384,7 @@ class RopeSettings:
 
     @property
     def layer_types(self) -> list[str]:
-        """The distinct layer types, in the order of their first layers; empty when the model has no such thing."""
+        """The distinct layer types, in the order of their first layers; empty when the config lists none."""
         return list(dict.fromkeys(self._model.get("layer_types") or ()))
 
     @property
@@ -404,22 +405,22 @@ class RopeSettings:
         return self.of(None)
 
     def of(self, layer_type: str | None) -> RopeScaling:
-        """The scaling of a layer type; None as for `scaling`."""
+        """The scaling of a layer type; for None, `scaling`."""
         return self._reading(layer_type)[0]
 
     def notes(self, layer_type: str | None = None) -> list[ConfigNote]:
-        """What had to be assumed."""
+        """Remarks on the config, among them what had to be assumed."""
         return self._reading(layer_type)[1]
 
     def warn(self, layer_type: str | None = None) -> None:
-        """Warn of what had to be assumed and may be wrong."""
+        """Issue a Python warning for each remark of level "warning": an assumption that may be wrong."""
         for note in self.notes(layer_type):
             if note.level == "warning":
                 warnings.warn(note.text, stacklevel=3)
 
     @functools.cached_property
     def plan(self) -> LayerPlan:
-        """What differs between layers, see `LayerPlan.from_config`."""
+        """The differences between layers, see `LayerPlan.from_config`."""
         record = self._model.get(RECORD_KEY) or {}
         if not isinstance(record, Mapping):
             raise ConfigError(f"{RECORD_KEY}={record!r}: must be a dictionary")
@@ -449,7 +450,7 @@ class RopeSettings:
         return self._read[layer_type]
 
     def _record(self, layer_type: str | None) -> RopeScaling | None:
-        """The record that `patch_model` left in a config whose native words would not give it back."""
+        """The record that `patch_model` put beside RoPE parameters from which it cannot be read back; None without."""
         record = self._model.get(RECORD_KEY)
         if isinstance(record, Mapping) and "layers" in record:
             layers = record["layers"]
@@ -461,7 +462,7 @@ class RopeSettings:
         return RopeScaling.from_dict(record)
 
     def _says(self, record: RopeScaling, scaling: RopeScaling, layer_type: str | None) -> bool:
-        """Whether the RoPE dictionary, which reads as `scaling`, is what a record would have been written as."""
+        """Whether the config's RoPE dictionary, which was read as `scaling`, is the one that `record` is written as."""
         nested = nested_types(self._rope)
         primary = PRIMARY_LAYER_TYPE if PRIMARY_LAYER_TYPE in nested else nested[0] if nested else None
         entry = self._rope[layer_type or primary] if nested else self._rope
@@ -511,7 +512,7 @@ def native_type(scaling: RopeScaling, head_dim: int | None) -> str | None:
 
 
 def native_words(scaling: RopeScaling, rope_type: str, head_dim: int | None) -> dict[str, Any]:
-    """`rope_parameters` for a scaling that transformers can express as `rope_type`."""
+    """Return `rope_parameters` for a scaling that transformers can express as `rope_type`."""
     theta = scaling.rope_theta
     if scaling.method == "ntk":
         assert head_dim is not None  # native_type said so
@@ -542,7 +543,7 @@ def native_words(scaling: RopeScaling, rope_type: str, head_dim: int | None) -> 
 
 
 def resolve_scaling(spec: str, own: RopeScaling) -> RopeScaling:
-    """What `spec` means for a checkpoint that carries `own`.
+    """Return the scaling that `spec` stands for, given a checkpoint whose own scaling is `own`.
 
     Beyond `RopeScaling.from_spec`: "checkpoint" is `own`, "checkpoint:FACTOR" is `own` read with another factor, and
     "METHOD:checkpoint" takes over the factor of `own`.
@@ -569,17 +570,20 @@ def resolve_scaling(spec: str, own: RopeScaling) -> RopeScaling:
 
 
 def check_spec(text: str) -> None:
-    """Refuse a text that is no scaling of any model, whatever its checkpoint says; see `resolve_scaling`.
+    """Raise an error for a text that is no scaling for any model, whatever its own scaling; see `resolve_scaling`.
 
     Raises:
         ConfigError: an unknown method or field, or a value that is not allowed.
     """
-    # A model that carries a scaling, trained at the longest length there is: no window is too long for it.
+    # Stands for any model: it carries a scaling, and was trained at the longest length, so no window is too long.
     resolve_scaling(text, RopeScaling("yarn", 2.0, original_max_position_embeddings=_MAX_LENGTH))
 
 
 def with_primary(layers: dict[str, RopeScaling], scaling: RopeScaling) -> dict[str, RopeScaling]:
-    """Scalings by layer type with that of the full-attention layers (or else the first) replaced; none stay none."""
+    """Return `layers` with the scaling of the full-attention type (or else of the first type) replaced.
+
+    An empty dictionary stays empty.
+    """
     if not layers:
         return {}
     return {**layers, (PRIMARY_LAYER_TYPE if PRIMARY_LAYER_TYPE in layers else next(iter(layers))): scaling}

@@ -49,7 +49,7 @@ class Method:
     params_type: type | None = None
     """A frozen dataclass that `RopeScaling.params` must fit, or None when the method has no parameters."""
     below_original: str = ""
-    """The parameter that must be below L; empty when none must."""
+    """Name of the parameter that must be below L; empty when there is none."""
     kind: Literal["frequency", "attention"] = "frequency"
     """"attention" methods change attention itself and have no table of frequencies."""
     length_dependent: bool = False
@@ -85,13 +85,13 @@ def _resolved(function: str) -> MethodFn:
 
 
 def _frequency(name: str, *fields: str, source: str, summary: str, **columns: Any) -> Method:
-    """A row of a method that changes frequencies; its function is that of its name in `scaling.frequencies`."""
+    """The row of a method that changes frequencies; its function in `scaling.frequencies` has the method's name."""
     function = f"scaling.frequencies:{name.replace('-', '_')}"
     return Method(name=name, function=function, fields=frozenset(fields), source=source, summary=summary, **columns)
 
 
 def _attention(name: str, source: str, summary: str, params_type: type, below_original: str) -> Method:
-    """A row of a method that changes attention; its function is that of its name in `attention.methods`."""
+    """The row of a method that changes attention; its function in `attention.methods` has the method's name."""
     return Method(
         name=name,
         function=f"attention.methods:{name.replace('-', '_')}",

@@ -1,4 +1,4 @@
-"""The text form of a scaling, "[dynamic-]METHOD[:FACTOR][,FIELD=VALUE...]": taken apart here and nowhere else."""
+"""The only parser of the text form of a scaling, "[dynamic-]METHOD[:FACTOR][,FIELD=VALUE...]"."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ _TRUE_OR_FALSE = ("dynamic", "resonance", "truncate")
 
 @dataclass(frozen=True)
 class Spec:
-    """The parts of such a text. Nothing but its form is looked at: the method may not exist."""
+    """The parts of the text form of a scaling. Only the syntax is checked: the method may not exist."""
 
     method: str
-    """With its "dynamic-" in front; also "checkpoint", "none" and "unscaled"."""
+    """The method with its "dynamic-" in front; also "checkpoint", "none" and "unscaled"."""
     factor: str | None = None
-    """What follows the colon; None without one."""
+    """The text after the colon; None without a colon."""
     fields: tuple[tuple[str, str], ...] = ()
     """(name, value) in the order of the text; the value is empty where there is no equals sign."""
     text: str = field(default="", compare=False, repr=False)
-    """As it was given, for messages."""
+    """The whole text as it was given, for messages."""
 
     @classmethod
     def parse(cls, text: str) -> Spec:
-        """Take a text apart."""
+        """Split a text into its parts."""
         head, *options = [part.strip() for part in text.split(",")]
         method, colon, factor = head.partition(":")
         pairs = [option.partition("=")[::2] for option in options]
         return cls(method, factor if colon else None, tuple(pairs), text)
 
     def __str__(self) -> str:
-        """The text again."""
+        """The text form of these parts."""
         head = self.method if self.factor is None else f"{self.method}:{self.factor}"
         return ",".join([head, *(f"{name}={value}" if value else name for name, value in self.fields)])
 
@@ -81,7 +81,10 @@ class Spec:
 
 
 def rescale(text: str, method: str | None, factor: float | None) -> str:
-    """The text with another method, which drops the fields of the old one, or another factor."""
+    """Return the text with another method, without the fields of the old one, or with another factor.
+
+    None keeps the method or the factor.
+    """
     spec = Spec.parse(text)
     if method not in (None, spec.method):
         spec = Spec(str(method), spec.factor)
@@ -89,7 +92,7 @@ def rescale(text: str, method: str | None, factor: float | None) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as short as it can be told from others of its kind."""
+    """Format a value as briefly as possible, different values differently; a long list by its size and a hash."""
     if isinstance(value, list):
         digest = hashlib.sha256(repr(value).encode()).hexdigest()[:6]
         return f"{len(value)} values {digest}" if len(value) > 4 else "+".join(map(shown, value))
@@ -99,7 +102,7 @@ def shown(value: Any) -> str:
 
 
 def _parse_param(name: str, text: str) -> Any:
-    """A method's own parameter: a whole number, a number or a list of numbers; the method checks which it wants."""
+    """Parse a method's own parameter: true, false, a number or a list of numbers. The method checks the type later."""
     try:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
@@ -112,7 +115,7 @@ def _parse_param(name: str, text: str) -> Any:
 
 
 def _parse(name: str, text: str) -> Any:
-    """One value of a spec, by the type of its field."""
+    """Parse the value of a `RopeScaling` field by the field's type."""
     try:
         if name in _TRUE_OR_FALSE:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]

@@ -15,11 +15,11 @@ from pathlib import Path
 from scaled_rope.errors import ConfigError
 
 MARK = "SOURCE"
-"""The file in a folder that says which archives it was made from; without a suffix, lest it be read as a text."""
+"""The file in a folder that says which archives it was made from; it has no suffix, so it is not read as a text."""
 
 
 def cache_dir() -> Path:
-    """Where fetched texts are kept: SCALED_ROPE_CACHE, or scaled-rope in the user's cache folder."""
+    """The folder for fetched texts: SCALED_ROPE_CACHE, or scaled-rope in the user's cache folder."""
     if own := os.environ.get("SCALED_ROPE_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scaled-rope"
@@ -45,7 +45,7 @@ _MADE = {"pip": "*.whl", "pip-source": "*.tar.gz", "npm": "*.tgz", "apt": "*.deb
 
 
 def _command(archive: Archive, folder: Path) -> list[str]:
-    """What fetches an archive into `folder`, which is the working directory."""
+    """The command that fetches an archive into `folder`, which is the working directory."""
     if archive.tool == "npm":
         return ["npm", "pack", "--silent", archive.name]
     if archive.tool == "apt":
@@ -65,7 +65,7 @@ def download(archive: Archive, folder: Path) -> Path:
     Raises:
         ConfigError: a tool that is missing, or a failed or altered download.
     """
-    folder = folder.absolute()  # the working directory of what fetches
+    folder = folder.absolute()  # pip runs inside it, where a relative path would lead one level too deep
     tool = archive.tool.partition("-")[0]
     for program in _NEEDS.get(archive.tool, ()):
         if shutil.which(program) is None:
@@ -85,7 +85,7 @@ def download(archive: Archive, folder: Path) -> Path:
 def is_there(folder: Path, fault: Callable[[Path], str | None] = lambda folder: None) -> bool:
     """Whether a folder that is to be made from archives is there already.
 
-    fault: what is wrong with a folder in that place, such as "and is not books"; None where nothing is.
+    fault: says what is wrong with a folder in that place, such as "and is not books"; None for nothing.
 
     Raises:
         ConfigError: something is wrong with it.
@@ -118,10 +118,11 @@ def make_folders(archives: Sequence[Archive], folders: Mapping[Path, Write]) -> 
     was faster, its folder stays.
 
     Raises:
-        ConfigError: a failed or altered download, or what writes a folder raised it.
+        ConfigError: a failed or altered download, or an archive from which a folder cannot be written.
     """
     first = next(iter(folders))
     first.parent.mkdir(parents=True, exist_ok=True)
+    # In the same parent, since a rename is one step only within a file system.
     with tempfile.TemporaryDirectory(prefix=f".{first.name}-", dir=first.parent) as scratch:
         paths = []
         for number, archive in enumerate(archives):

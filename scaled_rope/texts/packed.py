@@ -1,4 +1,4 @@
-"""Text to fixed-length token sequences on disk, and back.
+"""Packed sets, fixed-length token sequences on disk: write them, read them, and cut them anew.
 
 A packed set is a folder: `tokens.bin` ([n, sequence_length], uint16 or uint32, little endian), optionally
 `loss_weight.bin` (uint8, same shape: how much each token counts as a target), and `meta.json` with the provenance.
@@ -72,7 +72,7 @@ class PackedWriter:
         self.rows += 1
 
     def close(self, meta: dict[str, Any]) -> Path:
-        """Write `meta.json` and give the folder its name."""
+        """Write `meta.json`, and rename the folder to its final name."""
         self._close_files()
         if not self.rows:
             shutil.rmtree(self._staged)
@@ -102,13 +102,13 @@ class PackedWriter:
 
 
 class TokenRows(Protocol):
-    """What training reads: equal or shorter rows of tokens, each with the weight of every token as a target."""
+    """The interface of training data: rows of tokens, with the weight of every token as a target."""
 
     weighted: bool  # whether any weight may differ from 1
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row."""
+        """The number of tokens of the longest row."""
         ...
 
     def __len__(self) -> int: ...
@@ -173,7 +173,7 @@ class ColumnDataset:
 
     @cached_property
     def longest(self) -> int:
-        """Of all rows of the table, whichever of them are selected; their offsets alone are read."""
+        """Tokens of the longest row in the whole table, even if rows are selected. Only the rows' offsets are read."""
         from pyarrow import compute
 
         chunks = self._table.data.column("input_ids").chunks
@@ -197,7 +197,7 @@ def open_packed(path: str | Path) -> PackedDataset:
     """Open a packed set.
 
     Raises:
-        ConfigError: not there, not a packed set, or files shorter than `meta.json` says.
+        ConfigError: no such folder, not a packed set, or files shorter than `meta.json` says.
     """
     if not (Path(path) / "meta.json").is_file():
         raise ConfigError(f"dataset {path} is not a packed set (no meta.json); make one with tokenization.py")
@@ -209,11 +209,11 @@ def open_rows(name: str, split: str = "train", subset: str | None = None) -> Tok
 
     Args:
         name: folder or hub name.
-        split: of a hub dataset, or of a saved one that has several.
+        split: split of a hub dataset, or of a saved one that has several.
         subset: configuration of a hub dataset.
 
     Raises:
-        ConfigError: nothing there, no `input_ids`, or a subset of what is local.
+        ConfigError: no such data, no `input_ids`, or a subset of local data.
     """
     check_subset(name, subset)
     path = Path(name)
@@ -239,7 +239,7 @@ def open_rows(name: str, split: str = "train", subset: str | None = None) -> Tok
 
 @dataclass
 class PackCounts:
-    """What went in and what came out; part of a set's provenance."""
+    """Documents and tokens that were packed, and tokens that were dropped; part of a set's provenance."""
 
     documents: int = 0
     tokens: int = 0
@@ -279,14 +279,14 @@ def pack(
 
 
 def _bookends(bos: int | None, eos: int | None) -> tuple[list[int], list[int]]:
-    """What opens and what closes a document or row; nothing where the tokenizer has no such token."""
+    """The tokens that open and close a document or row; empty where the tokenizer has no such token."""
     return [] if bos is None else [bos], [] if eos is None else [eos]
 
 
 def _cut(
     pieces: Iterable[tuple[IntArray, IntArray | None]], writer: PackedWriter, head: list[int], tail: list[int]
 ) -> int:
-    """Concatenate pieces (tokens and, for a weighted writer, weights), cut, and write; returns the tokens left over."""
+    """Concatenate pieces (tokens and, for a weighted writer, weights), cut, and write; return the tokens left over."""
     body = writer.sequence_length - len(head) - len(tail)
     held: list[tuple[IntArray, IntArray | None]] = []
     size = 0
@@ -313,11 +313,14 @@ def _cut(
 def recut(
     source: TokenRows, output: str | Path, sequence_length: int, progress: Callable[[int], object], name: str = ""
 ) -> Path:
-    """Re-cut tokenized rows into rows of another length; only the last, incomplete row is dropped. `name` is what the
-    source is called in the new set's provenance.
+    """Re-cut tokenized rows into rows of another length; only the last, incomplete row is dropped.
 
     A set made with `bookend="chunk"` gets its BOS and EOS at the new borders instead of the old ones. Other data is one
     stream, whatever tokens stand at the borders of its rows.
+
+    Args:
+        progress: called with 1 for each row of the source.
+        name: the source's name in the new set's provenance.
     """
     meta: dict[str, Any] = dict(getattr(source, "meta", {}))
     chunked = meta.get("bookend") == "chunk"
@@ -330,7 +333,7 @@ def recut(
             inner = slice(len(head), len(tokens) - len(tail))
             yield tokens[inner], weights[inner] if source.weighted else None
 
-    vocabulary = int(meta.get("vocabulary", 2**32))
+    vocabulary = int(meta.get("vocabulary", 2**32))  # where it is not known, tokens are stored in 32 bits
     with PackedWriter(output, sequence_length, vocabulary, source.weighted) as writer:
         dropped = _cut(pieces(), writer, head, tail)
         meta["recut"] = {

@@ -1,4 +1,4 @@
-"""Documents as token ids, from texts that are tokenized on the way or from sets that already are; and such sets saved.
+"""Read documents as token ids, from texts or from tokenized sets; write tokenized sets.
 
 Token ids are int64 arrays [tokens] without special tokens; rows of packed sets come as they are.
 """
@@ -22,11 +22,11 @@ from scaled_rope.texts.packed import IntArray, open_rows
 
 @dataclass(frozen=True)
 class TokenSource:
-    """Where documents come from.
+    """A source of documents.
 
     Attributes:
         name: a source of `read_documents`, or a tokenized set of `open_rows`.
-        tokenized: whether it is a tokenized set; folders that are one need not be announced.
+        tokenized: whether it is a tokenized set; a folder that is one is recognised without this.
         feature: the field that holds the text, where records have fields.
         split: split of a hub dataset.
         subset: configuration of a hub dataset.
@@ -44,12 +44,12 @@ class TokenSource:
         return Path(self.name).name
 
     def documents(self, tokenizer: Any) -> Iterator[IntArray]:
-        """The token ids of each document, one by one.
+        """Yield the token ids of each document.
 
         tokenizer: a transformers tokenizer, for texts.
 
         Raises:
-            ConfigError: nothing there, or it cannot be read.
+            ConfigError: no such source, or it cannot be read.
         """
         folder = Path(self.name)
         if self.tokenized or any((folder / file).is_file() for file in ("meta.json", "dataset_info.json")):
@@ -62,14 +62,14 @@ class TokenSource:
 
 
 def first_tokens(name: str, tokenizer: Any, count: int, feature: str = "text", split: str = "train") -> IntArray:
-    """The first `count` tokens of the documents, a blank line between two; fewer where there are no more.
+    """The first `count` tokens of the documents, joined by blank lines; fewer if there are no more.
 
     Args:
         name: a source of `read_documents`, with the field that holds the text and the split.
         tokenizer: a transformers tokenizer.
 
     Raises:
-        ConfigError: nothing there, it cannot be read, or there is no text in it.
+        ConfigError: no such source, it cannot be read, or there is no text in it.
     """
     between = encode(tokenizer, "\n\n")
     pieces: list[IntArray] = []
@@ -85,16 +85,16 @@ def first_tokens(name: str, tokenizer: Any, count: int, feature: str = "text", s
 
 
 def save_token_documents(documents: Iterable[IntArray], output: str | Path, name: str) -> int:
-    """Write documents as a folder that `datasets` and `open_rows` read; returns their number.
+    """Write documents as a folder that `datasets` and `open_rows` can read; return their number.
 
     The columns are input_ids, attention_mask and tokenized_len. The folder appears in one rename.
 
     Args:
         output: folder to create.
-        name: what the documents are called in errors.
+        name: name of the documents in errors.
 
     Raises:
-        ConfigError: something there already, no documents, or `datasets` is missing.
+        ConfigError: `output` exists already, no documents, or `datasets` is missing.
     """
     path = Path(output)
     if path.exists():

@@ -1,4 +1,4 @@
-"""Texts to token ids, in order, over several processes; nothing is held but a few batches and the document at work.
+"""Turn texts into token ids, in order, over several processes; only a few batches and one document are in memory.
 
 A tokenizer needs memory and time that grow faster than its text, so documents are read in windows that overlap.
 Two neighbours are joined in the middle of their overlap, where both must have read the same tokens at the same places;
@@ -41,12 +41,12 @@ class DocumentPart(NamedTuple):
 
 
 Places = tuple[int, npt.NDArray[np.int64]]
-"""Where the tokens near an end of a window begin: index of the first such token, and characters of all of them."""
+"""Tokens near an end of a window: the index of the first, and the character of the document at which each begins."""
 _NOWHERE: Places = 0, np.empty(0, np.int64)
 
 
 class _Read(NamedTuple):
-    """A part's ids, and the places of the tokens near its ends where a neighbour shares these."""
+    """A part's ids, and the places of its tokens in the overlaps with the window before (head) and after (tail)."""
 
     ids: Ids
     head: Places = _NOWHERE
@@ -57,22 +57,22 @@ def _load(name: str) -> None:
     global _tokenizer
     from scaled_rope.checkpoint import load_tokenizer
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are what is parallel here
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # work is parallel over processes already
     _tokenizer = load_tokenizer(name)
-    if _is_fast():  # transformers does both at each call, which is not how it is called here
+    if _is_fast():  # transformers would do both at each call, but `_encode` calls the backend directly
         _tokenizer.backend_tokenizer.no_truncation()
         _tokenizer.backend_tokenizer.no_padding()
 
 
 def _is_fast() -> bool:
-    """Whether this process's tokenizer is one of the `tokenizers` library; others do not say where tokens are."""
+    """Whether this process's tokenizer is from the `tokenizers` library; others do not tell the places of tokens."""
     return bool(getattr(_tokenizer, "is_fast", False))
 
 
 def _encode(parts: list[DocumentPart]) -> tuple[Ids, list[int], dict[int, tuple[Places, Places]]]:
-    """Ids of all parts in a row, tokens of each, and for windows, by index, the places of tokens near their ends.
+    """Encode parts: the ids of all in a row, the number of tokens of each, and index -> places near a window's ends.
 
-    Few large arrays, because many small ones take longer to hand over than to make.
+    The result is a few large arrays, because many small ones take longer to send to another process than to make.
     """
     texts = [part.text for part in parts]
     if not _is_fast():
@@ -97,13 +97,13 @@ def _flat(rows: list[list[int]]) -> Ids:
 
 
 def _places(encoding: Any, part: DocumentPart, begin: int, end: int) -> Places:
-    """Where the tokens that begin in characters [begin, end) of a part do so, counted in the document."""
+    """The places of the tokens that begin in characters [begin, end) of a part, counted in the whole document."""
 
     def start(token: int) -> int:
         span = encoding.token_to_chars(token)
         return -1 if span is None else int(span[0])
 
-    # Starts do not fall, so the first token of the stretch is found by halving.
+    # Starts never decrease, so the first token of the stretch is found by binary search.
     count = len(encoding)
     low, high = 0, count
     while low < high:
@@ -117,8 +117,9 @@ def _places(encoding: Any, part: DocumentPart, begin: int, end: int) -> Places:
 
 
 def _join(left: _Read, right: _Read, begin: int) -> tuple[int, int] | None:
-    """How many tokens of `left` to keep and how many of `right` to skip, for windows that share the `OVERLAP`
-    characters from `begin` on; None where they do not agree."""
+    """Return how many tokens of `left` to keep and of `right` to skip, for windows that share the `OVERLAP` characters
+    from `begin` on; None where they do not agree."""
+    # Only the middle half is compared: near the end of a window a tokenizer may choose other tokens.
     middle = begin + OVERLAP // 4, begin + OVERLAP * 3 // 4
     sides = []
     for ids, (first, starts) in ((left.ids, left.tail), (right.ids, right.head)):
@@ -130,7 +131,7 @@ def _join(left: _Read, right: _Read, begin: int) -> tuple[int, int] | None:
 
 
 def parts_of(text: str) -> Iterator[DocumentPart]:
-    """The windows of a document; itself where it is short."""
+    """Yield the windows of a document; a short document is one window."""
     start = 0
     while len(text) - start > WINDOW + OVERLAP:
         yield DocumentPart(text[start : start + WINDOW], start, last=False)
@@ -152,7 +153,7 @@ def _batches(parts: Iterable[DocumentPart]) -> Iterator[list[DocumentPart]]:
 
 
 def _read(batches: Iterator[list[DocumentPart]], tokenizer: str, num_proc: int) -> Iterator[tuple[DocumentPart, _Read]]:
-    """Every part with its ids, in order."""
+    """Yield every part with its ids, in order."""
 
     def unpacked(
         batch: list[DocumentPart], result: tuple[Ids, list[int], dict[int, tuple[Places, Places]]]
@@ -171,7 +172,7 @@ def _read(batches: Iterator[list[DocumentPart]], tokenizer: str, num_proc: int) 
         pending: list[tuple[list[DocumentPart], Future[Any]]] = []
         for batch in batches:
             pending.append((batch, pool.submit(_encode, batch)))
-            if len(pending) == 2 * num_proc:
+            if len(pending) == 2 * num_proc:  # enough to keep all processes busy, few enough to bound memory
                 oldest, future = pending.pop(0)
                 yield from unpacked(oldest, future.result())
         for oldest, future in pending:
@@ -179,15 +180,15 @@ def _read(batches: Iterator[list[DocumentPart]], tokenizer: str, num_proc: int) 
 
 
 class _Joiner:
-    """Puts the windows of one document together; `pieces` in a row are the ids that are settled."""
+    """Joins the windows of one document. `pieces`, one after the other, are the ids that are final."""
 
     def __init__(self) -> None:
         self.pieces: list[Ids] = []
         self._held: tuple[DocumentPart, _Read, int] | None = (
             None  # the newest window, and how many of its tokens to skip
         )
-        self._absorb = 0  # windows to join to it as text before it is read again
-        self._absorbed = 1  # windows that it is made of
+        self._absorb = 0  # number of windows to append to its text before it is read again
+        self._absorbed = 1  # number of windows that it consists of
 
     def add(self, part: DocumentPart, read: _Read) -> None:
         if self._held is None:
@@ -214,11 +215,11 @@ class _Joiner:
 
 
 def tokenized(texts: Iterable[str], tokenizer: str, num_proc: int) -> Iterator[Ids]:
-    """Token ids of each text, without special tokens, in order, whatever `num_proc`. Texts are taken as needed.
+    """Yield the token ids of each text, without special tokens, in order. Texts are read as needed.
 
     Args:
         tokenizer: folder or hub name.
-        num_proc: processes; 1 works in this one.
+        num_proc: processes, which do not change the result; with 1 the work is done in this one.
     """
     _load(tokenizer)
     split = _is_fast()

@@ -1,6 +1,6 @@
 """Training: the loop, batches, the model that is trained, engines, states that resume, memory and time planned.
 
-What is trained is a recipe (`scaled_rope.recipes`); everything of step k follows from it and from k.
+A run carries out a recipe (`scaled_rope.recipes`); everything in step k follows from the recipe and from k.
 Knows nothing of methods and of how results are judged.
 """
 

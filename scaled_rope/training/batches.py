@@ -1,4 +1,4 @@
-"""The rows of each step, as batches."""
+"""Select the rows of each training step and make batches of them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ LoadedRow = tuple[IntArray, IntArray]  # tokens [T] and their loss weights [T]
 
 
 def collate(rows: Sequence[LoadedRow], length: int) -> dict[str, torch.Tensor]:
-    """Rows of tokens and weights -> `input_ids`, `targets` (next token or -100) and `weights` (of the target), [B, T].
+    """Turn rows of tokens and weights into `input_ids`, `targets` (next token or -100) and `weights` (of the target).
 
-    All are padded on the right to T = `length`, where a causal model cannot see it from any position that counts.
+    All are [B, T], padded on the right to T = `length`; a causal model does not see padding from any position that
+    counts.
     """
     input_ids = np.zeros((len(rows), length), np.int64)
     targets = np.full((len(rows), length), IGNORE, np.int64)
@@ -35,10 +36,10 @@ def collate(rows: Sequence[LoadedRow], length: int) -> dict[str, torch.Tensor]:
 
 
 def check_lengths(rows: TokenRows, recipe: Recipe) -> None:
-    """Refuse rows that are longer than the recipe says and are not to be cut.
+    """Raise an error for rows that are longer than the recipe allows and are not to be cut.
 
     Raises:
-        ConfigError: the longest one.
+        ConfigError: the longest row is too long.
     """
     if recipe.truncate is None and rows.longest > recipe.sequence_length:
         raise ConfigError(
@@ -74,14 +75,14 @@ def step_batches(
 
 @dataclass(frozen=True)
 class DocumentBorders:
-    """Where the documents of packed rows begin: at each BOS, or behind each EOS where the tokenizer has no BOS."""
+    """Finds where documents begin in packed rows: at each BOS, or after each EOS where the tokenizer has no BOS."""
 
     bos: int | None
     eos: int | None
 
     @classmethod
     def of(cls, rows: TokenRows, name: str) -> DocumentBorders:
-        """The borders in a packed set.
+        """Make the borders for a packed set.
 
         Raises:
             ConfigError: not a packed set, one whose rows do not mark documents, or no BOS and no EOS.
@@ -106,14 +107,14 @@ class DocumentBorders:
         return first
 
     def positions(self, tokens: IntArray) -> IntArray:
-        """Position of each token [..., T] in its document, from 0 (in its row, for one that began before it)."""
+        """Position of each token [..., T] in its document, from 0, or in its row if the document began before that."""
         index = np.arange(tokens.shape[-1])
         begin = np.maximum.accumulate(np.where(self.starts(tokens), index, 0), axis=-1)
         positions: IntArray = index - begin
         return positions
 
     def cut_targets(self, tokens: IntArray, weights: IntArray) -> tuple[IntArray, IntArray]:
-        """Tokens [T] and weights [T] in which no document has to predict how the next one opens."""
+        """Return tokens [T] and weights [T], with weight 0 where a document would predict the next one's start."""
         return tokens, np.where(self.starts(tokens), 0, weights)
 
 
@@ -121,9 +122,9 @@ class DocumentBorders:
 
 
 def step_rows(rows: int, global_batch: int, step: int, seed: int) -> IntArray:
-    """Which rows the optimizer step number `step` (from 0) consumes: a pure function, so resuming needs no state.
+    """The rows that optimizer step number `step` (from 0) consumes: a pure function, so resuming needs no state.
 
-    The data is walked in one fresh permutation per epoch; a batch may span two epochs.
+    Each epoch goes through the data in a new permutation; a batch may span two epochs.
 
     Returns:
         int64 [global_batch].

@@ -1,4 +1,4 @@
-"""What training costs in arithmetic: FLOPs of a step by part, and the peak rate of devices. Formulas only, no clock."""
+"""The arithmetic of training: FLOPs of a step by part, and peak rates of devices. Formulas only, nothing is timed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def device_peak_flops(device: torch.device) -> float | None:
-    """The same for a torch device."""
+    """`peak_flops` of a torch device; None for a CPU."""
     return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
@@ -42,11 +42,11 @@ class Flops:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What a model's shape says about its cost.
+    """The sizes in a model's shape that determine its FLOPs.
 
     Attributes:
-        multiplied: weights that every token is multiplied by (matrices, of experts the share that is active).
-        trained: those of them that get a gradient.
+        multiplied: number of weights that every token is multiplied by (matrices; of experts, the active share).
+        trained: number of those that get a gradient.
         heads_width: query heads times head_dim, summed over layers of one kind: {window or None: width}.
     """
 
@@ -56,7 +56,7 @@ class ModelCost:
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelCost:
-        """Read it off a transformers causal language model, on any device, with or without adapters."""
+        """Read the sizes off a transformers causal language model, on any device, with or without adapters."""
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         config = base.config.get_text_config()
         active = _active_share(config)
@@ -79,10 +79,10 @@ class ModelCost:
         return cls(multiplied, trained, layers)
 
     def sequence(self, length: int) -> Flops:
-        """Training on one sequence of `length` tokens.
+        """FLOPs of training on one sequence of `length` tokens.
 
         In the forward pass a token meets every weight once, 2 FLOP each, and each query meets each key that it may see
-        in two products of `head_dim` terms. The backward pass does that twice over: for the inputs, and for the weights
+        in two products of `head_dim` terms. The backward pass does the same twice: for the inputs, and for the weights
         that are trained.
         """
         attention = sum(4.0 * width * _pairs(length, window) for window, width in self.heads_width.items())
@@ -90,13 +90,13 @@ class ModelCost:
 
 
 def _pairs(length: int, window: int | None) -> float:
-    """(query, key) pairs under a causal mask, within a window."""
+    """The number of (query, key) pairs under a causal mask, within a window."""
     seen = length if window is None else min(window, length)
     return seen * (seen + 1) / 2 + (length - seen) * seen
 
 
 def _active_share(config: Any) -> float:
-    """The share of a mixture's experts that a token goes through."""
+    """The share of a mixture of experts that is active for a token; 1 without experts."""
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     chosen = getattr(config, "num_experts_per_tok", None)
     return chosen / experts if experts and chosen else 1.0

@@ -1,4 +1,4 @@
-"""What runs a training step on one process or many: accelerate with DDP, DeepSpeed or FSDP, and what they are told.
+"""Engines that run training steps on one process or many: accelerate with DDP, DeepSpeed or FSDP, and their settings.
 
 Everything that an engine could get wrong about batch, schedule or synchronisation is either set here or refused here.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -37,12 +38,12 @@ class Layout:
 
     @property
     def data_rank(self) -> int:
-        """Which of the `data_ranks` parts of a batch this rank works on."""
+        """Index of this rank's part of a batch, of `data_ranks` parts."""
         return self.rank // self.sequence_parallel
 
     @property
     def data_ranks(self) -> int:
-        """Ranks, or groups of ranks that share sequences, that get different rows."""
+        """The number of ranks, or of groups of ranks that share sequences, that get different rows."""
         return self.ranks // self.sequence_parallel
 
     def shard(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -52,10 +53,10 @@ class Layout:
 
 
 def accumulation(recipe: Recipe, ranks: int) -> int:
-    """Forward passes per rank and optimizer step.
+    """The number of forward passes per rank and optimizer step.
 
     Raises:
-        ConfigError: the global batch is no multiple of what all ranks do in one pass.
+        ConfigError: the global batch is no multiple of the sequences of all ranks in one pass.
     """
     if ranks % recipe.sequence_parallel:
         raise ConfigError(
@@ -82,7 +83,7 @@ def allowed_sequence_parallel(heads: int, kv_heads: int) -> list[int]:
 
 
 def check_sequence_parallel(recipe: Recipe, config: Any, scaling: RopeScaling, attention: str) -> None:
-    """Refuse what would be wrong, or crash, when one sequence is spread over `recipe.sequence_parallel` ranks.
+    """Raise an error for settings that would go wrong, or crash, with `recipe.sequence_parallel` ranks to a sequence.
 
     Raises:
         ConfigError: heads that cannot be divided, dynamic scaling, a method that changes attention, windows, separate
@@ -120,10 +121,10 @@ def check_sequence_parallel(recipe: Recipe, config: Any, scaling: RopeScaling, a
 
 
 def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
-    """An `Accelerator` for whatever launched this process, with the recipe's batch and clipping given to DeepSpeed.
+    """Make an `Accelerator` that suits this process's launcher; DeepSpeed gets the recipe's batch and clipping.
 
     Args:
-        attention_name: the attention implementation that the model will be built with; Ulysses has to be told.
+        attention_name: the attention implementation that the model will be built with, which Ulysses must know.
 
     Raises:
         ConfigError: accelerate is missing, or it would train unsynchronised copies.
@@ -146,7 +147,7 @@ def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
     passes = accumulation(recipe, launched)
     if deepspeed and not torch.cuda.is_available():
         check_can_build("deepspeed_shm_comm")
-    # Left to itself accelerate finds no process-group backend on CPU and a launched process believes that it is alone.
+    # On CPU accelerate 1.15 needs both the gloo backend and cpu=True, or launched processes train without each other.
     on_cpu = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
     handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if on_cpu:
@@ -175,6 +176,7 @@ def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
         offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
         if offloads and settings.get("zero_force_ds_cpu_optimizer", True):
             check_can_build("cpu_adam")
+        # With it DeepSpeed 0.19.8 averages over all ranks, which the loss is scaled for; without it over data ranks.
         if zero.get("reduce_scatter", True) is False:
             raise ConfigError(
                 "DeepSpeed field reduce_scatter = false is not allowed: without it gradients are averaged otherwise"
@@ -189,7 +191,7 @@ def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
 
 
 def check_fsdp() -> None:
-    """Refuse FSDP where accelerate does not carry it out.
+    """Raise an error for FSDP on a machine where accelerate does not shard.
 
     Raises:
         ConfigError: there is no GPU.
@@ -202,10 +204,10 @@ def check_fsdp() -> None:
 
 
 def check_can_build(operation: str) -> None:
-    """Refuse DeepSpeed where it has to compile `operation`, as it does on first use, and cannot.
+    """Raise an error if DeepSpeed cannot compile `operation`, which it does on first use.
 
     Raises:
-        ConfigError: what is missing: DeepSpeed itself, ninja or a C++ compiler.
+        ConfigError: DeepSpeed itself, ninja or a C++ compiler is missing.
     """
     try:
         from deepspeed.git_version_info import installed_ops
@@ -224,16 +226,16 @@ def check_can_build(operation: str) -> None:
 
 
 def configure_fsdp(plugin: Any, recipe: Recipe) -> None:
-    """Refuse what has not been seen to work under FSDP, and set what accelerate would round.
+    """Refuse FSDP settings that are untested, and keep float32 where accelerate would round to bfloat16.
 
-    Its own policy under bf16 also sums gradients over ranks in bfloat16, and turns the loss and the weights of targets
-    into it.
+    accelerate's own policy under bf16 also sums gradients over ranks in bfloat16, and casts the loss and the weights of
+    targets to it.
 
     Args:
         plugin: accelerate's `FullyShardedDataParallelPlugin`, not used yet.
 
     Raises:
-        ConfigError: FSDP 1, and its own activation checkpointing.
+        ConfigError: FSDP 1, or FSDP's own activation checkpointing.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -260,20 +262,20 @@ def _ulysses(recipe: Recipe, ranks: int, attention: str) -> Any:
 
 
 def place_tables(module: torch.nn.Module, device: torch.device) -> None:
-    """Bring rotary frequencies to the device that a model trains on.
+    """Move rotary frequencies to the device that a model trains on.
 
-    accelerate takes a model to "meta" and back around FSDP2's sharding, and of what is no parameter it brings back
-    buffers only.
+    accelerate moves a model to "meta" and back around FSDP2's sharding, and restores only parameters and buffers;
+    rotary frequencies are neither.
     """
     for part in module.modules():
         if isinstance(part, ScaledRotaryEmbedding):
-            part.to_empty(device=device)  # it computes them again
+            part.to_empty(device=device)  # the module computes its frequencies anew
 
 
 def restore_heads(model: Any) -> None:
-    """Make attention group heads as the model's config says, for passes in which no sequence is shared.
+    """Reset the grouping of attention heads to the config's, for passes in which no sequence is shared.
 
-    Where ranks outnumber key/value heads Ulysses rewrites the grouping in every training pass and leaves it so.
+    Where ranks outnumber key/value heads Ulysses changes the grouping in every training pass and does not restore it.
     """
     config = model.config.get_text_config()
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -283,15 +285,22 @@ def restore_heads(model: Any) -> None:
 
 
 def _quieten() -> None:
-    """Silence what the engines say about themselves at every start, so that what matters can be seen."""
+    """Silence the engines' routine messages at start, so that important ones are seen."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
+def has_slow_bfloat16() -> bool:
+    """Whether the CPU has to take bfloat16 apart in float32 registers: x86 without AVX-512."""
+    return platform.machine() in ("x86_64", "AMD64") and not torch.backends.cpu.get_cpu_capability().startswith(
+        "AVX512"
+    )
+
+
 def engine_name(accelerator: Any) -> str:
-    """What a resumable state depends on: "plain" (one process and DDP), "fsdp", or "zero2", "zero3" of DeepSpeed."""
+    """The engine, which a resumable state depends on: "plain" (one process and DDP), "fsdp", "zero2" or "zero3"."""
     if (plugin := accelerator.state.deepspeed_plugin) is not None:
         return f"zero{plugin.zero_stage}"
     return "fsdp" if accelerator.distributed_type.value == "FSDP" else "plain"
@@ -299,7 +308,7 @@ def engine_name(accelerator: Any) -> str:
 
 @contextlib.contextmanager
 def last_pass(accelerator: Any, module: Any, last: bool) -> Iterator[None]:
-    """Around one of the passes of a step: gradients are reduced, and the optimizer moves, in the last one only.
+    """The context of one pass of a step: gradients are reduced, and the optimizer steps, in the last pass only.
 
     `Accelerator.accumulate` counts passes from the beginning of the run, which goes wrong when a run is resumed with
     another number of passes per step.
@@ -335,7 +344,7 @@ class StopSignal:
 
 
 class RandomState:
-    """The random generators that dropout draws from, as they are now; `restore` brings them back."""
+    """A snapshot of the random generators that dropout draws from; `restore` sets them back."""
 
     def __init__(self) -> None:
         self._cpu = torch.get_rng_state()

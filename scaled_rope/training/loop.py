@@ -37,6 +37,7 @@ from scaled_rope.training.engine import (
     StopSignal,
     check_sequence_parallel,
     engine_name,
+    has_slow_bfloat16,
     last_pass,
     make_accelerator,
     place_tables,
@@ -82,7 +83,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
-    """AdamW over what is trained, as the recipe says."""
+    """AdamW over the trained parameters, with the recipe's settings."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     betas = (recipe.adam_betas[0], recipe.adam_betas[1])
     return torch.optim.AdamW(trainable, lr=recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)
@@ -95,7 +96,7 @@ class Trainer:
     """One run of one recipe. `Trainer(recipe).run()` trains, resumes, or finds that everything is done.
 
     Args:
-        recipe: what to do.
+        recipe: the run's settings.
         resume: "auto", the newest state of the run if there is one, or the folder of a state.
         wandb_project, tensorboard: where to log beside `train_log.jsonl`: a project, a folder.
     """
@@ -110,13 +111,13 @@ class Trainer:
         self._resume = find_state(self.output, resume)
 
     def run(self) -> list[float]:
-        """Train to the end and save; returns the loss of every step (nats per token).
+        """Train to the end and save; return the loss of every step (nats per token).
 
-        On SIGTERM it saves a state, says so and returns; the same call continues from there.
+        On SIGTERM it saves a state, prints so and returns; the same call continues from there.
 
         Raises:
-            ConfigError: what cannot be trained, another run at work in the folder, or a loss or gradient that is not
-                finite.
+            ConfigError: a recipe that cannot be trained, another run at work in the folder, or a loss or gradient that
+                is not finite.
         """
         if is_finished(self.recipe):
             print(f"{self.output / 'model'}: already trained")
@@ -142,6 +143,11 @@ class Trainer:
             f"{accelerator.device}, {accelerator.num_processes} processes, engine {engine},"
             f" attention {model.config._attn_implementation}, loss {loss}"
         )
+        if accelerator.device.type == "cpu" and recipe.compute_dtype == "bfloat16" and has_slow_bfloat16():
+            accelerator.print(
+                "note: this processor has no instructions for bfloat16 and needs about 15 times as long for it as for "
+                "float32; --precision fp32 is faster"
+            )
         if report is not None and not report.native:
             accelerator.print(
                 f"note: transformers cannot express {report.scaling.label}; load the result with scaled_rope"
@@ -204,7 +210,7 @@ class Loop:
         self.stopped = False
 
     def run(self, start: int, trackers: tuple[str | None, str | None]) -> list[float]:
-        """Do the steps from `start` to the end, logging each and saving states; returns all losses."""
+        """Do the steps from `start` to the end, log each and save states; return all losses."""
         from tqdm import tqdm
 
         recipe, main, output = self.recipe, self.accelerator.is_main_process, Path(self.recipe.output_dir)
@@ -234,7 +240,7 @@ class Loop:
         return [row["loss"] for row in read_log(output)]
 
     def _save_and_stop(self, step: int, random: RandomState) -> None:
-        """Keep what has been done before step number `step`, as if its passes had not begun."""
+        """Save the state before step number `step`, as if its passes had not begun."""
         self.stopped = True
         random.restore()
         self.optimizer.zero_grad()
@@ -244,7 +250,7 @@ class Loop:
         self.accelerator.print(f"SIGTERM after step {step}: {saved}; the same command continues")
 
     def _measure(self, row: Row, seconds: float) -> Row:
-        """The row of a step with what it cost on this machine."""
+        """Return a step's row with its time, speed and memory on this machine."""
         flops, device = row.pop("flops"), self.accelerator.device
         peak = device_peak_flops(device)
         used = None if peak is None else round(flops / seconds / self.layout.ranks / peak, 4)
@@ -257,9 +263,9 @@ class Loop:
         }
 
     def optimizer_step(self, step: int) -> Row | None:
-        """Step number `step`, from 0, of the optimizer over the global batch.
+        """Do step number `step`, from 0, of the optimizer over the global batch.
 
-        Returns its row of the log, with "flops" and without what it cost; None when a signal broke it off.
+        Returns its row of the log, with "flops" and without time and memory; None when a signal interrupted it.
         """
         recipe, accelerator, layout = self.recipe, self.accelerator, self.layout
         for group in self.optimizer.param_groups:
@@ -299,20 +305,21 @@ class Loop:
         return row | {"flops": flops}
 
     def _sizes(self, mine: Sequence[LoadedRow]) -> tuple[float, float, float, int]:
-        """Of the step's rows on all ranks: weight of all targets, tokens, FLOPs, and the length to pad each row to."""
+        """Sums over the step's rows on all ranks: target weights, tokens, FLOPs; and the length to pad each row to."""
         device, shared = self.accelerator.device, self.layout.sequence_parallel
         lengths = [len(tokens) for tokens, _ in mine]
         flops = sum(self.cost.sequence(length).total for length in lengths)
         sizes = [sum(weight[1:].sum() for _, weight in mine), sum(lengths), flops, max(lengths)]
         exact = torch.float32 if device.type == "mps" else torch.float64
         everyone = self.accelerator.gather(torch.tensor([sizes], device=device, dtype=exact))
+        # Ranks that share a sequence have all counted it.
         weight, tokens, flops = (everyone[:, :3].sum(dim=0) / shared).tolist()
         # One length for all ranks: under ZeRO-3 each pass is made of collectives, whose number must agree.
         longest = int(everyone[:, 3].max())
         return weight, tokens, flops, -(-longest // shared) * shared
 
     def _clip(self, step: int) -> float:
-        """Clip the gradient of the whole step; its norm before that."""
+        """Clip the gradient of the whole step; return its norm before clipping."""
         norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), self.recipe.grad_norm or math.inf))
         self._check_finite(step, "gradient", norm)
         return norm
@@ -329,7 +336,7 @@ class Loop:
 
 
 def _shown(row: Row) -> dict[str, str]:
-    """What the progress bar shows of a row."""
+    """The values of a row that the progress bar shows."""
     shown = {
         "loss": f"{row['loss']:.3f}", "lr": f"{row['learning_rate']:.1e}", "norm": f"{row['grad_norm']:.2f}",
         "tok/s": f"{row['tokens_per_second']:.0f}", "GB": f"{row['peak_memory_gb']:.1f}",
@@ -371,5 +378,6 @@ class Heldout:
                     sums += torch.stack([nll[: length - 1].sum() for length in self._lengths])
         module.train()
         totals = accelerator.reduce(sums, "sum").tolist()
+        # 700 below: exp overflows float64 above 709.
         means = [total / (len(rows) * (n - 1)) for total, n in zip(totals, self._lengths, strict=True)]
         return {str(n): round(math.exp(min(mean, 700.0)), 4) for n, mean in zip(self._lengths, means, strict=True)}

@@ -1,4 +1,4 @@
-"""The model that is trained: built, scaled, wrapped, and saved."""
+"""Build the model that is trained, install its scaling, wrap it with its loss, and save it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class SummedLoss(nn.Module):
 
     Args:
         model: a causal language model, plain or with adapters.
-        offload: keep what the backward pass needs, the inputs of checkpointed layers, in CPU memory.
-        loss: how it is computed, as `resolve_loss` says.
+        offload: keep tensors for the backward pass, such as the inputs of checkpointed layers, in CPU memory.
+        loss: a result of `resolve_loss`.
     """
 
     def __init__(self, model: Any, offload: bool = False, loss: str = "chunked") -> None:
@@ -43,9 +43,10 @@ class SummedLoss(nn.Module):
         self._tied = [(name, source) for name, source in shared if name != source]
 
     def tie_weights(self) -> None:
-        """Make parameters one again that were one at the beginning; FSDP moves each by itself, and then calls this.
+        """Share parameters again that were shared at the beginning.
 
-        A model's own `tie_weights` fails where adapters train its embeddings.
+        For FSDP accelerate replaces each parameter by itself, and then calls this. A model's own `tie_weights` fails
+        where adapters train its embeddings.
         """
         for name, source in self._tied:
             place, _, leaf = name.rpartition(".")
@@ -68,7 +69,7 @@ class SummedLoss(nn.Module):
 
 @contextlib.contextmanager
 def offloaded_activations() -> Iterator[None]:
-    """What autograd keeps inside this goes to CPU memory until the backward pass asks for it; weights stay."""
+    """Within this context, tensors that autograd saves, except weights, stay in CPU memory until they are needed."""
 
     def pack(tensor: torch.Tensor) -> Any:
         if isinstance(tensor, nn.Parameter) or not _is_on_accelerator(tensor):
@@ -95,7 +96,7 @@ def _is_on_accelerator(tensor: torch.Tensor) -> bool:
 
 
 def build_model(recipe: Recipe, attention: str = "sdpa") -> tuple[Any, PatchReport | None]:
-    """The recipe's model in float32 on the CPU with its scaling installed; `attention` is what it will run with.
+    """Build the recipe's model in float32 on the CPU with its scaling installed, to run with `attention`.
 
     Raises:
         ConfigError: an `init` that is no model, and what `load_model` and `patch_model` raise.
@@ -127,10 +128,10 @@ def build_model(recipe: Recipe, attention: str = "sdpa") -> tuple[Any, PatchRepo
 def install_scaling(model: Any, recipe: Recipe, settings: RopeSettings | None = None) -> PatchReport | None:
     """Put the recipe's scaling and context length into a model; None where it keeps the checkpoint's own.
 
-    settings: what the config of the checkpoint says; None: the model's is read.
+    settings: the RoPE settings in the checkpoint's config; None: the model's config is read.
 
     Raises:
-        ConfigError: what `patch_model` raises.
+        ConfigError: as `patch_model`.
     """
     report = None
     if settings is None:
@@ -155,15 +156,15 @@ def install_scaling(model: Any, recipe: Recipe, settings: RopeSettings | None = 
 def enable_checkpointing(model: Any, recipe: Recipe) -> None:
     """Switch gradient checkpointing on where the recipe says so."""
     if recipe.gradient_checkpointing:
-        # renamed in transformers 5.23
+        # The method was renamed in transformers 5.23.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
 
 
 def add_lora(model: Any, embeddings_and_norms: bool = False) -> Any:
-    """Low-rank adapters with the released settings: r=16, alpha=64, dropout 0.05, all linear layers but the head.
+    """Add low-rank adapters with the released settings: r=16, alpha=64, dropout 0.05, all linear layers but the head.
 
-    embeddings_and_norms: train input embeddings, output projection and norms in full beside them.
+    embeddings_and_norms: also train input embeddings, output projection and norms in full.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -190,9 +191,9 @@ def add_lora(model: Any, embeddings_and_norms: bool = False) -> Any:
 
 
 def make_whole(model: Any, state: dict[str, torch.Tensor]) -> None:
-    """Replace the parameters of a model, which hold shards, by the whole ones of `state`, to merge adapters into them.
+    """Replace the parameters of a model, which hold shards, by the whole ones in `state`, to merge adapters into them.
 
-    The model is plain from here on: what sharded it must not be asked to run it again.
+    The engine that sharded the model must not run it again after this.
     """
     whole: dict[int, nn.Parameter] = {}  # by identity, so that tied parameters stay tied
     for place, module in model.named_modules(remove_duplicate=False):
@@ -207,7 +208,7 @@ def save_model(
 ) -> None:
     """Write checkpoint and tokenizer to `output` in one rename; adapters are merged, and also kept in `adapter/`.
 
-    records: writes what else belongs into the folder.
+    records: writes the other files of the folder.
     """
     staged = output.with_name(f".{output.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
@@ -216,7 +217,7 @@ def save_model(
         model.save_pretrained(staged / "adapter", state_dict=state)
         model = model.merge_and_unload()
         state = model.state_dict()
-    names: dict[int, str] = {}  # of a weight that is tied the first, as FSDP gathers it once for each
+    names: dict[int, str] = {}  # first name of each weight: FSDP gathers a tied one once for every name
     for name, weight in model.named_parameters(remove_duplicate=False):
         state[name] = state[names.setdefault(id(weight), name)]
     cast: dict[int, torch.Tensor] = {}  # by address, so that tied weights stay one tensor and are written once

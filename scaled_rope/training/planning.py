@@ -1,7 +1,7 @@
-"""What a training run will need, before it is started: `scaled-rope plan RECIPE --gpus 8 --gpu-memory 80`.
+"""Estimate memory and time of a training run before it starts: `scaled-rope plan RECIPE --gpus 8 --gpu-memory 80`.
 
-Memory of a pass is found by tracing it on shapes (`memory.py`); weights, gradients and optimizer follow from how each
-engine divides them. Time is FLOPs over a stated share of a stated peak.
+Memory of a pass is found by tracing it on shapes (`traced_memory.py`); that of weights, gradients and optimizer follows
+from how each engine divides them. Time is FLOPs over a stated share of a stated peak.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from scaled_rope.training.model import SummedLoss, add_lora, enable_checkpointin
 from scaled_rope.training.traced_memory import Trace, to_cpu, trace_pass
 
 ARCHITECTURES = bundled("data/architectures.json")
-"""What the config.json of the recipes' base models says, so that planning needs no network."""
+"""Fields from the config.json of the recipes' base models, so that planning needs no network."""
 
 
 def base_config(recipe: Recipe) -> Any:
     """The configuration of the model that a recipe starts from.
 
-    A model that another recipe has yet to make is what that recipe would make.
+    If another recipe has yet to train that model, its configuration is the one that the other recipe would write.
 
     Raises:
         ConfigError: the model is neither here, nor in `ARCHITECTURES`, nor on the hub.
@@ -88,7 +88,7 @@ _DEFAULT_PEAK = H100_TFLOPS * 1e12
 
 @dataclass(frozen=True)
 class Options:
-    """How a recipe is run: what changes memory and time but not the result."""
+    """Ways to run a recipe that change memory and time; all but `lora` leave the result as it is."""
 
     ranks: int = 1
     engine: str = "plain"
@@ -106,7 +106,7 @@ class Options:
         return ", ".join(words)
 
     def command(self, recipe: str) -> str:
-        """What to type for it."""
+        """The command line that runs a recipe with these options."""
         parts = ["finetune.py", recipe]
         parts += [] if self.gradient_checkpointing else ["--no-gradient-checkpointing"]
         parts += ["--offload-activations"] if self.offload_activations else []
@@ -119,26 +119,28 @@ class Options:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per rank, by what holds them; those of the pass and of the optimizer's step are not there at once."""
+    """Bytes per rank, by purpose; those of the pass and those of the optimizer's step are not needed at once."""
 
     weights: float
     gradients: float
     optimizer: float
     activations: float
-    """The most that a pass holds beside the three above."""
+    """The most that a pass holds besides the three above."""
     logits: float
     """The most that logits take while the loss is computed; counted in `activations` if that is when it is largest."""
     gathered: float
+    """Weights and gradients that the engine gathers or buffers in a pass."""
     step_workspace: float
+    """Temporary tensors of the optimizer's step."""
     host: float
-    """In CPU memory, of what was offloaded."""
+    """In CPU memory: everything that is offloaded."""
 
     cache = 0.0
     """Training keeps no key/value cache."""
 
     @property
     def total(self) -> float:
-        """The most at once on the device."""
+        """The most that is on the device at once."""
         in_pass = self.activations + self.gathered
         return self.weights + self.gradients + self.optimizer + max(in_pass, self.step_workspace)
 
@@ -160,17 +162,17 @@ class Planner:
         self.kv_heads = getattr(text, "num_key_value_heads", None) or self.heads
 
     def flops(self, lora: bool | None = None) -> Flops:
-        """Of one optimizer step over the global batch of full rows."""
+        """FLOPs of one optimizer step over the global batch of full rows."""
         recipe = self.recipe if lora is None else replace(self.recipe, lora=lora)
         cost = ModelCost.of(self._build(recipe, torch.float32))
         return cost.sequence(_length(recipe)) * recipe.global_batch_size
 
     def seconds(self, options: Options, peak: float, utilisation: float) -> float:
-        """Of one optimizer step, where `utilisation` of the ranks' `peak` FLOP/s is model FLOPs."""
+        """Seconds of one optimizer step, where `utilisation` of the ranks' `peak` FLOP/s is model FLOPs."""
         return self.flops(options.lora).total / (options.ranks * peak * utilisation)
 
     def memory(self, options: Options) -> Memory:
-        """Per rank.
+        """Memory per rank.
 
         Raises:
             ConfigError: a batch that the ranks cannot share.
@@ -190,6 +192,7 @@ class Planner:
         length = -(-_length(recipe) // options.sequence_parallel)
         trace, counts = self._trace(recipe, length, cast, passes > 1 or options.engine != "plain")
         all_, trained, width = counts.parameters, counts.trained, 2 if half else 4
+        # Bytes per parameter in float32: weight 4, gradient 4, two moments 8; DeepSpeed adds a copy of weights.
         if options.engine == "plain":
             weights, gradients, optimizer = 4.0 * all_, 4.0 * trained, 8.0 * trained
             gathered, host = 0.0, 0.0
@@ -269,7 +272,7 @@ class Planner:
 
 @dataclass(frozen=True)
 class Counts:
-    """Sizes of a model in parameters; `largest` is of the trained ones."""
+    """Sizes of a model in parameters; `largest` is the largest trained tensor."""
 
     parameters: int
     trained: int
@@ -295,7 +298,7 @@ class Counts:
         return cls(sum(sizes), sum(trained), max(trained), layer, head, layers, config.hidden_size, config.vocab_size)
 
     def layer_inputs(self, recipe: Recipe, length: int, width: int) -> float:
-        """Bytes that checkpointing keeps for all layers."""
+        """Bytes of the inputs of all layers, which gradient checkpointing keeps."""
         return float(self.layers * recipe.batch_size * length * self.hidden * width)
 
 
@@ -304,7 +307,7 @@ def _length(recipe: Recipe) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what a recipe needs and which flags make it fit."""
+    """Print the memory and time of a recipe, and the flags that make it fit."""
     check_plan_arguments(args)
     recipe = read_recipe(args.recipe)
     planner, room = Planner(recipe), args.gpu_memory * (1 - _MARGIN)

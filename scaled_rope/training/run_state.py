@@ -1,4 +1,4 @@
-"""Resumable states of a run: written in one piece, rotated, and continued only by the run that they belong to."""
+"""Resumable states of a run: written in one step, the oldest deleted, and continued only by the run they belong to."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _FREE_FIELDS = {
 
 @contextlib.contextmanager
 def run_lock(output: Path) -> Iterator[None]:
-    """Keep a run's output folder, which is created where it is missing, from other runs while this context lasts.
+    """Lock a run's output folder against other runs while this context lasts; the folder is created if it is missing.
 
-    The lock is the first rank's; the others pass. The kernel releases it when its process ends, whatever ends it. A run
-    that is refused before it has written anything leaves no folder behind.
+    Only the first rank takes the lock. The kernel releases it when that process ends, for whatever reason. A run that
+    is refused before it has written anything leaves no folder behind.
 
     Raises:
         ConfigError: another process holds it, or the folder cannot be written to.
@@ -72,17 +72,17 @@ def run_lock(output: Path) -> Iterator[None]:
 
 
 def fingerprint(recipe: Recipe) -> dict[str, Any]:
-    """What decides the result of a run: the recipe's fields, and the content of local weights and data."""
+    """All that determines the result of a run: the recipe's fields, and the content of local weights and data."""
     fields = {name: value for name, value in recipe.to_dict().items() if name not in _FREE_FIELDS}
     paths = {"model_hash": recipe.model, "dataset_hash": recipe.dataset}
     return fields | {name: weights_hash(path) for name, path in paths.items() if path and Path(path).is_dir()}
 
 
 def check_same_run(recipe: Recipe, output: Path) -> None:
-    """Refuse to continue, or to call finished, what another recipe or other weights began.
+    """Raise an error if the folder holds a run of another recipe or of other weights, which must not be continued.
 
     Raises:
-        ConfigError: the first field that differs, or a model that no run wrote.
+        ConfigError: a field differs, or the folder holds a model that no run wrote.
     """
     if latest_state(output) is None and not (output / "model").exists():
         return
@@ -124,13 +124,14 @@ def read_log(output: Path) -> list[Row]:
 
 
 def check_space(recipe: Recipe, parameters: int) -> None:
-    """Refuse to start a run whose model and states would not fit on the disk.
+    """Raise an error for a run whose model and states would not fit on the disk.
 
-    A state holds weights and two moments in float32; one more than is kept exists while it is written.
+    A state holds weights and two moments in float32; while one is written, there is one more than is kept.
 
     Raises:
-        ConfigError: less room than that.
+        ConfigError: there is less room than that.
     """
+    # Bytes per parameter: 12 for a state, 4 for the model.
     states = (recipe.kept_checkpoints + 1) * 12 if recipe.checkpointing_steps else 0
     needed, free = (states + 4) * parameters, shutil.disk_usage(recipe.output_dir).free
     if free < needed:
@@ -141,7 +142,7 @@ def check_space(recipe: Recipe, parameters: int) -> None:
 
 
 def save_state(accelerator: Any, recipe: Recipe, step: int) -> Path:
-    """Write the state after `step` steps; it gets its name only when it is complete. Returns its folder.
+    """Write the state after `step` steps and return its folder, which gets its name only when it is complete.
 
     Every rank must call this.
     """
@@ -163,7 +164,7 @@ def save_state(accelerator: Any, recipe: Recipe, step: int) -> Path:
 
 
 def load_state(accelerator: Any, state: Path | None, output: Path) -> int:
-    """Load a state and cut the run's log back to it; returns the first step to do. Every rank must call this.
+    """Load a state and cut the run's log back to it; return the first step to do. Every rank must call this.
 
     Raises:
         ConfigError: a state that this engine, or this number of processes, cannot continue.

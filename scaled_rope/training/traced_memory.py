@@ -1,6 +1,6 @@
-"""Peak memory of a training step, found by doing it on shapes: fake tensors, every storage counted while it lives.
+"""Peak memory of a training step, found by running it on fake tensors and counting every storage while it lives.
 
-No weights, data or device are needed, so a laptop can be asked about a 70B model. What an operator holds inside itself
+No weights, data or device are needed, so a laptop can do this for a 70B model. Memory that an operator uses internally
 while it runs is not seen.
 """
 
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the storages that operators make and that are still alive; `peak` is the most at once."""
+    """Counts the bytes of storages that operators have made and that are still alive; `peak` is the most at once."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -55,8 +55,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @dataclass(frozen=True)
 class Trace:
-    """Bytes of one pass: `peak` at once beside weights (and gradients, where those were there before), `kept` between
-    forward and backward pass."""
+    """Bytes of one pass besides weights (and gradients, if they existed before): `peak` is the most at once, `kept` is
+    what remains between forward and backward pass."""
 
     peak: int
     kept: int
@@ -82,7 +82,7 @@ def to_cpu(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _causal_without_mask() -> Iterator[None]:
-    """Let attention be causal by a flag, as it is when data can be looked at, and not by a mask of length squared."""
+    """Make attention causal by a flag. For fake tensors transformers would make a mask of length squared."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
 
     masks["sdpa"] = lambda *_, **__: None
@@ -93,7 +93,7 @@ def _causal_without_mask() -> Iterator[None]:
 
 
 def trace_pass(module: Any, batch: int, length: int, autocast: bool, accumulating: bool) -> Trace:
-    """Forward and backward pass of a training module over [batch, length] tokens, all under one fake tensor mode.
+    """Trace forward and backward pass of a training module over [batch, length] tokens, under one fake tensor mode.
 
     Args:
         module: computes the loss of a fake model, as `SummedLoss` does.

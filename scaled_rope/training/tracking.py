@@ -1,4 +1,4 @@
-"""What a run says about itself: a row per step to JSON lines, to wandb or TensorBoard, and a card for its model."""
+"""Records of a run: a row per step in JSON lines, wandb or TensorBoard, and a card for its model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from scaled_rope.recipes import Recipe
 from scaled_rope.results import Row, write_atomic
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # of Okabe and Ito's palette
-#: what depends on the machine and the moment, in rows that are otherwise the same whenever a step is done
+#: fields that depend on machine and moment, in rows that are otherwise the same whenever a step is done
 MEASURED = ("seconds", "tokens_per_second", "mfu", "peak_memory_gb")
 
 
@@ -33,7 +33,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 class RunLog:
-    """Rows of a run's steps on their way to `train_log.jsonl` and to the tracker. For the main process."""
+    """Writes the rows of a run's steps to `train_log.jsonl` and to the trackers. For the main process."""
 
     def __init__(self, recipe: Recipe, wandb_project: str | None = None, tensorboard: str | None = None) -> None:
         self._path = Path(recipe.output_dir) / "train_log.jsonl"
@@ -51,7 +51,7 @@ class RunLog:
                 self._tensorboard.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        """Tell the trackers that there is no more."""
+        """Tell the trackers that the run is over."""
         if self._wandb is not None:
             self._wandb.finish()
         if self._tensorboard is not None:
@@ -59,7 +59,7 @@ class RunLog:
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a row, those of a nested entry under entry/name."""
+    """The numbers of a row by name; those of a nested entry under entry/name."""
     flat: dict[str, float] = {}
     for name, value in row.items():
         if isinstance(value, Mapping):
@@ -92,7 +92,7 @@ def environment() -> dict[str, str]:
 
 
 def write_records(folder: Path, recipe: Recipe, facts: Mapping[str, Any], log: Sequence[Row], scaling: str) -> None:
-    """Write beside a model how it was made: its card, the resolved recipe, the environment, code and machine.
+    """Write beside a model the records of how it was made: card, resolved recipe, environment, code and machine.
 
     Args:
         facts: `provenance` of the run.
@@ -107,7 +107,7 @@ def write_records(folder: Path, recipe: Recipe, facts: Mapping[str, Any], log: S
 
 
 def model_card(recipe: Recipe, facts: Mapping[str, Any], log: Sequence[Row], scaling: str) -> str:
-    """A model card in the hub's format: what the model is, what it was made of, how, and what that gave."""
+    """A model card in the hub's format: the base model, the data, the settings, and the losses."""
     base = recipe.model or "random weights"
     header = {"library_name": "transformers", "tags": ["scaled-rope", "long-context"]}
     if recipe.model is not None:

@@ -27,8 +27,8 @@ def parse_grid(text: str, name: str = "grid", least: int = 1) -> tuple[float, ..
     """Read "1.0:1.5:0.05" (start, end, step; the end included) or "1,1.1,1.25": positive numbers, ascending.
 
     Args:
-        name: what an error message calls it.
-        least: how many different values are needed.
+        name: the name of the grid in error messages.
+        least: the least number of different values.
 
     Raises:
         ConfigError: not numbers, not positive, an empty or endless range, too few values.
@@ -56,11 +56,11 @@ def parse_grid(text: str, name: str = "grid", least: int = 1) -> tuple[float, ..
 
 @dataclass(frozen=True)
 class Minimum:
-    """Where a curve on a grid is lowest."""
+    """The lowest point of a curve on a grid."""
 
     x: float
     y: float
-    """The parabola's value; at an edge the measured one."""
+    """The parabola's value; at an edge, the measured one."""
     edge: str | None = None
     """"lower" or "upper" when the lowest point is the grid's first or last: then x is a bound and not an optimum."""
 
@@ -100,24 +100,24 @@ class Fit:
     a: float
     intercept: float
     residual: float
-    """Root mean square of what the line misses, in units of √(1/t)."""
+    """Root mean square error of the line, in units of √(1/t)."""
     factors: tuple[float, ...]
-    """The factors that took part."""
+    """The factors that were fitted."""
 
     @property
     def mscale(self) -> float:
-        """The `mscale` that carries the line over to other factors: the paper's line has 1."""
+        """The `mscale` with which YaRN follows this line at every factor; 1 for the paper's line."""
         return self.a / paper_slope()
 
 
 def fit_line(best: Mapping[float, float], free: bool = False) -> Fit | None:
-    """The line that is nearest to `best` (factor s: √(1/t)).
+    """Fit a line to `best` (factor s: √(1/t)).
 
     Args:
         free: whether the intercept is free as well; otherwise it is 1, because YaRN is to do nothing at s = 1.
 
-    None when the factors can't determine it: s = 1 says nothing about a line through 1, and two factors leave a free
-    line nothing to miss.
+    None when there are too few factors: s = 1 says nothing about a line through 1, and a free line passes through any
+    two points exactly.
     """
     points = {factor: value for factor, value in best.items() if free or factor > 1}
     if len(points) < (3 if free else 1):
@@ -136,7 +136,7 @@ def paper_attention_factor(factor: float) -> float:
 
 
 def paper_slope() -> float:
-    """a of the paper's line."""
+    """The slope a of the paper's line, 0.1."""
     return round(paper_attention_factor(math.e) - 1, 12)
 
 
@@ -164,7 +164,7 @@ def segment_changes(curves: Floats, baseline: int) -> Floats:
 
 
 def best_counts(curves: Floats) -> npt.NDArray[np.int64]:
-    """For how many windows each grid point is best, per segment.
+    """Count the windows for which each grid point is best, per segment.
 
     curves: mean nats per token [grid, windows, segments]. Returns [segments, grid]; of equal points the first counts.
     """
@@ -183,21 +183,21 @@ def bootstrap_minima(grid: Sequence[float], curves: Floats, samples: npt.NDArray
 
 
 def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
-    """The central part of a sample that holds `level` of it."""
+    """The central range that contains the share `level` of a sample."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was found for one factor."""
+    """The result of the search for one factor."""
 
     factor: float
     grid: tuple[float, ...]
     means: Floats
     """Nats per token [grid, windows, segments]."""
     curve: Floats
-    """The same over all windows and targets, [grid]: what is minimised."""
+    """The same over all windows and targets, [grid]: the curve that is minimised."""
     per_window: Floats
     """The same for each window, [grid, windows]."""
     minimum: Minimum

@@ -1,4 +1,4 @@
-"""Figures of what the search found."""
+"""Figures of the results of the search."""
 
 from __future__ import annotations
 

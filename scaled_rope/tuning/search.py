@@ -89,13 +89,13 @@ class ScoredWindow:
     document: int
     """Number of the document in the source, from 0."""
     start: int
-    """Its first token's place in the document."""
+    """Index of its first token in the document."""
     tokens: Tokens
     """[n], the BOS included."""
 
 
 def documents(args: argparse.Namespace, tokenizer: Any) -> Iterator[Tokens]:
-    """Token ids of each document, without special tokens (packed sets: of each row, as it is)."""
+    """Yield the token ids of each document, without special tokens; of packed sets, each row as it is."""
     source = args.dataset
     if source in CORPORA and not Path(source).exists():
         source = str(fetch(source, Path("data/cache") / source) / "heldout")
@@ -111,11 +111,11 @@ def documents(args: argparse.Namespace, tokenizer: Any) -> Iterator[Tokens]:
 def cut_windows(
     source: Iterator[Tokens], length: int, bos: int | None, wanted: int | None, each: int
 ) -> list[ScoredWindow]:
-    """Windows of `length` tokens from the first `wanted` documents that are long enough; None: from all.
+    """Cut windows of `length` tokens from the first `wanted` documents that are long enough; None: from all.
 
-    A document gives up to `each` windows that do not overlap and begin at equal distances, the first at its start.
-    Where they begin depends on `length` only if it leaves no room for so many, so a rerun with other factors mostly
-    meets the windows of before.
+    A document yields at most `each` windows, which do not overlap and begin at equal distances, the first at its start.
+    Their starts depend on `length` only if there is no room for so many, so a rerun with other factors mostly reuses
+    earlier results.
 
     Raises:
         ConfigError: fewer documents are long enough than are wanted, or none is.
@@ -147,7 +147,7 @@ def cut_windows(
 
 
 class Sweep:
-    """Scores windows under scalings, each pair once: what the rows of `path` already hold is not scored again."""
+    """Scores windows under scalings, each pair once: pairs that the rows of `path` hold are not scored again."""
 
     def __init__(
         self,
@@ -159,13 +159,13 @@ class Sweep:
         record: Row,
         bar: Any,
     ) -> None:
-        """identity: what a row says about model and text, see `results.IDENTITY`; record: its provenance."""
+        """identity: a row's fields about model and text, see `results.IDENTITY`; record: its provenance."""
         self.path, self.windows, self.segment = path, windows, segment
         self._identity, self._score, self._record, self._bar = identity, score, record, bar
         self._rows = {row_key(row): row for row in rows_so_far(path)}
 
     def _cell(self, scaling: RopeScaling, window: ScoredWindow) -> tuple[Tokens, Row]:
-        """The tokens to score and what identifies the result."""
+        """The tokens to score, and the fields that identify the result."""
         length = scaling.max_position_embeddings
         assert length is not None  # "yarn" needs the original length
         tokens = window.tokens[:length]
@@ -181,7 +181,7 @@ class Sweep:
         }
 
     def missing(self, scalings: Sequence[RopeScaling]) -> int:
-        """Tokens that are still to be scored."""
+        """The number of tokens that are still to be scored."""
         cells = [self._cell(scaling, window)[1] for window in self.windows for scaling in scalings]
         return sum(length for key, length in {row_key(c): c["length"] for c in cells}.items() if key not in self._rows)
 
@@ -211,14 +211,14 @@ class Sweep:
 def tune_factor(
     sweep: Sweep, start: RopeScaling, grid: tuple[float, ...], ramps: Sequence[tuple[float, float]] = ()
 ) -> Tuned:
-    """Search one factor.
+    """Search the best attention factor, and ramp, for one factor.
 
     Args:
         start: "yarn" with the factor and the ramp to begin from, without an attention factor.
-        ramps: pairs of beta_fast and beta_slow to try in place of its own.
+        ramps: pairs of beta_fast and beta_slow to try besides its own.
 
     Raises:
-        ConfigError: a ramp that cannot be, before anything is measured; losses that are not finite.
+        ConfigError: an impossible ramp, before anything is measured; losses that are not finite.
     """
     length = start.max_position_embeddings
     assert length is not None  # "yarn" needs the original length
@@ -263,7 +263,7 @@ def _line(best: Mapping[float, float], minima: Mapping[float, Sequence[Minimum]]
 
 
 def summarise(tuned: Sequence[Tuned], seed: int) -> Row:
-    """Everything that is said about the search, as plain data; the content of best.json but for the provenance."""
+    """The results of the search as plain data: the content of best.json except for the provenance."""
     windows = tuned[0].per_window.shape[1]
     samples = resample(windows, seed) if windows > 1 else None
     minima = {one.factor: bootstrap_minima(one.grid, one.per_window, samples) for one in tuned if samples is not None}
@@ -308,7 +308,7 @@ def summarise(tuned: Sequence[Tuned], seed: int) -> Row:
 
 
 def remarks(summary: Row) -> list[str]:
-    """What a reader of the numbers must know."""
+    """Warnings that a reader of the results needs."""
     notes = []
     for one in summary["factors"]:
         if one["edge"]:
@@ -409,7 +409,7 @@ def _command(args: argparse.Namespace) -> str:
 
 
 def _loading_arguments(args: argparse.Namespace) -> argparse.Namespace:
-    """The flags as `loading` reads them: of one model, under the scaling that it carries."""
+    """The flags in the form that `model_jobs` takes: one model, under the scaling that it carries."""
     parser = Parser("tune")
     add_model_arguments(parser)
     flags = parser.parse_args([])
@@ -430,13 +430,13 @@ def _starts(args: argparse.Namespace, own: RopeScaling) -> list[RopeScaling]:
 
 
 def _ramps(args: argparse.Namespace, start: RopeScaling) -> list[tuple[float, float]]:
-    """Every combination of the ends of the ramp that the flags name."""
+    """Every combination of the ramp ends that the flags name; empty if they name none."""
     fast = parse_grid(args.beta_fast, "beta-fast") if args.beta_fast else [start.ramp_bounds[0]]
     slow = parse_grid(args.beta_slow, "beta-slow") if args.beta_slow else [start.ramp_bounds[1]]
     if not args.beta_fast and not args.beta_slow:
         return []
     for f, s in (pairs := [(f, s) for f in fast for s in slow]):
-        replace(start, beta_fast=f, beta_slow=s)  # refuse crossed ends now
+        replace(start, beta_fast=f, beta_slow=s)  # raises an error for crossed ends now, before any measurement
     return pairs
 
 
@@ -450,11 +450,11 @@ def _windows(args: argparse.Namespace, job: ModelJob, length: int) -> list[Score
 
 
 def model_score(load: ModelLoader, job: ModelJob) -> Score:
-    """`Score` by a forward pass. The weights are read at the first call; another scaling is patched into them."""
+    """A `Score` by forward passes. The weights are read at the first call; later calls only change the scaling."""
 
     def score(scaling: RopeScaling, tokens: Tokens) -> npt.NDArray[Any]:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what patch_model remarks is the same for every grid point
+            warnings.simplefilter("ignore")  # patch_model's warnings are the same for every grid point
             model = load(replace(job, spec="", scaling=scaling, carried=False))
         ids = torch.from_numpy(tokens)[None].to(model.device)
         targets = torch.full_like(ids, IGNORE)

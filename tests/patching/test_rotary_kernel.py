@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from scaled_rope import ConfigError, RopeScaling, patch_model, unpatch_model
 from scaled_rope.patching.families import ADAPTERS
@@ -22,12 +21,6 @@ from tests.helpers.rotary_models import SAME, logits
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON = importlib.util.find_spec("triton") is not None
-
-
-def hidden(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        states: Tensor = model.base_model(tokens).last_hidden_state.float()
-    return states
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *DETECTED])

@@ -20,6 +20,7 @@ from scaled_rope.training.engine import (
     check_can_build,
     check_sequence_parallel,
     configure_fsdp,
+    has_slow_bfloat16,
 )
 from tests.helpers import ROOT
 from tests.helpers.training_recipes import recipe
@@ -103,3 +104,13 @@ def test_deepspeed_settings_leave_batch_and_schedule_to_the_recipe(name):
 def test_a_batch_that_ranks_cannot_share_is_refused():
     with pytest.raises(ConfigError, match="multiple of batch_size 1 x 3 processes"):
         accumulation(recipe(), 3)
+
+
+@pytest.mark.parametrize(
+    ("machine", "capability", "slow"),
+    [("x86_64", "AVX2", True), ("x86_64", "AVX512", False), ("aarch64", "DEFAULT", False), ("AMD64", "DEFAULT", True)],
+)
+def test_which_processors_are_slow_in_bfloat16(monkeypatch, machine, capability, slow):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert has_slow_bfloat16() == slow
