@@ -7,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# One thread, also in the programs that tests start: their tensors are tiny, so threads cost more than they give, and on
+# busy cores they wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
