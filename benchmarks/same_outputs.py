@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import hashlib
 import json
 import os
 import re
@@ -35,7 +36,7 @@ SCALINGS = ["default", "linear:8", "ntk:8", "yarn:8", "dynamic-yarn", "rerope,wi
 WORK = Path("out/same-outputs")
 PYTHON = [sys.executable]
 # Where, when and how fast: not what was measured.
-VOLATILE = {"provenance", "seconds", "memory", "peak_memory", "tokens_per_second", "model_fingerprint"}
+VOLATILE = {"provenance", "seconds", "peak_memory", "peak_memory_gb", "tokens_per_second", "mfu"}
 
 
 def commands() -> Iterator[list[str]]:
@@ -117,6 +118,8 @@ def rows(root: Path) -> dict[str, list[dict[str, Any]]]:
     for path in sorted((root / WORK).rglob("*.jsonl")):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         found[str(path.relative_to(root))] = [_stable(line, root) for line in lines]
+    for path in sorted((root / WORK).rglob("*.safetensors")):
+        found[str(path.relative_to(root))] = [{"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}]
     for path in sorted((root / WORK).rglob("config.json")):
         found[str(path.relative_to(root))] = [json.loads(path.read_text(encoding="utf-8"))]
     return found
