@@ -66,12 +66,6 @@ def interleave(weight: Array, heads: int) -> Array:
     return rows
 
 
-def deinterleave(weight: Array, heads: int) -> Array:
-    """The inverse of `interleave`."""
-    rows: Array = weight[np.argsort(_interleaving(len(weight), heads))]
-    return rows
-
-
 def _interleaving(rows: int, heads: int) -> Array:
     """Where each row comes from: the two halves of every head, one row of each in turn."""
     halves = np.arange(rows).reshape(heads, 2, rows // heads // 2)

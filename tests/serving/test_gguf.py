@@ -14,8 +14,14 @@ from scaled_rope.checkpoint import DEFAULT_MODEL
 from scaled_rope.errors import ConfigError
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.record import RopeScaling
-from scaled_rope.serving.gguf import GgufRope, add_rope, deinterleave, interleave, read_gguf_rope, write_checkpoint
+from scaled_rope.serving.gguf import GgufRope, add_rope, interleave, read_gguf_rope, write_checkpoint
 from tests.helpers.exports import command_line
+
+
+def deinterleave(weight: Any, heads: int) -> Any:
+    """The inverse of `interleave`."""
+    order = interleave(np.arange(len(weight))[:, None], heads)[:, 0]
+    return weight[np.argsort(order)]
 
 
 def test_interleaving_turns_the_same_pairs() -> None:
