@@ -1,4 +1,4 @@
-"""What the reader of configs assumed or ignored, as findings."""
+"""Findings for everything that the reader of configs assumed or ignored."""
 
 from __future__ import annotations
 

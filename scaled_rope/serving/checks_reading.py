@@ -1,4 +1,4 @@
-"""What in a config cannot be read at all."""
+"""Checks for parts of a config that cannot be read at all."""
 
 from __future__ import annotations
 

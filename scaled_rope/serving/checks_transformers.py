@@ -1,4 +1,4 @@
-"""What transformers does with a config, where that is not what the config says.
+"""Checks for configs that transformers reads as something else than they say.
 
 Only for the model's own scaling: transformers knows nothing of one that was asked for instead.
 """
@@ -21,7 +21,7 @@ from scaled_rope.serving.config_facts import RELEASED_TYPES, ConfigFacts
 from scaled_rope.serving.inspect_report import Finding, describe_difference, quiet
 
 PHI3_TYPES = ("default", "longrope")
-"""What Phi-3's config class accepts."""
+"""The rope types that the config class of Phi-3 accepts."""
 
 
 def rope_type_that_phi3_has_not(facts: ConfigFacts) -> Iterator[Finding]:
@@ -140,7 +140,7 @@ def difference_from_transformers(facts: ConfigFacts) -> str:
 
 
 def _vanilla_rope(config: Any, layer_type: str | None) -> tuple[Tensor, float]:
-    """What transformers computes from a config object: frequencies [D/2] and attention factor, at no length."""
+    """Frequencies [D/2] and attention factor that transformers computes from a config object, without a length."""
     rope = config.rope_parameters
     nested = nested_types(rope)
     layer_type = (layer_type or PRIMARY_LAYER_TYPE) if nested else None

@@ -1,4 +1,4 @@
-"""What a scaling does to a model in use: which prompts it changes, what caches do to it, what attention adds."""
+"""Checks of a scaling in use: the prompts that it changes, its effect under caches, and additions of attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a config says about RoPE, read from two views of it: the dictionary that its author wrote, and the object that
+"""The RoPE settings of a config, read from two views of it: the dictionary that its author wrote, and the object that
 transformers makes of it. Nothing is judged here; what cannot be read is kept as an error for the checks.
 """
 
@@ -45,13 +45,13 @@ _SHARED_KEYS = ("rope_type", "type", "finetuned", "rope_theta", "partial_rotary_
 _MAX_HEAD_DIM = 65536
 """No model has heads so wide; a number beyond it is a slip, and a table that long would only fill the memory."""
 _UNREADABLE = (ConfigError, ArithmeticError, AttributeError, KeyError, TypeError, ValueError)
-"""What reading a config raises when it holds types that no reader expects, such as a list for a number."""
+"""Exceptions of reading a config with types that no reader expects, such as a list for a number."""
 _SIZES = (
     *("max_position_embeddings", "original_max_position_embeddings", "sliding_window"),
     *("head_dim", "qk_rope_head_dim", "hidden_size", "num_attention_heads"),
     *("layer_types", "num_hidden_layers", "model_type"),
 )
-"""What the config class of a family fills in when a config.json leaves it out."""
+"""Values that the config class of a family fills in when a config.json leaves them out."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ class ConfigFacts:
     read_error: Exception | None = None
     """Why it cannot."""
     notes: tuple[ConfigNote, ...] = ()
-    """What was assumed or ignored when `own` was read."""
+    """Assumptions made, and keys ignored, when `own` was read."""
     spec: str | None = None
     """The scaling that was asked for instead of `own`, as it was written."""
     scaling: RopeScaling | None = None
-    """What the report is about: `own`, or what `spec` means for this model."""
+    """The scaling of the report: `own`, or the meaning of `spec` for this model."""
     head_dim: int | None = None
     """Dimensions per head, the rotated part of them where that is kept apart."""
     shown: int | None = None
@@ -295,7 +295,7 @@ def _with_scaling(facts: ConfigFacts) -> ConfigFacts:
 
 
 def _with_layers(facts: ConfigFacts) -> ConfigFacts:
-    """What differs between layers: which use RoPE, and with which scaling."""
+    """The differences between layers: which use RoPE, and with which scaling."""
     try:
         dropped = LayerPlan.from_config(facts.complete).drop_layers
     except _UNREADABLE:

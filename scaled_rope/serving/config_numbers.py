@@ -76,7 +76,7 @@ def _model(facts: ConfigFacts, scaling: RopeScaling, codes: Collection[str]) -> 
 
 
 def _parameters(scaling: RopeScaling) -> Iterator[Number]:
-    """What the method takes beside the factor."""
+    """The parameters of the method besides the factor."""
     row = METHODS[scaling.method]
     if "ramp" in row.fields:
         fast, slow = scaling.ramp_bounds

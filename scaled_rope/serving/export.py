@@ -1,4 +1,4 @@
-"""What to tell transformers, vLLM, SGLang or llama.cpp so that they run a scaling, and what they make of it.
+"""The settings with which transformers, vLLM, SGLang or llama.cpp run a scaling, and the numbers they compute then.
 
 Each program has its own words for a scaling and its own arithmetic. `export` finds words for a target, computes what
 the target computes from them, and compares that with `compute_rope`: only words that give our numbers are called exact.
@@ -144,7 +144,7 @@ def _no_words(request: ServedModel, target: Target) -> str:
 
 
 def _notes(request: ServedModel, target: Target) -> list[str]:
-    """What is to be said whatever the words."""
+    """Notes that hold for every target."""
     scaling, notes = request.scaling, []
     if target.static and scaling.method != "default" and scaling.factor > 1 and not scaling.is_length_dependent:
         notes.append(f"{target.title} scales short prompts as well: it computes one table for all lengths")

@@ -1,4 +1,4 @@
-"""What `export` found out about a scaling and a target, and how it is laid out."""
+"""The result of `export` for a scaling and a target, and its layout."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What to tell a target, and what it makes of it."""
+    """The settings for a target, and the numbers that it computes from them."""
 
     scaling: RopeScaling
     target: str
@@ -55,7 +55,7 @@ class ExportReport:
     notes: tuple[str, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     config_place: str = "in config.json"
-    """What `config` is to the command, in words; not part of `to_dict`."""
+    """The place of `config` on the command line, in words; not part of `to_dict`."""
 
     @property
     def exit_code(self) -> int:

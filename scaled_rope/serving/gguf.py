@@ -43,7 +43,7 @@ _TENSORS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm
 
 @dataclass(frozen=True)
 class GgufRope:
-    """What a GGUF says about RoPE."""
+    """The RoPE settings of a GGUF."""
 
     metadata: dict[str, Any] = field(default_factory=dict)
     """Keys with their architecture, for example "llama.rope.freq_base"; numbers, texts, truth values."""
@@ -165,7 +165,7 @@ def add_rope(source: str | Path, path: str | Path, rope: GgufRope) -> None:
 
 
 def read_gguf_rope(path: str | Path) -> GgufRope:
-    """What a GGUF says about RoPE."""
+    """The RoPE settings of a GGUF."""
     reader = _gguf().GGUFReader(str(path))
     metadata = {name: entry.contents() for name, entry in reader.fields.items() if ".rope." in name}
     divisors = [tensor.data for tensor in reader.tensors if tensor.name == ROPE_TENSOR]

@@ -1,4 +1,4 @@
-"""What a model's RoPE scaling is, number by number, and what is wrong with it: `scaled-rope inspect`.
+"""`scaled-rope inspect`: a model's RoPE scaling number by number, and the faults in it.
 
 Two views of a config are compared: the dictionary that its author wrote, and what transformers makes of it. Where they
 part, or where a config that works means something else than it seems to, there is a `Finding` with a remedy. No weights

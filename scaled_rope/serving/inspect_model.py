@@ -130,7 +130,7 @@ def _check_patched(model: nn.Module, config: Any, installed: RopeScaling) -> Ite
 
 @dataclass(frozen=True)
 class _Tables:
-    """What a rotary module of transformers computes with in one layer type."""
+    """The frequencies and the attention factor of a rotary module of transformers for one layer type."""
 
     layer_type: str | None
     """None where all layers share it."""

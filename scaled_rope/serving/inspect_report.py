@@ -1,4 +1,4 @@
-"""What an inspection finds, and how it is laid out."""
+"""The result of an inspection, and its layout."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found out."""
+    """The result of `inspect`."""
 
     source: str
     model_type: str | None

@@ -30,7 +30,7 @@ REGIME_COLORS = {
 
 
 def regimes(divisors: Sequence[float], factor: float) -> list[str]:
-    """What happens to each frequency, from what it is divided by, in words.
+    """The treatment of each frequency in a word, from its divisor.
 
     divisors: θ_d / θ'_d per frequency, infinite where it is set to 0. factor: s, or 1 where the method has none.
 
@@ -236,7 +236,7 @@ def _draw_method(pyplot: Any, scaling: RopeScaling, head_dim: int, factor: float
 
 
 def _draw_resonance(pyplot: Any, scaling: RopeScaling, head_dim: int, path: Path) -> None:
-    """What whole wavelengths change: the short ones seen closely, and the change of all in percent."""
+    """Draw the effect of whole wavelengths: the short ones enlarged, and the change of all in percent."""
     whole = RopeScaling.from_dict({**scaling.to_dict(), "resonance": True})
     before, after = (_wavelengths(_tables(one, head_dim, None)[1]) for one in (scaling, whole))
     shown = max(4, sum(wavelength < 30 for wavelength in before))
@@ -255,7 +255,7 @@ def _draw_resonance(pyplot: Any, scaling: RopeScaling, head_dim: int, path: Path
 
 
 def _draw_overview(pyplot: Any, scalings: Mapping[str, RopeScaling], head_dim: int, length: int, path: Path) -> None:
-    """What each method divides each frequency by, small panels on one scale."""
+    """Draw the divisors of each method, in small panels on one scale."""
     columns = 5
     rows = math.ceil(len(scalings) / columns)
     figure, grid = pyplot.subplots(rows, columns, figsize=(9.0, 1.75 * rows), sharex=True, sharey=True, squeeze=False)

@@ -1,4 +1,4 @@
-"""What the programs share: what is to be served, and the words that several of them take."""
+"""Pieces that the programs share: the model to serve, and the settings that several of them take."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ROPE_KEYS_ELSEWHERE = ("rope_scaling", "rope_theta", "partial_rotary_factor", "
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What is to be served."""
+    """The model and the scaling to serve."""
 
     scaling: RopeScaling
     config: Any
@@ -55,13 +55,13 @@ class Expressed:
     """Keys to put into config.json."""
     flags: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    """What these words do not do."""
+    """Limits of these settings, one sentence each."""
     gguf: GgufRope | None = None
-    """What the GGUF itself must hold, where flags are not enough."""
+    """Keys that the GGUF itself must hold, where flags are not enough."""
 
 
 class Restated(NamedTuple):
-    """What a target computes."""
+    """The numbers that a target computes."""
 
     inv_freq: Sequence[float]
     """[D/2], radians per position."""
@@ -86,7 +86,7 @@ class Target:
     static: str = ""
     """Why the target cannot follow the length of a sequence; empty when it can."""
     config_place: str = "in config.json"
-    """What keys of config.json are to the command, in words."""
+    """The place of keys of config.json on the command line, in words."""
 
 
 # Words ---------------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def _with_kept(request: ServedModel, rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def divisors(scaling: RopeScaling, head_dim: int, length: int) -> list[float]:
-    """What the model's own frequencies b^(-2d/D) are divided by [D/2] for sequences of `length` tokens."""
+    """The divisors [D/2] of the model's own frequencies b^(-2d/D), for sequences of `length` tokens."""
     inv_freq, _ = compute_rope(scaling, head_dim, length)
     own = powers(scaling.rope_theta, scaling.rotary_dim(head_dim))
     # Nine digits give a float32 back exactly.
@@ -139,7 +139,7 @@ LONG_LIST_NOTE = "prompts of up to L tokens get the long list too, where LongRoP
 
 
 def table_notes(request: ServedModel) -> tuple[str, ...]:
-    """What is to be said about `table_of`."""
+    """Notes about `table_of`."""
     return (_TABLE_NOTE, LONG_LIST_NOTE) if request.scaling.is_length_dependent else (_TABLE_NOTE,)
 
 

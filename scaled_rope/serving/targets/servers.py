@@ -1,4 +1,4 @@
-"""What vLLM and SGLang have in common: rotary modules of the same origin."""
+"""Arithmetic that vLLM and SGLang share, since their rotary modules have the same origin."""
 
 from __future__ import annotations
 
