@@ -21,6 +21,10 @@ if [[ "${1:-}" == --list ]]; then
 fi
 
 [[ $# -gt 0 ]] || set -- demo
+for wanted in "$@"; do # all names are read before anything is trained
+    [[ $wanted != -* ]] || { echo "error: flag $wanted is not allowed here; flags are for finetune.py" >&2; exit 2; }
+    python -m scaled_rope.recipes "$wanted" --pending >/dev/null
+done
 for wanted in "$@"; do
     pending=$(python -m scaled_rope.recipes "$wanted" --pending)
     for recipe in ${pending:-$wanted}; do # a finished one is handed over too: finetune.py says so, and checks it

@@ -134,6 +134,8 @@ class _Heir:
         raise ImportError(where(self._name), name=module.__name__)
 
     def get_code(self, fullname: str) -> types.CodeType:
+        if MOVED[self._name][0].startswith("benchmarks."):  # not in the package
+            return compile(f"raise SystemExit({where(self._name)!r})", fullname, "exec")
         heir = f"{_PACKAGE}.{MOVED[self._name][0]}"
         return compile(f"import runpy; runpy.run_module({heir!r}, run_name='__main__', alter_sys=True)", heir, "exec")
 

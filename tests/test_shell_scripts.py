@@ -137,3 +137,14 @@ def test_an_empty_name_is_not_the_demo():
             command, cwd=ROOT, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 2 and "unknown recipe ''" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(["--bogus", "1"], "flag --bogus"), (["nothere"], "unknown recipe 'nothere'")]
+)
+def test_train_sh_reads_all_names_before_it_trains(words, said):
+    done = subprocess.run(
+        ["bash", "train.sh", "demo", *words], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PYTHON": sys.executable},
+    )  # fmt: skip
+    assert done.returncode == 2 and said in done.stderr and "step" not in done.stdout

@@ -21,6 +21,8 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     Raises:
         ConfigError: there is no such part with RoPE, or there are several.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model of type {type(model).__name__}: must be a model of transformers")
     bases = [
         module for module in model.modules() if isinstance(module, PreTrainedModel) and module.base_model is module
     ]

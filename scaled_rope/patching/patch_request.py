@@ -137,6 +137,8 @@ def _resolve(
     def read(one: RopeScaling | str | None, mine: RopeScaling) -> RopeScaling:
         if one is None:
             return mine
+        if not isinstance(one, str | RopeScaling):
+            raise ConfigError(f"scaling={one!r}: must be a RopeScaling, a text such as 'yarn:8', or a mapping of these")
         return RopeScaling.from_spec(one, mine) if isinstance(one, str) else one
 
     own, adapter, types = unpatched.own, unpatched.adapter, unpatched.settings.layer_types

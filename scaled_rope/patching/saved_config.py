@@ -20,7 +20,10 @@ from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, NATIVE, RECORD_KEY, 
 from scaled_rope.scaling.record import LayerPlan, RopeScaling
 
 CONFIG_FIELDS = ("rope_parameters", "max_position_embeddings", RECORD_KEY)
-ABSENT = object()
+
+
+class ABSENT:
+    """Stands for a field that a config does not have. A class, so that copies of a model keep its identity."""
 
 
 def config_fields(

@@ -1,4 +1,7 @@
-"""Formulas that both the scaling record and the methods need; for numbers and tensors alike, without torch."""
+"""Small formulas that the record and the methods share, for numbers and tensors alike, without torch.
+
+The methods themselves (YaRN, NTK-aware, position interpolation, ...) are in `frequencies.py`.
+"""
 
 from __future__ import annotations
 

@@ -313,3 +313,11 @@ def test_a_refused_patch_changes_nothing(tiny_model, tokens):
         with pytest.raises(ConfigError):
             patch_model(model, bad)
     assert torch.equal(logits(model, tokens), before) and model.config.to_dict() == config
+
+
+def test_what_is_no_scaling_and_what_is_no_model(tiny_model):
+    for wrong in (8, 8.0, ["yarn:8"], {"full_attention": 8}):
+        with pytest.raises(ConfigError, match="scaling=|layer types"):
+            patch_model(tiny_model(), wrong)
+    with pytest.raises(ConfigError, match="model of type str: must be a model of transformers"):
+        patch_model("hello", "yarn:8")

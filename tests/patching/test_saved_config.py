@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,14 @@ def test_a_saved_plan_is_loaded(
     else:
         with pytest.raises(REFUSALS, match="rope"):
             AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("spec", ["linear:2", "yarn:2", "dynamic-yarn"])
+def test_an_unpatched_copy_is_saved_as_the_model_was(tiny_model: Make, tmp_path: Path, spec: str) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "before")
+    patch_model(model, spec)
+    again = copy.deepcopy(model)
+    unpatch_model(again)
+    again.save_pretrained(tmp_path / "after")
+    assert (tmp_path / "after/config.json").read_text() == (tmp_path / "before/config.json").read_text()
