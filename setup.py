@@ -1,5 +1,6 @@
 """Package metadata and extras; tool settings are in pyproject.toml, exact versions in constraints.txt."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -25,10 +26,8 @@ EXTRAS = {
 EXTRAS["all"] = sorted({requirement for name in EXTRAS if name != "flash" for requirement in EXTRAS[name]})
 
 # What a wheel holds a copy of, see scaled_rope/bundled.py: package -> folder of the checkout.
-BUNDLED = {
-    f"scaled_rope._files.{folder.replace('/', '.')}": folder
-    for folder in ("configs", "data", "eval/tasks", "models/tiny-llama-256")
-}
+FOLDERS = re.search(r"^FOLDERS = (.+)$", (ROOT / "scaled_rope/bundled.py").read_text(), re.MULTILINE).group(1)
+BUNDLED = {f"scaled_rope._files.{folder.replace('/', '.')}": folder for folder in ast.literal_eval(FOLDERS)}
 
 setup(
     name="scaled-rope",

@@ -221,7 +221,7 @@ def blocked_sdpa(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """
     if name := call.has("softcap", "s_aux", "position_bias", "cache"):
         raise ConfigError(f"attention 'sdpa_blocked': has no {name}")
-    if call.options.get("is_causal") is False or not getattr(call.module, "is_causal", True):
+    if call.may_see_later_keys:
         raise ConfigError("attention 'sdpa_blocked': is causal, use 'sdpa'")
     module, query, key, value, mask = call.module, call.query, call.key, call.value, call.attention_mask
     window: int | None = call.options.get("sliding_window")

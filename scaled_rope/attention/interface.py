@@ -50,6 +50,11 @@ class AttentionCall:
         said = self.options.get("is_causal")
         return bool(getattr(self.module, "is_causal", True) if said is None else said)
 
+    @property
+    def may_see_later_keys(self) -> bool:
+        """Whether the call or the module says that attention is not causal; one of them is enough."""
+        return self.options.get("is_causal") is False or not getattr(self.module, "is_causal", True)
+
     def has(self, *names: str) -> str:
         """The name of the first of these options that is given, or ""."""
         return next((name for name in names if self.options.get(name) is not None), "")

@@ -72,7 +72,7 @@ def _decodable(call: AttentionCall, layer: LayerRotation) -> tuple[Tensor | None
         return None
     if call.has("softcap", "s_aux", "position_bias") or call.dropout:
         return None
-    if call.options.get("is_causal") is False or not getattr(call.module, "is_causal", True):
+    if call.may_see_later_keys:
         return None
     # Some backends learn of the window from this option alone, and get no mask for it.
     if (window := call.options.get("sliding_window")) is not None and keys > window and not _is_whole(mask):

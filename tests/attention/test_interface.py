@@ -25,10 +25,11 @@ def test_what_a_call_says() -> None:
 def test_causal_as_the_call_says_or_else_the_module() -> None:
     call = _call()
     assert call.is_causal and not _call(is_causal=False).is_causal
+    assert _call(is_causal=False).may_see_later_keys and not _call().may_see_later_keys
     call.module.is_causal = False  # type: ignore[assignment]
     assert not call.is_causal
     call.options["is_causal"] = True
-    assert call.is_causal
+    assert call.is_causal and call.may_see_later_keys
 
 
 def test_a_function_gets_and_hands_on_everything() -> None:
