@@ -102,7 +102,7 @@ _ATTENTION_KEYS = ("llama_4_scaling_beta", "max_position_embeddings")
 _ATTENTION_KEY_FAMILIES = ("ministral3", "mistral4")
 SOFTMAX_MSCALE_FAMILIES = (
     *("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"),
-    *("hy_v4", "longcat_flash", "minicpm3", "mistral4", "mistral_large4_text", "youtu"),
+    *("hy_v4", "hy_v4_vl_text", "longcat_flash", "minicpm3", "mistral4", "mistral_large4_text", "youtu"),
 )
 """Families whose attention, when it is built, multiplies its softmax scale by (0.1·mscale_all_dim·ln s + 1)²."""
 _LOCAL_THETA = "rope_local_base_freq"  # Gemma 3's older name for the base of its sliding layers
