@@ -63,14 +63,72 @@ _SIZES: dict[str, int] = {
     "image_size": 64,
     "patch_size": 16,
     "spatial_merge_size": 2,
+    "codebook_dim": 64,
     "num_kv_shared_layers": 0,
     "hidden_size_per_layer_input": 16,
 }
 """Field -> its small value. Only fields that a default config has, with a whole number in them, are replaced."""
+_PER_LAYER = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 24, "qk_nope_head_dim": 48}
+"""Small values of fields that differ between layers."""
 _INDICES = ("deepstack_visual_indexes", "fullatt_block_indexes", "global_attn_indexes", "full_attn_idxs", "moe_layers",
             "cross_attention_layers", "rope_scaling_layers", "mlp_only_layers", "hybrid_layer_ids", "kv_source_layers",
             "intermediate_layers_indices", "spatial_target_layers")  # fmt: skip
-SETTINGS: dict[str, dict[str, Any]] = {}
+_MLA = {"num_key_value_heads": 4}  # attention expands the latent vector to all heads
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16}  # together twice the width
+_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        ("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite",
+         "glm_moe_dsa", "kimi_k25", "longcat_flash", "minicpm3", "mistral4", "mistral_large4_text", "sarvam_mla",
+         "youtu", "hy_v4", "hy_v4_vl_text"),
+        _MLA,
+    ),
+    "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention"] * 2},
+    "bailing_hybrid": {**_MLA, "num_expert_group": 2, "num_experts_per_token": 2, "layer_group_size": 2,
+                       "layer_types": ["linear_attention", "full_attention"] * 2, "linear_head_dim": 16,
+                       "linear_num_heads": 4},
+    "chameleon": {"vocabulary_map": {"<image>": 9}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"] * 2, "num_experts_per_tok": 2},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
+    "deepseek_v2": {**_MLA, "num_experts_per_tok": 2, "n_routed_experts": 4},
+    "ernie4_5_vl_moe_text": {"rope_parameters": {**_SECTIONS["rope_parameters"], "mrope_section": [3, 3, 2]}},
+    "hunyuan_vl_text": {"rope_parameters": {**_SECTIONS["rope_parameters"], "mrope_section": [2, 2, 2, 2]}},
+    "nemotron": {"num_key_value_heads": 2},
+    **dict.fromkeys(
+        ("glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text",
+         "qwen3_vl_text", "qwen3_vl_moe_text", "qwen3_omni_moe_text", "cosmos3_edge_text"),
+        _SECTIONS,
+    ),
+    "glm4v_moe_text": {
+        "rope_parameters": {**_SECTIONS["rope_parameters"], "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+    },
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": theta}
+            for kind, theta in (("full_attention", 1e6), ("sliding_attention", 1e4))
+        },
+    },
+    "dory": {"n_input_layers": 2, "n_recurrent_layers": 4, "n_output_layers": 2, "num_hidden_layers": 8,
+             "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp"] * 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4096,
+                       "indexer_compress_ratio": 4, "hc_lowrank": 16, "ple_embed_dim": 16},
+    "step3p5": {"sliding_window": 16},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3], "use_mem_rope": True,
+               "attention_hidden_size": 128, "attention_head_dim": 32, "mamba_headdim": 16, "n_mamba_heads": 8,
+               "kv_channels": 16, "num_query_groups": 4, "num_key_value_heads": 4},
+    "zaya": {"sliding_window": 16, "num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"] * 2, "router_hidden_size": 16},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 1]], "use_spatial_sampling": False, "downsample_rate": "1/2"},
+    "dots3_note_text": {**_MLA, "head_dim": 64},
+    "molmo2_adapter": {"vision_feature_layer": [3, 2], "text_hidden_size": 64},
+    "recurrent_gemma": {"lru_width": 64, "block_types": ["recurrent", "attention"], "attention_window_size": 16},
+    "phi4_multimodal": {},
+}  # fmt: skip
 """Model type -> more settings, over those that follow from the names of fields."""
 
 
@@ -79,7 +137,7 @@ def small_config(model_type: str, **settings: Any) -> Any:
     default = CONFIG_MAPPING[model_type]()
     values = _shrunk(default.to_dict(), model_type)
     text = default.get_text_config(decoder=True)
-    name = next((name for name in values if getattr(default, name, None) is text), None)
+    name = next((name for name in values if name.endswith("_config") and vars(default).get(name) is text), None)
     (values if name is None else values[name]).update(settings)
     return type(default).from_dict(values)
 
@@ -88,10 +146,14 @@ def _shrunk(values: dict[str, Any], model_type: str) -> dict[str, Any]:
     depth = next((values[name] for name in _DEPTHS if isinstance(values.get(name), int)), None)
     small = {}
     for name, value in values.items():
-        if isinstance(value, dict) and (name.endswith("_config") or "model_type" in value):
+        if name == "per_layer_config" and isinstance(value, dict):
+            small[name] = _shrunk_layers(values, depth)
+        elif isinstance(value, dict) and (name.endswith("_config") or "model_type" in value):
             small[name] = _shrunk(value, str(value.get("model_type")))
         elif name in ("rope_parameters", "rope_scaling"):
             small[name] = _unscaled(value)
+        elif name == "head_dim" and value is None:
+            small[name] = _SIZES[name]
         elif isinstance(value, bool):
             small[name] = value
         elif isinstance(value, int):
@@ -104,6 +166,21 @@ def _shrunk(values: dict[str, Any], model_type: str) -> dict[str, Any]:
         else:
             small[name] = value
     return {**small, **SETTINGS.get(model_type, {})}
+
+
+def _shrunk_layers(values: dict[str, Any], depth: int | None) -> dict[str, Any]:
+    """The settings of single layers, for as many layers as a small model has: each gets those of a layer of its type."""
+    types: list[str] = values.get("layer_types") or []
+    if not types:
+        return {}
+    kinds = list(dict.fromkeys(types))
+    special = {types[int(index)]: entry for index, entry in values["per_layer_config"].items()}
+    chosen = [kinds[index % len(kinds)] for index in range(LAYERS)]
+    return {
+        str(index): {name: _PER_LAYER.get(name, _small_number(name, value)) for name, value in special[kind].items()}
+        for index, kind in enumerate(chosen)
+        if kind in special
+    }
 
 
 def _small_number(name: str, value: int) -> int:
@@ -122,7 +199,10 @@ def _unscaled(rope: Any) -> Any:
         return rope
     if any(isinstance(value, dict) for value in rope.values()):
         return {name: _unscaled(value) for name, value in rope.items()}
-    kept = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor", "mrope_interleaved") if name in rope}
+    names = ["rope_theta", "partial_rotary_factor", "mrope_interleaved"]
+    kept = {name: rope[name] for name in names if name in rope}
+    if "llama_4_scaling_beta" in rope:  # attention reads both
+        kept |= {"llama_4_scaling_beta": rope["llama_4_scaling_beta"], "original_max_position_embeddings": TRAINED}
     kind = "proportional" if rope.get("rope_type") == "proportional" else "default"
     sections = {"mrope_section": [4, 2, 2]} if "mrope_section" in rope else {}
     return {"rope_type": kind, **kept, **sections}
