@@ -54,7 +54,7 @@ NATIVE: dict[str, NativeType] = {
 """The rope types of transformers 5.23."""
 # Types of configs that were written for code in the checkpoint: that of the released YaRN models, and LongRoPE's first.
 _RELEASED_TYPES = {"dynamic-yarn": "yarn", "dynamic-linear": "linear", "ntk-by-parts": "ntk-by-parts"}
-_TYPE_ALIASES = {"su": "longrope"}
+_TYPE_ALIASES = {"su": "longrope", "mrope": "default"}  # the latter is Qwen2-VL's first, told by mrope_section alone
 MISTRAL_CONSTANTS = {"beta_fast": 128.0, "beta_slow": 2.0, "mscale": 0.7}
 """Constants built into the code released with the Yarn-Mistral models; the code for Llama has 32, 1 and 1."""
 # Values that a family's config.json may leave out, as transformers 5.23 fills them in; 10000 and 1 where none is given.
@@ -100,9 +100,12 @@ _ALIASES = {  # other names of top-level keys; there the usual names mean nothin
 # Keys of the RoPE dictionary that say nothing about frequencies: the first is read by attention, the other by nobody.
 _ATTENTION_KEYS = ("llama_4_scaling_beta", "max_position_embeddings")
 _ATTENTION_KEY_FAMILIES = ("ministral3", "mistral4")
+# How multimodal models share the frequencies among the axes of time, height and width. All axes of a text token are at
+# the same position, so for text this is plain RoPE.
+_AXIS_KEYS = ("mrope_section", "mrope_interleaved", "interleaved")
 SOFTMAX_MSCALE_FAMILIES = (
     *("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"),
-    *("hy_v4", "longcat_flash", "minicpm3", "mistral4", "mistral_large4_text", "youtu"),
+    *("hy_v4", "hy_v4_vl_text", "longcat_flash", "minicpm3", "mistral4", "mistral_large4_text", "youtu"),
 )
 """Families whose attention, when it is built, multiplies its softmax scale by (0.1·mscale_all_dim·ln s + 1)²."""
 _LOCAL_THETA = "rope_local_base_freq"  # Gemma 3's older name for the base of its sliding layers
@@ -198,14 +201,21 @@ def has_rope(config: Any) -> bool:
 
 def attention_keys(model_type: object) -> tuple[str, ...]:
     """Keys of a family's RoPE dictionary that do not affect frequencies; for None, those of all families."""
-    return _ATTENTION_KEYS if model_type is None or model_type in _ATTENTION_KEY_FAMILIES else ()
+    attention = _ATTENTION_KEYS if model_type is None or model_type in _ATTENTION_KEY_FAMILIES else ()
+    return (*attention, *_AXIS_KEYS)
 
 
 def read_by_attention(rope: Any) -> dict[str, Any]:
-    """Entries of the RoPE dictionary that attention reads in every pass, L included; empty for most families."""
-    if not isinstance(rope, Mapping) or _ATTENTION_KEYS[0] not in rope:
+    """Entries of the RoPE dictionary that attention reads in every pass, or the rotary module for images and video.
+
+    With `llama_4_scaling_beta`, attention reads L as well. Empty for most families.
+    """
+    if not isinstance(rope, Mapping):
         return {}
-    return {name: rope[name] for name in (*_ATTENTION_KEYS, "original_max_position_embeddings") if name in rope}
+    names: tuple[str, ...] = _AXIS_KEYS
+    if _ATTENTION_KEYS[0] in rope:
+        names += (*_ATTENTION_KEYS, "original_max_position_embeddings")
+    return {name: rope[name] for name in names if name in rope}
 
 
 def read_rope(model: Mapping[str, Any], rope: Mapping[str, Any], layer_type: str | None = None) -> Reading:
@@ -225,9 +235,9 @@ def read_rope(model: Mapping[str, Any], rope: Mapping[str, Any], layer_type: str
     for name in attention_keys(model.get("model_type")):
         if name in entry:
             text = f"{name}={entry.pop(name)!r} says nothing about frequencies: it is left to the model's attention"
+            if name in _AXIS_KEYS:
+                text = text.replace("it is left", "all axes of a text token are alike, and it is left")
             reading.note("attention-key", text, "info")
-    if "mrope_section" in entry:
-        raise ConfigError("mrope_section: multimodal rotary embeddings are not supported")
     rope_type, finetuned = _type_of(entry, reading)
     if rope_type == CUSTOM_ROPE_TYPE:
         entry.setdefault("partial_rotary_factor", 1.0)  # a record leaves out what is 1
@@ -239,7 +249,7 @@ def read_rope(model: Mapping[str, Any], rope: Mapping[str, Any], layer_type: str
     known = {*_MODEL_KEYS, *native.keys}
     for name in entry:
         if name not in known:
-            raise unknown(f"key in the config of rope_type {_TYPE_ALIASES.get(rope_type, rope_type)!r}:", name, known)
+            raise unknown(f"key in the config of rope_type {usual_name(rope_type)!r}:", name, known)
     _fill_values(entry, model, native, rope_type, layer_type is not None, finetuned, reading)
     return reading
 
@@ -248,12 +258,17 @@ def _type_of(entry: dict[str, Any], reading: Reading) -> tuple[str, bool]:
     """Take out of a RoPE dictionary its rope_type, and whether the model was fine-tuned with it; return both."""
     older_type = entry.pop("type", "default")
     rope_type = entry.pop("rope_type", older_type)
-    if older_type not in ("default", rope_type):
+    if usual_name(older_type) not in ("default", usual_name(rope_type)):
         reading.note("two-values", f"type={older_type!r} is ignored: rope_type={rope_type!r} counts")
     finetuned = False if rope_type == CUSTOM_ROPE_TYPE else entry.pop("finetuned", False)
     if not isinstance(finetuned, bool):
         raise ConfigError(f"finetuned={finetuned!r}: must be true or false")
     return rope_type, finetuned
+
+
+def usual_name(rope_type: Any) -> Any:
+    """The name that transformers has for a rope_type with another name in older configs; others as they are."""
+    return _TYPE_ALIASES.get(rope_type, rope_type) if isinstance(rope_type, str) else rope_type
 
 
 def _native_of(rope_type: object) -> NativeType:
@@ -264,7 +279,7 @@ def _native_of(rope_type: object) -> NativeType:
     if rope_type in _RELEASED_TYPES:
         method = _RELEASED_TYPES[rope_type]
         return NativeType(method, NATIVE["yarn" if method != "linear" else "linear"].keys)
-    return NATIVE[_TYPE_ALIASES.get(rope_type, rope_type)]
+    return NATIVE[usual_name(rope_type)]
 
 
 def _fill_values(
@@ -278,7 +293,7 @@ def _fill_values(
 ) -> None:
     """Set the fields of a record in `reading`: from the RoPE dictionary of a known type, missing ones filled in."""
     dynamic = rope_type.startswith("dynamic-")
-    rope_type = _TYPE_ALIASES.get(rope_type, rope_type)
+    rope_type = usual_name(rope_type)
     values = {name: value for name, value in entry.items() if name not in native.params}
     values["method"] = native.method
     params = {name: entry[name] for name in native.params if name in entry}

@@ -22,6 +22,7 @@ from scaled_rope.scaling.hf_config import (
     NATIVE,
     NESTED_FAMILIES,
     RECORD_KEY,
+    read_by_attention,
 )
 from scaled_rope.scaling.record import LayerPlan
 from tests.helpers.records import BASE, LISTS, ROUND_TRIPS, one_line
@@ -193,7 +194,6 @@ def test_parameters_per_layer_type():
     [
         ({"rope_type": "yarm", "factor": 2.0}, "unknown rope_type 'yarm'; did you mean 'yarn'"),
         ({"rope_type": "lama3", "factor": 2.0}, "unknown rope_type 'lama3'; did you mean 'llama3'"),
-        ({"rope_type": "default", "mrope_section": [8, 12, 12]}, "mrope_section: multimodal"),
         ({"rope_type": "yarn", "factor": 2.0, "attn_factor": 1.0}, "did you mean 'attention_factor'"),
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 32}, "'linear': 'beta_fast'"),
         ({"rope_type": "linear"}, "factor is missing"),
@@ -501,3 +501,28 @@ def test_a_record_beside_words_of_another_method(scaling):
 def test_unknown_dialect():
     with pytest.raises(ConfigError, match="unknown dialect"):
         BASE.to_config("yaml")
+
+
+MROPE = {"mrope_section": [16, 24, 24], "mrope_interleaved": True}
+
+
+@pytest.mark.parametrize("dialect", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("rope_type", ["mrope", "default"])
+def test_axes_of_multimodal_models_are_no_part_of_the_scaling(rope_type: str, dialect: str) -> None:
+    config = {"model_type": "qwen2_5_vl_text", "max_position_embeddings": 32768, "rope_theta": 1e6}
+    read, notes = RopeScaling.read_config(config | {dialect: {"type": rope_type, **MROPE}})
+    assert read == RopeScaling("default", 1.0, 32768, 1e6)
+    assert [note.code for note in notes if note.level == "info"] == ["attention-key", "attention-key"]
+    assert not [note for note in notes if note.level == "warning"]
+
+
+def test_axes_beside_a_scaling_leave_it_alone_and_are_kept() -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768, **MROPE}
+    config = {"model_type": "qwen3_vl_text", "max_position_embeddings": 131072, "rope_parameters": rope}
+    assert RopeScaling.from_config(config) == RopeScaling("yarn", 4.0, 32768, 1e6)
+    assert read_by_attention(rope) == MROPE
+    assert read_by_attention(rope | {"llama_4_scaling_beta": 0.1}) == {
+        **MROPE,
+        "llama_4_scaling_beta": 0.1,
+        "original_max_position_embeddings": 32768,
+    }
