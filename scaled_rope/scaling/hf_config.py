@@ -6,12 +6,12 @@ Input and output are plain dictionaries; the record itself is `scaled_rope.scali
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from scaled_rope.errors import ConfigError, is_number, is_positive_whole, unknown
-from scaled_rope.scaling.formulas import attention_factor_of, longrope_attention_factor
+from scaled_rope.scaling.formulas import attention_factor_of, longrope_attention_factor, ntk_theta
 
 CUSTOM_ROPE_TYPE = "scaled-rope"
 """rope_type of a scaling that transformers cannot express. transformers refuses to build such a model,
@@ -54,7 +54,7 @@ NATIVE: dict[str, NativeType] = {
 """The rope types of transformers 5.23."""
 # Types of configs that were written for code in the checkpoint: that of the released YaRN models, and LongRoPE's first.
 _RELEASED_TYPES = {"dynamic-yarn": "yarn", "dynamic-linear": "linear", "ntk-by-parts": "ntk-by-parts"}
-_TYPE_ALIASES = {"su": "longrope"}
+_TYPE_ALIASES = {"su": "longrope", "mrope": "default", "xdrope": "dynamic"}  # the last two: Qwen2-VL's, HunYuan-VL's
 MISTRAL_CONSTANTS = {"beta_fast": 128.0, "beta_slow": 2.0, "mscale": 0.7}
 """Constants built into the code released with the Yarn-Mistral models; the code for Llama has 32, 1 and 1."""
 # Values that a family's config.json may leave out, as transformers 5.23 fills them in; 10000 and 1 where none is given.
@@ -64,25 +64,36 @@ FAMILY_THETA: dict[str, float | dict[str, float]] = {
     "gemma": 1e4,
     "gemma2": 1e4,
     "gemma3_text": {"full_attention": 1e6, "sliding_attention": 1e4},
+    "glm": 1e4,
+    "glm4": 1e4,
+    "glm4_moe": 1e4,
     "gpt_neox": 1e4,
     "gpt_oss": 1.5e5,
     "llama": 1e4,
     "cohere2": 1e4,
     "mistral": 1e4,
     "mixtral": 1e6,
+    "nemotron": 1e4,
     "olmo": 1e4,
     "olmo2": 1e4,
     "olmo3": 5e5,
+    "persimmon": 1e4,
     "phi": 1e4,
     "phi3": 1e4,
     "qwen2": 1e4,
     "qwen2_moe": 1e4,
     "qwen3": 1e4,
+    "qwen3_5_moe_text": 1e4,
+    "qwen3_5_text": 1e4,
     "qwen3_moe": 1e4,
+    "qwen3_next": 1e4,
     "smollm3": 2e6,
     "stablelm": 1e4,
 }
-FAMILY_PARTIAL = {"gpt_neox": 0.25, "stablelm": 0.25, "phi": 0.5}
+FAMILY_PARTIAL = {
+    **{"gpt_neox": 0.25, "stablelm": 0.25, "phi": 0.5, "glm": 0.5, "glm4": 0.5, "glm4_moe": 0.5, "nemotron": 0.5},
+    **{"persimmon": 0.5, "qwen3_5_moe_text": 0.25, "qwen3_5_text": 0.25, "qwen3_next": 0.25},
+}
 FAMILY_SCALING: dict[str, dict[str, Any]] = {
     "gpt_oss": {
         "rope_type": "yarn",
@@ -100,6 +111,15 @@ _ALIASES = {  # other names of top-level keys; there the usual names mean nothin
 # Keys of the RoPE dictionary that say nothing about frequencies: the first is read by attention, the other by nobody.
 _ATTENTION_KEYS = ("llama_4_scaling_beta", "max_position_embeddings")
 _ATTENTION_KEY_FAMILIES = ("ministral3", "mistral4")
+# How multimodal models share the frequencies among the axes of time, height and width. All axes of a text token are at
+# the same position, so for text this is plain RoPE.
+_AXIS_KEYS = ("mrope_section", "mrope_interleaved", "interleaved", "xdrope_section")
+_TEXT_PARTS = ("thinker_config", "vlm_config", "text_config", "llm_config", "language_config")
+"""Keys of a composite config.json that lead to its text part, each where the ones before are not there."""
+_ALPHA_FAMILIES = ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl", "hunyuan_vl_text")
+"""Families whose type "dynamic" has a fixed factor, `alpha`: NTK-aware scaling at every length."""
+_ROTARY_DIM_FAMILIES = ("minimax_m2",)
+"""Families whose published configs say the rotated dimensions themselves, `rotary_dim`."""
 SOFTMAX_MSCALE_FAMILIES = (
     *("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"),
     *("hy_v4", "hy_v4_vl_text", "longcat_flash", "minicpm3", "mistral4", "mistral_large4_text", "youtu"),
@@ -139,16 +159,16 @@ def split_config(config: Any) -> tuple[dict[str, Any], Any]:
         config = config.get_text_config()
     if isinstance(config, Mapping):
         model: dict[str, Any] = {str(key): value for key, value in config.items()}
-        nested = bool(model) and len(nested_types(model)) == len(model) and "text_config" not in model
+        nested = bool(model) and len(nested_types(model)) == len(model) and not text_path(model)
         by_itself = "rope_type" in model or "type" in model or "factor" in model or nested
         if "model_type" not in model and by_itself and not (model.keys() & _ROPE_KEYS):
             return {}, model  # a RoPE dictionary without a model
-        if isinstance(model.get("text_config"), Mapping) and not (model.keys() & {*_ROPE_KEYS, "rope_theta"}):
-            model = {str(key): value for key, value in model["text_config"].items()}
+        for name in text_path(model):
+            model = {str(key): value for key, value in model[name].items()}
     elif hasattr(config, "model_type"):
         names = [*_MODEL_KEYS, "max_position_embeddings", "rope_parameters", "model_type", RECORD_KEY]
         names += ["head_dim", "qk_rope_head_dim", "hidden_size", "num_attention_heads"]
-        names += ["layer_types", "num_hidden_layers"]
+        names += ["layer_types", "num_hidden_layers", "rotary_dim"]
         model = {name: attribute(config, name) for name in names}
     else:
         raise ConfigError(f"config of type {type(config).__name__}: must be a model's config or a dictionary")
@@ -158,6 +178,33 @@ def split_config(config: Any) -> tuple[dict[str, Any], Any]:
             raise ConfigError(f"{name}={model[name]!r}: must be a dictionary")
     rope = model.get("rope_scaling") or model.get("rope_parameters") or {}
     return model, {str(key): value for key, value in rope.items()}
+
+
+def text_path(model: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys that lead from the top of a config.json to its text part; empty where the top is the text part.
+
+    What a composite config says about RoPE outside of its text part is read by nobody.
+    """
+    path: tuple[str, ...] = ()
+    while True:
+        name = next((name for name in _TEXT_PARTS if isinstance(model.get(name), Mapping)), None)
+        if name is None:
+            return path
+        path, model = (*path, name), model[name]
+
+
+def unread_keys(model: Mapping[str, Any], path: tuple[str, ...] | None = None) -> dict[str, str]:
+    """Keys of RoPE outside of the text part of a composite config.json, and the name of that part.
+
+    path: where the text part is, if not at `text_path`.
+    """
+    path = text_path(model) if path is None else path
+    place = ".".join(path)
+    found: dict[str, str] = {}
+    for name in path:
+        found |= {key: place for key in (*_ROPE_KEYS, "rope_theta") if model.get(key)}
+        model = model[name]
+    return found
 
 
 def attribute(config: Any, name: str) -> Any:
@@ -178,12 +225,27 @@ def config_head_dim(config: Any) -> int | None:
     def get(name: str) -> Any:
         return config.get(name) if isinstance(config, Mapping) else attribute(config, name)
 
-    if get("qk_rope_head_dim") is not None:  # multi-head latent attention rotates a part that is kept apart
-        return int(get("qk_rope_head_dim")) if is_positive_whole(get("qk_rope_head_dim")) else None
-    if get("head_dim") is not None:
-        return int(get("head_dim")) if is_positive_whole(get("head_dim")) else None
+    rotated, head_dim = get("qk_rope_head_dim"), get("head_dim")
+    if rotated is not None:  # multi-head latent attention rotates a part that is kept apart
+        if is_positive_whole(rotated) and is_positive_whole(head_dim) and rotated != head_dim:
+            # Mistral 4 says the share of that part in the whole head as well.
+            shares = [part.get("partial_rotary_factor") for part in _rope_dictionaries(get)]
+            if any(is_number(share) and int(head_dim * share) == rotated for share in shares):
+                return int(head_dim)
+        return int(rotated) if is_positive_whole(rotated) else None
+    if head_dim is not None:
+        return int(head_dim) if is_positive_whole(head_dim) else None
     hidden, heads = get("hidden_size"), get("num_attention_heads")
     return int(hidden) // int(heads) if is_positive_whole(hidden) and is_positive_whole(heads) else None
+
+
+def _rope_dictionaries(get: Callable[[str], Any]) -> list[Mapping[str, Any]]:
+    """The RoPE dictionaries of a config, one per layer type where they are nested."""
+    found: list[Mapping[str, Any]] = []
+    for rope in map(get, _ROPE_KEYS):
+        if isinstance(rope, Mapping):
+            found += [rope, *(rope[name] for name in nested_types(rope))]
+    return found
 
 
 def nested_types(rope: Mapping[str, Any]) -> list[str]:
@@ -192,20 +254,30 @@ def nested_types(rope: Mapping[str, Any]) -> list[str]:
 
 
 def has_rope(config: Any) -> bool:
-    """Whether the class of a transformers config has RoPE parameters; GPT-2's and BERT's, for example, have none."""
-    return hasattr(type(config), "rope_parameters")
+    """Whether a config of transformers has RoPE parameters; those of GPT-2 and BERT, for example, have none."""
+    if hasattr(type(config), "rope_parameters"):
+        return True
+    # Cohere 2 MoE's class makes them from rope_theta and rope_scaling, its own fields.
+    return hasattr(type(config), "rope_theta") and isinstance(vars(config).get("rope_parameters"), Mapping)
 
 
 def attention_keys(model_type: object) -> tuple[str, ...]:
     """Keys of a family's RoPE dictionary that do not affect frequencies; for None, those of all families."""
-    return _ATTENTION_KEYS if model_type is None or model_type in _ATTENTION_KEY_FAMILIES else ()
+    attention = _ATTENTION_KEYS if model_type is None or model_type in _ATTENTION_KEY_FAMILIES else ()
+    return (*attention, *_AXIS_KEYS)
 
 
 def read_by_attention(rope: Any) -> dict[str, Any]:
-    """Entries of the RoPE dictionary that attention reads in every pass, L included; empty for most families."""
-    if not isinstance(rope, Mapping) or _ATTENTION_KEYS[0] not in rope:
+    """Entries of the RoPE dictionary that attention reads in every pass, or the rotary module for images and video.
+
+    With `llama_4_scaling_beta`, attention reads L as well. Empty for most families.
+    """
+    if not isinstance(rope, Mapping):
         return {}
-    return {name: rope[name] for name in (*_ATTENTION_KEYS, "original_max_position_embeddings") if name in rope}
+    names: tuple[str, ...] = _AXIS_KEYS
+    if _ATTENTION_KEYS[0] in rope:
+        names += (*_ATTENTION_KEYS, "original_max_position_embeddings")
+    return {name: rope[name] for name in names if name in rope}
 
 
 def read_rope(model: Mapping[str, Any], rope: Mapping[str, Any], layer_type: str | None = None) -> Reading:
@@ -225,9 +297,9 @@ def read_rope(model: Mapping[str, Any], rope: Mapping[str, Any], layer_type: str
     for name in attention_keys(model.get("model_type")):
         if name in entry:
             text = f"{name}={entry.pop(name)!r} says nothing about frequencies: it is left to the model's attention"
+            if name in _AXIS_KEYS:
+                text = text.replace("it is left", "all axes of a text token are alike, and it is left")
             reading.note("attention-key", text, "info")
-    if "mrope_section" in entry:
-        raise ConfigError("mrope_section: multimodal rotary embeddings are not supported")
     rope_type, finetuned = _type_of(entry, reading)
     if rope_type == CUSTOM_ROPE_TYPE:
         entry.setdefault("partial_rotary_factor", 1.0)  # a record leaves out what is 1
@@ -235,11 +307,17 @@ def read_rope(model: Mapping[str, Any], rope: Mapping[str, Any], layer_type: str
     if rope_type == CUSTOM_ROPE_TYPE:
         reading.values = entry
         return reading
+    if rope_type == "axial":
+        raise ConfigError("rope_type 'axial' is of two dimensions, for images: there is no context to extend")
+    if usual_name(rope_type) == "dynamic" and model.get("model_type") in _ALPHA_FAMILIES and entry.get("alpha"):
+        reading.values = _read_alpha(entry, model, reading)
+        return reading
+    _read_mscales(entry, model, usual_name(rope_type), reading)
     native = _native_of(rope_type)
     known = {*_MODEL_KEYS, *native.keys}
     for name in entry:
         if name not in known:
-            raise unknown(f"key in the config of rope_type {_TYPE_ALIASES.get(rope_type, rope_type)!r}:", name, known)
+            raise unknown(f"key in the config of rope_type {usual_name(rope_type)!r}:", name, known)
     _fill_values(entry, model, native, rope_type, layer_type is not None, finetuned, reading)
     return reading
 
@@ -248,12 +326,17 @@ def _type_of(entry: dict[str, Any], reading: Reading) -> tuple[str, bool]:
     """Take out of a RoPE dictionary its rope_type, and whether the model was fine-tuned with it; return both."""
     older_type = entry.pop("type", "default")
     rope_type = entry.pop("rope_type", older_type)
-    if older_type not in ("default", rope_type):
+    if usual_name(older_type) not in ("default", usual_name(rope_type)):
         reading.note("two-values", f"type={older_type!r} is ignored: rope_type={rope_type!r} counts")
     finetuned = False if rope_type == CUSTOM_ROPE_TYPE else entry.pop("finetuned", False)
     if not isinstance(finetuned, bool):
         raise ConfigError(f"finetuned={finetuned!r}: must be true or false")
     return rope_type, finetuned
+
+
+def usual_name(rope_type: Any) -> Any:
+    """The name that transformers has for a rope_type with another name in older configs; others as they are."""
+    return _TYPE_ALIASES.get(rope_type, rope_type) if isinstance(rope_type, str) else rope_type
 
 
 def _native_of(rope_type: object) -> NativeType:
@@ -264,7 +347,7 @@ def _native_of(rope_type: object) -> NativeType:
     if rope_type in _RELEASED_TYPES:
         method = _RELEASED_TYPES[rope_type]
         return NativeType(method, NATIVE["yarn" if method != "linear" else "linear"].keys)
-    return NATIVE[_TYPE_ALIASES.get(rope_type, rope_type)]
+    return NATIVE[usual_name(rope_type)]
 
 
 def _fill_values(
@@ -278,7 +361,7 @@ def _fill_values(
 ) -> None:
     """Set the fields of a record in `reading`: from the RoPE dictionary of a known type, missing ones filled in."""
     dynamic = rope_type.startswith("dynamic-")
-    rope_type = _TYPE_ALIASES.get(rope_type, rope_type)
+    rope_type = usual_name(rope_type)
     values = {name: value for name, value in entry.items() if name not in native.params}
     values["method"] = native.method
     params = {name: entry[name] for name in native.params if name in entry}
@@ -299,6 +382,52 @@ def _fill_values(
     elif native.method == "longrope":
         _drop_default_longrope_factor(values)
     reading.values = values
+
+
+def _read_alpha(entry: dict[str, Any], model: dict[str, Any], reading: Reading) -> dict[str, Any]:
+    """The record of HunYuan's NTK-aware scaling with a fixed factor, as a change of the base."""
+    alpha, dim = entry["alpha"], config_head_dim(model)
+    if not is_number(alpha) or alpha < 1:
+        raise ConfigError(f"alpha={alpha!r}: must be a finite number, at least 1")
+    if dim is None:
+        raise ConfigError(f"alpha={alpha!r}: needs the model's head_dim, from which the base follows")
+    theta = float(entry["rope_theta"])
+    base = ntk_theta(theta, float(alpha), dim)
+    reading.note("alpha", f"alpha={alpha!r} is NTK-aware scaling at every length: the base is {base:.6g}", "info")
+    for name in entry.keys() - {"alpha", "rope_theta"}:
+        if entry[name] != 1:
+            reading.note("two-values", f"{name}={entry[name]!r} is ignored: alpha counts", "info")
+    original = model.get("max_position_embeddings")
+    return {
+        "method": "abf",
+        "rope_theta": theta,
+        "original_max_position_embeddings": original,
+        "params": {"theta": base},
+    }
+
+
+def _read_mscales(entry: dict[str, Any], model: dict[str, Any], rope_type: object, reading: Reading) -> None:
+    """Turn LongRoPE's `short_mscale` and `long_mscale` into an attention factor, or take them out where they are one.
+
+    Phi-3.5-MoE multiplies cos and sin by them instead of the attention factor, up to L and beyond. vLLM and SGLang read
+    them in all families; transformers in no other.
+    """
+    names = ("short_mscale", "long_mscale")
+    given = {name: entry[name] for name in names if name in entry}
+    if model.get("model_type") == "phimoe" and rope_type in ("longrope", "yarn"):
+        if len(given) < 2:
+            return  # an unknown key, or a config that its class refuses
+        if given["short_mscale"] != given["long_mscale"]:
+            said = " and ".join(f"{name}={value!r}" for name, value in given.items())
+            raise ConfigError(f"{said}: a record has one attention factor for all lengths, so they must be equal")
+        other = entry.get("attention_factor")
+        if other not in (None, given["short_mscale"]):
+            reading.note("two-values", f"attention_factor={other!r} is ignored: short_mscale and long_mscale count")
+        entry["attention_factor"] = given["short_mscale"]
+    elif rope_type != "longrope" or any(value != entry.get("attention_factor") for value in given.values()):
+        return
+    for name in given:
+        del entry[name]
 
 
 def _fill_dynamic(values: dict[str, Any], finetuned: bool, reading: Reading) -> None:
@@ -407,6 +536,9 @@ def _fill_from_top_level(
     family = model.get("model_type")
     for name in ("rope_theta", "partial_rotary_factor"):
         outside = model.get(name)
+        if name == "partial_rotary_factor" and outside is None and family in _ROTARY_DIM_FAMILIES:
+            rotated, head_dim = model.get("rotary_dim"), config_head_dim(model)
+            outside = rotated / head_dim if rotated is not None and is_number(rotated) and head_dim else None
         if name == "rope_theta" and layer_type == "sliding_attention" and family in NESTED_FAMILIES:
             outside = model.get(_LOCAL_THETA) if family == "gemma3_text" else None
         if outside is None:
@@ -525,6 +657,6 @@ def _fill_attention_factor(values: dict[str, Any], rope_type: str, reading: Read
 
 def _drop_default_longrope_factor(values: dict[str, Any]) -> None:
     factor, original = values["factor"], values["original_max_position_embeddings"]
-    if is_number(factor) and factor >= 1 and isinstance(original, int) and "attention_factor" in values:
-        if values["attention_factor"] == longrope_attention_factor(float(factor), original):
+    if is_number(factor) and factor >= 1 and is_number(original) and original >= 1 and "attention_factor" in values:
+        if values["attention_factor"] == longrope_attention_factor(float(factor), int(original)):
             del values["attention_factor"]

@@ -23,6 +23,7 @@ from scaled_rope.scaling.hf_config import (
     nested_types,
     read_rope,
     split_config,
+    unread_keys,
 )
 from scaled_rope.scaling.registry import METHODS, Method
 from scaled_rope.scaling.spec import Spec, shown
@@ -121,8 +122,10 @@ class RopeScaling:
             value = getattr(self, name)
             if not isinstance(value, bool) and not (value is None and _DEFAULTS[name] is None):
                 raise ConfigError(f"{name}={value!r}: must be true or false")
-        length = self.original_max_position_embeddings
+        length: Any = self.original_max_position_embeddings
         if length is not None:
+            if isinstance(length, float) and length.is_integer():  # JSON written by way of a float: 1200.0
+                length = int(length)
             if not is_positive_whole(length) or length > _MAX_LENGTH:
                 raise ConfigError(
                     f"original_max_position_embeddings={length!r}: must be a whole number, at least 1 and at most 2^53"
@@ -137,8 +140,8 @@ class RopeScaling:
                 f"truncate={self.truncate!r}: ramp 'rotations' has no ends to round; it goes with ramp 'dimension'"
             )
         fast, slow = self.ramp_bounds
-        if fast <= slow:
-            raise ConfigError(f"beta_fast={fast:g}: must be above beta_slow={slow:g}")
+        if fast < slow:  # Kimi K2 has both at 1: the narrowest ramp there is
+            raise ConfigError(f"beta_fast={fast:g}: must be at least beta_slow={slow:g}")
 
     def _check_params(self, row: Method) -> None:
         if not isinstance(self.params, Mapping):
@@ -376,6 +379,7 @@ class RopeSettings:
     def __init__(self, config: Any) -> None:
         """config: as for `RopeScaling.from_config`."""
         self._model, self._rope = split_config(config)
+        self._unread = unread_keys(config) if isinstance(config, Mapping) else {}
         self._read: dict[str | None, tuple[RopeScaling, list[ConfigNote]]] = {}
 
     @property
@@ -438,6 +442,10 @@ class RopeSettings:
     def _reading(self, layer_type: str | None) -> tuple[RopeScaling, list[ConfigNote]]:
         if layer_type not in self._read:
             reading = read_rope(self._model, self._rope, layer_type)
+            for name, place in self._unread.items():
+                reading.note(
+                    "outside-text", f"{name} outside of {place} is read by nobody: the model's text part counts"
+                )
             scaling = RopeScaling.from_dict(reading.values)
             record = self._record(layer_type)
             if record is not None and record != scaling:

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from scaled_rope.scaling.hf_config import NATIVE
+from scaled_rope.scaling.hf_config import NATIVE, usual_name
 from scaled_rope.serving.config_facts import TOP_LEVEL_KEYS, ConfigFacts, known_keys, native_keys_of
 from scaled_rope.serving.inspect_report import Finding, shorten
 
@@ -43,7 +43,7 @@ def misspelt_top_level_keys(facts: ConfigFacts) -> Iterator[Finding]:
 def keys_unknown_to_the_rope_type(facts: ConfigFacts) -> Iterator[Finding]:
     """Keys of the RoPE dictionary that its rope_type does not have."""
     known = known_keys(facts) or set()
-    rope_type = "longrope" if facts.rope_type == "su" else facts.rope_type
+    rope_type = usual_name(facts.rope_type)
     for key, value in facts.ignored.items():
         text = f"{key}={shorten(value)} is no key of rope_type {rope_type!r}: transformers logs a line and ignores it."
         if key in _FOREIGN:

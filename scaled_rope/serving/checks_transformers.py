@@ -93,6 +93,14 @@ def rope_type_that_transformers_has_not(facts: ConfigFacts) -> Iterator[Finding]
             "transformers cannot build the model.",
             "`scaled-rope export` looks for words for the program at hand.",
         )
+    elif facts.rope_type == "mrope" and _rope_type_as_built(facts) == "mrope":
+        yield Finding(
+            "not-native",
+            "error",
+            f"rope_type 'mrope' is an older name that the configs of some families turn into 'default', that of "
+            f"{facts.model_type!r} does not: transformers cannot build the model.",
+            "Write rope_type 'default'.",
+        )
 
 
 def other_numbers_in_transformers(facts: ConfigFacts) -> Iterator[Finding]:
@@ -120,6 +128,12 @@ def _is_compared(facts: ConfigFacts) -> bool:
 def _is_accepted(facts: ConfigFacts) -> bool:
     """Whether the config class of the family, if there is one, takes the model's own scaling as it is."""
     return _is_compared(facts) and not _phi3_lacks_type(facts) and not facts.refusal
+
+
+def _rope_type_as_built(facts: ConfigFacts) -> Any:
+    """The rope_type of the config object, where all layers share a RoPE dictionary."""
+    rope = getattr(facts.built, "rope_parameters", None)
+    return rope.get("rope_type") if isinstance(rope, Mapping) else None
 
 
 def _phi3_lacks_type(facts: ConfigFacts) -> bool:

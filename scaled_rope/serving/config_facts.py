@@ -25,6 +25,7 @@ from scaled_rope.scaling.hf_config import (
     config_head_dim,
     nested_types,
     split_config,
+    usual_name,
 )
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, resolve_scaling
 from scaled_rope.serving.inspect_report import Dimension, one_line, quiet
@@ -250,7 +251,7 @@ def native_keys_of(rope_type: str) -> tuple[str, ...]:
 
 def known_keys(facts: ConfigFacts) -> set[str] | None:
     """All keys that the RoPE dictionary may have; None where its rope_type says nothing about that."""
-    rope_type = "longrope" if facts.rope_type == "su" else facts.rope_type
+    rope_type = usual_name(facts.rope_type)
     if not isinstance(rope_type, str) or rope_type not in (*NATIVE, *RELEASED_TYPES):
         return None
     own = native_keys_of(rope_type)
@@ -262,8 +263,8 @@ def _ignored_keys(facts: ConfigFacts) -> dict[str, Any]:
     known = known_keys(facts)
     if known is None:
         return {}
-    # read_config itself says what becomes of sections, and of truncate inside a layer type.
-    known |= {"mrope_section", "truncate"} if facts.nested else {"mrope_section"}
+    if facts.nested:
+        known |= {"truncate"}  # read_config itself says what becomes of it inside a layer type
     return {key: value for key, value in facts.entry.items() if key not in known and not isinstance(value, Mapping)}
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig, MistralConfig, Olmo3Config, Phi3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import HunYuanDenseV1RotaryEmbedding
 
 from scaled_rope import METHODS, ConfigError, RopeScaling, compute_rope
 from scaled_rope.scaling.hf_config import (
@@ -22,6 +24,7 @@ from scaled_rope.scaling.hf_config import (
     NATIVE,
     NESTED_FAMILIES,
     RECORD_KEY,
+    read_by_attention,
 )
 from scaled_rope.scaling.record import LayerPlan
 from tests.helpers.records import BASE, LISTS, ROUND_TRIPS, one_line
@@ -193,7 +196,6 @@ def test_parameters_per_layer_type():
     [
         ({"rope_type": "yarm", "factor": 2.0}, "unknown rope_type 'yarm'; did you mean 'yarn'"),
         ({"rope_type": "lama3", "factor": 2.0}, "unknown rope_type 'lama3'; did you mean 'llama3'"),
-        ({"rope_type": "default", "mrope_section": [8, 12, 12]}, "mrope_section: multimodal"),
         ({"rope_type": "yarn", "factor": 2.0, "attn_factor": 1.0}, "did you mean 'attention_factor'"),
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 32}, "'linear': 'beta_fast'"),
         ({"rope_type": "linear"}, "factor is missing"),
@@ -413,7 +415,11 @@ def test_a_text_model_inside_another():
     text = {"model_type": "llama", "rope_theta": 5e5, "max_position_embeddings": 64}
     assert RopeScaling.from_config({"model_type": "outer", "text_config": text}).rope_theta == 5e5
     outer = {"model_type": "outer", "rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 1e4}
-    assert RopeScaling.from_config(outer | {"text_config": text}).method == "linear"
+    with pytest.warns(UserWarning, match="rope_scaling outside of text_config is read by nobody"):
+        assert RopeScaling.from_config(outer | {"text_config": text}) == RopeScaling("default", 1.0, 64, 5e5)
+    deeper = {"thinker_config": {"vision_config": {"rope_theta": 1.0}, "text_config": text}}
+    assert RopeScaling.from_config(deeper).rope_theta == 5e5
+    assert RopeScaling.from_config(outer).method == "linear"
 
 
 YARN_RECORD = RopeScaling("yarn", 4.0, 1024)
@@ -501,3 +507,110 @@ def test_a_record_beside_words_of_another_method(scaling):
 def test_unknown_dialect():
     with pytest.raises(ConfigError, match="unknown dialect"):
         BASE.to_config("yaml")
+
+
+MROPE = {"mrope_section": [16, 24, 24], "mrope_interleaved": True}
+
+
+@pytest.mark.parametrize("dialect", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("rope_type", ["mrope", "default"])
+def test_axes_of_multimodal_models_are_no_part_of_the_scaling(rope_type: str, dialect: str) -> None:
+    config = {"model_type": "qwen2_5_vl_text", "max_position_embeddings": 32768, "rope_theta": 1e6}
+    read, notes = RopeScaling.read_config(config | {dialect: {"type": rope_type, **MROPE}})
+    assert read == RopeScaling("default", 1.0, 32768, 1e6)
+    assert [note.code for note in notes if note.level == "info"] == ["attention-key", "attention-key"]
+    assert not [note for note in notes if note.level == "warning"]
+
+
+def test_axes_beside_a_scaling_leave_it_alone_and_are_kept() -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768, **MROPE}
+    config = {"model_type": "qwen3_vl_text", "max_position_embeddings": 131072, "rope_parameters": rope}
+    assert RopeScaling.from_config(config) == RopeScaling("yarn", 4.0, 32768, 1e6)
+    assert read_by_attention(rope) == MROPE
+    assert read_by_attention(rope | {"llama_4_scaling_beta": 0.1}) == {
+        **MROPE,
+        "llama_4_scaling_beta": 0.1,
+        "original_max_position_embeddings": 32768,
+    }
+
+
+@pytest.mark.parametrize("alpha", [1000.0, 11])
+def test_alpha_of_hunyuan_is_a_larger_base(alpha: float) -> None:
+    rope = {"type": "dynamic", "alpha": alpha, "factor": 1.0, "beta_fast": 32, "mscale": 1.0}
+    config = {"model_type": "hunyuan_v1_dense", "max_position_embeddings": 32768, "head_dim": 128, "rope_scaling": rope}
+    read, notes = RopeScaling.read_config(config)
+    assert read.label == f"abf (theta={alpha ** (128 / 126) * 1e4!r})" and not read.is_length_dependent
+    built = AutoConfig.for_model("hunyuan_v1_dense", **{k: deepcopy(v) for k, v in config.items() if k != "model_type"})
+    theirs = HunYuanDenseV1RotaryEmbedding(built)
+    assert torch.allclose(compute_rope(read, 128)[0], theirs.inv_freq, rtol=1e-5, atol=0)
+    assert {note.code for note in notes} >= {"alpha"}
+    assert RopeScaling.from_config(built) == read
+
+
+def test_alpha_is_refused_where_it_says_nothing() -> None:
+    rope = {"type": "dynamic", "alpha": 0.5, "factor": 1.0}
+    config = {"model_type": "hunyuan_v1_dense", "max_position_embeddings": 32768, "rope_scaling": rope}
+    with pytest.raises(ConfigError, match=r"alpha=0.5: must be a finite number, at least 1"):
+        RopeScaling.from_config(config)
+    rope["alpha"] = 2.0
+    with pytest.raises(ConfigError, match=r"alpha=2.0: needs the model's head_dim"):
+        RopeScaling.from_config(config)
+    with pytest.raises(ConfigError, match="unknown key.*'alpha'"):
+        RopeScaling.from_config(config | {"model_type": "llama"})
+
+
+def test_mscales_of_longrope() -> None:
+    long = {"type": "longrope", **LISTS, "short_mscale": 1.25, "long_mscale": 1.25}
+    config = {"model_type": "phimoe", "rope_theta": 1e4, "max_position_embeddings": 131072, "rope_scaling": long}
+    config["original_max_position_embeddings"] = 4096
+    assert RopeScaling.from_config(config).attention_factor == 1.25
+    # Other families take it from attention_factor, and vLLM and SGLang from the two mscales.
+    with pytest.raises(ConfigError, match="unknown key.*short_mscale"):
+        RopeScaling.from_config(config | {"model_type": "phi3"})
+    long["attention_factor"] = 1.25
+    assert RopeScaling.from_config(config | {"model_type": "phi3"}).attention_factor == 1.25
+    long["attention_factor"] = 1.5
+    with pytest.warns(UserWarning, match="attention_factor=1.5 is ignored"):
+        assert RopeScaling.from_config(config).attention_factor == 1.25
+    long["long_mscale"] = 1.5
+    with pytest.raises(ConfigError, match=r"short_mscale=1.25 and long_mscale=1.5: .* must be equal"):
+        RopeScaling.from_config(config)
+
+
+def test_rotary_dim_of_minimax() -> None:
+    config = {"model_type": "minimax_m2", "head_dim": 128, "rotary_dim": 64, "rope_theta": 5e6}
+    assert RopeScaling.from_config(config).partial_rotary_factor == 0.5
+    assert RopeScaling.from_config(config | {"partial_rotary_factor": 0.25}).partial_rotary_factor == 0.25
+    assert RopeScaling.from_config(config | {"model_type": "llama"}).partial_rotary_factor == 1.0
+
+
+def test_equal_betas_are_the_narrowest_ramp() -> None:
+    rope = {
+        "type": "yarn",
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 1.0,
+        "beta_slow": 1.0,
+    }
+    config = {"max_position_embeddings": 131072, "rope_theta": 5e4, "head_dim": 64, "hidden_size": 64}
+    read = RopeScaling.from_config(config | {"model_type": "llama", "rope_scaling": rope})
+    built = LlamaConfig(**config, num_attention_heads=1, rope_parameters={**rope, "rope_theta": 5e4})
+    for truncate in (True, False):  # with the ends as they are the ramp is 0.001 wide
+        built.rope_parameters["truncate"] = truncate
+        theirs, factor = ROPE_INIT_FUNCTIONS["yarn"](built, "cpu")
+        ours, our_factor = compute_rope(replace(read, truncate=truncate), 64)
+        assert torch.allclose(ours, theirs, rtol=1e-6, atol=0) and factor == pytest.approx(our_factor)
+
+
+def test_whole_numbers_written_as_floats_are_whole() -> None:
+    rope = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1200.0}
+    config = {"model_type": "llama", "max_position_embeddings": 2400.0}
+    assert RopeScaling.from_config(config | {"rope_scaling": rope}) == RopeScaling("yarn", 2.0, 1200)
+    assert RopeScaling.from_config(config).original_max_position_embeddings == 2400
+    with pytest.raises(ConfigError, match=r"original_max_position_embeddings=1200\.5"):
+        RopeScaling.from_config(config | {"rope_scaling": rope | {"original_max_position_embeddings": 1200.5}})
+
+
+def test_rope_of_two_dimensions_says_so() -> None:
+    with pytest.raises(ConfigError, match="rope_type 'axial' is of two dimensions, for images"):
+        RopeScaling.from_config({"model_type": "pixtral", "rope_parameters": {"rope_type": "axial"}})

@@ -29,6 +29,7 @@ from tests.helpers.published_configs import (
     PHI3,
     PUBLISHED,
     PYTHIA,
+    QWEN,
     REMOTE,
     SMOLLM3,
     written,
@@ -263,10 +264,16 @@ TRAPS: dict[str, tuple[dict[str, Any], str, str, set[str]]] = {
         {"longrope-switch"},
     ),
     "multimodal sections": (
-        scaled(LLAMA, type="default", mrope_section=[16, 24, 24]),
-        "bad-value",
-        "error",
+        QWEN | {"model_type": "qwen2_vl", "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}},
+        "attention-key",
+        "info",
         set(),
+    ),
+    "multimodal sections by a name that the family does not know": (
+        scaled(QWEN | {"model_type": "qwen3_vl_text"}, type="mrope", mrope_section=[16, 24, 24]),
+        "not-native",
+        "error",
+        {"attention-key"},
     ),
     "code in the checkpoint of an unknown family": (
         LLAMA | {"model_type": "llamoid", "auto_map": REMOTE},
