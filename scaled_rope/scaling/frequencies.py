@@ -135,9 +135,9 @@ def ntk_mixed(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | 
 
 def proportional(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """θ_d / s for the first fraction·D/2 frequencies, 0 for the rest."""
-    turning = int(scaling.method_params.fraction * dim // 2)
     inv_freq = _powers(scaling.rope_theta, dim, factor) / factor[..., None]
-    return _scale_lowest(inv_freq, _zeros(dim // 2 - turning)), torch.ones_like(factor)
+    standing = dim // 2 - _turning(scaling.method_params.fraction, dim)
+    return _scale_lowest(inv_freq, _zeros(standing)), torch.ones_like(factor)
 
 
 def cope(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -168,6 +168,11 @@ def _scale_lowest(inv_freq: Tensor, weights: Tensor) -> Tensor:
     """inv_freq [..., D/2] with its last len(weights) entries multiplied by `weights`."""
     kept = inv_freq.shape[-1] - len(weights)
     return torch.cat((inv_freq[..., :kept], inv_freq[..., kept:] * weights.to(inv_freq)), dim=-1)
+
+
+def _turning(fraction: float, dim: int) -> int:
+    """The number of frequencies that turn in proportional RoPE, rounded as in transformers."""
+    return int(fraction * dim // 2)
 
 
 def _zeros(count: int) -> Tensor:
@@ -305,6 +310,8 @@ def _compute(scaling: RopeScaling, head_dim: int, factor: Tensor, seq_len: Tenso
     if scaling.dynamic and seq_len is not None:
         factor = compute_scale(scaling, seq_len)
     inv_freq, attention_factor = row.fn(scaling, dim, factor, seq_len)
+    if scaling.turning_fraction != 1.0:
+        inv_freq = _scale_lowest(inv_freq, _zeros(dim // 2 - _turning(scaling.turning_fraction, dim)))
     return (_round_wavelengths(inv_freq) if scaling.resonance else inv_freq), attention_factor
 
 

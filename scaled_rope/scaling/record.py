@@ -54,6 +54,9 @@ class RopeScaling:
     """b: the base of the unscaled frequencies b^(-2d/D)."""
     partial_rotary_factor: float = 1.0
     """The share of each head's dimensions that is rotated."""
+    turning_fraction: float = 1.0
+    """The share of the D/2 frequencies, from the highest, that the model turns at all; the others are 0 under every
+    method. Below 1 in models with proportional RoPE (Gemma 4, LFM3)."""
     dynamic: bool = False
     """Section 3.3 of the YaRN paper: s = max(factor, l'/L), l' the length of the sequence at hand."""
     dynamic_step: float | None = None
@@ -269,12 +272,15 @@ class RopeScaling:
     def from_spec(cls, text: str, base: RopeScaling) -> RopeScaling:
         """Read "[dynamic-]METHOD[:FACTOR][,field=value...]", for example "yarn:8,ramp=rotations".
 
-        `base` describes the model as it was pre-trained and lends `rope_theta`, `partial_rotary_factor` and
-        `original_max_position_embeddings` where the text does not give them. "none" is "default". The method's own
+        `base` describes the model as it was pre-trained and lends `rope_theta`, `partial_rotary_factor`,
+        `turning_fraction` and `original_max_position_embeddings` where the text does not give them. "none" is "default". The method's own
         parameters are fields as well; a list is written "1+1.5+2".
         """
         values = Spec.parse(text).values(known_fields=[name for name in _DEFAULTS if name != "params"])
-        return cls(**({name: getattr(base, name) for name in _MODEL_FIELDS} | values))
+        lent = {name: getattr(base, name) for name in _MODEL_FIELDS}
+        if base.method == "proportional":
+            lent["turning_fraction"] = base.method_params.fraction
+        return cls(**(lent | values))
 
     def to_spec(self) -> str:
         """The text that `from_spec` turns back into this static record, given the same model."""
@@ -483,7 +489,7 @@ class RopeSettings:
 
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(RopeScaling)} | {"params": {}}
 del _DEFAULTS["method"]
-_MODEL_FIELDS = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
+_MODEL_FIELDS = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor", "turning_fraction")
 """Fields that describe the model rather than the scaling."""
 _METHOD_FIELDS = tuple(name for name in _DEFAULTS if name not in (*_MODEL_FIELDS, "params"))
 # Far beyond what makes sense, and near enough that no formula leaves the range of float64.
@@ -493,6 +499,7 @@ _RANGES = {  # field: (lower limit, whether the limit itself is allowed, upper l
     "dynamic_step": (1.0, False, 1e9),
     "rope_theta": (1.0, False, MAX_THETA),
     "partial_rotary_factor": (0.0, False, 1.0),
+    "turning_fraction": (0.0, False, 1.0),
     "attention_factor": (1e-6, True, 1e6),
     "beta_fast": (1e-6, True, 1e9),
     "beta_slow": (1e-6, True, 1e9),
@@ -505,6 +512,9 @@ def native_type(scaling: RopeScaling, head_dim: int | None) -> str | None:
     """The rope_type by which transformers can express a scaling, or None."""
     if scaling.dynamic or scaling.resonance:
         return None
+    if scaling.turning_fraction != 1.0:
+        as_proportional = scaling.method in ("default", "linear", "proportional")
+        return "proportional" if as_proportional and scaling.partial_rotary_factor == 1.0 else None
     if scaling.method in ("ntk-by-parts", "yarn"):
         return "yarn" if scaling.ramp in (None, "dimension") and scaling.extrapolation_factor in (None, 1.0) else None
     if scaling.method == "abf":
@@ -544,7 +554,8 @@ def native_words(scaling: RopeScaling, rope_type: str, head_dim: int | None) -> 
     elif rope_type == "longrope":
         values["attention_factor"] = scaling.static_attention_factor
     elif rope_type == "proportional":
-        values["partial_rotary_factor"] = scaling.method_params.fraction
+        fraction = scaling.method_params.fraction if scaling.method == "proportional" else 1.0
+        values["partial_rotary_factor"] = min(fraction, scaling.turning_fraction)
     for name in NATIVE[rope_type].params:
         values[name] = getattr(scaling.method_params, name)
     return values
