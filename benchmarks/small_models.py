@@ -68,7 +68,13 @@ _SIZES: dict[str, int] = {
     "hidden_size_per_layer_input": 16,
 }
 """Field -> its small value. Only fields that a default config has, with a whole number in them, are replaced."""
-_PER_LAYER = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 24, "qk_nope_head_dim": 48}
+_PER_LAYER = {
+    "head_dim": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 48,
+}
 """Small values of fields that differ between layers."""
 _INDICES = ("deepstack_visual_indexes", "fullatt_block_indexes", "global_attn_indexes", "full_attn_idxs", "moe_layers",
             "cross_attention_layers", "rope_scaling_layers", "mlp_only_layers", "hybrid_layer_ids", "kv_source_layers",
@@ -95,6 +101,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**_MLA, "num_experts_per_tok": 2, "n_routed_experts": 4},
     "ernie4_5_vl_moe_text": {"rope_parameters": {**_SECTIONS["rope_parameters"], "mrope_section": [3, 3, 2]}},
     "hunyuan_vl_text": {"rope_parameters": {**_SECTIONS["rope_parameters"], "mrope_section": [2, 2, 2, 2]}},
+    "mimo_v2_flash": {"head_dim": 48},  # a third of it turns
     "nemotron": {"num_key_value_heads": 2},
     **dict.fromkeys(
         ("glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text",
@@ -214,4 +221,12 @@ def small_model(model_type: str, **settings: Any) -> PreTrainedModel:
     auto = AutoModelForCausalLM if model_type in CAUSAL_TYPES else AutoModelForImageTextToText
     torch.manual_seed(0)
     model: PreTrainedModel = auto.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Weights that keep sizes as they are: with those of a fresh model, attention hardly sees any position.
+            if parameter.dim() >= 2 and parameter.std() < 0.1:
+                parameter.normal_(0, max(parameter.shape[-2:]) ** -0.5)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".temp"):  # Zaya's keys are multiplied by it, and it begins at 0
+                parameter.fill_(1.0)
     return model

@@ -1,18 +1,38 @@
-"""Find the rotary module in a model of transformers."""
+"""Find the part of a model that computes hidden states, and the rotary modules in it."""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from scaled_rope.errors import ConfigError, unknown
-from scaled_rope.patching.families import ADAPTERS
+from scaled_rope.errors import ConfigError
 
 ROTARY = "rotary_emb"
-"""The name of the rotary module on the base model, the part of a model that computes hidden states."""
+"""The name of the rotary module on the base model, in most families."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rotary module hangs in a base model."""
+
+    path: str
+    """Dotted path from the base model: "rotary_emb", "layers.0.self_attn.rotary_emb"."""
+    module: nn.Module
+    """The module as it was before any patch."""
+
+    def put(self, base: nn.Module, module: nn.Module) -> None:
+        """Hang another module there."""
+        owner, _, name = self.path.rpartition(".")
+        setattr(base.get_submodule(owner), name, module)
+
+    def current(self, base: nn.Module) -> nn.Module:
+        """The module that hangs there now."""
+        return base.get_submodule(self.path)
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -23,21 +43,61 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model of type {type(model).__name__}: must be a model of transformers")
-    bases = [
-        module for module in model.modules() if isinstance(module, PreTrainedModel) and module.base_model is module
-    ]
-    if not bases:
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if not parts:
         raise ConfigError(f"model of type {type(model).__name__}: contains no model of transformers")
-    with_rotary = [base for base in bases if isinstance(getattr(base, ROTARY, None), nn.Module)]
-    text = [base for base in with_rotary if base.config.get_text_config(decoder=True) is base.config]
-    known = [base for base in text if base.config.model_type in ADAPTERS]
+    bases = [part for part in parts if part.base_model is part]
+    with_rotary = [base for base in bases if rotary_places(base)]
     if not with_rotary:
-        raise unknown("architecture", bases[0].config.model_type, ADAPTERS)
-    candidates = known or text or with_rotary
-    if len(candidates) > 1:
-        names = ", ".join(base.config.model_type for base in candidates)
+        raise ConfigError(f"architecture {text_config(parts[0]).model_type!r}: {_why_no_rotary(text_config(parts[0]))}")
+    # By identity, since a part for images is a model too, and may have a config of the same class.
+    whole, wanted = set(parts[0].modules()), text_config(parts[0])
+    candidates = [base for base in with_rotary if base.config is wanted and base in whole]
+    others = [base for base in with_rotary if base not in whole]
+    if others or not candidates:
+        candidates = [base for base in with_rotary if text_config(base) is base.config]
+    if len(candidates) != 1:
+        names = ", ".join(str(base.config.model_type) for base in candidates or with_rotary)
         raise ConfigError(f"model of type {type(model).__name__}: contains several models with RoPE ({names})")
     return candidates[0]
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """The part of a model's config that describes its decoder of text: the config itself, where it has no parts."""
+    return model.config.get_text_config(decoder=True)
+
+
+def _why_no_rotary(config: Any) -> str:
+    kind = getattr(config, "position_embedding_type", "rope")
+    if kind != "rope":
+        return f"position_embedding_type={kind!r} means no rotary embedding, so there is nothing to scale"
+    return "has no rotary module, so there is nothing to scale"
+
+
+def rotary_places(base: nn.Module) -> list[Place]:
+    """The rotary modules of a base model, in the order of its modules; not those of models inside it.
+
+    Recognised by what they hold: frequencies, under the names that transformers gives them.
+    """
+    found: list[Place] = []
+    _collect(base, "", found)
+    return found
+
+
+def _collect(parent: nn.Module, path: str, found: list[Place]) -> None:
+    for name, child in parent.named_children():
+        if isinstance(child, PreTrainedModel) and child.base_model is child:
+            continue  # an encoder of images, a decoder of sound
+        if _is_rotary(child) or (not path and name == ROTARY):
+            found.append(Place(path + name, child))
+        else:
+            _collect(child, f"{path}{name}.", found)
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    if "RotaryEmbedding" not in type(module).__name__:
+        return False
+    return hasattr(module, "inv_freq") or any(name.endswith("_inv_freq") for name, _ in module.named_buffers())
 
 
 def device_of(rotary: nn.Module) -> torch.device:
@@ -46,3 +106,15 @@ def device_of(rotary: nn.Module) -> torch.device:
     inv_freq: Any = buffer if buffer is not None else rotary.inv_freq
     device: torch.device = inv_freq.device
     return device
+
+
+def on_cpu(rotary: nn.Module) -> Any:
+    """A copy of a family's rotary module on the CPU, also of one on the meta device.
+
+    A copy, because a module that remembers the longest length seen must not remember a trial's.
+    """
+    if any(buffer.is_meta for buffer in rotary.buffers()):
+        config: Any = getattr(rotary, "config", None)
+        with torch.device("cpu"):
+            return type(rotary)(config=copy.deepcopy(config))
+    return copy.deepcopy(rotary).to("cpu")

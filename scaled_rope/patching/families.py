@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.patching.base_model import on_cpu
 from scaled_rope.patching.rotary import Layout
-from scaled_rope.scaling.hf_config import PRIMARY_LAYER_TYPE, SOFTMAX_MSCALE_FAMILIES, config_head_dim
+from scaled_rope.scaling.hf_config import SOFTMAX_MSCALE_FAMILIES, config_head_dim, nested_types
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Adapter:
     """The only layer type that uses RoPE; empty when all do."""
     rope_window: str = ""
     """The config field that, when null, makes all layers use RoPE in spite of `rope_layer_type`."""
+    axes: bool = False
+    """Whether the rotary module takes positions along several axes, for images and video (multimodal RoPE)."""
+    own_tables: bool = False
+    """Whether the tables have a form of the family's own (complex numbers, another order). Then the family's module
+    computes them, from the frequencies of the scaling."""
 
 
 _PARTIAL = Adapter(partial_rotary=True)
@@ -99,44 +105,53 @@ def adapter_of(config: Any, rotary: nn.Module | None = None) -> Adapter:
 
 
 def detect_adapter(config: Any, rotary: nn.Module) -> Adapter | None:
-    """Return the adapter that fits the tables of a standard rotary module of transformers, or None."""
+    """Return the adapter that fits the tables of a rotary module of transformers, or None."""
+    if not isinstance(getattr(config, "rope_parameters", None), dict) or "RotaryEmbedding" not in type(rotary).__name__:
+        return None
+    if list(inspect.signature(rotary.forward).parameters)[:2] != ["x", "position_ids"]:
+        return None
+    types = table_types(config, rotary)
+    try:
+        # A copy: a module that remembers the longest length seen must not remember the probe's.
+        probe = on_cpu(rotary)
+    except Exception:
+        return None
+    names: list[str | None] = [*types] or [None]
+    found = {_probe(probe, name) for name in names}
+    if len(found) == 1 and (only := found.pop()) is not None:
+        return only
+    if all(_turns_by_frequency(probe, name) for name in names):
+        return Adapter(own_tables=True, per_layer_type=bool(types), partial_rotary=True)
+    return None
+
+
+def table_types(config: Any, rotary: nn.Module) -> list[str]:
+    """The types of layers for which a family's rotary module has tables of their own; empty when all share one."""
     rope = getattr(config, "rope_parameters", None)
-    if not isinstance(rope, dict) or "RotaryEmbedding" not in type(rotary).__name__:
-        return None
-    if getattr(config, "is_heterogeneous", False):
-        return None  # its layers differ in more than their type, for example in the size of heads
-    parameters = list(inspect.signature(rotary.forward).parameters)
-    if parameters == ["x", "position_ids"]:
-        return _probe(rotary, None)
-    types = layer_types_of(config)
-    nested = all(isinstance(rope.get(name), dict) for name in types)
-    if parameters != ["x", "position_ids", "layer_type"] or PRIMARY_LAYER_TYPE not in types or not nested:
-        return None
-    found = {_probe(rotary, name) for name in types}
-    return found.pop() if len(found) == 1 else None
+    if not isinstance(rope, dict):
+        return []
+    return [name for name in nested_types(rope) if hasattr(rotary, f"{name}_inv_freq")]
 
 
-def _probe(rotary: nn.Module, layer_type: str | None) -> Adapter | None:
+def _probe(rotary: Any, layer_type: str | None) -> Adapter | None:
     """Return the adapter that fits a rotary module's tables at positions 0, 1 and 3, or None."""
-    # A copy: a module that remembers the longest length seen must not remember the probe's.
-    probe: Any = copy.deepcopy(rotary)
     more = () if layer_type is None else (layer_type,)
     prefix = "" if layer_type is None else f"{layer_type}_"
-    inv_freq = getattr(probe, f"{prefix}inv_freq", None)
-    if not isinstance(inv_freq, Tensor) or inv_freq.dim() != 1 or inv_freq.is_meta:
+    inv_freq = getattr(rotary, f"{prefix}inv_freq", None)
+    if not isinstance(inv_freq, Tensor) or inv_freq.dim() != 1:
         return None
-    x = torch.zeros(2, 1, 1, dtype=torch.bfloat16, device=inv_freq.device)
-    positions = torch.tensor([[0, 1, 3]], device=inv_freq.device)
+    x = torch.zeros(2, 1, 1, dtype=torch.bfloat16)
+    positions = torch.tensor([[0, 1, 3]])
     try:
-        cos, sin = probe(x, positions, *more)
+        cos, sin = rotary(x, positions, *more)
     except Exception:
         return None  # whatever it wants, it is not the common layout
-    if not isinstance(cos, Tensor) or not isinstance(sin, Tensor) or _takes_axes(probe, x, positions, more):
+    if not isinstance(cos, Tensor) or not isinstance(sin, Tensor):
         return None
     # Read again after the call, which may have replaced frequencies that a longer text left behind.
-    inv_freq = getattr(probe, f"{prefix}inv_freq")
+    inv_freq = getattr(rotary, f"{prefix}inv_freq")
     angles = positions[..., None].float() * inv_freq.float()
-    scale = float(getattr(probe, f"{prefix}attention_scaling", 1.0))
+    scale = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
     layouts: dict[Layout, Callable[[Tensor], Tensor]] = {
         "halves": lambda table: torch.cat((table, table), dim=-1),
         "interleaved": lambda table: table.repeat_interleave(2, dim=-1),
@@ -155,17 +170,48 @@ def _probe(rotary: nn.Module, layer_type: str | None) -> Adapter | None:
                 per_layer_type=layer_type is not None,
                 # Whether a part of each head is rotated shows in the table's width, see `_check_width`.
                 partial_rotary=True,
+                axes=_takes_axes(rotary, x, positions, more),
             )
     return None
 
 
 def _takes_axes(rotary: Any, x: Tensor, positions: Tensor, more: tuple[str, ...]) -> bool:
     """Whether a rotary module takes positions along several axes (multimodal RoPE): [axes, B, T] instead of [B, T]."""
+    for count in (3, 4, 2):  # time, height and width; HunYuan-VL has one more
+        try:
+            cos, _ = rotary(x, positions.expand(count, 2, -1), *more)
+        except Exception:
+            continue
+        if cos.dim() == 3:  # the axes have gone into one table
+            return True
+    return False
+
+
+def _turns_by_frequency(rotary: Any, layer_type: str | None) -> bool:
+    """Whether a rotary module's tables follow from position times frequency, as those of any rotation do.
+
+    Then twice the frequencies give the tables of twice the positions, and the module can compute with any others.
+    """
+    more = () if layer_type is None else (layer_type,)
+    name = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
+    inv_freq = getattr(rotary, name, None)
+    if not isinstance(inv_freq, Tensor) or inv_freq.dim() != 1:
+        return False
+    x, positions = torch.zeros(1, 1, 1), torch.tensor([[0, 1, 3]])
+    trial = copy.deepcopy(rotary)
     try:
-        cos, _ = rotary(x, positions.expand(3, 2, -1), *more)
+        once, twice = (flat_tables(trial(x, positions * times, *more)) for times in (1, 2))
+        setattr(trial, name, inv_freq * 2)
+        doubled = flat_tables(trial(x, positions, *more))
     except Exception:
         return False
-    return bool(cos.dim() == 3)  # the axes have gone into one table
+    return not torch.equal(once, twice) and torch.allclose(doubled, twice, rtol=0, atol=1e-5)
+
+
+def flat_tables(tables: Any) -> Tensor:
+    """The numbers of tables in one row: of a pair of cos and sin, or of complex numbers."""
+    parts = [tables] if isinstance(tables, Tensor) else list(tables)
+    return torch.cat([(torch.view_as_real(part) if part.is_complex() else part).flatten().float() for part in parts])
 
 
 def layers_without_rope(config: Any) -> list[int]:

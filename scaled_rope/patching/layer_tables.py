@@ -7,33 +7,59 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.families import Adapter
-from scaled_rope.patching.rotary import LayeredRotaryEmbedding, ScaledRotaryEmbedding
+from scaled_rope.patching.rotary import FamilyRotaryEmbedding, LayeredRotaryEmbedding, ScaledRotaryEmbedding
 from scaled_rope.scaling.record import LayerPlan, RopeScaling
 
 
+@dataclass(frozen=True)
+class TableForm:
+    """The properties of a rotary module's tables that a scaling leaves alone."""
+
+    adapter: Adapter
+    family: nn.Module
+    """The rotary module of the unpatched model."""
+    head_dims: dict[str, int]
+    """Layer type -> dimensions per head; "" where all layers share their tables."""
+    orders: dict[str, Tensor]
+    """Layer type -> the order of the family's frequencies, [D/2], where it isn't that of the record."""
+
+    def head_dim(self, layer_type: str) -> int:
+        """Dimensions per head in the layers of a type."""
+        return self.head_dims.get(layer_type, next(iter(self.head_dims.values())))
+
+
 def build_rotary(
-    scaling: RopeScaling, layers: dict[str, RopeScaling], head_dim: int, device: torch.device, adapter: Adapter
+    scaling: RopeScaling, layers: dict[str, RopeScaling], device: torch.device, form: TableForm
 ) -> ScaledRotaryEmbedding | LayeredRotaryEmbedding:
     """The rotary module of a patched model.
 
     Args:
         scaling: the scaling of all layers, where `layers` is empty.
         layers: layer type -> its scaling.
-        adapter: gives the layout and the dtype of the tables.
     """
+    adapter = form.adapter
 
-    def one(scaling: RopeScaling) -> ScaledRotaryEmbedding:
-        return ScaledRotaryEmbedding(scaling.of_frequencies, head_dim, device, adapter.layout, adapter.float32_tables)
+    def one(scaling: RopeScaling, layer_type: str = "") -> ScaledRotaryEmbedding:
+        values = scaling.of_frequencies, form.head_dim(layer_type), device, adapter.layout, adapter.float32_tables
+        if not (adapter.axes or adapter.own_tables):
+            return ScaledRotaryEmbedding(*values)
+        return FamilyRotaryEmbedding(
+            *values,
+            family=form.family,
+            layer_type=layer_type if adapter.per_layer_type else "",
+            order=form.orders.get(layer_type),
+            own_tables=adapter.own_tables,
+        )
 
     if not layers:
         return one(scaling)
-    return LayeredRotaryEmbedding({name: one(each) for name, each in layers.items()})
+    return LayeredRotaryEmbedding({name: one(each, name) for name, each in layers.items()})
 
 
 def check_layers_can_differ(plan: LayerPlan, base: PreTrainedModel, adapter: Adapter) -> None:
@@ -45,7 +71,10 @@ def check_layers_can_differ(plan: LayerPlan, base: PreTrainedModel, adapter: Ada
     if not plan.drop_layers and (adapter.per_layer_type or not plan.layers):
         return
     layers = getattr(base, adapter.layers, None)
-    if not isinstance(layers, nn.ModuleList) or "position_embeddings" not in str(inspect.signature(layers[0].forward)):
+    takes = (
+        isinstance(layers, nn.ModuleList) and "position_embeddings" in inspect.signature(layers[0].forward).parameters
+    )
+    if not takes or adapter.own_tables:
         raise ConfigError(f"architecture {base.config.model_type!r}: its layers cannot be told apart")
 
 
@@ -81,7 +110,10 @@ class _TableChoice:
             raise ConfigError(f"{type(module).__name__} gets no position_embeddings: its layers cannot be told apart")
         if kwargs["position_embeddings"] is None:  # a layer without attention
             return None
-        cos, sin = kwargs["position_embeddings"]
+        tables = kwargs["position_embeddings"]
+        if not isinstance(tables, tuple | list) or len(tables) != 2:
+            raise ConfigError(f"{type(module).__name__} gets no pair of tables: its layers cannot be told apart")
+        cos, sin = tables
         if self.place is not None:
             cos, sin = cos[self.place], sin[self.place]
         if self.dropped:

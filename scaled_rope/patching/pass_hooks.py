@@ -57,7 +57,7 @@ class Passes:
     unrotated: bool = False
     """Whether attention gets unrotated keys in every pass and rotates them itself, as in methods that change it."""
     dropped: tuple[int, ...] = ()
-    rotary_name: str = field(default="rotary_emb", repr=False)
+    rotary_path: str = field(default="rotary_emb", repr=False)
 
     def hook(self, base: nn.Module) -> list[RemovableHandle]:
         """Put the hooks on a base model, and return their handles."""
@@ -115,9 +115,8 @@ class Passes:
 
         current.positions, changed = _positions(given, given[name], start)
         if deferred:
-            current.deferred = begin_deferred(
-                module, getattr(module, self.rotary_name), current.positions, cache, contents, self.dropped
-            )
+            rotary: Any = module.get_submodule(self.rotary_path)
+            current.deferred = begin_deferred(module, rotary, current.positions, cache, contents, self.dropped)
         elif self.stepped and start:
             self._keep_up(module, current, start)
         forward_pass.begin(current)

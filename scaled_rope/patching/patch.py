@@ -19,10 +19,9 @@ from transformers import PreTrainedModel
 
 from scaled_rope.attention.methods import attention_regions
 from scaled_rope.errors import ConfigError
-from scaled_rope.patching.base_model import ROTARY, base_model, device_of
+from scaled_rope.patching.base_model import Place, base_model, device_of
 from scaled_rope.patching.cache_owners import CacheOwner
 from scaled_rope.patching.deferred_rotation import defer_rotation, rotate_before_cache
-from scaled_rope.patching.families import adapter_of
 from scaled_rope.patching.layer_tables import build_rotary, hook_layers
 from scaled_rope.patching.pass_hooks import Passes
 from scaled_rope.patching.patch_request import PatchRequest, RequestedScaling, Unpatched, read_request, remarks
@@ -37,7 +36,7 @@ from scaled_rope.patching.saved_config import (
     write_config,
 )
 from scaled_rope.scaling.frequencies import compute_rope
-from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, PRIMARY_LAYER_TYPE
+from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, primary_type
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings
 
 _STATE = "_scaled_rope_state"
@@ -140,23 +139,21 @@ def patch_as_read(
     """
     base = base_model(model)
     state: _State | None = getattr(base, _STATE, None)
-    replaced = getattr(base, ROTARY)
     # Kept since the first patch: the original module may read its config when called, and the config has changed.
-    unpatched = state.unpatched if state else Unpatched.of(base, replaced, settings)
+    unpatched = state.unpatched if state else Unpatched.of(base, settings)
     before = state.request.scaling if state else unpatched.own
     request = read_request(base, unpatched, scaling, drop_layers, kernel, attn)
-    rotary = _rotary_for(request, unpatched, replaced)
+    rotaries = [_rotary_for(request, unpatched, place, base) for place in unpatched.places]
     said = state.config if state else _fields_of(base.config)
-    fields = config_fields(
-        request.scaling, request.plan, request.head_dim, unpatched.adapter, base.config, said, unpatched.rotary
-    )
+    fields = config_fields(request.scaling, request.plan, unpatched, base.config, said)
     # Nothing is refused from here on.
-    names = tuple(name for name, module in model.named_modules() if module is replaced)
+    replaced = [place.current(base) for place in unpatched.places]
+    names = tuple(name for name, module in model.named_modules() if any(module is each for each in replaced))
     if state:
         _restore(base, state)
     elif base is not model:
         detach_config(model, base)
-    _install(base, unpatched, request, rotary)
+    _install(base, unpatched, request, rotaries)
     write_config(base.config, fields)
     let_save(base.config)
     return PatchReport(
@@ -174,19 +171,23 @@ def patch_as_read(
     )
 
 
-def _rotary_for(request: PatchRequest, unpatched: Unpatched, replaced: nn.Module) -> Any:
+def _rotary_for(request: PatchRequest, unpatched: Unpatched, place: Place, base: PreTrainedModel) -> Any:
     """The rotary module for a request; the rotary kernel takes half-width float32 tables in any family."""
     adapter = unpatched.adapter
     if request.rotation is not None:
         adapter = replace(adapter, layout="half", float32_tables=True)
-    return build_rotary(request.scaling, request.plan.layers, request.head_dim, device_of(replaced), adapter)
+    scaling = unpatched.scaling_at(place, request.scaling)
+    layers = {name: unpatched.scaling_at(place, each) for name, each in request.plan.layers.items()}
+    rotary: Any = build_rotary(scaling, layers, device_of(place.current(base)), unpatched.form(place, adapter))
+    rotary.show(place.module)
+    return rotary
 
 
 def _fields_of(config: Any) -> dict[str, Any]:
     return {name: getattr(config, name, ABSENT) for name in CONFIG_FIELDS}
 
 
-def _install(base: PreTrainedModel, unpatched: Unpatched, request: PatchRequest, rotary: nn.Module) -> None:
+def _install(base: PreTrainedModel, unpatched: Unpatched, request: PatchRequest, rotaries: list[Any]) -> None:
     """Apply a request to an unpatched base model, all but the config."""
     config: Any = base.config
     state = _State(unpatched, request, _fields_of(config), type(config))
@@ -199,9 +200,10 @@ def _install(base: PreTrainedModel, unpatched: Unpatched, request: PatchRequest,
         inv_freq = compute_rope(request.scaling.of_frequencies, request.head_dim)[0]
         install_region_attention(base, attention_regions(request.scaling), inv_freq, request.regions_interleaved)
     state.hooks += _watch_passes(base, state)
-    state.hooks += hook_layers(base, rotary, request.plan, config, unpatched.adapter)
+    state.hooks += hook_layers(base, rotaries[0], request.plan, config, unpatched.adapter)
     setattr(base, _STATE, state)
-    setattr(base, ROTARY, rotary)
+    for place, rotary in zip(unpatched.places, rotaries, strict=True):
+        place.put(base, rotary)
 
 
 def _watch_passes(base: PreTrainedModel, state: _State) -> list[RemovableHandle]:
@@ -218,16 +220,28 @@ def _watch_passes(base: PreTrainedModel, state: _State) -> list[RemovableHandle]
         dependent,
         dropped=request.plan.drop_layers,
         unrotated=request.scaling.changes_attention,
+        rotary_path=state.unpatched.places[0].path,
     )
-    if dependent and not passes.stepped:
+    if dependent and not passes.stepped and (obstacle := _obstacle(state.unpatched)):
+        passes.obstacle = state.obstacle = obstacle
+    elif dependent and not passes.stepped:
         # The pairing is probed with tables in the layout of the family's own function, not in the kernel's.
         state.deferred, passes.obstacle = defer_rotation(base, state.unpatched.adapter.layout, request.half)
         passes.deferrable, state.obstacle = bool(state.deferred), passes.obstacle
     return passes.hook(base)
 
 
+def _obstacle(unpatched: Unpatched) -> str:
+    """Why the rotation of keys cannot be put off until they are read from a cache; "" where it can, as far as the
+    rotary modules are concerned."""
+    if len(unpatched.places) > 1:
+        return f"it has {len(unpatched.places)} rotary modules"
+    return "its rotary tables have a form of their own" if unpatched.adapter.own_tables else ""
+
+
 def _restore(base: PreTrainedModel, state: _State) -> None:
-    setattr(base, ROTARY, state.unpatched.rotary)
+    for place in state.unpatched.places:
+        place.put(base, place.module)
     write_config(base.config, state.config)
     base.config.__class__ = state.config_class
     for hook in state.hooks:
@@ -250,11 +264,13 @@ def unpatch_model(model: nn.Module) -> None:
     state: _State | None = getattr(base, _STATE, None)
     if state is None:
         raise ConfigError(f"unpatch_model: this {type(model).__name__} is not patched")
-    device = device_of(getattr(base, ROTARY))
+    devices = [device_of(place.current(base)) for place in state.unpatched.places]
     _restore(base, state)
-    if any(buffer.is_meta for buffer in state.unpatched.rotary.buffers()) and device.type != "meta":
-        # It was taken out before the model got its weights, so nothing has filled its buffers.
-        setattr(base, ROTARY, type(state.unpatched.rotary)(config=base.config).to(device))
+    for place, device in zip(state.unpatched.places, devices, strict=True):
+        if any(buffer.is_meta for buffer in place.module.buffers()) and device.type != "meta":
+            # It was taken out before the model got its weights, so nothing has filled its buffers.
+            own: Any = getattr(place.module, "config", base.config)
+            place.put(base, type(place.module)(config=own).to(device))
 
 
 def patched_scaling(model: nn.Module) -> RopeScaling | None:
@@ -302,23 +318,34 @@ def computes(model: nn.Module, scaling: RopeScaling, settings: RopeSettings | No
     """
     try:
         base = base_model(model)
-        rotary = getattr(base, ROTARY)
-        adapter = adapter_of(base.config, rotary)
+        unpatched = Unpatched.of(base, settings or RopeSettings(base.config), strict=False)
     except ConfigError:
         return (settings or RopeSettings(getattr(model, "config", {}))).scaling == scaling
-    settings = settings or RopeSettings(base.config)
-    if (
-        scaling.changes_attention
-        or scaling.is_length_dependent
-        or "dynamic" in (own := str(getattr(rotary, "rope_type", "")))
-        or "longrope" in own
-    ):
+    if scaling.changes_attention or scaling.is_length_dependent:
         return False
-    prefix = f"{PRIMARY_LAYER_TYPE}_" if adapter.per_layer_type else ""
+    wanted = {name: unpatched.own_of(name) for name in unpatched.types} or {"": scaling}
+    if unpatched.types:
+        wanted[primary_type(unpatched.types)] = scaling
+    return all(
+        _module_computes(unpatched, place, name, unpatched.scaling_at(place, one))
+        for place in unpatched.places
+        for name, one in wanted.items()
+    )
+
+
+def _module_computes(unpatched: Unpatched, place: Place, layer_type: str, scaling: RopeScaling) -> bool:
+    rotary: Any = place.module
+    kind = getattr(rotary, "rope_type", "")
+    kind = str(kind.get(layer_type, "") if isinstance(kind, dict) else kind)
+    if "dynamic" in kind or "longrope" in kind:
+        return False
+    prefix = f"{layer_type}_" if layer_type else ""
     inv_freq, factor = getattr(rotary, f"{prefix}inv_freq", None), getattr(rotary, f"{prefix}attention_scaling", None)
     if inv_freq is None or factor is None or inv_freq.is_meta:
-        return settings.scaling == scaling
-    wanted, wanted_factor = compute_rope(scaling, settings.head_dim)
+        return unpatched.scaling_at(place, unpatched.own_of(layer_type)) == scaling
+    wanted, wanted_factor = compute_rope(scaling, unpatched.head_dims[layer_type])
+    order = unpatched.orders.get(layer_type)
+    wanted = wanted if order is None else wanted[order]
     if inv_freq.shape != wanted.shape:
         return False
     # transformers computes in float32 throughout: its frequencies are off by up to some ln(b) units of 6e-8.

@@ -8,11 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scaled_rope.attention.backends import attention_for, check_attention, resolve_attention
-from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.errors import ConfigError, is_number, unknown
+from scaled_rope.patching.base_model import ROTARY, Place, on_cpu, rotary_places
+from scaled_rope.patching.effect import used_places
 from scaled_rope.patching.families import (
     Adapter,
     adapter_of,
@@ -20,12 +23,14 @@ from scaled_rope.patching.families import (
     layer_types_of,
     layers_without_rope,
     rope_layer_type,
+    table_types,
 )
-from scaled_rope.patching.layer_tables import check_layers_can_differ
+from scaled_rope.patching.layer_tables import TableForm, check_layers_can_differ
 from scaled_rope.patching.region_attention import MASKS_OF, check_carrier, pairing
 from scaled_rope.patching.rotary import Layout
 from scaled_rope.patching.rotary_kernel import Rotation, fused_rotation, resolve_kernel
-from scaled_rope.scaling.hf_config import PRIMARY_LAYER_TYPE
+from scaled_rope.scaling.frequencies import compute_rope
+from scaled_rope.scaling.hf_config import primary_type
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings
 
 RequestedScaling = RopeScaling | str | Mapping[str, RopeScaling | str | None]
@@ -36,37 +41,157 @@ RequestedScaling = RopeScaling | str | Mapping[str, RopeScaling | str | None]
 class Unpatched:
     """A base model as it was before any patch."""
 
-    rotary: nn.Module
+    places: tuple[Place, ...]
+    """The rotary modules whose tables reach its layers, the most important first."""
     adapter: Adapter
     settings: RopeSettings
+    types: tuple[str, ...]
+    """The types of layers that have tables of their own; empty when all share theirs."""
+    head_dims: dict[str, int]
+    """Layer type -> dimensions per head; "" where all layers share their tables."""
+    orders: dict[str, Tensor]
+    """Layer type -> the order of the family's frequencies, where it isn't that of the record."""
+    thetas: dict[str, float]
+    """Path of a rotary module -> its base, where the model has several modules and this one's isn't the config's."""
+
+    @property
+    def rotary(self) -> nn.Module:
+        return self.places[0].module
 
     @property
     def own(self) -> RopeScaling:
         """The model's own scaling; where layer types differ, that of the primary type."""
-        return self.settings.scaling
+        return self.settings.of(primary_type(self.types) if self.types else None)
 
     def own_of(self, layer_type: str) -> RopeScaling:
         """The model's own scaling of the layers of a type."""
         return self.settings.of(layer_type) if self.adapter.per_layer_type else self.own
 
+    def scaling_at(self, place: Place, scaling: RopeScaling) -> RopeScaling:
+        """The scaling of one rotary module, given that of the model: where it keeps the model's base, the module keeps
+        its own."""
+        theta = self.thetas.get(place.path)
+        if theta is None or scaling.rope_theta != self.own.rope_theta:
+            return scaling
+        return dataclasses.replace(scaling, rope_theta=theta)
+
+    def form(self, place: Place, adapter: Adapter | None = None) -> TableForm:
+        """The form of the tables of a rotary module. adapter: another one than the family's."""
+        return TableForm(adapter or self.adapter, place.module, self.head_dims, self.orders)
+
     @classmethod
-    def of(cls, base: PreTrainedModel, rotary: nn.Module, settings: RopeSettings | None = None) -> Unpatched:
+    def of(cls, base: PreTrainedModel, settings: RopeSettings | None = None, strict: bool = True) -> Unpatched:
         """Inspect a base model that is not patched.
 
-        settings: the RoPE settings in its config, if they have been read already.
+        Args:
+            settings: the RoPE settings in its config, if they have been read already.
+            strict: whether to refuse a config that says another base than the model computes with.
 
         Raises:
-            ConfigError: an architecture that is not known, or one whose attention a patch could not change completely.
+            ConfigError: an architecture that is not known, or one whose attention a patch could not change completely;
+                see `strict`.
         """
-        adapter = adapter_of(base.config, rotary)
-        check_softmax_scale(base.config)
+        config: Any = base.config
+        places = rotary_places(base)
+        main = next((place for place in places if place.path == ROTARY), places[0])
+        adapter = adapter_of(config, main.module)
+        check_softmax_scale(config)
+        places = used_places(base, [main, *(place for place in places if place is not main)])
         if settings is None:
-            settings = RopeSettings(base.config)
+            settings = RopeSettings(config)
             settings.warn()
-        found = cls(rotary, adapter, settings)
-        for name in settings.layer_types if adapter.per_layer_type else ():
-            found.own_of(name)  # a config that is wrong in one of them is refused now
+        types = tuple(table_types(config, places[0].module)) if adapter.per_layer_type else ()
+        for name in types:
+            settings.of(name)  # a config that is wrong in one of them is refused now
+        found = cls(tuple(places), adapter, settings, types, {}, {}, {})
+        for place in places:
+            _hold_against_module(found, place, config, strict)
         return found
+
+
+def _hold_against_module(unpatched: Unpatched, place: Place, config: Any, strict: bool) -> None:
+    """Compare the frequencies in a rotary module with those that the config was read as, and note in `unpatched` how
+    wide its tables are, in which order, and from which base.
+
+    It is the base that counts. The scaling may be another one: a config may have been changed since the module was
+    built, and the constants of the released Yarn-Mistral models are known here alone.
+
+    Raises:
+        ConfigError: strict, and they differ.
+    """
+    family: Any = place.module
+    if any(buffer.is_meta for buffer in family.buffers()):
+        try:
+            family = on_cpu(family)
+        except Exception:
+            family = place.module
+    for name in unpatched.types or ("",):
+        own = unpatched.own_of(name) if name else unpatched.own
+        prefix = f"{name}_" if name else ""
+        inv_freq: Any = getattr(family, f"{prefix}inv_freq", None)
+        known = isinstance(inv_freq, Tensor) and inv_freq.dim() == 1 and not inv_freq.is_meta
+        width = 2 * len(inv_freq) if known else None
+        head_dim = _head_dim(unpatched.settings, own, width if unpatched.types else None)
+        unpatched.head_dims.setdefault(name, head_dim)
+        kind = getattr(family, "rope_type", "default")
+        kind = kind.get(name, "default") if isinstance(kind, dict) else kind
+        if not known or own.rotary_dim(head_dim) != width or "dynamic" in str(kind) or own.is_length_dependent:
+            continue  # other widths are refused with the scaling, where the message can say more
+        actual = inv_freq.detach().float().cpu()
+        wanted = compute_rope(own.of_frequencies, head_dim)[0]
+        if _same(actual, wanted) or _scaled_from(actual, own, head_dim):
+            continue
+        theta = _own_theta(family, config)
+        if theta is not None and _same(actual, compute_rope(dataclasses.replace(own, rope_theta=theta), head_dim)[0]):
+            unpatched.thetas[place.path] = theta
+            continue
+        if _same(actual.sort().values, wanted.sort().values):
+            unpatched.orders[name] = wanted.argsort()[actual.argsort().argsort()]
+            continue
+        if strict:
+            raise ConfigError(
+                f"architecture {config.model_type!r}: its config is read as {own.label} with the frequencies "
+                f"{_first(wanted)}, but {place.path} computes with {_first(actual)}; what to scale is not clear"
+            )
+
+
+def _same(actual: Tensor, wanted: Tensor) -> bool:
+    # transformers computes in float32 throughout: its frequencies are off by some ln(b) units of 6e-8. In a model that
+    # was cast to bfloat16 they are off by 2^-9.
+    return torch.allclose(actual, wanted, rtol=4e-3, atol=1e-12)
+
+
+def _scaled_from(actual: Tensor, own: RopeScaling, head_dim: int) -> bool:
+    """Whether frequencies may come from the base of a record, under whatever scaling by its factor or less."""
+    unscaled = compute_rope(RopeScaling.from_spec("default", own), head_dim)[0]
+    slowest = unscaled / own.factor * (1 - 4e-3)
+    return bool(((actual <= unscaled * (1 + 4e-3)) & (actual >= slowest)).all())
+
+
+def _first(inv_freq: Tensor) -> str:
+    return ", ".join(f"{value:.4g}" for value in inv_freq[:4].tolist()) + (", …" if len(inv_freq) > 4 else "")
+
+
+def _own_theta(family: Any, config: Any) -> float | None:
+    """The base that a rotary module of its own config was built with; None where it has the model's."""
+    own = getattr(family, "config", None)
+    rope = getattr(own, "rope_parameters", None)
+    theta = rope.get("rope_theta") if isinstance(rope, Mapping) and own is not config else None
+    return float(theta) if theta is not None and is_number(theta) else None
+
+
+def _head_dim(settings: RopeSettings, own: RopeScaling, width: int | None) -> int:
+    """Dimensions per head: as the config says, or where layers differ, as the width of their tables says."""
+    try:
+        said = settings.head_dim
+    except ConfigError:
+        if width is None:
+            raise
+        said = 0
+    if width is None or (said and int(said * own.partial_rotary_factor) == width):
+        return said
+    fitting = round(width / own.partial_rotary_factor)
+    return fitting if int(fitting * own.partial_rotary_factor) == width else said
 
 
 @dataclass(frozen=True)
@@ -77,6 +202,7 @@ class PatchRequest:
     """The scaling; where layer types differ, that of the primary type."""
     plan: LayerPlan
     head_dim: int
+    """Dimensions per head of the primary type."""
     regions_interleaved: bool | None = None
     """Under a method that changes attention, whether neighbouring dimensions are paired; None under others."""
     attention: str | None = None
@@ -119,7 +245,8 @@ def read_request(
     check_layers_can_differ(plan, base, adapter)
     for name, each in layers.items() or [("", wanted)]:
         _check_width(each, name, unpatched)
-    request = PatchRequest(wanted, plan, unpatched.settings.head_dim)
+    head_dim = unpatched.head_dims[primary_type(unpatched.types) if unpatched.types else ""]
+    request = PatchRequest(wanted, plan, head_dim)
     _check_steps(request.scalings)
     regions = _pairing_of_regions(base, request.scalings, plan, kernel, attn, adapter.layout, request.half)
     if regions is not None:
@@ -141,9 +268,10 @@ def _resolve(
             raise ConfigError(f"scaling={one!r}: must be a RopeScaling, a text such as 'yarn:8', or a mapping of these")
         return RopeScaling.from_spec(one, mine) if isinstance(one, str) else one
 
-    own, adapter, types = unpatched.own, unpatched.adapter, unpatched.settings.layer_types
+    own, adapter = unpatched.own, unpatched.adapter
+    types = list(unpatched.types) or unpatched.settings.layer_types
     if adapter.per_layer_type and not isinstance(scaling, Mapping):
-        scaling = {PRIMARY_LAYER_TYPE if PRIMARY_LAYER_TYPE in types else types[0]: scaling}
+        scaling = {primary_type(types): scaling}
     if not isinstance(scaling, Mapping):
         return read(scaling, own), {}
     if not types:
@@ -157,7 +285,7 @@ def _resolve(
     if rotated:
         return read(scaling.get(rotated), own), {}
     layers = {name: read(scaling.get(name), unpatched.own_of(name)) for name in types}
-    primary = layers.get(PRIMARY_LAYER_TYPE, layers[types[0]])
+    primary = layers[primary_type(types)]
     if not adapter.per_layer_type and len(set(map(repr, layers.values()))) == 1:
         layers = {}
     return primary, layers
@@ -175,8 +303,8 @@ def _check_layers(layers: Iterable[int], base: nn.Module, adapter: Adapter) -> t
 
 def _check_width(scaling: RopeScaling, layer_type: str, unpatched: Unpatched) -> None:
     """Raise a ConfigError unless a scaling rotates as many dimensions as the model's attention does."""
-    settings, adapter = unpatched.settings, unpatched.adapter
-    head_dim, family = settings.head_dim, settings.model_type
+    adapter, family = unpatched.adapter, unpatched.settings.model_type
+    head_dim = unpatched.form(unpatched.places[0]).head_dim(layer_type)
     width = scaling.rotary_dim(head_dim)
     if width != head_dim and not adapter.partial_rotary:
         share = f"{scaling.partial_rotary_factor:g}"

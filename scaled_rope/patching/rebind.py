@@ -114,7 +114,7 @@ def _install(module: nn.Module, record: _Rebound) -> None:
         else:
             setattr(module, slot, original)
         return
-    wrapped = original.__func__
+    wrapped: Any = original.__func__
     function = inspect.unwrap(wrapped)
     # Without a __name__ torch.compile looks names up in this dictionary and not in the source file of that name.
     names = {key: value for key, value in function.__globals__.items() if key != "__name__"} | record.functions

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
-from typing import Literal, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,24 @@ def lay_out(table: Tensor, layout: Layout) -> Tensor:
     return torch.cat((table, table), dim=-1)
 
 
-class ScaledRotaryEmbedding(nn.Module):
+class _ShowsFamily(nn.Module):
+    """A rotary module in the place of a family's own, whose plain attributes it shows: some models look there for the
+    layer types or for the sections of axes."""
+
+    def show(self, family: nn.Module) -> None:
+        vars(self)["_shown"] = family  # not a submodule
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            family = vars(self).get("_shown")
+            if family is None or name.startswith("_") or name not in vars(family):
+                raise
+            return vars(family)[name]
+
+
+class ScaledRotaryEmbedding(_ShowsFamily):
     """Rotary tables for any `RopeScaling`, in the interface that the models of transformers call.
 
     Frequencies and tables are float32 whatever the dtype of the model; only the finished tables are rounded.
@@ -59,7 +77,7 @@ class ScaledRotaryEmbedding(nn.Module):
         self.inv_freq, self.attention_scaling = compute_rope(scaling, head_dim, device=device)
 
     @torch.no_grad()
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, position_ids: Tensor) -> Any:
         """Tables for the given positions.
 
         Args:
@@ -113,7 +131,87 @@ class ScaledRotaryEmbedding(nn.Module):
         return f"{self.scaling.label}, head_dim={self.head_dim}"
 
 
-class LayeredRotaryEmbedding(nn.Module):
+class FamilyRotaryEmbedding(ScaledRotaryEmbedding):
+    """A family's own rotary module, computing with the frequencies of a `RopeScaling`.
+
+    For families whose tables have a form of their own, and for positions along several axes, which the family shares
+    out among the frequencies. The family's module is a copy that holds no frequencies: they are handed to it in every
+    call, in float32. The attention factor is multiplied here, because not all families read theirs.
+    """
+
+    def __init__(
+        self,
+        scaling: RopeScaling,
+        head_dim: int,
+        device: torch.device | str | None,
+        layout: Layout,
+        float32_tables: bool,
+        *,
+        family: nn.Module,
+        layer_type: str = "",
+        order: Tensor | None = None,
+        own_tables: bool = False,
+    ) -> None:
+        """
+        Args:
+            family: the rotary module of the unpatched model.
+            layer_type: which of its tables, where it is called with a layer type.
+            order: the family's frequencies are those of the record in this order [D/2]; None: in the same.
+            own_tables: whether tables for plain positions, [B, T], have a form of the family's own, not `layout`.
+        """
+        super().__init__(scaling, head_dim, device, layout, float32_tables)
+        self.family = _without_frequencies(family)
+        self.layer_type = layer_type
+        self.order = order
+        self.own_tables = own_tables
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, position_ids: Tensor) -> Any:
+        """Tables for positions [B, T], or [axes, B, T]: as the family returns them.
+
+        Under dynamic scaling the length of a row is that of its text, the first axis.
+        """
+        if position_ids.dim() == 2 and not self.own_tables:
+            return super().forward(x, position_ids)
+        position_ids = position_ids.to(x.device)
+        if not self.scaling.is_length_dependent:
+            return self._tables_of_family(x, position_ids, self.inv_freq.to(x.device), self.attention_scaling)
+        text = position_ids if position_ids.dim() == 2 else position_ids[0]
+        inv_freq, factor = self.frequencies(row_lengths(text))
+        if len(inv_freq) == 1:
+            return self._tables_of_family(x, position_ids, inv_freq[0], factor[0])
+        rows = [
+            self._tables_of_family(x, position_ids[..., row : row + 1, :], inv_freq[row], factor[row])
+            for row in range(text.shape[0])
+        ]
+        if isinstance(rows[0], Tensor):
+            return torch.cat(rows)
+        return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+
+    def _tables_of_family(self, x: Tensor, position_ids: Tensor, inv_freq: Tensor, factor: Tensor | float) -> Any:
+        prefix, more = (f"{self.layer_type}_", (self.layer_type,)) if self.layer_type else ("", ())
+        setattr(self.family, f"{prefix}inv_freq", inv_freq if self.order is None else inv_freq[self.order])
+        setattr(self.family, f"{prefix}attention_scaling", 1.0)
+        # In float32 until the factor has been multiplied.
+        tables = self.family(x.new_zeros(1, 1, 1, dtype=torch.float32), position_ids, *more)
+        if isinstance(tables, Tensor):
+            return self._rounded(tables * factor, x)
+        return tuple(self._rounded(table * factor, x) for table in tables)
+
+    def _rounded(self, table: Tensor, x: Tensor) -> Tensor:
+        return table if self.float32_tables or table.is_complex() else table.to(x.dtype)
+
+
+def _without_frequencies(family: nn.Module) -> Any:
+    """A copy of a family's rotary module without buffers, which leaves the frequencies that it is given alone."""
+    copied: Any = copy.copy(family)
+    vars(copied).update({"_buffers": {}, "_non_persistent_buffers_set": set(), "_modules": {}, "_parameters": {}})
+    types = getattr(family, "rope_type", "default")
+    copied.rope_type = dict.fromkeys(types, "default") if isinstance(types, dict) else "default"
+    return copied
+
+
+class LayeredRotaryEmbedding(_ShowsFamily):
     """One `ScaledRotaryEmbedding` per layer type.
 
     Called with a layer type, as in Gemma 3 and OLMo 3, it returns the tables of that type. Called without, as in models

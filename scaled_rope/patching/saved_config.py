@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from scaled_rope.patching.class_exchange import exchange_class
-from scaled_rope.patching.families import Adapter
+from scaled_rope.patching.patch_request import Unpatched
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, NATIVE, RECORD_KEY, read_by_attention
 from scaled_rope.scaling.record import LayerPlan, RopeScaling
@@ -27,40 +27,37 @@ class ABSENT:
 
 
 def config_fields(
-    scaling: RopeScaling,
-    plan: LayerPlan,
-    head_dim: int,
-    adapter: Adapter,
-    config: Any,
-    before: dict[str, Any],
-    original: nn.Module,
+    scaling: RopeScaling, plan: LayerPlan, unpatched: Unpatched, config: Any, before: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the config's new values by field, `ABSENT` for a field to delete. before: its values without a patch."""
+    adapter = unpatched.adapter
     context = 0 if before["max_position_embeddings"] is ABSENT else before["max_position_embeddings"]
     # In a family with a default share of its own, leaving out a share of 1 would mean that default.
     says_share = "partial_rotary_factor" in str(before["rope_parameters"])
-    kept = read_by_attention(before["rope_parameters"])
+    form = unpatched.form(unpatched.places[0])
 
-    def words(one: RopeScaling, rope_types: Iterable[str]) -> dict[str, Any]:
+    def words(one: RopeScaling, rope_types: Iterable[str], name: str = "") -> dict[str, Any]:
         # Inside a layer type transformers does not see `truncate`.
         unseen = {"yarn"} if adapter.per_layer_type and one.truncate is False else set()
-        values = one.to_config(head_dim=head_dim, rope_types=frozenset(rope_types) - unseen)
+        values = one.to_config(head_dim=form.head_dim(name), rope_types=frozenset(rope_types) - unseen)
         if says_share:
             values.setdefault("partial_rotary_factor", one.partial_rotary_factor)
-        return kept | values
+        rope = before["rope_parameters"]
+        return read_by_attention(rope.get(name, rope)) | values
 
     def said(rope_types: Iterable[str]) -> dict[str, Any]:
-        by_type = {name: words(one, rope_types) for name, one in plan.layers.items()}
-        return {
-            "rope_parameters": by_type if adapter.per_layer_type else words(scaling, rope_types),
-            "max_position_embeddings": max(context, scaling.max_position_embeddings or 0),
-        }
+        by_type: dict[str, Any] = {name: words(one, rope_types, name) for name, one in plan.layers.items()}
+        if adapter.per_layer_type:  # an entry of null says that layers of a type have no RoPE
+            by_type = {name: by_type.get(name) for name in before["rope_parameters"]}
+        fields: dict[str, Any] = {"rope_parameters": by_type if adapter.per_layer_type else words(scaling, rope_types)}
+        if before["max_position_embeddings"] is not ABSENT or not hasattr(config, "max_position_embeddings"):
+            fields["max_position_embeddings"] = max(context, scaling.max_position_embeddings or 0)
+        return fields
 
     # transformers cannot express such a plan, and so must refuse to build the model.
     beyond_words = bool(plan.drop_layers) or (bool(plan.layers) and not adapter.per_layer_type)
     fields = said(() if beyond_words else NATIVE)
-    scalings = plan.layers if adapter.per_layer_type else {"": scaling}
-    if not beyond_words and not _is_understood(fields, scalings, head_dim, config, original):
+    if not beyond_words and not _is_understood(fields, scaling, plan, unpatched, config):
         fields = said(())
     layers = {name: one.to_dict() for name, one in plan.layers.items()}
     if beyond_words:
@@ -71,24 +68,32 @@ def config_fields(
 
 
 def _is_understood(
-    fields: dict[str, Any], scalings: Mapping[str, RopeScaling], head_dim: int, config: Any, original: nn.Module
+    fields: dict[str, Any], scaling: RopeScaling, plan: LayerPlan, unpatched: Unpatched, config: Any
 ) -> bool:
-    """Whether transformers, reading a config with these fields, computes the scalings (by layer type, "" for all).
+    """Whether transformers, reading a config with these fields, computes the scaling in every rotary module.
 
     It may not: config classes reject or rewrite rope types and take lengths from elsewhere, and some formulas fail on
-    some families. So the family's own rotary module is built from the config and its frequencies are compared.
+    some families. So the family's own rotary modules are built from the config and their frequencies are compared.
     """
     if CUSTOM_ROPE_TYPE in str(fields["rope_parameters"]):
         return False
-    if not type(original).__module__.startswith("transformers."):
-        return True  # somebody's own module: there is nothing to ask
-    said = {**copy.deepcopy(config.to_dict()), **copy.deepcopy(fields)}
-    try:
-        with _silent_transformers(), torch.device("cpu"):  # models may be built under a default device of "meta"
-            rotary = type(original)(config=type(config).from_dict(said))
-            return all(_agrees(rotary, name, scaling, head_dim) for name, scaling in scalings.items())
-    except Exception:  # each family has its own ways to refuse
-        return False
+    scalings = plan.layers if unpatched.adapter.per_layer_type else {"": scaling}
+    for place in unpatched.places:
+        if not type(place.module).__module__.startswith("transformers."):
+            continue  # somebody's own module: there is nothing to ask
+        said = {**copy.deepcopy(config.to_dict()), **copy.deepcopy(fields)}
+        try:
+            with _silent_transformers(), torch.device("cpu"):  # models may be built under a default device of "meta"
+                whole = type(config).from_dict(said)
+                if (theta := unpatched.thetas.get(place.path)) is not None:  # as the model does for each of its modules
+                    whole.rope_parameters = {**whole.rope_parameters, "rope_theta": theta}
+                rotary = type(place.module)(config=whole)
+                for name, one in scalings.items():
+                    if not _agrees(rotary, name, unpatched.scaling_at(place, one), unpatched):
+                        return False
+        except Exception:  # each family has its own ways to refuse
+            return False
+    return True
 
 
 @contextmanager
@@ -102,13 +107,16 @@ def _silent_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def _agrees(rotary: Any, layer_type: str, scaling: RopeScaling, head_dim: int) -> bool:
+def _agrees(rotary: Any, layer_type: str, scaling: RopeScaling, unpatched: Unpatched) -> bool:
     """Whether a rotary module of transformers has the frequencies of a scaling, for short texts and beyond L."""
     prefix, more = (f"{layer_type}_", (layer_type,)) if layer_type else ("", ())
     original = scaling.original_max_position_embeddings or 1
+    order = unpatched.orders.get(layer_type)
+    head_dim = unpatched.form(unpatched.places[0]).head_dim(layer_type)
     for length in (1, original, 3 * original + 1) if scaling.is_length_dependent else (1,):
-        rotary(torch.zeros(1), torch.tensor([[length - 1]]), *more)
+        rotary(torch.zeros(1, 1, 1), torch.tensor([[length - 1]]), *more)
         wanted, factor = compute_rope(scaling, head_dim, length)
+        wanted = wanted if order is None else wanted[order]
         inv_freq = getattr(rotary, f"{prefix}inv_freq")
         # Computed in float32, off by some ln(b) + 3·s units of 6e-8.
         if inv_freq.shape != wanted.shape or not torch.allclose(inv_freq, wanted, rtol=1e-3, atol=0):

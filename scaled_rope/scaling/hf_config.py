@@ -6,7 +6,7 @@ Input and output are plain dictionaries; the record itself is `scaled_rope.scali
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ MAX_THETA = 1e30
 """The largest base of a record: far beyond what makes sense, and such that no formula leaves the range of float64."""
 PRIMARY_LAYER_TYPE = "full_attention"
 """The type of layers that see the whole context. A scaling applies to these unless it says otherwise."""
+_OTHER_PRIMARY_TYPES = ("compress", "hybrid", "indexed_attention")  # DeepSeek V4; Zaya; Dots 3
 _MODEL_KEYS = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 _ROPE_KEYS = ("rope_scaling", "rope_parameters")
 
@@ -169,7 +170,7 @@ def split_config(config: Any) -> tuple[dict[str, Any], Any]:
         names = [*_MODEL_KEYS, "max_position_embeddings", "rope_parameters", "model_type", RECORD_KEY]
         names += ["head_dim", "qk_rope_head_dim", "hidden_size", "num_attention_heads"]
         names += ["layer_types", "num_hidden_layers", "rotary_dim"]
-        model = {name: attribute(config, name) for name in names}
+        model = {name: _single(config, name) for name in names}
     else:
         raise ConfigError(f"config of type {type(config).__name__}: must be a model's config or a dictionary")
     # Both dialects present: transformers lets the older one win.
@@ -205,6 +206,14 @@ def unread_keys(model: Mapping[str, Any], path: tuple[str, ...] | None = None) -
         found |= {key: place for key in (*_ROPE_KEYS, "rope_theta") if model.get(key)}
         model = model[name]
     return found
+
+
+def _single(config: Any, name: str) -> Any:
+    """A field of a config object; None also where it differs between the layers (head_dim in Gemma 4)."""
+    try:
+        return attribute(config, name)
+    except ConfigError:
+        return None
 
 
 def attribute(config: Any, name: str) -> Any:
@@ -251,6 +260,12 @@ def _rope_dictionaries(get: Callable[[str], Any]) -> list[Mapping[str, Any]]:
 def nested_types(rope: Mapping[str, Any]) -> list[str]:
     """The layer types that a RoPE dictionary has an entry for; empty when it is flat."""
     return [key for key, value in rope.items() if isinstance(value, Mapping) and key != "params"]
+
+
+def primary_type(types: Sequence[str]) -> str:
+    """Of the types of layers of a model, the one that a scaling is for where nothing else is said: the layers that see
+    the whole context, or else the first type."""
+    return next((name for name in (PRIMARY_LAYER_TYPE, *_OTHER_PRIMARY_TYPES) if name in types), types[0])
 
 
 def has_rope(config: Any) -> bool:
@@ -477,10 +492,7 @@ def _entry(
         rope = {PRIMARY_LAYER_TYPE: rope, "sliding_attention": {}}
         nested = list(rope)
     if layer_type is None:
-        # One entry for all, or all entries alike, is as good as a flat dictionary.
-        layer_type = PRIMARY_LAYER_TYPE if PRIMARY_LAYER_TYPE in nested else None
-        if layer_type is None and all(rope[key] == rope[nested[0]] for key in nested):
-            layer_type = nested[0]
+        layer_type = primary_type(nested)
     if layer_type not in nested:
         raise unknown("layer_type", layer_type, _printable(nested))
     entry = {str(key): value for key, value in rope[layer_type].items()}

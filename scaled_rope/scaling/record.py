@@ -16,11 +16,11 @@ from scaled_rope.scaling.hf_config import (
     CUSTOM_ROPE_TYPE,
     MAX_THETA,
     NATIVE,
-    PRIMARY_LAYER_TYPE,
     RECORD_KEY,
     ConfigNote,
     config_head_dim,
     nested_types,
+    primary_type,
     read_rope,
     split_config,
     unread_keys,
@@ -273,8 +273,8 @@ class RopeScaling:
         """Read "[dynamic-]METHOD[:FACTOR][,field=value...]", for example "yarn:8,ramp=rotations".
 
         `base` describes the model as it was pre-trained and lends `rope_theta`, `partial_rotary_factor`,
-        `turning_fraction` and `original_max_position_embeddings` where the text does not give them. "none" is "default". The method's own
-        parameters are fields as well; a list is written "1+1.5+2".
+        `turning_fraction` and `original_max_position_embeddings` where the text does not give them. "none" is
+        "default". The method's own parameters are fields as well; a list is written "1+1.5+2".
         """
         values = Spec.parse(text).values(known_fields=[name for name in _DEFAULTS if name != "params"])
         lent = {name: getattr(base, name) for name in _MODEL_FIELDS}
@@ -468,7 +468,8 @@ class RopeSettings:
         record = self._model.get(RECORD_KEY)
         if isinstance(record, Mapping) and "layers" in record:
             layers = record["layers"]
-            record = layers.get(layer_type or PRIMARY_LAYER_TYPE) if isinstance(layers, Mapping) else None
+            named = isinstance(layers, Mapping) and bool(layers)
+            record = layers.get(layer_type or primary_type(list(layers))) if named else None
         if record is None:
             return None
         if not isinstance(record, Mapping):
@@ -478,8 +479,7 @@ class RopeSettings:
     def _says(self, record: RopeScaling, scaling: RopeScaling, layer_type: str | None) -> bool:
         """Whether the config's RoPE dictionary, which was read as `scaling`, is the one that `record` is written as."""
         nested = nested_types(self._rope)
-        primary = PRIMARY_LAYER_TYPE if PRIMARY_LAYER_TYPE in nested else nested[0] if nested else None
-        entry = self._rope[layer_type or primary] if nested else self._rope
+        entry = self._rope[layer_type or primary_type(nested)] if nested else self._rope
         if entry.get("rope_type") == CUSTOM_ROPE_TYPE:
             # It is a record itself: that of this layer type, or of the primary one where all share a dictionary.
             return not nested and self._record(None) == scaling
@@ -599,10 +599,10 @@ def check_spec(text: str) -> None:
 
 
 def with_primary(layers: dict[str, RopeScaling], scaling: RopeScaling) -> dict[str, RopeScaling]:
-    """Return `layers` with the scaling of the full-attention type (or else of the first type) replaced.
+    """Return `layers` with the scaling of the primary type replaced, see `primary_type`.
 
     An empty dictionary stays empty.
     """
     if not layers:
         return {}
-    return {**layers, (PRIMARY_LAYER_TYPE if PRIMARY_LAYER_TYPE in layers else next(iter(layers))): scaling}
+    return {**layers, primary_type(list(layers)): scaling}
