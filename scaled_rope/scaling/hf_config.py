@@ -277,7 +277,7 @@ def family_keys(model_type: object, entry: Mapping[str, Any]) -> tuple[str, ...]
     names = ("short_mscale", "long_mscale")
     factor = entry.get("attention_factor")
     repeated = rope_type == "longrope" and all(entry.get(name, factor) == factor for name in names)
-    return names if model_type == "phimoe" or repeated else ()
+    return names if (model_type == "phimoe" and rope_type != "default") or repeated else ()
 
 
 def read_by_attention(rope: Any) -> dict[str, Any]:
@@ -427,12 +427,18 @@ def _read_mscales(entry: dict[str, Any], model: dict[str, Any], rope_type: objec
     """
     names = ("short_mscale", "long_mscale")
     given = {name: entry[name] for name in names if name in entry}
-    if model.get("model_type") == "phimoe" and rope_type in ("longrope", "yarn"):
+    if model.get("model_type") == "phimoe" and rope_type != "default":
         if len(given) < 2:
             return  # an unknown key, or a config that its class refuses
         if given["short_mscale"] != given["long_mscale"]:
             said = " and ".join(f"{name}={value!r}" for name, value in given.items())
             raise ConfigError(f"{said}: a record has one attention factor for all lengths, so they must be equal")
+        if rope_type not in ("longrope", "yarn"):
+            if given["short_mscale"] != 1:
+                raise ConfigError(f"short_mscale={given['short_mscale']!r}: not for rope_type {rope_type!r}, only 1")
+            for name in given:
+                del entry[name]
+            return
         other = entry.get("attention_factor")
         if other not in (None, given["short_mscale"]):
             reading.note("two-values", f"attention_factor={other!r} is ignored: short_mscale and long_mscale count")

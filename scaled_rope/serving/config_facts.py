@@ -34,7 +34,7 @@ from scaled_rope.scaling.hf_config import (
     usual_name,
 )
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, resolve_scaling
-from scaled_rope.serving.inspect_report import Dimension, one_line, quiet
+from scaled_rope.serving.inspect_report import Dimension, one_line, quiet, refusal_of
 from scaled_rope.serving.rotary_module import rotates_images
 from scaled_rope.serving.scaling_plots import regimes_of
 
@@ -286,11 +286,16 @@ def build_text_config(raw: Mapping[str, Any]) -> tuple[Any, tuple[str, ...] | No
             whole = transformers.CONFIG_MAPPING[model_type].from_dict(own)
             config = _text_part(whole)
         except Exception as error:  # a config class raises whatever its checks raise, some wrapped in a headline
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            return None, None, reason.strip().removeprefix("ValueError: ").rstrip(".")
+            return None, None, refusal_of(error)
     if not isinstance(config, transformers.PreTrainedConfig):
         return None, None, "no text config"
     return config, _path_to(whole, config), ""
+
+
+def text_part(whole: Any) -> tuple[Any, tuple[str, ...]]:
+    """The text part of a config object of transformers, and the fields that lead to it."""
+    part = _text_part(whole) if hasattr(whole, "get_text_config") else whole
+    return part, _path_to(whole, part) or ()
 
 
 def _text_part(whole: Any) -> Any:

@@ -109,7 +109,9 @@ def rotary_numbers(rotary: Any, layer_type: str | None = None, length: int | Non
     inv_freq = inv_freq.detach().float()
     if hasattr(rotary, "mrope_section"):  # ERNIE 4.5 VL holds them in the order of the axes
         inv_freq = inv_freq.sort(descending=True).values
-    return RotaryNumbers(inv_freq, factor or float(getattr(rotary, f"{prefix}attention_scaling", 1.0)))
+    said = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
+    # What is measured is rounded to float32.
+    return RotaryNumbers(inv_freq, said if factor is None or abs(factor - said) < 1e-5 * said else factor)
 
 
 def _measured_factor(rotary: Any, length: int, more: tuple[str, ...]) -> float | None:
