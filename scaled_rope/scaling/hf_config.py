@@ -203,6 +203,8 @@ def unread_keys(model: Mapping[str, Any], path: tuple[str, ...] | None = None) -
     place = ".".join(path)
     found: dict[str, str] = {}
     for name in path:
+        if not isinstance(model.get(name), Mapping):
+            return {}  # an older config, with the text part on the top level
         found |= {key: place for key in (*_ROPE_KEYS, "rope_theta") if model.get(key)}
         model = model[name]
     return found
@@ -280,6 +282,17 @@ def attention_keys(model_type: object) -> tuple[str, ...]:
     """Keys of a family's RoPE dictionary that do not affect frequencies; for None, those of all families."""
     attention = _ATTENTION_KEYS if model_type is None or model_type in _ATTENTION_KEY_FAMILIES else ()
     return (*attention, *_AXIS_KEYS)
+
+
+def family_keys(model_type: object, entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """Keys of a RoPE dictionary that its rope_type has in this family alone, or that repeat what another key says."""
+    rope_type = usual_name(entry.get("rope_type", entry.get("type", "default")))
+    if rope_type == "dynamic" and model_type in _ALPHA_FAMILIES and entry.get("alpha"):
+        return ("alpha", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+    names = ("short_mscale", "long_mscale")
+    factor = entry.get("attention_factor")
+    repeated = rope_type == "longrope" and all(entry.get(name, factor) == factor for name in names)
+    return names if (model_type == "phimoe" and rope_type != "default") or repeated else ()
 
 
 def read_by_attention(rope: Any) -> dict[str, Any]:
@@ -409,7 +422,7 @@ def _read_alpha(entry: dict[str, Any], model: dict[str, Any], reading: Reading) 
     theta = float(entry["rope_theta"])
     base = ntk_theta(theta, float(alpha), dim)
     reading.note("alpha", f"alpha={alpha!r} is NTK-aware scaling at every length: the base is {base:.6g}", "info")
-    for name in entry.keys() - {"alpha", "rope_theta"}:
+    for name in sorted(entry.keys() - {"alpha", "rope_theta"}):
         if entry[name] != 1:
             reading.note("two-values", f"{name}={entry[name]!r} is ignored: alpha counts", "info")
     original = model.get("max_position_embeddings")
@@ -429,12 +442,18 @@ def _read_mscales(entry: dict[str, Any], model: dict[str, Any], rope_type: objec
     """
     names = ("short_mscale", "long_mscale")
     given = {name: entry[name] for name in names if name in entry}
-    if model.get("model_type") == "phimoe" and rope_type in ("longrope", "yarn"):
+    if model.get("model_type") == "phimoe" and rope_type != "default":
         if len(given) < 2:
             return  # an unknown key, or a config that its class refuses
         if given["short_mscale"] != given["long_mscale"]:
             said = " and ".join(f"{name}={value!r}" for name, value in given.items())
             raise ConfigError(f"{said}: a record has one attention factor for all lengths, so they must be equal")
+        if rope_type not in ("longrope", "yarn"):
+            if given["short_mscale"] != 1:
+                raise ConfigError(f"short_mscale={given['short_mscale']!r}: not for rope_type {rope_type!r}, only 1")
+            for name in given:
+                del entry[name]
+            return
         other = entry.get("attention_factor")
         if other not in (None, given["short_mscale"]):
             reading.note("two-values", f"attention_factor={other!r} is ignored: short_mscale and long_mscale count")

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from scaled_rope.serving.checks_keys import keys_unknown_to_the_rope_type, misspelt_top_level_keys
+from scaled_rope.serving.checks_keys import (
+    keys_unknown_to_the_rope_type,
+    misspelt_top_level_keys,
+    rope_keys_outside_the_text_part,
+)
 from scaled_rope.serving.checks_layers import (
     alibi_instead_of_rope,
     family_without_rope,
@@ -23,6 +27,7 @@ from scaled_rope.serving.checks_lengths import (
 from scaled_rope.serving.checks_notes import remarks_of_the_reader
 from scaled_rope.serving.checks_origin import code_in_the_checkpoint, family_unknown_to_transformers, finetuned_flag
 from scaled_rope.serving.checks_reading import (
+    rope_of_images,
     rope_that_is_no_dictionary,
     uncomputable_frequencies,
     unreadable_layer_types,
@@ -30,6 +35,7 @@ from scaled_rope.serving.checks_reading import (
 )
 from scaled_rope.serving.checks_transformers import (
     config_that_transformers_refuses,
+    long_list_that_transformers_does_not_use,
     other_numbers_in_transformers,
     rope_type_that_phi3_has_not,
     rope_type_that_transformers_has_not,
@@ -49,7 +55,9 @@ Check = Callable[[ConfigFacts], Iterable[Finding]]
 CHECKS: tuple[Check, ...] = (
     rope_that_is_no_dictionary,
     misspelt_top_level_keys,
+    rope_keys_outside_the_text_part,
     family_without_rope,
+    rope_of_images,
     keys_unknown_to_the_rope_type,
     unreadable_scaling,
     remarks_of_the_reader,
@@ -70,6 +78,7 @@ CHECKS: tuple[Check, ...] = (
     theta_dropped_with_rope_parameters,
     rope_type_that_transformers_has_not,
     other_numbers_in_transformers,
+    long_list_that_transformers_does_not_use,
     finetuned_flag,
     code_in_the_checkpoint,
     family_unknown_to_transformers,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from scaled_rope.patching.families import ADAPTERS
 from scaled_rope.scaling.hf_config import has_rope
-from scaled_rope.serving.config_facts import ConfigFacts
+from scaled_rope.serving.config_facts import ConfigFacts, keys_that_nothing_reads
 from scaled_rope.serving.inspect_report import Finding
 
 
@@ -14,11 +14,16 @@ def family_without_rope(facts: ConfigFacts) -> Iterator[Finding]:
     """Whether there is anything to scale."""
     if facts.built is None or has_rope(facts.built):
         return
-    said = sorted({*facts.text} & {"rope_scaling", "rope_parameters", "rope_theta"})
+    said = keys_that_nothing_reads(facts)
     text = f"transformers takes no RoPE parameters for models of type {facts.model_type!r}: "
     if said:
         text += f"{' and '.join(said)} {'has' if len(said) == 1 else 'have'} no effect."
         yield Finding("no-rope", "error", text, "Delete it; a scaling of RoPE does nothing for this model.")
+    elif hasattr(type(facts.built), "rope_theta"):
+        text += (
+            f"it rotates in a way of its own, with rope_theta={facts.text.get('rope_theta')!r}, and cannot be scaled."
+        )
+        yield Finding("no-rope", "warning", text)
     else:
         text += "most likely it has no rotary embedding, and then nothing in this report applies."
         yield Finding("no-rope", "warning", text)

@@ -15,11 +15,22 @@ def rope_that_is_no_dictionary(facts: ConfigFacts) -> Iterator[Finding]:
         yield Finding("bad-value", "error", f"{facts.rope_error}.", "Write a dictionary, or null for no scaling.")
 
 
+def rope_of_images(facts: ConfigFacts) -> Iterator[Finding]:
+    """A rotary embedding with no context to extend."""
+    if facts.of_images or (facts.read_error is not None and "two dimensions" in str(facts.read_error)):
+        yield Finding(
+            "no-context",
+            "info",
+            f"The rotary embedding of models of type {facts.model_type!r} turns by the places of patches in an image, "
+            "so there is no context to extend, and a scaling does not apply.",
+        )
+
+
 def unreadable_scaling(facts: ConfigFacts) -> Iterator[Finding]:
     """A RoPE dictionary from which no scaling can be read."""
     error = facts.read_error
-    if error is None:
-        return
+    if error is None or "two dimensions" in str(error):
+        return  # the latter is what `rope_of_images` is for
     if not isinstance(error, ConfigError):
         text = f"The config cannot be read: {one_line(error)}."
         yield Finding("bad-value", "error", text, "Correct the types in it.")

@@ -15,10 +15,17 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.scaling.frequencies import compute_rope
-from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, PRIMARY_LAYER_TYPE, config_head_dim, nested_types
+from scaled_rope.scaling.hf_config import (
+    CUSTOM_ROPE_TYPE,
+    PRIMARY_LAYER_TYPE,
+    config_head_dim,
+    nested_types,
+    usual_name,
+)
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.serving.config_facts import RELEASED_TYPES, ConfigFacts
 from scaled_rope.serving.inspect_report import Finding, describe_difference, quiet
+from scaled_rope.serving.rotary_module import build_rotary_module, rotary_numbers
 
 PHI3_TYPES = ("default", "longrope")
 """The rope types that the config class of Phi-3 accepts."""
@@ -93,13 +100,14 @@ def rope_type_that_transformers_has_not(facts: ConfigFacts) -> Iterator[Finding]
             "transformers cannot build the model.",
             "`scaled-rope export` looks for words for the program at hand.",
         )
-    elif facts.rope_type == "mrope" and _rope_type_as_built(facts) == "mrope":
+    elif facts.rope_type in ("mrope", "xdrope") and _rope_type_as_built(facts) == facts.rope_type:
+        usual = usual_name(facts.rope_type)
         yield Finding(
             "not-native",
             "error",
-            f"rope_type 'mrope' is an older name that the configs of some families turn into 'default', that of "
-            f"{facts.model_type!r} does not: transformers cannot build the model.",
-            "Write rope_type 'default'.",
+            f"rope_type {facts.rope_type!r} is an older name that the configs of some families turn into {usual!r}, "
+            f"that of {facts.model_type!r} does not: transformers cannot build the model.",
+            f"Write rope_type {usual!r}.",
         )
 
 
@@ -117,6 +125,18 @@ def other_numbers_in_transformers(facts: ConfigFacts) -> Iterator[Finding]:
             f"transformers {transformers.__version__} computes other numbers from this config than it "
             f"says{difference}.",
             "Load it with scaled_rope.load_model, or write what is meant in other words (`scaled-rope export`).",
+        )
+
+
+def long_list_that_transformers_does_not_use(facts: ConfigFacts) -> Iterator[Finding]:
+    """Phi-3.5-MoE's rotary module asks for its frequencies without saying how long the sequence is."""
+    if _is_accepted(facts) and facts.model_type == "phimoe" and usual_name(facts.rope_type) == "longrope":
+        yield Finding(
+            "long-list-unused",
+            "warning",
+            f"transformers {transformers.__version__} computes models of type 'phimoe' with short_factor at every "
+            "length; long_factor has no effect there.",
+            "For sequences beyond the original length, patch the loaded model with scaled_rope.",
         )
 
 
@@ -146,11 +166,22 @@ def difference_from_transformers(facts: ConfigFacts) -> str:
         return ""
     try:
         with quiet():
-            theirs, their_factor = _vanilla_rope(facts.built, facts.layer_type)
+            theirs, their_factor = _their_rope(facts.built, facts.layer_type)
         ours, our_factor = compute_rope(facts.own.of_frequencies, facts.head_dim)
     except Exception:  # not comparable: another finding says why, or the family computes by itself
         return ""
     return describe_difference(theirs, their_factor, ours, our_factor, "transformers", "meant")
+
+
+def _their_rope(config: Any, layer_type: str | None) -> tuple[Tensor, float]:
+    """Frequencies [D/2] and attention factor of the family's own rotary module, or else of the common formulas."""
+    rotary = build_rotary_module(config)
+    if rotary is not None:
+        nested = nested_types(config.rope_parameters)
+        numbers = rotary_numbers(rotary, (layer_type or PRIMARY_LAYER_TYPE) if nested else None)
+        if numbers is not None:
+            return numbers
+    return _vanilla_rope(config, layer_type)
 
 
 def _vanilla_rope(config: Any, layer_type: str | None) -> tuple[Tensor, float]:

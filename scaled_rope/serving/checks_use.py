@@ -74,15 +74,21 @@ def static_scaling_of_short_prompts(facts: ConfigFacts) -> Iterator[Finding]:
         )
 
 
+def softmax_scale(facts: ConfigFacts) -> float:
+    """What a family's attention multiplies its softmax scale by, from mscale_all_dim; 1 for most families."""
+    scaling, given = facts.scaling, facts.entry.get("mscale_all_dim")
+    if scaling is None or facts.model_type not in SOFTMAX_MSCALE_FAMILIES or scaling.method == "default":
+        return 1.0
+    if not given or not is_number(given):
+        return 1.0
+    return float((0.1 * given * math.log(max(scaling.factor, 1.0)) + 1) ** 2)
+
+
 def softmax_scale_from_mscale(facts: ConfigFacts) -> Iterator[Finding]:
     """Families whose attention takes a part of YaRN's temperature into its softmax scale."""
-    scaling, entry = facts.scaling, facts.entry
-    if scaling is None or facts.model_type not in SOFTMAX_MSCALE_FAMILIES:
-        return
-    if not entry.get("mscale") or not entry.get("mscale_all_dim"):
-        return
-    s = math.log(max(scaling.factor, 1.0))
-    value = (0.1 * float(entry["mscale_all_dim"]) * s + 1) ** 2 if is_number(entry["mscale_all_dim"]) else 1
+    value = softmax_scale(facts)
+    if value == 1 or not facts.entry.get("mscale"):
+        return  # `lone_mscale` says what mscale_all_dim does by itself
     yield Finding(
         "mscale-softmax",
         "info",

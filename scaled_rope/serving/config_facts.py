@@ -5,6 +5,8 @@ transformers makes of it. Nothing is judged here; what cannot be read is kept as
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,23 +14,28 @@ from typing import Any
 
 import transformers
 
-from scaled_rope.errors import ConfigError, is_positive_whole
+from scaled_rope.errors import ConfigError, is_number, is_positive_whole
 from scaled_rope.patching.families import ADAPTERS, layers_without_rope
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import (
     CUSTOM_ROPE_TYPE,
+    FAMILY_THETA,
     NATIVE,
     PRIMARY_LAYER_TYPE,
     RECORD_KEY,
     ConfigNote,
     attention_keys,
     config_head_dim,
+    family_keys,
+    has_rope,
     nested_types,
     split_config,
+    text_path,
     usual_name,
 )
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, resolve_scaling
-from scaled_rope.serving.inspect_report import Dimension, one_line, quiet
+from scaled_rope.serving.inspect_report import Dimension, one_line, quiet, refusal_of
+from scaled_rope.serving.rotary_module import rotates_images
 from scaled_rope.serving.scaling_plots import regimes_of
 
 TOP_LEVEL_KEYS = (
@@ -61,6 +68,8 @@ class ConfigFacts:
 
     raw: dict[str, Any] = field(default_factory=dict)
     """The whole config, as written."""
+    path: tuple[str, ...] = ()
+    """The keys that lead from `raw` to its text part; empty for a flat config."""
     text: dict[str, Any] = field(default_factory=dict)
     """The text part of `raw`; empty for a RoPE dictionary without a model."""
     rope: dict[str, Any] = field(default_factory=dict)
@@ -98,7 +107,7 @@ class ConfigFacts:
     dropped: tuple[int, ...] = ()
     """Layers that `patch_model` left without RoPE."""
     without_rope: tuple[int, ...] = ()
-    """All layers without RoPE, by design of the family or dropped."""
+    """All layers without RoPE, by design of the family, without an entry for their type, or dropped."""
     layers: dict[str, RopeScaling] = field(default_factory=dict)
     """Layer type -> its scaling, where there is more than one."""
     layer_errors: dict[str, str] = field(default_factory=dict)
@@ -145,6 +154,11 @@ class ConfigFacts:
         name = "original_max_position_embeddings"
         return any(place.get(name) is not None for place in (self.entry, self.complete))
 
+    @functools.cached_property
+    def of_images(self) -> bool:
+        """Whether the rotary embedding is that of the patches of an image, which has no context to extend."""
+        return self.built is not None and rotates_images(self.built)
+
     @property
     def known_to_transformers(self) -> bool:
         """Whether transformers has a config class for the model_type."""
@@ -152,7 +166,7 @@ class ConfigFacts:
 
 
 def _whole(value: Any) -> int | None:
-    return int(value) if is_positive_whole(value) else None
+    return int(value) if is_positive_whole(value) or (is_number(value) and value >= 1 and value % 1 == 0) else None
 
 
 def read_facts(
@@ -167,7 +181,7 @@ def read_facts(
     Raises:
         ConfigError: a config that says nothing about a model, a layer type that it does not have, or a bad spec.
     """
-    facts = _with_scaling(_with_layer_type(_read_views(raw, source), layer_type))
+    facts = _with_scaling(_with_layer_type(_read_views(raw, source, layer_type), layer_type))
     scaling = resolve_scaling(spec, facts.own) if spec is not None and facts.own is not None else facts.own
     facts = replace(facts, spec=spec, scaling=scaling, head_dim=_head_dim(facts.complete))
     return _with_layers(_with_dimensions(facts, length))
@@ -176,56 +190,148 @@ def read_facts(
 # ---------------------------------------------------------------------------------------------------- the two views
 
 
-def _read_views(raw: dict[str, Any], source: str) -> ConfigFacts:
+def _read_views(raw: dict[str, Any], source: str, layer_type: str | None) -> ConfigFacts:
     """The config as written and as transformers has it."""
-    rope_error = ""
+    built, path, refusal = build_text_config(raw)
+    path = text_path(raw) if path is None else path
+    rope_error, part = "", _part(raw, path)
     try:
-        text, rope = split_config(raw)
+        text, rope = split_config(part)
     except ConfigError as error:
         # A RoPE dictionary that is none: the rest can still be looked at.
-        text, rope = {k: v for k, v in raw.items() if k not in ("rope_parameters", "rope_scaling")}, {}
+        text, rope = {k: v for k, v in part.items() if k not in ("rope_parameters", "rope_scaling")}, {}
         rope_error = str(error)
-    built, refusal = _build(raw)
     kind = text.get("model_type") or getattr(built, "model_type", None)
     model_type = kind if isinstance(kind, str) else None
     if model_type is None and not rope and not text.keys() & set(TOP_LEVEL_KEYS) and not rope_error:
         raise ConfigError(f"config {source!r} says nothing about a model: no model_type, no key of RoPE")
-    filled = {name: getattr(built, name, None) for name in _SIZES} if built is not None else {}
     written = {name: value for name, value in text.items() if value is not None}
+    complete = _sizes(built, written, layer_type) if built is not None else written
+    if built is not None and has_rope(built) and str(model_type) not in FAMILY_THETA and not rope_error:
+        rope = _rope_of_the_class(built, written, rope)
+        complete["rope_parameters" if not written.get("rope_scaling") else "rope_scaling"] = rope
     return ConfigFacts(
         raw=raw,
+        path=path,
         text=text,
         rope=rope,
         rope_error=rope_error,
         built=built,
         refusal=refusal,
         model_type=model_type,
-        complete={name: value for name, value in filled.items() if value is not None} | written,
+        complete=complete,
     )
 
 
-def _build(raw: Mapping[str, Any]) -> tuple[Any, str]:
-    """The config object that transformers makes of a dictionary, text part only, and why it makes none."""
+def _part(raw: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    """The part of a config at a path, or as far as it goes: older configs keep the text part on the top level."""
+    part: Mapping[str, Any] = raw
+    for name in path:
+        if not isinstance(part.get(name), Mapping):
+            break
+        part = part[name]
+    return {str(key): value for key, value in part.items()}
+
+
+def _sizes(built: Any, written: Mapping[str, Any], layer_type: str | None) -> dict[str, Any]:
+    """The sizes of a config, with those that its class fills in and those that layers of a type have for themselves."""
+    filled, own = {}, {}
+    for name in _SIZES:
+        try:
+            filled[name] = getattr(built, name, None)
+        except RuntimeError:  # differs between layers, as in Gemma 4
+            own[name] = _of_layers(built, name, layer_type)
+    return {**{name: value for name, value in filled.items() if value is not None}, **written, **own}
+
+
+def _of_layers(built: Any, name: str, layer_type: str | None) -> Any:
+    """The value of a field that differs between layers for those of a type; None where these differ as well."""
+    types = list(dict.fromkeys(getattr(built, "layer_types", None) or ()))
+    chosen = layer_type or (PRIMARY_LAYER_TYPE if PRIMARY_LAYER_TYPE in types else next(iter(types), None))
+    try:
+        return getattr(built.per_layer_config[chosen], name, None)
+    except (KeyError, RuntimeError, ValueError):
+        return None
+
+
+def _rope_of_the_class(built: Any, written: Mapping[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
+    """The RoPE dictionary with what the class of an otherwise unknown family fills in: its base and its share."""
+    theirs = built.rope_parameters
+    if not isinstance(theirs, Mapping) or CUSTOM_ROPE_TYPE in str(rope):
+        return rope
+    if not rope and not written.keys() & {"rope_theta", "partial_rotary_factor", "rotary_emb_base", "rotary_pct"}:
+        return copy.deepcopy(dict(theirs))
+    if nested_types(theirs) or nested_types(rope):
+        return rope
+    filled = {name: theirs.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    return {name: v for name, v in filled.items() if v is not None and written.get(name) is None} | rope
+
+
+def build_text_config(raw: Mapping[str, Any]) -> tuple[Any, tuple[str, ...] | None, str]:
+    """The config object that transformers makes of a config.json, text part only; the keys that lead to that part; and
+    why transformers makes none. None for what there is not.
+    """
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
-        return None, ""
+        return None, None, ""
     own = copy.deepcopy(dict(raw))
-    for values in (own, own.get("text_config")):
-        if isinstance(values, dict) and CUSTOM_ROPE_TYPE in str(values.get("rope_parameters")):
+    place: Any = own
+    for name in ("", *text_path(own)):
+        place = place[name] if name else place
+        if CUSTOM_ROPE_TYPE in str(place.get("rope_parameters")):
             # Its numbers are ours to read; the rest of the config is of interest.
-            del values["rope_parameters"]
+            del place["rope_parameters"]
     with quiet():
         try:
-            config = transformers.CONFIG_MAPPING[model_type].from_dict(own).get_text_config()
-            return (config, "") if isinstance(config, transformers.PreTrainedConfig) else (None, "no text config")
+            whole = transformers.CONFIG_MAPPING[model_type].from_dict(own)
+            config = _text_part(whole)
         except Exception as error:  # a config class raises whatever its checks raise, some wrapped in a headline
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            return None, reason.strip().removeprefix("ValueError: ").rstrip(".")
+            return None, None, refusal_of(error)
+    if not isinstance(config, transformers.PreTrainedConfig):
+        return None, None, "no text config"
+    return config, _path_to(whole, config), ""
+
+
+def text_part(whole: Any) -> tuple[Any, tuple[str, ...]]:
+    """The text part of a config object of transformers, and the fields that lead to it."""
+    part = _text_part(whole) if hasattr(whole, "get_text_config") else whole
+    return part, _path_to(whole, part) or ()
+
+
+def _text_part(whole: Any) -> Any:
+    """The text part of a config object: of two, as in MusicGen, that of the decoder."""
+    try:
+        part = whole.get_text_config()
+    except ValueError:
+        return whole.get_text_config(decoder=True)
+    if part is whole and not has_rope(whole):  # it does not know its own text part, as in pi0
+        for name in text_path({name: {} for name in vars(whole) if name.endswith("_config")}):
+            part = _text_part(getattr(whole, name))
+    return part
+
+
+def _path_to(whole: Any, part: Any) -> tuple[str, ...] | None:
+    """The fields that lead from a config object to a part of it; None when they do not."""
+    if whole is part:
+        return ()
+    for name, value in vars(whole).items():
+        if isinstance(value, transformers.PreTrainedConfig):
+            rest = _path_to(value, part)
+            if rest is not None:
+                return (name, *rest)
+    return None
 
 
 def _with_layer_type(facts: ConfigFacts, layer_type: str | None) -> ConfigFacts:
     """Raises ConfigError for a layer type that the model does not have."""
-    known = list(dict.fromkeys([*facts.nested, *facts.layer_types]))
+    nested = facts.nested
+    known = list(dict.fromkeys([*nested, *facts.layer_types]))
+    beside = {*facts.rope} - {
+        *nested,
+        *_SHARED_KEYS,
+    }  # with other keys it is a flat dictionary with something odd in it
+    if layer_type is None and nested and PRIMARY_LAYER_TYPE not in nested and not beside:
+        layer_type = nested[0]
     if layer_type is not None and layer_type not in known:
         if not known:
             raise ConfigError(f"layer_type={layer_type!r}: this config tells no layer types apart")
@@ -234,9 +340,7 @@ def _with_layer_type(facts: ConfigFacts, layer_type: str | None) -> ConfigFacts:
 
 
 def _head_dim(complete: Mapping[str, Any]) -> int | None:
-    # The first is the rotated part of DeepSeek's heads.
-    sizes = [_whole(complete.get(name)) for name in ("qk_rope_head_dim", "head_dim")]
-    size = next((size for size in sizes if size is not None), None) or config_head_dim(complete)
+    size = config_head_dim(complete)
     return size if size is not None and size <= _MAX_HEAD_DIM else None
 
 
@@ -255,7 +359,14 @@ def known_keys(facts: ConfigFacts) -> set[str] | None:
     if not isinstance(rope_type, str) or rope_type not in (*NATIVE, *RELEASED_TYPES):
         return None
     own = native_keys_of(rope_type)
-    return {*own, *_SHARED_KEYS, "original_max_position_embeddings", *attention_keys(facts.model_type)}
+    of_family = (*attention_keys(facts.model_type), *family_keys(facts.model_type, facts.entry))
+    return {*own, *_SHARED_KEYS, "original_max_position_embeddings", *of_family}
+
+
+def keys_that_nothing_reads(facts: ConfigFacts) -> list[str]:
+    """Keys of RoPE in the config of a family whose class has no field for them."""
+    fields = {f.name for f in dataclasses.fields(facts.built)}
+    return sorted({*facts.text} & {"rope_scaling", "rope_parameters", "rope_theta"} - fields)
 
 
 def _ignored_keys(facts: ConfigFacts) -> dict[str, Any]:
@@ -285,6 +396,10 @@ def _without_ignored(facts: ConfigFacts) -> dict[str, Any]:
 def _with_scaling(facts: ConfigFacts) -> ConfigFacts:
     """The scaling that the config means, or why it means none."""
     facts = replace(facts, ignored=_ignored_keys(facts))
+    if facts.built is not None and not has_rope(facts.built) and not keys_that_nothing_reads(facts):
+        return facts  # nothing is said about RoPE, and there is none
+    if facts.of_images:
+        return facts
     try:
         own, notes = RopeScaling.read_config(_without_ignored(facts), facts.layer_type)
     except _UNREADABLE as error:
@@ -302,6 +417,8 @@ def _with_layers(facts: ConfigFacts) -> ConfigFacts:
     except _UNREADABLE:
         dropped = ()  # `read_error` says why
     by_design = layers_without_rope(facts.built) if facts.built is not None else []
+    if set(facts.layer_types) & set(facts.nested):
+        by_design += [index for index, kind in enumerate(facts.layer_types) if kind not in facts.nested]
     layers, errors = _layer_scalings(facts)
     return replace(
         facts,
@@ -322,7 +439,10 @@ def _layer_scalings(facts: ConfigFacts) -> tuple[dict[str, RopeScaling], dict[st
     config = _without_ignored(facts)
     found: dict[str, RopeScaling] = {}
     errors: dict[str, str] = {}
-    for name in list(dict.fromkeys(facts.layer_types)) or facts.nested:
+    types = list(dict.fromkeys(facts.layer_types))
+    if facts.nested:  # others have no RoPE; DeepSeek-V4's entries are called otherwise than its layers
+        types = [name for name in types if name in facts.nested] or facts.nested
+    for name in types:
         try:
             found[name] = RopeScaling.read_config(config, name)[0]
         except _UNREADABLE as error:

@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, is_number
 from scaled_rope.scaling.frequencies import compute_rope
-from scaled_rope.scaling.hf_config import PRIMARY_LAYER_TYPE
+from scaled_rope.scaling.hf_config import PRIMARY_LAYER_TYPE, attention_keys
 from scaled_rope.scaling.record import RopeScaling, native_type
 from scaled_rope.scaling.registry import METHODS
 from scaled_rope.serving.checks_transformers import PHI3_TYPES
+from scaled_rope.serving.checks_use import softmax_scale
 from scaled_rope.serving.config_facts import ConfigFacts
 from scaled_rope.serving.inspect_report import Number
 
@@ -34,6 +35,8 @@ def numbers_in_effect(facts: ConfigFacts, codes: Collection[str]) -> Iterator[Nu
         yield Number("resonance", True, "wavelengths are whole numbers")
     yield from _parameters(scaling)
     yield _attention_factor(facts, scaling)
+    if facts.spec is None:
+        yield from _of_attention(facts, scaling)
     if facts.spec is None:
         yield Number("finetuned", bool(facts.entry.get("finetuned")), _origin(facts, "finetuned"))
 
@@ -105,6 +108,19 @@ def _attention_factor(facts: ConfigFacts, scaling: RopeScaling) -> Number:
         attention = compute_rope(scaling, facts.head_dim, facts.shown)[1]
     source = "set" if scaling.attention_factor is not None else "derived"
     return Number("attention factor √(1/t)", attention, f"{source}; t = {1 / attention**2:.4g}")
+
+
+def _of_attention(facts: ConfigFacts, scaling: RopeScaling) -> Iterator[Number]:
+    """What a family's attention takes from the RoPE dictionary beside frequencies and factor."""
+    softmax = softmax_scale(facts)
+    if softmax != 1:
+        yield Number("softmax scale times", softmax, "(0.1·mscale_all_dim·ln(s) + 1)², in attention")
+    beta = facts.entry.get("llama_4_scaling_beta")
+    original = scaling.original_max_position_embeddings
+    if is_number(beta) and "llama_4_scaling_beta" in attention_keys(facts.model_type) and original:
+        yield Number(
+            "llama_4_scaling_beta", beta, f"queries times 1 + beta·ln(1 + ⌊position/{original}⌋), in attention"
+        )
 
 
 def lengths_in_effect(facts: ConfigFacts, codes: Collection[str]) -> dict[str, int | None]:

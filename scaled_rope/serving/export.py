@@ -13,7 +13,8 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import SOFTMAX_MSCALE_FAMILIES, has_rope, nested_types
 from scaled_rope.scaling.record import RopeScaling, resolve_scaling
 from scaled_rope.scaling.registry import METHODS
+from scaled_rope.serving.config_facts import text_part
 from scaled_rope.serving.export_report import Comparison, ExportReport
 from scaled_rope.serving.gguf import add_rope
-from scaled_rope.serving.targets.common import Expressed, ServedModel, Target, build_patched
+from scaled_rope.serving.targets.common import TOLERANCE, Expressed, ServedModel, Target, build_patched, nest
 from scaled_rope.serving.targets.registry import TARGETS
 
 
@@ -41,14 +43,21 @@ def served_length(scaling: RopeScaling, config: Any) -> int:
     return extended if scaling.factor > 1 and scaling != RopeScaling.from_config(config) else max(claimed, extended)
 
 
-def export(scaling: RopeScaling | str, config: Any, target: Target | str, length: int | None = None) -> ExportReport:
-    """Say `scaling` in the words of `target` and compare the numbers.
+def export(
+    scaling: RopeScaling | str,
+    config: Any,
+    target: Target | str,
+    length: int | None = None,
+    raw: Mapping[str, Any] | None = None,
+) -> ExportReport:
+    """Say `scaling` in the words of `target` and compare the numbers that it makes of the printed texts with ours.
 
     Args:
         scaling: a record, or a spec relative to what the config carries.
-        config: the model's config, an object of transformers.
+        config: the model's config, an object of transformers; of a composite one the text part is scaled.
         target: a `Target` or a name in `TARGETS`.
         length: the longest sequence to serve, in tokens; None: see `served_length`.
+        raw: the config.json that `config` was read from; None: what `config` says.
 
     Of several ways to say it the first one is taken whose numbers are ours at every length, or else the nearest.
 
@@ -60,40 +69,61 @@ def export(scaling: RopeScaling | str, config: Any, target: Target | str, length
         if target not in TARGETS:
             raise unknown("target", target, TARGETS)
         target = TARGETS[target]
-    request = _request(scaling, config, length)
+    request = _request(scaling, config, length, raw)
     name = f"{target.title} {target.version}"
     reason = _no_words(request, target)
     best, failure = (None, "") if reason else _nearest_words(request, target)
     reason = reason or failure
     if best is None or (reason and not any(c.matches for c in best[1])):
         reason = reason or f"it has no words for {request.scaling.label!r}"
+        if best is not None:  # words that it takes, and computes something else from
+            reason = f"{_difference(best[1][0], target)}; and spelled out as a list: {reason}"
         return ExportReport(request.scaling, name, "refused", reason)
     words, comparisons = best
     matches = [c.matches for c in comparisons]
     return ExportReport(
         scaling=request.scaling,
         target=name,
-        status="exact" if all(matches) else "partial" if any(matches) else "mismatch",
-        config=words.config,
+        status=_status(matches, target.known(request.model_type)),
+        config=nest(words.config, request.written_path),
         flags=words.flags,
         command=target.command.format(flags=shlex.join(words.flags)).strip(),
         gguf=words.gguf,
+        converts=words.converts,
         notes=(*_notes(request, target), *words.notes),
         comparisons=comparisons,
         config_place=target.config_place,
     )
 
 
-def _request(scaling: RopeScaling | str, config: Any, length: int | None) -> ServedModel:
+def _difference(comparison: Comparison, target: Target) -> str:
+    """What a target would compute instead, in words."""
+    off = f"frequencies up to {comparison.max_relative_difference:.1%} off, "
+    if comparison.max_relative_difference <= TOLERANCE:
+        off = ""
+    return (
+        f"with its own words {target.title} computes {off}attention factor {comparison.attention_factor:.6g} instead "
+        f"of {comparison.ours:.6g}"
+    )
+
+
+def _status(matches: Sequence[bool], known: bool) -> str:
+    if not all(matches):
+        return "partial" if any(matches) else "mismatch"
+    return "exact" if known else "unknown"
+
+
+def _request(scaling: RopeScaling | str, whole: Any, length: int | None, raw: Mapping[str, Any] | None) -> ServedModel:
     """Raises ConfigError for a model without RoPE, a bad spec or length."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config, path = text_part(whole)
     if not has_rope(config):
         raise ConfigError(f"transformers takes no RoPE parameters for model_type {config.model_type!r}")
     if isinstance(scaling, str):
         scaling = resolve_scaling(scaling, RopeScaling.from_config(config))
     if length is not None and length < 1:
         raise ConfigError(f"length={length}: must be a positive number of tokens")
-    return ServedModel(scaling, config, head_dim_of(config), length or served_length(scaling, config))
+    raw = whole.to_dict() if raw is None else raw
+    return ServedModel(scaling, config, head_dim_of(config), length or served_length(scaling, config), path, raw)
 
 
 def _nearest_words(request: ServedModel, target: Target) -> tuple[tuple[Expressed, tuple[Comparison, ...]] | None, str]:
@@ -103,7 +133,7 @@ def _nearest_words(request: ServedModel, target: Target) -> tuple[tuple[Expresse
     try:
         for words in target.express(request):
             try:
-                comparisons = tuple(_compare(request, target, words))
+                comparisons = tuple(_worst(request, target, words))
             except ConfigError as error:
                 reason = reason or str(error)
                 continue
@@ -152,13 +182,28 @@ def _notes(request: ServedModel, target: Target) -> list[str]:
         notes.append(
             "exact for one pass over a sequence; cached keys keep the rotation of the length they were made at"
         )
-    model_type = getattr(request.config, "model_type", None)
-    if target.static and model_type not in ("llama", "mistral"):
-        notes.append(f"compared with what {target.title} does for Llama; its code for {model_type!r} may differ")
+    if not target.known(request.model_type):
+        notes.append(
+            f"unknown for this class: the numbers are those of {target.title}'s rotary embedding, but what its code "
+            f"for {request.model_type!r} passes on to it is not known; compare the outputs before you rely on it"
+        )
+    if target.older and scaling.method != "default":
+        notes.append(f"{target.older} and older read rope_scaling and rope_theta instead, and ignore rope_parameters")
     window = getattr(request.config, "sliding_window", None)
     if window is not None and window < request.length:
         notes.append(f"sliding_window={window} of the config is shorter than {request.length} tokens")
     return notes
+
+
+def _worst(request: ServedModel, target: Target, words: Expressed) -> Iterator[Comparison]:
+    """For every length the worst of what the target computes from each text that it is told by.
+
+    Raises:
+        ConfigError: it reads nothing from one of them, or refuses it.
+    """
+    readings = [_compare(request, target, replace(words, given=given)) for given in target.read(request, words)]
+    for same_length in zip(*readings, strict=True):
+        yield max(same_length, key=lambda c: (not c.matches, c.max_relative_difference))
 
 
 def _compare(request: ServedModel, target: Target, words: Expressed) -> Iterator[Comparison]:
@@ -191,9 +236,9 @@ def run(args: argparse.Namespace) -> int:
     check_export_arguments(args)
     path = Path(args.model)
     name = str(path.parent) if path.name == "config.json" and path.is_file() else args.model
-    config = load_config(name)
-    report = export(args.scaling, config, args.target, args.length)
-    if report.gguf is not None and not args.gguf and report.exit_code != 2:
+    config, raw = load_config(name), _raw_config(name)
+    report = export(args.scaling, config, args.target, args.length, raw)
+    if report.gguf is not None and not args.gguf and not report.converts and report.exit_code != 2:
         reason = (
             f"it has no flags for {report.scaling.label!r}, only a tensor in the GGUF: "
             "name a GGUF of the model with --gguf FILE --output DIR"
@@ -203,7 +248,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"flag --gguf is not needed: llama.cpp has words for {report.scaling.label!r}")
     written = []
     if args.output and report.exit_code != 2:
-        written = _write(Path(args.output), name, report, args.gguf)
+        written = _write(Path(args.output), raw, report, args.gguf)
     if args.json:
         print(json.dumps(report.to_dict() | {"written": [str(file) for file in written]}, indent=1))
     elif report.status == "refused":
@@ -215,10 +260,15 @@ def run(args: argparse.Namespace) -> int:
     return report.exit_code
 
 
-def _write(folder: Path, name: str, report: ExportReport, gguf: str | None) -> list[Path]:
-    """Write config.json and, given one, the GGUF; both get their names when both are whole. Returns their paths."""
+def _raw_config(name: str) -> dict[str, Any]:
+    """The config.json of a checkpoint that has been read already."""
     raw, _ = transformers.PreTrainedConfig.get_config_dict(name)
     raw.pop("_commit_hash", None)
+    return dict(raw)
+
+
+def _write(folder: Path, raw: Mapping[str, Any], report: ExportReport, gguf: str | None) -> list[Path]:
+    """Write config.json and, given one, the GGUF; both get their names when both are whole. Returns their paths."""
     place = folder.absolute()
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +276,12 @@ def _write(folder: Path, name: str, report: ExportReport, gguf: str | None) -> l
             staged = Path(scratch) / "staged"
             if gguf is not None and report.gguf is not None:
                 add_rope(gguf, staged / Path(gguf).name, report.gguf)
-            write_atomic(staged / "config.json", json.dumps(build_patched(raw, report.config), indent=2) + "\n")
+            path: tuple[str, ...] = ()
+            patch = report.config
+            while "rope_parameters" not in patch:  # the text part of a composite config
+                (name, patch) = next(iter(patch.items()))
+                path = (*path, name)
+            write_atomic(staged / "config.json", json.dumps(build_patched(raw, patch, path), indent=2) + "\n")
             written = [folder / file.name for file in sorted(staged.iterdir())]
             if not place.exists():
                 os.rename(staged, place)

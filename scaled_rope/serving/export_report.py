@@ -45,13 +45,16 @@ class ExportReport:
     target: str
     """Name and version."""
     status: str
-    """"exact"; "partial": at some lengths only; "mismatch"; "refused"."""
+    """"exact"; "unknown": exact if the target's class for this family passes everything on, which is not known;
+    "partial": at some lengths only; "mismatch"; "refused"."""
     reason: str = ""
     """Why it was refused, one line."""
     config: dict[str, Any] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
     command: str = ""
     gguf: GgufRope | None = None
+    converts: bool = False
+    """Whether a GGUF that is converted from `config` holds what `gguf` says; else it must be written into a copy."""
     notes: tuple[str, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     config_place: str = "in config.json"
@@ -59,7 +62,7 @@ class ExportReport:
 
     @property
     def exit_code(self) -> int:
-        """0: exact; 1: the numbers differ; 2: refused."""
+        """0: exact; 1: the numbers differ, or it is not known whether; 2: refused."""
         return {"exact": 0, "refused": 2}.get(self.status, 1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,7 +78,8 @@ class ExportReport:
     def __str__(self) -> str:
         if self.status == "refused":
             return f"{self.scaling.label} for {self.target}: refused: {self.reason}"
-        lines = [f"{self.scaling.label} for {self.target}: {self.status}", "", "run:", f"  {self.command}", ""]
+        status = self.status if self.status != "unknown" else "unknown for this class of model, see the notes"
+        lines = [f"{self.scaling.label} for {self.target}: {status}", "", "run:", f"  {self.command}", ""]
         lines += [f"{self.config_place}:", *_lay_out_config(self.config), ""]
         if self.gguf is not None:
             lines += ["in the GGUF:", f"  {self.gguf}", ""]

@@ -119,6 +119,12 @@ def one_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def refusal_of(error: BaseException) -> str:
+    """Why a config class refuses a config, in one line: some wrap the reason in a headline."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return reason.strip().removeprefix("ValueError: ").rstrip(".")
+
+
 def shorten(value: Any) -> str:
     """A value of a config for a message, in at most 40 characters."""
     text = repr(value)

@@ -9,11 +9,15 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import os
+import sys
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 
+from scaled_rope.scaling.hf_config import has_rope
 from scaled_rope.serving.inspect_report import quiet
 
 
@@ -30,24 +34,45 @@ def rotary_class(config: Any) -> type[nn.Module] | None:
 
     config: the text part of a model's config, an object of transformers.
     """
-    place = type(config).__module__
-    if not place.startswith("transformers.models."):
+    if not type(config).__module__.startswith("transformers.models.") or not has_rope(config):
         return None
+    module = _modeling_module(config)
+    found = [each for name, each in vars(module).items() if _takes_config(name, each)] if module is not None else []
+    # One class for several configs is annotated with one of them; then the one that is called like the config.
+    chosen = [each for each in found if _annotation(each) == type(config).__name__] or found
+    if not chosen:
+        return None
+    best: type[nn.Module] = max(chosen, key=lambda each: (_shared(each, type(config)), -len(each.__name__)))
+    return best
+
+
+def _modeling_module(config: Any) -> Any:
+    """The module with the models of a config's class; None where there is none, or it needs another package."""
     with quiet():
         try:
-            module = importlib.import_module(place.replace(".configuration_", ".modeling_"))
-        except ImportError:  # a family without modeling code of its own, or that needs another package
+            return importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+        except ImportError:
+            pass
+        try:  # a family that uses the models of another
+            return sys.modules[transformers.AutoModel._model_mapping[type(config)].__module__]
+        except (ImportError, KeyError):
             return None
-    found = [each for name, each in vars(module).items() if _takes_config(name, each)]
-    named = [each for each in found if _annotation(each) == type(config).__name__]
-    # One class for several configs is annotated with one of them.
-    chosen = named or [each for each in found if "Vision" not in each.__name__]
-    return chosen[0] if len(chosen) == 1 else None
+
+
+def _shared(one: type, other: type) -> int:
+    """The length of the common beginning of two classes' names."""
+    return len(os.path.commonprefix([one.__name__, other.__name__]))
+
+
+def rotates_images(config: Any) -> bool:
+    """Whether the rotary module of a config's class is for the patches of an image: it is not called with positions."""
+    kind = rotary_class(config)
+    return kind is not None and "position_ids" not in inspect.signature(kind.forward).parameters
 
 
 def _takes_config(name: str, value: Any) -> bool:
     """Whether a name of a modeling module is a rotary module that is built from a config."""
-    if not isinstance(value, type) or not issubclass(value, nn.Module) or "Rotary" not in name:
+    if not isinstance(value, type) or not issubclass(value, nn.Module) or "Rotary" not in name or "Vision" in name:
         return False
     return "config" in inspect.signature(value.__init__).parameters
 
@@ -74,12 +99,30 @@ def rotary_numbers(rotary: Any, layer_type: str | None = None, length: int | Non
     """The numbers of a rotary module of transformers; None where it holds none under the usual names.
 
     layer_type: which of its tables, where it has one per layer type.
-    length: run it on a sequence of so many tokens before; its forward pass is where it follows the length.
+    length: after a sequence of so many tokens; its forward pass is where it follows the length.
     """
     prefix, more = (f"{layer_type}_", (layer_type,)) if layer_type else ("", ())
-    if length is not None:
-        rotary(torch.zeros(1), torch.tensor([[length - 1]]), *more)
+    factor = _measured_factor(rotary, length or 2, more)
     inv_freq = getattr(rotary, f"{prefix}inv_freq", None)
     if not isinstance(inv_freq, Tensor) or inv_freq.dim() != 1:
         return None
-    return RotaryNumbers(inv_freq.detach().float(), float(getattr(rotary, f"{prefix}attention_scaling", 1.0)))
+    inv_freq = inv_freq.detach().float()
+    if hasattr(rotary, "mrope_section"):  # ERNIE 4.5 VL holds them in the order of the axes
+        inv_freq = inv_freq.sort(descending=True).values
+    said = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
+    # What is measured is rounded to float32.
+    return RotaryNumbers(inv_freq, said if factor is None or abs(factor - said) < 1e-5 * said else factor)
+
+
+def _measured_factor(rotary: Any, length: int, more: tuple[str, ...]) -> float | None:
+    """√(cos² + sin²) of the last of `length` positions; None where the module returns something else than tables.
+
+    Phi-3.5-MoE multiplies its tables by another number than `attention_scaling`.
+    """
+    try:
+        tables = rotary(torch.zeros(1), torch.tensor([[length - 1]]), *more)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
+        return None  # called in another way
+    if not isinstance(tables, tuple) or len(tables) != 2 or not all(isinstance(table, Tensor) for table in tables):
+        return None
+    return float((tables[0].double() ** 2 + tables[1].double() ** 2).sqrt().max())

@@ -45,6 +45,75 @@ PHI3 = {
     "sliding_window": 262144,
     "rope_scaling": {"type": "longrope", "short_factor": LIST, "long_factor": [2 * x for x in LIST]},
 }
+PHI35_MOE = {
+    "model_type": "phimoe",
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0 + d / 8 for d in range(64)],
+        "long_factor": [2.0 + d / 4 for d in range(64)],
+        "short_mscale": 1.243163121016122,
+        "long_mscale": 1.243163121016122,
+        "original_max_position_embeddings": 4096,
+    },
+}
+HUNYUAN = {
+    "model_type": "hunyuan_v1_dense",
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "head_dim": 128,
+    "num_hidden_layers": 32,
+    "max_position_embeddings": 32768,
+    "rope_theta": 10000.0,
+    "rope_scaling": {
+        **{"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1},
+        **{"mscale": 1.0, "mscale_all_dim": 0.0},
+    },
+}
+QWEN25_VL = {
+    "model_type": "qwen2_5_vl",
+    "hidden_size": 3584,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "max_position_embeddings": 131072,
+    "rope_theta": 1000000.0,
+    "vision_config": {},
+    "rope_scaling": {
+        **{"type": "yarn", "factor": 4, "original_max_position_embeddings": 32768},
+        "mrope_section": [16, 24, 24],
+    },
+}
+KIMI_K2 = {
+    "model_type": "deepseek_v3",
+    "hidden_size": 7168,
+    "num_attention_heads": 64,
+    "qk_rope_head_dim": 64,
+    "max_position_embeddings": 131072,
+    "rope_theta": 50000.0,
+    "rope_scaling": {
+        **{"type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096},
+        **{"beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+}
+R1_QWEN3 = {
+    "model_type": "qwen3",
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "head_dim": 128,
+    "num_hidden_layers": 36,
+    "max_position_embeddings": 131072,
+    "rope_theta": 1000000,
+    "rope_scaling": {
+        **{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+        "attn_factor": 0.8782488562869419,
+    },
+}
+"""DeepSeek-R1-0528-Qwen3-8B, which is trained with an attention factor of 1 by its own key."""
 QWEN = {
     "model_type": "qwen2",
     "hidden_size": 3584,
@@ -223,6 +292,10 @@ PUBLISHED: dict[str, tuple[dict[str, Any], str, set[str]]] = {
     "Phi-3-mini-128k": (PHI3, "longrope x32", {"longrope-switch"}),
     "Qwen2.5 with the YaRN of its card": (QWEN, "yarn x4", {"undeclared-length", "static-scaling"}),
     "DeepSeek-V3": (DEEPSEEK, "yarn x40 (attention_factor=1, beta_fast=32, beta_slow=1)", {"mscale-softmax"}),
+    "Kimi K2": (KIMI_K2, "yarn x32 (attention_factor=1, beta_fast=1, beta_slow=1)", {"mscale-softmax"}),
+    "Phi-3.5-MoE": (PHI35_MOE, "longrope x32 (attention_factor=1.24316", {"longrope-switch", "long-list-unused"}),
+    "HunYuan": (HUNYUAN, "abf (theta=11158839.9", {"alpha", "two-values"}),
+    "Qwen2.5-VL with the YaRN of its card": (QWEN25_VL, "yarn x4", {"attention-key", "static-scaling"}),
     "Gemma 3": (GEMMA3, "linear x8", {"family-theta", "unknown-original"}),
     "OLMo 3": (OLMO3, "yarn x8", set()),
     "GPT-OSS": (GPT_OSS, "yarn x32", set()),

@@ -67,7 +67,7 @@ def test_every_static_scaling_has_exact_words_for_every_target(spec: str, target
 def test_plain_scalings_need_no_table(spec: str, config: LlamaConfig) -> None:
     for target in TARGETS:
         report = export(spec, config, target)
-        assert report.gguf is None
+        assert report.gguf is None or report.converts  # a conversion writes what it holds
         assert report.config["rope_parameters"]["rope_type"] != "longrope"
 
 
@@ -116,7 +116,7 @@ def test_a_wrong_number_is_a_mismatch(config: LlamaConfig, monkeypatch: pytest.M
 
 def test_a_wrong_attention_factor_is_a_mismatch(config: LlamaConfig) -> None:
     """SGLang does not read attention_factor: a config in the words of transformers means something else there."""
-    target = dataclasses.replace(TARGETS["sglang"], express=hf.express)
+    target = dataclasses.replace(TARGETS["sglang"], express=hf.express, read=lambda request, words: iter([words.given]))
     report = export("yarn:4,attention_factor=1.2", config, target)
     assert report.status == "mismatch"
     wrong = report.comparisons[0]
@@ -130,9 +130,13 @@ def test_servers_are_said_to_scale_short_prompts(config: LlamaConfig) -> None:
         assert not export("default", config, target).notes
 
 
-def test_families_that_were_not_read_are_pointed_out() -> None:
-    config = AutoConfig.for_model("qwen2", hidden_size=32, num_attention_heads=2, max_position_embeddings=512)
-    assert any("'qwen2' may differ" in note for note in export("yarn:4", config, "vllm").notes)
+def test_a_class_that_was_not_read_is_unknown_and_not_exact() -> None:
+    config = transformers.DeepseekV3Config()
+    for target in ("vllm", "sglang"):
+        report = export("yarn:4", config, target)
+        assert (report.status, report.exit_code) == ("unknown", 1)
+        assert any("what its code for 'deepseek_v3' passes on" in note for note in report.notes)
+        assert "unknown for this class of model" in str(report).splitlines()[0]
 
 
 def test_a_config_without_head_dim_gets_one() -> None:
@@ -321,7 +325,7 @@ def test_what_attention_reads_from_the_rope_parameters_is_kept(target: str) -> N
 
 def test_a_softmax_scale_that_words_would_drop_is_refused() -> None:
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 4096}
-    for scale, status in ((1.0, "refused"), (None, "exact")):
+    for scale, status in ((1.0, "refused"), (None, "unknown")):
         rope = yarn | ({"mscale": scale, "mscale_all_dim": scale} if scale else {})
         report = export("checkpoint", transformers.DeepseekV3Config(rope_parameters=rope), "vllm")
         assert report.status == status
@@ -331,3 +335,140 @@ def test_a_softmax_scale_that_words_would_drop_is_refused() -> None:
 def test_a_model_without_rope_is_refused() -> None:
     with pytest.raises(ConfigError, match="takes no RoPE parameters for model_type 'gpt2'"):
         export("default", transformers.GPT2Config(), "vllm")
+
+
+TEXT: dict[str, Any] = {
+    **{"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2},
+    **{"num_hidden_layers": 1, "vocab_size": 61, "max_position_embeddings": 512},
+}
+
+
+def build(model_type: str, **settings: Any) -> Any:
+    return transformers.CONFIG_MAPPING[model_type](**settings)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("spec", ["yarn:4", "linear:4", "ntk:4", "llama3:4", "ntk-mixed:4"])
+def test_the_text_part_of_a_composite_model_is_scaled(spec: str, target: str) -> None:
+    config = build("llava", text_config={"model_type": "llama", **TEXT})
+    report = export(spec, config, target)
+    assert report.status == "exact" and set(report.config) == {"text_config"}
+    if target in ("vllm", "sglang"):
+        override = json.loads(next(flag for flag in report.flags if flag.startswith("{")))
+        assert set(override) == {"text_config"} and "rope_parameters" in override["text_config"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "part", "path"),
+    [
+        ("qwen2_5_omni_thinker", "qwen2_5_omni_text", ["text_config"]),
+        ("colqwen2", "qwen2_vl_text", ["vlm_config", "text_config"]),
+    ],
+)
+def test_keys_are_nested_as_deep_as_the_text_part_is(model_type: str, part: str, path: list[str]) -> None:
+    report = export("yarn:4", build(model_type), "transformers")
+    found = report.config
+    for name in path:
+        assert list(found) == [name]
+        found = found[name]
+    assert report.status == "exact" and found["rope_parameters"]["rope_type"] == "yarn"
+
+
+def test_a_written_composite_config_scales_the_text_part(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    build("llava", text_config={"model_type": "llama", **TEXT}).save_pretrained(source)
+    assert command_line(str(source), "--for", "transformers", "--scaling", "yarn:4", "--output", str(out))[1]() == 0
+    text = AutoConfig.from_pretrained(out).text_config
+    assert (text.rope_parameters["factor"], text.max_position_embeddings) == (4.0, 2048)
+    raw = json.loads((out / "config.json").read_text())
+    assert "rope_parameters" not in raw and raw["vision_config"]
+
+
+def test_an_older_file_with_the_text_part_on_its_top_level_is_written_as_it_is(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    rope = {"type": "mrope", "mrope_section": [2, 3, 3]}
+    flat = {**TEXT, "model_type": "qwen2_5_vl", "vision_config": {}, "rope_theta": 1e6, "rope_scaling": rope}
+    (source / "config.json").write_text(json.dumps(flat))
+    assert command_line(str(source), "--for", "transformers", "--scaling", "yarn:4", "--output", str(out))[1]() == 0
+    raw = json.loads((out / "config.json").read_text())
+    assert raw["rope_parameters"]["rope_type"] == "yarn" and not {"rope_scaling", "text_config"} & set(raw)
+    assert raw["rope_parameters"]["mrope_section"] == [2, 3, 3]
+    assert AutoConfig.from_pretrained(out).text_config.rope_parameters["factor"] == 4.0
+
+
+def test_what_is_printed_is_what_is_compared(config: LlamaConfig) -> None:
+    """Words that the target does not find where it looks are no words."""
+    real = TARGETS["vllm"]
+
+    def misplaced(request: Any) -> Any:
+        for words in real.express(request):
+            flags = tuple(flag.replace("rope_parameters", "rope_parameter") for flag in words.flags)
+            yield dataclasses.replace(words, flags=flags)
+
+    target = dataclasses.replace(real, express=misplaced)
+    for model in (config, build("llava", text_config={"model_type": "llama", **TEXT})):
+        report = export("yarn:4", model, target)
+        assert report.status == "refused" and "hold no rope_parameters where it reads them" in report.reason
+
+
+def test_dictionaries_in_a_part_are_merged_by_vllm() -> None:
+    carried = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
+    text = TEXT | {"model_type": "llama", "rope_parameters": carried | {"beta_fast": 64.0, "mscale": 0.7}}
+    report = export("yarn:4", build("llava", text_config=text), "vllm")
+    override = json.loads(next(flag for flag in report.flags if flag.startswith("{")))
+    rope = override["text_config"]["rope_parameters"]
+    assert report.status == "exact" and (rope["beta_fast"], rope["mscale"]) == (32.0, None)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "target", "spec", "reason"),
+    [
+        *(
+            (name, "sglang", "yarn:4", f"its class for {name} models passes no scaling to the rotary embedding")
+            for name in ("phi", "stablelm", "gemma", "gemma2", "mixtral", "olmo")
+        ),
+        ("gpt_oss", "vllm", "yarn:4,attention_factor=1.0", "attention factor 1.13863 instead of 1"),
+        ("gpt_oss", "vllm", "linear:4", "its gpt_oss class reads beta_fast and takes nothing but YaRN"),
+        ("cohere", "vllm", "ntk-mixed:4", r"refuses the rotation of cohere models \(only neox_style\)"),
+        ("cohere", "sglang", "ntk-mixed:4", r"refuses the rotation of cohere models \(only neox_style\)"),
+        ("qwen2_5_vl", "vllm", "linear:4", "rope_type 'linear' has no form there with mrope_section"),
+        ("qwen2_5_vl", "sglang", "llama3:4", "rope_type 'llama3' has no form there with mrope_section"),
+    ],
+)
+def test_what_a_class_does_not_do_is_refused_by_name(model_type: str, target: str, spec: str, reason: str) -> None:
+    settings = TEXT | ({"layer_types": ["full_attention"]} if model_type == "gpt_oss" else {})
+    if model_type == "qwen2_5_vl":
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+        settings = {"text_config": TEXT | {"rope_parameters": rope}}
+    report = export(spec, build(model_type, **settings), target)
+    assert report.status == "refused" and re.search(reason, report.reason), report.reason
+
+
+def test_a_base_that_is_cut_to_a_whole_number_is_another_base() -> None:
+    config = build("mixtral", **TEXT)
+    assert export("default", config, "sglang").status == "exact"
+    assert export("abf,theta=50000", config, "sglang").status == "exact"
+    report = export("abf,theta=20.5", config, "sglang")
+    assert report.status == "mismatch"
+
+
+@pytest.mark.parametrize("spec", ["yarn:4", "ntk-mixed:4", "linear:4"])
+def test_families_that_vllm_runs_with_the_models_of_transformers(spec: str) -> None:
+    for model_type in ("gpt_neox", "olmo2", "hunyuan_v1_dense"):
+        assert export(spec, build(model_type, **TEXT), "vllm").status == "exact"
+
+
+def test_who_ignores_rope_parameters_is_said(config: LlamaConfig) -> None:
+    older = {"transformers": "transformers 4", "vllm": "vLLM 0.11", "sglang": "SGLang 0.5.3"}
+    for target, name in older.items():
+        text = f"{name} and older read rope_scaling and rope_theta instead, and ignore rope_parameters"
+        assert text in export("yarn:4", config, target).notes
+        assert text not in export("default", config, target).notes
+
+
+def test_phi_3_5_moe_gets_the_factor_that_its_tables_are_multiplied_by() -> None:
+    report = export("yarn:4", build("phimoe", **TEXT), "transformers")
+    rope = report.config["rope_parameters"]
+    assert report.status == "exact" and rope["short_mscale"] == rope["long_mscale"] == rope["attention_factor"]
+    assert RopeScaling.from_config({"model_type": "phimoe", **report.config}).label == "yarn x4"

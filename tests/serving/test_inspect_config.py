@@ -27,6 +27,7 @@ from tests.helpers.published_configs import (
     MISTRAL,
     OLMO3,
     PHI3,
+    PHI35_MOE,
     PUBLISHED,
     PYTHIA,
     QWEN,
@@ -281,6 +282,19 @@ TRAPS: dict[str, tuple[dict[str, Any], str, str, set[str]]] = {
         "warning",
         set(),
     ),
+    "keys beside the text part": (
+        {"model_type": "foo_vl", "text_config": LLAMA, "rope_scaling": yarn(4.0, 4096)},
+        "outside-text",
+        "error",
+        set(),
+    ),
+    "a list that transformers does not use": (
+        PHI35_MOE,
+        "long-list-unused",
+        "warning",
+        {"longrope-switch"},
+    ),
+    "an image's RoPE": ({"model_type": "pixtral"}, "no-context", "info", set()),
     "an odd head": (LLAMA | {"head_dim": 63}, "bad-value", "error", set()),
 }
 
@@ -460,3 +474,17 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     written(tmp_path, TRAPS["a misspelt key"][0])
     assert main(["inspect", str(tmp_path)]) == 1
     assert "Probably meant: 'beta_fast'." in capsys.readouterr().out
+
+
+def test_numbers_that_attention_takes_from_the_rope_dictionary() -> None:
+    numbers = {number.name: number.value for number in inspect({"model_type": "mistral4"}).numbers}
+    assert numbers["softmax scale times"] == pytest.approx((0.1 * math.log(128) + 1) ** 2)
+    assert numbers["llama_4_scaling_beta"] == 0.1 and numbers["rotated dimensions"] == 64
+    asked = {number.name for number in inspect({"model_type": "mistral4"}, scaling="yarn:8").numbers}
+    assert not asked & {"softmax scale times", "llama_4_scaling_beta"}
+
+
+def test_layers_that_differ_in_the_size_of_heads() -> None:
+    full, sliding = (inspect({"model_type": "gemma4_text"}, name) for name in ("full_attention", "sliding_attention"))
+    assert (full.head_dim, sliding.head_dim) == (512, 256) and full.exit_code == 0
+    assert full.scaling is not None and full.scaling.method == "proportional"

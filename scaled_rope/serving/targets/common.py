@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from scaled_rope.errors import ConfigError
@@ -33,6 +33,25 @@ class ServedModel:
     head_dim: int
     length: int
     """N, the longest sequence in tokens."""
+    path: tuple[str, ...] = ()
+    """The fields that lead from the whole config to the text part; empty where that is the whole."""
+    raw: Mapping[str, Any] = field(default_factory=dict)
+    """The whole config.json as written; empty: what `config` says."""
+
+    @property
+    def model_type(self) -> str:
+        """That of the text part."""
+        return str(getattr(self.config, "model_type", None))
+
+    @property
+    def written_path(self) -> tuple[str, ...]:
+        """`path` as far as config.json has it: older files keep the text part on the top level."""
+        part: Any = self.raw
+        for depth, name in enumerate(self.path):
+            if not isinstance(part.get(name), Mapping):
+                return self.path[:depth]
+            part = part[name]
+        return self.path
 
     @property
     def dim(self) -> int:
@@ -52,12 +71,14 @@ class Expressed:
     given: dict[str, Any]
     """All that the target's arithmetic depends on; `Target.restate` reads it."""
     config: dict[str, Any]
-    """Keys to put into config.json."""
+    """Keys to put into the text part of config.json."""
     flags: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     """Limits of these settings, one sentence each."""
     gguf: GgufRope | None = None
     """Keys that the GGUF itself must hold, where flags are not enough."""
+    converts: bool = False
+    """Whether a GGUF that is converted from `config` holds them."""
 
 
 class Restated(NamedTuple):
@@ -79,10 +100,16 @@ class Target:
     version: str
     express: Callable[[ServedModel], Iterator[Expressed]]
     """Ways to say it, the plainest first."""
+    read: Callable[[ServedModel, Expressed], Iterator[dict[str, Any]]]
+    """What the target reads from the texts that are printed, in place of `Expressed.given`: one per way to tell it."""
     restate: Callable[[ServedModel, Expressed, int], Restated]
     """(request, words, sequence length in tokens) -> what the target computes for it."""
     command: str
     """How its command line begins; {flags} is what we add."""
+    known: Callable[[str], bool] = lambda model_type: True
+    """Whether what its class for a model_type passes on to the rotary embedding is known."""
+    older: str = ""
+    """Releases that ignore `rope_parameters`; empty when none does."""
     static: str = ""
     """Why the target cannot follow the length of a sequence; empty when it can."""
     config_place: str = "in config.json"
@@ -104,6 +131,9 @@ def _with_kept(request: ServedModel, rope: dict[str, Any]) -> dict[str, Any]:
         ConfigError: that is L, and these words have another.
     """
     kept = read_by_attention(request.carried)
+    if request.model_type == "phimoe" and rope["rope_type"] != "default":  # its tables are multiplied by these
+        factor = rope.get("attention_factor", 1.0)
+        rope = {**rope, "short_mscale": factor, "long_mscale": factor}
     for name in kept.keys() & rope.keys():
         if kept[name] != rope[name]:
             raise ConfigError(f"{name}={rope[name]}: the attention of this model reads {kept[name]} there")
@@ -154,7 +184,36 @@ def config_of(request: ServedModel, rope: dict[str, Any], context: int) -> dict[
     return config
 
 
-def build_patched(config: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with the keys of `patch`, and without older keys that would contradict them."""
+def build_patched(config: Mapping[str, Any], patch: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A config.json with the keys of `patch`, and without older keys that would contradict them.
+
+    path: where the text part is; `patch` says the keys of that part.
+    """
     kept = {key: value for key, value in config.items() if key not in _ROPE_KEYS_ELSEWHERE}
-    return kept | dict(patch)
+    if not path:
+        return kept | dict(patch)
+    if "rope_parameters" in kept:  # outside of the text part nobody reads it, or refuses it
+        del kept["rope_parameters"]
+    return kept | {path[0]: build_patched(config[path[0]], patch, path[1:])}
+
+
+def nest(values: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    """A dictionary that holds `values` at a path."""
+    nested = dict(values)
+    for name in reversed(path):
+        nested = {name: nested}
+    return nested
+
+
+def at_path(values: Any, path: tuple[str, ...]) -> dict[str, Any]:
+    """What a dictionary holds at a path; nothing where it does not have it."""
+    for name in path:
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return dict(values) if isinstance(values, Mapping) else {}
+
+
+def rope_in(part: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` where a target reads them. Raises ConfigError where they are not there."""
+    if not isinstance(part.get("rope_parameters"), Mapping):
+        raise ConfigError("the printed settings hold no rope_parameters where it reads them")
+    return dict(part["rope_parameters"])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import transformers
-from transformers.utils import logging as transformers_logging
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.serving.inspect_report import quiet, refusal_of
+from scaled_rope.serving.rotary_module import RotaryNumbers, build_rotary_module, rotary_numbers
 from scaled_rope.serving.targets.common import (
     Expressed,
     Restated,
@@ -36,25 +39,47 @@ def express(request: ServedModel) -> Iterator[Expressed]:
         yield Expressed(rope, config_of(request, rope, request.length), notes=table_notes(request))
 
 
+def read(request: ServedModel, words: Expressed) -> Iterator[dict[str, Any]]:
+    """The whole config.json with the printed keys in it."""
+    keys = json.loads(json.dumps(words.config))
+    yield build_patched(request.raw or request.config.to_dict(), keys, request.written_path if request.raw else ())
+
+
 def restate(request: ServedModel, words: Expressed, length: int) -> Restated:
     """No restatement: the installed transformers builds the model's own rotary module, which is asked."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    return Restated(*numbers_in_transformers(request, words.given, length))
+
+
+def numbers_in_transformers(request: ServedModel, raw: dict[str, Any], length: int) -> tuple[list[float], float]:
+    """Frequencies and attention factor that the installed transformers computes from a whole config.json.
+
+    Raises:
+        ConfigError: it cannot build a config or a rotary module from it.
+    """
     try:
-        config = type(request.config).from_dict(build_patched(request.config.to_dict(), words.config))
-        with torch.device("meta"):
-            model = transformers.AutoModel.from_config(config)
-        kinds = [type(module) for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
-        rotary = kinds[0](config=copy.deepcopy(config))
-        rotary(torch.zeros(1), torch.tensor([[length - 1]]))  # the forward pass is where it follows the length
-    except ConfigError:
-        raise
+        with quiet():
+            known = raw.get("model_type") in transformers.CONFIG_MAPPING
+            kind = transformers.CONFIG_MAPPING[raw["model_type"]] if known else type(request.config)
+            config: Any = kind.from_dict(copy.deepcopy(raw))
+            for name in request.path:
+                config = getattr(config, name)
+            rotary = build_rotary_module(config)
+            numbers = None if rotary is None else rotary_numbers(rotary, None, length)
+            if numbers is None:  # a family whose modules are called otherwise
+                rotary = _rotary_of_a_model(config)
+                rotary(torch.zeros(1), torch.tensor([[length - 1]]))
+                numbers = RotaryNumbers(rotary.inv_freq, float(rotary.attention_scaling))
     except Exception as error:  # whatever the model's code raises for words that it does not take
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"transformers cannot build the model with it: {text}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    return Restated(rotary.inv_freq.tolist(), float(rotary.attention_scaling))
+        raise ConfigError(f"transformers cannot build the model with it: {refusal_of(error)}") from error
+    return numbers.inv_freq.tolist(), numbers.attention_factor
+
+
+def _rotary_of_a_model(config: Any) -> Any:
+    """The first rotary module of the model that a config is of, built without memory."""
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config)
+    kinds = [type(module) for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+    return kinds[0](config=copy.deepcopy(config))
 
 
 TARGET = Target(
@@ -62,6 +87,8 @@ TARGET = Target(
     title="transformers",
     version=transformers.__version__,
     express=express,
+    read=read,
     restate=restate,
+    older="transformers 4",
     command="AutoModelForCausalLM.from_pretrained(DIR), with these keys in DIR/config.json",
 )

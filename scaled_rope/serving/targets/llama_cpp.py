@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.scaling.frequencies import compute_rope
@@ -37,6 +40,7 @@ _GGUF_OTHERS = {
     "smollm3": "smollm3",
     "stablelm": "stablelm",
 }
+"""Others, which hand all that flags say on to ggml's rotation, but no tensor (`src/models/` at 0c1e570)."""
 _LLAMA_FLAGS = {
     "scaling": "--rope-scaling",
     "scale": "--rope-scale",
@@ -46,6 +50,16 @@ _LLAMA_FLAGS = {
     "beta_fast": "--yarn-beta-fast",
     "beta_slow": "--yarn-beta-slow",
 }
+
+
+_CONVERT = (
+    "flags alone leave a GGUF unscaled: convert from this config.json, whose divisors the converter stores in the "
+    "GGUF, or let --gguf write them into a copy of a GGUF"
+)
+_HOLDS_OTHERS = (
+    "a GGUF of this checkpoint holds the divisors of the scaling that the checkpoint carries: convert from this "
+    "config.json, or let --gguf take them out of a copy"
+)
 
 
 def express(request: ServedModel) -> Iterator[Expressed]:
@@ -90,14 +104,19 @@ def _words(
     rope: dict[str, Any],
     notes: tuple[str, ...] = (),
     gguf: GgufRope | None = None,
+    converts: bool = False,
 ) -> Expressed:
     """given: what llama.cpp is to be told; rope: `rope_parameters` to convert from."""
     flags = [part for key, value in given.items() if key in _LLAMA_FLAGS for part in (_LLAMA_FLAGS[key], f"{value}")]
     factor = given.get("attn_factor", 1.0)
-    if factor != 1.0 and gguf is None:
-        flags += ["--override-kv", f"{arch}.rope.scaling.attn_factor=float:{factor:.9g}"]
+    if request.carried.get("rope_type") in ("llama3", "longrope") and gguf is None:
+        # The GGUF of the checkpoint holds a tensor of divisors, which no flag takes away.
+        gguf, converts = GgufRope(divisors=(1.0,) * (request.dim // 2)), True
+        notes = (*notes, _HOLDS_OTHERS)
+    if factor != 1.0 and (gguf is None or converts):
+        flags += ["--override-kv", f"{arch}.rope.scaling.attn_factor=float:{factor:.12g}"]
     flags += ["-c", str(request.length)]
-    return Expressed(given, config_of(request, rope, request.length), tuple(flags), notes, gguf)
+    return Expressed(given, config_of(request, rope, request.length), tuple(flags), notes, gguf, converts)
 
 
 def _by_name(request: ServedModel, arch: str, rope: dict[str, Any]) -> Iterator[Expressed]:
@@ -108,8 +127,10 @@ def _by_name(request: ServedModel, arch: str, rope: dict[str, Any]) -> Iterator[
     elif kind == "linear":
         yield _words(request, arch, {"scaling": "linear", "scale": rope["factor"], "freq_base": theta}, rope)
     elif kind == "llama3" and arch == "llama":
-        note = "convert from this config.json: the converter computes llama3's divisors and stores them in the GGUF"
-        yield _words(request, arch, {"scaling": "none", "freq_base": theta, "converted": rope}, rope, (note,))
+        table = divisors(request.scaling, request.head_dim, request.length)
+        gguf = GgufRope({f"{arch}.rope.freq_base": theta}, tuple(table))
+        given = {"scaling": "none", "freq_base": theta, "converted": rope}
+        yield _words(request, arch, given, rope, (_CONVERT,), gguf, converts=True)
 
 
 def _by_yarn_flags(request: ServedModel, arch: str, rope: dict[str, Any]) -> Expressed:
@@ -152,6 +173,32 @@ def _by_divisors(request: ServedModel, arch: str) -> Expressed:
     return _words(request, arch, given | {"divisors": gguf.divisors}, _plain(request), notes, gguf)
 
 
+def read_flags(flags: Sequence[str]) -> dict[str, Any]:
+    """What llama.cpp is told by printed flags, by the names of `Expressed.given`."""
+    given: dict[str, Any] = {}
+    names = {flag: name for name, flag in _LLAMA_FLAGS.items()}
+    for flag, value in zip(flags[::2], flags[1::2], strict=True):
+        if flag in names:
+            given[names[flag]] = value if names[flag] == "scaling" else float(value)
+        elif flag == "--override-kv":
+            given["attn_factor"] = float(value.partition("=float:")[2])
+    return given
+
+
+def read(request: ServedModel, words: Expressed) -> Iterator[dict[str, Any]]:
+    """What the flags tell it, together with what the GGUF holds: converted from the printed config.json, or a copy."""
+    told = read_flags(words.flags)
+    gguf = words.gguf
+    if gguf is not None:
+        arch = _architecture(request)
+        factor = gguf.metadata.get(f"{arch}.rope.scaling.attn_factor")
+        held = {} if factor is None else {"attn_factor": factor}
+        yield told | held | {"divisors": tuple(float(np.float32(value)) for value in gguf.divisors or ())}
+    if gguf is None or words.converts:
+        rope = json.loads(json.dumps(words.config["rope_parameters"]))
+        yield told | ({"converted": rope} if rope["rope_type"] == "llama3" else {})
+
+
 def restate(request: ServedModel, words: Expressed, length: int) -> Restated:
     """llama.cpp 0c1e570 (llama-cpp-python 0.3.36): `ggml/src/ggml-cpu/ops.cpp`, `ggml/src/ggml.c` (`rope_yarn`, its
     `corr_dims`), `src/llama-context.cpp` (flags and metadata), `conversion/llama.py` (the divisors of llama3).
@@ -162,7 +209,7 @@ def restate(request: ServedModel, words: Expressed, length: int) -> Restated:
     """
     given, dim = words.given, request.dim
     own = powers(given["freq_base"], dim)
-    if "converted" in given:
+    if "converted" in given:  # the flags say "none" and the base
         return Restated(restate_llama3(given["converted"], dim), 1.0)
     if "divisors" in given:
         own = [theta / divisor for theta, divisor in zip(own, given["divisors"], strict=True)]
@@ -181,6 +228,7 @@ TARGET = Target(
     title="llama.cpp",
     version="0c1e570",
     express=express,
+    read=read,
     restate=restate,
     command="llama-server -m MODEL.gguf {flags}",
     static="llama.cpp fixes the frequencies when it starts and caches rotated keys",

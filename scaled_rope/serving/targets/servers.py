@@ -6,12 +6,35 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from scaled_rope.errors import ConfigError
+from scaled_rope.patching.families import ADAPTERS
 from scaled_rope.serving.targets.arithmetic import blend, correction_range, powers, restate_llama3
 from scaled_rope.serving.targets.common import ServedModel, table_of
 
 CACHED = "{} computes one table for all lengths and caches rotated keys"
 """Why they follow no sequence's length; {} is the program."""
 CONFIG_PLACE = "or, instead of flags, in config.json"
+
+
+_INTERLEAVED = (
+    *(name for name, adapter in ADAPTERS.items() if adapter.layout == "interleaved"),
+    *("cohere2_moe", "deepseek_v2", "deepseek_v3", "glm4", "sarvam_moe"),
+)
+"""Families that rotate neighbouring dimensions, for which these programs have no LongRoPE."""
+
+
+def check_halves(request: ServedModel) -> None:
+    """Raise a ConfigError for LongRoPE in a family that does not rotate the halves of a head."""
+    if request.model_type in _INTERLEAVED:
+        raise ConfigError(f"its LongRoPE refuses the rotation of {request.model_type} models (only neox_style)")
+
+
+def check_axes(request: ServedModel, rope: Mapping[str, Any]) -> None:
+    """Raise a ConfigError for a type that has no form with several axes, in a model that needs them for images."""
+    if "mrope_section" in rope and rope["rope_type"] not in ("default", "yarn"):
+        raise ConfigError(
+            f"rope_type {rope['rope_type']!r} has no form there with mrope_section, which the model needs for images"
+        )
 
 
 def table_with_mscales(request: ServedModel) -> dict[str, Any]:

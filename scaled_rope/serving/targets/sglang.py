@@ -6,26 +6,46 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from scaled_rope.serving.targets.arithmetic import yarn_attention
+from scaled_rope.errors import ConfigError
+from scaled_rope.serving.targets.arithmetic import powers, yarn_attention
 from scaled_rope.serving.targets.common import (
     TOLERANCE,
     Expressed,
     Restated,
     ServedModel,
     Target,
+    at_path,
     config_of,
     native_keys,
+    nest,
+    rope_in,
     table_notes,
 )
 from scaled_rope.serving.targets.servers import (
     CACHED,
     CONFIG_PLACE,
+    check_axes,
+    check_halves,
     longrope_numbers,
     mscale_pair,
     plain_frequencies,
     table_with_mscales,
     yarn_frequencies,
 )
+
+_PASSES_SCALING = (
+    *("cohere", "cohere2", "glm4", "gpt_oss", "granite", "internlm3", "llama", "ministral3", "mistral", "olmo2"),
+    *("olmoe", "phi3", "qwen2", "qwen2_moe", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_moe"),
+    *("qwen3_next", "qwen3_vl_text", "qwen3_vl_moe_text"),
+)
+"""Families (text parts) whose class in SGLang hands the whole of `rope_parameters` to `get_rope`."""
+_UNSCALED = (
+    *("dbrx", "gemma", "gemma2", "gptj", "granitemoe", "mixtral", "olmo", "persimmon", "phi", "stablelm"),
+    *("starcoder2", "zaya"),
+)
+"""Families whose class calls `get_rope` without a scaling: only the base has an effect."""
+_WHOLE_THETA = ("dbrx", "granitemoe", "mixtral", "starcoder2", "zaya")
+"""Those of them that cut the base to a whole number."""
 
 
 def express(request: ServedModel) -> Iterator[Expressed]:
@@ -39,7 +59,8 @@ def express(request: ServedModel) -> Iterator[Expressed]:
         neutral = {"factor": 1.0, "extrapolation_factor": 1.0, "attn_factor": 1.0, "type": rope["rope_type"]}
         rest = {key: neutral.get(key) for key in request.carried if key not in rope}
         override = config | {"rope_parameters": rope | rest}
-        flags = ("--json-model-override-args", json.dumps(override), "--context-length", str(request.length))
+        text = json.dumps(nest(override, request.path))
+        flags = ("--json-model-override-args", text, "--context-length", str(request.length))
         return Expressed(request.carried | rope | rest, config, flags, notes)
 
     rope = native_keys(request)
@@ -54,16 +75,41 @@ def express(request: ServedModel) -> Iterator[Expressed]:
     yield words(table_with_mscales(request), table_notes(request))
 
 
+def read(request: ServedModel, words: Expressed) -> Iterator[dict[str, Any]]:
+    """The text part as SGLang has it with the flags, and as it is in a config.json with the printed keys.
+
+    Flags are merged into the dictionary of a text model; in a composite one they replace that of the text part.
+    """
+    override = json.loads(dict(zip(words.flags[::2], words.flags[1::2], strict=True))["--json-model-override-args"])
+    rope = rope_in(at_path(override, request.path))
+    for one in (
+        rope if request.path else request.carried | rope,
+        json.loads(json.dumps(words.config["rope_parameters"])),
+    ):
+        yield {key: value for key, value in one.items() if value is not None}
+
+
 def restate(request: ServedModel, words: Expressed, length: int) -> Restated:
     """SGLang 0.5.23, `sglang/srt/layers/rotary_embedding/`: `factory.py`, `base.py`, `yarn.py`, `rope_variant.py`; how
-    flags are merged into a config is from `sglang/srt/utils/hf_transformers/config.py`.
+    flags are merged into a config is from `sglang/srt/utils/hf_transformers/config.py`, what a family's class passes on
+    from `sglang/srt/models/`.
 
     YaRN knows `attn_factor`, a multiplier of its own factor, and not `attention_factor`. LongRoPE takes the long list
     for a batch that holds a position above L; a batch that ends at position L exactly reads row 0 of the long table.
     """
     rope, dim = words.given, request.dim
     kind = rope["rope_type"]
+    if request.model_type in _UNSCALED:
+        if request.scaling.method not in ("default", "ntk", "abf"):
+            raise ConfigError(
+                f"its class for {request.model_type} models passes no scaling to the rotary embedding, only "
+                "rope_theta: serve it with another program, or with ntk:FACTOR, which is another base"
+            )
+        theta = rope["rope_theta"]
+        return Restated(powers(int(theta) if request.model_type in _WHOLE_THETA else theta, dim), 1.0)
+    check_axes(request, rope)
     if kind == "longrope":
+        check_halves(request)
         long = length - 1 > rope["original_max_position_embeddings"]
         return Restated(*longrope_numbers(rope, dim, long, request.length))
     if kind == "yarn":
@@ -78,7 +124,10 @@ TARGET = Target(
     title="SGLang",
     version="0.5.23",
     express=express,
+    read=read,
     restate=restate,
+    known=lambda model_type: model_type in (*_PASSES_SCALING, *_UNSCALED),
+    older="SGLang 0.5.3",
     command="python -m sglang.launch_server --model-path MODEL {flags}",
     static=CACHED.format("SGLang"),
     config_place=CONFIG_PLACE,
