@@ -41,6 +41,6 @@ setup(
     package_dir=BUNDLED,
     package_data={"scaled_rope": ["py.typed"], **dict.fromkeys(BUNDLED, ["*.yaml", "*.json", "*.py", "*.safetensors"])},
     entry_points={"console_scripts": ["scaled-rope = scaled_rope.cli:main"]},
-    install_requires=["torch>=2.9", "transformers>=5.17", "numpy", "pyyaml", "tqdm"],
+    install_requires=["torch>=2.9", "transformers>=5.17", "numpy", "einops>=0.8", "pyyaml", "tqdm"],
     extras_require=EXTRAS,
 )

@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from einops import rearrange
 from tqdm import tqdm
 
 from scaled_rope.checkpoint import display_name, encode, load_config, load_tokenizer
@@ -188,8 +189,9 @@ class Sweep:
     def measure(self, scalings: Sequence[RopeScaling]) -> Floats:
         """Mean nats per token [scalings, windows, segments] of scalings with one factor."""
         self._bar.total = max(self._bar.total or 0, self._bar.n + self.missing(scalings))
-        means = [[self._one(scaling, window) for scaling in scalings] for window in self.windows]
-        return np.asarray(means, dtype=np.float64).transpose(1, 0, 2)
+        by_window = np.array([[self._one(scaling, window) for scaling in scalings] for window in self.windows])
+        means: Floats = rearrange(by_window, "window scaling segment -> scaling window segment")
+        return means
 
     def _one(self, scaling: RopeScaling, window: ScoredWindow) -> list[float]:
         tokens, row = self._cell(scaling, window)
@@ -274,7 +276,8 @@ def summarise(tuned: Sequence[Tuned], seed: int) -> Row:
         drawn = minima.get(one.factor)
         paper = paper_attention_factor(one.factor)
         at_paper = interpolate(one.grid, one.curve, paper)
-        per_segment = [parabola_minimum(one.grid, column.mean(axis=1)) for column in one.means.transpose(2, 0, 1)]
+        by_segment = rearrange(one.means, "point window segment -> segment point window")
+        per_segment = [parabola_minimum(one.grid, curves.mean(axis=1)) for curves in by_segment]
         factors.append(
             {
                 "factor": one.factor,
