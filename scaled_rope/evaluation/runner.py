@@ -14,7 +14,6 @@ import errno
 import fcntl
 import io
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from scaled_rope.results import (
     OUT_OF_MEMORY,
     Row,
     append_row,
+    check_writable,
     portable_command,
     provenance,
     read_rows,
@@ -141,25 +141,19 @@ def _check_output(path: str | Path) -> None:
     Raises:
         ConfigError: no permission, not a file, or another process keeps it locked.
     """
-    path = Path(path)
-    if not path.exists():
-        parent = next(parent for parent in path.absolute().parents if parent.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise ConfigError(f"file {str(path)!r} cannot be used: {parent} is no folder that can be written to")
+    check_writable(path)
+    if not Path(path).is_file():
         return
     deadline = time.monotonic() + _LOCK_SECONDS
-    try:
-        with open(path, "ab") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise ConfigError(f"file {str(path)!r} is locked by another process") from None
-                    time.sleep(0.1)
-    except OSError as error:
-        raise ConfigError(f"file {str(path)!r} cannot be used: {error.strerror or error}") from error
+    with open(path, "ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ConfigError(f"file {str(path)!r} is locked by another process") from None
+                time.sleep(0.1)
 
 
 def run(
