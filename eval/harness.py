@@ -82,9 +82,10 @@ if __name__ == "__main__":
 
 # What takes seconds to import stands below the flags.
 from scaled_rope.evaluation.benchmark_runs import BenchmarkRun, benchmark_table, save_questions
+from scaled_rope.evaluation.failures import Failure, report_failures
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
 from scaled_rope.evaluation.lm_eval_tasks import Catalogue, Unit, model_class
-from scaled_rope.evaluation.runner import Failure, command_line, given_arguments, report_failures
+from scaled_rope.evaluation.runner import command_line, given_arguments
 from scaled_rope.evaluation.saved_questions import SavedUnit, read_requests
 
 
@@ -92,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     names, lengths = check_arguments(args)
-    jobs = model_jobs(args)
+    failures: list[Failure] = []
+    jobs = model_jobs(args, failures if args.save_requests is None else None)
     if args.requests is None:
         model_class()  # raises the error at once if lm-eval is not installed
         catalogue = Catalogue(args.offline, lengths, args.limit, args.include_path)
@@ -115,7 +117,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     record = {"command": command_line(parser, argv), **provenance(load.device, None, given_arguments(args))}
     run = BenchmarkRun(load, args.output, args.max_length, args.batch_size, args.hide_progress)
-    failures: list[Failure] = []
     wanted = run.measure(jobs, units_of, record, failures)
     code = report_failures(failures, jobs)
     print(f"\n{benchmark_table(args.output, wanted)}\n\nrows: {args.output}")
