@@ -85,6 +85,12 @@ check() { # WHAT CODE: a model that fails leaves the others their results
 }
 
 [[ ${#names[@]} -gt 0 ]] || names=(demo)
+for name in "${names[@]}"; do # all names are read before anything is measured
+    case $name in
+        table[0-9]* | figure[0-9]*) python -m scaled_rope.report.paper "$name" --shell >/dev/null ;;
+        *) python -m scaled_rope.recipes "$name" --shell --also table{1..6} figure{1,5,6} >/dev/null ;;
+    esac
+done
 for name in "${names[@]}"; do
     case $name in
         table[0-9]* | figure[0-9]*) paper "$name" ;;

@@ -25,6 +25,12 @@ EXTRAS = {
 # Not in "all": flash-attn, which builds only where a CUDA toolkit is.
 EXTRAS["all"] = sorted({requirement for name in EXTRAS if name != "flash" for requirement in EXTRAS[name]})
 
+REQUIRED = ["numpy", "einops>=0.8", "pyyaml", "tqdm"]
+# The oldest torch and transformers that work, see scaled_rope/versions.py.
+LEAST = ast.literal_eval(
+    re.search(r"^LEAST = (.+)$", (ROOT / "scaled_rope/versions.py").read_text(), re.MULTILINE).group(1)
+)
+
 # What a wheel holds a copy of, see scaled_rope/bundled.py: package -> folder of the checkout.
 FOLDERS = re.search(r"^FOLDERS = (.+)$", (ROOT / "scaled_rope/bundled.py").read_text(), re.MULTILINE).group(1)
 BUNDLED = {f"scaled_rope._files.{folder.replace('/', '.')}": folder for folder in ast.literal_eval(FOLDERS)}
@@ -41,6 +47,6 @@ setup(
     package_dir=BUNDLED,
     package_data={"scaled_rope": ["py.typed"], **dict.fromkeys(BUNDLED, ["*.yaml", "*.json", "*.py", "*.safetensors"])},
     entry_points={"console_scripts": ["scaled-rope = scaled_rope.cli:main"]},
-    install_requires=["torch>=2.9", "transformers>=5.17", "numpy", "pyyaml", "tqdm"],
+    install_requires=[*(f"{name}>={version}" for name, version in LEAST.items()), *REQUIRED],
     extras_require=EXTRAS,
 )

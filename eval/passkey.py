@@ -70,6 +70,7 @@ if __name__ == "__main__":
     refuse_early(lambda: check_arguments(build_parser().parse_args()))
 
 # What takes seconds to import stands below the flags.
+from scaled_rope.evaluation.failures import Failure
 from scaled_rope.evaluation.jobs import model_jobs
 from scaled_rope.evaluation.passkey_evaluator import Passkey
 from scaled_rope.evaluation.passkey_trials import run_trials
@@ -97,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     evaluator = evaluator_of(args)
-    jobs = model_jobs(args)
+    failures: list[Failure] = []
+    jobs = model_jobs(args, failures)
     rows, code = run_trials(
         evaluator,
         jobs,
@@ -106,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given_arguments(args),
         "passkeys found, by context length (tokens)",
         lambda row: f"{row['right']}/{row['n']}",
+        failures,
     )
     if args.heatmap is not None:
         save_heatmap(args.heatmap, [Panel.of_rows(job.name, cells) for job, cells in rows.items()])

@@ -105,6 +105,7 @@ if __name__ == "__main__":
     refuse_early(lambda: check_arguments(build_parser().parse_args()))
 
 # What takes seconds to import stands below the flags.
+from scaled_rope.evaluation.failures import Failure
 from scaled_rope.evaluation.hard_passkey_evaluator import HardPasskey
 from scaled_rope.evaluation.jobs import model_jobs
 from scaled_rope.evaluation.passkey_trials import run_trials
@@ -137,12 +138,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     evaluator = evaluator_of(args)
-    jobs = model_jobs(args)
+    failures: list[Failure] = []
+    jobs = model_jobs(args, failures)
     command, given = command_line(parser, argv), given_arguments(args)
     answers_file, args.output_file = args.output_file, None  # `run` would write a CSV file
     keys = f"{args.num_keys} key{'s' if args.num_keys > 1 else ''} in {args.dataset}"
     title = f"passkeys found, {keys}, with 95 % intervals, by context length (tokens)"
-    rows, code = run_trials(evaluator, jobs, args, command, given, title, format_share)
+    rows, code = run_trials(evaluator, jobs, args, command, given, title, format_share, failures)
     if args.heatmap is not None:
         save_heatmap(args.heatmap, [Panel.of_rows(job.name, cells) for job, cells in rows.items()])
         print(f"\nheat map: {args.heatmap}")

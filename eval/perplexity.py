@@ -106,10 +106,11 @@ if __name__ == "__main__":
 
 # What takes seconds to import stands below the flags.
 from scaled_rope.checkpoint import load_tokenizer
+from scaled_rope.evaluation.failures import Failure, report_failures
 from scaled_rope.evaluation.formatting import format_perplexity
 from scaled_rope.evaluation.jobs import model_jobs
 from scaled_rope.evaluation.perplexity_evaluator import Perplexity
-from scaled_rope.evaluation.runner import Failure, Parts, command_line, print_summary, report_failures, run_all
+from scaled_rope.evaluation.runner import Parts, command_line, print_summary, run_all
 
 
 def evaluator_of(args: argparse.Namespace, source: TokenSource | None = None) -> Perplexity:
@@ -145,7 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     sources, stride = check_arguments(args)
-    jobs = model_jobs(args)
+    failures: list[Failure] = []
+    jobs = model_jobs(args, failures if args.save_tokenized is None else None)
     if args.save_tokenized is not None:
         if len(sources) != 1 or sources[0].tokenized:
             raise ConfigError("save-tokenized takes one --dataset")
@@ -157,9 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluators = {source.title if several else "": evaluator_of(args, source) for source in sources}
     if len(evaluators) < len(sources):
         evaluators = {source.name: evaluator_of(args, source) for source in sources}
-    failures: list[Failure] = []
     found = run_all(evaluators, jobs, args, command_line(parser, argv), SEED, failures)
-    code = report_failures(failures, jobs)
+    code = report_failures(failures, jobs, evaluators)
     for name, rows in found.items():
         what = "perplexity of the first tokens" if stride is None else f"perplexity in sliding windows, stride {stride}"
         on = f", {name}" if name else ""

@@ -60,9 +60,10 @@ if __name__ == "__main__":
     refuse_early(lambda: check_arguments(build_parser().parse_args()))
 
 # What takes seconds to import stands below the flags.
+from scaled_rope.evaluation.failures import Failure, report_failures
 from scaled_rope.evaluation.jobs import model_jobs
 from scaled_rope.evaluation.quality_evaluator import Quality, describe_choices, write_accuracies
-from scaled_rope.evaluation.runner import Failure, command_line, print_summary, report_failures, run
+from scaled_rope.evaluation.runner import command_line, print_summary, run
 from scaled_rope.evaluation.statistics import format_share
 
 
@@ -77,9 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_tokens=args.max_tokens,
         too_long=args.too_long,
     )
-    jobs = model_jobs(args)
-    table, args.output_file = args.output_file, None  # `run` would write one line per model
     failures: list[Failure] = []
+    jobs = model_jobs(args, failures)
+    table, args.output_file = args.output_file, None  # `run` would write one line per model
     rows = run(evaluator, jobs, args, command_line(parser, argv), None, failures)
     code = report_failures(failures, jobs)
     if args.print_choices:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from scaled_rope.errors import ConfigError, suggestion
+from scaled_rope.versions import check_versions
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,13 +84,14 @@ def run_cli(main: Callable[[], int | None]) -> int:
 
 
 def refuse_early(check: Callable[[], object]) -> None:
-    """End the process with exit code 2 and one line if `check` raises `ConfigError`; for entry scripts.
+    """End the process with exit code 2 and one line if `check` raises `ConfigError`, or torch is too old; for scripts.
 
     A script calls this between its flags and the imports that take seconds.
     """
 
     def checked() -> None:
         check()
+        check_versions("torch", "transformers")
 
     if code := run_cli(checked):
         sys.exit(code)

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import glob
+import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 from scaled_rope.checkpoint import DEFAULT_MODEL, check_local
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.recipes import read_recipe
+from scaled_rope.results import check_writable, package_version
 from scaled_rope.scaling.record import check_spec
 from scaled_rope.scaling.registry import METHODS
 from scaled_rope.scaling.spec import Spec
@@ -28,6 +32,8 @@ ATTENTIONS = (
 )  # fmt: skip
 KERNELS = ("auto", "torch", "triton", "none")
 TARGETS = ("transformers", "vllm", "sglang", "llama.cpp")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPE_ALIASES = ("fp32", "bf16", "fp16", "half")
 H100_TFLOPS = 989.0
 """Dense bfloat16 rate of an H100 SXM in 10^12 FLOP/s."""
 
@@ -105,10 +111,36 @@ def check_model_arguments(args: argparse.Namespace) -> None:
     for flag, known in (("attention", ATTENTIONS), ("kernel", KERNELS)):
         if getattr(args, flag) not in known:
             raise unknown(flag, getattr(args, flag), known)
+    _check_numbers_and_device(args)
     if args.adapter and not (Path(args.adapter) / "adapter_config.json").is_file():
         raise ConfigError(f"--adapter {args.adapter!r} holds no adapter_config.json")
     if (output := getattr(args, "output", None)) is not None and Path(output).is_dir():
         raise ConfigError(f"--output {output} is a folder; name a file for the rows")
+    for name in ("output", "output_file", "heatmap"):
+        if (path := getattr(args, name, None)) is not None:
+            check_writable(path)
+
+
+_GPU_FILES = ("/dev/nvidia*", "/dev/nvgpu*", "/dev/nvhost*", "/dev/dxg", "/dev/kfd")
+"""Device files, one of which is there where torch can find a GPU on Linux: of NVIDIA's drivers (the second and third on
+Jetson boards), of Windows' subsystem for Linux, and of AMD's driver, whose GPUs torch calls "cuda" too."""
+
+
+def _check_numbers_and_device(args: argparse.Namespace) -> None:
+    """Refuse an unknown dtype, and a GPU where there is none; a device that is there is for torch to judge.
+
+    Raises:
+        ConfigError: either of these.
+    """
+    if args.dtype not in (*DTYPES, *DTYPE_ALIASES):
+        raise unknown("dtype", args.dtype, DTYPES)
+    if args.device is None or args.device.partition(":")[0] != "cuda":
+        return
+    version = package_version("torch") or ""
+    if version.endswith("+cpu"):
+        raise ConfigError(f"device {args.device!r} cannot be used: torch {version} is built without CUDA")
+    if sys.platform == "linux" and not any(glob.glob(pattern) for pattern in _GPU_FILES):
+        raise ConfigError(f"device {args.device!r} cannot be used: there is no GPU here ({', '.join(_GPU_FILES)})")
 
 
 PARAMETERS = ("window", "group", "chunk", "k", "logn")
@@ -312,6 +344,40 @@ def check_plan_arguments(args: argparse.Namespace) -> None:
     read_recipe(args.recipe)
 
 
+_LARGEST_GRID = 200
+
+
+def parse_grid(text: str, name: str = "grid", least: int = 1) -> tuple[float, ...]:
+    """Read "1.0:1.5:0.05" (start, end, step; the end included) or "1,1.1,1.25": positive numbers, ascending.
+
+    Args:
+        name: the name of the grid in error messages.
+        least: the least number of different values.
+
+    Raises:
+        ConfigError: not numbers, not positive, an empty or endless range, too few values.
+    """
+    form = "START:END:STEP or numbers separated by commas"
+    try:
+        numbers = [float(part) for part in text.split(":" if ":" in text else ",")]
+    except ValueError:
+        raise ConfigError(f"{name} {text!r} is not allowed; {form}") from None
+    if not all(math.isfinite(number) and number > 0 for number in numbers):
+        raise ConfigError(f"{name} {text!r} is not allowed; finite numbers above 0")
+    if ":" in text:
+        if len(numbers) != 3 or numbers[1] < numbers[0]:
+            raise ConfigError(f"{name} {text!r} is not allowed; {form}, START at most END")
+        start, end, step = numbers
+        count = math.floor((end - start) / step + 1e-9) + 1  # 1e-9: 0.5 / 0.05 is 9.999…
+        if count > _LARGEST_GRID:
+            raise ConfigError(f"{name} {text!r} is not allowed; {count} values, at most {_LARGEST_GRID}")
+        numbers = [round(start + index * step, 10) for index in range(count)]
+    values = tuple(sorted(set(numbers)))
+    if len(values) < least:
+        raise ConfigError(f"{name} {text!r} is not allowed; at least {least} different values")
+    return values
+
+
 def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `scaled-rope tune`."""
     add = parser.add_argument_group("model").add_argument
@@ -340,6 +406,23 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hide-progress", action="store_true")
 
 
+TUNED = ("attention_factor", "mscale", "factor", "dynamic")
+"""Fields of a scaling that `scaled-rope tune` sets itself."""
+
+
+def tune_specs(args: argparse.Namespace) -> list[str]:
+    """The scaling that the search begins with, for each factor.
+
+    Raises:
+        ConfigError: factors that are no positive numbers, or fields that the search sets itself.
+    """
+    fields = f",{args.fields}" if args.fields else ""
+    for name, _ in Spec.parse(f"yarn{fields}").fields:
+        if name in TUNED:
+            raise ConfigError(f"fields {args.fields!r} is not allowed; {', '.join(TUNED)} are what the search sets")
+    return [f"yarn:{factor!r}{fields}" for factor in parse_grid(args.factors, "factors")]
+
+
 def check_tune_arguments(args: argparse.Namespace) -> None:
     """Refuse what `scaled-rope tune` cannot do, as far as numbers, names and paths show it."""
     if args.dataset is None:
@@ -349,8 +432,16 @@ def check_tune_arguments(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} {getattr(args, name)} is not allowed; at least {least}")
     if args.attention not in ATTENTIONS:
         raise unknown("attention", args.attention, ATTENTIONS)
+    _check_numbers_and_device(args)
+    for spec in tune_specs(args):
+        check_spec(spec)
+    parse_grid(args.grid, least=3)
+    for name in ("beta_fast", "beta_slow"):
+        if getattr(args, name):
+            parse_grid(getattr(args, name), name.replace("_", "-"))
     if Path(args.output).is_file():
         raise ConfigError(f"--output {args.output} is a file; name a folder")
+    check_writable(Path(args.output) / "rows.jsonl")
     check_there(args.dataset)
     if args.model is not None:
         check_local(args.model)

@@ -18,6 +18,7 @@ import os
 import platform
 import shlex
 import subprocess
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -135,6 +136,29 @@ def provenance(device: object, seed: int | None, arguments: Mapping[str, Any]) -
         "seed": seed,
         "arguments": json.loads(json.dumps(_portable_values(arguments), default=str)),
     }
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise an error for a file that cannot be written to, before hours are spent; leaves nothing behind.
+
+    Raises:
+        ConfigError: no permission, not a file, or a place where no file can be made.
+    """
+    path = Path(path)
+    if path.exists():
+        try:
+            if path.is_file() or path.is_dir():  # opening a pipe would wait for its reader
+                open(path, "ab").close()
+        except OSError as error:
+            raise ConfigError(f"file {str(path)!r} cannot be used: {error.strerror or error}") from error
+        return
+    parent = next(parent for parent in path.parents if parent.exists())
+    try:
+        # Permissions don't say it: root may do everything, and yet no file can be made in /proc.
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"file {str(path)!r} cannot be used: {parent} is no folder that can be written to") from error
 
 
 def row_key(row: Mapping[str, Any]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+import re
 import subprocess
 import sys
 
@@ -10,7 +12,9 @@ import pytest
 
 from scaled_rope import flags
 from scaled_rope.attention import backends
-from scaled_rope.patching import rotary_kernel
+from scaled_rope.command_line import Parser
+from scaled_rope.errors import ConfigError
+from scaled_rope.patching import loading, rotary_kernel
 from scaled_rope.recipes import available
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.scaling.registry import METHODS
@@ -46,6 +50,21 @@ MISTAKES = {
     "-m scaled_rope plan demo --gpus 0": "--gpus 0 is not allowed; at least 1",
     "-m scaled_rope tune --dataset x --output README.md": "--output README.md is a file; name a folder",
     "eval/quality.py --output docs": "--output docs is a folder; name a file for the rows",
+    "eval/perplexity.py --dataset x --dtype int3": "unknown dtype 'int3'; known: auto, bfloat16, float16, float32",
+    "-m scaled_rope tune --dataset x --dtype flaot32": "unknown dtype 'flaot32'; did you mean 'float32'? "
+    "known: auto, bfloat16, float16, float32",
+    "-m scaled_rope tune --dataset x --factors 0": "factors '0' is not allowed; finite numbers above 0",
+    "-m scaled_rope tune --dataset x --factors 0.5": "factor=0.5: must be a finite number at least 1 and at most 1e+09",
+    "-m scaled_rope tune --dataset x --grid 1,1.1": "grid '1,1.1' is not allowed; at least 3 different values",
+    "-m scaled_rope tune --dataset x --beta-fast x": "beta-fast 'x' is not allowed; START:END:STEP or numbers "
+    "separated by commas",
+    "-m scaled_rope tune --dataset x --fields factor=2": "fields 'factor=2' is not allowed; attention_factor, mscale, "
+    "factor, dynamic are what the search sets",
+    "-m scaled_rope.report.paper table9 --shell": "unknown table or figure 'table9'; did you mean 'table6' or 'table5'?"
+    " known: figure1, figure5, figure6, table1, table2, table3, table4, table5, table6",
+    "eval/harness.py --tasks ,": "tasks=',': must name at least one task",
+    "eval/passkey.py --output README.md/rows.jsonl": "file 'README.md/rows.jsonl' cannot be used: README.md is no "
+    "folder that can be written to",
     "-m scaled_rope tune": "give --dataset: a path, a hub name or a corpus (books)",
     "finetune.py demo --sequence-lenght 5": "unrecognized arguments: --sequence-lenght 5; did you mean "
     "'--sequence-length' or '--sequence-parallel'? (see finetune.py --help)",
@@ -98,6 +117,8 @@ def test_names_that_flags_restate_are_those_of_their_modules() -> None:
     assert flags.ATTENTIONS == backends.ATTENTIONS
     assert flags.KERNELS == rotary_kernel.KERNELS
     assert flags.TARGETS == tuple(export.TARGETS)
+    assert flags.DTYPES == ("auto", *loading.DTYPES)
+    assert flags.DTYPE_ALIASES == tuple(loading.DTYPE_ALIASES)
 
 
 @pytest.mark.parametrize(
@@ -108,3 +129,59 @@ def test_lists_need_no_torch(line: str) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     imported = {text.rpartition("|")[2].strip() for text in done.stderr.splitlines()}
     assert done.returncode == 0 and done.stdout and not imported & {"torch", "transformers"}
+
+
+def test_grids() -> None:
+    assert flags.parse_grid("1.0:1.3:0.05") == (1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3)  # the end is in, without noise
+    assert flags.parse_grid("2,1, 1.5,2") == (1.0, 1.5, 2.0)
+    assert flags.parse_grid("0.9:1.0:0.03") == (0.9, 0.93, 0.96, 0.99)
+    assert flags.parse_grid("4") == (4.0,)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "START:END:STEP"),
+        ("1,x", "START:END:STEP"),
+        ("1:2", "START:END:STEP"),
+        ("1:2:0.1:4", "START:END:STEP"),
+        ("2:1:0.1", "START at most END"),
+        ("1:2:0", "above 0"),
+        ("1:2:-1", "above 0"),
+        ("0,1,2", "above 0"),
+        ("1,nan,2", "finite"),
+        ("1:inf:1", "finite"),
+        ("1:2:1e-9", "at most 200"),
+        ("1,2,2", "at least 3 different values"),
+    ],
+)
+def test_bad_grids(text: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        flags.parse_grid(text, "some grid", least=3)
+    assert "some grid" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "files", "said"),
+    [
+        ("2.13.0+cpu", ["/dev/nvidia0"], "2.13.0+cpu is built without CUDA"),
+        ("2.13.0", [], "there is no GPU here"),
+    ],
+)
+def test_a_gpu_that_is_not_there(version: str, files: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flags, "package_version", lambda _: version)
+    monkeypatch.setattr(flags.sys, "platform", "linux")
+    monkeypatch.setattr(flags.glob, "glob", lambda pattern: fnmatch.filter(files, pattern))
+
+    def check(device: str) -> None:
+        parser = Parser("some script")
+        flags.add_model_arguments(parser)
+        flags.check_model_arguments(parser.parse_args(["--device", device]))
+
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            check(device)
+    check("cpu")
+    monkeypatch.setattr(flags, "package_version", lambda _: "2.13.0")
+    files.append("/dev/nvidiactl")
+    check("cuda")  # torch has to say more

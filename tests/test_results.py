@@ -15,6 +15,7 @@ from scaled_rope import results
 from scaled_rope.errors import ConfigError
 from scaled_rope.results import (
     append_row,
+    check_writable,
     finished_keys,
     portable,
     portable_command,
@@ -190,3 +191,18 @@ def test_rows_name_no_path_of_this_machine(tmp_path: Path) -> None:
     given = {"output": tmp_path / "rows.jsonl", "model": [str(root / "out"), "org/name"], "lengths": "5", "factor": 2.5}
     record = provenance("cpu", None, given)["arguments"]
     assert record == {"output": "rows.jsonl", "model": ["out", "org/name"], "lengths": "5", "factor": 2.5}
+
+
+def test_a_place_where_no_file_can_be_made_is_told_from_one_where_it_can(tmp_path: Path) -> None:
+    there = tmp_path / "rows.jsonl"
+    there.write_text("{}\n")
+    for path in (there, tmp_path / "new.jsonl", tmp_path / "new" / "folder" / "rows.jsonl", "/dev/null"):
+        check_writable(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"] and there.read_text() == "{}\n"
+    with pytest.raises(ConfigError, match="rows.jsonl is no folder that can be written to"):
+        check_writable(there / "x.jsonl")
+    with pytest.raises(ConfigError, match="cannot be used: Is a directory"):
+        check_writable(tmp_path)
+    if Path("/proc/self").exists():  # all may write there, by its permissions, if root asks
+        with pytest.raises(ConfigError, match="/proc is no folder that can be written to"):
+            check_writable("/proc/rows.jsonl")

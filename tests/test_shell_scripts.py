@@ -148,3 +148,14 @@ def test_train_sh_reads_all_names_before_it_trains(words, said):
         env=os.environ | {"PYTHON": sys.executable},
     )  # fmt: skip
     assert done.returncode == 2 and said in done.stderr and "step" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("table9", "unknown table or figure 'table9'"), ("nothere", "unknown recipe 'nothere'")]
+)
+def test_eval_sh_reads_all_names_before_it_measures(name, said):
+    done = subprocess.run(
+        ["bash", "eval.sh", "table2", name], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PYTHON": sys.executable, "MODELS": "models/tiny-llama-256"},
+    )  # fmt: skip
+    assert done.returncode == 2 and said in done.stderr and done.stdout == ""

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -48,23 +49,23 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, block: in
     Returns:
         [B, H, T, D] in the dtype of q.
     """
-    batch, heads, length, dim = q.shape
-    groups = heads // k.shape[1]
     out = torch.empty_like(q)
+    grouped, into = (rearrange(x, "b (k group) t d -> b k group t d", k=k.shape[1]) for x in (q, out))  # views
+    batch, kv_heads, groups, length, dim = grouped.shape
     above = torch.full((block, block), -torch.inf, device=q.device).triu(1)  # hides later keys of the same block
     with bfloat16_products():
         for row in range(batch):
-            for head in range(k.shape[1]):
+            for head in range(kv_heads):
                 keys, values = k[row, head].float().t().contiguous(), v[row, head].float()
-                mine = slice(head * groups, (head + 1) * groups)
-                queries = q[row, mine].float() * scale
+                queries = grouped[row, head].float() * scale
                 for first in range(0, length, block):
                     end = min(first + block, length)
                     size = end - first
                     scores = torch.mm(queries[:, first:end].reshape(-1, dim), keys[:, :end])
                     scores.view(groups, size, end)[:, :, first:] += above[:size, :size]
                     torch.softmax(scores, dim=-1, out=scores)
-                    out[row, mine, first:end] = torch.mm(scores, values[:end]).view(groups, size, dim).to(q.dtype)
+                    found = torch.mm(scores, values[:end]).view(groups, size, dim)
+                    into[row, head, :, first:end] = found.to(q.dtype)
     return out
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 from scaled_rope.attention.regions import Regions, length_factor, rotated
@@ -93,13 +94,15 @@ def composed_attention(
     queries = q.to(exact)
     if regions.log_length is not None:
         queries = queries * length_factor(positions, regions.log_length).to(exact)[:, None]
-    v = v.repeat_interleave(groups, dim=1)
+    v = repeat(v, "b k t v -> b (k group) t v", group=groups)
     turned = [
         (
             rotated(queries, region.query(positions), inv_freq, interleaved).to(q.dtype),
-            rotated(k.to(exact), region.key(positions), inv_freq, interleaved)
-            .to(q.dtype)
-            .repeat_interleave(groups, dim=1),
+            repeat(
+                rotated(k.to(exact), region.key(positions), inv_freq, interleaved).to(q.dtype),
+                "b k t d -> b (k group) t d",
+                group=groups,
+            ),
         )
         for region in regions.near_to_far
     ]

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -128,20 +129,19 @@ def region_attention(
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     options = (inv_freq.to(q.device, exact), regions, scale, interleaved, block, gradients)
-    groups = q.shape[1] // k.shape[1]
     if q.device.type != "cpu" or gradients:
         return _attend(q.to(exact), k.to(exact), v.to(exact), *options).to(q.dtype)
     # One key head at a time keeps scores in the caches of a CPU; a GPU wants all of them at once.
-    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    grouped = rearrange(q, "b (k group) q d -> b k group q d", k=k.shape[1])
+    out = q.new_empty(*grouped.shape[:-1], v.shape[-1])
     with bfloat16_products() if q.dtype == torch.bfloat16 else nullcontext():
         for row in range(q.shape[0]):
             for head in range(k.shape[1]):
-                mine = slice(head * groups, (head + 1) * groups)
                 queries, keys, values = (
-                    x[None].to(exact) for x in (q[row, mine], k[row, head, None], v[row, head, None])
+                    x[None].to(exact) for x in (grouped[row, head], k[row, head, None], v[row, head, None])
                 )
-                out[row, mine] = _attend(queries, keys, values, *options)[0].to(q.dtype)
-    return out
+                out[row, head] = _attend(queries, keys, values, *options)[0].to(q.dtype)
+    return rearrange(out, "b k group q v -> b (k group) q v")
 
 
 def _attend(
@@ -213,7 +213,7 @@ def _block(
         seen = keys[index][:, :, first - spans[index] : last - spans[index]].transpose(-1, -2)
         into = None if scores is None else torch.split(scores, shares, dim=-1)[place]
         part = _product(turned, seen, into)
-        by_query = part.view(batch, kv_heads, groups, size, -1)
+        by_query = part.view(batch, kv_heads, groups, size, -1)  # a view: the mask is written through it
         stop = regions.near_to_far[index - 1].start if index else lambda i: i + 1
         begins, ends = region.start(at), stop(at)
         # A mask is needed only for keys at which the region begins or ends within this block of queries.

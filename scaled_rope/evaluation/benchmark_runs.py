@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from scaled_rope.evaluation.continuations import NO_LIMIT
+from scaled_rope.evaluation.failures import Failure, failing_alone
 from scaled_rope.evaluation.formatting import format_table
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader
 from scaled_rope.evaluation.lm_eval_tasks import Unit, job_cells, model_of_job
 from scaled_rope.evaluation.memory_meter import Meter
-from scaled_rope.evaluation.runner import Failure, failing_alone
 from scaled_rope.evaluation.saved_questions import SavedUnit, Scorer, save_requests
 from scaled_rope.results import Row, append_row, finished_keys, row_key, rows_so_far
 
@@ -52,7 +52,7 @@ class BenchmarkRun:
         finished = finished_keys(self.output)
         wanted: list[tuple[str, Row]] = []
         for job in jobs:
-            with failing_alone(failures, job):
+            with failing_alone(failures, job.name):
                 units = [(unit, job_cells(unit, job, self.max_length)) for unit in units_of(job)]
                 wanted += [(job.name, cell) for _, cells in units for cell in cells.values()]
                 missing = [
@@ -64,7 +64,7 @@ class BenchmarkRun:
                 for unit, cells in missing:
                     if not self.hide_progress:
                         print(f"{job.name}: {unit.name}", file=sys.stderr)
-                    with failing_alone(failures, job, unit.name):
+                    with failing_alone(failures, job.name, unit.name):
                         rows = self._ask(model, job, unit, next(iter(cells.values()))["protocol"]["max_length"])
                         source = {**record, "versions": record["versions"] | {"lm-eval": unit.version}}
                         for length, cell in cells.items():

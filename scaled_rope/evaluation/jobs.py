@@ -12,6 +12,7 @@ from typing import Any
 
 from scaled_rope.attention.backends import resolve_attention
 from scaled_rope.checkpoint import DEFAULT_MODEL, Checkpoint, display_name, open_checkpoint, weights_hash
+from scaled_rope.evaluation.failures import Failure, failing_alone, raise_if_same
 from scaled_rope.flags import NO_EFFECT, check_model_arguments, requested_specs
 from scaled_rope.patching.loading import apply_scaling, load_model, resolve_device, resolve_dtype, resolve_plan
 from scaled_rope.patching.region_attention import check_carrier
@@ -79,11 +80,14 @@ def _fingerprint(args: argparse.Namespace, name: str, config: Any) -> str:
     return hashlib.sha256(json.dumps([weights, adapter, options]).encode()).hexdigest()[:16]
 
 
-def model_jobs(args: argparse.Namespace) -> list[ModelJob]:
+def model_jobs(args: argparse.Namespace, failures: list[Failure] | None = None) -> list[ModelJob]:
     """Make a job of every model under every scaling that the flags name; checked as far as possible without weights.
 
+    failures: when given, a model that cannot be read, or not under one of the scalings, is added to it and left out.
+
     Raises:
-        ConfigError: a model, scaling, device, dtype or adapter that cannot be used.
+        ConfigError: a device, dtype or adapter that cannot be used; a model or scaling that cannot be used, unless
+            others can and there are `failures` for it.
     """
     for flag in args.no_effect or ():
         print(f"note: {flag} has no effect: {NO_EFFECT[flag]}", file=sys.stderr)
@@ -92,24 +96,38 @@ def model_jobs(args: argparse.Namespace) -> list[ModelJob]:
     resolve_attention(args.attention, device, dtype)
     resolve_kernel(args.kernel)
     check_model_arguments(args)
-    jobs = []
+    jobs: list[ModelJob] = []
     for name in args.model or [str(DEFAULT_MODEL)]:
-        checkpoint = open_checkpoint(name)
-        own = base = checkpoint.settings.scaling
-        if args.original_max_position_embeddings is not None:
-            base = replace(own, original_max_position_embeddings=args.original_max_position_embeddings)
-        fingerprint, head_dim = _fingerprint(args, name, checkpoint.config), checkpoint.settings.head_dim
-        plan = resolve_plan(checkpoint.settings, args.layers, args.drop_layers)
-        choice = [f"{args.layers} layers only"] if args.layers is not None else []
-        choice += [f"without RoPE in {','.join(map(str, args.drop_layers))}"] if args.drop_layers else []
-        for spec in requested_specs(args):
-            scaling = resolve_scaling(spec, base)
-            if scaling.changes_attention:
-                check_carrier(scaling.method, args.attention)
-            carried = scaling == own
-            words = ", ".join(choice)
-            jobs.append(ModelJob(name, spec, scaling, carried, head_dim, dtype, fingerprint, plan, words, checkpoint))
+        with failing_alone(failures, display_name(name)):
+            checkpoint = open_checkpoint(name)
+            fingerprint = _fingerprint(args, name, checkpoint.config)
+            for spec in requested_specs(args):
+                with failing_alone(failures, f"{display_name(name)}, {spec}"):
+                    jobs.append(_job(args, name, spec, checkpoint, fingerprint, dtype))
+    if failures and not jobs:
+        raise_if_same(failures)
     return jobs
+
+
+def _job(
+    args: argparse.Namespace, name: str, spec: str, checkpoint: Checkpoint, fingerprint: str, dtype: str
+) -> ModelJob:
+    """One model under one scaling.
+
+    Raises:
+        ConfigError: they don't fit together.
+    """
+    own = base = checkpoint.settings.scaling
+    if args.original_max_position_embeddings is not None:
+        base = replace(own, original_max_position_embeddings=args.original_max_position_embeddings)
+    plan = resolve_plan(checkpoint.settings, args.layers, args.drop_layers)
+    choice = [f"{args.layers} layers only"] if args.layers is not None else []
+    choice += [f"without RoPE in {','.join(map(str, args.drop_layers))}"] if args.drop_layers else []
+    scaling = resolve_scaling(spec, base)
+    if scaling.changes_attention:
+        check_carrier(scaling.method, args.attention)
+    head_dim, words = checkpoint.settings.head_dim, ", ".join(choice)
+    return ModelJob(name, spec, scaling, scaling == own, head_dim, dtype, fingerprint, plan, words, checkpoint)
 
 
 class ModelLoader:

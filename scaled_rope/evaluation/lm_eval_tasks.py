@@ -32,6 +32,7 @@ from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.evaluation.continuations import NO_LIMIT, context_limit
 from scaled_rope.evaluation.jobs import ModelJob
+from scaled_rope.evaluation.paper_benchmarks import PAPER, Benchmark
 from scaled_rope.evaluation.statistics import wilson_interval
 from scaled_rope.results import Row, package_version
 from scaled_rope.scaling.record import RopeScaling
@@ -41,29 +42,6 @@ TASKS = bundled("eval/tasks")
 """Our own tasks: passkeys, and the offline benchmarks."""
 
 _FEWSHOT_SEED = 1234  # lm-eval's default
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """The settings with which the paper's table 3 measures a task."""
-
-    metric: str
-    num_fewshot: int
-
-    @staticmethod
-    def offline_name(task: str) -> str:
-        """The task group that reads the same benchmark from a package archive."""
-        return f"{task}_offline"
-
-
-PAPER = {
-    "arc_challenge": Benchmark("acc_norm", 25),
-    "hellaswag": Benchmark("acc_norm", 10),
-    "mmlu": Benchmark("acc", 5),
-    "truthfulqa_mc2": Benchmark("acc", 0),
-}
-"""The benchmarks of the paper's table 3 by lm-eval's task name. MMLU is the plain mean over its 57 subjects."""
-
 _TASK_FOLDERS = ("arc", "hellaswag", "mmlu/default", "ruler", "truthfulqa")
 _PREFERRED_METRICS = ("acc_norm", "exact_match", "acc")
 # Shares between 0 and 1, which rows give in %. Metrics named by a length (RULER's tasks, passkeys) are shares as well.

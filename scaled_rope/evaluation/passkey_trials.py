@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from scaled_rope.evaluation.failures import Failure, report_failures
 from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.passkey_context import context_rows, context_table, record_contexts
 from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt
-from scaled_rope.evaluation.runner import Failure, print_summary, report_failures, run
+from scaled_rope.evaluation.runner import print_summary, run
 from scaled_rope.evaluation.statistics import tally
 from scaled_rope.patching.loading import resolve_device
 from scaled_rope.results import Row, provenance
@@ -100,6 +101,7 @@ def run_trials(
     given: Mapping[str, Any],
     title: str,
     show: Callable[[Row], str],
+    failures: list[Failure],
 ) -> tuple[dict[ModelJob, dict[int, Row]], int]:
     """Measure, record the passkey contexts of table 5 beside the rows, and print the tables of both.
 
@@ -109,11 +111,11 @@ def run_trials(
         given: the arguments, as the rows of passkey contexts record them.
         title: title of the table of rows.
         show: formats a row for that table.
+        failures: models that could not be read; those that cannot be measured are added.
 
     Returns:
         The rows by job and length, and the exit code.
     """
-    failures: list[Failure] = []
     rows = run(evaluator, jobs, args, command, evaluator.seed, failures)
     code = report_failures(failures, jobs)
     contexts = context_rows(rows)

@@ -127,7 +127,7 @@ def describe_choices(rows: Mapping[ModelJob, Mapping[int, Row]]) -> Iterator[str
 
 def write_accuracies(path: str, jobs: Sequence[ModelJob], rows: Mapping[ModelJob, Mapping[int, Row]]) -> None:
     """Write accuracies in the layout of the released files: a line of names, a line of values, empty if missing."""
-    cells: list[Row] = [next(iter(rows[job].values()), {}) for job in jobs]
+    cells: list[Row] = [next(iter(rows.get(job, {}).values()), {}) for job in jobs]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([job.model if job.carried else f"{job.model} {job.label}" for job in jobs])

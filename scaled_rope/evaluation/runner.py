@@ -8,23 +8,20 @@ and a model that fails leaves the others their results.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
-import errno
 import fcntl
 import io
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.failures import Failure, failing_alone, is_ours
 from scaled_rope.evaluation.formatting import format_table
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader
 from scaled_rope.evaluation.memory_meter import Meter, is_out_of_memory, release_memory
@@ -32,6 +29,7 @@ from scaled_rope.results import (
     OUT_OF_MEMORY,
     Row,
     append_row,
+    check_writable,
     portable_command,
     provenance,
     read_rows,
@@ -66,22 +64,6 @@ class Evaluator(Protocol):
     ) -> Iterator[tuple[int, Row]]:
         """Run the passes of one length: yield (context length, measured fields) and call `advance(tokens)`."""
         ...
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A model whose evaluation ended early."""
-
-    name: str
-    """The model, its scaling and the task."""
-    error: Exception
-    job: str
-    """The model and its scaling."""
-
-    def __str__(self) -> str:
-        lines = str(self.error).strip().splitlines() or [""]
-        kind = "" if isinstance(self.error, ConfigError) else f"{type(self.error).__name__}: "
-        return f"{self.name}: {kind}{lines[0]}"
 
 
 class _Failed(Exception):
@@ -141,25 +123,19 @@ def _check_output(path: str | Path) -> None:
     Raises:
         ConfigError: no permission, not a file, or another process keeps it locked.
     """
-    path = Path(path)
-    if not path.exists():
-        parent = next(parent for parent in path.absolute().parents if parent.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise ConfigError(f"file {str(path)!r} cannot be used: {parent} is no folder that can be written to")
+    check_writable(path)
+    if not Path(path).is_file():
         return
     deadline = time.monotonic() + _LOCK_SECONDS
-    try:
-        with open(path, "ab") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise ConfigError(f"file {str(path)!r} is locked by another process") from None
-                    time.sleep(0.1)
-    except OSError as error:
-        raise ConfigError(f"file {str(path)!r} cannot be used: {error.strerror or error}") from error
+    with open(path, "ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ConfigError(f"file {str(path)!r} is locked by another process") from None
+                time.sleep(0.1)
 
 
 def run(
@@ -176,8 +152,8 @@ def run(
     empty places, before the last one ends. A cell that runs out of memory becomes a row without a value and with
     `"error": "out of memory"`; the shorter lengths of its pass are measured without it.
 
-    failures: when given, a model that cannot be loaded or measured is added to it and the next one follows; without
-    it the exception is raised.
+    failures: when given, a model that cannot be read, loaded or measured is added to it and the next one follows;
+    without it the exception is raised.
     """
     return run_all({"": evaluator}, jobs, args, command, seed, failures)[""]
 
@@ -194,28 +170,28 @@ def run_all(
     finished = {
         row_key(row) for row in rows_so_far(args.output) if not (args.retry_oom and row.get("error") == OUT_OF_MEMORY)
     }
-    identities: dict[str, dict[ModelJob, dict[int, Row]]] = {
-        name: {
-            job: {length: {**job.fields(), **cell, "length": length} for length, cell in evaluator.cells(job).items()}
-            for job in jobs
-        }
-        for name, evaluator in evaluators.items()
-    }
+    identities: dict[str, dict[ModelJob, dict[int, Row]]] = {name: {} for name in evaluators}
     plan: dict[tuple[str, ModelJob], dict[int, list[int]]] = {}
+    total = 0
     for name, evaluator in evaluators.items():
         for job in jobs:
-            cells = identities[name][job].items()
-            missing = {length: key for length, row in cells if (key := row_key(row)) not in finished}
-            finished |= set(missing.values())  # two jobs may name the same scaling
-            plan[name, job] = evaluator.passes(job, list(missing)) if missing else {}
+            with failing_alone(failures, job.name, name):  # a tokenizer or a text that cannot be read, say
+                described = job.fields()
+                cells = {
+                    length: {**described, **cell, "length": length} for length, cell in evaluator.cells(job).items()
+                }
+                missing = {length: key for length, row in cells.items() if (key := row_key(row)) not in finished}
+                passes = evaluator.passes(job, list(missing)) if missing else {}
+                total += sum(evaluator.tokens(job, length) for length in passes)
+                identities[name][job], plan[name, job] = cells, passes
+                finished |= set(missing.values())  # two jobs may name the same scaling
     _check_output(args.output)
-    total = sum(evaluators[name].tokens(job, length) for (name, job), passes in plan.items() for length in passes)
     load = ModelLoader(args)
     record = {"command": command, **provenance(load.device, seed, given_arguments(args))}
     collected = {name: _collect(args.output, cells) for name, cells in identities.items()}
 
     def write_table() -> None:
-        if args.output_file:
+        if args.output_file and plan:
             named = {name: (evaluator.value, collected[name]) for name, evaluator in evaluators.items()}
             _write_csv(args.output_file, jobs, named)
 
@@ -229,7 +205,7 @@ def run_all(
         for job in jobs:
             bar.set_description(job.name)
             for name, evaluator in evaluators.items():
-                if not plan[name, job]:
+                if not plan.get((name, job)):
                     continue
                 try:
                     for row in _measure(evaluator, job, plan[name, job], load, bar.update):
@@ -237,7 +213,7 @@ def run_all(
                 except _Failed as failed:
                     if failures is None:
                         raise failed.error from None
-                    failures.append(Failure(f"{job.name} on {name}" if name else job.name, failed.error, job.name))
+                    failures.append(Failure(job.name, failed.error, name))
                 collected[name] = _collect(args.output, identities[name])
                 write_table()
     write_table()
@@ -295,40 +271,7 @@ def _measure(
 
 def _blamed(error: Exception) -> Exception:
     """Wrap an exception of a model's evaluation in `_Failed`, but not a full disk, which is not the model's fault."""
-    return error if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) else _Failed(error)
-
-
-@contextlib.contextmanager
-def failing_alone(failures: list[Failure], job: ModelJob, task: str = "") -> Iterator[None]:
-    """Within this context one model is evaluated: an exception is added to `failures`, so that the next model follows.
-
-    A full disk is raised all the same, since it is not the model's fault.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(_blamed(error), _Failed):
-            raise
-        failures.append(Failure(f"{job.name} on {task}" if task else job.name, error, job.name))
-        if is_out_of_memory(error):
-            release_memory()
-
-
-def report_failures(failures: Sequence[Failure], jobs: Sequence[ModelJob]) -> int:
-    """Print which models failed, and return the exit code.
-
-    Raises:
-        ConfigError: all of them failed for the same reason, and it was bad input.
-    """
-    if not failures:
-        return 0
-    first = failures[0].error
-    all_failed = {failure.job for failure in failures} >= {job.name for job in jobs}
-    if isinstance(first, ConfigError) and all_failed and len({str(failure.error) for failure in failures}) == 1:
-        raise first
-    for failure in failures:
-        print(f"failed: {failure}", file=sys.stderr)
-    return 1
+    return _Failed(error) if is_ours(error) else error
 
 
 def _collect(path: str, identities: Mapping[ModelJob, Mapping[int, Row]]) -> dict[ModelJob, dict[int, Row]]:
@@ -354,7 +297,7 @@ def _write_csv(
     for job in jobs:
         model = job.model if job.carried else f"{job.model} {job.label}"
         for name, (value, rows) in tables.items():
-            line = [rows[job].get(length, {}).get(value, "") for length in lengths]
+            line = [rows.get(job, {}).get(length, {}).get(value, "") for length in lengths]
             writer.writerow([f"{model} on {name}" if name else model, *line])
     write_atomic(path, text.getvalue())
 

@@ -222,8 +222,8 @@ def _summary(judged: Sequence[Mapping[str, float]]) -> Row:
     return found
 
 
-def read_requests(folder: str | Path, names: Sequence[str]) -> list[SavedUnit]:
-    """Read the benchmarks called `names` from a folder of requests.
+def read_requests(folder: str | Path, names: Sequence[str] | None = None) -> list[SavedUnit]:
+    """Read the benchmarks called `names` from a folder of requests; by default all that are there.
 
     Raises:
         ConfigError: no such folder or benchmark, or a file that holds no requests.
@@ -232,7 +232,7 @@ def read_requests(folder: str | Path, names: Sequence[str]) -> list[SavedUnit]:
     if not files:
         raise ConfigError(f"requests {str(folder)!r} is no folder with saved requests; make it with --save-requests")
     units = []
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(files if names is None else names):
         if name not in files:
             raise unknown(f"task in {folder}:", name, files)
         lines = read_rows(files[name])

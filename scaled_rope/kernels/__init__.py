@@ -4,6 +4,10 @@ Triton is imported when it is first used: everything works, on the CPU, without 
 Knows nothing of models.
 """
 
+from scaled_rope.versions import check_versions
+
+check_versions("torch")  # before an import that would fail in many lines
+
 from scaled_rope.kernels.decode import DecodeAngles, rotary_decode
 from scaled_rope.kernels.rotary import (
     apply_rotary,

@@ -37,7 +37,7 @@ from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, PRIMARY_LAYER_TYPE, 
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings, resolve_scaling, with_primary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 
 # ------------------------------------------------------------------------------------------- names to torch objects
@@ -67,7 +67,7 @@ def resolve_dtype(name: str, device: torch.device) -> str:
     """
     if name == "auto":
         return "bfloat16" if device.type == "cuda" else "float32"
-    name = _DTYPE_ALIASES.get(name, name)
+    name = DTYPE_ALIASES.get(name, name)
     if name not in DTYPES:
         raise unknown("dtype", name, ["auto", *DTYPES])
     return name

@@ -3,3 +3,7 @@
 Holds the checks of configs and of loaded models, figures of scalings, the targets of an export, and GGUF files.
 Knows nothing of training, evaluation and tuning.
 """
+
+from scaled_rope.versions import check_versions
+
+check_versions("torch", "transformers")  # before an import that would fail in many lines

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from einops import rearrange
 
 from scaled_rope.checkpoint import load_config
 from scaled_rope.errors import ConfigError
@@ -68,8 +69,8 @@ def interleave(weight: Array, heads: int) -> Array:
 
 def _interleaving(rows: int, heads: int) -> Array:
     """Where each row comes from: the two halves of every head, one row of each in turn."""
-    halves = np.arange(rows).reshape(heads, 2, rows // heads // 2)
-    return halves.swapaxes(1, 2).reshape(-1)
+    places: Array = rearrange(np.arange(rows), "(head half i) -> (head i half)", head=heads, half=2)
+    return places
 
 
 def write_checkpoint(folder: str | Path, path: str | Path, rope: GgufRope) -> None:

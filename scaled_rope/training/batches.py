@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from einops import rearrange
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loss import IGNORE
@@ -57,7 +58,7 @@ def step_batches(
         ConfigError: a row with a token id outside the model's `vocabulary`.
     """
     indices = step_rows(len(rows), recipe.global_batch_size, step, recipe.seed)
-    mine = indices.reshape(-1, ranks, recipe.batch_size)[:, rank]
+    mine = rearrange(indices, "(step rank row) -> rank step row", rank=ranks, row=recipe.batch_size)[rank]
 
     def fetch(index: int) -> LoadedRow:
         tokens, weight = rows.row(index)

@@ -10,48 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from scaled_rope.errors import ConfigError
 from scaled_rope.scaling.record import RopeScaling
 
 Floats = npt.NDArray[np.float64]
 LEVEL = 0.9
 """Coverage of the bootstrap intervals."""
 DRAWS = 1000
-_LARGEST_GRID = 200
 
 
 # ------------------------------------------------------------------------------------------------------ pure functions
-
-
-def parse_grid(text: str, name: str = "grid", least: int = 1) -> tuple[float, ...]:
-    """Read "1.0:1.5:0.05" (start, end, step; the end included) or "1,1.1,1.25": positive numbers, ascending.
-
-    Args:
-        name: the name of the grid in error messages.
-        least: the least number of different values.
-
-    Raises:
-        ConfigError: not numbers, not positive, an empty or endless range, too few values.
-    """
-    form = "START:END:STEP or numbers separated by commas"
-    try:
-        numbers = [float(part) for part in text.split(":" if ":" in text else ",")]
-    except ValueError:
-        raise ConfigError(f"{name} {text!r} is not allowed; {form}") from None
-    if not all(math.isfinite(number) and number > 0 for number in numbers):
-        raise ConfigError(f"{name} {text!r} is not allowed; finite numbers above 0")
-    if ":" in text:
-        if len(numbers) != 3 or numbers[1] < numbers[0]:
-            raise ConfigError(f"{name} {text!r} is not allowed; {form}, START at most END")
-        start, end, step = numbers
-        count = math.floor((end - start) / step + 1e-9) + 1  # 1e-9: 0.5 / 0.05 is 9.999…
-        if count > _LARGEST_GRID:
-            raise ConfigError(f"{name} {text!r} is not allowed; {count} values, at most {_LARGEST_GRID}")
-        numbers = [round(start + index * step, 10) for index in range(count)]
-    values = tuple(sorted(set(numbers)))
-    if len(values) < least:
-        raise ConfigError(f"{name} {text!r} is not allowed; at least {least} different values")
-    return values
 
 
 @dataclass(frozen=True)

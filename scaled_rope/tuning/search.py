@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from einops import rearrange
 from tqdm import tqdm
 
 from scaled_rope.checkpoint import display_name, encode, load_config, load_tokenizer
@@ -44,11 +45,10 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.formatting import format_perplexity, format_table
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
 from scaled_rope.evaluation.runner import given_arguments
-from scaled_rope.flags import add_model_arguments, add_tune_arguments, check_tune_arguments
+from scaled_rope.flags import add_model_arguments, add_tune_arguments, check_tune_arguments, parse_grid, tune_specs
 from scaled_rope.patching.loss import IGNORE, token_nll
 from scaled_rope.results import Row, append_row, portable_command, provenance, row_key, rows_so_far, write_atomic
 from scaled_rope.scaling.record import RopeScaling
-from scaled_rope.scaling.spec import Spec
 from scaled_rope.texts.corpora import CORPORA, fetch
 from scaled_rope.texts.documents import read_documents
 from scaled_rope.texts.packed import open_rows
@@ -65,7 +65,6 @@ from scaled_rope.tuning.curves import (
     paper_attention_factor,
     paper_slope,
     parabola_minimum,
-    parse_grid,
     resample,
     segment_bounds,
     segment_sums,
@@ -76,7 +75,6 @@ Tokens = npt.NDArray[np.int64]
 Score = Callable[[RopeScaling, Tokens], npt.NDArray[Any]]
 """Nats of tokens 1 … n-1 of a window of n tokens under a scaling."""
 METRIC = "segment_nll"
-_TUNED = ("attention_factor", "mscale", "factor", "dynamic")
 
 
 # ------------------------------------------------------------------------------------------------------------- windows
@@ -188,8 +186,9 @@ class Sweep:
     def measure(self, scalings: Sequence[RopeScaling]) -> Floats:
         """Mean nats per token [scalings, windows, segments] of scalings with one factor."""
         self._bar.total = max(self._bar.total or 0, self._bar.n + self.missing(scalings))
-        means = [[self._one(scaling, window) for scaling in scalings] for window in self.windows]
-        return np.asarray(means, dtype=np.float64).transpose(1, 0, 2)
+        by_window = np.array([[self._one(scaling, window) for scaling in scalings] for window in self.windows])
+        means: Floats = rearrange(by_window, "window scaling segment -> scaling window segment")
+        return means
 
     def _one(self, scaling: RopeScaling, window: ScoredWindow) -> list[float]:
         tokens, row = self._cell(scaling, window)
@@ -274,7 +273,8 @@ def summarise(tuned: Sequence[Tuned], seed: int) -> Row:
         drawn = minima.get(one.factor)
         paper = paper_attention_factor(one.factor)
         at_paper = interpolate(one.grid, one.curve, paper)
-        per_segment = [parabola_minimum(one.grid, column.mean(axis=1)) for column in one.means.transpose(2, 0, 1)]
+        by_segment = rearrange(one.means, "point window segment -> segment point window")
+        per_segment = [parabola_minimum(one.grid, curves.mean(axis=1)) for curves in by_segment]
         factors.append(
             {
                 "factor": one.factor,
@@ -421,12 +421,7 @@ def _loading_arguments(args: argparse.Namespace) -> argparse.Namespace:
 
 def _starts(args: argparse.Namespace, own: RopeScaling) -> list[RopeScaling]:
     """The scaling that the search begins with, for each factor."""
-    fields = f",{args.fields}" if args.fields else ""
-    for name, _ in Spec.parse(f"yarn{fields}").fields:
-        if name in _TUNED:
-            raise ConfigError(f"fields {args.fields!r} is not allowed; {', '.join(_TUNED)} are what the search sets")
-    factors = parse_grid(args.factors, "factors")
-    return [RopeScaling.from_spec(f"yarn:{factor!r}{fields}", own) for factor in factors]
+    return [RopeScaling.from_spec(spec, own) for spec in tune_specs(args)]
 
 
 def _ramps(args: argparse.Namespace, start: RopeScaling) -> list[tuple[float, float]]:

@@ -14,8 +14,8 @@ from scaled_rope.checkpoint import DEFAULT_MODEL, encode, load_tokenizer
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation import benchmark_runs
 from scaled_rope.evaluation.benchmark_runs import BenchmarkRun, benchmark_table
+from scaled_rope.evaluation.failures import Failure, report_failures
 from scaled_rope.evaluation.jobs import ModelJob
-from scaled_rope.evaluation.runner import Failure, report_failures
 from scaled_rope.evaluation.saved_questions import SavedUnit
 from scaled_rope.results import read_rows
 

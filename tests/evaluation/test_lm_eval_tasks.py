@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from scaled_rope.checkpoint import DEFAULT_MODEL, load_tokenizer
-from scaled_rope.evaluation.lm_eval_tasks import PAPER, Catalogue, measured_rows, model_class
+from scaled_rope.evaluation.lm_eval_tasks import Catalogue, measured_rows, model_class
+from scaled_rope.evaluation.paper_benchmarks import PAPER
 from tests.helpers.lm_eval_runs import (
     TRAINED,
     checkpoint,  # noqa: F401

@@ -53,6 +53,8 @@ def test_saved_requests_give_the_rows_of_lm_eval(
             for name in ("value", "standard_error")[: 1 if "tasks" in row else 2]:
                 # both from float32 log-likelihoods of the same batches; sums of a few float64 in another order
                 assert row[name] == pytest.approx(other[name], rel=1e-9, abs=1e-9), row["protocol"]["task"]
+    everything = asked(tmp_path, "--requests", str(saved))
+    assert {row["protocol"]["task"] for row in everything} == {"arc_challenge", "hellaswag", "truthfulqa_mc2", "mmlu"}
     other_model = tmp_path / "other"
     shutil.copytree(DEFAULT_MODEL, other_model)
     tokenizer = json.loads((other_model / "tokenizer.json").read_text())

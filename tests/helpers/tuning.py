@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from scaled_rope.tuning import curves
+from scaled_rope.flags import parse_grid
 
-GRID = curves.parse_grid("1.0:1.5:0.05")
+GRID = parse_grid("1.0:1.5:0.05")

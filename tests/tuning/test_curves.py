@@ -7,39 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaled_rope.errors import ConfigError
 from scaled_rope.tuning import curves
 from tests.helpers.tuning import GRID
-
-
-def test_grids() -> None:
-    assert GRID == (1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.35, 1.4, 1.45, 1.5)  # the end is in, without noise
-    assert curves.parse_grid("2,1, 1.5,2") == (1.0, 1.5, 2.0)
-    assert curves.parse_grid("0.9:1.0:0.03") == (0.9, 0.93, 0.96, 0.99)
-    assert curves.parse_grid("4") == (4.0,)
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("", "START:END:STEP"),
-        ("1,x", "START:END:STEP"),
-        ("1:2", "START:END:STEP"),
-        ("1:2:0.1:4", "START:END:STEP"),
-        ("2:1:0.1", "START at most END"),
-        ("1:2:0", "above 0"),
-        ("1:2:-1", "above 0"),
-        ("0,1,2", "above 0"),
-        ("1,nan,2", "finite"),
-        ("1:inf:1", "finite"),
-        ("1:2:1e-9", "at most 200"),
-        ("1,2,2", "at least 3 different values"),
-    ],
-)
-def test_bad_grids(text: str, complaint: str) -> None:
-    with pytest.raises(ConfigError, match=complaint) as caught:
-        curves.parse_grid(text, "some grid", least=3)
-    assert "some grid" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @given(

@@ -21,9 +21,9 @@ from scaled_rope import RopeScaling, patch_model
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.jobs import ModelLoader
-from scaled_rope.flags import add_tune_arguments
+from scaled_rope.flags import add_tune_arguments, parse_grid
 from scaled_rope.results import Row, portable, read_rows
-from scaled_rope.tuning import curves, search
+from scaled_rope.tuning import search
 from tests.helpers.models import Make
 from tests.helpers.tuning import GRID
 
@@ -153,7 +153,7 @@ def test_the_ramp_is_searched_and_the_attention_factor_again(tmp_path: Path) -> 
 
 def test_edges_and_other_doubts_are_told(tmp_path: Path) -> None:
     one = sweep(tmp_path / "rows.jsonl", planted, windows=1)
-    grid = curves.parse_grid("1.1:1.5:0.1")
+    grid = parse_grid("1.1:1.5:0.1")
     summary = search.summarise([search.tune_factor(one, start(factor), grid) for factor in (2, 8)], seed=0)
     low, inside = summary["factors"]
     assert (low["edge"], low["attention_factor"]) == ("lower", 1.1) and inside["edge"] is None
@@ -167,7 +167,7 @@ def test_edges_and_other_doubts_are_told(tmp_path: Path) -> None:
         return planted(scaling, tokens, a=-0.05)
 
     one = sweep(tmp_path / "falling.jsonl", falling)
-    summary = search.summarise([search.tune_factor(one, start(4), curves.parse_grid("0.7:1.2:0.1"))], seed=0)
+    summary = search.summarise([search.tune_factor(one, start(4), parse_grid("0.7:1.2:0.1"))], seed=0)
     assert summary["fit"]["a"] == pytest.approx(-0.05, abs=1e-3) and summary["fit"]["spec"] is None
     assert any("mscale cannot express" in note for note in search.remarks(summary))
 
@@ -186,7 +186,7 @@ def test_a_model_with_another_temperature_at_s_1_is_told(tmp_path: Path) -> None
         miss = scaling.attention_factor - (0.1 * math.log(scaling.factor) + 0.88)
         return np.full(len(tokens) - 1, 2 + miss**2)
 
-    one, grid = sweep(tmp_path / "rows.jsonl", score, windows=2), curves.parse_grid("0.8:1.2:0.05")
+    one, grid = sweep(tmp_path / "rows.jsonl", score, windows=2), parse_grid("0.8:1.2:0.05")
     summary = search.summarise([search.tune_factor(one, start(factor), grid) for factor in (1, 2, 4, 8)], seed=0)
     free = summary["fit"]["free"]
     assert (free["a"], free["intercept"]) == (pytest.approx(0.1, abs=1e-3), pytest.approx(0.88, abs=1e-3))
