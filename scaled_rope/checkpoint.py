@@ -5,7 +5,9 @@ Knows nothing of weights and of how a model is patched.
 
 from __future__ import annotations
 
+import copy
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -18,7 +20,7 @@ from typing import Any
 
 from scaled_rope.bundled import bundled
 from scaled_rope.errors import ConfigError
-from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, nested_types, read_by_attention
+from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, nested_types, read_by_attention, text_path
 from scaled_rope.scaling.record import RopeScaling, RopeSettings
 
 
@@ -114,13 +116,16 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
 
     with reading("model", name):
         raw, _ = transformers.PreTrainedConfig.get_config_dict(name)
-        rope = raw.get("rope_parameters")
+        path = text_path(raw)
+        rope = functools.reduce(lambda part, key: part[key], path, raw).get("rope_parameters")
         if CUSTOM_ROPE_TYPE not in str(rope) or raw.get("model_type") not in transformers.CONFIG_MAPPING:
             return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         # Some config classes reject rope types that they do not know, so ours is set after they have checked the rest.
         family = transformers.CONFIG_MAPPING[raw["model_type"]]
-        config = family.from_dict({**raw, "rope_parameters": without_custom_rope(rope)})
-        config.rope_parameters = rope
+        unscaled = copy.deepcopy(raw)
+        functools.reduce(lambda part, key: part[key], path, unscaled)["rope_parameters"] = without_custom_rope(rope)
+        config = family.from_dict(unscaled)
+        config.get_text_config(decoder=True).rope_parameters = rope
         return config
 
 

@@ -133,7 +133,7 @@ def _inputs(base: PreTrainedModel) -> list[Callable[[], dict[str, Any]]]:
     ]
 
 
-class _StandIn(nn.Module):
+class StandIn(nn.Module):
     """A module in the place of another, whose attributes it shows."""
 
     def __init__(self, original: nn.Module, function: Callable[..., Any]) -> None:
@@ -158,10 +158,10 @@ def _stand_ins(
     try:
         for place in places:
             if not any(place.path.startswith(f"{path}.") for path, _ in lists):
-                place.put(base, _StandIn(place.module, _constant_tables(place.module, numbers[place.path])))
+                place.put(base, StandIn(place.module, _constant_tables(place.module, numbers[place.path])))
         for path, layers in lists:
             for index, layer in enumerate(layers):
-                layers._modules[str(index)] = _StandIn(layer, _noting(f"{path}.{index}", numbers, use, as_tuple))
+                layers._modules[str(index)] = StandIn(layer, _noting(f"{path}.{index}", numbers, use, as_tuple))
         yield
     finally:
         for layers, modules in before:

@@ -251,7 +251,7 @@ def _build_unscaled(config: Any) -> bool:
 
     transformers refuses to build a rope_type that it does not know; `apply_scaling` installs the scaling later.
     """
-    text = config.get_text_config()
+    text = config.get_text_config(decoder=True)
     rope = getattr(text, "rope_parameters", None)
     if CUSTOM_ROPE_TYPE not in str(rope):
         return False
@@ -261,6 +261,23 @@ def _build_unscaled(config: Any) -> bool:
     return True
 
 
+def _auto_class(config: Any) -> Any:
+    """The class of transformers that builds the model of a config: of those for text, or for images and text, the one
+    that knows the architecture that the config names, or else the config's class."""
+    kinds = [transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText]
+    known = {kind: _class_names(kind, config) for kind in kinds}
+    named = [kind for kind in kinds if known[kind] & set(config.architectures or ())]
+    return next(iter([*named, *(kind for kind in kinds if known[kind])]), kinds[0])
+
+
+def _class_names(kind: Any, config: Any) -> set[str]:
+    """The names of the models that one of transformers' automatic classes builds from configs of a class."""
+    if type(config) not in kind._model_mapping:
+        return set()
+    found = kind._model_mapping[type(config)]
+    return {each.__name__ for each in (found if isinstance(found, tuple | list) else [found])}
+
+
 def _read_weights(name: str, config: Any, **options: Any) -> Any:
     """Build the model of a checkpoint with all of its weights.
 
@@ -268,7 +285,7 @@ def _read_weights(name: str, config: Any, **options: Any) -> Any:
         ConfigError: damaged files; weights that are missing, too many or of another shape.
     """
     with reading("model", name):
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        model, info = _auto_class(config).from_pretrained(
             name, config=config, use_safetensors=True, output_loading_info=True, **options
         )
     # transformers only logs these, and fills what is missing with random numbers.

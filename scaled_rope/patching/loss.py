@@ -24,6 +24,7 @@ from transformers import DynamicCache
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.cache_argument import cache_name, returned_cache
 from scaled_rope.patching.forward_pass import lengths
+from scaled_rope.patching.output_head import decoder_of, output_head, own_logits
 from scaled_rope.results import package_version
 
 IGNORE = -100
@@ -72,19 +73,21 @@ def _fused_lacks(device: torch.device, model: nn.Module | None) -> str:
     if type(head) is not nn.Linear:
         return f"an output projection that is a plain linear layer, this is {type(head).__name__}"
     # Liger has a soft cap, but it does not run in Triton's interpreter, so no test of ours covers it.
-    return "" if _post_processing(model)[1] is None else "logits without a soft cap"
-
-
-# Configuration fields by which an architecture changes its logits after the projection. The two that `project`
-# applies are missing here; any other one would make the loss silently wrong, so it is refused.
-_UNHANDLED = ("logits_scaling", "lm_head_multiplier", "unpadded_vocab_size")
+    around = output_head(_causal_lm(model))
+    if not around.followed:
+        return "a projection that comes straight after the decoder"
+    if around.width is not None:
+        return "a projection that is not wider than the logits"
+    return "" if around.cap is None else "logits without a soft cap"
 
 
 def _causal_lm(model: nn.Module) -> Any:
-    """The transformers model inside a PEFT wrapper, or `model` itself."""
+    """The transformers model inside a PEFT wrapper or around the text part of a multimodal one, or `model` itself."""
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     if not hasattr(inner, "get_output_embeddings") or inner.get_output_embeddings() is None:
         raise ConfigError(f"model {type(model).__name__} has no output projection; a causal language model is needed")
+    while (decoder := decoder_of(inner)).get_output_embeddings() is not None:
+        inner = decoder  # Llama 4 has its causal language model inside the one for images and text
     return inner
 
 
@@ -95,7 +98,7 @@ def hidden_states(
 
     separate: attention does not cross the borders where positions start anew.
     """
-    base = _causal_lm(model).base_model
+    base = decoder_of(_causal_lm(model))
     # Without a mask transformers takes any jump in positions for a border between packed sequences.
     mask = None if position_ids is None or separate else torch.ones_like(input_ids)
     output = base(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
@@ -114,7 +117,7 @@ def _hidden_pieces(
 
     cache: holds the positions before `start` and takes up the others; by default a new one.
     """
-    base = _causal_lm(model).base_model
+    base = decoder_of(_causal_lm(model))
     mask = None if position_ids is None else torch.ones_like(input_ids)
     # A scale that depends on the length is the same for every piece: that of the whole text.
     whole = torch.tensor([input_ids.shape[1]]) if position_ids is None else position_ids.amax(dim=-1) + 1
@@ -165,30 +168,15 @@ def project(model: nn.Module, hidden: Tensor) -> Tensor:
     """Float32 logits [..., V] of `hidden` [..., H], including the architecture's own scaling and soft cap.
 
     The projection is the model's own module, called as such, because sharding (ZeRO-3, FSDP) gathers weights in hooks.
-
-    Raises:
-        ConfigError: the architecture changes its logits in a way that is not known here.
     """
-    scale, cap = _post_processing(model)
-    logits: Tensor = _causal_lm(model).get_output_embeddings()(hidden).float()
-    if scale is not None:
-        logits = logits * scale
-    if cap is not None:
-        logits = torch.tanh(logits / cap) * cap
-    return logits
-
-
-def _post_processing(model: nn.Module) -> tuple[float | None, float | None]:
-    """The factor (Cohere) and the soft cap (Gemma 2 and later) of a model's logits.
-
-    Raises:
-        ConfigError: the model changes its logits in another way.
-    """
-    config = _causal_lm(model).config.get_text_config()
-    for field in _UNHANDLED:
-        if getattr(config, field, None) not in (None, 1, 1.0):
-            raise ConfigError(f"model_type {config.model_type!r} is not supported: it post-processes logits by {field}")
-    return getattr(config, "logit_scale", None), getattr(config, "final_logit_softcapping", None)
+    inner = _causal_lm(model)
+    head = output_head(inner)
+    if not head.followed:
+        return own_logits(inner, hidden)
+    if head.hidden_scale != 1.0:
+        hidden = hidden * head.hidden_scale
+    logits: Tensor = inner.get_output_embeddings()(hidden)
+    return head.after(logits.float())
 
 
 def token_nll(
@@ -221,7 +209,7 @@ def token_nll(
             rounding only: "fused" applies the factor of Cohere's logits before the projection.
 
     Raises:
-        ConfigError: not a causal language model, or logits that `project` cannot reproduce.
+        ConfigError: not a causal language model.
     """
     if prefill_chunk is None or prefill_chunk >= input_ids.shape[1]:
         hidden = hidden_states(model, input_ids, position_ids, separate)
@@ -273,7 +261,8 @@ def _fused(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    scale, _ = _post_processing(model)
+    around = output_head(_causal_lm(model))
+    scale = around.scale * around.hidden_scale
     head = _causal_lm(model).get_output_embeddings()
     fused = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, reduction="none", accum_dtype=torch.float32)
 
@@ -290,7 +279,7 @@ def _fused(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
             return cast(Tensor, fused(head.weight, hidden, targets, head.bias))
 
     with _forward_as(head, forward):
-        return cast(Tensor, head(hidden if scale is None else hidden * scale))
+        return cast(Tensor, head(hidden if scale == 1.0 else hidden * scale))
 
 
 @contextlib.contextmanager
