@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     bases = [part for part in parts if part.base_model is part]
     with_rotary = [base for base in bases if rotary_places(base)]
     if not with_rotary:
-        raise ConfigError(f"architecture {text_config(parts[0]).model_type!r}: {_why_no_rotary(text_config(parts[0]))}")
+        raise ConfigError(f"architecture {text_config(parts[0]).model_type!r}: {_why_no_rotary(parts[0])}")
     # By identity, since a part for images is a model too, and may have a config of the same class.
     whole, wanted = set(parts[0].modules()), text_config(parts[0])
     candidates = [base for base in with_rotary if base.config is wanted and base in whole]
@@ -67,10 +68,18 @@ def text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
-def _why_no_rotary(config: Any) -> str:
-    kind = getattr(config, "position_embedding_type", "rope")
+def _why_no_rotary(model: PreTrainedModel) -> str:
+    kind = getattr(text_config(model), "position_embedding_type", "rope")
     if kind != "rope":
         return f"position_embedding_type={kind!r} means no rotary embedding, so there is nothing to scale"
+    for module in model.modules():
+        function = inspect.unwrap(type(module).forward)
+        code = getattr(function, "__code__", None)
+        if code is not None and any("rotary" in name for name in code.co_names):
+            return (
+                f"{type(module).__name__} makes its angles itself, without a rotary module that holds frequencies; to "
+                "scale it, its code would have to be changed"
+            )
     return "has no rotary module, so there is nothing to scale"
 
 

@@ -224,12 +224,14 @@ def begin_deferred(
     cache: Any,
     contents: CacheContents | None,
     dropped: tuple[int, ...],
+    layers: tuple[int, ...],
 ) -> DeferredPass:
     """Return the state for a pass of a base model that is about to run.
 
     Args:
         position_ids: [B or 1, Q].
         contents: the note on a cache that is not empty.
+        layers: the indices of the layers that rotate when they read; recurrent ones have no keys.
 
     Raises:
         ConfigError: positions that do not continue those in the cache; a cache that cannot say which keys it returns.
@@ -261,7 +263,7 @@ def begin_deferred(
                 "DynamicCache or a StaticCache, or use_cache=False"
             )
         count = position_ids.shape[1]
-        for layer in range(config.num_hidden_layers):
+        for layer in layers:
             length, first = cache.get_mask_sizes(count, layer)
             current.sizes[layer] = int(length), int(first)
     return current

@@ -261,7 +261,7 @@ def _build_unscaled(config: Any) -> bool:
     return True
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     """The class of transformers that builds the model of a config: of those for text, or for images and text, the one
     that knows the architecture that the config names, or else the config's class."""
     kinds = [transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText]
@@ -285,7 +285,7 @@ def _read_weights(name: str, config: Any, **options: Any) -> Any:
         ConfigError: damaged files; weights that are missing, too many or of another shape.
     """
     with reading("model", name):
-        model, info = _auto_class(config).from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             name, config=config, use_safetensors=True, output_loading_info=True, **options
         )
     # transformers only logs these, and fills what is missing with random numbers.

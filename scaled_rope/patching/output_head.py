@@ -33,8 +33,8 @@ class OutputHead:
     width: int | None = None
     """The number of logits that are kept, where the projection is padded to more; None: all."""
     followed: bool = True
-    """Whether the numbers above say all of it. Otherwise, as where another layer comes before the projection, the model's
-    own forward pass computes its logits, see `own_logits`."""
+    """Whether the numbers above say all of it. Otherwise, as where another layer comes before the projection, the
+    model's own forward pass computes its logits, see `own_logits`."""
 
     def after(self, logits: Tensor) -> Tensor:
         """Logits [..., V], float32, from the output of the projection."""

@@ -57,6 +57,8 @@ class Passes:
     unrotated: bool = False
     """Whether attention gets unrotated keys in every pass and rotates them itself, as in methods that change it."""
     dropped: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()
+    """The indices of the layers whose attention can rotate cached keys."""
     rotary_path: str = field(default="rotary_emb", repr=False)
 
     def hook(self, base: nn.Module) -> list[RemovableHandle]:
@@ -116,7 +118,9 @@ class Passes:
         current.positions, changed = _positions(given, given[name], start)
         if deferred:
             rotary: Any = module.get_submodule(self.rotary_path)
-            current.deferred = begin_deferred(module, rotary, current.positions, cache, contents, self.dropped)
+            current.deferred = begin_deferred(
+                module, rotary, current.positions, cache, contents, self.dropped, self.layers
+            )
         elif self.stepped and start:
             self._keep_up(module, current, start)
         forward_pass.begin(current)

@@ -228,6 +228,8 @@ def _watch_passes(base: PreTrainedModel, state: _State) -> list[RemovableHandle]
         # The pairing is probed with tables in the layout of the family's own function, not in the kernel's.
         state.deferred, passes.obstacle = defer_rotation(base, state.unpatched.adapter.layout, request.half)
         passes.deferrable, state.obstacle = bool(state.deferred), passes.obstacle
+        indices: set[Any] = {module.layer_idx for module in state.deferred}
+        passes.layers = tuple(sorted(indices))
     return passes.hook(base)
 
 

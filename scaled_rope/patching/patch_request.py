@@ -52,7 +52,7 @@ class Unpatched:
     orders: dict[str, Tensor]
     """Layer type -> the order of the family's frequencies, where it isn't that of the record."""
     thetas: dict[str, float]
-    """Path of a rotary module -> its base, where the model has several modules and this one's isn't the config's."""
+    """Path of a rotary module -> its base, where that comes from a config of its own and not from the model's."""
 
     @property
     def rotary(self) -> nn.Module:
@@ -139,9 +139,11 @@ def _hold_against_module(unpatched: Unpatched, place: Place, config: Any, strict
             continue  # other widths are refused with the scaling, where the message can say more
         actual = inv_freq.detach().float().cpu()
         wanted = compute_rope(own.of_frequencies, head_dim)[0]
+        theta = _own_theta(family, config)
+        if theta is not None and theta == own.rope_theta:
+            unpatched.thetas[place.path] = theta
         if _same(actual, wanted) or _scaled_from(actual, own, head_dim):
             continue
-        theta = _own_theta(family, config)
         if theta is not None and _same(actual, compute_rope(dataclasses.replace(own, rope_theta=theta), head_dim)[0]):
             unpatched.thetas[place.path] = theta
             continue

@@ -104,9 +104,18 @@ def _rotation(interleaved: bool, backend: str) -> Rotation:
 
 
 def _users_of_tables(base: nn.Module) -> list[nn.Module]:
-    """The innermost modules whose forward takes cos and sin."""
+    """The innermost modules whose forward takes cos and sin, without recurrent layers, which leave them unused."""
     given = [module for module in base.modules() if _TABLES in inspect.signature(module.forward).parameters]
-    return [module for module in given if not any(other in given for other in list(module.modules())[1:])]
+    innermost = [module for module in given if not any(other in given for other in list(module.modules())[1:])]
+    return [module for module in innermost if _rotates(module)]
+
+
+def _rotates(module: nn.Module) -> bool:
+    """Whether a module's own forward may rotate by tables, by the names of what it calls."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if code is None or any("Attention" in part for part in (type(module).__name__, *code.co_names)):
+        return True
+    return any("rot" in name or "rope" in name for name in code.co_names)
 
 
 def _pairing(apply: Callable[..., Any], layout: Layout, half: int) -> bool | None:

@@ -1,0 +1,207 @@
+"""One model type, tried small: patched, unpatched, saved and read again, its logits compared each time."""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import CONFIG_MAPPING, PreTrainedModel
+
+from benchmarks.small_models import CAUSAL_TYPES, TRAINED, small_model
+from scaled_rope.errors import ConfigError
+from scaled_rope.patching.cache_argument import cache_name, returned_cache
+from scaled_rope.patching.forward_pass import lengths
+from scaled_rope.patching.loading import auto_class, load_model
+from scaled_rope.patching.loss import hidden_states, project
+from scaled_rope.patching.patch import cache_obstacle, patch_model, unpatch_model
+from scaled_rope.serving.default_configs import inspect_default
+
+LENGTH, PREFILL = 160, 144
+"""Tokens of the text: two and a half times L; and how many of them go into a cache at once."""
+SCALINGS = ("yarn:4", "linear:4", "ntk:4", "dynamic-yarn")
+Trial = dict[str, Any]
+
+# Logits of the small models have standard deviations of 0.3 to 4. What must be the same differs by rounding, which
+# experts and recurrences make larger; what a scaling changes differs by a tenth and more.
+SAME, CHANGED = 2e-3, 1e-2
+
+
+def has_rope(model_type: str) -> bool:
+    """Whether the default config of a type has RoPE parameters."""
+    try:
+        config = CONFIG_MAPPING[model_type]()
+        return getattr(config.get_text_config(decoder=True), "rope_parameters", None) is not None
+    except Exception:
+        return True  # judged by building it
+
+
+def try_type(model_type: str) -> Trial:
+    """Build a small model of a type and try everything with it. Never raises; what failed is in the result."""
+    trial: Trial = {"model_type": model_type, "text": model_type in CAUSAL_TYPES, "rope": has_rope(model_type)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trial["inspect"] = _inspected(model_type)
+        if not trial["rope"]:
+            return trial
+        try:
+            model, ids = small_model(model_type), _text()
+            before = _logits(model, ids)
+            if before.shape[:2] != ids.shape:
+                raise ValueError(f"its logits are {list(before.shape)}, for {LENGTH} tokens")
+        except Exception as error:
+            return trial | {"built": False, "error": _line(error)}
+        trial |= {"built": True, "text_type": model.config.get_text_config(decoder=True).model_type}
+        trial["loss"] = _tried(lambda: _distance(project(model, hidden_states(model, ids)), before))
+        trial["cache_noise"] = _tried(lambda: _cached(model, ids, before))
+        trial["scalings"] = {spec: _try_scaling(model, spec, ids, before) for spec in SCALINGS}
+    return trial
+
+
+def _text() -> Tensor:
+    return torch.randint(3, 200, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def _logits(model: Any, ids: Tensor, **more: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=ids, use_cache=False, **more).logits
+    return found
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """The largest difference of two tensors. Raises ValueError where they are not of one shape, or not finite."""
+    if one.shape != other.shape or not bool(one.isfinite().all()):
+        raise ValueError(f"logits {list(one.shape)}, finite: {bool(one.isfinite().all())}; wanted {list(other.shape)}")
+    return round(float((one - other).abs().max()), 7)
+
+
+def _tried(action: Callable[[], Any]) -> Any:
+    """The result of an action, or its error in one line."""
+    try:
+        return action()
+    except ConfigError as error:
+        return f"refused: {error}"
+    except Exception as error:
+        return f"error: {_line(error)}"
+
+
+def _line(error: Exception) -> str:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__} in {place.name}: {text}" if text else f"{type(error).__name__} in {place.name}"
+
+
+def _inspected(model_type: str) -> str:
+    try:
+        config = CONFIG_MAPPING[model_type]()
+    except Exception as error:
+        return f"no default config: {_line(error)}"
+    found = _tried(lambda: inspect_default(config))
+    return found if isinstance(found, str) else ": ".join(filter(None, (found.verdict, found.detail)))
+
+
+def _try_scaling(model: PreTrainedModel, spec: str, ids: Tensor, before: Tensor) -> Trial:
+    found: Trial = {}
+    if getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) is None:
+        spec += f",original_max_position_embeddings={TRAINED}"  # RecurrentGemma does not say its own
+    try:
+        report = patch_model(model, spec, kernel="none")
+    except ConfigError as error:
+        return {"refused": str(error)}
+    except Exception as error:
+        return {"error": _line(error)}
+    try:
+        found["native"] = report.native
+        patched = _logits(model, ids)
+        found["within"] = _distance(patched[:, :TRAINED], before[:, :TRAINED])
+        found["beyond"] = _distance(patched[:, TRAINED:], before[:, TRAINED:])
+        if "dynamic" in spec:
+            short = ids[:, :TRAINED]
+            found["within"] = _distance(_logits(model, short), before[:, :TRAINED])
+        obstacle = cache_obstacle(model)
+        found["cached"] = f"refused: {obstacle}" if obstacle else _tried(lambda: _cached(model, ids, patched))
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            found["loaded"] = _tried(lambda: _distance(_logits(load_model(folder, device="cpu"), ids), patched))
+            if report.native:
+                found["vanilla"] = _tried(lambda: _distance(_logits(_vanilla(folder, model), ids), patched))
+    except Exception as error:
+        found["error"] = _line(error)
+    finally:
+        unpatch_model(model)
+    found["unpatched"] = _tried(lambda: bool(torch.equal(_logits(model, ids), before)))
+    return found
+
+
+def _vanilla(folder: str, model: PreTrainedModel) -> Any:
+    """The saved model as transformers alone reads it."""
+    return auto_class(model.config).from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _cached(model: Any, ids: Tensor, whole: Tensor) -> float:
+    """How far logits of single tokens behind a cache are from those of one pass over all, `whole`.
+
+    All passes have the scale of the whole text: under dynamic scaling each would have another one otherwise.
+    """
+    worst = 0.0
+    with torch.no_grad(), lengths(torch.tensor([LENGTH])):
+        output = model(input_ids=ids[:, :PREFILL], use_cache=True)
+        for index in range(PREFILL, LENGTH):
+            cache = returned_cache(output)
+            if cache is None:
+                raise ValueError("it returns no cache")
+            output = model(input_ids=ids[:, index : index + 1], use_cache=True, **{cache_name(model): cache})
+            worst = max(worst, _distance(output.logits[:, -1], whole[:, index]))
+    return worst
+
+
+def judge(trial: Trial) -> list[str]:
+    """What is wrong with a type: effects that are missing, tracebacks, numbers that differ. Empty when all is right."""
+    wrong = []
+    if str(trial.get("inspect")).startswith(("error", "traceback", "differs")):
+        wrong.append(f"inspect: {trial['inspect']}")
+    if not trial.get("built"):
+        return wrong
+    if isinstance(trial["loss"], str) or trial["loss"] > 1e-4:
+        wrong.append(f"loss: {trial['loss']}")
+    noise = trial["cache_noise"] if isinstance(trial["cache_noise"], float) else None
+    for spec, found in trial["scalings"].items():
+        if "refused" in found:
+            continue
+        if "error" in found:
+            wrong.append(f"{spec}: {found['error']}")
+            continue
+        if found["beyond"] < CHANGED:
+            wrong.append(f"{spec}: without effect, {found['beyond']}")
+        if spec == "dynamic-yarn" and found["within"] > SAME:
+            wrong.append(f"{spec}: changes a text of L tokens by {found['within']}")
+        if found["unpatched"] is not True:
+            wrong.append(f"{spec}: unpatching leaves something, {found['unpatched']}")
+        for name in ("loaded", "vanilla"):
+            value = found.get(name, 0.0)
+            if isinstance(value, str) or value > SAME:
+                wrong.append(f"{spec}: {name}, {value}")
+        cached = found["cached"]
+        if isinstance(cached, str) and not cached.startswith("refused") and noise is not None:
+            wrong.append(f"{spec}: cached, {cached}")
+        elif isinstance(cached, float) and noise is not None and cached > SAME + 10 * noise:
+            wrong.append(f"{spec}: cached, {cached} where the unpatched model has {noise}")
+    return wrong
+
+
+@contextmanager
+def quiet() -> Any:
+    """Without the warnings and bars of transformers."""
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
