@@ -101,6 +101,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**_MLA, "num_experts_per_tok": 2, "n_routed_experts": 4},
     "ernie4_5_vl_moe_text": {"rope_parameters": {**_SECTIONS["rope_parameters"], "mrope_section": [3, 3, 2]}},
     "hunyuan_vl_text": {"rope_parameters": {**_SECTIONS["rope_parameters"], "mrope_section": [2, 2, 2, 2]}},
+    **dict.fromkeys(("granite_docling_text", "granite_docling"), {"attention_multiplier": 0.25}),
+    "apertus1p5": {"image_token_offset": 100, "audio_token_offset": 180},
+    "dots3_note_vision_encoder": {"adapter_in_dim": 64, "adapter_out_dim": 64},
     "mimo_v2_flash": {"head_dim": 48},  # a third of it turns
     "nemotron": {"num_key_value_heads": 2},
     **dict.fromkeys(

@@ -8,10 +8,13 @@ of T x T for windows, for packed documents, for padding and whenever it is compi
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -140,8 +143,7 @@ def refusal(config: Any, name: str) -> str:
     """Why an architecture cannot use an implementation, in a few words; "" when it can or is not known."""
     row = IMPLEMENTATIONS[name]
     text = config.get_text_config()
-    known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    family = next((known[kind] for kind in type(config).__mro__ if kind in known), None)
+    family = _family(config)
     # Asked first: some releases of transformers let sdpa run, and leave the cap out.
     if getattr(text, "attn_logit_softcapping", None) is not None and not row.softcap:
         return "whose scores have a soft cap"
@@ -154,14 +156,43 @@ def refusal(config: Any, name: str) -> str:
         if (head_dim := config_head_dim(text) or 0) > FLASH_HEAD_DIM:
             return f"head_dim {head_dim} is more than {FLASH_HEAD_DIM}"
     if name == "sdpa_blocked" and family is not None:
-        module = sys.modules[family.__module__]
+        module = _modeling(text) or sys.modules[family.__module__]
         if not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
             return "they do not use transformers' attention interface"
         if getattr(text, "attention_chunk_size", None) is not None:
             return "they attend in chunks"
-        if has_window(text) and "sliding_window=" not in inspect.getsource(module):
+        if any("index" in str(kind) for kind in getattr(text, "layer_types", None) or ()):
+            return "some of their layers choose keys by an index"
+        source = inspect.getsource(module)
+        if has_window(text) and "sliding_window=" not in source:
             return "they do not say what their windows are"
+        if has_window(text) and not _LAYERS_GET_POSITIONS.search(source):
+            return "their layers do not learn where packed documents begin"
     return ""
+
+
+_LAYERS_GET_POSITIONS = re.compile(r"[lL]ayer(?:_module|s\[[^\]]*\])?\(\s*[^()]*?(?:\([^()]*\)[^()]*?)*position_ids")
+"""A call of a decoder layer, in the source of a family, that passes `position_ids` on."""
+
+
+def _family(config: Any) -> Any:
+    """The class of models of text, or of images and text, that transformers has for a config; None without one."""
+    for known in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        found = next((known[kind] for kind in type(config).__mro__ if kind in known), None)
+        if found is not None:
+            return found[0] if isinstance(found, tuple | list) else found
+    return None
+
+
+def _modeling(text: Any) -> ModuleType | None:
+    """The source file of the decoder that a config of transformers describes; None where it isn't transformers' own."""
+    place = type(text).__module__
+    if not place.startswith("transformers.models."):
+        return None
+    try:
+        return importlib.import_module(place.replace(".configuration_", ".modeling_"))
+    except ImportError:
+        return None
 
 
 def has_window(config: Any) -> bool:

@@ -360,7 +360,12 @@ class _Interface:
 
 def _attend(call: AttentionCall, interleaved: bool, backend: AttentionFunction) -> tuple[Tensor, Tensor | None]:
     current = _current()
-    assert current is not None and current.pending is not None
+    assert current is not None
+    if current.pending is None:
+        raise ConfigError(
+            f"cache: {type(call.module).__name__} attends several times to keys that it rotated once, so they cannot "
+            "be cached before rotation; pass use_cache=False"
+        )
     (q, k), current.pending = current.pending, None
     index = _index(call.module)
     if index in current.dropped:
@@ -392,13 +397,23 @@ _ALIKE = 0.998
 def _check_untouched(module: nn.Module, handed: Tensor, arrived: Tensor) -> None:
     """Raise a ConfigError if a module changes heads between rotation and attention by more than a factor per token.
 
-    Rotating after such a change would give other results. Only the last token is looked at, in the first pass of each
-    cache, which costs next to nothing.
+    Rotating after such a change would give other results. A factor is fine unless it comes from a normalisation, which
+    takes an attention factor out again. Only the last token is looked at, in the first pass of each cache, which costs
+    next to nothing.
     """
     if arrived.is_meta:
         return
     one, other = (x[:1, :, -1:, : handed.shape[-1]].detach().float() for x in (handed, arrived))
-    if one.shape != other.shape or bool(((one * other).sum(-1) < _ALIKE * one.norm(dim=-1) * other.norm(dim=-1)).any()):
+    changed = one.shape != other.shape
+    if not changed:
+        lengths, arrived_lengths = one.norm(dim=-1).flatten(), other.norm(dim=-1).flatten()
+        turned = (one * other).sum(-1).flatten() < _ALIKE * lengths * arrived_lengths
+        factors = arrived_lengths / lengths.clamp(min=1e-30)
+        # A temperature multiplies all heads alike; a normalisation those that are shorter by more.
+        changed = bool(turned.any()) or bool(
+            (factors - factors.mean()).abs().max() > (1 - _ALIKE) * 10 * factors.mean()
+        )
+    if changed:
         raise ConfigError(
             f"cache: {type(module).__name__} changes queries or keys between rotation and attention, so they "
             "cannot be cached before rotation; pass use_cache=False"

@@ -40,6 +40,8 @@ class Adapter:
     """The only layer type that uses RoPE; empty when all do."""
     rope_window: str = ""
     """The config field that, when null, makes all layers use RoPE in spite of `rope_layer_type`."""
+    unscaled: str = ""
+    """Path of a second rotary module, for the layers that the family leaves unscaled whatever its config says."""
     axes: bool = False
     """Whether the rotary module takes positions along several axes, for images and video (multimodal RoPE)."""
     own_tables: bool = False
@@ -65,6 +67,7 @@ ADAPTERS: dict[str, Adapter] = {
     "llama": Adapter(),
     "mistral": Adapter(),
     "mixtral": Adapter(),
+    "molmo2_text": Adapter(unscaled="rotary_emb_unscaled"),
     "olmo": Adapter(float32_tables=True),
     "olmo2": Adapter(float32_tables=True),
     "olmo3": Adapter(float32_tables=True, per_layer_type=True),

@@ -267,7 +267,10 @@ def auto_class(config: Any) -> Any:
     kinds = [transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText]
     known = {kind: _class_names(kind, config) for kind in kinds}
     named = [kind for kind in kinds if known[kind] & set(config.architectures or ())]
-    return next(iter([*named, *(kind for kind in kinds if known[kind])]), kinds[0])
+    # Some parts of multimodal models are models of text that no automatic class knows (Emu 3's).
+    by_name = [getattr(transformers, str(name), None) for name in config.architectures or ()]
+    fitting = [each for each in by_name if getattr(each, "config_class", None) is type(config)]
+    return next(iter([*named, *(kind for kind in kinds if known[kind]), *fitting]), kinds[0])
 
 
 def _class_names(kind: Any, config: Any) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +97,12 @@ class Unpatched:
         adapter = adapter_of(config, main.module)
         check_softmax_scale(config)
         places = used_places(base, [main, *(place for place in places if place is not main)])
+        places = [place for place in places if place.path != adapter.unscaled]
+        if not places:
+            raise ConfigError(
+                f"architecture {config.model_type!r}: all its layers take their angles from {adapter.unscaled}, which "
+                "this family never scales; rope_scaling_layers in its config says which layers are scaled"
+            )
         if settings is None:
             settings = RopeSettings(config)
             settings.warn()
@@ -384,9 +390,10 @@ def _rotation(
     return rotation, backend, ()
 
 
-def remarks(own: RopeScaling, scaling: RopeScaling, config: Any, adapter: Adapter) -> tuple[str, ...]:
-    """Remarks on a scaling that fits the model but may not be what the caller meant."""
-    notes = []
+def remarks(unpatched: Unpatched, request: PatchRequest, config: Any) -> tuple[str, ...]:
+    """Remarks on a scaling that fits the model but may not be what the caller meant, or cannot act."""
+    own, scaling = unpatched.own, request.scaling
+    notes = list(_without_effect(unpatched, request, config))
     if scaling.rope_theta != own.rope_theta:
         notes.append(f"rope_theta={scaling.rope_theta:g} differs from the model's own {own.rope_theta:g}")
         warnings.warn(notes[-1], stacklevel=4)  # names the caller of `patch_model`
@@ -396,13 +403,41 @@ def remarks(own: RopeScaling, scaling: RopeScaling, config: Any, adapter: Adapte
         notes.append(f"original_max_position_embeddings={given} differs from the model's own {original}")
     if own.method != "default":
         notes.append(f"replaces the scaling of the checkpoint: {own.label}")
-    window = getattr(config, "sliding_window", None)
-    context = config.max_position_embeddings
+    window, context = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
     types = layer_types_of(config)
     all_slide = not types or types == ["sliding_attention"]
-    if window is not None and window < context and getattr(config, "use_sliding_window", True) and all_slide:
+    if window and context and window < context and getattr(config, "use_sliding_window", True) and all_slide:
         notes.append(f"sliding_window={window} is shorter than the context of {context} tokens")
     if without := layers_without_rope(config):
         shown = ", ".join(map(str, without[:4])) + (", …" if len(without) > 4 else "")
         notes.append(f"{len(without)} of {config.num_hidden_layers} layers have no rotary embedding ({shown})")
     return tuple(notes)
+
+
+def _without_effect(unpatched: Unpatched, request: PatchRequest, config: Any) -> Iterator[str]:
+    """What of a request cannot act on this model."""
+    scaling = request.scaling
+    rotating = set(range(config.num_hidden_layers)) - set(layers_without_rope(config))
+    if request.plan.drop_layers and rotating <= set(request.plan.drop_layers):
+        factor = 1.0 if scaling.changes_attention else scaling.static_attention_factor
+        more = f", so attention_factor={factor:.5g} multiplies nothing" if factor != 1.0 else ""
+        yield f"{scaling.label} acts in no layer: drop_layers leaves none with rotary embedding{more}"
+    elif not scaling.is_length_dependent and not scaling.changes_attention and _computes_alike(unpatched, scaling):
+        yield f"{scaling.label} computes what the model computed before"
+    context = getattr(config, "max_position_embeddings", None)
+    original = scaling.original_max_position_embeddings
+    if scaling.dynamic and scaling.factor == 1 and original is not None and context is not None and original > context:
+        yield (
+            f"{scaling.label} acts beyond original_max_position_embeddings={original} tokens only, more than the "
+            f"{context} that the model was made for"
+        )
+
+
+def _computes_alike(unpatched: Unpatched, scaling: RopeScaling) -> bool:
+    """Whether a static scaling has the frequencies and the factor of the model's own scaling."""
+    own = unpatched.own
+    if own.is_length_dependent or own.changes_attention:
+        return False
+    head_dim = unpatched.head_dims[primary_type(unpatched.types) if unpatched.types else ""]
+    (inv_freq, factor), (before, factor_before) = (compute_rope(one, head_dim) for one in (scaling, own))
+    return factor == factor_before and torch.equal(inv_freq, before)
