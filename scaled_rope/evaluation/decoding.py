@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.patching.cache_argument import cache_name, returned_cache
 from scaled_rope.patching.loss import hidden_states, project
 
 _NUMBER = re.compile(r"[0-9]+")
@@ -170,8 +171,8 @@ def _decode_cached(
     waiting, cache = dict(enumerate(part)), None
     ids = torch.tensor([task.prompt for _, task in part], device=model.device)
     while waiting:
-        output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
+        output = model(ids, use_cache=True, logits_to_keep=1, **{cache_name(model): cache})
+        cache = returned_cache(output)
         logits = output.logits[:, -1].float()
         if forbidden is not None:
             logits = logits.masked_fill(forbidden, -torch.inf)

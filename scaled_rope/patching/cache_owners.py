@@ -107,12 +107,12 @@ def check_owner(cache: Any, owner: CacheOwner) -> CacheContents | None:
     name = type(cache).__name__
     if contents.owner.key != owner.key:
         raise ConfigError(
-            f"past_key_values: this {name} was filled under another patch ({contents.owner.label}), the model computes "
+            f"cache: this {name} was filled under another patch ({contents.owner.label}), the model computes "
             f"with {owner.label} now; start from an empty cache"
         )
     if contents.length != (length := length_of(cache)):
         raise ConfigError(
-            f"past_key_values: this {name} holds {length} tokens, {contents.length} when the model filled it; "
+            f"cache: this {name} holds {length} tokens, {contents.length} when the model filled it; "
             "start from an empty cache"
         )
     return contents
@@ -131,7 +131,7 @@ def require_contents(cache: Any, contents: CacheContents | None, why: str = "") 
     """
     if contents is None:
         raise ConfigError(
-            f"past_key_values: this {type(cache).__name__} was not filled by the model as it is patched, and holds "
+            f"cache: this {type(cache).__name__} was not filled by the model as it is patched, and holds "
             f"keys that were rotated already{why}; start from an empty cache"
         )
 
@@ -144,7 +144,7 @@ def check_device(cache: Any, device: torch.device) -> None:
     """
     if getattr(cache, "offloading", False) and device.type != "cuda":
         raise ConfigError(
-            f"past_key_values: this {type(cache).__name__} offloads its layers from a CUDA device to the CPU, the "
+            f"cache: this {type(cache).__name__} offloads its layers from a CUDA device to the CPU, the "
             f"model computes on {device.type}; use one without offloading"
         )
 

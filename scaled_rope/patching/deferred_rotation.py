@@ -168,7 +168,7 @@ class DeferredPass:
         said, first = self.sizes.get(layer, (self.tokens, 0))
         if count != said:
             raise ConfigError(
-                f"past_key_values: a cache of type {type(self.cache).__name__} hands out {count} keys where it says "
+                f"cache: a cache of type {type(self.cache).__name__} hands out {count} keys where it says "
                 f"{said}, so their positions are not known; use a DynamicCache or a StaticCache, or use_cache=False"
             )
         if (first, count) not in self._keys:
@@ -257,7 +257,7 @@ def begin_deferred(
     if cache is not None:
         if not hasattr(cache, "get_mask_sizes"):
             raise ConfigError(
-                f"past_key_values: a cache of type {type(cache).__name__} does not say which keys it hands out; use a "
+                f"cache: a cache of type {type(cache).__name__} does not say which keys it hands out; use a "
                 "DynamicCache or a StaticCache, or use_cache=False"
             )
         count = position_ids.shape[1]
@@ -398,7 +398,7 @@ def _check_untouched(module: nn.Module, handed: Tensor, arrived: Tensor) -> None
     one, other = (x[:1, :, -1:, : handed.shape[-1]].detach().float() for x in (handed, arrived))
     if one.shape != other.shape or bool(((one * other).sum(-1) < _ALIKE * one.norm(dim=-1) * other.norm(dim=-1)).any()):
         raise ConfigError(
-            f"past_key_values: {type(module).__name__} changes queries or keys between rotation and attention, so they "
+            f"cache: {type(module).__name__} changes queries or keys between rotation and attention, so they "
             "cannot be cached before rotation; pass use_cache=False"
         )
 

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.patching.cache_argument import cache_name, returned_cache
 from scaled_rope.patching.forward_pass import lengths
 from scaled_rope.results import package_version
 
@@ -124,10 +125,10 @@ def _hidden_pieces(
                 input_ids=input_ids[:, first:end],
                 attention_mask=None if mask is None else mask[:, :end],
                 position_ids=None if position_ids is None else position_ids[:, first:end],
-                past_key_values=cache,
                 use_cache=True,
+                **{cache_name(base): cache},
             )
-        cache = output.past_key_values
+        cache = returned_cache(output)
         yield first, output.last_hidden_state
 
 

@@ -21,6 +21,7 @@ from transformers import Cache
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching import forward_pass
+from scaled_rope.patching.cache_argument import cache_name, given_cache, returned_cache
 from scaled_rope.patching.cache_owners import (
     CacheContents,
     CacheOwner,
@@ -93,8 +94,7 @@ class Passes:
         name = "input_ids" if given.get("input_ids") is not None else "inputs_embeds"
         if given.get(name) is None:
             return None
-        cache = given.get("past_key_values")
-        cache = cache if isinstance(cache, Cache) or hasattr(cache, "get_seq_length") else None
+        cache = given_cache(given)
         check_device(cache, given[name].device)
         start = 0 if cache is None else length_of(cache)
         contents = check_owner(cache, self.owner) if start else None
@@ -130,7 +130,7 @@ class Passes:
         current = forward_pass.end(self)
         if current is None:
             return
-        cache = current.cache if current.cache is not None else _cache_in(output)
+        cache = current.cache if current.cache is not None else returned_cache(output)
         if output is None or not isinstance(cache, Cache):
             return
         assert current.inputs is not None
@@ -156,7 +156,7 @@ class Passes:
         if not self.deferrable:
             config: Any = module.config
             raise ConfigError(
-                f"past_key_values: {self.owner.label} cannot read cached keys of this {config.model_type} model, "
+                f"cache: {self.owner.label} cannot read cached keys of this {config.model_type} model, "
                 f"{self.obstacle}; pass use_cache=False"
             )
         require_contents(cache, contents, f", which {self.owner.label} cannot read")
@@ -177,7 +177,7 @@ class Passes:
         name = type(current.cache).__name__
         if contents is None:
             raise ConfigError(
-                f"past_key_values: the text passes from scale {_span(had)} to {_span(wanted)}, where keys are rotated "
+                f"cache: the text passes from scale {_span(had)} to {_span(wanted)}, where keys are rotated "
                 f"anew, and the model did not fill this {name}; start from an empty cache"
             )
         if contents.offset is None:
@@ -213,8 +213,8 @@ class Passes:
                         **{name: piece},
                         attention_mask=mask[:, :end],
                         position_ids=places[:, start:end].clamp(min=0),
-                        past_key_values=cache,
                         use_cache=True,
+                        **{cache_name(module): cache},
                     )
                     bar.update(end - start)
                     start = end
@@ -261,11 +261,3 @@ def _positions(given: dict[str, Any], tokens: Tensor, start: int) -> tuple[Tenso
         positions = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
         return positions[:, start : start + count], True
     return torch.arange(start, start + count, device=tokens.device)[None], False
-
-
-def _cache_in(output: Any) -> Cache | None:
-    """The cache in a pass's output; None when there is none."""
-    found = getattr(output, "past_key_values", None)
-    if found is None and isinstance(output, tuple):
-        found = next((each for each in output if isinstance(each, Cache)), None)
-    return found if isinstance(found, Cache) else None

@@ -5,6 +5,8 @@ change every model of the process. Here one module gets a copy of its forward wh
 so two models of a class may differ, and layers of one model too. Several names may be rebound in one module. The copy
 has the globals of the source file as they were: later assignments to them do not reach it.
 
+A forward may be decorated (transformers 5.24 does so to rename arguments); its decorators are then copied as well.
+
 The copy is bound to the module, as its attribute `forward`. So a deep copy of the module binds its own; activation
 checkpointing, engines and hooks call it as they call any forward; torch.compile traces through it; state dicts do not
 contain it. Pickling a whole module, which this package never does, would lose it.
@@ -13,6 +15,7 @@ contain it. Pickling a whole module, which this package never does, would lose i
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,7 +72,8 @@ def original(module: nn.Module, name: str) -> Any:
     if record is None or name not in record.functions:
         return bound(module, name)
     forward = record.before if record.before is not None else type(module).forward
-    return getattr(forward, "__func__", forward).__globals__[name]
+    globals_: dict[str, Any] = inspect.unwrap(getattr(forward, "__func__", forward)).__globals__
+    return globals_[name]
 
 
 def rebind(module: nn.Module, name: str, function: Any) -> Any:
@@ -110,7 +114,8 @@ def _install(module: nn.Module, record: _Rebound) -> None:
         else:
             setattr(module, slot, original)
         return
-    function = original.__func__
+    wrapped = original.__func__
+    function = inspect.unwrap(wrapped)
     # Without a __name__ torch.compile looks names up in this dictionary and not in the source file of that name.
     names = {key: value for key, value in function.__globals__.items() if key != "__name__"} | record.functions
     # Its own code object too: torch.compile caches by code object, and expects one dictionary of globals for each.
@@ -118,7 +123,30 @@ def _install(module: nn.Module, record: _Rebound) -> None:
     functools.update_wrapper(copy, function)
     copy.__kwdefaults__ = function.__kwdefaults__
     del copy.__dict__["__wrapped__"]  # it replaces the original instead of wrapping it
-    setattr(module, slot, types.MethodType(copy, module))
+    setattr(module, slot, types.MethodType(_wrapped_as(wrapped, copy), module))
+
+
+def _wrapped_as(wrapped: types.FunctionType, inner: types.FunctionType) -> types.FunctionType:
+    """Return `inner` inside copies of the decorators around the innermost function of `wrapped`."""
+    if not hasattr(wrapped, "__wrapped__"):
+        return inner
+    new, cells = _wrapped_as(wrapped.__wrapped__, inner), wrapped.__closure__ or ()
+    closure = tuple(types.CellType(new) if cell.cell_contents is wrapped.__wrapped__ else cell for cell in cells)
+    copy = types.FunctionType(wrapped.__code__, wrapped.__globals__, None, wrapped.__defaults__, closure)
+    functools.update_wrapper(copy, new)
+    copy.__kwdefaults__ = wrapped.__kwdefaults__
+    return copy
+
+
+def _calls_wrapped(function: Any) -> bool:
+    """Whether each decorator around a function is a plain function that keeps what it calls in its closure, as those
+    made with `functools.wraps` do, so that a copy can be made that calls something else."""
+    while (inner := getattr(function, "__wrapped__", None)) is not None:
+        cells = function.__closure__ or () if isinstance(function, types.FunctionType) else ()
+        if not any(cell.cell_contents is inner for cell in cells):
+            return False
+        function = inner
+    return isinstance(function, types.FunctionType)
 
 
 def _slot(module: nn.Module) -> str:
@@ -126,10 +154,11 @@ def _slot(module: nn.Module) -> str:
 
 
 def _function(module: nn.Module) -> types.FunctionType | None:
-    """The plain function behind the module's forward, or None."""
+    """The plain function behind the module's forward, inside any decorators; None where there is none that could be
+    replaced."""
     forward = getattr(module, _slot(module), None)
     function = getattr(forward, "__func__", None)
-    return function if isinstance(function, types.FunctionType) else None
+    return inspect.unwrap(function) if function is not None and _calls_wrapped(function) else None
 
 
 APPLY = "apply_rotary_pos_emb"

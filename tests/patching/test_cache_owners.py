@@ -65,13 +65,13 @@ def test_a_cache_that_the_model_did_not_fill_is_refused(tiny_model: Make, text: 
     model = tiny_model()
     foreign: Any = model(text[:, :30], use_cache=True).past_key_values
     patch_model(model, "dynamic-yarn")
-    refused(lambda: model(text[:, 30:31], past_key_values=foreign), "past_key_values", "DynamicCache", "not filled by")
+    refused(lambda: model(text[:, 30:31], past_key_values=foreign), "cache: ", "DynamicCache", "not filled by")
     by_position: Any = model.model
     refused(lambda: by_position(text[:, 30:31], None, None, foreign), "not filled by")
     own: Any = model(text[:, :30], use_cache=True).past_key_values
     for spec in ("dynamic-linear", "dynamic-yarn,dynamic_step=2", "yarn:4"):
         patch_model(model, spec)
-        refused(lambda: model(text[:, 30:31], past_key_values=own), "past_key_values", "another patch", "dynamic-yarn")
+        refused(lambda: model(text[:, 30:31], past_key_values=own), "cache: ", "another patch", "dynamic-yarn")
     # A cache that is emptied is as good as new.
     own.reset()
     assert distance(through_cache(model, text, [20, 40], own), through_cache(model, text, [20, 40])) < SAME

@@ -176,4 +176,5 @@ def test_the_list_of_families_with_a_softmax_scale_is_that_of_transformers() -> 
     # By the source of the models, because most of them cannot be built small.
     models = Path(transformers.__file__).parent / "models"
     reading = {path.parent.name for path in models.glob("*/modeling_*.py") if "mscale_all_dim" in path.read_text()}
-    assert reading == {name.removesuffix("_text") for name in SOFTMAX_MSCALE_FAMILIES}
+    listed = {name.removesuffix("_text") for name in SOFTMAX_MSCALE_FAMILIES}
+    assert reading == {name for name in listed if (models / name).is_dir()}  # older releases lack some

@@ -1,0 +1,33 @@
+"""Where models of transformers take and return a key/value cache: `cache` since 5.24, `past_key_values` before."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import Cache
+
+NAMES = ("cache", "past_key_values")
+
+
+def cache_name(module: nn.Module) -> str:
+    """The name of the argument by which a model or layer takes a cache."""
+    return NAMES[0] if NAMES[0] in inspect.signature(module.forward).parameters else NAMES[1]
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the bound arguments of a forward pass, under whatever name; None without one."""
+    given = {**arguments, **arguments.get("kwargs", {})}
+    caches = [value for value in given.values() if isinstance(value, Cache)]
+    like_caches = [given[name] for name in NAMES if hasattr(given.get(name), "get_seq_length")]
+    return next(iter([*caches, *like_caches]), None)
+
+
+def returned_cache(output: Any) -> Any:
+    """The cache in the output of a forward pass, a `ModelOutput` or a tuple; None without one."""
+    if isinstance(output, tuple):
+        return next((each for each in output if isinstance(each, Cache)), None)
+    name = next((name for name in NAMES if name in (output or ())), None)
+    return None if name is None else output[name]
