@@ -49,7 +49,8 @@ def misspelt_keys(facts: ConfigFacts) -> Iterator[tuple[bool, str, str]]:
     known = set(TOP_LEVEL_KEYS)
     if facts.built is not None:
         known |= {f.name for f in dataclasses.fields(facts.built)}
-    places = [(False, facts.raw), (True, facts.text)] if facts.text != facts.raw else [(True, facts.text)]
+    composite = bool(facts.path) and isinstance(facts.raw.get(facts.path[0]), Mapping)
+    places = [(False, facts.raw), (True, facts.text)] if composite else [(True, facts.text)]
     for in_text, place in places:
         for key, value in place.items():
             if key in known or value is None:
@@ -91,7 +92,8 @@ def has_no_effect(facts: ConfigFacts, key: str) -> bool:
             return False  # an older config, with the text part on the top level
         place[name] = place = dict(place[name])
     other = build_text_config(without)[0]
-    return other is not None and other.rope_parameters == facts.built.rope_parameters
+    said = [getattr(config, "rope_parameters", None) for config in (other, facts.built)]
+    return other is not None and said[0] == said[1]
 
 
 def _reads_as(config: Mapping[str, Any]) -> RopeScaling | None:

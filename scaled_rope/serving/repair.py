@@ -33,7 +33,9 @@ from scaled_rope.scaling.hf_config import (
 )
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.serving.checks_keys import has_no_effect, misspelt_keys, owners_of
-from scaled_rope.serving.checks_notes import comparable
+from scaled_rope.serving.checks_lengths import length_other_than_factor_times_original, undeclared_extended_length
+from scaled_rope.serving.checks_notes import comparable, remarks_of_the_reader
+from scaled_rope.serving.checks_transformers import rope_type_that_transformers_has_not
 from scaled_rope.serving.config_facts import ConfigFacts, known_keys, read_facts
 from scaled_rope.serving.config_file import config_as_dictionary, read_config_file
 from scaled_rope.serving.inspect_config import inspect
@@ -91,10 +93,14 @@ class _Draft:
     """Fields of `assume` that were asked for."""
     open: dict[str, str] = field(default_factory=dict)
     """Fields that must be chosen, with what there is to choose from."""
+    read: tuple[int, ConfigFacts] | None = None
+    """The facts after so many changes."""
 
     def facts(self) -> ConfigFacts:
         """The config as it is now."""
-        return read_facts(self.config)
+        if self.read is None or self.read[0] != len(self.changes):
+            self.read = len(self.changes), read_facts(copy.deepcopy(self.config))
+        return self.read[1]
 
     def text(self, facts: ConfigFacts) -> tuple[dict[str, Any], str]:
         """The text part, to be changed in place, and the keys that lead to it with a dot at the end."""
@@ -295,8 +301,7 @@ def _correct_the_type(draft: _Draft, facts: ConfigFacts) -> None:
         draft.set(entry, prefix, "rope_type", chosen, "no program knows the name")
         if older is not None:
             draft.delete(entry, prefix, "type", "no program knows the name")
-    report = inspect(draft.config)
-    if any(finding.code == "not-native" and finding.level == "error" for finding in report.findings):
+    if any(finding.level == "error" for finding in rope_type_that_transformers_has_not(draft.facts())):
         for key in ("rope_type", "type"):
             if key in entry:
                 draft.set(entry, prefix, key, usual_name(entry[key]), "an older name, which this family does not know")
@@ -461,7 +466,7 @@ def _choose_the_theta(draft: _Draft, facts: ConfigFacts) -> None:
     if found is None or facts.nested:
         return
     inside, outside = found[0].get("rope_theta"), text.get("rope_theta")
-    if inside is None or outside is None or inside == outside:
+    if not is_number(inside) or not is_number(outside) or inside == outside:
         return
     meanings = {f"{inside:g}": "in the dictionary, which counts today", f"{outside:g}": "on the top level"}
     chosen = draft.choose("rope_theta", meanings)
@@ -480,8 +485,7 @@ def _say_the_original_length(draft: _Draft, facts: ConfigFacts) -> None:
         return
     if facts.original_is_written or own.factor <= 1:
         return
-    report = inspect(draft.config)
-    codes = set(report.codes)
+    codes = {finding.code for finding in remarks_of_the_reader(facts)}
     value = context
     if "factor-twice" in codes or _L in draft.assume:
         options = {f"{context / own.factor:.0f}": f"then {context} is the extended length", f"{context}": "trained so"}
@@ -499,9 +503,10 @@ def _say_the_original_length(draft: _Draft, facts: ConfigFacts) -> None:
 
 def _declare_the_length(draft: _Draft, facts: ConfigFacts) -> None:
     """A max_position_embeddings other than factor times L."""
-    codes = set(inspect(draft.config).codes)
     own, context = facts.own, facts.context
-    if own is None or context is None or not codes & {"undeclared-length", "length-mismatch"}:
+    if own is None or context is None:
+        return
+    if not [*undeclared_extended_length(facts), *length_other_than_factor_times_original(facts)]:
         return
     text, prefix = draft.text(facts)
     extended = own.max_position_embeddings or 0
