@@ -179,6 +179,12 @@ COMMANDS = {
         flags.check_inspect_arguments,
         "scaled_rope.serving.inspect_config",
     ),
+    "repair": Command(
+        "a config.json that says what it was meant to say, where inspect finds that it does not",
+        flags.add_repair_arguments,
+        flags.check_repair_arguments,
+        "scaled_rope.serving.repair",
+    ),
     "methods": Command("list the scaling methods, or draw what each does", _add_methods_arguments),
     "export": Command(
         "words and flags that make another program run a scaling, checked against ours",

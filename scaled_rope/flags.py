@@ -273,6 +273,42 @@ def check_inspect_arguments(args: argparse.Namespace) -> None:
         check_local(args.model)
 
 
+def add_repair_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `scaled-rope repair`."""
+    add = parser.add_argument
+    add("model", metavar="MODEL_OR_CONFIG", help="folder, config.json or hub name")
+    add("--output", metavar="DIR", help="write the mended config.json there (default: only show what would change)")
+    add("--assume", action="append", metavar="FIELD=VALUE", help="a choice between two readings; repeatable")
+    add("--json", action="store_true", help="print a JSON object")
+
+
+def check_repair_arguments(args: argparse.Namespace) -> None:
+    """Refuse what `scaled-rope repair` cannot do, and an output that would replace a config."""
+    parse_assumptions(args.assume)
+    if args.model and not Path(args.model).is_file():  # any file, which `repair` reads itself
+        check_local(args.model)
+    if not args.output:
+        return
+    folder = Path(args.output)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output {folder} is a file; name a folder")
+    if (folder / "config.json").exists():
+        raise ConfigError(f"--output {folder} has a config.json; choose another folder")
+
+
+def parse_assumptions(texts: list[str] | None) -> dict[str, str]:
+    """The choices of --assume by field. Raises ConfigError for a text that is none, or two of a field."""
+    chosen: dict[str, str] = {}
+    for text in texts or []:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ConfigError(f"--assume {text!r} is not allowed; write FIELD=VALUE")
+        if chosen.get(name, value) != value:
+            raise ConfigError(f"--assume {name} is given twice: {chosen[name]} and {value}")
+        chosen[name] = value
+    return chosen
+
+
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `scaled-rope export`."""
     add = parser.add_argument

@@ -46,6 +46,10 @@ FAMILIES = [
     "phi3",
     "cohere",
     "cohere2",
+    "phimoe",
+    "hunyuan_v1_dense",
+    "minimax_m2",
+    "mistral4",
     "unheard-of",
 ]
 LAYER_TYPES = ["full_attention", "sliding_attention"]
@@ -154,7 +158,7 @@ def rope_dictionaries(draw: st.DrawFn) -> dict[str, Any]:
         st.sampled_from([{"rope_type": rope_type}, {"type": rope_type}, {"rope_type": rope_type, "type": "yarn"}])
     )
     keys = st.sampled_from(
-        [*PLAUSIBLE, "rope_type", "type", "method", "params", "mrope_section", "dynamic", "attn_factor"]
+        [*PLAUSIBLE, "rope_type", "type", "method", "params", "mrope_section", "dynamic", "attn_factor", "alpha"]
     )
     return rope | draw(mostly(st.just({}), st.dictionaries(keys | st.text(max_size=5), junk, min_size=1, max_size=2)))
 
@@ -426,3 +430,61 @@ def test_a_number_that_changes_is_seen_or_remarked_on(given_config, data):
     again = one_line(RopeScaling.read_config, config, layer_type)
     if again is not None and again[0] == read[0]:
         assert any(key in remark.text or remark.code == "flat-parameters" for remark in again[1] + read[1]), key
+
+
+def ropes_outside() -> st.SearchStrategy[Any]:
+    return st.sampled_from([{"rope_type": "yarn", "factor": 4.0}, {"type": "nonsense"}, {"factor": "x"}])
+
+
+PATHS = [["text_config"], ["thinker_config", "text_config"], ["vlm_config", "text_config"], ["llm_config"]]
+
+
+@fuzz
+@given(
+    sensible_configs(), st.sampled_from(PATHS), some_of({"rope_theta": st.just(7.5), "rope_scaling": ropes_outside()})
+)
+def test_a_text_part_is_read_wherever_it_is(given_config, path, outside):
+    config, _, layer_type = given_config
+    read = one_line(RopeScaling.read_config, config, layer_type)
+    composite = config
+    for name in reversed(path):
+        composite = {"model_type": "outer", "vision_config": {"rope_theta": 3.0}, name: composite}
+    again = one_line(RopeScaling.read_config, outside | composite, layer_type)
+    assert (again is None) == (read is None)
+    if read is not None:
+        assert again[0] == read[0]
+        remarks = [remark for remark in again[1] if remark not in read[1]]
+        assert sorted(remark.text.split()[0] for remark in remarks) == sorted(outside)
+        assert {remark.code for remark in remarks} <= {"outside-text"}
+
+
+@fuzz
+@given(sensible_configs(), st.lists(st.integers(1, 64), min_size=3, max_size=4), st.booleans())
+def test_axes_of_a_multimodal_model_change_nothing(given_config, sections, interleaved):
+    config, rope, layer_type = given_config
+    read = one_line(RopeScaling.read_config, config, layer_type)
+    axes = {"mrope_section": sections} | ({"mrope_interleaved": True} if interleaved else {})
+    rope |= axes
+    again = one_line(RopeScaling.read_config, config, layer_type)
+    assert (again is None) == (read is None)
+    if read is not None:
+        assert again[0] == read[0]
+        if config["model_type"] not in ("gemma3_text", "olmo3") or layer_type:  # these drop flat parameters
+            assert all(any(name in remark.text for remark in again[1]) for name in axes)
+
+
+@fuzz
+@given(
+    st.sampled_from(["hunyuan_v1_dense", "phimoe", "minimax_m2", "mistral4", "deepseek_v3"]),
+    st.dictionaries(
+        st.sampled_from(["alpha", "short_mscale", "long_mscale", "mscale", "mscale_all_dim", "llama_4_scaling_beta"]),
+        junk,
+    ),
+    rope_dictionaries(),
+    some_of({"rotary_dim": junk, "head_dim": mostly(st.just(HEAD_DIM)), "qk_rope_head_dim": junk}),
+)
+def test_keys_of_families_give_a_record_or_one_line(family, keys, rope, sizes):
+    config = {"model_type": family, "max_position_embeddings": 4096, "rope_scaling": rope | keys} | sizes
+    scaling = one_line(RopeScaling.from_config, config)
+    if scaling is not None:
+        use(scaling)

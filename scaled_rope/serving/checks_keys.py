@@ -35,27 +35,35 @@ _FOREIGN = {  # what other programs call it, or have in addition: (neutral value
 
 def misspelt_top_level_keys(facts: ConfigFacts) -> Iterator[Finding]:
     """Keys on the top level that look like ones that count."""
+    for _, key, meant in misspelt_keys(facts):
+        yield Finding(
+            "misspelt-key",
+            "error",
+            f"{key!r} is no key that anything reads, so what it says has no effect.",
+            f"Probably meant: {meant!r}.",
+        )
+
+
+def misspelt_keys(facts: ConfigFacts) -> Iterator[tuple[bool, str, str]]:
+    """(whether it is in the text part, the key, the key that was meant)."""
     known = set(TOP_LEVEL_KEYS)
     if facts.built is not None:
         known |= {f.name for f in dataclasses.fields(facts.built)}
-    for place in (facts.raw, facts.text) if facts.text is not facts.raw else (facts.raw,):
+    composite = bool(facts.path) and isinstance(facts.raw.get(facts.path[0]), Mapping)
+    places = [(False, facts.raw), (True, facts.text)] if composite else [(True, facts.text)]
+    for in_text, place in places:
         for key, value in place.items():
             if key in known or value is None:
                 continue
             near = difflib.get_close_matches(key, TOP_LEVEL_KEYS, n=1, cutoff=0.87)
             if near and near[0] not in place:
-                yield Finding(
-                    "misspelt-key",
-                    "error",
-                    f"{key!r} is no key that anything reads, so what it says has no effect.",
-                    f"Probably meant: {near[0]!r}.",
-                )
+                yield in_text, key, near[0]
 
 
 def rope_keys_outside_the_text_part(facts: ConfigFacts) -> Iterator[Finding]:
     """Keys of a composite config beside its text part, where they belong."""
     for key, place in unread_keys(facts.raw, facts.path).items():
-        if not _changes_nothing(facts, key):
+        if not has_no_effect(facts, key):
             continue  # some classes of older families hand it on
         outer: Any = facts.raw
         said = dict(facts.text)
@@ -72,8 +80,8 @@ def rope_keys_outside_the_text_part(facts: ConfigFacts) -> Iterator[Finding]:
         )
 
 
-def _changes_nothing(facts: ConfigFacts, key: str) -> bool:
-    """Whether transformers makes the same text part of a config without a key outside of it."""
+def has_no_effect(facts: ConfigFacts, key: str) -> bool:
+    """Whether nobody reads a key outside of the text part: transformers makes the same text part without it."""
     if facts.built is None:
         return True  # nothing is known of the family but the keys
     without = dict(facts.raw)
@@ -84,7 +92,8 @@ def _changes_nothing(facts: ConfigFacts, key: str) -> bool:
             return False  # an older config, with the text part on the top level
         place[name] = place = dict(place[name])
     other = build_text_config(without)[0]
-    return other is not None and other.rope_parameters == facts.built.rope_parameters
+    said = [getattr(config, "rope_parameters", None) for config in (other, facts.built)]
+    return other is not None and said[0] == said[1]
 
 
 def _reads_as(config: Mapping[str, Any]) -> RopeScaling | None:
@@ -121,6 +130,9 @@ def _attn_factor(own: RopeScaling, value: float) -> Finding:
     default = attention_factor_of(math.log(own.factor), 1.0)
     product = default * value
     ours = own.static_attention_factor
+    if own.attention_factor is not None and math.isclose(product, ours, rel_tol=1e-5):
+        text = f"attn_factor={value!r} says to SGLang what attention_factor says to others: {ours:.6g}."
+        return Finding("foreign-key", "info", text)
     return Finding(
         "foreign-key",
         "error",
@@ -132,10 +144,14 @@ def _attn_factor(own: RopeScaling, value: float) -> Finding:
     )
 
 
+def owners_of(key: str) -> list[str]:
+    """The rope_types of transformers that have a key."""
+    return [name for name, native in NATIVE.items() if key in native.keys]
+
+
 def _right_place(key: str, rope_type: str, known: Collection[str]) -> str:
     """The rope_types that have a key, or the key that was meant, or those that there are."""
-    owners = [name for name, native in NATIVE.items() if key in native.keys]
-    if owners:
+    if owners := owners_of(key):
         return f"It belongs to rope_type {' or '.join(map(repr, owners))}."
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if near:

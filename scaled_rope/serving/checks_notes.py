@@ -80,7 +80,7 @@ def lone_mscale(facts: ConfigFacts, note: ConfigNote) -> Finding:
 def both_dialects(facts: ConfigFacts, note: ConfigNote) -> Finding:
     """rope_scaling and rope_parameters at once, which say the same or do not."""
     one, other = facts.text.get("rope_scaling"), facts.text.get("rope_parameters")
-    if _comparable(one) == _comparable(other):
+    if comparable(one) == comparable(other):
         return _finding(note, f"{note.text}; they say the same", "info")
     return _finding(note, f"{note.text}; they disagree: {_differences(one, other)}", "warning")
 
@@ -99,7 +99,8 @@ _BY_CODE: dict[str, Callable[[ConfigFacts, ConfigNote], Finding]] = {
 """Notes that the rest of the config says more about; all others are `plain_note`s."""
 
 
-def _comparable(rope: Any) -> Any:
+def comparable(rope: Any) -> Any:
+    """What a RoPE dictionary says apart from the base, in a form to compare; other values as they are."""
     if not isinstance(rope, Mapping):
         return rope
     values = {key: value for key, value in rope.items() if key not in ("type", "rope_type", "rope_theta")}
@@ -107,7 +108,7 @@ def _comparable(rope: Any) -> Any:
 
 
 def _differences(one: Any, other: Any) -> str:
-    a, b = _comparable(one), _comparable(other)
+    a, b = comparable(one), comparable(other)
     if not isinstance(a, Mapping) or not isinstance(b, Mapping):
         return f"{shorten(one)} and {shorten(other)}"
     names = sorted(key for key in {*a, *b} if a.get(key) != b.get(key))

@@ -14,7 +14,7 @@ from typing import Any
 
 import transformers
 
-from scaled_rope.errors import ConfigError, is_number, is_positive_whole
+from scaled_rope.errors import ConfigError, is_number
 from scaled_rope.patching.families import ADAPTERS, layers_without_rope
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import (
@@ -166,7 +166,7 @@ class ConfigFacts:
 
 
 def _whole(value: Any) -> int | None:
-    return int(value) if is_positive_whole(value) or (is_number(value) and value >= 1 and value % 1 == 0) else None
+    return int(value) if is_number(value) and value >= 1 and value % 1 == 0 else None
 
 
 def read_facts(
@@ -289,6 +289,8 @@ def build_text_config(raw: Mapping[str, Any]) -> tuple[Any, tuple[str, ...] | No
             return None, None, refusal_of(error)
     if not isinstance(config, transformers.PreTrainedConfig):
         return None, None, "no text config"
+    if not isinstance(config.model_type, str):
+        return None, None, f"model_type={config.model_type!r} is no text"
     return config, _path_to(whole, config), ""
 
 
@@ -303,8 +305,10 @@ def _text_part(whole: Any) -> Any:
     try:
         part = whole.get_text_config()
     except ValueError:
-        return whole.get_text_config(decoder=True)
-    if part is whole and not has_rope(whole):  # it does not know its own text part, as in pi0
+        part = whole.get_text_config(decoder=True)
+    if part is not whole:
+        return _text_part(part)
+    if not has_rope(whole):  # it does not know its own text part, as in pi0
         for name in text_path({name: {} for name in vars(whole) if name.endswith("_config")}):
             part = _text_part(getattr(whole, name))
     return part

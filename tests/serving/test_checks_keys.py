@@ -30,7 +30,7 @@ def test_a_misspelt_top_level_key_is_found_with_what_was_meant(key: str, meant: 
 
 def test_a_misspelt_key_is_found_in_the_whole_config_and_in_its_text_part() -> None:
     raw = {"rope_scalling": {}, "text_config": {"rope_thetas": 1e4}}
-    assert len(found(misspelt_top_level_keys, raw=raw, text=raw["text_config"])) == 2
+    assert len(found(misspelt_top_level_keys, raw=raw, path=("text_config",), text=raw["text_config"])) == 2
 
 
 @pytest.mark.parametrize(

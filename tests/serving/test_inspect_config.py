@@ -17,6 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from scaled_rope import ConfigError, RopeScaling, compute_rope, patch_model
 from scaled_rope.cli import main
 from scaled_rope.serving.inspect_config import inspect
+from scaled_rope.serving.repair import repair
 from tests.helpers.published_configs import (
     COHERE2,
     DEEPSEEK,
@@ -446,15 +447,28 @@ TOP = [
 TOP += ["sliding_window", "model_type", "rope_scaling", "rope_parameters", "auto_map", "scaled_rope", "text_config"]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.sampled_from([LLAMA, MISTRAL, PHI3, OLMO3, GEMMA3, DEEPSEEK, COHERE2, PYTHIA]),
     st.dictionaries(st.sampled_from(TOP), VALUES, max_size=2),
     st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4),
     st.sampled_from(["rope_scaling", "rope_parameters", None]),
+    st.sampled_from([None, None, "llava", "qwen2_vl", "colqwen2", "unheard_of"]),
+    st.sampled_from([{}, {"rope_theta": 7.5}, {"rope_scaling": {"type": "yarn", "factor": 2.0}}]),
 )
-def test_no_config_ends_in_a_traceback(base: dict[str, Any], top: dict[str, Any], rope: dict[str, Any], place: str):
-    config = base | top | ({place: rope} if place else {})
+def test_no_config_ends_in_a_traceback(
+    base: dict[str, Any],
+    top: dict[str, Any],
+    rope: dict[str, Any],
+    place: str | None,
+    whole: str | None,
+    outside: dict[str, Any],
+):
+    config: dict[str, Any] = base | top | ({place: rope} if place else {})
+    if whole == "colqwen2":
+        config = {"model_type": whole, "vlm_config": {"model_type": "qwen2_vl", "text_config": config}} | outside
+    elif whole is not None:
+        config = {"model_type": whole, "text_config": config} | outside
     try:
         report = inspect(config)
     except ConfigError as error:
@@ -462,6 +476,13 @@ def test_no_config_ends_in_a_traceback(base: dict[str, Any], top: dict[str, Any]
     else:
         json.dumps(report.to_dict())
         report.text(full=True)
+    try:
+        result = repair(config)
+    except ConfigError as error:
+        assert "\n" not in str(error)
+    else:
+        assert inspect(result.config).exit_code == 0
+        assert repair(result.config).changes == ()
 
 
 # The command ----------------------------------------------------------------------------------------------------------
