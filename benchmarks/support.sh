@@ -17,6 +17,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 if [[ "${1:-}" == -* ]]; then sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit; fi
 
+unset PYTHONPATH PYTHONHOME # what they name would count as installed
+checkout=$PWD
 root=${SCALED_ROPE_CACHE:-${TMPDIR:-/tmp}}/scaled-rope-support
 pinned() { sed -n "s/^$1==//p" constraints.txt; }
 oldest=$(sed -n 's/^LEAST = .*"transformers": "\([^"]*\)".*/\1.0/p' scaled_rope/versions.py)
@@ -39,8 +41,8 @@ try() { # NAME PYTHON TRANSFORMERS TRITON NUMPY
         wheel=$(echo "$folder"/wheel/scaled_rope-*.whl)
         "$folder/bin/python" -m pip install -q --no-compile -c "$folder/constraints.txt" "$wheel"
         # The environment is empty but for the wheel and what it asks for: the first thing that a user sees of it.
-        (cd "$folder" && for words in methods "inspect $PWD/models/tiny-llama-256" "plan demo" \
-            "export $PWD/models/tiny-llama-256 --for vllm --scaling yarn:8"; do
+        (cd "$folder" && for words in methods "inspect $checkout/models/tiny-llama-256" "plan demo" \
+            "export $checkout/models/tiny-llama-256 --for vllm --scaling yarn:8"; do
             ./bin/scaled-rope $words >"$folder/said.txt" || { echo "$name: scaled-rope $words failed" >&2; exit 1; }
         done)
         "$folder/bin/python" -m pip install -q --no-compile -c "$folder/constraints.txt" pytest hypothesis accelerate peft gguf liger-kernel
@@ -48,9 +50,9 @@ try() { # NAME PYTHON TRANSFORMERS TRITON NUMPY
         touch "$folder/.ready"
     fi
     echo "$name: testing"
-    env CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 PYTHONPATH="$PWD" "$folder/bin/python" -m pytest -q -p no:cacheprovider \
+    env CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 PYTHONPATH="$checkout" "$folder/bin/python" -m pytest -q -p no:cacheprovider \
         --junitxml="$folder/report.xml" "${tests[@]}" >"$folder/log.txt" 2>&1 || true # the row says what failed
-    PYTHONPATH="$PWD" "$folder/bin/python" benchmarks/support.py --record "$name" --report "$folder/report.xml"
+    PYTHONPATH="$checkout" "$folder/bin/python" benchmarks/support.py --record "$name" --report "$folder/report.xml"
 }
 
 [[ $# -gt 0 ]] || set -- oldest newest gpu-image
