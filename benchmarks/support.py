@@ -27,7 +27,7 @@ PACKAGES = ("transformers", "torch", "triton", "numpy", "tokenizers", "huggingfa
 
 
 def counts(report: Path) -> dict[str, Any]:
-    """What a JUnit file of pytest says: tests by outcome, their seconds, and the names of those that failed.
+    """Read a JUnit file of pytest: tests by outcome, their seconds, and the names of those that failed.
 
     Raises:
         ConfigError: there is no such file, as where pytest itself has failed.

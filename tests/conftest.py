@@ -70,7 +70,7 @@ def _copy(value: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `make_workspace` makes."""
+    """The folder that `make_workspace` fills."""
     folder = tmp_path_factory.mktemp("training")
     make_workspace(folder)
     return folder

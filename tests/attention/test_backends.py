@@ -150,7 +150,7 @@ def test_a_schedule_of_windows(tiny_model: Make, long_tokens: Tensor) -> None:
 
 
 def test_no_mask_of_all_pairs(tiny_model: Make, long_tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `auto` chooses for a plain and for a windowed family hands no T x T mask to attention."""
+    """The choice of `auto` for a plain and for a windowed family hands no T x T mask to attention."""
     sizes = []
     original = torch.nn.functional.scaled_dot_product_attention
 
