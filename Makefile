@@ -20,7 +20,7 @@ help:
 	@echo "make demo        extend the embedded model from 256 to 2048 tokens, evaluate it, write out/demo/report.html"
 	@echo "make test        lint, types and tests"
 	@echo "make check       lint and types only"
-	@echo "make smollm2     evaluate a real model, SmolLM2-135M, under the scalings, without training (15 minutes)"
+	@echo "make smollm2     evaluate a real model, SmolLM2-135M, under the scalings, without training (under 20 minutes)"
 	@echo "make paper-mini  test the paper's claims on the embedded model, with seeds (52 minutes on 2 cores)"
 	@echo "make base        retrain the embedded base model"
 	@echo "make clean       remove out/ (runs and reports); .venv and downloaded data stay"

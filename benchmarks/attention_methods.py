@@ -1,4 +1,4 @@
-"""What methods that change attention cost beside plain attention, in seconds of one layer of SmolLM2's shape.
+"""The cost of methods that change attention beside plain attention, in seconds of one layer of SmolLM2's shape.
 
     OMP_NUM_THREADS=1 python benchmarks/attention_methods.py
     OMP_NUM_THREADS=1 python benchmarks/attention_methods.py --lengths 1024 --rounds 1 --output ""

@@ -322,6 +322,7 @@ def compare(
     import numpy as np
 
     from scaled_rope.checkpoint import display_name, weights_hash
+    from scaled_rope.results import portable_model
 
     with tempfile.TemporaryDirectory() as name:
         jobs = make_jobs(model, specs, text, lengths[-1], Path(name))
@@ -338,7 +339,8 @@ def compare(
                 ours[spec] = our_logits(model, scaling, tokens)
             logits = Logits(np.load(job["logits"]), *ours[spec])
             about = {
-                "metric": "gguf-logits", "model": model, "model_fingerprint": weights_hash(model), "dtype": "float32",
+                "metric": "gguf-logits", "model": portable_model(model), "model_fingerprint": weights_hash(model),
+                "dtype": "float32",
                 "scaling": scaling.to_dict(), "label": scaling.label,
             }  # fmt: skip
             more = {"command": job["command"], "llama_cpp_python": answer["llama_cpp"], "same_tokens": same_tokens}

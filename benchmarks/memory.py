@@ -1,4 +1,4 @@
-"""What `scaled-rope plan` says against what training runs hold at their peak.
+"""The memory that `scaled-rope plan` says, against the peak of training runs.
 
     python benchmarks/memory.py --output data/benchmarks/memory_cpu.jsonl
 

@@ -1,4 +1,4 @@
-"""What one pass for all context lengths saves against one forward per length.
+"""One pass for all context lengths against one forward per length: time and memory.
 
     python benchmarks/perplexity.py                       # 64 lengths to 8192, models/tiny-llama-256, yarn:32
     python benchmarks/perplexity.py --max-tokens 4096 --windows 1

@@ -1,4 +1,4 @@
-"""What benchmarks/smollm2_32k.py needs on a machine with a GPU, made on one without.
+"""Make, on a machine without a GPU, all that benchmarks/smollm2_32k.py needs on one with a GPU.
 
     python benchmarks/smollm2_32k_prepare.py
 

@@ -221,7 +221,7 @@ def configs(draw: st.DrawFn) -> Any:
 
 
 def one_line(make: Any, *args: Any) -> Any:
-    """What `make` returns, or None after a ConfigError of one line; any other exception is a failure."""
+    """Return the result of `make`, or None after a ConfigError of one line; any other exception is a failure."""
     try:
         return make(*args)
     except ConfigError as error:

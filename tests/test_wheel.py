@@ -1,4 +1,7 @@
-"""A wheel, installed away from the checkout, has what its commands need."""
+"""A wheel in an environment that has third-party packages, and nothing of the checkout, has what its commands need.
+
+`benchmarks/support.sh` does the same in an environment that is empty, where pip installs what the wheel asks for.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
@@ -16,7 +21,7 @@ from tests.helpers import ROOT
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the installed wheel, and nothing else of this project."""
+    """The folder of an environment with the installed wheel."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, source)
@@ -24,42 +29,57 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # "benchmarks" and "cache" are large and no part of the package
         ignored = shutil.ignore_patterns("__pycache__", "benchmarks" if name == "data" else "", "cache", "*.jsonl")
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "--target", str(target), str(source)], check=True, timeout=300)
+    venv.create(target, with_pip=False)
+    # A folder that a .pth file adds is searched for modules, but its own .pth files are not read: the one by which
+    # an editable installation makes the checkout importable has no effect here.
+    (packages_of(target) / "third_party.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = [sys.executable, "-m", "pip", "--python", str(target / "bin" / "python"), "install", "--quiet"]
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--ignore-installed", str(source)]
+    subprocess.run([*pip, *options], check=True, timeout=300, env=plain_environment())
     return target
+
+
+def packages_of(environment: Path) -> Path:
+    return environment / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+
+
+def plain_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+
+def run(installed: Path, folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of the environment in a folder of its own."""
+    program = [str(installed / "bin" / command[0]), *command[1:]]
+    return subprocess.run(program, cwd=folder, env=plain_environment(), capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["inspect"], "tiny-llama-256"),
-        (["export", "--for", "vllm", "--scaling", "yarn:8"], "yarn"),
-        (["plan", "demo"], "demo"),
-        (["methods"], "dual-chunk"),
-        (["-m", "scaled_rope.report.paper", "table2", "--shell"], "models"),
-        (["-m", "scaled_rope.recipes", "--list"], "llama-2-7b-64k"),
+        (["scaled-rope", "inspect", "MODEL"], "tiny-llama-256"),
+        (["scaled-rope", "export", "MODEL", "--for", "vllm", "--scaling", "yarn:8"], "yarn"),
+        (["scaled-rope", "plan", "demo"], "demo"),
+        (["scaled-rope", "methods"], "dual-chunk"),
+        (["python", "-m", "scaled_rope.report.paper", "table2", "--shell"], "models"),
+        (["python", "-m", "scaled_rope.recipes", "--list"], "llama-2-7b-64k"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_command_of_the_wheel(installed: Path, tmp_path: Path, words: list[str], said: str) -> None:
-    command = words if words[0] == "-m" else ["-m", "scaled_rope", *words]
-    if words[0] in ("export", "inspect"):
-        command.insert(3, str(installed / "scaled_rope/_files/models/tiny-llama-256"))
-    environment = os.environ | {"PYTHONPATH": str(installed)}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
+    model = str(packages_of(installed) / "scaled_rope/_files/models/tiny-llama-256")
+    done = run(installed, tmp_path, *(model if word == "MODEL" else word for word in words))
     assert done.returncode == 0, done.stderr
     assert said in done.stdout
     assert str(ROOT) not in done.stdout
 
 
-def test_the_wheel_is_what_was_run(installed: Path, tmp_path: Path) -> None:
+def test_the_wheel_is_what_was_run_and_nothing_of_the_checkout_can_be_imported(installed: Path, tmp_path: Path) -> None:
     program = (
-        "import scaled_rope; from scaled_rope.bundled import bundled; print(scaled_rope.__file__, bundled('configs'))"
+        "import importlib.util as u, scaled_rope; from scaled_rope.bundled import bundled\n"
+        "print(scaled_rope.__file__, bundled('configs'))\n"
+        "print([name for name in ('finetune', 'tokenization', 'truncate') if u.find_spec(name)])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(installed)},
-        capture_output=True, text=True, check=True, timeout=60,
-    )  # fmt: skip
-    assert all(place.startswith(str(installed)) for place in done.stdout.split())
+    done = run(installed, tmp_path, "python", "-c", program)
+    places, importable = done.stdout.splitlines()
+    assert all(place.startswith(str(packages_of(installed))) for place in places.split())
+    assert importable == "[]"

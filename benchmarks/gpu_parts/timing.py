@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from scaled_rope.results import Row
+from scaled_rope.training.costs import device_peak_flops
 
 DEVICE = "cuda"
 ROTATED_BYTES = 2**28
@@ -21,8 +22,6 @@ SHORT_BYTES = 2**26
 """Calls that move less than this are timed in a CUDA graph."""
 HEAD_START_CYCLES = 1_000_000
 """Cycles that the GPU spins before a timed call, half a millisecond, so that the call is queued by then."""
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""Dense bf16 rates from data sheets, by a word of the device's name."""
 
 
 class Clock:
@@ -117,5 +116,4 @@ def matmul_rate(size: int = 8192) -> float:
 
 def peak_flops() -> float | None:
     """Floating-point operations per second that this GPU's data sheet states; None for a GPU that isn't listed."""
-    name = torch.cuda.get_device_name()
-    return next((rate for word, rate in PEAK_FLOPS.items() if word in name), None)
+    return device_peak_flops(torch.device(DEVICE))

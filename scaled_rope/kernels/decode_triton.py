@@ -10,6 +10,7 @@ Each program computes a softmax over its own stretch; torch merges the results.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -19,6 +20,26 @@ from torch import Tensor
 from scaled_rope.kernels.rotary_triton import angle_tables
 
 BLOCK_N = 64
+
+
+def _mend_interpreter() -> None:
+    """Let Triton's interpreter, where it is in use, read the bounds of a loop with any numpy.
+
+    Triton 3.6 and earlier read them as int(array of one element), which numpy refuses since 2.5.
+    """
+    from triton.runtime import interpreter
+
+    inner = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        inner(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if triton.knobs.runtime.interpret and triton.__version__.startswith("3.6."):
+    _mend_interpreter()
 
 
 # Triton's own library functions run in the interpreter only if it was chosen before triton was imported.

@@ -1,4 +1,7 @@
-"""Where models of transformers take and return a key/value cache: `cache` since 5.24, `past_key_values` before."""
+"""Where models of transformers take and return a key/value cache, and how it is emptied, from one release to the next.
+
+The argument is `cache` since 5.24, `past_key_values` before.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 
 from torch import nn
 from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 NAMES = ("cache", "past_key_values")
 
@@ -31,3 +35,13 @@ def returned_cache(output: Any) -> Any:
         return next((each for each in output if isinstance(each, Cache)), None)
     name = next((name for name in NAMES if name in (output or ())), None)
     return None if name is None else output[name]
+
+
+def empty(cache: Any) -> None:
+    """Make a cache hold no tokens, in place."""
+    cache.reset()
+    # Before 5.18 reset() sets the keys of layers that grow to 0 and keeps them: new tokens would come behind those.
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, DynamicLayer):
+            layer.keys = layer.values = None
+            layer.is_initialized = False

@@ -21,7 +21,7 @@ from transformers import Cache
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching import forward_pass
-from scaled_rope.patching.cache_argument import cache_name, given_cache, returned_cache
+from scaled_rope.patching.cache_argument import cache_name, empty, given_cache, returned_cache
 from scaled_rope.patching.cache_owners import (
     CacheContents,
     CacheOwner,
@@ -197,7 +197,7 @@ class Passes:
         """Fill a cache again with the tokens that it held, at the scale of rows of the given lengths."""
         assert contents.offset is not None
         forward: Any = module.forward
-        cache.reset()
+        empty(cache)
         places = contents.offset[:, None] + torch.arange(contents.length, device=contents.offset.device)
         rows = contents.inputs[0][1].shape[0]
         mask = (places >= 0).long().expand(rows, -1)

@@ -27,6 +27,7 @@ from scaled_rope.patching.loading import load_model
 from scaled_rope.training.model import set_sliding_window
 from tests.helpers import ROOT
 from tests.helpers.models import DETECTED, FAMILIES, Make
+from tests.helpers.optional import transformers_is
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 ALL = [*FAMILIES, *DETECTED]
@@ -63,6 +64,10 @@ def windowed(make: Make, family: str, window: int = 48) -> PreTrainedModel:
 @pytest.mark.parametrize("family", [name for name in ALL if name not in ("falcon", "gemma2", "gpt_oss", "persimmon")])
 def test_blocked_sdpa_equals_sdpa(tiny_model: Make, long_tokens: Tensor, family: str) -> None:
     model = windowed(tiny_model, family)
+    if family == "ministral3" and not transformers_is("5.23"):
+        with pytest.raises(ConfigError, match="'sdpa_blocked': gets no position_ids"):
+            logits(model, "sdpa_blocked", long_tokens)
+        return
     left, right = torch.ones_like(long_tokens), torch.ones_like(long_tokens)
     left[0, :70], right[1, 150:] = 0, 0
     lengths = 100, 37, 163
@@ -145,7 +150,7 @@ def test_a_schedule_of_windows(tiny_model: Make, long_tokens: Tensor) -> None:
 
 
 def test_no_mask_of_all_pairs(tiny_model: Make, long_tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `auto` chooses for a plain and for a windowed family hands no T x T mask to attention."""
+    """The choice of `auto` for a plain and for a windowed family hands no T x T mask to attention."""
     sizes = []
     original = torch.nn.functional.scaled_dot_product_attention
 

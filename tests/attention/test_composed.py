@@ -12,7 +12,7 @@ from tests.helpers.region_definitions import INV_FREQ, METHODS, NOISE, Distance,
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """What a kernel is asked for, written down."""
+    """Writes down the calls of a kernel."""
     scores = scale * q @ k.mT
     if causal:
         assert q.shape[2] == k.shape[2]

@@ -1,4 +1,4 @@
-"""What eval/perplexity.py refuses."""
+"""Refusals of eval/perplexity.py."""
 
 from __future__ import annotations
 

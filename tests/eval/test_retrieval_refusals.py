@@ -1,4 +1,4 @@
-"""What the retrieval scripts refuse."""
+"""Refusals of the retrieval scripts."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_scores_in_batches_equal_one_by_one(tiny_model: Make, spec: str, rows: i
 
 
 def test_padding_together_would_change_dynamic_scores(tiny_model: Make) -> None:
-    """What the batches guard against: a short row beside one beyond the trained length, read at the latter's scale."""
+    """The batches guard against this: a short row beside one beyond the trained length, read at the latter's scale."""
     model, requests = tiny_model(), random_requests()
     apply_scaling(model, scaling_of("dynamic-yarn"))
     short = requests[3]

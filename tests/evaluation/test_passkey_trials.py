@@ -1,4 +1,4 @@
-"""What plain and hard passkeys share, on prompts of a kind made here."""
+"""The common part of plain and hard passkeys, on prompts of a kind made here."""
 
 from __future__ import annotations
 

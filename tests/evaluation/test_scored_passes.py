@@ -1,4 +1,4 @@
-"""What earlier runs have left of a pass over documents."""
+"""Passes over documents of which earlier runs have left a part."""
 
 from __future__ import annotations
 

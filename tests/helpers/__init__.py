@@ -1,4 +1,4 @@
-"""What several test modules share."""
+"""Parts that several test modules share."""
 
 from pathlib import Path
 

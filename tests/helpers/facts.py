@@ -22,7 +22,7 @@ UNSCALED = RopeScaling("default", original_max_position_embeddings=4096)
 
 
 def found(check: Callable[[ConfigFacts], Iterable[Finding]], **facts: Any) -> list[str]:
-    """What a check says of facts, as "level code"."""
+    """The findings of a check, as "level code"."""
     return [f"{finding.level} {finding.code}" for finding in check(ConfigFacts(**facts))]
 
 

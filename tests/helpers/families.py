@@ -1,4 +1,4 @@
-"""What tests of all model families share: tiny models under scalings, their tables, and references."""
+"""Parts of the tests of all model families: tiny models under scalings, their tables, and references."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WITHOUT_WORDS = {
 }
 """Methods that transformers rejects or gets wrong in a family, so that there is no vanilla model to compare with."""
 REFUSALS = (KeyError, ValueError, StrictDataclassError)
-"""What it raises when it finds a rope_type that it does not know."""
+"""The errors that it raises when it finds a rope_type that it does not know."""
 
 # Logits reach 12. transformers rounds its frequencies several times in float32, ours are rounded once, so angles of up
 # to 48 radians differ by some 1e-5; these weights pass that on to logits without making it more than ten times larger.
@@ -57,7 +57,7 @@ def own_entry(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def words(model: PreTrainedModel, method: str) -> dict[str, Any]:
-    """What transformers calls a method, written by hand."""
+    """A method in the words of transformers, written by hand."""
     if method == "default":
         return {}
     if method == "linear":

@@ -1,4 +1,4 @@
-"""What a Triton kernel becomes for an H100, on a machine that has none."""
+"""Triton kernels compiled for an H100, on a machine that has none."""
 
 from __future__ import annotations
 
@@ -32,8 +32,11 @@ module.{kernel} = Compiled()
 
 
 def compiled(module: str, kernel: str, launches: str, **environment: str) -> Any:
-    """What `launches` prints last, as JSON: Python code that launches from `module`, where each launch of its `kernel`
-    adds a text in PTX to `found` and computes nothing."""
+    """Run `launches` and return the last line that it prints, as JSON.
+
+    It is Python code that launches from `module`; each launch of `kernel` adds a text in PTX to `found` and computes
+    nothing.
+    """
     without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     code = _BEFORE.format(module=module, kernel=kernel) + launches
     done = subprocess.run([sys.executable, "-c", code], env=without | environment, capture_output=True, text=True)

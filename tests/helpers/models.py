@@ -44,7 +44,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0]},
     "stablelm": {"hidden_size": 64, "intermediate_size": 64},
 }
-"""What tiny models need beside `tiny_model`'s settings, by model type."""
+"""Settings that tiny models need beside `tiny_model`'s settings, by model type."""
 
 DETECTED: dict[str, dict[str, Any]] = {
     "apertus": {"rope_parameters": PLAIN},

@@ -1,4 +1,4 @@
-"""What a process of `runs.Ranks` does after it was forked: one training run, in its place among the ranks."""
+"""The work of a process of `runs.Ranks` after it was forked: one training run, in its place among the ranks."""
 
 from __future__ import annotations
 

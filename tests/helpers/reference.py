@@ -76,7 +76,7 @@ def by_parts_dimension(
     truncate: bool = True,
     extrapolation_factor: float = 1,
 ) -> list[float]:
-    """What the released code does: a ramp in the dimension index between d(beta) and d(alpha)."""
+    """The released code: a ramp in the dimension index between d(beta) and d(alpha)."""
     result = []
     for d, frequency in enumerate(unscaled(dim, theta)):
         kept = (1 - share_past(d, dim, theta, original, beta, alpha, truncate)) * extrapolation_factor

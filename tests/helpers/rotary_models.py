@@ -1,4 +1,4 @@
-"""What tests of the rotary kernel inside models share."""
+"""Parts of the tests of the rotary kernel inside models."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def launch(workspace: Path, output: Path, launcher: tuple[str, ...]) -> None:
 
 
 def _fsdp2_variables() -> dict[str, str]:
-    """What `accelerate launch` makes of configs/accelerate/fsdp2.yaml."""
+    """The settings that `accelerate launch` makes of configs/accelerate/fsdp2.yaml."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
@@ -190,7 +190,7 @@ class Ranks:
         return [(process.exitcode, text) for process, text in zip(self._processes, texts, strict=True)]
 
     def succeed(self) -> list[str]:
-        """What each rank wrote; all must have ended well."""
+        """The output of each rank; all must have ended well."""
         finished = self.finish()
         shown = "\n".join(f"--- rank {n}, exit code {code}\n{text[-4000:]}" for n, (code, text) in enumerate(finished))
         assert all(code == 0 for code, _ in finished), shown

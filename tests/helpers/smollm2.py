@@ -11,7 +11,7 @@ from scaled_rope.texts.packed import PackedWriter, pack
 
 
 def pack_training_set(folder: Path, *more: Path) -> None:
-    """What the prepare commands of a recipe do, without a process for it."""
+    """Do what the prepare commands of a recipe do, without a process for it."""
     tokenizer, output = load_tokenizer(str(folder / "base")), folder / "bundle" / "train"
     shutil.rmtree(output, ignore_errors=True)
     documents = [encode(tokenizer, path.read_text()) for path in (*sorted((folder / "train").iterdir()), *more)]

@@ -1,4 +1,4 @@
-"""What the rotary kernel becomes for an H100."""
+"""The rotary kernel, compiled for an H100."""
 
 from __future__ import annotations
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin
 
+from scaled_rope.patching.cache_argument import empty
 from scaled_rope.patching.patch import patch_model
 from tests.helpers.caches import SAME, distance, refused, through_cache
 from tests.helpers.models import Make
+from tests.helpers.optional import transformers_is
 
 
 @pytest.fixture
@@ -72,8 +74,8 @@ def test_a_cache_that_the_model_did_not_fill_is_refused(tiny_model: Make, text: 
     for spec in ("dynamic-linear", "dynamic-yarn,dynamic_step=2", "yarn:4"):
         patch_model(model, spec)
         refused(lambda: model(text[:, 30:31], past_key_values=own), "cache: ", "another patch", "dynamic-yarn")
-    # A cache that is emptied is as good as new.
-    own.reset()
+    # A cache that is emptied is as good as new; transformers 5.17 keeps its keys, as zeros.
+    own.reset() if transformers_is("5.18") else empty(own)
     assert distance(through_cache(model, text, [20, 40], own), through_cache(model, text, [20, 40])) < SAME
 
 

@@ -21,6 +21,7 @@ from scaled_rope.scaling.record import RopeScaling
 from tests.helpers import reference
 from tests.helpers.caches import ORIGINAL, SAME, distance, one_layer, through_cache, whole
 from tests.helpers.models import DETECTED, FAMILIES, VOCABULARY, Make
+from tests.helpers.optional import fp8_caches
 
 CHANGED = 1e-2
 
@@ -231,12 +232,21 @@ class Exact(QuantizedLayer):
 @pytest.mark.parametrize("spec", ["dynamic-yarn", "dynamic-yarn,dynamic_step=1.2", "rerope,window=10"])
 def test_quantized_caches(tiny_model: Make, text: Tensor, spec: str) -> None:
     model = one_layer(tiny_model)
-    rotated = through_cache(model, text[:, :48], [20, 30, 47, 48])[:, -1]
     patch_model(model, spec)
     wanted = whole(model, text[:, :48])[:, -1]
     cache = Cache(layers=[Exact(residual_length=12)])
     ends = [20, *range(21, 49)]  # all three: into the store, into the rest, from the rest into the store
     assert distance(through_cache(model, text[:, :48], ends, cache)[:, -1], wanted) < SAME
+
+
+@fp8_caches
+@pytest.mark.parametrize("spec", ["dynamic-yarn", "dynamic-yarn,dynamic_step=1.2", "rerope,window=10"])
+def test_caches_of_8_bits(tiny_model: Make, text: Tensor, spec: str) -> None:
+    model = one_layer(tiny_model)
+    ends = [20, *range(21, 49)]
+    rotated = through_cache(model, text[:, :48], [20, 30, 47, 48])[:, -1]
+    patch_model(model, spec)
+    wanted = whole(model, text[:, :48])[:, -1]
     again = QuantizedCache("fp8", model.config)
     found = through_cache(model, text[:, :48], ends, again)[:, -1]
     # 8-bit floats with 3 bits of mantissa are off by up to 1/16, with random signs: less than a wrong scale is.

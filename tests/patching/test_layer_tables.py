@@ -33,7 +33,7 @@ from tests.helpers.models import LAYER_TYPES, Make
 
 
 def tables_of(scaling: RopeScaling, model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """What `ScaledRotaryEmbedding` gives for a text, in the layout of an unpatched model's family."""
+    """The tables of `ScaledRotaryEmbedding` for a text, in the layout of an unpatched model's family."""
     adapter = adapter_of(model.config, model.base_model.rotary_emb)
     rotary = ScaledRotaryEmbedding(scaling, head_dim_of(model.config), layout=adapter.layout)
     return rotary(torch.zeros(1), torch.arange(tokens.shape[1])[None])

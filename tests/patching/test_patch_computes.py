@@ -13,6 +13,7 @@ from scaled_rope import RopeScaling, patch_model
 from scaled_rope.patching.patch import computes
 from tests.helpers.families import ALL, CHANGED, SAME, WITHOUT_WORDS, distance, logits, record, vanilla_settings
 from tests.helpers.models import LAYER_TYPES, PLAIN, Make
+from tests.helpers.optional import nested_parameters
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -61,6 +62,7 @@ def test_computes_is_not_sure_of_a_module_that_switches(tiny_model: Make) -> Non
     assert not computes(tiny_model(rope_parameters=rope), RopeScaling("default", original_max_position_embeddings=32))
 
 
+@nested_parameters
 def test_a_flat_scaling_on_olmo_3_is_dropped_and_we_say_so(tiny_model: Make, tokens: Tensor) -> None:
     yarn = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 32}
     plain = tiny_model("olmo3")
@@ -73,6 +75,7 @@ def test_a_flat_scaling_on_olmo_3_is_dropped_and_we_say_so(tiny_model: Make, tok
         assert RopeScaling.from_config(raw) == own
 
 
+@nested_parameters
 def test_truncate_counts_outside_the_layer_types_only(tiny_model: Make, tokens: Tensor) -> None:
     # With these bounds the ramp's ends are not whole; with the default ones truncation would change little.
     options = {"beta_fast": 2.0, "beta_slow": 0.1}

@@ -35,6 +35,7 @@ from tests.helpers.families import (
     width,
 )
 from tests.helpers.models import LAYER_TYPES, PLAIN, Make
+from tests.helpers.optional import phi3_cache
 
 # What is computed
 
@@ -91,7 +92,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_model: Make, token
     assert_same_gradients(make, tokens)
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", [pytest.param(name, marks=phi3_cache if name == "phi3" else ()) for name in ALL])
 def test_generation_with_a_cache_equals_generation_without(tiny_model: Make, tokens: Tensor, family: str) -> None:
     # From 28 to 36 tokens, past the 32 that the model is for; there Phi-3 throws its cache away once, which costs a
     # pass over everything and changes no static result.
@@ -116,6 +117,7 @@ def test_a_dynamic_pass_is_a_static_pass_at_that_length(tiny_model: Make, tokens
     assert distance(logits(model, short), logits(static, short)) < SAME
 
 
+@phi3_cache
 def test_longrope_in_phi3_generates_with_a_cache(tiny_model: Make, tokens: Tensor) -> None:
     # Its own generation drops the cache where longrope switches, at 32 tokens; one layer then equals a whole pass.
     model = tiny_model("phi3", num_hidden_layers=1)

@@ -1,4 +1,4 @@
-"""What is asked of `patch_model`: what is refused, and what is remarked on."""
+"""Requests to `patch_model`: those that are refused, and those that are remarked on."""
 
 from __future__ import annotations
 

@@ -50,7 +50,9 @@ def test_a_saved_model_carries_its_scaling(
     assert distance(logits(loaded, tokens), wanted) < SAME
     assert RopeScaling.from_config(loaded.config) == report.scaling
     if report.native:
-        vanilla = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+        vanilla = AutoModelForCausalLM.from_pretrained(
+            tmp_path, dtype=torch.float32, attn_implementation=model.config._attn_implementation
+        ).eval()
         assert distance(logits(vanilla, tokens), wanted) < SAME
     else:
         with pytest.raises(REFUSALS, match="rope"):

@@ -1,4 +1,4 @@
-"""What a report contains, from rows made here."""
+"""The contents of a report, from rows made here."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 
 
 def check_page(page: str) -> None:
-    """What holds for every page: it stands alone, its ids are unique, and its colors follow the theme."""
+    """Check the rules for every page: it stands alone, its ids are unique, and its colors follow the theme."""
     fetched = re.findall(r'(?:src|href)="(?!#)([^"]*)"|url\((?!#)|@import', page)
     assert not fetched, "the page must need no other file"
     ids = re.findall(r'\bid="?([^" >]*)', page)

@@ -27,6 +27,7 @@ from scaled_rope.scaling.hf_config import (
     read_by_attention,
 )
 from scaled_rope.scaling.record import LayerPlan
+from tests.helpers.optional import nested_parameters
 from tests.helpers.records import BASE, LISTS, ROUND_TRIPS, one_line
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -257,6 +258,7 @@ ROPES = [
 ]
 
 
+@nested_parameters
 @pytest.mark.parametrize("family", FAMILY_THETA)
 def test_what_families_leave_out_is_what_transformers_fills_in(family):
     """A config.json as it was written and the config that transformers makes of it are the same model."""
@@ -398,6 +400,7 @@ def test_what_stands_next_to_layer_types():
     assert RopeScaling.from_config({"full_attention": record.to_config()}) == record
 
 
+@nested_parameters
 def test_flat_parameters_where_transformers_wants_them_nested():
     config = {"model_type": "olmo3", "max_position_embeddings": 4096, "rope_parameters": deepcopy(LINEAR)}
     with pytest.warns(UserWarning, match="not nested per layer type: transformers drops it"):

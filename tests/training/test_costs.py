@@ -1,4 +1,4 @@
-"""What a plan is made of: FLOPs against figures worked out by hand and by torch's own counter."""
+"""The arithmetic of a plan: FLOPs against figures worked out by hand and by torch's own counter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says about itself."""
+"""The log of a run: its losses, rates and notes."""
 
 from __future__ import annotations
 
