@@ -85,12 +85,12 @@ _SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, 
 SETTINGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         ("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite",
-         "glm_moe_dsa", "kimi_k25", "longcat_flash", "minicpm3", "mistral4", "mistral_large4_text", "sarvam_mla",
+         "glm_moe_dsa", "kimi_k25", "longcat_flash", "minicpm3", "mistral_large4_text", "sarvam_mla",
          "youtu", "hy_v4", "hy_v4_vl_text"),
         _MLA,
     ),
     "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
-    "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention"] * 2},
+    "granitemoehybrid": {**_MAMBA, "position_embedding_type": "rope", "layer_types": ["linear_attention", "full_attention"] * 2},
     "bailing_hybrid": {**_MLA, "num_expert_group": 2, "num_experts_per_token": 2, "layer_group_size": 2,
                        "layer_types": ["linear_attention", "full_attention"] * 2, "linear_head_dim": 16,
                        "linear_num_heads": 4},
@@ -102,8 +102,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe_text": {"rope_parameters": {**_SECTIONS["rope_parameters"], "mrope_section": [3, 3, 2]}},
     "hunyuan_vl_text": {"rope_parameters": {**_SECTIONS["rope_parameters"], "mrope_section": [2, 2, 2, 2]}},
     **dict.fromkeys(("granite_docling_text", "granite_docling"), {"attention_multiplier": 0.25}),
-    "apertus1p5": {"image_token_offset": 100, "audio_token_offset": 180},
-    "dots3_note_vision_encoder": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+    # Its default rope_type makes tables for the whole head, which do not fit: only scaled ones work.
+    "mistral4": {
+        **_MLA,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": TRAINED,
+            "partial_rotary_factor": 0.5, "llama_4_scaling_beta": 0.1,
+        },
+    },
     "mimo_v2_flash": {"head_dim": 48},  # a third of it turns
     "nemotron": {"num_key_value_heads": 2},
     **dict.fromkeys(
@@ -137,7 +143,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dots3_note_text": {**_MLA, "head_dim": 64},
     "molmo2_adapter": {"vision_feature_layer": [3, 2], "text_hidden_size": 64},
     "recurrent_gemma": {"lru_width": 64, "block_types": ["recurrent", "attention"], "attention_window_size": 16},
-    "phi4_multimodal": {},
+    **dict.fromkeys(("phi3", "phi4_multimodal"), {"original_max_position_embeddings": TRAINED}),
 }  # fmt: skip
 """Model type -> more settings, over those that follow from the names of fields."""
 

@@ -120,7 +120,9 @@ def detect_adapter(config: Any, rotary: nn.Module) -> Adapter | None:
     except Exception:
         return None
     names: list[str | None] = [*types] or [None]
-    found = {_probe(probe, name) for name in names}
+    # Learned factors of frequencies (Mistral Large 4) are the family's own to apply.
+    learned = next(rotary.parameters(), None) is not None
+    found = {None if learned else _probe(probe, name) for name in names}
     if len(found) == 1 and (only := found.pop()) is not None:
         return only
     if all(_turns_by_frequency(probe, name) for name in names):

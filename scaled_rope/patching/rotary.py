@@ -136,7 +136,8 @@ class FamilyRotaryEmbedding(ScaledRotaryEmbedding):
 
     For families whose tables have a form of their own, and for positions along several axes, which the family shares
     out among the frequencies. The family's module is a copy that holds no frequencies: they are handed to it in every
-    call, in float32. The attention factor is multiplied here, because not all families read theirs.
+    call, in float32. Weights of the family's module (learned factors of frequencies) are this module's. The attention
+    factor is multiplied here, because not all families read theirs.
     """
 
     def __init__(
@@ -160,12 +161,13 @@ class FamilyRotaryEmbedding(ScaledRotaryEmbedding):
             own_tables: whether tables for plain positions, [B, T], have a form of the family's own, not `layout`.
         """
         super().__init__(scaling, head_dim, device, layout, float32_tables)
-        self.family = _without_frequencies(family)
+        vars(self)["family"] = _without_frequencies(family)  # not a submodule: its weights are registered here
+        for name, weight in family.named_parameters(recurse=False):
+            self.register_parameter(name, weight)
         self.layer_type = layer_type
         self.order = order
         self.own_tables = own_tables
 
-    @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> Any:
         """Tables for positions [B, T], or [axes, B, T]: as the family returns them.
 
@@ -173,7 +175,10 @@ class FamilyRotaryEmbedding(ScaledRotaryEmbedding):
         """
         if position_ids.dim() == 2 and not self.own_tables:
             return super().forward(x, position_ids)
-        position_ids = position_ids.to(x.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self._parameters)):
+            return self._tables(x, position_ids.to(x.device))
+
+    def _tables(self, x: Tensor, position_ids: Tensor) -> Any:
         if not self.scaling.is_length_dependent:
             return self._tables_of_family(x, position_ids, self.inv_freq.to(x.device), self.attention_scaling)
         text = position_ids if position_ids.dim() == 2 else position_ids[0]
@@ -190,6 +195,7 @@ class FamilyRotaryEmbedding(ScaledRotaryEmbedding):
 
     def _tables_of_family(self, x: Tensor, position_ids: Tensor, inv_freq: Tensor, factor: Tensor | float) -> Any:
         prefix, more = (f"{self.layer_type}_", (self.layer_type,)) if self.layer_type else ("", ())
+        self.family._parameters.update(self._parameters)
         setattr(self.family, f"{prefix}inv_freq", inv_freq if self.order is None else inv_freq[self.order])
         setattr(self.family, f"{prefix}attention_scaling", 1.0)
         # In float32 until the factor has been multiplied.

@@ -472,7 +472,7 @@ def _with_dimensions(facts: ConfigFacts, length: int | None) -> ConfigFacts:
     dimensions = (
         Dimension(
             index=index,
-            wavelength=2 * math.pi / a,
+            wavelength=2 * math.pi / a if a else math.inf,  # a pair that the model does not turn at all
             rotations=None if original is None else original * a / (2 * math.pi),
             theta=a,
             scaled=b,
