@@ -120,7 +120,7 @@ def _try_scaling(model: PreTrainedModel, spec: str, ids: Tensor, before: Tensor,
     except Exception as error:
         return {"error": _line(error)}
     try:
-        found["native"] = report.native
+        found["native"], found["own"] = report.native, report.before.label
         patched = _logits(model, ids)
         found["within"] = _distance(patched[:, :TRAINED], before[:, :TRAINED])
         found["beyond"] = _distance(patched[:, TRAINED:], before[:, TRAINED:])
@@ -188,7 +188,8 @@ def judge(trial: Trial) -> list[str]:
             continue
         if found["beyond"] < CHANGED:
             wrong.append(f"{spec}: without effect, {found['beyond']}")
-        if spec == "dynamic-yarn" and found["within"] > SAME:
+        # A scaling of the model's own (Mistral 4's) gives way, so that texts of L tokens change as well.
+        if spec == "dynamic-yarn" and found["within"] > SAME and not found["own"].startswith("yarn"):
             wrong.append(f"{spec}: changes a text of L tokens by {found['within']}")
         if found["unpatched"] is not True:
             wrong.append(f"{spec}: unpatching leaves something, {found['unpatched']}")

@@ -105,6 +105,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # Its default rope_type makes tables for the whole head, which do not fit: only scaled ones work.
     "mistral4": {
         **_MLA,
+        "head_dim": 32,
         "rope_parameters": {
             "rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": TRAINED,
             "partial_rotary_factor": 0.5, "llama_4_scaling_beta": 0.1,

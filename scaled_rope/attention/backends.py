@@ -257,6 +257,7 @@ def blocked_sdpa(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     module, query, key, value, mask = call.module, call.query, call.key, call.value, call.attention_mask
     window: int | None = call.options.get("sliding_window")
     given = {"dropout": call.dropout, "scaling": call.options.get("scaling")}
+    # One query of each row, as in decoding: its rows need not be attended to one by one.
     if mask is not None and mask.shape[1] > 0 and query.shape[2] == 1:
         key, value = written(key, value, mask)
         seen = mask if window is None else mask[:, -window:]
@@ -307,6 +308,7 @@ def _stretches(
     if mask is not None and mask.shape[1] == 0:
         return None
     if mask is not None:
+        # argmax gives the first of equal values, so where padding on the left ends.
         starts, counts = mask.int().argmax(dim=1).tolist(), mask.sum(dim=1).tolist()
         return [(row, start, start + n) for row, (start, n) in enumerate(zip(starts, counts, strict=True))]
     if cu_seqlens is not None:

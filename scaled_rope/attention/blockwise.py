@@ -56,6 +56,7 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, block: in
     with bfloat16_products():
         for row in range(batch):
             for head in range(kv_heads):
+                # Contiguous: the products below read the same keys once per block.
                 keys, values = k[row, head].float().t().contiguous(), v[row, head].float()
                 queries = grouped[row, head].float() * scale
                 for first in range(0, length, block):

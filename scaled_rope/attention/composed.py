@@ -112,6 +112,8 @@ def composed_attention(
         asking, seen = piece.queries.to(q.device), piece.keys.to(q.device)
         region_q, region_k = turned[piece.region]
         part, lse = attend(region_q[:, :, asking], region_k[:, :, seen], v[:, :, seen], scale, piece.causal)
+        # exp(lse) is the sum that the piece's softmax has divided by; pieces are weighted by their share of all of it.
+        # The first piece of a query is causal and so sees a key: from then on its total is finite, and no weight NaN.
         before, lse = total[:, :, asking], lse.to(exact)
         merged = torch.logaddexp(before, lse)
         kept = out[:, :, asking] * (before - merged).exp()[..., None]

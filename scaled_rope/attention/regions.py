@@ -64,6 +64,7 @@ def _itself(position: Tensor) -> Tensor:
 
 def rerope(window: int, log_length: int | None = None) -> Regions:
     """Relative position min(i - j, window). log_length: see `Regions`."""
+    # A token sees itself and window - 1 tokens before it at their distances, 0 to window - 1.
     near = Region(lambda i: i - window + 1, _itself, _itself)
     # A query at w and a key at 0 are w apart, whatever their positions.
     far = Region(_everything, lambda i: i * 0 + window, lambda j: j * 0)
@@ -81,6 +82,7 @@ def leaky_rerope(window: int, k: float, log_length: int | None = None) -> Region
 def self_extend(group: int, window: int) -> Regions:
     """Relative position i - j within the window of neighbours, floor(i/g) - floor(j/g) + (w - floor(w/g)) beyond."""
     near = Region(lambda i: i - window + 1, _itself, _itself)
+    # Shifted so that groups go on where the window ends: at i - j = window both rules give about window.
     far = Region(_everything, lambda i: i // group + (window - window // group), lambda j: j // group)
     return Regions((near, far))
 
@@ -163,7 +165,8 @@ def _attend(
     if regions.log_length is not None:
         factor = factor * length_factor(positions[before:], regions.log_length).to(q.dtype)[:, None]
     q = q * factor
-    # Rotate the keys of each region, from the first to the last that any of these queries sees there.
+    # Rotate the keys of each region, from the first to the last that any of these queries sees there. Bounds rise with
+    # the query: the first one decides where the span begins, the last one where it ends.
     spans, keys, ends = [], [], length
     for region in regions.near_to_far:
         first = max(0, region.start(before))

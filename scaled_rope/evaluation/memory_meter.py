@@ -22,7 +22,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def release_memory() -> None:
     """Free memory that an exception's frames and the GPU's cache still hold."""
-    gc.collect()
+    gc.collect()  # first: a cycle of frames holds tensors, and the cache is emptied only of what is free
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -42,7 +42,7 @@ class Meter:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            try:  # resets the peak on Linux; elsewhere it stays that of the whole process
+            try:  # "5" resets the peak (VmHWM) on Linux; elsewhere it stays that of the whole process
                 Path("/proc/self/clear_refs").write_text("5")
             except OSError:
                 pass
@@ -51,7 +51,7 @@ class Meter:
 
     def __exit__(self, *error: object) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.synchronize(self.device)  # kernels are only queued when a call returns
         self.seconds = time.perf_counter() - self._start
         self.peak_memory = (
             int(torch.cuda.max_memory_allocated(self.device)) if self.device.type == "cuda" else _peak_resident()

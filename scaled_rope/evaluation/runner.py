@@ -237,6 +237,7 @@ def _measure(
     while queue:
         length, yields = queue.pop(0)
         left = list(yields)
+        # Here, not before the loop: a pass whose results are on disk may need no model.
         try:
             model = load(job) if needs_model is None or needs_model(job, length, yields) else None
             stream = iter(evaluator.measure(model, job, length, yields, advance))
@@ -262,7 +263,7 @@ def _measure(
         del model, stream
         if exhausted:
             release_memory()
-            longest = max(left)
+            longest = max(left)  # the one that the pass was made for; shorter ones may fit without it
             yield {"length": longest, evaluator.value: None, "error": OUT_OF_MEMORY}
             left.remove(longest)
             if left:

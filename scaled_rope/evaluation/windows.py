@@ -91,6 +91,7 @@ def select(
         ConfigError: fewer documents than asked for are long enough, or none is.
     """
     head = 0 if bos is None else 1
+    # A whole document needs one token to score: with a BOS any token is one, without it the first has no context.
     body = 2 - head if length is None else length - head
     documents: list[Document] = []
     read = 0

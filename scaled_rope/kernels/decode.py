@@ -105,7 +105,8 @@ def rotary_decode(
     wanted = torch.promote_types(query.dtype, torch.float32)
     cos, sin = angles.query
     a, b, tail = _parts(query.to(wanted) * scale, cos.shape[-1], interleaved)
-    # Queries of heads that share keys lie side by side, [B, Hkv, H/Hkv·Q, D]; D holds all a, all b, then the rest.
+    # Queries of heads that share keys lie side by side, [B, Hkv, H/Hkv·Q, D]; D holds all a, all b, then the rest, for
+    # interleaved pairs too: a product of query and key does not depend on the order of dimensions.
     turned = torch.cat((a * cos - b * sin, b * cos + a * sin, tail), dim=-1).reshape(batch, key.shape[1], -1, head_dim)
     if mask is None and count > 1:
         seen = torch.arange(key.shape[2] - count, key.shape[2], device=query.device)[:, None]
@@ -152,7 +153,7 @@ def _decode_torch(
     cos, sin = (table.to(query.dtype) for table in angles.within)
     bases = angles.bases(-(-keys // BLOCK))
     a, b, tail = query[..., :half], query[..., half : 2 * half], query[..., 2 * half :]
-    scores = query.new_empty(batch, key_heads, rows, keys)
+    scores = query.new_empty(batch, key_heads, rows, keys)  # of all blocks: softmax needs them together
     turned = query.new_empty(batch, key_heads, min(BLOCK, keys), head_dim)
     for start, (base_cos, base_sin) in zip(range(0, keys, BLOCK), bases, strict=True):
         size = min(BLOCK, keys - start)
@@ -168,12 +169,14 @@ def _decode_torch(
     if mask is not None:
         by_query = scores.view(batch, key_heads, -1, count, keys)
         if mask.dtype == torch.bool:
+            # Not -inf: a query of padding sees no key, and softmax of nothing but -inf is NaN.
             by_query.masked_fill_(~mask[:, :, None], torch.finfo(scores.dtype).min)
         else:
             by_query += mask[:, :, None]
     weights = scores.softmax(dim=-1)
     if value.dtype == weights.dtype:
         return weights @ value
+    # Block by block, so that no float32 copy of all values is made.
     out = query.new_zeros(batch, key_heads, rows, value.shape[-1])
     for start in range(0, keys, BLOCK):
         out += weights[..., start : start + BLOCK] @ value[:, :, start : start + BLOCK].to(weights.dtype)

@@ -37,8 +37,10 @@ def angle_tables(phases, positions, attention_factor, j, in_half):
     quadrant = (top + 536870912) >> 30  # 2^29, an eighth of a turn: rounds to the nearest quarter
     x = (top - (quadrant << 30)).to(tl.float32) * 1.4629180792671596e-09  # 2π / 2^32
     square = x * x
+    # Taylor polynomials: |x| <= π/4 here, where the first term left out is below 1e-8, less than float32 resolves.
     s = x * (1 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880)))))
     c = 1 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320 - square / 3628800))))
+    # In odd quadrants cos and sin change places; signs go + - - + for cos and + + - - for sin.
     odd = (quadrant & 1) == 1
     cos = tl.where(odd, s, c) * (1 - ((quadrant + 1) & 2)).to(tl.float32)
     sin = tl.where(odd, c, s) * (1 - (quadrant & 2)).to(tl.float32)

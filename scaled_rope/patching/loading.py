@@ -246,6 +246,10 @@ def load_model(
     return model.eval()
 
 
+_WITHOUT_DEFAULT = ("mistral4",)
+"""Families of which transformers 5.24 makes tables for the whole head under rope_type "default", which do not fit."""
+
+
 def _build_unscaled(config: Any) -> bool:
     """If a config's rope_type is ours, change it to that of the unscaled model; return whether it was ours.
 
@@ -256,6 +260,8 @@ def _build_unscaled(config: Any) -> bool:
     if CUSTOM_ROPE_TYPE not in str(rope):
         return False
     text.rope_parameters = without_custom_rope(rope)
+    if text.model_type in _WITHOUT_DEFAULT and text.rope_parameters.get("rope_type") == "default":
+        text.rope_parameters = {**text.rope_parameters, "rope_type": "linear", "factor": 1.0}
     if hasattr(text, RECORD_KEY):
         delattr(text, RECORD_KEY)
     return True

@@ -223,6 +223,7 @@ def _length_axis(axes: Any, lengths: Sequence[int]) -> None:
     span = math.log2(max(lengths) / min(lengths)) or 1.0
     named: list[int] = []
     for length in sorted(lengths, reverse=True):
+        # 0.09 of the axis is about the width of a label such as "128k".
         if not named or math.log2(named[-1] / length) > 0.09 * span:
             named.append(length)
     axes.set_xticks(named, [short_length(length) for length in named])

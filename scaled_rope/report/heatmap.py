@@ -77,6 +77,7 @@ def draw(figure: Any, panels: Sequence[Panel], compact: bool = False) -> None:
             for x, column in enumerate(cells):
                 for y, (found, asked) in enumerate(column):
                     if asked:
+                        # cividis is dark below its middle and light above it.
                         ink = "#111111" if found / asked > 0.5 else "#f4f4f4"
                         place = {"ha": "center", "va": "center", "fontsize": 7.5}
                         axes.text(x + 0.5, y + 0.5, f"{found}/{asked}", color=ink, **place)

@@ -59,6 +59,7 @@ def ntk_by_parts(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor
 def yarn(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
     """The frequencies of `ntk_by_parts`; attention factor 0.1·mscale·ln(s) + 1, or the given one."""
     inv_freq, _ = ntk_by_parts(scaling, dim, factor, seq_len)
+    # It multiplies cos and sin, so a score of query and key gets its square: the paper's 1/t.
     if scaling.attention_factor is not None:
         return inv_freq, torch.full_like(factor, scaling.attention_factor)
     mscale = 1.0 if scaling.mscale is None else scaling.mscale
@@ -85,6 +86,7 @@ def llama3(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | Non
     params: Llama3Params = scaling.method_params
     inv_freq = _powers(scaling.rope_theta, dim, factor)
     keep = _rotation_ramp(scaling, inv_freq, params.high_freq_factor, params.low_freq_factor)
+    # As in `ntk_by_parts`, for the same reason.
     return inv_freq * (1 - (1 - keep) * (1 - 1 / factor[..., None])), torch.ones_like(factor)
 
 
@@ -103,6 +105,7 @@ def longrope(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | N
         torch.tensor(values, dtype=factor.dtype, device=factor.device)
         for values in (params.short_factor, params.long_factor)
     )
+    # All of a sequence gets the long list as soon as it is longer than L, the tokens before L included.
     divisor = short.expand(*factor.shape, dim // 2)
     if seq_len is not None:
         divisor = torch.where((seq_len > scaling.original_max_position_embeddings)[..., None], long, divisor)
@@ -156,7 +159,7 @@ def hardclip(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | N
 def _clipped(scaling: RopeScaling, dim: int, factor: Tensor) -> tuple[Tensor, int]:
     """Unclipped frequencies [..., D/2], and the number of lowest ones to clip."""
     params: ClipParams = scaling.method_params
-    # The released code clips 20 of the 64 frequencies of a model with head_dim 128.
+    # The released code clips 20 of the 64 frequencies of a model with head_dim 128.; the lowest ones, which come last.
     clip = max(1, round(dim / 2 * 20 / 64)) if params.clip is None else params.clip
     if clip > dim // 2:
         raise ConfigError(f"clip={clip}: must be at most {dim // 2}, the number of frequencies")
@@ -181,6 +184,7 @@ def _zeros(count: int) -> Tensor:
 
 def _round_wavelengths(inv_freq: Tensor) -> Tensor:
     """Resonance RoPE (arXiv 2403.00071): each wavelength becomes the nearest whole number of tokens."""
+    # The highest frequency, 1, has a wavelength of 6.28; only divisors below 1, as of LongRoPE, come near the bound.
     wavelength = (2 * math.pi / inv_freq).round().clamp(min=1)
     return torch.where(inv_freq > 0, 2 * math.pi / wavelength, inv_freq)  # a frequency of 0 has no wavelength
 
@@ -219,7 +223,7 @@ def _rotation_ramp(scaling: RopeScaling, inv_freq: Tensor, fast: float, slow: fl
     assert scaling.original_max_position_embeddings is not None  # validated by RopeScaling
     rotations = scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)
     if fast == slow:
-        return (rotations > fast).to(inv_freq.dtype)
+        return (rotations > fast).to(inv_freq.dtype)  # the limit of the line below, which would divide by zero
     return ((rotations - slow) / (fast - slow)).clamp(0, 1)
 
 
@@ -307,11 +311,13 @@ def _compute(scaling: RopeScaling, head_dim: int, factor: Tensor, seq_len: Tenso
     if row.kind != "frequency":
         raise ConfigError(f"method {scaling.method!r} changes attention itself; it has no frequencies")
     dim = scaling.rotary_dim(head_dim)
+    # Before the method, which is given the scale in effect and doesn't know of dynamic scaling.
     if scaling.dynamic and seq_len is not None:
         factor = compute_scale(scaling, seq_len)
     inv_freq, attention_factor = row.fn(scaling, dim, factor, seq_len)
     if scaling.turning_fraction != 1.0:
         inv_freq = _scale_lowest(inv_freq, _zeros(dim // 2 - _turning(scaling.turning_fraction, dim)))
+    # After the method: it is the scaled wavelengths that become whole.
     return (_round_wavelengths(inv_freq) if scaling.resonance else inv_freq), attention_factor
 
 

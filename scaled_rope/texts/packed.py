@@ -189,6 +189,7 @@ class ColumnDataset:
         if "attention_mask" in record:
             weights *= np.asarray(record["attention_mask"], dtype=np.int64) != 0
         if "labels" in record:
+            # -100 is what torch's cross-entropy ignores, and so what other programs write where nothing is learnt.
             weights *= np.asarray(record["labels"], dtype=np.int64) != -100
         return tokens, weights
 
