@@ -90,7 +90,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         _MLA,
     ),
     "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
-    "granitemoehybrid": {**_MAMBA, "position_embedding_type": "rope", "layer_types": ["linear_attention", "full_attention"] * 2},
+    "granitemoehybrid": {**_MAMBA, "position_embedding_type": "rope",
+                         "layer_types": ["linear_attention", "full_attention"] * 2},
     "bailing_hybrid": {**_MLA, "num_expert_group": 2, "num_experts_per_token": 2, "layer_group_size": 2,
                        "layer_types": ["linear_attention", "full_attention"] * 2, "linear_head_dim": 16,
                        "linear_num_heads": 4},
@@ -136,10 +137,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4096,
                        "indexer_compress_ratio": 4, "hc_lowrank": 16, "ple_embed_dim": 16},
     "step3p5": {"sliding_window": 16},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3], "use_mem_rope": True,
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3],
+               "use_mem_rope": True,
                "attention_hidden_size": 128, "attention_head_dim": 32, "mamba_headdim": 16, "n_mamba_heads": 8,
                "kv_channels": 16, "num_query_groups": 4, "num_key_value_heads": 4},
-    "zaya": {"sliding_window": 16, "num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"] * 2, "router_hidden_size": 16},
+    "zaya": {"sliding_window": 16, "num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"] * 2,
+             "router_hidden_size": 16},
     "granite4_vision": {"deepstack_layer_map": [[-1, 1]], "use_spatial_sampling": False, "downsample_rate": "1/2"},
     "dots3_note_text": {**_MLA, "head_dim": 64},
     "molmo2_adapter": {"vision_feature_layer": [3, 2], "text_hidden_size": 64},
@@ -186,7 +189,7 @@ def _shrunk(values: dict[str, Any], model_type: str) -> dict[str, Any]:
 
 
 def _shrunk_layers(values: dict[str, Any], depth: int | None) -> dict[str, Any]:
-    """The settings of single layers, for as many layers as a small model has: each gets those of a layer of its type."""
+    """The settings of single layers of a small model: each gets those of a layer of its type."""
     types: list[str] = values.get("layer_types") or []
     if not types:
         return {}
