@@ -35,8 +35,8 @@ class TableUse:
     """Path of a rotary module -> paths of the layers that are given its tables, or that hold it."""
     elsewhere: set[str] = field(default_factory=set)
     """Paths of layers that are given tables of another origin."""
-    reached: int = 0
-    """The number of calls of layers that were seen."""
+    reached: set[str] = field(default_factory=set)
+    """Paths of the layers that were called."""
 
 
 def used_places(base: PreTrainedModel, places: list[Place]) -> list[Place]:
@@ -74,15 +74,15 @@ def follow_tables(base: PreTrainedModel, places: list[Place]) -> TableUse:
     for as_tuple in (False, True):
         for inputs in _inputs(base):
             use = TableUse({path: set(layers) for path, layers in inside.items()})
+            left = {name for name, _ in _layers(lists)}
             try:
-                with torch.no_grad(), _stand_ins(base, places, lists, use, as_tuple):
+                with torch.no_grad(), _stand_ins(base, places, lists, use, left, as_tuple):
                     # The class's own function, without hooks and whatever a library has put around it.
                     type(base).forward(base, **inputs(), use_cache=False)
                 return use
+            except _AllReached:
+                return use
             except Exception as error:
-                # What comes after the layers may well fail: weights may be elsewhere, and stand-ins computed nothing.
-                if use.reached and use.reached >= sum(len(layers) for _, layers in lists):
-                    return use
                 failure = failure or error
     if any(inside.values()):
         return TableUse(inside)  # each layer has a rotary module of its own
@@ -148,11 +148,20 @@ class StandIn(nn.Module):
         return vars(self)["function"](*args, **kwargs)
 
 
+class _AllReached(Exception):
+    """Every layer has been called: what comes after them needs weights, and tells nothing."""
+
+
 @contextmanager
 def _stand_ins(
-    base: PreTrainedModel, places: list[Place], lists: list[tuple[str, nn.ModuleList]], use: TableUse, as_tuple: bool
+    base: PreTrainedModel,
+    places: list[Place],
+    lists: list[tuple[str, nn.ModuleList]],
+    use: TableUse,
+    left: set[str],
+    as_tuple: bool,
 ) -> Iterator[None]:
-    """Within this context, rotary modules and layers are stand-ins."""
+    """Within this context, rotary modules and layers are stand-ins. left: the layers that have not been called yet."""
     numbers = {place.path: float(3 + 2 * index) for index, place in enumerate(places)}  # exact in any dtype
     before = [(layers, dict(layers._modules)) for _, layers in lists]
     try:
@@ -161,7 +170,7 @@ def _stand_ins(
                 place.put(base, StandIn(place.module, _constant_tables(place.module, numbers[place.path])))
         for path, layers in lists:
             for index, layer in enumerate(layers):
-                layers._modules[str(index)] = StandIn(layer, _noting(f"{path}.{index}", numbers, use, as_tuple))
+                layers._modules[str(index)] = StandIn(layer, _noting(f"{path}.{index}", numbers, use, left, as_tuple))
         yield
     finally:
         for layers, modules in before:
@@ -172,6 +181,8 @@ def _stand_ins(
 
 def _constant_tables(rotary: nn.Module, number: float) -> Callable[..., Any]:
     copied = on_cpu(rotary)
+    copied._forward_hooks.clear()
+    copied._forward_pre_hooks.clear()
 
     def forward(x: Tensor, position_ids: Tensor, *more: Any, **options: Any) -> Any:
         like = torch.zeros(1, 1, 1, dtype=x.dtype)
@@ -186,9 +197,10 @@ def _filled(tables: Any, number: float) -> Any:
     return type(tables)(_filled(table, number) for table in tables)
 
 
-def _noting(path: str, numbers: dict[str, float], use: TableUse, as_tuple: bool) -> Callable[..., Any]:
+def _noting(path: str, numbers: dict[str, float], use: TableUse, left: set[str], as_tuple: bool) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        use.reached += 1
+        use.reached.add(path)
+        left.discard(path)
         origins = {number: place for place, number in numbers.items()}
         given = [_number_of(table) for table in _tensors([kwargs.get(name) for name in _TABLES])]
         if any(number not in origins for number in given):
@@ -196,6 +208,8 @@ def _noting(path: str, numbers: dict[str, float], use: TableUse, as_tuple: bool)
         for number in map(_number_of, _tensors([args, kwargs])):
             if number in origins:
                 use.fed.setdefault(origins[number], set()).add(path)
+        if not left:
+            raise _AllReached
         hidden = args[0] if args else kwargs.get("hidden_states")
         return (hidden, None) if as_tuple else hidden
 

@@ -40,8 +40,6 @@ class Adapter:
     """The only layer type that uses RoPE; empty when all do."""
     rope_window: str = ""
     """The config field that, when null, makes all layers use RoPE in spite of `rope_layer_type`."""
-    unscaled: str = ""
-    """Path of a second rotary module, for the layers that the family leaves unscaled whatever its config says."""
     axes: bool = False
     """Whether the rotary module takes positions along several axes, for images and video (multimodal RoPE)."""
     own_tables: bool = False
@@ -67,7 +65,6 @@ ADAPTERS: dict[str, Adapter] = {
     "llama": Adapter(),
     "mistral": Adapter(),
     "mixtral": Adapter(),
-    "molmo2_text": Adapter(unscaled="rotary_emb_unscaled"),
     "olmo": Adapter(float32_tables=True),
     "olmo2": Adapter(float32_tables=True),
     "olmo3": Adapter(float32_tables=True, per_layer_type=True),
@@ -81,6 +78,10 @@ ADAPTERS: dict[str, Adapter] = {
     "stablelm": _PARTIAL,
 }
 """Supported families by `config.model_type`. Others are recognised by what their rotary module returns."""
+
+
+UNSCALED = {"molmo2_text": "rotary_emb_unscaled"}
+"""Model type -> path of a second rotary module, for layers that the family leaves unscaled whatever its config says."""
 
 
 def head_dim_of(config: Any) -> int:

@@ -250,11 +250,18 @@ def _positions(given: dict[str, Any], tokens: Tensor, start: int) -> tuple[Tenso
     """Positions [B or 1, Q] of a pass, and whether the model by itself would use others.
 
     Raises:
-        ConfigError: positions along several axes.
+        ConfigError: positions along axes that differ.
     """
     count = tokens.shape[1]
     positions: Tensor | None = given.get("position_ids")
     if positions is not None:
+        if positions.dim() == 3 and bool((positions == positions[:1]).all()):
+            positions = positions[0]  # all axes of a text are alike
+        elif positions.dim() == 3:
+            raise ConfigError(
+                "position_ids: their axes differ, as those of images do, and so a row has no single length that a "
+                "dynamic scaling could follow; use a static scaling"
+            )
         if positions.dim() != 2:
             raise ConfigError(f"position_ids: must be [B, T], got {list(positions.shape)}")
         return positions, False

@@ -163,7 +163,7 @@ def patch_as_read(
         head_dim=request.head_dim,
         attention_factor=compute_rope(request.scaling.of_frequencies, request.head_dim)[1],
         before=before,
-        notes=remarks(unpatched, request, base.config) + request.notes,
+        notes=remarks(unpatched, request, base) + request.notes,
         plan=request.plan,
         native=CUSTOM_ROPE_TYPE not in str(fields["rope_parameters"]),
         kernel=request.kernel,

@@ -17,6 +17,7 @@ from scaled_rope.errors import ConfigError, is_number, unknown
 from scaled_rope.patching.base_model import ROTARY, Place, on_cpu, rotary_places
 from scaled_rope.patching.effect import used_places
 from scaled_rope.patching.families import (
+    UNSCALED,
     Adapter,
     adapter_of,
     check_softmax_scale,
@@ -28,7 +29,7 @@ from scaled_rope.patching.families import (
 from scaled_rope.patching.layer_tables import TableForm, check_layers_can_differ
 from scaled_rope.patching.region_attention import MASKS_OF, check_carrier, pairing
 from scaled_rope.patching.rotary import Layout
-from scaled_rope.patching.rotary_kernel import Rotation, fused_rotation, resolve_kernel
+from scaled_rope.patching.rotary_kernel import Rotation, fused_rotation, normalising, resolve_kernel
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import primary_type
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings
@@ -97,10 +98,11 @@ class Unpatched:
         adapter = adapter_of(config, main.module)
         check_softmax_scale(config)
         places = used_places(base, [main, *(place for place in places if place is not main)])
-        places = [place for place in places if place.path != adapter.unscaled]
+        unscaled = UNSCALED.get(config.model_type)
+        places = [place for place in places if place.path != unscaled]
         if not places:
             raise ConfigError(
-                f"architecture {config.model_type!r}: all its layers take their angles from {adapter.unscaled}, which "
+                f"architecture {config.model_type!r}: all its layers take their angles from {unscaled}, which "
                 "this family never scales; rope_scaling_layers in its config says which layers are scaled"
             )
         if settings is None:
@@ -390,10 +392,11 @@ def _rotation(
     return rotation, backend, ()
 
 
-def remarks(unpatched: Unpatched, request: PatchRequest, config: Any) -> tuple[str, ...]:
+def remarks(unpatched: Unpatched, request: PatchRequest, base: PreTrainedModel) -> tuple[str, ...]:
     """Remarks on a scaling that fits the model but may not be what the caller meant, or cannot act."""
+    config: Any = base.config
     own, scaling = unpatched.own, request.scaling
-    notes = list(_without_effect(unpatched, request, config))
+    notes = list(_without_effect(unpatched, request, base))
     if scaling.rope_theta != own.rope_theta:
         notes.append(f"rope_theta={scaling.rope_theta:g} differs from the model's own {own.rope_theta:g}")
         warnings.warn(notes[-1], stacklevel=4)  # names the caller of `patch_model`
@@ -414,8 +417,9 @@ def remarks(unpatched: Unpatched, request: PatchRequest, config: Any) -> tuple[s
     return tuple(notes)
 
 
-def _without_effect(unpatched: Unpatched, request: PatchRequest, config: Any) -> Iterator[str]:
+def _without_effect(unpatched: Unpatched, request: PatchRequest, base: PreTrainedModel) -> Iterator[str]:
     """What of a request cannot act on this model."""
+    config: Any = base.config
     scaling = request.scaling
     rotating = set(range(config.num_hidden_layers)) - set(layers_without_rope(config))
     if request.plan.drop_layers and rotating <= set(request.plan.drop_layers):
@@ -424,7 +428,10 @@ def _without_effect(unpatched: Unpatched, request: PatchRequest, config: Any) ->
         yield f"{scaling.label} acts in no layer: drop_layers leaves none with rotary embedding{more}"
     elif not scaling.is_length_dependent and not scaling.changes_attention and _computes_alike(unpatched, scaling):
         yield f"{scaling.label} computes what the model computed before"
-    context = getattr(config, "max_position_embeddings", None)
+    if not scaling.changes_attention and (scaling.static_attention_factor != 1.0 or scaling.dynamic):
+        if (name := normalising(base)) and not (scaling.dynamic and scaling.method != "yarn"):
+            yield f"the attention factor of {scaling.label} has no effect: {name} normalises after it has rotated"
+    context = unpatched.settings.max_position_embeddings  # the config's own has grown with the patch
     original = scaling.original_max_position_embeddings
     if scaling.dynamic and scaling.factor == 1 and original is not None and context is not None and original > context:
         yield (

@@ -118,6 +118,17 @@ def _rotates(module: nn.Module) -> bool:
     return any("rot" in name or "rope" in name for name in code.co_names)
 
 
+def normalising(base: nn.Module) -> str:
+    """The class of attention modules that normalise queries and keys after they have rotated them, as HunYuan's do, so
+    that a factor on cos and sin is taken out again; "" where none does."""
+    for module in callers(base, APPLY):
+        names = inspect.unwrap(type(module).forward).__code__.co_names  # in the order of their first use
+        after = names[names.index(APPLY) + 1 :] if APPLY in names else ()
+        if any("norm" in name and isinstance(getattr(module, name, None), nn.Module) for name in after):
+            return type(module).__name__
+    return ""
+
+
 def _pairing(apply: Callable[..., Any], layout: Layout, half: int) -> bool | None:
     """Whether a family's function pairs neighbours (True), halves (False), or does something else (None)."""
     generator = torch.Generator().manual_seed(0)  # its own, so that the global random state stays

@@ -398,6 +398,12 @@ class RopeSettings:
         return list(dict.fromkeys(self._model.get("layer_types") or ()))
 
     @property
+    def max_position_embeddings(self) -> int | None:
+        """The longest text that the model is for, in tokens; None when the config doesn't say."""
+        length = self._model.get("max_position_embeddings")
+        return length if is_positive_whole(length) else None
+
+    @property
     def num_hidden_layers(self) -> int:
         return int(self._model["num_hidden_layers"])
 

@@ -14,8 +14,6 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
     PreTrainedModel,
 )
 
@@ -95,12 +93,6 @@ def test_post_processed_logits_are_reproduced(make: Callable[[], PreTrainedModel
     torch.testing.assert_close(token_nll(model, tokens, tokens), expected, rtol=1e-5, atol=1e-5)
     plain = F.cross_entropy(model.lm_head(hidden_states(model, tokens)).transpose(1, 2), tokens, reduction="none")
     assert not torch.allclose(plain, expected, atol=1e-2)
-
-
-def test_unknown_post_processing_is_refused(tokens: torch.Tensor) -> None:
-    model = GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=3.0))
-    with pytest.raises(ConfigError, match="logits_scaling"):
-        token_nll(model, tokens, tokens)
 
 
 def test_base_model_alone_is_refused(tiny_model: Make, tokens: torch.Tensor) -> None:
