@@ -500,6 +500,11 @@ def _entry(
         layer_type = PRIMARY_LAYER_TYPE if PRIMARY_LAYER_TYPE in nested else None
         if layer_type is None and all(rope[key] == rope[nested[0]] for key in nested):
             layer_type = nested[0]
+    if layer_type is None:
+        names = ", ".join(_printable(nested))
+        raise ConfigError(
+            f"layer types {names} have RoPE parameters of their own, none is {PRIMARY_LAYER_TYPE}: name one"
+        )
     if layer_type not in nested:
         raise unknown("layer_type", layer_type, _printable(nested))
     entry = {str(key): value for key, value in rope[layer_type].items()}
