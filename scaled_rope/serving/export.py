@@ -84,7 +84,7 @@ def export(
     return ExportReport(
         scaling=request.scaling,
         target=name,
-        status=_status(matches, target.known(request.model_type)),
+        status=_status(matches, target.known(request)),
         config=nest(words.config, request.written_path),
         flags=words.flags,
         command=target.command.format(flags=shlex.join(words.flags)).strip(),
@@ -183,10 +183,10 @@ def _notes(request: ServedModel, target: Target) -> list[str]:
         notes.append(
             "exact for one pass over a sequence; cached keys keep the rotation of the length they were made at"
         )
-    if not target.known(request.model_type):
+    if not target.known(request):
         notes.append(
             f"unknown for this class: the numbers are those of {target.title}'s rotary embedding, but what its code "
-            f"for {request.model_type!r} passes on to it is not known; compare the outputs before you rely on it"
+            f"for {request.whole_type!r} passes on to it is not known; compare the outputs before you rely on it"
         )
     if target.older and scaling.method != "default":
         notes.append(f"{target.older} and older read rope_scaling and rope_theta instead, and ignore rope_parameters")

@@ -47,6 +47,12 @@ _BY_TRANSFORMERS = (
     *("smollm3", "starcoder2"),
 )
 """Families that vLLM runs with the models of transformers, `TransformersForCausalLM`."""
+_COMPOSITES = (
+    *("blip-2", "cohere2_vision", "glmasr", "granite_speech", "internvl", "llava", "llava_next", "llava_next_video"),
+    *("llava_onevision", "mistral3", "paligemma", "qwen2_5_omni", "qwen2_5_vl", "qwen2_audio", "qwen2_vl", "qwen3_vl"),
+    *("qwen3_vl_moe", "voxtral"),
+)
+"""Composite families whose class in vLLM builds its language model from the text part of the config."""
 _GPT_OSS_KEYS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 
 
@@ -150,8 +156,9 @@ def restate(request: ServedModel, words: Expressed, length: int) -> Restated:
     return Restated(plain_frequencies(rope, dim), 1.0, rows)
 
 
-def _is_known(model_type: str) -> bool:
-    return model_type in (*_OWN_CLASSES, *_BY_TRANSFORMERS, "gpt_oss")
+def _is_known(request: ServedModel) -> bool:
+    text = request.model_type in (*_OWN_CLASSES, *_BY_TRANSFORMERS, "gpt_oss")
+    return text and (not request.path or request.whole_type in _COMPOSITES)
 
 
 TARGET = Target(
