@@ -341,6 +341,8 @@ def read_rope(model: Mapping[str, Any], rope: Mapping[str, Any], layer_type: str
         reading.values = _read_alpha(entry, model, reading)
         return reading
     _read_mscales(entry, model, usual_name(rope_type), reading)
+    if rope_type == "yarn":
+        _check_attn_factor(entry)
     native = _native_of(rope_type)
     known = {*_MODEL_KEYS, *native.keys}
     for name in entry:
@@ -462,6 +464,26 @@ def _read_mscales(entry: dict[str, Any], model: dict[str, Any], rope_type: objec
         return
     for name in given:
         del entry[name]
+
+
+def _check_attn_factor(entry: dict[str, Any]) -> None:
+    """Take out YaRN's `attn_factor`, a multiplier of 0.1·ln(s) + 1 for SGLang, where it says the same as other keys.
+
+    Raises:
+        ConfigError: it says something else, so programs differ in the attention factor.
+    """
+    value: Any = entry.get("attn_factor")
+    factor: Any = entry.get("factor")
+    whole: Any = entry.get("attention_factor", 1.0)
+    if not is_number(value) or not is_number(factor) or not is_number(whole) or factor < 1:
+        return  # unknown keys and bad values are reported where all are
+    default = attention_factor_of(math.log(factor), 1.0)
+    if not math.isclose(value * default, entry.get("attention_factor", default), rel_tol=1e-5):
+        raise ConfigError(
+            f"attn_factor={value!r}: SGLang multiplies 0.1·ln(s) + 1 by it, transformers ignores it; "
+            "`scaled-rope repair` writes which of the two is meant"
+        )
+    del entry["attn_factor"]
 
 
 def _fill_dynamic(values: dict[str, Any], finetuned: bool, reading: Reading) -> None:

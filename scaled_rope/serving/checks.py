@@ -45,6 +45,7 @@ from scaled_rope.serving.checks_use import (
     cached_keys_of_dynamic_ntk,
     cached_keys_of_dynamic_scaling,
     longrope_switches_tables,
+    ramp_of_several_axes_in_vllm,
     softmax_scale_from_mscale,
     static_scaling_of_short_prompts,
 )
@@ -67,6 +68,7 @@ CHECKS: tuple[Check, ...] = (
     cached_keys_of_dynamic_ntk,
     cached_keys_of_dynamic_scaling,
     longrope_switches_tables,
+    ramp_of_several_axes_in_vllm,
     static_scaling_of_short_prompts,
     window_shorter_than_context,
     layers_that_do_not_rotate,

@@ -14,6 +14,7 @@ _TRAINED_WITH_THEIRS = (
     *("deepseek_v2", "deepseek_v3", "deepseek_v32", "gemma3_text", "gpt_oss", "ministral3", "mistral4", "olmo3"),
 )
 """Families whose published models were trained with the scaling in their configs."""
+_FOUR_TIMES = ("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text")
 _CHANGES_SHORT_PROMPTS = ("linear", "ntk", "ntk-by-parts", "part-ntk", "yarn", "ntk-mixed")
 
 
@@ -71,6 +72,21 @@ def static_scaling_of_short_prompts(facts: ConfigFacts) -> Iterator[Finding]:
             "prompts that fit the original length than without it.",
             f'Use "dynamic-{scaling.method}", or serve short prompts from an unscaled endpoint; nothing to do if '
             "the model was trained with it.",
+        )
+
+
+def ramp_of_several_axes_in_vllm(facts: ConfigFacts) -> Iterator[Finding]:
+    """YaRN beside mrope_section, which vLLM runs with another L."""
+    scaling = facts.scaling
+    if scaling is None or scaling.method != "yarn" or facts.model_type not in _FOUR_TIMES or facts.spec is not None:
+        return
+    if "mrope_section" in facts.entry:
+        yield Finding(
+            "vllm-axes",
+            "info",
+            f"vLLM 0.33 takes 4·L = {4 * (scaling.original_max_position_embeddings or 0)} for the L of YaRN's ramp in "
+            "this family, so it blends other frequencies than transformers and this report.",
+            "Serve it with the settings that `scaled-rope export --for vllm` prints.",
         )
 
 

@@ -74,17 +74,17 @@ def export(
     reason = _no_words(request, target)
     best, failure = (None, "") if reason else _nearest_words(request, target)
     reason = reason or failure
-    if best is None or (reason and not any(c.matches for c in best[1])):
-        reason = reason or f"it has no words for {request.scaling.label!r}"
-        if best is not None:  # words that it takes, and computes something else from
-            reason = f"{_difference(best[1][0], target)}; and spelled out as a list: {reason}"
-        return ExportReport(request.scaling, name, "refused", reason)
+    if best is None:
+        return ExportReport(request.scaling, name, "refused", reason or f"no words for {request.scaling.label!r}")
+    if not any(c.matches for c in best[1]):  # words that it takes, and computes something else from
+        reason = f"{_difference(best[1][0], target)}{'; in other words: ' if reason else ''}{reason}"
+        return ExportReport(request.scaling, name, "refused", reason, comparisons=best[1])
     words, comparisons = best
     matches = [c.matches for c in comparisons]
     return ExportReport(
         scaling=request.scaling,
         target=name,
-        status=_status(matches, target.known(request.model_type)),
+        status=_status(matches, target.known(request)),
         config=nest(words.config, request.written_path),
         flags=words.flags,
         command=target.command.format(flags=shlex.join(words.flags)).strip(),
@@ -98,18 +98,19 @@ def export(
 
 def _difference(comparison: Comparison, target: Target) -> str:
     """What a target would compute instead, in words."""
-    off = f"frequencies up to {comparison.max_relative_difference:.1%} off, "
-    if comparison.max_relative_difference <= TOLERANCE:
-        off = ""
-    return (
-        f"with its own words {target.title} computes {off}attention factor {comparison.attention_factor:.6g} instead "
-        f"of {comparison.ours:.6g}"
-    )
+    off = []
+    if comparison.max_relative_difference > TOLERANCE:
+        worst = f"dimension {comparison.worst_dimension}"
+        off.append(f"frequencies up to {100 * comparison.max_relative_difference:.3g}% off ({worst})")
+    if abs(comparison.attention_difference) > TOLERANCE * comparison.ours:
+        off.append(f"the attention factor {comparison.attention_factor:.6g} instead of {comparison.ours:.6g}")
+    return f"from what can be told it, {target.title} computes {' and '.join(off)}"
 
 
 def _status(matches: Sequence[bool], known: bool) -> str:
+    """Of numbers that are ours at some length at least."""
     if not all(matches):
-        return "partial" if any(matches) else "mismatch"
+        return "partial"
     return "exact" if known else "unknown"
 
 
@@ -182,10 +183,10 @@ def _notes(request: ServedModel, target: Target) -> list[str]:
         notes.append(
             "exact for one pass over a sequence; cached keys keep the rotation of the length they were made at"
         )
-    if not target.known(request.model_type):
+    if not target.known(request):
         notes.append(
             f"unknown for this class: the numbers are those of {target.title}'s rotary embedding, but what its code "
-            f"for {request.model_type!r} passes on to it is not known; compare the outputs before you rely on it"
+            f"for {request.whole_type!r} passes on to it is not known; compare the outputs before you rely on it"
         )
     if target.older and scaling.method != "default":
         notes.append(f"{target.older} and older read rope_scaling and rope_theta instead, and ignore rope_parameters")

@@ -46,7 +46,7 @@ class ExportReport:
     """Name and version."""
     status: str
     """"exact"; "unknown": exact if the target's class for this family passes everything on, which is not known;
-    "partial": at some lengths only; "mismatch"; "refused"."""
+    "partial": at some lengths only; "refused": at none, or there are no words for it."""
     reason: str = ""
     """Why it was refused, one line."""
     config: dict[str, Any] = field(default_factory=dict)

@@ -295,7 +295,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], str, set[str]]] = {
     "Kimi K2": (KIMI_K2, "yarn x32 (attention_factor=1, beta_fast=1, beta_slow=1)", {"mscale-softmax"}),
     "Phi-3.5-MoE": (PHI35_MOE, "longrope x32 (attention_factor=1.24316", {"longrope-switch", "long-list-unused"}),
     "HunYuan": (HUNYUAN, "abf (theta=11158839.9", {"alpha", "two-values"}),
-    "Qwen2.5-VL with the YaRN of its card": (QWEN25_VL, "yarn x4", {"attention-key", "static-scaling"}),
+    "Qwen2.5-VL with the YaRN of its card": (QWEN25_VL, "yarn x4", {"attention-key", "static-scaling", "vllm-axes"}),
     "Gemma 3": (GEMMA3, "linear x8", {"family-theta", "unknown-original"}),
     "OLMo 3": (OLMO3, "yarn x8", set()),
     "GPT-OSS": (GPT_OSS, "yarn x32", set()),

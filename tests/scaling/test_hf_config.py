@@ -197,7 +197,8 @@ def test_parameters_per_layer_type():
     [
         ({"rope_type": "yarm", "factor": 2.0}, "unknown rope_type 'yarm'; did you mean 'yarn'"),
         ({"rope_type": "lama3", "factor": 2.0}, "unknown rope_type 'lama3'; did you mean 'llama3'"),
-        ({"rope_type": "yarn", "factor": 2.0, "attn_factor": 1.0}, "did you mean 'attention_factor'"),
+        ({"rope_type": "yarn", "factor": 2.0, "attn_factor": 1.5}, "attn_factor=1.5: SGLang multiplies 0.1·ln(s) + 1"),
+        ({"rope_type": "yarn", "factor": 2.0, "attn_factor": "1"}, "did you mean 'attention_factor'"),
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 32}, "'linear': 'beta_fast'"),
         ({"rope_type": "linear"}, "factor is missing"),
         ({"rope_type": "linear", "factor": None}, "factor=None"),
@@ -617,3 +618,10 @@ def test_whole_numbers_written_as_floats_are_whole() -> None:
 def test_rope_of_two_dimensions_says_so() -> None:
     with pytest.raises(ConfigError, match="rope_type 'axial' is of two dimensions, for images"):
         RopeScaling.from_config({"model_type": "pixtral", "rope_parameters": {"rope_type": "axial"}})
+
+
+@pytest.mark.parametrize(("attn", "whole"), [(1.0, None), (0.8782488562869419, 1.0), (1.1, 1.1 * 1.138629436111989)])
+def test_attn_factor_that_says_what_other_keys_say(attn: float, whole: float | None) -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "attn_factor": attn}
+    read = RopeScaling.from_config({"rope_parameters": rope | ({} if whole is None else {"attention_factor": whole})})
+    assert read == RopeScaling("yarn", 4.0, 32768, attention_factor=whole)

@@ -11,6 +11,7 @@ from scaled_rope.serving.checks_use import (
     cached_keys_of_dynamic_ntk,
     cached_keys_of_dynamic_scaling,
     longrope_switches_tables,
+    ramp_of_several_axes_in_vllm,
     softmax_scale_from_mscale,
     static_scaling_of_short_prompts,
 )
@@ -90,3 +91,18 @@ def test_a_softmax_scale_that_attention_takes_from_mscale_all_dim() -> None:
 )
 def test_no_softmax_scale(facts: dict[str, Any]) -> None:
     assert found(softmax_scale_from_mscale, **{"scaling": YARN} | facts) == []
+
+
+@pytest.mark.parametrize(
+    ("facts", "codes"),
+    [
+        ({"model_type": "qwen2_5_vl_text"}, ["info vllm-axes"]),
+        ({"model_type": "qwen3_vl_text"}, []),
+        ({"model_type": "qwen2_5_vl_text", "rope": {}}, []),
+        ({"model_type": "qwen2_5_vl_text", "scaling": UNSCALED}, []),
+        ({"model_type": "qwen2_5_vl_text", "spec": "yarn:8"}, []),
+    ],
+)
+def test_the_ramp_of_several_axes_in_vllm(facts: dict[str, Any], codes: list[str]) -> None:
+    given = {"scaling": YARN, "rope": {"mrope_section": [16, 24, 24]}} | facts
+    assert found(ramp_of_several_axes_in_vllm, **given) == codes

@@ -95,7 +95,9 @@ def test_a_partly_rotated_head() -> None:
         assert export(scaling, make_config(head_dim=32), target).status == "exact"
 
 
-def test_a_wrong_number_is_a_mismatch(config: LlamaConfig, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+def test_a_wrong_number_is_refused(
+    config: LlamaConfig, monkeypatch: pytest.MonkeyPatch, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = TARGETS["vllm"]
 
     def off(*args: Any) -> Any:
@@ -106,19 +108,21 @@ def test_a_wrong_number_is_a_mismatch(config: LlamaConfig, monkeypatch: pytest.M
 
     monkeypatch.setitem(TARGETS, "vllm", dataclasses.replace(target, restate=off))
     report = export("yarn:4", config, "vllm")
-    assert (report.status, report.exit_code) == ("mismatch", 1)
+    assert (report.status, report.exit_code) == ("refused", 2)
+    reason = "vLLM computes frequencies up to 0.1% off (dimension 5)"
+    assert report.reason == f"from what can be told it, {reason}"
     assert report.comparisons[0].worst_dimension == 5
     assert report.comparisons[0].max_relative_difference == pytest.approx(1e-3, rel=1e-3)
-    assert "DIFFERENT" in str(report)
-    _, run = command_line(folder, "--for", "vllm", "--scaling", "yarn:4")
-    assert run() == 1
+    assert not report.config and not report.flags and reason in str(report)
+    assert run_cli(command_line(folder, "--for", "vllm", "--scaling", "yarn:4")[1]) == 2
+    assert reason in capsys.readouterr().err
 
 
-def test_a_wrong_attention_factor_is_a_mismatch(config: LlamaConfig) -> None:
+def test_a_wrong_attention_factor_is_refused(config: LlamaConfig) -> None:
     """SGLang does not read attention_factor: a config in the words of transformers means something else there."""
     target = dataclasses.replace(TARGETS["sglang"], express=hf.express, read=lambda request, words: iter([words.given]))
     report = export("yarn:4,attention_factor=1.2", config, target)
-    assert report.status == "mismatch"
+    assert report.status == "refused" and "the attention factor 1.13863 instead of 1.2" in report.reason
     wrong = report.comparisons[0]
     assert wrong.max_relative_difference < TOLERANCE
     assert (wrong.attention_factor, wrong.ours) == (pytest.approx(1 + 0.1 * math.log(4)), 1.2)
@@ -428,7 +432,7 @@ def test_dictionaries_in_a_part_are_merged_by_vllm() -> None:
             (name, "sglang", "yarn:4", f"its class for {name} models passes no scaling to the rotary embedding")
             for name in ("phi", "stablelm", "gemma", "gemma2", "mixtral", "olmo")
         ),
-        ("gpt_oss", "vllm", "yarn:4,attention_factor=1.0", "attention factor 1.13863 instead of 1"),
+        ("gpt_oss", "vllm", "yarn:4,attention_factor=1.0", "attention factor 1.13863 instead of 1; in other words"),
         ("gpt_oss", "vllm", "linear:4", "its gpt_oss class reads beta_fast and takes nothing but YaRN"),
         ("cohere", "vllm", "ntk-mixed:4", r"refuses the rotation of cohere models \(only neox_style\)"),
         ("cohere", "sglang", "ntk-mixed:4", r"refuses the rotation of cohere models \(only neox_style\)"),
@@ -450,7 +454,7 @@ def test_a_base_that_is_cut_to_a_whole_number_is_another_base() -> None:
     assert export("default", config, "sglang").status == "exact"
     assert export("abf,theta=50000", config, "sglang").status == "exact"
     report = export("abf,theta=20.5", config, "sglang")
-    assert report.status == "mismatch"
+    assert report.status == "refused" and "SGLang computes frequencies up to " in report.reason
 
 
 @pytest.mark.parametrize("spec", ["yarn:4", "ntk-mixed:4", "linear:4"])

@@ -20,7 +20,7 @@ def test_numbers_that_match_or_not() -> None:
     assert FACTOR.attention_difference == pytest.approx(-0.2)
 
 
-@pytest.mark.parametrize(("status", "code"), [("exact", 0), ("partial", 1), ("mismatch", 1), ("refused", 2)])
+@pytest.mark.parametrize(("status", "code"), [("exact", 0), ("partial", 1), ("unknown", 1), ("refused", 2)])
 def test_exit_codes(status: str, code: int) -> None:
     assert ExportReport(YARN, "vLLM 1", status).exit_code == code
 

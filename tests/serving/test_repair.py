@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoConfig
 
 from scaled_rope import ConfigError, cli
-from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.scaling.record import RopeScaling, RopeSettings
 from scaled_rope.serving.inspect_config import inspect
 from scaled_rope.serving.repair import repair
 from tests.helpers.published_configs import (
@@ -238,6 +238,7 @@ def test_what_is_mended_says_what_it_means(name: str) -> None:
     assert all(change.reason and "\n" not in str(change) and "object" not in str(change) for change in result.changes)
     report = inspect(result.config)
     assert report.exit_code == 0 and report.scaling is not None and report.scaling.label.startswith(label)
+    assert RopeSettings(result.config).scaling == report.scaling  # what is loaded is what is reported
     # It is whole then: nothing is left to mend, and what had to be chosen is not asked for again.
     assert repair(result.config).changes == ()
 

@@ -44,6 +44,11 @@ class ServedModel:
         return str(getattr(self.config, "model_type", None))
 
     @property
+    def whole_type(self) -> str:
+        """The model_type of the whole config: that of the text part, except in composite models."""
+        return str(self.raw.get("model_type")) if self.path else self.model_type
+
+    @property
     def written_path(self) -> tuple[str, ...]:
         """`path` as far as config.json has it: older files keep the text part on the top level."""
         part: Any = self.raw
@@ -106,8 +111,8 @@ class Target:
     """(request, words, sequence length in tokens) -> what the target computes for it."""
     command: str
     """How its command line begins; {flags} is what we add."""
-    known: Callable[[str], bool] = lambda model_type: True
-    """Whether what its class for a model_type passes on to the rotary embedding is known."""
+    known: Callable[[ServedModel], bool] = lambda request: True
+    """Whether what its class for a family passes on to the rotary embedding is known."""
     older: str = ""
     """Releases that ignore `rope_parameters`; empty when none does."""
     static: str = ""

@@ -48,6 +48,17 @@ _WHOLE_THETA = ("dbrx", "granitemoe", "mixtral", "starcoder2", "zaya")
 """Those of them that cut the base to a whole number."""
 
 
+_COMPOSITES = ("llava", "mistral3", "qwen3_vl_moe")
+"""Composite families whose class in SGLang builds its language model from the text part of the config."""
+_FROM_THE_WHOLE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Those whose class builds it from the whole config, to which the text part's values are copied before flags count."""
+
+
+def _is_known(request: ServedModel) -> bool:
+    text = request.model_type in (*_PASSES_SCALING, *_UNSCALED)
+    return text and (not request.path or request.whole_type in (*_COMPOSITES, *_FROM_THE_WHOLE))
+
+
 def express(request: ServedModel) -> Iterator[Expressed]:
     """Under its own name where the program has one, then as a table of frequencies."""
 
@@ -59,7 +70,10 @@ def express(request: ServedModel) -> Iterator[Expressed]:
         neutral = {"factor": 1.0, "extrapolation_factor": 1.0, "attn_factor": 1.0, "type": rope["rope_type"]}
         rest = {key: neutral.get(key) for key in request.carried if key not in rope}
         override = config | {"rope_parameters": rope | rest}
-        text = json.dumps(nest(override, request.path))
+        told = nest(override, request.path)
+        if request.whole_type in _FROM_THE_WHOLE:
+            told = override | told
+        text = json.dumps(told)
         flags = ("--json-model-override-args", text, "--context-length", str(request.length))
         return Expressed(request.carried | rope | rest, config, flags, notes)
 
@@ -78,10 +92,11 @@ def express(request: ServedModel) -> Iterator[Expressed]:
 def read(request: ServedModel, words: Expressed) -> Iterator[dict[str, Any]]:
     """The text part as SGLang has it with the flags, and as it is in a config.json with the printed keys.
 
-    Flags are merged into the dictionary of a text model; in a composite one they replace that of the text part.
+    On the top level flags are merged into the dictionary that is there; in a text part they replace it.
     """
+    path = () if request.whole_type in _FROM_THE_WHOLE else request.path
     override = json.loads(dict(zip(words.flags[::2], words.flags[1::2], strict=True))["--json-model-override-args"])
-    rope = rope_in(at_path(override, request.path))
+    rope = rope_in(at_path(override, path))
     for one in (
         rope if request.path else request.carried | rope,
         json.loads(json.dumps(words.config["rope_parameters"])),
@@ -126,7 +141,7 @@ TARGET = Target(
     express=express,
     read=read,
     restate=restate,
-    known=lambda model_type: model_type in (*_PASSES_SCALING, *_UNSCALED),
+    known=_is_known,
     older="SGLang 0.5.3",
     command="python -m sglang.launch_server --model-path MODEL {flags}",
     static=CACHED.format("SGLang"),

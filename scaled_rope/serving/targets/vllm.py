@@ -47,7 +47,28 @@ _BY_TRANSFORMERS = (
     *("smollm3", "starcoder2"),
 )
 """Families that vLLM runs with the models of transformers, `TransformersForCausalLM`."""
+_COMPOSITES = (
+    *("blip-2", "cohere2_vision", "glmasr", "granite_speech", "internvl", "llava", "llava_next", "llava_next_video"),
+    *("llava_onevision", "mistral3", "paligemma", "qwen2_5_omni", "qwen2_5_vl", "qwen2_audio", "qwen2_vl", "qwen3_vl"),
+    *("qwen3_vl_moe", "voxtral"),
+)
+"""Composite families whose class in vLLM builds its language model from the text part of the config."""
 _GPT_OSS_KEYS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+
+
+_FEW_POSITIONS = ("qwen3_vl_text", "qwen3_vl_moe_text")
+"""Families with several axes whose positions do not go beyond the number of tokens, unless videos are pruned."""
+_QUARTER = (
+    "vLLM computes YaRN's ramp for {} times original_max_position_embeddings in models with several axes, so only a "
+    "part of it is written; these settings are for vLLM alone"
+)
+
+
+def _positions_factor(request: ServedModel, rope: dict[str, Any]) -> int:
+    """By how much the table of a rotary embedding with several axes is longer; it takes the product for L."""
+    if rope.get("rope_type") != "yarn" or "mrope_section" not in rope:
+        return 1
+    return 1 if request.model_type in _FEW_POSITIONS else 4
 
 
 def express(request: ServedModel) -> Iterator[Expressed]:
@@ -64,9 +85,14 @@ def express(request: ServedModel) -> Iterator[Expressed]:
 
     rope = native_keys(request)
     if rope is not None and rope["rope_type"] in ("default", "llama3", "yarn"):
+        notes: tuple[str, ...] = ()
         if rope["rope_type"] == "yarn" and (request.path or request.model_type == "gpt_oss"):
             rope = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True} | rope
-        yield words(rope, request.length)
+        times, original = _positions_factor(request, rope), rope.get("original_max_position_embeddings")
+        if times > 1 and original is not None and original % times == 0:
+            rope = rope | {"original_max_position_embeddings": original // times}
+            notes = (_QUARTER.format(times),)
+        yield words(rope, request.length, notes)
     elif rope is not None and rope["rope_type"] == "linear":
         # Here alone the program multiplies the config's maximum by the factor, for its limit and for its table.
         note = "max_position_embeddings is the length before scaling: vLLM multiplies it by a linear factor"
@@ -120,16 +146,19 @@ def restate(request: ServedModel, words: Expressed, length: int) -> Restated:
         inv_freq, factor = longrope_numbers(rope, dim, long, context)
         return Restated(inv_freq, factor, context if long else rope["original_max_position_embeddings"])
     if kind == "yarn":
-        inv_freq = yarn_frequencies({**rope, "extrapolation_factor": 1.0}, dim)
+        original = rope["original_max_position_embeddings"] * _positions_factor(request, rope)
+        rope = {**rope, "extrapolation_factor": 1.0, "original_max_position_embeddings": original}
+        inv_freq = yarn_frequencies(rope, dim)
         told = rope.get("attention_factor")
         factor = told if told is not None else mscale_pair(rope) or yarn_attention(rope["factor"])
-        return Restated(inv_freq, factor, math.ceil(rope["original_max_position_embeddings"] * rope["factor"]))
+        return Restated(inv_freq, factor, math.ceil(original * rope["factor"]))
     rows = int(context * rope["factor"]) if kind == "linear" else context
     return Restated(plain_frequencies(rope, dim), 1.0, rows)
 
 
-def _is_known(model_type: str) -> bool:
-    return model_type in (*_OWN_CLASSES, *_BY_TRANSFORMERS, "gpt_oss")
+def _is_known(request: ServedModel) -> bool:
+    text = request.model_type in (*_OWN_CLASSES, *_BY_TRANSFORMERS, "gpt_oss")
+    return text and (not request.path or request.whole_type in _COMPOSITES)
 
 
 TARGET = Target(
