@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -61,7 +62,7 @@ def spans(names: Sequence[str]) -> list[tuple[str, int, int]]:
 
 def _tables(scaling: RopeScaling, head_dim: int, length: int | None) -> tuple[list[float], list[float], list[float]]:
     """(θ, θ', θ/θ') per frequency for sequences of `length` tokens; a divisor is infinite where θ' is 0."""
-    unscaled = RopeScaling.from_spec("default", scaling)
+    unscaled = replace(RopeScaling.from_spec("default", scaling), turning_fraction=1.0)  # all frequencies turn
     theta = compute_rope(unscaled, head_dim)[0].double().tolist()
     scaled = compute_rope(scaling.of_frequencies, head_dim, length)[0].double().tolist()
     return theta, scaled, [a / b if b else math.inf for a, b in zip(theta, scaled, strict=True)]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
-from scaled_rope import RopeScaling, compute_rope, patch_model
+from benchmarks.small_models import small_model
+from scaled_rope import ConfigError, RopeScaling, compute_rope, patch_model
+from scaled_rope.patching.base_model import base_model, rotary_places
 from scaled_rope.patching.rotary import ScaledRotaryEmbedding
 
 CASTS = {
@@ -68,3 +73,76 @@ def test_rows_of_the_dynamic_tables_are_independent():
         for table, wanted in zip(rotary(torch.zeros(1), rows[index : index + 1]), together, strict=True):
             torch.testing.assert_close(table[0], wanted[index], rtol=0, atol=1e-5)  # last bits of angles up to 100
     assert not torch.allclose(together[0][0, 5], together[0][1, 5], atol=1e-3)
+
+
+def _positions_of_an_image() -> Tensor:
+    """[axes, B, T]: text, then an image of 3 x 4 patches at one time, then text again."""
+    text = torch.arange(5)
+    height, width = torch.arange(3).repeat_interleave(4) + 5, torch.arange(4).repeat(3) + 5
+    rest = torch.arange(9, 14)
+    axes = [torch.cat((text, middle, rest)) for middle in (torch.full((12,), 5), height, width)]
+    return torch.stack(axes)[:, None]
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen2_vl", "glm4v", "ernie4_5_vl_moe", "qwen3_5"])
+def test_images_keep_their_axes(model_type: str) -> None:
+    """The tables of other positions than a text's are those of transformers' own module under the same scaling."""
+    model = small_model(model_type)
+    base = base_model(model)
+    place = rotary_places(base)[0]
+    positions, x = _positions_of_an_image(), torch.zeros(1, 17, 1)
+    own = place.module(x, positions)
+    text = place.module(x, torch.arange(17)[None].expand(3, 1, -1))
+    assert not torch.equal(own[0], text[0])  # the axes matter
+    patch_model(model, "default")
+    for one, other in zip(place.current(base)(x, positions), own, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    report = patch_model(model, "linear:4")
+    if model_type != "ernie4_5_vl_moe":  # of which transformers takes no scaling at all
+        vanilla = type(place.module)(config=base.config)
+        for one, other in zip(place.current(base)(x, positions), vanilla(x, positions), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    assert report.native == (model_type != "ernie4_5_vl_moe")
+
+
+def test_axes_that_differ_have_no_length_for_a_dynamic_scaling() -> None:
+    model = small_model("qwen3_vl")
+    patch_model(model, "dynamic-yarn")
+    base, positions = base_model(model), _positions_of_an_image()
+    ids = torch.randint(3, 200, (1, 17))
+    with pytest.raises(ConfigError, match="position_ids: their axes differ"):
+        base(input_ids=ids, position_ids=positions)
+    same = torch.arange(17)[None].expand(3, 1, -1)
+    with torch.no_grad():
+        assert torch.equal(
+            base(input_ids=ids, position_ids=same).last_hidden_state, base(input_ids=ids).last_hidden_state
+        )
+
+
+def test_rows_of_own_tables_have_their_own_scale() -> None:
+    """Complex tables under a dynamic scaling: a row's depend on its own length only."""
+    model = small_model("llama4_text")
+    patch_model(model, "dynamic-yarn")
+    rotary: Any = rotary_places(base_model(model))[0].module
+    long, short = torch.arange(100)[None], torch.arange(100)[None].clamp(max=70)
+    x = torch.zeros(2, 100, 1)
+    both = rotary(x, torch.cat((long, short)))
+    assert both.is_complex() and not torch.equal(both[0], both[1])
+    assert torch.equal(both[:1], rotary(x, long)) and torch.equal(both[1:], rotary(x, short))
+
+
+def test_learned_factors_stay_weights_of_the_module() -> None:
+    model = small_model("mistral_large4")
+    keys = list(model.state_dict())
+    weight = rotary_places(base_model(model))[0].module.get_parameter("alpha")
+    patch_model(model, "yarn:4")
+    rotary: Any = rotary_places(base_model(model))[0].module
+    assert list(model.state_dict()) == keys and rotary.alpha is weight
+    x, positions = torch.zeros(1, 4, 1), torch.arange(4)[None]
+    before, _ = rotary(x, positions)
+    with torch.no_grad():
+        weight.fill_(0.5)
+    after, _ = rotary(x, positions)
+    assert not torch.equal(before, after)
+    after.sum().backward()
+    assert weight.grad is not None and bool(weight.grad.abs().sum() > 0)
