@@ -18,6 +18,7 @@ from transformers import Cache
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.class_exchange import exchange_class
+from scaled_rope.patching.forward_pass import current_pass
 
 _CONTENTS = "_scaled_rope_contents"
 
@@ -149,8 +150,31 @@ def check_device(cache: Any, device: torch.device) -> None:
         )
 
 
+def _check_reader(cache: Any) -> None:
+    """Raise an error if the model that adds to a cache is not, or no longer, the patched one that filled it.
+
+    A patched model checks its caches before each pass. One that was unpatched since doesn't, and would take the keys
+    for its own.
+    """
+    contents = contents_of(cache)
+    if contents is None or contents.length == 0:
+        return
+    current = current_pass()
+    owner = getattr(current.hooks, "owner", None) if current is not None else None
+    if owner is None or owner.key != contents.owner.key:
+        raise ConfigError(
+            f"cache: this {type(cache).__name__} was filled under a patch ({contents.owner.label}) that the model "
+            "which reads it does not have, or no longer; start from an empty cache"
+        )
+
+
 class _KeepsContents:
     """Methods that come before those of a cache's class, and keep the note on the cache up to date."""
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():  # the look at the running pass would break the graph
+            _check_reader(self)
+        return super().update(*args, **kwargs)  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]

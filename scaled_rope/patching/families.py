@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.patching.base_model import on_cpu
 from scaled_rope.patching.rotary import Layout
-from scaled_rope.scaling.hf_config import SOFTMAX_MSCALE_FAMILIES, config_head_dim, nested_types
+from scaled_rope.scaling.hf_config import config_head_dim, nested_types
 
 
 @dataclass(frozen=True)
@@ -239,17 +239,3 @@ def rope_layer_type(config: Any, adapter: Adapter) -> str:
 def layer_types_of(config: Any) -> list[str]:
     """The distinct layer types of a model, in the order of their first layers; empty when its config lists none."""
     return list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
-
-
-def check_softmax_scale(config: Any) -> None:
-    """Raise a ConfigError if attention took its softmax scale from the RoPE parameters when it was built.
-
-    A patch could not change that scale.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    given = rope.get("mscale_all_dim") if rope.get("rope_type") != "default" else None
-    if given and config.model_type in SOFTMAX_MSCALE_FAMILIES:
-        raise ConfigError(
-            f"architecture {config.model_type!r} with mscale_all_dim={given!r}: its attention took a softmax scale "
-            "from that and the factor when it was built, which a patch cannot follow; edit config.json and load again"
-        )

@@ -145,7 +145,7 @@ def patch_as_read(
     request = read_request(base, unpatched, scaling, drop_layers, kernel, attn)
     rotaries = [_rotary_for(request, unpatched, place, base) for place in unpatched.places]
     said = state.config if state else _fields_of(base.config)
-    fields = config_fields(request.scaling, request.plan, unpatched, base.config, said)
+    fields = config_fields(request, unpatched, base.config, said)
     # Nothing is refused from here on.
     replaced = [place.current(base) for place in unpatched.places]
     names = tuple(name for name, module in model.named_modules() if any(module is each for each in replaced))
@@ -199,6 +199,9 @@ def _install(base: PreTrainedModel, unpatched: Unpatched, request: PatchRequest,
     if request.regions_interleaved is not None:
         inv_freq = compute_rope(request.scaling.of_frequencies, request.head_dim)[0]
         install_region_attention(base, attention_regions(request.scaling), inv_freq, request.regions_interleaved)
+    for path, plain in unpatched.attention.items():
+        module: Any = base.get_submodule(path)
+        module.scaling = plain * request.softmax_factor
     state.hooks += _watch_passes(base, state)
     state.hooks += hook_layers(base, rotaries[0], request.plan, config, unpatched.adapter)
     setattr(base, _STATE, state)
@@ -244,6 +247,11 @@ def _obstacle(unpatched: Unpatched) -> str:
 def _restore(base: PreTrainedModel, state: _State) -> None:
     for place in state.unpatched.places:
         place.put(base, place.module)
+    for path, plain in state.unpatched.attention.items():
+        module: Any = base.get_submodule(path)
+        softmax = state.unpatched.softmax
+        assert softmax is not None
+        module.scaling = plain * softmax.of_softmax(softmax.factor)
     write_config(base.config, state.config)
     base.config.__class__ = state.config_class
     for hook in state.hooks:

@@ -20,7 +20,6 @@ from scaled_rope.patching.families import (
     UNSCALED,
     Adapter,
     adapter_of,
-    check_softmax_scale,
     layer_types_of,
     layers_without_rope,
     rope_layer_type,
@@ -30,6 +29,7 @@ from scaled_rope.patching.layer_tables import TableForm, check_layers_can_differ
 from scaled_rope.patching.region_attention import MASKS_OF, check_carrier, pairing
 from scaled_rope.patching.rotary import Layout
 from scaled_rope.patching.rotary_kernel import Rotation, fused_rotation, normalising, resolve_kernel
+from scaled_rope.patching.softmax_scale import SoftmaxScale, scaled_attention, softmax_scale_of
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import primary_type
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings
@@ -54,6 +54,11 @@ class Unpatched:
     """Layer type -> the order of the family's frequencies, where it isn't that of the record."""
     thetas: dict[str, float]
     """Path of a rotary module -> its base, where that comes from a config of its own and not from the model's."""
+
+    softmax: SoftmaxScale | None
+    """The softmax scale that attention took from the RoPE parameters when it was built; None where it took none."""
+    attention: dict[str, float]
+    """Path of each attention module that did so -> its softmax scale without that."""
 
     @property
     def rotary(self) -> nn.Module:
@@ -96,7 +101,8 @@ class Unpatched:
         places = rotary_places(base)
         main = next((place for place in places if place.path == ROTARY), places[0])
         adapter = adapter_of(config, main.module)
-        check_softmax_scale(config)
+        softmax = softmax_scale_of(config)
+        attention = scaled_attention(base, softmax) if softmax else {}
         places = used_places(base, [main, *(place for place in places if place is not main)])
         unscaled = UNSCALED.get(config.model_type)
         places = [place for place in places if place.path != unscaled]
@@ -111,7 +117,7 @@ class Unpatched:
         types = tuple(table_types(config, places[0].module)) if adapter.per_layer_type else ()
         for name in types:
             settings.of(name)  # a config that is wrong in one of them is refused now
-        found = cls(tuple(places), adapter, settings, types, {}, {}, {})
+        found = cls(tuple(places), adapter, settings, types, {}, {}, {}, softmax, attention)
         for place in places:
             _hold_against_module(found, place, config, strict)
         return found
@@ -221,6 +227,8 @@ class PatchRequest:
     """The function for attention modules to call in place of their family's; None leaves the family's."""
     kernel: str | None = None
     """The backend of that rotation."""
+    softmax_factor: float = 1.0
+    """The multiplier of the softmax scale, in families that make it of the RoPE parameters."""
     notes: tuple[str, ...] = ()
     """Why the kernel was wanted and cannot be used, if so."""
 
@@ -251,12 +259,13 @@ def read_request(
     config: Any = base.config
     adapter = unpatched.adapter
     wanted, layers = _resolve(scaling, config, unpatched)
+    wanted, softmax_factor = _with_softmax(wanted, unpatched)
     plan = LayerPlan(layers, _check_layers(drop_layers, base, adapter))
     check_layers_can_differ(plan, base, adapter)
     for name, each in layers.items() or [("", wanted)]:
         _check_width(each, name, unpatched)
     head_dim = unpatched.head_dims[primary_type(unpatched.types) if unpatched.types else ""]
-    request = PatchRequest(wanted, plan, head_dim)
+    request = PatchRequest(wanted, plan, head_dim, softmax_factor=softmax_factor)
     _check_steps(request.scalings)
     regions = _pairing_of_regions(base, request.scalings, plan, kernel, attn, adapter.layout, request.half)
     if regions is not None:
@@ -299,6 +308,24 @@ def _resolve(
     if not adapter.per_layer_type and len(set(map(repr, layers.values()))) == 1:
         layers = {}
     return primary, layers
+
+
+def _with_softmax(scaling: RopeScaling, unpatched: Unpatched) -> tuple[RopeScaling, float]:
+    """Share the temperature of YaRN between tables and softmax as the model's own scaling does.
+
+    A temperature that was asked for by number, and any other method, stay as they are, and the softmax scale is that of
+    the unscaled model.
+
+    Returns:
+        The scaling with its attention factor, and the multiplier of the softmax scale.
+    """
+    softmax, own = unpatched.softmax, unpatched.own
+    if softmax is None or scaling.method != "yarn" or not scaling.is_native() or scaling.mscale is not None:
+        return scaling, 1.0
+    if scaling.attention_factor not in (None, own.attention_factor, softmax.of_tables(scaling.factor)):
+        return scaling, 1.0
+    shared = dataclasses.replace(scaling, attention_factor=softmax.of_tables(scaling.factor))
+    return shared, softmax.of_softmax(scaling.factor)
 
 
 def _check_layers(layers: Iterable[int], base: nn.Module, adapter: Adapter) -> tuple[int, ...]:
@@ -404,6 +431,11 @@ def remarks(unpatched: Unpatched, request: PatchRequest, base: PreTrainedModel) 
     if scaling.original_max_position_embeddings not in (None, original):
         given = scaling.original_max_position_embeddings
         notes.append(f"original_max_position_embeddings={given} differs from the model's own {original}")
+    if unpatched.softmax is not None:
+        notes.append(
+            f"the softmax scale is multiplied by {request.softmax_factor:.6g}, in place of the checkpoint's "
+            f"{unpatched.softmax.of_softmax(unpatched.softmax.factor):.6g}"
+        )
     if own.method != "default":
         notes.append(f"replaces the scaling of the checkpoint: {own.label}")
     window, context = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)

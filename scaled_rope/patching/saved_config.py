@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from scaled_rope.patching.class_exchange import exchange_class
-from scaled_rope.patching.patch_request import Unpatched
+from scaled_rope.patching.patch_request import PatchRequest, Unpatched
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, NATIVE, RECORD_KEY, read_by_attention
 from scaled_rope.scaling.record import LayerPlan, RopeScaling
@@ -26,11 +26,9 @@ class ABSENT:
     """Stands for a field that a config does not have. A class, so that copies of a model keep its identity."""
 
 
-def config_fields(
-    scaling: RopeScaling, plan: LayerPlan, unpatched: Unpatched, config: Any, before: dict[str, Any]
-) -> dict[str, Any]:
+def config_fields(request: PatchRequest, unpatched: Unpatched, config: Any, before: dict[str, Any]) -> dict[str, Any]:
     """Return the config's new values by field, `ABSENT` for a field to delete. before: its values without a patch."""
-    adapter = unpatched.adapter
+    adapter, scaling, plan = unpatched.adapter, request.scaling, request.plan
     context = 0 if before["max_position_embeddings"] is ABSENT else before["max_position_embeddings"]
     # In a family with a default share of its own, leaving out a share of 1 would mean that default.
     says_share = "partial_rotary_factor" in str(before["rope_parameters"])
@@ -42,6 +40,8 @@ def config_fields(
         values = one.to_config(head_dim=form.head_dim(name), rope_types=frozenset(rope_types) - unseen)
         if says_share:
             values.setdefault("partial_rotary_factor", one.partial_rotary_factor)
+        if unpatched.softmax is not None and request.softmax_factor != 1.0:
+            values |= {"mscale": unpatched.softmax.mscale, "mscale_all_dim": unpatched.softmax.mscale_all_dim}
         rope = before["rope_parameters"]
         return read_by_attention(rope.get(name, rope)) | values
 

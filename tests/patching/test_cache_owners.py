@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin
 
 from scaled_rope.patching.cache_argument import empty
-from scaled_rope.patching.patch import patch_model
+from scaled_rope.patching.patch import patch_model, unpatch_model
 from tests.helpers.caches import SAME, distance, refused, through_cache
 from tests.helpers.models import Make
 from tests.helpers.optional import transformers_is
@@ -106,3 +107,18 @@ def test_other_caches_that_cannot_be_read_are_refused(tiny_model: Make, text: Te
             return keys[:, :, ::2], values[:, :, ::2]
 
     refused(lambda: model(text[:, :30], past_key_values=Half()), "type Half", "hands out 15 keys", "StaticCache")
+
+
+@pytest.mark.parametrize("spec", ["yarn:4", "dynamic-yarn", "dynamic-yarn:1,dynamic_step=2"])
+def test_a_cache_is_not_read_after_its_patch_was_taken_out(tiny_model: Make, spec: str) -> None:
+    model, text = tiny_model(), torch.arange(1, 41)[None]
+    patch_model(model, spec)
+    cache = model(text[:, :30], use_cache=True).past_key_values
+    twin = copy.deepcopy(cache)
+    unpatch_model(model)
+    for each in (cache, twin):
+        refused(lambda: model(text[:, 30:31], past_key_values=each), "cache: ", "DynamicCache", "or no longer")  # noqa: B023
+    own = model(text[:, :30], use_cache=True).past_key_values
+    model(text[:, 30:31], past_key_values=own)
+    cache.reset()
+    model(text[:, :5], past_key_values=cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from scaled_rope import ConfigError, RopeScaling, patch_model
+from scaled_rope import ConfigError, RopeScaling, patch_model, unpatch_model
 from scaled_rope.patching.families import ADAPTERS, adapter_of, detect_adapter, layers_without_rope
 from scaled_rope.patching.patch import patched_scaling
 from scaled_rope.patching.rotary import ScaledRotaryEmbedding
@@ -142,22 +143,49 @@ def deepseek(**rope: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def test_a_softmax_scale_that_a_patch_cannot_follow_is_refused(tokens: Tensor, tmp_path: Path) -> None:
+def test_a_softmax_scale_follows_the_scaling(tokens: Tensor, tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 1.0}
+    model = deepseek(**yarn, mscale_all_dim=0.7)
+    before, rope = logits(model, tokens), copy.deepcopy(model.config.rope_parameters)
+
+    def scale() -> float:
+        return float(model.model.layers[0].self_attn.scaling)
+
+    def temperature(factor: float, mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1
+
+    assert scale() == pytest.approx(32**-0.5 * temperature(4, 0.7) ** 2)
+    # YaRN with another factor, and the checkpoint's own with another one, share it out in the same way.
+    own = RopeScaling.from_config(model.config)
+    for wanted in ("yarn:8", dataclasses.replace(own, factor=8.0)):
+        report = patch_model(model, wanted)
+        assert scale() == pytest.approx(32**-0.5 * temperature(8, 0.7) ** 2)
+        assert report.attention_factor == pytest.approx(temperature(8, 1.0) / temperature(8, 0.7))
+        assert report.native and any("softmax scale is multiplied by" in note for note in report.notes)
+        assert_vanilla_is_right_or_refuses(model, True, tokens, tmp_path / f"shared{isinstance(wanted, str)}")
+    vanilla = deepseek(**(yarn | {"factor": 8.0}), mscale_all_dim=0.7)
+    vanilla.load_state_dict(model.state_dict())
+    assert distance(logits(model, tokens), logits(vanilla, tokens)) < SAME
+    # Other methods, and a factor that was asked for, take it out.
+    for index, spec in enumerate(("linear:4", "yarn:8,attention_factor=1.3", "dynamic-yarn", "default")):
+        patch_model(model, spec)
+        assert scale() == pytest.approx(32**-0.5)
+        after = logits(model, tokens)
+        model.save_pretrained(tmp_path / str(index))
+        assert distance(logits(load(tmp_path / str(index)), tokens), after) < SAME
+    unpatch_model(model)
+    assert torch.equal(logits(model, tokens), before) and model.config.rope_parameters == rope
+
+
+def test_a_softmax_scale_that_is_not_the_configs_is_refused(tokens: Tensor) -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 1.0}
     model = deepseek(**yarn, mscale_all_dim=1.0)
-    before, config = logits(model, tokens), copy.deepcopy(model.config.to_dict())
-    # Why: attention has kept the scale of a factor of 4, which no other RoPE parameters would give.
-    assert model.model.layers[0].self_attn.scaling == pytest.approx(32**-0.5 * (0.1 * math.log(4) + 1) ** 2)
-    for scaling in ("yarn:8", "default", RopeScaling.from_config(model.config)):
-        with pytest.raises(ConfigError, match="'deepseek_v3' with mscale_all_dim=1.0: its attention took"):
-            patch_model(model, scaling)
-    assert torch.equal(logits(model, tokens), before) and model.config.to_dict() == config
-    # As it is it can be read, and without that scale it can be patched, saved and loaded.
-    model.save_pretrained(tmp_path / "own")
-    assert distance(logits(load(tmp_path / "own"), tokens), before) < SAME
-    model = deepseek()
-    assert patch_model(model, "yarn:4").native
-    assert_vanilla_is_right_or_refuses(model, True, tokens, tmp_path / "patched")
+    attention: Any = model.model.layers[1].self_attn
+    attention.scaling = 0.3
+    before = logits(model, tokens)
+    with pytest.raises(ConfigError, match="layers.1.self_attn has the softmax scale 0.3, where mscale_all_dim=1"):
+        patch_model(model, "yarn:8")
+    assert torch.equal(logits(model, tokens), before)
 
 
 def test_the_list_of_families_with_a_softmax_scale_is_that_of_transformers() -> None:
