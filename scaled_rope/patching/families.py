@@ -101,6 +101,8 @@ def adapter_of(config: Any, rotary: nn.Module | None = None) -> Adapter:
     adapter = ADAPTERS.get(config.model_type)
     if adapter is None and rotary is not None:
         adapter = detect_adapter(config, rotary)
+    if adapter is None and rotary is not None:
+        raise ConfigError(f"architecture {config.model_type!r}: {_why_not(config, rotary)}")
     if adapter is None:
         raise unknown("architecture", config.model_type, ADAPTERS)
     if adapter.alibi and getattr(config, adapter.alibi, False):
@@ -129,6 +131,16 @@ def detect_adapter(config: Any, rotary: nn.Module) -> Adapter | None:
     if all(_turns_by_frequency(probe, name) for name in names):
         return Adapter(own_tables=True, per_layer_type=bool(types), partial_rotary=True)
     return None
+
+
+def _why_not(config: Any, rotary: nn.Module) -> str:
+    """Why the tables of a rotary module cannot be computed from other frequencies."""
+    name = type(rotary).__name__
+    if not isinstance(getattr(config, "rope_parameters", None), dict):
+        return f"its config has no rope_parameters, so {name} takes its angles from elsewhere, and cannot be scaled"
+    if list(inspect.signature(rotary.forward).parameters)[:2] != ["x", "position_ids"]:
+        return f"{name} is not called with positions, so what to scale in it is not known"
+    return f"the tables of {name} do not follow from position times frequency, so other frequencies cannot be put in"
 
 
 def table_types(config: Any, rotary: nn.Module) -> list[str]:

@@ -153,7 +153,7 @@ class Trainer:
                 f"note: transformers cannot express {report.scaling.label}; load the result with scaled_rope"
             )
         enable_checkpointing(model, recipe)
-        model.config.use_cache = False
+        model.config.get_text_config(decoder=True).use_cache = False
         module = SummedLoss(model, recipe.offload_activations, loss)
         optimizer = make_optimizer(recipe, module)
         module, optimizer = accelerator.prepare(module, optimizer)
@@ -273,7 +273,8 @@ class Loop:
         inner = accelerator.unwrap_model(self.module)
         if (windows := recipe.sliding_window_attention_schedule) is not None:
             set_sliding_window(inner.model, windows[step % len(windows)])
-        batches = step_batches(self.rows, recipe, step, layout.data_rank, layout.data_ranks, inner.config.vocab_size)
+        vocabulary = inner.config.get_text_config(decoder=True).vocab_size
+        batches = step_batches(self.rows, recipe, step, layout.data_rank, layout.data_ranks, vocabulary)
         if self.documents is not None:
             batches = [[self.documents.cut_targets(*row) for row in batch] for batch in batches]
         weight, tokens, flops, length = self._sizes([row for batch in batches for row in batch])

@@ -149,8 +149,13 @@ def install_scaling(model: Any, recipe: Recipe, settings: RopeSettings | None = 
         scaling = base if recipe.scaling is None else RopeScaling.from_spec(recipe.scaling, base)
         report = patch_as_read(model, settings, with_primary(plan.layers, scaling) or scaling, plan.drop_layers)
     if recipe.max_position_embeddings is not None:
-        model.config.max_position_embeddings = recipe.max_position_embeddings
+        _text(model).max_position_embeddings = recipe.max_position_embeddings
     return report
+
+
+def _text(model: Any) -> Any:
+    """The part of a model's config that describes its decoder of text."""
+    return model.config.get_text_config(decoder=True)
 
 
 def enable_checkpointing(model: Any, recipe: Recipe) -> None:
@@ -223,7 +228,7 @@ def save_model(
     cast: dict[int, torch.Tensor] = {}  # by address, so that tied weights stay one tensor and are written once
     state = {k: cast.setdefault(v.data_ptr(), v.to(getattr(torch, dtype)).contiguous()) for k, v in state.items()}
     model.config.dtype = dtype
-    model.config.use_cache = True
+    _text(model).use_cache = True
     model.save_pretrained(staged, state_dict=state)
     load_tokenizer(recipe.tokenizer or str(recipe.model)).save_pretrained(staged)
     records(staged)
@@ -237,11 +242,10 @@ def set_sliding_window(model: Any, window: int) -> None:
     Raises:
         ConfigError: the model has no sliding window.
     """
-    if not hasattr(model.config, "sliding_window"):
-        raise ConfigError(
-            f"sliding_window_attention_schedule is not allowed for {model.config.model_type}; Mistral only"
-        )
-    model.config.sliding_window = window
+    config = _text(model)
+    if not hasattr(config, "sliding_window"):
+        raise ConfigError(f"sliding_window_attention_schedule is not allowed for {config.model_type}; Mistral only")
+    config.sliding_window = window
     for layer in model.modules():
         if hasattr(layer, "sliding_window"):
             layer.sliding_window = window

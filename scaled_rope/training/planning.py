@@ -23,6 +23,7 @@ from scaled_rope.bundled import bundled
 from scaled_rope.checkpoint import load_config
 from scaled_rope.errors import ConfigError
 from scaled_rope.flags import H100_TFLOPS, check_plan_arguments
+from scaled_rope.patching.loading import auto_class
 from scaled_rope.patching.loss import logits_bytes
 from scaled_rope.recipes import Recipe, read_recipe, starts_from
 from scaled_rope.training.costs import Flops, ModelCost
@@ -64,11 +65,10 @@ def meta_model(recipe: Recipe) -> Any:
     Raises:
         ConfigError: what `base_config` and `install_scaling` raise, or an `init` that is no model.
     """
-    from transformers import AutoModelForCausalLM
-
+    config = base_config(recipe)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(base_config(recipe), dtype=torch.float32)
+            model = auto_class(config).from_config(config, dtype=torch.float32)
     except (TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -221,11 +221,9 @@ class Planner:
 
     def _build(self, recipe: Recipe, dtype: torch.dtype) -> Any:
         """The recipe's model on the meta device, without its scaling."""
-        from transformers import AutoModelForCausalLM
-
         attention = attention_for(self._config, "sdpa")
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(self._config).from_config(
                 copy.deepcopy(self._config), dtype=dtype, attn_implementation=attention
             )
             return add_lora(model, recipe.lora_embeddings_and_norms) if recipe.lora else model
@@ -239,7 +237,7 @@ class Planner:
                 to_cpu(model)
                 install_scaling(model.get_base_model() if recipe.lora else model, recipe)
                 enable_checkpointing(model, recipe)
-                model.config.use_cache = False
+                model.config.get_text_config(decoder=True).use_cache = False
                 if recipe.sliding_window_attention_schedule is not None:
                     set_sliding_window(model, min(recipe.sliding_window_attention_schedule))
                 # There is no trace of a fused loss, whose pieces can be larger (docs/training.md).

@@ -110,6 +110,7 @@ def test_other_caches_that_cannot_be_read_are_refused(tiny_model: Make, text: Te
 
 
 @pytest.mark.parametrize("spec", ["yarn:4", "dynamic-yarn", "dynamic-yarn:1,dynamic_step=2"])
+@torch.no_grad()
 def test_a_cache_is_not_read_after_its_patch_was_taken_out(tiny_model: Make, spec: str) -> None:
     model, text = tiny_model(), torch.arange(1, 41)[None]
     patch_model(model, spec)
