@@ -47,9 +47,8 @@ def test_perplexity_of_three_scalings(
         perplexity.main, tmp_path / "rows.jsonl", "-m", str(folders[model_type]), *flags, "--dataset", texts,
         "--lengths", "32,160",
     )  # fmt: skip
-    found = {row["metric"] for row in rows}
-    longest = [row["value"] for row in rows if row["length"] == 160 and row["metric"] == sorted(found)[0]]
-    assert len(longest) == 3 and len({round(value, 2) for value in longest}) == 3
+    longest = [row for row in rows if row["length"] == 160]
+    assert len(longest) == 3 and len({round(row["perplexity"], 2) for row in longest}) == 3
     model = load_model(str(folders[model_type]), device="cpu", scaling="yarn:4")
     assert patched_scaling(model) is not None and type(model).__name__.endswith("ForConditionalGeneration")
 
@@ -73,7 +72,7 @@ def test_passkeys_are_asked(folders: dict[str, Path], tmp_path: Path) -> None:
         passkey.main, tmp_path / "rows.jsonl", "-m", str(folders["llava"]), "--scaling", "dynamic-yarn",
         "--lengths", "160", "--iterations", "2",
     )  # fmt: skip
-    assert rows and all(0 <= row["value"] <= 1 for row in rows if row["metric"] == "passkey_accuracy")
+    assert rows and all(0 <= row["accuracy"] <= 1 for row in rows if row["metric"] == "passkey")
 
 
 def test_fine_tuning_on_text(folders: dict[str, Path], tmp_path: Path) -> None:
