@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 import shutil
 import sys
@@ -153,7 +154,8 @@ def test_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(servers.TARGETS, target.name, target)
     config = load_config(str(DEFAULT_MODEL))
     done = export("linear:4", config, "newserver")
-    assert done.status == "exact" and done.flags == ("--max-len", "1024")
+    assert done.status == "exact" and done.flags[0] == "--config" and done.flags[2:] == ("--max-len", "1024")
+    assert json.loads(done.flags[1])["rope_parameters"]["factor"] == 4.0
     assert export("yarn:4", config, "newserver").status == "refused"
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from scaled_rope.errors import ConfigError
@@ -117,12 +118,17 @@ def device_of(rotary: nn.Module) -> torch.device:
     return device
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers: not on the meta device, and not a stand-in with which a pass is traced."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
 def on_cpu(rotary: nn.Module) -> Any:
-    """A copy of a family's rotary module on the CPU, also of one on the meta device.
+    """A copy of a family's rotary module on the CPU, also of one that holds no numbers yet.
 
     A copy, because a module that remembers the longest length seen must not remember a trial's.
     """
-    if any(buffer.is_meta for buffer in rotary.buffers()):
+    if not all(map(has_values, rotary.buffers())):
         config: Any = getattr(rotary, "config", None)
         with torch.device("cpu"):
             return type(rotary)(config=copy.deepcopy(config))

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.patching.base_model import Place, on_cpu
+from scaled_rope.patching.base_model import Place, has_values, on_cpu
 
 _TABLES = ("position_embeddings", "freqs_cis")
 """Names of the arguments by which layers are given tables."""
@@ -76,7 +77,8 @@ def follow_tables(base: PreTrainedModel, places: list[Place]) -> TableUse:
             use = TableUse({path: set(layers) for path, layers in inside.items()})
             left = {name for name, _ in _layers(lists)}
             try:
-                with torch.no_grad(), _stand_ins(base, places, lists, use, left, as_tuple):
+                # Without modes: a caller may be tracing a pass, with tensors that hold no numbers.
+                with _disable_current_modes(), torch.no_grad(), _stand_ins(base, places, lists, use, left, as_tuple):
                     # The class's own function, without hooks and whatever a library has put around it.
                     type(base).forward(base, **inputs(), use_cache=False)
                 return use
@@ -228,7 +230,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 def _number_of(table: Tensor) -> float:
     """The number that stands in every place of a table; NaN where they differ, or where it isn't a table."""
-    if table.is_meta or table.numel() == 0 or not (table.is_floating_point() or table.is_complex()):
+    if not has_values(table) or table.numel() == 0 or not (table.is_floating_point() or table.is_complex()):
         return math.nan
     values = table.real if table.is_complex() else table
     first = values.flatten()[0]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.patching.base_model import on_cpu
@@ -116,12 +117,18 @@ def detect_adapter(config: Any, rotary: nn.Module) -> Adapter | None:
         return None
     if list(inspect.signature(rotary.forward).parameters)[:2] != ["x", "position_ids"]:
         return None
-    types = table_types(config, rotary)
     try:
         # A copy: a module that remembers the longest length seen must not remember the probe's.
-        probe = on_cpu(rotary)
+        with _disable_current_modes():
+            probe = on_cpu(rotary)
     except Exception:
         return None
+    with _disable_current_modes():
+        return _fitting(config, rotary, probe)
+
+
+def _fitting(config: Any, rotary: nn.Module, probe: Any) -> Adapter | None:
+    types = table_types(config, rotary)
     names: list[str | None] = [*types] or [None]
     # Learned factors of frequencies (Mistral Large 4) are the family's own to apply.
     learned = next(rotary.parameters(), None) is not None

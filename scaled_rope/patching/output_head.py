@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
 
 from scaled_rope.errors import ConfigError
@@ -51,7 +52,8 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, OutputHead] = weakref.WeakKeyDictio
 def output_head(model: PreTrainedModel) -> OutputHead:
     """Measure what a causal language model does around its output projection; once for each model."""
     if model not in _KNOWN:
-        _KNOWN[model] = _measure(model)
+        with _disable_current_modes():  # a caller may be tracing a pass, with tensors that hold no numbers
+            _KNOWN[model] = _measure(model)
     return _KNOWN[model]
 
 

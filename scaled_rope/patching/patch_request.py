@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
 
 from scaled_rope.attention.backends import attention_for, check_attention, resolve_attention
 from scaled_rope.errors import ConfigError, is_number, unknown
-from scaled_rope.patching.base_model import ROTARY, Place, on_cpu, rotary_places
+from scaled_rope.patching.base_model import ROTARY, Place, has_values, on_cpu, rotary_places
 from scaled_rope.patching.effect import used_places
 from scaled_rope.patching.families import (
     UNSCALED,
@@ -118,8 +120,9 @@ class Unpatched:
         for name in types:
             settings.of(name)  # a config that is wrong in one of them is refused now
         found = cls(tuple(places), adapter, settings, types, {}, {}, {}, softmax, attention)
-        for place in places:
-            _hold_against_module(found, place, config, strict)
+        with _disable_current_modes():  # a caller may be tracing a pass, with tensors that hold no numbers
+            for place in places:
+                _hold_against_module(found, place, config, strict)
         return found
 
 
@@ -134,16 +137,14 @@ def _hold_against_module(unpatched: Unpatched, place: Place, config: Any, strict
         ConfigError: strict, and they differ.
     """
     family: Any = place.module
-    if any(buffer.is_meta for buffer in family.buffers()):
-        try:
+    if not all(map(has_values, family.buffers())):
+        with contextlib.suppress(Exception):  # where it can't be built its numbers stay unknown
             family = on_cpu(family)
-        except Exception:
-            family = place.module
     for name in unpatched.types or ("",):
         own = unpatched.own_of(name) if name else unpatched.own
         prefix = f"{name}_" if name else ""
         inv_freq: Any = getattr(family, f"{prefix}inv_freq", None)
-        known = isinstance(inv_freq, Tensor) and inv_freq.dim() == 1 and not inv_freq.is_meta
+        known = isinstance(inv_freq, Tensor) and inv_freq.dim() == 1 and has_values(inv_freq)
         width = 2 * len(inv_freq) if known else None
         head_dim = _head_dim(unpatched.settings, own, width if unpatched.types else None)
         unpatched.head_dims.setdefault(name, head_dim)
