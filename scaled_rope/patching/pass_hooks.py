@@ -105,6 +105,9 @@ class Passes:
             self._check_readable(module, cache, contents)
         if start and self.unrotated:
             require_contents(cache, contents)
+        positions = given.get("position_ids")
+        if self.unrotated and isinstance(positions, Tensor) and positions.dim() == 3:
+            _positions(given, given[name], start)  # refuses axes that differ: distances are counted in tokens here
         current = ForwardPass(hooks=self, cache=cache, contents=contents, inputs=(name, given[name]))
         if not self.length_dependent:
             forward_pass.begin(current)
@@ -260,7 +263,7 @@ def _positions(given: dict[str, Any], tokens: Tensor, start: int) -> tuple[Tenso
         elif positions.dim() == 3:
             raise ConfigError(
                 "position_ids: their axes differ, as those of images do, and so a row has no single length that a "
-                "dynamic scaling could follow; use a static scaling"
+                "dynamic scaling could follow, nor distances in tokens; use a static scaling"
             )
         if positions.dim() != 2:
             raise ConfigError(f"position_ids: must be [B, T], got {list(positions.shape)}")

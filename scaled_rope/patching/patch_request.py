@@ -272,7 +272,7 @@ def read_request(
     if regions is not None:
         return dataclasses.replace(request, regions_interleaved=regions, attention=MASKS_OF)
     attention = _attention(base, attn)
-    rotation, backend, notes = _rotation(base, request.half, kernel, adapter.layout)
+    rotation, backend, notes = _rotation(base, request.half, kernel, adapter)
     return dataclasses.replace(request, attention=attention, rotation=rotation, kernel=backend, notes=notes)
 
 
@@ -405,13 +405,16 @@ def _attention(base: PreTrainedModel, attn: str | None) -> str | None:
 
 
 def _rotation(
-    base: PreTrainedModel, half: int, kernel: str, layout: Layout
+    base: PreTrainedModel, half: int, kernel: str, adapter: Adapter
 ) -> tuple[Rotation | None, str | None, tuple[str, ...]]:
     """The rotation to install, its backend, and a note if the kernel was wanted and cannot be used."""
     backend = resolve_kernel(kernel)
     if backend is None:
         return None, None, ()
-    rotation, reason = fused_rotation(base, layout, half, backend)
+    if adapter.axes or adapter.own_tables:  # the family's module makes whole tables
+        rotation, reason = None, "its rotary tables have a form of their own"
+    else:
+        rotation, reason = fused_rotation(base, adapter.layout, half, backend)
     if rotation is None:
         said = f"kernel={kernel!r}: not for this {base.config.model_type} model, {reason}"
         if kernel != "auto":

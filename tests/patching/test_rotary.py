@@ -105,13 +105,16 @@ def test_images_keep_their_axes(model_type: str) -> None:
     assert report.native == (model_type != "ernie4_5_vl_moe")
 
 
-def test_axes_that_differ_have_no_length_for_a_dynamic_scaling() -> None:
+@pytest.mark.parametrize("spec", ["dynamic-yarn", "rerope,window=8"])
+def test_axes_that_differ_have_no_length_for_a_dynamic_scaling(spec: str) -> None:
     model = small_model("qwen3_vl")
-    patch_model(model, "dynamic-yarn")
+    patch_model(model, spec)
     base, positions = base_model(model), _positions_of_an_image()
     ids = torch.randint(3, 200, (1, 17))
     with pytest.raises(ConfigError, match="position_ids: their axes differ"):
         base(input_ids=ids, position_ids=positions)
+    if "dynamic" not in spec:
+        return
     same = torch.arange(17)[None].expand(3, 1, -1)
     with torch.no_grad():
         assert torch.equal(
@@ -146,3 +149,22 @@ def test_learned_factors_stay_weights_of_the_module() -> None:
     assert not torch.equal(before, after)
     after.sum().backward()
     assert weight.grad is not None and bool(weight.grad.abs().sum() > 0)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "ernie4_5_vl_moe", "llama4_text"])
+def test_the_kernel_is_not_put_where_the_family_makes_whole_tables(model_type: str) -> None:
+    model = small_model(model_type)
+    with pytest.raises(ConfigError, match="kernel='torch': not for this .* its rotary tables have a form of their own"):
+        patch_model(model, "yarn:4", kernel="torch")
+
+
+def test_a_compiled_model_with_own_tables_computes_the_same() -> None:
+    model = small_model("llama4_text", num_hidden_layers=1, layer_types=["chunked_attention"], no_rope_layers=[1])
+    ids = torch.randint(3, 200, (1, 100), generator=torch.Generator().manual_seed(0))
+    patch_model(model, "yarn:4")
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for spec in ("yarn:4", "linear:2"):
+            patch_model(model, spec)
+            wanted = model(input_ids=ids, use_cache=False).logits
+            torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, wanted, rtol=0, atol=1e-4)
