@@ -190,7 +190,7 @@ def _move_into_the_text_part(draft: _Draft, facts: ConfigFacts) -> None:
         if not has_no_effect(facts, key):
             continue
         outer, outer_prefix = _holder(draft.config, facts.path, key)
-        value, name = outer[key], where.rpartition(".")[2]
+        value, name = copy.deepcopy(outer[key]), where.rpartition(".")[2]
         inner = _said_inside(text, key)
         if inner is not None and comparable(inner) != comparable(value):
             chosen = draft.choose(key, {"outer": f"what stands outside of {name}", "inner": f"what {name} says"})
