@@ -42,8 +42,10 @@ check: $(READY)
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
+# Two workers, each with one thread; a file's tests stay together, since they share what is costly to make.
+JOBS ?= 2
 test: check
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n $(JOBS) --dist loadfile
 
 base: $(READY)
 	./train.sh tiny-base tiny-base-retrieval tiny-base-mixed

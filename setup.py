@@ -19,7 +19,8 @@ EXTRAS = {
     "wandb": ["wandb"],
     "gguf": ["gguf>=0.19"],
     "dev": [
-        "gguf>=0.19", "hypothesis", "liger-kernel>=0.8.5", "mypy", "pytest", "ruff", "triton>=3.6", "types-PyYAML",
+        "gguf>=0.19", "hypothesis", "liger-kernel>=0.8.5", "mypy", "pytest", "pytest-xdist", "ruff", "triton>=3.6",
+        "types-PyYAML",
     ],
 }  # fmt: skip
 # Not in "all": flash-attn, which builds only where a CUDA toolkit is.
