@@ -159,7 +159,7 @@ def _no_words(request: ServedModel, target: Target) -> str:
     if softmax and model_type in SOFTMAX_MSCALE_FAMILIES:
         return (
             f"the attention of {model_type} models takes a softmax scale from mscale_all_dim={softmax!r} as well, "
-            "which words for a scaling would drop: serve the checkpoint as it is"
+            "which words for a scaling would drop: save the model that patch_model made instead, whose scale follows"
         )
     if scaling.dynamic:
         static = target.static or "it has no words for it: use patch_model of this package"
