@@ -6,6 +6,7 @@ compared with both pairings. A function that computes anything else is left alon
 
 from __future__ import annotations
 
+import dis
 import inspect
 import os
 from collections.abc import Callable
@@ -121,12 +122,20 @@ def _rotates(module: nn.Module) -> bool:
 def normalising(base: nn.Module) -> str:
     """The class of attention modules that normalise queries and keys after they have rotated them, as HunYuan's do, so
     that a factor on cos and sin is taken out again; "" where none does."""
-    for module in callers(base, APPLY):
-        names = inspect.unwrap(type(module).forward).__code__.co_names  # in the order of their first use
-        after = names[names.index(APPLY) + 1 :] if APPLY in names else ()
-        if any("norm" in name and isinstance(getattr(module, name, None), nn.Module) for name in after):
+    for module in base.modules():
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        if code is None or not any("apply_rotary" in name for name in code.co_names):
+            continue
+        names = [str(step.argval) for step in dis.get_instructions(code)]
+        last = max(index for index, name in enumerate(names) if "apply_rotary" in name)
+        # Of queries and keys: others normalise values, or what attention returns.
+        if any(name.startswith(("q", "k")) and "norm" in name and _has(module, name) for name in names[last:]):
             return type(module).__name__
     return ""
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return isinstance(getattr(module, name, None), nn.Module)
 
 
 def _pairing(apply: Callable[..., Any], layout: Layout, half: int) -> bool | None:

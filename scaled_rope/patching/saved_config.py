@@ -49,10 +49,10 @@ def config_fields(request: PatchRequest, unpatched: Unpatched, config: Any, befo
         by_type: dict[str, Any] = {name: words(one, rope_types, name) for name, one in plan.layers.items()}
         if adapter.per_layer_type:  # an entry of null says that layers of a type have no RoPE
             by_type = {name: by_type.get(name) for name in before["rope_parameters"]}
-        fields: dict[str, Any] = {"rope_parameters": by_type if adapter.per_layer_type else words(scaling, rope_types)}
-        if before["max_position_embeddings"] is not ABSENT or not hasattr(config, "max_position_embeddings"):
-            fields["max_position_embeddings"] = max(context, scaling.max_position_embeddings or 0)
-        return fields
+        return {
+            "rope_parameters": by_type if adapter.per_layer_type else words(scaling, rope_types),
+            "max_position_embeddings": max(context, scaling.max_position_embeddings or 0),
+        }
 
     # transformers cannot express such a plan, and so must refuse to build the model.
     beyond_words = bool(plan.drop_layers) or (bool(plan.layers) and not adapter.per_layer_type)

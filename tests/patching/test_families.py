@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.small_models import small_model
 from scaled_rope import ConfigError, RopeScaling, patch_model, unpatch_model
 from scaled_rope.patching.families import ADAPTERS, adapter_of, detect_adapter, layers_without_rope
 from scaled_rope.patching.patch import patched_scaling
@@ -194,3 +195,24 @@ def test_the_list_of_families_with_a_softmax_scale_is_that_of_transformers() -> 
     reading = {path.parent.name for path in models.glob("*/modeling_*.py") if "mscale_all_dim" in path.read_text()}
     listed = {name.removesuffix("_text") for name in SOFTMAX_MSCALE_FAMILIES}
     assert reading == {name for name in listed if (models / name).is_dir()}  # older releases lack some
+
+
+@pytest.mark.parametrize("family", ["hunyuan_v1_dense", "gemma4_text", "qwen3", "bitnet", "apertus", "llama4_text"])
+def test_an_attention_factor_that_is_normalised_away_is_told(family: str) -> None:
+    """The note is there where another factor changes nothing, and only there."""
+    model, found = small_model(family), []
+    tokens = torch.randint(3, 200, (1, 100), generator=torch.Generator().manual_seed(0))
+    for factor in (1.0, 1.5):
+        notes = patch_model(model, f"yarn:4,attention_factor={factor}").notes
+        found.append(logits(model, tokens))
+    told = any("normalises after it has rotated" in note for note in notes)
+    assert told == (distance(*found) < 1e-3)
+
+
+def test_a_config_without_a_length_can_be_patched_again() -> None:
+    model = small_model("recurrent_gemma")  # its config has no max_position_embeddings
+    for factor in (4, 2):
+        patch_model(model, f"yarn:{factor},original_max_position_embeddings=64")
+        assert model.config.max_position_embeddings == 64 * factor
+    unpatch_model(model)
+    assert not hasattr(model.config, "max_position_embeddings")
