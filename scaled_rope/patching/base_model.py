@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from dataclasses import dataclass
@@ -133,3 +134,21 @@ def on_cpu(rotary: nn.Module) -> Any:
         with torch.device("cpu"):
             return type(rotary)(config=copy.deepcopy(config))
     return copy.deepcopy(rotary).to("cpu")
+
+
+AXES = (3, 4, 2)
+"""Numbers of axes that positions have in multimodal RoPE: time, height and width; HunYuan-VL has one more."""
+
+
+def tables_of_text(rotary: Any, x: Tensor, position_ids: Tensor, *more: str) -> Any:
+    """The tables of a family's rotary module for the positions [B, T] of a text, all axes of which are alike.
+
+    In older releases (5.17) modules with several axes take positions of all axes only, [axes, B, T].
+    """
+    try:
+        return rotary(x, position_ids, *more)
+    except Exception as error:
+        for count in AXES:
+            with contextlib.suppress(Exception):
+                return rotary(x, position_ids.expand(count, *position_ids.shape), *more)
+        raise error

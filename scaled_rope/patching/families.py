@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from scaled_rope.errors import ConfigError, unknown
-from scaled_rope.patching.base_model import on_cpu
+from scaled_rope.patching.base_model import AXES, on_cpu, tables_of_text
 from scaled_rope.patching.rotary import Layout
 from scaled_rope.scaling.hf_config import config_head_dim, nested_types
 
@@ -168,7 +168,7 @@ def _probe(rotary: Any, layer_type: str | None) -> Adapter | None:
     x = torch.zeros(2, 1, 1, dtype=torch.bfloat16)
     positions = torch.tensor([[0, 1, 3]])
     try:
-        cos, sin = rotary(x, positions, *more)
+        cos, sin = tables_of_text(rotary, x, positions, *more)
     except Exception:
         return None  # whatever it wants, it is not the common layout
     if not isinstance(cos, Tensor) or not isinstance(sin, Tensor):
@@ -202,7 +202,7 @@ def _probe(rotary: Any, layer_type: str | None) -> Adapter | None:
 
 def _takes_axes(rotary: Any, x: Tensor, positions: Tensor, more: tuple[str, ...]) -> bool:
     """Whether a rotary module takes positions along several axes (multimodal RoPE): [axes, B, T] instead of [B, T]."""
-    for count in (3, 4, 2):  # time, height and width; HunYuan-VL has one more
+    for count in AXES:
         try:
             cos, _ = rotary(x, positions.expand(count, 2, -1), *more)
         except Exception:
@@ -225,9 +225,9 @@ def _turns_by_frequency(rotary: Any, layer_type: str | None) -> bool:
     x, positions = torch.zeros(1, 1, 1), torch.tensor([[0, 1, 3]])
     trial = copy.deepcopy(rotary)
     try:
-        once, twice = (flat_tables(trial(x, positions * times, *more)) for times in (1, 2))
+        once, twice = (flat_tables(tables_of_text(trial, x, positions * times, *more)) for times in (1, 2))
         setattr(trial, name, inv_freq * 2)
-        doubled = flat_tables(trial(x, positions, *more))
+        doubled = flat_tables(tables_of_text(trial, x, positions, *more))
     except Exception:
         return False
     return not torch.equal(once, twice) and torch.allclose(doubled, twice, rtol=0, atol=1e-5)

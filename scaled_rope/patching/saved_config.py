@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from scaled_rope.patching.base_model import tables_of_text
 from scaled_rope.patching.class_exchange import exchange_class
 from scaled_rope.patching.patch_request import PatchRequest, Unpatched
 from scaled_rope.scaling.frequencies import compute_rope
@@ -114,7 +115,7 @@ def _agrees(rotary: Any, layer_type: str, scaling: RopeScaling, unpatched: Unpat
     order = unpatched.orders.get(layer_type)
     head_dim = unpatched.form(unpatched.places[0]).head_dim(layer_type)
     for length in (1, original, 3 * original + 1) if scaling.is_length_dependent else (1,):
-        rotary(torch.zeros(1, 1, 1), torch.tensor([[length - 1]]), *more)
+        tables_of_text(rotary, torch.zeros(1, 1, 1), torch.tensor([[length - 1]]), *more)
         wanted, factor = compute_rope(scaling, head_dim, length)
         wanted = wanted if order is None else wanted[order]
         inv_freq = getattr(rotary, f"{prefix}inv_freq")
