@@ -125,7 +125,7 @@ if __name__ == "__main__":
 
 # What takes seconds to import stands below the flags.
 from scaled_rope.checkpoint import load_tokenizer
-from scaled_rope.evaluation.controls import compare, uses_context
+from scaled_rope.evaluation.controls import compare, counted, uses_context
 from scaled_rope.evaluation.failures import Failure, report_failures
 from scaled_rope.evaluation.formatting import format_perplexity
 from scaled_rope.evaluation.jobs import ModelJob, model_jobs
@@ -186,7 +186,8 @@ def print_controls(
             print(f"{job.name}: no length is beyond its {control.window} tokens")
             continue
         measured = rows.get(job, {})
-        change = compare([(measured[length], cell) for length, cell in cells.items() if length in measured])
+        ends = counted(list(cells), control.window, job.scaling.max_position_embeddings)
+        change = compare([(measured[length], cells[length]) for length in ends if length in measured])
         print(f"{job.name}: {uses_context(change, control.window)}")
 
 

@@ -127,10 +127,13 @@ class Change:
         """Whether the perplexity, as measured, is at or below the control's."""
         return self.share <= NEGLIGIBLE
 
+    @property
+    def short(self) -> str:
+        """The change alone: "−3.1 %"."""
+        return f"{_percent(self.share)} %" if math.isfinite(self.share) else "overflow"
+
     def __str__(self) -> str:
-        if not math.isfinite(self.share):
-            return "overflow"
-        text = f"{_percent(self.share)} %"
+        text = self.short
         return text if self.interval is None else f"{text} [{', '.join(map(_percent, self.interval))}]"
 
 
@@ -179,6 +182,18 @@ def _terms(row: Row, control: Row) -> tuple[Nats, Nats]:
     if len(windows) == 1:
         return differences[0], np.full(windows[0], each)
     return np.array([document.sum() for document in differences]), each * np.array(windows, dtype=np.float64)
+
+
+def counted(lengths: Sequence[int], window: int, claimed: int | None) -> list[int]:
+    """The ends of the buckets that decide: up to the length that a scaling is for, or all where it names none.
+
+    Args:
+        lengths: ends of position buckets in tokens.
+        window: that of the control.
+        claimed: the length that the scaling is for, if known. One that is not beyond the window leaves all.
+    """
+    known = claimed is not None and claimed > window
+    return [length for length in lengths if not known or length <= (claimed or 0)]
 
 
 def uses_context(change: Change | None, window: int) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.evaluation.controls import Control, ControlRequest, compare, uses_context, worth_extending
+from scaled_rope.evaluation.controls import Control, ControlRequest, compare, counted, uses_context, worth_extending
 from scaled_rope.results import Row
 
 
@@ -104,3 +104,9 @@ def test_float_noise_is_no_gain() -> None:
     assert change is not None and change.none and change.at_or_below
     assert uses_context(change, 16) == "makes no use of its context beyond 16 tokens: 0.0 % [0.0, 0.0]"
     assert worth_extending(change, 16).startswith("not shown")
+
+
+def test_buckets_up_to_the_claimed_length_decide() -> None:
+    assert counted([128, 256, 512], 64, 256) == [128, 256]
+    assert counted([128, 256], 64, 64) == counted([128, 256], 64, None) == [128, 256]
+    assert counted([512], 64, 256) == []
