@@ -111,7 +111,9 @@ def draw(figure: Any, panels: Sequence[Panel], compact: bool = False) -> None:
     for axes in grid.flat[len(panels) :]:
         axes.remove()
         grid[-2, -1].tick_params(labelbottom=True)  # it has become the lowest of its column
-    figure.supxlabel("prompt length (tokens)", fontsize=9)
+    below = "; keys below an orange line stand in the last tokens of the trained length"
+    reached = not compact and any(panel.reach for panel in panels)
+    figure.supxlabel(f"prompt length (tokens){below if reached else ''}", fontsize=9)
     figure.supylabel("place of the key", fontsize=9)
     if compact:
         return
