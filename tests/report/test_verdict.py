@@ -70,6 +70,14 @@ def test_the_committed_rows_have_no_control() -> None:
     assert "control: not measured" in verdict.line
 
 
+def test_the_committed_rows_with_a_control() -> None:
+    rows = str(ROOT / "data" / "demo_control_rows.jsonl")
+    verdict = demo_verdict(load_results([rows], "out/demo/model"), "models/tiny-llama-256", "out/demo/model")
+    assert verdict.line.startswith("FAIL: ") and "retrieval did not hold (0 of 10" in verdict.line
+    assert "control held (uses its context: −1.6 % [−2.0, −1.2]" in verdict.line
+    assert "not shown to be worth extending for this text: −0.4 % [−1.2, +0.5]" in verdict.line
+
+
 def test_the_verdict_says_whether_cutting_would_have_done(tmp_path: Path) -> None:
     verdict = demo_verdict(load_results([write(tmp_path / "all", rows_of(tmp_path / "rows"))]))
     # Over 64-128 and 128-256: 41 and 42 against 90 and 130 of the base, whose control is as good as itself.
