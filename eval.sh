@@ -7,7 +7,8 @@
 #   ./eval.sh NAME -- FLAGS ...  with more flags of the evaluators, which come last and so win
 #   ./eval.sh --list             the names
 #
-# A recipe: its base under each of the recipe's scalings without training, then what training made of it.
+# A recipe: its base under each of the recipe's scalings without training, then what training made of it; perplexity with
+# its control, which CONTROL in the environment sets (off, window=W, …).
 # A table or figure of the paper: each of its models by the paper's protocol, both from data/paper.json. In the
 # environment, MODELS replaces the models (a list separated by blanks), DATASET the text, OUTPUT the file of rows;
 # PUBLISHED is a copy of the released CSV files, for the report:
@@ -34,7 +35,7 @@ rows=${OUTPUT:-out/paper/rows.jsonl} # of the paper's tables
 tables=() failed=()
 
 recipe() { # NAME
-    local trained rows under=() spec name=$1
+    local trained rows under=() control=() spec code name=$1
     read_recipe "$1" table{1..6} figure{1,5,6}
     if [[ ${#perplexity[@]} -eq 0 && ${#passkey[@]} -eq 0 ]]; then
         echo "error: recipe '$1' has no \`evaluate\` section in configs/$1.yaml" >&2
@@ -54,11 +55,18 @@ recipe() { # NAME
             attended python "eval/$evaluator.py" -m "$trained" "$@" "${extra[@]}" --output "$rows"
         fi
     }
-    [[ ${#perplexity[@]} -eq 0 ]] || measure perplexity "${perplexity[@]}"
+    case " ${perplexity[*]} ${extra[*]} " in
+        *" --protocol sliding "* | *" --sliding-window "*) ;; # has no control
+        *) control=(--control "${CONTROL:-trained}") ;;
+    esac
+    [[ ${#perplexity[@]} -eq 0 ]] || measure perplexity "${control[@]}" "${perplexity[@]}"
     [[ ${#passkey[@]} -eq 0 ]] || measure passkey "${passkey[@]}"
 
     if [[ -f "$output_dir/train_log.jsonl" ]]; then report+=(--train-log "$output_dir/train_log.jsonl"); fi
-    attended python eval/report.py "$rows" --base "$model" --finetuned "$trained" --output "$output_dir" "${report[@]}"
+    # A verdict of FAIL is a result, not a failure of this script: then the page is there.
+    rm -f "$output_dir/report.html"
+    attended python eval/report.py "$rows" --base "$model" --finetuned "$trained" --output "$output_dir" "${report[@]}" ||
+        { code=$? && [[ $code -eq 1 && "${report[*]}" == *--verdict* && -f "$output_dir/report.html" ]] || exit "$code"; }
 }
 
 paper() { # NAME

@@ -111,7 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         failures,
     )
     if args.heatmap is not None:
-        save_heatmap(args.heatmap, [Panel.of_rows(job.name, cells) for job, cells in rows.items()])
+        panels = [
+            Panel.of_rows(job.name, cells, job.scaling.original_max_position_embeddings) for job, cells in rows.items()
+        ]
+        save_heatmap(args.heatmap, panels)
         print(f"\nheat map: {args.heatmap}")
     print(f"\nrows: {args.output}")
     return code

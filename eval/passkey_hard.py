@@ -146,7 +146,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     title = f"passkeys found, {keys}, with 95 % intervals, by context length (tokens)"
     rows, code = run_trials(evaluator, jobs, args, command, given, title, format_share, failures)
     if args.heatmap is not None:
-        save_heatmap(args.heatmap, [Panel.of_rows(job.name, cells) for job, cells in rows.items()])
+        panels = [
+            Panel.of_rows(job.name, cells, job.scaling.original_max_position_embeddings) for job, cells in rows.items()
+        ]
+        save_heatmap(args.heatmap, panels)
         print(f"\nheat map: {args.heatmap}")
     if answers_file is not None:
         found = [{**row, "name": job.name} for job, cells in rows.items() for row in cells.values()]

@@ -12,6 +12,12 @@ Reported are the first L tokens (`perplexity`) and the tokens since the next sho
 Protocol `sliding` (table 4): windows of L positions begin every S tokens of a document, up to the one that reaches its
 end, and each scores only the tokens that no earlier one did.
 
+The control (`--control`) asks whether what stands further back helps: each token beyond the base's trained length L is
+predicted again from the last L tokens only, by the same weights, in windows of L positions that begin every S tokens,
+so that every scored token has between L-S and L-1 positions before it. Its rows cost about L/S times the tokens, in
+passes of L, and are compared with the others by document. An unscaled base's control says what cutting the text would
+have done.
+
 Weighting `token`: perplexity is exp(sum of the targets' negative log-likelihoods / number of targets), over all
 windows. `window`, the released code's: exp of the unweighted mean over windows of each window's mean.
 
@@ -24,11 +30,12 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.controls import ControlRequest
 from scaled_rope.evaluation.windows import SEED, WEIGHTINGS
 from scaled_rope.flags import (
     add_evaluation_arguments,
@@ -60,6 +67,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--windows", type=int, metavar="N", help="truncate N windows per document, evenly spaced (default: its start)")
     add("--truncate", action="store_true", help="= --protocol truncate, whatever else is said")
     add("--sliding-window", type=int, metavar="S", help="= --protocol sliding --stride S")
+    add(
+        "--control",
+        nargs="?",
+        const="trained",
+        metavar="WHAT",
+        help="measure the control too, see above: window=W for another L, stride=S (default L/4), both with a comma "
+        "between, or off (default: off)",
+    )
     add("--prefill-chunk", type=int, metavar="N", help="positions that go through the model at once (default: all)")
     add("--save-nll", metavar="DIR", help="keep every token's loss; what is there needs no pass any more")
     add("--aggressive-memory", action="store_true", help=argparse.SUPPRESS)  # memory is always bounded
@@ -76,6 +91,7 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[TokenSource], int | 
     for name in ("samples", "windows", "dataset_min_tokens", "stride", "sliding_window", "prefill_chunk"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
+    control = ControlRequest.parse(args.control)
     for name in args.dataset or ():
         check_there(name)
     if args.save_nll is not None and Path(args.save_nll).is_file():
@@ -89,6 +105,9 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[TokenSource], int | 
         if args.stride is not None:
             raise ConfigError(f"--stride {args.stride} is for --protocol sliding")
         return sources, None
+    if control is not None:
+        said = "sliding windows of the trained length are a control by themselves"
+        raise ConfigError(f"--control {args.control} is for --protocol truncate; {said}")
     if args.windows is not None:
         raise ConfigError(f"--windows {args.windows} is for --protocol truncate; sliding windows cover whole documents")
     if None not in (args.stride, args.sliding_window) and args.stride != args.sliding_window:
@@ -106,15 +125,22 @@ if __name__ == "__main__":
 
 # What takes seconds to import stands below the flags.
 from scaled_rope.checkpoint import load_tokenizer
+from scaled_rope.evaluation.controls import compare, counted, uses_context
 from scaled_rope.evaluation.failures import Failure, report_failures
 from scaled_rope.evaluation.formatting import format_perplexity
-from scaled_rope.evaluation.jobs import model_jobs
+from scaled_rope.evaluation.jobs import ModelJob, model_jobs
 from scaled_rope.evaluation.perplexity_evaluator import Perplexity
 from scaled_rope.evaluation.runner import Parts, command_line, print_summary, run_all
+from scaled_rope.results import Row
+
+CONTROL_NAME = "last tokens only"
 
 
-def evaluator_of(args: argparse.Namespace, source: TokenSource | None = None) -> Perplexity:
-    """Make the evaluator that the flags ask for, for one of their data sets; by default the first."""
+def evaluator_of(args: argparse.Namespace, source: TokenSource | None = None, control: bool = False) -> Perplexity:
+    """Make the evaluator that the flags ask for, for one of their data sets; by default the first.
+
+    control: make that of its control.
+    """
     sources, stride = check_arguments(args)
     return Perplexity(
         source=source or sources[0],
@@ -128,6 +154,7 @@ def evaluator_of(args: argparse.Namespace, source: TokenSource | None = None) ->
         samples=args.samples,
         prefill_chunk=args.prefill_chunk,
         save_nll=args.save_nll,
+        control=ControlRequest.parse(args.control) if control else None,
     )
 
 
@@ -140,6 +167,28 @@ def save_tokenized(source: TokenSource, models: Sequence[str], output: str) -> i
     if len(models) != 1:
         raise ConfigError(f"save-tokenized takes one model, for its tokenizer, not {len(models)}")
     return save_token_documents(source.documents(load_tokenizer(models[0])), output, source.name)
+
+
+def print_controls(
+    on: str,
+    rows: Mapping[ModelJob, Mapping[int, Row]],
+    controls: Mapping[ModelJob, Mapping[int, Row]],
+    evaluator: Perplexity,
+) -> None:
+    """Print, for each job, whether it uses what its control does not see."""
+    title = f"perplexity of the position bucket that ends at, after the last tokens only{on}"
+    print_summary(title, controls, lambda row: format_perplexity(row["perplexity_bucket"]))
+    print(f"\nagainst the same weights reading the last tokens only{on}")
+    for job, cells in controls.items():
+        control = evaluator.control_of(job)
+        assert control is not None  # an evaluator of controls
+        if not evaluator.cells(job):
+            print(f"{job.name}: no length is beyond its {control.window} tokens")
+            continue
+        measured = rows.get(job, {})
+        ends = counted(list(cells), control.window, job.scaling.max_position_embeddings)
+        change = compare([(measured[length], cells[length]) for length in ends if length in measured])
+        print(f"{job.name}: {uses_context(change, control.window)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -159,15 +208,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluators = {source.title if several else "": evaluator_of(args, source) for source in sources}
     if len(evaluators) < len(sources):
         evaluators = {source.name: evaluator_of(args, source) for source in sources}
+    controls: dict[str, str] = {}
+    if ControlRequest.parse(args.control) is not None:
+        controls = {name: f"{name}, {CONTROL_NAME}" if name else CONTROL_NAME for name in evaluators}
+        by_name = dict(zip(evaluators, sources, strict=True))
+        evaluators = {
+            title: evaluator_of(args, by_name[name], title != name)
+            for name in by_name
+            for title in (name, controls[name])
+        }
     found = run_all(evaluators, jobs, args, command_line(parser, argv), SEED, failures)
     code = report_failures(failures, jobs, evaluators)
     for name, rows in found.items():
+        if name in controls.values():
+            continue
         what = "perplexity of the first tokens" if stride is None else f"perplexity in sliding windows, stride {stride}"
         on = f", {name}" if name else ""
         print_summary(what + on, rows, lambda row: format_perplexity(row["perplexity"]))
         if stride is None:
             title = "perplexity of the position bucket that ends at"
             print_summary(title + on, rows, lambda row: format_perplexity(row["perplexity_bucket"]))
+    for name, title in controls.items():
+        print_controls(f" on {name}" if name else "", found[name], found[title], evaluators[title])
     print(f"\nrows: {args.output}")
     return code
 

@@ -4,14 +4,16 @@
     python eval/report.py rows.jsonl --paper --published FOLDER --output out/paper
     python eval/report.py --table 2                        # the published numbers alone, in the terminal
 
-prints the tables and writes `report.html`, one page that needs no other file and no network, `report.csv` with every
-number, and each figure as PNG and PDF. Data sets and protocols have a table and a figure each.
+prints a summary (to which length the models work, and what was not measured) and the tables, and writes `report.html`, one
+page that needs no other file and no network, `report.csv` with every number, and each figure as PNG and PDF. Data sets and
+protocols have a table and a figure each.
 
 Tables of the paper (and figure 5) are shown where rows belong to them; with --paper all of them, with --table the named
 ones. A cell shows the published number, ours, and a status: `=` reproduced within the stated tolerance, `!` different,
 `.` not run. --published adds whole curves from a copy of the released CSV files to figures 1 and 6.
 
-With `--verdict demo` the exit code is 1 when the claim of the demo doesn't hold.
+With `--verdict demo` the exit code is 1 when the claim of the demo doesn't hold, or when its control or its passkeys were
+not measured.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ if __name__ == "__main__":
 
 # What takes seconds to import stands below the flags.
 from scaled_rope.report.contents import lead, parts, read_report
+from scaled_rope.report.context_use import all_tables
 from scaled_rope.report.html import build_page
-from scaled_rope.report.tables import tables_of
+from scaled_rope.report.summary import summarize
 from scaled_rope.report.verdict import demo_verdict
 
 
@@ -60,15 +63,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = read_report(args.rows, args.finetuned, args.table, args.paper, args.published, args.train_log)
     results = report.results
     verdict = demo_verdict(results, args.base, args.finetuned) if args.verdict and results else None
+    summary = summarize(results, args.base) if results else None
     for note in results.notes if results else []:
         print(f"note: {note}", file=sys.stderr)
     if args.output:
         folder = Path(args.output)
         said = (verdict.holds, verdict.line) if verdict else None
-        page = build_page(args.title, lead(report), said, list(parts(report, folder)))
+        page = build_page(args.title, lead(report), said, list(parts(report, folder)), summary)
         write_atomic(folder / "report.html", page)
         write_atomic(folder / "report.csv", report.csv())
-    for text in [table.text() for section in report.sections for table in tables_of(section)]:
+    if summary is not None:
+        print(summary.text())
+    for text in [table.text() for section in report.sections for table in all_tables(section)]:
         print(f"\n{text}")
     for table in report.tables:
         print(f"\n{table.text()}")

@@ -31,6 +31,7 @@ MISTAKES = {
     "at most 512, the shortest window in tokens",
     "eval/perplexity.py --dataset x --protocol sliding --lengths 64": "--stride 256, the default, is not allowed; "
     "at most 64, the shortest window in tokens",
+    "eval/perplexity.py --dataset x --control window=1": "--control window=1 is not allowed; at least 2 tokens",
     "eval/passkey.py --lengths 1": "--lengths 1 is not allowed; at least 2 tokens, the first of which has no context",
     "eval/passkey_hard.py --restrict-tokens maybe": "argument --restrict-tokens: 'maybe' is not allowed; true or false "
     "(see eval/passkey_hard.py --help)",

@@ -159,3 +159,47 @@ def test_eval_sh_reads_all_names_before_it_measures(name, said):
         env=os.environ | {"PYTHON": sys.executable, "MODELS": "models/tiny-llama-256"},
     )  # fmt: skip
     assert done.returncode == 2 and said in done.stderr and done.stdout == ""
+
+
+def test_eval_sh_measures_a_recipe_with_the_control(tmp_path):
+    """With an interpreter that prints the evaluators' command lines instead of running them."""
+    python, recipe = tmp_path / "python", tmp_path / "mine.yaml"
+    python.write_text(f'#!/usr/bin/env bash\n[[ "$1" == eval/* ]] || exec {sys.executable} "$@"\necho "$@"\n')
+    python.chmod(python.stat().st_mode | stat.S_IEXEC)
+
+    def measured(flags: str, **variables: str) -> str:
+        recipe.write_text(
+            f"model: m\nscaling: yarn:4\noutput_dir: {tmp_path}\ndataset: d\n"
+            "sequence_length: 64\nglobal_batch_size: 1\n"
+            f"evaluate: {{scalings: [default], perplexity: '{flags}'}}\n"
+        )
+        environment = os.environ | {"PYTHON": str(python), "PYTHONPATH": str(ROOT)} | variables
+        command = ["./eval.sh", str(recipe)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return next(line for line in done.stdout.splitlines() if line.startswith("eval/perplexity.py"))
+
+    assert "--control trained --dataset x --output" in measured("--dataset x")
+    assert "--control window=9 --dataset x --output" in measured("--dataset x", CONTROL="window=9")
+    assert "--control off --output" in measured("--dataset x --control off")  # the recipe's word is the last
+    assert "--control" not in measured("--dataset x --protocol sliding --stride 4")
+
+
+@pytest.mark.parametrize(("page", "ends", "code"), [("written", 1, 0), ("missing", 1, 1), ("written", 2, 2)])
+def test_a_verdict_that_fails_is_a_result_and_a_broken_report_is_not(tmp_path, page, ends, code):
+    python, recipe = tmp_path / "python", tmp_path / "mine.yaml"
+    write = f"echo x > {tmp_path}/report.html" if page == "written" else "true"
+    python.write_text(
+        f'#!/usr/bin/env bash\n[[ "$1" == eval/* ]] || exec {sys.executable} "$@"\n'
+        f'[[ "$1" == eval/report.py ]] || exit 0\n{write}\nexit {ends}\n'
+    )
+    python.chmod(python.stat().st_mode | stat.S_IEXEC)
+    recipe.write_text(
+        f"model: m\nscaling: yarn:4\noutput_dir: {tmp_path}\ndataset: d\nsequence_length: 64\n"
+        "global_batch_size: 1\nevaluate: {scalings: [default], perplexity: '--dataset x', report: --verdict demo}\n"
+    )
+    (tmp_path / "report.html").write_text("of an earlier run")
+    environment = os.environ | {"PYTHON": str(python), "PYTHONPATH": str(ROOT)}
+    command = ["./eval.sh", str(recipe)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code

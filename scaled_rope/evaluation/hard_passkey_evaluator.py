@@ -128,6 +128,7 @@ def _described(prompt: HardPrompt, answer: Answer) -> Row:
     return {
         "asked": prompt.asked,
         "depth": round(prompt.depth, 4),
+        "distance": prompt.distance,
         "key": prompt.key,
         "answer": answer.text,
         "right": bool(answer.right),

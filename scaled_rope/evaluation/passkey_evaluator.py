@@ -129,6 +129,6 @@ class Passkey(PasskeyTrials[PasskeyPrompt]):
                 outcomes += batch
                 advance(len(batch) * length)
         return [
-            {"depth": round(prompt.depth, 4), "key": prompt.key, "right": outcome}
+            {"depth": round(prompt.depth, 4), "distance": prompt.distance, "key": prompt.key, "right": outcome}
             for prompt, outcome in zip(prompts, outcomes, strict=True)
         ]

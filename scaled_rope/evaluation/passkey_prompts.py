@@ -32,7 +32,8 @@ class PasskeyPrompt:
     """`input_ids` ends with the question; `answer_ids` are the tokens a right continuation begins with.
 
     `depth` is the realised share of the filler that stands before the key line, 0 (start) to 1 (end), and
-    `length` = len(input_ids) + len(answer_ids).
+    `length` = len(input_ids) + len(answer_ids). `distance` is the number of tokens from the beginning of the key line
+    to the end of the answer: a model that reads the last `distance` tokens alone sees the key.
     """
 
     input_ids: list[int]
@@ -40,6 +41,7 @@ class PasskeyPrompt:
     key: int
     depth: float
     length: int
+    distance: int
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ def build_prompt(
     filler = (source * (room // len(source) + 1))[:room]
     before = round(room * depth)
     input_ids = opening + filler[:before] + key_line + filler[before:] + question
-    return PasskeyPrompt(input_ids, answer, key, before / room if room else 0.0, length)
+    distance = length - len(opening) - before
+    return PasskeyPrompt(input_ids, answer, key, before / room if room else 0.0, length, distance)
 
 
 def build_hard_prompt(
@@ -169,6 +172,8 @@ def build_hard_prompt(
         input_ids += [*text_ids[start:cut], *line]
         start = cut
     input_ids += [*text_ids[start:room], *question]
+    # The key line that is asked for begins after the text before it and the lines of the earlier keys.
+    distance = length - len(opening) - cuts[asked - 1] - sum(map(len, lines[: asked - 1]))
     realised = tuple(cut / room if room else 0.0 for cut in cuts)
     return HardPrompt(
         input_ids=input_ids,
@@ -176,6 +181,7 @@ def build_hard_prompt(
         key=key,
         depth=realised[asked - 1],
         length=length,
+        distance=distance,
         keys=tuple(keys),
         depths=realised,
         asked=asked,

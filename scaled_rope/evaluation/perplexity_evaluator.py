@@ -12,6 +12,7 @@ import torch
 
 from scaled_rope.checkpoint import display_name, load_config, load_tokenizer
 from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.controls import CONTROL, Control, ControlRequest
 from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.memory_meter import Meter, is_out_of_memory, release_memory
 from scaled_rope.evaluation.perplexity_rows import PassResult, Sums, cost_fields, sliding_row, truncated_row
@@ -45,6 +46,7 @@ class Perplexity:
         samples: the first so many documents that are long enough; None: all.
         prefill_chunk: positions that go through the model at once; None: all.
         save_nll: folder for every token's loss.
+        control: measure the control instead: the same tokens, each read after the last few only.
     """
 
     source: TokenSource
@@ -58,6 +60,7 @@ class Perplexity:
     samples: int | None = None
     prefill_chunk: int | None = None
     save_nll: str | None = None
+    control: ControlRequest | None = None
     _prepared: dict[str, tuple[Texts, Row]] = field(default_factory=dict, init=False, repr=False)
     _found: dict[tuple[ModelJob, int], PassResult] = field(default_factory=dict, init=False, repr=False)
 
@@ -117,19 +120,35 @@ class Perplexity:
         _, data = self.prepare(job.model)
         more = {} if self.weighting == "token" else {"weighting": self.weighting}
         cells: dict[int, Row] = {}
+        control = self.control_of(job)
         for length, start in self._starts.items():
+            if control is not None and length <= control.window:
+                continue  # there the control is the measurement itself
             cells[length] = {"metric": "perplexity", "data": data}
             if self.stride is not None:
                 cells[length]["protocol"] = {"name": "sliding", "stride": self.stride, **more}
             else:
-                cells[length]["protocol"] = {"name": "truncate", "bucket_start": start, **more}
+                name = {"name": "truncate"} if control is None else {"name": CONTROL, **control.fields()}
+                cells[length]["protocol"] = {**name, "bucket_start": start, **more}
                 # Here, so that a row without a result has them too.
                 cells[length] |= {"bucket": [start, length], "perplexity_bucket": None}
         return cells
 
+    def control_of(self, job: ModelJob) -> Control | None:
+        """The control of a job, if it is to be measured.
+
+        Raises:
+            ConfigError: as for `ControlRequest.of`.
+        """
+        if self.control is None:
+            return None
+        return self.control.of(job.scaling.original_max_position_embeddings, job.name)
+
     def passes(self, job: ModelJob, lengths: Sequence[int]) -> dict[int, list[int]]:
         if self.stride is not None:
             return {length: [length] for length in lengths}
+        if self.control is not None:
+            return {max(lengths): list(lengths)}
         # Lengths at which a length-dependent scaling is the same (up to the original one, for most) share a pass too.
         alike: dict[str, list[int]] = {}
         for length in lengths:
@@ -139,7 +158,7 @@ class Perplexity:
 
     def tokens(self, job: ModelJob, length: int) -> int:
         texts = self.prepare(job.model)[0]
-        return sum(texts.positions(window) for window in windows_of(texts, length, self.stride))
+        return sum(texts.positions(window) for window in windows_of(texts, length, self.stride, self.control_of(job)))
 
     def needs_model(self, job: ModelJob, length: int, yields: Sequence[int]) -> bool:
         self._found[job, length] = found = self._pass(job, length).known(self._needed(yields))
@@ -155,7 +174,10 @@ class Perplexity:
 
     def _pass(self, job: ModelJob, length: int) -> ScoredPass:
         texts, data = self.prepare(job.model)
-        if self.stride is not None:
+        control = self.control_of(job)
+        if control is not None:
+            context = f"last {control.window} {control.stride}"
+        elif self.stride is not None:
             context = f"sliding {length} {self.stride}"
         else:
             context = f"at {length}" if is_length_dependent(job) else "all"
@@ -168,6 +190,7 @@ class Perplexity:
             row_key({**job.fields(), "metric": "nats", "data": data, "protocol": context}),
             self.parts,
             self._folder(job),
+            control,
         )
 
     def _folder(self, job: ModelJob) -> LossFolder | None:
@@ -194,7 +217,7 @@ class Perplexity:
 
     def _complete(self, model: Any, one: ScoredPass, done: PassResult, advance: Callable[[int], object]) -> None:
         """Score the documents whose sums `done` lacks, and add these to it."""
-        texts, limit, unsaved = one.texts, self.rows_per_pass(one.length), PassResult()
+        texts, limit, unsaved = one.texts, self.rows_per_pass(one.positions), PassResult()
         losses: dict[int, list[Losses]] = {index: [] for index in one.by_document if index not in done.sums}
         for batch in batches(one.windows, lambda window: self.rows_per_pass(texts.positions(window))):
             count = sum(texts.positions(window) for window in batch)

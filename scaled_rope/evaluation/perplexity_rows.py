@@ -11,7 +11,7 @@ from scaled_rope.evaluation.windows import Losses, Nats, Window, bootstrap, cumu
 from scaled_rope.results import Row
 
 DOCUMENTS_IN_ROW = 200
-"""The most documents for which a row lists the sum of each."""
+"""The most documents for which a row lists the sum of each, and the most windows whose nats in the bucket it lists."""
 
 Sums = dict[str, list[float | None]]
 """For each context length, as text, the nats of each window of a document; None where they are not finite."""
@@ -64,6 +64,7 @@ def truncated_row(sums: Mapping[int, Sums], length: int, start: int, weighting: 
     bucket_targets = [np.full(len(one), float(length - max(start, 1))) for one in nats]
     value, interval = _estimate(nats, targets, weighting)
     bucket_value, bucket_interval = _estimate(bucket, bucket_targets, weighting)
+    by_window = {"bucket_nats": [[_finite(float(one)) for one in document] for document in bucket]}
     return {
         "perplexity": value,
         "interval": interval,
@@ -72,6 +73,7 @@ def truncated_row(sums: Mapping[int, Sums], length: int, start: int, weighting: 
         "perplexity_bucket": bucket_value,
         "interval_bucket": bucket_interval,
         "bucket_targets": _total(bucket_targets),
+        **(by_window if sum(len(one) for one in nats) <= DOCUMENTS_IN_ROW else {}),
         **_documents(nats, targets),
     }
 

@@ -9,13 +9,19 @@ from functools import cached_property
 
 import numpy as np
 
+from scaled_rope.evaluation.controls import Control
 from scaled_rope.evaluation.perplexity_rows import PassResult, Sums, prefix_sums, whole_sums
 from scaled_rope.evaluation.runner import Parts
-from scaled_rope.evaluation.windows import Losses, LossFolder, Texts, Window, sliding, truncated
+from scaled_rope.evaluation.windows import Losses, LossFolder, Texts, Window, recent, sliding, truncated
 
 
-def windows_of(texts: Texts, length: int, stride: int | None) -> list[Window]:
-    """The windows of `length` positions: truncated, or sliding where there is a stride."""
+def windows_of(texts: Texts, length: int, stride: int | None, control: Control | None = None) -> list[Window]:
+    """The windows of `length` positions: truncated, or sliding where there is a stride.
+
+    control: the truncated windows are read in its windows instead.
+    """
+    if control is not None:
+        return recent(texts, length, control.window, control.stride)
     return truncated(texts, length) if stride is None else sliding(texts, length, stride)
 
 
@@ -32,6 +38,7 @@ class ScoredPass:
         key: identifies the pass among `parts`.
         parts: sums of documents, kept beside the rows until these are written.
         folder: where losses are kept for good, instead of `parts`.
+        control: truncated windows are read in the windows of this control.
     """
 
     texts: Texts
@@ -42,10 +49,16 @@ class ScoredPass:
     key: str
     parts: Parts
     folder: LossFolder | None = None
+    control: Control | None = None
 
     @cached_property
     def windows(self) -> list[Window]:
-        return windows_of(self.texts, self.length, self.stride)
+        return windows_of(self.texts, self.length, self.stride, self.control)
+
+    @property
+    def positions(self) -> int:
+        """The most positions that go through the model for one window."""
+        return self.length if self.control is None else min(self.length, self.control.window)
 
     @cached_property
     def by_document(self) -> dict[int, list[Window]]:
@@ -59,7 +72,11 @@ class ScoredPass:
         """Sums of a document's windows, given the losses of each."""
         if self.stride is not None:
             return whole_sums(losses, self.length)
-        return prefix_sums(losses, self.lengths)
+        return prefix_sums(self._wholes(losses), self.lengths)
+
+    def _wholes(self, losses: Sequence[Losses]) -> list[Losses]:
+        """The losses of each truncated window of a document, given those of the windows that it was read in."""
+        return list(np.concatenate(losses).reshape(-1, self.length - 1))
 
     def known(self, needed: set[int]) -> PassResult:
         """The results that earlier runs have left.
@@ -89,7 +106,7 @@ class ScoredPass:
     def _stored(self, folder: LossFolder, windows: list[Window]) -> list[Losses] | None:
         document = self.texts.documents[windows[0].document]
         if self.stride is None:
-            read = [folder.read(document, window.begin, self.context, window.scored) for window in windows]
+            read = [folder.read(document, begin, self.context, self.length - 1) for begin in document.begins]
             return None if any(one is None for one in read) else [one for one in read if one is not None]
         whole = folder.read(document, 0, self.context, sum(window.scored for window in windows))
         return None if whole is None else np.split(whole, np.cumsum([window.scored for window in windows])[:-1])
@@ -99,5 +116,5 @@ class ScoredPass:
         if self.stride is not None:
             folder.write(document, 0, self.context, np.concatenate(losses), self.texts.head)
             return
-        for window, one in zip(windows, losses, strict=True):
-            folder.write(document, window.begin, self.context, one, self.texts.head)
+        for begin, one in zip(document.begins, self._wholes(losses), strict=True):
+            folder.write(document, begin, self.context, one, self.texts.head)

@@ -147,19 +147,34 @@ def sliding(texts: Texts, length: int, stride: int) -> list[Window]:
     Each scores the tokens that no earlier one of its document did. A document shorter than a window is one window.
     A stride that would leave tokens unscored between windows is shortened to the longest that leaves none.
     """
-    body = length - texts.head
-    step = min(stride, length - 1)
-    windows = []
+    windows: list[Window] = []
     for index, document in enumerate(texts.documents):
-        size, done = len(document.tokens), 0
-        for begin in range(0, size, step):
-            end = min(begin + body, size)
-            # Without a BOS nothing predicts a document's first token.
-            windows.append(Window(index, begin, end, end - max(done, 1 - texts.head)))
-            done = end
-            if end == size:
-                break
+        windows += _slid(texts, index, 0, len(document.tokens), length, stride)
     return windows
+
+
+def recent(texts: Texts, length: int, window: int, stride: int) -> list[Window]:
+    """The windows that `truncated` gives, each read in windows of `window` positions that begin every `stride` tokens.
+
+    Together those of one truncated window score the same tokens in the same order. The first scores all it can, as
+    `truncated` does; every later token has between window - stride and window - 1 positions before it.
+    """
+    pieces: list[Window] = []
+    for whole in truncated(texts, length):
+        pieces += _slid(texts, whole.document, whole.begin, whole.end, window, stride)
+    return pieces
+
+
+def _slid(texts: Texts, document: int, first: int, last: int, length: int, stride: int) -> Iterator[Window]:
+    """Sliding windows of `length` positions over tokens [first, last) of a document, as `sliding` describes them."""
+    done = first
+    for begin in range(first, last, min(stride, length - 1)):
+        end = min(begin + length - texts.head, last)
+        # Without a BOS nothing predicts the first token.
+        yield Window(document, begin, end, end - max(done, first + 1 - texts.head))
+        done = end
+        if end == last:
+            break
 
 
 def batches(windows: Sequence[Window], size: Callable[[Window], int]) -> Iterator[list[Window]]:
@@ -234,7 +249,8 @@ class LossFolder:
         "digest"   `Document.digest`
         "first"    place in the document of the first token that is scored; the others follow it without gaps
         "context"  "all": every token saw everything from "first" on (and the BOS); otherwise the length of the pass
-                   ("at 4096") or the length and stride of the sliding windows ("sliding 4096 256")
+                   ("at 4096") or the length and stride of the sliding windows ("sliding 4096 256"; "last 4096 1024"
+                   where they read a truncated window, for the control)
     """
 
     def __init__(self, root: str | Path, name: str) -> None:

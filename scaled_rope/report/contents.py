@@ -10,6 +10,7 @@ from pathlib import Path
 from scaled_rope.checkpoint import display_name
 from scaled_rope.errors import ConfigError
 from scaled_rope.report import paper
+from scaled_rope.report.context_use import all_tables, is_control
 from scaled_rope.report.figures import figure_of, loss_figure, paper_figure, wavelength_figure
 from scaled_rope.report.html import PageSection, figure_html, paper_table_html, provenance_html, table_html
 from scaled_rope.report.paper import PaperFigure, PaperTable
@@ -19,7 +20,6 @@ from scaled_rope.report.tables import (
     csv_text,
     describe,
     load_results,
-    tables_of,
     title_of,
     to_csv,
 )
@@ -37,7 +37,7 @@ class Report:
     losses: list[tuple[int, float]]
 
     def csv(self) -> str:
-        measured = [table for section in self.sections for table in tables_of(section)]
+        measured = [table for section in self.sections for table in all_tables(section)]
         return csv_text([*paper.to_csv(self.tables), *to_csv(measured)])
 
     @property
@@ -66,7 +66,10 @@ def parts(report: Report, folder: Path) -> Iterator[PageSection]:
             base = section.topic.base
         figure = figure_of(section, name, keys)
         measured[-1].body += [figure_html(figure, folder)] if figure else []
-        measured[-1].body += [table_html(table, folded=index > 0) for index, table in enumerate(tables_of(section))]
+        measured[-1].body += [
+            table_html(table, folded=index > 0 and not is_control(table))
+            for index, table in enumerate(all_tables(section))
+        ]
     yield from measured
     longest = max(row["length"] or 0 for row in report.results.rows)
     more = [wavelength_figure(report.results.series, "wavelengths", longest)]

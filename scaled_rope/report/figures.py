@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scaled_rope.evaluation.controls import Control
 from scaled_rope.report import heatmap
 from scaled_rope.report.drawing import drawing, squeeze
 from scaled_rope.report.paper import PaperFigure
@@ -19,6 +20,7 @@ from scaled_rope.report.tables import (
     Section,
     Series,
     about,
+    beside,
     common_contexts,
     perplexity_cell,
     share_cell,
@@ -278,6 +280,26 @@ def perplexity_figure(section: Section, name: str, keys: Mapping[Series, str]) -
                 )
             )
         legend.append(curves[first])
+    for series, control in _controls_shown(section):
+        cells = {
+            column: perplexity_cell(row, True)
+            for column, row in sorted(section.controls[series][control].items())
+            if not row.get("error")
+        }
+        line = beside(series, control)
+        curve = Curve(
+            keys[series],
+            line.name,
+            series.color,
+            [length for length, _ in cells],
+            [math.nan if cell.value is None else cell.value for cell in cells.values()],
+            [about(line.full_name, cell, f"perplexity, positions {column[1]}") for column, cell in cells.items()],
+            marker="",
+            dashed=True,
+            width=1.0,
+        )
+        curves.append(curve)
+        legend.append(curve)
     trained, extended = common_contexts(section.rows)
 
     def draw(figure: Any, canvas: Canvas) -> None:
@@ -290,15 +312,30 @@ def perplexity_figure(section: Section, name: str, keys: Mapping[Series, str]) -
         axes.grid(axis="y", which="both")
         shown = [length if length and length <= 1.1 * lengths[-1] else None for length in (trained, extended)]
         _mark_contexts(axes, axes.axvline, *shown)
+        for length, word in zip(shown, ("trained", "extended"), strict=True):
+            if length is not None and length >= lengths[0]:
+                place = {"rotation": 90, "ha": "right", "va": "top", "fontsize": 8}
+                axes.text(length, 0.99, word, transform=axes.get_xaxis_transform(), **place)
 
     band = " Bands: 95 % intervals." if len(curves) <= _CROWDED and any(any(c.intervals) for c in curves) else ""
     what = "windows of each length" if sliding else "the tokens in each position bucket"
     mixed = " Buckets that end at one length begin at several: a line per set of lengths."
     band += mixed if len(lengths) < len(section.columns) else ""
+    if section.controls and not sliding:
+        band += " Thin dashed lines: the same tokens, read after the last ones only; below them the context helps."
     caption = (
         f"Perplexity of {what}, both axes logarithmic; lower is better.{band}{_contexts_in_words(trained, extended)}"
     )
     return Figure(name, table.title, caption, draw, 3.5, legend)
+
+
+def _controls_shown(section: Section) -> list[tuple[Series, Control]]:
+    """The controls that are drawn: those of trained models and of the base, or all where there are few."""
+    found = [(series, control) for series, controls in section.controls.items() for control in controls]
+    if len(found) <= _CROWDED // 2:
+        return found
+    tuned = [one for one in found if one[0].tuned]
+    return tuned + [one for one in found if one[0].scaling.method == "default"]
 
 
 # --------------------------------------------------------------------------------------------------------- passkeys
@@ -306,7 +343,8 @@ def perplexity_figure(section: Section, name: str, keys: Mapping[Series, str]) -
 
 def passkey_figure(section: Section, name: str) -> Figure | None:
     """The keys found by length and depth; None if no row has its prompts."""
-    panels = [heatmap.Panel.of_rows(series.name, section.lengths(series)) for series in section.rows]
+    trained, _ = common_contexts(section.rows)
+    panels = [heatmap.Panel.of_rows(series.name, section.lengths(series), trained) for series in section.rows]
     panels = [panel for panel in panels if any(panel.prompts.values())]
     if not panels:
         return None
@@ -315,6 +353,8 @@ def passkey_figure(section: Section, name: str) -> Figure | None:
         heatmap.draw(figure, panels, compact=True)
 
     caption = "Share of keys found by prompt length and place of the key in the text; yellow is all, dark blue none."
+    if any(panel.reach for panel in panels):
+        caption += f" Orange line: keys below it stand in the last {trained} tokens, which a cut text would keep."
     height = 0.6 + 1.15 * math.ceil(len(panels) / 2)
     return Figure(name, "By length and place of the key", caption, draw, height)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ MOST_BINS = 10
 """The most rows into which depths are binned."""
 
 _INK, _EMPTY = "#222222", "#dddddd"
+_REACH = "#ff9a57"  # seen on both ends of the colors
 _ANNOTATED = 12  # lengths up to which counts fit into the cells
 _STYLE: dict[str, Any] = {
     "axes.edgecolor": _INK,
@@ -42,12 +43,26 @@ class Panel:
 
     title: str
     prompts: Mapping[int, Sequence[tuple[float, bool]]]
+    reach: Mapping[int, float] = field(default_factory=dict)
+    """The depth from which on keys stand within the last tokens that a cut would keep, by length; none where it keeps
+    all or where rows don't say."""
 
     @classmethod
-    def of_rows(cls, title: str, rows: Mapping[int, Row]) -> Panel:
-        """Make a panel from result rows by length; rows without prompts (errors) are left out."""
+    def of_rows(cls, title: str, rows: Mapping[int, Row], window: int | None = None) -> Panel:
+        """Make a panel from result rows by length; rows without prompts (errors) are left out.
+
+        window: the number of last tokens that a cut would keep, for `reach`.
+        """
         kept = {length: row["prompts"] for length, row in rows.items() if "prompts" in row}
-        return cls(title, {n: [(one["depth"], one["right"]) for one in prompts] for n, prompts in kept.items()})
+        reach: dict[int, float] = {}
+        for length, prompts in kept.items():
+            if window is None or length <= window or not all("distance" in one for one in prompts):
+                continue
+            outside = [one["depth"] for one in prompts if one["distance"] > window]
+            inside = [one["depth"] for one in prompts if one["distance"] <= window]
+            reach[length] = (max(outside, default=0.0) + min(inside, default=1.0)) / 2 if inside else 1.0
+        shown = {n: [(one["depth"], one["right"]) for one in prompts] for n, prompts in kept.items()}
+        return cls(title, shown, reach)
 
     def counts(self, length: int, bins: int) -> list[tuple[int, int]]:
         """(found, asked) in each bin of depths, from the start of the text to its end."""
@@ -81,6 +96,9 @@ def draw(figure: Any, panels: Sequence[Panel], compact: bool = False) -> None:
                         ink = "#111111" if found / asked > 0.5 else "#f4f4f4"
                         place = {"ha": "center", "va": "center", "fontsize": 7.5}
                         axes.text(x + 0.5, y + 0.5, f"{found}/{asked}", color=ink, **place)
+        for x, length in enumerate(lengths):
+            if length in panel.reach:
+                axes.plot([x, x + 1], [bins * panel.reach[length]] * 2, color=_REACH, linewidth=2.2, clip_on=False)
         axes.set_title(panel.title)
         axes.set(xlim=(0, len(lengths)), ylim=(bins, 0))
         step = math.ceil(len(lengths) / (4 if compact else 8))
@@ -93,7 +111,9 @@ def draw(figure: Any, panels: Sequence[Panel], compact: bool = False) -> None:
     for axes in grid.flat[len(panels) :]:
         axes.remove()
         grid[-2, -1].tick_params(labelbottom=True)  # it has become the lowest of its column
-    figure.supxlabel("prompt length (tokens)", fontsize=9)
+    below = "; keys below an orange line stand in the last tokens of the trained length"
+    reached = not compact and any(panel.reach for panel in panels)
+    figure.supxlabel(f"prompt length (tokens){below if reached else ''}", fontsize=9)
     figure.supylabel("place of the key", fontsize=9)
     if compact:
         return

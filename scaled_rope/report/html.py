@@ -12,6 +12,7 @@ from pathlib import Path
 
 from scaled_rope.report.figures import GREY, PALETTE, Figure, css_color
 from scaled_rope.report.paper import SIGNS, PaperCell, PaperTable
+from scaled_rope.report.summary import Summary
 from scaled_rope.report.tables import Cell, Table, about, title_of
 from scaled_rope.results import Row
 
@@ -62,6 +63,10 @@ td[data-tip] { cursor: help; background: rgba(var(--tint), calc(var(--share, 0) 
 td[data-tip]:hover, td:focus-visible { outline: 2px solid var(--c0); outline-offset: -2px; }
 td.best { font-weight: 700; } td small { display: block; color: var(--soft); font-size: .74rem; font-weight: 400; }
 td.muted { color: var(--soft); }
+.summary { margin-top: 1rem; } .summary > p:first-child { font-size: 1.05rem; }
+.summary th, .summary td { white-space: normal; text-align: left; vertical-align: top; min-width: 7.5rem; }
+.good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
+.unsure { color: var(--soft); font-weight: 600; }
 .reproduced { color: var(--good); } .differs { color: var(--bad); } .not-run { color: var(--soft); }
 td.status { font-weight: 600; text-align: left; } td.not-run { font-weight: 400; }
 #tip { position: fixed; z-index: 9; max-width: min(30rem, calc(100vw - 2rem)); padding: .6rem .8rem;
@@ -237,6 +242,22 @@ def table_html(table: Table, folded: bool = False) -> str:
     return inner if table.heading == title_of(table.section) else f"<h3>{html.escape(table.heading)}</h3>{inner}"
 
 
+def summary_html(summary: Summary) -> str:
+    """The sentence and the table at the top of the page. Tones have words too: color is not all that tells."""
+    body = []
+    for question, answers in summary.lines.items():
+        cells = "".join(
+            f"<td{f' class={said.tone}' if said.tone else ''}>{html.escape(said.text)}"
+            f"{f'<small>{html.escape(said.more)}</small>' if said.more else ''}</td>"
+            for said in answers
+        )
+        body.append(f"<tr><th scope=row>{html.escape(question)}</th>{cells}</tr>")
+    return (
+        f"<div class=summary><p>{html.escape(summary.sentence)}</p>{_rows_html(summary.models, body)}"
+        f"<p class=note>{html.escape(summary.note)}</p></div>"
+    )
+
+
 def paper_table_html(table: PaperTable) -> str:
     """A table of the paper: each cell has our number above the published one; the last column is the verdict."""
     body, first = [], True
@@ -297,14 +318,25 @@ def provenance_html(rows: Sequence[Row]) -> str:
     return f"<dl>{items}</dl><details><summary>{count}</summary>{blocks}</details>"
 
 
-def build_page(title: str, lead: str, verdict: tuple[bool, str] | None, parts: Sequence[PageSection]) -> str:
-    """The whole page. verdict: whether a claim holds, and "PASS: why" or "FAIL: why"."""
-    box = ""
+def build_page(
+    title: str,
+    lead: str,
+    verdict: tuple[bool, str] | None,
+    parts: Sequence[PageSection],
+    summary: Summary | None = None,
+) -> str:
+    """The whole page.
+
+    Args:
+        verdict: whether a claim holds, and "PASS: why", "FAIL: why" or "UNDECIDED: why".
+        summary: what the page opens with.
+    """
+    box = "" if summary is None else summary_html(summary)
     if verdict is not None:
         holds, line = verdict
         word, why = line.split(": ", 1)
         tone = "good" if holds else "bad"
-        box = f'<p class=verdict style="--tone:var(--{tone})"><b>{word}</b>: {html.escape(why)}</p>'
+        box += f'<p class=verdict style="--tone:var(--{tone})"><b>{word}</b>: {html.escape(why)}</p>'
     links = "".join(f'<a href="#s{index}">{html.escape(part.heading)}</a>' for index, part in enumerate(parts))
     sections = "".join(
         f"<section id=s{index}><h2>{html.escape(part.heading)}</h2>"

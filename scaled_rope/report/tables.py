@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from scaled_rope.checkpoint import display_name
 from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.controls import CONTROL, Control
 from scaled_rope.evaluation.formatting import format_perplexity, format_table
 from scaled_rope.results import OUT_OF_MEMORY, Row, portable_model, read_rows, row_key
 from scaled_rope.scaling.record import RopeScaling
@@ -43,6 +44,8 @@ class Series:
     """Number of its color; a dynamic scaling has that of its static form."""
     marker: str = "o"
     dashed: bool = False
+    aside: bool = False
+    """Whether it is no series but something beside one, as its control; it is never the best of a column."""
 
     @property
     def full_name(self) -> str:
@@ -84,6 +87,8 @@ class Section:
 
     topic: Topic
     rows: dict[Series, dict[Column, Row]] = field(default_factory=dict)
+    controls: dict[Series, dict[Control, dict[Column, Row]]] = field(default_factory=dict)
+    """The same tokens after the last few only, where that was measured."""
 
     @property
     def columns(self) -> list[Column]:
@@ -131,6 +136,9 @@ def topic_of(row: Row) -> Topic:
     """The topic of a row: all that it measured except for the column."""
     metric, protocol, data = row["metric"], dict(row["protocol"]), row["data"]
     protocol.pop("bucket_start", None)
+    if control_of(row) is not None:  # it belongs to what it controls
+        del protocol["window"], protocol["stride"]
+        protocol["name"] = "truncate"
     if metric == "benchmark":
         # The documents of a task without lengths are in its column, so that all tasks share a table.
         if row["length"] is None:
@@ -139,6 +147,14 @@ def topic_of(row: Row) -> Topic:
         return Topic(metric, str(protocol["task"]), _frozen(protocol))
     text = data["fingerprint"] if metric in ("perplexity", "quality") else ""
     return Topic(metric, str(data.get("name", metric)), _frozen(protocol), text, not metric.endswith("_context"))
+
+
+def control_of(row: Row) -> Control | None:
+    """The control that a row was measured under, if any."""
+    protocol = row["protocol"]
+    if protocol.get("name") != CONTROL:
+        return None
+    return Control(protocol["window"], protocol["stride"])
 
 
 def _frozen(protocol: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -218,9 +234,16 @@ def load_results(paths: Sequence[str], finetuned: str | None = None) -> ReportRo
             new = Series(row["model"], label, scaling, row["carried"], row["head_dim"])
             one = series.setdefault((row["model"], label), new)
             section = sections.setdefault(topic_of(row), Section(topic_of(row)))
-            section.rows.setdefault(one, {})[column_of(row)] = row
+            control = control_of(row)
+            if control is None:
+                section.rows.setdefault(one, {})[column_of(row)] = row
+            else:
+                section.controls.setdefault(one, {}).setdefault(control, {})[column_of(row)] = row
     except KeyError as error:
         raise ConfigError(f"a row has no field {error}; rows come from the evaluators in eval/") from error
+    alone = [sections.pop(topic) for topic in list(sections) if not sections[topic].rows]
+    if count := sum(len(cells) for one in alone for found in one.controls.values() for cells in found.values()):
+        notes.append(f"{count} rows of controls without the measurement that they control are left out")
     _style(list(series.values()))
     # By metric, then as they appeared; topics with one base stay together.
     bases = list(dict.fromkeys(topic.base for topic in sections))
@@ -301,7 +324,9 @@ class Table:
     def best(self) -> list[set[str]]:
         """For each column, the texts of the best values (as they are shown, so that ties are ties)."""
         found: list[set[str]] = []
-        for cells in zip(*(cells for _, cells in self.lines), strict=True):
+        compared = [cells for series, cells in self.lines if not series.aside]
+        for index in range(len(self.columns)):
+            cells = [line[index] for line in compared]
             values = {cell.value for cell in cells if cell.value is not None}
             if self.lower_is_better is None or len(values) < 2:
                 found.append(set())
@@ -452,16 +477,57 @@ def tables_of(section: Section) -> list[Table]:
             return [Table(f"{title}, by window", "Every token once.", section, lengths, whole, True)]
         spans = [span for _, span in columns]
         note = "Tokens between two positions. Buckets differ in text: compare down the columns."
+        by_bucket = table(f"{title}, by position bucket", note, spans, lambda r: perplexity_cell(r, True), True)
+        for series, controls in section.controls.items():
+            for control, found in controls.items():
+                cells = [perplexity_cell(found[one], True) if one in found else Cell() for one in columns]
+                by_bucket.lines.append((beside(series, control), cells))
         return [
-            table(f"{title}, by position bucket", note, spans, lambda r: perplexity_cell(r, True), True),
+            by_bucket,
             Table(f"{title}, by context length", "All tokens of the first L.", section, lengths, whole, True),
         ]
     if topic.metric.endswith("_context"):
         return [_context_table(section, title)]
     if topic.by_length:
-        return [table(f"{title}, by context length", "Right of all.", lengths, share_cell, False)]
+        found_keys = table(f"{title}, by context length", "Right of all.", lengths, share_cell, False)
+        found_keys.lines.extend(_within_reach(section))
+        return [found_keys]
     note = "In percent, with 95 % intervals."
     return [table(title, note, [name for _, name in columns], share_cell, False)]
+
+
+def beside(series: Series, control: Control) -> Series:
+    """The line of a control in tables and figures."""
+    words = f"last {control.window} tokens only"
+    label = f"{series.label}, {words}"
+    return replace(series, name=f"{series.name}, {words}", label=label, marker="", dashed=True, aside=True)
+
+
+def within_reach(row: Row, window: int) -> int | None:
+    """The number of a row's prompts whose key stands within the last `window` tokens; None where rows don't say."""
+    prompts = row.get("prompts") or [{}]
+    if not all("distance" in prompt for prompt in prompts):
+        return None
+    return sum(int(prompt["distance"]) <= window for prompt in prompts)
+
+
+def _within_reach(section: Section) -> list[tuple[Series, list[Cell]]]:
+    """A line with the keys that cutting prompts to the trained context would keep: no model needs more to find them."""
+    trained, _ = common_contexts(section.rows)
+    if trained is None or not section.topic.metric.startswith("passkey"):
+        return []
+    cells = []
+    for column in section.columns:
+        row = next(found[column] for found in section.rows.values() if column in found)
+        count = None if row.get("error") else within_reach(row, trained)
+        cells.append(Cell() if count is None else share_cell({**row, "right": count, "interval": None}))
+    if all(cell.row is None for cell in cells):
+        return []
+    words = f"within the last {trained} tokens (computed)"
+    line = replace(
+        next(iter(section.rows)), name=words, label=words, color=UNSCALED, marker="", dashed=True, aside=True
+    )
+    return [(line, cells)]
 
 
 def _context_table(section: Section, title: str) -> Table:

@@ -39,6 +39,8 @@ def test_passkey_prompts_have_exact_length_and_contain_the_key(tokenizer_dir, de
         assert prompt.input_ids[0] == BOS and prompt.input_ids.count(BOS) == 1
         text = tokenizer.decode(prompt.input_ids)
         assert text.count("54321") == 2
+        ids = prompt.input_ids + prompt.answer_ids
+        assert ids[-prompt.distance :][: len(encode(tokenizer, fixed[1]))] == encode(tokenizer, fixed[1])
         assert text.endswith("The pass key is") and tokenizer.decode(prompt.answer_ids).strip() == "54321"
     assert prompt.depth == pytest.approx(depth, abs=1 / (1000 - shortest))
     with pytest.raises(ConfigError, match=f"at least {shortest}"):
@@ -78,6 +80,8 @@ def test_hard_prompt_hides_its_keys_in_the_text(
                                  f"pass key.\n")  # fmt: skip
         (place,) = [i for i in range(len(rest)) if rest[i : i + len(line)] == line]
         places.append(place)
+        if nth == keys:  # the one that is asked for
+            assert (prompt.input_ids + prompt.answer_ids)[-prompt.distance :][: len(line)] == line
         rest = rest[:place] + rest[place + len(line) :]
     question = tokenizer.decode(rest[places[-1] :] + prompt.answer_ids)
     assert f"What is the {ordinal(keys)} pass key? The {ordinal(keys)} pass key is {prompt.key}" in question

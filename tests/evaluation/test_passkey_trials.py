@@ -29,7 +29,9 @@ class EvenKeys(PasskeyTrials[PasskeyPrompt]):
     def make(self, model: str) -> dict[int, list[PasskeyPrompt]]:
         self.made_for.append(model)
         return {
-            length: [PasskeyPrompt([1] * (length - 1), [key], key, 0.5, length) for key in range(self.iterations)]
+            length: [
+                PasskeyPrompt([1] * (length - 1), [key], key, 0.5, length, length) for key in range(self.iterations)
+            ]
             for length in self.lengths
         }
 

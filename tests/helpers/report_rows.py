@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,46 @@ def write_rows(path: Path, **changed: tuple[float, ...]) -> str:
         measured = {"metric": "passkey", "data": {"fingerprint": "p"}, "length": 64, "protocol": {"iterations": 4}}
         append_row(path, {**shared, **measured, **numbers})
     return str(path)
+
+
+def with_controls(rows: list[Row], changes: dict[str, float], of: str | None = None) -> list[Row]:
+    """The rows of `write_rows` with their controls, which read the last 64 tokens of two documents.
+
+    changes: perplexity over that of the control, minus 1, for the model of that name.
+    of: the only model that has controls.
+    """
+    found: list[Row] = []
+    for row in rows:
+        if row["metric"] != "perplexity":
+            found.append(row)
+            continue
+        each = 10.0  # tokens of a document
+        nats = each * math.log(row["perplexity_bucket"])
+        row = {**row, "protocol": {"name": "truncate", **row["protocol"]}}
+        found.append({**row, "bucket_targets": 20, "bucket_nats": [[nats + 1], [nats - 1]]})
+        if row["length"] <= 64 or of not in (None, row["model"]):
+            continue
+        change = changes.get(row["model"], 0.0)
+        gain = each * math.log1p(change)
+        cut = row["perplexity_bucket"] / (1 + change)
+        protocol = {**row["protocol"], "name": "last-tokens", "window": 64, "stride": 16}
+        numbers = {"perplexity": cut, "perplexity_bucket": cut, "bucket_nats": [[nats + 1 - gain], [nats - 1 - gain]]}
+        found.append({**row, "bucket_targets": 20, "protocol": protocol, **numbers})
+    return found
+
+
+def passkeys(rows: list[Row], model: str, right: dict[int, int]) -> list[Row]:
+    """Ten passkeys per length of a model of `write_rows`, the first `right` found; spread evenly over the text."""
+    (like,) = [row for row in rows if row["metric"] == "passkey" and row["model"] == model][:1]
+    made = []
+    for length, count in right.items():
+        prompts = [
+            {"depth": i / 9, "distance": round(length * (1 - i / 9) * 0.9) + 8, "key": 1, "right": i >= 10 - count}
+            for i in range(10)
+        ]
+        numbers = {"n": 10, "right": count, "accuracy": count / 10, "interval": [0.0, 1.0], "prompts": prompts}
+        made.append({**like, "protocol": {"iterations": 10}, "length": length, **numbers})
+    return made
 
 
 def new_row(metric: str, length: int | None, spec: str = "default", **fields: Any) -> Row:

@@ -43,3 +43,22 @@ def test_heat_map_of_many_lengths_names_few(tmp_path: Path) -> None:
     save_heatmap(tmp_path / "map.svg", [Panel("x", prompts)])
     named = re.findall(r">(\d+)<", (tmp_path / "map.svg").read_text())
     assert len(named) == 8 and named[-1] == "131072"
+
+
+def test_the_line_of_what_a_cut_text_would_keep(tmp_path: Path) -> None:
+    def row(length: int, **more: object) -> dict[str, object]:
+        depths = [index / 4 for index in range(5)]
+        prompts = [{"depth": one, "distance": length * (1 - one) + 10, "right": True} for one in depths]
+        return {"prompts": prompts, **more}
+
+    rows = {64: row(64), 128: row(128), 256: row(256)}
+    panel = Panel.of_rows("x", rows, 80)
+    # At 128, depths 0 and ¼ are 138 and 106 tokens away and ½ is 74; the border is drawn between two prompts.
+    assert panel.reach == {128: (0.25 + 0.5) / 2, 256: (0.5 + 0.75) / 2}
+    assert Panel.of_rows("x", rows).reach == {} and Panel.of_rows("x", {256: row(256)}, 5).reach == {256: 1.0}
+    older = {256: {"prompts": [{"depth": 0.5, "right": True}]}}
+    assert Panel.of_rows("x", older, 80).reach == {}
+    save_heatmap(tmp_path / "with.svg", [panel])
+    save_heatmap(tmp_path / "without.svg", [Panel.of_rows("x", rows)])
+    assert "orange line" in (tmp_path / "with.svg").read_text()
+    assert "orange line" not in (tmp_path / "without.svg").read_text()

@@ -39,24 +39,25 @@ def test_report_is_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     rows, log, folder = write_rows(tmp_path / "rows.jsonl"), tmp_path / "log.jsonl", tmp_path / "out"
     log.write_text("".join(json.dumps({"step": step, "loss": 4 - step / 9}) + "\n" for step in range(1, 9)))
     argv = [rows, "--output", str(folder), "--train-log", str(log), "--verdict", "demo", "--title", "A <test>"]
-    assert report.main(argv) == 0
+    assert report.main(argv) == 1
     page, shown = (folder / "report.html").read_text(), capsys.readouterr().out
     figures = ("perplexity", "passkey", "wavelengths", "loss")
     names = {"report.html", "report.csv", *(f"{name}.{kind}" for name in figures for kind in ("png", "pdf"))}
     assert {path.name for path in folder.iterdir()} == names
-    assert page.count("<figure") == 4 and page.count("<table") == 3
-    assert "A &lt;test&gt;" in page and "PASS" in page and "python x" in page
+    assert page.count("<figure") == 4 and page.count("<table") == 4  # with the summary
+    assert "A &lt;test&gt;" in page and "<b>UNDECIDED</b>: " in page and "python x" in page
     check_page(page)
     # Six series: four buckets, four lengths and one passkey length each, as cells; the buckets as points as well.
     assert len(tips(page, "td")) == 6 * 9 and len(tips(page, "g")) == 6 * 4
     for tip, text in [*tips(page, "td"), *tips(page, "g")]:
         assert text.strip() in tip and tip.endswith("python x") and "commit unknown" in tip
-    assert "2/4" in shown and "PASS" in shown and "41.00" in shown
+    assert "2/4" in shown and "control: not measured" in shown and "41.00" in shown
     assert report.main([rows]) == 0  # without --output: the terminal only
     assert "2/4" in capsys.readouterr().out
 
-    failing = write_rows(tmp_path / "failing.jsonl", tuned=(38, 41, 99, 99))
+    failing = write_rows(tmp_path / "failing.jsonl", tuned=(38, 71, 42, 90))
     assert report.main([failing, "--output", str(folder), "--verdict", "demo"]) == 1
+    assert "\nFAIL: " in capsys.readouterr().out
 
 
 def test_every_evaluator_text_and_protocol_has_its_own_table(
@@ -81,7 +82,7 @@ def test_every_evaluator_text_and_protocol_has_its_own_table(
         "Long-document questions answered, by context length",
     ]
     blocks = {block.splitlines()[0]: block for block in captured.out.strip().split("\n\n")}
-    assert list(blocks)[:-1] == titles
+    assert list(blocks)[2:-1] == titles  # after the two blocks of the summary
     assert re.search(r"unscaled +30\.00 +40\.50 +OOM", blocks[titles[0]])
     assert re.search(r"yarn x4 +64 +90\.0", blocks["Passkey context"]) and "none" in blocks["Passkey context"]
     assert "arc_challenge, 5-shot acc, first 50" in blocks["Benchmarks"]

@@ -70,7 +70,7 @@ def test_buckets_of_other_lengths_are_other_columns_and_other_curves(
     ]
     assert section.partitions(yarn) == [[(128, "0-128"), (256, "128-256")]]
     assert report.main([str(tmp_path / "rows"), "--output", str(tmp_path)]) == 0
-    buckets, whole = (block.splitlines()[1:] for block in capsys.readouterr().out.strip().split("\n\n")[:2])
+    buckets, whole = (block.splitlines()[1:] for block in capsys.readouterr().out.strip().split("\n\n")[2:4])
     assert buckets[0].split() == ["0-64", "0-128", "64-256", "128-256", "256-1024"]
     assert buckets[2].split() == ["unscaled", "30.00", "40.00", "90.00", "95.00", "99.00"]
     assert buckets[3].split() == ["yarn", "x4", "35.00", "OOM"]

@@ -1,0 +1,152 @@
+"""Whether models use the context that they were extended to: rows of perplexity beside those of their controls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scaled_rope.evaluation.controls import Change, Control, compare, counted
+from scaled_rope.report.tables import Cell, Column, Section, Series, Table, beside, tables_of, title_of
+from scaled_rope.results import Row
+
+_HEADING = "against the last tokens only"
+
+
+@dataclass(frozen=True)
+class ContextUse:
+    """One series over one text, beside its control and its base's.
+
+    Attributes:
+        control: the windows of the control.
+        buckets: position buckets beyond the control's window, in order, with the change against the same weights.
+        total: the change over those up to the length that the scaling is for, together; over all of them where the
+            scaling names none.
+        against_base: likewise against the base's control; None where the base has none under the same windows.
+        works_to: the end of the last bucket up to which the perplexity, as measured, is at or below that of the same
+            weights reading the last tokens only; the control's window if it is above in the first one.
+        measured_to: the end of the last bucket.
+    """
+
+    series: Series
+    control: Control
+    buckets: dict[Column, Change | None]
+    total: Change | None
+    base_buckets: dict[Column, Change | None]
+    against_base: Change | None
+    works_to: int
+    measured_to: int
+
+
+def base_of(section: Section, series: Series, base: str | None = None) -> Series | None:
+    """The unscaled series to compare with: that of the model `base`, of the same model, or the only one."""
+    unscaled = [one for one in section.rows if one.scaling.method == "default" and base in (None, one.model)]
+    same = [one for one in unscaled if one.model == series.model]
+    return (same or unscaled)[0] if len(same or unscaled) == 1 else None
+
+
+def context_use(section: Section, series: Series, base: str | None = None) -> ContextUse | None:
+    """Compare a series with its controls; None where it has none.
+
+    Of several controls of the series the one at its trained length counts, otherwise the one that was measured last.
+    Of buckets that overlap, because they were measured with several sets of lengths, the finest set counts.
+    """
+    controls = section.controls.get(series, {})
+    if not controls or series not in section.rows:
+        return None
+    trained = series.scaling.original_max_position_embeddings
+    control = next((one for one in reversed(controls) if one.window == trained), list(controls)[-1])
+    rows, cut = section.rows[series], controls[control]
+    line = max(section.partitions(series), key=lambda columns: sum(column in cut for column in columns))
+    columns = [column for column in line if column in cut]
+    if not columns:
+        return None
+    ends = counted([length for length, _ in columns], control.window, series.scaling.max_position_embeddings)
+    within = [column for column in columns if column[0] in ends]
+    reference = base_of(section, series, base)
+    base_cut = section.controls.get(reference, {}).get(control, {}) if reference else {}
+    common = [column for column in columns if column in base_cut]
+
+    def against(found: dict[Column, Row], chosen: Sequence[Column]) -> Change | None:
+        return compare([(rows[column], found[column]) for column in chosen])
+
+    buckets = {column: against(cut, [column]) for column in columns}
+    works_to = control.window
+    for (length, _), change in buckets.items():
+        if change is None or not change.at_or_below:
+            break
+        works_to = length
+    return ContextUse(
+        series,
+        control,
+        buckets,
+        against(cut, within),
+        {column: against(base_cut, [column]) for column in common},
+        against(base_cut, within) if set(within) <= set(common) else None,
+        works_to,
+        columns[-1][0],
+    )
+
+
+def short_loss(section: Section, series: Series, window: int, base: str | None = None) -> Change | None:
+    """The change of perplexity within the first `window` tokens against the unscaled base; None if not measured."""
+    reference = base_of(section, series, base)
+    if reference is None or reference is series:
+        return None
+    mine, others = section.rows[series], section.rows[reference]
+    return compare([(mine[one], others[one]) for one in mine if one[0] <= window and one in others])
+
+
+def control_table(section: Section) -> Table | None:
+    """What the context beyond the control's window changes, by position bucket; None where no control was measured."""
+    found = [use for series in section.rows if (use := context_use(section, series)) is not None]
+    columns = sorted({column for use in found for column in use.buckets})
+    if not columns:
+        return None
+
+    def cell(series: Series, column: Column, change: Change | None) -> Cell:
+        row = section.rows[series][column]
+        if change is None:
+            return Cell("–", row)
+        bounds = None if change.interval is None else (100 * change.interval[0], 100 * change.interval[1])
+        return Cell(change.short, row, 100 * change.share, bounds)
+
+    lines: list[tuple[Series, list[Cell]]] = []
+    for use in found:
+        last = max((column for column in use.buckets), key=lambda column: column[0])
+        for name, changes, total in (
+            (f"{use.series.name}, against itself", use.buckets, use.total),
+            (f"{use.series.name}, against the base", use.base_buckets, use.against_base),
+        ):
+            if not changes or (changes is use.base_buckets and base_of(section, use.series) is use.series):
+                continue
+            cells = [cell(use.series, column, changes[column]) if column in changes else Cell() for column in columns]
+            whole = cell(use.series, last, total)
+            lines.append((_named(use, name), [*cells, Cell(str(total or "–"), whole.row, whole.value, whole.interval)]))
+    windows = sorted({(use.control.window, use.control.stride) for use in found})
+    how = "; ".join(f"{window - stride} to {window - 1} tokens before each" for window, stride in windows)
+    note = (
+        "Perplexity with the whole text before a token, over that with the last tokens only; below 0 the text further "
+        f"back helps. Against itself: the same weights, cut ({how}; stride {', '.join(str(s) for _, s in windows)}). "
+        "Against the base: the unscaled base, cut likewise; what truncation alone would give. All: up to the length "
+        "that the scaling is for, with the 95 % interval over documents, or over windows where there is one document."
+    )
+    heads = [*(span for _, span in columns), "all"]
+    return Table(f"{title_of(section)}, {_HEADING}", note, section, heads, lines)
+
+
+def _named(use: ContextUse, name: str) -> Series:
+    line = beside(use.series, use.control)
+    line.name, line.label, line.dashed, line.marker = name, name, use.series.dashed, use.series.marker
+    return line
+
+
+def all_tables(section: Section) -> list[Table]:
+    """The tables of a section, that of its controls included."""
+    control = control_table(section)
+    first, *others = tables_of(section)
+    return [first, *([control] if control else []), *others]
+
+
+def is_control(table: Table) -> bool:
+    """Whether a table is that of `control_table`."""
+    return table.title.endswith(_HEADING)
