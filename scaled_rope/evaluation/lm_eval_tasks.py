@@ -32,6 +32,7 @@ from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.evaluation.continuations import NO_LIMIT, context_limit
 from scaled_rope.evaluation.jobs import ModelJob
+from scaled_rope.evaluation.lm_eval_registration import NAMES
 from scaled_rope.evaluation.paper_benchmarks import PAPER, Benchmark
 from scaled_rope.evaluation.statistics import wilson_interval
 from scaled_rope.results import Row, package_version
@@ -61,7 +62,7 @@ def _lm_eval(module: str) -> Any:
 
 @functools.cache
 def model_class() -> Any:
-    """lm-eval's model type "scaled-rope", registered by the first call.
+    """lm-eval's model type "scaled-rope", which the first call registers under its `NAMES`.
 
     Raises:
         ConfigError: lm-eval is not installed.
@@ -69,7 +70,7 @@ def model_class() -> Any:
     _lm_eval("models.huggingface")  # raises the ConfigError
     from scaled_rope.evaluation.lm_eval_model import ScaledRopeLM
 
-    return _lm_eval("api.registry").register_model("scaled-rope")(ScaledRopeLM)
+    return _lm_eval("api.registry").register_model(*NAMES)(ScaledRopeLM)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
