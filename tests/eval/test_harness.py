@@ -137,3 +137,30 @@ def test_unknown_tasks_are_answered_with_near_ones(checkpoint: str) -> None:
     with pytest.raises(ConfigError, match="unknown task 'helaswag'; did you mean 'hellaswag'") as error:
         command.main(["-m", checkpoint, "--tasks", "helaswag"])
     assert len(str(error.value)) < 400
+
+
+def test_a_task_without_prompts_is_a_row_with_its_reason(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    output = tmp_path / "rows.jsonl"
+    flags = ["-m", checkpoint, "--tasks", "ruler_cwe,ruler_fwe", "--lengths", "100,256", "--limit", "1"]
+    for _ in range(2):  # measured, and not measured again
+        assert command.main([*flags, "--output", str(output), "--hide-progress"]) == 1
+        rows = {(row["data"]["name"], row["length"]): row for row in read_rows(output)}
+        assert len(rows) == len(read_rows(output)) == 4
+        said = capsys.readouterr()
+        assert "on ruler_cwe at 100: 100 tokens are too short" in said.err
+        assert "not measured" in said.out
+    row = rows["ruler_cwe", 100]
+    assert row["value"] is None and row["error"].startswith("100 tokens are too short") and row["n"] == 0
+    assert row["data"]["documents"] == 0 and row["data"]["fingerprint"] is None
+    measured = rows["ruler_fwe", 256]
+    assert measured["value"] is not None and measured["n"] == 1 and len(measured["data"]["fingerprint"]) == 16
+    assert row["protocol"]["seed"] == measured["protocol"]["seed"] == 42
+    # One length alone has the prompts that it had among others.
+    flags[flags.index("100,256")] = "256"
+    command.main([*flags, "--output", str(output), "--hide-progress"])
+    assert len(read_rows(output)) == 4
+    with pytest.raises(ConfigError, match="prompt_seconds=0"):
+        command.main([*flags, "--prompt-seconds", "0"])
