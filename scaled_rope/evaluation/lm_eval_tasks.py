@@ -381,6 +381,7 @@ class Catalogue:
     def _units(
         self, manager: Any, builder: _Builder, name: str, num_fewshot: int | None
     ) -> Iterator[Unit | UnbuiltUnit]:
+        builder.together = name in PAPER
         try:
             tasks = manager.load([self._target(name)])["tasks"]
         except ConfigError:
@@ -445,6 +446,8 @@ class _Builder:
     """
 
     seconds = SECONDS
+    together = False
+    """Whether the tasks make one unit: after the first that cannot be built, others are not tried."""
 
     def __init__(
         self, manager: Any, lengths: Sequence[int] | None, limit: int | None, tokenizer: Callable[[], Any]
@@ -460,6 +463,8 @@ class _Builder:
         """The tasks whose prompts are generated."""
 
     def __call__(self, entry: Any, overrides: Mapping[str, Any] | None) -> Any:
+        if self.together and self.unbuilt:
+            return next(iter(self.unbuilt.values()))
         config = self._factory._load_full_config(entry, overrides)
         name, make = config["task"], config.get("custom_dataset")
         if takes_lengths(make):

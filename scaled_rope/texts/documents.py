@@ -167,8 +167,8 @@ def read_documents(
 ) -> Iterator[str]:
     """Yield the texts of a source: a .txt, .jsonl or .parquet file, a sorted folder of such files, or a hub dataset.
 
-    A folder is read with its sub-folders, see `files_of`; other files in it are named on stderr. Text and JSON lines may
-    be compressed (.jsonl.zst). Only one text and a buffer are in memory.
+    A folder is read with its sub-folders, see `files_of`; other files in it are named on stderr. Text and JSON lines
+    may be compressed (.jsonl.zst). Only one text and a buffer are in memory.
 
     Args:
         source: local path, hub name, or standin:NAME; NAME:FOLDER for one folder of a hub dataset's repository.

