@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="time to build a task's prompts of one length; then it counts as failed (default %(default)g)",
     )
+    add("--chat-template", action="store_true", help="put prompts into the chat template of the model's tokenizer")
     add("--max-length", type=int, metavar="N", help="cut prompts to N tokens (default: the model's context)")
     add("--batch-size", type=int, metavar="N", help="sequences per forward pass (default: about 16k tokens' worth)")
     add("--include-path", action="append", default=[], metavar="DIR", help="more task files; repeatable")
@@ -65,6 +66,8 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[str], list[int] | No
             raise ConfigError(f"{name}={value}: must be at least {least}")
     if not args.prompt_seconds > 0:
         raise ConfigError(f"prompt_seconds={args.prompt_seconds}: must be a positive number of seconds")
+    if args.chat_template and (args.requests or args.save_requests):
+        raise ConfigError("chat_template: is not for --requests and --save-requests, whose questions are plain text")
     if args.requests is not None:
         for name in ("save_requests", "lengths", "limit", "num_fewshot"):
             if getattr(args, name) is not None:
@@ -94,7 +97,7 @@ if __name__ == "__main__":
 from scaled_rope.evaluation.benchmark_runs import BenchmarkRun, Unmeasurable, benchmark_table, save_questions
 from scaled_rope.evaluation.failures import Failure, report_failures
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
-from scaled_rope.evaluation.lm_eval_tasks import Catalogue, UnbuiltUnit, Unit, model_class
+from scaled_rope.evaluation.lm_eval_tasks import Catalogue, UnbuiltUnit, Unit, chat_note, model_class
 from scaled_rope.evaluation.runner import command_line, given_arguments
 from scaled_rope.evaluation.saved_questions import SavedUnit, read_requests
 
@@ -107,7 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = model_jobs(args, failures if args.save_requests is None else None)
     if args.requests is None:
         model_class()  # raises the error at once if lm-eval is not installed
-        catalogue = Catalogue(args.offline, lengths, args.limit, args.include_path, args.prompt_seconds)
+        catalogue = Catalogue(
+            args.offline, lengths, args.limit, args.include_path, args.prompt_seconds, args.chat_template
+        )
         catalogue.check(names)
     load = ModelLoader(args)
     if args.save_requests is not None:
@@ -125,6 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return read_requests(args.requests, names or None)
         return catalogue.units(names, job.model, args.num_fewshot)
 
+    if args.requests is None and not args.chat_template:
+        for note in filter(None, map(chat_note, dict.fromkeys(job.model for job in jobs))):
+            print(f"note: {note}", file=sys.stderr)
     record = {"command": command_line(parser, argv), **provenance(load.device, None, given_arguments(args))}
     run = BenchmarkRun(load, args.output, args.max_length, args.batch_size, args.hide_progress)
     wanted = run.measure(jobs, units_of, record, failures)

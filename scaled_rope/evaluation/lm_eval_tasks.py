@@ -22,7 +22,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -92,6 +92,8 @@ class Unit:
     """Length -> why there are no prompts of that length."""
     generated: bool = False
     """Whether the prompts are generated, from `SEED`."""
+    chat_template: str | None = None
+    """Hash of the chat template that prompts are put into; None: they are plain text."""
 
     @functools.cached_property
     def documents(self) -> dict[str, list[int]]:
@@ -142,7 +144,7 @@ class Unit:
         """
         limit = max_length or (context_limit(config, scaling) if self.lengths == [None] else NO_LIMIT)
         version = next(iter(self.tasks.values())).VERSION
-        protocol = _protocol(self.name, version, self.num_fewshot, self.limit, self.metric, limit, self.generated)
+        protocol = _protocol(self, version, limit)
         absent = {"name": self.name, "source": "generated", "documents": 0, "fingerprint": None}
         return {
             length: {
@@ -174,7 +176,11 @@ class Unit:
         chosen = {name: indices for name, indices in self.documents.items() if len(indices) < everything[name]}
         with seeded(self.name):  # some tasks draw the order of answers while they are asked
             results = evaluator.evaluate(
-                lm=lm, task_dict={"tasks": dict(self.tasks)}, samples=chosen or None, bootstrap_iters=1000
+                lm=lm,
+                task_dict={"tasks": dict(self.tasks)},
+                samples=chosen or None,
+                bootstrap_iters=1000,
+                apply_chat_template=self.chat_template is not None,
             )
         rows = measured_rows(results, self.metric, self.lengths)
         return {length: {**row, "truncated": lm.truncated} for length, row in rows.items()}
@@ -192,11 +198,12 @@ class UnbuiltUnit:
     num_fewshot: int
     limit: int | None
     generated: bool
+    chat_template: str | None = None
 
     def cells(self, config: Any, scaling: RopeScaling, max_length: int | None) -> dict[int | None, Row]:
         """As those of `Unit`, of documents that are not known."""
         limit = max_length or (context_limit(config, scaling) if list(self.reasons) == [None] else NO_LIMIT)
-        protocol = _protocol(self.name, self.version, self.num_fewshot, self.limit, self.metric, limit, self.generated)
+        protocol = _protocol(self, self.version, limit)
         return {
             length: {
                 "metric": "benchmark",
@@ -208,19 +215,22 @@ class UnbuiltUnit:
         }
 
 
-def _protocol(
-    task: str, version: Any, num_fewshot: int, limit: int | None, metric: str, max_length: int, generated: bool
-) -> Row:
+def _protocol(unit: Unit | UnbuiltUnit, version: Any, max_length: int) -> Row:
+    """A row's protocol; the seed and the chat template only where there are any."""
     protocol = {
         "name": "lm-eval",
-        "task": task,
+        "task": unit.name,
         "version": version,
-        "num_fewshot": num_fewshot,
-        "limit": limit,
-        "metric": metric,
+        "num_fewshot": unit.num_fewshot,
+        "limit": unit.limit,
+        "metric": unit.metric,
         "max_length": None if max_length == NO_LIMIT else max_length,
     }
-    return {**protocol, "seed": SEED} if generated else protocol
+    if unit.generated:
+        protocol["seed"] = SEED
+    if unit.chat_template is not None:
+        protocol["chat_template"] = unit.chat_template
+    return protocol
 
 
 def _lengths_of(task: Any) -> list[int | None]:
@@ -305,6 +315,7 @@ class Catalogue:
         limit: documents per task, or per length; None: all.
         include: more folders of task files.
         seconds: time that generating the prompts of a task may take at one length.
+        chat_template: put prompts into the chat template of the model's tokenizer.
     """
 
     def __init__(
@@ -314,7 +325,9 @@ class Catalogue:
         limit: int | None = None,
         include: Sequence[str | Path] = (),
         seconds: float = SECONDS,
+        chat_template: bool = False,
     ) -> None:
+        self.chat_template = chat_template
         self.offline, self.lengths, self.limit, self.include = offline, lengths, limit, list(include)
         self.seconds = seconds
         self._everything = False
@@ -362,11 +375,12 @@ class Catalogue:
         A task that cannot be built, because its data cannot be read, say, is an `UnbuiltUnit`.
 
         Raises:
-            ConfigError: unknown names.
+            ConfigError: unknown names, or no chat template where one is asked for.
         """
         key = (",".join(names), model, num_fewshot)
         if self._loaded is None or self._loaded[0] != key:
             self.check(names)
+            template = chat_template_hash(model) if self.chat_template else None
             importlib.import_module("datasets").disable_progress_bars()
             manager = self._manager(self._everything, model)
             builder = _Builder(manager, self.lengths, self.limit, functools.cache(lambda: load_tokenizer(model)))
@@ -374,7 +388,7 @@ class Catalogue:
             units: dict[str, Unit | UnbuiltUnit] = {}
             for name in dict.fromkeys(names):
                 for unit in self._units(manager, builder, name, num_fewshot):
-                    units.setdefault(unit.name, unit)
+                    units.setdefault(unit.name, replace(unit, chat_template=template))
             self._loaded = (key, [*units.values()])
         return self._loaded[1]
 
@@ -494,6 +508,28 @@ class _Builder:
 def _main_metric(task: Any) -> str:
     metrics = list(task.aggregation())
     return next((metric for metric in _PREFERRED_METRICS if metric in metrics), metrics[0])
+
+
+def chat_template_hash(model: str) -> str:
+    """A short hash of the chat template of a model's tokenizer, which rows record.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    template = load_tokenizer(model).chat_template
+    if not template:
+        raise ConfigError(f"chat_template: the tokenizer of {model!r} has no chat template")
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def chat_note(model: str) -> str | None:
+    """A remark on a model that has a chat template, for an evaluation without it; None where it has none."""
+    try:
+        if not getattr(load_tokenizer(model), "chat_template", None):
+            return None
+    except ConfigError:  # which the evaluation of this model reports, and others go on
+        return None
+    return f"{model} has a chat template and is asked without it; --chat-template puts prompts into it"
 
 
 def model_of_job(

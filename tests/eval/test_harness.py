@@ -164,3 +164,34 @@ def test_a_task_without_prompts_is_a_row_with_its_reason(
     assert len(read_rows(output)) == 4
     with pytest.raises(ConfigError, match="prompt_seconds=0"):
         command.main([*flags, "--prompt-seconds", "0"])
+
+
+def test_prompts_in_a_chat_template(
+    checkpoint: str, own_tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    flags = ["-m", checkpoint, "--tasks", "tiny_choice", "--include-path", str(own_tasks), "--chat-template"]
+    assert run_cli(lambda: command.main([*flags, "--output", str(own_tasks / "none.jsonl")])) == 2
+    assert "has no chat template" in capsys.readouterr().err
+    (plain,) = run(checkpoint, own_tasks, "--limit", "2")
+    assert "chat_template" not in plain["protocol"] and "has a chat template" not in capsys.readouterr().err
+    tokenizer = load_tokenizer(checkpoint)
+    turns = "{% for turn in messages %}w7 {{ turn.content }} {% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}w9{% endif %}"
+    tokenizer.save_pretrained(checkpoint)
+    run(checkpoint, own_tasks, "--limit", "2", "--dtype", "float32")
+    assert f"note: {checkpoint} has a chat template and is asked without it" in capsys.readouterr().err
+    asked: list[str] = []
+    scored = model_class()._loglikelihood_tokens
+
+    def note(lm: Any, requests: Any, **options: Any) -> Any:
+        asked.extend(lm.tokenizer.decode(context) for _, context, _ in requests)
+        return scored(lm, requests, **options)
+
+    monkeypatch.setattr(model_class(), "_loglikelihood_tokens", note)
+    row = run(checkpoint, own_tasks, "--limit", "2", "--chat-template")[-1]
+    assert len(row["protocol"]["chat_template"]) == 16
+    assert len(asked) == 4 and all(text.startswith("w7 w") and text.endswith(" w9") for text in asked)
+    assert "has a chat template" not in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="chat_template: is not for --requests"):
+        command.main([*flags, "--save-requests", str(own_tasks)])
