@@ -47,7 +47,11 @@ setup(
     packages=[*find_packages(include=["scaled_rope", "scaled_rope.*"]), *BUNDLED],
     package_dir=BUNDLED,
     package_data={"scaled_rope": ["py.typed"], **dict.fromkeys(BUNDLED, ["*.yaml", "*.json", "*.py", "*.safetensors"])},
-    entry_points={"console_scripts": ["scaled-rope = scaled_rope.cli:main"]},
+    entry_points={
+        "console_scripts": ["scaled-rope = scaled_rope.cli:main"],
+        # torch calls these when it has been imported; see the module for why this is not an entry point of lm-eval.
+        "torch.backends": ["scaled-rope-lm-eval = scaled_rope.evaluation.lm_eval_registration:install"],
+    },
     install_requires=[*(f"{name}>={version}" for name, version in LEAST.items()), *REQUIRED],
     extras_require=EXTRAS,
 )

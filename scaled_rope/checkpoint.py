@@ -166,8 +166,10 @@ def without_custom_rope(rope: Any) -> Any:
     return read_by_attention(rope) | RopeScaling.from_spec("default", RopeScaling.from_config(rope)).to_config()
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, trust_remote_code: bool = False, add_bos_token: bool | None = None) -> Any:
     """The tokenizer of a checkpoint.
+
+    add_bos_token: whether encoded texts begin with the token of the beginning; None: as the tokenizer says.
 
     Raises:
         ConfigError: no such checkpoint, or no tokenizer in it.
@@ -177,7 +179,8 @@ def load_tokenizer(name: str) -> Any:
     import transformers
 
     with reading("tokenizer of model", name):
-        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        options = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
 
 
 def display_name(model: str) -> str:

@@ -5,18 +5,36 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.continuations import NO_LIMIT
 from scaled_rope.evaluation.failures import Failure, failing_alone
 from scaled_rope.evaluation.formatting import format_table
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader
-from scaled_rope.evaluation.lm_eval_tasks import Unit, job_cells, model_of_job
+from scaled_rope.evaluation.lm_eval_tasks import UnbuiltUnit, Unit, job_cells, model_of_job
 from scaled_rope.evaluation.memory_meter import Meter
 from scaled_rope.evaluation.saved_questions import SavedUnit, Scorer, save_requests
 from scaled_rope.results import Row, append_row, finished_keys, row_key, rows_so_far
+
+_NOTHING: Row = {"value": None, "unit": None, "standard_error": None, "interval": None, "n": 0, "truncated": 0}
+"""The measured fields of a row that could not be measured."""
+
+
+class Unmeasurable(ConfigError):
+    """A task, or one length of it, that has no prompts; its row gives the reason."""
+
+
+def reasons_of(unit: Unit | UnbuiltUnit | SavedUnit) -> Mapping[int | None, str]:
+    """Length, or None -> why a unit cannot be measured there."""
+    return {} if isinstance(unit, SavedUnit) else unit.reasons
+
+
+def _place(unit: Unit | UnbuiltUnit | SavedUnit, length: int | None) -> str:
+    return unit.name if length is None else f"{unit.name} at {length}"
 
 
 @dataclass(frozen=True)
@@ -40,14 +58,15 @@ class BenchmarkRun:
     def measure(
         self,
         jobs: Iterable[ModelJob],
-        units_of: Callable[[ModelJob], Sequence[Unit | SavedUnit]],
+        units_of: Callable[[ModelJob], Sequence[Unit | UnbuiltUnit | SavedUnit]],
         record: Mapping[str, Any],
         failures: list[Failure],
     ) -> list[tuple[str, Row]]:
         """Append the rows that the output lacks; return, for each row, the name of its job and its identifying fields.
 
         record: provenance of the rows, to which the version of lm-eval is added.
-        failures: models and tasks that fail are added to it; the others are measured.
+        failures: models and tasks that fail are added to it; the others are measured. A length, or a task, that has
+            no prompts is added with its reason, and has a row that says so.
         """
         finished = finished_keys(self.output)
         wanted: list[tuple[str, Row]] = []
@@ -55,13 +74,23 @@ class BenchmarkRun:
             with failing_alone(failures, job.name):
                 units = [(unit, job_cells(unit, job, self.max_length)) for unit in units_of(job)]
                 wanted += [(job.name, cell) for _, cells in units for cell in cells.values()]
+                for unit, cells in units:
+                    for length, reason in reasons_of(unit).items():
+                        failures.append(Failure(job.name, Unmeasurable(reason), _place(unit, length)))
+                        if (key := row_key(cells[length])) not in finished:
+                            finished.add(key)
+                            append_row(
+                                self.output, {**cells[length], **_NOTHING, "error": reason, "provenance": record}
+                            )
                 missing = [
                     (unit, cells)
                     for unit, cells in units
-                    if not all(row_key(cell) in finished for cell in cells.values())
+                    if not isinstance(unit, UnbuiltUnit)
+                    and not all(row_key(cell) in finished for cell in cells.values())
                 ]
                 model = self.load(job) if missing else None
                 for unit, cells in missing:
+                    cells = {length: cell for length, cell in cells.items() if length not in reasons_of(unit)}
                     if not self.hide_progress:
                         print(f"{job.name}: {unit.name}", file=sys.stderr)
                     with failing_alone(failures, job.name, unit.name):
@@ -101,16 +130,24 @@ def _described(row: Row) -> list[str]:
         task = f"{protocol['task']}, {protocol['num_fewshot']}-shot, {protocol['metric']}"
     else:
         task = f"{protocol['task']} at {row['length']}"
+    if row["value"] is None:
+        return [task, "not measured", "", textwrap.shorten(row["error"], 70, placeholder=" ...")]
     value = f"{row['value']:.2f}" + ("" if error is None else f" ± {error:.2f}")
     return [task, value, str(row["n"]), f"{row['truncated']} cut" if row["truncated"] else ""]
 
 
-def save_questions(units: Iterable[Unit], job: ModelJob, load: ModelLoader, folder: str) -> Iterator[str]:
-    """Write the questions of all units into a folder, tokenized for a job's model; yield a line about each unit."""
+def save_questions(units: Iterable[Unit | UnbuiltUnit], job: ModelJob, load: ModelLoader, folder: str) -> Iterator[str]:
+    """Write the questions of all units into a folder, tokenized for a job's model; yield a line about each unit.
+
+    Raises:
+        ConfigError: a task that has no questions, or whose questions cannot be saved.
+    """
     for unit in units:
+        if isinstance(unit, UnbuiltUnit):
+            raise ConfigError(f"task {unit.name!r}: {'; '.join(unit.reasons.values())}")
         with silence():
             path = save_requests(unit, model_of_job(load(job), job, NO_LIMIT, None), folder)
-        yield f"{path}: {unit.data['documents']} questions"
+        yield f"{path}: {unit.data[None]['documents']} questions"
 
 
 @contextlib.contextmanager

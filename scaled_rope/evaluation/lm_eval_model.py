@@ -3,78 +3,141 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scaled_rope.checkpoint import load_tokenizer
+from scaled_rope.checkpoint import load_tokenizer, open_checkpoint
+from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.continuations import Continuation, context_limit, score
+from scaled_rope.evaluation.lm_eval_arguments import (
+    at_revision,
+    check_backend,
+    check_parallelize,
+    dtype_name,
+    longest_prompt,
+    one_of_two,
+    refuse_unknown,
+    rows_per_pass,
+)
 from scaled_rope.patching.loading import load_model
 from scaled_rope.patching.patch import cache_obstacle, patched_scaling
 from scaled_rope.scaling.record import RopeScaling
 
 HFLM: Any = importlib.import_module("lm_eval.models.huggingface").HFLM
 
+_PASSED_ON = (
+    "add_bos_token",
+    "prefix_token_id",
+    "truncation",
+    "think_end_token",
+    "enable_thinking",
+    "chat_template_args",
+)
+"""Arguments that lm-eval's "hf" handles by itself, also for a loaded model."""
+_HF_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(HFLM.__init__).parameters.items()}
+
 
 class ScaledRopeLM(HFLM):  # type: ignore[misc]
     """A checkpoint under any scaling; lm-eval's own "hf" can only read scalings that transformers knows.
 
-    Beyond the arguments of `load_model`: batch_size (a number, or "auto" for about 16k tokens' worth),
-    max_length (tokens; default `context_limit`), and the options of lm-eval's "hf" for a loaded model.
+    Args:
+        pretrained: directory or hub name, or a loaded model; then there are no arguments that choose what is loaded.
+        scaling, layers, drop_layers, sliding_window, kernel, load_in_8bit, load_in_4bit: see `load_model`.
+        attention, adapter: the same; lm-eval's words for them are attn_implementation and peft.
+        tokenizer: name or object; default: the model's.
+        dtype: default: as the checkpoint's config says.
+        batch_size: sequences per forward pass, or "auto" for about 16k tokens' worth.
+        max_length: longest prompt in tokens; default: `context_limit`.
+        hide_progress: show no progress.
+        more: revision, subfolder, trust_remote_code, peft, attn_implementation, add_bos_token, prefix_token_id,
+            truncation, think_end_token, enable_thinking and chat_template_args as in lm-eval's "hf"; parallelize on
+            machines with one GPU or none.
+
+    Raises:
+        ConfigError: an argument that is not known or would have no effect; what `load_model` raises.
     """
 
     def __init__(
         self,
-        pretrained: Any,
+        pretrained: Any = None,
         scaling: RopeScaling | str | None = None,
         tokenizer: Any = None,
-        dtype: str = "auto",
+        dtype: Any = "auto",
         device: str | None = None,
         attention: str = "auto",
         adapter: str | None = None,
         layers: str | None = None,
         drop_layers: Sequence[int] | None = None,
         sliding_window: int | None = None,
+        kernel: str = "auto",
         load_in_8bit: bool = False,
         load_in_4bit: bool = False,
         batch_size: int | str | None = "auto",
         max_length: int | None = None,
         hide_progress: bool = False,
+        backend: str = "default",
+        revision: str | None = "main",
+        subfolder: str = "",
+        trust_remote_code: bool = False,
+        parallelize: bool = False,
+        peft: str | None = None,
+        attn_implementation: str | None = None,
         **more: Any,
     ) -> None:
+        passed_on = {name: more.pop(name) for name in _PASSED_ON if name in more}
+        refuse_unknown(more, [*_OWN, *_PASSED_ON], _HF_DEFAULTS)
+        check_backend(backend)
+        check_parallelize(parallelize)
+        self._rows = rows_per_pass(batch_size)
+        longest_prompt(max_length, 2)  # refused before weights are read
+        if pretrained is None:
+            raise ConfigError("model argument pretrained: must name a folder or a model of the hub")
+        adapter = one_of_two("adapter", adapter, "peft", peft)
+        attention = one_of_two("attention", attention, "attn_implementation", attn_implementation, "auto")
         model, name = pretrained, pretrained if isinstance(pretrained, str) else None
         if name is not None:
+            folder = at_revision(name, revision, subfolder)
+            if adapter is not None and not Path(adapter).is_dir():
+                adapter = at_revision(adapter, revision)
+            checkpoint = open_checkpoint(folder, trust_remote_code)
             model = load_model(
-                name,
+                checkpoint,
                 scaling=scaling,
-                dtype=dtype,
+                dtype=dtype_name(dtype, checkpoint.config),
                 device=_available(device),
                 attn_implementation=attention,
                 adapter=adapter,
+                trust_remote_code=trust_remote_code,
                 sliding_window=sliding_window,
                 layers=layers,
                 drop_layers=drop_layers,
+                kernel=kernel,
                 load_in_8bit=load_in_8bit,
                 load_in_4bit=load_in_4bit,
             )
+            tokenizer = tokenizer or folder
+        elif isinstance(scaling, str):
+            raise ConfigError(f"model argument scaling={scaling!r}: a loaded model has its scaling; patch it first")
         self.scaling = scaling if name is None and isinstance(scaling, RopeScaling) else _scaling_of(model)
         self._model: Any = None  # set by lm-eval
         self.truncated = 0
         """Number of requests that were cut since this was last set to 0."""
-        self._rows = None if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
         self._hide_progress = hide_progress
-        if tokenizer is None or isinstance(tokenizer, str):
-            tokenizer = load_tokenizer(tokenizer or str(pretrained))
+        if isinstance(tokenizer, str):
+            tokenizer = load_tokenizer(tokenizer, trust_remote_code, passed_on.get("add_bos_token"))
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
             backend="causal",
             batch_size=self._rows or 1,
-            max_length=max_length or context_limit(model.config, self.scaling),
-            **more,
+            max_length=longest_prompt(max_length, context_limit(model.config, self.scaling)),
+            **passed_on,
         )
         self.pretrained = name or model.name_or_path
 
@@ -113,6 +176,10 @@ class ScaledRopeLM(HFLM):  # type: ignore[misc]
             "model_dtype": str(self.model.dtype),
             "scaling": self.scaling.to_dict(),
         }
+
+
+_OWN = tuple(inspect.signature(ScaledRopeLM.__init__).parameters)[1:-1]
+"""The arguments of our own, and those of lm-eval's that are handled here."""
 
 
 def _available(device: str | None) -> str | None:

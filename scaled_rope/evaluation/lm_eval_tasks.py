@@ -21,17 +21,20 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from scaled_rope.bundled import bundled
-from scaled_rope.checkpoint import load_config, load_tokenizer
+from scaled_rope.checkpoint import first_line, load_config, load_tokenizer
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.evaluation.continuations import NO_LIMIT, context_limit
+from scaled_rope.evaluation.failures import is_ours
+from scaled_rope.evaluation.generated_prompts import SECONDS, SEED, generate, seeded, takes_lengths
 from scaled_rope.evaluation.jobs import ModelJob
+from scaled_rope.evaluation.lm_eval_registration import NAMES
 from scaled_rope.evaluation.paper_benchmarks import PAPER, Benchmark
 from scaled_rope.evaluation.statistics import wilson_interval
 from scaled_rope.results import Row, package_version
@@ -42,7 +45,7 @@ TASKS = bundled("eval/tasks")
 """Our own tasks: passkeys, and the offline benchmarks."""
 
 _FEWSHOT_SEED = 1234  # lm-eval's default
-_TASK_FOLDERS = ("arc", "hellaswag", "mmlu/default", "ruler", "truthfulqa")
+_TASK_FOLDERS = ("arc", "babilong", "hellaswag", "mmlu/default", "ruler", "truthfulqa")
 _PREFERRED_METRICS = ("acc_norm", "exact_match", "acc")
 # Shares between 0 and 1, which rows give in %. Metrics named by a length (RULER's tasks, passkeys) are shares as well.
 _SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em", "f1")
@@ -61,7 +64,7 @@ def _lm_eval(module: str) -> Any:
 
 @functools.cache
 def model_class() -> Any:
-    """lm-eval's model type "scaled-rope", registered by the first call.
+    """lm-eval's model type "scaled-rope", which the first call registers under its `NAMES`.
 
     Raises:
         ConfigError: lm-eval is not installed.
@@ -69,7 +72,7 @@ def model_class() -> Any:
     _lm_eval("models.huggingface")  # raises the ConfigError
     from scaled_rope.evaluation.lm_eval_model import ScaledRopeLM
 
-    return _lm_eval("api.registry").register_model("scaled-rope")(ScaledRopeLM)
+    return _lm_eval("api.registry").register_model(*NAMES)(ScaledRopeLM)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
@@ -85,6 +88,12 @@ class Unit:
     num_fewshot: int
     offline: bool
     limit: int | None
+    reasons: Mapping[int | None, str] = field(default_factory=dict)
+    """Length -> why there are no prompts of that length."""
+    generated: bool = False
+    """Whether the prompts are generated, from `SEED`."""
+    chat_template: str | None = None
+    """Hash of the chat template that prompts are put into; None: they are plain text."""
 
     @functools.cached_property
     def documents(self) -> dict[str, list[int]]:
@@ -92,8 +101,7 @@ class Unit:
         chosen = {}
         for name, task in self.tasks.items():
             seen: dict[Any, list[int]] = {}
-            lengths = task.eval_docs["max_length"] if "max_length" in task.features else [None] * len(task.eval_docs)
-            for index, length in enumerate(lengths):
+            for index, length in enumerate(_lengths_of(task)):
                 seen.setdefault(length, []).append(index)
             chosen[name] = sorted(itertools.chain(*(indices[: self.limit] for indices in seen.values())))
         return chosen
@@ -108,19 +116,25 @@ class Unit:
         return [*sorted(found)] or [None]
 
     @functools.cached_property
-    def data(self) -> Row:
-        """A row's description of the documents, those of the few-shot examples included."""
-        digest = hashlib.sha256()
+    def data(self) -> dict[int | None, Row]:
+        """A row's description of the documents by length, those of the few-shot examples included."""
+        digests = {length: hashlib.sha256() for length in self.lengths}
+        counts = dict.fromkeys(self.lengths, 0)
         for name, task in sorted(self.tasks.items()):
-            documents = task.eval_docs
-            used: Iterable[Any] = (documents[index] for index in self.documents[name])
+            documents, lengths = task.eval_docs, _lengths_of(task)
             examples = task.sampler.df if self.num_fewshot else ()
-            for document in itertools.chain(used, examples):
-                digest.update(json.dumps(document, sort_keys=True, default=str).encode())
+            for index in self.documents[name]:
+                digests[lengths[index]].update(_document_bytes(documents[index]))
+                counts[lengths[index]] += 1
+            for document, digest in itertools.product(examples, digests.values()):
+                digest.update(_document_bytes(document))
         first = next(iter(self.tasks.values()))
         source = SOURCES[self.name].label if self.offline else first.config.dataset_path or "generated"
-        count = sum(map(len, self.documents.values()))
-        return {"name": self.name, "source": source, "documents": count, "fingerprint": digest.hexdigest()[:16]}
+        shared = {"name": self.name, "source": source}
+        return {
+            length: {**shared, "documents": counts[length], "fingerprint": digest.hexdigest()[:16]}
+            for length, digest in digests.items()
+        }
 
     def cells(self, config: Any, scaling: RopeScaling, max_length: int | None) -> dict[int | None, Row]:
         """Length -> the fields that identify a row for a model with this configuration.
@@ -130,22 +144,16 @@ class Unit:
         """
         limit = max_length or (context_limit(config, scaling) if self.lengths == [None] else NO_LIMIT)
         version = next(iter(self.tasks.values())).VERSION
+        protocol = _protocol(self, version, limit)
+        absent = {"name": self.name, "source": "generated", "documents": 0, "fingerprint": None}
         return {
             length: {
                 "metric": "benchmark",
-                "data": self.data,
-                "protocol": {
-                    "name": "lm-eval",
-                    "task": self.name,
-                    "version": version,
-                    "num_fewshot": self.num_fewshot,
-                    "limit": self.limit,
-                    "metric": self.metric if length is None else str(length),
-                    "max_length": None if limit == NO_LIMIT else limit,
-                },
+                "data": self.data.get(length, absent),
+                "protocol": protocol if length is None else {**protocol, "metric": str(length)},
                 "length": length,
             }
-            for length in self.lengths
+            for length in [*self.lengths, *self.reasons]
         }
 
     def prepare(self) -> None:
@@ -166,11 +174,72 @@ class Unit:
         lm.truncated = 0
         everything = {name: len(task.eval_docs) for name, task in self.tasks.items()}
         chosen = {name: indices for name, indices in self.documents.items() if len(indices) < everything[name]}
-        results = evaluator.evaluate(
-            lm=lm, task_dict={"tasks": dict(self.tasks)}, samples=chosen or None, bootstrap_iters=1000
-        )
+        with seeded(self.name):  # some tasks draw the order of answers while they are asked
+            results = evaluator.evaluate(
+                lm=lm,
+                task_dict={"tasks": dict(self.tasks)},
+                samples=chosen or None,
+                bootstrap_iters=1000,
+                apply_chat_template=self.chat_template is not None,
+            )
         rows = measured_rows(results, self.metric, self.lengths)
         return {length: {**row, "truncated": lm.truncated} for length, row in rows.items()}
+
+
+@dataclass(frozen=True)
+class UnbuiltUnit:
+    """A task that could not be built: its data cannot be read, say."""
+
+    name: str
+    reasons: Mapping[int | None, str]
+    """Length, or None for a task without lengths -> why."""
+    version: Any
+    metric: str
+    num_fewshot: int
+    limit: int | None
+    generated: bool
+    chat_template: str | None = None
+
+    def cells(self, config: Any, scaling: RopeScaling, max_length: int | None) -> dict[int | None, Row]:
+        """As those of `Unit`, of documents that are not known."""
+        limit = max_length or (context_limit(config, scaling) if list(self.reasons) == [None] else NO_LIMIT)
+        protocol = _protocol(self, self.version, limit)
+        return {
+            length: {
+                "metric": "benchmark",
+                "data": {"name": self.name, "source": None, "documents": 0, "fingerprint": None},
+                "protocol": protocol if length is None else {**protocol, "metric": str(length)},
+                "length": length,
+            }
+            for length in self.reasons
+        }
+
+
+def _protocol(unit: Unit | UnbuiltUnit, version: Any, max_length: int) -> Row:
+    """A row's protocol; the seed and the chat template only where there are any."""
+    protocol = {
+        "name": "lm-eval",
+        "task": unit.name,
+        "version": version,
+        "num_fewshot": unit.num_fewshot,
+        "limit": unit.limit,
+        "metric": unit.metric,
+        "max_length": None if max_length == NO_LIMIT else max_length,
+    }
+    if unit.generated:
+        protocol["seed"] = SEED
+    if unit.chat_template is not None:
+        protocol["chat_template"] = unit.chat_template
+    return protocol
+
+
+def _lengths_of(task: Any) -> list[int | None]:
+    """The length in tokens of each document, or None where a task has no lengths."""
+    return list(task.eval_docs["max_length"]) if "max_length" in task.features else [None] * len(task.eval_docs)
+
+
+def _document_bytes(document: Any) -> bytes:
+    return json.dumps(document, sort_keys=True, default=str).encode()
 
 
 def measured_rows(results: Mapping[str, Any], metric: str, lengths: Sequence[int | None]) -> dict[int | None, Row]:
@@ -181,7 +250,7 @@ def measured_rows(results: Mapping[str, Any], metric: str, lengths: Sequence[int
     """
     tasks: Mapping[str, Any] = results["results"]
     if lengths != [None]:
-        return {length: _length_row(results["samples"], str(length)) for length in lengths}
+        return {length: _length_row(results["samples"], length, metric) for length in lengths}
     found = {name: _aggregate(task, metric) for name, task in tasks.items()}
     value = sum(value for value, _ in found.values()) / len(found)
     errors = [error for _, error in found.values() if error is not None]
@@ -196,9 +265,17 @@ def measured_rows(results: Mapping[str, Any], metric: str, lengths: Sequence[int
     return {None: row | _score_interval(outcomes)}
 
 
-def _length_row(samples: Mapping[str, Sequence[Mapping[str, Any]]], length: str) -> Row:
-    # RULER's tasks put -1 where a document is of another length.
-    found = [sample[length] for sample in itertools.chain(*samples.values()) if sample.get(length, -1) != -1]
+def _length_row(samples: Mapping[str, Sequence[Mapping[str, Any]]], length: int | None, metric: str) -> Row:
+    """The row of one length: of tasks whose metrics are named by lengths (RULER's, passkeys), or of documents of it."""
+    found = []
+    for sample in itertools.chain(*samples.values()):
+        if str(length) in sample:
+            found.append(sample[str(length)])
+        elif sample.get("doc", {}).get("max_length") == length and metric in sample:
+            found.append(sample[metric])
+    found = [value for value in found if value != -1]  # RULER's tasks put -1 where a document is of another length
+    if not found:
+        raise ConfigError(f"no document of {length} tokens has an outcome")
     n, mean = len(found), sum(found) / len(found)
     error = math.sqrt(sum((value - mean) ** 2 for value in found) / (n - 1) / n) if n > 1 else None
     return _row(mean, error, n, share=True) | _score_interval(found)
@@ -237,6 +314,8 @@ class Catalogue:
         lengths: lengths in tokens, for tasks that build prompts of given lengths.
         limit: documents per task, or per length; None: all.
         include: more folders of task files.
+        seconds: time that generating the prompts of a task may take at one length.
+        chat_template: put prompts into the chat template of the model's tokenizer.
     """
 
     def __init__(
@@ -245,10 +324,14 @@ class Catalogue:
         lengths: Sequence[int] | None = None,
         limit: int | None = None,
         include: Sequence[str | Path] = (),
+        seconds: float = SECONDS,
+        chat_template: bool = False,
     ) -> None:
+        self.chat_template = chat_template
         self.offline, self.lengths, self.limit, self.include = offline, lengths, limit, list(include)
+        self.seconds = seconds
         self._everything = False
-        self._loaded: tuple[tuple[str, str, int | None], list[Unit]] | None = None
+        self._loaded: tuple[tuple[str, str, int | None], list[Unit | UnbuiltUnit]] | None = None
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
     def _manager(self, everything: bool, model: str | None = None) -> Any:
@@ -286,52 +369,167 @@ class Catalogue:
                 near = difflib.get_close_matches(name, sorted(known | stems), n=5)
                 raise unknown("task", name, {*PAPER, "passkey", *near})
 
-    def units(self, names: Sequence[str], model: str, num_fewshot: int | None = None) -> list[Unit]:
+    def units(self, names: Sequence[str], model: str, num_fewshot: int | None = None) -> list[Unit | UnbuiltUnit]:
         """The units to measure for tasks, groups or tags, with prompts sized for `model`; the last model's are kept.
 
+        A task that cannot be built, because its data cannot be read, say, is an `UnbuiltUnit`.
+
         Raises:
-            ConfigError: unknown names, or data that cannot be read.
+            ConfigError: unknown names, or no chat template where one is asked for.
         """
         key = (",".join(names), model, num_fewshot)
         if self._loaded is None or self._loaded[0] != key:
             self.check(names)
+            template = chat_template_hash(model) if self.chat_template else None
+            importlib.import_module("datasets").disable_progress_bars()
             manager = self._manager(self._everything, model)
-            units = [unit for name in dict.fromkeys(names) for unit in self._units(manager, name, num_fewshot)]
-            self._loaded = (key, units)
+            builder = _Builder(manager, self.lengths, self.limit, functools.cache(lambda: load_tokenizer(model)))
+            builder.seconds = self.seconds
+            units: dict[str, Unit | UnbuiltUnit] = {}
+            for name in dict.fromkeys(names):
+                for unit in self._units(manager, builder, name, num_fewshot):
+                    units.setdefault(unit.name, replace(unit, chat_template=template))
+            self._loaded = (key, [*units.values()])
         return self._loaded[1]
 
-    def _units(self, manager: Any, name: str, num_fewshot: int | None) -> Iterator[Unit]:
-        datasets = importlib.import_module("datasets")
-        datasets.disable_progress_bars()
+    def _units(
+        self, manager: Any, builder: _Builder, name: str, num_fewshot: int | None
+    ) -> Iterator[Unit | UnbuiltUnit]:
+        builder.together = name in PAPER
         try:
             tasks = manager.load([self._target(name)])["tasks"]
         except ConfigError:
             raise
-        except Exception as error:  # data sets fail in many ways
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            hint = "" if self.offline or name not in PAPER else "; --offline reads it from a package archive"
-            raise ConfigError(f"task {name!r} cannot be loaded: {reason}{hint}") from error
-        together = {name: tasks} if name in PAPER else {one: {one: task} for one, task in tasks.items()}
+        except Exception as error:  # a group that is no group, say
+            raise ConfigError(f"task {name!r} cannot be loaded: {first_line(error)}") from error
+        # A group leaves out what is no task, so those that were not built are asked of the builder.
+        unbuilt, builder.unbuilt = builder.unbuilt, {}
+        tasks = {one: task for one, task in tasks.items() if not isinstance(task, _Unbuilt)}
+        if name in PAPER:
+            together = {name: tasks} if not unbuilt else {}
+            unbuilt = {name: next(iter(unbuilt.values()))} if unbuilt else {}
+        else:
+            together = {one: {one: task} for one, task in tasks.items()}
         for title, part in together.items():
             task = next(iter(part.values()))
             paper = PAPER.get(title)
-            own = task.get_config("num_fewshot")
-            shots = num_fewshot if num_fewshot is not None else paper.num_fewshot if paper else own or 0
-            if own == 0:  # the prompt has its examples already
-                shots = 0
-            yield Unit(
+            shots = self._shots(title, task.get_config("num_fewshot"), num_fewshot)
+            metric = paper.metric if paper else _main_metric(task)
+            offline = self.offline and title in PAPER
+            reasons = builder.reasons.get(title, {})
+            yield Unit(title, part, metric, shots, offline, self.limit, reasons, title in builder.generated)
+        for title, absent in unbuilt.items():
+            hint = "" if self.offline or title not in PAPER else "; --offline reads it from a package archive"
+            lengths = self.lengths if self.lengths and absent.generated else [None]
+            config = absent.config
+            metrics = [str(entry.get("metric")) for entry in config.get("metric_list") or [{}]]
+            yield UnbuiltUnit(
                 title,
-                part,
-                paper.metric if paper else _main_metric(task),
-                shots,
-                self.offline and title in PAPER,
+                {length: builder.reasons.get(title, {}).get(length, absent.reason) + hint for length in lengths},
+                (config.get("metadata") or {}).get("version"),
+                PAPER[title].metric if title in PAPER else metrics[0],
+                self._shots(title, config.get("num_fewshot"), num_fewshot),
                 self.limit,
+                absent.generated,
             )
+
+    @staticmethod
+    def _shots(title: str, own: int | None, asked: int | None) -> int:
+        """The number of examples in a prompt."""
+        if own == 0:  # the prompt has its examples already
+            return 0
+        if asked is not None:
+            return asked
+        return PAPER[title].num_fewshot if title in PAPER else own or 0
+
+
+@dataclass(frozen=True)
+class _Unbuilt:
+    """What stands for a task that could not be built in what lm-eval's task manager returns."""
+
+    task_name: str
+    reason: str
+    config: Mapping[str, Any]
+    generated: bool
+
+
+class _Builder:
+    """Builds the tasks of a task manager one by one: a task that cannot be built leaves the others as they are.
+
+    Its prompts, if they are generated, come from `generate`.
+    """
+
+    seconds = SECONDS
+    together = False
+    """Whether the tasks make one unit: after the first that cannot be built, others are not tried."""
+
+    def __init__(
+        self, manager: Any, lengths: Sequence[int] | None, limit: int | None, tokenizer: Callable[[], Any]
+    ) -> None:
+        self._factory = manager._factory
+        self._build = self._factory._build_task
+        self._factory._build_task = self
+        self._lengths, self._limit, self._tokenizer = lengths, limit, tokenizer
+        self.unbuilt: dict[str, _Unbuilt] = {}
+        self.reasons: dict[str, Mapping[int | None, str]] = {}
+        """Task -> length -> why there are no prompts of that length."""
+        self.generated: set[str] = set()
+        """The tasks whose prompts are generated."""
+
+    def __call__(self, entry: Any, overrides: Mapping[str, Any] | None) -> Any:
+        if self.together and self.unbuilt:
+            return next(iter(self.unbuilt.values()))
+        config = self._factory._load_full_config(entry, overrides)
+        name, make = config["task"], config.get("custom_dataset")
+        if takes_lengths(make):
+            overrides = {**(overrides or {}), "custom_dataset": functools.partial(self._generate, name, make)}
+        try:
+            with seeded(name):
+                return self._build(entry, overrides)
+        except Exception as error:  # data sets fail in many ways
+            if not is_ours(error):
+                raise
+            reason = str(error) if isinstance(error, ConfigError) else f"it cannot be loaded: {first_line(error)}"
+            absent = _Unbuilt(name, reason, config, takes_lengths(make))
+            self.unbuilt[name] = absent
+            return absent
+
+    def _generate(self, name: str, make: Callable[..., Any], **given: Any) -> dict[str, Any]:
+        given.pop("max_seq_lengths", None)
+        lengths = list(self._lengths) if self._lengths else None
+        found = generate(name, make, given, lengths, self._limit, self._tokenizer, self.seconds)
+        self.reasons[name] = found.reasons
+        if not found.splits:
+            raise ConfigError("; ".join(dict.fromkeys(found.reasons.values())))
+        self.generated.add(name)
+        return found.splits
 
 
 def _main_metric(task: Any) -> str:
     metrics = list(task.aggregation())
     return next((metric for metric in _PREFERRED_METRICS if metric in metrics), metrics[0])
+
+
+def chat_template_hash(model: str) -> str:
+    """A short hash of the chat template of a model's tokenizer, which rows record.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    template = load_tokenizer(model).chat_template
+    if not template:
+        raise ConfigError(f"chat_template: the tokenizer of {model!r} has no chat template")
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def chat_note(model: str) -> str | None:
+    """A remark on a model that has a chat template, for an evaluation without it; None where it has none."""
+    try:
+        if not getattr(load_tokenizer(model), "chat_template", None):
+            return None
+    except ConfigError:  # which the evaluation of this model reports, and others go on
+        return None
+    return f"{model} has a chat template and is asked without it; --chat-template puts prompts into it"
 
 
 def model_of_job(

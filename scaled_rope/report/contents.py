@@ -12,7 +12,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.report import paper
 from scaled_rope.report.context_use import all_tables, is_control
 from scaled_rope.report.figures import figure_of, loss_figure, paper_figure, wavelength_figure
-from scaled_rope.report.html import PageSection, figure_html, paper_table_html, provenance_html, table_html
+from scaled_rope.report.html import PageSection, figure_html, note_html, paper_table_html, provenance_html, table_html
 from scaled_rope.report.paper import PaperFigure, PaperTable
 from scaled_rope.report.tables import (
     ReportRows,
@@ -77,7 +77,9 @@ def parts(report: Report, folder: Path) -> Iterator[PageSection]:
         more.append(loss_figure(report.losses, "loss"))
     for extra in filter(None, more):
         yield PageSection(extra.heading, "", [figure_html(extra, folder)])
-    yield PageSection("Where the numbers come from", "", [provenance_html(report.results.rows)])
+    yield PageSection(
+        "Where the numbers come from", "", [*map(note_html, report.results.notes), provenance_html(report.results.rows)]
+    )
 
 
 def file_names(sections: Sequence[Section]) -> list[str]:

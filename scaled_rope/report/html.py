@@ -298,6 +298,11 @@ class PageSection:
     body: list[str] = field(default_factory=list)
 
 
+def note_html(text: str) -> str:
+    """A remark on the rows, as a paragraph."""
+    return f"<p class=note>{html.escape(text)}</p>"
+
+
 def provenance_html(rows: Sequence[Row]) -> str:
     """The provenance of all rows together: models, code, machine, versions, dates, seeds and commands."""
     records = [row["provenance"] for row in rows]

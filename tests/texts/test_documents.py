@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.texts.documents import TextSource, is_local, is_sampled, read_documents, read_json_lines
+from scaled_rope.texts.documents import TextSource, files_of, is_local, is_sampled, read_documents, read_json_lines
 from tests.helpers.packing import write_corpus
 
 
@@ -153,3 +153,37 @@ def test_records_come_with_their_places(tmp_path: Path) -> None:
     assert [next(records), next(records)] == [({"a": 1}, f"{path} line 1"), ([2], f"{path} line 3")]
     with pytest.raises(ConfigError, match=f"^dataset {path} line 4 is not JSON: "):
         next(records)
+
+
+def test_what_a_folder_holds_beside_texts_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "texts"
+    for name in ("a.txt", "B.TXT", "sub/c.Txt", ".hidden.txt", ".git/d.txt", "sub/.cache/e.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    (folder / "f.JSONL").write_text('{"text": "f.JSONL"}\n')
+    for name in ("g.gz", "sub/h.md", "README", "i.md", "j.tar.zst", "k.bin"):
+        (folder / name).write_text("no text")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/l.txt").write_text("behind a link")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "gone.txt").symlink_to(tmp_path / "nothing")
+    read, others = files_of(folder)
+    assert [str(path.relative_to(folder)) for path in read] == ["B.TXT", "a.txt", "f.JSONL", "sub/c.Txt"]
+    assert len(others) == 8
+    for _ in range(2):  # told once
+        assert list(read_documents(str(folder))) == ["B.TXT", "a.txt", "f.JSONL", "sub/c.Txt"]
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith(f"note: dataset {folder}: 8 of 12 files are not read (2 no suffix, 2 .md, ")
+    assert note.endswith("): README, g.gz, gone.txt, i.md, j.tar.zst, ...")
+
+
+def test_a_folder_without_texts_says_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("x")
+    (tmp_path / ".b.txt").write_text("x")
+    with pytest.raises(ConfigError, match=r"is a folder without .txt, .jsonl or .parquet files; it has a.md$"):
+        list(read_documents(str(tmp_path)))
+
+
+def test_compressed_files_with_upper_case_suffixes(tmp_path: Path) -> None:
+    compressed(tmp_path / "a.TXT.ZST", b"text")
+    assert list(read_documents(str(tmp_path))) == ["text"]
