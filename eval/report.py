@@ -4,16 +4,16 @@
     python eval/report.py rows.jsonl --paper --published FOLDER --output out/paper
     python eval/report.py --table 2                        # the published numbers alone, in the terminal
 
-prints a summary (to which length the models work, and what was not measured) and the tables, and writes `report.html`, one
-page that needs no other file and no network, `report.csv` with every number, and each figure as PNG and PDF. Data sets and
-protocols have a table and a figure each.
+prints a summary (to which length the models work, and what was not measured) and the tables, and writes `report.html`,
+one page that needs no other file and no network, `report.csv` with every number, and each figure as PNG and PDF. Data
+sets and protocols have a table and a figure each.
 
 Tables of the paper (and figure 5) are shown where rows belong to them; with --paper all of them, with --table the named
 ones. A cell shows the published number, ours, and a status: `=` reproduced within the stated tolerance, `!` different,
 `.` not run. --published adds whole curves from a copy of the released CSV files to figures 1 and 6.
 
-With `--verdict demo` the exit code is 1 when the claim of the demo doesn't hold, or when its control or its passkeys were
-not measured.
+With `--verdict demo` the exit code is 1 when the claim of the demo doesn't hold, or when its control or its passkeys
+were not measured.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ FOUND = 0.9
 """The least share of keys that must be found at a length for a model to work there by retrieval."""
 _MOST = 3  # models in the table
 NOT_MEASURED = "not measured"
+_NOT_EVEN = "not even at "
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,9 @@ def _sentence(series: Series, said: dict[str, Said]) -> str:
         if answer.text == NOT_MEASURED:
             what = "its control" if how == "perplexity" else "finding keys"
             parts.append(f"by {how} nothing is known, since {what} was not measured")
-        elif answer.text.startswith(("no ", "below", "up to")):
+        elif answer.text.startswith(_NOT_EVEN):
+            parts.append(f"by {how} it does {answer.text.replace('not', 'not work', 1)}")
+        elif answer.text.startswith("no "):
             parts.append(f"by {how} it works {answer.text}")
         else:
             parts.append(f"by {how} it works to {answer.text}")
@@ -234,7 +237,7 @@ def _by_retrieval(results: ReportRows, series: Series) -> Said:
     if cut is not None and trained is not None and at > trained:
         more += f"; {cut} stand in the last {trained} tokens"
     if found.works_to is None:
-        return Said(f"below {length} tokens, the shortest measured", "bad", more)
+        return Said(f"{_NOT_EVEN}{length} tokens, the shortest measured", "bad", more)
     return Said(_tokens(length), "good" if length >= claimed else "bad", more)
 
 

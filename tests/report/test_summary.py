@@ -73,7 +73,8 @@ def test_the_committed_rows() -> None:
     summary = summarize(load_results([str(ROOT / "data" / "demo_rows.jsonl")], "out/demo/model"))
     assert summary is not None and summary.models == ["yarn x8 (fine-tuned)", "unscaled"]
     assert summary.lines["works to, by perplexity"][0].more == "its control was not measured"
-    assert summary.lines["works to, by retrieval"][0].text == "below 256 tokens, the shortest measured"
+    assert summary.lines["works to, by retrieval"][0].text == "not even at 256 tokens, the shortest measured"
+    assert "by retrieval it does not work even at 256 tokens, the shortest measured;" in summary.sentence
 
 
 def test_retrieval_stops_at_the_first_length_that_is_missed(tmp_path: Path) -> None:
