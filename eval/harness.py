@@ -94,6 +94,7 @@ if __name__ == "__main__":
     refuse_early(lambda: check_arguments(build_parser().parse_args()))
 
 # What takes seconds to import stands below the flags.
+from scaled_rope.checkpoint import load_tokenizer
 from scaled_rope.evaluation.benchmark_runs import BenchmarkRun, Unmeasurable, benchmark_table, save_questions
 from scaled_rope.evaluation.failures import Failure, report_failures
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
@@ -128,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def units_of(job: ModelJob) -> Sequence[Unit | UnbuiltUnit | SavedUnit]:
         if args.requests is not None:
             return read_requests(args.requests, names or None)
+        load_tokenizer(job.model)  # without it, the model fails and not each of the tasks
         return catalogue.units(names, job.model, args.num_fewshot)
 
     if args.requests is None and not args.chat_template:
