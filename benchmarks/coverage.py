@@ -37,7 +37,7 @@ ROWS = ROOT / "data" / "coverage_rows.jsonl"
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- coverage: python benchmarks/coverage.py --table -->\n", "<!-- end of coverage -->\n"
 SECONDS, BYTES = 240, 12 * 2**30
-"""What one type may take."""
+"""The most time and memory for one type."""
 
 
 def build_parser() -> argparse.ArgumentParser:

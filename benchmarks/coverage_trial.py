@@ -171,7 +171,7 @@ def _cached(model: Any, ids: Tensor, whole: Tensor) -> float:
 
 
 def judge(trial: Trial) -> list[str]:
-    """What is wrong with a type: effects that are missing, tracebacks, numbers that differ. Empty when all is right."""
+    """The faults of a type: missing effects, tracebacks, numbers that differ. Empty when all is right."""
     wrong = []
     if str(trial.get("inspect")).startswith(("error", "traceback", "differs")):
         wrong.append(f"inspect: {trial['inspect']}")

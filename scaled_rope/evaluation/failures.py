@@ -14,7 +14,7 @@ from scaled_rope.evaluation.memory_meter import is_out_of_memory, release_memory
 
 
 class Named(Protocol):
-    """What a failure names; a `ModelJob`."""
+    """The part of a `ModelJob` that a failure names."""
 
     @property
     def name(self) -> str: ...

@@ -445,7 +445,7 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class _Unbuilt:
-    """What stands for a task that could not be built in what lm-eval's task manager returns."""
+    """Stands for a task that could not be built, among those that lm-eval's task manager returns."""
 
     task_name: str
     reason: str

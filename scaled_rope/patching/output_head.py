@@ -1,4 +1,4 @@
-"""What a model does with hidden states and logits around its output projection: factors, a soft cap, a cut.
+"""The factors, the soft cap and the cut that a model applies around its output projection.
 
 Families have a dozen names for these in their configs, so no name is trusted: the model's own forward pass is run once
 with stand-ins that hand it hidden states and logits that are known, and what it makes of them is measured. No weights

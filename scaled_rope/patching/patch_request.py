@@ -454,7 +454,7 @@ def remarks(unpatched: Unpatched, request: PatchRequest, base: PreTrainedModel) 
 
 
 def _without_effect(unpatched: Unpatched, request: PatchRequest, base: PreTrainedModel) -> Iterator[str]:
-    """What of a request cannot act on this model."""
+    """Say which parts of a request cannot act on this model."""
     config: Any = base.config
     scaling = request.scaling
     rotating = set(range(config.num_hidden_layers)) - set(layers_without_rope(config))

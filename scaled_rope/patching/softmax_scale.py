@@ -27,7 +27,7 @@ class SoftmaxScale:
     factor: float
 
     def of_tables(self, factor: float) -> float:
-        """What is left for cos and sin at a factor s: the quotient of the two temperatures."""
+        """The factor that is left for cos and sin at a factor s: the quotient of the two temperatures."""
         log = math.log(factor)
         return attention_factor_of(log, self.mscale) / attention_factor_of(log, self.mscale_all_dim)
 

@@ -97,7 +97,7 @@ def short_loss(section: Section, series: Series, window: int, base: str | None =
 
 
 def control_table(section: Section) -> Table | None:
-    """What the context beyond the control's window changes, by position bucket; None where no control was measured."""
+    """The change by context beyond the control's window, by position bucket; None where no control was measured."""
     found = [use for series in section.rows if (use := context_use(section, series)) is not None]
     columns = sorted({column for use in found for column in use.buckets})
     if not columns:
