@@ -429,7 +429,7 @@ def describe(section: Section) -> str:
 
 
 def unmeasured(section: Section) -> list[str]:
-    """What could not be measured and why, beside running out of memory: a text for each reason."""
+    """The reasons, beside running out of memory, for which something could not be measured: a text for each."""
     where: dict[str, list[str]] = {}
     for cells in section.rows.values():
         for (length, other), row in cells.items():

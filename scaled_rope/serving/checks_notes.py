@@ -100,7 +100,7 @@ _BY_CODE: dict[str, Callable[[ConfigFacts, ConfigNote], Finding]] = {
 
 
 def comparable(rope: Any) -> Any:
-    """What a RoPE dictionary says apart from the base, in a form to compare; other values as they are."""
+    """A RoPE dictionary without the base, in a form to compare; other values as they are."""
     if not isinstance(rope, Mapping):
         return rope
     values = {key: value for key, value in rope.items() if key not in ("type", "rope_type", "rope_theta")}

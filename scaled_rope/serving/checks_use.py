@@ -91,7 +91,7 @@ def ramp_of_several_axes_in_vllm(facts: ConfigFacts) -> Iterator[Finding]:
 
 
 def softmax_scale(facts: ConfigFacts) -> float:
-    """What a family's attention multiplies its softmax scale by, from mscale_all_dim; 1 for most families."""
+    """The multiplier of the softmax scale in a family's attention, from mscale_all_dim; 1 for most families."""
     scaling, given = facts.scaling, facts.entry.get("mscale_all_dim")
     if scaling is None or facts.model_type not in SOFTMAX_MSCALE_FAMILIES or scaling.method == "default":
         return 1.0

@@ -111,7 +111,7 @@ def _attention_factor(facts: ConfigFacts, scaling: RopeScaling) -> Number:
 
 
 def _of_attention(facts: ConfigFacts, scaling: RopeScaling) -> Iterator[Number]:
-    """What a family's attention takes from the RoPE dictionary beside frequencies and factor."""
+    """The numbers that a family's attention takes from the RoPE dictionary beside frequencies and factor."""
     softmax = softmax_scale(facts)
     if softmax != 1:
         yield Number("softmax scale times", softmax, "(0.1·mscale_all_dim·ln(s) + 1)², in attention")

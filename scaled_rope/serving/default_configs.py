@@ -20,7 +20,7 @@ Verdict = Literal["same", "no RoPE of text", "not compared", "differs", "refused
 
 @dataclass(frozen=True)
 class DefaultFinding:
-    """What `inspect` makes of a config, against the family's own rotary module."""
+    """The verdict on what `inspect` reads from a config, against the family's own rotary module."""
 
     verdict: Verdict
     """"same": every frequency and the attention factor, in all layer types that the module has tables of; "no RoPE of

@@ -97,7 +97,7 @@ def export(
 
 
 def _difference(comparison: Comparison, target: Target) -> str:
-    """What a target would compute instead, in words."""
+    """Say in words what a target would compute instead."""
     off = []
     if comparison.max_relative_difference > TOLERANCE:
         worst = f"dimension {comparison.worst_dimension}"

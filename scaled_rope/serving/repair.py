@@ -78,7 +78,7 @@ class Repair:
     changes: tuple[Change, ...]
     """In the order in which they were made; empty when there was nothing to mend."""
     report: Inspection
-    """What `inspect` says of the result."""
+    """The report of `inspect` on the result."""
 
 
 @dataclass
@@ -221,7 +221,7 @@ def _holder(config: dict[str, Any], path: Sequence[str], key: str) -> tuple[dict
 
 
 def _said_inside(text: Mapping[str, Any], key: str) -> Any:
-    """What the text part says of the same matter; None where that is nothing, or no scaling."""
+    """The text part's own words on the same matter; None where it has none, or no scaling."""
     rope = text.get("rope_scaling") or text.get("rope_parameters")
     if key == "rope_theta":
         inside = rope.get("rope_theta") if isinstance(rope, Mapping) else None

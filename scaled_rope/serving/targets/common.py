@@ -106,7 +106,7 @@ class Target:
     express: Callable[[ServedModel], Iterator[Expressed]]
     """Ways to say it, the plainest first."""
     read: Callable[[ServedModel, Expressed], Iterator[dict[str, Any]]]
-    """What the target reads from the texts that are printed, in place of `Expressed.given`: one per way to tell it."""
+    """The keys that the target reads from the printed texts, in place of `Expressed.given`: one per way to tell it."""
     restate: Callable[[ServedModel, Expressed, int], Restated]
     """(request, words, sequence length in tokens) -> what the target computes for it."""
     command: str
