@@ -211,7 +211,7 @@ def nest(values: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
 
 
 def at_path(values: Any, path: tuple[str, ...]) -> dict[str, Any]:
-    """What a dictionary holds at a path; nothing where it does not have it."""
+    """The dictionary at a path inside another; an empty one where there is none."""
     for name in path:
         values = values.get(name) if isinstance(values, Mapping) else None
     return dict(values) if isinstance(values, Mapping) else {}

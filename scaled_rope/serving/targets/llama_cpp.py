@@ -174,7 +174,7 @@ def _by_divisors(request: ServedModel, arch: str) -> Expressed:
 
 
 def read_flags(flags: Sequence[str]) -> dict[str, Any]:
-    """What llama.cpp is told by printed flags, by the names of `Expressed.given`."""
+    """The settings in printed flags, by the names of `Expressed.given`."""
     given: dict[str, Any] = {}
     names = {flag: name for name, flag in _LLAMA_FLAGS.items()}
     for flag, value in zip(flags[::2], flags[1::2], strict=True):
@@ -186,7 +186,7 @@ def read_flags(flags: Sequence[str]) -> dict[str, Any]:
 
 
 def read(request: ServedModel, words: Expressed) -> Iterator[dict[str, Any]]:
-    """What the flags tell it, together with what the GGUF holds: converted from the printed config.json, or a copy."""
+    """The settings in the flags and in the GGUF: converted from the printed config.json, or a copy."""
     told = read_flags(words.flags)
     gguf = words.gguf
     if gguf is not None:
