@@ -71,7 +71,7 @@ class Retrieval:
 
 
 def retrieval(results: ReportRows, series: Series) -> Retrieval | None:
-    """The passkeys that a series finds: plain ones, or numbered ones where there are no others; None if none were asked.
+    """The passkeys that a series finds: plain ones, or numbered ones where there are no others; None without any.
 
     Of several sets of prompts, the one that was measured last counts.
     """
