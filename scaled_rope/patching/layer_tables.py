@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.families import Adapter
 from scaled_rope.patching.rotary import FamilyRotaryEmbedding, LayeredRotaryEmbedding, ScaledRotaryEmbedding
+from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.record import LayerPlan, RopeScaling
 
 
@@ -32,6 +33,12 @@ class TableForm:
     def head_dim(self, layer_type: str) -> int:
         """Dimensions per head in the layers of a type."""
         return self.head_dims.get(layer_type, next(iter(self.head_dims.values())))
+
+    def frequencies(self, scaling: RopeScaling, layer_type: str, length: int | None = None) -> tuple[Tensor, float]:
+        """Frequencies [D/2] in the order of the family, and the attention factor; length: as for `compute_rope`."""
+        inv_freq, factor = compute_rope(scaling, self.head_dim(layer_type), length)
+        order = self.orders.get(layer_type)
+        return (inv_freq if order is None else inv_freq[order]), factor
 
 
 def build_rotary(

@@ -353,9 +353,7 @@ def _module_computes(unpatched: Unpatched, place: Place, layer_type: str, scalin
     inv_freq, factor = getattr(rotary, f"{prefix}inv_freq", None), getattr(rotary, f"{prefix}attention_scaling", None)
     if inv_freq is None or factor is None or inv_freq.is_meta:
         return unpatched.scaling_at(place, unpatched.own_of(layer_type)) == scaling
-    wanted, wanted_factor = compute_rope(scaling, unpatched.head_dims[layer_type])
-    order = unpatched.orders.get(layer_type)
-    wanted = wanted if order is None else wanted[order]
+    wanted, wanted_factor = unpatched.form(place).frequencies(scaling, layer_type)
     if inv_freq.shape != wanted.shape:
         return False
     # transformers computes in float32 throughout: its frequencies are off by up to some ln(b) units of 6e-8.

@@ -16,7 +16,6 @@ from transformers.utils import logging as transformers_logging
 from scaled_rope.patching.base_model import tables_of_text
 from scaled_rope.patching.class_exchange import exchange_class
 from scaled_rope.patching.patch_request import PatchRequest, Unpatched
-from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, NATIVE, RECORD_KEY, read_by_attention
 from scaled_rope.scaling.record import LayerPlan, RopeScaling
 
@@ -112,12 +111,10 @@ def _agrees(rotary: Any, layer_type: str, scaling: RopeScaling, unpatched: Unpat
     """Whether a rotary module of transformers has the frequencies of a scaling, for short texts and beyond L."""
     prefix, more = (f"{layer_type}_", (layer_type,)) if layer_type else ("", ())
     original = scaling.original_max_position_embeddings or 1
-    order = unpatched.orders.get(layer_type)
-    head_dim = unpatched.form(unpatched.places[0]).head_dim(layer_type)
+    form = unpatched.form(unpatched.places[0])
     for length in (1, original, 3 * original + 1) if scaling.is_length_dependent else (1,):
         tables_of_text(rotary, torch.zeros(1, 1, 1), torch.tensor([[length - 1]]), *more)
-        wanted, factor = compute_rope(scaling, head_dim, length)
-        wanted = wanted if order is None else wanted[order]
+        wanted, factor = form.frequencies(scaling, layer_type, length)
         inv_freq = getattr(rotary, f"{prefix}inv_freq")
         # Computed in float32, off by some ln(b) + 3·s units of 6e-8.
         if inv_freq.shape != wanted.shape or not torch.allclose(inv_freq, wanted, rtol=1e-3, atol=0):
