@@ -71,6 +71,7 @@ _MEASURED: Mapping[str, Mapping[str, _Check]] = {
     "passkey_context": _CONTEXT,
     "passkey_hard_context": _CONTEXT,
     "benchmark": {"value": _NUMBER, "n": _COUNT},
+    "longppl": {"longppl": _NUMBER_OR_NONE, "key_tokens": _COUNT, "tokens": _COUNT},
 }
 """Metric -> the fields that a row with a measurement has."""
 _OPTIONAL: Mapping[str, _Check] = {
@@ -87,6 +88,7 @@ _OPTIONAL: Mapping[str, _Check] = {
 _INSIDE: Mapping[str, Mapping[str, Mapping[str, _Check]]] = {
     "perplexity": {"data": {"fingerprint": _TEXT}},
     "quality": {"data": {"fingerprint": _TEXT}},
+    "longppl": {"data": {"fingerprint": _TEXT}, "protocol": {"window": _WHOLE, "evaluator": _TEXT}},
     "benchmark": {"protocol": {"task": _TEXT, "num_fewshot": _COUNT, "metric": _TEXT}},
 }
 """Metric -> object -> fields in it that are read."""

@@ -24,7 +24,16 @@ UNSCALED = -1
 """The color of a series without scaling; others count from 0."""
 
 # In the order of a report.
-_NUMBERS = ("perplexity", "passkey", "passkey_context", "passkey_hard", "passkey_hard_context", "benchmark", "quality")
+_NUMBERS = (
+    "perplexity",
+    "longppl",
+    "passkey",
+    "passkey_context",
+    "passkey_hard",
+    "passkey_hard_context",
+    "benchmark",
+    "quality",
+)
 _MOST_COLUMNS = 12  # in the terminal
 
 
@@ -144,7 +153,7 @@ def topic_of(row: Row) -> Topic:
             return Topic(metric, "", (), by_length=False)
         protocol.pop("metric", None)  # names the length
         return Topic(metric, str(protocol["task"]), _frozen(protocol))
-    text = data["fingerprint"] if metric in ("perplexity", "quality") else ""
+    text = data["fingerprint"] if metric in ("perplexity", "longppl", "quality") else ""
     return Topic(metric, str(data.get("name", metric)), _frozen(protocol), text, not metric.endswith("_context"))
 
 
@@ -354,6 +363,15 @@ def perplexity_cell(row: Row, bucket: bool) -> Cell:
     return Cell(format_perplexity(value), row, value, _interval(row, "interval_bucket" if bucket else "interval"))
 
 
+def key_token_cell(row: Row) -> Cell:
+    """The perplexity over key tokens, or that there are none."""
+    if row.get("error"):
+        return Cell(_error(row), row)
+    if not row["key_tokens"]:
+        return Cell("none", row)
+    return Cell(format_perplexity(row["longppl"]), row, row["longppl"], _interval(row))
+
+
 def share_cell(row: Row) -> Cell:
     """A benchmark's score, or the right answers out of all, in percent from 100 questions on."""
     if row.get("error"):
@@ -418,6 +436,9 @@ def describe(section: Section) -> str:
             else "cut at each length"
         )
         said.append("windows weigh the same" if protocol.get("weighting") == "window" else "tokens weigh the same")
+    elif topic.metric == "longppl":
+        said.append(f"key tokens chosen by {protocol['evaluator']}")
+        said.append(f"which gain by what stands before the last {protocol['window']} tokens")
     else:
         if "iterations" in protocol:
             said.append(f"{protocol['iterations']} prompts per length")
@@ -454,6 +475,8 @@ def title_of(section: Section) -> str:
     if topic.metric == "perplexity":
         where = " in sliding windows" if topic.setting("name") == "sliding" else ""
         return f"Perplexity{where}, {topic.data or 'text'}"
+    if topic.metric == "longppl":
+        return f"LongPPL, {topic.data or 'text'}"
     title = _TITLES[topic.metric]
     plain = topic.data in ("", topic.metric, "passkey") or topic.metric.startswith("passkey_hard")
     return title if plain else f"{title}, {topic.data}"
@@ -490,6 +513,14 @@ def tables_of(section: Section) -> list[Table]:
             by_bucket,
             Table(f"{title}, by context length", "All tokens of the first L.", section, lengths, whole, True),
         ]
+    if topic.metric == "longppl":
+        note = "Perplexity over the tokens that only far context predicts; the evaluator's own is flattered."
+        by_length = table(f"{title}, by context length", note, lengths, key_token_cell, True)
+        rows = [next((row for cells in section.rows.values() if "key_tokens" in (row := cells.get(one, {}))), {})
+                for one in columns]  # fmt: skip
+        counts = [Cell(str(row.get("key_tokens", ""))) for row in rows]
+        by_length.lines.append((_aside(section, "key tokens"), counts))
+        return [by_length]
     if topic.metric.endswith("_context"):
         return [_context_table(section, title)]
     if topic.by_length:
@@ -528,10 +559,13 @@ def _within_reach(section: Section) -> list[tuple[Series, list[Cell]]]:
     if all(cell.row is None for cell in cells):
         return []
     words = f"within the last {trained} tokens (computed)"
-    line = replace(
-        next(iter(section.rows)), name=words, label=words, color=UNSCALED, marker="", dashed=True, aside=True
-    )
-    return [(line, cells)]
+    return [(_aside(section, words), cells)]
+
+
+def _aside(section: Section, words: str) -> Series:
+    """A line that is no series."""
+    first = next(iter(section.rows))
+    return replace(first, name=words, label=words, color=UNSCALED, marker="", dashed=True, aside=True)
 
 
 def _context_table(section: Section, title: str) -> Table:
