@@ -14,6 +14,7 @@ from scaled_rope.evaluation.formatting import format_perplexity, format_table
 from scaled_rope.report.row_files import newest, read_row_files, row_date
 from scaled_rope.results import OUT_OF_MEMORY, Row, portable_model
 from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.texts.corpora import STANDIN, STANDINS
 
 Column = tuple[int, str]
 """The key of a table's column: a context length in tokens (0 for none), and a text that tells columns of one length
@@ -446,7 +447,8 @@ def describe(section: Section) -> str:
         said += [f"{name.replace('_', ' ')} {value}" for name, value in left.items()]
     if any(row.get("error") == OUT_OF_MEMORY for row in rows):
         said.append("OOM: ran out of memory")
-    return "; ".join([", ".join(said), *unmeasured(section)])
+    text = STANDINS.get(str(data.get("name", "")).removeprefix(STANDIN))
+    return "; ".join([", ".join(said), *([text.seen] if text else []), *unmeasured(section)])
 
 
 def unmeasured(section: Section) -> list[str]:
