@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.patching.loss import hidden_states, positions_per_chunk, project
+from scaled_rope.evaluation.shared_beginnings import Input, can_share, chains_of, is_worth
+from scaled_rope.patching.loss import hidden_states, positions_per_chunk, project, shared_hidden_states
 from scaled_rope.scaling.frequencies import at_length
 from scaled_rope.scaling.record import RopeScaling
 
@@ -65,9 +66,11 @@ def score(
 ) -> list[tuple[float, bool]]:
     """Log-likelihood of each continuation in nats, and whether it is what greedy decoding would give.
 
-    One pass without a cache per distinct input, padded on the right; logits are computed for continuations only, in
-    float32. The results equal those of one request at a time: under a length-dependent scaling a row has the scale of
-    its own length.
+    Distinct inputs go through the model once, without a cache, padded on the right; logits are computed for
+    continuations only, in float32. The results equal those of one request at a time: under a length-dependent scaling a
+    row has the scale of its own length. What several inputs begin with, such as the question before its choices or the
+    examples before the questions, is read once and kept in a cache where that saves time and the model's own numbers
+    are the same with it, see `shared_beginnings`.
 
     Args:
         model: a causal language model that computes with `scaling`.
@@ -89,27 +92,46 @@ def score(
         # The last token is only predicted, never an input; so max_length + 1 tokens fit.
         by_input.setdefault(whole[-(max_length + 1) :][:-1], []).append(index)
     answers: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
+
+    def scored_from(ids: Input) -> int:
+        """The first position of an input whose prediction is wanted."""
+        return len(ids) - max(len(requests[index].continuation) for index in by_input[ids])
+
+    def settle(some: Sequence[Input], hidden: Tensor, first: int = 0) -> int:
+        """Score the continuations of inputs from their hidden states [B, T, H], which begin at position `first`."""
+        wanted = []  # (row, position, target) of every token to score
+        spans = []
+        for row, ids in enumerate(some):
+            for index in by_input[ids]:
+                targets = requests[index].continuation
+                positions = range(len(ids) - len(targets) - first, len(ids) - first)
+                wanted += [(row, position, target) for position, target in zip(positions, targets, strict=True)]
+                spans.append((index, len(targets)))
+        at, position, target = torch.tensor(wanted, device=hidden.device).unbind(dim=1)
+        logs, greedy = _score_positions(model, hidden[at, position], target)
+        start = 0
+        for index, length in spans:
+            part = slice(start, start + length)
+            answers[index] = (float(logs[part].double().sum()), bool(greedy[part].all()))
+            start += length
+        return len(spans)
+
+    chains = [chain for chain in chains_of(by_input) if is_worth(chain, model)]
+    if chains and not can_share(model, scaling, chains[0]):
+        chains = []
+    shared = {ids for chain in chains for ids in chain}
     with tqdm(total=len(requests), disable=hide_progress, mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
-        for batch in _batches(by_input, scaling, rows):
+        for chain in chains:
+            starts = [scored_from(ids) for ids in chain]
+            sequences = [torch.tensor(ids, device=model.device) for ids in chain]
+            states = shared_hidden_states(model, sequences, starts)
+            for ids, first, hidden in zip(chain, starts, states, strict=True):
+                bar.update(settle([ids], hidden, first))
+        for batch in _batches((ids for ids in by_input if ids not in shared), scaling, rows):
             tokens = torch.zeros((len(batch), len(batch[0])), dtype=torch.long)
-            wanted = []  # (row, position, target) of every token to score
-            spans = []
             for row, ids in enumerate(batch):
                 tokens[row, : len(ids)] = torch.tensor(ids)
-                for index in by_input[ids]:
-                    targets = requests[index].continuation
-                    positions = range(len(ids) - len(targets), len(ids))
-                    wanted += [(row, position, target) for position, target in zip(positions, targets, strict=True)]
-                    spans.append((index, len(targets)))
-            at, position, target = torch.tensor(wanted, device=model.device).unbind(dim=1)
-            hidden = hidden_states(model, tokens.to(model.device))[at, position]
-            logs, greedy = _score_positions(model, hidden, target)
-            start = 0
-            for index, length in spans:
-                part = slice(start, start + length)
-                answers[index] = (float(logs[part].double().sum()), bool(greedy[part].all()))
-                start += length
-            bar.update(len(spans))
+            bar.update(settle(batch, hidden_states(model, tokens.to(model.device))))
     return answers
 
 
