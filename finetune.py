@@ -79,6 +79,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None,
                         help="compute activations twice instead of keeping them (default: on)")  # fmt: skip
     parser.add_argument("--loss", choices=LOSSES, help="logits: some at a time, fused with the loss (Liger), or whole")
+    parser.add_argument("--mlp-tiles", type=int, metavar="N",
+                        help="stretches of a sequence that MLPs work on one after another (default: 1)")  # fmt: skip
     parser.add_argument("--offload-activations", action="store_const", const=True,
                         help="keep the inputs of checkpointed layers in CPU memory")  # fmt: skip
     parser.add_argument("--sequence-parallel", type=int, metavar="N",
@@ -122,7 +124,7 @@ def overrides(args: argparse.Namespace, base: Recipe, ranks: int) -> dict[str, A
             "max_train_steps", "warmup_steps", "learning_rate", "lr_schedule", "grad_norm", "seed", "precision", "lora",
             "checkpointing_steps", "kept_checkpoints", "lora_embeddings_and_norms", "gradient_checkpointing",
             "offload_activations", "loss", "sequence_parallel", "attention", "documents", "heldout", "heldout_steps",
-            "positions", "pose_chunks", "skip_text",
+            "positions", "pose_chunks", "skip_text", "mlp_tiles",
         )
         if getattr(args, name) is not None
     }  # fmt: skip

@@ -71,6 +71,8 @@ class Recipe:
         loss: how it is computed from hidden states: "chunked", some logits at a time; "fused", by Liger's kernel on a
             GPU; "whole", all logits at once; "auto": fused where it can run, else chunked.
         gradient_checkpointing: keep only the input of every layer and compute the rest again in the backward pass.
+        mlp_tiles: stretches of a sequence that an MLP works on one after another, so that its inner activations are
+            there for one at a time; 1: the whole sequence at once.
         offload_activations: keep activations for the backward pass in CPU memory.
         sequence_parallel: ranks that share one sequence (Ulysses, under DeepSpeed ZeRO-3).
         checkpointing_steps: keep a resumable state every so many steps; None: never.
@@ -113,6 +115,7 @@ class Recipe:
     attention: str = "auto"
     loss: str = "auto"
     gradient_checkpointing: bool = True
+    mlp_tiles: int = 1
     offload_activations: bool = False
     sequence_parallel: int = 1
     lora: bool = False
@@ -140,7 +143,7 @@ class Recipe:
         require(self.init is None or self.tokenizer is not None, "tokenizer", "a model from `init` needs one")
         for name in (
             "sequence_length", "global_batch_size", "batch_size", "max_train_steps", "sequence_parallel",
-            "kept_checkpoints", "heldout_steps", "heldout_rows",
+            "kept_checkpoints", "heldout_steps", "heldout_rows", "mlp_tiles",
         ):  # fmt: skip
             require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("truncate", "checkpointing_steps"):

@@ -117,6 +117,14 @@ def test_windows_whose_positions_jump_are_the_same_on_two_ranks(workspace, tmp_p
     assert_trained_alike(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+def test_tiled_mlps_train_like_whole_ones(workspace, straight, tmp_path, engine):
+    if engine == "zero3":
+        need_deepspeed()
+    Ranks(workspace, tmp_path / "two", 2, engine, ("--mlp-tiles", "3")).succeed()
+    assert_trained_alike(straight, tmp_path / "two")
+
+
 def test_rows_of_different_length_train_alike_on_shards(workspace, tmp_path):
     """Under ZeRO-3 each pass is collective: ranks whose rows differ in length must still make equally many."""
     datasets = pytest.importorskip("datasets")

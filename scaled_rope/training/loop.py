@@ -58,6 +58,7 @@ from scaled_rope.training.model import (
     make_whole,
     save_model,
     set_sliding_window,
+    tile_mlps,
 )
 from scaled_rope.training.pose import SkipWise, skip_wise
 from scaled_rope.training.run_state import (
@@ -163,6 +164,7 @@ class Trainer:
                 f"note: transformers cannot express {report.scaling.label}; load the result with scaled_rope"
             )
         enable_checkpointing(model, recipe)
+        tile_mlps(model, recipe.mlp_tiles)
         model.config.get_text_config(decoder=True).use_cache = False
         module = SummedLoss(model, recipe.offload_activations, loss)
         optimizer = make_optimizer(recipe, module)

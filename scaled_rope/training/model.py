@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from scaled_rope.attention.backends import attention_for
 from scaled_rope.checkpoint import load_tokenizer, open_checkpoint
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loading import former_names, load_model, resolve_plan
 from scaled_rope.patching.loss import token_nll
+from scaled_rope.patching.output_head import decoder_of
 from scaled_rope.patching.patch import PatchReport, patch_as_read, patched_plan
 from scaled_rope.recipes import Recipe
 from scaled_rope.scaling.record import RopeScaling, RopeSettings, with_primary
@@ -164,6 +167,65 @@ def enable_checkpointing(model: Any, recipe: Recipe) -> None:
         # The method was renamed in transformers 5.23.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+
+
+_MLPS = ("mlp", "feed_forward", "ffn")
+"""Names of the MLP in a decoder layer."""
+
+
+def tile_mlps(model: Any, tiles: int) -> None:
+    """Let each MLP work on `tiles` stretches of a sequence, one after another, and again in the backward pass.
+
+    An MLP looks at each token by itself, so the result is the same to rounding, but its inner activations, the largest
+    of a layer, are there for one stretch at a time. Each stretch is a checkpoint of torch, which the hooks of DDP, FSDP
+    and ZeRO know, unlike the functions of DeepSpeed and Liger that sum gradients by themselves.
+
+    tiles: 1 leaves the model as it is.
+
+    Raises:
+        ConfigError: a model without such MLPs, or with one that does not treat tokens alike, such as experts behind a
+            router.
+    """
+    if tiles == 1:
+        return
+    layers = decoder_of(model.get_base_model() if hasattr(model, "get_base_model") else model).layers
+    found = [next((getattr(layer, name) for name in _MLPS if hasattr(layer, name)), None) for layer in layers]
+    if not all(isinstance(mlp, nn.Module) for mlp in found):
+        raise ConfigError(
+            f"mlp_tiles {tiles} is not possible: layers of {model.config.model_type} have no MLP of a known name"
+        )
+    checked: set[type] = set()
+    for mlp in found:
+        if type(mlp) not in checked:
+            _check_tokenwise(mlp, model.config, tiles)
+            checked.add(type(mlp))
+        mlp.forward = functools.partial(_tiled, mlp.forward, tiles)
+
+
+def _tiled(forward: Callable[[torch.Tensor], torch.Tensor], tiles: int, hidden: torch.Tensor) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        return torch.cat([forward(part) for part in hidden.chunk(tiles, dim=-2)], dim=-2)
+    parts = [checkpoint(forward, part, use_reentrant=False) for part in hidden.chunk(tiles, dim=-2)]
+    return torch.cat(parts, dim=-2)
+
+
+@torch.no_grad()
+def _check_tokenwise(mlp: Any, config: Any, tiles: int) -> None:
+    """Raise a ConfigError unless the output for some tokens is that for these tokens alone."""
+    weight = next(mlp.parameters())
+    hidden = torch.randn(1, 6, config.get_text_config().hidden_size, generator=torch.Generator().manual_seed(0))
+    hidden = hidden.to(weight.device, weight.dtype)
+    try:
+        whole, part = mlp(hidden), mlp(hidden[:, 4:])
+        alike = isinstance(whole, torch.Tensor) and whole.shape == hidden.shape
+        # While planning, tensors have shapes and no values.
+        if alike and type(whole) is torch.Tensor and not whole.is_meta:
+            alike = torch.allclose(whole[:, 4:], part, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
+    except (TypeError, ValueError, RuntimeError):
+        alike = False
+    if not alike:
+        name = type(mlp).__name__
+        raise ConfigError(f"mlp_tiles {tiles} is not possible: {name} does not treat each token by itself")
 
 
 def add_lora(model: Any, embeddings_and_norms: bool = False) -> Any:

@@ -28,7 +28,14 @@ from scaled_rope.patching.loss import logits_bytes
 from scaled_rope.recipes import Recipe, read_recipe, starts_from
 from scaled_rope.training.costs import Flops, ModelCost
 from scaled_rope.training.engine import accumulation, allowed_sequence_parallel
-from scaled_rope.training.model import SummedLoss, add_lora, enable_checkpointing, install_scaling, set_sliding_window
+from scaled_rope.training.model import (
+    SummedLoss,
+    add_lora,
+    enable_checkpointing,
+    install_scaling,
+    set_sliding_window,
+    tile_mlps,
+)
 from scaled_rope.training.traced_memory import Trace, to_cpu, trace_pass
 
 ARCHITECTURES = bundled("data/architectures.json")
@@ -229,7 +236,7 @@ class Planner:
             return add_lora(model, recipe.lora_embeddings_and_norms) if recipe.lora else model
 
     def _trace(self, recipe: Recipe, length: int, cast: bool, accumulating: bool) -> tuple[Trace, Counts]:
-        key = (length, recipe.gradient_checkpointing, recipe.lora, cast, accumulating)
+        key = (length, recipe.gradient_checkpointing, recipe.mlp_tiles, recipe.lora, cast, accumulating)
         if key not in self._traces:
             model = self._build(recipe, torch.bfloat16 if cast else torch.float32).train()
             with FakeTensorMode(), warnings.catch_warnings():
@@ -237,6 +244,7 @@ class Planner:
                 to_cpu(model)
                 install_scaling(model.get_base_model() if recipe.lora else model, recipe)
                 enable_checkpointing(model, recipe)
+                tile_mlps(model, recipe.mlp_tiles)
                 model.config.get_text_config(decoder=True).use_cache = False
                 if recipe.sliding_window_attention_schedule is not None:
                     set_sliding_window(model, min(recipe.sliding_window_attention_schedule))
