@@ -74,6 +74,7 @@ from scaled_rope.evaluation.failures import Failure
 from scaled_rope.evaluation.jobs import model_jobs
 from scaled_rope.evaluation.passkey_evaluator import Passkey
 from scaled_rope.evaluation.passkey_trials import run_trials
+from scaled_rope.evaluation.ranks import current, on_ranks
 from scaled_rope.evaluation.runner import command_line, given_arguments
 from scaled_rope.report.drawing import check_format
 from scaled_rope.report.heatmap import Panel, save_heatmap
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lambda row: f"{row['right']}/{row['n']}",
         failures,
     )
-    if args.heatmap is not None:
+    if args.heatmap is not None and current().is_first:
         panels = [
             Panel.of_rows(job.name, cells, job.scaling.original_max_position_embeddings) for job, cells in rows.items()
         ]
@@ -121,4 +122,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    sys.exit(run_cli(lambda: on_ranks(main)))

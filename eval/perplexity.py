@@ -130,6 +130,7 @@ from scaled_rope.evaluation.failures import Failure, report_failures
 from scaled_rope.evaluation.formatting import format_perplexity
 from scaled_rope.evaluation.jobs import ModelJob, model_jobs
 from scaled_rope.evaluation.perplexity_evaluator import Perplexity
+from scaled_rope.evaluation.ranks import current, on_ranks
 from scaled_rope.evaluation.runner import Parts, command_line, print_summary, run_all
 from scaled_rope.results import Row
 
@@ -201,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(sources) != 1 or sources[0].tokenized:
             raise ConfigError("save-tokenized takes one --dataset")
         models = list(dict.fromkeys(job.model for job in jobs))
-        count = save_tokenized(sources[0], models, args.save_tokenized)
+        count = current().first(lambda: save_tokenized(sources[0], models, args.save_tokenized))
         print(f"{count} documents: {args.save_tokenized}")
         return 0
     several = len(sources) > 1
@@ -235,4 +236,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    sys.exit(run_cli(lambda: on_ranks(main)))

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.ranks import current
 from scaled_rope.patching.loss import hidden_states, positions_per_chunk, project
 from scaled_rope.scaling.frequencies import at_length
 from scaled_rope.scaling.record import RopeScaling
@@ -89,27 +90,49 @@ def score(
         # The last token is only predicted, never an input; so max_length + 1 tokens fit.
         by_input.setdefault(whole[-(max_length + 1) :][:-1], []).append(index)
     answers: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
-    with tqdm(total=len(requests), disable=hide_progress, mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
-        for batch in _batches(by_input, scaling, rows):
-            tokens = torch.zeros((len(batch), len(batch[0])), dtype=torch.long)
-            wanted = []  # (row, position, target) of every token to score
-            spans = []
-            for row, ids in enumerate(batch):
-                tokens[row, : len(ids)] = torch.tensor(ids)
-                for index in by_input[ids]:
-                    targets = requests[index].continuation
-                    positions = range(len(ids) - len(targets), len(ids))
-                    wanted += [(row, position, target) for position, target in zip(positions, targets, strict=True)]
-                    spans.append((index, len(targets)))
-            at, position, target = torch.tensor(wanted, device=model.device).unbind(dim=1)
-            hidden = hidden_states(model, tokens.to(model.device))[at, position]
-            logs, greedy = _score_positions(model, hidden, target)
-            start = 0
-            for index, length in spans:
-                part = slice(start, start + length)
-                answers[index] = (float(logs[part].double().sum()), bool(greedy[part].all()))
-                start += length
-            bar.update(len(spans))
+    ranks = current()
+
+    def run(share: Iterable[Sequence[tuple[int, ...]]]) -> list[list[tuple[int, tuple[float, bool]]]]:
+        return [_score_batch(model, batch, by_input, requests, bar) for batch in share]
+
+    quiet = hide_progress or not ranks.is_first
+    with tqdm(total=len(requests), disable=quiet, mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
+        batches = list(_batches(by_input, scaling, rows))
+        for answered in ranks.spread(batches, run):
+            for index, answer in answered:
+                answers[index] = answer
+        bar.update(len(requests) - bar.n)  # those of other processes
+    return answers
+
+
+def _score_batch(
+    model: Any,
+    batch: Sequence[tuple[int, ...]],
+    by_input: Mapping[tuple[int, ...], Sequence[int]],
+    requests: Sequence[Continuation],
+    bar: tqdm[Any],
+) -> list[tuple[int, tuple[float, bool]]]:
+    """The answers to all requests that a batch of inputs holds, by index."""
+    tokens = torch.zeros((len(batch), len(batch[0])), dtype=torch.long)
+    wanted = []  # (row, position, target) of every token to score
+    spans = []
+    for row, ids in enumerate(batch):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+        for index in by_input[ids]:
+            targets = requests[index].continuation
+            positions = range(len(ids) - len(targets), len(ids))
+            wanted += [(row, position, target) for position, target in zip(positions, targets, strict=True)]
+            spans.append((index, len(targets)))
+    at, position, target = torch.tensor(wanted, device=model.device).unbind(dim=1)
+    hidden = hidden_states(model, tokens.to(model.device))[at, position]
+    logs, greedy = _score_positions(model, hidden, target)
+    answers = []
+    start = 0
+    for index, length in spans:
+        part = slice(start, start + length)
+        answers.append((index, (float(logs[part].double().sum()), bool(greedy[part].all()))))
+        start += length
+    bar.update(len(spans))
     return answers
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from scaled_rope.attention.backends import resolve_attention
 from scaled_rope.checkpoint import DEFAULT_MODEL, Checkpoint, display_name, open_checkpoint, weights_hash
 from scaled_rope.evaluation.failures import Failure, failing_alone, raise_if_same
+from scaled_rope.evaluation.ranks import current
 from scaled_rope.flags import NO_EFFECT, check_model_arguments, requested_specs
 from scaled_rope.patching.loading import apply_scaling, load_model, resolve_device, resolve_dtype, resolve_plan
 from scaled_rope.patching.region_attention import check_carrier
@@ -91,7 +92,7 @@ def model_jobs(args: argparse.Namespace, failures: list[Failure] | None = None) 
     """
     for flag in args.no_effect or ():
         print(f"note: {flag} has no effect: {NO_EFFECT[flag]}", file=sys.stderr)
-    device = resolve_device(args.device)
+    device = resolve_device(current().device(args.device))
     dtype = resolve_dtype(args.dtype, device)
     resolve_attention(args.attention, device, dtype)
     resolve_kernel(args.kernel)
@@ -134,7 +135,7 @@ class ModelLoader:
     """Loads the models of jobs and sets their scalings; consecutive jobs on one checkpoint load it once."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.device = resolve_device(args.device)
+        self.device = resolve_device(current().device(args.device))
         self._args = args
         self._name: str | None = None
         self._model: Any = None

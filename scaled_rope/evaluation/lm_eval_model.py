@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from scaled_rope.evaluation.lm_eval_arguments import (
     refuse_unknown,
     rows_per_pass,
 )
+from scaled_rope.evaluation.ranks import current, join
 from scaled_rope.patching.loading import load_model
 from scaled_rope.patching.patch import cache_obstacle, patched_scaling
 from scaled_rope.scaling.record import RopeScaling
@@ -94,6 +96,7 @@ class ScaledRopeLM(HFLM):  # type: ignore[misc]
         refuse_unknown(more, [*_OWN, *_PASSED_ON], _HF_DEFAULTS)
         check_backend(backend)
         check_parallelize(parallelize)
+        _join_ranks()
         self._rows = rows_per_pass(batch_size)
         longest_prompt(max_length, 2)  # refused before weights are read
         if pretrained is None:
@@ -153,6 +156,18 @@ class ScaledRopeLM(HFLM):  # type: ignore[misc]
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
 
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        ranks = current()
+        hide = disable_tqdm or self._hide_progress or not ranks.is_first
+        generate = super().generate_until
+
+        def answer(share: list[Any]) -> list[str]:
+            return list(generate(share, disable_tqdm=hide)) if share else []
+
+        before, found = self.truncated, ranks.spread(requests, answer)
+        self.truncated = before + sum(ranks.gather(lambda: self.truncated - before))
+        return found
+
     def tok_batch_encode(self, strings: list[str], *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         if (limit := options.get("left_truncate_len")) is not None:
             self.truncated += sum(len(self.tok_encode(text)) > limit for text in strings)
@@ -182,9 +197,32 @@ _OWN = tuple(inspect.signature(ScaledRopeLM.__init__).parameters)[1:-1]
 """The arguments of our own, and those of lm-eval's that are handled here."""
 
 
+def _join_ranks() -> None:
+    """Meet the other processes of lm-eval's own command line, if a launcher started several.
+
+    All of them ask everything and share the forward passes, so each has the whole result, of which lm-eval writes that
+    of the first process of a machine.
+
+    Raises:
+        ConfigError: processes on several machines, or a version of lm-eval in which each would write its own result.
+    """
+    if current().count > 1 or (count := int(os.environ.get("WORLD_SIZE", "1"))) == 1:
+        return
+    evaluator = importlib.import_module("lm_eval.evaluator")
+    if "LOCAL_RANK" not in inspect.getsource(evaluator.simple_evaluate):
+        raise ConfigError(f"lm-eval of this version writes results {count} times with {count} processes; start one")
+    if (here := int(os.environ.get("LOCAL_WORLD_SIZE", count))) != count:
+        raise ConfigError(f"{count} processes, {here} of them here: lm-eval writes results on each machine; use one")
+    join()
+
+
 def _available(device: str | None) -> str | None:
     """The device to load on; None for a GPU that is not there, since lm-eval's command line names one by default."""
-    return None if str(device).startswith("cuda") and not torch.cuda.is_available() else device
+    if not str(device).startswith("cuda"):
+        return device
+    if not torch.cuda.is_available():
+        return None
+    return device if current().count == 1 else current().device(None)
 
 
 def _scaling_of(model: Any) -> RopeScaling:
