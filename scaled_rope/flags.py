@@ -30,6 +30,7 @@ ATTENTIONS = (
     "auto", "flash_attention_2", "flash_attention_3", "flash_attention_4", "sdpa", "sdpa_blocked", "blockwise",
     "flex_attention", "eager",
 )  # fmt: skip
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 KERNELS = ("auto", "torch", "triton", "none")
 TARGETS = ("transformers", "vllm", "sglang", "llama.cpp")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -88,7 +89,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--finetuned", action="store_true", help="dynamic scalings start from the checkpoint's own factor")
     add("--original-max-position-embeddings", type=int, metavar="N", help="trained context, if the checkpoint is wrong")
     add("--dtype", default="auto", help="float32, bfloat16, float16 or auto (bfloat16 on a GPU)")
-    add("--device", help="torch device (default: the first GPU, else cpu)")
+    add("--device", help="torch device (default: the first GPU, else cpu; of several processes each has its own)")
+    add(
+        "--device-map",
+        metavar="MAP",
+        help=f"split models over GPUs, CPU and disk: {', '.join(DEVICE_MAPS)}, or a .json file of parts and devices",
+    )
+    add("--max-memory", metavar="D=SIZE,...", help="most memory for --device-map, as 0=20GiB,cpu=64GiB")
+    add("--offload-folder", metavar="DIR", help="weights of --device-map that fit nowhere else")
     add("--attention", default="auto", help=f"one of: {', '.join(ATTENTIONS)}")
     add("--flash-attention", dest="attention", action="store_const", const="flash_attention_2", help=argparse.SUPPRESS)
     add("--kernel", default="auto", help=f"rotary kernel, one of: {', '.join(KERNELS)}")
@@ -108,6 +116,8 @@ def check_model_arguments(args: argparse.Namespace) -> None:
         check_local(name)
     for spec in requested_specs(args):
         check_spec(spec)
+    if args.device_map is not None and not args.device_map.endswith(".json") and args.device_map not in DEVICE_MAPS:
+        raise unknown("device-map", args.device_map, [*DEVICE_MAPS, "a .json file"])
     for flag, known in (("attention", ATTENTIONS), ("kernel", KERNELS)):
         if getattr(args, flag) not in known:
             raise unknown(flag, getattr(args, flag), known)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.ranks import current
+from scaled_rope.patching.device_maps import input_device
 from scaled_rope.patching.loss import hidden_states, positions_per_chunk, project
 from scaled_rope.scaling.frequencies import at_length
 from scaled_rope.scaling.record import RopeScaling
@@ -123,8 +124,9 @@ def _score_batch(
             positions = range(len(ids) - len(targets), len(ids))
             wanted += [(row, position, target) for position, target in zip(positions, targets, strict=True)]
             spans.append((index, len(targets)))
-    at, position, target = torch.tensor(wanted, device=model.device).unbind(dim=1)
-    hidden = hidden_states(model, tokens.to(model.device))[at, position]
+    at, position, target = torch.tensor(wanted).unbind(dim=1)
+    hidden = hidden_states(model, tokens.to(input_device(model)))
+    hidden = hidden[at.to(hidden.device), position.to(hidden.device)]
     logs, greedy = _score_positions(model, hidden, target)
     answers = []
     start = 0
@@ -142,6 +144,7 @@ def _score_positions(model: Any, hidden: Tensor, target: Tensor) -> tuple[Tensor
     logs, greedy = [], []
     for states, wanted in zip(torch.split(hidden, chunk), torch.split(target, chunk), strict=True):
         logits = project(model, states)
+        wanted = wanted.to(logits.device)
         logs.append(logits.log_softmax(dim=-1).gather(1, wanted[:, None])[:, 0].cpu())
         greedy.append((logits.argmax(dim=-1) == wanted).cpu())
     return torch.cat(logs), torch.cat(greedy)

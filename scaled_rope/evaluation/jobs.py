@@ -12,9 +12,11 @@ from typing import Any
 
 from scaled_rope.attention.backends import resolve_attention
 from scaled_rope.checkpoint import DEFAULT_MODEL, Checkpoint, display_name, open_checkpoint, weights_hash
+from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.failures import Failure, failing_alone, raise_if_same
 from scaled_rope.evaluation.ranks import current
 from scaled_rope.flags import NO_EFFECT, check_model_arguments, requested_specs
+from scaled_rope.patching.device_maps import Placement
 from scaled_rope.patching.loading import apply_scaling, load_model, resolve_device, resolve_dtype, resolve_plan
 from scaled_rope.patching.region_attention import check_carrier
 from scaled_rope.patching.rotary_kernel import resolve_kernel
@@ -92,6 +94,7 @@ def model_jobs(args: argparse.Namespace, failures: list[Failure] | None = None) 
     """
     for flag in args.no_effect or ():
         print(f"note: {flag} has no effect: {NO_EFFECT[flag]}", file=sys.stderr)
+    placement_of(args)
     device = resolve_device(current().device(args.device))
     dtype = resolve_dtype(args.dtype, device)
     resolve_attention(args.attention, device, dtype)
@@ -131,6 +134,22 @@ def _job(
     return ModelJob(name, spec, scaling, scaling == own, head_dim, dtype, fingerprint, plan, words, checkpoint)
 
 
+def placement_of(args: argparse.Namespace) -> Placement | None:
+    """How the flags split models over devices.
+
+    Raises:
+        ConfigError: values that are not allowed, or not together with others.
+    """
+    placement = Placement.parse(args.device_map, args.max_memory, args.offload_folder)
+    if placement is None:
+        return None
+    if args.device is not None:
+        raise ConfigError(f"--device {args.device} is not allowed with --device-map, which chooses; leave it out")
+    if (count := current().count) > 1:
+        raise ConfigError(f"--device-map {args.device_map} is for one process, not {count}: they would share the GPUs")
+    return placement
+
+
 class ModelLoader:
     """Loads the models of jobs and sets their scalings; consecutive jobs on one checkpoint load it once."""
 
@@ -154,6 +173,7 @@ class ModelLoader:
                 load_in_8bit=self._args.load_in_8bit,
                 load_in_4bit=self._args.load_in_4bit,
                 kernel=self._args.kernel,
+                placement=placement_of(self._args),
             )
             self._name = job.model
         apply_scaling(self._model, job.scaling, job.plan, self._args.kernel)

@@ -20,6 +20,7 @@ from scaled_rope.evaluation.ranks import current
 from scaled_rope.evaluation.runner import Parts
 from scaled_rope.evaluation.scored_passes import ScoredPass, windows_of
 from scaled_rope.evaluation.windows import Losses, LossFolder, Texts, Window, batches, select, truncated
+from scaled_rope.patching.device_maps import input_device
 from scaled_rope.patching.loss import IGNORE, token_nll
 from scaled_rope.results import Row, row_key
 from scaled_rope.scaling.frequencies import at_length
@@ -266,7 +267,7 @@ class Perplexity:
             count = sum(texts.positions(window) for window in batch)
             wanted = [window.document in losses for window in batch]
             if any(wanted):
-                with Meter(model.device) as meter:
+                with Meter(input_device(model)) as meter:
                     limit, scored = score_windows(model, texts, batch, limit, self.prefill_chunk)
                 finished: dict[int, Sums] = {}
                 for window, keep, nll in zip(batch, wanted, scored, strict=True):
@@ -312,7 +313,7 @@ def score_windows(
     start = rows.shape[1] - 1 - batch[0].scored
     scored: list[Losses] = []
     while len(scored) < len(batch):
-        part = rows[len(scored) : len(scored) + limit].to(model.device)
+        part = rows[len(scored) : len(scored) + limit].to(input_device(model))
         targets = torch.full_like(part, IGNORE)
         targets[:, :-1] = part[:, 1:]
         try:

@@ -233,7 +233,8 @@ def _score(model: nn.Module, hidden: Tensor, targets: Tensor, chunk: int | None,
         return _fused(model, hidden.flatten(0, 1), targets.flatten()).view_as(targets)
 
     def piece(hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(project(model, hidden), targets, ignore_index=IGNORE, reduction="none")
+        logits = project(model, hidden)  # of a split model these are where its projection is
+        return F.cross_entropy(logits, targets.to(logits.device), ignore_index=IGNORE, reduction="none")
 
     if loss == "whole":
         return piece(hidden.flatten(0, 1), targets.flatten()).view_as(targets)
