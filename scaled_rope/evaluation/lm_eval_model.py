@@ -19,14 +19,15 @@ from scaled_rope.evaluation.continuations import Continuation, context_limit, sc
 from scaled_rope.evaluation.lm_eval_arguments import (
     at_revision,
     check_backend,
-    check_parallelize,
     dtype_name,
     longest_prompt,
     one_of_two,
+    placement_of,
     refuse_unknown,
     rows_per_pass,
 )
 from scaled_rope.evaluation.ranks import current, join
+from scaled_rope.patching.device_maps import input_device
 from scaled_rope.patching.loading import load_model
 from scaled_rope.patching.patch import cache_obstacle, patched_scaling
 from scaled_rope.scaling.record import RopeScaling
@@ -58,8 +59,8 @@ class ScaledRopeLM(HFLM):  # type: ignore[misc]
         max_length: longest prompt in tokens; default: `context_limit`.
         hide_progress: show no progress.
         more: revision, subfolder, trust_remote_code, peft, attn_implementation, add_bos_token, prefix_token_id,
-            truncation, think_end_token, enable_thinking and chat_template_args as in lm-eval's "hf"; parallelize on
-            machines with one GPU or none.
+            truncation, think_end_token, enable_thinking, chat_template_args, parallelize, max_memory_per_gpu,
+            max_cpu_memory and offload_folder as in lm-eval's "hf".
 
     Raises:
         ConfigError: an argument that is not known or would have no effect; what `load_model` raises.
@@ -88,6 +89,9 @@ class ScaledRopeLM(HFLM):  # type: ignore[misc]
         subfolder: str = "",
         trust_remote_code: bool = False,
         parallelize: bool = False,
+        max_memory_per_gpu: int | str | None = None,
+        max_cpu_memory: int | str | None = None,
+        offload_folder: str | None = "./offload",
         peft: str | None = None,
         attn_implementation: str | None = None,
         **more: Any,
@@ -95,7 +99,7 @@ class ScaledRopeLM(HFLM):  # type: ignore[misc]
         passed_on = {name: more.pop(name) for name in _PASSED_ON if name in more}
         refuse_unknown(more, [*_OWN, *_PASSED_ON], _HF_DEFAULTS)
         check_backend(backend)
-        check_parallelize(parallelize)
+        placement = placement_of(parallelize, max_memory_per_gpu, max_cpu_memory, offload_folder)
         _join_ranks()
         self._rows = rows_per_pass(batch_size)
         longest_prompt(max_length, 2)  # refused before weights are read
@@ -113,7 +117,8 @@ class ScaledRopeLM(HFLM):  # type: ignore[misc]
                 checkpoint,
                 scaling=scaling,
                 dtype=dtype_name(dtype, checkpoint.config),
-                device=_available(device),
+                device=None if placement else _available(device),
+                placement=placement,
                 attn_implementation=attention,
                 adapter=adapter,
                 trust_remote_code=trust_remote_code,
@@ -142,6 +147,7 @@ class ScaledRopeLM(HFLM):  # type: ignore[misc]
             max_length=longest_prompt(max_length, context_limit(model.config, self.scaling)),
             **passed_on,
         )
+        self._device = input_device(self._model)  # lm-eval takes the model's, which a split one has not
         self.pretrained = name or model.name_or_path
 
     def _loglikelihood_tokens(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only, tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "stand_in"
@@ -99,6 +99,8 @@ class _Data(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == NAME:
             return func(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
+        if func is torch.Tensor.tolist and isinstance(args[0], Placed):
+            return args[0].inner.tolist()
         return func(*args, **kwargs)
 
 
@@ -108,3 +110,21 @@ def stand_in_devices() -> Iterator[None]:
     register()
     with _Data(), _Operations():
         yield
+
+
+def split_over_stand_ins(model: Any) -> None:
+    """Put the first half of a model's layers, with the embedding, on one stand-in and the rest on another, with the
+    hooks of accelerate that move inputs; within `stand_in_devices`."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    layers = model.model.layers
+    parts = {model.model.embed_tokens: 0, model.model.norm: 1, model.lm_head: 1}
+    parts |= {layer: int(index >= len(layers) // 2) for index, layer in enumerate(layers)}
+    for part, place in parts.items():
+        device = torch.device(NAME, place)
+        for module in part.modules():
+            for name, weight in list(module._parameters.items()):
+                if weight is not None:  # a plain attribute, since a parameter must be a tensor of torch's own
+                    del module._parameters[name]
+                    module.__dict__[name] = Placed(weight.data, device)
+        add_hook_to_module(part, AlignDevicesHook(device, skip_keys=model._skip_keys_device_placement))
