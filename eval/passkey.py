@@ -31,8 +31,10 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.flags import (
     add_evaluation_arguments,
     add_model_arguments,
+    add_server_arguments,
     batch_size,
     check_model_arguments,
+    check_server_arguments,
     context_lengths,
 )
 
@@ -42,6 +44,7 @@ DEPTHS = ("grid", "random")
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser("eval/passkey.py", __doc__ or "")
     add_model_arguments(parser)
+    add_server_arguments(parser)
     add = parser.add_argument_group("prompts").add_argument
     add("--iterations", type=int, default=20, metavar="N", help="prompts per length (default %(default)s)")
     add("--depths", choices=DEPTHS, default="grid", help="where the key stands (default %(default)s)")
@@ -57,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 def check_arguments(args: argparse.Namespace) -> list[int]:
     """Check the flags and return the context lengths that they ask for."""
     check_model_arguments(args)
+    check_server_arguments(args)
     if args.iterations < 1:
         raise ConfigError(f"--iterations {args.iterations} is not allowed; at least 1")
     if args.fixed_length is not None:

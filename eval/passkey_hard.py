@@ -31,8 +31,10 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.flags import (
     add_evaluation_arguments,
     add_model_arguments,
+    add_server_arguments,
     batch_size,
     check_model_arguments,
+    check_server_arguments,
     context_lengths,
 )
 from scaled_rope.results import write_atomic
@@ -57,6 +59,7 @@ def true_or_false(text: str) -> bool:
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser("eval/passkey_hard.py", __doc__ or "")
     add_model_arguments(parser)
+    add_server_arguments(parser)
     add = parser.add_argument_group("text").add_argument
     source = "a .txt, .jsonl or .parquet file, a folder of these, a hub name or standin:NAME"
     add("-d", "--dataset", default=RED_PAJAMA, metavar="NAME", help=f"{source} (default %(default)s)")
@@ -94,6 +97,7 @@ def lengths_of(args: argparse.Namespace) -> list[int]:
 def check_arguments(args: argparse.Namespace) -> list[int]:
     """Check the flags and return the context lengths that they ask for."""
     check_model_arguments(args)
+    check_server_arguments(args)
     check_there(args.dataset)
     for name in ("iterations", "num_keys"):
         if getattr(args, name) < 1:

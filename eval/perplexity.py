@@ -40,8 +40,10 @@ from scaled_rope.evaluation.windows import SEED, WEIGHTINGS
 from scaled_rope.flags import (
     add_evaluation_arguments,
     add_model_arguments,
+    add_server_arguments,
     batch_size,
     check_model_arguments,
+    check_server_arguments,
     context_lengths,
 )
 from scaled_rope.texts.documents import check_there
@@ -51,6 +53,7 @@ from scaled_rope.texts.token_documents import TokenSource, save_token_documents
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser("eval/perplexity.py", __doc__ or "")
     add_model_arguments(parser)
+    add_server_arguments(parser)
     add = parser.add_argument_group("text").add_argument
     add("-d", "--dataset", action="append", metavar="NAME", help="texts, or a packed set (see above); repeatable")
     add("--tokenized", action="append", metavar="NAME", help="a tokenized set (column input_ids); repeatable")
@@ -85,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
 def check_arguments(args: argparse.Namespace) -> tuple[list[TokenSource], int | None]:
     """Check the flags and return the data sets, and the stride of the sliding protocol or None."""
     check_model_arguments(args)
+    check_server_arguments(args)
     lengths = context_lengths(args)
     if bool(args.dataset) == bool(args.tokenized):
         raise ConfigError("give either --dataset or --tokenized")

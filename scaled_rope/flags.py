@@ -210,6 +210,43 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hide-progress", action="store_true")
 
 
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of evaluators that can ask a server."""
+    group = parser.add_argument_group("a model behind a server", "-m has its config and tokenizer")
+    add = group.add_argument
+    add("--server", metavar="URL", help="completions API to ask, as http://host:8000/v1; its key: OPENAI_API_KEY")
+    add("--served-name", metavar="NAME", help="the model's name there (default: the only one)")
+    add("--server-timeout", type=float, metavar="S", help="seconds to wait for an answer (default: 600)")
+
+
+_OF_THE_SERVER = ("scaling", "layers", "drop_layers", "factor", "device", "device_map", "adapter", "load_in_8bit",
+                  "load_in_4bit", "sliding_window_attention", "prefill_chunk", "shared_prefill", "uncached")  # fmt: skip
+
+
+def check_server_arguments(args: argparse.Namespace) -> None:
+    """Refuse flags that do not go with the server that is named, or with none.
+
+    Raises:
+        ConfigError: such a flag.
+    """
+    if args.server is None:
+        for name in ("served_name", "server_timeout"):
+            if getattr(args, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} goes with --server")
+        return
+    if args.server_timeout is not None and not args.server_timeout > 0:
+        raise ConfigError(f"--server-timeout {args.server_timeout:g} is not allowed; above 0 seconds")
+    if len(args.model or ()) != 1:
+        raise ConfigError(f"--server {args.server} takes one -m, with the config and tokenizer of its model")
+    unlike = {"dtype": "auto", "attention": "auto", "kernel": "auto"}
+    for name in (*_OF_THE_SERVER, *unlike):
+        value = getattr(args, name, None)
+        if value not in (None, False, unlike.get(name)):
+            raise ConfigError(f"--{name.replace('_', '-')} has no effect with --server, which decides that by itself")
+    if getattr(args, "restrict_tokens", False):
+        raise ConfigError("--restrict-tokens cannot be asked of a server; say --restrict-tokens false with --server")
+
+
 def parse_lengths(text: str) -> list[int]:
     """The numbers of a --lengths flag, as they stand. Raises ConfigError for anything else."""
     try:

@@ -15,6 +15,7 @@ from scaled_rope.checkpoint import DEFAULT_MODEL, Checkpoint, display_name, open
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.failures import Failure, failing_alone, raise_if_same
 from scaled_rope.evaluation.ranks import current
+from scaled_rope.evaluation.served_model import ServedModel
 from scaled_rope.flags import NO_EFFECT, check_model_arguments, requested_specs
 from scaled_rope.patching.device_maps import Placement
 from scaled_rope.patching.loading import apply_scaling, load_model, resolve_device, resolve_dtype, resolve_plan
@@ -47,6 +48,8 @@ class ModelJob:
     """The layers that flags choose, as text; "" for all."""
     checkpoint: Checkpoint | None = field(default=None, compare=False, repr=False)
     """The checkpoint with its config; None: the config is read when the model is loaded."""
+    server: ServedModel | None = field(default=None, compare=False, repr=False)
+    """The server that is asked instead; None: the model is loaded."""
 
     @property
     def label(self) -> str:
@@ -70,6 +73,7 @@ class ModelJob:
             "scaling": self.scaling.to_dict(),
             "label": self.label,
             "carried": self.carried,
+            **({} if self.server is None else {"server": self.server.facts()}),
         }
 
 
@@ -100,6 +104,8 @@ def model_jobs(args: argparse.Namespace, failures: list[Failure] | None = None) 
     resolve_attention(args.attention, device, dtype)
     resolve_kernel(args.kernel)
     check_model_arguments(args)
+    if getattr(args, "server", None) is not None:
+        return [_served_job(args)]
     jobs: list[ModelJob] = []
     for name in args.model or [str(DEFAULT_MODEL)]:
         with failing_alone(failures, display_name(name)):
@@ -111,6 +117,22 @@ def model_jobs(args: argparse.Namespace, failures: list[Failure] | None = None) 
     if failures and not jobs:
         raise_if_same(failures)
     return jobs
+
+
+def _served_job(args: argparse.Namespace) -> ModelJob:
+    """The job of a model that a server has loaded; its config says under which scaling.
+
+    Raises:
+        ConfigError: no such server or model, or no config; several processes, which would ask the same server.
+    """
+    if (count := current().count) > 1:
+        raise ConfigError(f"--server {args.server} is for one process, not {count}; it gets many requests at once")
+    (name,) = args.model
+    checkpoint = open_checkpoint(name)
+    server = ServedModel.connect(args.server, args.served_name, args.server_timeout or 600.0)
+    (spec,) = requested_specs(args)
+    job = _job(args, name, spec, checkpoint, server.fingerprint(), "served")
+    return replace(job, choice=f"served by {server.title}", server=server)
 
 
 def _job(
@@ -160,7 +182,9 @@ class ModelLoader:
         self._model: Any = None
 
     def __call__(self, job: ModelJob) -> Any:
-        """Return the job's model, on the device, in eval mode, computing with the job's scaling."""
+        """Return the job's model, on the device, in eval mode, computing with the job's scaling; or its server."""
+        if job.server is not None:
+            return job.server
         if job.model != self._name:
             self._name, self._model = None, None  # free the memory before the next one is read
             self._model = load_model(

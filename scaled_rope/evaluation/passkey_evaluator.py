@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from scaled_rope.checkpoint import load_tokenizer
+from scaled_rope.evaluation.decoding import judge
 from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt, build_prompt, draw_key
 from scaled_rope.evaluation.passkey_trials import PasskeyTrials
+from scaled_rope.evaluation.served_model import ServedModel
 from scaled_rope.patching.device_maps import input_device
 from scaled_rope.patching.loading import apply_scaling
 from scaled_rope.patching.loss import hidden_states, project, shared_hidden_states
@@ -80,6 +82,14 @@ def score_shared(model: Any, prompts: Sequence[PasskeyPrompt], scaling: RopeScal
             yield index, _answered(model, hidden, ids[None, start + 1 :])[0]
 
 
+def score_served(model: ServedModel, prompts: Sequence[PasskeyPrompt], at_once: int) -> Iterator[list[bool]]:
+    """Like `score`, by greedy answers of a server with as many tokens as the key has; `at_once` prompts at a time."""
+    for first in range(0, len(prompts), at_once):
+        part = prompts[first : first + at_once]
+        texts = model.complete([prompt.input_ids for prompt in part], [len(prompt.answer_ids) for prompt in part])
+        yield [judge(text, True, prompt.key) is True for text, prompt in zip(texts, part, strict=True)]
+
+
 def _answered(model: Any, hidden: torch.Tensor, answers: torch.Tensor) -> list[bool]:
     """Whether greedy decoding from hidden states [B, t, H] gives each row of answers [B, t]."""
     with torch.inference_mode():
@@ -109,7 +119,7 @@ class Passkey(PasskeyTrials[PasskeyPrompt]):
 
     def protocol(self, job: ModelJob) -> Row:
         return {
-            "name": "teacher-forced",
+            "name": "teacher-forced" if job.server is None else "greedy",
             "iterations": self.iterations,
             "depths": self.depths,
             "seed": self.seed,
@@ -121,7 +131,11 @@ class Passkey(PasskeyTrials[PasskeyPrompt]):
     ) -> list[Row]:
         length = prompts[0].length
         outcomes: list[bool] = []
-        if self.shared_prefill:
+        if isinstance(model, ServedModel):
+            for batch in score_served(model, prompts, self.rows_per_pass(length)):
+                outcomes += batch
+                advance(len(batch) * length)
+        elif self.shared_prefill:
             found = {}
             for index, outcome in score_shared(model, prompts, job.scaling):
                 found[index] = outcome

@@ -15,7 +15,7 @@ from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.passkey_context import context_rows, context_table, record_contexts
 from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt
 from scaled_rope.evaluation.ranks import current
-from scaled_rope.evaluation.runner import print_summary, run
+from scaled_rope.evaluation.runner import place_of, print_summary, run
 from scaled_rope.evaluation.statistics import tally
 from scaled_rope.patching.loading import resolve_device
 from scaled_rope.results import Row, provenance
@@ -130,7 +130,7 @@ def run_trials(
     ranks = current()
     if ranks.is_first:
         device = resolve_device(ranks.device(args.device))
-        record = {"command": command, **provenance(device, evaluator.seed, given)}
+        record = {"command": command, **provenance(place_of(args, device), evaluator.seed, given)}
         record_contexts(args.output, contexts, record)
     print_summary(title, rows, show)
     print(f"\n{context_table(contexts)}")

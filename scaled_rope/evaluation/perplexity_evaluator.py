@@ -19,6 +19,7 @@ from scaled_rope.evaluation.perplexity_rows import PassResult, Sums, cost_fields
 from scaled_rope.evaluation.ranks import current
 from scaled_rope.evaluation.runner import Parts
 from scaled_rope.evaluation.scored_passes import ScoredPass, windows_of
+from scaled_rope.evaluation.served_model import ServedModel
 from scaled_rope.evaluation.windows import Losses, LossFolder, Texts, Window, batches, select, truncated
 from scaled_rope.patching.device_maps import input_device
 from scaled_rope.patching.loss import IGNORE, token_nll
@@ -267,7 +268,8 @@ class Perplexity:
             count = sum(texts.positions(window) for window in batch)
             wanted = [window.document in losses for window in batch]
             if any(wanted):
-                with Meter(input_device(model)) as meter:
+                served = isinstance(model, ServedModel)
+                with Meter(model.device if served else input_device(model)) as meter:
                     limit, scored = score_windows(model, texts, batch, limit, self.prefill_chunk)
                 finished: dict[int, Sums] = {}
                 for window, keep, nll in zip(batch, wanted, scored, strict=True):
@@ -310,6 +312,8 @@ def score_windows(
         The number of windows that fitted, and the losses [scored] of each window in nats, float32.
     """
     rows = torch.from_numpy(np.stack([texts.ids(window) for window in batch]))
+    if isinstance(model, ServedModel):
+        return limit, model.losses(rows.tolist(), batch[0].scored)
     start = rows.shape[1] - 1 - batch[0].scored
     scored: list[Losses] = []
     while len(scored) < len(batch):

@@ -88,6 +88,11 @@ def given_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if says(value)}
 
 
+def place_of(args: argparse.Namespace, device: object) -> object:
+    """Where models compute, as provenance has it: a device, or "server"."""
+    return device if getattr(args, "server", None) is None else "server"
+
+
 class Parts:
     """A file beside the output with results for parts (documents) of passes that have not ended.
 
@@ -202,7 +207,7 @@ def run_all(
     )
     ranks.first(lambda: _check_output(args.output))
     load = ModelLoader(args)
-    record = {"command": command, **provenance(load.device, seed, given_arguments(args))}
+    record = {"command": command, **provenance(place_of(args, load.device), seed, given_arguments(args))}
     if ranks.count > 1:
         record["processes"] = ranks.count
     collected: dict[str, dict[ModelJob, dict[int, Row]]] = {}
@@ -234,7 +239,8 @@ def run_all(
                     for row in _measure(evaluator, job, plan[name, job], load, bar.update):
                         if ranks.is_first:
                             cell = identities[name][job][row["length"]]
-                            append_row(args.output, {**cell, **row, "provenance": record})
+                            hidden = {} if job.server is None else {"peak_memory": None}  # not seen from here
+                            append_row(args.output, {**cell, **row, **hidden, "provenance": record})
                 except _Failed as failed:
                     if failures is None:
                         raise failed.error from None
