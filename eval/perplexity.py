@@ -16,7 +16,8 @@ The control (`--control`) asks whether what stands further back helps: each toke
 predicted again from the last L tokens only, by the same weights, in windows of L positions that begin every S tokens,
 so that every scored token has between L-S and L-1 positions before it. Its rows cost about L/S times the tokens, in
 passes of L, and are compared with the others by document. An unscaled base's control says what cutting the text would
-have done.
+have done. Under the sliding protocol it scores all tokens, those that begin a document as well, for which the two are
+the same.
 
 Weighting `token`: perplexity is exp(sum of the targets' negative log-likelihoods / number of targets), over all
 windows. `window`, the released code's: exp of the unweighted mean over windows of each window's mean.
@@ -95,7 +96,7 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[TokenSource], int | 
     for name in ("samples", "windows", "dataset_min_tokens", "stride", "sliding_window", "prefill_chunk"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
-    control = ControlRequest.parse(args.control)
+    ControlRequest.parse(args.control)
     for name in args.dataset or ():
         check_there(name)
     if args.save_nll is not None and Path(args.save_nll).is_file():
@@ -109,9 +110,6 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[TokenSource], int | 
         if args.stride is not None:
             raise ConfigError(f"--stride {args.stride} is for --protocol sliding")
         return sources, None
-    if control is not None:
-        said = "sliding windows of the trained length are a control by themselves"
-        raise ConfigError(f"--control {args.control} is for --protocol truncate; {said}")
     if args.windows is not None:
         raise ConfigError(f"--windows {args.windows} is for --protocol truncate; sliding windows cover whole documents")
     if None not in (args.stride, args.sliding_window) and args.stride != args.sliding_window:
@@ -181,8 +179,10 @@ def print_controls(
     evaluator: Perplexity,
 ) -> None:
     """Print, for each job, whether it uses what its control does not see."""
-    title = f"perplexity of the position bucket that ends at, after the last tokens only{on}"
-    print_summary(title, controls, lambda row: format_perplexity(row["perplexity_bucket"]))
+    sliding = evaluator.stride is not None
+    what = "perplexity in windows of" if sliding else "perplexity of the position bucket that ends at"
+    field = "perplexity" if sliding else "perplexity_bucket"
+    print_summary(f"{what}, after the last tokens only{on}", controls, lambda row: format_perplexity(row[field]))
     print(f"\nagainst the same weights reading the last tokens only{on}")
     for job, cells in controls.items():
         control = evaluator.control_of(job)
@@ -192,6 +192,8 @@ def print_controls(
             continue
         measured = rows.get(job, {})
         ends = counted(list(cells), control.window, job.scaling.max_position_embeddings)
+        if sliding:
+            ends = ends[-1:]  # each length scores all tokens
         change = compare([(measured[length], cells[length]) for length in ends if length in measured])
         print(f"{job.name}: {uses_context(change, control.window)}")
 

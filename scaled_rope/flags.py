@@ -220,7 +220,8 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 _OF_THE_SERVER = ("scaling", "layers", "drop_layers", "factor", "device", "device_map", "adapter", "load_in_8bit",
-                  "load_in_4bit", "sliding_window_attention", "prefill_chunk", "shared_prefill", "uncached")  # fmt: skip
+                  "load_in_4bit", "sliding_window_attention", "prefill_chunk", "shared_prefill",
+                  "uncached")  # fmt: skip
 
 
 def check_server_arguments(args: argparse.Namespace) -> None:

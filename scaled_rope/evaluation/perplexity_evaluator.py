@@ -128,7 +128,9 @@ class Perplexity:
             if control is not None and length <= control.window:
                 continue  # there the control is the measurement itself
             cells[length] = {"metric": "perplexity", "data": data}
-            if self.stride is not None:
+            if self.stride is not None and control is not None:
+                cells[length]["protocol"] = {"name": CONTROL, **control.fields(), "sliding": self.stride, **more}
+            elif self.stride is not None:
                 cells[length]["protocol"] = {"name": "sliding", "stride": self.stride, **more}
             else:
                 name = {"name": "truncate"} if control is None else {"name": CONTROL, **control.fields()}
@@ -148,10 +150,10 @@ class Perplexity:
         return self.control.of(job.scaling.original_max_position_embeddings, job.name)
 
     def passes(self, job: ModelJob, lengths: Sequence[int]) -> dict[int, list[int]]:
-        if self.stride is not None:
-            return {length: [length] for length in lengths}
         if self.control is not None:
             return {max(lengths): list(lengths)}
+        if self.stride is not None:
+            return {length: [length] for length in lengths}
         # Lengths at which a length-dependent scaling is the same (up to the original one, for most) share a pass too.
         alike: dict[str, list[int]] = {}
         for length in lengths:
@@ -188,13 +190,15 @@ class Perplexity:
             context = f"sliding {length} {self.stride}"
         else:
             context = f"at {length}" if is_length_dependent(job) else "all"
+        # Sums of a control are by the windows that it controls.
+        of = "" if control is None or self.stride is None else f" of {self.stride}"
         return ScoredPass(
             texts,
             length,
             [one for one in self.lengths if one <= length],
             self.stride,
             context,
-            row_key({**job.fields(), "metric": "nats", "data": data, "protocol": context}),
+            row_key({**job.fields(), "metric": "nats", "data": data, "protocol": context + of}),
             self.parts,
             self._folder(job),
             control,
@@ -218,7 +222,7 @@ class Perplexity:
             if self.stride is None:
                 row = truncated_row(ordered, wanted, self._starts[wanted], self.weighting)
             else:
-                row = sliding_row(ordered, one.by_document, wanted, self.weighting)
+                row = sliding_row(ordered, one.measured(wanted), wanted, self.weighting)
             yield wanted, {**row, **cost_fields(done, length)}
         if current().is_first:
             self.parts.discard(one.key)

@@ -138,6 +138,8 @@ def topic_of(row: Row) -> Topic:
     if control_of(row) is not None:  # it belongs to what it controls
         del protocol["window"], protocol["stride"]
         protocol["name"] = "truncate"
+        if (stride := protocol.pop("sliding", None)) is not None:
+            protocol |= {"name": "sliding", "stride": stride}
     if metric == "benchmark":
         # The documents of a task without lengths are in its column, so that all tasks share a table.
         if row["length"] is None:
@@ -478,6 +480,10 @@ def tables_of(section: Section) -> list[Table]:
             for series, found in ((series, section.lengths(series)) for series in section.rows)
         ]
         if topic.setting("name") == "sliding":
+            for series, controls in section.controls.items():
+                for control, found in controls.items():
+                    cells = [perplexity_cell(found[one], False) if one in found else Cell() for one in columns]
+                    whole.append((beside(series, control), cells))
             return [Table(f"{title}, by window", "Every token once.", section, lengths, whole, True)]
         spans = [span for _, span in columns]
         note = "Tokens between two positions. Buckets differ in text: compare down the columns."
