@@ -42,12 +42,13 @@ from scaled_rope.flags import (
     add_evaluation_arguments,
     add_model_arguments,
     add_server_arguments,
+    add_text_arguments,
     batch_size,
     check_model_arguments,
     check_server_arguments,
+    check_text_arguments,
     context_lengths,
 )
-from scaled_rope.texts.documents import check_there
 from scaled_rope.texts.token_documents import TokenSource, save_token_documents
 
 
@@ -55,20 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser("eval/perplexity.py", __doc__ or "")
     add_model_arguments(parser)
     add_server_arguments(parser)
-    add = parser.add_argument_group("text").add_argument
-    add("-d", "--dataset", action="append", metavar="NAME", help="texts, or a packed set (see above); repeatable")
-    add("--tokenized", action="append", metavar="NAME", help="a tokenized set (column input_ids); repeatable")
-    add("-s", "--subset", metavar="NAME", help="configuration of a hub dataset")
-    add("-f", "--feature", default="text", help="field that holds the text (default %(default)s)")
-    add("--split", default="test", help="split of a hub dataset (default %(default)s)")
-    add("--dataset-min-tokens", type=int, metavar="N", help="documents must have N tokens")
-    add("--samples", type=int, metavar="N", help="the first N documents that are long enough (default: all)")
-    add("--save-tokenized", metavar="DIR", help="tokenize the dataset into DIR, for --tokenized, and exit")
+    add_text_arguments(parser)
     add = parser.add_argument_group("what is measured").add_argument
+    add("--save-tokenized", metavar="DIR", help="tokenize the dataset into DIR, for --tokenized, and exit")
     add("--protocol", choices=("truncate", "sliding"), help="see above (default: truncate)")
     add("--stride", type=int, metavar="S", help="distance between sliding windows in tokens (default: 256)")
     add("--weighting", choices=WEIGHTINGS, default="token", help="see above (default: %(default)s)")
-    add("--windows", type=int, metavar="N", help="truncate N windows per document, evenly spaced (default: its start)")
     add("--truncate", action="store_true", help="= --protocol truncate, whatever else is said")
     add("--sliding-window", type=int, metavar="S", help="= --protocol sliding --stride S")
     add(
@@ -79,7 +72,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="measure the control too, see above: window=W for another L, stride=S (default L/4), both with a comma "
         "between, or off (default: off)",
     )
-    add("--prefill-chunk", type=int, metavar="N", help="positions that go through the model at once (default: all)")
     add("--save-nll", metavar="DIR", help="keep every token's loss; what is there needs no pass any more")
     add("--aggressive-memory", action="store_true", help=argparse.SUPPRESS)  # memory is always bounded
     add_evaluation_arguments(parser)
@@ -91,14 +83,11 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[TokenSource], int | 
     check_model_arguments(args)
     check_server_arguments(args)
     lengths = context_lengths(args)
-    if bool(args.dataset) == bool(args.tokenized):
-        raise ConfigError("give either --dataset or --tokenized")
-    for name in ("samples", "windows", "dataset_min_tokens", "stride", "sliding_window", "prefill_chunk"):
+    check_text_arguments(args)
+    for name in ("stride", "sliding_window"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
     ControlRequest.parse(args.control)
-    for name in args.dataset or ():
-        check_there(name)
     if args.save_nll is not None and Path(args.save_nll).is_file():
         raise ConfigError(f"--save-nll {args.save_nll} is a file; name a folder")
     sources = [

@@ -196,6 +196,35 @@ def _indices(text: str) -> list[int]:
         raise ConfigError(f"{text!r} is not allowed; indices of layers, as 3,7") from None
 
 
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags for the documents that perplexities are measured on."""
+    add = parser.add_argument_group("text").add_argument
+    add("-d", "--dataset", action="append", metavar="NAME", help="texts, or a packed set (see above); repeatable")
+    add("--tokenized", action="append", metavar="NAME", help="a tokenized set (column input_ids); repeatable")
+    add("-s", "--subset", metavar="NAME", help="configuration of a hub dataset")
+    add("-f", "--feature", default="text", help="field that holds the text (default %(default)s)")
+    add("--split", default="test", help="split of a hub dataset (default %(default)s)")
+    add("--dataset-min-tokens", type=int, metavar="N", help="documents must have N tokens")
+    add("--samples", type=int, metavar="N", help="the first N documents that are long enough (default: all)")
+    add("--windows", type=int, metavar="N", help="truncate N windows per document, evenly spaced (default: its start)")
+    add("--prefill-chunk", type=int, metavar="N", help="positions that go through the model at once (default: all)")
+
+
+def check_text_arguments(args: argparse.Namespace) -> None:
+    """Refuse mistakes in the flags of `add_text_arguments` that show in names and numbers alone.
+
+    Raises:
+        ConfigError: such a mistake.
+    """
+    if bool(args.dataset) == bool(args.tokenized):
+        raise ConfigError("give either --dataset or --tokenized")
+    for name in ("samples", "windows", "dataset_min_tokens", "prefill_chunk"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
+    for name in args.dataset or ():
+        check_there(name)
+
+
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags for context lengths, output and progress."""
     add = parser.add_argument_group("lengths and output").add_argument

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.ranks import current
+from scaled_rope.evaluation.shared_beginnings import Input, can_share, chains_of, is_worth
 from scaled_rope.patching.device_maps import input_device
-from scaled_rope.patching.loss import hidden_states, positions_per_chunk, project
+from scaled_rope.patching.loss import hidden_states, positions_per_chunk, project, shared_hidden_states
 from scaled_rope.scaling.frequencies import at_length
 from scaled_rope.scaling.record import RopeScaling
 
@@ -25,6 +26,9 @@ NO_LIMIT = 2**31 - 1
 """A context in tokens that no prompt reaches."""
 
 _TOKENS_PER_PASS = 2**14
+
+Found = list[tuple[int, float, bool]]
+"""Index of a request, its log-likelihood, and whether it is what greedy decoding would give."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,11 @@ def score(
 ) -> list[tuple[float, bool]]:
     """Log-likelihood of each continuation in nats, and whether it is what greedy decoding would give.
 
-    One pass without a cache per distinct input, padded on the right; logits are computed for continuations only, in
-    float32. The results equal those of one request at a time: under a length-dependent scaling a row has the scale of
-    its own length.
+    Distinct inputs go through the model once, without a cache, padded on the right; logits are computed for
+    continuations only, in float32. The results equal those of one request at a time: under a length-dependent scaling a
+    row has the scale of its own length. What several inputs begin with, such as the question before its choices or the
+    examples before the questions, is read once and kept in a cache where that saves time and the model's own numbers
+    are the same with it, see `shared_beginnings`.
 
     Args:
         model: a causal language model that computes with `scaling`.
@@ -91,50 +97,62 @@ def score(
         # The last token is only predicted, never an input; so max_length + 1 tokens fit.
         by_input.setdefault(whole[-(max_length + 1) :][:-1], []).append(index)
     answers: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
+
+    def scored_from(ids: Input) -> int:
+        """The first position of an input whose prediction is wanted."""
+        return len(ids) - max(len(requests[index].continuation) for index in by_input[ids])
+
+    def settle(some: Sequence[Input], hidden: Tensor, first: int = 0) -> Found:
+        """Score the continuations of inputs from their hidden states [B, T, H], which begin at position `first`."""
+        wanted = []  # (row, position, target) of every token to score
+        spans = []
+        for row, ids in enumerate(some):
+            for index in by_input[ids]:
+                targets = requests[index].continuation
+                positions = range(len(ids) - len(targets) - first, len(ids) - first)
+                wanted += [(row, position, target) for position, target in zip(positions, targets, strict=True)]
+                spans.append((index, len(targets)))
+        at, position, target = torch.tensor(wanted, device=hidden.device).unbind(dim=1)
+        logs, greedy = _score_positions(model, hidden[at, position], target)
+        found: Found = []
+        start = 0
+        for index, length in spans:
+            part = slice(start, start + length)
+            found.append((index, float(logs[part].double().sum()), bool(greedy[part].all())))
+            start += length
+        bar.update(len(spans))
+        return found
+
+    def read_chain(chain: Sequence[Input]) -> Found:
+        starts = [scored_from(ids) for ids in chain]
+        sequences = [torch.tensor(ids, device=input_device(model)) for ids in chain]
+        states = shared_hidden_states(model, sequences, starts)
+        return [
+            one
+            for ids, first, hidden in zip(chain, starts, states, strict=True)
+            for one in settle([ids], hidden, first)
+        ]
+
+    def read_batch(batch: Sequence[Input]) -> Found:
+        tokens = torch.zeros((len(batch), len(batch[0])), dtype=torch.long)
+        for row, ids in enumerate(batch):
+            tokens[row, : len(ids)] = torch.tensor(ids)
+        return settle(batch, hidden_states(model, tokens.to(input_device(model))))
+
     ranks = current()
-
-    def run(share: Iterable[Sequence[tuple[int, ...]]]) -> list[list[tuple[int, tuple[float, bool]]]]:
-        return [_score_batch(model, batch, by_input, requests, bar) for batch in share]
-
+    chains = [chain for chain in chains_of(by_input) if is_worth(chain, model)]
+    if chains and not ranks.first(lambda: can_share(model, scaling, chains[0])):
+        chains = []
+    shared = {ids for chain in chains for ids in chain}
+    parts: list[tuple[Callable[[Sequence[Input]], Found], Sequence[Input]]]
+    parts = [(read_chain, chain) for chain in chains]
+    parts += [(read_batch, batch) for batch in _batches((ids for ids in by_input if ids not in shared), scaling, rows)]
     quiet = hide_progress or not ranks.is_first
     with tqdm(total=len(requests), disable=quiet, mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
-        batches = list(_batches(by_input, scaling, rows))
-        for answered in ranks.spread(batches, run):
-            for index, answer in answered:
-                answers[index] = answer
+        for found in ranks.spread(parts, lambda share: [read(inputs) for read, inputs in share]):
+            for index, value, is_greedy in found:
+                answers[index] = value, is_greedy
         bar.update(len(requests) - bar.n)  # those of other processes
-    return answers
-
-
-def _score_batch(
-    model: Any,
-    batch: Sequence[tuple[int, ...]],
-    by_input: Mapping[tuple[int, ...], Sequence[int]],
-    requests: Sequence[Continuation],
-    bar: tqdm[Any],
-) -> list[tuple[int, tuple[float, bool]]]:
-    """The answers to all requests that a batch of inputs holds, by index."""
-    tokens = torch.zeros((len(batch), len(batch[0])), dtype=torch.long)
-    wanted = []  # (row, position, target) of every token to score
-    spans = []
-    for row, ids in enumerate(batch):
-        tokens[row, : len(ids)] = torch.tensor(ids)
-        for index in by_input[ids]:
-            targets = requests[index].continuation
-            positions = range(len(ids) - len(targets), len(ids))
-            wanted += [(row, position, target) for position, target in zip(positions, targets, strict=True)]
-            spans.append((index, len(targets)))
-    at, position, target = torch.tensor(wanted).unbind(dim=1)
-    hidden = hidden_states(model, tokens.to(input_device(model)))
-    hidden = hidden[at.to(hidden.device), position.to(hidden.device)]
-    logs, greedy = _score_positions(model, hidden, target)
-    answers = []
-    start = 0
-    for index, length in spans:
-        part = slice(start, start + length)
-        answers.append((index, (float(logs[part].double().sum()), bool(greedy[part].all()))))
-        start += length
-    bar.update(len(spans))
     return answers
 
 

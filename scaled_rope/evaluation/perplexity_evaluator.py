@@ -179,6 +179,28 @@ class Perplexity:
             return set(yields)
         return {one for wanted in yields for one in (wanted, self._starts[wanted]) if one}
 
+    # The losses of single tokens.
+
+    def losses(self, job: ModelJob, length: int, pass_length: int | None = None) -> list[Losses]:
+        """The kept losses of each truncated window cut to `length` positions, [length - 1] each.
+
+        pass_length: the length of the pass that scored them; None: the one that scores all lengths of this evaluator.
+
+        Raises:
+            ConfigError: they are not in the folder of `save_nll`.
+        """
+        if pass_length is None:
+            passes = self.passes(job, list(self.lengths))
+            pass_length = next(one for one, yields in passes.items() if length in yields)
+        found = self._pass(job, pass_length).losses(length)
+        if found is None:
+            raise ConfigError(f"losses of {job.name} at {length} tokens are not in {self.save_nll}")
+        return found
+
+    def documents_of(self, model: str) -> list[int]:
+        """The document of each truncated window, in the order of `losses`."""
+        return [window.document for window in truncated(self.prepare(model)[0], self.lengths[-1])]
+
     # The passes.
 
     def _pass(self, job: ModelJob, length: int) -> ScoredPass:

@@ -109,6 +109,16 @@ class ScoredPass:
             found.add(PassResult({}, line["seconds"], line["tokens"], line["peak_memory"]))
         return found
 
+    def losses(self, length: int) -> list[Losses] | None:
+        """The stored losses of each truncated window, cut to `length` positions; None where some are not there."""
+        found: list[Losses] = []
+        for windows in self.by_document.values():
+            losses = self._stored(self.folder, windows) if self.folder else None
+            if losses is None:
+                return None
+            found += [one[: length - 1] for one in losses]
+        return found
+
     def finish(self, index: int, losses: list[Losses]) -> Sums:
         """Return the sums of a document, given the losses of all its windows; store these in the folder, if any."""
         if self.folder:

@@ -33,7 +33,8 @@ def returned_cache(output: Any) -> Any:
     """The cache in the output of a forward pass, a `ModelOutput` or a tuple; None without one."""
     if isinstance(output, tuple):
         return next((each for each in output if isinstance(each, Cache)), None)
-    name = next((name for name in NAMES if name in (output or ())), None)
+    names = output.keys() if hasattr(output, "keys") else ()  # asking for an old name makes transformers warn
+    name = next((name for name in NAMES if name in names), None)
     return None if name is None else output[name]
 
 

@@ -6,6 +6,7 @@ import html
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,10 @@ _STYLE: dict[str, Any] = {
 WIDTH = 4.8  # inches: on a phone the text of a figure then has about the size of the page's small text
 _CROWDED = 4
 """The most curves that are drawn with bands for their intervals."""
+_FEW = 5
+"""The most curves that are named beside their ends, instead of in a legend."""
+_LABEL = 17  # characters in a line of such a name
+_LINE = 0.062  # height of such a line, as a share of the axes
 
 
 def css_color(color: int) -> str:
@@ -201,6 +206,31 @@ def _legend(figure: Any, curves: Sequence[Curve]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
 
 
+def _end_labels(axes: Any, canvas: Canvas, curves: Sequence[Curve]) -> None:
+    """Name curves at their right ends, moved apart where they would overlap. The y axis is logarithmic and final."""
+    low, high = (math.log(bound) for bound in axes.get_ylim())
+    ends: list[tuple[float, Curve]] = []
+    for curve in curves:
+        known = [y for y in curve.y if math.isfinite(y) and y > 0]
+        if known:
+            ends.append(((math.log(known[-1]) - low) / (high - low), curve))
+    ends.sort(key=lambda one: one[0])
+    names = [textwrap.wrap(curve.name, _LABEL) for _, curve in ends]
+    heights = [_LINE * len(name) for name in names]
+    places = [min(max(place, height / 2), 1 - height / 2) for (place, _), height in zip(ends, heights, strict=True)]
+    for _ in range(100):  # push neighbours apart a little at a time; few labels come to rest soon
+        for index in range(len(places) - 1):
+            lack = (heights[index] + heights[index + 1]) / 2 - (places[index + 1] - places[index])
+            if lack > 0:
+                places[index] -= lack / 2
+                places[index + 1] += lack / 2
+    for (_, curve), name, place in zip(ends, names, places, strict=True):
+        style = {"color": _hex(curve.color), "fontsize": 8, "va": "center", "linespacing": 1.0}
+        weight = "bold" if curve.width > 2 else "normal"
+        text = "\n".join(name)
+        axes.text(1.02, place, text, transform=axes.transAxes, gid=canvas.part(curve.key), weight=weight, **style)
+
+
 def _logarithmic(axis: Any, low: float, high: float) -> None:
     """Label an axis with plain numbers at 1, 2 and 5 times powers of ten, or finer where the axis is short."""
     from matplotlib import ticker
@@ -258,6 +288,10 @@ def perplexity_figure(section: Section, name: str, keys: Mapping[Series, str]) -
         return None
     sliding = section.topic.setting("name") == "sliding"
     table = tables_of(section)[0]
+
+    def place(column: Column) -> str:
+        return f"window of {column[0]} tokens" if sliding else f"positions {column[1]}"
+
     curves: list[Curve] = []
     legend: list[Curve] = []
     for series in section.rows:
@@ -266,23 +300,20 @@ def perplexity_figure(section: Section, name: str, keys: Mapping[Series, str]) -
         for columns in [sorted(rows)] if sliding else section.partitions(series):
             cells = {column: perplexity_cell(rows[column], not sliding) for column in columns}
             found = {column: cell for column, cell in cells.items() if not cell.row or not cell.row.get("error")}
-            words = {
-                column: f"window of {column[0]} tokens" if sliding else f"positions {column[1]}" for column in found
-            }
             curves.append(
                 _series_curve(
                     series,
                     keys[series],
                     [length for length, _ in found],
                     [math.nan if cell.value is None else cell.value for cell in found.values()],
-                    tips=[about(series.full_name, cell, f"perplexity, {words[one]}") for one, cell in found.items()],
+                    tips=[about(series.full_name, cell, f"perplexity, {place(one)}") for one, cell in found.items()],
                     intervals=[cell.interval for cell in found.values()],
                 )
             )
         legend.append(curves[first])
     for series, control in _controls_shown(section):
         cells = {
-            column: perplexity_cell(row, True)
+            column: perplexity_cell(row, not sliding)
             for column, row in sorted(section.controls[series][control].items())
             if not row.get("error")
         }
@@ -293,7 +324,7 @@ def perplexity_figure(section: Section, name: str, keys: Mapping[Series, str]) -
             series.color,
             [length for length, _ in cells],
             [math.nan if cell.value is None else cell.value for cell in cells.values()],
-            [about(line.full_name, cell, f"perplexity, positions {column[1]}") for column, cell in cells.items()],
+            [about(line.full_name, cell, f"perplexity, {place(column)}") for column, cell in cells.items()],
             marker="",
             dashed=True,
             width=1.0,
@@ -312,10 +343,13 @@ def perplexity_figure(section: Section, name: str, keys: Mapping[Series, str]) -
         axes.grid(axis="y", which="both")
         shown = [length if length and length <= 1.1 * lengths[-1] else None for length in (trained, extended)]
         _mark_contexts(axes, axes.axvline, *shown)
-        for length, word in zip(shown, ("trained", "extended"), strict=True):
+        if len(legend) <= _FEW:
+            _end_labels(axes, canvas, legend)
+        for length, word in zip(shown, ("trained to", "extended to"), strict=True):
             if length is not None and length >= lengths[0]:
                 place = {"rotation": 90, "ha": "right", "va": "top", "fontsize": 8}
-                axes.text(length, 0.99, word, transform=axes.get_xaxis_transform(), **place)
+                aside = {"xytext": (-2, 0), "textcoords": "offset points", "xycoords": axes.get_xaxis_transform()}
+                axes.annotate(f"{word} {length}", (length, 0.99), **aside, **place)
 
     band = " Bands: 95 % intervals." if len(curves) <= _CROWDED and any(any(c.intervals) for c in curves) else ""
     what = "windows of each length" if sliding else "the tokens in each position bucket"
@@ -326,7 +360,7 @@ def perplexity_figure(section: Section, name: str, keys: Mapping[Series, str]) -
     caption = (
         f"Perplexity of {what}, both axes logarithmic; lower is better.{band}{_contexts_in_words(trained, extended)}"
     )
-    return Figure(name, table.title, caption, draw, 3.5, legend)
+    return Figure(name, table.title, caption, draw, 3.5, [] if len(legend) <= _FEW else legend)
 
 
 def _controls_shown(section: Section) -> list[tuple[Series, Control]]:

@@ -71,6 +71,7 @@ _MEASURED: Mapping[str, Mapping[str, _Check]] = {
     "passkey_context": _CONTEXT,
     "passkey_hard_context": _CONTEXT,
     "benchmark": {"value": _NUMBER, "n": _COUNT},
+    "longppl": {"longppl": _NUMBER_OR_NONE, "key_tokens": _COUNT, "tokens": _COUNT},
 }
 """Metric -> the fields that a row with a measurement has."""
 _OPTIONAL: Mapping[str, _Check] = {
@@ -87,6 +88,7 @@ _OPTIONAL: Mapping[str, _Check] = {
 _INSIDE: Mapping[str, Mapping[str, Mapping[str, _Check]]] = {
     "perplexity": {"data": {"fingerprint": _TEXT}},
     "quality": {"data": {"fingerprint": _TEXT}},
+    "longppl": {"data": {"fingerprint": _TEXT}, "protocol": {"window": _WHOLE, "evaluator": _TEXT}},
     "benchmark": {"protocol": {"task": _TEXT, "num_fewshot": _COUNT, "metric": _TEXT}},
 }
 """Metric -> object -> fields in it that are read."""
@@ -96,6 +98,12 @@ _RECORD: Mapping[str, _Check] = {
     "versions": _OBJECT,
     "date": _TEXT,
 }
+
+
+def is_sliding(row: Row) -> bool:
+    """Whether a row of perplexity is about sliding windows, which have no position buckets, or about their control."""
+    protocol = row["protocol"]
+    return protocol.get("name") == "sliding" or "sliding" in protocol
 
 
 def damage(row: Row) -> str | None:
@@ -113,10 +121,13 @@ def damage(row: Row) -> str | None:
         _problem(row["provenance"], {name: _RECORD.get(name, _ANYTHING) for name in _PROVENANCE}, "provenance.")
     )
     if not row.get("error"):
-        told.append(_problem(row, _MEASURED.get(metric, {})))
+        fields = dict(_MEASURED.get(metric, {}))
+        if metric == "perplexity" and is_sliding(row):
+            fields = {"perplexity": fields["perplexity"]}
+        told.append(_problem(row, fields))
         if "right" in _MEASURED.get(metric, {}) and not any(told) and row["right"] > row["n"]:
             told.append(_told("right", row["right"], f"at most n, {row['n']}"))
-    elif metric == "perplexity":
+    elif metric == "perplexity" and not is_sliding(row):
         told.append(_problem(row, {"bucket": _SPAN}))
     if any(told):
         return next(filter(None, told))

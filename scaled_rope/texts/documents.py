@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.texts.archives import MARK
 from scaled_rope.texts.corpora import STANDIN, standin
 from scaled_rope.texts.hub import hub_records
 
@@ -45,14 +46,15 @@ def _suffix(path: Path) -> str:
 def files_of(folder: str | Path) -> tuple[list[Path], list[Path]]:
     """The files of a folder and its sub-folders that are read, in order, and those that are not.
 
-    Hidden files and folders, whose names begin with a dot, are neither. Links to folders are not followed.
+    Hidden files and folders, whose names begin with a dot, are neither, nor is the record that a fetched folder has of
+    its archives. Links to folders are not followed.
     """
     read: list[Path] = []
     others: list[Path] = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         linked = [name for name in folders if Path(place, name).is_symlink()]
-        for path in (Path(place, name) for name in [*names, *linked] if not name.startswith(".")):
+        for path in (Path(place, name) for name in [*names, *linked] if not name.startswith(".") and name != MARK):
             (read if _suffix(path) and path.is_file() else others).append(path)
     return sorted(read), sorted(others)
 

@@ -14,6 +14,9 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation import perplexity_evaluator
 from scaled_rope.patching.loading import load_model
 from scaled_rope.patching.loss import token_nll
+from scaled_rope.report.context_use import context_use
+from scaled_rope.report.figures import perplexity_figure
+from scaled_rope.report.tables import load_results
 from scaled_rope.results import Row
 from tests.eval.test_perplexity import bigram
 from tests.helpers.number_texts import (
@@ -212,6 +215,10 @@ def test_sliding_windows_of_a_model_that_copies_from_a_stated_distance(
     printed = capsys.readouterr().out
     assert f"uses its context: −{-100 * share:.1f} % [" in printed
     assert "perplexity in windows of, after the last tokens only" in printed
+    (section,) = load_results([str(tmp_path / "rows")]).of("perplexity")  # one table: each beside its control
+    use = context_use(section, next(iter(section.rows)))
+    assert use is not None and use.total is not None and use.total.share == pytest.approx(share)
+    assert perplexity_figure(section, "figure", {one: str(index) for index, one in enumerate(section.rows)}) is not None
 
 
 def test_sliding_windows_of_one_document_have_an_interval_over_runs_of_them(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from transformers import DynamicCache
@@ -53,3 +54,14 @@ def test_a_cache_is_found_in_any_output() -> None:
     output = BaseModelOutputWithPast(last_hidden_state=torch.zeros(1), past_key_values=cache)
     assert returned_cache(output) is cache
     assert returned_cache(BaseModelOutputWithPast(last_hidden_state=torch.zeros(1))) is None
+
+
+def test_no_old_name_is_asked_for(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking an output for the name of another release makes transformers warn its user, about code not theirs."""
+    asked: list[str] = []
+    inner = BaseModelOutputWithPast.__contains__
+    monkeypatch.setattr(BaseModelOutputWithPast, "__contains__", lambda one, key: asked.append(key) or inner(one, key))
+    model = tiny_model().model
+    assert isinstance(returned_cache(model(torch.arange(1, 9)[None], use_cache=True)), DynamicCache)
+    assert returned_cache(model(torch.arange(1, 9)[None], use_cache=False)) is None
+    assert not asked

