@@ -18,6 +18,7 @@ from scaled_rope.report.drawing import drawing, squeeze
 from scaled_rope.report.paper import PaperFigure
 from scaled_rope.report.tables import (
     UNSCALED,
+    Column,
     Section,
     Series,
     about,
