@@ -36,6 +36,8 @@ _PROBE = 4
 """Tokens of the prompt by which it is found out how the server gives log-probabilities."""
 _ABOVE_ZERO = 1e-3
 """What a log-probability may be above 0 by rounding."""
+_NONE = -9999.0
+"""What vLLM sends in place of minus infinity, which JSON does not have."""
 
 # Ways to ask for the log-probabilities of a prompt, the cheapest first. vLLM and SGLang know the first two; the second
 # is what lm-eval's local-completions asks for; the third is vLLM's own.
@@ -249,7 +251,7 @@ class ServedModel:
             raise _Unsuitable(self.address, str(error)) from None
         for place, value in enumerate(found[1:], start=1):
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or value > _ABOVE_ZERO:
+            if not number or not _NONE < value <= _ABOVE_ZERO:
                 raise _Unsuitable(self.address, f"token {place} of {len(ids)} has the log-probability {value}")
         return [float(value) for value in found[1:]]
 

@@ -136,6 +136,7 @@ def test_numbered_keys(server: CompletionsServer, text: str, tmp_path: Path) -> 
         ("drops a value", "gives no log-probabilities of prompts, which perplexity needs: 3 log-probabilities for 4"),
         ("another token", "token 3 came back where"),
         ("no number", "token 2 of 4 has the log-probability None"),
+        ("minus infinity", "token 2 of 4 has the log-probability -9999.0"),
         ("above zero", "token 2 of 4 has the log-probability 0.5"),
         ("echo without values", "the answer has none"),
         ("too long", "refuses a prompt of 300 tokens (status 400): maximum context length is 100 tokens"),

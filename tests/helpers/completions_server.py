@@ -136,8 +136,8 @@ class _Handler(BaseHTTPRequestHandler):
                 tokens[2] = "token_id:3"
             if self.server.fault == "no number":
                 values[2] = None
-            if self.server.fault == "above zero":
-                values[2] = 0.5
+            if self.server.fault in ("above zero", "minus infinity"):
+                values[2] = 0.5 if self.server.fault == "above zero" else -9999.0
             choice["logprobs"] = {"token_logprobs": values, "tokens": tokens}
             if self.server.fault == "echo without values":
                 choice["logprobs"] = None
