@@ -14,6 +14,8 @@
 # environment, MODELS replaces the models (a list separated by blanks), DATASET the text, OUTPUT the file of rows;
 # PUBLISHED is a copy of the released CSV files, for the report:
 #   MODELS=models/tiny-llama-256 DATASET=standin:sotu ./eval.sh table2 -- --lengths 256,512 --dataset-min-tokens 512
+# LAUNCH starts the evaluators on several GPUs:
+#   LAUNCH="torchrun --nproc-per-node 8" ./eval.sh table2
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./environment.sh
@@ -50,10 +52,10 @@ recipe() { # NAME
         local evaluator=$1
         shift
         echo "$name: $evaluator of $model"
-        attended python "eval/$evaluator.py" -m "$model" "${under[@]}" "$@" "${extra[@]}" --output "$rows"
+        attended ${LAUNCH:-python} "eval/$evaluator.py" -m "$model" "${under[@]}" "$@" "${extra[@]}" --output "$rows"
         if [[ -d "$trained" ]]; then
             echo "$name: $evaluator of $trained"
-            attended python "eval/$evaluator.py" -m "$trained" "$@" "${extra[@]}" --output "$rows"
+            attended ${LAUNCH:-python} "eval/$evaluator.py" -m "$trained" "$@" "${extra[@]}" --output "$rows"
         fi
     }
     [[ ${#perplexity[@]} -eq 0 ]] || measure perplexity --control "${CONTROL:-trained}" "${perplexity[@]}"
@@ -79,7 +81,7 @@ paper() { # NAME
     else
         for model in "${models[@]}"; do
             echo "$1: $evaluator of $model"
-            attended python "eval/$evaluator.py" -m "$model" "${data[@]}" "${flags[@]}" "${extra[@]}" --output "$rows" ||
+            attended ${LAUNCH:-python} "eval/$evaluator.py" -m "$model" "${data[@]}" "${flags[@]}" "${extra[@]}" --output "$rows" ||
                 check "$1: $model" $?
         done
     fi

@@ -202,6 +202,23 @@ def test_tables_of_the_paper_have_a_control_where_it_is_asked_for(tmp_path):
         assert [line.split()[0] for line in lines].count("eval/passkey.py") == 1
 
 
+def test_evaluators_are_started_by_a_launcher(tmp_path):
+    python, launcher = tmp_path / "python", tmp_path / "launcher"
+    python.write_text(f'#!/usr/bin/env bash\n[[ "$1" == eval/* ]] || exec {sys.executable} "$@"\necho "alone $@"\n')
+    launcher.write_text('#!/usr/bin/env bash\necho "launched $@"\n')
+    for program in (python, launcher):
+        program.chmod(program.stat().st_mode | stat.S_IEXEC)
+    environment = os.environ | {"PYTHON": str(python), "PYTHONPATH": str(ROOT), "MODELS": "m", "TASKS": "mmlu"}
+    environment |= {"OUTPUT": str(tmp_path / "rows"), "LAUNCH": f"{launcher} --nproc-per-node 2"}
+    command = ["./eval.sh", "table2", "table3"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("launched", "alone"))]
+    assert [line[:45] for line in lines] == [
+        "launched --nproc-per-node 2 eval/perplexity.p", "launched --nproc-per-node 2 eval/harness.py -"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("page", "ends", "code"), [("written", 1, 0), ("missing", 1, 1), ("written", 2, 2)])
 def test_a_verdict_that_fails_is_a_result_and_a_broken_report_is_not(tmp_path, page, ends, code):
     python, recipe = tmp_path / "python", tmp_path / "mine.yaml"

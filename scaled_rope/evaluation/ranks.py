@@ -203,6 +203,16 @@ def join() -> Ranks:
     return _current
 
 
+def refuse_several(what: str) -> None:
+    """Refuse to be one of several processes, each of which would do the same.
+
+    Raises:
+        ConfigError: a launcher started several.
+    """
+    if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ConfigError(f"{what} is for one process, not {count}; each would do the same")
+
+
 def leave() -> None:
     """Close the connections to the other processes."""
     global _current, _store

@@ -13,12 +13,14 @@ import torch
 import eval.passkey as passkey
 import eval.passkey_hard as passkey_hard
 import eval.perplexity as perplexity
+import eval.prompt_loop as prompt_loop
 import eval.quality as quality
+from scaled_rope import cli
 from scaled_rope.checkpoint import DEFAULT_MODEL
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation import ranks as module
 from scaled_rope.evaluation.perplexity_evaluator import shares
-from scaled_rope.evaluation.ranks import Ranks, join
+from scaled_rope.evaluation.ranks import Ranks, join, refuse_several
 from scaled_rope.results import Row, read_rows
 from tests.helpers.evaluation_ranks import (
     fail_on_the_second,
@@ -257,6 +259,16 @@ def test_errors_travel(monkeypatch: pytest.MonkeyPatch) -> None:
             assert isinstance(rebuilt, OSError) and (rebuilt.errno, rebuilt.filename) == (28, "file")
         else:
             assert type(rebuilt).__name__ == type(error).__name__ and str(rebuilt) == f"{error} (process 3)"
+
+
+def test_programs_for_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="prompt_loop.py is for one process, not 2"):
+        prompt_loop.main(["-m", str(DEFAULT_MODEL)])
+    assert cli.main(["tune", "--dataset", __file__]) == 2
+    assert "scaled-rope tune is for one process, not 2" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    refuse_several("anything")
 
 
 def test_shares_are_even() -> None:
