@@ -26,6 +26,7 @@ from scaled_rope.recipes import (
     DOCUMENTS,
     LOSSES,
     LR_SCHEDULES,
+    POSITIONS,
     PRECISIONS,
     Recipe,
     is_finished,
@@ -84,6 +85,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="ranks that share one sequence (Ulysses, under DeepSpeed ZeRO-3)")  # fmt: skip
     parser.add_argument("--attention", help="auto, flash_attention_2, sdpa or eager")
     parser.add_argument("--documents", choices=DOCUMENTS, help="separate: packed documents do not see each other")
+    parser.add_argument("--positions", choices=POSITIONS,
+                        help="pose: position ids jump, so that short windows train long positions")  # fmt: skip
+    parser.add_argument("--pose-chunks", type=int, metavar="N", help="chunks of a window of pose (default: 2)")
+    parser.add_argument("--skip-text", action=argparse.BooleanOptionalAction, default=None,
+                        help="with pose: text jumps too, in rows longer than a window (default: on)")  # fmt: skip
     parser.add_argument(
         "--sliding-window-attention-schedule", metavar="A,B,C", help="window at step i is entry i mod n"
     )
@@ -116,6 +122,7 @@ def overrides(args: argparse.Namespace, base: Recipe, ranks: int) -> dict[str, A
             "max_train_steps", "warmup_steps", "learning_rate", "lr_schedule", "grad_norm", "seed", "precision", "lora",
             "checkpointing_steps", "kept_checkpoints", "lora_embeddings_and_norms", "gradient_checkpointing",
             "offload_activations", "loss", "sequence_parallel", "attention", "documents", "heldout", "heldout_steps",
+            "positions", "pose_chunks", "skip_text",
         )
         if getattr(args, name) is not None
     }  # fmt: skip

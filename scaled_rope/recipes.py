@@ -31,6 +31,7 @@ CONFIGS = bundled("configs")
 LR_SCHEDULES = ("linear", "constant", "cosine")
 PRECISIONS = ("bf16", "fp32")
 DOCUMENTS = ("joined", "separate")
+POSITIONS = ("consecutive", "pose")
 LOSSES = ("auto", "chunked", "fused", "whole")
 EVALUATE_FIELDS = ("scalings", "perplexity", "passkey", "report")
 
@@ -62,6 +63,10 @@ class Recipe:
         lora_embeddings_and_norms: with `lora`: train embeddings, output projection and norms in full as well.
         documents: "joined" (the paper's): a packed row is one text; "separate": attention and positions start anew with
             each document of a row.
+        positions: "consecutive", or "pose" (arXiv 2309.10400): windows of `sequence_length` tokens whose position ids
+            jump, so that all positions up to the extended length are trained; rows may be longer than a window.
+        pose_chunks: chunks of such a window.
+        skip_text: whether its text jumps too, where rows are longer than a window.
         sliding_window_attention_schedule: window at step i is entry i mod n (Mistral); None leaves the model's own.
         loss: how it is computed from hidden states: "chunked", some logits at a time; "fused", by Liger's kernel on a
             GPU; "whole", all logits at once; "auto": fused where it can run, else chunked.
@@ -113,6 +118,9 @@ class Recipe:
     lora: bool = False
     lora_embeddings_and_norms: bool = False
     documents: str = "joined"
+    positions: str = "consecutive"
+    pose_chunks: int = 2
+    skip_text: bool = True
     sliding_window_attention_schedule: tuple[int, ...] | None = None
     checkpointing_steps: int | None = None
     kept_checkpoints: int = 2
@@ -148,6 +156,15 @@ class Recipe:
             check_spec(self.scaling)
         self._check_evaluate()
         require(self.documents in DOCUMENTS, "documents", f"one of: {', '.join(DOCUMENTS)}")
+        require(self.positions in POSITIONS, "positions", f"one of: {', '.join(POSITIONS)}")
+        if self.positions == "pose":
+            require(self.documents == "joined", "documents", "joined, with positions: pose; both set position ids")
+            require(self.truncate is None, "truncate", "none with positions: pose, whose windows have sequence_length")
+            require(self.pose_chunks >= 2, "pose_chunks", "at least 2")
+            require(self.pose_chunks <= self.sequence_length // 2, "pose_chunks", "at most sequence_length / 2")
+        else:
+            require(self.pose_chunks == 2, "pose_chunks", "it is for positions: pose")
+            require(self.skip_text, "skip_text", "it is for positions: pose")
         require(self.loss in LOSSES, "loss", f"one of: {', '.join(LOSSES)}")
         require(
             self.gradient_checkpointing or not self.offload_activations,

@@ -107,6 +107,16 @@ def test_ranks_that_share_sequences_train_like_one(workspace, straight, tmp_path
     assert_trained_alike(straight, tmp_path / "sp")
 
 
+@pytest.mark.parametrize(("engine", "flags"), [("ddp", ()), ("zero3", ("--sequence-parallel", "2"))])
+def test_windows_whose_positions_jump_are_the_same_on_two_ranks(workspace, tmp_path, engine, flags):
+    if engine == "zero3":
+        need_deepspeed()
+    extra = ("--positions", "pose", "--sequence-length", "16", "--max-train-steps", "3")
+    Ranks(workspace, tmp_path / "one", 1, extra=extra).succeed()
+    Ranks(workspace, tmp_path / "two", 2, engine, (*extra, *flags)).succeed()
+    assert_trained_alike(tmp_path / "one", tmp_path / "two")
+
+
 def test_rows_of_different_length_train_alike_on_shards(workspace, tmp_path):
     """Under ZeRO-3 each pass is collective: ranks whose rows differ in length must still make equally many."""
     datasets = pytest.importorskip("datasets")

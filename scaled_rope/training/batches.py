@@ -42,6 +42,8 @@ def check_lengths(rows: TokenRows, recipe: Recipe) -> None:
     Raises:
         ConfigError: the longest row is too long.
     """
+    if recipe.positions == "pose":
+        return  # windows are drawn from longer rows
     if recipe.truncate is None and rows.longest > recipe.sequence_length:
         raise ConfigError(
             f"dataset {recipe.dataset} has a row of {rows.longest} tokens, more than sequence_length"
@@ -53,6 +55,8 @@ def step_batches(
     rows: TokenRows, recipe: Recipe, step: int, rank: int, ranks: int, vocabulary: int | None = None
 ) -> list[list[LoadedRow]]:
     """This rank's micro-batches of one optimizer step, each a list of `batch_size` rows of tokens and weights.
+
+    A row's place in the step's global batch is that in `places`.
 
     Raises:
         ConfigError: a row with a token id outside the model's `vocabulary`.
@@ -72,6 +76,17 @@ def step_batches(
         return tokens, weight
 
     return [[fetch(int(index)) for index in micro] for micro in mine]
+
+
+def places(recipe: Recipe, micro: int, rank: int, ranks: int) -> range:
+    """The places in a step's global batch of the rows of micro-batch number `micro` on a rank."""
+    first = (micro * ranks + rank) * recipe.batch_size
+    return range(first, first + recipe.batch_size)
+
+
+def padded_positions(positions: Sequence[IntArray], length: int) -> IntArray:
+    """Position ids of rows [t], each continued to `length` positions; [B, length]."""
+    return np.stack([np.concatenate([row, row[-1] + 1 + np.arange(length - len(row))]) for row in positions])
 
 
 @dataclass(frozen=True)

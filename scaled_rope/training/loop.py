@@ -28,8 +28,16 @@ from scaled_rope.patching.loss import resolve_loss
 from scaled_rope.recipes import Recipe, is_finished
 from scaled_rope.results import Row, provenance, write_atomic
 from scaled_rope.scaling.record import RopeScaling
-from scaled_rope.texts.packed import TokenRows, open_rows
-from scaled_rope.training.batches import DocumentBorders, LoadedRow, check_lengths, collate, step_batches
+from scaled_rope.texts.packed import IntArray, TokenRows, open_rows
+from scaled_rope.training.batches import (
+    DocumentBorders,
+    LoadedRow,
+    check_lengths,
+    collate,
+    padded_positions,
+    places,
+    step_batches,
+)
 from scaled_rope.training.costs import ModelCost, device_peak_flops
 from scaled_rope.training.engine import (
     Layout,
@@ -51,6 +59,7 @@ from scaled_rope.training.model import (
     save_model,
     set_sliding_window,
 )
+from scaled_rope.training.pose import SkipWise, skip_wise
 from scaled_rope.training.run_state import (
     check_same_run,
     check_space,
@@ -137,6 +146,7 @@ class Trainer:
         model, report = build_model(recipe, attention)
         scaling = RopeScaling.from_config(model.config) if report is None else report.scaling
         check_sequence_parallel(recipe, model.config, scaling, model.config._attn_implementation)
+        windows = skip_wise(recipe, scaling)
         loss = resolve_loss(recipe.loss, accelerator.device, model)
         cost = ModelCost.of(model)
         accelerator.print(
@@ -166,7 +176,7 @@ class Trainer:
             record = recipe.to_dict() | fingerprint(recipe)
             write_atomic(self.output / "recipe.yaml", yaml.safe_dump(record, sort_keys=False))
             write_atomic(self.output / "provenance.json", json.dumps(facts, indent=2) + "\n")
-        loop = Loop(recipe, accelerator, module, optimizer, rows, cost, heldout, stop)
+        loop = Loop(recipe, accelerator, module, optimizer, rows, cost, heldout, stop, windows)
         start = load_state(accelerator, self._resume, self.output)
         losses = loop.run(start, self._trackers)
         if loop.stopped:
@@ -202,11 +212,13 @@ class Loop:
         cost: ModelCost,
         heldout: Heldout | None,
         stop: StopSignal,
+        windows: SkipWise | None = None,
     ) -> None:
         self.recipe, self.accelerator, self.module, self.optimizer = recipe, accelerator, module, optimizer
         self.rows, self.cost, self.heldout, self.stop = rows, cost, heldout, stop
         self.layout = Layout(accelerator.process_index, accelerator.num_processes, recipe.sequence_parallel)
         self.documents = None if recipe.documents == "joined" else DocumentBorders.of(rows, recipe.dataset)
+        self.windows = windows
         self.stopped = False
 
     def run(self, start: int, trackers: tuple[str | None, str | None]) -> list[float]:
@@ -277,6 +289,7 @@ class Loop:
         batches = step_batches(self.rows, recipe, step, layout.data_rank, layout.data_ranks, vocabulary)
         if self.documents is not None:
             batches = [[self.documents.cut_targets(*row) for row in batch] for batch in batches]
+        drawn = self._draw(batches, step)
         weight, tokens, flops, length = self._sizes([row for batch in batches for row in batch])
         total, mean, norm = torch.zeros((), device=accelerator.device), math.nan, math.nan
         for number, batch in enumerate(batches, 1):
@@ -286,6 +299,8 @@ class Loop:
                 tensors = collate(batch, length)
                 if self.documents is not None:
                     tensors["position_ids"] = torch.from_numpy(self.documents.positions(tensors["input_ids"].numpy()))
+                elif drawn is not None:
+                    tensors["position_ids"] = torch.from_numpy(padded_positions(drawn[number - 1], length))
                 elif layout.sequence_parallel > 1:
                     tensors["position_ids"] = torch.arange(length).expand(len(batch), length)
                 tensors = {name: value.to(accelerator.device) for name, value in layout.shard(tensors).items()}
@@ -304,6 +319,21 @@ class Loop:
         rate = float(self.optimizer.param_groups[0]["lr"])  # what the engine used, not what it was told
         row = {"step": step + 1, "loss": mean, "learning_rate": rate, "grad_norm": norm, "tokens": round(tokens)}
         return row | {"flops": flops}
+
+    def _draw(self, batches: list[list[LoadedRow]], step: int) -> list[list[IntArray]] | None:
+        """Replace the rows of `batches` by windows of them; return the position ids of each. None without windows."""
+        if self.windows is None:
+            return None
+        rank, ranks = self.layout.data_rank, self.layout.data_ranks
+        positions: list[list[IntArray]] = []
+        for micro, batch in enumerate(batches):
+            positions.append([])
+            for index, place in enumerate(places(self.recipe, micro, rank, ranks)):
+                tokens, weights = batch[index]
+                chosen, ids = self.windows.draw(len(tokens), step, place)
+                batch[index] = tokens[chosen], weights[chosen]
+                positions[-1].append(ids)
+        return positions
 
     def _sizes(self, mine: Sequence[LoadedRow]) -> tuple[float, float, float, int]:
         """Sums over the step's rows on all ranks: target weights, tokens, FLOPs; and the length to pad each row to."""

@@ -345,6 +345,7 @@ def _print(
     print(
         f"{recipe.name}: {recipe.max_train_steps} steps of {recipe.global_batch_size} sequences of {_length(recipe)}"
         f" tokens, {recipe.tokens_per_step * recipe.max_train_steps / 1e9:.3g} B tokens"
+        + (f"; position ids jump (PoSE, {recipe.pose_chunks} chunks)" if recipe.positions == "pose" else "")
     )
     print(
         f"one step: {flops.total / 1e15:.4g} PFLOP, {flops.linear / flops.total:.0%} in matrices,"

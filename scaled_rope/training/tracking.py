@@ -106,6 +106,14 @@ def write_records(folder: Path, recipe: Recipe, facts: Mapping[str, Any], log: S
     write_atomic(folder / "README.md", model_card(recipe, facts, log, scaling))
 
 
+def pose_line(recipe: Recipe) -> list[str]:
+    """The line of a card on position ids that jump; none where they don't."""
+    if recipe.positions != "pose":
+        return []
+    text = "from several places of a row" if recipe.skip_text else "consecutive text"
+    return [f"| positions | PoSE, {recipe.pose_chunks} chunks per sequence, {text} |"]
+
+
 def model_card(recipe: Recipe, facts: Mapping[str, Any], log: Sequence[Row], scaling: str) -> str:
     """A model card in the hub's format: the base model, the data, the settings, and the losses."""
     base = recipe.model or "random weights"
@@ -119,6 +127,7 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any], log: Sequence[Row], sca
         last = log[-1]
         lines += [
             f"| data | {recipe.dataset}, sequences of {recipe.truncate or recipe.sequence_length} tokens |",
+            *pose_line(recipe),
             f"| steps | {last['step']} of {recipe.global_batch_size} sequences, {last['tokens_seen']} tokens in all |",
             f"| learning rate | {recipe.learning_rate:g}, {recipe.lr_schedule}, {recipe.warmup_steps} warm-up steps |",
             f"| AdamW | betas {tuple(recipe.adam_betas)}, weight decay {recipe.weight_decay:g} |",
