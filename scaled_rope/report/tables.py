@@ -183,6 +183,12 @@ def column_of(row: Row) -> Column:
     return int(row["length"]), "{}-{}".format(*row["bucket"]) if "bucket" in row else ""
 
 
+def _origin(row: Row) -> tuple[Any, ...]:
+    """The model and metric of a row, and the server that was asked, if any."""
+    server = row.get("server") or {}
+    return row["model"], row["metric"], server.get("url"), server.get("name")
+
+
 def current_rows(rows: Sequence[Row]) -> list[Row]:
     """Leave out rows that newer ones have replaced.
 
@@ -191,8 +197,8 @@ def current_rows(rows: Sequence[Row]) -> list[Row]:
     text that it last saw under a name.
     """
     by_date = sorted(rows, key=row_date)
-    weights = {(row["model"], row["metric"]): (row["model_fingerprint"], row["dtype"]) for row in by_date}
-    kept = [row for row in rows if weights[row["model"], row["metric"]] == (row["model_fingerprint"], row["dtype"])]
+    weights = {_origin(row): (row["model_fingerprint"], row["dtype"]) for row in by_date}
+    kept = [row for row in rows if weights[_origin(row)] == (row["model_fingerprint"], row["dtype"])]
 
     def named(row: Row) -> tuple[Any, ...]:
         topic = topic_of(row)

@@ -19,6 +19,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation import jobs
 from scaled_rope.evaluation.ranks import Ranks
 from scaled_rope.evaluation.served_model import KEY, Address, ServedModel
+from scaled_rope.report.tables import load_results
 from scaled_rope.results import Row, read_rows
 from tests.helpers.completions_server import NAME, CompletionsServer, serving
 from tests.helpers.evaluators import evaluate
@@ -98,6 +99,8 @@ def test_served_rows_and_local_ones_do_not_mix(server: CompletionsServer, text: 
     assert len(asked(perplexity.main, server, output, *argv)) == 2 and server.asked
     server.asked.clear()
     assert len(asked(perplexity.main, server, output, *argv)) == 2 and not server.asked  # it is there
+    results = load_results([str(output)])
+    assert [series.label for series in results.series] == ["unscaled", "unscaled, served by vllm 0.11.0"]
     server.listed[0]["max_model_len"] = 512  # another server, or the same one started otherwise
     assert len(asked(perplexity.main, server, output, *argv)) == 3
 
