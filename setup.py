@@ -20,7 +20,7 @@ EXTRAS = {
     "gguf": ["gguf>=0.19"],
     "dev": [
         "gguf>=0.19", "hypothesis", "liger-kernel>=0.8.5", "mypy", "pytest", "pytest-xdist", "ruff", "triton>=3.6",
-        "types-PyYAML",
+        "trl>=1.16", "types-PyYAML",
     ],
 }  # fmt: skip
 # Not in "all": flash-attn, which builds only where a CUDA toolkit is.

@@ -1,0 +1,199 @@
+"""Training in other programs: the callback, and the examples of docs/integrations.md as they stand there."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import eval.report as report
+import finetune
+from scaled_rope import RopeScaling, patch_model
+from scaled_rope.errors import ConfigError
+from scaled_rope.integrations import ContextCallback, card, check_scaling
+from scaled_rope.patching.loss import token_nll
+from scaled_rope.results import read_rows
+from tests.helpers import ROOT
+from tests.helpers.number_texts import (
+    TRAINED,
+    bodies,  # noqa: F401
+    checkpoint,  # noqa: F401
+    texts,  # noqa: F401
+)
+
+PAGE = (ROOT / "docs" / "integrations.md").read_text()
+LENGTHS = [16, 32, 40]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+def rows_of(bodies: list[list[int]], size: int = 40) -> list[dict[str, list[int]]]:  # noqa: F811
+    cut = [body[begin : begin + size] for body in bodies for begin in range(0, len(body) - size + 1, size)]
+    return [{"input_ids": ids, "labels": ids} for ids in cut]
+
+
+@pytest.fixture
+def trained(checkpoint: str, texts: str, bodies: list[list[int]], tmp_path: Path) -> Any:  # noqa: F811
+    """A function that trains two steps with a callback and returns the trainer."""
+
+    def train(model: Any, callback: ContextCallback, steps: int = 2, **more: Any) -> Trainer:
+        from transformers import AutoTokenizer
+
+        arguments = TrainingArguments(
+            str(tmp_path / "out"), max_steps=steps, per_device_train_batch_size=1, report_to=[], use_cpu=True,
+            learning_rate=5e-2, save_strategy="no", disable_tqdm=True, **more,
+        )  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, pad_token="<unk>")
+        trainer = Trainer(model, arguments, train_dataset=rows_of(bodies), eval_dataset=rows_of(bodies)[:1],
+                          processing_class=tokenizer, callbacks=[callback])  # fmt: skip
+        trainer.train()
+        return trainer
+
+    return train
+
+
+def perplexities(model: Any, bodies: list[list[int]]) -> list[float]:  # noqa: F811
+    """By bucket, of the documents that have 40 tokens with the BOS, straight from the definition."""
+    sums, counts = [0.0] * 3, [0] * 3
+    for body in bodies:
+        if len(body) < 39:
+            continue
+        ids = torch.tensor([[0, *body[:39]]])
+        nll = token_nll(model, ids[:, :-1], ids[:, 1:]).detach()[0].double()
+        for index, (start, end) in enumerate(((1, 16), (16, 32), (32, 40))):
+            sums[index] += float(nll[start - 1 : end - 1].sum())
+            counts[index] += end - start
+    return [math.exp(total / count) for total, count in zip(sums, counts, strict=True)]
+
+
+def test_perplexity_before_during_and_after(
+    trained: Any, checkpoint: str, texts: str, bodies: list[list[int]], tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    patch_model(model, "yarn:4")
+    first = perplexities(model, bodies)
+    callback = ContextCallback(texts, LENGTHS, every=2)
+    trainer = trained(model, callback, steps=3)
+    assert model.training
+    rows = read_rows(tmp_path / "out" / "context.jsonl")
+    assert rows == callback.rows
+    found = {step: [row["perplexity_bucket"] for row in rows if row["model_fingerprint"] == f"step {step}"]
+             for step in (0, 2, 3)}  # fmt: skip
+    assert len(rows) == 9 and found[0] == pytest.approx(first, rel=1e-5)
+    model.eval()
+    assert found[3] == pytest.approx(perplexities(model, bodies), rel=1e-5)
+    assert abs(found[3][0] / found[0][0] - 1) > 1e-3  # it did learn something between
+    logged = [entry for entry in trainer.state.log_history if "context/16" in entry]
+    assert [entry["step"] for entry in logged] == [0, 2, 3]
+    assert [logged[-1][f"context/{length}"] for length in LENGTHS] == found[3]
+    assert report.main([str(tmp_path / "out" / "context.jsonl")]) == 0
+    table = (tmp_path / "out" / "context.md").read_text()
+    assert table == card(rows, RopeScaling.from_dict(rows[0]["scaling"])) and "| 3 | " in table
+
+
+def test_whenever_the_trainer_evaluates(trained: Any, checkpoint: str, texts: str) -> None:  # noqa: F811
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    patch_model(model, "yarn:4")
+    callback = ContextCallback(texts, [16], samples=1)
+    trained(model, callback, steps=3, eval_strategy="steps", eval_steps=1)
+    assert [row["model_fingerprint"] for row in callback.rows] == [f"step {step}" for step in range(4)]
+
+
+def test_the_wrong_scaling_is_noticed_before_the_first_step(trained: Any, checkpoint: str, texts: str) -> None:  # noqa: F811
+    wrong = ContextCallback(texts, [16], scaling="yarn:4")
+    with pytest.raises(ConfigError, match="does not compute with yarn x4"):
+        trained(AutoModelForCausalLM.from_pretrained(checkpoint), wrong)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    patch_model(model, "yarn:2")
+    with pytest.raises(ConfigError, match="computes with yarn x2, not with yarn x4"):
+        trained(model, ContextCallback(texts, [16], scaling="yarn:4"))
+    assert not wrong.rows
+
+
+def test_a_config_that_says_what_the_model_does_not_do(checkpoint: str) -> None:  # noqa: F811
+    """As a program leaves it that writes into the config of a model that is loaded already."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert check_scaling(model).method == "default"
+    model.config.rope_parameters = {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED, "rope_theta": 10000.0,
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="does not compute with yarn x4"):
+        check_scaling(model)
+
+
+def test_a_checkpoint_that_carries_its_scaling(checkpoint: str, tmp_path: Path) -> None:  # noqa: F811
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    patch_model(model, "yarn:4")
+    model.save_pretrained(tmp_path / "saved")
+    assert check_scaling(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")).label == "yarn x4"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"lengths": []}, "lengths"), ({"lengths": [1, 8]}, "at least 2"), ({"lengths": [8], "every": 0}, "every 0")],
+)
+def test_refusals(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ContextCallback("texts", **given)
+
+
+def test_texts_that_are_too_short(trained: Any, checkpoint: str, texts: str) -> None:  # noqa: F811
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with pytest.raises(ConfigError, match="0 of 5 documents have 500 tokens"):
+        trained(model, ContextCallback(texts, [500]))
+
+
+# ------------------------------------------------------------------------------------------------- the page's examples
+
+
+@pytest.mark.parametrize(("index", "needs"), [(0, "transformers"), (1, "trl")])
+def test_the_examples_run(
+    checkpoint: str, texts: str, bodies: list[list[int]], tmp_path: Path, index: int, needs: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if importlib.util.find_spec(needs) is None:
+        pytest.skip(f"{needs} is not installed")
+    datasets = pytest.importorskip("datasets")
+    words = datasets.Dataset.from_dict({"text": [" ".join(map(str, body)) for body in bodies]})
+    given = {
+        "MODEL": checkpoint, "HELDOUT": texts, "LENGTHS": LENGTHS, "OUTPUT": str(tmp_path / "out"), "STEPS": 2,
+        "TOKENIZED": rows_of(bodies), "TEXTS": words,
+    }  # fmt: skip
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    add_end(checkpoint, tmp_path / "model")
+    given["MODEL"] = str(tmp_path / "model")
+    code = blocks("python")[index].replace("report_to=[]", "report_to=[], use_cpu=True, bf16=False")
+    exec(compile(code, "docs/integrations.md", "exec"), given)
+    rows = read_rows(tmp_path / "out" / "context.jsonl")
+    assert {row["label"] for row in rows} == {"yarn x4, step 0", "yarn x4, step 2"}
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert check_scaling(saved).label == "yarn x4"
+
+
+def add_end(model: str, folder: Path) -> None:
+    """Save a model with a tokenizer that has an EOS, as those of real models do."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.eos_token = "<unk>"
+    AutoModelForCausalLM.from_pretrained(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def test_the_checkpoint_for_programs_that_take_a_path(checkpoint: str, tmp_path: Path) -> None:  # noqa: F811
+    command = blocks("bash")[0].splitlines()[0].split()
+    output = tmp_path / "scaled"
+    argv = [{"BASE": checkpoint, "out/scaled": str(output)}.get(word, word) for word in command[2:]]
+    assert finetune.main(argv) == 0
+    assert check_scaling(AutoModelForCausalLM.from_pretrained(output / "model")).label == "yarn x4"
+    for text in blocks("yaml"):
+        assert "out/scaled/model" in yaml.safe_load(text).values() and "rope" not in text
