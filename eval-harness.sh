@@ -47,7 +47,7 @@ failed=()
 for model in "${models[@]}"; do
     for task in "${tasks[@]}"; do
         echo "$model: $task"
-        attended python eval/harness.py -m "$model" --tasks "$task" --output "$OUTPUT" "${flags[@]}" || {
+        attended ${LAUNCH:-python} eval/harness.py -m "$model" --tasks "$task" --output "$OUTPUT" "${flags[@]}" || {
             [[ $? -ne 130 ]] || exit 130 # interrupted
             failed+=("$model: $task")
         }

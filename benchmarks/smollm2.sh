@@ -6,7 +6,8 @@
 #   ./benchmarks/smollm2.sh full     what data/smollm2_rows.jsonl holds: about 4 hours on two cores
 #   ./benchmarks/smollm2.sh attention   the methods that change attention, to twice and four times the length
 #
-# OUTPUT is the folder (default: out/smollm2). More flags of eval/perplexity.py and eval/passkey.py may follow, such as
+# OUTPUT is the folder (default: out/smollm2). CONTROL=trained also measures the control of perplexities: the same tokens
+# after the last 8192 only. More flags of eval/perplexity.py and eval/passkey.py may follow, such as
 # --attention sdpa where the processor has AMX.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,6 +20,8 @@ output=${OUTPUT:-out/smollm2}
 model=models/smollm2-135m
 shared=(-m "$model" --dtype bfloat16 --attention blockwise --output "$output/rows.jsonl")
 
+control=(${CONTROL:+--control "$CONTROL"})
+
 under() { # SPEC ...: as flags
     flags=()
     for spec in "$@"; do flags+=(--scaling "$spec"); done
@@ -28,7 +31,7 @@ attended python -m scaled_rope.texts.fetched_models fetch smollm2-135m --output 
 case $what in
     quick)
         under default linear:2 ntk:2 yarn:2 dynamic-yarn
-        attended python eval/perplexity.py "${shared[@]}" "${flags[@]}" "$@" --dataset standin:books --samples 1 \
+        attended python eval/perplexity.py "${shared[@]}" "${control[@]}" "${flags[@]}" "$@" --dataset standin:books --samples 1 \
             --lengths 1024,2048,4096,8192,12288,16384
         under default yarn:2
         attended python eval/passkey.py "${shared[@]}" "${flags[@]}" "$@" --lengths 4096,8192,12288 --iterations 3
@@ -36,7 +39,7 @@ case $what in
         ;;
     full)
         under default yarn:2 linear:2 ntk:2 ntk-by-parts:2 dynamic-yarn dynamic-ntk
-        attended python eval/perplexity.py "${shared[@]}" "${flags[@]}" "$@" --samples 1 \
+        attended python eval/perplexity.py "${shared[@]}" "${control[@]}" "${flags[@]}" "$@" --samples 1 \
             --dataset standin:books --dataset standin:hol-light --dataset standin:sotu \
             --lengths 1024,2048,4096,8192,12288,16384
         under yarn:2 default linear:2
@@ -46,16 +49,16 @@ case $what in
         attended python eval/harness.py "${shared[@]}" "${flags[@]}" --offline --tasks truthfulqa_mc2 --limit 60
         attended python eval/harness.py "${shared[@]}" "${flags[@]}" --offline --tasks mmlu --limit 2
         under default yarn:4 linear:4 ntk:4
-        attended python eval/perplexity.py "${shared[@]}" "${flags[@]}" "$@" --dataset standin:books --samples 1 \
+        attended python eval/perplexity.py "${shared[@]}" "${control[@]}" "${flags[@]}" "$@" --dataset standin:books --samples 1 \
             --lengths 1024,2048,4096,8192,16384,24576,32768
         ;;
     attention)
         far=(--scaling rerope,window=4096 --scaling leaky-rerope,window=4096,k=8 --scaling self-extend,group=8,window=2048
             --scaling dual-chunk,chunk=6144 --scaling dynamic-yarn)
-        attended python eval/perplexity.py "${shared[@]}" "${far[@]}" --scaling default --scaling dynamic-linear \
+        attended python eval/perplexity.py "${shared[@]}" "${control[@]}" "${far[@]}" --scaling default --scaling dynamic-linear \
             --scaling rerope,window=4096,logn=true --scaling leaky-rerope,window=4096,k=8,logn=true "$@" \
             --dataset standin:books --samples 1 --lengths 1024,2048,4096,8192,12288,16384
-        attended python eval/perplexity.py "${shared[@]}" "${far[@]}" --scaling yarn:4 --scaling dynamic-linear "$@" \
+        attended python eval/perplexity.py "${shared[@]}" "${control[@]}" "${far[@]}" --scaling yarn:4 --scaling dynamic-linear "$@" \
             --dataset standin:books --samples 1 --lengths 1024,2048,4096,8192,16384,24576,32768
         attended python eval/passkey.py "${shared[@]}" "${far[@]}" --scaling yarn:2 "$@" \
             --lengths 12288,16384 --iterations 3 --shared-prefill

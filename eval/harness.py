@@ -99,6 +99,7 @@ from scaled_rope.evaluation.benchmark_runs import BenchmarkRun, Unmeasurable, be
 from scaled_rope.evaluation.failures import Failure, report_failures
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
 from scaled_rope.evaluation.lm_eval_tasks import Catalogue, UnbuiltUnit, Unit, chat_note, model_class
+from scaled_rope.evaluation.ranks import current, on_ranks
 from scaled_rope.evaluation.runner import command_line, given_arguments
 from scaled_rope.evaluation.saved_questions import SavedUnit, read_requests
 
@@ -116,7 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         catalogue.check(names)
     load = ModelLoader(args)
+    ranks = current()
     if args.save_requests is not None:
+        if ranks.count > 1:
+            raise ConfigError(f"save-requests={args.save_requests!r}: is for one process, not {ranks.count}")
         if len(jobs) != 1:
             raise ConfigError(
                 f"save-requests={args.save_requests!r}: takes one model, for its tokenizer, not {len(jobs)}"
@@ -141,9 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What has rows that say so is not refused as a whole.
     written = any(isinstance(failure.error, Unmeasurable) for failure in failures)
     code = report_failures(failures, jobs, ("any task",) if written else ())
-    print(f"\n{benchmark_table(args.output, wanted)}\n\nrows: {args.output}")
+    print(f"\n{ranks.first(lambda: benchmark_table(args.output, wanted))}\n\nrows: {args.output}")
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    sys.exit(run_cli(lambda: on_ranks(main)))

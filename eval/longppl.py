@@ -102,6 +102,7 @@ from scaled_rope.evaluation.formatting import format_perplexity
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
 from scaled_rope.evaluation.long_perplexity import METRIC, KeyRule, KeyTokens, LongPerplexity
 from scaled_rope.evaluation.perplexity_evaluator import Perplexity
+from scaled_rope.evaluation.ranks import current, on_ranks
 from scaled_rope.evaluation.runner import Parts, command_line, print_summary, run_all
 from scaled_rope.report.drawing import check_format
 from scaled_rope.report.gains import excerpts, save_gains, strips
@@ -215,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_keys(name, keys[name], longest)
         on = f" on {name}" if name else ""
         print_summary(f"LongPPL{on}, with 95 % intervals, by context length (tokens)", rows, shown)
-    if args.figure is not None:
+    if args.figure is not None and current().is_first:
         save_gains(args.figure, [strip for one in keys.values() for strip in strips(one, longest)])
         print(f"\nfigure: {args.figure}")
     print(f"\nrows: {args.output}")
@@ -223,4 +224,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    sys.exit(run_cli(lambda: on_ranks(main)))

@@ -31,8 +31,10 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.flags import (
     add_evaluation_arguments,
     add_model_arguments,
+    add_server_arguments,
     batch_size,
     check_model_arguments,
+    check_server_arguments,
     context_lengths,
 )
 
@@ -42,6 +44,7 @@ DEPTHS = ("grid", "random")
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser("eval/passkey.py", __doc__ or "")
     add_model_arguments(parser)
+    add_server_arguments(parser)
     add = parser.add_argument_group("prompts").add_argument
     add("--iterations", type=int, default=20, metavar="N", help="prompts per length (default %(default)s)")
     add("--depths", choices=DEPTHS, default="grid", help="where the key stands (default %(default)s)")
@@ -57,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 def check_arguments(args: argparse.Namespace) -> list[int]:
     """Check the flags and return the context lengths that they ask for."""
     check_model_arguments(args)
+    check_server_arguments(args)
     if args.iterations < 1:
         raise ConfigError(f"--iterations {args.iterations} is not allowed; at least 1")
     if args.fixed_length is not None:
@@ -74,6 +78,7 @@ from scaled_rope.evaluation.failures import Failure
 from scaled_rope.evaluation.jobs import model_jobs
 from scaled_rope.evaluation.passkey_evaluator import Passkey
 from scaled_rope.evaluation.passkey_trials import run_trials
+from scaled_rope.evaluation.ranks import current, on_ranks
 from scaled_rope.evaluation.runner import command_line, given_arguments
 from scaled_rope.report.drawing import check_format
 from scaled_rope.report.heatmap import Panel, save_heatmap
@@ -110,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lambda row: f"{row['right']}/{row['n']}",
         failures,
     )
-    if args.heatmap is not None:
+    if args.heatmap is not None and current().is_first:
         panels = [
             Panel.of_rows(job.name, cells, job.scaling.original_max_position_embeddings) for job, cells in rows.items()
         ]
@@ -121,4 +126,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    sys.exit(run_cli(lambda: on_ranks(main)))

@@ -31,8 +31,10 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.flags import (
     add_evaluation_arguments,
     add_model_arguments,
+    add_server_arguments,
     batch_size,
     check_model_arguments,
+    check_server_arguments,
     context_lengths,
 )
 from scaled_rope.results import write_atomic
@@ -57,6 +59,7 @@ def true_or_false(text: str) -> bool:
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser("eval/passkey_hard.py", __doc__ or "")
     add_model_arguments(parser)
+    add_server_arguments(parser)
     add = parser.add_argument_group("text").add_argument
     source = "a .txt, .jsonl or .parquet file, a folder of these, a hub name or standin:NAME"
     add("-d", "--dataset", default=RED_PAJAMA, metavar="NAME", help=f"{source} (default %(default)s)")
@@ -94,6 +97,7 @@ def lengths_of(args: argparse.Namespace) -> list[int]:
 def check_arguments(args: argparse.Namespace) -> list[int]:
     """Check the flags and return the context lengths that they ask for."""
     check_model_arguments(args)
+    check_server_arguments(args)
     check_there(args.dataset)
     for name in ("iterations", "num_keys"):
         if getattr(args, name) < 1:
@@ -109,6 +113,7 @@ from scaled_rope.evaluation.failures import Failure
 from scaled_rope.evaluation.hard_passkey_evaluator import HardPasskey
 from scaled_rope.evaluation.jobs import model_jobs
 from scaled_rope.evaluation.passkey_trials import run_trials
+from scaled_rope.evaluation.ranks import current, on_ranks
 from scaled_rope.evaluation.runner import command_line, given_arguments
 from scaled_rope.evaluation.statistics import format_share
 from scaled_rope.report.drawing import check_format
@@ -145,13 +150,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     keys = f"{args.num_keys} key{'s' if args.num_keys > 1 else ''} in {args.dataset}"
     title = f"passkeys found, {keys}, with 95 % intervals, by context length (tokens)"
     rows, code = run_trials(evaluator, jobs, args, command, given, title, format_share, failures)
-    if args.heatmap is not None:
+    if args.heatmap is not None and current().is_first:
         panels = [
             Panel.of_rows(job.name, cells, job.scaling.original_max_position_embeddings) for job, cells in rows.items()
         ]
         save_heatmap(args.heatmap, panels)
         print(f"\nheat map: {args.heatmap}")
-    if answers_file is not None:
+    if answers_file is not None and current().is_first:
         found = [{**row, "name": job.name} for job, cells in rows.items() for row in cells.values()]
         write_atomic(answers_file, json.dumps(found, indent=1) + "\n")
         print(f"\nanswers: {answers_file}")
@@ -160,4 +165,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    sys.exit(run_cli(lambda: on_ranks(main)))

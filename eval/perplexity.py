@@ -16,7 +16,8 @@ The control (`--control`) asks whether what stands further back helps: each toke
 predicted again from the last L tokens only, by the same weights, in windows of L positions that begin every S tokens,
 so that every scored token has between L-S and L-1 positions before it. Its rows cost about L/S times the tokens, in
 passes of L, and are compared with the others by document. An unscaled base's control says what cutting the text would
-have done.
+have done. Under the sliding protocol it scores all tokens, those that begin a document as well, for which the two are
+the same.
 
 Weighting `token`: perplexity is exp(sum of the targets' negative log-likelihoods / number of targets), over all
 windows. `window`, the released code's: exp of the unweighted mean over windows of each window's mean.
@@ -40,9 +41,11 @@ from scaled_rope.evaluation.windows import SEED, WEIGHTINGS
 from scaled_rope.flags import (
     add_evaluation_arguments,
     add_model_arguments,
+    add_server_arguments,
     add_text_arguments,
     batch_size,
     check_model_arguments,
+    check_server_arguments,
     check_text_arguments,
     context_lengths,
 )
@@ -52,6 +55,7 @@ from scaled_rope.texts.token_documents import TokenSource, save_token_documents
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser("eval/perplexity.py", __doc__ or "")
     add_model_arguments(parser)
+    add_server_arguments(parser)
     add_text_arguments(parser)
     add = parser.add_argument_group("what is measured").add_argument
     add("--save-tokenized", metavar="DIR", help="tokenize the dataset into DIR, for --tokenized, and exit")
@@ -77,12 +81,13 @@ def build_parser() -> argparse.ArgumentParser:
 def check_arguments(args: argparse.Namespace) -> tuple[list[TokenSource], int | None]:
     """Check the flags and return the data sets, and the stride of the sliding protocol or None."""
     check_model_arguments(args)
+    check_server_arguments(args)
     lengths = context_lengths(args)
     check_text_arguments(args)
     for name in ("stride", "sliding_window"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
-    control = ControlRequest.parse(args.control)
+    ControlRequest.parse(args.control)
     if args.save_nll is not None and Path(args.save_nll).is_file():
         raise ConfigError(f"--save-nll {args.save_nll} is a file; name a folder")
     sources = [
@@ -94,9 +99,6 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[TokenSource], int | 
         if args.stride is not None:
             raise ConfigError(f"--stride {args.stride} is for --protocol sliding")
         return sources, None
-    if control is not None:
-        said = "sliding windows of the trained length are a control by themselves"
-        raise ConfigError(f"--control {args.control} is for --protocol truncate; {said}")
     if args.windows is not None:
         raise ConfigError(f"--windows {args.windows} is for --protocol truncate; sliding windows cover whole documents")
     if None not in (args.stride, args.sliding_window) and args.stride != args.sliding_window:
@@ -119,6 +121,7 @@ from scaled_rope.evaluation.failures import Failure, report_failures
 from scaled_rope.evaluation.formatting import format_perplexity
 from scaled_rope.evaluation.jobs import ModelJob, model_jobs
 from scaled_rope.evaluation.perplexity_evaluator import Perplexity
+from scaled_rope.evaluation.ranks import current, on_ranks
 from scaled_rope.evaluation.runner import Parts, command_line, print_summary, run_all
 from scaled_rope.results import Row
 
@@ -165,8 +168,10 @@ def print_controls(
     evaluator: Perplexity,
 ) -> None:
     """Print, for each job, whether it uses what its control does not see."""
-    title = f"perplexity of the position bucket that ends at, after the last tokens only{on}"
-    print_summary(title, controls, lambda row: format_perplexity(row["perplexity_bucket"]))
+    sliding = evaluator.stride is not None
+    what = "perplexity in windows of" if sliding else "perplexity of the position bucket that ends at"
+    field = "perplexity" if sliding else "perplexity_bucket"
+    print_summary(f"{what}, after the last tokens only{on}", controls, lambda row: format_perplexity(row[field]))
     print(f"\nagainst the same weights reading the last tokens only{on}")
     for job, cells in controls.items():
         control = evaluator.control_of(job)
@@ -176,6 +181,8 @@ def print_controls(
             continue
         measured = rows.get(job, {})
         ends = counted(list(cells), control.window, job.scaling.max_position_embeddings)
+        if sliding:
+            ends = ends[-1:]  # each length scores all tokens
         change = compare([(measured[length], cells[length]) for length in ends if length in measured])
         print(f"{job.name}: {uses_context(change, control.window)}")
 
@@ -190,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(sources) != 1 or sources[0].tokenized:
             raise ConfigError("save-tokenized takes one --dataset")
         models = list(dict.fromkeys(job.model for job in jobs))
-        count = save_tokenized(sources[0], models, args.save_tokenized)
+        count = current().first(lambda: save_tokenized(sources[0], models, args.save_tokenized))
         print(f"{count} documents: {args.save_tokenized}")
         return 0
     several = len(sources) > 1
@@ -224,4 +231,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    sys.exit(run_cli(lambda: on_ranks(main)))

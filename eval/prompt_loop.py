@@ -65,12 +65,14 @@ from transformers.utils import logging as transformers_logging
 
 from scaled_rope.checkpoint import load_tokenizer
 from scaled_rope.evaluation.jobs import ModelLoader, model_jobs
+from scaled_rope.evaluation.ranks import refuse_several
 from scaled_rope.evaluation.streamed_answers import Decoding, answerer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check_arguments(args)
+    refuse_several("prompt_loop.py")
     jobs = model_jobs(args)
     if len(jobs) != 1:
         raise ConfigError(f"give one model and one scaling; the flags name {len(jobs)}: {jobs[0].name}; {jobs[1].name}")

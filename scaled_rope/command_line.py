@@ -6,6 +6,7 @@ Knows nothing of what the script does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import signal
@@ -86,12 +87,17 @@ def run_cli(main: Callable[[], int | None]) -> int:
 def refuse_early(check: Callable[[], object]) -> None:
     """End the process with exit code 2 and one line if `check` raises `ConfigError`, or torch is too old; for scripts.
 
-    A script calls this between its flags and the imports that take seconds.
+    A script calls this between its flags and the imports that take seconds. Of several processes that a launcher
+    started on one machine, with the same flags and files, one says why.
     """
 
     def checked() -> None:
         check()
         check_versions("torch", "transformers")
 
-    if code := run_cli(checked):
+    with contextlib.ExitStack() as stack:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
+        code = run_cli(checked)
+    if code:
         sys.exit(code)

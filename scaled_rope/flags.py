@@ -30,6 +30,7 @@ ATTENTIONS = (
     "auto", "flash_attention_2", "flash_attention_3", "flash_attention_4", "sdpa", "sdpa_blocked", "blockwise",
     "flex_attention", "eager",
 )  # fmt: skip
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 KERNELS = ("auto", "torch", "triton", "none")
 TARGETS = ("transformers", "vllm", "sglang", "llama.cpp")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -88,7 +89,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--finetuned", action="store_true", help="dynamic scalings start from the checkpoint's own factor")
     add("--original-max-position-embeddings", type=int, metavar="N", help="trained context, if the checkpoint is wrong")
     add("--dtype", default="auto", help="float32, bfloat16, float16 or auto (bfloat16 on a GPU)")
-    add("--device", help="torch device (default: the first GPU, else cpu)")
+    add("--device", help="torch device (default: the first GPU, else cpu; of several processes each has its own)")
+    add(
+        "--device-map",
+        metavar="MAP",
+        help=f"split models over GPUs, CPU and disk: {', '.join(DEVICE_MAPS)}, or a .json file of parts and devices",
+    )
+    add("--max-memory", metavar="D=SIZE,...", help="most memory for --device-map, as 0=20GiB,cpu=64GiB")
+    add("--offload-folder", metavar="DIR", help="weights of --device-map that fit nowhere else")
     add("--attention", default="auto", help=f"one of: {', '.join(ATTENTIONS)}")
     add("--flash-attention", dest="attention", action="store_const", const="flash_attention_2", help=argparse.SUPPRESS)
     add("--kernel", default="auto", help=f"rotary kernel, one of: {', '.join(KERNELS)}")
@@ -108,6 +116,8 @@ def check_model_arguments(args: argparse.Namespace) -> None:
         check_local(name)
     for spec in requested_specs(args):
         check_spec(spec)
+    if args.device_map is not None and not args.device_map.endswith(".json") and args.device_map not in DEVICE_MAPS:
+        raise unknown("device-map", args.device_map, [*DEVICE_MAPS, "a .json file"])
     for flag, known in (("attention", ATTENTIONS), ("kernel", KERNELS)):
         if getattr(args, flag) not in known:
             raise unknown(flag, getattr(args, flag), known)
@@ -227,6 +237,44 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--retry-oom", action="store_true", help="measure again what did not fit into memory in an earlier run")
     add("--output-file", metavar="CSV", help="also write a table: a line of lengths, then a line per model")
     add("--hide-progress", action="store_true")
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of evaluators that can ask a server."""
+    group = parser.add_argument_group("a model behind a server", "-m has its config and tokenizer")
+    add = group.add_argument
+    add("--server", metavar="URL", help="completions API to ask, as http://host:8000/v1; its key: OPENAI_API_KEY")
+    add("--served-name", metavar="NAME", help="the model's name there (default: the only one)")
+    add("--server-timeout", type=float, metavar="S", help="seconds to wait for an answer (default: 600)")
+
+
+_OF_THE_SERVER = ("scaling", "layers", "drop_layers", "factor", "device", "device_map", "adapter", "load_in_8bit",
+                  "load_in_4bit", "sliding_window_attention", "prefill_chunk", "shared_prefill",
+                  "uncached")  # fmt: skip
+
+
+def check_server_arguments(args: argparse.Namespace) -> None:
+    """Refuse flags that do not go with the server that is named, or with none.
+
+    Raises:
+        ConfigError: such a flag.
+    """
+    if args.server is None:
+        for name in ("served_name", "server_timeout"):
+            if getattr(args, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} goes with --server")
+        return
+    if args.server_timeout is not None and not args.server_timeout > 0:
+        raise ConfigError(f"--server-timeout {args.server_timeout:g} is not allowed; above 0 seconds")
+    if len(args.model or ()) != 1:
+        raise ConfigError(f"--server {args.server} takes one -m, with the config and tokenizer of its model")
+    unlike = {"dtype": "auto", "attention": "auto", "kernel": "auto"}
+    for name in (*_OF_THE_SERVER, *unlike):
+        value = getattr(args, name, None)
+        if value not in (None, False, unlike.get(name)):
+            raise ConfigError(f"--{name.replace('_', '-')} has no effect with --server, which decides that by itself")
+    if getattr(args, "restrict_tokens", False):
+        raise ConfigError("--restrict-tokens cannot be asked of a server; say --restrict-tokens false with --server")
 
 
 def parse_lengths(text: str) -> list[int]:

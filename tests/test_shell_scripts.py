@@ -182,7 +182,41 @@ def test_eval_sh_measures_a_recipe_with_the_control(tmp_path):
     assert "--control trained --dataset x --output" in measured("--dataset x")
     assert "--control window=9 --dataset x --output" in measured("--dataset x", CONTROL="window=9")
     assert "--control off --output" in measured("--dataset x --control off")  # the recipe's word is the last
-    assert "--control" not in measured("--dataset x --protocol sliding --stride 4")
+    assert "--control trained --dataset x --protocol sliding" in measured("--dataset x --protocol sliding --stride 4")
+
+
+def test_tables_of_the_paper_have_a_control_where_it_is_asked_for(tmp_path):
+    """With an interpreter that prints the evaluators' command lines instead of running them."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/usr/bin/env bash\n[[ "$1" == eval/* ]] || exec {sys.executable} "$@"\necho "$@"\n')
+    python.chmod(python.stat().st_mode | stat.S_IEXEC)
+    for control in ("", "trained"):
+        environment = os.environ | {"PYTHON": str(python), "PYTHONPATH": str(ROOT), "MODELS": "m", "CONTROL": control}
+        environment |= {"OUTPUT": str(tmp_path / "rows")}
+        command = ["./eval.sh", "table1", "table2", "table4", "table5", "table6", "figure5"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        lines = [line for line in done.stdout.splitlines() if line.startswith("eval/")]
+        with_control = [line.split()[0] for line in lines if f" --control {control} " in line]
+        assert with_control == (["eval/perplexity.py"] * 5 if control else [])
+        assert [line.split()[0] for line in lines].count("eval/passkey.py") == 1
+
+
+def test_evaluators_are_started_by_a_launcher(tmp_path):
+    python, launcher = tmp_path / "python", tmp_path / "launcher"
+    python.write_text(f'#!/usr/bin/env bash\n[[ "$1" == eval/* ]] || exec {sys.executable} "$@"\necho "alone $@"\n')
+    launcher.write_text('#!/usr/bin/env bash\necho "launched $@"\n')
+    for program in (python, launcher):
+        program.chmod(program.stat().st_mode | stat.S_IEXEC)
+    environment = os.environ | {"PYTHON": str(python), "PYTHONPATH": str(ROOT), "MODELS": "m", "TASKS": "mmlu"}
+    environment |= {"OUTPUT": str(tmp_path / "rows"), "LAUNCH": f"{launcher} --nproc-per-node 2"}
+    command = ["./eval.sh", "table2", "table3"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("launched", "alone"))]
+    assert [line[:45] for line in lines] == [
+        "launched --nproc-per-node 2 eval/perplexity.p", "launched --nproc-per-node 2 eval/harness.py -"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("page", "ends", "code"), [("written", 1, 0), ("missing", 1, 1), ("written", 2, 2)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import textwrap
@@ -17,6 +18,7 @@ from scaled_rope.evaluation.formatting import format_table
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader
 from scaled_rope.evaluation.lm_eval_tasks import UnbuiltUnit, Unit, job_cells, model_of_job
 from scaled_rope.evaluation.memory_meter import Meter
+from scaled_rope.evaluation.ranks import current
 from scaled_rope.evaluation.saved_questions import SavedUnit, Scorer, save_requests
 from scaled_rope.results import Row, append_row, finished_keys, row_key, rows_so_far
 
@@ -68,27 +70,30 @@ class BenchmarkRun:
         failures: models and tasks that fail are added to it; the others are measured. A length, or a task, that has
             no prompts is added with its reason, and has a row that says so.
         """
-        finished = finished_keys(self.output)
+        ranks = current()
+        finished = ranks.first(lambda: finished_keys(self.output))
+        if ranks.count > 1:
+            record = {**record, "processes": ranks.count}
         wanted: list[tuple[str, Row]] = []
         for job in jobs:
             with failing_alone(failures, job.name):
-                units = [(unit, job_cells(unit, job, self.max_length)) for unit in units_of(job)]
+                units = ranks.together(functools.partial(self._units, job, units_of))
+                prompts = [[unit.name, [*cells.values()], [*reasons_of(unit).values()]] for unit, cells in units]
+                ranks.agree(prompts, f"{job.name}: the prompts of benchmarks")
                 wanted += [(job.name, cell) for _, cells in units for cell in cells.values()]
                 for unit, cells in units:
                     for length, reason in reasons_of(unit).items():
                         failures.append(Failure(job.name, Unmeasurable(reason), _place(unit, length)))
                         if (key := row_key(cells[length])) not in finished:
                             finished.add(key)
-                            append_row(
-                                self.output, {**cells[length], **_NOTHING, "error": reason, "provenance": record}
-                            )
+                            self._write({**cells[length], **_NOTHING, "error": reason, "provenance": record})
                 missing = [
                     (unit, cells)
                     for unit, cells in units
                     if not isinstance(unit, UnbuiltUnit)
                     and not all(row_key(cell) in finished for cell in cells.values())
                 ]
-                model = self.load(job) if missing else None
+                model = ranks.together(functools.partial(self.load, job)) if missing else None
                 for unit, cells in missing:
                     cells = {length: cell for length, cell in cells.items() if length not in reasons_of(unit)}
                     if not self.hide_progress:
@@ -99,8 +104,19 @@ class BenchmarkRun:
                         for length, cell in cells.items():
                             if (key := row_key(cell)) not in finished:
                                 finished.add(key)
-                                append_row(self.output, {**cell, **rows[length], "provenance": source})
+                                self._write({**cell, **rows[length], "provenance": source})
         return wanted
+
+    def _units(
+        self, job: ModelJob, units_of: Callable[[ModelJob], Sequence[Unit | UnbuiltUnit | SavedUnit]]
+    ) -> list[tuple[Unit | UnbuiltUnit | SavedUnit, dict[int | None, Row]]]:
+        """The units of a job, each with the fields that identify its rows."""
+        return [(unit, job_cells(unit, job, self.max_length)) for unit in units_of(job)]
+
+    def _write(self, row: Row) -> None:
+        """Append a row to the output, if this is the first of the processes that share the work."""
+        if current().is_first:
+            append_row(self.output, row)
 
     def _ask(self, model: Any, job: ModelJob, unit: Unit | SavedUnit, max_length: int | None) -> dict[int | None, Row]:
         """Measure one unit and return its fields by length. max_length: longest prompt in tokens."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.patching.device_maps import input_device
 from scaled_rope.patching.loss import hidden_states, project
 from scaled_rope.texts.documents import check_there, read_json_lines
 from scaled_rope.texts.hub import hub_records
@@ -149,7 +150,7 @@ def score_letters(model: Any, prompt: ChoicePrompt) -> list[float]:
     for start in sorted(starts, key=len, reverse=True):
         if start in scores:
             continue
-        row = torch.tensor([[*prompt.context, *start]], device=model.device)
+        row = torch.tensor([[*prompt.context, *start]], device=input_device(model))
         hidden = hidden_states(model, row)[0, len(prompt.context) - 1 :]
         for n, log_probabilities in enumerate(project(model, hidden).log_softmax(dim=-1)):
             scores.setdefault(start[:n], log_probabilities)

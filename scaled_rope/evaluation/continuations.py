@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.ranks import current
 from scaled_rope.evaluation.shared_beginnings import Input, can_share, chains_of, is_worth
+from scaled_rope.patching.device_maps import input_device
 from scaled_rope.patching.loss import hidden_states, positions_per_chunk, project, shared_hidden_states
 from scaled_rope.scaling.frequencies import at_length
 from scaled_rope.scaling.record import RopeScaling
@@ -24,6 +26,9 @@ NO_LIMIT = 2**31 - 1
 """A context in tokens that no prompt reaches."""
 
 _TOKENS_PER_PASS = 2**14
+
+Found = list[tuple[int, float, bool]]
+"""Index of a request, its log-likelihood, and whether it is what greedy decoding would give."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def score(
         """The first position of an input whose prediction is wanted."""
         return len(ids) - max(len(requests[index].continuation) for index in by_input[ids])
 
-    def settle(some: Sequence[Input], hidden: Tensor, first: int = 0) -> int:
+    def settle(some: Sequence[Input], hidden: Tensor, first: int = 0) -> Found:
         """Score the continuations of inputs from their hidden states [B, T, H], which begin at position `first`."""
         wanted = []  # (row, position, target) of every token to score
         spans = []
@@ -109,29 +114,45 @@ def score(
                 spans.append((index, len(targets)))
         at, position, target = torch.tensor(wanted, device=hidden.device).unbind(dim=1)
         logs, greedy = _score_positions(model, hidden[at, position], target)
+        found: Found = []
         start = 0
         for index, length in spans:
             part = slice(start, start + length)
-            answers[index] = (float(logs[part].double().sum()), bool(greedy[part].all()))
+            found.append((index, float(logs[part].double().sum()), bool(greedy[part].all())))
             start += length
-        return len(spans)
+        bar.update(len(spans))
+        return found
 
+    def read_chain(chain: Sequence[Input]) -> Found:
+        starts = [scored_from(ids) for ids in chain]
+        sequences = [torch.tensor(ids, device=input_device(model)) for ids in chain]
+        states = shared_hidden_states(model, sequences, starts)
+        return [
+            one
+            for ids, first, hidden in zip(chain, starts, states, strict=True)
+            for one in settle([ids], hidden, first)
+        ]
+
+    def read_batch(batch: Sequence[Input]) -> Found:
+        tokens = torch.zeros((len(batch), len(batch[0])), dtype=torch.long)
+        for row, ids in enumerate(batch):
+            tokens[row, : len(ids)] = torch.tensor(ids)
+        return settle(batch, hidden_states(model, tokens.to(input_device(model))))
+
+    ranks = current()
     chains = [chain for chain in chains_of(by_input) if is_worth(chain, model)]
-    if chains and not can_share(model, scaling, chains[0]):
+    if chains and not ranks.first(lambda: can_share(model, scaling, chains[0])):
         chains = []
     shared = {ids for chain in chains for ids in chain}
-    with tqdm(total=len(requests), disable=hide_progress, mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
-        for chain in chains:
-            starts = [scored_from(ids) for ids in chain]
-            sequences = [torch.tensor(ids, device=model.device) for ids in chain]
-            states = shared_hidden_states(model, sequences, starts)
-            for ids, first, hidden in zip(chain, starts, states, strict=True):
-                bar.update(settle([ids], hidden, first))
-        for batch in _batches((ids for ids in by_input if ids not in shared), scaling, rows):
-            tokens = torch.zeros((len(batch), len(batch[0])), dtype=torch.long)
-            for row, ids in enumerate(batch):
-                tokens[row, : len(ids)] = torch.tensor(ids)
-            bar.update(settle(batch, hidden_states(model, tokens.to(model.device))))
+    parts: list[tuple[Callable[[Sequence[Input]], Found], Sequence[Input]]]
+    parts = [(read_chain, chain) for chain in chains]
+    parts += [(read_batch, batch) for batch in _batches((ids for ids in by_input if ids not in shared), scaling, rows)]
+    quiet = hide_progress or not ranks.is_first
+    with tqdm(total=len(requests), disable=quiet, mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
+        for found in ranks.spread(parts, lambda share: [read(inputs) for read, inputs in share]):
+            for index, value, is_greedy in found:
+                answers[index] = value, is_greedy
+        bar.update(len(requests) - bar.n)  # those of other processes
     return answers
 
 
@@ -141,6 +162,7 @@ def _score_positions(model: Any, hidden: Tensor, target: Tensor) -> tuple[Tensor
     logs, greedy = [], []
     for states, wanted in zip(torch.split(hidden, chunk), torch.split(target, chunk), strict=True):
         logits = project(model, states)
+        wanted = wanted.to(logits.device)
         logs.append(logits.log_softmax(dim=-1).gather(1, wanted[:, None])[:, 0].cpu())
         greedy.append((logits.argmax(dim=-1) == wanted).cpu())
     return torch.cat(logs), torch.cat(greedy)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -143,22 +144,23 @@ def _percent(share: float) -> str:
 
 
 def compare(pairs: Sequence[tuple[Row, Row]]) -> Change | None:
-    """Compare rows of position buckets with those of a control over the same windows, all buckets together.
+    """Compare rows of position buckets with those of a control over the same windows, all buckets together; or one row
+    of sliding windows with that of its control.
 
-    Pairs are compared by document, or by window where there is only one document: the two sums of each cover the same
-    tokens, so that differences between texts cancel. Tokens weigh the same.
+    Pairs are compared by document, or by window (runs of sliding ones) where there is only one document: the two sums
+    of each cover the same tokens, so that differences between texts cancel. Tokens weigh the same.
 
     Returns:
         None when there is nothing to compare: no pairs, a row without a value, or a control that overflowed.
     """
     if not pairs or any(row.get("error") for pair in pairs for row in pair):
         return None
-    if any(control["perplexity_bucket"] is None for _, control in pairs):
+    if any(_value(control) is None for _, control in pairs):
         return None
-    if any(row["perplexity_bucket"] is None for row, _ in pairs):
+    if any(_value(row) is None for row, _ in pairs):
         return Change(math.inf, None, 0, "documents")
-    if not all("bucket_nats" in row for pair in pairs for row in pair):
-        logs = [math.log(row["perplexity_bucket"] / control["perplexity_bucket"]) for row, control in pairs]
+    if not all("bucket_nats" in row or _is_sliding(row) for pair in pairs for row in pair):
+        logs = [math.log(_value(row) / _value(control)) for row, control in pairs]
         weights = [row.get("bucket_targets") or row["targets"] for row, _ in pairs]
         return Change(math.expm1(float(np.average(logs, weights=weights))), None, 0, "documents")
     terms = [_terms(row, control) for row, control in pairs]
@@ -167,12 +169,32 @@ def compare(pairs: Sequence[tuple[Row, Row]]) -> Change | None:
     if len(above) > 1:
         low, high = resampled_ratio(above, below)
         interval = math.expm1(low), math.expm1(high)
-    of = "windows" if len(pairs[0][0]["bucket_nats"]) == 1 else "documents"
+    of = "windows" if len(pairs[0][0].get("bucket_nats") or pairs[0][0]["document_nats"]) == 1 else "documents"
     return Change(math.expm1(above.sum() / below.sum()), interval, len(above), of)
+
+
+def _value(row: Row) -> Any:
+    """The perplexity that is compared: of the position bucket, or of sliding windows."""
+    return row["perplexity_bucket"] if "perplexity_bucket" in row else row["perplexity"]
+
+
+def _is_sliding(row: Row) -> bool:
+    """Whether a row is about sliding windows and lists its documents."""
+    return "perplexity_bucket" not in row and "document_nats" in row
+
+
+def _sliding_terms(row: Row, control: Row) -> tuple[Nats, Nats]:
+    units = "block" if "block_nats" in row else "document"
+    if row[f"{units}_targets"] != control.get(f"{units}_targets"):
+        raise ConfigError(f"the rows of {row['model']} and its control at {row['length']} have other windows")
+    differences = np.subtract(row[f"{units}_nats"], control[f"{units}_nats"])
+    return differences, np.array(row[f"{units}_targets"], dtype=np.float64)
 
 
 def _terms(row: Row, control: Row) -> tuple[Nats, Nats]:
     """Nats of a row above those of its control, and tokens, by document, or by window of the only document."""
+    if _is_sliding(row):
+        return _sliding_terms(row, control)
     mine, others = row["bucket_nats"], control["bucket_nats"]
     windows = [len(document) for document in mine]
     if windows != [len(document) for document in others]:

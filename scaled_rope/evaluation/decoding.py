@@ -23,6 +23,7 @@ from torch import Tensor
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.cache_argument import cache_name, returned_cache
+from scaled_rope.patching.device_maps import input_device
 from scaled_rope.patching.loss import hidden_states, project
 
 _NUMBER = re.compile(r"[0-9]+")
@@ -126,7 +127,7 @@ def decode_numbers(
         Index of a prompt and its answer, as they become known.
     """
     end = set(end_tokens(model, tokenizer))
-    forbidden = None if allowed is None else ~allowed.to(model.device)
+    forbidden = None if allowed is None else ~allowed
     open_tasks = {index: _Task(ids, key_ids, key, Answer()) for index, (ids, key_ids, key) in enumerate(prompts)}
     if length_dependent and cached:
         by_length: dict[int, list[tuple[int, _Task]]] = {}
@@ -147,10 +148,10 @@ def decode_numbers(
                 part = members[start : start + rows_per_pass]
                 tasks = [open_tasks[index] for index, _ in part]
                 rows = [[*t.prompt, *t.answer.ids, *d] for t, (_, d) in zip(tasks, part, strict=True)]
-                hidden = hidden_states(model, torch.tensor(rows, device=model.device))[:, known - 1 :]
+                hidden = hidden_states(model, torch.tensor(rows, device=input_device(model)))[:, known - 1 :]
                 logits = project(model, hidden)
                 if forbidden is not None:
-                    logits = logits.masked_fill(forbidden, -torch.inf)
+                    logits = logits.masked_fill(forbidden.to(logits.device), -torch.inf)
                 for (index, draft), said in zip(part, logits.argmax(dim=-1).tolist(), strict=True):
                     answer = open_tasks[index].answer
                     _take(answer, tokenizer, draft, said, open_tasks[index].wanted, end, max_new_tokens)
@@ -169,14 +170,14 @@ def _decode_cached(
 ) -> Iterator[tuple[int, Answer]]:
     """Yield the answers to prompts of one length, which share a cache. Decided rows run on until all are decided."""
     waiting, cache = dict(enumerate(part)), None
-    ids = torch.tensor([task.prompt for _, task in part], device=model.device)
+    ids = torch.tensor([task.prompt for _, task in part], device=input_device(model))
     while waiting:
         output = model(ids, use_cache=True, logits_to_keep=1, **{cache_name(model): cache})
         cache = returned_cache(output)
         logits = output.logits[:, -1].float()
         if forbidden is not None:
-            logits = logits.masked_fill(forbidden, -torch.inf)
-        ids = logits.argmax(dim=-1, keepdim=True)
+            logits = logits.masked_fill(forbidden.to(logits.device), -torch.inf)
+        ids = logits.argmax(dim=-1, keepdim=True).to(ids.device)
         said = ids[:, 0].tolist()
         for row, (index, task) in list(waiting.items()):
             _take(task.answer, tokenizer, [], said[row : row + 1], task.wanted, end, max_new_tokens)

@@ -9,10 +9,11 @@ from typing import Any
 
 from scaled_rope.checkpoint import load_config, load_tokenizer
 from scaled_rope.errors import ConfigError
-from scaled_rope.evaluation.decoding import Answer, decode_numbers, end_tokens, number_tokens
+from scaled_rope.evaluation.decoding import Answer, decode_numbers, end_tokens, judge, number_tokens
 from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.passkey_prompts import HardPrompt, build_hard_prompt, draw_keys
 from scaled_rope.evaluation.passkey_trials import PasskeyTrials
+from scaled_rope.evaluation.served_model import ServedModel
 from scaled_rope.patching.patch import cache_obstacle
 from scaled_rope.results import Row
 from scaled_rope.texts.packed import IntArray
@@ -97,12 +98,14 @@ class HardPasskey(PasskeyTrials[HardPrompt]):
         }
 
     def _is_cached(self, job: ModelJob) -> bool:
-        return job.scaling.is_length_dependent and not self.uncached
+        return job.scaling.is_length_dependent and not self.uncached and job.server is None
 
     def ask(
         self, model: Any, job: ModelJob, prompts: Sequence[HardPrompt], advance: Callable[[int], object]
     ) -> list[Row]:
         length, tokenizer = prompts[0].length, self._tokenizer(job.model)
+        if isinstance(model, ServedModel):
+            return self._ask_server(model, prompts, advance)
         if self._is_cached(job) and (obstacle := cache_obstacle(model)):
             raise ConfigError(f"{job.label} can read no cache in this model, {obstacle}; use --uncached")
         vocabulary = model.get_output_embeddings().weight.shape[0]
@@ -121,6 +124,20 @@ class HardPasskey(PasskeyTrials[HardPrompt]):
             answers[index] = answer
             advance(length)
         return [_described(prompt, answers[index]) for index, prompt in enumerate(prompts)]
+
+    def _ask_server(
+        self, model: ServedModel, prompts: Sequence[HardPrompt], advance: Callable[[int], object]
+    ) -> list[Row]:
+        """Ask a server, which answers each prompt to its end."""
+        found, at_once = [], self.rows_per_pass(prompts[0].length)
+        for first in range(0, len(prompts), at_once):
+            part = prompts[first : first + at_once]
+            for prompt, text in zip(
+                part, model.complete([one.input_ids for one in part], [MAX_NEW_TOKENS] * len(part)), strict=True
+            ):
+                found.append(_described(prompt, Answer(text=text, right=judge(text, True, prompt.key))))
+                advance(prompt.length)
+        return found
 
 
 def _described(prompt: HardPrompt, answer: Answer) -> Row:

@@ -12,8 +12,12 @@ from typing import Any
 
 from scaled_rope.attention.backends import resolve_attention
 from scaled_rope.checkpoint import DEFAULT_MODEL, Checkpoint, display_name, open_checkpoint, weights_hash
+from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.failures import Failure, failing_alone, raise_if_same
+from scaled_rope.evaluation.ranks import current
+from scaled_rope.evaluation.served_model import ServedModel
 from scaled_rope.flags import NO_EFFECT, check_model_arguments, requested_specs
+from scaled_rope.patching.device_maps import Placement
 from scaled_rope.patching.loading import apply_scaling, load_model, resolve_device, resolve_dtype, resolve_plan
 from scaled_rope.patching.region_attention import check_carrier
 from scaled_rope.patching.rotary_kernel import resolve_kernel
@@ -44,6 +48,8 @@ class ModelJob:
     """The layers that flags choose, as text; "" for all."""
     checkpoint: Checkpoint | None = field(default=None, compare=False, repr=False)
     """The checkpoint with its config; None: the config is read when the model is loaded."""
+    server: ServedModel | None = field(default=None, compare=False, repr=False)
+    """The server that is asked instead; None: the model is loaded."""
 
     @property
     def label(self) -> str:
@@ -67,6 +73,7 @@ class ModelJob:
             "scaling": self.scaling.to_dict(),
             "label": self.label,
             "carried": self.carried,
+            **({} if self.server is None else {"server": self.server.facts()}),
         }
 
 
@@ -91,11 +98,14 @@ def model_jobs(args: argparse.Namespace, failures: list[Failure] | None = None) 
     """
     for flag in args.no_effect or ():
         print(f"note: {flag} has no effect: {NO_EFFECT[flag]}", file=sys.stderr)
-    device = resolve_device(args.device)
+    placement_of(args)
+    device = resolve_device(current().device(args.device))
     dtype = resolve_dtype(args.dtype, device)
     resolve_attention(args.attention, device, dtype)
     resolve_kernel(args.kernel)
     check_model_arguments(args)
+    if getattr(args, "server", None) is not None:
+        return [_served_job(args)]
     jobs: list[ModelJob] = []
     for name in args.model or [str(DEFAULT_MODEL)]:
         with failing_alone(failures, display_name(name)):
@@ -107,6 +117,22 @@ def model_jobs(args: argparse.Namespace, failures: list[Failure] | None = None) 
     if failures and not jobs:
         raise_if_same(failures)
     return jobs
+
+
+def _served_job(args: argparse.Namespace) -> ModelJob:
+    """The job of a model that a server has loaded; its config says under which scaling.
+
+    Raises:
+        ConfigError: no such server or model, or no config; several processes, which would ask the same server.
+    """
+    if (count := current().count) > 1:
+        raise ConfigError(f"--server {args.server} is for one process, not {count}; it gets many requests at once")
+    (name,) = args.model
+    checkpoint = open_checkpoint(name)
+    server = ServedModel.connect(args.server, args.served_name, args.server_timeout or 600.0)
+    (spec,) = requested_specs(args)
+    job = _job(args, name, spec, checkpoint, server.fingerprint(), "served")
+    return replace(job, choice=f"served by {server.title}", server=server)
 
 
 def _job(
@@ -130,17 +156,35 @@ def _job(
     return ModelJob(name, spec, scaling, scaling == own, head_dim, dtype, fingerprint, plan, words, checkpoint)
 
 
+def placement_of(args: argparse.Namespace) -> Placement | None:
+    """How the flags split models over devices.
+
+    Raises:
+        ConfigError: values that are not allowed, or not together with others.
+    """
+    placement = Placement.parse(args.device_map, args.max_memory, args.offload_folder)
+    if placement is None:
+        return None
+    if args.device is not None:
+        raise ConfigError(f"--device {args.device} is not allowed with --device-map, which chooses; leave it out")
+    if (count := current().count) > 1:
+        raise ConfigError(f"--device-map {args.device_map} is for one process, not {count}: they would share the GPUs")
+    return placement
+
+
 class ModelLoader:
     """Loads the models of jobs and sets their scalings; consecutive jobs on one checkpoint load it once."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.device = resolve_device(args.device)
+        self.device = resolve_device(current().device(args.device))
         self._args = args
         self._name: str | None = None
         self._model: Any = None
 
     def __call__(self, job: ModelJob) -> Any:
-        """Return the job's model, on the device, in eval mode, computing with the job's scaling."""
+        """Return the job's model, on the device, in eval mode, computing with the job's scaling; or its server."""
+        if job.server is not None:
+            return job.server
         if job.model != self._name:
             self._name, self._model = None, None  # free the memory before the next one is read
             self._model = load_model(
@@ -153,6 +197,7 @@ class ModelLoader:
                 load_in_8bit=self._args.load_in_8bit,
                 load_in_4bit=self._args.load_in_4bit,
                 kernel=self._args.kernel,
+                placement=placement_of(self._args),
             )
             self._name = job.model
         apply_scaling(self._model, job.scaling, job.plan, self._args.kernel)

@@ -5,6 +5,7 @@ Needs no lm-eval: what its "hf" model takes is handed in.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ import torch
 
 from scaled_rope.checkpoint import check_local, reading
 from scaled_rope.errors import ConfigError, is_positive_whole, suggestion
+from scaled_rope.patching.device_maps import Placement
 
 _SAFETENSORS = "weights are read from safetensors files only"
-_ONE_DEVICE = "the model is on one device, see device"
 
 NOT_HERE = {
     "softmax_dtype": "log-probabilities are computed in float32",
@@ -27,10 +28,7 @@ NOT_HERE = {
     "autogptq": _SAFETENSORS,
     "gptqmodel": _SAFETENSORS,
     "gguf_file": _SAFETENSORS,
-    "tp_plan": _ONE_DEVICE,
-    "max_memory_per_gpu": _ONE_DEVICE,
-    "max_cpu_memory": _ONE_DEVICE,
-    "offload_folder": _ONE_DEVICE,
+    "tp_plan": "layers are split over devices by parallelize, not within",
 }
 """Arguments of lm-eval's "hf" that are allowed at their defaults only, and why."""
 
@@ -80,13 +78,39 @@ def check_backend(backend: str) -> None:
         raise ConfigError(f"model argument backend={backend!r}: must be 'default' or 'causal'")
 
 
-def check_parallelize(parallelize: Any) -> None:
-    """Raise a ConfigError if a model is to be split over several GPUs, which is not possible; one GPU is one part."""
-    if parallelize and torch.cuda.device_count() > 1:
-        raise ConfigError(
-            f"model argument parallelize={parallelize!r}: a model cannot be split over this machine's "
-            f"{torch.cuda.device_count()} GPUs; name one with device"
-        )
+def placement_of(
+    parallelize: Any, max_memory_per_gpu: Any = None, max_cpu_memory: Any = None, offload_folder: str | None = None
+) -> Placement | None:
+    """How a model is split over devices, as lm-eval's "hf" splits it; None: it is not.
+
+    Args:
+        parallelize: whether it is. On a machine with one GPU or none that takes a limit of memory.
+        max_memory_per_gpu, max_cpu_memory: size, such as "20GiB". Without the latter nothing is left to the CPU where
+            there are GPUs.
+        offload_folder: folder for weights that fit nowhere else.
+
+    Raises:
+        ConfigError: a limit without `parallelize`; several processes, which would share the GPUs.
+    """
+    limits = {"max_memory_per_gpu": max_memory_per_gpu, "max_cpu_memory": max_cpu_memory}
+    given = {name: value for name, value in limits.items() if value is not None}
+    if not parallelize:
+        for name, value in given.items():
+            raise ConfigError(f"model argument {name}={value!r}: goes with parallelize=True")
+        return None
+    gpus = torch.cuda.device_count()
+    if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ConfigError(f"model argument parallelize={parallelize!r}: is for one process, not {count}")
+    if gpus < 2 and not given:
+        return None
+    memory: dict[int | str, str] | None = None
+    if max_memory_per_gpu is not None:
+        memory = {gpu: str(max_memory_per_gpu) for gpu in range(gpus)}
+    elif gpus:
+        memory = {gpu: str(torch.cuda.mem_get_info(gpu)[0]) for gpu in range(gpus)}
+    if max_cpu_memory is not None:
+        memory = {**(memory or {}), "cpu": str(max_cpu_memory)}
+    return Placement("auto", memory, offload_folder)
 
 
 def rows_per_pass(batch_size: Any) -> int | None:

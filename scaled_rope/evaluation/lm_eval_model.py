@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,13 +19,15 @@ from scaled_rope.evaluation.continuations import Continuation, context_limit, sc
 from scaled_rope.evaluation.lm_eval_arguments import (
     at_revision,
     check_backend,
-    check_parallelize,
     dtype_name,
     longest_prompt,
     one_of_two,
+    placement_of,
     refuse_unknown,
     rows_per_pass,
 )
+from scaled_rope.evaluation.ranks import current, join
+from scaled_rope.patching.device_maps import input_device
 from scaled_rope.patching.loading import load_model
 from scaled_rope.patching.patch import cache_obstacle, patched_scaling
 from scaled_rope.scaling.record import RopeScaling
@@ -56,8 +59,8 @@ class ScaledRopeLM(HFLM):  # type: ignore[misc]
         max_length: longest prompt in tokens; default: `context_limit`.
         hide_progress: show no progress.
         more: revision, subfolder, trust_remote_code, peft, attn_implementation, add_bos_token, prefix_token_id,
-            truncation, think_end_token, enable_thinking and chat_template_args as in lm-eval's "hf"; parallelize on
-            machines with one GPU or none.
+            truncation, think_end_token, enable_thinking, chat_template_args, parallelize, max_memory_per_gpu,
+            max_cpu_memory and offload_folder as in lm-eval's "hf".
 
     Raises:
         ConfigError: an argument that is not known or would have no effect; what `load_model` raises.
@@ -86,6 +89,9 @@ class ScaledRopeLM(HFLM):  # type: ignore[misc]
         subfolder: str = "",
         trust_remote_code: bool = False,
         parallelize: bool = False,
+        max_memory_per_gpu: int | str | None = None,
+        max_cpu_memory: int | str | None = None,
+        offload_folder: str | None = "./offload",
         peft: str | None = None,
         attn_implementation: str | None = None,
         **more: Any,
@@ -93,7 +99,8 @@ class ScaledRopeLM(HFLM):  # type: ignore[misc]
         passed_on = {name: more.pop(name) for name in _PASSED_ON if name in more}
         refuse_unknown(more, [*_OWN, *_PASSED_ON], _HF_DEFAULTS)
         check_backend(backend)
-        check_parallelize(parallelize)
+        placement = placement_of(parallelize, max_memory_per_gpu, max_cpu_memory, offload_folder)
+        _join_ranks()
         self._rows = rows_per_pass(batch_size)
         longest_prompt(max_length, 2)  # refused before weights are read
         if pretrained is None:
@@ -110,7 +117,8 @@ class ScaledRopeLM(HFLM):  # type: ignore[misc]
                 checkpoint,
                 scaling=scaling,
                 dtype=dtype_name(dtype, checkpoint.config),
-                device=_available(device),
+                device=None if placement else _available(device),
+                placement=placement,
                 attn_implementation=attention,
                 adapter=adapter,
                 trust_remote_code=trust_remote_code,
@@ -139,6 +147,7 @@ class ScaledRopeLM(HFLM):  # type: ignore[misc]
             max_length=longest_prompt(max_length, context_limit(model.config, self.scaling)),
             **passed_on,
         )
+        self._device = input_device(self._model)  # lm-eval takes the model's, which a split one has not
         self.pretrained = name or model.name_or_path
 
     def _loglikelihood_tokens(
@@ -152,6 +161,18 @@ class ScaledRopeLM(HFLM):  # type: ignore[misc]
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        ranks = current()
+        hide = disable_tqdm or self._hide_progress or not ranks.is_first
+        generate = super().generate_until
+
+        def answer(share: list[Any]) -> list[str]:
+            return list(generate(share, disable_tqdm=hide)) if share else []
+
+        before, found = self.truncated, ranks.spread(requests, answer)
+        self.truncated = before + sum(ranks.gather(lambda: self.truncated - before))
+        return found
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         if (limit := options.get("left_truncate_len")) is not None:
@@ -182,9 +203,32 @@ _OWN = tuple(inspect.signature(ScaledRopeLM.__init__).parameters)[1:-1]
 """The arguments of our own, and those of lm-eval's that are handled here."""
 
 
+def _join_ranks() -> None:
+    """Meet the other processes of lm-eval's own command line, if a launcher started several.
+
+    All of them ask everything and share the forward passes, so each has the whole result, of which lm-eval writes that
+    of the first process of a machine.
+
+    Raises:
+        ConfigError: processes on several machines, or a version of lm-eval in which each would write its own result.
+    """
+    if current().count > 1 or (count := int(os.environ.get("WORLD_SIZE", "1"))) == 1:
+        return
+    evaluator = importlib.import_module("lm_eval.evaluator")
+    if "LOCAL_RANK" not in inspect.getsource(evaluator.simple_evaluate):
+        raise ConfigError(f"lm-eval of this version writes results {count} times with {count} processes; start one")
+    if (here := int(os.environ.get("LOCAL_WORLD_SIZE", count))) != count:
+        raise ConfigError(f"{count} processes, {here} of them here: lm-eval writes results on each machine; use one")
+    join()
+
+
 def _available(device: str | None) -> str | None:
     """The device to load on; None for a GPU that is not there, since lm-eval's command line names one by default."""
-    return None if str(device).startswith("cuda") and not torch.cuda.is_available() else device
+    if not str(device).startswith("cuda"):
+        return device
+    if not torch.cuda.is_available():
+        return None
+    return device if current().count == 1 else current().device(None)
 
 
 def _scaling_of(model: Any) -> RopeScaling:

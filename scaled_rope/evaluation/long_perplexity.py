@@ -21,6 +21,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.controls import Control
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader
 from scaled_rope.evaluation.perplexity_evaluator import Perplexity
+from scaled_rope.evaluation.ranks import current
 from scaled_rope.evaluation.windows import Losses, Nats, bootstrap, perplexity
 from scaled_rope.results import Row, row_key
 
@@ -90,7 +91,8 @@ class KeyTokens:
     def measure(self, load: ModelLoader, advance: Callable[[int], object]) -> None:
         """Score the evaluator's passes whose losses are not there yet."""
         for one, length, yields in self._left():
-            for _ in one.measure(load(self.job), self.job, length, yields, advance):
+            model = current().together(lambda: load(self.job))
+            for _ in one.measure(model, self.job, length, yields, advance):
                 pass
 
     def losses(self, length: int) -> tuple[list[Losses], list[Losses]]:

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 from scaled_rope.checkpoint import load_tokenizer
+from scaled_rope.evaluation.decoding import judge
 from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt, build_prompt, draw_key
 from scaled_rope.evaluation.passkey_trials import PasskeyTrials
+from scaled_rope.evaluation.served_model import ServedModel
+from scaled_rope.patching.device_maps import input_device
 from scaled_rope.patching.loading import apply_scaling
 from scaled_rope.patching.loss import hidden_states, project, shared_hidden_states
 from scaled_rope.results import Row
@@ -55,7 +58,7 @@ def score(
         apply_scaling(model, at_length(scaling, ends_at))
         sequences = torch.tensor([[*prompt.input_ids, *prompt.answer_ids] for prompt in group])
         for batch in torch.split(sequences, rows_per_pass):
-            batch = batch.to(model.device)
+            batch = batch.to(input_device(model))
             # Position t predicts token t+1, so the last token is never an input.
             hidden = hidden_states(model, batch[:, :-1])[:, ends_at - 1 :]
             yield _answered(model, hidden, batch[:, ends_at:])
@@ -71,17 +74,27 @@ def score_shared(model: Any, prompts: Sequence[PasskeyPrompt], scaling: RopeScal
         places.setdefault(len(prompts[index].input_ids) if scaling.is_length_dependent else 0, []).append(index)
     for ends_at, order in places.items():
         apply_scaling(model, at_length(scaling, ends_at))
-        sequences = [torch.tensor([*prompts[i].input_ids, *prompts[i].answer_ids], device=model.device) for i in order]
+        device = input_device(model)
+        sequences = [torch.tensor([*prompts[i].input_ids, *prompts[i].answer_ids], device=device) for i in order]
         starts = [len(prompts[index].input_ids) - 1 for index in order]
         states = shared_hidden_states(model, [ids[:-1] for ids in sequences], starts)
         for index, ids, start, hidden in zip(order, sequences, starts, states, strict=True):
             yield index, _answered(model, hidden, ids[None, start + 1 :])[0]
 
 
+def score_served(model: ServedModel, prompts: Sequence[PasskeyPrompt], at_once: int) -> Iterator[list[bool]]:
+    """Like `score`, by greedy answers of a server with as many tokens as the key has; `at_once` prompts at a time."""
+    for first in range(0, len(prompts), at_once):
+        part = prompts[first : first + at_once]
+        texts = model.complete([prompt.input_ids for prompt in part], [len(prompt.answer_ids) for prompt in part])
+        yield [judge(text, True, prompt.key) is True for text, prompt in zip(texts, part, strict=True)]
+
+
 def _answered(model: Any, hidden: torch.Tensor, answers: torch.Tensor) -> list[bool]:
     """Whether greedy decoding from hidden states [B, t, H] gives each row of answers [B, t]."""
     with torch.inference_mode():
-        return list((project(model, hidden).argmax(dim=-1) == answers).all(dim=-1).tolist())
+        found = project(model, hidden).argmax(dim=-1)
+        return list((found == answers.to(found.device)).all(dim=-1).tolist())
 
 
 @dataclass(eq=False, kw_only=True)
@@ -106,7 +119,7 @@ class Passkey(PasskeyTrials[PasskeyPrompt]):
 
     def protocol(self, job: ModelJob) -> Row:
         return {
-            "name": "teacher-forced",
+            "name": "teacher-forced" if job.server is None else "greedy",
             "iterations": self.iterations,
             "depths": self.depths,
             "seed": self.seed,
@@ -118,7 +131,11 @@ class Passkey(PasskeyTrials[PasskeyPrompt]):
     ) -> list[Row]:
         length = prompts[0].length
         outcomes: list[bool] = []
-        if self.shared_prefill:
+        if isinstance(model, ServedModel):
+            for batch in score_served(model, prompts, self.rows_per_pass(length)):
+                outcomes += batch
+                advance(len(batch) * length)
+        elif self.shared_prefill:
             found = {}
             for index, outcome in score_shared(model, prompts, job.scaling):
                 found[index] = outcome

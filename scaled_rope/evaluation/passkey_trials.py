@@ -14,7 +14,8 @@ from scaled_rope.evaluation.failures import Failure, report_failures
 from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.passkey_context import context_rows, context_table, record_contexts
 from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt
-from scaled_rope.evaluation.runner import print_summary, run
+from scaled_rope.evaluation.ranks import current
+from scaled_rope.evaluation.runner import place_of, print_summary, run
 from scaled_rope.evaluation.statistics import tally
 from scaled_rope.patching.loading import resolve_device
 from scaled_rope.results import Row, provenance
@@ -89,7 +90,14 @@ class PasskeyTrials(ABC, Generic[Prompt]):
     def measure(
         self, model: Any, job: ModelJob, length: int, yields: Sequence[int], advance: Callable[[int], object]
     ) -> Iterator[tuple[int, Row]]:
-        asked = self.ask(model, job, self.prompts(job.model)[length], advance)
+        prompts, ranks = self.prompts(job.model)[length], current()
+        mine = len(ranks.mine(prompts))
+
+        def ask(share: list[Prompt]) -> list[Row]:
+            # The bar of the first process stands for all.
+            return self.ask(model, job, share, lambda tokens: advance(tokens * len(prompts) // mine)) if share else []
+
+        asked = ranks.spread(prompts, ask)
         yield length, {**tally([one["right"] for one in asked]), "prompts": asked}
 
 
@@ -119,8 +127,11 @@ def run_trials(
     rows = run(evaluator, jobs, args, command, evaluator.seed, failures)
     code = report_failures(failures, jobs)
     contexts = context_rows(rows)
-    record = {"command": command, **provenance(resolve_device(args.device), evaluator.seed, given)}
-    record_contexts(args.output, contexts, record)
+    ranks = current()
+    if ranks.is_first:
+        device = resolve_device(ranks.device(args.device))
+        record = {"command": command, **provenance(place_of(args, device), evaluator.seed, given)}
+        record_contexts(args.output, contexts, record)
     print_summary(title, rows, show)
     print(f"\n{context_table(contexts)}")
     return rows, code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,12 @@ from scaled_rope.evaluation.controls import CONTROL, Control, ControlRequest
 from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.memory_meter import Meter, is_out_of_memory, release_memory
 from scaled_rope.evaluation.perplexity_rows import PassResult, Sums, cost_fields, sliding_row, truncated_row
+from scaled_rope.evaluation.ranks import current
 from scaled_rope.evaluation.runner import Parts
 from scaled_rope.evaluation.scored_passes import ScoredPass, windows_of
+from scaled_rope.evaluation.served_model import ServedModel
 from scaled_rope.evaluation.windows import Losses, LossFolder, Texts, Window, batches, select, truncated
+from scaled_rope.patching.device_maps import input_device
 from scaled_rope.patching.loss import IGNORE, token_nll
 from scaled_rope.results import Row, row_key
 from scaled_rope.scaling.frequencies import at_length
@@ -125,7 +128,9 @@ class Perplexity:
             if control is not None and length <= control.window:
                 continue  # there the control is the measurement itself
             cells[length] = {"metric": "perplexity", "data": data}
-            if self.stride is not None:
+            if self.stride is not None and control is not None:
+                cells[length]["protocol"] = {"name": CONTROL, **control.fields(), "sliding": self.stride, **more}
+            elif self.stride is not None:
                 cells[length]["protocol"] = {"name": "sliding", "stride": self.stride, **more}
             else:
                 name = {"name": "truncate"} if control is None else {"name": CONTROL, **control.fields()}
@@ -145,10 +150,10 @@ class Perplexity:
         return self.control.of(job.scaling.original_max_position_embeddings, job.name)
 
     def passes(self, job: ModelJob, lengths: Sequence[int]) -> dict[int, list[int]]:
-        if self.stride is not None:
-            return {length: [length] for length in lengths}
         if self.control is not None:
             return {max(lengths): list(lengths)}
+        if self.stride is not None:
+            return {length: [length] for length in lengths}
         # Lengths at which a length-dependent scaling is the same (up to the original one, for most) share a pass too.
         alike: dict[str, list[int]] = {}
         for length in lengths:
@@ -161,8 +166,12 @@ class Perplexity:
         return sum(texts.positions(window) for window in windows_of(texts, length, self.stride, self.control_of(job)))
 
     def needs_model(self, job: ModelJob, length: int, yields: Sequence[int]) -> bool:
-        self._found[job, length] = found = self._pass(job, length).known(self._needed(yields))
+        self._found[job, length] = found = self._known(self._pass(job, length), yields)
         return len(found.sums) < len(self.prepare(job.model)[0].documents)
+
+    def _known(self, one: ScoredPass, yields: Sequence[int]) -> PassResult:
+        """The results that earlier runs have left, as the first process finds them."""
+        return current().first(lambda: one.known(self._needed(yields)))
 
     def _needed(self, yields: Sequence[int]) -> set[int]:
         """The context lengths whose sums are needed for the rows of `yields`: these, and where their buckets begin."""
@@ -203,13 +212,15 @@ class Perplexity:
             context = f"sliding {length} {self.stride}"
         else:
             context = f"at {length}" if is_length_dependent(job) else "all"
+        # Sums of a control are by the windows that it controls.
+        of = "" if control is None or self.stride is None else f" of {self.stride}"
         return ScoredPass(
             texts,
             length,
             [one for one in self.lengths if one <= length],
             self.stride,
             context,
-            row_key({**job.fields(), "metric": "nats", "data": data, "protocol": context}),
+            row_key({**job.fields(), "metric": "nats", "data": data, "protocol": context + of}),
             self.parts,
             self._folder(job),
             control,
@@ -226,26 +237,65 @@ class Perplexity:
         self, model: Any, job: ModelJob, length: int, yields: Sequence[int], advance: Callable[[int], object]
     ) -> Iterator[tuple[int, Row]]:
         one = self._pass(job, length)
-        done = self._found.pop((job, length), None) or one.known(self._needed(yields))
+        done = self._found.pop((job, length), None) or self._known(one, yields)
         self._complete(model, one, done, advance)
         ordered = {index: done.sums[index] for index in one.by_document}
         for wanted in yields:
             if self.stride is None:
                 row = truncated_row(ordered, wanted, self._starts[wanted], self.weighting)
             else:
-                row = sliding_row(ordered, one.by_document, wanted, self.weighting)
+                row = sliding_row(ordered, one.measured(wanted), wanted, self.weighting)
             yield wanted, {**row, **cost_fields(done, length)}
-        self.parts.discard(one.key)
+        if current().is_first:
+            self.parts.discard(one.key)
 
     def _complete(self, model: Any, one: ScoredPass, done: PassResult, advance: Callable[[int], object]) -> None:
-        """Score the documents whose sums `done` lacks, and add these to it."""
+        """Score the documents whose sums `done` lacks, and add these to it. Each process scores some of them."""
+        ranks = current()
+        if ranks.count == 1:
+            done.add(self._score(model, one, set(one.by_document) - set(done.sums), one.windows, advance))
+            return
+        left = [index for index in one.by_document if index not in done.sums]
+        share = shares(left, [self._positions(one, index) for index in left], ranks.count)[ranks.rank]
+        mine = [window for window in one.windows if window.document in share]
+        # The bar of the first process stands for all, and for what is known already.
+        counted, all_positions = [0, 0], sum(one.texts.positions(window) for window in one.windows)
+        own = sum(one.texts.positions(window) for window in mine)
+
+        def stand_in(positions: int) -> None:
+            counted[0] += positions
+            advance(all_positions * counted[0] // own - counted[1])
+            counted[1] = all_positions * counted[0] // own
+
+        found = ranks.gather(lambda: self._score(model, one, set(share), mine, stand_in))
+        seconds = max(result.seconds for result in found)
+        for result in found:
+            done.add(replace(result, seconds=0.0))
+        done.seconds += seconds
+        advance(all_positions - counted[1])
+
+    def _positions(self, one: ScoredPass, index: int) -> int:
+        """The positions of all windows of a document."""
+        return sum(one.texts.positions(window) for window in one.by_document[index])
+
+    def _score(
+        self,
+        model: Any,
+        one: ScoredPass,
+        missing: set[int],
+        windows: Sequence[Window],
+        advance: Callable[[int], object],
+    ) -> PassResult:
+        """Score documents, all of whose windows are among `windows`; those of others are passed over."""
+        processes, done = current().count, PassResult()
         texts, limit, unsaved = one.texts, self.rows_per_pass(one.positions), PassResult()
-        losses: dict[int, list[Losses]] = {index: [] for index in one.by_document if index not in done.sums}
-        for batch in batches(one.windows, lambda window: self.rows_per_pass(texts.positions(window))):
+        losses: dict[int, list[Losses]] = {index: [] for index in one.by_document if index in missing}
+        for batch in batches(windows, lambda window: self.rows_per_pass(texts.positions(window))):
             count = sum(texts.positions(window) for window in batch)
             wanted = [window.document in losses for window in batch]
             if any(wanted):
-                with Meter(model.device) as meter:
+                served = isinstance(model, ServedModel)
+                with Meter(model.device if served else input_device(model)) as meter:
                     limit, scored = score_windows(model, texts, batch, limit, self.prefill_chunk)
                 finished: dict[int, Sums] = {}
                 for window, keep, nll in zip(batch, wanted, scored, strict=True):
@@ -258,10 +308,23 @@ class Perplexity:
                 unsaved.add(PassResult(finished, meter.seconds, count, meter.peak_memory))
                 if finished:
                     done.add(unsaved)
-                    if losses and not one.folder:  # with no document left the rows follow at once
-                        self.parts.add(one.key, finished, **unsaved.cost())
+                    if (losses or processes > 1) and not one.folder:  # with no document left the rows follow at once
+                        cost = replace(unsaved, seconds=unsaved.seconds / processes)  # the others work meanwhile
+                        self.parts.add(one.key, finished, **cost.cost())
                     unsaved = PassResult()
             advance(count)
+        return done
+
+
+def shares(items: Sequence[int], sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Share out items so that all shares have about the same size: each, the largest first, goes to the smallest."""
+    found: list[list[int]] = [[] for _ in range(count)]
+    totals = [0] * count
+    for item, size in sorted(zip(items, sizes, strict=True), key=lambda pair: -pair[1]):
+        smallest = totals.index(min(totals))
+        found[smallest].append(item)
+        totals[smallest] += size
+    return found
 
 
 def score_windows(
@@ -275,10 +338,12 @@ def score_windows(
         The number of windows that fitted, and the losses [scored] of each window in nats, float32.
     """
     rows = torch.from_numpy(np.stack([texts.ids(window) for window in batch]))
+    if isinstance(model, ServedModel):
+        return limit, model.losses(rows.tolist(), batch[0].scored)
     start = rows.shape[1] - 1 - batch[0].scored
     scored: list[Losses] = []
     while len(scored) < len(batch):
-        part = rows[len(scored) : len(scored) + limit].to(model.device)
+        part = rows[len(scored) : len(scored) + limit].to(input_device(model))
         targets = torch.full_like(part, IGNORE)
         targets[:, :-1] = part[:, 1:]
         try:

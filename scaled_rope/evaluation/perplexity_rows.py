@@ -13,6 +13,9 @@ from scaled_rope.results import Row
 DOCUMENTS_IN_ROW = 200
 """The most documents for which a row lists the sum of each, and the most windows whose nats in the bucket it lists."""
 
+BLOCKS_IN_ROW = 50
+"""The most runs of neighbouring sliding windows whose sums a row of a single document lists."""
+
 Sums = dict[str, list[float | None]]
 """For each context length, as text, the nats of each window of a document; None where they are not finite."""
 
@@ -96,6 +99,16 @@ def sliding_row(sums: Mapping[int, Sums], windows: Mapping[int, Sequence[Window]
         "targets": _total(targets),
         "windows": sum(len(one) for one in targets),
         **_documents(nats, targets),
+        **(_blocks(nats[0], targets[0]) if len(nats) == 1 else {}),
+    }
+
+
+def _blocks(nats: Nats, targets: Nats) -> Row:
+    """Sums over runs of a document's windows: the units of an interval where there is one document only."""
+    runs = np.array_split(np.arange(len(nats)), min(len(nats), BLOCKS_IN_ROW))
+    return {
+        "block_nats": [_finite(float(nats[run].sum())) for run in runs],
+        "block_targets": [int(targets[run].sum()) for run in runs],
     }
 
 

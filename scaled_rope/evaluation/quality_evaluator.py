@@ -21,6 +21,7 @@ from scaled_rope.evaluation.choice_prompts import (
     score_letters,
 )
 from scaled_rope.evaluation.jobs import ModelJob
+from scaled_rope.evaluation.ranks import current
 from scaled_rope.evaluation.statistics import tally
 from scaled_rope.patching.loading import apply_scaling
 from scaled_rope.results import Row, write_atomic
@@ -94,25 +95,30 @@ class Quality:
     def measure(
         self, model: Any, job: ModelJob, length: int, yields: Sequence[int], advance: Callable[[int], object]
     ) -> Iterator[tuple[int, Row]]:
-        prompts = self.prompts(job.model)
-        questions: list[Row] = []
+        prompts, ranks = self.prompts(job.model), current()
+        questions = ranks.spread(
+            prompts, lambda share: list(self._ask(model, job, share, lambda tokens: advance(tokens * ranks.count)))
+        )
+        cut = sum(prompt.cut for prompt in prompts)
+        yield length, {**tally([one["right"] for one in questions]), "cut": cut, "questions": questions}
+
+    def _ask(
+        self, model: Any, job: ModelJob, prompts: Sequence[ChoicePrompt], advance: Callable[[int], object]
+    ) -> Iterator[Row]:
+        """Ask questions; yield the row fields of each, and call `advance(tokens)`."""
         for prompt in prompts:
             apply_scaling(model, at_length(job.scaling, len(prompt.context)))
             scores = score_letters(model, prompt)
             choice = scores.index(max(scores))
-            questions.append(
-                {
-                    "choice": LETTERS[choice],
-                    "answer": LETTERS[prompt.answer],
-                    "right": choice == prompt.answer,
-                    "scores": [round(score, 4) for score in scores],
-                    "tokens": prompt.length,
-                    "cut": prompt.cut,
-                }
-            )
             advance(prompt.length)
-        cut = sum(prompt.cut for prompt in prompts)
-        yield length, {**tally([one["right"] for one in questions]), "cut": cut, "questions": questions}
+            yield {
+                "choice": LETTERS[choice],
+                "answer": LETTERS[prompt.answer],
+                "right": choice == prompt.answer,
+                "scores": [round(score, 4) for score in scores],
+                "tokens": prompt.length,
+                "cut": prompt.cut,
+            }
 
 
 def describe_choices(rows: Mapping[ModelJob, Mapping[int, Row]]) -> Iterator[str]:

@@ -25,6 +25,7 @@ from scaled_rope.evaluation.failures import Failure, failing_alone, is_ours
 from scaled_rope.evaluation.formatting import format_table
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader
 from scaled_rope.evaluation.memory_meter import Meter, is_out_of_memory, release_memory
+from scaled_rope.evaluation.ranks import current
 from scaled_rope.results import (
     OUT_OF_MEMORY,
     Row,
@@ -85,6 +86,11 @@ def given_arguments(args: argparse.Namespace) -> dict[str, Any]:
         return value is not None and value is not False and value != [] and not callable(value)
 
     return {name: value for name, value in vars(args).items() if says(value)}
+
+
+def place_of(args: argparse.Namespace, device: object) -> object:
+    """Where models compute, as provenance has it: a device, or "server"."""
+    return device if getattr(args, "server", None) is None else "server"
 
 
 class Parts:
@@ -166,10 +172,17 @@ def run_all(
     seed: int | None = None,
     failures: list[Failure] | None = None,
 ) -> dict[str, dict[ModelJob, dict[int, Row]]]:
-    """`run` for several evaluators by name, such as one per data set; each model is loaded once for all of them."""
-    finished = {
-        row_key(row) for row in rows_so_far(args.output) if not (args.retry_oom and row.get("error") == OUT_OF_MEMORY)
-    }
+    """`run` for several evaluators by name, such as one per data set; each model is loaded once for all of them.
+
+    Where several processes share the evaluation (`ranks`), the first reads and writes the output, and all get the rows.
+    """
+    ranks = current()
+
+    def measured_keys() -> set[str]:
+        rows = rows_so_far(args.output)
+        return {row_key(row) for row in rows if not (args.retry_oom and row.get("error") == OUT_OF_MEMORY)}
+
+    finished = ranks.first(measured_keys)
     identities: dict[str, dict[ModelJob, dict[int, Row]]] = {name: {} for name in evaluators}
     plan: dict[tuple[str, ModelJob], dict[int, list[int]]] = {}
     total = 0
@@ -185,16 +198,31 @@ def run_all(
                 total += sum(evaluator.tokens(job, length) for length in passes)
                 identities[name][job], plan[name, job] = cells, passes
                 finished |= set(missing.values())  # two jobs may name the same scaling
-    _check_output(args.output)
+    ranks.agree(
+        [
+            [(name, job.name, identities[name][job], passes) for (name, job), passes in plan.items()],
+            [str(failure) for failure in failures or ()],
+        ],
+        "models and texts",
+    )
+    ranks.first(lambda: _check_output(args.output))
     load = ModelLoader(args)
-    record = {"command": command, **provenance(load.device, seed, given_arguments(args))}
-    collected = {name: _collect(args.output, cells) for name, cells in identities.items()}
+    record = {"command": command, **provenance(place_of(args, load.device), seed, given_arguments(args))}
+    if ranks.count > 1:
+        record["processes"] = ranks.count
+    collected: dict[str, dict[ModelJob, dict[int, Row]]] = {}
+
+    def collect(*names: str) -> None:
+        if ranks.is_first:
+            rows = rows_so_far(args.output)
+            collected.update({name: _collect(rows, identities[name]) for name in names})
 
     def write_table() -> None:
-        if args.output_file and plan:
+        if args.output_file and plan and ranks.is_first:
             named = {name: (evaluator.value, collected[name]) for name, evaluator in evaluators.items()}
             _write_csv(args.output_file, jobs, named)
 
+    collect(*identities)
     with tqdm(
         total=total,
         unit="tok",
@@ -209,14 +237,20 @@ def run_all(
                     continue
                 try:
                     for row in _measure(evaluator, job, plan[name, job], load, bar.update):
-                        append_row(args.output, {**identities[name][job][row["length"]], **row, "provenance": record})
+                        if ranks.is_first:
+                            cell = identities[name][job][row["length"]]
+                            hidden = {} if job.server is None else {"peak_memory": None}  # not seen from here
+                            append_row(args.output, {**cell, **row, **hidden, "provenance": record})
                 except _Failed as failed:
                     if failures is None:
                         raise failed.error from None
                     failures.append(Failure(job.name, failed.error, name))
-                collected[name] = _collect(args.output, identities[name])
+                collect(name)
                 write_table()
     write_table()
+    if ranks.count > 1:
+        rows = ranks.first(lambda: rows_so_far(args.output))
+        collected = {name: _collect(rows, cells) for name, cells in identities.items()}
     return collected
 
 
@@ -239,7 +273,8 @@ def _measure(
         left = list(yields)
         # Here, not before the loop: a pass whose results are on disk may need no model.
         try:
-            model = load(job) if needs_model is None or needs_model(job, length, yields) else None
+            needed = needs_model is None or needs_model(job, length, yields)
+            model = current().together(lambda: load(job)) if needed else None
             stream = iter(evaluator.measure(model, job, length, yields, advance))
         except Exception as error:
             raise _blamed(error) from error
@@ -275,9 +310,9 @@ def _blamed(error: Exception) -> Exception:
     return _Failed(error) if is_ours(error) else error
 
 
-def _collect(path: str, identities: Mapping[ModelJob, Mapping[int, Row]]) -> dict[ModelJob, dict[int, Row]]:
-    """The measured rows in the file, by job and length."""
-    known = {row_key(row): row for row in rows_so_far(path)}
+def _collect(rows: Sequence[Row], identities: Mapping[ModelJob, Mapping[int, Row]]) -> dict[ModelJob, dict[int, Row]]:
+    """The measured rows among those of a file, by job and length."""
+    known = {row_key(row): row for row in rows}
     return {
         job: {length: known[row_key(row)] for length, row in cells.items() if row_key(row) in known}
         for job, cells in identities.items()

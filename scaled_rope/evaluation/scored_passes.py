@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -18,8 +17,10 @@ from scaled_rope.evaluation.windows import Losses, LossFolder, Texts, Window, re
 def windows_of(texts: Texts, length: int, stride: int | None, control: Control | None = None) -> list[Window]:
     """The windows of `length` positions: truncated, or sliding where there is a stride.
 
-    control: the truncated windows are read in its windows instead.
+    control: the same tokens are read in its windows instead.
     """
+    if control is not None and stride is not None:
+        return sliding(texts, control.window, control.stride)
     if control is not None:
         return recent(texts, length, control.window, control.stride)
     return truncated(texts, length) if stride is None else sliding(texts, length, stride)
@@ -38,7 +39,7 @@ class ScoredPass:
         key: identifies the pass among `parts`.
         parts: sums of documents, kept beside the rows until these are written.
         folder: where losses are kept for good, instead of `parts`.
-        control: truncated windows are read in the windows of this control.
+        control: the tokens are read in the windows of this control.
     """
 
     texts: Texts
@@ -50,6 +51,7 @@ class ScoredPass:
     parts: Parts
     folder: LossFolder | None = None
     control: Control | None = None
+    _measured: dict[int, dict[int, list[Window]]] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def windows(self) -> list[Window]:
@@ -63,13 +65,23 @@ class ScoredPass:
     @cached_property
     def by_document(self) -> dict[int, list[Window]]:
         """The windows of each document."""
-        found: dict[int, list[Window]] = {index: [] for index in Counter(window.document for window in self.windows)}
-        for window in self.windows:
-            found[window.document].append(window)
-        return found
+        return _by_document(self.windows)
 
-    def sums(self, losses: Sequence[Losses]) -> Sums:
-        """Sums of a document's windows, given the losses of each."""
+    def measured(self, length: int) -> dict[int, list[Window]]:
+        """The sliding windows of `length` positions of each document, also of a control, which reads them in others."""
+        if length not in self._measured:
+            assert self.stride is not None
+            self._measured[length] = _by_document(sliding(self.texts, length, self.stride))
+        return self._measured[length]
+
+    def sums(self, index: int, losses: Sequence[Losses]) -> Sums:
+        """Sums of a document's windows, given the losses of each window that it was read in."""
+        if self.stride is not None and self.control is not None:
+            together, found = np.concatenate(losses), Sums()
+            for length in self.lengths:
+                ends = np.cumsum([window.scored for window in self.measured(length)[index]])
+                found |= whole_sums(np.split(together, ends[:-1]), length)
+            return found
         if self.stride is not None:
             return whole_sums(losses, self.length)
         return prefix_sums(self._wholes(losses), self.lengths)
@@ -88,7 +100,7 @@ class ScoredPass:
             for index, windows in self.by_document.items():
                 losses = self._stored(self.folder, windows)
                 if losses is not None:
-                    found.sums[index] = self.sums(losses)
+                    found.sums[index] = self.sums(index, losses)
             return found  # losses that the folder lacks must be computed for it, whatever sums `parts` holds
         for line in self.parts.read(self.key):
             for index, sums in line["parts"].items():
@@ -111,7 +123,7 @@ class ScoredPass:
         """Return the sums of a document, given the losses of all its windows; store these in the folder, if any."""
         if self.folder:
             self._store(self.folder, self.by_document[index], losses)
-        return self.sums(losses)
+        return self.sums(index, losses)
 
     def _stored(self, folder: LossFolder, windows: list[Window]) -> list[Losses] | None:
         document = self.texts.documents[windows[0].document]
@@ -128,3 +140,11 @@ class ScoredPass:
             return
         for begin, one in zip(document.begins, self._wholes(losses), strict=True):
             folder.write(document, begin, self.context, one, self.texts.head)
+
+
+def _by_document(windows: Sequence[Window]) -> dict[int, list[Window]]:
+    """Windows by the number of their document, in order."""
+    found: dict[int, list[Window]] = {}
+    for window in windows:
+        found.setdefault(window.document, []).append(window)
+    return found

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from scaled_rope.patching.device_maps import input_device
 from scaled_rope.patching.loss import hidden_states, shared_hidden_states
 from scaled_rope.patching.patch import cache_obstacle
 from scaled_rope.scaling.record import RopeScaling
@@ -63,7 +64,7 @@ def saved_tokens(chain: Chain) -> int:
 
 def is_worth(chain: Chain, model: Any) -> bool:
     """Whether reading a chain in order saves time, by an estimate of what a pass costs beyond its tokens."""
-    if model.device.type == "cpu":
+    if input_device(model).type == "cpu":
         dear = float(_CPU_TOKENS)
     else:
         dear = _GPU_FLOPS / (2 * sum(parameter.numel() for parameter in model.parameters()))
@@ -82,7 +83,7 @@ def can_share(model: Any, scaling: RopeScaling, chain: Chain) -> bool:
         return False
     if not set(getattr(model.config.get_text_config(), "layer_types", None) or ()) <= _LAYERS:
         return False
-    ids = [torch.tensor(each, device=model.device) for each in chain[:2]]
+    ids = [torch.tensor(each, device=input_device(model)) for each in chain[:2]]
     starts = [len(each) - 1 for each in ids]
     try:
         shared = list(shared_hidden_states(model, ids, starts))[1][0, -1].float()

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, TextStreamer
 from scaled_rope.checkpoint import encode
 from scaled_rope.evaluation.decoding import end_tokens
 from scaled_rope.evaluation.jobs import ModelJob
+from scaled_rope.patching.device_maps import input_device
 from scaled_rope.patching.patch import cache_obstacle
 
 
@@ -79,7 +80,7 @@ def answerer(model: Any, tokenizer: Any, job: ModelJob, decoding: Decoding) -> C
             print(f"warning: the prompt has {len(ids)} tokens, {job.label} is made for {context}", file=sys.stderr)
         elif context is not None and len(ids) + decoding.max_new_tokens > context:
             print(f"note: the answer may pass the end of the context, {context} tokens", file=sys.stderr)
-        row = torch.tensor([ids], device=model.device)
+        row = torch.tensor([ids], device=input_device(model))
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
             model.generate(row, attention_mask=torch.ones_like(row), generation_config=config, streamer=streamer)

@@ -151,9 +151,22 @@ class DeferredPass:
     _keys: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _angles: dict[tuple[int, int], DecodeAngles] = field(default_factory=dict)
+    _elsewhere: dict[torch.device, DeferredPass] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.seq_len = row_lengths(self.positions)
+
+    def on(self, device: torch.device) -> DeferredPass:
+        """The same pass for layers on another device of a split model, which make tables of their own there."""
+        if device == self.positions.device:
+            return self
+        if device not in self._elsewhere:
+            positions = self.positions.to(device)
+            offset = None if self.offset is None else self.offset.to(device)
+            self._elsewhere[device] = replace(
+                self, positions=positions, offset=offset, pending=None, _keys={}, _tables={}, _angles={}, _elsewhere={}
+            )
+        return self._elsewhere[device]
 
     @property
     def tokens(self) -> int:
@@ -367,6 +380,7 @@ def _attend(call: AttentionCall, interleaved: bool, backend: AttentionFunction) 
             "be cached before rotation; pass use_cache=False"
         )
     (q, k), current.pending = current.pending, None
+    current = current.on(call.query.device)
     index = _index(call.module)
     if index in current.dropped:
         return call.handed_to(backend)

@@ -21,6 +21,7 @@ from torch import nn
 from scaled_rope.attention.backends import attention_for, check_attention, resolve_attention
 from scaled_rope.checkpoint import Checkpoint, first_line, open_checkpoint, reading, without_custom_rope
 from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.patching.device_maps import Placement, is_offloaded
 from scaled_rope.patching.families import ADAPTERS
 from scaled_rope.patching.patch import (
     computes,
@@ -195,6 +196,7 @@ def load_model(
     kernel: str = "auto",
     load_in_8bit: bool = False,
     load_in_4bit: bool = False,
+    placement: Placement | None = None,
 ) -> Any:
     """Load a causal language model for inference, with a scaling installed; also one saved after `patch_model`.
 
@@ -209,6 +211,7 @@ def load_model(
         sliding_window: replaces the configuration's attention window (tokens), for architectures that have one.
         layers, drop_layers: which layers are scaled and which lose their rotary embedding, see `resolve_plan`.
         kernel: the implementation that rotates queries and keys, see `patch_model`.
+        placement: how the model is split over devices, instead of `device`; None: it is not.
 
     Raises:
         ConfigError: no such checkpoint, damaged files, weights of another architecture, an option that cannot be met.
@@ -237,7 +240,11 @@ def load_model(
     if load_in_8bit or load_in_4bit:
         options["quantization_config"] = _quantization(8 if load_in_8bit else 4, dtype)
         options["device_map"] = {"": device}
+    if placement is not None:
+        options |= placement.options()
     model = _read_weights(checkpoint.name, config, trust_remote_code=trust_remote_code, **options)
+    if adapter is not None and is_offloaded(model):
+        raise ConfigError(f"adapter {adapter!r} cannot be merged into weights that are offloaded; merge it first")
     if adapter is not None:
         model = _merge_adapter(model, adapter)
     if "device_map" not in options:

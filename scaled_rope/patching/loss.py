@@ -230,13 +230,14 @@ def positions_per_chunk(model: nn.Module) -> int:
 def _score(model: nn.Module, hidden: Tensor, targets: Tensor, chunk: int | None, loss: str) -> Tensor:
     """The loss [B, t] of targets [B, t] given hidden states [B, t, H], over `chunk` positions at a time."""
     if loss == "fused":
-        return _fused(model, hidden.flatten(0, 1), targets.flatten()).view_as(targets)
+        return _fused(model, hidden.flatten(0, 1), targets.flatten()).view(targets.shape)
 
     def piece(hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(project(model, hidden), targets, ignore_index=IGNORE, reduction="none")
+        logits = project(model, hidden)  # of a split model these are where its projection is
+        return F.cross_entropy(logits, targets.to(logits.device), ignore_index=IGNORE, reduction="none")
 
     if loss == "whole":
-        return piece(hidden.flatten(0, 1), targets.flatten()).view_as(targets)
+        return piece(hidden.flatten(0, 1), targets.flatten()).view(targets.shape)
     if chunk is None:
         chunk = positions_per_chunk(model)
     pieces = []
@@ -246,7 +247,7 @@ def _score(model: nn.Module, hidden: Tensor, targets: Tensor, chunk: int | None,
             pieces.append(cast(Tensor, checkpoint(piece, part, wanted, use_reentrant=False)))
         else:
             pieces.append(piece(part, wanted))
-    return torch.cat(pieces).view_as(targets)
+    return torch.cat(pieces).view(targets.shape)
 
 
 def _fused(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

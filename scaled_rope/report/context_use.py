@@ -56,12 +56,16 @@ def context_use(section: Section, series: Series, base: str | None = None) -> Co
     trained = series.scaling.original_max_position_embeddings
     control = next((one for one in reversed(controls) if one.window == trained), list(controls)[-1])
     rows, cut = section.rows[series], controls[control]
-    line = max(section.partitions(series), key=lambda columns: sum(column in cut for column in columns))
+    sliding = section.topic.setting("name") == "sliding"
+    lines = [sorted(rows)] if sliding else section.partitions(series)
+    line = max(lines, key=lambda columns: sum(column in cut for column in columns))
     columns = [column for column in line if column in cut]
     if not columns:
         return None
     ends = counted([length for length, _ in columns], control.window, series.scaling.max_position_embeddings)
     within = [column for column in columns if column[0] in ends]
+    if sliding:
+        within = within[-1:]  # each length of windows scores all tokens
     reference = base_of(section, series, base)
     base_cut = section.controls.get(reference, {}).get(control, {}) if reference else {}
     common = [column for column in columns if column in base_cut]
@@ -124,13 +128,15 @@ def control_table(section: Section) -> Table | None:
             lines.append((_named(use, name), [*cells, Cell(str(total or "–"), whole.row, whole.value, whole.interval)]))
     windows = sorted({(use.control.window, use.control.stride) for use in found})
     how = "; ".join(f"{window - stride} to {window - 1} tokens before each" for window, stride in windows)
+    sliding = section.topic.setting("name") == "sliding"
+    before = "what stands in a window" if sliding else "the whole text"
     note = (
-        "Perplexity with the whole text before a token, over that with the last tokens only; below 0 the text further "
+        f"Perplexity with {before} before a token, over that with the last tokens only; below 0 the text further "
         f"back helps. Against itself: the same weights, cut ({how}; stride {', '.join(str(s) for _, s in windows)}). "
         "Against the base: the unscaled base, cut likewise; what truncation alone would give. All: up to the length "
         "that the scaling is for, with the 95 % interval over documents, or over windows where there is one document."
     )
-    heads = [*(span for _, span in columns), "all"]
+    heads = [*(span or str(length) for length, span in columns), "all"]
     return Table(f"{title_of(section)}, {_HEADING}", note, section, heads, lines)
 
 

@@ -18,6 +18,7 @@ from scaled_rope.report.drawing import drawing, squeeze
 from scaled_rope.report.paper import PaperFigure
 from scaled_rope.report.tables import (
     UNSCALED,
+    Column,
     Section,
     Series,
     about,
@@ -288,6 +289,10 @@ def perplexity_figure(section: Section, name: str, keys: Mapping[Series, str]) -
         return None
     sliding = section.topic.setting("name") == "sliding"
     table = tables_of(section)[0]
+
+    def place(column: Column) -> str:
+        return f"window of {column[0]} tokens" if sliding else f"positions {column[1]}"
+
     curves: list[Curve] = []
     legend: list[Curve] = []
     for series in section.rows:
@@ -296,23 +301,20 @@ def perplexity_figure(section: Section, name: str, keys: Mapping[Series, str]) -
         for columns in [sorted(rows)] if sliding else section.partitions(series):
             cells = {column: perplexity_cell(rows[column], not sliding) for column in columns}
             found = {column: cell for column, cell in cells.items() if not cell.row or not cell.row.get("error")}
-            words = {
-                column: f"window of {column[0]} tokens" if sliding else f"positions {column[1]}" for column in found
-            }
             curves.append(
                 _series_curve(
                     series,
                     keys[series],
                     [length for length, _ in found],
                     [math.nan if cell.value is None else cell.value for cell in found.values()],
-                    tips=[about(series.full_name, cell, f"perplexity, {words[one]}") for one, cell in found.items()],
+                    tips=[about(series.full_name, cell, f"perplexity, {place(one)}") for one, cell in found.items()],
                     intervals=[cell.interval for cell in found.values()],
                 )
             )
         legend.append(curves[first])
     for series, control in _controls_shown(section):
         cells = {
-            column: perplexity_cell(row, True)
+            column: perplexity_cell(row, not sliding)
             for column, row in sorted(section.controls[series][control].items())
             if not row.get("error")
         }
@@ -323,7 +325,7 @@ def perplexity_figure(section: Section, name: str, keys: Mapping[Series, str]) -
             series.color,
             [length for length, _ in cells],
             [math.nan if cell.value is None else cell.value for cell in cells.values()],
-            [about(line.full_name, cell, f"perplexity, positions {column[1]}") for column, cell in cells.items()],
+            [about(line.full_name, cell, f"perplexity, {place(column)}") for column, cell in cells.items()],
             marker="",
             dashed=True,
             width=1.0,

@@ -100,6 +100,12 @@ _RECORD: Mapping[str, _Check] = {
 }
 
 
+def is_sliding(row: Row) -> bool:
+    """Whether a row of perplexity is about sliding windows, which have no position buckets, or about their control."""
+    protocol = row["protocol"]
+    return protocol.get("name") == "sliding" or "sliding" in protocol
+
+
 def damage(row: Row) -> str | None:
     """Why a row of an evaluator cannot be shown: the field, its value and what is allowed; None if it can."""
     metric = row["metric"]
@@ -115,10 +121,13 @@ def damage(row: Row) -> str | None:
         _problem(row["provenance"], {name: _RECORD.get(name, _ANYTHING) for name in _PROVENANCE}, "provenance.")
     )
     if not row.get("error"):
-        told.append(_problem(row, _MEASURED.get(metric, {})))
+        fields = dict(_MEASURED.get(metric, {}))
+        if metric == "perplexity" and is_sliding(row):
+            fields = {"perplexity": fields["perplexity"]}
+        told.append(_problem(row, fields))
         if "right" in _MEASURED.get(metric, {}) and not any(told) and row["right"] > row["n"]:
             told.append(_told("right", row["right"], f"at most n, {row['n']}"))
-    elif metric == "perplexity":
+    elif metric == "perplexity" and not is_sliding(row):
         told.append(_problem(row, {"bucket": _SPAN}))
     if any(told):
         return next(filter(None, told))

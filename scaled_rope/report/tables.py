@@ -148,6 +148,8 @@ def topic_of(row: Row) -> Topic:
     if control_of(row) is not None:  # it belongs to what it controls
         del protocol["window"], protocol["stride"]
         protocol["name"] = "truncate"
+        if (stride := protocol.pop("sliding", None)) is not None:
+            protocol |= {"name": "sliding", "stride": stride}
     if metric == "benchmark":
         # The documents of a task without lengths are in its column, so that all tasks share a table.
         if row["length"] is None:
@@ -181,6 +183,12 @@ def column_of(row: Row) -> Column:
     return int(row["length"]), "{}-{}".format(*row["bucket"]) if "bucket" in row else ""
 
 
+def _origin(row: Row) -> tuple[Any, ...]:
+    """The model and metric of a row, and the server that was asked, if any."""
+    server = row.get("server") or {}
+    return row["model"], row["metric"], server.get("url"), server.get("name")
+
+
 def current_rows(rows: Sequence[Row]) -> list[Row]:
     """Leave out rows that newer ones have replaced.
 
@@ -189,8 +197,8 @@ def current_rows(rows: Sequence[Row]) -> list[Row]:
     text that it last saw under a name.
     """
     by_date = sorted(rows, key=row_date)
-    weights = {(row["model"], row["metric"]): (row["model_fingerprint"], row["dtype"]) for row in by_date}
-    kept = [row for row in rows if weights[row["model"], row["metric"]] == (row["model_fingerprint"], row["dtype"])]
+    weights = {_origin(row): (row["model_fingerprint"], row["dtype"]) for row in by_date}
+    kept = [row for row in rows if weights[_origin(row)] == (row["model_fingerprint"], row["dtype"])]
 
     def named(row: Row) -> tuple[Any, ...]:
         topic = topic_of(row)
@@ -503,6 +511,10 @@ def tables_of(section: Section) -> list[Table]:
             for series, found in ((series, section.lengths(series)) for series in section.rows)
         ]
         if topic.setting("name") == "sliding":
+            for series, controls in section.controls.items():
+                for control, found in controls.items():
+                    cells = [perplexity_cell(found[one], False) if one in found else Cell() for one in columns]
+                    whole.append((beside(series, control), cells))
             return [Table(f"{title}, by window", "Every token once.", section, lengths, whole, True)]
         spans = [span for _, span in columns]
         note = "Tokens between two positions. Buckets differ in text: compare down the columns."

@@ -44,6 +44,7 @@ from scaled_rope.command_line import Parser
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.formatting import format_perplexity, format_table
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
+from scaled_rope.evaluation.ranks import refuse_several
 from scaled_rope.evaluation.runner import given_arguments
 from scaled_rope.flags import add_model_arguments, add_tune_arguments, check_tune_arguments, parse_grid, tune_specs
 from scaled_rope.patching.loss import IGNORE, token_nll
@@ -468,6 +469,7 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: anything that cannot be used, before weights are read where that is possible.
     """
     check_tune_arguments(args)
+    refuse_several("scaled-rope tune")
     grid = parse_grid(args.grid, least=3)
     flags = _loading_arguments(args)
     job = model_jobs(flags)[0]

@@ -14,6 +14,9 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation import perplexity_evaluator
 from scaled_rope.patching.loading import load_model
 from scaled_rope.patching.loss import token_nll
+from scaled_rope.report.context_use import context_use
+from scaled_rope.report.figures import perplexity_figure
+from scaled_rope.report.tables import load_results
 from scaled_rope.results import Row
 from tests.eval.test_perplexity import bigram
 from tests.helpers.number_texts import (
@@ -190,6 +193,62 @@ def test_saved_losses_serve_the_control(checkpoint: str, texts: str, tmp_path: P
     assert same(evaluate(tmp_path / "again", *argv, *ARGV)) == same(rows) and not forwards
 
 
+def test_sliding_windows_of_a_model_that_copies_from_a_stated_distance(
+    checkpoint: str, texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copies_from(monkeypatch, 20)
+    argv = ("-m", checkpoint, "-d", texts, "--lengths", "16,24,40", "--sliding-window", "8", "--control")
+    whole, control = split(evaluate(tmp_path / "rows", *argv))
+    assert [row["length"] for row in whole] == [16, 24, 40] and [row["length"] for row in control] == [24, 40]
+    for row in control:
+        assert row["protocol"] == {"name": "last-tokens", "window": TRAINED, "stride": 4, "sliding": 8}
+        assert math.log(row["perplexity"]) == pytest.approx(UNKNOWN)  # 20 tokens back is never in sight
+    of = {row["length"]: row for row in whole}
+    for row in control:
+        same_windows = ("targets", "windows", "document_targets", "data")
+        assert [row[name] for name in same_windows] == [of[row["length"]][name] for name in same_windows]
+    # In windows of 40 all but the first 20 tokens of a document can be copied.
+    counts = np.array(of[40]["document_targets"])
+    copied = np.maximum(counts - 20, 0)
+    assert of[40]["document_nats"] == pytest.approx(list((counts - copied) * UNKNOWN + copied * KNOWN))
+    share = math.expm1(copied.sum() / counts.sum() * (KNOWN - UNKNOWN))
+    printed = capsys.readouterr().out
+    assert f"uses its context: −{-100 * share:.1f} % [" in printed
+    assert "perplexity in windows of, after the last tokens only" in printed
+    (section,) = load_results([str(tmp_path / "rows")]).of("perplexity")  # one table: each beside its control
+    use = context_use(section, next(iter(section.rows)))
+    assert use is not None and use.total is not None and use.total.share == pytest.approx(share)
+    assert perplexity_figure(section, "figure", {one: str(index) for index, one in enumerate(section.rows)}) is not None
+
+
+def test_sliding_windows_of_one_document_have_an_interval_over_runs_of_them(
+    checkpoint: str, texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("-m", checkpoint, "-d", texts, "--samples", "1", "--lengths", "24", "--sliding-window", "8", "--control")
+    whole, control = split(evaluate(tmp_path / "rows", *argv, "--save-nll", str(tmp_path / "nll")))
+    for row in (*whole, *control):
+        assert sum(row["block_nats"]) == pytest.approx(row["document_nats"][0])
+        assert sum(row["block_targets"]) == row["document_targets"][0] and len(row["block_nats"]) == row["windows"]
+    assert (
+        whole[0]["block_targets"] == control[0]["block_targets"] and whole[0]["block_nats"] != control[0]["block_nats"]
+    )
+    assert " % [" in capsys.readouterr().out.splitlines()[-3]
+    # The control of truncated windows reads the same windows, as long as they last.
+    _, cut = split(evaluate(tmp_path / "cut", *argv[:6], "--lengths", "24", "--control"))
+    assert cut[0]["bucket_nats"][0][0] == pytest.approx(control[0]["block_nats"][0], rel=1e-5)
+
+
+def test_a_sliding_control_is_not_measured_again_and_its_losses_serve(
+    checkpoint: str, texts: str, tmp_path: Path, forwards: list[Any]
+) -> None:
+    argv = ("-m", checkpoint, "-d", texts, "--lengths", "24,40", "--sliding-window", "8", "--control")
+    more = ("--save-nll", str(tmp_path / "nll"))
+    rows = evaluate(tmp_path / "rows", *argv, *more)
+    forwards.clear()
+    assert evaluate(tmp_path / "rows", *argv) == rows and not forwards
+    assert same(evaluate(tmp_path / "again", *argv, *more)) == same(rows) and not forwards
+
+
 def test_lengths_within_the_window_have_no_control(
     checkpoint: str, texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,8 +258,6 @@ def test_lengths_within_the_window_have_no_control(
 
 def test_refusals(checkpoint: str, texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ("-m", checkpoint, "-d", texts, *ARGV)
-    with pytest.raises(ConfigError, match="--control trained is for --protocol truncate"):
-        evaluate(tmp_path / "rows", *argv, "--control", "--sliding-window", "4")
     with pytest.raises(ConfigError, match="--control window=x is not allowed"):
         evaluate(tmp_path / "rows", *argv, "--control", "window=x")
     rows = evaluate(tmp_path / "rows", *argv, "--control", "stride=20", code=1)  # the model decides what is too long

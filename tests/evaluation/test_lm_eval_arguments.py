@@ -13,13 +13,14 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.lm_eval_arguments import (
     NOT_HERE,
     at_revision,
-    check_parallelize,
     dtype_name,
     longest_prompt,
     one_of_two,
+    placement_of,
     refuse_unknown,
     rows_per_pass,
 )
+from scaled_rope.patching.device_maps import Placement
 
 
 def test_only_defaults_of_what_has_no_effect_are_taken() -> None:
@@ -63,11 +64,17 @@ def test_dtypes() -> None:
 
 def test_parallelize(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    check_parallelize(True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (100 + gpu, 200))
+    assert placement_of(True) is None and placement_of(False, offload_folder="./offload") is None
+    assert placement_of(True, None, "5MB", "x") == Placement("auto", {0: "100", "cpu": "5MB"}, "x")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    check_parallelize(False)
-    with pytest.raises(ConfigError, match="parallelize=True: a model cannot be split over this machine's 2 GPUs"):
-        check_parallelize(True)
+    assert placement_of(True) == Placement("auto", {0: "100", 1: "101"})
+    assert placement_of(True, "20GiB") == Placement("auto", {0: "20GiB", 1: "20GiB"})
+    with pytest.raises(ConfigError, match="max_cpu_memory='5MB': goes with parallelize=True"):
+        placement_of(False, None, "5MB")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="parallelize=True: is for one process, not 2"):
+        placement_of(True)
 
 
 def test_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,10 @@ def perplexities(spec: str, text: str, values: dict[int, float | None], **protoc
         numbers |= {"error": "out of memory"} if value is None else {"interval": bounds, "interval_bucket": bounds}
         data = {"name": text, "fingerprint": text, "documents": 3}
         said = {"name": "truncate", "bucket_start": start, **protocol}
+        if said["name"] == "sliding":
+            for name in ("perplexity_bucket", "bucket", "interval_bucket"):
+                numbers.pop(name, None)
+            del said["bucket_start"]
         rows.append(new_row("perplexity", length, spec, data=data, protocol=said, **numbers))
         start = length
     return rows

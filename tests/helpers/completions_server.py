@@ -1,0 +1,157 @@
+"""A server of OpenAI's completions API around a model of this process, and the ways in which such servers misbehave."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+
+from scaled_rope.checkpoint import load_tokenizer
+from scaled_rope.patching.loading import load_model
+
+NAME = "tiny"
+
+
+class CompletionsServer(ThreadingHTTPServer):
+    """Serves one model on a free port of this machine.
+
+    Attributes:
+        ways: the ways in which it gives log-probabilities of prompts: "echo 0", "echo 1" (by max_tokens), "prompt".
+        fault: a fault by name, see `_Handler.do_POST`.
+        listed: what /v1/models lists.
+        key: the API key that it wants.
+        asked: the bodies of the requests so far.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, model: str, scaling: str = "checkpoint") -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.model = load_model(model, scaling=scaling, device="cpu")
+        self.tokenizer = load_tokenizer(model)
+        self.ways: set[str] = {"echo 0", "echo 1", "prompt"}
+        self.fault = ""
+        self.listed: list[dict[str, Any]] = [{"id": NAME, "owned_by": "vllm", "max_model_len": 1024, "root": "/m/tiny"}]
+        self.key: str | None = None
+        self.asked: list[dict[str, Any]] = []
+        self.paths: list[str] = []
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+@contextlib.contextmanager
+def serving(model: str, scaling: str = "checkpoint") -> Iterator[CompletionsServer]:
+    """Within this context, a server answers."""
+    server = CompletionsServer(model, scaling)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: CompletionsServer
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def _send(self, status: int, content: Any, **headers: str) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.wfile.write(body)
+
+    def _refused(self) -> bool:
+        given = self.headers.get("Authorization")
+        if self.server.key is None or given == f"Bearer {self.server.key}":
+            return False
+        self._send(401, {"error": {"message": f"bad key {given}"}})
+        return True
+
+    def do_GET(self) -> None:
+        self.server.paths.append(self.path)
+        if self.server.fault == "elsewhere":
+            self._send(302, b"", Location="http://127.0.0.1:9/v1/models")
+        elif self.path == "/version":
+            self._send(200, {"version": "0.11.0"})
+        elif self.path != "/v1/models":
+            self._send(404, {"detail": "Not Found"})
+        elif not self._refused():
+            self._send(200, {"data": self.server.listed})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(body)
+        fault = self.server.fault
+        if self._refused():
+            return
+        if fault == "slow":
+            time.sleep(3)
+        if fault == "not JSON":
+            self._send(200, b"<html>a proxy</html>")
+        elif fault == "broken":
+            self._send(500, {"error": {"message": f"out of memory\nwith {self.headers.get('Authorization')}"}})
+        elif fault == "no choice":
+            self._send(200, {"choices": []})
+        elif body["model"] != NAME:
+            self._send(404, {"error": {"message": f"The model `{body['model']}` does not exist."}})
+        elif fault == "too long" and len(body["prompt"]) > 100:
+            self._send(400, {"error": {"message": "maximum context length is 100 tokens"}})
+        else:
+            self._complete(body)
+
+    def _complete(self, body: dict[str, Any]) -> None:
+        ids, more = body["prompt"], body["max_tokens"]
+        if self.server.fault == "adds a token":
+            ids = [0, *ids]
+        with self.server.lock, torch.inference_mode():
+            new = self._decode(ids, more)
+            logs = self.server.model(torch.tensor([ids + new]), use_cache=False).logits[0].double().log_softmax(-1)
+        choice: dict[str, Any] = {"index": 0, "text": self.server.tokenizer.decode(new), "logprobs": None}
+        if body.get("echo"):
+            if f"echo {min(more, 1)}" not in self.server.ways:
+                return self._send(400, {"error": {"message": "Only no echo is supported"}})
+            given = ids + new
+            values = [None, *(float(logs[at - 1, given[at]]) for at in range(1, len(given)))]
+            tokens = [f"token_id:{token}" for token in given]
+            if self.server.fault == "drops a value":
+                values = values[: len(ids) - 1]
+            if self.server.fault == "another token":
+                tokens[2] = "token_id:3"
+            if self.server.fault == "no number":
+                values[2] = None
+            if self.server.fault in ("above zero", "minus infinity"):
+                values[2] = 0.5 if self.server.fault == "above zero" else -9999.0
+            choice["logprobs"] = {"token_logprobs": values, "tokens": tokens}
+            if self.server.fault == "echo without values":
+                choice["logprobs"] = None
+        if body.get("prompt_logprobs") is not None and "prompt" in self.server.ways:
+            choice["prompt_logprobs"] = [None] + [
+                {str(ids[at]): {"logprob": float(logs[at - 1, ids[at]])}} for at in range(1, len(ids))
+            ]
+        usage = {"prompt_tokens": len(ids), "completion_tokens": len(new)}
+        self._send(200, {"choices": [choice], "usage": usage})
+
+    def _decode(self, ids: list[int], count: int) -> list[int]:
+        """Greedy decoding, without a cache."""
+        new: list[int] = []
+        for _ in range(count):
+            logits = self.server.model(torch.tensor([ids + new]), use_cache=False, logits_to_keep=1).logits
+            new.append(int(logits[0, -1].argmax()))
+        return new
