@@ -197,7 +197,8 @@ def tile_mlps(model: Any, tiles: int) -> None:
     checked: set[type] = set()
     for mlp in found:
         if type(mlp) not in checked:
-            _check_tokenwise(mlp, model.config, tiles)
+            with _gathered(mlp):
+                _check_tokenwise(mlp, model.config, tiles)
             checked.add(type(mlp))
         mlp.forward = functools.partial(_tiled, mlp.forward, tiles)
 
@@ -207,6 +208,17 @@ def _tiled(forward: Callable[[torch.Tensor], torch.Tensor], tiles: int, hidden: 
         return torch.cat([forward(part) for part in hidden.chunk(tiles, dim=-2)], dim=-2)
     parts = [checkpoint(forward, part, use_reentrant=False) for part in hidden.chunk(tiles, dim=-2)]
     return torch.cat(parts, dim=-2)
+
+
+def _gathered(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Within this context, weights that ZeRO-3 has spread over ranks are whole. Every rank must enter it."""
+    spread = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+    if not spread:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    context: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(spread)
+    return context
 
 
 @torch.no_grad()
