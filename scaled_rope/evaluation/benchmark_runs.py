@@ -90,20 +90,23 @@ class BenchmarkRun:
                 ]
                 model = self.load(job) if missing else None
                 for unit, cells in missing:
-                    cells = {length: cell for length, cell in cells.items() if length not in reasons_of(unit)}
-                    if not self.hide_progress:
-                        print(f"{job.name}: {unit.name}", file=sys.stderr)
-                    with failing_alone(failures, job.name, unit.name):
-                        rows = self._ask(model, job, unit, next(iter(cells.values()))["protocol"]["max_length"])
-                        source = {**record, "versions": record["versions"] | {"lm-eval": unit.version}}
-                        for length, cell in cells.items():
-                            if (key := row_key(cell)) not in finished:
-                                finished.add(key)
-                                append_row(self.output, {**cell, **rows[length], "provenance": source})
+                    source = {**record, "versions": record["versions"] | {"lm-eval": unit.version}}
+                    for length, cell in cells.items():
+                        # Each length by itself, so that a run that ends early leaves its row.
+                        if length in reasons_of(unit) or (key := row_key(cell)) in finished:
+                            continue
+                        if not self.hide_progress:
+                            print(f"{job.name}: {_place(unit, length)}", file=sys.stderr)
+                        with failing_alone(failures, job.name, _place(unit, length)):
+                            row = self._ask(model, job, unit, length, cell["protocol"]["max_length"])
+                            finished.add(key)
+                            append_row(self.output, {**cell, **row, "provenance": source})
         return wanted
 
-    def _ask(self, model: Any, job: ModelJob, unit: Unit | SavedUnit, max_length: int | None) -> dict[int | None, Row]:
-        """Measure one unit and return its fields by length. max_length: longest prompt in tokens."""
+    def _ask(
+        self, model: Any, job: ModelJob, unit: Unit | SavedUnit, length: int | None, max_length: int | None
+    ) -> Row:
+        """Measure one length of a unit and return its fields. max_length: longest prompt in tokens."""
         limit = max_length or NO_LIMIT
         if isinstance(unit, SavedUnit):
             unit.check_tokenizer(job.model)
@@ -111,9 +114,8 @@ class BenchmarkRun:
         else:
             scorer = model_of_job(model, job, limit, self.batch_size, self.hide_progress)
         with Meter(self.load.device) as meter, silence() if self.hide_progress else contextlib.nullcontext():
-            rows = unit.measure(scorer)
-        cost = {"seconds": round(meter.seconds, 1), "peak_memory": meter.peak_memory}
-        return {length: {**row, **cost} for length, row in rows.items()}
+            row = unit.measure(scorer, [length])[length]
+        return {**row, "seconds": round(meter.seconds, 1), "peak_memory": meter.peak_memory}
 
 
 def benchmark_table(output: str, wanted: Iterable[tuple[str, Row]]) -> str:

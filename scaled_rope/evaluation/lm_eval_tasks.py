@@ -21,7 +21,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -167,13 +167,17 @@ class Unit:
         """The version of lm-eval, which makes the prompts."""
         return package_version("lm-eval")
 
-    def measure(self, lm: Any) -> dict[int | None, Row]:
-        """Run the tasks on a model of lm-eval; return the measured fields by length."""
+    def measure(self, lm: Any, lengths: Sequence[int | None] | None = None) -> dict[int | None, Row]:
+        """Run the tasks on a model of lm-eval; return the measured fields by length.
+
+        lengths: those of `self.lengths` to measure; None: all.
+        """
         evaluator = _lm_eval("evaluator")
         self.prepare()
         lm.truncated = 0
+        lengths = self.lengths if lengths is None else lengths
         everything = {name: len(task.eval_docs) for name, task in self.tasks.items()}
-        chosen = {name: indices for name, indices in self.documents.items() if len(indices) < everything[name]}
+        chosen = {name: indices for name, indices in self._of(lengths).items() if len(indices) < everything[name]}
         with seeded(self.name):  # some tasks draw the order of answers while they are asked
             results = evaluator.evaluate(
                 lm=lm,
@@ -182,8 +186,16 @@ class Unit:
                 bootstrap_iters=1000,
                 apply_chat_template=self.chat_template is not None,
             )
-        rows = measured_rows(results, self.metric, self.lengths)
+        rows = measured_rows(results, self.metric, lengths)
         return {length: {**row, "truncated": lm.truncated} for length, row in rows.items()}
+
+    def _of(self, lengths: Sequence[int | None]) -> dict[str, list[int]]:
+        """Those of `documents` that have one of the lengths."""
+        found = {}
+        for name, task in self.tasks.items():
+            known = _lengths_of(task)
+            found[name] = [index for index in self.documents[name] if known[index] in lengths]
+        return found
 
 
 @dataclass(frozen=True)
@@ -246,7 +258,8 @@ def measured_rows(results: Mapping[str, Any], metric: str, lengths: Sequence[int
     """Convert lm-eval's results to row fields by length: value, standard error and 95 % interval, in % for shares; n.
 
     The value of several tasks is the plain mean of their values. Right-or-wrong outcomes have a score interval, which
-    is sensible at 0 and 100 %, others a normal one.
+    is sensible at 0 and 100 %, others a normal one. "outcomes" has the outcome of every document of each task, in order
+    of the documents, so that models can be compared question by question; it is left out where a metric has none.
     """
     tasks: Mapping[str, Any] = results["results"]
     if lengths != [None]:
@@ -256,29 +269,48 @@ def measured_rows(results: Mapping[str, Any], metric: str, lengths: Sequence[int
     errors = [error for _, error in found.values() if error is not None]
     error = math.sqrt(sum(error**2 for error in errors)) / len(found) if len(errors) == len(found) else None
     row = _row(value, error, sum(task["sample_len"] for task in tasks.values()), share=metric in _SHARES)
+    outcomes = {name: _outcomes(results["samples"].get(name, ()), metric) for name in found}
+    if all(outcomes.values()):
+        row["outcomes"] = {name: [round(value, 6) for value in values] for name, values in outcomes.items()}
     if len(found) > 1:
         return {None: {**row, "tasks": {name: round(value, 6) for name, (value, _) in found.items()}}}
     ((name, task),) = tasks.items()
     row["metrics"] = {key: value for key, value in task.items() if "," in key and isinstance(value, float)}
-    samples = results["samples"][name]
-    outcomes = [sample[metric] for sample in samples if sample["filter"] == samples[0]["filter"] and metric in sample]
-    return {None: row | _score_interval(outcomes)}
+    return {None: row | _score_interval(outcomes[name])}
+
+
+def _outcomes(samples: Sequence[Mapping[str, Any]], metric: str) -> list[float]:
+    """The outcome of each document under the first of a task's filters, in order of the documents; [] where the metric
+    is not a mean of numbers."""
+    chosen = [sample for sample in _in_order(samples) if sample["filter"] == samples[0]["filter"] and metric in sample]
+    values = [sample[metric] for sample in chosen]
+    return [float(value) for value in values] if all(isinstance(value, (bool, int, float)) for value in values) else []
+
+
+def _in_order(samples: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return sorted(samples, key=lambda sample: sample.get("doc_id", 0))
 
 
 def _length_row(samples: Mapping[str, Sequence[Mapping[str, Any]]], length: int | None, metric: str) -> Row:
     """The row of one length: of tasks whose metrics are named by lengths (RULER's, passkeys), or of documents of it."""
-    found = []
-    for sample in itertools.chain(*samples.values()):
-        if str(length) in sample:
-            found.append(sample[str(length)])
-        elif sample.get("doc", {}).get("max_length") == length and metric in sample:
-            found.append(sample[metric])
-    found = [value for value in found if value != -1]  # RULER's tasks put -1 where a document is of another length
+    by_task: dict[str, list[float]] = {}
+    for name, of in samples.items():
+        for sample in _in_order(of):
+            if str(length) in sample:
+                value = sample[str(length)]
+            elif sample.get("doc", {}).get("max_length") == length and metric in sample:
+                value = sample[metric]
+            else:
+                continue
+            if value != -1:  # RULER's tasks put -1 where a document is of another length
+                by_task.setdefault(name, []).append(value)
+    found = list(itertools.chain(*by_task.values()))
     if not found:
         raise ConfigError(f"no document of {length} tokens has an outcome")
     n, mean = len(found), sum(found) / len(found)
     error = math.sqrt(sum((value - mean) ** 2 for value in found) / (n - 1) / n) if n > 1 else None
-    return _row(mean, error, n, share=True) | _score_interval(found)
+    outcomes = {name: [round(float(value), 6) for value in values] for name, values in by_task.items()}
+    return _row(mean, error, n, share=True) | {"outcomes": outcomes} | _score_interval(found)
 
 
 def _score_interval(outcomes: Sequence[Any]) -> Row:

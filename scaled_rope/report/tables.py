@@ -557,7 +557,7 @@ def to_csv(tables: Iterable[Table]) -> list[list[str]]:
                     continue
                 record = cell.row["provenance"]
                 low, high = cell.interval or ("", "")
-                value = cell.row.get("error", "overflow") if cell.value is None else repr(cell.value)
+                value = cell.row.get("error", cell.text) if cell.value is None else repr(cell.value)
                 where = [table.title, series.model, series.label, column]
                 numbers = ["", value, str(low), str(high), str(cell.row.get("n") or cell.row.get("targets") or "")]
                 lines.append([*where, *numbers, "", record.get("commit") or "", record.get("date") or ""])
