@@ -20,8 +20,10 @@ import itertools
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +39,7 @@ from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.lm_eval_registration import NAMES
 from scaled_rope.evaluation.paper_benchmarks import PAPER, Benchmark
 from scaled_rope.evaluation.statistics import wilson_interval
+from scaled_rope.evaluation.task_presets import SOURCES as TASK_SOURCES
 from scaled_rope.results import Row, package_version
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.texts.benchmarks import SOURCES
@@ -45,7 +48,19 @@ TASKS = bundled("eval/tasks")
 """Our own tasks: passkeys, and the offline benchmarks."""
 
 _FEWSHOT_SEED = 1234  # lm-eval's default
-_TASK_FOLDERS = ("arc", "babilong", "hellaswag", "mmlu/default", "ruler", "truthfulqa")
+_ANSWER_TOKENS = 256  # likewise
+_TASK_FOLDERS = (
+    "arc",
+    "babilong",
+    "graphwalks",
+    "hellaswag",
+    "infinitebench",
+    "longbench2",
+    "longproc",
+    "mmlu/default",
+    "ruler",
+    "truthfulqa",
+)
 _PREFERRED_METRICS = ("acc_norm", "exact_match", "acc")
 # Shares between 0 and 1, which rows give in %. Metrics named by a length (RULER's tasks, passkeys) are shares as well.
 _SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em", "f1")
@@ -185,6 +200,7 @@ class Unit:
                 samples=chosen or None,
                 bootstrap_iters=1000,
                 apply_chat_template=self.chat_template is not None,
+                confirm_run_unsafe_code=True,  # a task that needs it was built only where that is allowed
             )
         rows = measured_rows(results, self.metric, lengths)
         return {length: {**row, "truncated": lm.truncated} for length, row in rows.items()}
@@ -348,6 +364,7 @@ class Catalogue:
         include: more folders of task files.
         seconds: time that generating the prompts of a task may take at one length.
         chat_template: put prompts into the chat template of the model's tokenizer.
+        unsafe_code: run programs that the model writes, where a task asks for it.
     """
 
     def __init__(
@@ -358,8 +375,9 @@ class Catalogue:
         include: Sequence[str | Path] = (),
         seconds: float = SECONDS,
         chat_template: bool = False,
+        unsafe_code: bool = False,
     ) -> None:
-        self.chat_template = chat_template
+        self.chat_template, self.unsafe_code = chat_template, unsafe_code
         self.offline, self.lengths, self.limit, self.include = offline, lengths, limit, list(include)
         self.seconds = seconds
         self._everything = False
@@ -401,6 +419,22 @@ class Catalogue:
                 near = difflib.get_close_matches(name, sorted(known | stems), n=5)
                 raise unknown("task", name, {*PAPER, "passkey", *near})
 
+    def facts(self, names: Sequence[str]) -> list[TaskFacts]:
+        """What tasks, groups or tags consist of, from their definitions alone: nothing is read or made.
+
+        Raises:
+            ConfigError: unknown names.
+        """
+        self.check(names)
+        manager = self._manager(self._everything)
+        reader = _Reader(manager)
+        # Modules of RULER's tasks print what they fail to download.
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            for name in dict.fromkeys(names):
+                reader.name = name
+                manager.load([self._target(name)])
+        return list(reader.found.values())
+
     def units(self, names: Sequence[str], model: str, num_fewshot: int | None = None) -> list[Unit | UnbuiltUnit]:
         """The units to measure for tasks, groups or tags, with prompts sized for `model`; the last model's are kept.
 
@@ -416,7 +450,7 @@ class Catalogue:
             importlib.import_module("datasets").disable_progress_bars()
             manager = self._manager(self._everything, model)
             builder = _Builder(manager, self.lengths, self.limit, functools.cache(lambda: load_tokenizer(model)))
-            builder.seconds = self.seconds
+            builder.seconds, builder.unsafe_code = self.seconds, self.unsafe_code
             units: dict[str, Unit | UnbuiltUnit] = {}
             for name in dict.fromkeys(names):
                 for unit in self._units(manager, builder, name, num_fewshot):
@@ -476,6 +510,58 @@ class Catalogue:
 
 
 @dataclass(frozen=True)
+class TaskFacts:
+    """A task as its definition describes it.
+
+    Attributes:
+        name: of the task.
+        given: the name that it was asked for by: its own, or that of a group, a tag or a preset of several tasks.
+        source: the data set or the text that it needs from the network; None where it runs offline.
+        takes_lengths: whether its prompts are made for given lengths.
+        answer_tokens: longest answer in tokens that the model is asked to generate; 0 where choices are scored.
+        unsafe: whether its answers are run as a program.
+    """
+
+    name: str
+    given: str
+    source: str | None
+    takes_lengths: bool
+    answer_tokens: int
+    unsafe: bool
+
+
+class _Reader:
+    """Stands for the builder of a task manager: it reads the definitions of tasks and builds none."""
+
+    def __init__(self, manager: Any) -> None:
+        self._factory = manager._factory
+        self._factory._build_task = self
+        self.name = ""
+        self.found: dict[str, TaskFacts] = {}
+
+    def __call__(self, entry: Any, overrides: Mapping[str, Any] | None) -> Any:
+        config = self._factory._load_full_config(entry, overrides)
+        name = str(config["task"])
+        path = config.get("dataset_path") or None
+        local = path == "json" or (path is None and name not in TASK_SOURCES)
+        answer = 0
+        if config.get("output_type") == "generate_until":
+            answer = int((config.get("generation_kwargs") or {}).get("max_gen_toks", _ANSWER_TOKENS))
+        self.found.setdefault(
+            name,
+            TaskFacts(
+                name,
+                self.name,
+                None if local else TASK_SOURCES.get(name, path),
+                takes_lengths(config.get("custom_dataset")),
+                answer,
+                bool(config.get("unsafe_code")),
+            ),
+        )
+        return _Unbuilt(name, "", config, False)
+
+
+@dataclass(frozen=True)
 class _Unbuilt:
     """Stands for a task that could not be built, among those that lm-eval's task manager returns."""
 
@@ -492,6 +578,7 @@ class _Builder:
     """
 
     seconds = SECONDS
+    unsafe_code = False
     together = False
     """Whether the tasks make one unit: after the first that cannot be built, others are not tried."""
 
@@ -516,6 +603,11 @@ class _Builder:
         if takes_lengths(make):
             overrides = {**(overrides or {}), "custom_dataset": functools.partial(self._generate, name, make)}
         try:
+            if config.get("unsafe_code") and not self.unsafe_code:
+                raise ConfigError(
+                    "lm-eval marks it as running programs that the model writes; allow that with "
+                    "--confirm-run-unsafe-code"
+                )
             with seeded(name):
                 return self._build(entry, overrides)
         except Exception as error:  # data sets fail in many ways

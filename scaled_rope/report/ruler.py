@@ -113,10 +113,10 @@ def _effective_table(section: Section, found: Sequence[RulerScores]) -> Table:
     heads += [f"above {threshold} (tokens)" for threshold in THRESHOLDS.values()]
     note = (
         "The longest length up to which, at every measured length, the mean over the tasks is at least "
-        f"{100 * KEPT:.0f} % of the model's own at the trained length; the tasks are those measured there, "
-        f"the same at each length. The interval is over resampled prompts within each task. Above {THRESHOLDS['chat']} and {THRESHOLDS['base']}: "
-        "RULER's own thresholds, what Llama-2-7B-chat and Llama-2-7B score at 4096 tokens on all 13 tasks by the "
-        "authors' prompts; given for all 13 tasks only."
+        f"{100 * KEPT:.0f} % of the model's own at the trained length; the tasks are those measured there, the same at "
+        "each length. The interval is over resampled prompts within each task. "
+        f"Above {THRESHOLDS['chat']} and {THRESHOLDS['base']}: RULER's own thresholds, what Llama-2-7B-chat and "
+        "Llama-2-7B score at 4096 tokens on all 13 tasks by the authors' prompts; given for all 13 tasks only."
     )
     return Table("Benchmarks, RULER, effective length", note, section, [*heads, "tasks"], lines)
 
