@@ -431,7 +431,6 @@ class Catalogue:
         # Modules of RULER's tasks print what they fail to download.
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             for name in dict.fromkeys(names):
-                reader.name = name
                 manager.load([self._target(name)])
         return list(reader.found.values())
 
@@ -515,7 +514,6 @@ class TaskFacts:
 
     Attributes:
         name: of the task.
-        given: the name that it was asked for by: its own, or that of a group, a tag or a preset of several tasks.
         source: the data set or the text that it needs from the network; None where it runs offline.
         takes_lengths: whether its prompts are made for given lengths.
         answer_tokens: longest answer in tokens that the model is asked to generate; 0 where choices are scored.
@@ -523,7 +521,6 @@ class TaskFacts:
     """
 
     name: str
-    given: str
     source: str | None
     takes_lengths: bool
     answer_tokens: int
@@ -536,7 +533,6 @@ class _Reader:
     def __init__(self, manager: Any) -> None:
         self._factory = manager._factory
         self._factory._build_task = self
-        self.name = ""
         self.found: dict[str, TaskFacts] = {}
 
     def __call__(self, entry: Any, overrides: Mapping[str, Any] | None) -> Any:
@@ -551,7 +547,6 @@ class _Reader:
             name,
             TaskFacts(
                 name,
-                self.name,
                 None if local else TASK_SOURCES.get(name, path),
                 takes_lengths(config.get("custom_dataset")),
                 answer,

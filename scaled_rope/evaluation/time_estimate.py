@@ -21,7 +21,7 @@ from scaled_rope.evaluation.task_presets import RULER, SAMPLES
 from scaled_rope.patching.loss import hidden_states, project
 from scaled_rope.patching.patch import cache_obstacle
 
-_DECODED = 4  # tokens that are timed
+_DECODED = 8  # tokens that are timed
 _LONGEST = 8192  # of the timed passes, in tokens: a longer one would take as long as what is to be measured
 _CHOICES = 4  # assumed passes for a question with choices
 
@@ -64,7 +64,7 @@ def timed_lengths(lengths: Sequence[int]) -> tuple[int, int]:
 def measure_pace(model: Any, lengths: tuple[int, int]) -> Pace:
     """Time passes and decoding of a loaded model, at two different lengths in tokens."""
     passes, steps = [], []
-    cached = cache_obstacle(model) is None
+    cached = not cache_obstacle(model)
     generator = torch.Generator().manual_seed(0)
     for length in lengths:
         vocabulary = model.config.get_text_config().vocab_size
