@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
@@ -166,11 +166,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line)
         return 0
 
-    def units_of(job: ModelJob) -> Sequence[Unit | UnbuiltUnit | SavedUnit]:
+    def units_of(job: ModelJob) -> Iterator[Unit | UnbuiltUnit | SavedUnit]:
         if args.requests is not None:
-            return read_requests(args.requests, names or None)
+            yield from read_requests(args.requests, names or None)
+            return
         load_tokenizer(job.model)  # without it, the model fails and not each of the tasks
-        return catalogue_for(job).units(names, job.model, args.num_fewshot)
+        asked: set[str] = set()  # a task may be named by itself and in a group
+        for name in names:
+            for unit in catalogue_for(job).units([name], job.model, args.num_fewshot):
+                if unit.name not in asked:
+                    asked.add(unit.name)
+                    yield unit
 
     if args.requests is None and not args.chat_template:
         for note in filter(None, map(chat_note, dict.fromkeys(job.model for job in jobs))):

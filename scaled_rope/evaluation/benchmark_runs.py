@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,12 +59,14 @@ class BenchmarkRun:
     def measure(
         self,
         jobs: Iterable[ModelJob],
-        units_of: Callable[[ModelJob], Sequence[Unit | UnbuiltUnit | SavedUnit]],
+        units_of: Callable[[ModelJob], Iterable[Unit | UnbuiltUnit | SavedUnit]],
         record: Mapping[str, Any],
         failures: list[Failure],
     ) -> list[tuple[str, Row]]:
         """Append the rows that the output lacks; return, for each row, the name of its job and its identifying fields.
 
+        units_of: what to measure on a job. Each unit is measured before the next is asked for, whose prompts may take
+            long to make.
         record: provenance of the rows, to which the version of lm-eval is added.
         failures: models and tasks that fail are added to it; the others are measured. A length, or a task, that has
             no prompts is added with its reason, and has a row that says so.
@@ -72,9 +75,10 @@ class BenchmarkRun:
         wanted: list[tuple[str, Row]] = []
         for job in jobs:
             with failing_alone(failures, job.name):
-                units = [(unit, job_cells(unit, job, self.max_length)) for unit in units_of(job)]
-                wanted += [(job.name, cell) for _, cells in units for cell in cells.values()]
-                for unit, cells in units:
+                load = functools.cache(functools.partial(self.load, job))
+                for unit in units_of(job):
+                    cells = job_cells(unit, job, self.max_length)
+                    wanted += [(job.name, cell) for cell in cells.values()]
                     for length, reason in reasons_of(unit).items():
                         failures.append(Failure(job.name, Unmeasurable(reason), _place(unit, length)))
                         if (key := row_key(cells[length])) not in finished:
@@ -82,24 +86,22 @@ class BenchmarkRun:
                             append_row(
                                 self.output, {**cells[length], **_NOTHING, "error": reason, "provenance": record}
                             )
-                missing = [
-                    (unit, cells)
-                    for unit, cells in units
-                    if not isinstance(unit, UnbuiltUnit)
-                    and not all(row_key(cell) in finished for cell in cells.values())
-                ]
-                model = self.load(job) if missing else None
-                for unit, cells in missing:
+                    missing = [
+                        length
+                        for length, cell in cells.items()
+                        if length not in reasons_of(unit) and row_key(cell) not in finished
+                    ]
+                    if isinstance(unit, UnbuiltUnit) or not missing:
+                        continue
+                    model = load()
                     source = {**record, "versions": record["versions"] | {"lm-eval": unit.version}}
-                    for length, cell in cells.items():
-                        # Each length by itself, so that a run that ends early leaves its row.
-                        if length in reasons_of(unit) or (key := row_key(cell)) in finished:
-                            continue
+                    for length in missing:  # each by itself, so that a run that ends early leaves its row
                         if not self.hide_progress:
                             print(f"{job.name}: {_place(unit, length)}", file=sys.stderr)
                         with failing_alone(failures, job.name, _place(unit, length)):
+                            cell = cells[length]
                             row = self._ask(model, job, unit, length, cell["protocol"]["max_length"])
-                            finished.add(key)
+                            finished.add(row_key(cell))
                             append_row(self.output, {**cell, **row, "provenance": source})
         return wanted
 

@@ -18,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("default_lengths", __doc__ or "")
     add_model_arguments(parser)
     found = [doubled_lengths(job) for job in model_jobs(parser.parse_args(argv))]
-    print(",".join(map(str, max(found, key=lambda lengths: lengths[-1]))))
+    longest = max(lengths[-1] for lengths in found)
+    print(",".join(map(str, next(lengths for lengths in found if lengths[-1] == longest))))
     return 0
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.continuations import NO_LIMIT, context_limit
+from scaled_rope.evaluation.generated_prompts import unreachable
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader
 from scaled_rope.evaluation.lm_eval_tasks import TaskFacts
 from scaled_rope.evaluation.task_presets import doubled
@@ -45,6 +46,7 @@ def measured_already(rows: Iterable[Row], job: ModelJob, limit: int | None) -> s
         for row in rows
         if row.get("metric") == "benchmark"
         and row["protocol"].get("limit") == limit
+        and not unreachable(row.get("error") or "")
         and all(row.get(name) == value for name, value in described.items())
     }
 

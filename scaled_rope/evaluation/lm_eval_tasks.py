@@ -34,7 +34,7 @@ from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.evaluation.continuations import NO_LIMIT, context_limit
 from scaled_rope.evaluation.failures import is_ours
-from scaled_rope.evaluation.generated_prompts import SECONDS, SEED, generate, seeded, takes_lengths
+from scaled_rope.evaluation.generated_prompts import SECONDS, SEED, generate, seeded, takes_lengths, unreachable
 from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.lm_eval_registration import NAMES
 from scaled_rope.evaluation.paper_benchmarks import PAPER, Benchmark
@@ -381,7 +381,8 @@ class Catalogue:
         self.offline, self.lengths, self.limit, self.include = offline, lengths, limit, list(include)
         self.seconds = seconds
         self._everything = False
-        self._loaded: tuple[tuple[str, str, int | None], list[Unit | UnbuiltUnit]] | None = None
+        self._loaded: dict[tuple[str, str, int | None], list[Unit | UnbuiltUnit]] = {}
+        self._absent: dict[str, str] = {}
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
     def _manager(self, everything: bool, model: str | None = None) -> Any:
@@ -436,6 +437,7 @@ class Catalogue:
 
     def units(self, names: Sequence[str], model: str, num_fewshot: int | None = None) -> list[Unit | UnbuiltUnit]:
         """The units to measure for tasks, groups or tags, with prompts sized for `model`; the last model's are kept.
+        Names can be given one by one, so that the first are measured before the prompts of the last are made.
 
         A task that cannot be built, because its data cannot be read, say, is an `UnbuiltUnit`.
 
@@ -443,19 +445,21 @@ class Catalogue:
             ConfigError: unknown names, or no chat template where one is asked for.
         """
         key = (",".join(names), model, num_fewshot)
-        if self._loaded is None or self._loaded[0] != key:
+        if key not in self._loaded:
+            if any(loaded != model for _, loaded, _ in self._loaded):
+                self._loaded = {}
             self.check(names)
             template = chat_template_hash(model) if self.chat_template else None
             importlib.import_module("datasets").disable_progress_bars()
             manager = self._manager(self._everything, model)
             builder = _Builder(manager, self.lengths, self.limit, functools.cache(lambda: load_tokenizer(model)))
-            builder.seconds, builder.unsafe_code = self.seconds, self.unsafe_code
+            builder.seconds, builder.unsafe_code, builder.absent = self.seconds, self.unsafe_code, self._absent
             units: dict[str, Unit | UnbuiltUnit] = {}
             for name in dict.fromkeys(names):
                 for unit in self._units(manager, builder, name, num_fewshot):
                     units.setdefault(unit.name, replace(unit, chat_template=template))
-            self._loaded = (key, [*units.values()])
-        return self._loaded[1]
+            self._loaded[key] = [*units.values()]
+        return self._loaded[key]
 
     def _units(
         self, manager: Any, builder: _Builder, name: str, num_fewshot: int | None
@@ -587,6 +591,8 @@ class _Builder:
         self.unbuilt: dict[str, _Unbuilt] = {}
         self.reasons: dict[str, Mapping[int | None, str]] = {}
         """Task -> length -> why there are no prompts of that length."""
+        self.absent: dict[str, str] = {}
+        """Data set or text -> why it cannot be read: a network that is not there is waited for once."""
         self.generated: set[str] = set()
         """The tasks whose prompts are generated."""
 
@@ -595,6 +601,7 @@ class _Builder:
             return next(iter(self.unbuilt.values()))
         config = self._factory._load_full_config(entry, overrides)
         name, make = config["task"], config.get("custom_dataset")
+        source = TASK_SOURCES.get(name) or config.get("dataset_path") or ""
         if takes_lengths(make):
             overrides = {**(overrides or {}), "custom_dataset": functools.partial(self._generate, name, make)}
         try:
@@ -603,11 +610,15 @@ class _Builder:
                     "lm-eval marks it as running programs that the model writes; allow that with "
                     "--confirm-run-unsafe-code"
                 )
+            if source in self.absent:
+                raise ConfigError(self.absent[source])
             with seeded(name):
                 return self._build(entry, overrides)
         except Exception as error:  # data sets fail in many ways
             if not is_ours(error):
                 raise
+            if source and unreachable(f"{type(error).__name__}: {error}"):
+                self.absent[source] = f"{source} cannot be reached: {first_line(error)}"
             reason = str(error) if isinstance(error, ConfigError) else f"it cannot be loaded: {first_line(error)}"
             absent = _Unbuilt(name, reason, config, takes_lengths(make))
             self.unbuilt[name] = absent

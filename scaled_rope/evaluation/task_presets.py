@@ -24,7 +24,7 @@ WITH_LENGTHS = ("ruler", "ruler-offline", "long", "long-offline")
 """Presets that are measured at the trained length and its doubles, unless other lengths are given."""
 
 SOURCES = {
-    **dict.fromkeys(_ESSAYS, "Paul Graham's essays (raw.githubusercontent.com)"),
+    **dict.fromkeys(_ESSAYS, "baber/paul_graham_essays"),
     "ruler_qa_squad": "SQuAD 2.0 (rajpurkar.github.io)",
     "ruler_qa_hotpot": "HotpotQA (huggingface.co)",
     "graphwalks_128k": "openai/graphwalks",
