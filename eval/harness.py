@@ -121,10 +121,11 @@ if __name__ == "__main__":
 # What takes seconds to import stands below the flags.
 from scaled_rope.checkpoint import load_tokenizer
 from scaled_rope.evaluation.benchmark_runs import BenchmarkRun, Unmeasurable, benchmark_table, save_questions
+from scaled_rope.evaluation.chat_templates import print_chat_notes
 from scaled_rope.evaluation.failures import Failure, failing_alone, report_failures
 from scaled_rope.evaluation.harness_plan import doubled_lengths, lengths_note, plan_text
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
-from scaled_rope.evaluation.lm_eval_tasks import Catalogue, UnbuiltUnit, Unit, chat_note, model_class
+from scaled_rope.evaluation.lm_eval_tasks import Catalogue, UnbuiltUnit, Unit, model_class
 from scaled_rope.evaluation.runner import command_line, given_arguments
 from scaled_rope.evaluation.saved_questions import SavedUnit, read_requests
 
@@ -178,9 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     asked.add(unit.name)
                     yield unit
 
-    if args.requests is None and not args.chat_template:
-        for note in filter(None, map(chat_note, dict.fromkeys(job.model for job in jobs))):
-            print(f"note: {note}", file=sys.stderr)
+    if args.requests is None:
+        print_chat_notes((job.model for job in jobs), args.chat_template)
     if args.plan or any(name in WITH_LENGTHS for name in task_names(args)):
         rows = rows_so_far(args.output)
         for job in jobs:

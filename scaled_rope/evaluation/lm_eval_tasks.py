@@ -32,6 +32,7 @@ from scaled_rope.bundled import bundled
 from scaled_rope.checkpoint import first_line, load_config, load_tokenizer
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.evaluation.chat_templates import chat_template_hash
 from scaled_rope.evaluation.continuations import NO_LIMIT, context_limit
 from scaled_rope.evaluation.failures import is_ours
 from scaled_rope.evaluation.generated_prompts import SECONDS, SEED, generate, seeded, takes_lengths, unreachable
@@ -638,28 +639,6 @@ class _Builder:
 def _main_metric(task: Any) -> str:
     metrics = list(task.aggregation())
     return next((metric for metric in _PREFERRED_METRICS if metric in metrics), metrics[0])
-
-
-def chat_template_hash(model: str) -> str:
-    """A short hash of the chat template of a model's tokenizer, which rows record.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    template = load_tokenizer(model).chat_template
-    if not template:
-        raise ConfigError(f"chat_template: the tokenizer of {model!r} has no chat template")
-    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def chat_note(model: str) -> str | None:
-    """A remark on a model that has a chat template, for an evaluation without it; None where it has none."""
-    try:
-        if not getattr(load_tokenizer(model), "chat_template", None):
-            return None
-    except ConfigError:  # which the evaluation of this model reports, and others go on
-        return None
-    return f"{model} has a chat template and is asked without it; --chat-template puts prompts into it"
 
 
 def model_of_job(
