@@ -40,6 +40,7 @@ from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.lm_eval_registration import NAMES
 from scaled_rope.evaluation.paper_benchmarks import PAPER, Benchmark
 from scaled_rope.evaluation.statistics import wilson_interval
+from scaled_rope.evaluation.task_presets import PRESETS
 from scaled_rope.evaluation.task_presets import SOURCES as TASK_SOURCES
 from scaled_rope.results import Row, package_version
 from scaled_rope.scaling.record import RopeScaling
@@ -419,7 +420,7 @@ class Catalogue:
             if self._target(name) in absent or (not absent and self._target(name) not in known):
                 # lm-eval has 14 000 names: only near ones are worth showing.
                 near = difflib.get_close_matches(name, sorted(known | stems), n=5)
-                raise unknown("task", name, {*PAPER, "passkey", *near})
+                raise unknown("task", name, {*PAPER, *PRESETS, "passkey", *near})
 
     def facts(self, names: Sequence[str]) -> list[TaskFacts]:
         """What tasks, groups or tags consist of, from their definitions alone: nothing is read or made.

@@ -71,13 +71,15 @@ def paired_table(section: Section, base: str | None = None) -> Table | None:
                 cells.append(Cell())
         name = f"{series.name}, against the base"
         lines.append((replace(series, name=name, aside=True), cells))
-    left = "".join(f" Not compared: {', '.join(where)}, since {why}." for why, where in reasons.items())
+    left = tuple(f"Not compared: {', '.join(where)}, since {why}." for why, where in reasons.items())
     note = (
         "Percentage points by which a model answers the same questions better (+) or worse (−) than the unscaled base, "
-        f"with the 95 % interval over resampled questions.{left}"
+        "with the 95 % interval over resampled questions."
     )
     heads = [name for _, name in columns]
-    return Table(f"{title_of(section)}, against the base on the same questions", note, section, heads, lines)
+    return Table(
+        f"{title_of(section)}, against the base on the same questions", note, section, heads, lines, None, left
+    )
 
 
 def short_costs(results: ReportRows, series: Series, base: str | None = None) -> list[tuple[str, Difference]]:

@@ -144,7 +144,7 @@ def _scores_table(section: Section, scores: RulerScores) -> Table:
         (line(task), [share_cell(cells[length]) if length in cells else Cell() for length in lengths])
         for task, cells in scores.rows.items()
     ]
-    left = ""
+    left: list[str] = []
     if effective is not None:
         of = {length: scores.rows[effective.tasks[0]][length] for length in effective.scores}
         count = f"mean of {len(effective.tasks)}"
@@ -160,12 +160,13 @@ def _scores_table(section: Section, scores: RulerScores) -> Table:
             lines.append((line(f"of that at {effective.trained}"), kept))
         if len(effective.tasks) < len(scores.rows):
             others = ", ".join(task for task in scores.rows if task not in effective.tasks)
-            left += f" Not in the mean, since they have no result at {effective.trained} tokens: {others}."
+            left.append(f"Not in the mean, since they have no result at {effective.trained} tokens: {others}.")
         for length, tasks in effective.incomplete.items():
-            left += f" No mean at {length}: no result of {', '.join(tasks)}."
+            left.append(f"No mean at {length}: no result of {', '.join(tasks)}.")
     prompts = scores.settings.get("limit")
-    note = f"In percent{f', {prompts} prompts each' if prompts else ''}.{left}"
-    return Table(f"Benchmarks, RULER, {series.name}", note, section, list(map(str, lengths)), lines)
+    note = f"In percent{f', {prompts} prompts each' if prompts else ''}."
+    title, heads = f"Benchmarks, RULER, {series.name}", list(map(str, lengths))
+    return Table(title, note, section, heads, lines, None, tuple(left))
 
 
 def _kept(found: EffectiveLength, length: int, row: Row) -> Cell:

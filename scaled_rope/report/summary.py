@@ -183,6 +183,11 @@ def _sentence(series: Series, said: dict[str, Said]) -> str:
             parts.append(f"by {how} it works {answer.text}")
         else:
             parts.append(f"by {how} it works to {answer.text}")
+    ruler = said["works to, by RULER"]
+    if ruler.text.endswith("tokens"):
+        parts.append(f"by RULER it works {'' if ruler.text.startswith('no ') else 'to '}{ruler.text}")
+    elif ruler.text != NOT_MEASURED:
+        parts.append("by RULER there is nothing to keep, since it scores 0")
     use = said["uses what stands further back"]
     if use.text != NOT_MEASURED:
         parts.append(f"what stands further back {_VERBS[use.text.partition(',')[0]]}")

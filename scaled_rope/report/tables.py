@@ -306,6 +306,8 @@ class Table:
     lines: list[tuple[Series, list[Cell]]]
     lower_is_better: bool | None = None
     """None: no value is marked as the best."""
+    remarks: tuple[str, ...] = ()
+    """What is left out of it and why, shown wherever it is."""
 
     @property
     def heading(self) -> str:
@@ -336,7 +338,7 @@ class Table:
         lines = [[series.name, *(cells[index].text for index in shown)] for series, cells in self.lines]
         some = f" (every {step}th of {count} columns)" if step > 1 else ""
         table = format_table(["", *(self.columns[index] for index in shown)], lines)
-        return "\n".join([f"{self.title}{some}", table, *unmeasured(self.section)])
+        return "\n".join([f"{self.title}{some}", table, *unmeasured(self.section), *self.remarks])
 
 
 def _interval(row: Row, name: str = "interval", scale: float = 1.0) -> tuple[float, float] | None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import eval.report as report
+from scaled_rope.report.html import table_html
 from scaled_rope.report.paired import paired, paired_table, short_costs
 from scaled_rope.report.summary import summarize
 from scaled_rope.report.tables import load_results
@@ -51,7 +52,8 @@ def test_other_questions_are_not_compared(tmp_path: Path) -> None:
     table = paired_table(section)
     assert table is not None
     assert [cell.text for _, cells in table.lines for cell in cells] == ["–"]
-    assert "Not compared: yarn x4 on arc_easy, 5-shot acc, since the two were asked different questions." in table.note
+    reason = "Not compared: yarn x4 on arc_easy, 5-shot acc, since the two were asked different questions."
+    assert table.remarks == (reason,) and reason in table.text() and reason in table_html(table)
 
 
 def test_why_rows_are_not_compared(tmp_path: Path) -> None:

@@ -47,11 +47,12 @@ def test_six_tasks(tmp_path: Path) -> None:
     assert told["ruler_cwe"] == ["not measured", "50.0", ""]
     assert told["mean of 2"] == ["100.0", "90.0", "40.0"]
     assert [text.partition(" [")[0] for text in told["of that at 64"]] == ["100 %", "90 %", "40 %"]
-    assert "no result at 64 tokens: ruler_cwe" in by_length.note
+    assert "no result at 64 tokens: ruler_cwe." in by_length.remarks[0]
     summary = summarize(results)
     assert summary is not None
     said = summary.lines["works to, by RULER"][0]
     assert (said.text, said.tone) == ("128 tokens", "bad")  # the scaling is for 256
+    assert "; by RULER it works to 128 tokens" in summary.sentence
     assert said.more == "[64, 128]; measured to 256; 100.0 % at 64; 2 of 13 tasks: niah_single_1, ruler_vt"
 
 
