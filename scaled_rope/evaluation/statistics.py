@@ -76,7 +76,7 @@ def paired_difference(mine: Mapping[str, Sequence[float]], others: Mapping[str, 
     Raises:
         ValueError: other tasks, or other numbers of questions.
     """
-    if list(mine) != list(others) or not mine:
+    if mine.keys() != others.keys() or not mine:
         raise ValueError(f"outcomes of other tasks: {', '.join(mine)} and {', '.join(others)}")
     if not all(len(mine[task]) == len(others[task]) > 0 for task in mine):
         raise ValueError("outcomes of other numbers of questions")

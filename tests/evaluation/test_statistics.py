@@ -35,6 +35,8 @@ def test_paired_difference_of_several_tasks_is_the_mean_over_tasks() -> None:
     assert found.value == -0.5 and found.interval == (-0.5, -0.5) and found.shown
     assert found.points == "−50.0 points [−50.0, −50.0]"
     assert paired_difference({"a": [1.0]}, {"a": [1.0]}).points == "0.0 points"
+    others = {"b": [0.0, 0.0], "a": [1.0, 0.0]}  # in another order
+    assert paired_difference({"a": [1.0, 1.0], "b": [0.0, 0.0]}, others).value == 0.25
     with pytest.raises(ValueError, match="other numbers of questions"):
         paired_difference({"a": [1.0]}, {"a": [1.0, 0.0]})
     with pytest.raises(ValueError, match="other tasks: a and b"):
