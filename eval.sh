@@ -19,7 +19,7 @@
 # it is the embedded one. In the environment: MODELS; LENGTHS (the trained length and its doubles, up to what the models are
 # for); TASKS (ruler; the embedded model: ruler-offline); LIMIT, prompts of each task and length (100; embedded: 10); DATASET
 # (standin:books), OUTPUT. Flags after -- go to eval/harness.py; with --plan, only what RULER will take is printed:
-#   LENGTHS=256,512,1024 LIMIT=4 ./eval.sh long
+#   LENGTHS=256,512 LIMIT=2 ITERATIONS=4 WINDOWS=3 ./eval.sh long
 #   MODELS="meta-llama/Llama-2-7b-hf out/llama-2-7b-32k/model" ./eval.sh long -- --plan
 set -euo pipefail
 cd "$(dirname "$0")"
