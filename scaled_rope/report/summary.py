@@ -109,13 +109,13 @@ def _rank(results: ReportRows, series: Series, base: str | None) -> float:
 
 
 def context_use_of(results: ReportRows, series: Series, base: str | None) -> list[tuple[Section, ContextUse]] | None:
-    """The comparison with the control on each text; None where none was measured."""
-    found = [
-        (section, use)
-        for section in results.of("perplexity")
-        if section.topic.setting("name") != "sliding" and (use := context_use(section, series, base))
-    ]
-    return found or None
+    """The comparison with the control on each text; None where none was measured.
+
+    Sliding windows count only where no text was cut at each length.
+    """
+    found = [(section, use) for section in results.of("perplexity") if (use := context_use(section, series, base))]
+    cut = [one for one in found if one[0].topic.setting("name") != "sliding"]
+    return cut or found or None
 
 
 def summarize(results: ReportRows, base: str | None = None) -> Summary | None:
