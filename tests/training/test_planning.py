@@ -88,3 +88,10 @@ def test_plans_that_make_no_sense_are_one_line(capsys, flags, message):
     assert cli.main(["plan", *flags]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and error[0].startswith("error: ") and message in error[0]
+
+
+@pytest.mark.parametrize("scaling", ["linear:4", "yarn:4", "default", "dynamic-ntk:2"])
+def test_every_scaling_can_be_planned(scaling):
+    """Models are planned on tensors without values, which remarks on the scaling must not ask for."""
+    planner = Planner(replace(small(), scaling=scaling), on_gpu=False)
+    assert planner.memory(Options()).total > 0
