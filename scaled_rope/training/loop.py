@@ -29,6 +29,7 @@ from scaled_rope.recipes import Recipe, is_finished
 from scaled_rope.results import Row, provenance, write_atomic
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.texts.packed import IntArray, TokenRows, open_rows
+from scaled_rope.texts.tables import check_ids
 from scaled_rope.training.batches import (
     DocumentBorders,
     LoadedRow,
@@ -37,6 +38,7 @@ from scaled_rope.training.batches import (
     padded_positions,
     places,
     step_batches,
+    step_rows,
 )
 from scaled_rope.training.costs import ModelCost, device_peak_flops
 from scaled_rope.training.engine import (
@@ -147,6 +149,10 @@ class Trainer:
         model, report = build_model(recipe, attention)
         scaling = RopeScaling.from_config(model.config) if report is None else report.scaling
         check_sequence_parallel(recipe, model.config, scaling, model.config._attn_implementation)
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        rows.check(vocabulary)
+        if heldout is not None:
+            heldout.check(vocabulary)
         windows = skip_wise(recipe, scaling)
         loss = resolve_loss(recipe.loss, accelerator.device, model)
         cost = ModelCost.of(model)
@@ -199,6 +205,9 @@ class Trainer:
         # A process group that is still there when Python ends may abort the process: its threads are running.
         accelerator.end_training()
         return losses
+
+
+_NAMED = 8  # rows that an error names
 
 
 class Loop:
@@ -293,6 +302,13 @@ class Loop:
             batches = [[self.documents.cut_targets(*row) for row in batch] for batch in batches]
         drawn = self._draw(batches, step)
         weight, tokens, flops, length = self._sizes([row for batch in batches for row in batch])
+        if weight == 0:
+            chosen = step_rows(len(self.rows), recipe.global_batch_size, step, recipe.seed)
+            shown = ", ".join(map(str, chosen[:_NAMED])) + (", ..." if len(chosen) > _NAMED else "")
+            raise ConfigError(
+                f"step {step + 1} has nothing to learn: labels are -100 or loss masks 0 throughout rows {shown} of"
+                f" {recipe.dataset}, or these rows are cut before their targets"
+            )
         total, mean, norm = torch.zeros((), device=accelerator.device), math.nan, math.nan
         for number, batch in enumerate(batches, 1):
             if self.stop.anywhere(accelerator):
@@ -392,7 +408,12 @@ class Heldout:
         for index, tokens in enumerate(self._rows):
             if len(tokens) < longest:
                 raise ConfigError(f"heldout {recipe.heldout}, row {index}: {len(tokens)} tokens, fewer than {longest}")
-        self._lengths = recipe.heldout_lengths
+        self._lengths, self._name = recipe.heldout_lengths, str(recipe.heldout)
+
+    def check(self, vocabulary: int) -> None:
+        """Raise a ConfigError for a token id that is not below `vocabulary`, the number of the model's embeddings."""
+        for index, tokens in enumerate(self._rows):
+            check_ids(tokens, vocabulary, index, f"heldout {self._name}")
 
     def perplexity(self, accelerator: Any, module: Any) -> dict[str, float]:
         """exp of the mean loss of all targets within each length. Every rank must call this."""

@@ -18,20 +18,15 @@ from scaled_rope.texts.packed import open_rows
 RECORD = {"article": "a", "question": "q", "options": ["w", "x", "y", "z"], "answer": 2, "text": "one"}
 
 
-class Table(list[dict[str, Any]]):
-    """What `datasets` gives for a split, as far as `ColumnDataset` looks at it."""
-
-    column_names = ["input_ids"]
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What the hub was asked for."""
     asked: list[tuple[Any, ...]] = []
+    table = pytest.importorskip("datasets").Dataset.from_dict({"input_ids": [[5, 6]]})
 
     def load_dataset(*names: str, **options: Any) -> Any:
         asked.append((*names, options))
-        return iter([RECORD, RECORD]) if options["streaming"] else Table([{"input_ids": [5, 6]}])
+        return iter([RECORD, RECORD]) if options["streaming"] else table
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     return asked
