@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ from scaled_rope.training.pose import SkipWise, skip_wise
 from scaled_rope.training.run_state import (
     check_same_run,
     check_space,
+    continuation,
     find_state,
     fingerprint,
     latest_state,
@@ -94,6 +95,13 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return peak * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
+def restore_settings(optimizer: Any, recipe: Recipe) -> None:
+    """Give an optimizer the recipe's settings again; a state that was loaded brings those that it was saved with."""
+    for group in optimizer.param_groups:
+        group["betas"] = (recipe.adam_betas[0], recipe.adam_betas[1])
+        group["weight_decay"] = recipe.weight_decay
+
+
 def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
     """AdamW over the trained parameters, with the recipe's settings."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -109,7 +117,7 @@ class Trainer:
 
     Args:
         recipe: the run's settings.
-        resume: "auto", the newest state of the run if there is one, or the folder of a state.
+        resume: "auto", the newest state of the run if there is one, or the folder of a state of the same recipe.
         wandb_project, tensorboard: where to log beside `train_log.jsonl`: a project, a folder.
     """
 
@@ -120,7 +128,8 @@ class Trainer:
         self.output = Path(recipe.output_dir)
         self._trackers = (wandb_project, tensorboard)
         check_same_run(recipe, self.output)
-        self._resume = find_state(self.output, resume)
+        self._resume = None if is_finished(recipe) else find_state(recipe, self.output, resume)
+        self._continued = continuation(recipe, self._resume)
 
     def run(self) -> list[float]:
         """Train to the end and save; return the loss of every step (nats per token).
@@ -177,6 +186,8 @@ class Trainer:
         module, optimizer = accelerator.prepare(module, optimizer)
         place_tables(module, accelerator.device)
         facts = provenance(str(accelerator.device), recipe.seed, {"ranks": accelerator.num_processes})
+        if self._continued is not None:
+            facts["continued_from"] = self._continued
         if accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
             # under ZeRO-3 a parameter's own numel() is that of its shard
@@ -186,7 +197,8 @@ class Trainer:
             write_atomic(self.output / "provenance.json", json.dumps(facts, indent=2) + "\n")
         loop = Loop(recipe, accelerator, module, optimizer, rows, cost, heldout, stop, windows)
         start = load_state(accelerator, self._resume, self.output)
-        losses = loop.run(start, self._trackers)
+        restore_settings(optimizer, recipe)
+        losses = loop.run(start, self._trackers, self._continued)
         if loop.stopped:
             accelerator.end_training()
             return losses
@@ -232,8 +244,13 @@ class Loop:
         self.windows = windows
         self.stopped = False
 
-    def run(self, start: int, trackers: tuple[str | None, str | None]) -> list[float]:
-        """Do the steps from `start` to the end, log each and save states; return all losses."""
+    def run(
+        self, start: int, trackers: tuple[str | None, str | None], continued: Mapping[str, Any] | None = None
+    ) -> list[float]:
+        """Do the steps from `start` to the end, log each and save states; return all losses.
+
+        continued: what the run was continued from, a result of `continuation`; the log's first row after it says so.
+        """
         from tqdm import tqdm
 
         recipe, main, output = self.recipe, self.accelerator.is_main_process, Path(self.recipe.output_dir)
@@ -252,6 +269,8 @@ class Loop:
                 row["tokens_seen"] = seen
                 if self.heldout is not None and ((step + 1) % recipe.heldout_steps == 0 or step + 1 == total):
                     row["heldout"] = self.heldout.perplexity(self.accelerator, self.module)
+                if continued is not None and step == continued["step"]:
+                    row["continued_from"] = continued["state"]
                 if log is not None:
                     log.add(row)
                 bar.set_postfix(_shown(row), refresh=False)
