@@ -22,6 +22,7 @@ import yaml
 from torch import nn
 
 from scaled_rope.attention.backends import resolve_attention
+from scaled_rope.checkpoint import load_tokenizer, vocabulary_size
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loading import resolve_device
 from scaled_rope.patching.loss import resolve_loss
@@ -159,6 +160,14 @@ class Trainer:
         scaling = RopeScaling.from_config(model.config) if report is None else report.scaling
         check_sequence_parallel(recipe, model.config, scaling, model.config._attn_implementation)
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        largest = (
+            vocabulary_size(load_tokenizer(recipe.tokenizer or str(recipe.model))) - 1
+        )  # refused now, not at the end
+        if largest >= vocabulary:
+            accelerator.print(
+                f"note: tokenizer {recipe.tokenizer or recipe.model} has ids up to {largest}, the model's vocabulary"
+                f" ends at {vocabulary - 1}; the model cannot read texts with ids beyond it"
+            )
         rows.check(vocabulary)
         if heldout is not None:
             heldout.check(vocabulary)
