@@ -267,7 +267,7 @@ def stored_tensors(name: str) -> dict[str, Path]:
     if not folder.is_dir():
         found = cached_file(name, "config.json", local_files_only=True)
         folder = Path(str(found)).parent
-    stored = {}
+    stored: dict[str, Path] = {}
     with reading("model", name):
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(str(path), framework="pt") as file:
