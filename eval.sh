@@ -4,6 +4,7 @@
 #
 #   ./eval.sh                    the demo
 #   ./eval.sh NAME [NAME ...]    recipes by name, or table1 to table6, figure1, figure5, figure6
+#   ./eval.sh long [BASE TUNED ...]   what a model and its base can do with long texts, see below
 #   ./eval.sh NAME -- FLAGS ...  with more flags of the evaluators, which come last and so win
 #   ./eval.sh --list             the names
 #
@@ -14,6 +15,13 @@
 # environment, MODELS replaces the models (a list separated by blanks), DATASET the text, OUTPUT the file of rows;
 # PUBLISHED is a copy of the released CSV files, for the report:
 #   MODELS=models/tiny-llama-256 DATASET=standin:sotu ./eval.sh table2 -- --lengths 256,512 --dataset-min-tokens 512
+# long: perplexity with its control, passkeys and RULER at the same lengths, and a report. The first model is the base and is
+# measured as it is, the others with the scalings that they carry; a model alone also under SCALING (yarn:4). Without models
+# it is the embedded one. In the environment: MODELS; LENGTHS (the trained length and its doubles, up to what the models are
+# for); TASKS (ruler; the embedded model: ruler-offline); LIMIT, prompts of each task and length (100; embedded: 10); DATASET
+# (standin:books), OUTPUT. Flags after -- go to eval/harness.py; with --plan, only what RULER will take is printed:
+#   LENGTHS=256,512 LIMIT=2 ITERATIONS=4 WINDOWS=3 ./eval.sh long
+#   MODELS="meta-llama/Llama-2-7b-hf out/llama-2-7b-32k/model" ./eval.sh long -- --plan
 # LAUNCH starts the evaluators on several GPUs:
 #   LAUNCH="torchrun --nproc-per-node 8" ./eval.sh table2
 set -euo pipefail
@@ -88,12 +96,58 @@ paper() { # NAME
     tables+=(--table "$table")
 }
 
+long() { # MODEL ...
+    local models=("$@") embedded=models/tiny-llama-256 rows model lengths tasks limit under report=()
+    if [[ ${#models[@]} -eq 0 && -n "${MODELS:-}" ]]; then read -r -d '' -a models <<<"$MODELS" || true; fi
+    [[ ${#models[@]} -gt 0 ]] || models=("$embedded")
+    rows=${OUTPUT:-out/long/rows.jsonl}
+    if [[ "${models[*]}" == "$embedded" ]]; then tasks=ruler-offline limit=10; else tasks=ruler limit=100; fi
+    tasks=${TASKS:-$tasks} limit=${LIMIT:-$limit}
+    tasks=${tasks// /,}
+    [[ "$limit" =~ ^[1-9][0-9]*$ ]] || { echo "error: LIMIT=$limit is not allowed; at least 1 prompt" >&2; exit 2; }
+    under=()
+    if [[ ${#models[@]} -eq 1 ]]; then under=(--scaling default --scaling "${SCALING:-yarn:4}"); fi
+    lengths=${LENGTHS:-}
+    if [[ -z $lengths ]]; then
+        lengths=$(python -m scaled_rope.evaluation.default_lengths "${models[@]/#/--model=}" "${under[@]}")
+    fi
+
+    measure() { # EVALUATOR FLAGS...: every model
+        local evaluator=$1 model code as
+        shift
+        for model in "${models[@]}"; do
+            as=("${under[@]}")
+            if [[ ${#models[@]} -gt 1 && "$model" == "${models[0]}" ]]; then as=(--scaling default); fi
+            echo "long: $evaluator of $model"
+            code=0
+            attended python "eval/$evaluator.py" -m "$model" "${as[@]}" "$@" --output "$rows" || code=$?
+            if [[ $code -eq 2 ]]; then exit 2; fi # bad input, which has been said
+            [[ $code -eq 0 ]] || check "long: $evaluator of $model" "$code"
+        done
+    }
+    if [[ " ${extra[*]} " == *" --plan "* ]]; then
+        measure harness --tasks "$tasks" --lengths "$lengths" --limit "$limit" "${extra[@]}"
+        return
+    fi
+    measure perplexity --control "${CONTROL:-trained}" --dataset "${DATASET:-standin:books}" --windows "${WINDOWS:-12}" --lengths "$lengths"
+    measure passkey --lengths "$lengths" --iterations "${ITERATIONS:-20}"
+    measure harness --tasks "$tasks" --lengths "$lengths" --limit "$limit" "${extra[@]}"
+    [[ -f "$rows" ]] || return 0
+    report=(--base "${models[0]}")
+    if [[ ${#models[@]} -eq 2 ]]; then report+=(--finetuned "${models[1]}"); fi
+    attended python eval/report.py "$rows" "${report[@]}" --title "Long texts" --output "$(dirname "$rows")"
+}
+
 check() { # WHAT CODE: a model that fails leaves the others their results
     [[ $2 -ne 130 ]] || exit 130 # interrupted
     failed+=("$1")
 }
 
 [[ ${#names[@]} -gt 0 ]] || names=(demo)
+if [[ "${names[0]}" == long ]]; then
+    long "${names[@]:1}"
+    names=()
+fi
 for name in "${names[@]}"; do # all names are read before anything is measured
     case $name in
         table[0-9]* | figure[0-9]*) python -m scaled_rope.report.paper "$name" --shell >/dev/null ;;

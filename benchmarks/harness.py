@@ -63,11 +63,12 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
     from scaled_rope.checkpoint import load_tokenizer
     from scaled_rope.evaluation.lm_eval_tasks import Catalogue, UnbuiltUnit, model_class
+    from scaled_rope.evaluation.task_presets import expand
     from scaled_rope.patching.loading import load_model
 
     lengths = check_arguments(args)
     catalogue = Catalogue(offline=args.offline, lengths=lengths, limit=args.limit)
-    units = catalogue.units(args.tasks.split(","), args.model, args.num_fewshot)
+    units = catalogue.units(expand(args.tasks.split(",")), args.model, args.num_fewshot)
     model, tokenizer = load_model(args.model, dtype=args.dtype, device="cpu"), load_tokenizer(args.model)
     given = {"pretrained": model, "tokenizer": tokenizer}
     if args.arm == "hf":

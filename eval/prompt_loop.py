@@ -27,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser)
     add = parser.add_argument_group("prompts and answers").add_argument
     add("--input-file", metavar="FILE", help="text in front of every prompt")
+    add("--chat-template", action="store_true", help="put prompts into the chat template of the model's tokenizer")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer in tokens (default %(default)s)")
     add("--temperature", type=float, metavar="T", help="draw tokens at this temperature (0: greedy)")
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (at temperature 1 if none is given)")
@@ -64,6 +65,7 @@ if __name__ == "__main__":
 from transformers.utils import logging as transformers_logging
 
 from scaled_rope.checkpoint import load_tokenizer
+from scaled_rope.evaluation.chat_templates import chat_turn, print_chat_notes
 from scaled_rope.evaluation.jobs import ModelLoader, model_jobs
 from scaled_rope.evaluation.ranks import refuse_several
 from scaled_rope.evaluation.streamed_answers import Decoding, answerer
@@ -80,7 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()  # its reminder that a model was trained on less is what we came for
     decoding = Decoding(args.max_new_tokens, args.temperature, args.top_k, args.repetition_penalty, args.seed)
     tokenizer = load_tokenizer(job.model)
-    answer = answerer(ModelLoader(args)(job), tokenizer, job, decoding)
+    if args.chat_template:
+        chat_turn(tokenizer)  # raises the error before weights are read
+    print_chat_notes([job.model], args.chat_template)
+    answer = answerer(ModelLoader(args)(job), tokenizer, job, decoding, args.chat_template)
     if sys.stdin.isatty():
         print(f"{job.name}. Ctrl-C stops an answer, Ctrl-D leaves.", file=sys.stderr)
     for prompt in prompts(args.input_file, typed_lines()):

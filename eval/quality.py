@@ -38,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--limit", type=int, metavar="N", help="the first N questions (default: all)")
     add("--max-tokens", type=int, metavar="N", help="longest prompt in tokens, letter included (default: no limit)")
     add("--too-long", choices=TOO_LONG, default="cut", help="what to do with a longer one (default %(default)s)")
+    add("--chat-template", action="store_true", help="put prompts into the chat template of the model's tokenizer")
     add = parser.add_argument_group("output").add_argument
     add("--print-choices", action="store_true", help="print the choice and the right answer of every question")
     add("--output", default="out/eval/rows.jsonl", metavar="FILE", help="rows are appended here (default %(default)s)")
@@ -60,6 +61,7 @@ if __name__ == "__main__":
     refuse_early(lambda: check_arguments(build_parser().parse_args()))
 
 # What takes seconds to import stands below the flags.
+from scaled_rope.evaluation.chat_templates import print_chat_notes
 from scaled_rope.evaluation.failures import Failure, report_failures
 from scaled_rope.evaluation.jobs import model_jobs
 from scaled_rope.evaluation.quality_evaluator import Quality, describe_choices, write_accuracies
@@ -78,9 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         limit=args.limit,
         max_tokens=args.max_tokens,
         too_long=args.too_long,
+        chat_template=args.chat_template,
     )
     failures: list[Failure] = []
     jobs = model_jobs(args, failures)
+    print_chat_notes((job.model for job in jobs), args.chat_template)
     table, args.output_file = args.output_file, None  # `run` would write one line per model
     rows = run(evaluator, jobs, args, command_line(parser, argv), None, failures)
     code = report_failures(failures, jobs)

@@ -48,7 +48,6 @@ if __name__ == "__main__":
 
 # What takes seconds to import stands below the flags.
 from scaled_rope.report.contents import lead, parts, read_report
-from scaled_rope.report.context_use import all_tables
 from scaled_rope.report.html import build_page
 from scaled_rope.report.summary import summarize
 from scaled_rope.report.verdict import demo_verdict
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--output {args.output} is a file; name a folder")
     if args.verdict and not args.rows:
         raise ConfigError("verdict: no row files were given")
-    report = read_report(args.rows, args.finetuned, args.table, args.paper, args.published, args.train_log)
+    report = read_report(args.rows, args.finetuned, args.table, args.paper, args.published, args.train_log, args.base)
     results = report.results
     verdict = demo_verdict(results, args.base, args.finetuned) if args.verdict and results else None
     summary = summarize(results, args.base) if results else None
@@ -74,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_atomic(folder / "report.csv", report.csv())
     if summary is not None:
         print(summary.text())
-    for text in [table.text() for section in report.sections for table in all_tables(section)]:
+    for text in [table.text() for table in report.measured]:
         print(f"\n{text}")
     for table in report.tables:
         print(f"\n{table.text()}")

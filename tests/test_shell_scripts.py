@@ -219,6 +219,47 @@ def test_evaluators_are_started_by_a_launcher(tmp_path):
     ]  # fmt: skip
 
 
+def test_eval_sh_long_measures_a_base_and_what_became_of_it(tmp_path):
+    """With an interpreter that writes the evaluators' command lines down instead of running them."""
+    python, log, rows = tmp_path / "python", tmp_path / "log", tmp_path / "rows.jsonl"
+    python.write_text(
+        f"""#!/usr/bin/env bash
+        if [[ "$1" != eval/* ]]; then exec {sys.executable} "$@"; fi
+        echo "$@" >> {log}
+        echo '{{}}' >> {rows}
+        [[ "$*" != *"harness.py -m tuned"* ]] || exit 1
+        """
+    )
+    python.chmod(python.stat().st_mode | stat.S_IEXEC)
+    environment = os.environ | {"PYTHON": str(python), "PYTHONPATH": str(ROOT), "OUTPUT": str(rows)}
+
+    def run(*words: str, **variables: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+        log.write_text("")
+        command = ["./eval.sh", "long", *words]
+        done = subprocess.run(command, cwd=ROOT, env=environment | variables, capture_output=True, text=True)
+        return done, log.read_text().splitlines()
+
+    done, lines = run("--", "--chat-template", MODELS="base tuned", LENGTHS="64,128", DATASET="x.txt", LIMIT="7")
+    texts = "--control trained --dataset x.txt --windows 12 --lengths 64,128"
+    asked = f"--tasks ruler --lengths 64,128 --limit 7 --chat-template --output {rows}"
+    assert lines == [
+        f"eval/perplexity.py -m base --scaling default {texts} --output {rows}",
+        f"eval/perplexity.py -m tuned {texts} --output {rows}",
+        f"eval/passkey.py -m base --scaling default --lengths 64,128 --iterations 20 --output {rows}",
+        f"eval/passkey.py -m tuned --lengths 64,128 --iterations 20 --output {rows}",
+        f"eval/harness.py -m base --scaling default {asked}",
+        f"eval/harness.py -m tuned {asked}",
+        f"eval/report.py {rows} --base base --finetuned tuned --title Long texts --output {tmp_path}",
+    ]
+    assert done.returncode == 1 and done.stderr.splitlines() == ["failed: long: harness of tuned"]
+    done, lines = run("--", "--plan")  # the embedded model
+    both = "-m models/tiny-llama-256 --scaling default --scaling yarn:4"
+    asked = f"--tasks ruler-offline --lengths 256,512,1024 --limit 10 --plan --output {rows}"
+    assert (done.returncode, lines) == (0, [f"eval/harness.py {both} {asked}"])
+    done, lines = run(LIMIT="0")
+    assert (done.returncode, lines) == (2, []) and "error: LIMIT=0 is not allowed" in done.stderr
+
+
 @pytest.mark.parametrize(("page", "ends", "code"), [("written", 1, 0), ("missing", 1, 1), ("written", 2, 2)])
 def test_a_verdict_that_fails_is_a_result_and_a_broken_report_is_not(tmp_path, page, ends, code):
     python, recipe = tmp_path / "python", tmp_path / "mine.yaml"

@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,12 +60,14 @@ class BenchmarkRun:
     def measure(
         self,
         jobs: Iterable[ModelJob],
-        units_of: Callable[[ModelJob], Sequence[Unit | UnbuiltUnit | SavedUnit]],
+        units_of: Callable[[ModelJob], Iterable[Unit | UnbuiltUnit | SavedUnit]],
         record: Mapping[str, Any],
         failures: list[Failure],
     ) -> list[tuple[str, Row]]:
         """Append the rows that the output lacks; return, for each row, the name of its job and its identifying fields.
 
+        units_of: what to measure on a job. Each unit is measured before the next is asked for, whose prompts may take
+            long to make.
         record: provenance of the rows, to which the version of lm-eval is added.
         failures: models and tasks that fail are added to it; the others are measured. A length, or a task, that has
             no prompts is added with its reason, and has a row that says so.
@@ -77,49 +79,57 @@ class BenchmarkRun:
         wanted: list[tuple[str, Row]] = []
         for job in jobs:
             with failing_alone(failures, job.name):
-                units = ranks.together(functools.partial(self._units, job, units_of))
-                prompts = [[unit.name, [*cells.values()], [*reasons_of(unit).values()]] for unit, cells in units]
-                ranks.agree(prompts, f"{job.name}: the prompts of benchmarks")
-                wanted += [(job.name, cell) for _, cells in units for cell in cells.values()]
-                for unit, cells in units:
+                load = functools.cache(functools.partial(self.load, job))
+                waiting = iter(units_of(job))
+                while True:
+                    # Prompts are made on each process, one task after another; a task is measured before the next.
+                    found = ranks.together(functools.partial(self._next, job, waiting))
+                    if found is None:
+                        break
+                    unit, cells = found
+                    known = [unit.name, [*cells.values()], [*reasons_of(unit).values()]]
+                    ranks.agree(known, f"{job.name}: the prompts of {unit.name}")
+                    wanted += [(job.name, cell) for cell in cells.values()]
                     for length, reason in reasons_of(unit).items():
                         failures.append(Failure(job.name, Unmeasurable(reason), _place(unit, length)))
                         if (key := row_key(cells[length])) not in finished:
                             finished.add(key)
                             self._write({**cells[length], **_NOTHING, "error": reason, "provenance": record})
-                missing = [
-                    (unit, cells)
-                    for unit, cells in units
-                    if not isinstance(unit, UnbuiltUnit)
-                    and not all(row_key(cell) in finished for cell in cells.values())
-                ]
-                model = ranks.together(functools.partial(self.load, job)) if missing else None
-                for unit, cells in missing:
-                    cells = {length: cell for length, cell in cells.items() if length not in reasons_of(unit)}
-                    if not self.hide_progress:
-                        print(f"{job.name}: {unit.name}", file=sys.stderr)
-                    with failing_alone(failures, job.name, unit.name):
-                        rows = self._ask(model, job, unit, next(iter(cells.values()))["protocol"]["max_length"])
-                        source = {**record, "versions": record["versions"] | {"lm-eval": unit.version}}
-                        for length, cell in cells.items():
-                            if (key := row_key(cell)) not in finished:
-                                finished.add(key)
-                                self._write({**cell, **rows[length], "provenance": source})
+                    missing = [
+                        length
+                        for length, cell in cells.items()
+                        if length not in reasons_of(unit) and row_key(cell) not in finished
+                    ]
+                    if isinstance(unit, UnbuiltUnit) or not missing:
+                        continue
+                    model = ranks.together(load)
+                    source = {**record, "versions": record["versions"] | {"lm-eval": unit.version}}
+                    for length in missing:  # each by itself, so that a run that ends early leaves its row
+                        if not self.hide_progress:
+                            print(f"{job.name}: {_place(unit, length)}", file=sys.stderr)
+                        with failing_alone(failures, job.name, _place(unit, length)):
+                            cell = cells[length]
+                            row = self._ask(model, job, unit, length, cell["protocol"]["max_length"])
+                            finished.add(row_key(cell))
+                            self._write({**cell, **row, "provenance": source})
         return wanted
 
-    def _units(
-        self, job: ModelJob, units_of: Callable[[ModelJob], Sequence[Unit | UnbuiltUnit | SavedUnit]]
-    ) -> list[tuple[Unit | UnbuiltUnit | SavedUnit, dict[int | None, Row]]]:
-        """The units of a job, each with the fields that identify its rows."""
-        return [(unit, job_cells(unit, job, self.max_length)) for unit in units_of(job)]
+    def _next(
+        self, job: ModelJob, waiting: Iterator[Unit | UnbuiltUnit | SavedUnit]
+    ) -> tuple[Unit | UnbuiltUnit | SavedUnit, dict[int | None, Row]] | None:
+        """The next unit of a job, with the fields that identify its rows; None after the last."""
+        unit = next(waiting, None)
+        return None if unit is None else (unit, job_cells(unit, job, self.max_length))
 
     def _write(self, row: Row) -> None:
         """Append a row to the output, if this is the first of the processes that share the work."""
         if current().is_first:
             append_row(self.output, row)
 
-    def _ask(self, model: Any, job: ModelJob, unit: Unit | SavedUnit, max_length: int | None) -> dict[int | None, Row]:
-        """Measure one unit and return its fields by length. max_length: longest prompt in tokens."""
+    def _ask(
+        self, model: Any, job: ModelJob, unit: Unit | SavedUnit, length: int | None, max_length: int | None
+    ) -> Row:
+        """Measure one length of a unit and return its fields. max_length: longest prompt in tokens."""
         limit = max_length or NO_LIMIT
         if isinstance(unit, SavedUnit):
             unit.check_tokenizer(job.model)
@@ -127,9 +137,8 @@ class BenchmarkRun:
         else:
             scorer = model_of_job(model, job, limit, self.batch_size, self.hide_progress)
         with Meter(self.load.device) as meter, silence() if self.hide_progress else contextlib.nullcontext():
-            rows = unit.measure(scorer)
-        cost = {"seconds": round(meter.seconds, 1), "peak_memory": meter.peak_memory}
-        return {length: {**row, **cost} for length, row in rows.items()}
+            row = unit.measure(scorer, [length])[length]
+        return {**row, "seconds": round(meter.seconds, 1), "peak_memory": meter.peak_memory}
 
 
 def benchmark_table(output: str, wanted: Iterable[tuple[str, Row]]) -> str:

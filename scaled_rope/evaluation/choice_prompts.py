@@ -3,7 +3,8 @@
 Wording and cutting are those of ZeroSCROLLS. The prompt ends in "Answer: (", and a letter after it is scored as the
 tokenizer really writes it: the prompt is tokenized with each letter appended, the tokens that all four share are the
 context, and the rest is each letter's continuation. So if a tokenizer merges "(A" into one token, that token is scored
-and not a lone "A" that never follows "(".
+and not a lone "A" that never follows "(". In a chat template, the user's message ends with the choices, and the answer
+begins with "Answer: (".
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.chat_templates import ChatTurn
 from scaled_rope.patching.device_maps import input_device
 from scaled_rope.patching.loss import hidden_states, project
 from scaled_rope.texts.documents import check_there, has_half_a_pair, read_json
@@ -27,10 +29,12 @@ BEFORE_STORY = (
     "You are provided a story and a multiple-choice question with 4 possible answers (marked by A, B, C, D). "
     "Choose the best answer by writing its corresponding letter (either A, B, C, or D).\n\nStory:\n"
 )
-AFTER_STORY = (
+CHOICES = (
     "\n\nQuestion and Possible Answers:\n{question}\n (A) {options[0]}\n (B) {options[1]}\n (C) {options[2]}\n"
-    " (D) {options[3]}\n\nAnswer: ("
+    " (D) {options[3]}"
 )
+ANSWER = "Answer: ("
+AFTER_STORY = f"{CHOICES}\n\n{ANSWER}"
 OMITTED = "... [The rest of the story is omitted]"
 """The note that takes the place of the part of a story that was cut off."""
 
@@ -114,25 +118,32 @@ def _split(tokenizer: Any, text: str) -> tuple[list[int], tuple[tuple[int, ...],
     return whole[0][:shared], tuple(tuple(ids[shared:]) for ids in whole)
 
 
-def build_choice_prompt(tokenizer: Any, question: Question, max_tokens: int | None = None) -> ChoicePrompt:
+def build_choice_prompt(
+    tokenizer: Any, question: Question, max_tokens: int | None = None, chat: ChatTurn | None = None
+) -> ChoicePrompt:
     """Build the prompt of a question; if it exceeds `max_tokens`, a note replaces the end of the story.
 
     Args:
         tokenizer: a transformers tokenizer; its BOS, if it has one, opens the prompt.
         max_tokens: the most tokens of prompt and letter together; None: no limit.
+        chat: the chat template that the prompt is put into; its tokens count. None: plain text.
 
     Raises:
         ConfigError: the question alone needs more than `max_tokens`.
     """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    before = BEFORE_STORY + question.article
+    bos = [] if tokenizer.bos_token_id is None or chat is not None else [tokenizer.bos_token_id]
+    start = BEFORE_STORY if chat is None else chat.before + BEFORE_STORY
+    before = start + question.article
     after = AFTER_STORY.format(question=question.question, options=question.options)
+    if chat is not None:  # templates may cut blanks off the end of a message
+        asked = CHOICES.format(question=question.question, options=question.options)
+        after = asked.rstrip() + chat.after + ANSWER
     context, letters = _split(tokenizer, before + after)
     whole = ChoicePrompt(bos + context, letters, question.answer, cut=False)
     if max_tokens is None or whole.length <= max_tokens:
         return whole
     context, letters = _split(tokenizer, OMITTED + after)
-    (opening, story) = _tokenize(tokenizer, [BEFORE_STORY, before])
+    (opening, story) = _tokenize(tokenizer, [start, before])
     fixed = len(bos) + len(context) + max(map(len, letters))
     if max_tokens < fixed + len(opening):
         raise ConfigError(

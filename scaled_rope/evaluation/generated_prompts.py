@@ -35,6 +35,16 @@ SECONDS = 600.0
 """The time in seconds that the prompts of a task may take at one length."""
 
 _TASKS = "lm_eval.tasks."
+_UNREACHABLE = (
+    "ConnectionError",
+    "ConnectError",
+    "Couldn't reach",
+    "Name or service not known",
+    "offline mode",
+    "outgoing traffic has been disabled",
+    "urlopen error",
+)
+"""Words of libraries that cannot reach a server."""
 _STUCK = 100  # measured prompts of one sample without a shorter one: the generator is at its smallest
 
 
@@ -79,6 +89,11 @@ def seeded(name: str) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------- generation
 
 
+def unreachable(reason: str) -> bool:
+    """Whether something failed because the network, or a server, cannot be reached: it would again at once."""
+    return any(words in reason for words in _UNREACHABLE)
+
+
 def generate(
     name: str,
     make: Callable[..., Any],
@@ -108,10 +123,14 @@ def generate(
     while left:
         for length, splits, reason, _ in _in_own_process(work, list(left), seconds):
             left.remove(length)
-            if splits is None:
-                reasons[length] = str(reason)
+            if splits is not None:
+                found.append(splits)
                 continue
-            found.append(splits)
+            reasons[length] = str(reason)
+            if unreachable(str(reason)):
+                reasons |= dict.fromkeys(left, str(reason))
+                left = []
+                break
     if not found:
         return Generated({}, reasons)
     datasets = importlib.import_module("datasets")

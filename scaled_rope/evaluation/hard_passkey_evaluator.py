@@ -9,6 +9,7 @@ from typing import Any
 
 from scaled_rope.checkpoint import load_config, load_tokenizer
 from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.chat_templates import ChatTurn, chat_turn
 from scaled_rope.evaluation.decoding import Answer, decode_numbers, end_tokens, judge, number_tokens
 from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.passkey_prompts import HardPrompt, build_hard_prompt, draw_keys
@@ -24,12 +25,19 @@ MAX_NEW_TOKENS = 10
 
 
 def make_prompts(
-    tokenizer: Any, tokens: IntArray, length: int, iterations: int, num_keys: int, seed: int
+    tokenizer: Any,
+    tokens: IntArray,
+    length: int,
+    iterations: int,
+    num_keys: int,
+    seed: int,
+    chat: ChatTurn | None = None,
 ) -> list[HardPrompt]:
     """Make the prompts of one length. They depend on these arguments only, and the first ones not on `iterations`.
 
     tokens: the text, of which each prompt takes a stretch of `length`. After the last whole stretch comes the first
         again.
+    chat: the chat template that they are put into; None: plain text.
 
     Raises:
         ConfigError: the length is too short for so many keys, or the text for a prompt.
@@ -41,7 +49,7 @@ def make_prompts(
         asked = rng.randint(1, num_keys)
         start = index % max(1, len(tokens) // length) * length
         text = tokens[start : start + length].tolist()
-        prompts.append(build_hard_prompt(tokenizer, length, depths, keys, asked, text))
+        prompts.append(build_hard_prompt(tokenizer, length, depths, keys, asked, text, chat))
     return prompts
 
 
@@ -72,12 +80,13 @@ class HardPasskey(PasskeyTrials[HardPrompt]):
 
     def make(self, model: str) -> dict[int, list[HardPrompt]]:
         tokenizer = self._tokenizer(model)
+        chat = chat_turn(tokenizer) if self.chat_template else None
         tokens = first_tokens(self.dataset, tokenizer, self.iterations * max(self.lengths), self.feature, self.split)
         vocabulary = load_config(model).get_text_config().vocab_size
         if tokens.max() >= vocabulary:
             raise ConfigError(f"token id {tokens.max()} does not fit model {model!r} with a vocabulary of {vocabulary}")
         return {
-            length: make_prompts(tokenizer, tokens, length, self.iterations, self.num_keys, self.seed)
+            length: make_prompts(tokenizer, tokens, length, self.iterations, self.num_keys, self.seed, chat)
             for length in self.lengths
         }
 

@@ -20,8 +20,10 @@ import itertools
 import json
 import logging
 import math
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,13 +32,16 @@ from scaled_rope.bundled import bundled
 from scaled_rope.checkpoint import first_line, load_config, load_tokenizer
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.evaluation.chat_templates import chat_template_hash
 from scaled_rope.evaluation.continuations import NO_LIMIT, context_limit
 from scaled_rope.evaluation.failures import is_ours
-from scaled_rope.evaluation.generated_prompts import SECONDS, SEED, generate, seeded, takes_lengths
+from scaled_rope.evaluation.generated_prompts import SECONDS, SEED, generate, seeded, takes_lengths, unreachable
 from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.lm_eval_registration import NAMES
 from scaled_rope.evaluation.paper_benchmarks import PAPER, Benchmark
 from scaled_rope.evaluation.statistics import wilson_interval
+from scaled_rope.evaluation.task_presets import PRESETS
+from scaled_rope.evaluation.task_presets import SOURCES as TASK_SOURCES
 from scaled_rope.results import Row, package_version
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.texts.benchmarks import SOURCES
@@ -45,7 +50,19 @@ TASKS = bundled("eval/tasks")
 """Our own tasks: passkeys, and the offline benchmarks."""
 
 _FEWSHOT_SEED = 1234  # lm-eval's default
-_TASK_FOLDERS = ("arc", "babilong", "hellaswag", "mmlu/default", "ruler", "truthfulqa")
+_ANSWER_TOKENS = 256  # likewise
+_TASK_FOLDERS = (
+    "arc",
+    "babilong",
+    "graphwalks",
+    "hellaswag",
+    "infinitebench",
+    "longbench2",
+    "longproc",
+    "mmlu/default",
+    "ruler",
+    "truthfulqa",
+)
 _PREFERRED_METRICS = ("acc_norm", "exact_match", "acc")
 # Shares between 0 and 1, which rows give in %. Metrics named by a length (RULER's tasks, passkeys) are shares as well.
 _SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em", "f1")
@@ -167,13 +184,17 @@ class Unit:
         """The version of lm-eval, which makes the prompts."""
         return package_version("lm-eval")
 
-    def measure(self, lm: Any) -> dict[int | None, Row]:
-        """Run the tasks on a model of lm-eval; return the measured fields by length."""
+    def measure(self, lm: Any, lengths: Sequence[int | None] | None = None) -> dict[int | None, Row]:
+        """Run the tasks on a model of lm-eval; return the measured fields by length.
+
+        lengths: those of `self.lengths` to measure; None: all.
+        """
         evaluator = _lm_eval("evaluator")
         self.prepare()
         lm.truncated = 0
+        lengths = self.lengths if lengths is None else lengths
         everything = {name: len(task.eval_docs) for name, task in self.tasks.items()}
-        chosen = {name: indices for name, indices in self.documents.items() if len(indices) < everything[name]}
+        chosen = {name: indices for name, indices in self._of(lengths).items() if len(indices) < everything[name]}
         with seeded(self.name):  # some tasks draw the order of answers while they are asked
             results = evaluator.evaluate(
                 lm=lm,
@@ -181,9 +202,18 @@ class Unit:
                 samples=chosen or None,
                 bootstrap_iters=1000,
                 apply_chat_template=self.chat_template is not None,
+                confirm_run_unsafe_code=True,  # a task that needs it was built only where that is allowed
             )
-        rows = measured_rows(results, self.metric, self.lengths)
+        rows = measured_rows(results, self.metric, lengths)
         return {length: {**row, "truncated": lm.truncated} for length, row in rows.items()}
+
+    def _of(self, lengths: Sequence[int | None]) -> dict[str, list[int]]:
+        """Those of `documents` that have one of the lengths."""
+        found = {}
+        for name, task in self.tasks.items():
+            known = _lengths_of(task)
+            found[name] = [index for index in self.documents[name] if known[index] in lengths]
+        return found
 
 
 @dataclass(frozen=True)
@@ -246,7 +276,8 @@ def measured_rows(results: Mapping[str, Any], metric: str, lengths: Sequence[int
     """Convert lm-eval's results to row fields by length: value, standard error and 95 % interval, in % for shares; n.
 
     The value of several tasks is the plain mean of their values. Right-or-wrong outcomes have a score interval, which
-    is sensible at 0 and 100 %, others a normal one.
+    is sensible at 0 and 100 %, others a normal one. "outcomes" has the outcome of every document of each task, in order
+    of the documents, so that models can be compared question by question; it is left out where a metric has none.
     """
     tasks: Mapping[str, Any] = results["results"]
     if lengths != [None]:
@@ -256,29 +287,48 @@ def measured_rows(results: Mapping[str, Any], metric: str, lengths: Sequence[int
     errors = [error for _, error in found.values() if error is not None]
     error = math.sqrt(sum(error**2 for error in errors)) / len(found) if len(errors) == len(found) else None
     row = _row(value, error, sum(task["sample_len"] for task in tasks.values()), share=metric in _SHARES)
+    outcomes = {name: _outcomes(results["samples"].get(name, ()), metric) for name in found}
+    if all(outcomes.values()):
+        row["outcomes"] = {name: [round(value, 6) for value in values] for name, values in outcomes.items()}
     if len(found) > 1:
         return {None: {**row, "tasks": {name: round(value, 6) for name, (value, _) in found.items()}}}
     ((name, task),) = tasks.items()
     row["metrics"] = {key: value for key, value in task.items() if "," in key and isinstance(value, float)}
-    samples = results["samples"][name]
-    outcomes = [sample[metric] for sample in samples if sample["filter"] == samples[0]["filter"] and metric in sample]
-    return {None: row | _score_interval(outcomes)}
+    return {None: row | _score_interval(outcomes[name])}
+
+
+def _outcomes(samples: Sequence[Mapping[str, Any]], metric: str) -> list[float]:
+    """The outcome of each document under the first of a task's filters, in order of the documents; [] where the metric
+    is not a mean of numbers."""
+    chosen = [sample for sample in _in_order(samples) if sample["filter"] == samples[0]["filter"] and metric in sample]
+    values = [sample[metric] for sample in chosen]
+    return [float(value) for value in values] if all(isinstance(value, (bool, int, float)) for value in values) else []
+
+
+def _in_order(samples: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return sorted(samples, key=lambda sample: sample.get("doc_id", 0))
 
 
 def _length_row(samples: Mapping[str, Sequence[Mapping[str, Any]]], length: int | None, metric: str) -> Row:
     """The row of one length: of tasks whose metrics are named by lengths (RULER's, passkeys), or of documents of it."""
-    found = []
-    for sample in itertools.chain(*samples.values()):
-        if str(length) in sample:
-            found.append(sample[str(length)])
-        elif sample.get("doc", {}).get("max_length") == length and metric in sample:
-            found.append(sample[metric])
-    found = [value for value in found if value != -1]  # RULER's tasks put -1 where a document is of another length
+    by_task: dict[str, list[float]] = {}
+    for name, of in samples.items():
+        for sample in _in_order(of):
+            if str(length) in sample:
+                value = sample[str(length)]
+            elif sample.get("doc", {}).get("max_length") == length and metric in sample:
+                value = sample[metric]
+            else:
+                continue
+            if value != -1:  # RULER's tasks put -1 where a document is of another length
+                by_task.setdefault(name, []).append(value)
+    found = list(itertools.chain(*by_task.values()))
     if not found:
         raise ConfigError(f"no document of {length} tokens has an outcome")
     n, mean = len(found), sum(found) / len(found)
     error = math.sqrt(sum((value - mean) ** 2 for value in found) / (n - 1) / n) if n > 1 else None
-    return _row(mean, error, n, share=True) | _score_interval(found)
+    outcomes = {name: [round(float(value), 6) for value in values] for name, values in by_task.items()}
+    return _row(mean, error, n, share=True) | {"outcomes": outcomes} | _score_interval(found)
 
 
 def _score_interval(outcomes: Sequence[Any]) -> Row:
@@ -316,6 +366,7 @@ class Catalogue:
         include: more folders of task files.
         seconds: time that generating the prompts of a task may take at one length.
         chat_template: put prompts into the chat template of the model's tokenizer.
+        unsafe_code: run programs that the model writes, where a task asks for it.
     """
 
     def __init__(
@@ -326,12 +377,14 @@ class Catalogue:
         include: Sequence[str | Path] = (),
         seconds: float = SECONDS,
         chat_template: bool = False,
+        unsafe_code: bool = False,
     ) -> None:
-        self.chat_template = chat_template
+        self.chat_template, self.unsafe_code = chat_template, unsafe_code
         self.offline, self.lengths, self.limit, self.include = offline, lengths, limit, list(include)
         self.seconds = seconds
         self._everything = False
-        self._loaded: tuple[tuple[str, str, int | None], list[Unit | UnbuiltUnit]] | None = None
+        self._loaded: dict[tuple[str, str, int | None], list[Unit | UnbuiltUnit]] = {}
+        self._absent: dict[str, str] = {}
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
     def _manager(self, everything: bool, model: str | None = None) -> Any:
@@ -367,10 +420,26 @@ class Catalogue:
             if self._target(name) in absent or (not absent and self._target(name) not in known):
                 # lm-eval has 14 000 names: only near ones are worth showing.
                 near = difflib.get_close_matches(name, sorted(known | stems), n=5)
-                raise unknown("task", name, {*PAPER, "passkey", *near})
+                raise unknown("task", name, {*PAPER, *PRESETS, "passkey", *near})
+
+    def facts(self, names: Sequence[str]) -> list[TaskFacts]:
+        """What tasks, groups or tags consist of, from their definitions alone: nothing is read or made.
+
+        Raises:
+            ConfigError: unknown names.
+        """
+        self.check(names)
+        manager = self._manager(self._everything)
+        reader = _Reader(manager)
+        # Modules of RULER's tasks print what they fail to download.
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            for name in dict.fromkeys(names):
+                manager.load([self._target(name)])
+        return list(reader.found.values())
 
     def units(self, names: Sequence[str], model: str, num_fewshot: int | None = None) -> list[Unit | UnbuiltUnit]:
         """The units to measure for tasks, groups or tags, with prompts sized for `model`; the last model's are kept.
+        Names can be given one by one, so that the first are measured before the prompts of the last are made.
 
         A task that cannot be built, because its data cannot be read, say, is an `UnbuiltUnit`.
 
@@ -378,19 +447,21 @@ class Catalogue:
             ConfigError: unknown names, or no chat template where one is asked for.
         """
         key = (",".join(names), model, num_fewshot)
-        if self._loaded is None or self._loaded[0] != key:
+        if key not in self._loaded:
+            if any(loaded != model for _, loaded, _ in self._loaded):
+                self._loaded = {}
             self.check(names)
             template = chat_template_hash(model) if self.chat_template else None
             importlib.import_module("datasets").disable_progress_bars()
             manager = self._manager(self._everything, model)
             builder = _Builder(manager, self.lengths, self.limit, functools.cache(lambda: load_tokenizer(model)))
-            builder.seconds = self.seconds
+            builder.seconds, builder.unsafe_code, builder.absent = self.seconds, self.unsafe_code, self._absent
             units: dict[str, Unit | UnbuiltUnit] = {}
             for name in dict.fromkeys(names):
                 for unit in self._units(manager, builder, name, num_fewshot):
                     units.setdefault(unit.name, replace(unit, chat_template=template))
-            self._loaded = (key, [*units.values()])
-        return self._loaded[1]
+            self._loaded[key] = [*units.values()]
+        return self._loaded[key]
 
     def _units(
         self, manager: Any, builder: _Builder, name: str, num_fewshot: int | None
@@ -444,6 +515,54 @@ class Catalogue:
 
 
 @dataclass(frozen=True)
+class TaskFacts:
+    """A task as its definition describes it.
+
+    Attributes:
+        name: of the task.
+        source: the data set or the text that it needs from the network; None where it runs offline.
+        takes_lengths: whether its prompts are made for given lengths.
+        answer_tokens: longest answer in tokens that the model is asked to generate; 0 where choices are scored.
+        unsafe: whether its answers are run as a program.
+    """
+
+    name: str
+    source: str | None
+    takes_lengths: bool
+    answer_tokens: int
+    unsafe: bool
+
+
+class _Reader:
+    """Stands for the builder of a task manager: it reads the definitions of tasks and builds none."""
+
+    def __init__(self, manager: Any) -> None:
+        self._factory = manager._factory
+        self._factory._build_task = self
+        self.found: dict[str, TaskFacts] = {}
+
+    def __call__(self, entry: Any, overrides: Mapping[str, Any] | None) -> Any:
+        config = self._factory._load_full_config(entry, overrides)
+        name = str(config["task"])
+        path = config.get("dataset_path") or None
+        local = path == "json" or (path is None and name not in TASK_SOURCES)
+        answer = 0
+        if config.get("output_type") == "generate_until":
+            answer = int((config.get("generation_kwargs") or {}).get("max_gen_toks", _ANSWER_TOKENS))
+        self.found.setdefault(
+            name,
+            TaskFacts(
+                name,
+                None if local else TASK_SOURCES.get(name, path),
+                takes_lengths(config.get("custom_dataset")),
+                answer,
+                bool(config.get("unsafe_code")),
+            ),
+        )
+        return _Unbuilt(name, "", config, False)
+
+
+@dataclass(frozen=True)
 class _Unbuilt:
     """Stands for a task that could not be built, among those that lm-eval's task manager returns."""
 
@@ -460,6 +579,7 @@ class _Builder:
     """
 
     seconds = SECONDS
+    unsafe_code = False
     together = False
     """Whether the tasks make one unit: after the first that cannot be built, others are not tried."""
 
@@ -473,6 +593,8 @@ class _Builder:
         self.unbuilt: dict[str, _Unbuilt] = {}
         self.reasons: dict[str, Mapping[int | None, str]] = {}
         """Task -> length -> why there are no prompts of that length."""
+        self.absent: dict[str, str] = {}
+        """Data set or text -> why it cannot be read: a network that is not there is waited for once."""
         self.generated: set[str] = set()
         """The tasks whose prompts are generated."""
 
@@ -481,14 +603,24 @@ class _Builder:
             return next(iter(self.unbuilt.values()))
         config = self._factory._load_full_config(entry, overrides)
         name, make = config["task"], config.get("custom_dataset")
+        source = TASK_SOURCES.get(name) or config.get("dataset_path") or ""
         if takes_lengths(make):
             overrides = {**(overrides or {}), "custom_dataset": functools.partial(self._generate, name, make)}
         try:
+            if config.get("unsafe_code") and not self.unsafe_code:
+                raise ConfigError(
+                    "lm-eval marks it as running programs that the model writes; allow that with "
+                    "--confirm-run-unsafe-code"
+                )
+            if source in self.absent:
+                raise ConfigError(self.absent[source])
             with seeded(name):
                 return self._build(entry, overrides)
         except Exception as error:  # data sets fail in many ways
             if not is_ours(error):
                 raise
+            if source and unreachable(f"{type(error).__name__}: {error}"):
+                self.absent[source] = f"{source} cannot be reached: {first_line(error)}"
             reason = str(error) if isinstance(error, ConfigError) else f"it cannot be loaded: {first_line(error)}"
             absent = _Unbuilt(name, reason, config, takes_lengths(make))
             self.unbuilt[name] = absent
@@ -508,28 +640,6 @@ class _Builder:
 def _main_metric(task: Any) -> str:
     metrics = list(task.aggregation())
     return next((metric for metric in _PREFERRED_METRICS if metric in metrics), metrics[0])
-
-
-def chat_template_hash(model: str) -> str:
-    """A short hash of the chat template of a model's tokenizer, which rows record.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    template = load_tokenizer(model).chat_template
-    if not template:
-        raise ConfigError(f"chat_template: the tokenizer of {model!r} has no chat template")
-    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def chat_note(model: str) -> str | None:
-    """A remark on a model that has a chat template, for an evaluation without it; None where it has none."""
-    try:
-        if not getattr(load_tokenizer(model), "chat_template", None):
-            return None
-    except ConfigError:  # which the evaluation of this model reports, and others go on
-        return None
-    return f"{model} has a chat template and is asked without it; --chat-template puts prompts into it"
 
 
 def model_of_job(

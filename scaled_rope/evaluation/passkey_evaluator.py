@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from scaled_rope.checkpoint import load_tokenizer
+from scaled_rope.evaluation.chat_templates import ChatTurn, chat_turn
 from scaled_rope.evaluation.decoding import judge
 from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt, build_prompt, draw_key
@@ -24,10 +25,13 @@ from scaled_rope.scaling.frequencies import at_length
 from scaled_rope.scaling.record import RopeScaling
 
 
-def make_prompts(tokenizer: Any, length: int, iterations: int, depths: str, seed: int) -> list[PasskeyPrompt]:
+def make_prompts(
+    tokenizer: Any, length: int, iterations: int, depths: str, seed: int, chat: ChatTurn | None = None
+) -> list[PasskeyPrompt]:
     """Make the prompts of one length. They depend on these arguments only, not on other lengths.
 
     depths: places of the keys: "grid", evenly from the start of the filler to its end, or "random".
+    chat: the chat template that they are put into; None: plain text.
 
     Raises:
         ConfigError: the length is too short for a prompt.
@@ -37,7 +41,7 @@ def make_prompts(tokenizer: Any, length: int, iterations: int, depths: str, seed
         rng = random.Random(f"passkey/{seed}/{length}/{index}")
         key, drawn = draw_key(rng), rng.random()
         grid = index / (iterations - 1) if iterations > 1 else 0.5
-        prompts.append(build_prompt(tokenizer, length, grid if depths == "grid" else drawn, key))
+        prompts.append(build_prompt(tokenizer, length, grid if depths == "grid" else drawn, key, chat=chat))
     return prompts
 
 
@@ -113,8 +117,10 @@ class Passkey(PasskeyTrials[PasskeyPrompt]):
 
     def make(self, model: str) -> dict[int, list[PasskeyPrompt]]:
         tokenizer = load_tokenizer(model)
+        chat = chat_turn(tokenizer) if self.chat_template else None
         return {
-            length: make_prompts(tokenizer, length, self.iterations, self.depths, self.seed) for length in self.lengths
+            length: make_prompts(tokenizer, length, self.iterations, self.depths, self.seed, chat)
+            for length in self.lengths
         }
 
     def protocol(self, job: ModelJob) -> Row:

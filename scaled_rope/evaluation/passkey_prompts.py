@@ -1,7 +1,8 @@
 """Passkey prompts of exact token length (Mohtashami & Jaggi 2023, wording of the released YaRN evaluation).
 
 A prompt is made of pieces, each tokenized on its own so that lengths add up: opening, filler with one or more key
-lines in it, question. The plain prompt has one key in a cyclic stream of dull sentences, the hard one has several,
+lines in it, question. In a chat template, the user's message ends with the question, and the answer begins with "The
+pass key is". The plain prompt has one key in a cyclic stream of dull sentences, the hard one has several,
 numbered in the order in which they stand, in whatever text it is given.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 from scaled_rope.checkpoint import encode
 from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.chat_templates import ChatTurn
 
 OPENING = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -21,9 +23,12 @@ OPENING = (
 )
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 KEY_LINE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
-QUESTION = "\nWhat is the pass key? The pass key is"
+ASKED = ("\nWhat is the pass key?", "The pass key is")
+"""The question, and how its answer begins."""
+QUESTION = " ".join(ASKED)
 HARD_KEY_LINE = "\nThe {nth} pass key is {key}. Remember it. {key} is the {nth} pass key.\n"
-HARD_QUESTION = "\nWhat is the {nth} pass key? The {nth} pass key is"
+HARD_ASKED = ("\nWhat is the {nth} pass key?", "The {nth} pass key is")
+HARD_QUESTION = " ".join(HARD_ASKED)
 KEY_RANGE = (10_000, 99_999)  # five digits, as the paper says; the released script drew from 1 to 50000
 
 
@@ -71,26 +76,31 @@ def ordinal(n: int) -> str:
     return f"{n}{suffix}"
 
 
-def _opening(tokenizer: Any) -> list[int]:
+def _opening(tokenizer: Any, chat: ChatTurn | None) -> list[int]:
+    if chat is not None:
+        return encode(tokenizer, chat.before + OPENING)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return bos + encode(tokenizer, OPENING)
 
 
-def _question_and_answer(tokenizer: Any, text: str, key: int) -> tuple[list[int], list[int]]:
-    """Split the tokens of "question + key" where the key begins.
+def _question_and_answer(
+    tokenizer: Any, question: tuple[str, str], key: int, chat: ChatTurn | None
+) -> tuple[list[int], list[int]]:
+    """Split the tokens of "question, beginning of its answer, key" where the key begins.
 
     A tokenizer may merge across that border, so the split is at the longest prefix that both tokenizations share.
     """
-    question, whole = encode(tokenizer, text), encode(tokenizer, f"{text} {key}")
+    text = (" " if chat is None else chat.after).join(question)
+    asked, whole = encode(tokenizer, text), encode(tokenizer, f"{text} {key}")
     shared = 0
-    while shared < len(question) and question[shared] == whole[shared]:
+    while shared < len(asked) and asked[shared] == whole[shared]:
         shared += 1
     return whole[:shared], whole[shared:]
 
 
-def _pieces(tokenizer: Any, key: int) -> tuple[list[int], list[int], list[int], list[int]]:
-    question, answer = _question_and_answer(tokenizer, QUESTION, key)
-    return _opening(tokenizer), encode(tokenizer, KEY_LINE.format(key=key)), question, answer
+def _pieces(tokenizer: Any, key: int, chat: ChatTurn | None) -> tuple[list[int], list[int], list[int], list[int]]:
+    question, answer = _question_and_answer(tokenizer, ASKED, key, chat)
+    return _opening(tokenizer, chat), encode(tokenizer, KEY_LINE.format(key=key)), question, answer
 
 
 def _room(length: int, *pieces: Sequence[int]) -> int:
@@ -112,7 +122,12 @@ def _check_depths(depths: Sequence[float]) -> None:
 
 
 def build_prompt(
-    tokenizer: Any, length: int, depth: float, key: int, filler_ids: Sequence[int] | None = None
+    tokenizer: Any,
+    length: int,
+    depth: float,
+    key: int,
+    filler_ids: Sequence[int] | None = None,
+    chat: ChatTurn | None = None,
 ) -> PasskeyPrompt:
     """Build a prompt of exactly `length` tokens, answer included.
 
@@ -122,12 +137,13 @@ def build_prompt(
         depth: share of the filler before the key line, 0 to 1.
         key: the number to retrieve.
         filler_ids: tokens to fill with, repeated as needed; default: the released grass-and-sky sentences.
+        chat: the template that the prompt is put into; its tokens count. None: plain text.
 
     Raises:
         ConfigError: `length` leaves no room for the fixed text, or `depth` is outside [0, 1].
     """
     _check_depths([depth])
-    opening, key_line, question, answer = _pieces(tokenizer, key)
+    opening, key_line, question, answer = _pieces(tokenizer, key, chat)
     room = _room(length, opening, key_line, question, answer)
     source = list(filler_ids) if filler_ids is not None else encode(tokenizer, FILLER)
     filler = (source * (room // len(source) + 1))[:room]
@@ -138,7 +154,13 @@ def build_prompt(
 
 
 def build_hard_prompt(
-    tokenizer: Any, length: int, depths: Sequence[float], keys: Sequence[int], asked: int, text_ids: Sequence[int]
+    tokenizer: Any,
+    length: int,
+    depths: Sequence[float],
+    keys: Sequence[int],
+    asked: int,
+    text_ids: Sequence[int],
+    chat: ChatTurn | None = None,
 ) -> HardPrompt:
     """Build a prompt with several keys, of exactly `length` tokens, answer included.
 
@@ -149,6 +171,7 @@ def build_hard_prompt(
         keys: the numbers, in the order in which they stand; the first is called 1st.
         asked: which of them is asked for, counted from 1.
         text_ids: the text to hide them in; its first tokens are used, as many as there is room for.
+        chat: as for `build_prompt`.
 
     Raises:
         ConfigError: `length` leaves no room for the fixed text, the text is too short for it, depths outside [0, 1] or
@@ -160,9 +183,10 @@ def build_hard_prompt(
             f"asked {asked} of {len(keys)} keys at depths {list(depths)} is not allowed; ascending depths"
         )
     key = keys[asked - 1]
-    opening = _opening(tokenizer)
+    opening = _opening(tokenizer, chat)
     lines = [encode(tokenizer, HARD_KEY_LINE.format(nth=ordinal(n), key=k)) for n, k in enumerate(keys, start=1)]
-    question, answer = _question_and_answer(tokenizer, HARD_QUESTION.format(nth=ordinal(asked)), key)
+    ask, begin = (text.format(nth=ordinal(asked)) for text in HARD_ASKED)
+    question, answer = _question_and_answer(tokenizer, (ask, begin), key, chat)
     room = _room(length, opening, *lines, question, answer)
     if len(text_ids) < room:
         raise ConfigError(f"the text has {len(text_ids)} tokens; a prompt of {length} tokens needs {room} of them")

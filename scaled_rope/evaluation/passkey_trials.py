@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from scaled_rope.evaluation.chat_templates import chat_template_hash
 from scaled_rope.evaluation.failures import Failure, report_failures
 from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.passkey_context import context_rows, context_table, record_contexts
@@ -32,12 +33,14 @@ class PasskeyTrials(ABC, Generic[Prompt]):
         iterations: prompts per length.
         seed: determines everything that is drawn.
         rows_per_pass: prompts per forward pass, given their length.
+        chat_template: whether prompts are put into the chat template of the model's tokenizer.
     """
 
     lengths: Sequence[int]
     iterations: int
     seed: int
     rows_per_pass: Callable[[int], int]
+    chat_template: bool = False
     _made: dict[str, dict[int, list[Prompt]]] = field(default_factory=dict, init=False, repr=False)
 
     value = "accuracy"
@@ -72,12 +75,13 @@ class PasskeyTrials(ABC, Generic[Prompt]):
 
     def cells(self, job: ModelJob) -> dict[int, Row]:
         cells = {}
+        template = {"chat_template": chat_template_hash(job.model)} if self.chat_template else {}
         for length, prompts in self.prompts(job.model).items():
             ids = json.dumps([prompt.input_ids + prompt.answer_ids for prompt in prompts])
             cells[length] = {
                 "metric": self.metric,
                 "data": {"name": self.text, "fingerprint": hashlib.sha256(ids.encode()).hexdigest()[:16]},
-                "protocol": self.protocol(job),
+                "protocol": {**self.protocol(job), **template},
             }
         return cells
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from scaled_rope.checkpoint import load_tokenizer
 from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.chat_templates import chat_template_hash, chat_turn
 from scaled_rope.evaluation.choice_prompts import (
     LETTERS,
     ChoicePrompt,
@@ -37,6 +38,7 @@ class Quality:
         limit: the first so many questions; None: all.
         max_tokens: longest prompt, letter included; None: no limit.
         too_long: treatment of longer prompts: "cut", their story loses its end, or "drop".
+        chat_template: whether prompts are put into the chat template of the model's tokenizer.
     """
 
     dataset: str
@@ -44,6 +46,7 @@ class Quality:
     limit: int | None = None
     max_tokens: int | None = None
     too_long: str = "cut"
+    chat_template: bool = False
     _made: dict[str, list[ChoicePrompt]] = field(default_factory=dict, init=False, repr=False)
 
     value = "accuracy"
@@ -60,9 +63,11 @@ class Quality:
 
     def _make(self, tokenizer: Any) -> list[ChoicePrompt]:
         prompts: list[ChoicePrompt] = []
+        chat = chat_turn(tokenizer) if self.chat_template else None
+        limit = self.max_tokens if self.too_long == "cut" else None
         read = 0
         for question in read_questions(self.dataset, self.split):
-            prompt = build_choice_prompt(tokenizer, question, self.max_tokens if self.too_long == "cut" else None)
+            prompt = build_choice_prompt(tokenizer, question, limit, chat)
             read += 1
             if self.max_tokens is None or prompt.length <= self.max_tokens:
                 prompts.append(prompt)
@@ -79,10 +84,12 @@ class Quality:
         for prompt in prompts:
             digest.update(json.dumps([prompt.context, prompt.letters, prompt.answer]).encode())
         name = self.dataset if not Path(self.dataset).is_file() else Path(self.dataset).name
+        template = {"chat_template": chat_template_hash(job.model)} if self.chat_template else {}
+        protocol = {"name": "letter-likelihood", "max_tokens": self.max_tokens, "too_long": self.too_long, **template}
         cell = {
             "metric": "quality",
             "data": {"name": name, "fingerprint": digest.hexdigest()[:16], "questions": len(prompts)},
-            "protocol": {"name": "letter-likelihood", "max_tokens": self.max_tokens, "too_long": self.too_long},
+            "protocol": protocol,
         }
         return {self.max_tokens or max(prompt.length for prompt in prompts): cell}
 

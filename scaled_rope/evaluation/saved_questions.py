@@ -189,8 +189,11 @@ class SavedUnit:
             for context, continuation, _ in line["choices"]:
                 yield Continuation(line["contexts"][context], continuation)
 
-    def measure(self, scorer: Scorer) -> dict[int | None, Row]:
-        """Score all questions; return the measured fields as `lm_eval_tasks.Unit.measure` does."""
+    def measure(self, scorer: Scorer, lengths: Sequence[int | None] | None = None) -> dict[int | None, Row]:
+        """Score all questions; return the measured fields as `lm_eval_tasks.Unit.measure` does.
+
+        lengths: [None] at most, since questions have no lengths.
+        """
         requests = list(self.requests())
         limit = scorer.max_length
         found = score(scorer.model, scorer.scaling, requests, limit, scorer.rows, scorer.hide_progress)

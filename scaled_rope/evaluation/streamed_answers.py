@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 
 from scaled_rope.checkpoint import encode
+from scaled_rope.evaluation.chat_templates import chat_text
 from scaled_rope.evaluation.decoding import end_tokens
 from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.patching.device_maps import input_device
@@ -62,8 +63,21 @@ def context_of(job: ModelJob) -> int | None:
     return job.scaling.max_position_embeddings
 
 
-def answerer(model: Any, tokenizer: Any, job: ModelJob, decoding: Decoding) -> Callable[[str], None]:
-    """Return a function that prints the answer of a job's model to a prompt, token by token. Seeds torch."""
+def prompt_tokens(tokenizer: Any, prompt: str, chat_template: bool = False) -> list[int]:
+    """The tokens of a prompt: plain text after the token of the beginning, or a message in a chat template."""
+    if chat_template:
+        return encode(tokenizer, chat_text(tokenizer, prompt))
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return bos + encode(tokenizer, prompt)
+
+
+def answerer(
+    model: Any, tokenizer: Any, job: ModelJob, decoding: Decoding, chat_template: bool = False
+) -> Callable[[str], None]:
+    """Return a function that prints the answer of a job's model to a prompt, token by token. Seeds torch.
+
+    chat_template: whether prompts are put into the tokenizer's chat template, each as a conversation of its own.
+    """
     if obstacle := cache_obstacle(model):
         print(f"note: {job.label} changes every key as the text grows, and {obstacle}, so no cache is kept "
               "(use_cache=False); each token reads the whole text again", file=sys.stderr)  # fmt: skip
@@ -72,8 +86,7 @@ def answerer(model: Any, tokenizer: Any, job: ModelJob, decoding: Decoding) -> C
     torch.manual_seed(decoding.seed)
 
     def answer(prompt: str) -> None:
-        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        ids = bos + encode(tokenizer, prompt)
+        ids = prompt_tokens(tokenizer, prompt, chat_template)
         if not ids:
             return
         if context is not None and len(ids) >= context:

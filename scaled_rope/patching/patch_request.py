@@ -32,6 +32,7 @@ from scaled_rope.patching.region_attention import MASKS_OF, check_carrier, pairi
 from scaled_rope.patching.rotary import Layout
 from scaled_rope.patching.rotary_kernel import Rotation, fused_rotation, normalising, resolve_kernel
 from scaled_rope.patching.softmax_scale import SoftmaxScale, scaled_attention, softmax_scale_of
+from scaled_rope.scaling.constants import constants_note
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import primary_type
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings
@@ -435,6 +436,9 @@ def remarks(unpatched: Unpatched, request: PatchRequest, base: PreTrainedModel) 
     if scaling.original_max_position_embeddings not in (None, original):
         given = scaling.original_max_position_embeddings
         notes.append(f"original_max_position_embeddings={given} differs from the model's own {original}")
+    head_dim = unpatched.head_dims[primary_type(unpatched.types) if unpatched.types else ""]
+    if (note := constants_note(scaling, head_dim)) is not None:
+        notes.append(note)
     if unpatched.softmax is not None:
         notes.append(
             f"the softmax scale is multiplied by {request.softmax_factor:.6g}, in place of the checkpoint's "

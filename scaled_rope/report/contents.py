@@ -13,17 +13,20 @@ from scaled_rope.report import paper
 from scaled_rope.report.context_use import all_tables, is_control
 from scaled_rope.report.figures import figure_of, loss_figure, paper_figure, wavelength_figure
 from scaled_rope.report.html import PageSection, figure_html, note_html, paper_table_html, provenance_html, table_html
+from scaled_rope.report.paired import paired_table
 from scaled_rope.report.paper import PaperFigure, PaperTable
+from scaled_rope.report.ruler import ruler_tables
 from scaled_rope.report.tables import (
     ReportRows,
     Section,
+    Table,
     csv_text,
     describe,
     load_results,
     title_of,
     to_csv,
 )
-from scaled_rope.results import read_rows
+from scaled_rope.results import portable_model, read_rows
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,22 @@ class Report:
     tables: list[PaperTable]
     figures: list[PaperFigure]
     losses: list[tuple[int, float]]
+    base: str | None = None
+    """The model without fine-tuning, as for `base_of`."""
 
     def csv(self) -> str:
-        measured = [table for section in self.sections for table in all_tables(section)]
-        return csv_text([*paper.to_csv(self.tables), *to_csv(measured)])
+        return csv_text([*paper.to_csv(self.tables), *to_csv(self.measured)])
+
+    @property
+    def measured(self) -> list[Table]:
+        """All tables of measured numbers."""
+        tables = ruler_tables(self.results) if self.results else []
+        return [*tables, *(table for section in self.sections for table in self.tables_of(section))]
+
+    def tables_of(self, section: Section) -> list[Table]:
+        """The tables of a section, the comparisons with controls and with the base included."""
+        compared = paired_table(section, self.base)
+        return [*all_tables(section), *([compared] if compared else [])]
 
     @property
     def sections(self) -> list[Section]:
@@ -59,6 +74,8 @@ def parts(report: Report, folder: Path) -> Iterator[PageSection]:
     keys = {series: f"s{index}" for index, series in enumerate(report.results.series)}
     names = file_names(report.sections)
     measured: list[PageSection] = []
+    if tables := ruler_tables(report.results):
+        measured.append(PageSection("RULER", "", [table_html(table) for table in tables]))
     base = None
     for section, name in zip(report.sections, names, strict=True):
         if section.topic.base != base:
@@ -67,8 +84,8 @@ def parts(report: Report, folder: Path) -> Iterator[PageSection]:
         figure = figure_of(section, name, keys)
         measured[-1].body += [figure_html(figure, folder)] if figure else []
         measured[-1].body += [
-            table_html(table, folded=index > 0 and not is_control(table))
-            for index, table in enumerate(all_tables(section))
+            table_html(table, folded=index > 0 and not is_control(table) and not section.topic.metric == "benchmark")
+            for index, table in enumerate(report.tables_of(section))
         ]
     yield from measured
     longest = max(row["length"] or 0 for row in report.results.rows)
@@ -131,6 +148,7 @@ def read_report(
     whole_paper: bool = False,
     published: str | None = None,
     train_log: str | None = None,
+    base: str | None = None,
 ) -> Report:
     """Collect the contents of a report.
 
@@ -141,6 +159,7 @@ def read_report(
         whole_paper: show all of the paper's tables, measured or not.
         published: folder of the released CSV files.
         train_log: file of losses, as for `read_losses`.
+        base: the model without fine-tuning (default: the one with unscaled rows).
 
     Raises:
         ConfigError: a file that cannot be read, or an unknown table.
@@ -151,4 +170,6 @@ def read_report(
     if results is not None and not (whole_paper or tables):
         compared = [table for table in compared if table.measured]
     figures = paper.figures(rows, [table.name for table in compared], published)
-    return Report(results, compared, figures, read_losses(train_log) if train_log else [])
+    return Report(
+        results, compared, figures, read_losses(train_log) if train_log else [], base and portable_model(base)
+    )

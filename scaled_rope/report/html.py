@@ -235,7 +235,7 @@ def table_html(table: Table, folded: bool = False) -> str:
             line += _cell(tip, cell.text, kind, small, shade, first)
             first = False
         body.append(f"<tr>{line}</tr>")
-    inner = f"<p class=note>{html.escape(table.note)}</p>{_rows_html(table.columns, body)}"
+    inner = f"<p class=note>{html.escape(' '.join([table.note, *table.remarks]))}</p>{_rows_html(table.columns, body)}"
     if folded:
         return f"<details><summary>{html.escape(table.heading)}</summary>{inner}</details>"
     # A table with the heading of its part needs none of its own.

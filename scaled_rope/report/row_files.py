@@ -35,6 +35,12 @@ def _is_prompt(value: Any) -> bool:
     return isinstance(value, dict) and is_number(value.get("depth")) and isinstance(value.get("right"), bool)
 
 
+def _are_outcomes(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(found, list) and found and all(map(is_number, found)) for found in value.values()
+    )
+
+
 _Check = tuple[Callable[[Any], bool], str]
 _TEXT: _Check = (lambda value: isinstance(value, str), "text")
 _TEXT_OR_NONE: _Check = (lambda value: value is None or isinstance(value, str), "text or null")
@@ -84,6 +90,7 @@ _OPTIONAL: Mapping[str, _Check] = {
     "seconds": _NUMBER_OR_NONE,
     "peak_memory": _NUMBER_OR_NONE,
     "prompts": _PROMPTS,
+    "outcomes": (_are_outcomes, "a list of numbers for each task"),
 }
 _INSIDE: Mapping[str, Mapping[str, Mapping[str, _Check]]] = {
     "perplexity": {"data": {"fingerprint": _TEXT}},

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from scaled_rope.evaluation.controls import Change
 from scaled_rope.evaluation.formatting import format_table
 from scaled_rope.report.context_use import ContextUse, context_use, short_loss
+from scaled_rope.report.paired import short_costs
+from scaled_rope.report.ruler import ruler_scores
 from scaled_rope.report.tables import ReportRows, Section, Series, within_reach
 from scaled_rope.results import Row, portable_model
 
@@ -107,21 +109,21 @@ def _rank(results: ReportRows, series: Series, base: str | None) -> float:
 
 
 def context_use_of(results: ReportRows, series: Series, base: str | None) -> list[tuple[Section, ContextUse]] | None:
-    """The comparison with the control on each text; None where none was measured."""
-    found = [
-        (section, use)
-        for section in results.of("perplexity")
-        if section.topic.setting("name") != "sliding" and (use := context_use(section, series, base))
-    ]
-    return found or None
+    """The comparison with the control on each text; None where none was measured.
+
+    Sliding windows count only where no text was cut at each length.
+    """
+    found = [(section, use) for section in results.of("perplexity") if (use := context_use(section, series, base))]
+    cut = [one for one in found if one[0].topic.setting("name") != "sliding"]
+    return cut or found or None
 
 
 def summarize(results: ReportRows, base: str | None = None) -> Summary | None:
-    """The summary of a set of rows; None when they hold neither perplexities nor passkeys.
+    """The summary of a set of rows; None when they hold neither perplexities, passkeys nor benchmarks.
 
     base: the model without fine-tuning, as for `base_of`.
     """
-    if not results.of("perplexity", "passkey", "passkey_hard"):
+    if not results.of("perplexity", "passkey", "passkey_hard", "benchmark"):
         return None
     base = None if base is None else portable_model(base)
     models = _chosen(results, base)
@@ -132,6 +134,7 @@ def summarize(results: ReportRows, base: str | None = None) -> Summary | None:
         "made for": [Said(_tokens(_claimed(one)) if _claimed(one) else "no fixed length") for one in models],
         "works to, by perplexity": [_by_perplexity(results, one, base) for one in models],
         "works to, by retrieval": [_by_retrieval(results, one) for one in models],
+        "works to, by RULER": [_by_ruler(results, one) for one in models],
         "uses what stands further back": [_of_texts(results, one, base, _use) for one in models],
         "better than its base cut short": [_of_texts(results, one, base, _worth) for one in models],
         "price within the trained length": [_price(results, one, base) for one in models],
@@ -140,7 +143,8 @@ def summarize(results: ReportRows, base: str | None = None) -> Summary | None:
     more = f" {left} more {'are' if left > 1 else 'is'} in the tables below." if left > 0 else ""
     note = (
         "By perplexity: up to there it predicts at least as well with the whole text as when it reads the last tokens "
-        "of the trained length only. By retrieval: up to there it finds at least 9 of 10 hidden keys. Answers, "
+        "of the trained length only. By retrieval: up to there it finds at least 9 of 10 hidden keys. By RULER: up to "
+        "there it keeps at least 90 % of its own score at the trained length, on the tasks that are named. Answers, "
         f"reasoning, and anything else that a text is read for are not in this summary.{more}"
     )
     return Summary(
@@ -179,6 +183,11 @@ def _sentence(series: Series, said: dict[str, Said]) -> str:
             parts.append(f"by {how} it works {answer.text}")
         else:
             parts.append(f"by {how} it works to {answer.text}")
+    ruler = said["works to, by RULER"]
+    if ruler.text.endswith("tokens"):
+        parts.append(f"by RULER it works {'' if ruler.text.startswith('no ') else 'to '}{ruler.text}")
+    elif ruler.text != NOT_MEASURED:
+        parts.append("by RULER there is nothing to keep, since it scores 0")
     use = said["uses what stands further back"]
     if use.text != NOT_MEASURED:
         parts.append(f"what stands further back {_VERBS[use.text.partition(',')[0]]}")
@@ -186,7 +195,7 @@ def _sentence(series: Series, said: dict[str, Said]) -> str:
     if worth.text in _WORTH:
         parts.append(f"it is {_WORTH[worth.text]} its base cut short")
     price = said["price within the trained length"]
-    if price.text not in (NOT_MEASURED, "–"):
+    if price.text.endswith("%"):
         parts.append(f"within the trained length its perplexity changes by {price.text}")
     return f"{start}: {'; '.join(parts)}."
 
@@ -241,6 +250,27 @@ def _by_retrieval(results: ReportRows, series: Series) -> Said:
     return Said(_tokens(length), "good" if length >= claimed else "bad", more)
 
 
+def _by_ruler(results: ReportRows, series: Series) -> Said:
+    scores = ruler_scores(results, series)
+    if scores is None:
+        return Said(NOT_MEASURED, "unsure")
+    found = scores.effective
+    if found is None:
+        return Said(
+            NOT_MEASURED, "unsure", f"no RULER task was measured at its trained length, {_tokens(scores.trained)}"
+        )
+    at = f"{100 * found.scores[found.trained]:.1f} % at {found.trained}; {scores.standing}"
+    if found.length is None:
+        return Said("nothing to keep", "bad", at)
+    claimed = _claimed(series) or 0
+    if found.measured_to == found.trained:
+        tone = "bad" if claimed > found.trained else ""
+        return Said(f"no further than {found.trained} tokens", "unsure" if tone else "", f"not measured further; {at}")
+    interval = "" if found.interval is None else "[{}, {}]; ".format(*found.interval)
+    more = f"{interval}measured to {found.measured_to}; {at}"
+    return Said(_tokens(found.length), "good" if found.length >= claimed else "bad", more)
+
+
 def _of_texts(results: ReportRows, series: Series, base: str | None, say: Callable[[ContextUse, Series], Said]) -> Said:
     """One answer for all texts."""
     found = context_use_of(results, series, base)
@@ -283,6 +313,16 @@ def _judged(change: Change | None, worse: str) -> Said:
 def _price(results: ReportRows, series: Series, base: str | None) -> Said:
     if series.scaling.method == "default":
         return Said("–")
+    said = _price_in_perplexity(results, series, base)
+    costs = [f"{task} {change.points}" for task, change in short_costs(results, series, base)]
+    if not costs:
+        return said
+    if said.text == NOT_MEASURED:
+        return Said(f"{costs[0]}", "", "; ".join([*costs[1:], "perplexity not measured"]))
+    return replace(said, more="; ".join(filter(None, [said.more, *costs])))
+
+
+def _price_in_perplexity(results: ReportRows, series: Series, base: str | None) -> Said:
     for section in results.of("perplexity"):
         trained = series.scaling.original_max_position_embeddings
         if series not in section.rows or trained is None or section.topic.setting("name") == "sliding":

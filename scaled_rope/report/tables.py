@@ -324,6 +324,8 @@ class Table:
     lines: list[tuple[Series, list[Cell]]]
     lower_is_better: bool | None = None
     """None: no value is marked as the best."""
+    remarks: tuple[str, ...] = ()
+    """What is left out of it and why, shown wherever it is."""
 
     @property
     def heading(self) -> str:
@@ -354,7 +356,7 @@ class Table:
         lines = [[series.name, *(cells[index].text for index in shown)] for series, cells in self.lines]
         some = f" (every {step}th of {count} columns)" if step > 1 else ""
         table = format_table(["", *(self.columns[index] for index in shown)], lines)
-        return "\n".join([f"{self.title}{some}", table, *unmeasured(self.section)])
+        return "\n".join([f"{self.title}{some}", table, *unmeasured(self.section), *self.remarks])
 
 
 def _interval(row: Row, name: str = "interval", scale: float = 1.0) -> tuple[float, float] | None:
@@ -605,7 +607,7 @@ def to_csv(tables: Iterable[Table]) -> list[list[str]]:
                     continue
                 record = cell.row["provenance"]
                 low, high = cell.interval or ("", "")
-                value = cell.row.get("error", "overflow") if cell.value is None else repr(cell.value)
+                value = cell.row.get("error", cell.text) if cell.value is None else repr(cell.value)
                 where = [table.title, series.model, series.label, column]
                 numbers = ["", value, str(low), str(high), str(cell.row.get("n") or cell.row.get("targets") or "")]
                 lines.append([*where, *numbers, "", record.get("commit") or "", record.get("date") or ""])

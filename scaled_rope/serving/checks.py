@@ -44,6 +44,7 @@ from scaled_rope.serving.checks_transformers import (
 from scaled_rope.serving.checks_use import (
     cached_keys_of_dynamic_ntk,
     cached_keys_of_dynamic_scaling,
+    constants_of_another_length,
     longrope_switches_tables,
     ramp_of_several_axes_in_vllm,
     softmax_scale_from_mscale,
@@ -69,6 +70,7 @@ CHECKS: tuple[Check, ...] = (
     cached_keys_of_dynamic_scaling,
     longrope_switches_tables,
     ramp_of_several_axes_in_vllm,
+    constants_of_another_length,
     static_scaling_of_short_prompts,
     window_shorter_than_context,
     layers_that_do_not_rotate,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from scaled_rope.errors import is_number
+from scaled_rope.scaling.constants import constants_note
 from scaled_rope.scaling.hf_config import SOFTMAX_MSCALE_FAMILIES
 from scaled_rope.serving.config_facts import ConfigFacts
 from scaled_rope.serving.inspect_report import Finding
@@ -55,6 +56,15 @@ def longrope_switches_tables(facts: ConfigFacts) -> Iterator[Finding]:
             "generation that crosses it, keys cached before are rotated by the other one.",
             "Decide by the final length: prompt and new tokens together.",
         )
+
+
+def constants_of_another_length(facts: ConfigFacts) -> Iterator[Finding]:
+    """The paper's constants where they leave hardly a pair unscaled."""
+    if facts.scaling is None or facts.head_dim is None or not facts.dimensions:
+        return
+    if (note := constants_note(facts.scaling, facts.head_dim)) is not None:
+        text, _, remedy = note.partition("; ")
+        yield Finding("constants", "info", f"{text}.", f"{remedy[:1].upper()}{remedy[1:]}.")
 
 
 def static_scaling_of_short_prompts(facts: ConfigFacts) -> Iterator[Finding]:

@@ -190,11 +190,10 @@ def tile_mlps(model: Any, tiles: int) -> None:
     if tiles == 1:
         return
     layers = decoder_of(model.get_base_model() if hasattr(model, "get_base_model") else model).layers
-    found = [next((getattr(layer, name) for name in _MLPS if hasattr(layer, name)), None) for layer in layers]
-    if not all(isinstance(mlp, nn.Module) for mlp in found):
-        raise ConfigError(
-            f"mlp_tiles {tiles} is not possible: layers of {model.config.model_type} have no MLP of a known name"
-        )
+    found = [getattr(layer, name) for layer in layers for name in _MLPS if hasattr(layer, name)]
+    if len(found) != len(layers):
+        family = model.config.model_type
+        raise ConfigError(f"mlp_tiles {tiles} is not possible: layers of {family} have no MLP of a known name")
     checked: set[type] = set()
     for mlp in found:
         if type(mlp) not in checked:

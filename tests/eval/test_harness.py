@@ -81,6 +81,8 @@ def test_rows_and_resuming(checkpoint: str, own_tasks: Path, capsys: pytest.Capt
         assert row["metric"] == "benchmark" and row["n"] == 7 and row["unit"] == "%" and row["length"] is None
         assert row["data"]["documents"] == 7 and len(row["data"]["fingerprint"]) == 16
         assert row["provenance"]["versions"]["lm-eval"]
+        assert len(row["outcomes"]["tiny_choice"]) == 7
+        assert 100 * sum(row["outcomes"]["tiny_choice"]) / 7 == pytest.approx(row["value"], abs=1e-3)
     expected = {"name": "lm-eval", "task": "tiny_choice", "version": 2.0, "num_fewshot": 0, "limit": 7, "metric": "acc"}
     assert [row["protocol"] for row in rows] == [
         {**expected, "max_length": TRAINED},

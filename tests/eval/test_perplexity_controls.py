@@ -16,6 +16,7 @@ from scaled_rope.patching.loading import load_model
 from scaled_rope.patching.loss import token_nll
 from scaled_rope.report.context_use import context_use
 from scaled_rope.report.figures import perplexity_figure
+from scaled_rope.report.summary import summarize
 from scaled_rope.report.tables import load_results
 from scaled_rope.results import Row
 from tests.eval.test_perplexity import bigram
@@ -218,6 +219,10 @@ def test_sliding_windows_of_a_model_that_copies_from_a_stated_distance(
     (section,) = load_results([str(tmp_path / "rows")]).of("perplexity")  # one table: each beside its control
     use = context_use(section, next(iter(section.rows)))
     assert use is not None and use.total is not None and use.total.share == pytest.approx(share)
+    summary = summarize(load_results([str(tmp_path / "rows")]))
+    assert summary is not None  # in which they stand for texts that were cut, where there are none
+    assert summary.lines["uses what stands further back"][0].text == "yes"
+    assert summary.lines["works to, by perplexity"][0].text == "40 tokens"
     assert perplexity_figure(section, "figure", {one: str(index) for index, one in enumerate(section.rows)}) is not None
 
 

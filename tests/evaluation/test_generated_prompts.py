@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from scaled_rope.checkpoint import DEFAULT_MODEL
-from scaled_rope.evaluation.generated_prompts import generate, seeded, takes_lengths
+from scaled_rope.evaluation.generated_prompts import generate, seeded, takes_lengths, unreachable
 from scaled_rope.evaluation.lm_eval_tasks import Catalogue, UnbuiltUnit, Unit
 from tests.helpers import ROOT
 from tests.helpers.offline_benchmarks import archives  # noqa: F401
@@ -117,6 +117,17 @@ def test_a_process_that_dies_is_a_reason() -> None:
     assert generate("task", make, {}, [5, 6]).reasons == dict.fromkeys(
         (5, 6), "the process that generates its prompts died"
     )
+
+
+def test_a_network_that_is_not_there_is_asked_once(tmp_path: Path) -> None:
+    def make(max_seq_lengths: Any) -> Any:
+        with open(tmp_path / "asked", "a") as file:
+            file.write("x")
+        raise ConnectionError("Couldn't reach 'a/b' on the Hub")
+
+    reasons = generate("task", make, {}, [5, 6, 7]).reasons
+    assert reasons == dict.fromkeys((5, 6, 7), "ConnectionError: Couldn't reach 'a/b' on the Hub")
+    assert unreachable(reasons[5]) and not unreachable("5 tokens are too short")
 
 
 def test_states_are_put_back() -> None:

@@ -65,6 +65,7 @@ def test_values_of_rows() -> None:
 def test_values_by_length() -> None:
     samples = [{"64": 1.0}, {"64": 0.0}, {"64": 1.0, "128": -1}, {"64": -1, "128": 0.25}, {"64": -1, "128": 0.75}]
     rows = measured_rows({"results": {"a": {}}, "samples": {"a": samples}}, "64", [64, 128])
+    assert rows[64]["outcomes"] == {"a": [1.0, 0.0, 1.0]} and rows[128]["outcomes"] == {"a": [0.25, 0.75]}
     assert (rows[64]["value"], rows[64]["n"]) == (pytest.approx(200 / 3), 3)
     assert rows[64]["standard_error"] == pytest.approx(100 * math.sqrt(2 / 9 / 2))  # variance p(1-p)/(n-1)
     assert (rows[128]["value"], rows[128]["n"], rows[128]["standard_error"]) == (50.0, 2, 25.0)
@@ -148,6 +149,42 @@ def test_passkey_task() -> None:
         assert document["input"].count(document["answer"].strip()) == 2
     (cell, _) = unit.cells(None, scaling_of("default"), None).values()
     assert (cell["length"], cell["protocol"]["metric"], cell["protocol"]["max_length"]) == (300, "300", None)
+
+
+def test_a_length_by_itself_is_what_it_is_among_others() -> None:
+    pytest.importorskip("lm_eval")
+    (unit,) = Catalogue(lengths=[128, 200], limit=3).units(["passkey"], str(DEFAULT_MODEL))
+    lm = model_class()(pretrained=str(DEFAULT_MODEL), device="cpu", hide_progress=True)
+    together = unit.measure(lm)
+    assert list(together) == [128, 200] and all(len(row["outcomes"]["passkey"]) == 3 for row in together.values())
+    for length in (200, 128):
+        assert unit.measure(lm, [length]) == {length: together[length]}
+
+
+def test_programs_of_the_model_are_run_only_where_that_is_allowed() -> None:
+    pytest.importorskip("lm_eval")
+    (unit,) = Catalogue().units(["longproc_countdown_0.5k"], str(DEFAULT_MODEL))
+    (reason,) = unit.reasons.values()
+    assert reason.endswith("allow that with --confirm-run-unsafe-code")
+
+
+def test_a_source_that_cannot_be_reached_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+    import datasets
+
+    asked: list[str] = []
+
+    def load(path: str, *_: Any, **__: Any) -> None:
+        asked.append(path)
+        raise ConnectionError(f"Couldn't reach '{path}' on the Hub (offline)")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    catalogue = Catalogue()
+    units = [*catalogue.units(["longbench2_table"], str(DEFAULT_MODEL))]
+    units += catalogue.units(["longbench2_code"], str(DEFAULT_MODEL))
+    reasons = [reason for unit in units for reason in unit.reasons.values()]
+    assert [("recursal/longbench-v2" in reason) for reason in reasons] == [True, True]
+    assert asked == ["recursal/longbench-v2"]
 
 
 # ------------------------------------------------------------------------------------------- offline benchmarks

@@ -48,6 +48,9 @@ def test_saved_requests_give_the_rows_of_lm_eval(
             assert row["provenance"]["versions"]["lm-eval"] == other["provenance"]["versions"]["lm-eval"] is not None
             for name in ("n", "unit", "truncated", "length"):
                 assert row[name] == other[name]
+            assert row["outcomes"].keys() == other["outcomes"].keys()
+            for task, answers in row["outcomes"].items():  # rounded to 6 places
+                assert answers == pytest.approx(other["outcomes"][task], abs=2e-6)
             # one question per subject of MMLU has no standard error
             assert (row["standard_error"] is None) == (other["standard_error"] is None) == ("tasks" in row)
             for name in ("value", "standard_error")[: 1 if "tasks" in row else 2]:

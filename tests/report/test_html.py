@@ -78,6 +78,7 @@ def test_every_evaluator_text_and_protocol_has_its_own_table(
         "Numbered passkeys found in text, by context length",
         "Passkey context, numbered keys in text",
         "Benchmarks",
+        "Benchmarks, against the base on the same questions",
         "Benchmarks, niah, by context length",
         "Long-document questions answered, by context length",
     ]
@@ -100,7 +101,7 @@ def test_every_evaluator_text_and_protocol_has_its_own_table(
 
     with open(tmp_path / "out" / "report.csv", newline="") as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 2 * (6 + 4 + 1 + 1 + 2 + 1 + 2 + 2 + 1 + 1)
+    assert len(lines) == 2 * (6 + 4 + 1 + 1 + 2 + 1 + 2 + 2 + 1 + 1) + 2
     row = next(line for line in lines if line["table"] == titles[0] and line["column"] == "64-128")
     assert (row["measured"], row["low"], row["high"], row["n"], row["commit"]) == (
         "40.5",
