@@ -175,6 +175,8 @@ def save_scaled(recipe: Recipe) -> None:
     from scaled_rope.training.tracking import write_records
 
     folder = Path(recipe.output_dir)
+    if recipe.continue_from is not None:
+        raise ConfigError("--save-only and continue_from exclude each other: nothing is trained")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("--save-only needs no training processes; run it without a launcher")
     if (folder / "model").exists() or (folder / "recipe.yaml").exists():
