@@ -347,6 +347,8 @@ def _read(
         elif _suffix(path) == _PARQUET:
             yield from _read_parquet(path, feature)
         else:
+            if not _suffix(path):
+                print(f"note: dataset {path} is read as one text; its suffix is none of {READABLE}", file=sys.stderr)
             yield _read_text(path)
     else:
         check_there(source)

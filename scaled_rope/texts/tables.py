@@ -92,9 +92,8 @@ def read_row(record: Record, row: int, name: str) -> tuple[IntRow, IntRow]:
     real = slice(None)
     if "attention_mask" in record:
         mask = record["attention_mask"]
-        if len(mask) and not np.isin(mask, (0, 1)).all():
-            other = mask[~np.isin(mask, (0, 1))][0]
-            raise refuse("attention_mask", f"has the value {other}; 0 for padding and 1 for tokens only")
+        if (other := mask[(mask != 0) & (mask != 1)]).size:
+            raise refuse("attention_mask", f"has the value {other[0]:g}; 0 for padding and 1 for tokens only")
         (kept,) = np.nonzero(mask)
         if len(kept):
             real = slice(int(kept[0]), int(kept[-1]) + 1)
@@ -127,9 +126,8 @@ def read_row(record: Record, row: int, name: str) -> tuple[IntRow, IntRow]:
     for column in LOSS_MASKS:
         if column in record:
             values = record[column].astype(np.float64)
-            if not (np.isfinite(values) & (values == np.floor(values)) & (values >= 0)).all():
-                wrong = values[~(np.isfinite(values) & (values == np.floor(values)) & (values >= 0))][0]
-                raise refuse(column, f"has the value {wrong:g}; weights are whole numbers, 0 or more")
+            if (wrong := values[~(np.isfinite(values) & (values == np.floor(values)) & (values >= 0))]).size:
+                raise refuse(column, f"has the value {wrong[0]:g}; weights are whole numbers, 0 or more")
             weights *= values.astype(np.int64)
     if weights.max() > LARGEST_WEIGHT:
         raise refuse("loss weight", f"is {weights.max()} at token {int(weights.argmax())}; at most {LARGEST_WEIGHT}")
@@ -189,7 +187,7 @@ class ColumnDataset:
             lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
             value = kind.value_type if any(is_kind(kind) for is_kind in lists) else None
             allowed = value is not None and (types.is_integer(value) or types.is_boolean(value))
-            if field.name in LOSS_MASKS and value is not None:
+            if field.name in (*LOSS_MASKS, "attention_mask") and value is not None:
                 allowed = allowed or types.is_floating(value)
             if not allowed:
                 raise ConfigError(

@@ -9,6 +9,7 @@ import lzma
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -318,3 +319,13 @@ def test_empty_documents_are_left_out_and_counted(tmp_path: Path, capsys: pytest
     (tmp_path / "b.txt").write_text("")
     assert list(read_documents(str(tmp_path))) == ["one", "two\n"]
     assert capsys.readouterr().err == f"note: dataset {tmp_path}: 4 empty documents are left out\n"
+
+
+def test_a_file_of_another_kind_that_is_named_is_one_text_and_said_to_be(tmp_path: Path, capsys: Any) -> None:
+    for name in ("a.csv", "a.jsonl.bak", "a"):
+        (tmp_path / name).write_text("x,y")
+        assert list(read_documents(str(tmp_path / name))) == ["x,y"]
+        assert f"note: dataset {tmp_path / name} is read as one text; its suffix" in capsys.readouterr().err
+    (tmp_path / "a.txt").write_text("x,y")
+    assert list(read_documents(str(tmp_path / "a.txt"))) == ["x,y"]
+    assert capsys.readouterr().err == ""

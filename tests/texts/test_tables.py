@@ -28,6 +28,7 @@ def table(**columns: Any) -> ColumnDataset:
         ({"attention_mask": [1, 1, 1, 0]}, [5, 6, 7], [1, 1, 1]),
         ({"attention_mask": [False, False, True, True]}, [7, 8], [1, 1]),
         ({"attention_mask": [0, 1, 1, 0]}, [6, 7], [1, 1]),
+        ({"attention_mask": [0.0, 1.0, 1.0, 1.0]}, [6, 7, 8], [1, 1, 1]),
         ({"attention_mask": [0, 0, 0, 0]}, [], []),
         ({"labels": [5, -100, 7, 8]}, [5, 6, 7, 8], [1, 0, 1, 1]),
         ({"labels": [-100, -100, 7, -100], "attention_mask": [0, 1, 1, 0]}, [6, 7], [0, 1]),
@@ -61,6 +62,7 @@ def test_columns_that_are_followed(columns: dict[str, Any], tokens: list[int], w
     [
         ({"attention_mask": [1, 0, 1, 1]}, "attention_mask is 0 at token 1, between tokens; padding is at the ends"),
         ({"attention_mask": [1, 1, 2, 2]}, "attention_mask has the value 2; 0 for padding and 1 for tokens only"),
+        ({"attention_mask": [0, 0.5, 1, 1]}, "attention_mask has the value 0.5; 0 for padding"),
         ({"attention_mask": [1, 1, 1]}, "attention_mask has 3 entries, input_ids 4"),
         ({"labels": [5, 6, 7]}, "labels has 3 entries, input_ids 4"),
         ({"labels": [6, 7, 8, -100]}, "labels are shifted to the next token; they stand beside their own token"),
