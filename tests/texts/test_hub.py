@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -90,3 +91,13 @@ def test_a_missing_library_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(ConfigError, match=r"hub datasets need: pip install 'scaled-rope\[train\]'"):
             read()
+
+
+def test_questions_are_read_from_json_in_any_layout(tmp_path: Any) -> None:
+    question = {"article": "a", "question": "q", "options": ["w", "x", "y", "z"], "answer": 2}
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps([question, question], indent=2))
+    assert list(read_questions(str(path), "test")) == [Question("a", "q", ("w", "x", "y", "z"), 2)] * 2
+    path.write_text(json.dumps(question) + "\n" + json.dumps(question | {"article": "a\ud83d"}))
+    with pytest.raises(ConfigError, match="questions.json line 2: .* holds half of a surrogate pair"):
+        list(read_questions(str(path), "test"))
