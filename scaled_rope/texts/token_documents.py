@@ -21,7 +21,7 @@ from scaled_rope.texts.packed import IntArray, open_rows
 
 
 def is_tokenized(name: str) -> bool:
-    """Whether a name is that of a folder with tokens: a packed set, or what `datasets` saved, with or without splits."""
+    """Whether a name is that of a folder with tokens: a packed set, or what `datasets` saved."""
     files = ("meta.json", "dataset_info.json", "dataset_dict.json")
     return any((Path(name) / file).is_file() for file in files)
 
