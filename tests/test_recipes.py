@@ -16,9 +16,11 @@ from scaled_rope import compute_rope, recipes
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.recipes import available, is_finished, pending, read_recipe, starts_from
-from scaled_rope.training.engine import accumulation
+from scaled_rope.scaling.record import RopeSettings
+from scaled_rope.training.engine import accumulation, check_sequence_parallel
 from scaled_rope.training.loop import learning_rate
 from scaled_rope.training.planning import meta_model
+from scaled_rope.training.pose import skip_wise
 from tests.helpers import reference
 
 
@@ -79,11 +81,34 @@ PAPER = {
         135, 64, 32768, 1e-4, yarn(4, 8192, dim=64, theta=1e5), 1.1386, 32768, **SMOL
     ),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Current:
+    """A model that is extended now: parameters in millions, frequencies, attention factor, the length it is for, and
+    the layers that the scaling changes out of all."""
+
+    parameters: int
+    frequencies: list[float]
+    attention_factor: float
+    positions: int
+    scaled_layers: tuple[int, int]
+    head_dim: int = 128
+
+
+CURRENT = {
+    "llama-3.1-8b-512k": Current(8030, reference.llama3(128, 5e5, 32, 8192, 1, 4), 1.0, 524288, (32, 32)),
+    "qwen3-4b-128k": Current(4022, yarn(4, 32768, theta=1e6), 1.1386, 131072, (36, 36)),
+    "qwen3-8b-128k": Current(8191, yarn(4, 32768, theta=1e6), 1.1386, 131072, (36, 36)),
+    "gemma-3-1b-128k": Current(1000, yarn(4, 32768, dim=256, theta=1e6), 1.1386, 131072, (4, 26), 256),
+    "smollm3-3b-256k": Current(3075, yarn(4, 65536, theta=5e6), 1.1386, 262144, (27, 36)),
+    "mistral-small-24b-128k": Current(23572, yarn(4, 32768, theta=1e8), 1.1386, 131072, (40, 40)),
+}
 OWN = {"demo", "tiny-base", "tiny-base-retrieval", "tiny-base-mixed"}
 
 
 def test_every_recipe_is_checked_here():
-    assert set(available()) == set(PAPER) | OWN
+    assert set(available()) == set(PAPER) | set(CURRENT) | {f"{name}-pose" for name in CURRENT} | OWN
     for name in available():
         assert read_recipe(name).description, name
 
@@ -127,6 +152,33 @@ def test_schedule_batch_and_tokens_of_a_recipe_are_the_papers(name):
     assert rates[-1] == pytest.approx(last, rel=0.02) and max(rates) == pytest.approx(paper.rate)
     windows = recipe.sliding_window_attention_schedule
     assert windows == (None if paper.window is None else (paper.window,))
+
+
+@pytest.mark.parametrize("name", CURRENT)
+@pytest.mark.parametrize("kind", ["", "-pose"])
+def test_models_that_are_extended_now(name, kind):
+    recipe, current = read_recipe(name + kind), CURRENT[name]
+    model = meta_model(recipe)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == current.parameters
+    assert model.config.max_position_embeddings == current.positions
+    rotary = model.model.rotary_emb
+    scaling = RopeSettings(model.config).scaling
+    inv_freq, factor = compute_rope(scaling, current.head_dim)
+    wanted = torch.tensor(current.frequencies, dtype=torch.float64)
+    torch.testing.assert_close(inv_freq.double(), wanted, rtol=6e-8, atol=0)  # one rounding to float32
+    assert float(factor) == pytest.approx(current.attention_factor, abs=5e-5)
+    types = getattr(model.config, "layer_types", None) or ["full_attention"]
+    layers = len(model.model.layers)
+    scaled = types.count("full_attention") if recipe.layers else layers
+    dropped = sum(not rotates for rotates in getattr(model.config, "no_rope_layers", None) or [])
+    assert (scaled - dropped, layers) == current.scaled_layers and type(rotary).__name__
+    if kind:
+        windows = skip_wise(recipe, scaling)
+        assert windows is not None and (windows.window, windows.target) == (8192, current.positions)
+        assert recipe.lora and read_recipe(name).dataset == recipe.dataset and accumulation(recipe, 1) == 32
+    else:
+        assert accumulation(recipe, 8) * 8 // recipe.sequence_parallel == recipe.global_batch_size
+        check_sequence_parallel(recipe, model.config, scaling, "flash_attention_2")
 
 
 def test_tokens_of_the_papers_runs():

@@ -33,7 +33,7 @@ from scaled_rope.patching.rotary import Layout
 from scaled_rope.patching.rotary_kernel import Rotation, fused_rotation, normalising, resolve_kernel
 from scaled_rope.patching.softmax_scale import SoftmaxScale, scaled_attention, softmax_scale_of
 from scaled_rope.scaling.constants import constants_note
-from scaled_rope.scaling.frequencies import compute_rope
+from scaled_rope.scaling.frequencies import compute_rope, rope_values
 from scaled_rope.scaling.hf_config import primary_type
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings
 
@@ -486,5 +486,4 @@ def _computes_alike(unpatched: Unpatched, scaling: RopeScaling) -> bool:
     if own.is_length_dependent or own.changes_attention:
         return False
     head_dim = unpatched.head_dims[primary_type(unpatched.types) if unpatched.types else ""]
-    (inv_freq, factor), (before, factor_before) = (compute_rope(one, head_dim) for one in (scaling, own))
-    return factor == factor_before and torch.equal(inv_freq, before)
+    return rope_values(scaling, head_dim) == rope_values(own, head_dim)

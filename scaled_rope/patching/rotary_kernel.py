@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from scaled_rope.errors import unknown
 from scaled_rope.kernels import apply_rotary, kernel_backend
@@ -138,6 +139,7 @@ def _has(module: nn.Module, name: str) -> bool:
     return isinstance(getattr(module, name, None), nn.Module)
 
 
+@unset_fake_temporarily()  # a trial with numbers, also while a model is planned on tensors without any
 def _pairing(apply: Callable[..., Any], layout: Layout, half: int) -> bool | None:
     """Whether a family's function pairs neighbours (True), halves (False), or does something else (None)."""
     generator = torch.Generator().manual_seed(0)  # its own, so that the global random state stays

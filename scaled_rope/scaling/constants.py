@@ -6,9 +6,9 @@ unscaled. At L = 256 with heads of 64 it is one pair of 32, and nearly everythin
 
 from __future__ import annotations
 
-import torch
+import math
 
-from scaled_rope.scaling.frequencies import compute_rope
+from scaled_rope.scaling.frequencies import rope_values
 from scaled_rope.scaling.record import RopeScaling
 
 LEAST_KEPT = 0.1
@@ -22,11 +22,12 @@ def kept_pairs(scaling: RopeScaling, head_dim: int) -> tuple[int, int]:
     A dynamic scaling counts as its static form.
 
     Raises:
-        ConfigError: as `compute_rope`.
+        ConfigError: as `compute_rope` does.
     """
     base = RopeScaling.from_spec("default", scaling)
-    scaled, unscaled = (compute_rope(one, head_dim)[0] for one in (scaling, base))
-    return int(torch.isclose(scaled, unscaled, rtol=1e-6, atol=0).sum()), len(scaled)
+    scaled, unscaled = (rope_values(one, head_dim)[0] for one in (scaling, base))
+    kept = [math.isclose(one, other, rel_tol=1e-6) for one, other in zip(scaled, unscaled, strict=True)]
+    return sum(kept), len(kept)
 
 
 def constants_note(scaling: RopeScaling, head_dim: int) -> str | None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.scaling.formulas import attention_factor_of, dynamic_ntk_scale, ntk_theta
@@ -261,6 +262,16 @@ def compute_rope(
     factor = torch.tensor(scaling.factor, dtype=torch.float64, device="cpu")
     inv_freq, attention_factor = _compute(scaling, head_dim, factor, length)
     return inv_freq.to(torch.float32).to(device), float(attention_factor)
+
+
+def rope_values(scaling: RopeScaling, head_dim: int) -> tuple[list[float], float]:
+    """The frequencies [D/2] and the attention factor of `compute_rope` as numbers.
+
+    Within a mode of fake tensors, in which models are planned, tensors have no values; these do.
+    """
+    with unset_fake_temporarily():
+        inv_freq, attention_factor = compute_rope(scaling, head_dim)
+        return inv_freq.tolist(), attention_factor
 
 
 def compute_rope_batch(scaling: RopeScaling, head_dim: int, seq_len: Tensor) -> tuple[Tensor, Tensor]:

@@ -141,8 +141,8 @@ def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if recipe.sequence_parallel > 1 and not deepspeed:
         raise ConfigError(
-            f"sequence_parallel {recipe.sequence_parallel} needs DeepSpeed:"
-            f" accelerate launch --config_file configs/accelerate/zero3.yaml"
+            f"sequence_parallel {recipe.sequence_parallel} needs DeepSpeed, since accelerate shares sequences under its"
+            f" ZeRO-3 only, not under FSDP or DDP: accelerate launch --config_file configs/accelerate/zero3.yaml"
         )
     passes = accumulation(recipe, launched)
     if deepspeed and not torch.cuda.is_available():

@@ -88,3 +88,21 @@ def test_plans_that_make_no_sense_are_one_line(capsys, flags, message):
     assert cli.main(["plan", *flags]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and error[0].startswith("error: ") and message in error[0]
+
+
+@pytest.mark.parametrize("scaling", ["linear:4", "yarn:4", "default", "dynamic-ntk:2"])
+def test_every_scaling_can_be_planned(scaling):
+    """Models are planned on tensors without values, which remarks on the scaling must not ask for."""
+    planner = Planner(replace(small(), scaling=scaling), on_gpu=False)
+    assert planner.memory(Options()).total > 0
+
+
+def test_layers_with_windows_can_be_planned():
+    """Their attention tells packed texts apart by position ids, which have no values here."""
+    init = {
+        "model_type": "gemma3_text", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "sliding_window": 32,
+        "max_position_embeddings": 64, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    }  # fmt: skip
+    planner = Planner(replace(small(), init=init, layers="full_attention"), on_gpu=False)
+    assert planner.memory(Options()).activations > 0
