@@ -99,8 +99,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kept-checkpoints", type=int, metavar="N", help="how many of the newest states are kept")
     parser.add_argument(
         "--resume", "--resume-from-checkpoint", dest="resume", metavar="auto|PATH", default="auto",
-        help="folder of a state; auto, the default, is the newest of the run",
+        help="folder of a state of the same recipe; auto, the default, is the newest of the run",
     )  # fmt: skip
+    parser.add_argument("--continue-from", metavar="PATH",
+                        help="begin a run of other data, steps or rates from the folder of a state")  # fmt: skip
     parser.add_argument("--save-only", action="store_true", help="apply the scaling and save without training")
     parser.add_argument("--log-loss", type=Path, metavar="FILE", help="write the losses, comma-separated")
     parser.add_argument("--wandb", metavar="PROJECT", help="log there too (WANDB_MODE=offline: to files)")
@@ -122,7 +124,8 @@ def overrides(args: argparse.Namespace, base: Recipe, ranks: int) -> dict[str, A
             "model", "tokenizer", "dataset", "output_dir", "sequence_length", "truncate", "scaling", "rope_theta",
             "original_max_position_embeddings", "max_position_embeddings", "batch_size", "global_batch_size",
             "max_train_steps", "warmup_steps", "learning_rate", "lr_schedule", "grad_norm", "seed", "precision", "lora",
-            "checkpointing_steps", "kept_checkpoints", "lora_embeddings_and_norms", "gradient_checkpointing",
+            "checkpointing_steps", "kept_checkpoints", "continue_from", "lora_embeddings_and_norms",
+            "gradient_checkpointing",
             "offload_activations", "loss", "sequence_parallel", "attention", "documents", "heldout", "heldout_steps",
             "positions", "pose_chunks", "skip_text", "mlp_tiles",
         )
@@ -172,6 +175,8 @@ def save_scaled(recipe: Recipe) -> None:
     from scaled_rope.training.tracking import write_records
 
     folder = Path(recipe.output_dir)
+    if recipe.continue_from is not None:
+        raise ConfigError("--save-only and continue_from exclude each other: nothing is trained")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("--save-only needs no training processes; run it without a launcher")
     if (folder / "model").exists() or (folder / "recipe.yaml").exists():

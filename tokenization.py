@@ -27,7 +27,10 @@ from scaled_rope.texts.tokenizing import tokenized
 
 def _documents(sources: Sequence[TextSource], args: argparse.Namespace) -> Iterator[str]:
     for place, source in enumerate(sources):
-        for number, text in enumerate(read_documents(source.path, args.feature, args.split, args.json)):
+        texts = read_documents(
+            source.path, args.feature, args.split, args.json, replace_surrogates=args.replace_surrogates
+        )
+        for number, text in enumerate(texts):
             if is_sampled(args.seed, place, number, source.fraction):
                 yield text
 
@@ -55,7 +58,7 @@ def vocabulary_hash(tokenizer: Any) -> str:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("tokenization.py", __doc__)
     parser.add_argument("--dataset", action="append", required=True, metavar="PATH[,FRACTION]",
-                        help=".txt, .jsonl, .jsonl.zst, .parquet, a folder, or a hub name; repeat to mix")  # fmt: skip
+                        help=".txt, .jsonl, .jsonl.gz, .parquet, a folder, or a hub name; repeat to mix")  # fmt: skip
     parser.add_argument("--tokenizer", default="NousResearch/Llama-2-7b-hf")
     parser.add_argument("--sequence-length", type=int, default=8192, help="tokens per sequence")
     parser.add_argument(
@@ -66,7 +69,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder to create")
     parser.add_argument("--push-to-hub", metavar="NAME")
     parser.add_argument("--seed", type=int, default=42, help="which documents a FRACTION keeps")
-    parser.add_argument("--json", action="store_true", help="read files as JSON lines whatever their suffix")
+    parser.add_argument("--json", action="store_true", help="read files as JSON whatever their suffix")
+    parser.add_argument("--replace-surrogates", action="store_true",
+                        help="put U+FFFD in the place of lone surrogates, which are refused otherwise")  # fmt: skip
     parser.add_argument("--num-proc", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
     if args.output is None:
@@ -87,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = [TextSource.parse(text) for text in args.dataset]
     for source in sources:
         check_there(source.path)
-    from scaled_rope.checkpoint import load_tokenizer
+    from scaled_rope.checkpoint import load_tokenizer, vocabulary_size
 
     tokenizer = load_tokenizer(args.tokenizer)
     recipe = {
@@ -95,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sources": [[s.path, s.fraction] for s in sources], "feature": args.feature,
         "split": args.split, "seed": args.seed, "bookend": args.bookend,
         "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id,
+        "replace_surrogates": args.replace_surrogates or None,  # as in sets that were made before there was the flag
     }  # fmt: skip
     if args.output.exists():
         done = open_packed(args.output).meta
@@ -105,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         began = time.perf_counter()
         with (
-            PackedWriter(args.output, args.sequence_length, len(tokenizer)) as writer,
+            PackedWriter(args.output, args.sequence_length, vocabulary_size(tokenizer)) as writer,
             tqdm(_documents(sources, args), desc="documents", unit="doc", mininterval=1.0) as texts,
         ):
             documents = tokenized(iter(texts), args.tokenizer, args.num_proc)

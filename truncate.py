@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{args.output}: already there, {len(done)} sequences of {args.length} tokens")
         return 0
     source = open_rows(args.dataset)
-    longest = len(source.row(0)[0])
+    longest = source.longest
     if not 2 <= args.length <= longest:
-        raise ConfigError(f"length {args.length} is not allowed; 2 to {longest}, what {args.dataset} has")
+        raise ConfigError(f"length {args.length} is not allowed; 2 to {longest}, the longest row of {args.dataset}")
     with tqdm(total=len(source), desc="sequences") as bar:
         recut(source, args.output, args.length, bar.update, args.dataset)
     result = open_packed(args.output)

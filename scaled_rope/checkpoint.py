@@ -30,6 +30,11 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
 
 
+def vocabulary_size(tokenizer: Any) -> int:
+    """One more than the largest id of a tokenizer; its length is less where ids have gaps."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+
+
 DEFAULT_MODEL = bundled("models/tiny-llama-256")
 """The checkpoint that comes with this project, which trained it."""
 

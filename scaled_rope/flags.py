@@ -501,7 +501,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     add("--attention", default="auto", help=f"one of: {', '.join(ATTENTIONS)}")
     add("--adapter", metavar="PATH", help="LoRA adapter, merged into the weights")
     add = parser.add_argument_group("text").add_argument
-    add("-d", "--dataset", metavar="PATH", help=".txt, .jsonl or .parquet file, folder, hub name, packed set or corpus")
+    add("-d", "--dataset", metavar="PATH", help="file of text, JSON or Parquet, folder, hub name, packed set or corpus")
     add("-f", "--feature", default="text", help="field that holds the text (default %(default)s)")
     add("--split", default="test", help="split of a hub dataset (default %(default)s)")
     add("--documents", type=int, metavar="N", help="the first N documents that are long enough (default: all)")

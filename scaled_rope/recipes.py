@@ -77,6 +77,8 @@ class Recipe:
         sequence_parallel: ranks that share one sequence (Ulysses, under DeepSpeed ZeRO-3).
         checkpointing_steps: keep a resumable state every so many steps; None: never.
         kept_checkpoints: how many of the newest states are kept.
+        continue_from: folder of a state of another run, checkpoints/step-N, to begin from: with its weights, optimizer
+            and step, on the same model, scaling and adapters; all else, such as data or rate, may differ.
         heldout: packed set whose perplexity is measured every `heldout_steps` steps over its first `heldout_rows` rows,
             cut at each of `heldout_lengths`.
         evaluate: settings of eval.sh for the result: `scalings` (specs under which the base is read without training),
@@ -127,6 +129,7 @@ class Recipe:
     sliding_window_attention_schedule: tuple[int, ...] | None = None
     checkpointing_steps: int | None = None
     kept_checkpoints: int = 2
+    continue_from: str | None = None
     heldout: str | None = None
     heldout_lengths: tuple[int, ...] = ()
     heldout_steps: int = 50

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import finetune
 from scaled_rope.command_line import run_cli
@@ -19,7 +20,7 @@ from scaled_rope.training import loop
 from scaled_rope.training.engine import check_can_build
 from scaled_rope.training.run_state import latest_state
 from tests.helpers.optional import needs_liger
-from tests.helpers.rank_worker import small_pieces_of_logits, without_dropout
+from tests.helpers.rank_worker import keep_states, small_pieces_of_logits, without_dropout
 from tests.helpers.runs import Ranks, free_port, launch, log, same, weights
 
 ZERO3 = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/zero3.yaml", "--num_processes", "2")
@@ -212,3 +213,35 @@ def test_two_ranks_with_the_fused_loss_on_shards_train_like_one_with_the_chunked
     fused = Ranks(workspace, tmp_path / "fused", 2, engine, extra, TRITON_INTERPRET="1").succeed()
     assert "loss fused" in fused[0]
     assert_trained_alike(tied, tmp_path / "fused")
+
+
+@pytest.mark.parametrize(("ranks", "engine"), [(1, "ddp"), (2, "zero3")])
+def test_a_tied_checkpoint_with_two_embeddings_is_refused_alike(workspace, tmp_path, ranks, engine):
+    """transformers would untie them on one process and overwrite one of them on shards."""
+    if ranks > 1:
+        need_deepspeed()
+    shutil.copytree(workspace / "tied", tmp_path / "model")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"] + 1.0
+    save_file(state, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    for code, said in Ranks(workspace, tmp_path / "out", ranks, engine, ("--model", str(tmp_path / "model"))).finish():
+        assert code == 2 and "Traceback" not in said
+        assert "says tie_word_embeddings and stores lm_head.weight with other values than model.embed_tokens" in said
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_shards_are_continued_by_another_recipe_like_a_whole_state(workspace, tmp_path, engine):
+    """Moments and step come from the state, rate and data from the recipe; the same on one process and on shards."""
+    if engine == "zero3":
+        need_deepspeed()
+    shutil.copytree(workspace / "set", tmp_path / "other")
+    tokens = np.fromfile(tmp_path / "other" / "tokens.bin", np.uint16)
+    (tmp_path / "other" / "tokens.bin").write_bytes(tokens[::-1].tobytes())
+    for ranks, kind in ((1, "ddp"), (2, engine)):
+        first, second = tmp_path / f"{kind}-first", tmp_path / f"{kind}-second"
+        Ranks(workspace, first, ranks, kind, ("--checkpointing-steps", "4"), (keep_states,)).succeed()
+        extra = ("--continue-from", str(first / "kept"), "--dataset", str(tmp_path / "other"), "--learning-rate",
+                 "1e-3", "--max-train-steps", "7")  # fmt: skip
+        Ranks(workspace, second, ranks, kind, extra).succeed()
+    assert_trained_alike(tmp_path / "ddp-second", tmp_path / f"{engine}-second")
+    assert log(tmp_path / "ddp-second")[4]["loss"] != log(tmp_path / "ddp-first")[4]["loss"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import tokenization
+from scaled_rope.checkpoint import vocabulary_size
 from scaled_rope.texts import tokenizing
 from scaled_rope.texts.documents import is_sampled
 from scaled_rope.texts.packed import PackedWriter, open_packed
@@ -68,10 +69,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, tokenizer_dir, cap
         ({"--sequence-length": "1"}, "at least 2"),
         ({"--sequence-length": "1000000"}, "no full sequence"),
         ({"--num-proc": "0"}, "at least 1"),
+        ({"--dataset": "{tmp}/empty.jsonl"}, "no full sequence of 32 tokens"),
+        ({"--dataset": "{tmp}/half.jsonl"}, "half.jsonl line 2: character 3 of 'text' is U+DE00, half of a surrogate"),
     ],
 )
 def test_tokenization_refuses_bad_input_in_one_line(tmp_path, tokenizer_dir, capsys, change, message):
     write_corpus(tmp_path)
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n' * 300)
+    (tmp_path / "half.jsonl").write_text('{"text": "fine"}\n{"text": "bad\\ude00"}\n')
     flags = {"--dataset": f"{tmp_path}/txt", "--tokenizer": str(tokenizer_dir), "--sequence-length": "32",
              "--num-proc": "1", "--output": f"{tmp_path}/new"}  # fmt: skip
     flags |= {name: value.replace("{tmp}", str(tmp_path)) for name, value in change.items()}
@@ -88,3 +93,32 @@ def test_pushing_to_the_hub_hands_over_every_row(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.Dataset, "push_to_hub", lambda self, name: pushed.update({name: self}))
     tokenization.push_to_hub(tmp_path / "set", "someone/set")
     assert pushed["someone/set"]["input_ids"][:] == data.tokens.tolist()
+
+
+def test_lone_surrogates_are_replaced_on_demand_and_on_record(tmp_path, tokenizer_dir, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "Find it and memorize \\ud83d them."}\n' * 9)
+    (tmp_path / "b.txt").write_text("Find it and memorize \ufffd them.")
+    same = ("--tokenizer", tokenizer_dir, "--sequence-length", 16, "--num-proc", 2)
+    first = ("--dataset", tmp_path / "a.jsonl", "--output", tmp_path / "a", *same)
+    assert tokenize(*first, "--replace-surrogates") == 0
+    assert tokenize("--dataset", tmp_path / "b.txt", "--output", tmp_path / "b", *same) == 0
+    one, two = (open_packed(tmp_path / name).tokens.reshape(-1) for name in "ab")
+    np.testing.assert_array_equal(one[: len(two)], two)
+    assert tokenize(*first) == 2 and "made otherwise" in capsys.readouterr().err
+
+
+def test_a_tokenizer_whose_ids_have_gaps(tmp_path):
+    """As where tokens were removed or ids reserved: its largest id is not its number of tokens less one."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 300}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    made.save_pretrained(tmp_path / "tokenizer")
+    assert len(made) < vocabulary_size(made) == 301
+    (tmp_path / "a.txt").write_text("a b b a b a " * 9)
+    assert tokenize("--dataset", tmp_path / "a.txt", "--tokenizer", tmp_path / "tokenizer", "--sequence-length", 8,
+                    "--num-proc", 1, "--output", tmp_path / "set") == 0  # fmt: skip
+    packed = open_packed(tmp_path / "set")
+    assert packed.meta["vocabulary"] == 301 and packed.tokens.max() == 300

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 import truncate
 from scaled_rope.command_line import run_cli
 from scaled_rope.texts.packed import open_packed
@@ -23,3 +25,19 @@ def test_truncate_command(tmp_path, tokenizer_dir, capsys):
     assert "made otherwise" in capsys.readouterr().err
     assert run_cli(lambda: truncate.main(["97", str(tmp_path / "no"), "--dataset", str(source)])) == 2
     assert "97" in capsys.readouterr().err
+
+
+def test_tables_are_judged_by_their_longest_row_and_the_id_that_is_wrong_is_named(tmp_path, capsys):
+    datasets = pytest.importorskip("datasets")
+    table = {"input_ids": [[1], [5, 6, 7, 8, 9, 3], [2, 3]], "labels": [[1], [5, 6, -100, 8, 9, 3], [2, 3]]}
+    datasets.Dataset.from_dict(table).save_to_disk(tmp_path / "table")
+    assert run_cli(lambda: truncate.main(["4", str(tmp_path / "cut"), "--dataset", str(tmp_path / "table")])) == 0
+    cut = open_packed(tmp_path / "cut")
+    assert cut.tokens.tolist() == [[1, 5, 6, 7], [8, 9, 3, 2]]
+    assert cut.loss_weight.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert run_cli(lambda: truncate.main(["7", str(tmp_path / "no"), "--dataset", str(tmp_path / "table")])) == 2
+    assert "length 7 is not allowed; 2 to 6, the longest row of" in capsys.readouterr().err
+    datasets.Dataset.from_dict({"input_ids": [[5, 6], [900, -100]]}).save_to_disk(tmp_path / "bad")
+    assert run_cli(lambda: truncate.main(["2", str(tmp_path / "no"), "--dataset", str(tmp_path / "bad")])) == 2
+    assert "error: row 1 of" in (said := capsys.readouterr().err) and "has token id -100 in input_ids" in said
+    assert not (tmp_path / "no").exists()

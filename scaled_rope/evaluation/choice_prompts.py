@@ -21,7 +21,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.chat_templates import ChatTurn
 from scaled_rope.patching.device_maps import input_device
 from scaled_rope.patching.loss import hidden_states, project
-from scaled_rope.texts.documents import check_there, read_json_lines
+from scaled_rope.texts.documents import check_there, has_half_a_pair, read_json
 from scaled_rope.texts.hub import hub_records
 
 LETTERS = "ABCD"
@@ -80,11 +80,14 @@ def _question(record: Any, where: str) -> Question:
         answer = LETTERS.index(answer)
     if type(answer) is not int or not 0 <= answer < len(LETTERS):
         raise ConfigError(f"{where}: answer={answer!r} must be 0 to {len(LETTERS) - 1} or a letter A to {LETTERS[-1]}")
+    for text in (record["article"], record["question"], *options):
+        if has_half_a_pair(text):
+            raise ConfigError(f"{where}: {text[:20]!r}... holds half of a surrogate pair, which no tokenizer reads")
     return Question(record["article"], record["question"], tuple(options), answer)
 
 
 def read_questions(source: str, split: str) -> Iterator[Question]:
-    """Yield the questions of a local JSON lines file or of a hub dataset.
+    """Yield the questions of a local file of JSON or of a hub dataset.
 
     Raises:
         ConfigError: no such file or dataset, or a record without the fields of `_question`.
@@ -93,7 +96,7 @@ def read_questions(source: str, split: str) -> Iterator[Question]:
     if path.is_dir():
         raise ConfigError(f"dataset {source} is a folder; give a file of JSON lines")
     if path.is_file():
-        for record, place in read_json_lines(source):
+        for record, place in read_json(source):
             yield _question(record, f"dataset {place}")
     else:
         check_there(source)

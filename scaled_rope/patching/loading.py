@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -251,6 +252,57 @@ def load_model(
         model = model.to(device)
     apply_scaling(model, wanted, plan, kernel, settings)
     return model.eval()
+
+
+def stored_tensors(name: str) -> dict[str, Path]:
+    """Name of each tensor of a checkpoint -> its safetensors file; a hub checkpoint must be in the cache already.
+
+    Raises:
+        ConfigError: a file that is damaged.
+    """
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    folder = Path(name)
+    if not folder.is_dir():
+        found = cached_file(name, "config.json", local_files_only=True)
+        folder = Path(str(found)).parent
+    stored: dict[str, Path] = {}
+    with reading("model", name):
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(str(path), framework="pt") as file:
+                stored |= dict.fromkeys(file.keys(), path)
+    return stored
+
+
+def check_tied(checkpoint: Checkpoint) -> None:
+    """Raise an error for a checkpoint that says its embeddings are tied, and stores two that differ.
+
+    transformers unties them on one process, and under ZeRO-3, where it compares shards that are empty, it does not: so
+    the same run would train two different models.
+
+    Raises:
+        ConfigError: as above.
+    """
+    if not getattr(checkpoint.config, "tie_word_embeddings", False):
+        return
+    from safetensors import safe_open
+
+    stored = stored_tensors(checkpoint.name)
+
+    def read(key: str) -> torch.Tensor:
+        with safe_open(str(stored[key]), framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(key)
+            return tensor
+
+    heads = [key for key in stored if key.split(".")[-2:] in (["lm_head", "weight"], ["embed_out", "weight"])]
+    inputs = [key for key in stored if key.split(".")[-2:] in (["embed_tokens", "weight"], ["embed_in", "weight"])]
+    for head in heads:
+        if inputs and not any(torch.equal(read(head), read(key)) for key in inputs):
+            raise ConfigError(
+                f"model {checkpoint.name!r} says tie_word_embeddings and stores {head} with other values than"
+                f" {inputs[0]}; set tie_word_embeddings to false in its config.json to train both, or remove {head}"
+            )
 
 
 _WITHOUT_DEFAULT = ("mistral4",)

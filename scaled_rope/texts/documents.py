@@ -1,15 +1,21 @@
-"""Read documents from files of text, JSON lines or Parquet, or from a hub dataset."""
+"""Read documents from files of text, JSON or Parquet, or from a hub dataset."""
 
 from __future__ import annotations
 
+import bz2
 import functools
+import gzip
 import hashlib
 import io
+import itertools
 import json
+import lzma
 import os
+import re
 import sys
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,31 +29,83 @@ from scaled_rope.texts.hub import hub_records
 # --------------------------------------------------------------------------------------------------- reading text
 
 
-def _text_of(record: Any, feature: str, where: str) -> str:
+def has_half_a_pair(text: str) -> bool:
+    """Whether a text has a lone surrogate: half of a pair of UTF-16, no character, and nothing that tokenizers read.
+
+    JSON can express it, as "\\ud83d", and programs that cut texts within an emoji write it.
+    """
+    if text.isascii():
+        return False
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def _text_of(record: Any, feature: str, where: str, replace_surrogates: bool = False) -> str:
     text = record.get(feature) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        fields = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
-        raise ConfigError(f"feature {feature!r} is not a text field of {where}; it has: {fields}")
+        if not isinstance(record, dict):
+            found = f"a record there is a {type(record).__name__}, not an object with fields"
+        elif feature in record:
+            found = f"there it is {'null' if text is None else f'a {type(text).__name__}'}"
+        else:
+            found = f"it has: {', '.join(sorted(map(str, record)))}"
+        raise ConfigError(f"feature {feature!r} is not a text field of {where}; {found}")
+    if has_half_a_pair(text):
+        if not replace_surrogates:
+            place = _SURROGATES.search(text)
+            assert place is not None
+            raise ConfigError(
+                f"{where}: character {place.start()} of {feature!r} is U+{ord(place[0]):04X}, half of a surrogate pair,"
+                f" which no tokenizer reads; tokenization.py --replace-surrogates puts U+FFFD in its place"
+            )
+        text = _SURROGATES.sub("\ufffd", text)
     return text
 
 
-#: suffixes of files that are read, each of them but Parquet's also with `ZSTD` behind it
-_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
-ZSTD = ".zst"
+#: suffixes of files that are read, each of them but Parquet's also with a suffix of `COMPRESSED` behind it
+_TEXT, _RECORDS, _PARQUET = (".txt", ".md"), (".jsonl", ".ndjson", ".json"), ".parquet"
+READABLE = ".txt, .md, .jsonl, .ndjson, .json or .parquet"
+#: suffix of compressed files -> name of the format
+COMPRESSED = {".gz": "gzip", ".xz": "xz", ".bz2": "bzip2", ".zst": "zstd"}
+
+#: names of files that tell about the data of a folder and are none of it, without suffix, in lower case
+_ABOUT = {
+    "readme", "license", "licence", "copying", "notice", "citation", "changelog", "contributing", "code_of_conduct",
+    "security", "authors",
+}  # fmt: skip
+#: metadata that `datasets` and others write beside data
+_METADATA = {
+    "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json", "metadata.json",
+    "package.json",
+}  # fmt: skip
 
 
 def _suffix(path: Path) -> str:
-    """The suffix of a file's content, compressed or not, in lower case; "" if it is none of `_SUFFIXES`."""
-    compressed = path.suffix.lower() == ZSTD
+    """The suffix of a file's content, compressed or not, in lower case; "" if it is none that is read."""
+    compressed = path.suffix.lower() in COMPRESSED
     suffix = (Path(path.stem) if compressed else path).suffix.lower()
-    return suffix if suffix in _SUFFIXES and not (suffix == ".parquet" and compressed) else ""
+    readable = (*_TEXT, *_RECORDS) if compressed else (*_TEXT, *_RECORDS, _PARQUET)
+    return suffix if suffix in readable else ""
+
+
+def _is_about_data(path: Path) -> bool:
+    """Whether a file's name says that it tells about the data beside it: README.md, LICENSE-MIT.txt, state.json."""
+    name = path.name.lower()
+    return name in _METADATA or (_suffix(path) in _TEXT and re.split("[.-]", name)[0] in _ABOUT)
 
 
 def files_of(folder: str | Path) -> tuple[list[Path], list[Path]]:
     """The files of a folder and its sub-folders that are read, in order, and those that are not.
 
-    Hidden files and folders, whose names begin with a dot, are neither, nor is the record that a fetched folder has of
-    its archives. Links to folders are not followed.
+    What tells about data, such as README.md and dataset_infos.json, is not read unless it is named itself. Hidden files
+    and folders, whose names begin with a dot, are neither, nor is the record that a fetched folder has of its archives.
+    Links to folders are not followed.
     """
     read: list[Path] = []
     others: list[Path] = []
@@ -55,7 +113,7 @@ def files_of(folder: str | Path) -> tuple[list[Path], list[Path]]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         linked = [name for name in folders if Path(place, name).is_symlink()]
         for path in (Path(place, name) for name in [*names, *linked] if not name.startswith(".") and name != MARK):
-            (read if _suffix(path) and path.is_file() else others).append(path)
+            (read if _suffix(path) and path.is_file() and not _is_about_data(path) else others).append(path)
     return sorted(read), sorted(others)
 
 
@@ -75,23 +133,33 @@ def _tell_others(folder: str, others: tuple[Path, ...], count: int) -> None:
     )
 
 
+def _open_zstd(path: Path) -> BinaryIO:
+    return io.BufferedReader(_import_pyarrow(path).input_stream(str(path), compression="zstd"))
+
+
+_OPEN: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _open_zstd,
+}  # fmt: skip
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a file's bytes, decompressed bit by bit if its name ends in `ZSTD`.
+    """Open a file's bytes, decompressed bit by bit if its name ends in a suffix of `COMPRESSED`.
 
     Raises:
         ConfigError: pyarrow is missing, or the compressed file is truncated or something else.
     """
-    if path.suffix.lower() != ZSTD:
+    kind = path.suffix.lower()
+    if kind not in COMPRESSED:
         with path.open("rb") as file:
             yield file
         return
-    pyarrow = _import_pyarrow(path)
     try:
-        with io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd")) as file:
+        with _OPEN[kind](path) as file:
             yield file
-    except OSError as error:
-        raise ConfigError(f"dataset {path} is not a whole zstd file: {str(error).splitlines()[0]}") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"dataset {path} is not a whole {COMPRESSED[kind]} file: {why}") from None
 
 
 def _read_text(path: Path) -> str:
@@ -104,7 +172,7 @@ def _read_text(path: Path) -> str:
 
 
 def read_json_lines(source: str) -> Iterator[tuple[Any, str]]:
-    """Yield the records of a file of JSON lines, each with its place, "FILE line 3". It may be compressed (.zst).
+    """Yield the records of a file of JSON lines, each with its place, "FILE line 3". It may be compressed.
 
     Raises:
         ConfigError: a line that is not JSON.
@@ -116,22 +184,70 @@ def read_json_lines(source: str) -> Iterator[tuple[Any, str]]:
             place = f"{source} line {number}"
             try:
                 record = json.loads(line)
-            except ValueError as error:  # not JSON, or not UTF-8
+            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
                 raise ConfigError(f"dataset {place} is not JSON: {error}") from None
             yield record, place
+
+
+def read_json(source: str) -> Iterator[tuple[Any, str]]:
+    """Yield the records of a file of JSON in any layout, each with its place: "FILE line 3", "FILE line 3 entry 2".
+
+    Lines are records or lists of them. A file whose first line is no JSON by itself is read as a whole: a list of
+    records, or records one after another, over as many lines as they take.
+
+    Raises:
+        ConfigError: it is not JSON.
+    """
+    lines = read_json_lines(source)
+    try:
+        first = next(lines, None)
+    except ConfigError as error:
+        values = _read_values(source, error)
+    else:
+        values = lines if first is None else itertools.chain((first,), lines)
+    for value, place in values:
+        if isinstance(value, list):
+            yield from ((record, f"{place} entry {number}") for number, record in enumerate(value, 1))
+        else:
+            yield value, place
+
+
+def _read_values(source: str, first: ConfigError) -> Iterator[tuple[Any, str]]:
+    """Yield the values of a file of JSON that goes over lines, each with its place, "FILE line 3", where it begins.
+
+    first: the error of the first line.
+    """
+    text, decoder, place = _read_text(Path(source)), json.JSONDecoder(), 0
+    if not text.lstrip().startswith(("{", "[")):
+        raise first
+    while (place := len(text) - len(text[place:].lstrip())) < len(text):
+        line = f"{source} line {text.count(chr(10), 0, place) + 1}"
+        try:
+            value, place = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            # An error in the first two lines is more likely one of JSON lines.
+            if getattr(error, "lineno", 1) <= 2:
+                raise first from None
+            raise ConfigError(f"dataset {source} is not JSON: {error}") from None
+        yield value, line
 
 
 def _read_parquet(path: Path, feature: str) -> Iterator[str]:
     pyarrow = _import_pyarrow(path)
     from pyarrow import parquet
 
+    number = 0
     try:
         with parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
             for batch in file.iter_batches(batch_size=64, columns=[feature] if feature in columns else columns):
-                yield from (_text_of(record, feature, str(path)) for record in batch.to_pylist())
-    except pyarrow.ArrowException as error:
+                for record in batch.to_pylist():
+                    number += 1
+                    yield _text_of(record, feature, f"{path} row {number}")
+    except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"dataset {path} is not a whole Parquet file: {str(error).splitlines()[0]}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"dataset {path} after row {number} has text that is not UTF-8") from None
 
 
 def _import_pyarrow(path: Path) -> Any:
@@ -165,49 +281,79 @@ def check_there(name: str) -> None:
 
 
 def read_documents(
-    source: str, feature: str = "text", split: str = "train", as_json: bool = False, subset: str | None = None
+    source: str,
+    feature: str = "text",
+    split: str = "train",
+    as_json: bool = False,
+    subset: str | None = None,
+    replace_surrogates: bool = False,
 ) -> Iterator[str]:
-    """Yield the texts of a source: a .txt, .jsonl or .parquet file, a sorted folder of such files, or a hub dataset.
+    """Yield the texts of a source: a file of text, JSON or Parquet, a sorted folder of such files, or a hub dataset.
 
-    A folder is read with its sub-folders, see `files_of`; other files in it are named on stderr. Text and JSON lines
-    may be compressed (.jsonl.zst). Only one text and a buffer are in memory.
+    Files are told apart by their suffix, whatever its case: .txt and .md are one text each; .jsonl, .ndjson and .json
+    hold records; all of these may be compressed (.jsonl.zst, and .gz, .xz, .bz2). A folder is read with its
+    sub-folders, see `files_of`; other files in it are named on stderr. Only one text and a buffer are in memory, but a
+    file of JSON that is not one record per line is read as a whole. Texts that are empty or blank are left out, and
+    counted on stderr.
 
     Args:
         source: local path, hub name, or standin:NAME; NAME:FOLDER for one folder of a hub dataset's repository.
         feature: the field that holds the text, where records have fields.
         split: split of a hub dataset.
-        as_json: read files as JSON lines whatever their suffix.
+        as_json: read files as JSON whatever their suffix.
         subset: configuration of a hub dataset.
+        replace_surrogates: put U+FFFD in the place of a lone surrogate, instead of refusing it.
 
     Raises:
-        ConfigError: no such source, an unreadable record, a field that does not exist, or a subset of a local source.
+        ConfigError: no such source, an unreadable record, a field that does not exist or is no text, a lone surrogate,
+            or a subset of a local source.
     """
     check_subset(source, subset)
-    if source.startswith(STANDIN):
-        yield from read_documents(str(standin(source)))
-        return
+    name = str(standin(source)) if source.startswith(STANDIN) else source
+    empty = 0
+    for text in _read(name, feature, split, as_json, subset, replace_surrogates):
+        if text and not text.isspace():
+            yield text
+        else:
+            empty += 1
+    if empty:
+        print(f"note: dataset {source}: {empty} empty documents are left out", file=sys.stderr)
+
+
+def _read(
+    source: str, feature: str, split: str, as_json: bool, subset: str | None, replace_surrogates: bool
+) -> Iterator[str]:
+    """Yield the texts of a source, empty ones as well."""
     path = Path(source)
     if path.is_dir():
         files, others = files_of(path)
         if not files:
             there = f"; it has {', '.join(each.name for each in others[:_NAMED])}" if others else ""
-            raise ConfigError(f"dataset {source} is a folder without .txt, .jsonl or .parquet files{there}")
+            raise ConfigError(f"dataset {source} is a folder without {READABLE} files{there}")
+        for file in files:
+            if file.suffix.lower() in COMPRESSED and (same := file.with_suffix("")) in files:
+                raise ConfigError(
+                    f"dataset {source} holds {same.relative_to(path)} and {file.relative_to(path)}, which are one text"
+                    f" by their names; remove one"
+                )
         if others:
             _tell_others(str(path), tuple(others), len(files))
         for file in files:
-            yield from read_documents(str(file), feature, split, as_json)
+            yield from _read(str(file), feature, split, as_json, None, replace_surrogates)
     elif path.is_file():
-        if as_json or _suffix(path) in (".jsonl", ".json"):
-            for record, place in read_json_lines(str(path)):
-                yield _text_of(record, feature, place)
-        elif _suffix(path) == ".parquet":
+        if as_json or _suffix(path) in _RECORDS:
+            for record, place in read_json(str(path)):
+                yield _text_of(record, feature, place, replace_surrogates)
+        elif _suffix(path) == _PARQUET:
             yield from _read_parquet(path, feature)
         else:
+            if not _suffix(path):
+                print(f"note: dataset {path} is read as one text; its suffix is none of {READABLE}", file=sys.stderr)
             yield _read_text(path)
     else:
         check_there(source)
-        for record in hub_records(source, split, subset):
-            yield _text_of(record, feature, f"dataset {source!r}")
+        for number, record in enumerate(hub_records(source, split, subset), 1):
+            yield _text_of(record, feature, f"dataset {source!r} record {number}", replace_surrogates)
 
 
 def check_subset(name: str, subset: str | None) -> None:

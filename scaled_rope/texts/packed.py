@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +21,7 @@ import numpy.typing as npt
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.texts.documents import check_subset, is_local
 from scaled_rope.texts.hub import import_datasets, load_hub
+from scaled_rope.texts.tables import ColumnDataset, check_ids
 
 IntArray = npt.NDArray[np.int64]
 #: How documents and chunks get their BOS and EOS.
@@ -64,7 +64,10 @@ class PackedWriter:
         if row.shape != (self.sequence_length,):
             raise ConfigError(f"row of {row.size} tokens in a set with sequence length {self.sequence_length}")
         if row.min() < 0 or row.max() >= self.vocabulary:
-            raise ConfigError(f"token id {int(row.max())} does not fit the vocabulary of {self.vocabulary}")
+            bad = row[(row < 0) | (row >= self.vocabulary)][0]
+            raise ConfigError(
+                f"token id {bad} does not fit the vocabulary of {self.vocabulary}, 0 to {self.vocabulary - 1}"
+            )
         self._tokens.write(row.astype(self.dtype).tobytes())
         if self._weights is not None:
             weights = np.ones(row.shape, np.uint8) if loss_weight is None else np.asarray(loss_weight, np.uint8)
@@ -101,6 +104,9 @@ class PackedWriter:
         shutil.rmtree(self._staged, ignore_errors=True)  # gone already after a successful close
 
 
+_CHECKED_TOKENS = 2**24  # that are looked at together
+
+
 class TokenRows(Protocol):
     """The interface of training data: rows of tokens, with the weight of every token as a target."""
 
@@ -115,6 +121,10 @@ class TokenRows(Protocol):
 
     def row(self, index: int) -> tuple[IntArray, IntArray]:
         """Tokens [T] and loss weights [T] of one row."""
+        ...
+
+    def check(self, vocabulary: int) -> None:
+        """Raise a ConfigError for rows that a model with `vocabulary` embeddings cannot be trained on."""
         ...
 
 
@@ -159,39 +169,21 @@ class PackedDataset:
             return tokens, np.ones_like(tokens)
         return tokens, np.asarray(self.loss_weight[index], dtype=np.int64)
 
+    def check(self, vocabulary: int) -> None:
+        """Raise an error for token ids that are not below `vocabulary`, the number of a model's embeddings.
 
-class ColumnDataset:
-    """A `datasets` table with `input_ids`; weights come from `attention_mask` and `labels` == -100 where present."""
+        The tokens are read only where the set was made for more ids than that.
 
-    def __init__(self, table: Any, name: str) -> None:
-        if "input_ids" not in table.column_names:
-            raise ConfigError(f"dataset {name!r} has no column 'input_ids'; it has: {', '.join(table.column_names)}")
-        if not len(table):
-            raise ConfigError(f"dataset {name!r} is empty")
-        self._table = table
-        self.weighted = bool({"attention_mask", "labels"} & set(table.column_names))
-
-    @cached_property
-    def longest(self) -> int:
-        """Tokens of the longest row in the whole table, even if rows are selected. Only the rows' offsets are read."""
-        from pyarrow import compute
-
-        chunks = self._table.data.column("input_ids").chunks
-        return max(compute.max(compute.list_value_length(chunk)).as_py() or 0 for chunk in chunks)
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def row(self, index: int) -> tuple[IntArray, IntArray]:
-        record = self._table[index]
-        tokens = np.asarray(record["input_ids"], dtype=np.int64)
-        weights = np.ones_like(tokens)
-        if "attention_mask" in record:
-            weights *= np.asarray(record["attention_mask"], dtype=np.int64) != 0
-        if "labels" in record:
-            # -100 is what torch's cross-entropy ignores, and so what other programs write where nothing is learnt.
-            weights *= np.asarray(record["labels"], dtype=np.int64) != -100
-        return tokens, weights
+        Raises:
+            ConfigError: there is such an id.
+        """
+        if self.meta.get("vocabulary", vocabulary + 1) <= vocabulary:
+            return
+        for first in range(0, len(self), rows := max(1, _CHECKED_TOKENS // self.sequence_length)):
+            block = self.tokens[first : first + rows]
+            if block.max() >= vocabulary:
+                row = first + int((block.max(axis=1) >= vocabulary).argmax())
+                check_ids(self.tokens[row], vocabulary, row, str(self.path))
 
 
 def open_packed(path: str | Path) -> PackedDataset:

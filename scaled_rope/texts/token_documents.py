@@ -20,6 +20,12 @@ from scaled_rope.texts.documents import read_documents
 from scaled_rope.texts.packed import IntArray, open_rows
 
 
+def is_tokenized(name: str) -> bool:
+    """Whether a name is that of a folder with tokens: a packed set, or what `datasets` saved."""
+    files = ("meta.json", "dataset_info.json", "dataset_dict.json")
+    return any((Path(name) / file).is_file() for file in files)
+
+
 @dataclass(frozen=True)
 class TokenSource:
     """A source of documents.
@@ -51,8 +57,7 @@ class TokenSource:
         Raises:
             ConfigError: no such source, or it cannot be read.
         """
-        folder = Path(self.name)
-        if self.tokenized or any((folder / file).is_file() for file in ("meta.json", "dataset_info.json")):
+        if self.tokenized or is_tokenized(self.name):
             rows = open_rows(self.name, self.split, self.subset)
             for index in range(len(rows)):
                 yield rows.row(index)[0]

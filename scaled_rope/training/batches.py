@@ -15,6 +15,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loss import IGNORE
 from scaled_rope.recipes import Recipe
 from scaled_rope.texts.packed import IntArray, TokenRows
+from scaled_rope.texts.tables import check_ids
 
 LoadedRow = tuple[IntArray, IntArray]  # tokens [T] and their loss weights [T]
 
@@ -68,11 +69,7 @@ def step_batches(
         tokens, weight = rows.row(index)
         if recipe.truncate is not None:
             tokens, weight = tokens[: recipe.truncate], weight[: recipe.truncate]
-        if vocabulary is not None and tokens.max() >= vocabulary:
-            raise ConfigError(
-                f"row {index} of {recipe.dataset} has token id {tokens.max()}, the model's vocabulary ends at"
-                f" {vocabulary - 1}; tokenize with the model's own tokenizer"
-            )
+        check_ids(tokens, vocabulary, index, recipe.dataset)
         return tokens, weight
 
     return [[fetch(int(index)) for index in micro] for micro in mine]

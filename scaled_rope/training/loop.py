@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import yaml
 from torch import nn
 
 from scaled_rope.attention.backends import resolve_attention
+from scaled_rope.checkpoint import load_tokenizer, vocabulary_size
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loading import resolve_device
 from scaled_rope.patching.loss import resolve_loss
@@ -29,6 +30,7 @@ from scaled_rope.recipes import Recipe, is_finished
 from scaled_rope.results import Row, provenance, write_atomic
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.texts.packed import IntArray, TokenRows, open_rows
+from scaled_rope.texts.tables import check_ids
 from scaled_rope.training.batches import (
     DocumentBorders,
     LoadedRow,
@@ -37,6 +39,7 @@ from scaled_rope.training.batches import (
     padded_positions,
     places,
     step_batches,
+    step_rows,
 )
 from scaled_rope.training.costs import ModelCost, device_peak_flops
 from scaled_rope.training.engine import (
@@ -64,6 +67,7 @@ from scaled_rope.training.pose import SkipWise, skip_wise
 from scaled_rope.training.run_state import (
     check_same_run,
     check_space,
+    continuation,
     find_state,
     fingerprint,
     latest_state,
@@ -92,6 +96,13 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return peak * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
+def restore_settings(optimizer: Any, recipe: Recipe) -> None:
+    """Give an optimizer the recipe's settings again; a state that was loaded brings those that it was saved with."""
+    for group in optimizer.param_groups:
+        group["betas"] = (recipe.adam_betas[0], recipe.adam_betas[1])
+        group["weight_decay"] = recipe.weight_decay
+
+
 def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
     """AdamW over the trained parameters, with the recipe's settings."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -107,7 +118,7 @@ class Trainer:
 
     Args:
         recipe: the run's settings.
-        resume: "auto", the newest state of the run if there is one, or the folder of a state.
+        resume: "auto", the newest state of the run if there is one, or the folder of a state of the same recipe.
         wandb_project, tensorboard: where to log beside `train_log.jsonl`: a project, a folder.
     """
 
@@ -118,7 +129,8 @@ class Trainer:
         self.output = Path(recipe.output_dir)
         self._trackers = (wandb_project, tensorboard)
         check_same_run(recipe, self.output)
-        self._resume = find_state(self.output, resume)
+        self._resume = None if is_finished(recipe) else find_state(recipe, self.output, resume)
+        self._continued = continuation(recipe, self._resume)
 
     def run(self) -> list[float]:
         """Train to the end and save; return the loss of every step (nats per token).
@@ -147,6 +159,18 @@ class Trainer:
         model, report = build_model(recipe, attention)
         scaling = RopeScaling.from_config(model.config) if report is None else report.scaling
         check_sequence_parallel(recipe, model.config, scaling, model.config._attn_implementation)
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        largest = (
+            vocabulary_size(load_tokenizer(recipe.tokenizer or str(recipe.model))) - 1
+        )  # refused now, not at the end
+        if largest >= vocabulary:
+            accelerator.print(
+                f"note: tokenizer {recipe.tokenizer or recipe.model} has ids up to {largest}, the model's vocabulary"
+                f" ends at {vocabulary - 1}; the model cannot read texts with ids beyond it"
+            )
+        rows.check(vocabulary)
+        if heldout is not None:
+            heldout.check(vocabulary)
         windows = skip_wise(recipe, scaling)
         loss = resolve_loss(recipe.loss, accelerator.device, model)
         cost = ModelCost.of(model)
@@ -171,6 +195,8 @@ class Trainer:
         module, optimizer = accelerator.prepare(module, optimizer)
         place_tables(module, accelerator.device)
         facts = provenance(str(accelerator.device), recipe.seed, {"ranks": accelerator.num_processes})
+        if self._continued is not None:
+            facts["continued_from"] = self._continued
         if accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
             # under ZeRO-3 a parameter's own numel() is that of its shard
@@ -180,7 +206,8 @@ class Trainer:
             write_atomic(self.output / "provenance.json", json.dumps(facts, indent=2) + "\n")
         loop = Loop(recipe, accelerator, module, optimizer, rows, cost, heldout, stop, windows)
         start = load_state(accelerator, self._resume, self.output)
-        losses = loop.run(start, self._trackers)
+        restore_settings(optimizer, recipe)
+        losses = loop.run(start, self._trackers, self._continued)
         if loop.stopped:
             accelerator.end_training()
             return losses
@@ -199,6 +226,9 @@ class Trainer:
         # A process group that is still there when Python ends may abort the process: its threads are running.
         accelerator.end_training()
         return losses
+
+
+_NAMED = 8  # rows that an error names
 
 
 class Loop:
@@ -223,8 +253,13 @@ class Loop:
         self.windows = windows
         self.stopped = False
 
-    def run(self, start: int, trackers: tuple[str | None, str | None]) -> list[float]:
-        """Do the steps from `start` to the end, log each and save states; return all losses."""
+    def run(
+        self, start: int, trackers: tuple[str | None, str | None], continued: Mapping[str, Any] | None = None
+    ) -> list[float]:
+        """Do the steps from `start` to the end, log each and save states; return all losses.
+
+        continued: what the run was continued from, a result of `continuation`; the log's first row after it says so.
+        """
         from tqdm import tqdm
 
         recipe, main, output = self.recipe, self.accelerator.is_main_process, Path(self.recipe.output_dir)
@@ -243,6 +278,8 @@ class Loop:
                 row["tokens_seen"] = seen
                 if self.heldout is not None and ((step + 1) % recipe.heldout_steps == 0 or step + 1 == total):
                     row["heldout"] = self.heldout.perplexity(self.accelerator, self.module)
+                if continued is not None and step == continued["step"]:
+                    row["continued_from"] = continued["state"]
                 if log is not None:
                     log.add(row)
                 bar.set_postfix(_shown(row), refresh=False)
@@ -293,6 +330,13 @@ class Loop:
             batches = [[self.documents.cut_targets(*row) for row in batch] for batch in batches]
         drawn = self._draw(batches, step)
         weight, tokens, flops, length = self._sizes([row for batch in batches for row in batch])
+        if weight == 0:
+            chosen = step_rows(len(self.rows), recipe.global_batch_size, step, recipe.seed)
+            shown = ", ".join(map(str, chosen[:_NAMED])) + (", ..." if len(chosen) > _NAMED else "")
+            raise ConfigError(
+                f"step {step + 1} has nothing to learn: labels are -100 or loss masks 0 throughout rows {shown} of"
+                f" {recipe.dataset}, or these rows are cut before their targets"
+            )
         total, mean, norm = torch.zeros((), device=accelerator.device), math.nan, math.nan
         for number, batch in enumerate(batches, 1):
             if self.stop.anywhere(accelerator):
@@ -392,7 +436,12 @@ class Heldout:
         for index, tokens in enumerate(self._rows):
             if len(tokens) < longest:
                 raise ConfigError(f"heldout {recipe.heldout}, row {index}: {len(tokens)} tokens, fewer than {longest}")
-        self._lengths = recipe.heldout_lengths
+        self._lengths, self._name = recipe.heldout_lengths, str(recipe.heldout)
+
+    def check(self, vocabulary: int) -> None:
+        """Raise a ConfigError for a token id that is not below `vocabulary`, the number of the model's embeddings."""
+        for index, tokens in enumerate(self._rows):
+            check_ids(tokens, vocabulary, index, f"heldout {self._name}")
 
     def perplexity(self, accelerator: Any, module: Any) -> dict[str, float]:
         """exp of the mean loss of all targets within each length. Every rank must call this."""

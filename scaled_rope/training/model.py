@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from scaled_rope.attention.backends import attention_for
 from scaled_rope.checkpoint import load_tokenizer, open_checkpoint
 from scaled_rope.errors import ConfigError
-from scaled_rope.patching.loading import former_names, load_model, resolve_plan
+from scaled_rope.patching.loading import check_tied, former_names, load_model, resolve_plan
 from scaled_rope.patching.loss import token_nll
 from scaled_rope.patching.output_head import decoder_of
 from scaled_rope.patching.patch import PatchReport, patch_as_read, patched_plan
@@ -102,7 +102,7 @@ def build_model(recipe: Recipe, attention: str = "sdpa") -> tuple[Any, PatchRepo
     """Build the recipe's model in float32 on the CPU with its scaling installed, to run with `attention`.
 
     Raises:
-        ConfigError: an `init` that is no model, and what `load_model` and `patch_model` raise.
+        ConfigError: an `init` that is no model, and what `load_model`, `check_tied` and `patch_model` raise.
     """
     torch.manual_seed(recipe.seed)
     settings = None
@@ -120,6 +120,7 @@ def build_model(recipe: Recipe, attention: str = "sdpa") -> tuple[Any, PatchRepo
         checkpoint = open_checkpoint(str(recipe.model))
         settings = checkpoint.settings
         model = load_model(checkpoint, dtype="float32", device="cpu")
+        check_tied(checkpoint)
         model.set_attn_implementation(attention_for(model.config, attention))
     report = install_scaling(model, recipe, settings)
     if recipe.lora:
@@ -303,7 +304,10 @@ def save_model(
     model.config.dtype = dtype
     _text(model).use_cache = True
     model.save_pretrained(staged, state_dict=state)
-    load_tokenizer(recipe.tokenizer or str(recipe.model)).save_pretrained(staged)
+    tokenizer = load_tokenizer(recipe.tokenizer or str(recipe.model))
+    if (length := getattr(_text(model), "max_position_embeddings", None)) is not None:
+        tokenizer.model_max_length = length  # programs cut texts there, and the model's own may be the shorter one
+    tokenizer.save_pretrained(staged)
     records(staged)
     shutil.rmtree(output, ignore_errors=True)
     os.rename(staged, output)

@@ -9,13 +9,13 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from scaled_rope.checkpoint import weights_hash
+from scaled_rope.checkpoint import first_line, weights_hash
 from scaled_rope.errors import ConfigError
 from scaled_rope.recipes import Recipe
 from scaled_rope.results import Row, rows_so_far, write_atomic
@@ -78,6 +78,27 @@ def fingerprint(recipe: Recipe) -> dict[str, Any]:
     return fields | {name: weights_hash(path) for name, path in paths.items() if path and Path(path).is_dir()}
 
 
+#: recipe fields that a state and a run that continues from it must share: what is trained, and the optimizer's layout
+_LAYOUT_FIELDS = (
+    "model", "model_hash", "init", "scaling", "layers", "drop_layers", "rope_theta", "original_max_position_embeddings",
+    "max_position_embeddings", "lora", "lora_embeddings_and_norms", "precision",
+)  # fmt: skip
+
+#: files of a run that every state has a copy of, so that it says by itself where it comes from
+_COPIED = ("recipe.yaml", "train_log.jsonl", "provenance.json")
+
+_DEFAULTS = {name: getattr(Recipe, name) for name in Recipe.__dataclass_fields__ if hasattr(Recipe, name)}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Fields of `now`, of a fingerprint, that were different before -> both values.
+
+    A run that was begun before a field existed had what is its default now.
+    """
+    old = {name: before.get(name, _DEFAULTS.get(name)) for name in now}
+    return {name: (old[name], value) for name, value in now.items() if old[name] != value}
+
+
 def check_same_run(recipe: Recipe, output: Path) -> None:
     """Raise an error if the folder holds a run of another recipe or of other weights, which must not be continued.
 
@@ -88,15 +109,22 @@ def check_same_run(recipe: Recipe, output: Path) -> None:
         return
     if not (output / "recipe.yaml").exists():
         raise ConfigError(f"output_dir {output} holds a model that no training run wrote; choose another --output-dir")
-    before, now = yaml.safe_load((output / "recipe.yaml").read_text()), fingerprint(recipe)
-    defaults = {name: getattr(Recipe, name) for name in Recipe.__dataclass_fields__ if hasattr(Recipe, name)}
-    for name, value in now.items():
-        # A run that was begun before a field existed had what is its default now.
-        if before.get(name, defaults.get(name)) != value:
-            raise ConfigError(
-                f"output_dir {output} holds a run with {name} = {before.get(name)!r}, now {value!r};"
-                f" choose another --output-dir or remove it"
-            )
+    for name, (old, new) in differences(_recorded(output / "recipe.yaml"), fingerprint(recipe)).items():
+        raise ConfigError(
+            f"output_dir {output} holds a run with {name} = {old!r}, now {new!r};"
+            f" choose another --output-dir or remove it"
+        )
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """The recipe and fingerprint that a run wrote."""
+    try:
+        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        record = None
+    if not isinstance(record, dict):
+        raise ConfigError(f"{path} is not the record of a run: it cannot be read")
+    return record
 
 
 def latest_state(output: Path) -> Path | None:
@@ -105,17 +133,90 @@ def latest_state(output: Path) -> Path | None:
     return states[-1] if states else None
 
 
-def find_state(output: Path, resume: str) -> Path | None:
-    """The state that `resume` names: "auto" is the newest of the run, if any; otherwise a folder checkpoints/step-N.
+def find_state(recipe: Recipe, output: Path, resume: str) -> Path | None:
+    """The state that a run starts from; None for a new run.
+
+    resume: "auto" is the newest of the run's own states, or else the recipe's `continue_from`; otherwise a folder
+        checkpoints/step-N, of this run or of one of the same recipe.
 
     Raises:
-        ConfigError: no state there.
+        ConfigError: no state there, or one of another run: a field of the recipe differs.
     """
-    if resume == "auto":
-        return latest_state(output)
-    if not (Path(resume) / "state.json").is_file():
-        raise ConfigError(f"resume_from_checkpoint {resume} is no saved state; a folder checkpoints/step-N")
-    return Path(resume)
+    if resume != "auto":
+        state = Path(resume)
+        for name, (old, new) in differences(state_recipe(state, "resume"), fingerprint(recipe)).items():
+            deliberate = "" if name in _LAYOUT_FIELDS else ", or take --continue-from"
+            raise ConfigError(
+                f"resume {resume} is a state of a run with {name} = {old!r}, now {new!r}; resume with the same"
+                f" settings{deliberate}"
+            )
+        return state
+    if (own := latest_state(output)) is not None or recipe.continue_from is None:
+        return own
+    state = Path(recipe.continue_from)
+    before, now = state_recipe(state, "continue_from"), fingerprint(recipe)
+    shared = {name: now.get(name) for name in _LAYOUT_FIELDS if name in now or name in before}
+    for name, (old, new) in differences(before, shared).items():
+        raise ConfigError(
+            f"continue_from {state} is a state of a run with {name} = {old!r}, now {new!r}; model, scaling, adapters"
+            f" and precision must be the same"
+        )
+    if (done := state_facts(state, "continue_from")["step"]) >= recipe.max_train_steps:
+        raise ConfigError(
+            f"max_train_steps {recipe.max_train_steps} is not allowed with continue_from {state}; more than {done}, the"
+            f" steps that are done there"
+        )
+    return state
+
+
+def state_facts(state: Path, field: str) -> dict[str, Any]:
+    """Step, number of ranks and engine of a saved state, which was named by `field`.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        facts: dict[str, Any] = json.loads((state / "state.json").read_text(encoding="utf-8"))
+        return facts | {"step": int(facts["step"]), "ranks": int(facts["ranks"])}
+    except (OSError, ValueError, TypeError, KeyError):
+        raise ConfigError(f"{field} {state} is no saved state; a folder checkpoints/step-N") from None
+
+
+def state_recipe(state: Path, field: str) -> dict[str, Any]:
+    """The recipe and fingerprint of the run that saved a state, which was named by `field`.
+
+    Raises:
+        ConfigError: there is no such state, or no record of its run in it or in the run's folder above it.
+    """
+    state_facts(state, field)
+    found = _beside(state, "recipe.yaml")
+    if found is None:
+        raise ConfigError(f"{field} {state} does not say which run it is of: recipe.yaml is missing there")
+    return _recorded(found)
+
+
+def _beside(state: Path, name: str) -> Path | None:
+    """A file of a state's run: the copy in the state, or the run's own where an older version made no copies."""
+    places = [state / name, *([state.parent.parent / name] if state.parent.name == "checkpoints" else [])]
+    return next((path for path in places if path.is_file()), None)
+
+
+def continuation(recipe: Recipe, state: Path | None) -> dict[str, Any] | None:
+    """What a run with `continue_from` was continued from, for its records; `state` is where it starts now.
+
+    Returns:
+        None where it wasn't; "state", "step", "recipe", and "continued_from" where that run was continued itself.
+    """
+    if state is None or recipe.continue_from is None:
+        return None
+    path = _beside(state, "provenance.json")
+    before = json.loads(path.read_text(encoding="utf-8")).get("continued_from") if path is not None else None
+    if state_recipe(state, "resume").get("continue_from") == recipe.continue_from:
+        found: dict[str, Any] | None = before  # one of the continued run's own states
+        return found
+    record = {"state": str(state), "step": state_facts(state, "continue_from")["step"]}
+    record["recipe"] = state_recipe(state, "continue_from")
+    return record | ({"continued_from": before} if before else {})
 
 
 def read_log(output: Path) -> list[Row]:
@@ -156,6 +257,9 @@ def save_state(accelerator: Any, recipe: Recipe, step: int) -> Path:
     if accelerator.is_main_process:
         facts = {"step": step, "ranks": accelerator.num_processes, "engine": engine_name(accelerator)}
         write_atomic(staged / "state.json", json.dumps(facts) + "\n")
+        for name in _COPIED:
+            if (path := Path(recipe.output_dir) / name).is_file():
+                shutil.copyfile(path, staged / name)
         shutil.rmtree(final, ignore_errors=True)  # there when an older state was resumed
         os.rename(staged, final)
         for old in sorted(folder.glob("step-*"))[: -recipe.kept_checkpoints]:
@@ -164,14 +268,14 @@ def save_state(accelerator: Any, recipe: Recipe, step: int) -> Path:
 
 
 def load_state(accelerator: Any, state: Path | None, output: Path) -> int:
-    """Load a state and cut the run's log back to it; return the first step to do. Every rank must call this.
+    """Load a state and give the run the log up to it; return the first step to do. Every rank must call this.
 
     Raises:
-        ConfigError: a state that this engine, or this number of processes, cannot continue.
+        ConfigError: a state that this engine, or this number of processes, cannot continue, or that is damaged.
     """
-    step = 0
+    step, log = 0, output / "train_log.jsonl"
     if state is not None:
-        saved = json.loads((state / "state.json").read_text())
+        saved = state_facts(state, "resume")
         engine, ranks = engine_name(accelerator), accelerator.num_processes
         if saved.get("engine", engine) != engine:
             raise ConfigError(
@@ -183,11 +287,16 @@ def load_state(accelerator: Any, state: Path | None, output: Path) -> int:
                 f"state {state} was saved by {saved['ranks']} {engine} processes, now there are {ranks}: each holds a"
                 f" shard of the optimizer; resume on the same number"
             )
-        accelerator.load_state(str(state))
-        step = saved["step"]
+        try:
+            accelerator.load_state(str(state))
+        except Exception as error:  # torch, safetensors, pickle and DeepSpeed raise unrelated types
+            raise ConfigError(f"state {state} cannot be loaded: {first_line(error)}") from error
+        step, log = saved["step"], _beside(state, "train_log.jsonl") or log
         accelerator.print(f"resuming after step {step} from {state}")
+    kept = [row for row in rows_so_far(log) if row["step"] <= step]
+    if len(kept) != step:
+        raise ConfigError(f"state {state} is of step {step}, and {log} has {len(kept)} steps until then")
     if accelerator.is_main_process:
-        kept = [json.dumps(row) + "\n" for row in read_log(output) if row["step"] <= step]
-        write_atomic(output / "train_log.jsonl", "".join(kept))
+        write_atomic(output / "train_log.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
     accelerator.wait_for_everyone()
     return step

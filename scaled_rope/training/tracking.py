@@ -114,6 +114,19 @@ def pose_line(recipe: Recipe) -> list[str]:
     return [f"| positions | PoSE, {recipe.pose_chunks} chunks per sequence, {text} |"]
 
 
+def continued_line(facts: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """The line of a card on the run that another one was continued from; none where it wasn't."""
+    if (before := facts.get("continued_from")) is None:
+        return []
+    old, new = before["recipe"], recipe.to_dict()
+    ignored = {"continue_from", "output_dir", "name", "description"}
+    changed = [
+        f"{name} = {old[name]}" for name in new if name in old and name not in ignored and old[name] != new[name]
+    ]
+    settings = f" with {', '.join(changed)}" if changed else ""
+    return [f"| continued from | {before['state']}: steps 1 to {before['step']} were done{settings} |"]
+
+
 def model_card(recipe: Recipe, facts: Mapping[str, Any], log: Sequence[Row], scaling: str) -> str:
     """A model card in the hub's format: the base model, the data, the settings, and the losses."""
     base = recipe.model or "random weights"
@@ -129,6 +142,7 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any], log: Sequence[Row], sca
             f"| data | {recipe.dataset}, sequences of {recipe.truncate or recipe.sequence_length} tokens |",
             *pose_line(recipe),
             f"| steps | {last['step']} of {recipe.global_batch_size} sequences, {last['tokens_seen']} tokens in all |",
+            *continued_line(facts, recipe),
             f"| learning rate | {recipe.learning_rate:g}, {recipe.lr_schedule}, {recipe.warmup_steps} warm-up steps |",
             f"| AdamW | betas {tuple(recipe.adam_betas)}, weight decay {recipe.weight_decay:g} |",
             f"| precision | {recipe.precision} |",

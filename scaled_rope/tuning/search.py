@@ -53,6 +53,7 @@ from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.texts.corpora import CORPORA, fetch
 from scaled_rope.texts.documents import read_documents
 from scaled_rope.texts.packed import open_rows
+from scaled_rope.texts.token_documents import is_tokenized
 from scaled_rope.tuning.curves import (
     DRAWS,
     LEVEL,
@@ -98,7 +99,7 @@ def documents(args: argparse.Namespace, tokenizer: Any) -> Iterator[Tokens]:
     source = args.dataset
     if source in CORPORA and not Path(source).exists():
         source = str(fetch(source, Path("data/cache") / source) / "heldout")
-    if any((Path(source) / name).is_file() for name in ("meta.json", "dataset_info.json")):
+    if is_tokenized(source):
         rows = open_rows(source, args.split)
         for index in range(len(rows)):
             yield rows.row(index)[0]

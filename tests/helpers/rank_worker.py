@@ -49,6 +49,23 @@ def small_pieces_of_logits() -> None:
     scaled_rope.patching.loss._LOGITS_PER_CHUNK = 64 * 8
 
 
+def keep_states() -> None:
+    """Keep a copy of the last state, in the folder kept of the run, which deletes its states at the end."""
+    import shutil
+
+    from scaled_rope.training import loop
+
+    original = loop.save_state
+
+    def save(accelerator: Any, recipe: Any, step: int) -> Any:
+        final = original(accelerator, recipe, step)
+        if accelerator.is_main_process:
+            shutil.copytree(final, final.parent.parent / "kept", dirs_exist_ok=True)
+        return final
+
+    loop.save_state = save
+
+
 def without_dropout() -> None:
     """Ranks draw their own, so only without it are they comparable with one."""
     import torch

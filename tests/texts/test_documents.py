@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.texts.documents import TextSource, files_of, is_local, is_sampled, read_documents, read_json_lines
+from scaled_rope.texts.documents import (
+    TextSource,
+    files_of,
+    is_local,
+    is_sampled,
+    read_documents,
+    read_json,
+    read_json_lines,
+)
 from tests.helpers.packing import write_corpus
 
 
@@ -161,7 +174,7 @@ def test_what_a_folder_holds_beside_texts_is_named(tmp_path: Path, capsys: pytes
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     (folder / "f.JSONL").write_text('{"text": "f.JSONL"}\n')
-    for name in ("g.gz", "sub/h.md", "README", "i.md", "j.tar.zst", "k.bin"):
+    for name in ("g.gz", "sub/h.rst", "README", "README.md", "j.tar.zst", "k.bin"):
         (folder / name).write_text("no text")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/l.txt").write_text("behind a link")
@@ -173,17 +186,146 @@ def test_what_a_folder_holds_beside_texts_is_named(tmp_path: Path, capsys: pytes
     for _ in range(2):  # told once
         assert list(read_documents(str(folder))) == ["B.TXT", "a.txt", "f.JSONL", "sub/c.Txt"]
     (note,) = capsys.readouterr().err.splitlines()
-    assert note.startswith(f"note: dataset {folder}: 8 of 12 files are not read (2 no suffix, 2 .md, ")
-    assert note.endswith("): README, g.gz, gone.txt, i.md, j.tar.zst, ...")
+    assert note.startswith(f"note: dataset {folder}: 8 of 12 files are not read (2 no suffix, 1 ")
+    assert note.endswith("): README, README.md, g.gz, gone.txt, j.tar.zst, ...")
 
 
 def test_a_folder_without_texts_says_what_it_has(tmp_path: Path) -> None:
-    (tmp_path / "a.md").write_text("x")
+    (tmp_path / "a.html").write_text("x")
     (tmp_path / ".b.txt").write_text("x")
-    with pytest.raises(ConfigError, match=r"is a folder without .txt, .jsonl or .parquet files; it has a.md$"):
+    with pytest.raises(ConfigError, match=r"is a folder without .txt, .*or .parquet files; it has a.html$"):
         list(read_documents(str(tmp_path)))
 
 
 def test_compressed_files_with_upper_case_suffixes(tmp_path: Path) -> None:
     compressed(tmp_path / "a.TXT.ZST", b"text")
-    assert list(read_documents(str(tmp_path))) == ["text"]
+    (tmp_path / "b.Jsonl.GZ").write_bytes(gzip.compress(b'{"text": "more"}\n'))
+    assert list(read_documents(str(tmp_path))) == ["text", "more"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress), (".bz2", bz2.compress)]
+)
+def test_files_of_every_compression(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]) -> None:
+    """Also where pieces that were compressed one by one follow each other; a torn file is one line."""
+    lines = compress(b'{"text": "one"}\n') + compress(b'{"text": "two"}\n')
+    texts = {"a.jsonl": lines, "b.ndjson": lines, "c.json": lines, "d.txt": compress("\ufeffthree".encode())}
+    for name, content in texts.items():
+        (tmp_path / f"{name}{suffix}").write_bytes(content)
+    assert list(read_documents(str(tmp_path))) == ["one", "two"] * 3 + ["three"]
+    path = tmp_path / f"a.jsonl{suffix}"
+    noise = json.dumps({"text": np.random.default_rng(0).bytes(2000).hex()}).encode()
+    for damaged in (compress(noise)[:-9], b"not compressed", b""):
+        path.write_bytes(damaged)
+        if damaged or suffix == ".xz":
+            with pytest.raises(ConfigError, match=f"^dataset {path} is not a whole "):
+                list(read_documents(str(path)))
+
+
+def test_what_tells_about_data_is_not_read_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every one of these lies in copies of hub data sets. Named itself, such a file is read."""
+    about = ["README.md", "readme.txt", "README.zh.md", "LICENSE.txt", "LICENSE-MIT.md", "Changelog.md", "LICENSE"]
+    about += ["dataset_infos.json", "dataset_info.json", "state.json", "data/README.md"]
+    hidden = [".DS_Store", ".gitattributes", "._a.txt", ".ipynb_checkpoints/a.txt"]
+    for name in (*about, *hidden):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"default": 1}')
+    texts = {"data/a.md": "one", "readme_first.txt": "two", "licenses of dogs.txt": "three"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    assert sorted(read_documents(str(tmp_path))) == sorted(texts.values())
+    assert f"{len(about)} of {len(about) + len(texts)} files are not read" in capsys.readouterr().err
+    assert list(read_documents(str(tmp_path / "README.md"))) == ['{"default": 1}']
+
+
+def test_a_file_beside_its_own_archive_is_not_read_twice(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n'))
+    with pytest.raises(
+        ConfigError, match="holds a.jsonl and a.jsonl.gz, which are one text by their names; remove one"
+    ):
+        list(read_documents(str(tmp_path)))
+
+
+ONE, TWO = {"text": "one\n{"}, {"text": "two ]"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps([ONE, TWO]),
+        json.dumps([ONE, TWO], indent=2),
+        "\n" + json.dumps([ONE, TWO], indent=2) + "\n",
+        json.dumps(ONE, indent=4) + "\n" + json.dumps(TWO, indent=4) + "\n\n",
+        json.dumps([ONE]) + "\n" + json.dumps([TWO]) + "\n",
+        json.dumps(ONE) + "\r\n\r\n" + json.dumps(TWO),
+        json.dumps(ONE) + "\n[]\n" + json.dumps(TWO),
+        json.dumps(ONE, indent=1) + json.dumps(TWO),
+        f"[\n{json.dumps(ONE)},\n{json.dumps(TWO)}\n]",
+        "\ufeff" + json.dumps([ONE, TWO], indent=2),
+    ],
+)
+def test_json_in_every_layout(tmp_path: Path, content: str) -> None:
+    for name in ("a.json", "a.jsonl"):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert list(read_documents(str(tmp_path / name))) == ["one\n{", "two ]"]
+    assert list(read_json(str(tmp_path / "a.json")))[0][0] == ONE
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "one"}\n{"text": null}', "not a text field of {path} line 2; there it is null$"),
+        ('{"text": ["one", "two"]}', "not a text field of {path} line 1; there it is a list$"),
+        ('{"data": [{"text": "one"}]}', "not a text field of {path} line 1; it has: data$"),
+        ('["one", "two"]', "{path} line 1 entry 1; a record there is a str, not an object with fields$"),
+        ('[{"text": "one"},\n{"text": 2}]', "{path} line 1 entry 2; there it is a int$"),
+        ('[\n{"text": "one"},\n{"text": "two"}\n{"text": "three"}\n]', "{path} is not JSON: .*: line 4 column 1"),
+        ('[\n{"text": "one"},\n', "{path} is not JSON: .*line 3"),
+        ('{"text": "one"', "{path} line 1 is not JSON: "),
+        ('{"text": "one"\n{"text": "two"}', "{path} line 1 is not JSON: "),
+        ("text\nmore", "{path} line 1 is not JSON: "),
+        ("[" * 100_000, "{path} line 1 is not JSON: "),
+        ('{"text": "' + "9" * 5000 + '", "n": ' + "9" * 5000 + "}", "{path} line 1 is not JSON: "),
+        ('{"text": "ok"}\n{"text": "a\\ud83d"}',
+         "{path} line 2: character 1 of 'text' is U\\+D83D, half of a surrogate pair"),
+    ],
+)  # fmt: skip
+def test_json_that_cannot_be_read_is_one_line(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message.format(path=path)) as caught:
+        list(read_documents(str(path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_lone_surrogates_are_replaced_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a\\ud83d b\\ude00 \\ud83d\\ude00"}\n')
+    assert list(read_documents(str(path), replace_surrogates=True)) == ["a\ufffd b\ufffd \U0001f600"]
+
+
+def test_text_of_parquet_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    bad = pyarrow.array([b"one", b"\xff\xfe"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": bad}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match="a.parquet after row 0 has text that is not UTF-8"):
+        list(read_documents(str(tmp_path / "a.parquet")))
+
+
+def test_empty_documents_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["", "one", " \n\t", "", "two\n"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "b.txt").write_text("")
+    assert list(read_documents(str(tmp_path))) == ["one", "two\n"]
+    assert capsys.readouterr().err == f"note: dataset {tmp_path}: 4 empty documents are left out\n"
+
+
+def test_a_file_of_another_kind_that_is_named_is_one_text_and_said_to_be(tmp_path: Path, capsys: Any) -> None:
+    for name in ("a.csv", "a.jsonl.bak", "a"):
+        (tmp_path / name).write_text("x,y")
+        assert list(read_documents(str(tmp_path / name))) == ["x,y"]
+        assert f"note: dataset {tmp_path / name} is read as one text; its suffix" in capsys.readouterr().err
+    (tmp_path / "a.txt").write_text("x,y")
+    assert list(read_documents(str(tmp_path / "a.txt"))) == ["x,y"]
+    assert capsys.readouterr().err == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -18,20 +19,15 @@ from scaled_rope.texts.packed import open_rows
 RECORD = {"article": "a", "question": "q", "options": ["w", "x", "y", "z"], "answer": 2, "text": "one"}
 
 
-class Table(list[dict[str, Any]]):
-    """What `datasets` gives for a split, as far as `ColumnDataset` looks at it."""
-
-    column_names = ["input_ids"]
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What the hub was asked for."""
     asked: list[tuple[Any, ...]] = []
+    table = pytest.importorskip("datasets").Dataset.from_dict({"input_ids": [[5, 6]]})
 
     def load_dataset(*names: str, **options: Any) -> Any:
         asked.append((*names, options))
-        return iter([RECORD, RECORD]) if options["streaming"] else Table([{"input_ids": [5, 6]}])
+        return iter([RECORD, RECORD]) if options["streaming"] else table
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     return asked
@@ -95,3 +91,13 @@ def test_a_missing_library_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(ConfigError, match=r"hub datasets need: pip install 'scaled-rope\[train\]'"):
             read()
+
+
+def test_questions_are_read_from_json_in_any_layout(tmp_path: Any) -> None:
+    question = {"article": "a", "question": "q", "options": ["w", "x", "y", "z"], "answer": 2}
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps([question, question], indent=2))
+    assert list(read_questions(str(path), "test")) == [Question("a", "q", ("w", "x", "y", "z"), 2)] * 2
+    path.write_text(json.dumps(question) + "\n" + json.dumps(question | {"article": "a\ud83d"}))
+    with pytest.raises(ConfigError, match="questions.json line 2: .* holds half of a surrogate pair"):
+        list(read_questions(str(path), "test"))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.texts.packed import ColumnDataset, PackedWriter, open_packed, open_rows, recut
+from scaled_rope.texts.packed import PackedWriter, open_packed, open_rows, recut
+from scaled_rope.texts.tables import ColumnDataset
 from tests.helpers.packing import BOS, EOS, documents, packed
 
 
@@ -83,9 +84,19 @@ def test_sets_without_the_split_or_rows_are_refused(tmp_path):
         open_packed(tmp_path / "foreign")
 
 
-def test_tables_with_masks_and_labels_give_weights(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    table = {"input_ids": [[5, 6, 7, 8]], "attention_mask": [[1, 1, 1, 0]], "labels": [[5, -100, 7, 8]]}
-    datasets.Dataset.from_dict(table).save_to_disk(tmp_path / "table")
-    tokens, weights = open_rows(str(tmp_path / "table")).row(0)
-    assert tokens.tolist() == [5, 6, 7, 8] and weights.tolist() == [1, 0, 1, 0]
+def test_ids_beyond_a_vocabulary_are_found_before_they_are_trained_on(tmp_path):
+    """A set that was made for more ids than a model has is read; it may do without them."""
+    data, _ = packed(tmp_path, documents(4), 16, "document")
+    largest = int(data.tokens.max())
+    data.check(100)
+    data.check(largest + 1)
+    row = int((data.tokens == largest).any(axis=1).argmax())
+    with pytest.raises(ConfigError, match=f"row {row} of .* has token id {largest}, the model's vocabulary ends at"):
+        data.check(largest)
+
+
+@pytest.mark.parametrize("bad", [-100, 100, 7000])
+def test_the_id_that_does_not_fit_is_named(tmp_path, bad):
+    with PackedWriter(tmp_path / "set", 4, 100) as writer:
+        with pytest.raises(ConfigError, match=f"token id {bad} does not fit the vocabulary of 100, 0 to 99"):
+            writer.append([5, 99, bad, 6])

@@ -70,3 +70,10 @@ def test_first_tokens_have_a_blank_line_between_documents(texts: str, tmp_path: 
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ConfigError, match="empty.txt' holds no text"):
         first_tokens(str(tmp_path / "empty.txt"), letters, 5)
+
+
+def test_saved_tables_with_splits_and_padding_are_documents(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"input_ids": [[9, 5, 6], [7, 8, 9]], "attention_mask": [[0, 1, 1], [1, 1, 1]]})
+    datasets.DatasetDict({"test": table}).save_to_disk(tmp_path / "splits")
+    assert read(TokenSource(str(tmp_path / "splits"))) == [[5, 6], [7, 8, 9]]

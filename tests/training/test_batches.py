@@ -9,7 +9,8 @@ import finetune
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loss import IGNORE
-from scaled_rope.texts.packed import ColumnDataset, open_packed
+from scaled_rope.texts.packed import open_packed
+from scaled_rope.texts.tables import ColumnDataset
 from scaled_rope.training.batches import check_lengths, collate, step_batches, step_rows
 from scaled_rope.training.engine import accumulation
 from tests.helpers.runs import LENGTH

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from dataclasses import replace
 
@@ -222,3 +223,51 @@ def test_a_number_that_is_not_finite_stops_and_leaves_the_last_state_intact(
     assert not (tmp_path / "out" / "model").exists()
     assert finetune.main(arguments) == 0
     assert [row["step"] for row in log(tmp_path / "out")] == [1, 2, 3, 4]
+
+
+# ------------------------------------------------------------------------------------------------- tables of users
+
+
+def save_table(folder, **columns) -> list[str]:
+    """Save a table; returns the arguments of a run on it, of two steps and four rows each."""
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict(columns).save_to_disk(folder / "table")
+    return ["--dataset", str(folder / "table"), "--output-dir", str(folder / "out"), "--max-train-steps", "2"]
+
+
+def test_padding_on_either_side_trains_like_none(workspace, tmp_path):
+    rng = np.random.default_rng(1)
+    rows = [rng.integers(2, 60, length).tolist() for length in (40, 9, 17, 3)]
+    padding = [[0] * (LENGTH - len(row)) for row in rows]
+    ones = [[1] * len(row) for row in rows]
+    tables = {
+        "plain": {"input_ids": rows},
+        "left": {"input_ids": [p + row for p, row in zip(padding, rows, strict=True)],
+                 "attention_mask": [p + one for p, one in zip(padding, ones, strict=True)]},
+        "right": {"input_ids": [row + p for p, row in zip(padding, rows, strict=True)],
+                  "attention_mask": [one + p for p, one in zip(padding, ones, strict=True)]},
+    }  # fmt: skip
+    for name, columns in tables.items():
+        (tmp_path / name).mkdir()
+        assert finetune.main([str(workspace / "recipe.yaml"), *save_table(tmp_path / name, **columns)]) == 0
+    plain = same(log(tmp_path / "plain" / "out"))
+    assert plain[0]["tokens"] == 69
+    assert same(log(tmp_path / "left" / "out")) == same(log(tmp_path / "right" / "out")) == plain
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"input_ids": [[5, 6, 7]] * 30 + [[5, 64]]},
+         "row 30 of .* has token id 64, the model's vocabulary ends at 63; tokenize with the model's own tokenizer"),
+        ({"input_ids": [[5, 6, 7]] * 4, "labels": [[-100] * 3] * 4},
+         r"step 1 has nothing to learn: labels are -100 or loss masks 0 throughout rows [0-3](, [0-3]){3} of .*table"),
+        ({"input_ids": [[5]] * 4}, "step 1 has nothing to learn"),
+        ({"input_ids": [[5, 6], []]}, "1 of 2 rows hold no tokens, the first is row 1; remove them"),
+    ],
+)  # fmt: skip
+def test_tables_that_cannot_be_trained_on_are_one_line(workspace, tmp_path, capsys, columns, message):
+    arguments = [str(workspace / "recipe.yaml"), *save_table(tmp_path, **columns)]
+    assert run_cli(lambda: finetune.main(arguments)) == 2
+    assert re.search(f"^error: .*{message}", capsys.readouterr().err.splitlines()[-1])
+    assert not (tmp_path / "out" / "train_log.jsonl").exists() or not log(tmp_path / "out")

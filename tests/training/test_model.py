@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import finetune
 from scaled_rope import RopeScaling, patch_model
+from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.texts.packed import open_packed
 from scaled_rope.training import loop
@@ -44,7 +45,26 @@ def test_the_checkpoint_loads_without_this_package_and_gives_the_same_logits(str
     ours = model(input_ids=torch.arange(2, 42)[None]).logits
     # inv_freq may differ in the last bit (float64 rounded once against float32 arithmetic): 1e-7 rad over 40 positions
     torch.testing.assert_close(torch.load(saved), ours, rtol=1e-4, atol=1e-4)
-    assert len(AutoTokenizer.from_pretrained(straight / "model")) == 64
+    tokenizer = AutoTokenizer.from_pretrained(straight / "model")
+    assert len(tokenizer) == 64
+    assert tokenizer.model_max_length == 48, "where programs cut texts"
+
+
+def test_a_tokenizer_with_more_ids_than_embeddings_is_noted_and_one_that_is_none_refused(workspace, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(workspace / "model")
+    tokenizer.add_tokens(["t64", "t65"])
+    tokenizer.save_pretrained(tmp_path / "more")
+    arguments = [str(workspace / "recipe.yaml"), "--max-train-steps", "2", "--output-dir", str(tmp_path / "out")]
+    assert finetune.main([*arguments, "--tokenizer", str(tmp_path / "more")]) == 0
+    assert f"note: tokenizer {tmp_path / 'more'} has ids up to 65, the model's vocabulary ends at 63;" in (
+        capsys.readouterr().out
+    )
+    (tmp_path / "none").mkdir()
+    arguments[-1] = str(tmp_path / "other")
+    assert run_cli(lambda: finetune.main([*arguments, "--tokenizer", str(tmp_path / "none")])) == 2
+    assert "holds no config.json" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 def test_recipes_choose_layers():

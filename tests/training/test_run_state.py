@@ -9,15 +9,17 @@ import signal
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import yaml
 
 import finetune
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.training import loop
 from scaled_rope.training.run_state import load_state, run_lock
-from tests.helpers.runs import log, weights
+from tests.helpers.runs import log, same, weights
 
 
 @pytest.mark.parametrize(
@@ -126,3 +128,151 @@ def test_a_disk_without_room_is_refused_before_training(workspace, tmp_path, cap
     assert run_cli(lambda: finetune.main(arguments)) == 2
     assert "0.0 GB free, the run needs up to" in capsys.readouterr().err
     assert not (tmp_path / "train_log.jsonl").exists()
+
+
+# ------------------------------------------------------------------------------------------------ states with a name
+
+
+@pytest.fixture(scope="module")
+def stopped(workspace, tmp_path_factory):
+    """States after steps 3 and 6 of a run that was given up in step 7, the first copied out of it as well."""
+    output = tmp_path_factory.mktemp("stopped") / "out"
+    original = loop.Loop.optimizer_step
+
+    def give_up(self, step):
+        return None if step == 6 else original(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Loop, "optimizer_step", give_up)
+        assert finetune.main([str(workspace / "recipe.yaml"), "--output-dir", str(output)]) == 0
+    shutil.copytree(output / "checkpoints" / "step-000003", output.parent / "copy")
+    return output
+
+
+def refusal(capsys, *arguments) -> str:
+    assert run_cli(lambda: finetune.main([str(each) for each in arguments])) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--scaling", "linear:4"), "scaling = 'yarn:3', now 'linear:4'; resume with the same settings"),
+        (("--lora",), "lora = False, now True; resume with the same settings"),
+        (("--seed", "7"), "seed = 42, now 7; resume with the same settings, or take --continue-from"),
+        (("--learning-rate", "1"), "learning_rate = 0.005, now 1.0; resume"),
+        (("--max-train-steps", "9"), "max_train_steps = 8, now 9; resume"),
+        (("--model", "tied"), "model = "),
+    ],
+)
+@pytest.mark.parametrize("place", ["out/checkpoints/step-000006", "copy"])
+def test_a_state_of_another_recipe_is_refused_by_field(workspace, stopped, tmp_path, capsys, extra, message, place):
+    state = stopped.parent / place
+    extra = [str(workspace / each) if each == "tied" else each for each in extra]
+    said = refusal(capsys, workspace / "recipe.yaml", "--output-dir", tmp_path / "new", "--resume", state, *extra)
+    assert f"error: resume {state} is a state of a run with {message}" in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_state_of_the_same_recipe_continues_elsewhere_with_its_log(workspace, straight, stopped, tmp_path):
+    for place in ("out/checkpoints/step-000006", "copy"):
+        output = tmp_path / place.replace("/", "-")
+        arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(output)]
+        assert finetune.main([*arguments, "--resume", str(stopped.parent / place)]) == 0
+        assert same(log(output)) == same(log(straight))
+        assert all(torch.equal(weights(straight)[name], tensor) for name, tensor in weights(output).items())
+
+
+def test_states_that_are_none_or_damaged_or_nameless_are_one_line(workspace, stopped, tmp_path, capsys):
+    arguments = [workspace / "recipe.yaml", "--output-dir", tmp_path / "new"]
+    (tmp_path / "empty").mkdir()
+    for flag, field in (("--resume", "resume"), ("--continue-from", "continue_from")):
+        assert refusal(capsys, *arguments, flag, tmp_path / "empty").startswith(
+            f"error: {field} {tmp_path / 'empty'} is no saved state; a folder checkpoints/step-N"
+        )
+        nameless = tmp_path / f"nameless-{field}"
+        shutil.copytree(stopped.parent / "copy", nameless)
+        (nameless / "recipe.yaml").unlink()
+        assert "does not say which run it is of: recipe.yaml is missing" in refusal(capsys, *arguments, flag, nameless)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(stopped.parent / "copy", damaged)
+    (damaged / "model.safetensors").write_bytes(b"no weights")
+    assert f"error: state {damaged} cannot be loaded: " in refusal(capsys, *arguments, "--resume", damaged)
+    shutil.copyfile(stopped.parent / "copy" / "model.safetensors", damaged / "model.safetensors")
+    (damaged / "train_log.jsonl").write_text("")
+    assert "is of step 3, and" in refusal(capsys, *arguments, "--resume", damaged)
+
+
+def test_a_run_goes_on_with_other_steps_rate_and_data_and_says_so(workspace, straight, stopped, tmp_path, capsys):
+    """The second run takes over the first one's weights, moments and step; both recipes are on record."""
+    shutil.copytree(workspace / "set", tmp_path / "other")
+    tokens = np.fromfile(tmp_path / "other" / "tokens.bin", np.uint16)
+    (tmp_path / "other" / "tokens.bin").write_bytes(tokens[::-1].tobytes())
+    state = stopped / "checkpoints" / "step-000006"
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), "--continue-from", str(state),
+                 "--dataset", str(tmp_path / "other"), "--max-train-steps", "10", "--learning-rate", "1e-3",
+                 "--lr-schedule", "constant", "--checkpointing-steps", "1"]  # fmt: skip
+    moments, original = [], loop.Loop.optimizer_step
+
+    def give_up(self, step):
+        if not moments:
+            moments.append([entry["exp_avg"].abs().sum() for entry in self.optimizer.state.values()])
+        return None if step == 8 else original(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Loop, "optimizer_step", give_up)
+        assert finetune.main(arguments) == 0
+    assert len(moments[0]) > 10 and all(total > 0 for total in moments[0])
+    assert finetune.main(arguments) == 0  # from its own state
+    rows = log(tmp_path / "out")
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert same(rows)[:6] == same(log(straight))[:6]
+    assert [row["learning_rate"] for row in rows[6:]] == [1e-3] * 4
+    assert [row.get("continued_from") for row in rows] == [None] * 6 + [str(state)] + [None] * 3
+    assert rows[-1]["tokens_seen"] == sum(row["tokens"] for row in rows)
+    for name in ("provenance.json", "model/provenance.yaml"):
+        record = yaml.safe_load((tmp_path / "out" / name).read_text())["continued_from"]
+        assert (record["state"], record["step"]) == (str(state), 6)
+        assert record["recipe"]["dataset"] == str(workspace / "set") and record["recipe"]["learning_rate"] == 5e-3
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    (line,) = [line for line in card.splitlines() if line.startswith("| continued from |")]
+    assert f"{state}: steps 1 to 6 were done with dataset = {workspace / 'set'}" in line
+    assert "learning_rate = 0.005, lr_schedule = linear" in line and "scaling" not in line
+    capsys.readouterr()
+    assert finetune.main(arguments) == 0
+    assert "already trained" in capsys.readouterr().out
+    assert "continue_from = " in refusal(capsys, *arguments[:3], *arguments[5:])
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--scaling", "linear:4"), "is a state of a run with scaling = 'yarn:3', now 'linear:4'; model, scaling"),
+        (("--lora",), "is a state of a run with lora = False, now True"),
+        (("--model", "tied"), "is a state of a run with model = "),
+        (("--precision", "bf16"), "is a state of a run with precision = 'fp32', now 'bf16'"),
+        (("--rope-theta", "5e5"), "is a state of a run with rope_theta = None, now 500000.0"),
+        (("--max-train-steps", "6"), "max_train_steps 6 is not allowed with continue_from"),
+    ],
+)
+def test_what_a_continued_run_must_share_is_compared(workspace, stopped, tmp_path, capsys, extra, message):
+    state = stopped / "checkpoints" / "step-000006"
+    extra = [str(workspace / each) if each == "tied" else each for each in extra]
+    arguments = [workspace / "recipe.yaml", "--output-dir", tmp_path / "new", "--continue-from", state, *extra]
+    assert message in refusal(capsys, *arguments)
+
+
+def test_the_optimizer_has_the_settings_of_the_new_recipe(workspace, stopped, tmp_path, monkeypatch):
+    """A state holds those of the old one, and loading it brings them back."""
+    text = (workspace / "recipe.yaml").read_text() + "weight_decay: 0.25\nadam_betas: [0.8, 0.9]\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    seen, original = [], loop.Loop.optimizer_step
+
+    def look(self, step):
+        seen.extend((group["betas"], group["weight_decay"]) for group in self.optimizer.param_groups)
+        return original(self, step)
+
+    monkeypatch.setattr(loop.Loop, "optimizer_step", look)
+    arguments = [str(tmp_path / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), "--max-train-steps", "7"]
+    assert finetune.main([*arguments, "--continue-from", str(stopped / "checkpoints" / "step-000006")]) == 0
+    assert seen == [((0.8, 0.9), 0.25)]
