@@ -21,8 +21,9 @@ from tqdm import tqdm
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.texts.documents import TextSource, check_there, is_sampled, read_documents
-from scaled_rope.texts.packed import BOOKENDS, PackedWriter, open_packed, pack
-from scaled_rope.texts.tokenizing import tokenized
+from scaled_rope.texts.packed import PackedWriter, open_packed
+from scaled_rope.texts.packing import BOOKENDS, pack
+from scaled_rope.texts.tokenizing import Tokenizers, tokenized
 
 
 def _documents(sources: Sequence[TextSource], args: argparse.Namespace) -> Iterator[str]:
@@ -67,6 +68,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--push-to-hub", metavar="NAME")
     parser.add_argument("--seed", type=int, default=42, help="which documents a FRACTION keeps")
     parser.add_argument("--json", action="store_true", help="read files as JSON lines whatever their suffix")
+    parser.add_argument("--allow-special-tokens", action="store_true",
+                        help="read special tokens that texts spell as these tokens, not as plain text")  # fmt: skip
     parser.add_argument("--num-proc", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
     if args.output is None:
@@ -95,22 +98,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sources": [[s.path, s.fraction] for s in sources], "feature": args.feature,
         "split": args.split, "seed": args.seed, "bookend": args.bookend,
         "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id,
+        "special_tokens": "read" if args.allow_special_tokens else "text",
     }  # fmt: skip
     if args.output.exists():
         done = open_packed(args.output).meta
-        if {key: done.get(key) for key in recipe} == recipe and done["sequence_length"] == args.sequence_length:
-            print(f"{args.output}: already there, {done['rows']} sequences of {done['sequence_length']} tokens")
+        # A set that was made before these fields existed is still used; it is not what would be made now.
+        earlier = {} if "borders" in done else {"special_tokens": recipe["special_tokens"]}
+        if (
+            all((earlier | done).get(key) == value for key, value in recipe.items())
+            and done["sequence_length"] == args.sequence_length
+        ):
+            said = ", made by an earlier version, without a record of its documents" if earlier else ""
+            print(f"{args.output}: already there, {done['rows']} sequences of {done['sequence_length']} tokens{said}")
         else:
             raise ConfigError(f"--output {args.output} holds a set made otherwise; remove it or choose another folder")
     else:
         began = time.perf_counter()
         with (
             PackedWriter(args.output, args.sequence_length, len(tokenizer)) as writer,
+            Tokenizers(args.tokenizer, args.num_proc, args.allow_special_tokens) as tokenizers,
             tqdm(_documents(sources, args), desc="documents", unit="doc", mininterval=1.0) as texts,
         ):
-            documents = tokenized(iter(texts), args.tokenizer, args.num_proc)
+            documents = tokenized(iter(texts), tokenizers)
             counts = pack(documents, writer, tokenizer.bos_token_id, tokenizer.eos_token_id, args.bookend)
-            writer.close(recipe | vars(counts))
+            writer.close(recipe | counts.meta())
         print(f"{args.output}: {writer.rows} sequences of {args.sequence_length} tokens from {counts.documents} "
               f"documents ({counts.tokens} tokens, the last {counts.dropped_tokens} dropped),"
               f" {counts.tokens / (time.perf_counter() - began):.0f} tokens/s")  # fmt: skip

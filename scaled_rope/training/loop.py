@@ -37,6 +37,7 @@ from scaled_rope.training.batches import (
     padded_positions,
     places,
     step_batches,
+    step_indices,
 )
 from scaled_rope.training.costs import ModelCost, device_peak_flops
 from scaled_rope.training.engine import (
@@ -220,6 +221,8 @@ class Loop:
         self.rows, self.cost, self.heldout, self.stop = rows, cost, heldout, stop
         self.layout = Layout(accelerator.process_index, accelerator.num_processes, recipe.sequence_parallel)
         self.documents = None if recipe.documents == "joined" else DocumentBorders.of(rows, recipe.dataset)
+        if self.documents is not None and self.documents.note:
+            accelerator.print(self.documents.note)
         self.windows = windows
         self.stopped = False
 
@@ -289,9 +292,7 @@ class Loop:
             set_sliding_window(inner.model, windows[step % len(windows)])
         vocabulary = inner.config.get_text_config(decoder=True).vocab_size
         batches = step_batches(self.rows, recipe, step, layout.data_rank, layout.data_ranks, vocabulary)
-        if self.documents is not None:
-            batches = [[self.documents.cut_targets(*row) for row in batch] for batch in batches]
-        drawn = self._draw(batches, step)
+        positions = self._draw(batches, step) if self.documents is None else self._separate(batches, step)
         weight, tokens, flops, length = self._sizes([row for batch in batches for row in batch])
         total, mean, norm = torch.zeros((), device=accelerator.device), math.nan, math.nan
         for number, batch in enumerate(batches, 1):
@@ -299,10 +300,8 @@ class Loop:
                 return None
             with last_pass(accelerator, self.module, number == len(batches)):
                 tensors = collate(batch, length)
-                if self.documents is not None:
-                    tensors["position_ids"] = torch.from_numpy(self.documents.positions(tensors["input_ids"].numpy()))
-                elif drawn is not None:
-                    tensors["position_ids"] = torch.from_numpy(padded_positions(drawn[number - 1], length))
+                if positions is not None:
+                    tensors["position_ids"] = torch.from_numpy(padded_positions(positions[number - 1], length))
                 elif layout.sequence_parallel > 1:
                     tensors["position_ids"] = torch.arange(length).expand(len(batch), length)
                 tensors = {name: value.to(accelerator.device) for name, value in layout.shard(tensors).items()}
@@ -321,6 +320,17 @@ class Loop:
         rate = float(self.optimizer.param_groups[0]["lr"])  # what the engine used, not what it was told
         row = {"step": step + 1, "loss": mean, "learning_rate": rate, "grad_norm": norm, "tokens": round(tokens)}
         return row | {"flops": flops}
+
+    def _separate(self, batches: list[list[LoadedRow]], step: int) -> list[list[IntArray]]:
+        """Take the first tokens of documents out of the targets of `batches`; return the position ids of each row."""
+        assert self.documents is not None
+        layout, positions = self.layout, []
+        indices = step_indices(len(self.rows), self.recipe, step, layout.data_rank, layout.data_ranks)
+        for batch, numbers in zip(batches, indices.tolist(), strict=True):
+            found = [self.documents.separate(index, row) for index, row in zip(numbers, batch, strict=True)]
+            batch[:] = [row for row, _ in found]
+            positions.append([ids for _, ids in found])
+        return positions
 
     def _draw(self, batches: list[list[LoadedRow]], step: int) -> list[list[IntArray]] | None:
         """Replace the rows of `batches` by windows of them; return the position ids of each. None without windows."""
