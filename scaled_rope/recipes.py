@@ -283,7 +283,14 @@ def _check_keys(node: yaml.Node | None, path: Path) -> None:
             _check_keys(value, path)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
+    """Read a YAML file of `field: value` lines.
+
+    what: the name of its content in errors.
+
+    Raises:
+        ConfigError: it is no YAML, no such lines, or a key stands there twice.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
@@ -293,7 +300,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds no recipe; expected `field: value` lines")
+        raise ConfigError(f"{path} holds no {what}; expected `field: value` lines")
     return content
 
 
@@ -312,9 +319,9 @@ def read_recipe(name: str, overrides: Mapping[str, Any] | None = None, also: Seq
         raise unknown("recipe", name, [*available(), *also])
     if not path.is_file():
         raise ConfigError(f"recipe file {path} does not exist")
-    fields = _read_yaml(path)
+    fields = read_yaml(path)
     if base := fields.pop("base", None):
-        parent = _read_yaml(path.with_name(f"{base}.yaml")) if path.with_name(f"{base}.yaml").is_file() else None
+        parent = read_yaml(path.with_name(f"{base}.yaml")) if path.with_name(f"{base}.yaml").is_file() else None
         if parent is None or "base" in parent:
             raise ConfigError(f"{path}: base {base!r} is not allowed; a recipe beside it that has no base itself")
         fields = parent | fields

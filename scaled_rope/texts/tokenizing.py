@@ -56,12 +56,14 @@ class _Read(NamedTuple):
     tail: Places = _NOWHERE
 
 
-def _load(name: str, read_special: bool = False) -> None:
+def _load(name: str, read_special: bool = False, chat_template: str | None = None) -> None:
     global _tokenizer, _read_special
     from scaled_rope.checkpoint import load_tokenizer
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # work is parallel over processes already
     _tokenizer, _read_special = load_tokenizer(name), read_special
+    if chat_template is not None:
+        _tokenizer.chat_template = chat_template
     if _is_fast():  # transformers would do both at each call, but `_encode` calls the backend directly
         _tokenizer.backend_tokenizer.no_truncation()
         _tokenizer.backend_tokenizer.no_padding()
@@ -178,14 +180,16 @@ class Tokenizers:
         name: folder or hub name of the tokenizer.
         num_proc: number of processes.
         read_special: whether special tokens that a text spells ("</s>") are read as these tokens, not as plain text.
+        chat_template: takes the place of the tokenizer's own.
     """
 
-    def __init__(self, name: str, num_proc: int, read_special: bool = False) -> None:
-        _load(name, read_special)
+    def __init__(self, name: str, num_proc: int, read_special: bool = False, chat_template: str | None = None) -> None:
+        settings = name, read_special, chat_template
+        _load(*settings)
         self._num_proc = num_proc
         self._pool: ProcessPoolExecutor | None = None
         if num_proc > 1:
-            self._pool = ProcessPoolExecutor(num_proc, initializer=_load, initargs=(name, read_special))
+            self._pool = ProcessPoolExecutor(num_proc, initializer=_load, initargs=settings)
 
     def __enter__(self) -> Tokenizers:
         return self
