@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import finetune
 from scaled_rope import patch_model
 from scaled_rope.command_line import run_cli
+from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loss import IGNORE
 from scaled_rope.recipes import read_recipe
 from scaled_rope.texts.packed import PackedWriter, open_packed
@@ -42,6 +43,52 @@ def test_linear_and_cosine_decay():
     assert cosine[60] == pytest.approx(0.55e-3) and 1e-4 < cosine[99] < 1.02e-4
     assert all(a >= b for rates in (linear, cosine) for a, b in zip(rates[20:], rates[21:], strict=False))
     assert learning_rate(recipe(warmup_steps=0), 0) == 1e-3
+
+
+@pytest.mark.parametrize("floor", [None, 0.0, 0.25, 1.0])
+def test_schedules_end_at_their_floor(floor):
+    """Of 100 steps, 20 are warm-up; x is the part that is over of what comes after, or of the decay."""
+    after = np.arange(80) / 80
+    for name, fallback, left in (
+        ("linear", 0.0, 1 - after),
+        ("cosine", 0.1, (1 + np.cos(np.pi * after)) / 2),
+        ("wsd", 0.0, np.concatenate([np.ones(50), 1 - np.arange(30) / 30])),
+    ):
+        more = {"lr_decay_share": 0.3} if name == "wsd" else {}
+        rates = [learning_rate(recipe(lr_schedule=name, lr_floor=floor, **more), step) for step in range(100)]
+        low = fallback if floor is None else floor
+        assert rates[:20] == pytest.approx([1e-3 * (step + 1) / 20 for step in range(20)])
+        assert rates[20:] == pytest.approx(1e-3 * (low + (1 - low) * left), rel=1e-12)
+
+
+def test_wsd_falls_as_one_minus_the_root():
+    decayed = recipe(lr_schedule="wsd", lr_decay="1-sqrt", lr_decay_share=0.2, lr_floor=0.1)
+    rates = [learning_rate(decayed, step) for step in range(100)]
+    assert rates[19:81] == [1e-3] * 62
+    assert rates[80:] == pytest.approx([1e-3 * (0.1 + 0.9 * (1 - (n / 20) ** 0.5)) for n in range(20)], rel=1e-12)
+    whole = recipe(lr_schedule="wsd", warmup_steps=0, lr_decay_share=1.0)
+    assert learning_rate(whole, 50) == pytest.approx(5e-4)
+    assert learning_rate(recipe(lr_schedule="wsd", lr_decay_share=0.001), 98) == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lr_floor": 1.5}, "lr_floor = 1.5 is not allowed; a share of the peak"),
+        (
+            {"lr_floor": 0.1, "lr_schedule": "constant"},
+            "lr_floor = 0.1 is not allowed; none with lr_schedule: constant",
+        ),
+        ({"lr_decay_share": 0.5}, "lr_decay_share = 0.5 is not allowed; it is for lr_schedule: wsd"),
+        ({"lr_decay": "1-sqrt"}, "lr_decay = '1-sqrt' is not allowed; it is for lr_schedule: wsd"),
+        ({"lr_schedule": "wsd", "lr_decay_share": 0}, "lr_decay_share = 0 is not allowed"),
+        ({"lr_schedule": "wsd", "lr_decay_share": 0.9}, "lr_decay_share = 0.9 is not allowed; at most 0.8"),
+        ({"lr_schedule": "wsd", "lr_decay": "cube"}, "lr_decay = 'cube' is not allowed; one of: linear, 1-sqrt"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe(**fields)
 
 
 # ------------------------------------------------------------------------------------------------------ whole runs
