@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
@@ -318,6 +319,8 @@ def _stretches(
         return None
     if position_ids is None:
         raise ConfigError("attention 'sdpa_blocked': gets no position_ids, so it cannot tell packed documents")
+    if isinstance(position_ids, FakeTensor):
+        return None  # a plan has shapes and no values
     jumps = position_ids[:, 1:] != position_ids[:, :-1] + 1
     if torch.compiler.is_compiling():
         # Reading values would break the graph, and attending across documents would be wrong: checked on the device.

@@ -482,5 +482,6 @@ def _computes_alike(unpatched: Unpatched, scaling: RopeScaling) -> bool:
     if own.is_length_dependent or own.changes_attention:
         return False
     head_dim = unpatched.head_dims[primary_type(unpatched.types) if unpatched.types else ""]
-    (inv_freq, factor), (before, factor_before) = (compute_rope(one, head_dim) for one in (scaling, own))
-    return factor == factor_before and torch.equal(inv_freq, before)
+    with _disable_current_modes():  # a plan has shapes alone, and these are numbers
+        (inv_freq, factor), (before, factor_before) = (compute_rope(one, head_dim) for one in (scaling, own))
+        return factor == factor_before and torch.equal(inv_freq, before)

@@ -268,7 +268,8 @@ class Planner:
         if ranks > 1:
             ways += [replace(checkpointed, engine="zero2"), replace(checkpointed, engine="zero3")]
         sharded = ways[-1]
-        for size in allowed_sequence_parallel(self.heads, self.kv_heads) if ranks > 1 else ():
+        shared = ranks > 1 and self.recipe.documents == "joined"  # what check_sequence_parallel allows
+        for size in allowed_sequence_parallel(self.heads, self.kv_heads) if shared else ():
             if size > 1 and ranks % size == 0:
                 ways.append(replace(sharded, sequence_parallel=size))
         smallest = ways[-1]
