@@ -25,6 +25,7 @@ from scaled_rope.flags import ATTENTIONS
 from scaled_rope.recipes import (
     DOCUMENTS,
     LOSSES,
+    LR_DECAYS,
     LR_SCHEDULES,
     POSITIONS,
     PRECISIONS,
@@ -70,6 +71,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup-steps", type=int)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--lr-schedule", choices=LR_SCHEDULES)
+    parser.add_argument("--lr-floor", type=float, help="where the schedule ends, as a share of the peak")
+    parser.add_argument("--lr-decay-share", type=float, help="share of the steps over which wsd decays (default: 0.1)")
+    parser.add_argument("--lr-decay", choices=LR_DECAYS, help="how wsd decays (default: linear)")
     parser.add_argument("--grad-norm", type=float, help="clip the gradient's norm to this")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--precision", choices=PRECISIONS)
@@ -127,7 +131,7 @@ def overrides(args: argparse.Namespace, base: Recipe, ranks: int) -> dict[str, A
             "checkpointing_steps", "kept_checkpoints", "continue_from", "lora_embeddings_and_norms",
             "gradient_checkpointing",
             "offload_activations", "loss", "sequence_parallel", "attention", "documents", "heldout", "heldout_steps",
-            "positions", "pose_chunks", "skip_text", "mlp_tiles",
+            "positions", "pose_chunks", "skip_text", "mlp_tiles", "lr_floor", "lr_decay_share", "lr_decay",
         )
         if getattr(args, name) is not None
     }  # fmt: skip

@@ -20,19 +20,12 @@ from tqdm import tqdm
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.texts.documents import TextSource, check_there, is_sampled, read_documents
-from scaled_rope.texts.packed import BOOKENDS, PackedWriter, open_packed, pack
-from scaled_rope.texts.tokenizing import tokenized
-
-
-def _documents(sources: Sequence[TextSource], args: argparse.Namespace) -> Iterator[str]:
-    for place, source in enumerate(sources):
-        texts = read_documents(
-            source.path, args.feature, args.split, args.json, replace_surrogates=args.replace_surrogates
-        )
-        for number, text in enumerate(texts):
-            if is_sampled(args.seed, place, number, source.fraction):
-                yield text
+from scaled_rope.texts.conversations import Refusals, check_chat, template_hash, template_of
+from scaled_rope.texts.documents import TextSource, check_there
+from scaled_rope.texts.mixtures import Mixture, Reader, Source, in_order, mixed, read_mixture, record_of, table
+from scaled_rope.texts.packed import PackedWriter, open_packed
+from scaled_rope.texts.packing import BOOKENDS, PACKINGS, pack
+from scaled_rope.texts.tokenizing import Tokenizers
 
 
 def push_to_hub(output: Path, name: str) -> None:
@@ -57,14 +50,24 @@ def vocabulary_hash(tokenizer: Any) -> str:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("tokenization.py", __doc__)
-    parser.add_argument("--dataset", action="append", required=True, metavar="PATH[,FRACTION]",
+    parser.add_argument("--dataset", action="append", metavar="PATH[,FRACTION]",
                         help=".txt, .jsonl, .jsonl.gz, .parquet, a folder, or a hub name; repeat to mix")  # fmt: skip
+    parser.add_argument("--mixture", type=Path, metavar="FILE", help="YAML file with sources and their shares")
     parser.add_argument("--tokenizer", default="NousResearch/Llama-2-7b-hf")
     parser.add_argument("--sequence-length", type=int, default=8192, help="tokens per sequence")
     parser.add_argument(
         "--bookend", choices=BOOKENDS, default="document", help="what opens and closes with BOS and EOS"
     )
+    parser.add_argument("--packing", choices=PACKINGS, default="concatenate",
+                        help="best-fit cuts no document that fits into a sequence, and pads")  # fmt: skip
     parser.add_argument("--feature", default="text", help="field with the text")
+    parser.add_argument("--messages", metavar="FIELD", help="field with a conversation, for the chat template;"
+                        " only the assistant's tokens are learnt")  # fmt: skip
+    parser.add_argument("--prompt", metavar="FIELD", help="field with a prompt, which is not learnt")
+    parser.add_argument("--completion", metavar="FIELD", help="field with the prompt's completion, which is learnt")
+    parser.add_argument("--chat-template", type=Path, metavar="FILE", help="instead of the tokenizer's own")
+    parser.add_argument("--skip-refused", action="store_true",
+                        help="leave out chats that cannot be used, and count them")  # fmt: skip
     parser.add_argument("--split", default="train")
     parser.add_argument("--output", type=Path, help="folder to create")
     parser.add_argument("--push-to-hub", metavar="NAME")
@@ -72,8 +75,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="read files as JSON whatever their suffix")
     parser.add_argument("--replace-surrogates", action="store_true",
                         help="put U+FFFD in the place of lone surrogates, which are refused otherwise")  # fmt: skip
+    parser.add_argument("--allow-special-tokens", action="store_true",
+                        help="read special tokens that texts spell as these tokens, not as plain text")  # fmt: skip
     parser.add_argument("--num-proc", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
+    if (args.dataset is None) == (args.mixture is None):
+        raise ConfigError("name either --dataset or --mixture")
     if args.output is None:
         if not args.push_to_hub:
             raise ConfigError("--output is missing: name the folder to create")
@@ -87,42 +94,116 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def sources_of(args: argparse.Namespace) -> tuple[tuple[Source, ...], Mixture | None]:
+    """The sources that the flags name, and the mixture if they name one."""
+    if args.mixture is not None:
+        if given := [name for name in ("messages", "prompt", "completion") if getattr(args, name) is not None]:
+            raise ConfigError(f"--{given[0]} is not allowed with --mixture, whose sources name their fields")
+        mixture = read_mixture(args.mixture)
+        return mixture.sources, mixture
+    chat = {name: getattr(args, name) for name in ("messages", "prompt", "completion")}
+    texts = [TextSource.parse(text) for text in args.dataset]
+    return tuple(
+        Source(text.path, feature=args.feature, split=args.split, keep=text.fraction, **chat) for text in texts
+    ), None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    sources = [TextSource.parse(text) for text in args.dataset]
+    sources, mixture = sources_of(args)
+    chats = [source for source in sources if source.chat is not None]
+    if chats and args.bookend == "chunk":
+        raise ConfigError("--bookend chunk is not allowed with chats, whose templates write BOS and EOS; document")
+    if args.packing == "best-fit" and args.bookend == "chunk":
+        raise ConfigError(
+            "--bookend chunk is not allowed with --packing best-fit, which keeps documents whole; document"
+        )
     for source in sources:
-        check_there(source.path)
-    from scaled_rope.checkpoint import load_tokenizer, vocabulary_size
+        check_there(source.dataset)
+    template = None
+    if args.chat_template is not None:
+        if not args.chat_template.is_file():
+            raise ConfigError(f"--chat-template {args.chat_template} does not exist")
+        template = args.chat_template.read_text(encoding="utf-8")
+    from scaled_rope.checkpoint import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer)
     recipe = {
         "tokenizer": args.tokenizer, "tokenizer_hash": vocabulary_hash(tokenizer),
-        "sources": [[s.path, s.fraction] for s in sources], "feature": args.feature,
+        "sources": [[source.dataset, source.keep] for source in sources], "feature": args.feature,
         "split": args.split, "seed": args.seed, "bookend": args.bookend,
         "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id,
         "replace_surrogates": args.replace_surrogates or None,  # as in sets that were made before there was the flag
+        "special_tokens": "read" if args.allow_special_tokens else "text",
+        "packing": args.packing, "mixture": None if mixture is None else mixture.to_dict(), "chat": None,
     }  # fmt: skip
+    if chats:
+        check_chat(tokenizer, args.tokenizer)
+        if template is None and any(source.messages is not None for source in chats):
+            template_of(tokenizer, args.tokenizer)
+        own = template or getattr(tokenizer, "chat_template", None)
+        recipe["chat"] = {name: getattr(args, name) for name in ("messages", "prompt", "completion")}
+        recipe["chat"] |= {"template_hash": None if own is None else template_hash(str(own))}
     if args.output.exists():
         done = open_packed(args.output).meta
-        if {key: done.get(key) for key in recipe} == recipe and done["sequence_length"] == args.sequence_length:
-            print(f"{args.output}: already there, {done['rows']} sequences of {done['sequence_length']} tokens")
+        # A set that was made before these fields existed is still used; it is not what would be made now.
+        earlier = {} if "borders" in done else {"special_tokens": recipe["special_tokens"], "packing": "concatenate"}
+        wanted = recipe | {"sequence_length": args.sequence_length}
+        if all((earlier | done).get(key) == value for key, value in wanted.items()):
+            said = ", made by an earlier version, without a record of its documents" if earlier else ""
+            print(f"{args.output}: already there, {done['rows']} sequences of {done['sequence_length']} tokens{said}")
         else:
             raise ConfigError(f"--output {args.output} holds a set made otherwise; remove it or choose another folder")
     else:
-        began = time.perf_counter()
-        with (
-            PackedWriter(args.output, args.sequence_length, vocabulary_size(tokenizer)) as writer,
-            tqdm(_documents(sources, args), desc="documents", unit="doc", mininterval=1.0) as texts,
-        ):
-            documents = tokenized(iter(texts), args.tokenizer, args.num_proc)
-            counts = pack(documents, writer, tokenizer.bos_token_id, tokenizer.eos_token_id, args.bookend)
-            writer.close(recipe | vars(counts))
-        print(f"{args.output}: {writer.rows} sequences of {args.sequence_length} tokens from {counts.documents} "
-              f"documents ({counts.tokens} tokens, the last {counts.dropped_tokens} dropped),"
-              f" {counts.tokens / (time.perf_counter() - began):.0f} tokens/s")  # fmt: skip
+        make(args, sources, mixture, tokenizer, recipe, template)
     if args.push_to_hub:
         push_to_hub(args.output, args.push_to_hub)
     return 0
+
+
+def make(
+    args: argparse.Namespace,
+    sources: Sequence[Source],
+    mixture: Mixture | None,
+    tokenizer: Any,
+    recipe: dict[str, Any],
+    template: str | None,
+) -> None:
+    """Make the set and print what became of the documents; `recipe` goes into its provenance."""
+    from scaled_rope.checkpoint import vocabulary_size
+
+    began = time.perf_counter()
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    around = 0 if args.bookend == "chunk" else (bos is not None) + (eos is not None)
+    pad = next((token for token in (tokenizer.pad_token_id, eos) if token is not None), 0)
+    seed = args.seed if mixture is None else mixture.seed
+    refusals = Refusals(args.skip_refused)
+    readers = [
+        Reader(source, number, seed, around, refusals, args.json, args.replace_surrogates)
+        for number, source in enumerate(sources)
+    ]
+    weighted = args.packing == "best-fit" or any(source.chat is not None for source in sources)
+    with (
+        PackedWriter(args.output, args.sequence_length, vocabulary_size(tokenizer), weighted) as writer,
+        Tokenizers(args.tokenizer, args.num_proc, args.allow_special_tokens, template) as tokenizers,
+    ):
+        made = in_order(readers, tokenizers) if mixture is None else mixed(mixture, readers, tokenizers)
+        with tqdm(made, desc="documents", unit="doc", mininterval=1.0) as documents:
+            counts = pack(documents, writer, bos, eos, args.bookend, args.packing, pad, len(sources))
+        rows = record_of(readers, counts.sources)
+        more = {"per_source": rows} | ({"refused": refusals.count} if recipe["chat"] else {})
+        writer.close(recipe | counts.meta() | more)
+    if refusals.count:
+        print(f"note: {refusals.count} records are left out; the first: {refusals.first}", file=sys.stderr)
+    lost = f"the last {counts.dropped_tokens} dropped"
+    if args.packing == "best-fit":
+        size = writer.rows * args.sequence_length
+        lost = f"{counts.padding_tokens} of padding beside them, {counts.padding_tokens / size:.1%}"
+    print(f"{args.output}: {writer.rows} sequences of {args.sequence_length} tokens from {counts.documents}"
+          f" documents ({counts.tokens} tokens, {lost}; {counts.cut_documents} documents cut),"
+          f" {counts.tokens / (time.perf_counter() - began):.0f} tokens/s")  # fmt: skip
+    if mixture is not None:
+        print(table(rows))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.texts.packed import open_packed, open_rows, recut
+from scaled_rope.texts.packed import open_packed, open_rows
+from scaled_rope.texts.packing import recut
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -26,7 +26,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "config": ("scaling.record", "scaling.registry", "scaling.spec", "scaling.hf_config"),
     "corpora": ("texts.corpora", "texts.archives", "texts.documents", "texts.hub"),
     "costs": ("training.costs",),
-    "data": ("texts.packed", "texts.documents", "training.batches"),
+    "data": ("texts.packed", "texts.packing", "texts.documents", "training.batches"),
     "dialects": ("scaling.hf_config", "errors", "scaling.record"),
     "doctor": (
         "serving.inspect_config",

@@ -14,7 +14,7 @@ import shlex
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from scaled_rope.results import read_rows
 from scaled_rope.scaling.record import check_spec
 
 CONFIGS = bundled("configs")
-LR_SCHEDULES = ("linear", "constant", "cosine")
+LR_SCHEDULES = ("linear", "constant", "cosine", "wsd")
+LR_DECAYS = ("linear", "1-sqrt")
 PRECISIONS = ("bf16", "fp32")
 DOCUMENTS = ("joined", "separate")
 POSITIONS = ("consecutive", "pose")
@@ -57,6 +58,11 @@ class Recipe:
         truncate: cut every row to this many tokens.
         global_batch_size: sequences per optimizer step, over all ranks and accumulation.
         batch_size: sequences per rank and forward pass.
+        lr_schedule: after the warm-up: "linear" and "cosine" fall to the floor, "constant" stays; "wsd" stays until its
+            decay.
+        lr_floor: where the schedule ends, as a share of the peak; None: 0, and 0.1 for cosine.
+        lr_decay_share: the share of the steps, at the end, over which wsd decays.
+        lr_decay: how wsd decays: "linear", or as "1-sqrt" of the part of the decay that is over.
         grad_norm: largest norm of the gradient; None does not clip.
         save_dtype: dtype of the saved checkpoint; default: bfloat16 under bf16, float32 under fp32.
         lora: train low-rank adapters instead of the weights.
@@ -108,6 +114,9 @@ class Recipe:
     warmup_steps: int = 20
     learning_rate: float = 2e-5
     lr_schedule: str = "linear"
+    lr_floor: float | None = None
+    lr_decay_share: float = 0.1
+    lr_decay: str = "linear"
     adam_betas: tuple[float, ...] = (0.9, 0.95)
     weight_decay: float = 0.0
     grad_norm: float | None = None
@@ -157,7 +166,7 @@ class Recipe:
         require(self.seed >= 0, "seed", "0 or more")
         require(self.weight_decay >= 0, "weight_decay", "0 or more")
         require(len(self.adam_betas) == 2 and all(0 <= b < 1 for b in self.adam_betas), "adam_betas", "two in [0, 1)")
-        require(self.lr_schedule in LR_SCHEDULES, "lr_schedule", f"one of: {', '.join(LR_SCHEDULES)}")
+        self._check_schedule(require)
         if self.scaling is not None:
             check_spec(self.scaling)
         self._check_evaluate()
@@ -183,6 +192,27 @@ class Recipe:
         require(bool(self.heldout_lengths) == (self.heldout is not None), "heldout_lengths", "give it with `heldout`")
         require(all(length >= 2 for length in self.heldout_lengths), "heldout_lengths", "2 tokens or more")
         require(self.precision in PRECISIONS, "precision", f"one of: {', '.join(PRECISIONS)}")
+
+    def _check_schedule(self, require: Callable[[bool, str, str], None]) -> None:
+        require(self.lr_schedule in LR_SCHEDULES, "lr_schedule", f"one of: {', '.join(LR_SCHEDULES)}")
+        require(self.lr_floor is None or 0 <= self.lr_floor <= 1, "lr_floor", "a share of the peak, 0 to 1")
+        require(self.lr_schedule != "constant" or self.lr_floor is None, "lr_floor", "none with lr_schedule: constant")
+        if self.lr_schedule == "wsd":
+            require(0 < self.lr_decay_share <= 1, "lr_decay_share", "a share of the steps: above 0, up to 1")
+            require(self.lr_decay in LR_DECAYS, "lr_decay", f"one of: {', '.join(LR_DECAYS)}")
+            most = (self.max_train_steps - self.warmup_steps) / self.max_train_steps
+            require(
+                self.warmup_steps + self.decay_steps <= self.max_train_steps,
+                "lr_decay_share", f"at most {most:g}, what warmup_steps leave",
+            )  # fmt: skip
+        else:
+            require(self.lr_decay_share == 0.1, "lr_decay_share", "it is for lr_schedule: wsd")
+            require(self.lr_decay == "linear", "lr_decay", "it is for lr_schedule: wsd")
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps of the decay of `lr_schedule: wsd`; at least one."""
+        return max(1, round(self.lr_decay_share * self.max_train_steps))
 
     def _check_evaluate(self) -> None:
         for name, value in self.evaluate.items():
@@ -286,7 +316,14 @@ def _check_keys(node: yaml.Node | None, path: Path) -> None:
             _check_keys(value, path)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
+    """Read a YAML file of `field: value` lines.
+
+    what: the name of its content in errors.
+
+    Raises:
+        ConfigError: it is no YAML, no such lines, or a key stands there twice.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
@@ -296,7 +333,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds no recipe; expected `field: value` lines")
+        raise ConfigError(f"{path} holds no {what}; expected `field: value` lines")
     return content
 
 
@@ -315,9 +352,9 @@ def read_recipe(name: str, overrides: Mapping[str, Any] | None = None, also: Seq
         raise unknown("recipe", name, [*available(), *also])
     if not path.is_file():
         raise ConfigError(f"recipe file {path} does not exist")
-    fields = _read_yaml(path)
+    fields = read_yaml(path)
     if base := fields.pop("base", None):
-        parent = _read_yaml(path.with_name(f"{base}.yaml")) if path.with_name(f"{base}.yaml").is_file() else None
+        parent = read_yaml(path.with_name(f"{base}.yaml")) if path.with_name(f"{base}.yaml").is_file() else None
         if parent is None or "base" in parent:
             raise ConfigError(f"{path}: base {base!r} is not allowed; a recipe beside it that has no base itself")
         fields = parent | fields

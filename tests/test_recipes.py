@@ -21,7 +21,7 @@ from scaled_rope.training.engine import accumulation, check_sequence_parallel
 from scaled_rope.training.loop import learning_rate
 from scaled_rope.training.planning import meta_model
 from scaled_rope.training.pose import skip_wise
-from tests.helpers import reference
+from tests.helpers import ROOT, reference
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,73 @@ CURRENT = {
 OWN = {"demo", "tiny-base", "tiny-base-retrieval", "tiny-base-mixed"}
 
 
+@dataclass(frozen=True)
+class After:
+    """Another project's recipe, from its scripts: tokens of a step, learning rates and what the model computes."""
+
+    parameters: int
+    tokens_per_step: int
+    steps: int
+    warmup: int
+    rate: float
+    last: float  # of the peak, in the end
+    frequencies: list[float]
+    attention_factor: float
+    positions: int
+    shares: list[float]
+
+
+SHORT = [0.1, 0.1, 0.04, 0.04, 0.03, 0.03, 0.03, 0.03]
+AFTER = {
+    "llama-3-8b-prolong-64k": After(
+        8030, 2**22, 5000, 500, 1e-5, 0.1, reference.unscaled(128, 8e6), 1.0, 65536, [0.3, 0.3, *SHORT]
+    ),
+    "llama-3-8b-prolong-512k": After(
+        8030, 2**23, 2500, 250, 5e-6, 0.1, reference.unscaled(128, 1.28e8), 1.0, 524288,
+        [0.15, 0.15, 0.05, 0.25, *SHORT],
+    ),
+    "olmo-3-7b-64k": After(
+        7298, 2**22, 11921, 200, 0.00020712352850360292, 0.0, yarn(8, 8192, theta=5e5), 1.2079, 65536, [0.34, 0.66]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_recipes_after_other_projects_are_theirs(name, monkeypatch):
+    recipe, after = read_recipe(name), AFTER[name]
+    model = meta_model(recipe)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == after.parameters
+    rotary = model.model.rotary_emb
+    if name == "olmo-3-7b-64k":
+        sliding = rotary.by_type["sliding_attention"].scaling
+        assert (sliding.method, sliding.rope_theta) == ("default", 5e5)
+        rotary = rotary.by_type["full_attention"]
+    inv_freq, attention_factor = compute_rope(rotary.scaling, rotary.head_dim)
+    torch.testing.assert_close(
+        inv_freq.double(), torch.tensor(after.frequencies, dtype=torch.float64), rtol=6e-8, atol=0
+    )
+    assert float(attention_factor) == pytest.approx(after.attention_factor, abs=5e-5)
+    assert model.config.max_position_embeddings == after.positions
+    assert (recipe.tokens_per_step, recipe.max_train_steps, recipe.documents) == (
+        after.tokens_per_step, after.steps, "joined" if after.positions > 65536 else "separate",
+    )  # fmt: skip
+    assert (recipe.adam_betas, recipe.weight_decay, recipe.grad_norm) == ((0.9, 0.95), 0.1, 1.0)
+    rates = [learning_rate(recipe, step) for step in range(after.steps)]
+    assert max(rates) == rates[after.warmup - 1] == after.rate and rates[0] == after.rate / after.warmup
+    assert rates[-1] == pytest.approx(after.last * after.rate, abs=1e-3 * after.rate)
+    (command,) = recipe.prepare
+    args = tokenization.parse_args(words(command)[1:])
+    monkeypatch.chdir(ROOT)
+    sources, mixture = tokenization.sources_of(args)
+    assert [source.fraction for source in sources] == after.shares
+    assert mixture.tokens == pytest.approx(after.tokens_per_step * after.steps, rel=1e-5)
+    assert str(args.output) == recipe.dataset and args.sequence_length == recipe.sequence_length == 2**16 * (
+        8 if after.positions > 65536 else 1
+    )
+
+
 def test_every_recipe_is_checked_here():
-    assert set(available()) == set(PAPER) | set(CURRENT) | {f"{name}-pose" for name in CURRENT} | OWN
+    assert set(available()) == set(PAPER) | set(AFTER) | set(CURRENT) | {f"{name}-pose" for name in CURRENT} | OWN
     for name in available():
         assert read_recipe(name).description, name
 

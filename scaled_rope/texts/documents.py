@@ -69,7 +69,7 @@ def _text_of(record: Any, feature: str, where: str, replace_surrogates: bool = F
 
 
 #: suffixes of files that are read, each of them but Parquet's also with a suffix of `COMPRESSED` behind it
-_TEXT, _RECORDS, _PARQUET = (".txt", ".md"), (".jsonl", ".ndjson", ".json"), ".parquet"
+_TEXT, JSON_SUFFIXES, _PARQUET = (".txt", ".md"), (".jsonl", ".ndjson", ".json"), ".parquet"
 READABLE = ".txt, .md, .jsonl, .ndjson, .json or .parquet"
 #: suffix of compressed files -> name of the format
 COMPRESSED = {".gz": "gzip", ".xz": "xz", ".bz2": "bzip2", ".zst": "zstd"}
@@ -86,18 +86,18 @@ _METADATA = {
 }  # fmt: skip
 
 
-def _suffix(path: Path) -> str:
+def suffix_of(path: Path) -> str:
     """The suffix of a file's content, compressed or not, in lower case; "" if it is none that is read."""
     compressed = path.suffix.lower() in COMPRESSED
     suffix = (Path(path.stem) if compressed else path).suffix.lower()
-    readable = (*_TEXT, *_RECORDS) if compressed else (*_TEXT, *_RECORDS, _PARQUET)
+    readable = (*_TEXT, *JSON_SUFFIXES) if compressed else (*_TEXT, *JSON_SUFFIXES, _PARQUET)
     return suffix if suffix in readable else ""
 
 
 def _is_about_data(path: Path) -> bool:
     """Whether a file's name says that it tells about the data beside it: README.md, LICENSE-MIT.txt, state.json."""
     name = path.name.lower()
-    return name in _METADATA or (_suffix(path) in _TEXT and re.split("[.-]", name)[0] in _ABOUT)
+    return name in _METADATA or (suffix_of(path) in _TEXT and re.split("[.-]", name)[0] in _ABOUT)
 
 
 def files_of(folder: str | Path) -> tuple[list[Path], list[Path]]:
@@ -113,7 +113,7 @@ def files_of(folder: str | Path) -> tuple[list[Path], list[Path]]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         linked = [name for name in folders if Path(place, name).is_symlink()]
         for path in (Path(place, name) for name in [*names, *linked] if not name.startswith(".") and name != MARK):
-            (read if _suffix(path) and path.is_file() and not _is_about_data(path) else others).append(path)
+            (read if suffix_of(path) and path.is_file() and not _is_about_data(path) else others).append(path)
     return sorted(read), sorted(others)
 
 
@@ -265,7 +265,7 @@ def is_local(name: str) -> bool:
     suffix, and A/B is a path if there is a folder A here (or A is data or out).
     """
     path = Path(name)
-    if name.startswith((".", "/", "~", STANDIN)) or len(path.parts) > 2 or _suffix(path) or path.exists():
+    if name.startswith((".", "/", "~", STANDIN)) or len(path.parts) > 2 or suffix_of(path) or path.exists():
         return True
     return len(path.parts) == 2 and (path.parts[0] in ("data", "out") or path.parent.is_dir())
 
@@ -341,13 +341,13 @@ def _read(
         for file in files:
             yield from _read(str(file), feature, split, as_json, None, replace_surrogates)
     elif path.is_file():
-        if as_json or _suffix(path) in _RECORDS:
+        if as_json or suffix_of(path) in JSON_SUFFIXES:
             for record, place in read_json(str(path)):
                 yield _text_of(record, feature, place, replace_surrogates)
-        elif _suffix(path) == _PARQUET:
+        elif suffix_of(path) == _PARQUET:
             yield from _read_parquet(path, feature)
         else:
-            if not _suffix(path):
+            if not suffix_of(path):
                 print(f"note: dataset {path} is read as one text; its suffix is none of {READABLE}", file=sys.stderr)
             yield _read_text(path)
     else:

@@ -1,19 +1,19 @@
-"""Packed sets, fixed-length token sequences on disk: write them, read them, and cut them anew.
+"""Packed sets, fixed-length token sequences on disk: write them and read them.
 
-A packed set is a folder: `tokens.bin` ([n, sequence_length], uint16 or uint32, little endian), optionally
-`loss_weight.bin` (uint8, same shape: how much each token counts as a target), and `meta.json` with the provenance.
-It is memory-mapped on reading and needs nothing but numpy.
+A packed set is a folder: `tokens.bin` ([n, sequence_length], uint16 or uint32, little endian), `borders.bin` (int64,
+ascending: where documents begin, counted in tokens from the first row's first), optionally `loss_weight.bin` (uint8,
+shape of the tokens: how much each counts as a target), and `meta.json` with the provenance. Sets made before there was
+`borders.bin` have none. It is memory-mapped on reading and needs nothing but numpy.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +24,6 @@ from scaled_rope.texts.hub import import_datasets, load_hub
 from scaled_rope.texts.tables import ColumnDataset, check_ids
 
 IntArray = npt.NDArray[np.int64]
-#: How documents and chunks get their BOS and EOS.
-BOOKENDS = ("document", "chunk")
-
-
-# ---------------------------------------------------------------------------------------------------- packed sets
 
 
 def vocabulary_dtype(vocabulary: int) -> npt.DTypeLike:
@@ -50,6 +45,7 @@ class PackedWriter:
             raise ConfigError(f"output {output} exists; remove it or choose another folder")
         self.sequence_length, self.vocabulary = sequence_length, vocabulary
         self.dtype = np.dtype(vocabulary_dtype(vocabulary))
+        self.weighted = weighted
         self.rows = 0
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self._staged = self.output.with_name(f".{self.output.name}.{os.getpid()}.partial")
@@ -57,9 +53,20 @@ class PackedWriter:
         self._staged.mkdir()
         self._tokens = (self._staged / "tokens.bin").open("wb")
         self._weights = (self._staged / "loss_weight.bin").open("wb") if weighted else None
+        self._borders: BinaryIO | None = None
+        self._documents = 0
 
-    def append(self, tokens: npt.ArrayLike, loss_weight: npt.ArrayLike | None = None) -> None:
-        """Add one row of `sequence_length` tokens (and as many weights, for a weighted set)."""
+    def append(
+        self,
+        tokens: npt.ArrayLike,
+        loss_weight: npt.ArrayLike | None = None,
+        starts: npt.ArrayLike | None = None,
+    ) -> None:
+        """Add one row of `sequence_length` tokens (and as many weights, for a weighted set).
+
+        starts: the places in the row at which documents begin, ascending. A row that has none at 0 goes on with the
+            document of the row before. A set none of whose rows is given any keeps no record of its documents.
+        """
         row = np.asarray(tokens, dtype=np.int64)
         if row.shape != (self.sequence_length,):
             raise ConfigError(f"row of {row.size} tokens in a set with sequence length {self.sequence_length}")
@@ -72,6 +79,12 @@ class PackedWriter:
         if self._weights is not None:
             weights = np.ones(row.shape, np.uint8) if loss_weight is None else np.asarray(loss_weight, np.uint8)
             self._weights.write(weights.tobytes())
+        if starts is not None:
+            if self._borders is None:
+                self._borders = (self._staged / "borders.bin").open("wb")
+            places = np.asarray(starts, dtype=np.int64)
+            self._borders.write((places + self.rows * self.sequence_length).astype("<i8").tobytes())
+            self._documents += len(places)
         self.rows += 1
 
     def close(self, meta: dict[str, Any]) -> Path:
@@ -81,20 +94,23 @@ class PackedWriter:
             shutil.rmtree(self._staged)
             raise ConfigError(f"the data gives no full sequence of {self.sequence_length} tokens; nothing written")
         record = {
-            **meta,
+            **{name: value for name, value in meta.items() if name != "borders"},
             "sequence_length": self.sequence_length,
             "rows": self.rows,
             "vocabulary": self.vocabulary,
             "dtype": self.dtype.name,
         }
+        if self._borders is not None:
+            record["borders"] = self._documents
         (self._staged / "meta.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         os.rename(self._staged, self.output)
         return self.output
 
     def _close_files(self) -> None:
         self._tokens.close()
-        if self._weights is not None:
-            self._weights.close()
+        for file in (self._weights, self._borders):
+            if file is not None:
+                file.close()
 
     def __enter__(self) -> PackedWriter:
         return self
@@ -129,7 +145,10 @@ class TokenRows(Protocol):
 
 
 class PackedDataset:
-    """A packed set on disk; `tokens` is a memory map [n, sequence_length]."""
+    """A packed set on disk; `tokens` is a memory map [n, sequence_length].
+
+    `borders` is the record of where documents begin, a memory map [number of documents]; None: there is none.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -137,19 +156,23 @@ class PackedDataset:
             self.meta: dict[str, Any] = json.loads((self.path / "meta.json").read_text())
             shape = (int(self.meta["rows"]), int(self.meta["sequence_length"]))
             dtype = np.dtype(self.meta["dtype"])
+            documents = int(self.meta["borders"]) if "borders" in self.meta else None
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"dataset {self.path} is no packed set: meta.json without a usable {error}") from None
         self.tokens = self._map("tokens.bin", dtype, shape)
         weights = self.path / "loss_weight.bin"
         self.loss_weight = self._map(weights.name, np.dtype(np.uint8), shape) if weights.exists() else None
         self.weighted = self.loss_weight is not None
+        self.borders = None if documents is None else self._map("borders.bin", np.dtype("<i8"), (documents,))
 
-    def _map(self, name: str, dtype: np.dtype[Any], shape: tuple[int, int]) -> npt.NDArray[Any]:
+    def _map(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
         file = self.path / name
-        expected = shape[0] * shape[1] * dtype.itemsize
+        expected = math.prod(shape) * dtype.itemsize
         if not file.exists() or file.stat().st_size != expected:
             size = file.stat().st_size if file.exists() else 0
             raise ConfigError(f"dataset {self.path} is damaged: {name} has {size} bytes, expected {expected}")
+        if not expected:
+            return np.empty(shape, dtype)  # nothing to map
         return np.memmap(file, dtype=dtype, mode="r", shape=shape)
 
     @property
@@ -168,6 +191,17 @@ class PackedDataset:
         if self.loss_weight is None:
             return tokens, np.ones_like(tokens)
         return tokens, np.asarray(self.loss_weight[index], dtype=np.int64)
+
+    def document_starts(self, index: int) -> IntArray | None:
+        """The places in a row at which documents begin, ascending; None where the set keeps no record of them.
+
+        There is none at 0 where the row goes on with the document of the row before.
+        """
+        if self.borders is None:
+            return None
+        begin = index * self.sequence_length
+        low, high = np.searchsorted(self.borders, (begin, begin + self.sequence_length))
+        return np.asarray(self.borders[low:high], np.int64) - begin
 
     def check(self, vocabulary: int) -> None:
         """Raise an error for token ids that are not below `vocabulary`, the number of a model's embeddings.
@@ -225,114 +259,3 @@ def open_rows(name: str, split: str = "train", subset: str | None = None) -> Tok
             raise unknown(f"split of dataset {name!r}:", split, table)
         table = table[split]
     return ColumnDataset(table, name)
-
-
-# -------------------------------------------------------------------------------------------------------- packing
-
-
-@dataclass
-class PackCounts:
-    """Documents and tokens that were packed, and tokens that were dropped; part of a set's provenance."""
-
-    documents: int = 0
-    tokens: int = 0
-    dropped_tokens: int = 0
-
-
-def pack(
-    documents: Iterable[npt.ArrayLike],
-    writer: PackedWriter,
-    bos: int | None,
-    eos: int | None,
-    bookend: str = "document",
-) -> PackCounts:
-    """Pack tokenized documents (without special tokens) into the writer's fixed-length rows.
-
-    `bookend="document"`: BOS + document + EOS, concatenated and cut every N tokens. `bookend="chunk"`: the documents
-    are concatenated and every row is BOS + (N - 2) tokens + EOS, as the paper words it. Only the corpus's last,
-    incomplete row is dropped, and counted. A tokenizer without BOS or EOS contributes none.
-    """
-    if bookend not in BOOKENDS:
-        raise ConfigError(f"bookend {bookend!r} is not allowed; one of: {', '.join(BOOKENDS)}")
-    head, tail = _bookends(bos, eos)
-    counts, per_row = PackCounts(), bookend == "chunk"
-    before, after = np.asarray(head, np.int64), np.asarray(tail, np.int64)
-
-    def pieces() -> Iterator[tuple[IntArray, None]]:
-        for document in documents:
-            ids = np.asarray(document, dtype=np.int64)
-            if not per_row:
-                ids = np.concatenate((before, ids, after))
-            counts.documents += 1
-            counts.tokens += len(ids)
-            yield ids, None
-
-    counts.dropped_tokens = _cut(pieces(), writer, *((head, tail) if per_row else ([], [])))
-    return counts
-
-
-def _bookends(bos: int | None, eos: int | None) -> tuple[list[int], list[int]]:
-    """The tokens that open and close a document or row; empty where the tokenizer has no such token."""
-    return [] if bos is None else [bos], [] if eos is None else [eos]
-
-
-def _cut(
-    pieces: Iterable[tuple[IntArray, IntArray | None]], writer: PackedWriter, head: list[int], tail: list[int]
-) -> int:
-    """Concatenate pieces (tokens and, for a weighted writer, weights), cut, and write; return the tokens left over."""
-    body = writer.sequence_length - len(head) - len(tail)
-    held: list[tuple[IntArray, IntArray | None]] = []
-    size = 0
-    for tokens, weights in pieces:
-        held.append((tokens, weights))
-        size += len(tokens)
-        if size < body:
-            continue
-        stream = np.concatenate([part for part, _ in held])
-        weight = None if weights is None else np.concatenate([part for _, part in held if part is not None])
-        full = size // body * body
-        for start in range(0, full, body):
-            row = np.concatenate([head, stream[start : start + body], tail])
-            padded = (
-                None
-                if weight is None
-                else np.pad(weight[start : start + body], (len(head), len(tail)), constant_values=1)
-            )
-            writer.append(row, padded)
-        held, size = [(stream[full:], None if weight is None else weight[full:])], size - full
-    return size
-
-
-def recut(
-    source: TokenRows, output: str | Path, sequence_length: int, progress: Callable[[int], object], name: str = ""
-) -> Path:
-    """Re-cut tokenized rows into rows of another length; only the last, incomplete row is dropped.
-
-    A set made with `bookend="chunk"` gets its BOS and EOS at the new borders instead of the old ones. Other data is one
-    stream, whatever tokens stand at the borders of its rows.
-
-    Args:
-        progress: called with 1 for each row of the source.
-        name: the source's name in the new set's provenance.
-    """
-    meta: dict[str, Any] = dict(getattr(source, "meta", {}))
-    chunked = meta.get("bookend") == "chunk"
-    head, tail = _bookends(meta.get("bos"), meta.get("eos")) if chunked else ([], [])
-
-    def pieces() -> Iterator[tuple[IntArray, IntArray | None]]:
-        for index in range(len(source)):
-            progress(1)
-            tokens, weights = source.row(index)
-            inner = slice(len(head), len(tokens) - len(tail))
-            yield tokens[inner], weights[inner] if source.weighted else None
-
-    vocabulary = int(meta.get("vocabulary", 2**32))  # where it is not known, tokens are stored in 32 bits
-    with PackedWriter(output, sequence_length, vocabulary, source.weighted) as writer:
-        dropped = _cut(pieces(), writer, head, tail)
-        meta["recut"] = {
-            "dataset": name,
-            "rows": len(source),
-            "sequence_length": meta.get("sequence_length"),
-            "dropped_tokens": dropped,
-        }
-        return writer.close(meta)

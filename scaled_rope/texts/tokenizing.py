@@ -9,15 +9,17 @@ of the document as a whole.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Ids = npt.NDArray[np.uint32]
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 #: characters handed to a process at once: bounds memory, amortises the hand-over
 BATCH = 2**21
@@ -29,6 +31,7 @@ OVERLAP = 2**10
 AGREEMENT = 32
 
 _tokenizer: Any = None  # of this process
+_read_special = False  # whether this process reads special tokens that a text spells as these tokens
 
 
 # Named tuples, because a million short documents make a million of each, and half of them travel to another process.
@@ -53,15 +56,27 @@ class _Read(NamedTuple):
     tail: Places = _NOWHERE
 
 
-def _load(name: str) -> None:
-    global _tokenizer
+def _load(name: str, read_special: bool = False, chat_template: str | None = None) -> None:
+    global _tokenizer, _read_special
     from scaled_rope.checkpoint import load_tokenizer
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # work is parallel over processes already
-    _tokenizer = load_tokenizer(name)
+    _tokenizer, _read_special = load_tokenizer(name), read_special
+    if chat_template is not None:
+        _tokenizer.chat_template = chat_template
     if _is_fast():  # transformers would do both at each call, but `_encode` calls the backend directly
         _tokenizer.backend_tokenizer.no_truncation()
         _tokenizer.backend_tokenizer.no_padding()
+
+
+def own_tokenizer() -> Any:
+    """The tokenizer of this process, which its `Tokenizers` loaded."""
+    return _tokenizer
+
+
+def reads_special() -> bool:
+    """Whether this process reads special tokens that a text spells as these tokens, not as plain text."""
+    return _read_special
 
 
 def _is_fast() -> bool:
@@ -76,10 +91,14 @@ def _encode(parts: list[DocumentPart]) -> tuple[Ids, list[int], dict[int, tuple[
     """
     texts = [part.text for part in parts]
     if not _is_fast():
-        rows = _tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        rows = _tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False,
+            split_special_tokens=not _read_special,
+        )["input_ids"]  # fmt: skip
         return _flat(rows), [len(ids) for ids in rows], {}
     # Called directly: transformers makes a dictionary of six lists for each text, which for short ones takes as long as
     # tokenizing them.
+    _tokenizer.backend_tokenizer.encode_special_tokens = not _read_special  # each call of transformers sets it anew
     found = _tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
     rows = [encoding.ids for encoding in found]
     windows = {}
@@ -152,31 +171,56 @@ def _batches(parts: Iterable[DocumentPart]) -> Iterator[list[DocumentPart]]:
         yield batch
 
 
-def _read(batches: Iterator[list[DocumentPart]], tokenizer: str, num_proc: int) -> Iterator[tuple[DocumentPart, _Read]]:
-    """Yield every part with its ids, in order."""
+class Tokenizers:
+    """A tokenizer in several processes, which do not change results; with one the work is done in this process.
 
-    def unpacked(
-        batch: list[DocumentPart], result: tuple[Ids, list[int], dict[int, tuple[Places, Places]]]
-    ) -> Iterator[tuple[DocumentPart, _Read]]:
-        flat, lengths, windows = result
+    Use as a context manager: leaving it ends the processes. Only one can be open in a process at a time.
+
+    Args:
+        name: folder or hub name of the tokenizer.
+        num_proc: number of processes.
+        read_special: whether special tokens that a text spells ("</s>") are read as these tokens, not as plain text.
+        chat_template: takes the place of the tokenizer's own.
+    """
+
+    def __init__(self, name: str, num_proc: int, read_special: bool = False, chat_template: str | None = None) -> None:
+        settings = name, read_special, chat_template
+        _load(*settings)
+        self._num_proc = num_proc
+        self._pool: ProcessPoolExecutor | None = None
+        if num_proc > 1:
+            self._pool = ProcessPoolExecutor(num_proc, initializer=_load, initargs=settings)
+
+    def __enter__(self) -> Tokenizers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(self, function: Callable[[Given], Made], batches: Iterable[Given]) -> Iterator[tuple[Given, Made]]:
+        """Yield every batch with the result of a function for it, in order. Batches are taken as needed."""
+        if self._pool is None:
+            for batch in batches:
+                yield batch, function(batch)
+            return
+        pending: list[tuple[Given, Future[Made]]] = []
+        for batch in batches:
+            pending.append((batch, self._pool.submit(function, batch)))
+            if len(pending) == 2 * self._num_proc:  # enough to keep all processes busy, few enough to bound memory
+                oldest, future = pending.pop(0)
+                yield oldest, future.result()
+        for oldest, future in pending:
+            yield oldest, future.result()
+
+
+def _read(batches: Iterator[list[DocumentPart]], tokenizers: Tokenizers) -> Iterator[tuple[DocumentPart, _Read]]:
+    """Yield every part with its ids, in order."""
+    for batch, (flat, lengths, windows) in tokenizers.map(_encode, batches):
         end = 0
         for index, (part, length) in enumerate(zip(batch, lengths, strict=True)):
             begin, end = end, end + length
             yield part, _Read(flat[begin:end], *windows.get(index, ()))
-
-    if num_proc == 1:
-        for batch in batches:
-            yield from unpacked(batch, _encode(batch))
-        return
-    with ProcessPoolExecutor(num_proc, initializer=_load, initargs=(tokenizer,)) as pool:
-        pending: list[tuple[list[DocumentPart], Future[Any]]] = []
-        for batch in batches:
-            pending.append((batch, pool.submit(_encode, batch)))
-            if len(pending) == 2 * num_proc:  # enough to keep all processes busy, few enough to bound memory
-                oldest, future = pending.pop(0)
-                yield from unpacked(oldest, future.result())
-        for oldest, future in pending:
-            yield from unpacked(oldest, future.result())
 
 
 class _Joiner:
@@ -214,18 +258,12 @@ class _Joiner:
             self.pieces.append(left.ids[skip:])
 
 
-def tokenized(texts: Iterable[str], tokenizer: str, num_proc: int) -> Iterator[Ids]:
-    """Yield the token ids of each text, without special tokens, in order. Texts are read as needed.
-
-    Args:
-        tokenizer: folder or hub name.
-        num_proc: processes, which do not change the result; with 1 the work is done in this one.
-    """
-    _load(tokenizer)
+def tokenized(texts: Iterable[str], tokenizers: Tokenizers) -> Iterator[Ids]:
+    """Yield the token ids of each text, without special tokens around it, in order. Texts are read as needed."""
     split = _is_fast()
     parts = (part for text in texts for part in (parts_of(text) if split else [DocumentPart(text)]))
     joiner = _Joiner()
-    for part, read in _read(_batches(parts), tokenizer, num_proc):
+    for part, read in _read(_batches(parts), tokenizers):
         if part.last and not part.start:
             yield read.ids
             continue

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +12,7 @@ from einops import rearrange
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loss import IGNORE
 from scaled_rope.recipes import Recipe
-from scaled_rope.texts.packed import IntArray, TokenRows
+from scaled_rope.texts.packed import IntArray, PackedDataset, TokenRows
 from scaled_rope.texts.tables import check_ids
 
 LoadedRow = tuple[IntArray, IntArray]  # tokens [T] and their loss weights [T]
@@ -62,8 +60,6 @@ def step_batches(
     Raises:
         ConfigError: a row with a token id outside the model's `vocabulary`.
     """
-    indices = step_rows(len(rows), recipe.global_batch_size, step, recipe.seed)
-    mine = rearrange(indices, "(step rank row) -> rank step row", rank=ranks, row=recipe.batch_size)[rank]
 
     def fetch(index: int) -> LoadedRow:
         tokens, weight = rows.row(index)
@@ -72,7 +68,14 @@ def step_batches(
         check_ids(tokens, vocabulary, index, recipe.dataset)
         return tokens, weight
 
-    return [[fetch(int(index)) for index in micro] for micro in mine]
+    return [[fetch(int(index)) for index in micro] for micro in step_indices(len(rows), recipe, step, rank, ranks)]
+
+
+def step_indices(rows: int, recipe: Recipe, step: int, rank: int, ranks: int) -> IntArray:
+    """The numbers of the rows in `step_batches`, out of `rows` rows; [micro-batches, batch_size]."""
+    indices = step_rows(rows, recipe.global_batch_size, step, recipe.seed)
+    mine: IntArray = rearrange(indices, "(step rank row) -> rank step row", rank=ranks, row=recipe.batch_size)[rank]
+    return mine
 
 
 def places(recipe: Recipe, micro: int, rank: int, ranks: int) -> range:
@@ -86,49 +89,94 @@ def padded_positions(positions: Sequence[IntArray], length: int) -> IntArray:
     return np.stack([np.concatenate([row, row[-1] + 1 + np.arange(length - len(row))]) for row in positions])
 
 
-@dataclass(frozen=True)
 class DocumentBorders:
-    """Finds where documents begin in packed rows: at each BOS, or after each EOS where the tokenizer has no BOS."""
+    """Where documents begin in packed rows: by the set's own record, or by token ids where a set has none.
 
-    bos: int | None
-    eos: int | None
+    Attributes:
+        note: what to tell about a set without a record; "" if there is one.
+    """
 
-    @classmethod
-    def of(cls, rows: TokenRows, name: str) -> DocumentBorders:
-        """Make the borders for a packed set.
+    def __init__(self, rows: PackedDataset, name: str) -> None:
+        """Find out how the documents of a set are told apart.
 
         Raises:
-            ConfigError: not a packed set, one whose rows do not mark documents, or no BOS and no EOS.
+            ConfigError: a set without a record whose documents cannot be told apart by token ids.
         """
-        meta: dict[str, Any] = getattr(rows, "meta", {})
+        self._rows, self.note = rows, ""
+        if rows.borders is not None:
+            return
+        meta = rows.meta
         if meta.get("bookend") != "document":
             raise ConfigError(
                 f"documents: separate needs borders between documents, and dataset {name} does not say where they are;"
                 f" make it with tokenization.py --bookend document"
             )
-        if meta["bos"] is None and meta["eos"] is None:
-            raise ConfigError(f"documents: separate is not possible: the tokenizer of {name} has neither BOS nor EOS")
-        return cls(meta["bos"], meta["eos"])
+        self._bos, self._eos = meta["bos"], meta["eos"]
+        again = "; make it again with tokenization.py, which keeps a record"
+        if self._bos is None and self._eos is None:
+            raise ConfigError(
+                f"documents: separate is not possible: dataset {name} has no record of its documents, and its tokenizer"
+                f" neither BOS nor EOS{again}"
+            )
+        if self._bos == self._eos:
+            raise ConfigError(
+                f"documents: separate is not possible: dataset {name} has no record of its documents, and token"
+                f" {self._bos} both opens and closes them{again}"
+            )
+        if self._bos is not None and self._eos is not None:
+            for index in range(len(rows)):
+                tokens = rows.tokens[index]
+                if not np.array_equal(tokens[1:] == self._bos, tokens[:-1] == self._eos):
+                    raise ConfigError(
+                        f"documents: separate is not possible: dataset {name} has no record of its documents, and in"
+                        f" row {index} BOS and EOS ({self._bos} and {self._eos}) stand inside documents too{again}"
+                    )
+        self.note = (
+            f"note: dataset {name} was made without a record of its documents; token {self._sign} tells them apart"
+        )
 
-    def starts(self, tokens: IntArray) -> npt.NDArray[np.bool_]:
-        """Whether each token [..., T] opens a document; the first of a row does."""
-        if self.bos is not None:
-            first: npt.NDArray[np.bool_] = tokens == self.bos
+    @classmethod
+    def of(cls, rows: TokenRows, name: str) -> DocumentBorders:
+        """The borders of tokenized data.
+
+        Raises:
+            ConfigError: it is no packed set, or one whose documents cannot be told apart.
+        """
+        if not isinstance(rows, PackedDataset):
+            raise ConfigError(
+                f"documents: separate needs borders between documents, and dataset {name} does not say where they are;"
+                f" make it with tokenization.py --bookend document"
+            )
+        return cls(rows, name)
+
+    @property
+    def _sign(self) -> str:
+        return f"{self._eos} (EOS)" if self._bos is None else f"{self._bos} (BOS)"
+
+    def starts(self, index: int, tokens: IntArray) -> npt.NDArray[np.bool_]:
+        """Whether each token [t] of row number `index` opens a document; the first of a row does.
+
+        tokens: the row's, or its first ones.
+        """
+        places = self._rows.document_starts(index)
+        if places is not None:
+            first: npt.NDArray[np.bool_] = np.zeros(len(tokens), np.bool_)
+            first[places[places < len(tokens)]] = True
+        elif self._bos is not None:
+            first = tokens == self._bos
         else:
-            first = np.roll(tokens == self.eos, 1, axis=-1)
-        first[..., 0] = True
+            first = np.roll(tokens == self._eos, 1)
+        first[0] = True
         return first
 
-    def positions(self, tokens: IntArray) -> IntArray:
-        """Position of each token [..., T] in its document, from 0, or in its row if the document began before that."""
-        index = np.arange(tokens.shape[-1])
-        begin = np.maximum.accumulate(np.where(self.starts(tokens), index, 0), axis=-1)
-        positions: IntArray = index - begin
-        return positions
-
-    def cut_targets(self, tokens: IntArray, weights: IntArray) -> tuple[IntArray, IntArray]:
-        """Return tokens [T] and weights [T], with weight 0 where a document would predict the next one's start."""
-        return tokens, np.where(self.starts(tokens), 0, weights)
+    def separate(self, index: int, row: LoadedRow) -> tuple[LoadedRow, IntArray]:
+        """Return row number `index` with weight 0 where a document would predict the next one's first token, and the
+        position of each of its tokens [t] in its document, from 0, or in the row if the document began before that."""
+        tokens, weights = row
+        first = self.starts(index, tokens)
+        place = np.arange(len(tokens))
+        positions: IntArray = place - np.maximum.accumulate(np.where(first, place, 0))
+        return (tokens, np.where(first, 0, weights)), positions
 
 
 # ------------------------------------------------------------------------------------------------------- sampling

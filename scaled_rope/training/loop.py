@@ -39,6 +39,7 @@ from scaled_rope.training.batches import (
     padded_positions,
     places,
     step_batches,
+    step_indices,
     step_rows,
 )
 from scaled_rope.training.costs import ModelCost, device_peak_flops
@@ -83,17 +84,26 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     """Learning rate of optimizer step number `step`, counted from 0.
 
     Warm-up rises linearly and reaches the peak at step `warmup_steps` - 1, so that no step is wasted on a rate of 0.
-    Then `constant` stays, `linear` falls to 0 just after the last step, `cosine` falls to a tenth of the peak.
+    Then `constant` stays. `linear` and `cosine` fall to the floor, and would reach it just after the last step. `wsd`
+    (warm-up, stable, decay; arXiv 2404.06395) stays until the last `lr_decay_share` of the steps and falls in these:
+    linearly, or as 1 - sqrt(x) of the part x of them that is over (arXiv 2405.18392).
     """
     peak, warmup, total = recipe.learning_rate, recipe.warmup_steps, recipe.max_train_steps
     if step < warmup:
         return peak * (step + 1) / warmup
-    if recipe.lr_schedule == "constant":
+    begin = total - recipe.decay_steps if recipe.lr_schedule == "wsd" else warmup
+    if recipe.lr_schedule == "constant" or step < begin:
         return peak
-    progress = (step - warmup) / max(1, total - warmup)
-    if recipe.lr_schedule == "linear":
-        return peak * (1.0 - progress)
-    return peak * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * progress)))
+    progress = (step - begin) / max(1, total - begin)
+    floor = recipe.lr_floor
+    if recipe.lr_schedule == "cosine":
+        floor, left = 0.1 if floor is None else floor, 0.5 * (1.0 + math.cos(math.pi * progress))
+    elif recipe.lr_schedule == "wsd" and recipe.lr_decay == "1-sqrt":
+        left = 1.0 - math.sqrt(progress)
+    else:
+        left = 1.0 - progress
+    floor = floor or 0.0
+    return peak * (floor + (1.0 - floor) * left)
 
 
 def restore_settings(optimizer: Any, recipe: Recipe) -> None:
@@ -250,6 +260,8 @@ class Loop:
         self.rows, self.cost, self.heldout, self.stop = rows, cost, heldout, stop
         self.layout = Layout(accelerator.process_index, accelerator.num_processes, recipe.sequence_parallel)
         self.documents = None if recipe.documents == "joined" else DocumentBorders.of(rows, recipe.dataset)
+        if self.documents is not None and self.documents.note:
+            accelerator.print(self.documents.note)
         self.windows = windows
         self.stopped = False
 
@@ -326,9 +338,7 @@ class Loop:
             set_sliding_window(inner.model, windows[step % len(windows)])
         vocabulary = inner.config.get_text_config(decoder=True).vocab_size
         batches = step_batches(self.rows, recipe, step, layout.data_rank, layout.data_ranks, vocabulary)
-        if self.documents is not None:
-            batches = [[self.documents.cut_targets(*row) for row in batch] for batch in batches]
-        drawn = self._draw(batches, step)
+        positions = self._draw(batches, step) if self.documents is None else self._separate(batches, step)
         weight, tokens, flops, length = self._sizes([row for batch in batches for row in batch])
         if weight == 0:
             chosen = step_rows(len(self.rows), recipe.global_batch_size, step, recipe.seed)
@@ -343,10 +353,8 @@ class Loop:
                 return None
             with last_pass(accelerator, self.module, number == len(batches)):
                 tensors = collate(batch, length)
-                if self.documents is not None:
-                    tensors["position_ids"] = torch.from_numpy(self.documents.positions(tensors["input_ids"].numpy()))
-                elif drawn is not None:
-                    tensors["position_ids"] = torch.from_numpy(padded_positions(drawn[number - 1], length))
+                if positions is not None:
+                    tensors["position_ids"] = torch.from_numpy(padded_positions(positions[number - 1], length))
                 elif layout.sequence_parallel > 1:
                     tensors["position_ids"] = torch.arange(length).expand(len(batch), length)
                 tensors = {name: value.to(accelerator.device) for name, value in layout.shard(tensors).items()}
@@ -365,6 +373,17 @@ class Loop:
         rate = float(self.optimizer.param_groups[0]["lr"])  # what the engine used, not what it was told
         row = {"step": step + 1, "loss": mean, "learning_rate": rate, "grad_norm": norm, "tokens": round(tokens)}
         return row | {"flops": flops}
+
+    def _separate(self, batches: list[list[LoadedRow]], step: int) -> list[list[IntArray]]:
+        """Take the first tokens of documents out of the targets of `batches`; return the position ids of each row."""
+        assert self.documents is not None
+        layout, positions = self.layout, []
+        indices = step_indices(len(self.rows), self.recipe, step, layout.data_rank, layout.data_ranks)
+        for batch, numbers in zip(batches, indices.tolist(), strict=True):
+            found = [self.documents.separate(index, row) for index, row in zip(numbers, batch, strict=True)]
+            batch[:] = [row for row, _ in found]
+            positions.append([ids for _, ids in found])
+        return positions
 
     def _draw(self, batches: list[list[LoadedRow]], step: int) -> list[list[IntArray]] | None:
         """Replace the rows of `batches` by windows of them; return the position ids of each. None without windows."""

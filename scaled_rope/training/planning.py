@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scaled_rope.attention.backends import attention_for
 from scaled_rope.bundled import bundled
-from scaled_rope.checkpoint import load_config
+from scaled_rope.checkpoint import load_config, without_custom_rope
 from scaled_rope.errors import ConfigError
 from scaled_rope.flags import H100_TFLOPS, check_plan_arguments
 from scaled_rope.patching.loading import auto_class
@@ -62,7 +62,12 @@ def base_config(recipe: Recipe) -> Any:
             fields = dict(known[name])
             return AutoConfig.for_model(fields.pop("model_type"), **fields)
         if (before := starts_from(recipe)) is not None:
-            return copy.deepcopy(meta_model(before).config)
+            config = copy.deepcopy(meta_model(before).config)
+            text = config.get_text_config(decoder=True)
+            # On the meta device a change of rope_theta alone is not found to be in transformers' own words.
+            if text.rope_parameters.get("method") == "default":
+                text.rope_parameters = without_custom_rope(text.rope_parameters)
+            return config
     return load_config(name)
 
 
@@ -263,7 +268,8 @@ class Planner:
         if ranks > 1:
             ways += [replace(checkpointed, engine="zero2"), replace(checkpointed, engine="zero3")]
         sharded = ways[-1]
-        for size in allowed_sequence_parallel(self.heads, self.kv_heads) if ranks > 1 else ():
+        shared = ranks > 1 and self.recipe.documents == "joined"  # what check_sequence_parallel allows
+        for size in allowed_sequence_parallel(self.heads, self.kv_heads) if shared else ():
             if size > 1 and ranks % size == 0:
                 ways.append(replace(sharded, sequence_parallel=size))
         smallest = ways[-1]

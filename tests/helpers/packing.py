@@ -8,7 +8,8 @@ from pathlib import Path
 
 import tokenization
 from scaled_rope.command_line import run_cli
-from scaled_rope.texts.packed import PackedWriter, open_packed, pack
+from scaled_rope.texts.packed import PackedWriter, open_packed
+from scaled_rope.texts.packing import pack
 
 BOS, EOS = 0, 1
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from benchmarks import smollm2_32k_prepare
 from scaled_rope.checkpoint import encode, load_tokenizer
-from scaled_rope.texts.packed import PackedWriter, pack
+from scaled_rope.texts.packed import PackedWriter
+from scaled_rope.texts.packing import pack
 
 
 def pack_training_set(folder: Path, *more: Path) -> None:

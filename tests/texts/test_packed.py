@@ -1,60 +1,29 @@
-"""Packing and re-cutting, and sets that are damaged or foreign."""
+"""Sets on disk: damaged and foreign ones."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.texts.packed import PackedWriter, open_packed, open_rows, recut
+from scaled_rope.texts.packed import PackedWriter, open_packed, open_rows
 from scaled_rope.texts.tables import ColumnDataset
-from tests.helpers.packing import BOS, EOS, documents, packed
+from tests.helpers.packing import documents, packed
 
 
-def test_document_packing_is_the_concatenation_cut_every_n_tokens(tmp_path):
-    docs = documents(0)
-    stream = [token for doc in docs for token in [BOS, *doc, EOS]]
-    data, counts = packed(tmp_path, docs, 32, "document")
-    assert data.tokens.reshape(-1).tolist() == stream[: len(stream) // 32 * 32]
-    assert counts.documents == len(docs)
-    assert counts.tokens == len(stream)
-    assert counts.dropped_tokens == len(stream) % 32
-    assert data.tokens.dtype == np.uint16
-
-
-def test_chunk_packing_opens_and_closes_every_row(tmp_path):
-    docs = documents(1)
-    stream = [token for doc in docs for token in doc]
-    data, counts = packed(tmp_path, docs, 32, "chunk")
-    assert (data.tokens[:, 0] == BOS).all() and (data.tokens[:, -1] == EOS).all()
-    assert data.tokens[:, 1:-1].reshape(-1).tolist() == stream[: len(stream) // 30 * 30]
-    assert counts.dropped_tokens == len(stream) % 30
-
-
-@pytest.mark.parametrize("bookend", ["document", "chunk"])
-def test_recutting_equals_packing_at_the_shorter_length(tmp_path, bookend):
-    docs = documents(2)
-    long, _ = packed(tmp_path, docs, 64, bookend, "long")
-    recut(long, tmp_path / "recut", 24, lambda n: None)
-    direct, _ = packed(tmp_path, docs, 24, bookend, "direct")
-    result = open_packed(tmp_path / "recut")
-    # The long set lost its own incomplete last row, so the recut one may end earlier: by less than 64 tokens.
-    assert 0 <= len(direct) - len(result) <= -(-64 // 22)
-    np.testing.assert_array_equal(result.tokens, direct.tokens[: len(result)])
-
-
-def test_recutting_keeps_loss_weights_beside_their_tokens(tmp_path):
-    rng = np.random.default_rng(0)
-    tokens, weights = rng.integers(2, 90, (6, 32)), rng.integers(0, 9, (6, 32))
-    with PackedWriter(tmp_path / "long", 32, 100, weighted=True) as writer:
-        for row, weight in zip(tokens, weights, strict=True):
-            writer.append(row, weight)
+def test_the_record_of_documents_is_checked_against_its_file(tmp_path):
+    data, _ = packed(tmp_path, documents(0), 32, "document")
+    assert data.borders is not None and data.meta["borders"] == len(data.borders)
+    (tmp_path / "set" / "borders.bin").write_bytes(b"\0" * 4)
+    with pytest.raises(ConfigError, match="borders.bin has 4 bytes, expected"):
+        open_packed(tmp_path / "set")
+    with PackedWriter(tmp_path / "rows", 4, 10) as writer:
+        writer.append([1, 2, 3, 4])
+        writer.close({"borders": 7})
+    assert open_packed(tmp_path / "rows").document_starts(0) is None
+    with PackedWriter(tmp_path / "none", 4, 10) as writer:
+        writer.append([1, 2, 3, 4], starts=[])
         writer.close({})
-    recut(open_packed(tmp_path / "long"), tmp_path / "short", 12, lambda n: None)
-    short = open_packed(tmp_path / "short")
-    assert len(short) == 6 * 32 // 12
-    np.testing.assert_array_equal(short.tokens.reshape(-1), tokens.reshape(-1))
-    np.testing.assert_array_equal(short.loss_weight.reshape(-1), weights.reshape(-1))
+    assert open_packed(tmp_path / "none").document_starts(0).tolist() == []
 
 
 def test_damaged_and_foreign_sets_are_refused(tmp_path):

@@ -24,7 +24,7 @@ def test_texts_are_read_as_they_are_needed(tokenizer_dir, monkeypatch):
             yield "There is text number 0."
 
     taken = 0
-    for _ in tokenizing.tokenized(texts(), str(tokenizer_dir), 1):
+    for _ in tokenizing.tokenized(texts(), tokenizing.Tokenizers(str(tokenizer_dir), 1)):
         taken += 1
         assert read - taken <= 300 // size + 1
     assert taken == read == 1000
@@ -79,8 +79,9 @@ def test_a_long_document_has_the_ids_of_the_whole(kind, processes, request, monk
     ]
     assert sum(1 for _ in tokenizing.parts_of(texts[1])) > 20
     whole = load_tokenizer(str(folder))
-    for text, ids in zip(texts, tokenizing.tokenized(iter(texts), str(folder), processes), strict=True):
-        np.testing.assert_array_equal(ids, whole(text, add_special_tokens=False)["input_ids"])
+    with tokenizing.Tokenizers(str(folder), processes) as tokenizers:
+        for text, ids in zip(texts, tokenizing.tokenized(iter(texts), tokenizers), strict=True):
+            np.testing.assert_array_equal(ids, whole(text, add_special_tokens=False)["input_ids"])
 
 
 def test_windows_that_disagree_are_read_again_as_one(sentencepiece_dir, monkeypatch):
@@ -90,7 +91,26 @@ def test_windows_that_disagree_are_read_again_as_one(sentencepiece_dir, monkeypa
     monkeypatch.setattr(tokenizing, "OVERLAP", 256)
     encode, sizes = tokenizing._encode, []
     monkeypatch.setattr(tokenizing, "_encode", lambda parts: sizes.extend(len(p.text) for p in parts) or encode(parts))
-    list(tokenizing.tokenized(["There is. " * 300 + "-" * 20_000 + "There is. " * 300], str(sentencepiece_dir), 1))
+    tokenizers = tokenizing.Tokenizers(str(sentencepiece_dir), 1)
+    list(tokenizing.tokenized(["There is. " * 300 + "-" * 20_000 + "There is. " * 300], tokenizers))
     again = [size for size in sizes if size > tokenizing.WINDOW + tokenizing.OVERLAP]
     # Each doubles, so that an endless run costs a few times its length and not its square.
     assert again and sum(again) < 4 * 26_000
+
+
+@pytest.mark.parametrize("kind", ["tokenizer_dir", "sentencepiece_dir"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_special_tokens_that_a_text_spells_are_plain_text_unless_asked_for(kind, processes, request):
+    from scaled_rope.checkpoint import load_tokenizer
+
+    folder, text = request.getfixturevalue(kind), "There <s> is</s> an </s>"
+    tokenizer = load_tokenizer(str(folder))
+    found = {}
+    for read_special in (False, True):
+        with tokenizing.Tokenizers(str(folder), processes, read_special) as tokenizers:
+            found[read_special] = next(iter(tokenizing.tokenized([text], tokenizers))).tolist()
+    assert found[True] == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert [found[True].count(token) for token in (0, 1)] == [1, 2]
+    assert not {0, 1} & set(found[False])
+    if kind == "tokenizer_dir":  # the other one has no decoder
+        assert tokenizer.decode(found[False]) == text

@@ -9,9 +9,9 @@ import finetune
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loss import IGNORE
-from scaled_rope.texts.packed import open_packed
+from scaled_rope.texts.packed import PackedWriter, open_packed
 from scaled_rope.texts.tables import ColumnDataset
-from scaled_rope.training.batches import check_lengths, collate, step_batches, step_rows
+from scaled_rope.training.batches import DocumentBorders, check_lengths, collate, step_batches, step_rows
 from scaled_rope.training.engine import accumulation
 from tests.helpers.runs import LENGTH
 from tests.helpers.training_recipes import recipe
@@ -76,3 +76,37 @@ def test_separate_documents_need_their_borders(workspace, tmp_path, capsys):
     arguments = [str(workspace / "recipe.yaml"), "--documents", "separate", "--output-dir", str(tmp_path)]
     assert run_cli(lambda: finetune.main(arguments)) == 2
     assert "does not say where they are; make it with tokenization.py --bookend document" in capsys.readouterr().err
+
+
+def unrecorded(tmp_path, rows, **meta):
+    with PackedWriter(tmp_path / "old", len(rows[0]), 64) as writer:
+        for row in rows:
+            writer.append(row)
+        writer.close({"bookend": "document"} | meta)
+    return open_packed(tmp_path / "old")
+
+
+@pytest.mark.parametrize(
+    ("bos", "eos", "expected"),
+    [(0, 1, [0, 1, 2, 0, 1, 2]), (0, None, [0, 1, 2, 0, 1, 2]), (None, 1, [0, 1, 2, 0, 1, 2])],
+)
+def test_a_set_without_a_record_is_read_by_ids_and_said_so(tmp_path, bos, eos, expected):
+    borders = DocumentBorders.of(unrecorded(tmp_path, [[0, 7, 1, 0, 8, 9]], bos=bos, eos=eos), "old")
+    (tokens, weights), positions = borders.separate(0, (np.array([0, 7, 1, 0, 8, 9]), np.ones(6, np.int64)))
+    assert positions.tolist() == expected
+    assert weights.tolist() == [0, 1, 1, 0, 1, 1]
+    assert "was made without a record of its documents" in borders.note
+
+
+@pytest.mark.parametrize(
+    ("row", "ids", "message"),
+    [
+        ([0, 7, 0, 0, 8, 0], (0, 0), "token 0 both opens and closes them; make it again with tokenization.py"),
+        ([0, 7, 1, 0, 8, 0], (0, 1), r"in row 0 BOS and EOS \(0 and 1\) stand inside documents too"),
+        ([0, 7, 1, 9, 8, 5], (0, 1), "stand inside documents too"),
+        ([0, 7, 1, 9, 8, 5], (None, None), "neither BOS nor EOS"),
+    ],
+)
+def test_a_set_without_a_record_is_refused_where_ids_do_not_say(tmp_path, row, ids, message):
+    with pytest.raises(ConfigError, match=message):
+        DocumentBorders.of(unrecorded(tmp_path, [row], bos=ids[0], eos=ids[1]), "old")

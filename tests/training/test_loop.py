@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 import finetune
 from scaled_rope import patch_model
 from scaled_rope.command_line import run_cli
+from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loss import IGNORE
 from scaled_rope.recipes import read_recipe
-from scaled_rope.texts.packed import PackedWriter, open_packed, pack
+from scaled_rope.texts.packed import PackedWriter, open_packed
+from scaled_rope.texts.packing import pack
 from scaled_rope.training import batches, loop, model
-from scaled_rope.training.batches import collate, step_batches
+from scaled_rope.training.batches import collate, step_batches, step_rows
 from scaled_rope.training.loop import learning_rate
 from scaled_rope.training.model import set_sliding_window
 from tests.helpers.runs import LENGTH, log, same, weights
@@ -42,6 +44,52 @@ def test_linear_and_cosine_decay():
     assert cosine[60] == pytest.approx(0.55e-3) and 1e-4 < cosine[99] < 1.02e-4
     assert all(a >= b for rates in (linear, cosine) for a, b in zip(rates[20:], rates[21:], strict=False))
     assert learning_rate(recipe(warmup_steps=0), 0) == 1e-3
+
+
+@pytest.mark.parametrize("floor", [None, 0.0, 0.25, 1.0])
+def test_schedules_end_at_their_floor(floor):
+    """Of 100 steps, 20 are warm-up; x is the part that is over of what comes after, or of the decay."""
+    after = np.arange(80) / 80
+    for name, fallback, left in (
+        ("linear", 0.0, 1 - after),
+        ("cosine", 0.1, (1 + np.cos(np.pi * after)) / 2),
+        ("wsd", 0.0, np.concatenate([np.ones(50), 1 - np.arange(30) / 30])),
+    ):
+        more = {"lr_decay_share": 0.3} if name == "wsd" else {}
+        rates = [learning_rate(recipe(lr_schedule=name, lr_floor=floor, **more), step) for step in range(100)]
+        low = fallback if floor is None else floor
+        assert rates[:20] == pytest.approx([1e-3 * (step + 1) / 20 for step in range(20)])
+        assert rates[20:] == pytest.approx(1e-3 * (low + (1 - low) * left), rel=1e-12)
+
+
+def test_wsd_falls_as_one_minus_the_root():
+    decayed = recipe(lr_schedule="wsd", lr_decay="1-sqrt", lr_decay_share=0.2, lr_floor=0.1)
+    rates = [learning_rate(decayed, step) for step in range(100)]
+    assert rates[19:81] == [1e-3] * 62
+    assert rates[80:] == pytest.approx([1e-3 * (0.1 + 0.9 * (1 - (n / 20) ** 0.5)) for n in range(20)], rel=1e-12)
+    whole = recipe(lr_schedule="wsd", warmup_steps=0, lr_decay_share=1.0)
+    assert learning_rate(whole, 50) == pytest.approx(5e-4)
+    assert learning_rate(recipe(lr_schedule="wsd", lr_decay_share=0.001), 98) == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lr_floor": 1.5}, "lr_floor = 1.5 is not allowed; a share of the peak"),
+        (
+            {"lr_floor": 0.1, "lr_schedule": "constant"},
+            "lr_floor = 0.1 is not allowed; none with lr_schedule: constant",
+        ),
+        ({"lr_decay_share": 0.5}, "lr_decay_share = 0.5 is not allowed; it is for lr_schedule: wsd"),
+        ({"lr_decay": "1-sqrt"}, "lr_decay = '1-sqrt' is not allowed; it is for lr_schedule: wsd"),
+        ({"lr_schedule": "wsd", "lr_decay_share": 0}, "lr_decay_share = 0 is not allowed"),
+        ({"lr_schedule": "wsd", "lr_decay_share": 0.9}, "lr_decay_share = 0.9 is not allowed; at most 0.8"),
+        ({"lr_schedule": "wsd", "lr_decay": "cube"}, "lr_decay = 'cube' is not allowed; one of: linear, 1-sqrt"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe(**fields)
 
 
 # ------------------------------------------------------------------------------------------------------ whole runs
@@ -111,16 +159,17 @@ def test_heldout_perplexity_is_that_of_the_model_at_each_length(workspace, strai
         assert rows[-1]["heldout"][str(length)] == pytest.approx(float(np.exp(np.mean(losses))), rel=1e-4)
 
 
-def test_separate_documents_train_as_if_each_were_alone(workspace, tmp_path):
-    """The first loss of a run on packed documents, against the documents one by one."""
+@pytest.mark.parametrize(("bos", "eos"), [(0, 1), (0, 0), (0, None), (None, 1), (None, None)])
+def test_separate_documents_train_as_if_each_were_alone(workspace, tmp_path, bos, eos):
+    """The first loss of a run on packed documents, against the documents one by one. Some have BOS and EOS inside."""
     from transformers import AutoModelForCausalLM
 
     rng = np.random.default_rng(0)
-    documents = [rng.integers(2, 60, size).tolist() for size in (5, 17, 1, 30, 9, 44, 21, 13, 40, 8)]
+    documents = [rng.integers(0, 60, size).tolist() for size in (5, 17, 1, 30, 9, 44, 21, 13, 40, 8)]
+    documents[3][4:7] = [1, 0, 1]
     with PackedWriter(tmp_path / "set", LENGTH, 64) as writer:
-        pack(documents, writer, 0, 1)
-        writer.close({"bookend": "document", "bos": 0, "eos": 1})
-    data = open_packed(tmp_path / "set")
+        pack(documents, writer, bos, eos)
+        writer.close({"bookend": "document", "bos": bos, "eos": eos})
     arguments = [str(workspace / "recipe.yaml"), "--dataset", str(tmp_path / "set"), "--max-train-steps", "2"]
     losses = {}
     for name in ("joined", "separate"):
@@ -128,15 +177,23 @@ def test_separate_documents_train_as_if_each_were_alone(workspace, tmp_path):
         losses[name] = log(tmp_path / name)[0]["loss"]
     model = AutoModelForCausalLM.from_pretrained(workspace / "model", dtype=torch.float32)
     patch_model(model, "yarn:3")
+    rows: list[list[list[int]]] = [[]]  # the documents of each row
+    for document in documents:
+        rest = [token for token in (bos, *document, eos) if token is not None]
+        while rest:
+            room = LENGTH - sum(map(len, rows[-1]))
+            rows[-1].append(rest[:room])
+            rest = rest[room:]
+            if sum(map(len, rows[-1])) == LENGTH:
+                rows.append([])
+    resolved = resolved_recipe(workspace)
     total = count = 0.0
-    for rows in step_batches(data, resolved_recipe(workspace), 0, 0, 1):
-        for tokens, _ in rows:
-            starts = [index for index in range(LENGTH) if tokens[index] == 0 or index == 0]
-            for begin, end in zip(starts, [*starts[1:], LENGTH], strict=True):
-                ids = torch.from_numpy(tokens[begin:end])[None]
-                scores = model(input_ids=ids).logits.detach().double().log_softmax(-1)[0, :-1]
-                total -= float(scores.gather(1, ids[0, 1:, None]).sum())
-                count += end - begin - 1
+    for index in step_rows(len(rows) - 1, resolved.global_batch_size, 0, resolved.seed):
+        for document in rows[index]:
+            ids = torch.tensor([document])
+            scores = model(input_ids=ids).logits.detach().double().log_softmax(-1)[0, :-1]
+            total -= float(scores.gather(1, ids[0, 1:, None]).sum())
+            count += len(document) - 1
     # float32 forward against float64 softmax of the same logits, as for the first loss above
     assert losses["separate"] == pytest.approx(total / count, rel=1e-5)
     assert abs(losses["joined"] - losses["separate"]) > 1e-3
