@@ -22,6 +22,7 @@ from scaled_rope.texts.documents import (
     JSON_SUFFIXES,
     check_there,
     files_of,
+    has_half_a_pair,
     is_local,
     read_json,
     suffix_of,

@@ -199,7 +199,7 @@ def test_records_come_from_json_lines_and_parquet(tmp_path):
     assert [record for record, _ in found] == records * 2
     assert found[1][1] == f"{tmp_path / 'a.jsonl'} line 2" and found[4][1] == f"{tmp_path / 'b.parquet'} record 2"
     (tmp_path / "c.txt").write_text("no records")
-    with pytest.raises(ConfigError, match=r"c.txt has no records; .jsonl, .jsonl.zst or .parquet"):
+    with pytest.raises(ConfigError, match=r"c.txt has no records; .jsonl, .jsonl.gz or .parquet"):
         list(read_records(str(tmp_path / "c.txt")))
 
 
