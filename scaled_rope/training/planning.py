@@ -232,8 +232,13 @@ class Planner:
         return Memory(weights, gradients, optimizer, inside, float(logits), gathered, workspace, host)
 
     def _build(self, recipe: Recipe, dtype: torch.dtype) -> Any:
-        """The recipe's model on the meta device, without its scaling."""
+        """The recipe's model on the meta device, without its scaling.
+
+        Windowed attention is traced as one operator like other attention: block by block it would take minutes, and
+        its blocks are small.
+        """
         attention = attention_for(self._config, "sdpa")
+        attention = "sdpa" if attention == "sdpa_blocked" else attention
         with torch.device("meta"):
             model = auto_class(self._config).from_config(
                 copy.deepcopy(self._config), dtype=dtype, attn_implementation=attention

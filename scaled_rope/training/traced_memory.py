@@ -112,7 +112,7 @@ def trace_pass(module: Any, batch: int, length: int, autocast: bool, accumulatin
                 counter.ignore(parameter.grad)
     half = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
     window = getattr(module.config, "sliding_window", None)
-    masked = window is not None and window < length
+    masked = window is not None and window < length and module.config._attn_implementation != "sdpa"
     with contextlib.nullcontext() if masked else _causal_without_mask(), counter:
         with half:
             loss = module(ids, ids, weights)
