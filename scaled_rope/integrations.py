@@ -21,7 +21,7 @@ from scaled_rope.checkpoint import load_tokenizer
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.perplexity_evaluator import score_windows
 from scaled_rope.evaluation.perplexity_rows import prefix_sums, truncated_row
-from scaled_rope.evaluation.windows import SEED, Losses, Texts, batches, select, truncated
+from scaled_rope.evaluation.windows import SEED, Losses, Texts, batches, select, truncated, windows_fingerprint
 from scaled_rope.patching.patch import computes, patched_scaling
 from scaled_rope.results import Row, append_row, provenance, write_atomic
 from scaled_rope.scaling.record import RopeScaling, RopeSettings
@@ -34,7 +34,7 @@ class ContextCallback(TrainerCallback):  # type: ignore[misc]
     """Held-out perplexity by length, before training, during it and at its end; a row each, and a card at the end.
 
     Rows go to `context.jsonl` in the trainer's output folder, in the format of eval/perplexity.py, which eval/report.py
-    shows; each has the step in its protocol. The trainer's own log gets `context/LENGTH`. Of several processes all
+    shows; each names its step. The trainer's own log gets `context/LENGTH`. Of several processes all
     measure, which sharded weights need, and the first writes.
 
     Args:
@@ -132,7 +132,7 @@ class ContextCallback(TrainerCallback):  # type: ignore[misc]
                     "documents": len(texts.documents),
                     "windows": len(losses),
                     "window_tokens": self.lengths[-1],
-                    "fingerprint": "-".join(document.digest[:8] for document in texts.documents[:4]),
+                    "fingerprint": windows_fingerprint(texts, self.lengths[-1]),
                 },
                 "protocol": {"name": "truncate", "bucket_start": start},
                 "length": length,

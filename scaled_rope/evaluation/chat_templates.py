@@ -28,7 +28,7 @@ class ChatTurn:
 
 
 def chat_text(tokenizer: Any, message: str) -> str:
-    """What a tokenizer's template makes of one message of a user, up to where the answer begins.
+    """One message of a user as a tokenizer's template renders it, up to where the answer begins.
 
     Raises:
         ConfigError: there is no template, or it fails.

@@ -1,4 +1,4 @@
-"""What a run of benchmarks is going to measure on one model: lengths, tasks, their texts, and the time it will take."""
+"""The plan of a run of benchmarks on one model: lengths, tasks, their texts, and the time it will take."""
 
 from __future__ import annotations
 

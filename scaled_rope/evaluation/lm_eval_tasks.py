@@ -423,7 +423,7 @@ class Catalogue:
                 raise unknown("task", name, {*PAPER, *PRESETS, "passkey", *near})
 
     def facts(self, names: Sequence[str]) -> list[TaskFacts]:
-        """What tasks, groups or tags consist of, from their definitions alone: nothing is read or made.
+        """The parts of tasks, groups or tags, from their definitions alone: nothing is read or made.
 
         Raises:
             ConfigError: unknown names.

@@ -20,7 +20,16 @@ from scaled_rope.evaluation.ranks import current
 from scaled_rope.evaluation.runner import Parts
 from scaled_rope.evaluation.scored_passes import ScoredPass, windows_of
 from scaled_rope.evaluation.served_model import ServedModel
-from scaled_rope.evaluation.windows import Losses, LossFolder, Texts, Window, batches, select, truncated
+from scaled_rope.evaluation.windows import (
+    Losses,
+    LossFolder,
+    Texts,
+    Window,
+    batches,
+    select,
+    truncated,
+    windows_fingerprint,
+)
 from scaled_rope.patching.device_maps import input_device
 from scaled_rope.patching.loss import IGNORE, token_nll
 from scaled_rope.results import Row, row_key
@@ -98,18 +107,15 @@ class Perplexity:
 
     def _describe(self, texts: Texts) -> Row:
         """A row's description of the documents."""
-        digest, said = hashlib.sha256(), {"name": self.source.title, "documents": len(texts.documents)}
+        said: Row = {"name": self.source.title, "documents": len(texts.documents)}
         if self.source.subset is not None:
             said["subset"] = self.source.subset
         if self.stride is None:
-            windows = truncated(texts, self.lengths[-1])
-            for window in windows:
-                digest.update(texts.ids(window).tobytes())
-            said |= {"windows": len(windows), "window_tokens": self.lengths[-1]}
-        else:
-            for document in texts.documents:
-                digest.update(document.digest.encode())
-            said |= {"tokens": sum(len(document.tokens) for document in texts.documents)}
+            longest = self.lengths[-1]
+            said |= {"windows": len(truncated(texts, longest)), "window_tokens": longest}
+            return {**said, "fingerprint": windows_fingerprint(texts, longest)}
+        digest = hashlib.sha256("".join(document.digest for document in texts.documents).encode())
+        said |= {"tokens": sum(len(document.tokens) for document in texts.documents)}
         return {**said, "fingerprint": digest.hexdigest()[:16]}
 
     # What there is to measure.

@@ -140,7 +140,7 @@ class Ranks:
 
 
 def _described(error: Exception) -> tuple[str, str, int | None, str | None]:
-    """What another rank needs to raise an exception like this one."""
+    """The facts by which another rank raises an exception like this one."""
     kind = type(error).__name__
     if is_out_of_memory(error):
         kind = "MemoryError"

@@ -35,9 +35,9 @@ _AT_ONCE = 16
 _PROBE = 4
 """Tokens of the prompt by which it is found out how the server gives log-probabilities."""
 _ABOVE_ZERO = 1e-3
-"""What a log-probability may be above 0 by rounding."""
+"""The most that a log-probability is above 0 by rounding."""
 _NONE = -9999.0
-"""What vLLM sends in place of minus infinity, which JSON does not have."""
+"""The number that vLLM sends in place of minus infinity, which JSON does not have."""
 
 # Ways to ask for the log-probabilities of a prompt, the cheapest first. vLLM and SGLang know the first two; the second
 # is what lm-eval's local-completions asks for; the third is vLLM's own.
@@ -172,7 +172,7 @@ class ServedModel:
         return " ".join(filter(None, (self.software or "a server", self.version)))
 
     def facts(self) -> Row:
-        """What rows say about the server."""
+        """The server, as rows describe it."""
         known = {
             "url": str(self.address),
             "name": self.name,
@@ -184,7 +184,7 @@ class ServedModel:
         return {name: value for name, value in known.items() if value is not None}
 
     def fingerprint(self) -> str:
-        """What stands for the weights in rows: the server and what it says about its model; it shows no weights."""
+        """The stand-in for the weights in rows: the server and what it says about its model; it shows no weights."""
         said = [str(self.address), self.name, self.root, self.software, self.version, self.max_length]
         return "served-" + hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
@@ -341,7 +341,7 @@ def _json(address: Address, method: str, path: str, body: Row | None, seconds: f
 
 
 def _said(content: bytes) -> str:
-    """What an answer says went wrong, on one line and without the key, which some servers repeat."""
+    """The error that an answer names, on one line and without the key, which some servers repeat."""
     try:
         found = json.loads(content)
         while isinstance(found, dict):

@@ -189,6 +189,14 @@ def batches(windows: Sequence[Window], size: Callable[[Window], int]) -> Iterato
         yield from (group[first : first + step] for first in range(0, len(group), step))
 
 
+def windows_fingerprint(texts: Texts, length: int) -> str:
+    """A short hash of the tokens in the truncated windows of `length` positions, by which rows name their text."""
+    digest = hashlib.sha256()
+    for window in truncated(texts, length):
+        digest.update(texts.ids(window).tobytes())
+    return digest.hexdigest()[:16]
+
+
 # ------------------------------------------------------------------------------------------------------ statistics
 
 
