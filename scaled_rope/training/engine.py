@@ -15,7 +15,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.patching.loading import resolve_device
 from scaled_rope.patching.rotary import ScaledRotaryEmbedding
 from scaled_rope.recipes import Recipe
 from scaled_rope.scaling.record import RopeScaling
@@ -297,6 +298,14 @@ def has_slow_bfloat16() -> bool:
     return platform.machine() in ("x86_64", "AMD64") and not torch.backends.cpu.get_cpu_capability().startswith(
         "AVX512"
     )
+
+
+def settle_precision(recipe: Recipe) -> Recipe:
+    """The recipe with a precision that is named: "auto" is bf16, or fp32 on a CPU that is slow with bfloat16."""
+    if recipe.precision != "auto":
+        return recipe
+    slow = resolve_device(None).type == "cpu" and has_slow_bfloat16()
+    return replace(recipe, precision="fp32" if slow else "bf16")
 
 
 def engine_name(accelerator: Any) -> str:

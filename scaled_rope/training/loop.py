@@ -54,6 +54,7 @@ from scaled_rope.training.engine import (
     make_accelerator,
     place_tables,
     restore_heads,
+    settle_precision,
 )
 from scaled_rope.training.model import (
     SummedLoss,
@@ -135,7 +136,7 @@ class Trainer:
     def __init__(
         self, recipe: Recipe, resume: str = "auto", wandb_project: str | None = None, tensorboard: str | None = None
     ) -> None:
-        self.recipe = recipe
+        self.recipe = recipe = settle_precision(recipe)
         self.output = Path(recipe.output_dir)
         self._trackers = (wandb_project, tensorboard)
         check_same_run(recipe, self.output)

@@ -199,7 +199,7 @@ class Planner:
         )
         passes = accumulation(recipe, options.ranks)
         shards = options.ranks if options.engine.startswith("zero") else 1
-        half = recipe.precision == "bf16"
+        half = recipe.compute_dtype == "bfloat16"
         cast = half and options.engine != "plain"  # DeepSpeed keeps bfloat16 weights beside the float32 ones
         length = -(-_length(recipe) // options.sequence_parallel)
         trace, counts = self._trace(recipe, length, cast, passes > 1 or options.engine != "plain")
@@ -260,7 +260,7 @@ class Planner:
                     set_sliding_window(model, min(recipe.sliding_window_attention_schedule))
                 # There is no trace of a fused loss, whose pieces can be larger (docs/training.md).
                 module = SummedLoss(model, loss="whole" if recipe.loss == "whole" else "chunked")
-                autocast = recipe.precision == "bf16" and not cast
+                autocast = recipe.compute_dtype == "bfloat16" and not cast
                 trace = trace_pass(module, recipe.batch_size, length, autocast, accumulating)
                 self._traces[key] = trace, Counts.of(model)
         return self._traces[key]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import subprocess
 import tarfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -110,7 +112,15 @@ def test_standins_are_fetched_once(
 def test_corpora_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert corpora.main(["list"]) == 0
     names = [line.rpartition(": ")[0].partition(": ")[0] for line in capsys.readouterr().out.splitlines()]
-    assert names == ["books", "standin:books", "standin:hol-light", "standin:sotu", "standin:recent"]
+    assert names == [
+        "books",
+        "standin:books",
+        "standin:hol-light",
+        "standin:novels",
+        "standin:bible",
+        "standin:sotu",
+        "standin:recent",
+    ]
 
 
 def test_the_name_of_a_stand_in_does_without_its_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,3 +133,32 @@ def test_the_name_of_a_stand_in_does_without_its_prefix(tmp_path: Path, monkeypa
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="did you mean 'recent'"):
         corpora.main(["fetch", "recnt"])
+
+
+def r_strings(lines: list[str], attributes: bytes = b"") -> bytes:
+    """A vector of strings as R serialises it."""
+    items = b"".join(b"\x00\x04\x00\x09" + len(line.encode()).to_bytes(4, "big") + line.encode() for line in lines)
+    return b"X\n\x00\x00\x00\x03" + attributes + b"\x00\x00\x00\x10" + len(lines).to_bytes(4, "big") + items
+
+
+def test_lines_of_r_data() -> None:
+    lines = ["EMMA", "", "By Jane Austen", *(f"line {n}\x10" for n in range(1200)), "é"]
+    short = r_strings(["title", "author"])  # a vector before it that is no text
+    assert corpora._r_lines(short + r_strings(lines)) == lines
+    with pytest.raises(ConfigError, match="without a vector of strings"):
+        corpora._r_lines(r_strings(lines)[:-1000])
+
+
+def test_novels_of_r_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def object_of(lines: list[str]) -> bytes:
+        raw = r_strings([*lines, *["word"] * 1200])
+        return len(raw).to_bytes(4, "big") + zlib.compress(raw)
+
+    austen = object_of(["EMMA", "by"]) + object_of(["PRIDE AND PREJUDICE"]) + object_of(["", "Persuasion"])
+    monkeypatch.setattr(corpora, "_unpacked", lambda archive, member: austen)
+    assert [title for title, _ in corpora._austen(tmp_path)] == ["Austen, Jane - Emma", "Austen, Jane - Persuasion"]
+    titles = [line for title in corpora._TIDYTEXT for line in (title, "Its text.", *["word"] * 400)]
+    monkeypatch.setattr(corpora, "_unpacked", lambda archive, member: gzip.compress(r_strings(titles)))
+    texts = dict(corpora._tidytext(tmp_path))
+    assert list(texts) == [name for name in corpora._TIDYTEXT.values() if name is not None]
+    assert all("Its text." in text and "PREJUDICE" not in text for text in texts.values())

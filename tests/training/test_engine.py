@@ -21,6 +21,7 @@ from scaled_rope.training.engine import (
     check_sequence_parallel,
     configure_fsdp,
     has_slow_bfloat16,
+    settle_precision,
 )
 from tests.helpers import ROOT
 from tests.helpers.training_recipes import recipe
@@ -114,3 +115,9 @@ def test_which_processors_are_slow_in_bfloat16(monkeypatch, machine, capability,
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert has_slow_bfloat16() == slow
+    monkeypatch.setattr("scaled_rope.training.engine.resolve_device", lambda device: torch.device("cpu"))
+    settled = settle_precision(recipe(precision="auto"))
+    assert settled.precision == ("fp32" if slow else "bf16")
+    assert settle_precision(recipe(precision="bf16")).precision == "bf16"
+    monkeypatch.setattr("scaled_rope.training.engine.resolve_device", lambda device: torch.device("cuda"))
+    assert settle_precision(recipe(precision="auto")).precision == "bf16"
