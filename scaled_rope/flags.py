@@ -544,7 +544,7 @@ def tune_specs(args: argparse.Namespace) -> list[str]:
     factors = parse_grid(args.factors or ("8" if args.constants else "2,4,8"), "factors")
     if args.constants and factors[0] <= 1:
         raise ConfigError(
-            f"factors {args.factors!r} is not allowed with --constants; above 1, where there is a loss beyond L"
+            f"factors {args.factors!r} is not allowed; with --constants above 1, where there is a loss beyond L"
         )
     return [f"yarn:{factor!r}{fields}" for factor in factors]
 
