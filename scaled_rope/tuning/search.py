@@ -30,6 +30,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -424,6 +425,12 @@ def _axes(args: argparse.Namespace, start: RopeScaling) -> Axes:
     )
 
 
+def _retrieval_lengths(start: RopeScaling) -> list[int]:
+    original, longest = start.original_max_position_embeddings, start.max_position_embeddings
+    assert original is not None and longest is not None  # "yarn" needs the original length
+    return retrieval_lengths(original, longest)
+
+
 def _prepare_constants(args: argparse.Namespace, job: ModelJob, starts: Sequence[RopeScaling]) -> Search:
     """The search for constants, its grids checked."""
     all_axes = [_axes(args, start) for start in starts]
@@ -438,8 +445,10 @@ def _prepare_constants(args: argparse.Namespace, job: ModelJob, starts: Sequence
             )
         tokenizer, texts = load_tokenizer(job.model), [one.tokens[1:].tolist() for one in opened.windows]
         count = 8 if args.prompts is None else args.prompts
-        lengths = retrieval_lengths(opened.segment, len(opened.windows[0].tokens)) if count else []
-        prompts = {length: fact_prompts(tokenizer, length, count, args.seed, texts) for length in lengths}
+        lengths = [_retrieval_lengths(start) if count else [] for start in starts]
+        prompts = {
+            length: fact_prompts(tokenizer, length, count, args.seed, texts) for length in sorted({*chain(*lengths)})
+        }
         with _bar(args) as bar:
             store = RowStore(opened.folder / "rows.jsonl", opened.record, bar)
             answers = Answers(store, opened.identity, model_ask(opened.load, job))
@@ -453,11 +462,8 @@ def _prepare_constants(args: argparse.Namespace, job: ModelJob, starts: Sequence
                 prompts = prompts if used else {}
             sweep = opened.sweep(store)
             fitted = []
-            for start, axes in zip(starts, all_axes, strict=True):
-                longest = start.max_position_embeddings
-                assert longest is not None  # "yarn" needs the original length
-                lengths = retrieval_lengths(opened.segment, longest) if prompts else []
-                trials = Trials(sweep, answers, {length: prompts[length] for length in lengths})
+            for start, axes, own in zip(starts, all_axes, lengths, strict=True):
+                trials = Trials(sweep, answers, {length: prompts[length] for length in own if prompts})
                 fitted.append(fit_constants(trials, start, axes, job.head_dim))
         summary = {**opened.head(), **summarise_constants(fitted, args.seed, reference)}
         write_constants_figures(summary, display_name(job.model), opened.folder)

@@ -247,14 +247,15 @@ def test_the_command_end_to_end(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--constants", "-m", checkpoint, "--dataset", texts, *SMALL, "--output", tmp_path / "out"]
+    flags += ["--factors", "1.5,2"]
     assert search.run(arguments(*flags)) == 0
     told = capsys.readouterr()
     assert "windows: 4, documents: 4" in told.out and "ppl > L" in told.out and "\nx2: " in told.out
     assert "retrieval is left out: unscaled and within L the model gives" in told.err  # its weights are random
     best = json.loads((tmp_path / "out" / "best.json").read_text())
     assert best["unscaled_within"]["used"] is False
-    assert " --constants --factors 2 --grid 1,1.05 --beta-fast 4,16" in best["provenance"]["command"]
-    (one,) = best["factors"]
+    assert " --constants --factors 1.5,2 --grid 1,1.05 --beta-fast 4,16" in best["provenance"]["command"]
+    _, one = best["factors"]
     assert RopeScaling.from_spec(one["spec"], start(2, 128)) == RopeScaling.from_dict(one["scaling"])
     assert (tmp_path / "out" / "constants-x2.png").read_bytes()[:4] == b"\x89PNG"
     rows = read_rows(tmp_path / "out" / "rows.jsonl")
@@ -267,7 +268,7 @@ def test_the_command_end_to_end(
     monkeypatch.setattr(search, "LEAST_FOUND", 0.0)
     assert search.run(arguments(*flags, "--json")) == 0  # now retrieval counts too
     printed = json.loads(capsys.readouterr().out)
-    assert list(printed["factors"][0]["paper"]["found"]) == ["128", "256"]
+    assert [list(one["paper"]["found"]) for one in printed["factors"]] == [["128", "192"], ["128", "256"]]
     assert 0 < printed["factors"][0]["paper"]["retrieval"] < 0.1
     with monkeypatch.context() as patched:
         patched.setattr(ModelLoader, "__call__", refuse)
