@@ -7,7 +7,7 @@ the search goes in rounds, of which the first three read one window in four and 
 
 1. every ramp, at the middle attention factor; ramps whose frequencies are the same are one candidate;
 2. the best ramps, with every attention factor;
-3. the values halfway to the neighbours of the best;
+3. the values halfway to the neighbours of the best, twice;
 4. the best of all rounds, and the paper's constants, on the windows and prompts that have chosen nothing yet.
 
 Rounds 1 to 3 pass on those with the lowest loss and those with the best retrieval, in turn. The rule at the end: among
@@ -37,6 +37,7 @@ from scaled_rope.tuning.measurement import Answer, Answers, ScoredWindow, Sweep
 
 RAMPS, FINALISTS, REFINED = 5, 4, 2
 """Ramps that get every attention factor; candidates compared at the end; candidates whose neighbours are tried."""
+REFINEMENTS = 2
 SCREENED = 4
 """One in so many windows and prompts is read in the first rounds, the others at the end."""
 LEAST_FOUND = 0.5
@@ -107,7 +108,7 @@ def _halfway(axis: Sequence[float], value: float, ratio: bool) -> list[float]:
 
 
 def neighbours(start: RopeScaling, axes: Axes, one: RopeScaling) -> list[RopeScaling]:
-    """The candidates that differ from one in one constant, by half a step of its grid."""
+    """The candidates that differ from one in one constant, which goes halfway to the next values of its grid."""
     point, found = point_of(one), []
     for index, axis in enumerate(axes):
         for value in _halfway(axis, point[index], ratio=index < 2):
@@ -282,8 +283,9 @@ def fit_constants(trials: Trials, start: RopeScaling, axes: Axes, head_dim: int)
     kept = best_of([screened[one] for one in first if one in screened], RAMPS)
     betas = [one.scaling.ramp_bounds for one in kept]
     screen([make_candidate(start, fast, slow, factor) for fast, slow in betas for factor in axes[2]])
-    top = best_of(list(screened.values()), REFINED)
-    screen([other for one in top for other in neighbours(start, axes, one.scaling)])
+    for _ in range(REFINEMENTS):  # the second time, from where the first has led, by smaller steps
+        top = best_of(list(screened.values()), REFINED)
+        screen([other for one in top for other in neighbours(start, axes, one.scaling)])
     final = [one.scaling for one in best_of(list(screened.values()), FINALISTS) if one.scaling != start]
     finalists = trials.measure([start, *final], final=True)
     return Fitted(start, axes, head_dim, list(screened.values()), finalists)

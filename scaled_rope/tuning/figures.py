@@ -159,6 +159,6 @@ def _draw_constants(one: Row, title: str) -> Draw:
         label = "probability of answers" if upright == "retrieval" else "perplexity within L"
         axes.set(xlabel="perplexity beyond L", ylabel=label, title=f"{title}, s = {one['factor']:g}")
         axes.grid()
-        axes.legend(fontsize=7, frameon=True, edgecolor="none")
+        axes.figure.legend(fontsize=8, loc="outside lower center", ncols=2)
 
     return draw
