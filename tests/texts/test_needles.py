@@ -61,11 +61,21 @@ def test_no_number_has_the_five_digits_of_a_test() -> None:
 
 def test_no_wording_of_a_test() -> None:
     """Neither statement nor question nor filler of an evaluation can come about."""
-    parts = [*needles.OPENINGS, *(text for form in needles.FORMS for text in form), *needles.NOUNS]
+    parts = [*needles.OPENINGS, *(text for form in needles.FORMS for text in form), *needles.NOUNS, *needles.LINES]
     parts += [*needles._SUBJECTS, *needles._PREDICATES, *needles.WORDS]
     everything = " ".join(parts).lower()
     for word in ("pass key", "passkey", "grass", "sky", "sun ", "yellow", "combination", "safe", "library", "magic"):
         assert word not in everything, word
+
+
+def test_lists_come_again_and_only_what_came_before_weighs_more(tokenizer: Any) -> None:
+    for seed in range(20):
+        tokens, weights = needles.list_document(tokenizer, 255, random.Random(seed))
+        assert len(tokens) == len(weights) == 255 and set(weights) == {1, 8}
+        first = weights.index(8)
+        answers = [token for token, weight in zip(tokens, weights, strict=True) if weight == 8]
+        assert set(answers) <= set(tokens[:first])
+        assert sum(weight == 8 for weight in weights) > 20
 
 
 def test_too_little_room_is_refused(tokenizer: Any) -> None:
