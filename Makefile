@@ -50,7 +50,7 @@ test: check
 base: $(READY)
 	./train.sh tiny-base tiny-base-retrieval tiny-base-mixed
 	./eval.sh tiny-base-mixed
-	@echo "to embed it: $(PYTHON) data/install_base.py out/tiny-base out/tiny-base-retrieval out/tiny-base-mixed --output models/tiny-llama-256"
+	@echo "to embed it: $(PYTHON) data/install_base.py out/tiny-base-mixed --output models/tiny-llama-256"
 
 smollm2: $(READY)
 	./benchmarks/smollm2.sh

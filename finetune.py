@@ -69,6 +69,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gradient-accumulate-every", type=int, help="passes per step; sets the global batch")
     parser.add_argument("--global-batch-size", type=int, help="sequences per step over all processes")
     parser.add_argument("--max-train-steps", type=int)
+    parser.add_argument("--stop-after", type=int, metavar="STEP", help="end there with a state; the model comes later")
     parser.add_argument("--warmup-steps", type=int)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--lr-schedule", choices=LR_SCHEDULES)
@@ -132,7 +133,7 @@ def overrides(args: argparse.Namespace, base: Recipe, ranks: int) -> dict[str, A
             "original_max_position_embeddings", "max_position_embeddings", "batch_size", "global_batch_size",
             "max_train_steps", "warmup_steps", "learning_rate", "lr_schedule", "grad_norm", "seed", "precision", "lora",
             "checkpointing_steps", "kept_checkpoints", "continue_from", "lora_embeddings_and_norms",
-            "quantization", "gradient_checkpointing",
+            "quantization", "gradient_checkpointing", "stop_after",
             "offload_activations", "loss", "sequence_parallel", "attention", "documents", "heldout", "heldout_steps",
             "positions", "pose_chunks", "skip_text", "mlp_tiles", "lr_floor", "lr_decay_share", "lr_decay",
         )
@@ -218,8 +219,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = load_config(recipe.model).model_type
         if found != args.architecture:
             raise ConfigError(f"--architecture {args.architecture!r}: {recipe.model} is {found!r}")
-    if recipe.model is not None and (before := starts_from(recipe)) is not None and not Path(recipe.model).exists():
-        raise ConfigError(f"model {recipe.model} is not there yet; train {before.name} first: ./train.sh {before.name}")
+    start = recipe.model or recipe.continue_from
+    if start is not None and (before := starts_from(recipe)) is not None and not Path(start).exists():
+        if not is_finished(recipe):
+            raise ConfigError(f"{start} is not there yet; train {before.name} first: ./train.sh {before.name}")
     if recipe.model is not None and not is_finished(recipe):
         check_local(recipe.model)
     if args.save_only:

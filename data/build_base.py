@@ -1,10 +1,11 @@
-"""Build what the embedded tiny base model is trained on: its tokenizer and one set of 256-token rows.
+"""Build what the embedded tiny base model is trained on: its tokenizer and two sets of 256-token rows.
 
     python data/build_base.py --output data/cache/base
 
 Four kinds of text (novels, the King James Bible, speeches, formal mathematics), fetched with `texts.corpora`, and
 documents with hidden facts (`texts.needles`). A row opens with BOS and is either a stretch of one text or one to four
-such documents. Texts that are held out (`is_heldout`) are in none of them.
+such documents: a quarter of the rows of `rows`, seven in ten of `retrieval`. Texts that are held out (`is_heldout`)
+are in none of them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ VOCABULARY = 4096
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of text: where it is from, its share of the rows, and the megabytes that the tokenizer learns from."""
+    """One kind of text: where it is from, its share of `rows`, and the megabytes that the tokenizer learns from."""
 
     standins: tuple[str, ...]
     share: float
@@ -47,8 +48,8 @@ KINDS = {
     "speeches": Kind(("sotu",), 0.09, 3.0),
     "mathematics": Kind(("hol-light",), 0.20, 3.0),
 }
-NEEDLE_SHARE = 0.25
-"""Of the rows; with the shares of the kinds it sums to 1."""
+SETS = {"rows": (59_200, 0.25), "retrieval": (8_000, 0.7)}
+"""Rows of each set, and the share of those with hidden facts; the rest is shared out as the kinds' shares say."""
 SPLITS = ((LENGTH - 2,), (LENGTH - 2,), (LENGTH - 2,), (90, 162), (126, 126), (62, 62, 126), (83, 83, 82))
 """Lengths of the documents in one row, each between BOS and EOS."""
 HELDOUT_BIBLE = ("Numbers", "Ezekiel", "Acts")
@@ -166,10 +167,12 @@ def needle_row(tokenizer: Any, stretches: dict[str, Stretches], rng: random.Rand
     return (row + [eos] * LENGTH)[:LENGTH], (weights + [0] * LENGTH)[:LENGTH]
 
 
-def build_rows(tokenizer: Any, stretches: dict[str, Stretches], rows: int, output: Path, seed: int) -> Path:
-    """Write the set: every row's kind is drawn, with the chance of its share."""
-    rng = random.Random(f"{seed}/rows")
-    names, shares = [*KINDS, "needles"], [*(kind.share for kind in KINDS.values()), NEEDLE_SHARE]
+def build_rows(
+    tokenizer: Any, stretches: dict[str, Stretches], rows: int, needle_share: float, output: Path, rng: random.Random
+) -> Path:
+    """Write a set: every row's kind is drawn, with the chance of its share."""
+    part = (1 - needle_share) / sum(kind.share for kind in KINDS.values())
+    names, shares = [*KINDS, "needles"], [*(kind.share * part for kind in KINDS.values()), needle_share]
     counts = dict.fromkeys(names, 0)
     with PackedWriter(output, LENGTH, len(tokenizer), weighted=True) as writer:
         for kind in tqdm(rng.choices(names, shares, k=rows), desc="rows", unit="row", mininterval=1.0):
@@ -182,7 +185,7 @@ def build_rows(tokenizer: Any, stretches: dict[str, Stretches], rows: int, outpu
             name: asdict(KINDS[name]) | {"tokens": one.tokens, "rows": counts[name], "rounds": one.rounds}
             for name, one in stretches.items()
         }
-        record = {"tokenizer": "tokenizer", "seed": seed, "sources": sources, "needle_rows": counts["needles"]}
+        record = {"tokenizer": "tokenizer", "sources": sources, "needle_rows": counts["needles"]}
         archives = {name: [one.name for one in STANDINS[name].archives] for k in KINDS.values() for name in k.standins}
         return writer.close(record | {"archives": archives})
 
@@ -190,23 +193,29 @@ def build_rows(tokenizer: Any, stretches: dict[str, Stretches], rows: int, outpu
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("data/build_base.py", __doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for the tokenizer and the rows")
-    parser.add_argument("--rows", type=int, default=59_200, help="(default %(default)s)")
+    parser.add_argument("--rows", type=int, help="rows of every set, for a trial (default: as in SETS)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     from scaled_rope.checkpoint import load_tokenizer
 
     args.output.mkdir(parents=True, exist_ok=True)
-    if (args.output / "rows").exists():
-        open_packed(args.output / "rows")
+    missing = [name for name in SETS if not (args.output / name).exists()]
+    for name in SETS.keys() - missing:
+        open_packed(args.output / name)  # refuses a damaged one
+    if not missing:
         return 0
     texts = {kind: list(read_kind(kind).values()) for kind in KINDS}
     tokenizer = load_tokenizer(str(train_tokenizer(texts, args.output / "tokenizer")))
-    stretches = {}
+    ids = {}
     for kind, some in tqdm(texts.items(), desc="tokens", unit="kind"):
-        ids = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
-        stretches[kind] = Stretches(ids, random.Random(f"{args.seed}/{kind}"))
-    build_rows(tokenizer, stretches, args.rows, args.output / "rows", args.seed)
-    print(json.dumps({kind: {"texts": len(one.texts), "tokens": one.tokens} for kind, one in stretches.items()}))
+        ids[kind] = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
+    for name in missing:
+        rows, needle_share = SETS[name]
+        prefix = str(args.seed) if name == "rows" else f"{args.seed}/{name}"
+        stretches = {kind: Stretches(some, random.Random(f"{prefix}/{kind}")) for kind, some in ids.items()}
+        rng = random.Random(f"{args.seed}/{name}")
+        build_rows(tokenizer, stretches, args.rows or rows, needle_share, args.output / name, rng)
+    print(json.dumps({kind: {"texts": len(some), "tokens": sum(map(len, some))} for kind, some in ids.items()}))
     return 0
 
 

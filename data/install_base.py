@@ -1,8 +1,8 @@
-"""Install a retrained base as the embedded model: weights, tokenizer and the curve of its training runs.
+"""Install a retrained base as the embedded model: weights, tokenizer and the curve of its training.
 
-    python data/install_base.py out/tiny-base out/tiny-base-retrieval out/tiny-base-mixed --output models/tiny-llama-256
+    python data/install_base.py out/tiny-base-mixed --output models/tiny-llama-256
 
-The runs are given in order; the last one's model is installed. The card (README.md) is left as it is.
+The log holds the steps of the parts before it and names their states. The card (README.md) is left as it is.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from scaled_rope.results import write_atomic
 from scaled_rope.training.run_state import read_log
 from scaled_rope.training.tracking import plot_losses
 
+FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("data/install_base.py", __doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="output folders of the phases, in order")
+    parser.add_argument("run", type=Path, help="output folder of the last part")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(argv)
-    logs = {run.name: read_log(run) for run in args.runs}
-    missing = [name for name, log in logs.items() if not log]
-    if missing or not (args.runs[-1] / "model").is_dir():
-        raise ConfigError(f"run {(missing or [args.runs[-1].name])[0]!r} is not there or not finished")
+    log, missing = read_log(args.run), [name for name in FILES if not (args.run / "model" / name).is_file()]
+    if not log or missing:
+        raise ConfigError(f"run {args.run} is not there or not finished" + (f": no {missing[0]}" if missing else ""))
     args.output.mkdir(parents=True, exist_ok=True)
-    for file in (args.runs[-1] / "model").iterdir():
-        shutil.copy(file, args.output / file.name)
-    rows = [{"run": name} | row for name, log in logs.items() for row in log]
-    write_atomic(args.output / "training.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    plot_losses(logs, args.output / "training.png")
-    print(f"{args.output}: installed from {args.runs[-1] / 'model'}")
+    for name in FILES:
+        shutil.copy(args.run / "model" / name, args.output / name)
+    write_atomic(args.output / "training.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+    plot_losses({args.run.name: log}, args.output / "training.png")
+    print(f"{args.output}: installed from {args.run / 'model'}")
     return 0
 
 

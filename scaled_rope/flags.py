@@ -507,12 +507,17 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     add("--documents", type=int, metavar="N", help="the first N documents that are long enough (default: all)")
     add("--windows", type=int, default=1, metavar="N", help="windows per document, evenly spaced (default: its start)")
     add = parser.add_argument_group("search").add_argument
-    add("--factors", default="2,4,8", metavar="S1,S2,...", help="factors s (default %(default)s)")
-    add("--grid", default="1.0:1.5:0.05", metavar="GRID", help="√(1/t): START:END:STEP or a list (default %(default)s)")
-    add("--beta-fast", metavar="GRID", help="also search beta_fast, for example 16,32,64")
-    add("--beta-slow", metavar="GRID", help="also search beta_slow, for example 1,2")
+    add("--constants", action="store_true",
+        help="search beta_fast, beta_slow and √(1/t) together, by loss and retrieval: try this first")  # fmt: skip
+    add("--factors", metavar="S1,S2,...", help="factors s (default 2,4,8; with --constants 8)")
+    add("--grid", metavar="GRID",
+        help="√(1/t): START:END:STEP or a list (default 1.0:1.5:0.05; with --constants from s)")  # fmt: skip
+    add("--beta-fast", metavar="GRID", help="also search beta_fast, for example 16,32,64 (with --constants from L)")
+    add("--beta-slow", metavar="GRID", help="also search beta_slow, for example 1,2 (with --constants from L)")
+    add("--prompts", type=int, metavar="N",
+        help="with --constants: prompts to ask at each length, 0 to go by loss alone (default 8)")  # fmt: skip
     add("--fields", metavar="F=V,...", help="what else to set in every scaling, for example ramp=rotations")
-    add("--seed", type=int, default=0, help="of the bootstrap (default %(default)s)")
+    add("--seed", type=int, default=0, help="of the bootstrap and of prompts (default %(default)s)")
     add = parser.add_argument_group("output").add_argument
     add("--output", default="out/tune", metavar="DIR", help="rows, figures and best.json (default %(default)s)")
     add("--json", action="store_true", help="print best.json in place of the tables")
@@ -521,6 +526,8 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
 
 TUNED = ("attention_factor", "mscale", "factor", "dynamic")
 """Fields of a scaling that `scaled-rope tune` sets itself."""
+LEAST_TRIALS = 3
+"""The least windows, and prompts per length, of a search for constants: one to search, two to judge."""
 
 
 def tune_specs(args: argparse.Namespace) -> list[str]:
@@ -530,10 +537,27 @@ def tune_specs(args: argparse.Namespace) -> list[str]:
         ConfigError: factors that are no positive numbers, or fields that the search sets itself.
     """
     fields = f",{args.fields}" if args.fields else ""
+    tuned = (*TUNED, "beta_fast", "beta_slow") if args.constants else TUNED
     for name, _ in Spec.parse(f"yarn{fields}").fields:
-        if name in TUNED:
-            raise ConfigError(f"fields {args.fields!r} is not allowed; {', '.join(TUNED)} are what the search sets")
-    return [f"yarn:{factor!r}{fields}" for factor in parse_grid(args.factors, "factors")]
+        if name in tuned:
+            raise ConfigError(f"fields {args.fields!r} is not allowed; {', '.join(tuned)} are what the search sets")
+    factors = parse_grid(args.factors or ("8" if args.constants else "2,4,8"), "factors")
+    if args.constants and factors[0] <= 1:
+        raise ConfigError(
+            f"factors {args.factors!r} is not allowed; with --constants above 1, where there is a loss beyond L"
+        )
+    return [f"yarn:{factor!r}{fields}" for factor in factors]
+
+
+def tune_grid(args: argparse.Namespace) -> tuple[float, ...] | None:
+    """The attention factors to try; None for those that `--constants` chooses.
+
+    Raises:
+        ConfigError: no positive numbers, or too few.
+    """
+    if args.constants:
+        return parse_grid(args.grid) if args.grid else None
+    return parse_grid(args.grid or "1.0:1.5:0.05", least=3)
 
 
 def check_tune_arguments(args: argparse.Namespace) -> None:
@@ -546,9 +570,15 @@ def check_tune_arguments(args: argparse.Namespace) -> None:
     if args.attention not in ATTENTIONS:
         raise unknown("attention", args.attention, ATTENTIONS)
     _check_numbers_and_device(args)
+    if args.prompts is not None and not args.constants:
+        raise ConfigError(f"--prompts {args.prompts} is not allowed without --constants, which asks them")
+    if args.prompts is not None and args.prompts != 0 and args.prompts < LEAST_TRIALS:
+        raise ConfigError(
+            f"--prompts {args.prompts} is not allowed; 0, or at least {LEAST_TRIALS}: one to search and two to judge"
+        )
     for spec in tune_specs(args):
         check_spec(spec)
-    parse_grid(args.grid, least=3)
+    tune_grid(args)
     for name in ("beta_fast", "beta_slow"):
         if getattr(args, name):
             parse_grid(getattr(args, name), name.replace("_", "-"))

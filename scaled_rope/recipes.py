@@ -85,6 +85,8 @@ class Recipe:
             there for one at a time; 1: the whole sequence at once.
         offload_activations: keep activations for the backward pass in CPU memory.
         sequence_parallel: ranks that share one sequence (Ulysses, under DeepSpeed ZeRO-3).
+        stop_after: end after this step with a state instead of a model: the first part of a run whose second is another
+            recipe, with `continue_from` and other data; None: train to the end.
         checkpointing_steps: keep a resumable state every so many steps; None: never.
         kept_checkpoints: how many of the newest states are kept.
         continue_from: folder of a state of another run, checkpoints/step-N, to begin from: with its weights, optimizer
@@ -141,6 +143,7 @@ class Recipe:
     pose_chunks: int = 2
     skip_text: bool = True
     sliding_window_attention_schedule: tuple[int, ...] | None = None
+    stop_after: int | None = None
     checkpointing_steps: int | None = None
     kept_checkpoints: int = 2
     continue_from: str | None = None
@@ -165,6 +168,10 @@ class Recipe:
             require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("truncate", "checkpointing_steps"):
             require(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
+        require(
+            self.stop_after is None or 1 <= self.stop_after < self.max_train_steps,
+            "stop_after", "a step before max_train_steps",
+        )  # fmt: skip
         require(0 <= self.warmup_steps <= self.max_train_steps, "warmup_steps", "0 to max_train_steps")
         require(self.learning_rate > 0, "learning_rate", "above 0")
         require(self.grad_norm is None or self.grad_norm > 0, "grad_norm", "above 0")
@@ -381,19 +388,32 @@ def read_recipe(name: str, overrides: Mapping[str, Any] | None = None, also: Seq
 
 
 def starts_from(recipe: Recipe) -> Recipe | None:
-    """The recipe of `configs/` whose result `recipe` starts from, if any."""
-    if recipe.model is None:
+    """The recipe of `configs/` whose result, a model or a state, `recipe` starts from, if any."""
+    if recipe.model is None and recipe.continue_from is None:
         return None
     for name in available():
         other = read_recipe(name)
-        if Path(recipe.model) == Path(other.output_dir) / "model":
+        if recipe.model is not None and Path(recipe.model) == Path(other.output_dir) / "model":
             return other
+        if other.stop_after is not None and recipe.continue_from is not None:
+            if Path(recipe.continue_from) == stopping_state(other):
+                return other
     return None
 
 
+def stopping_state(recipe: Recipe) -> Path:
+    """The folder of the state that a recipe with `stop_after` ends with."""
+    return Path(recipe.output_dir) / "checkpoints" / f"step-{recipe.stop_after:06d}"
+
+
 def is_finished(recipe: Recipe) -> bool:
-    """Whether the recipe's run has come to its end: its model is saved and its log has the last step."""
+    """Whether the recipe's run has come to its end: its model is saved and its log has the last step.
+
+    With `stop_after`: whether the state of that step is there.
+    """
     output = Path(recipe.output_dir)
+    if recipe.stop_after is not None:
+        return (stopping_state(recipe) / "state.json").exists()
     if not (output / "model" / "config.json").exists() or not (output / "train_log.jsonl").exists():
         return False
     log = read_rows(output / "train_log.jsonl")

@@ -57,6 +57,8 @@ MISTAKES = {
     "-m scaled_rope tune --dataset x --factors 0": "factors '0' is not allowed; finite numbers above 0",
     "-m scaled_rope tune --dataset x --factors 0.5": "factor=0.5: must be a finite number at least 1 and at most 1e+09",
     "-m scaled_rope tune --dataset x --grid 1,1.1": "grid '1,1.1' is not allowed; at least 3 different values",
+    "-m scaled_rope tune --constants --dataset x --factors 1": "factors '1' is not allowed; with --constants above 1, "
+    "where there is a loss beyond L",
     "-m scaled_rope tune --dataset x --beta-fast x": "beta-fast 'x' is not allowed; START:END:STEP or numbers "
     "separated by commas",
     "-m scaled_rope tune --dataset x --fields factor=2": "fields 'factor=2' is not allowed; attention_factor, mscale, "

@@ -158,7 +158,7 @@ def resolve_plan(
 
 def _quantization(bits: int, dtype: str) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"loading in {bits} bits needs: pip install bitsandbytes")
+        raise ConfigError(f"loading in {bits} bits needs: pip install 'scaled-rope[qlora]'")
     if bits == 8:
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     return transformers.BitsAndBytesConfig(

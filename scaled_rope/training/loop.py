@@ -26,7 +26,7 @@ from scaled_rope.checkpoint import load_tokenizer, vocabulary_size
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loading import resolve_device
 from scaled_rope.patching.loss import resolve_loss
-from scaled_rope.recipes import Recipe, is_finished
+from scaled_rope.recipes import Recipe, is_finished, stopping_state
 from scaled_rope.results import Row, provenance, write_atomic
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.texts.packed import IntArray, TokenRows, open_rows
@@ -153,7 +153,8 @@ class Trainer:
                 is not finite.
         """
         if is_finished(self.recipe):
-            print(f"{self.output / 'model'}: already trained")
+            end = self.output / "model" if self.recipe.stop_after is None else stopping_state(self.recipe)
+            print(f"{end}: already trained")
             return [row["loss"] for row in read_log(self.output)]
         with StopSignal() as stop, run_lock(self.output):
             return self._run(stop)
@@ -279,6 +280,8 @@ class Loop:
         log = RunLog(recipe, *trackers) if main else None
         seen = sum(row["tokens"] for row in read_log(output)) if start else 0
         total, every = recipe.max_train_steps, recipe.checkpointing_steps
+        if recipe.stop_after is not None and start > recipe.stop_after:
+            raise ConfigError(f"stop_after {recipe.stop_after} is not possible: the run is at step {start} already")
         with tqdm(total=total, initial=start, unit="step", desc=recipe.name, mininterval=1.0, disable=not main) as bar:
             for step in range(start, total):
                 random, began = RandomState(), time.perf_counter()
@@ -297,8 +300,13 @@ class Loop:
                     log.add(row)
                 bar.set_postfix(_shown(row), refresh=False)
                 bar.update(1)
-                if every and (step + 1) % every == 0 and step + 1 < total:
-                    save_state(self.accelerator, recipe, step + 1)
+                stopping = step + 1 == recipe.stop_after
+                if stopping or (every and (step + 1) % every == 0 and step + 1 < total):
+                    saved = save_state(self.accelerator, recipe, step + 1)
+                if stopping:
+                    self.stopped = True
+                    self.accelerator.print(f"stop_after {step + 1}: saved {saved}")
+                    break
         if log is not None:
             log.close()
         return [row["loss"] for row in read_log(output)]

@@ -45,8 +45,8 @@ class SummedLoss(nn.Module):
         shared = [(n, first.setdefault(id(p), n)) for n, p in model.named_parameters(remove_duplicate=False)]
         self._tied = [(name, source) for name, source in shared if name != source]
         if getattr(model, "is_loaded_in_4bit", False):
-            self.register_state_dict_post_hook(_drop_frozen)
-            self.register_load_state_dict_post_hook(_expect_trained)
+            self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
+            self.register_load_state_dict_post_hook(_expect_trained)  # type: ignore[no-untyped-call]
 
     def tie_weights(self) -> None:
         """Share parameters again that were shared at the beginning.
@@ -346,7 +346,7 @@ def save_model(
 
 
 def merged_unquantised(recipe: Recipe, adapter: str) -> Any:
-    """The recipe's model on the CPU with its scaling, and an adapter merged into its weights as the checkpoint has them."""
+    """The recipe's model on the CPU, an adapter merged into the weights as the checkpoint has them."""
     checkpoint = open_checkpoint(str(recipe.model))
     model = load_model(checkpoint, dtype=recipe.save_dtype or recipe.compute_dtype, device="cpu")
     install_scaling(model, recipe, checkpoint.settings)

@@ -96,7 +96,7 @@ _MARGIN = 0.08  # of a GPU's memory: CUDA's own, the allocator's gaps, collectiv
 _PREFETCHED_LAYERS = 2  # of ZeRO-3: the layer at work and the next
 _BUCKETS = 4 * 5e8  # elements of ZeRO-2's buckets: gradients and weights, each twice so that they overlap with work
 _NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
-"""Bytes per weight in NF4: four bits; a scale of one byte for 64 weights; a scale of those, float32, for 256 of them."""
+"""Bytes per weight in NF4: four bits, a scale of one byte for 64 weights, a float32 scale of 256 of those."""
 _DEFAULT_PEAK = H100_TFLOPS * 1e12
 
 
@@ -180,7 +180,7 @@ class Planner:
 
     def flops(self, lora: bool | None = None) -> Flops:
         """FLOPs of one optimizer step over the global batch of full rows."""
-        recipe = self.recipe if lora is None else replace(self.recipe, lora=lora)
+        recipe = self.recipe if lora is None else replace(self.recipe, lora=lora, quantization=None)
         cost = ModelCost.of(self._build(recipe, torch.float32))
         return cost.sequence(_length(recipe)) * recipe.global_batch_size
 

@@ -24,8 +24,8 @@ from scaled_rope.training.engine import engine_name
 #: recipe fields that may differ between a run and its resumption without changing what is computed
 _FREE_FIELDS = {
     "name", "description", "output_dir", "prepare", "rebuild", "evaluate", "batch_size", "checkpointing_steps",
-    "kept_checkpoints", "offload_activations", "gradient_checkpointing", "loss", "sequence_parallel", "heldout",
-    "heldout_lengths", "heldout_steps", "heldout_rows",
+    "stop_after", "kept_checkpoints", "offload_activations", "gradient_checkpointing", "loss", "sequence_parallel",
+    "heldout", "heldout_lengths", "heldout_steps", "heldout_rows",
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,34 @@ import numpy as np
 from scaled_rope.results import Row, write_atomic
 from scaled_rope.tuning.curves import BLUE, GREY, LEVEL, ORANGE, Tuned, best_counts, segment_bounds, segment_changes
 
+Draw = Callable[[Any], None]
+
 
 def write_tuning_figures(tuned: Sequence[Tuned], summary: Row, title: str, folder: Path) -> list[Path]:
     """Three PNGs per factor, after the paper's figures 2 to 4, and one of the fit; none without matplotlib."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("figures not drawn: pip install 'scaled-rope[eval]'", file=sys.stderr)
-        return []
-    drawings: dict[str, Callable[[Any], None]] = {}
+    drawings: dict[str, Draw] = {}
     for one, said in zip(tuned, summary["factors"], strict=True):
         drawings[f"perplexity-x{one.factor:g}"] = _draw_curve(one, said, title)
         drawings[f"segments-x{one.factor:g}"] = _draw_segments(one, title)
         drawings[f"histogram-x{one.factor:g}"] = _draw_histogram(one, title)
     if summary["fit"]:
         drawings["fit"] = _draw_fit(summary, title)
+    return _write(drawings, folder)
+
+
+def write_constants_figures(summary: Row, title: str, folder: Path) -> list[Path]:
+    """One PNG per factor: loss and retrieval of every candidate; none without matplotlib."""
+    drawings = {f"constants-x{one['factor']:g}": _draw_constants(one, title) for one in summary["factors"]}
+    return _write(drawings, folder)
+
+
+def _write(drawings: Mapping[str, Draw], folder: Path) -> list[Path]:
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("figures not drawn: pip install 'scaled-rope[eval]'", file=sys.stderr)
+        return []
     paths = []
     style = {"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.25, "legend.frameon": False}
     for name, draw in drawings.items():
@@ -43,7 +55,7 @@ def write_tuning_figures(tuned: Sequence[Tuned], summary: Row, title: str, folde
     return paths
 
 
-def _draw_curve(one: Tuned, said: Row, title: str) -> Callable[[Any], None]:
+def _draw_curve(one: Tuned, said: Row, title: str) -> Draw:
     """Figure 2: perplexity against √(1/t)."""
 
     def draw(axes: Any) -> None:
@@ -60,7 +72,7 @@ def _draw_curve(one: Tuned, said: Row, title: str) -> Callable[[Any], None]:
     return draw
 
 
-def _draw_segments(one: Tuned, title: str) -> Callable[[Any], None]:
+def _draw_segments(one: Tuned, title: str) -> Draw:
     """Figure 3: relative change of perplexity against √(1/t), a line per segment."""
     baseline = int(np.argmin(np.abs(np.asarray(one.grid) - 1)))
 
@@ -80,7 +92,7 @@ def _draw_segments(one: Tuned, title: str) -> Callable[[Any], None]:
     return draw
 
 
-def _draw_histogram(one: Tuned, title: str) -> Callable[[Any], None]:
+def _draw_histogram(one: Tuned, title: str) -> Draw:
     """Figure 4: for how many windows each √(1/t) is best, a row per segment."""
 
     def draw(axes: Any) -> None:
@@ -98,7 +110,7 @@ def _draw_histogram(one: Tuned, title: str) -> Callable[[Any], None]:
     return draw
 
 
-def _draw_fit(summary: Row, title: str) -> Callable[[Any], None]:
+def _draw_fit(summary: Row, title: str) -> Draw:
     """Best √(1/t) against s, with the fitted line and the paper's."""
 
     def draw(axes: Any) -> None:
@@ -124,5 +136,29 @@ def _draw_fit(summary: Row, title: str) -> Callable[[Any], None]:
         axes.set_xticks([], minor=True)
         axes.grid()
         axes.legend(fontsize=9, frameon=True, edgecolor="none")
+
+    return draw
+
+
+def _draw_constants(one: Row, title: str) -> Draw:
+    """Retrieval, or where it is left out the loss within L, against the loss beyond L; a point per candidate."""
+
+    def draw(axes: Any) -> None:
+        points = one["screened"]
+        upright = "retrieval" if "retrieval" in points[0] else "perplexity_within"
+        share = [100 * point["unscaled_pairs"] / point["pairs"] for point in points]
+        places = [[point[name] for point in points] for name in ("perplexity_beyond", upright)]
+        dots = axes.scatter(*places, c=share, cmap="viridis", s=26)
+        axes.figure.colorbar(dots, label="pairs left unscaled (%)")
+        marks = {"paper": ("X", GREY, "the paper's constants"), "best": ("*", ORANGE, one["best"]["spec"])}
+        for name, (marker, color, label) in marks.items():
+            point = next((point for point in points if point["spec"] == one[name]["spec"]), None)
+            if point is not None and (name == "paper" or point["spec"] != one["paper"]["spec"]):
+                place = [point["perplexity_beyond"]], [point[upright]]
+                axes.scatter(*place, marker=marker, color=color, s=110, edgecolor="black", linewidth=0.6, label=label)
+        label = "probability of answers" if upright == "retrieval" else "perplexity within L"
+        axes.set(xlabel="perplexity beyond L", ylabel=label, title=f"{title}, s = {one['factor']:g}")
+        axes.grid()
+        axes.figure.legend(fontsize=8, loc="outside lower center", ncols=2)
 
     return draw

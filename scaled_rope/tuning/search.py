@@ -2,6 +2,8 @@
 
     scaled-rope tune -m MODEL --dataset FOLDER --factors 2,4,8 --grid 1.0:1.5:0.05 --output out/tune
 
+With `--constants` it is another search, that of `scaled_rope.tuning.constants`. Without:
+
 The search of the YaRN paper's appendix A.2: the frequencies are those of NTK-by-parts for a factor s, √(1/t) takes
 every value of a grid, and windows of s·L tokens (L the original context) are scored in one forward pass each. The best
 value is the vertex of the parabola through the lowest grid point and its two neighbours. The line √(1/t) = a·ln s + 1
@@ -23,37 +25,49 @@ measures only what is missing), best.json (the scalings to reuse) and the figure
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from einops import rearrange
 from tqdm import tqdm
 
-from scaled_rope.checkpoint import display_name, encode, load_config, load_tokenizer
+from scaled_rope.checkpoint import display_name, load_tokenizer
 from scaled_rope.command_line import Parser
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.formatting import format_perplexity, format_table
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
 from scaled_rope.evaluation.ranks import refuse_several
 from scaled_rope.evaluation.runner import given_arguments
-from scaled_rope.flags import add_model_arguments, add_tune_arguments, check_tune_arguments, parse_grid, tune_specs
-from scaled_rope.patching.loss import IGNORE, token_nll
-from scaled_rope.results import Row, append_row, portable_command, provenance, row_key, rows_so_far, write_atomic
+from scaled_rope.flags import (
+    LEAST_TRIALS,
+    add_model_arguments,
+    add_tune_arguments,
+    check_tune_arguments,
+    parse_grid,
+    tune_grid,
+    tune_specs,
+)
+from scaled_rope.results import Row, portable_command, provenance, write_atomic
 from scaled_rope.scaling.record import RopeScaling
-from scaled_rope.texts.corpora import CORPORA, fetch
-from scaled_rope.texts.documents import read_documents
-from scaled_rope.texts.packed import open_rows
-from scaled_rope.texts.token_documents import is_tokenized
+from scaled_rope.tuning.constants import (
+    LEAST_FOUND,
+    Axes,
+    Trials,
+    constants_remarks,
+    constants_tables,
+    default_axes,
+    fit_constants,
+    ramps,
+    summarise_constants,
+    verdict,
+)
 from scaled_rope.tuning.curves import (
     DRAWS,
     LEVEL,
@@ -69,144 +83,18 @@ from scaled_rope.tuning.curves import (
     parabola_minimum,
     resample,
     segment_bounds,
-    segment_sums,
 )
-from scaled_rope.tuning.figures import write_tuning_figures
-
-Tokens = npt.NDArray[np.int64]
-Score = Callable[[RopeScaling, Tokens], npt.NDArray[Any]]
-"""Nats of tokens 1 … n-1 of a window of n tokens under a scaling."""
-METRIC = "segment_nll"
-
-
-# ------------------------------------------------------------------------------------------------------------- windows
-
-
-@dataclass(frozen=True)
-class ScoredWindow:
-    """A piece of a document, as long as the largest factor needs."""
-
-    document: int
-    """Number of the document in the source, from 0."""
-    start: int
-    """Index of its first token in the document."""
-    tokens: Tokens
-    """[n], the BOS included."""
-
-
-def documents(args: argparse.Namespace, tokenizer: Any) -> Iterator[Tokens]:
-    """Yield the token ids of each document, without special tokens; of packed sets, each row as it is."""
-    source = args.dataset
-    if source in CORPORA and not Path(source).exists():
-        source = str(fetch(source, Path("data/cache") / source) / "heldout")
-    if is_tokenized(source):
-        rows = open_rows(source, args.split)
-        for index in range(len(rows)):
-            yield rows.row(index)[0]
-    else:
-        for text in read_documents(source, args.feature, args.split):
-            yield np.asarray(encode(tokenizer, text), dtype=np.int64)
-
-
-def cut_windows(
-    source: Iterator[Tokens], length: int, bos: int | None, wanted: int | None, each: int
-) -> list[ScoredWindow]:
-    """Cut windows of `length` tokens from the first `wanted` documents that are long enough; None: from all.
-
-    A document yields at most `each` windows, which do not overlap and begin at equal distances, the first at its start.
-    Their starts depend on `length` only if there is no room for so many, so a rerun with other factors mostly reuses
-    earlier results.
-
-    Raises:
-        ConfigError: fewer documents are long enough than are wanted, or none is.
-    """
-    windows: list[ScoredWindow] = []
-    head = [] if bos is None else [bos]
-    body = length - len(head)
-    used = read = 0
-    for tokens in source:
-        read += 1
-        if len(tokens) and tokens[0] == bos:  # a packed row brings its own BOS; every window gets one
-            tokens = tokens[1:]
-        if len(tokens) < body:
-            continue
-        count = min(each, len(tokens) // body)
-        for start in [index * (len(tokens) // count) for index in range(count)]:
-            piece = np.concatenate([np.asarray(head, dtype=np.int64), tokens[start : start + body]])
-            windows.append(ScoredWindow(read - 1, start, piece))
-        used += 1
-        if used == wanted:
-            break
-    if not used or (wanted is not None and used < wanted):
-        asked = "at least 1 is needed" if wanted is None else f"--documents asks for {wanted}"
-        raise ConfigError(f"only {used} of {read} documents have {length} tokens; {asked}: smaller --factors need less")
-    return windows
-
-
-# --------------------------------------------------------------------------------------------------------- measurement
-
-
-class Sweep:
-    """Scores windows under scalings, each pair once: pairs that the rows of `path` hold are not scored again."""
-
-    def __init__(
-        self,
-        path: Path,
-        windows: Sequence[ScoredWindow],
-        segment: int,
-        identity: Row,
-        score: Score,
-        record: Row,
-        bar: Any,
-    ) -> None:
-        """identity: a row's fields about model and text, see `results.IDENTITY`; record: its provenance."""
-        self.path, self.windows, self.segment = path, windows, segment
-        self._identity, self._score, self._record, self._bar = identity, score, record, bar
-        self._rows = {row_key(row): row for row in rows_so_far(path)}
-
-    def _cell(self, scaling: RopeScaling, window: ScoredWindow) -> tuple[Tokens, Row]:
-        """The tokens to score, and the fields that identify the result."""
-        length = scaling.max_position_embeddings
-        assert length is not None  # "yarn" needs the original length
-        tokens = window.tokens[:length]
-        fingerprint = hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
-        return tokens, {
-            "metric": METRIC,
-            **self._identity,
-            "scaling": scaling.to_dict(),
-            "label": scaling.label,
-            "data": {**self._identity["data"], "fingerprint": fingerprint},
-            "protocol": {"name": "segments", "segment": self.segment},
-            "length": length,
-        }
-
-    def missing(self, scalings: Sequence[RopeScaling]) -> int:
-        """The number of tokens that are still to be scored."""
-        cells = [self._cell(scaling, window)[1] for window in self.windows for scaling in scalings]
-        return sum(length for key, length in {row_key(c): c["length"] for c in cells}.items() if key not in self._rows)
-
-    def measure(self, scalings: Sequence[RopeScaling]) -> Floats:
-        """Mean nats per token [scalings, windows, segments] of scalings with one factor."""
-        self._bar.total = max(self._bar.total or 0, self._bar.n + self.missing(scalings))
-        by_window = np.array([[self._one(scaling, window) for scaling in scalings] for window in self.windows])
-        means: Floats = rearrange(by_window, "window scaling segment -> scaling window segment")
-        return means
-
-    def _one(self, scaling: RopeScaling, window: ScoredWindow) -> list[float]:
-        tokens, row = self._cell(scaling, window)
-        key = row_key(row)
-        if key not in self._rows:
-            self._bar.set_description(f"x{scaling.factor:g}, √(1/t) {scaling.attention_factor:g}")
-            nll = self._score(scaling, tokens)
-            if not np.isfinite(nll).all():
-                raise ConfigError(f"dtype {row.get('dtype')!r}: {scaling.label} gives losses that are not finite")
-            sums, targets = segment_sums(nll, self.segment)
-            row |= {"document": window.document, "start": window.start, "nll": sums, "targets": targets}
-            append_row(self.path, {**row, "provenance": self._record})
-            self._rows[key] = row
-            self._bar.update(len(tokens))
-        found = self._rows[key]
-        return [nats / count for nats, count in zip(found["nll"], found["targets"], strict=True)]
+from scaled_rope.tuning.figures import write_constants_figures, write_tuning_figures
+from scaled_rope.tuning.measurement import (
+    Answers,
+    RowStore,
+    ScoredWindow,
+    Sweep,
+    model_ask,
+    model_score,
+    read_windows,
+)
+from scaled_rope.tuning.prompts import fact_prompts, retrieval_lengths
 
 
 def tune_factor(
@@ -437,30 +325,45 @@ def _ramps(args: argparse.Namespace, start: RopeScaling) -> list[tuple[float, fl
     return pairs
 
 
-def _windows(args: argparse.Namespace, job: ModelJob, length: int) -> list[ScoredWindow]:
-    tokenizer = load_tokenizer(job.model)
-    windows = cut_windows(documents(args, tokenizer), length, tokenizer.bos_token_id, args.documents, args.windows)
-    vocabulary = load_config(job.model).get_text_config().vocab_size
-    if (largest := max(window.tokens.max() for window in windows)) >= vocabulary:
-        raise ConfigError(f"token id {largest} does not fit model {job.model!r} with a vocabulary of {vocabulary}")
-    return windows
+@dataclass(frozen=True)
+class _Opened:
+    """What a search works with: the model, the windows and where rows go."""
+
+    job: ModelJob
+    load: ModelLoader
+    windows: list[ScoredWindow]
+    segment: int
+    folder: Path
+    record: Row
+    identity: Row
+
+    def sweep(self, store: RowStore) -> Sweep:
+        return Sweep(store, self.windows, self.segment, self.identity, model_score(self.load, self.job))
+
+    def head(self) -> Row:
+        """The fields of best.json about the model and the text."""
+        model = {name: self.identity[name] for name in ("model", "model_fingerprint", "dtype")}
+        return {**model, "data": {**self.identity["data"], "documents": len({one.document for one in self.windows})}}
 
 
-def model_score(load: ModelLoader, job: ModelJob) -> Score:
-    """A `Score` by forward passes. The weights are read at the first call; later calls only change the scaling."""
+def _bar(args: argparse.Namespace) -> Any:
+    return tqdm(unit="tok", unit_scale=True, disable=args.hide_progress, mininterval=0.5 if sys.stderr.isatty() else 10)
 
-    def score(scaling: RopeScaling, tokens: Tokens) -> npt.NDArray[Any]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # patch_model's warnings are the same for every grid point
-            model = load(replace(job, spec="", scaling=scaling, carried=False))
-        ids = torch.from_numpy(tokens)[None].to(model.device)
-        targets = torch.full_like(ids, IGNORE)
-        targets[:, :-1] = ids[:, 1:]
-        with torch.inference_mode():
-            nll: npt.NDArray[Any] = token_nll(model, ids, targets)[0, :-1].cpu().numpy()
-        return nll
 
-    return score
+def _finish(args: argparse.Namespace, opened: _Opened, summary: Row, text: str, notes: Sequence[str]) -> int:
+    """Write best.json, print, and warn."""
+    write_atomic(opened.folder / "best.json", json.dumps({**summary, "provenance": opened.record}, indent=2) + "\n")
+    if args.json:
+        print(json.dumps({**summary, "provenance": opened.record}, indent=2))
+    else:
+        print(
+            f"\n{display_name(opened.job.model)}, windows: {len(opened.windows)}, "
+            f"documents: {summary['data']['documents']}"
+        )
+        print(f"{text}\n\nthe scalings to reuse: {opened.folder / 'best.json'}")
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
+    return 0
 
 
 def run(args: argparse.Namespace) -> int:
@@ -471,12 +374,11 @@ def run(args: argparse.Namespace) -> int:
     """
     check_tune_arguments(args)
     refuse_several("scaled-rope tune")
-    grid = parse_grid(args.grid, least=3)
     flags = _loading_arguments(args)
     job = model_jobs(flags)[0]
     own = job.scaling
     starts = _starts(args, own)
-    ramps = _ramps(args, starts[0])
+    search = _prepare_constants(args, job, starts) if args.constants else _prepare_factors(args, starts)
     if own.method != "default":
         print(f"note: the checkpoint's own scaling, {own.label}, is replaced by each that is tried", file=sys.stderr)
     longest, segment = starts[-1].max_position_embeddings, starts[-1].original_max_position_embeddings
@@ -485,28 +387,88 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"original_max_position_embeddings={segment}: must be at least 2, a segment's length in tokens"
         )
-    windows = _windows(args, job, longest)
-
-    folder = Path(args.output)
+    windows = read_windows(args, job, longest)
     load = ModelLoader(flags)
     record = {"command": _command(args), **provenance(load.device, args.seed, given_arguments(args))}
     identity = {**job.fields(), "carried": False, "data": {"name": Path(args.dataset).name}}
-    with tqdm(
-        unit="tok", unit_scale=True, disable=args.hide_progress, mininterval=0.5 if sys.stderr.isatty() else 10
-    ) as bar:
-        sweep = Sweep(folder / "rows.jsonl", windows, segment, identity, model_score(load, job), record, bar)
-        bar.total = sum(sweep.missing([replace(s, attention_factor=x) for x in grid]) for s in starts)
-        tuned = [tune_factor(sweep, start, grid, ramps) for start in starts]
-    model = {name: identity[name] for name in ("model", "model_fingerprint", "dtype")}
-    data = {**identity["data"], "documents": len({window.document for window in windows})}
-    summary = {**model, "data": data, **summarise(tuned, args.seed)}
-    write_atomic(folder / "best.json", json.dumps({**summary, "provenance": record}, indent=2) + "\n")
-    write_tuning_figures(tuned, summary, display_name(job.model), folder)
-    if args.json:
-        print(json.dumps({**summary, "provenance": record}, indent=2))
-    else:
-        print(f"\n{display_name(job.model)}, windows: {len(windows)}, documents: {data['documents']}")
-        print(f"{report(summary)}\n\nthe scalings to reuse: {folder / 'best.json'}")
-    for note in remarks(summary):
-        print(f"warning: {note}", file=sys.stderr)
-    return 0
+    return search(_Opened(job, load, windows, segment, Path(args.output), record, identity))
+
+
+Search = Callable[[_Opened], int]
+
+
+def _prepare_factors(args: argparse.Namespace, starts: Sequence[RopeScaling]) -> Search:
+    """The search for the attention factor, its grids checked."""
+    grid, ends = tune_grid(args), _ramps(args, starts[0])
+    assert grid is not None  # has a default
+
+    def search(opened: _Opened) -> int:
+        with _bar(args) as bar:
+            store = RowStore(opened.folder / "rows.jsonl", opened.record, bar)
+            sweep = opened.sweep(store)
+            bar.total = sum(store.missing(sweep.cells([replace(s, attention_factor=x) for x in grid])) for s in starts)
+            tuned = [tune_factor(sweep, start, grid, ends) for start in starts]
+        summary = {**opened.head(), **summarise(tuned, args.seed)}
+        write_tuning_figures(tuned, summary, display_name(opened.job.model), opened.folder)
+        return _finish(args, opened, summary, report(summary), remarks(summary))
+
+    return search
+
+
+def _axes(args: argparse.Namespace, start: RopeScaling) -> Axes:
+    """The grids of the search for constants: those of the flags, else those that follow from the model and s."""
+    fast, slow, factors = default_axes(start)
+    return (
+        parse_grid(args.beta_fast, "beta-fast") if args.beta_fast else fast,
+        parse_grid(args.beta_slow, "beta-slow") if args.beta_slow else slow,
+        tune_grid(args) or factors,
+    )
+
+
+def _retrieval_lengths(start: RopeScaling) -> list[int]:
+    original, longest = start.original_max_position_embeddings, start.max_position_embeddings
+    assert original is not None and longest is not None  # "yarn" needs the original length
+    return retrieval_lengths(original, longest)
+
+
+def _prepare_constants(args: argparse.Namespace, job: ModelJob, starts: Sequence[RopeScaling]) -> Search:
+    """The search for constants, its grids checked."""
+    all_axes = [_axes(args, start) for start in starts]
+    for start, axes in zip(starts, all_axes, strict=True):
+        ramps(start, axes, job.head_dim)  # raises an error for values that cannot be used
+
+    def search(opened: _Opened) -> int:
+        if len(opened.windows) < LEAST_TRIALS:
+            raise ConfigError(
+                f"{len(opened.windows)} windows are not enough for --constants; at least {LEAST_TRIALS}, one to search "
+                "and two to judge: give more documents, or --windows"
+            )
+        tokenizer, texts = load_tokenizer(job.model), [one.tokens[1:].tolist() for one in opened.windows]
+        count = 8 if args.prompts is None else args.prompts
+        lengths = [_retrieval_lengths(start) if count else [] for start in starts]
+        prompts = {
+            length: fact_prompts(tokenizer, length, count, args.seed, texts) for length in sorted({*chain(*lengths)})
+        }
+        with _bar(args) as bar:
+            store = RowStore(opened.folder / "rows.jsonl", opened.record, bar)
+            answers = Answers(store, opened.identity, model_ask(opened.load, job))
+            reference = None
+            if count:
+                unscaled = RopeScaling.from_spec("default", starts[0])
+                asked = answers.measure(unscaled, prompts[opened.segment])
+                probability = sum(one.probability for one in asked) / count
+                right, used = sum(one.right for one in asked), probability >= LEAST_FOUND
+                reference = {"retrieval": probability, "right": right, "prompts": count, "used": used}
+                prompts = prompts if used else {}
+            sweep = opened.sweep(store)
+            fitted = []
+            for start, axes, own in zip(starts, all_axes, lengths, strict=True):
+                trials = Trials(sweep, answers, {length: prompts[length] for length in own if prompts})
+                fitted.append(fit_constants(trials, start, axes, job.head_dim))
+        summary = {**opened.head(), **summarise_constants(fitted, args.seed, reference)}
+        write_constants_figures(summary, display_name(job.model), opened.folder)
+        tables = [format_table(*table) for table in constants_tables(summary)]
+        text = "\n\n".join([*tables, "\n".join(map(verdict, summary["factors"]))])
+        return _finish(args, opened, summary, text, constants_remarks(summary))
+
+    return search

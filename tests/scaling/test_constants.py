@@ -6,7 +6,14 @@ import math
 
 import pytest
 
-from scaled_rope.scaling.constants import constants_note, kept_pairs
+from scaled_rope.scaling.constants import (
+    beta_grids,
+    constants_note,
+    interpolated_pairs,
+    kept_pairs,
+    rotations_at,
+    share_at,
+)
 from scaled_rope.scaling.record import RopeScaling
 
 
@@ -48,3 +55,30 @@ def test_the_dynamic_form_is_told_by_its_factor() -> None:
     base = RopeScaling("default", original_max_position_embeddings=256)
     assert constants_note(RopeScaling.from_spec("ntk-by-parts:8", base), 64) is not None
     assert constants_note(RopeScaling.from_spec("dynamic-yarn", base), 64) is None  # no factor that is sure to come
+
+
+@pytest.mark.parametrize(("length", "theta", "head_dim"), [(4096, 10000.0, 128), (256, 10000.0, 64)])
+def test_pairs_are_unscaled_interpolated_or_between(length: int, theta: float, head_dim: int) -> None:
+    for fast, slow in ((32.0, 1.0), (8.0, 0.5)):
+        scaling = RopeScaling("yarn", 8.0, length, theta, beta_fast=fast, beta_slow=slow)
+        kept, pairs = kept_pairs(scaling, head_dim)
+        interpolated = interpolated_pairs(scaling, head_dim)
+        # The ramp's lower end is rounded up to a pair, which is already interpolated: up to one less.
+        assert 0 <= pairs - counted(length, theta, head_dim, slow) - interpolated <= 1
+        assert kept + interpolated < pairs
+    assert interpolated_pairs(RopeScaling("linear", 8.0, length, theta), head_dim) == pairs
+
+
+def test_grids_reach_from_the_paper_s_rotations_to_its_shares() -> None:
+    def grids(length: int, theta: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return beta_grids(RopeScaling("yarn", 8.0, length, theta))
+
+    assert grids(4096, 1e4) == ((16, 32, 64), (0.5, 1, 2))  # the paper's own model: both readings agree
+    assert grids(256, 1e4) == ((2, 4, 8, 16, 32, 64), (0.0625, 0.125, 0.25, 0.5, 1, 2))
+    assert grids(131072, 1e6) == (
+        (16, 32, 64, 128, 256),
+        (0.5, 1, 2),
+    )  # a pair at the same place turns more often
+    share = share_at(32.0, 4096, 1e4)
+    assert share == pytest.approx(counted(4096, 1e4, 2048, 32.0) / 1024, abs=1e-3)
+    assert rotations_at(share, 4096, 1e4) == pytest.approx(32, rel=1e-12)

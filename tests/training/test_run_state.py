@@ -276,3 +276,25 @@ def test_the_optimizer_has_the_settings_of_the_new_recipe(workspace, stopped, tm
     arguments = [str(tmp_path / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), "--max-train-steps", "7"]
     assert finetune.main([*arguments, "--continue-from", str(stopped / "checkpoints" / "step-000006")]) == 0
     assert seen == [((0.8, 0.9), 0.25)]
+
+
+def test_a_run_in_two_parts_is_the_run_in_one(workspace, straight, tmp_path, capsys):
+    first = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "first"), "--stop-after", "5"]
+    assert finetune.main(first) == 0
+    state = tmp_path / "first" / "checkpoints" / "step-000005"
+    assert f"stop_after 5: saved {state}" in capsys.readouterr().out
+    assert len(log(tmp_path / "first")) == 5 and not (tmp_path / "first" / "model").exists()
+    before = (state / "model.safetensors").read_bytes()
+    assert finetune.main(first) == 0  # it is finished
+    assert (
+        f"{state}: already trained" in capsys.readouterr().out and (state / "model.safetensors").read_bytes() == before
+    )
+    second = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "second"), "--continue-from", str(state)]
+    assert finetune.main(second) == 0
+    rows = log(tmp_path / "second")
+    assert [row.pop("continued_from", None) for row in rows] == [None] * 5 + [str(state)] + [None] * 2
+    assert same(rows) == same(log(straight))
+    assert weights(tmp_path / "second").keys() == weights(straight).keys()
+    assert all(torch.equal(one, weights(straight)[name]) for name, one in weights(tmp_path / "second").items())
+    assert "stop_after 3 is not possible: the run is at step 5" in refusal(capsys, *first[:-1], "3")
+    assert "stop_after = 8 is not allowed; a step before max_train_steps" in refusal(capsys, *first[:-1], "8")

@@ -14,7 +14,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from scaled_rope import RopeScaling, patch_model
@@ -24,38 +23,9 @@ from scaled_rope.evaluation.jobs import ModelLoader
 from scaled_rope.flags import add_tune_arguments, parse_grid
 from scaled_rope.results import Row, portable, read_rows
 from scaled_rope.tuning import search
+from scaled_rope.tuning.measurement import Score
 from tests.helpers.models import Make
-from tests.helpers.tuning import GRID
-
-LENGTH = 32
-
-
-# ------------------------------------------------------------------------------------------------------ pure functions
-
-
-def test_windows() -> None:
-    texts = [np.arange(1, 9), np.arange(100, 125), np.concatenate([[0], np.arange(200, 230)]), np.arange(300, 400)]
-
-    def cut(length: int, **changes: Any) -> list[tuple[int, int, list[int]]]:
-        settings: dict[str, Any] = {"bos": 0, "wanted": 2, "each": 2} | changes
-        found = search.cut_windows(iter(texts), length, settings["bos"], settings["wanted"], settings["each"])
-        return [(window.document, window.start, window.tokens.tolist()) for window in found]
-
-    ten = cut(11)
-    assert ten == [
-        (1, 0, [0, *range(100, 110)]),
-        (1, 12, [0, *range(112, 122)]),
-        (2, 0, [0, *range(200, 210)]),  # its own BOS is not doubled
-        (2, 15, [0, *range(215, 225)]),
-    ]
-    assert [(doc, start, tokens[:6]) for doc, start, tokens in ten] == cut(6, wanted=3)[1:]  # shorter: beginnings
-    assert cut(11, bos=None, each=1)[0] == (1, 0, [*range(100, 111)])
-    assert len(cut(11, wanted=None)) == 6
-    with pytest.raises(ConfigError, match="only 3 of 4 documents have 11 tokens; --documents asks for 4"):
-        cut(11, wanted=4)
-    with pytest.raises(ConfigError, match="only 0 of 4 documents have 200 tokens; at least 1"):
-        cut(200, wanted=None)
-
+from tests.helpers.tuning import GRID, LENGTH, start, sweep
 
 # ------------------------------------------------------------------------------------------------- the search, planted
 
@@ -68,18 +38,6 @@ def planted(scaling: RopeScaling, tokens: npt.NDArray[Any], a: float = 0.08) -> 
     miss = (scaling.attention_factor - a * math.log(scaling.factor) - 1) ** 2
     ramp = 0.01 * (math.log2(fast / 16) ** 2 + (slow - 2) ** 2)
     return np.asarray(text + 5 * miss + ramp)
-
-
-def sweep(path: Path, score: search.Score, windows: int = 6) -> search.Sweep:
-    """Over random windows of 8·32 tokens."""
-    rng = np.random.default_rng(0)
-    pieces = [search.ScoredWindow(i, 0, rng.integers(0, 500, 8 * LENGTH)) for i in range(windows)]
-    identity: Row = {"model_fingerprint": "m", "dtype": "float32", "data": {"name": "random"}}
-    return search.Sweep(path, pieces, LENGTH, identity, score, {"seed": 0}, tqdm(disable=True))
-
-
-def start(factor: float) -> RopeScaling:
-    return RopeScaling("yarn", factor, original_max_position_embeddings=LENGTH)
 
 
 def test_a_planted_optimum_is_recovered(tmp_path: Path) -> None:
@@ -118,7 +76,7 @@ def test_windows_that_disagree_give_an_interval(tmp_path: Path) -> None:
         miss = scaling.attention_factor - optima[numbers[tokens[:10].tobytes()]]
         return np.full(len(tokens) - 1, 2 + miss**2)
 
-    one._score = score
+    one.score = score
     (found,) = search.summarise([search.tune_factor(one, start(2), GRID)], seed=0)["factors"]
     mean, error = np.mean(list(optima.values())), np.std(list(optima.values())) / math.sqrt(40)
     assert found["attention_factor"] == pytest.approx(mean, abs=1e-3)
@@ -212,7 +170,7 @@ def test_an_interrupted_search_equals_an_uninterrupted_one(tmp_path: Path) -> No
             raise KeyboardInterrupt
         return planted(scaling, tokens)
 
-    def summary(path: Path, score: search.Score) -> Row:
+    def summary(path: Path, score: Score) -> Row:
         one = sweep(path, score, windows=3)
         return search.summarise([search.tune_factor(one, start(factor), GRID) for factor in (2, 4)], seed=0)
 

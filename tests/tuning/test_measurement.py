@@ -1,0 +1,96 @@
+"""Windows, and rows that are measured once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from scaled_rope import RopeScaling, patch_model
+from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.jobs import ModelJob
+from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt
+from scaled_rope.results import read_rows
+from scaled_rope.tuning import measurement
+from scaled_rope.tuning.measurement import Answers, RowStore, cut_windows
+from tests.helpers.models import Make
+from tests.helpers.tuning import IDENTITY, start
+
+
+def test_windows() -> None:
+    texts = [np.arange(1, 9), np.arange(100, 125), np.concatenate([[0], np.arange(200, 230)]), np.arange(300, 400)]
+
+    def cut(length: int, **changes: Any) -> list[tuple[int, int, list[int]]]:
+        settings: dict[str, Any] = {"bos": 0, "wanted": 2, "each": 2} | changes
+        found = cut_windows(iter(texts), length, settings["bos"], settings["wanted"], settings["each"])
+        return [(window.document, window.start, window.tokens.tolist()) for window in found]
+
+    ten = cut(11)
+    assert ten == [
+        (1, 0, [0, *range(100, 110)]),
+        (1, 12, [0, *range(112, 122)]),
+        (2, 0, [0, *range(200, 210)]),  # its own BOS is not doubled
+        (2, 15, [0, *range(215, 225)]),
+    ]
+    assert [(doc, start, tokens[:6]) for doc, start, tokens in ten] == cut(6, wanted=3)[1:]  # shorter: beginnings
+    assert cut(11, bos=None, each=1)[0] == (1, 0, [*range(100, 111)])
+    assert len(cut(11, wanted=None)) == 6
+    with pytest.raises(ConfigError, match="only 3 of 4 documents have 11 tokens; --documents asks for 4"):
+        cut(11, wanted=4)
+    with pytest.raises(ConfigError, match="only 0 of 4 documents have 200 tokens; at least 1"):
+        cut(200, wanted=None)
+
+
+def prompt(seed: int, answer: int = 3) -> PasskeyPrompt:
+    ids = np.random.default_rng(seed).integers(1, 60, 40).tolist()
+    return PasskeyPrompt(ids[:-answer], ids[-answer:], 123456, 0.5, len(ids), 20)
+
+
+def test_answers_are_asked_once_and_kept(tmp_path: Path) -> None:
+    asked = []
+
+    def ask(scaling: RopeScaling, one: PasskeyPrompt) -> tuple[float, bool]:
+        asked.append((scaling.factor, one.input_ids[0]))
+        return 3 * len(one.answer_ids) * scaling.factor, scaling.factor == 2
+
+    for _ in range(2):
+        answers = Answers(RowStore(tmp_path / "rows.jsonl", {"seed": 0}, tqdm(disable=True)), IDENTITY, ask)
+        prompts = [prompt(0), prompt(1)]
+        found = {factor: answers.measure(start(factor), prompts) for factor in (2, 4)}
+    assert len(asked) == 4 == len(read_rows(tmp_path / "rows.jsonl"))
+    assert [one.right for one in found[2] + found[4]] == [True, True, False, False]
+    assert [one.probability for one in found[4]] == pytest.approx([np.exp(-12)] * 2)
+    answers = Answers(answers.store, IDENTITY, lambda scaling, one: (float("inf"), False))
+    with pytest.raises(ConfigError, match="not finite"):
+        answers.measure(start(8), [prompt(0)])
+
+
+@torch.inference_mode()
+def test_an_answer_is_scored_as_its_definition_says(tiny_model: Make) -> None:
+    scaling, one = start(2), prompt(0)
+
+    class Load:
+        def __call__(self, job: Any) -> Any:
+            model = tiny_model()
+            patch_model(model, job.scaling)
+            return model
+
+    job = ModelJob("m", "", scaling, False, 16, "float32", "m")
+    nats, right = measurement.model_ask(Load(), job)(scaling, one)  # type: ignore[arg-type]
+    model = tiny_model()
+    patch_model(model, scaling)
+    ids = torch.tensor([one.input_ids + one.answer_ids])
+    expected = F.cross_entropy(model(ids).logits[0, -4:-1], ids[0, -3:], reduction="sum")
+    assert nats == pytest.approx(float(expected), rel=1e-4)  # float32, another order of operations
+    assert right is False
+    # Greedy decoding gives what greedy decoding gave.
+    greedy = list(one.input_ids)
+    for _ in range(3):
+        greedy.append(int(model(torch.tensor([greedy])).logits[0, -1].argmax()))
+    other = PasskeyPrompt(one.input_ids, greedy[-3:], 0, 0.5, len(greedy), 20)
+    assert measurement.model_ask(Load(), job)(scaling, other)[1] is True  # type: ignore[arg-type]
