@@ -29,6 +29,7 @@ from scaled_rope.recipes import (
     LR_SCHEDULES,
     POSITIONS,
     PRECISIONS,
+    QUANTIZATIONS,
     Recipe,
     is_finished,
     make_recipe,
@@ -81,6 +82,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lora", action="store_const", const=True, help="train low-rank adapters only")
     parser.add_argument("--lora-embeddings-and-norms", action="store_const", const=True,
                         help="with --lora: train embeddings, output projection and norms in full as well")  # fmt: skip
+    parser.add_argument("--quantization", choices=QUANTIZATIONS,
+                        help="with --lora: keep the frozen matrices in 4 bits (QLoRA)")  # fmt: skip
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None,
                         help="compute activations twice instead of keeping them (default: on)")  # fmt: skip
     parser.add_argument("--loss", choices=LOSSES, help="logits: some at a time, fused with the loss (Liger), or whole")
@@ -130,7 +133,7 @@ def overrides(args: argparse.Namespace, base: Recipe, ranks: int) -> dict[str, A
             "original_max_position_embeddings", "max_position_embeddings", "batch_size", "global_batch_size",
             "max_train_steps", "warmup_steps", "learning_rate", "lr_schedule", "grad_norm", "seed", "precision", "lora",
             "checkpointing_steps", "kept_checkpoints", "continue_from", "lora_embeddings_and_norms",
-            "gradient_checkpointing", "stop_after",
+            "quantization", "gradient_checkpointing", "stop_after",
             "offload_activations", "loss", "sequence_parallel", "attention", "documents", "heldout", "heldout_steps",
             "positions", "pose_chunks", "skip_text", "mlp_tiles", "lr_floor", "lr_decay_share", "lr_decay",
         )

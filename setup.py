@@ -13,14 +13,15 @@ EXTRAS = {
     "train": [
         "accelerate>=1.15", "datasets>=5.0", "deepspeed>=0.19.6", "matplotlib", "ninja", "peft>=0.21", "zstandard",
     ],
+    "qlora": ["accelerate>=1.15", "bitsandbytes>=0.50", "peft>=0.21"],
     "flash": ["flash-attn>=2.8"],
     "kernels": ["triton>=3.6", "liger-kernel>=0.8.5"],
     "eval": ["lm-eval>=0.4.13", "matplotlib", "nltk", "wonderwords"],
     "wandb": ["wandb"],
     "gguf": ["gguf>=0.19"],
     "dev": [
-        "gguf>=0.19", "hypothesis", "liger-kernel>=0.8.5", "mypy", "pytest", "pytest-xdist", "ruff", "triton>=3.6",
-        "trl>=1.16", "types-PyYAML",
+        "bitsandbytes>=0.50", "gguf>=0.19", "hypothesis", "liger-kernel>=0.8.5", "mypy", "pytest", "pytest-xdist", "ruff",
+        "triton>=3.6", "trl>=1.16", "types-PyYAML",
     ],
 }  # fmt: skip
 # Not in "all": flash-attn, which builds only where a CUDA toolkit is.

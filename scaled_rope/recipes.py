@@ -31,6 +31,7 @@ CONFIGS = bundled("configs")
 LR_SCHEDULES = ("linear", "constant", "cosine", "wsd")
 LR_DECAYS = ("linear", "1-sqrt")
 PRECISIONS = ("auto", "bf16", "fp32")
+QUANTIZATIONS = ("nf4",)
 DOCUMENTS = ("joined", "separate")
 POSITIONS = ("consecutive", "pose")
 LOSSES = ("auto", "chunked", "fused", "whole")
@@ -67,6 +68,8 @@ class Recipe:
         precision: "bf16" (mixed), "fp32", or "auto": bf16 but on a CPU that is slow with it.
         save_dtype: dtype of the saved checkpoint; default: bfloat16 under bf16, float32 under fp32.
         lora: train low-rank adapters instead of the weights.
+        quantization: with `lora`: "nf4" keeps the frozen matrices in 4 bits (QLoRA, arXiv 2305.14314: 4-bit NormalFloat
+            with double quantisation); None: none.
         lora_embeddings_and_norms: with `lora`: train embeddings, output projection and norms in full as well.
         documents: "joined" (the paper's): a packed row is one text; "separate": attention and positions start anew with
             each document of a row.
@@ -134,6 +137,7 @@ class Recipe:
     sequence_parallel: int = 1
     lora: bool = False
     lora_embeddings_and_norms: bool = False
+    quantization: str | None = None
     documents: str = "joined"
     positions: str = "consecutive"
     pose_chunks: int = 2
@@ -195,6 +199,17 @@ class Recipe:
             "it needs gradient_checkpointing: true",
         )
         require(self.lora or not self.lora_embeddings_and_norms, "lora_embeddings_and_norms", "it is for lora: true")
+        require(
+            self.quantization in (None, *QUANTIZATIONS), "quantization", f"one of: {', '.join(QUANTIZATIONS)}, or none"
+        )
+        require(self.lora or self.quantization is None, "quantization", "it is for lora: true")
+        require(
+            self.init is None or self.quantization is None, "quantization", "it is for a checkpoint, not for `init`"
+        )
+        require(
+            self.sequence_parallel == 1 or self.quantization is None,
+            "quantization", "none with sequence_parallel, which needs ZeRO-3",
+        )  # fmt: skip
         windows = self.sliding_window_attention_schedule
         require(windows is None or (bool(windows) and min(windows) > 0), "sliding_window_attention_schedule", "above 0")
         require(bool(self.heldout_lengths) == (self.heldout is not None), "heldout_lengths", "give it with `heldout`")

@@ -158,10 +158,15 @@ def resolve_plan(
 
 def _quantization(bits: int, dtype: str) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"loading in {bits} bits needs: pip install bitsandbytes")
+        raise ConfigError(f"loading in {bits} bits needs: pip install 'scaled-rope[qlora]'")
     if bits == 8:
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=DTYPES[dtype])
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[dtype],
+    )
 
 
 @contextmanager
@@ -172,7 +177,8 @@ def former_names() -> Iterator[None]:
         yield
 
 
-def _merge_adapter(model: nn.Module, adapter: str) -> nn.Module:
+def merge_adapter(model: nn.Module, adapter: str) -> nn.Module:
+    """The model with a LoRA adapter merged into its weights. Raises ConfigError: no PEFT, or no such adapter."""
     try:
         import peft
     except ImportError as error:
@@ -247,7 +253,7 @@ def load_model(
     if adapter is not None and is_offloaded(model):
         raise ConfigError(f"adapter {adapter!r} cannot be merged into weights that are offloaded; merge it first")
     if adapter is not None:
-        model = _merge_adapter(model, adapter)
+        model = merge_adapter(model, adapter)
     if "device_map" not in options:
         model = model.to(device)
     apply_scaling(model, wanted, plan, kernel, settings)

@@ -159,7 +159,8 @@ def _bible_books(archive: Path) -> Texts:
 def _r_lines(data: bytes) -> list[str]:
     """The first long vector of strings in data that R serialised (its manual "R Internals", section 1.8)."""
     for match in re.finditer(rb"\x00\x00\x00\x10(....)", data, re.DOTALL):
-        count, place, lines = int.from_bytes(match[1], "big"), match.end(), []
+        count, place = int.from_bytes(match[1], "big"), match.end()
+        lines: list[str] = []
         # A string: two bytes of zero and its encoding, 9 for its kind, length, bytes.
         while len(lines) < count and data[place + 3 : place + 4] == b"\t":
             length = int.from_bytes(data[place + 4 : place + 8], "big")

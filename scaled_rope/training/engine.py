@@ -137,7 +137,13 @@ def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
         raise ConfigError("training needs accelerate: pip install 'scaled-rope[train]'") from None
     _quieten()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+    if recipe.quantization is not None and (deepspeed or fsdp):
+        raise ConfigError(
+            f"quantization {recipe.quantization!r} is not allowed under {'DeepSpeed' if deepspeed else 'FSDP'}, which"
+            f" would shard 4-bit weights; use one process or torchrun (DDP)"
+        )
+    if fsdp:
         check_fsdp()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if recipe.sequence_parallel > 1 and not deepspeed:

@@ -168,7 +168,7 @@ class Trainer:
         accelerator = make_accelerator(recipe, attention)
         engine = engine_name(accelerator)
         resolve_loss(recipe.loss, accelerator.device)  # refuses before a model is read
-        model, report = build_model(recipe, attention)
+        model, report = build_model(recipe, attention, accelerator.device)
         scaling = RopeScaling.from_config(model.config) if report is None else report.scaling
         check_sequence_parallel(recipe, model.config, scaling, model.config._attn_implementation)
         vocabulary = model.config.get_text_config(decoder=True).vocab_size

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from scaled_rope.attention.backends import attention_for
 from scaled_rope.checkpoint import load_tokenizer, open_checkpoint
 from scaled_rope.errors import ConfigError
-from scaled_rope.patching.loading import check_tied, former_names, load_model, resolve_plan
+from scaled_rope.patching.loading import check_tied, former_names, load_model, merge_adapter, resolve_plan
 from scaled_rope.patching.loss import token_nll
 from scaled_rope.patching.output_head import decoder_of
 from scaled_rope.patching.patch import PatchReport, patch_as_read, patched_plan
@@ -44,6 +44,9 @@ class SummedLoss(nn.Module):
         first: dict[int, str] = {}
         shared = [(n, first.setdefault(id(p), n)) for n, p in model.named_parameters(remove_duplicate=False)]
         self._tied = [(name, source) for name, source in shared if name != source]
+        if getattr(model, "is_loaded_in_4bit", False):
+            self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
+            self.register_load_state_dict_post_hook(_expect_trained)  # type: ignore[no-untyped-call]
 
     def tie_weights(self) -> None:
         """Share parameters again that were shared at the beginning.
@@ -68,6 +71,19 @@ class SummedLoss(nn.Module):
         with offloaded_activations() if self._offload else contextlib.nullcontext():
             nll = token_nll(self.model, input_ids, targets, position_ids, separate=separate, loss=self._loss)
             return (nll * weights).sum() if reduce else nll
+
+
+def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Leave quantised weights, which do not change, out of a state, and with them what their quantisation needs."""
+    trained = {prefix + name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    for name in [name for name in state if name not in trained]:
+        del state[name]
+
+
+def _expect_trained(module: nn.Module, incompatible: Any) -> None:
+    """Say of no frozen weight that a state lacks it."""
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name in trained]
 
 
 @contextlib.contextmanager
@@ -98,8 +114,13 @@ def _is_on_accelerator(tensor: torch.Tensor) -> bool:
 # ------------------------------------------------------------------------------------------------------- the model
 
 
-def build_model(recipe: Recipe, attention: str = "sdpa") -> tuple[Any, PatchReport | None]:
-    """Build the recipe's model in float32 on the CPU with its scaling installed, to run with `attention`.
+def build_model(
+    recipe: Recipe, attention: str = "sdpa", device: torch.device | None = None
+) -> tuple[Any, PatchReport | None]:
+    """Build the recipe's model with its scaling installed, to run with `attention`.
+
+    It is in float32 on the CPU. With `quantization` it is on `device`, its matrices in 4 bits and what else is frozen
+    in the dtype of `precision`.
 
     Raises:
         ConfigError: an `init` that is no model, and what `load_model`, `check_tied` and `patch_model` raise.
@@ -119,12 +140,20 @@ def build_model(recipe: Recipe, attention: str = "sdpa") -> tuple[Any, PatchRepo
     else:
         checkpoint = open_checkpoint(str(recipe.model))
         settings = checkpoint.settings
-        model = load_model(checkpoint, dtype="float32", device="cpu")
+        model = load_model(
+            checkpoint,
+            dtype="float32" if recipe.quantization is None else recipe.compute_dtype,
+            device="cpu" if recipe.quantization is None else device,
+            load_in_4bit=recipe.quantization is not None,
+        )
         check_tied(checkpoint)
         model.set_attn_implementation(attention_for(model.config, attention))
     report = install_scaling(model, recipe, settings)
     if recipe.lora:
         model = add_lora(model, recipe.lora_embeddings_and_norms)
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # a small step would not change a bfloat16 weight
+                parameter.data = parameter.data.float()
     model.train()
     return model, report
 
@@ -294,7 +323,10 @@ def save_model(
     dtype = recipe.save_dtype or recipe.compute_dtype
     if recipe.lora:
         model.save_pretrained(staged / "adapter", state_dict=state)
-        model = model.merge_and_unload()
+        if recipe.quantization is None:
+            model = model.merge_and_unload()
+        else:  # merged into the weights as they were, since merging into 4 bits would round the adapters away
+            model = merged_unquantised(recipe, str(staged / "adapter"))
         state = model.state_dict()
     names: dict[int, str] = {}  # first name of each weight: FSDP gathers a tied one once for every name
     for name, weight in model.named_parameters(remove_duplicate=False):
@@ -311,6 +343,14 @@ def save_model(
     records(staged)
     shutil.rmtree(output, ignore_errors=True)
     os.rename(staged, output)
+
+
+def merged_unquantised(recipe: Recipe, adapter: str) -> Any:
+    """The recipe's model on the CPU, an adapter merged into the weights as the checkpoint has them."""
+    checkpoint = open_checkpoint(str(recipe.model))
+    model = load_model(checkpoint, dtype=recipe.save_dtype or recipe.compute_dtype, device="cpu")
+    install_scaling(model, recipe, checkpoint.settings)
+    return merge_adapter(model, adapter)
 
 
 def set_sliding_window(model: Any, window: int) -> None:

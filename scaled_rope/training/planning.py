@@ -95,6 +95,8 @@ GB = 1e9
 _MARGIN = 0.08  # of a GPU's memory: CUDA's own, the allocator's gaps, collectives' buffers
 _PREFETCHED_LAYERS = 2  # of ZeRO-3: the layer at work and the next
 _BUCKETS = 4 * 5e8  # elements of ZeRO-2's buckets: gradients and weights, each twice so that they overlap with work
+_NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
+"""Bytes per weight in NF4: four bits, a scale of one byte for 64 weights, a float32 scale of 256 of those."""
 _DEFAULT_PEAK = H100_TFLOPS * 1e12
 
 
@@ -108,6 +110,7 @@ class Options:
     offload_activations: bool = False
     sequence_parallel: int = 1
     lora: bool = False
+    quantization: str | None = None
 
     def __str__(self) -> str:
         words = [self.engine]
@@ -115,6 +118,7 @@ class Options:
         words += ["activations offloaded"] if self.offload_activations else []
         words += [f"{self.sequence_parallel} ranks to a sequence"] if self.sequence_parallel > 1 else []
         words += ["lora"] if self.lora else []
+        words += [f"{self.quantization} base"] if self.quantization else []
         return ", ".join(words)
 
     def command(self, recipe: str) -> str:
@@ -124,6 +128,7 @@ class Options:
         parts += ["--offload-activations"] if self.offload_activations else []
         parts += [f"--sequence-parallel {self.sequence_parallel}"] if self.sequence_parallel > 1 else []
         parts += ["--lora"] if self.lora else []
+        parts += [f"--quantization {self.quantization}"] if self.quantization else []
         if self.engine != "plain":
             return " ".join(["accelerate launch --config_file", f"configs/accelerate/{self.engine}.yaml", *parts])
         return " ".join([f"torchrun --nproc_per_node {self.ranks}" if self.ranks > 1 else "python", *parts])
@@ -175,7 +180,7 @@ class Planner:
 
     def flops(self, lora: bool | None = None) -> Flops:
         """FLOPs of one optimizer step over the global batch of full rows."""
-        recipe = self.recipe if lora is None else replace(self.recipe, lora=lora)
+        recipe = self.recipe if lora is None else replace(self.recipe, lora=lora, quantization=None)
         cost = ModelCost.of(self._build(recipe, torch.float32))
         return cost.sequence(_length(recipe)) * recipe.global_batch_size
 
@@ -194,6 +199,7 @@ class Planner:
             gradient_checkpointing=options.gradient_checkpointing,
             sequence_parallel=options.sequence_parallel,
             lora=options.lora,
+            quantization=options.quantization,
             lora_embeddings_and_norms=options.lora and self.recipe.lora_embeddings_and_norms,
             offload_activations=options.offload_activations,
         )
@@ -208,6 +214,10 @@ class Planner:
         if options.engine == "plain":
             weights, gradients, optimizer = 4.0 * all_, 4.0 * trained, 8.0 * trained
             gathered, host = 0.0, 0.0
+            if options.quantization is not None:
+                matrices = counts.matrices
+                weights = _NF4_BYTES * matrices + width * (all_ - trained - matrices) + 4.0 * trained
+                gathered = 2.0 * width * counts.largest_matrix  # a matrix at work, in the dtype of the pass
         else:
             weights = width * all_ / (shards if options.engine.startswith("zero3") else 1)
             gradients, optimizer = 4.0 * trained / shards, 12.0 * trained / shards
@@ -282,6 +292,8 @@ class Planner:
         if ranks > 1:
             ways.append(replace(smallest, engine="zero3_offload", offload_activations=True))
         ways += [replace(checkpointed, lora=True), replace(checkpointed, lora=True, offload_activations=True)]
+        quantized = replace(checkpointed, lora=True, quantization="nf4")
+        ways += [quantized, replace(quantized, offload_activations=True)]
         if ranks > 1:
             ways += [replace(sharded, lora=True), replace(smallest, lora=True, offload_activations=True)]
         return ways
@@ -299,6 +311,9 @@ class Counts:
     layers: int
     hidden: int
     vocabulary: int
+    matrices: int
+    """In frozen matrices of layers, which can be quantised."""
+    largest_matrix: int
 
     @classmethod
     def of(cls, model: Any) -> Counts:
@@ -310,9 +325,15 @@ class Counts:
         outside = sum(
             p.numel() for p in {*base.get_input_embeddings().parameters(), base.get_output_embeddings().weight}
         )
+        apart = base.get_output_embeddings()
+        matrices = [
+            module.weight.numel() for module in model.modules()
+            if isinstance(module, torch.nn.Linear) and module is not apart and not module.weight.requires_grad
+        ]  # fmt: skip
         layers = config.num_hidden_layers
         layer = (sum(sizes) - outside) // layers
-        return cls(sum(sizes), sum(trained), max(trained), layer, head, layers, config.hidden_size, config.vocab_size)
+        return cls(sum(sizes), sum(trained), max(trained), layer, head, layers, config.hidden_size,
+                   config.vocab_size, sum(matrices), max(matrices, default=0))  # fmt: skip
 
     def layer_inputs(self, recipe: Recipe, length: int, width: int) -> float:
         """Bytes of the inputs of all layers, which gradient checkpointing keeps."""

@@ -81,7 +81,8 @@ def fingerprint(recipe: Recipe) -> dict[str, Any]:
 #: recipe fields that a state and a run that continues from it must share: what is trained, and the optimizer's layout
 _LAYOUT_FIELDS = (
     "model", "model_hash", "init", "scaling", "layers", "drop_layers", "rope_theta", "original_max_position_embeddings",
-    "max_position_embeddings", "lora", "lora_embeddings_and_norms", "precision",
+    "max_position_embeddings", "lora", "lora_embeddings_and_norms", "quantization",
+    "precision",
 )  # fmt: skip
 
 #: files of a run that every state has a copy of, so that it says by itself where it comes from

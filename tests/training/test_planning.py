@@ -7,9 +7,11 @@ import warnings
 from dataclasses import replace
 
 import pytest
+import torch
 
 from scaled_rope import cli
 from scaled_rope.recipes import read_recipe
+from scaled_rope.training.model import build_model
 from scaled_rope.training.planning import Options, Planner
 from tests.helpers import ROOT
 from tests.helpers.planning import small
@@ -50,6 +52,21 @@ def test_adapters_need_room_for_adapters():
     assert adapted.optimizer == 2 * adapted.gradients == 2 * (adapted.weights - whole.weights)
     # the largest matrix of an adapter: 16 x 160
     assert adapted.step_workspace == 8 * 16 * 160 and whole.step_workspace == 8 * 512 * 64
+
+
+def test_matrices_in_four_bits_are_planned_as_they_are_built(workspace):
+    pytest.importorskip("bitsandbytes")
+    recipe = replace(read_recipe(str(workspace / "recipe.yaml")), lora=True, quantization="nf4", precision="bf16")
+    model, _ = build_model(recipe, "sdpa", torch.device("cpu"))
+    built = 0
+    for parameter in model.parameters():
+        built += parameter.numel() * parameter.element_size()
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            # Tables of 16 and 256 numbers and the mean of the scales are for each matrix, and too small to be planned.
+            built += state.absmax.numel() + -(-state.absmax.numel() // 256) * 4
+    planned = Planner(recipe, on_gpu=False).memory(Options(lora=True, quantization="nf4"))
+    assert planned.weights == pytest.approx(built, rel=0.01)
+    assert planned.weights < 0.6 * Planner(recipe, on_gpu=False).memory(Options(lora=True)).weights
 
 
 def test_a_plan_says_what_fits_and_how_long_it_takes(capsys):
