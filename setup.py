@@ -20,8 +20,8 @@ EXTRAS = {
     "wandb": ["wandb"],
     "gguf": ["gguf>=0.19"],
     "dev": [
-        "bitsandbytes>=0.50", "gguf>=0.19", "hypothesis", "liger-kernel>=0.8.5", "mypy", "pytest", "pytest-xdist", "ruff",
-        "triton>=3.6", "trl>=1.16", "types-PyYAML",
+        "bitsandbytes>=0.50", "gguf>=0.19", "hypothesis", "liger-kernel>=0.8.5", "mypy", "pytest", "pytest-xdist",
+        "ruff", "triton>=3.6", "trl>=1.16", "types-PyYAML",
     ],
 }  # fmt: skip
 # Not in "all": flash-attn, which builds only where a CUDA toolkit is.
