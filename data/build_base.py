@@ -35,7 +35,7 @@ VOCABULARY = 4096
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of text: where it is from, its share of the set `rows`, and the megabytes that the tokenizer learns from."""
+    """One kind of text: where it is from, its share of the set `rows`, the megabytes that the tokenizer learns from."""
 
     standins: tuple[str, ...]
     share: float
