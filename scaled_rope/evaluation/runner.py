@@ -169,10 +169,12 @@ def run_all(
     jobs: Sequence[ModelJob],
     args: argparse.Namespace,
     command: str,
-    seed: int | None = None,
+    seed: int | None | Mapping[str, int] = None,
     failures: list[Failure] | None = None,
 ) -> dict[str, dict[ModelJob, dict[int, Row]]]:
     """`run` for several evaluators by name, such as one per data set; each model is loaded once for all of them.
+
+    seed: of what was drawn, which rows record; by name where evaluators have their own.
 
     Where several processes share the evaluation (`ranks`), the first reads and writes the output, and all get the rows.
     """
@@ -207,7 +209,8 @@ def run_all(
     )
     ranks.first(lambda: _check_output(args.output))
     load = ModelLoader(args)
-    record = {"command": command, **provenance(place_of(args, load.device), seed, given_arguments(args))}
+    record = {"command": command, **provenance(place_of(args, load.device), None, given_arguments(args))}
+    seeds = seed if isinstance(seed, Mapping) else dict.fromkeys(evaluators, seed)
     if ranks.count > 1:
         record["processes"] = ranks.count
     collected: dict[str, dict[ModelJob, dict[int, Row]]] = {}
@@ -240,7 +243,8 @@ def run_all(
                         if ranks.is_first:
                             cell = identities[name][job][row["length"]]
                             hidden = {} if job.server is None else {"peak_memory": None}  # not seen from here
-                            append_row(args.output, {**cell, **row, **hidden, "provenance": record})
+                            origin = {**record, "seed": seeds[name]}
+                            append_row(args.output, {**cell, **row, **hidden, "provenance": origin})
                 except _Failed as failed:
                     if failures is None:
                         raise failed.error from None

@@ -11,6 +11,7 @@ from typing import Any
 from scaled_rope.checkpoint import display_name
 from scaled_rope.evaluation.controls import CONTROL, Control
 from scaled_rope.evaluation.formatting import format_perplexity, format_table
+from scaled_rope.evaluation.pooled_seeds import pooled
 from scaled_rope.report.row_files import newest, read_row_files, row_date
 from scaled_rope.results import OUT_OF_MEMORY, Row, portable_model
 from scaled_rope.scaling.record import RopeScaling
@@ -35,6 +36,7 @@ _NUMBERS = (
     "benchmark",
     "quality",
 )
+_POOLED = ("passkey", "passkey_hard")
 _MOST_COLUMNS = 12  # in the terminal
 
 
@@ -150,6 +152,10 @@ def topic_of(row: Row) -> Topic:
         protocol["name"] = "truncate"
         if (stride := protocol.pop("sliding", None)) is not None:
             protocol |= {"name": "sliding", "stride": stride}
+    if metric.startswith("passkey"):
+        # Prompts that were drawn with several seeds count together.
+        protocol.pop("seed", None)
+        protocol.pop("seeds", None)
     if metric == "benchmark":
         # The documents of a task without lengths are in its column, so that all tasks share a table.
         if row["length"] is None:
@@ -239,6 +245,7 @@ def load_results(paths: Sequence[str], finetuned: str | None = None) -> ReportRo
         notes.append(f"{len(known) - len(rows)} rows of older weights or texts are left out")
     series: dict[tuple[str, str], Series] = {}
     sections: dict[Topic, Section] = {}
+    drawn: dict[tuple[int, Column], list[Row]] = {}  # of several seeds
     for row in rows:
         label = row["label"].replace("(checkpoint)", "(fine-tuned)") if row["model"] == finetuned else row["label"]
         scaling = RopeScaling.from_dict(row["scaling"])
@@ -250,6 +257,11 @@ def load_results(paths: Sequence[str], finetuned: str | None = None) -> ReportRo
             cells = section.rows.setdefault(one, {})
         else:
             cells = section.controls.setdefault(one, {}).setdefault(control, {})
+        if row["metric"] in _POOLED:
+            together = drawn.setdefault((id(cells), column), [])
+            together.append(row)
+            cells[column] = pooled(sorted(together, key=row_date))
+            continue
         # Of a benchmark's rows over other documents, too, the newest is shown.
         cells[column] = newest([cells[column], row]) if column in cells else row
     alone = [sections.pop(topic) for topic in list(sections) if not sections[topic].rows]
@@ -384,14 +396,15 @@ def key_token_cell(row: Row) -> Cell:
 
 
 def share_cell(row: Row) -> Cell:
-    """A benchmark's score, or the right answers out of all, in percent from 100 questions on."""
+    """A benchmark's score, or the right answers out of all; those to questions in percent from 100 on."""
     if row.get("error"):
         return Cell(_error(row), row)
     if row["metric"] == "benchmark":
         unit = row.get("unit") or ""
         return Cell(f"{row['value']:.1f}", row, row["value"], _interval(row), unit)
     percent = 100 * row["right"] / row["n"]
-    text = f"{row['right']}/{row['n']}" if row["n"] < 100 else f"{percent:.1f}"
+    counted = row["n"] < 100 or row["metric"].startswith("passkey")
+    text = f"{row['right']}/{row['n']}" if counted else f"{percent:.1f}"
     return Cell(text, row, percent, _interval(row, scale=100), "%")
 
 
@@ -455,10 +468,20 @@ def describe(section: Section) -> str:
             said.append(f"{protocol['iterations']} prompts per length")
         left = {name: value for name, value in protocol.items() if name not in ("name", "task", "passed", "iterations")}
         said += [f"{name.replace('_', ' ')} {value}" for name, value in left.items()]
+        seeds = sorted({seed for row in rows for seed in _seeds(row)}) if topic.metric.startswith("passkey") else []
+        if seeds:
+            said.append(f"for each of the seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}")
     if any(row.get("error") == OUT_OF_MEMORY for row in rows):
         said.append("OOM: ran out of memory")
     text = STANDINS.get(str(data.get("name", "")).removeprefix(STANDIN))
     return "; ".join([", ".join(said), *([text.seen] if text else []), *unmeasured(section)])
+
+
+def _seeds(row: Row) -> list[int]:
+    """The seeds that a row's prompts were drawn with."""
+    protocol = row["protocol"]
+    seeds = protocol.get("seeds", [protocol.get("seed")])
+    return [seed for seed in seeds if seed is not None]
 
 
 def unmeasured(section: Section) -> list[str]:
@@ -490,6 +513,8 @@ def title_of(section: Section) -> str:
     if topic.metric == "longppl":
         return f"LongPPL, {topic.data or 'text'}"
     title = _TITLES[topic.metric]
+    if topic.setting("wording") is not None:
+        title += f", {topic.setting('wording')} wording"
     plain = topic.data in ("", topic.metric, "passkey") or topic.metric.startswith("passkey_hard")
     return title if plain else f"{title}, {topic.data}"
 
