@@ -70,10 +70,11 @@ recipe() { # NAME
     [[ ${#passkey[@]} -eq 0 ]] || measure passkey "${passkey[@]}"
 
     if [[ -f "$output_dir/train_log.jsonl" ]]; then report+=(--train-log "$output_dir/train_log.jsonl"); fi
-    # A verdict of FAIL is a result, not a failure of this script: then the page is there.
+    # A verdict that does not hold fails this script in the end: then the page is there, and other recipes are measured.
     rm -f "$output_dir/report.html"
     attended python eval/report.py "$rows" --base "$model" --finetuned "$trained" --output "$output_dir" "${report[@]}" ||
-        { code=$? && [[ $code -eq 1 && "${report[*]}" == *--verdict* && -f "$output_dir/report.html" ]] || exit "$code"; }
+        { code=$? && [[ $code -eq 1 && "${report[*]}" == *--verdict* && -f "$output_dir/report.html" ]] || exit "$code"
+          failed+=("$name: the verdict, see $output_dir/report.html"); }
 }
 
 paper() { # NAME

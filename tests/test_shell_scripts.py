@@ -260,8 +260,10 @@ def test_eval_sh_long_measures_a_base_and_what_became_of_it(tmp_path):
     assert (done.returncode, lines) == (2, []) and "error: LIMIT=0 is not allowed" in done.stderr
 
 
-@pytest.mark.parametrize(("page", "ends", "code"), [("written", 1, 0), ("missing", 1, 1), ("written", 2, 2)])
-def test_a_verdict_that_fails_is_a_result_and_a_broken_report_is_not(tmp_path, page, ends, code):
+@pytest.mark.parametrize(
+    ("page", "ends", "code"), [("written", 0, 0), ("written", 1, 1), ("missing", 1, 1), ("written", 2, 2)]
+)
+def test_a_verdict_that_fails_is_told_in_the_end_and_a_broken_report_at_once(tmp_path, page, ends, code):
     python, recipe = tmp_path / "python", tmp_path / "mine.yaml"
     write = f"echo x > {tmp_path}/report.html" if page == "written" else "true"
     python.write_text(
@@ -278,3 +280,5 @@ def test_a_verdict_that_fails_is_a_result_and_a_broken_report_is_not(tmp_path, p
     command = ["./eval.sh", str(recipe)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == code
+    told = f"failed: {recipe}: the verdict, see {tmp_path}/report.html" in done.stderr
+    assert told is ((page, ends) == ("written", 1))

@@ -64,7 +64,9 @@ td[data-tip]:hover, td:focus-visible { outline: 2px solid var(--c0); outline-off
 td.best { font-weight: 700; } td small { display: block; color: var(--soft); font-size: .74rem; font-weight: 400; }
 td.muted { color: var(--soft); }
 .summary { margin-top: 1rem; } .summary > p:first-child { font-size: 1.05rem; }
-.summary th, .summary td { white-space: normal; text-align: left; vertical-align: top; min-width: 7.5rem; }
+.summary th, .summary td { white-space: normal; text-align: left; vertical-align: top; min-width: 5.2rem; }
+.summary th:first-child { min-width: 7.5rem; } .summary .note { margin: .25rem 0 0; }
+.summary .note:first-of-type { margin-top: .6rem; }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
 .unsure { color: var(--soft); font-weight: 600; }
 .reproduced { color: var(--good); } .differs { color: var(--bad); } .not-run { color: var(--soft); }
@@ -254,8 +256,13 @@ def summary_html(summary: Summary) -> str:
         body.append(f"<tr><th scope=row>{html.escape(question)}</th>{cells}</tr>")
     return (
         f"<div class=summary><p>{html.escape(summary.sentence)}</p>{_rows_html(summary.models, body)}"
-        f"<p class=note>{html.escape(summary.note)}</p></div>"
+        f"{''.join(note_html(line) for line in summary.note.splitlines())}</div>"
     )
+
+
+def summary_part(summary: Summary) -> PageSection:
+    """The summary as a part of a page that opens with something else."""
+    return PageSection("To which length each model works", "", [summary_html(summary)])
 
 
 def paper_table_html(table: PaperTable) -> str:

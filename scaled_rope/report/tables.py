@@ -50,7 +50,10 @@ class Series:
     carried: bool
     head_dim: int
     name: str = ""
-    """The name in plots and tables: the label, with the model where labels alone would be ambiguous."""
+    """The name in plots and tables: the label, with the name of the method in papers where that is another, and with
+    the model where labels alone would be ambiguous."""
+    method_name: str = ""
+    """The scaling alone, named in the same way."""
     color: int = UNSCALED
     """Number of its color; a dynamic scaling has that of its static form."""
     marker: str = "o"
@@ -280,11 +283,14 @@ def _style(series: Sequence[Series]) -> None:
 
     A dynamic scaling is drawn dashed in the color of the static form beside it, where there is one.
     """
-    labels = [one.label for one in series]
+    for one in series:
+        one.method_name = _method_name(one.scaling, [other.scaling for other in series])
+    names = [_named(one) for one in series]
     static: dict[tuple[str, str], int] = {}
     taken = 0
     for one in sorted(series, key=lambda one: one.scaling.dynamic or one.scaling.method.startswith("dynamic-")):
-        one.name = one.label if labels.count(one.label) == 1 else one.full_name
+        name = _named(one)
+        one.name = name if names.count(name) == 1 else f"{display_name(one.model)}, {name}"
         one.marker = MARKERS[series.index(one) % len(MARKERS)]
         one.dashed = one.scaling.dynamic or one.scaling.method.startswith("dynamic-")
         if one.scaling.method == "default":
@@ -295,6 +301,31 @@ def _style(series: Sequence[Series]) -> None:
         else:
             one.color, taken = taken, taken + 1
             static.setdefault(method, one.color)
+
+
+_IN_PAPERS = {"linear": "PI", "ntk": "NTK-aware"}
+"""Methods that papers call otherwise than flags do."""
+_WITH_BETAS = ("yarn", "ntk-by-parts")
+"""Methods whose constants the paper chose for LLaMA; other models have others that fit them better."""
+
+
+def _method_name(scaling: RopeScaling, others: Sequence[RopeScaling]) -> str:
+    """The name of a scaling in plots and tables: "PI (linear x8)", "yarn x8", "yarn x8 (beta_fast=8)".
+
+    Beside others with constants of their own, one with those of the paper says so.
+    """
+    label = scaling.label
+    if scaling.method in _IN_PAPERS:
+        return f"{_IN_PAPERS[scaling.method]} ({label})"
+    if scaling.method in _WITH_BETAS and any(other.label.startswith(f"{label} (") for other in others):
+        return f"{label} (constants of the paper)"
+    return label
+
+
+def _named(series: Series) -> str:
+    """The label of a series with its scaling named as `_method_name` does."""
+    own = series.scaling.label
+    return series.method_name + series.label.removeprefix(own) if series.label.startswith(own) else series.label
 
 
 def common_contexts(series: Iterable[Series]) -> tuple[int | None, int | None]:
