@@ -57,18 +57,20 @@ recipe() { # NAME
     for spec in "${scalings[@]}"; do under+=(--scaling "$spec"); done
 
     measure() { # EVALUATOR FLAGS...: the base, then the trained model where it exists
-        local evaluator=$1
+        local evaluator=$1 what=$1
         shift
-        echo "$name: $evaluator of $model"
+        [[ $evaluator != passkey ]] || what=passkeys
+        begin_step "$what before training"
         attended ${LAUNCH:-python} "eval/$evaluator.py" -m "$model" "${under[@]}" "$@" "${extra[@]}" --output "$rows"
         if [[ -d "$trained" ]]; then
-            echo "$name: $evaluator of $trained"
+            begin_step "$what after training"
             attended ${LAUNCH:-python} "eval/$evaluator.py" -m "$trained" "$@" "${extra[@]}" --output "$rows"
         fi
     }
     [[ ${#perplexity[@]} -eq 0 ]] || measure perplexity --control "${CONTROL:-trained}" "${perplexity[@]}"
     [[ ${#passkey[@]} -eq 0 ]] || measure passkey "${passkey[@]}"
 
+    begin_step report
     if [[ -f "$output_dir/train_log.jsonl" ]]; then report+=(--train-log "$output_dir/train_log.jsonl"); fi
     # A verdict that does not hold fails this script in the end: then the page is there, and other recipes are measured.
     rm -f "$output_dir/report.html"

@@ -16,10 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
+from scaled_rope.progress import Progress
 from scaled_rope.texts.conversations import Refusals, check_chat, template_hash, template_of
 from scaled_rope.texts.documents import TextSource, check_there
 from scaled_rope.texts.mixtures import Mixture, Reader, Source, in_order, mixed, read_mixture, record_of, table
@@ -188,7 +187,7 @@ def make(
         Tokenizers(args.tokenizer, args.num_proc, args.allow_special_tokens, template) as tokenizers,
     ):
         made = in_order(readers, tokenizers) if mixture is None else mixed(mixture, readers, tokenizers)
-        with tqdm(made, desc="documents", unit="doc", mininterval=1.0) as documents:
+        with Progress(made, desc="documents", unit="doc") as documents:
             counts = pack(documents, writer, bos, eos, args.bookend, args.packing, pad, len(sources))
         rows = record_of(readers, counts.sources)
         more = {"per_source": rows} | ({"refused": refusals.count} if recipe["chat"] else {})

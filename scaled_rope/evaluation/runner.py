@@ -18,14 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.failures import Failure, failing_alone, is_ours
 from scaled_rope.evaluation.formatting import format_table
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader
 from scaled_rope.evaluation.memory_meter import Meter, is_out_of_memory, release_memory
 from scaled_rope.evaluation.ranks import current
+from scaled_rope.progress import Progress
 from scaled_rope.results import (
     OUT_OF_MEMORY,
     Row,
@@ -226,13 +225,7 @@ def run_all(
             _write_csv(args.output_file, jobs, named)
 
     collect(*identities)
-    with tqdm(
-        total=total,
-        unit="tok",
-        unit_scale=True,
-        disable=args.hide_progress or not total,
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-    ) as bar:
+    with Progress(total=total, unit="tok", unit_scale=True, disable=args.hide_progress or not total) as bar:
         for job in jobs:
             bar.set_description(job.name)
             for name, evaluator in evaluators.items():
