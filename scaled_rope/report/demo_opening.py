@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scaled_rope.evaluation.controls import Change
-from scaled_rope.evaluation.passkey_prompts import WORDINGS
+from scaled_rope.evaluation.passkey_prompts import RELEASED, WORDINGS
 from scaled_rope.report.context_use import ContextUse
 from scaled_rope.report.summary import FOUND, Retrieval, Said, Summary, retrieval
 from scaled_rope.report.tables import ReportRows
@@ -37,10 +37,10 @@ def demo_opening(results: ReportRows, verdict: Verdict) -> Summary:
         for whose, changes in (("itself", use.buckets), ("the base", use.base_buckets)):
             if changes:
                 by_end = {length: change for (length, _), change in changes.items()}
-                head = f"perplexity on {text.text}, against {whose} with the last {window} tokens"
+                head = f"perplexity, {text.text}: against {whose} cut to {window}"
                 lines[head] = [_changed(by_end[n], n <= verdict.target) if n in by_end else Said("–") for n in lengths]
-    heads = [f"{length} tokens" for length in lengths]
-    return Summary(_sentence(verdict, keys.get(next(iter(WORDINGS))), uses), heads, lines, _note(verdict, keys, uses))
+    sentence = _sentence(verdict, keys.get(RELEASED), uses)
+    return Summary(sentence, list(map(str, lengths)), lines, _note(verdict, keys, uses), "length (tokens)")
 
 
 def _found(row: Row | None, length: int, until: int | None) -> Said:
@@ -49,7 +49,7 @@ def _found(row: Row | None, length: int, until: int | None) -> Said:
         return Said("–")
     low, high = (f"{100 * bound:.0f}" for bound in row["interval"])
     tone = "" if until is None or length > until else "good" if row["accuracy"] >= FOUND else "bad"
-    return Said(f"{row['right']} of {row['n']}", tone, f"{low} to {high} %")
+    return Said(f"{row['right']}/{row['n']}", tone, f"{low}–{high} %")
 
 
 def _changed(change: Change | None, judged: bool) -> Said:
@@ -116,7 +116,8 @@ def _note(verdict: Verdict, keys: dict[str, _Keys], uses: _Uses) -> str:
         said.append(
             "Perplexity: how unsure a model is of the next piece of a text, as if it chose evenly among so many;"
             " lower is better. Here that of the tokens since the next shorter length in the tables below, against"
-            f" a reader of the same tokens who sees the last {trained} only: below 0 % what stands further back helps."
+            f" a reader of the same tokens, cut to the last {trained} before each: below 0 % what stands further back"
+            " helps."
             " Below it: 95 % intervals."
         )
     said.append(

@@ -390,6 +390,8 @@ def passkey_figure(section: Section, name: str) -> Figure | None:
         heatmap.draw(figure, panels, compact=True)
 
     caption = "Share of keys found by prompt length and place of the key in the text; yellow is all, dark blue none."
+    if any(len(prompts) > 9 * heatmap.COMPACT_BINS for panel in panels for prompts in panel.prompts.values()):
+        caption += " Numbers without a fraction: percent."
     if any(panel.reach for panel in panels):
         caption += f" Orange line: keys below it stand in the last {trained} tokens, which a cut text would keep."
     height = 0.6 + 1.15 * math.ceil(len(panels) / 2)

@@ -45,7 +45,7 @@ figure { margin: .75rem 0 0; } svg { display: block; width: 100%; height: auto; 
 figure svg text { font-family: inherit; }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem; margin: .5rem 0 0; padding: 0; }
 .legend button { display: inline-flex; align-items: center; padding: .2rem .55rem .2rem .4rem; cursor: pointer;
-  font: inherit; font-size: .8rem; color: inherit; background: none; border: 1px solid var(--line);
+  font: inherit; font-size: .8rem; text-align: left; color: inherit; background: none; border: 1px solid var(--line);
   border-radius: 1rem; }
 .legend button:hover, .legend [aria-pressed=true] { border-color: var(--ink); }
 .key { display: inline-block; flex: none; width: 1.7em; height: .9em; vertical-align: -.1em; margin-right: .35em; }
@@ -64,8 +64,9 @@ td[data-tip]:hover, td:focus-visible { outline: 2px solid var(--c0); outline-off
 td.best { font-weight: 700; } td small { display: block; color: var(--soft); font-size: .74rem; font-weight: 400; }
 td.muted { color: var(--soft); }
 .summary { margin-top: 1rem; } .summary > p:first-child { font-size: 1.05rem; }
-.summary th, .summary td { white-space: normal; text-align: left; vertical-align: top; min-width: 5.2rem; }
-.summary th:first-child { min-width: 7.5rem; } .summary .note { margin: .25rem 0 0; }
+.summary th, .summary td { white-space: normal; text-align: left; vertical-align: top; min-width: 7.5rem; }
+.narrow td, .narrow thead th { white-space: nowrap; min-width: 0; } .narrow th:first-child { white-space: normal; }
+.summary .note { margin: .25rem 0 0; }
 .summary .note:first-of-type { margin-top: .6rem; }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
 .unsure { color: var(--soft); font-weight: 600; }
@@ -212,9 +213,9 @@ def _cell(tip: str, text: str, kind: str = "", small: str = "", share: float | N
     return f'<td{classes}{shade} tabindex={index} data-tip="{html.escape(tip)}">{html.escape(text)}{below}</td>'
 
 
-def _rows_html(header: Sequence[str], body: Sequence[str]) -> str:
+def _rows_html(header: Sequence[str], body: Sequence[str], corner: str = "") -> str:
     heads = "".join(
-        f"<th scope=col{' class=long' if len(text) > 16 else ''}>{html.escape(text)}</th>" for text in ("", *header)
+        f"<th scope=col{' class=long' if len(text) > 16 else ''}>{html.escape(text)}</th>" for text in (corner, *header)
     )
     return f"<div class=scroll><table><thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
 
@@ -255,7 +256,8 @@ def summary_html(summary: Summary) -> str:
         )
         body.append(f"<tr><th scope=row>{html.escape(question)}</th>{cells}</tr>")
     return (
-        f"<div class=summary><p>{html.escape(summary.sentence)}</p>{_rows_html(summary.models, body)}"
+        f"<div class='summary{' narrow' if summary.corner else ''}'><p>{html.escape(summary.sentence)}</p>"
+        f"{_rows_html(summary.models, body, summary.corner)}"
         f"{''.join(note_html(line) for line in summary.note.splitlines())}</div>"
     )
 

@@ -42,12 +42,14 @@ class Summary:
         models: their names.
         lines: question -> an answer per model.
         note: how to read it, and which models are in the tables below only.
+        corner: the heading above the questions, where columns are no models.
     """
 
     sentence: str
     models: list[str]
     lines: dict[str, list[Said]]
     note: str
+    corner: str = ""
 
     def text(self) -> str:
         """The summary for a terminal."""
@@ -55,7 +57,7 @@ class Summary:
             [question, *(f"{said.text} ({said.more})" if said.more else said.text for said in answers)]
             for question, answers in self.lines.items()
         ]
-        return f"{self.sentence}\n\n{format_table(['', *self.models], lines)}\n{self.note}"
+        return f"{self.sentence}\n\n{format_table([self.corner, *self.models], lines)}\n{self.note}"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -305,19 +306,27 @@ def _style(series: Sequence[Series]) -> None:
 
 _IN_PAPERS = {"linear": "PI", "ntk": "NTK-aware"}
 """Methods that papers call otherwise than flags do."""
+_SHORT = {
+    r"beta_fast=([^,)]+), beta_slow=([^,)]+)": r"β \1 and \2",
+    r"beta_(fast|slow)=": r"β \1 ",
+    r"attention_factor=": "attention ",
+}
+"""Parameters whose names are too long for a legend."""
 _WITH_BETAS = ("yarn", "ntk-by-parts")
 """Methods whose constants the paper chose for LLaMA; other models have others that fit them better."""
 
 
 def _method_name(scaling: RopeScaling, others: Sequence[RopeScaling]) -> str:
-    """The name of a scaling in plots and tables: "PI (linear x8)", "yarn x8", "yarn x8 (beta_fast=8)".
+    """The name of a scaling in plots and tables: "PI (linear x8)", "yarn x8", "yarn x8 (β 8 and 0.75)".
 
     Beside others with constants of their own, one with those of the paper says so.
     """
-    label = scaling.label
+    label, own = scaling.label, scaling.label
+    for words, shown in _SHORT.items():
+        label = re.sub(words, shown, label)
     if scaling.method in _IN_PAPERS:
         return f"{_IN_PAPERS[scaling.method]} ({label})"
-    if scaling.method in _WITH_BETAS and any(other.label.startswith(f"{label} (") for other in others):
+    if scaling.method in _WITH_BETAS and any(other.label.startswith(f"{own} (") for other in others):
         return f"{label} (constants of the paper)"
     return label
 

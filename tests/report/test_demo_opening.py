@@ -39,12 +39,12 @@ def test_one_sentence_and_a_table_by_length(tmp_path: Path) -> None:
         "A model that was trained for 64 tokens now reads 256: it finds a number hidden in 256 tokens 9 of 10 times "
         "(before: 1 of 10); it predicts better than from the last 64 tokens alone; it works to 256 tokens, not to 512."
     )
-    assert opening.models == ["64 tokens", "128 tokens", "256 tokens", "512 tokens"]
+    assert opening.models == ["64", "128", "256", "512"]
     texts = {question: [said.text for said in answers] for question, answers in opening.lines.items()}
-    assert texts["passkeys found, before"] == ["10 of 10", "1 of 10", "1 of 10", "1 of 10"]
-    assert texts["passkeys found, extended"] == ["10 of 10", "10 of 10", "9 of 10", "2 of 10"]
-    assert texts["needles found, extended"] == ["5 of 10", "5 of 10", "4 of 10", "1 of 10"]
-    own = texts["perplexity on text, against itself with the last 64 tokens"]
+    assert texts["passkeys found, before"] == ["10/10", "1/10", "1/10", "1/10"]
+    assert texts["passkeys found, extended"] == ["10/10", "10/10", "9/10", "2/10"]
+    assert texts["needles found, extended"] == ["5/10", "5/10", "4/10", "1/10"]
+    own = texts["perplexity, text: against itself cut to 64"]
     assert own == ["–", "−3.0 %", "−3.0 %", "−3.0 %"]
     assert [said.tone for said in opening.lines["passkeys found, extended"]] == ["good", "good", "good", ""]
     assert "Perplexity: how unsure a model is" in opening.note and "A needle is the same in other words" in opening.note

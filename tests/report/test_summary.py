@@ -98,6 +98,6 @@ def test_the_page_and_the_terminal_open_with_it(tmp_path: Path, capsys: pytest.C
     out = capsys.readouterr().out
     assert out.startswith("A model that was trained for 64 tokens now reads 256") and "PASS: " in out.splitlines()[-1]
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.index("<div class=summary>") < page.index("<p class=verdict") < page.index("<section")
+    assert page.index("<div class='summary narrow'>") < page.index("<p class=verdict") < page.index("<section")
     assert page.index("<p class=verdict") < page.index("yarn x4 (checkpoint) was trained on 64 tokens")
     assert "<td class=good>yes<small>−3.0 % [−3.0, −3.0]</small></td>" in page
