@@ -95,6 +95,9 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
     overflow: hidden; }
   #tip.up { top: .5rem !important; bottom: auto; }
   tbody th { min-width: 6.8rem; } th, td { padding: .34rem .4rem; }
+  .narrow table { font-size: .75rem; } .narrow small { font-size: .62rem; }
+  .narrow th, .narrow td { padding: .3rem .22rem; }
+  .narrow th:first-child { min-width: 5.4rem; max-width: 5.4rem; padding-left: 1rem; }
 }
 @media print { #tip, #ring, nav { display: none; } section { break-inside: avoid; } }
 """
