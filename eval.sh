@@ -9,7 +9,7 @@
 #   ./eval.sh --list             the names
 #
 # A recipe: its base under each of the recipe's scalings without training, then what training made of it; perplexity with
-# its control, which CONTROL in the environment sets (off, window=W, …).
+# its control, which CONTROL in the environment sets (off, window=W, …). Exit code 1 where its verdict does not hold.
 # A table or figure of the paper: each of its models by the paper's protocol, both from data/paper.json, and with the
 # control of perplexities if CONTROL is set (trained, window=W, …; tables 1, 2, 4 and 6, figures 1, 5 and 6). In the
 # environment, MODELS replaces the models (a list separated by blanks), DATASET the text, OUTPUT the file of rows;

@@ -69,7 +69,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-class Progress(tqdm):  # type: ignore[type-arg]
+class Progress(tqdm):  # type: ignore[misc]  # it has no types
     """A progress bar of tqdm. On a terminal it is drawn there, as one short line where it is a step of a script.
 
     Elsewhere it writes a plain line now and then, and one at its end.

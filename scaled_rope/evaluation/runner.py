@@ -227,7 +227,7 @@ def run_all(
     collect(*identities)
     with Progress(total=total, unit="tok", unit_scale=True, disable=args.hide_progress or not total) as bar:
         for job in jobs:
-            bar.set_description(job.name)
+            bar.set_description(job.name, refresh=False)
             for name, evaluator in evaluators.items():
                 if not plan.get((name, job)):
                     continue

@@ -11,6 +11,7 @@ from scaled_rope.report.context_use import ContextUse, context_use
 from scaled_rope.report.summary import FOUND, retrieval
 from scaled_rope.report.tables import ReportRows, Section, Series
 from scaled_rope.results import portable_model
+from scaled_rope.texts.corpora import STANDIN
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ class _Part:
 
 
 def _on_text(section: Section, tuned: Series, reference: Series, target: int) -> TextControl:
-    name, use = section.topic.data or "text", context_use(section, tuned, reference.model)
+    name = section.topic.data.removeprefix(STANDIN) or "text"
+    use = context_use(section, tuned, reference.model)
     if use is None:
         return TextControl(name, None, None, "python eval/perplexity.py --control measures it")
     window = use.control.window
