@@ -50,7 +50,7 @@ KINDS = {
 }
 SETS: dict[str, tuple[int, dict[str, float]]] = {
     "rows": (59_200, {"needles": 0.25}),
-    "retrieval": (8_000, {"needles": 0.35, "lists": 0.25, "copies": 0.15}),
+    "retrieval": (12_800, {"periods": 0.30, "copies": 0.20, "lists": 0.15, "needles": 0.15}),
 }
 """Rows of each set, and the shares of those that are made; the rest is shared out as the kinds' shares say."""
 SPLITS = ((LENGTH - 2,), (LENGTH - 2,), (LENGTH - 2,), (90, 162), (126, 126), (62, 62, 126), (83, 83, 82))
@@ -170,15 +170,28 @@ def needle_row(tokenizer: Any, stretches: dict[str, Stretches], rng: random.Rand
     return (row + [eos] * LENGTH)[:LENGTH], (weights + [0] * LENGTH)[:LENGTH]
 
 
+def _piece(stretches: dict[str, Stretches], size: int, rng: random.Random) -> list[int]:
+    """A stretch of text, or as often so many random tokens."""
+    if rng.random() < 0.5:
+        return [rng.randrange(2, VOCABULARY) for _ in range(size)]
+    return stretches[rng.choice(list(stretches))].anywhere(rng, size)
+
+
 def copy_row(tokenizer: Any, stretches: dict[str, Stretches], rng: random.Random) -> tuple[list[int], list[int]]:
-    """A row in which a stretch of text, or of random tokens, stands twice, with other text between."""
-    size = rng.randint(30, 110)
-    source = stretches[rng.choice(list(stretches))]
-    part = source.anywhere(rng, size) if rng.random() < 0.6 else [rng.randrange(2, VOCABULARY) for _ in range(size)]
-    between = source.anywhere(rng, rng.randint(1, LENGTH - 1 - 2 * size))
-    row = [tokenizer.bos_token_id, *part, *between, *part]
-    row += source.anywhere(rng, LENGTH)[: LENGTH - len(row)]
-    return row, [1] * LENGTH
+    """A row of stretches each of which stands twice; only the second counts."""
+    row, weights = [tokenizer.bos_token_id], [0]
+    while len(row) < LENGTH:
+        size = rng.randint(6, 24)
+        row += 2 * _piece(stretches, size, rng)
+        weights += [0] * size + [1] * size
+    return row[:LENGTH], weights[:LENGTH]
+
+
+def period_row(tokenizer: Any, stretches: dict[str, Stretches], rng: random.Random) -> tuple[list[int], list[int]]:
+    """A row of one stretch again and again; all but the first time counts."""
+    size = rng.randint(3, 24)
+    row = [tokenizer.bos_token_id, *(_piece(stretches, size, rng) * (LENGTH // size + 1))]
+    return row[:LENGTH], [0] * (1 + size) + [1] * (LENGTH - 1 - size)
 
 
 def list_row(tokenizer: Any, stretches: dict[str, Stretches], rng: random.Random) -> tuple[list[int], list[int]]:
@@ -187,7 +200,7 @@ def list_row(tokenizer: Any, stretches: dict[str, Stretches], rng: random.Random
     return [tokenizer.bos_token_id, *tokens], [1, *weights]
 
 
-MADE = {"needles": needle_row, "lists": list_row, "copies": copy_row}
+MADE = {"needles": needle_row, "lists": list_row, "copies": copy_row, "periods": period_row}
 
 
 def build_rows(

@@ -7,6 +7,7 @@ import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,14 +79,15 @@ def test_a_small_set(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert one == other
 
 
-def test_a_repeated_stretch_stands_twice() -> None:
+@pytest.mark.parametrize("make", [build_base.copy_row, build_base.period_row])
+def test_what_counts_in_a_repeating_row_stood_there_before(make: Any) -> None:
     tokenizer = SimpleNamespace(bos_token_id=0)
     stretches = {"novels": build_base.Stretches([list(range(3000))], random.Random(0))}
     for seed in range(20):
-        row, weights = build_base.copy_row(tokenizer, stretches, random.Random(seed))
-        assert len(row) == len(weights) == build_base.LENGTH and row[0] == 0
-        first = tuple(row[1:31])
-        assert any(tuple(row[start : start + 30]) == first for start in range(31, len(row) - 29))
+        row, weights = make(tokenizer, stretches, random.Random(seed))
+        assert len(row) == len(weights) == build_base.LENGTH and row[0] == 0 and 0 in weights and 1 in weights
+        for place, weight in enumerate(weights):
+            assert weight == 0 or row[place] in row[max(0, place - 24) : place]
 
 
 def test_every_stretch_comes_once_per_round() -> None:
