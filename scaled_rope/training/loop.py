@@ -141,6 +141,7 @@ class Trainer:
         self._trackers = (wandb_project, tensorboard)
         check_same_run(recipe, self.output)
         self._resume = None if is_finished(recipe) else find_state(recipe, self.output, resume)
+        self._named = resume != "auto"
         self._continued = continuation(recipe, self._resume)
 
     def run(self) -> list[float]:
@@ -217,7 +218,10 @@ class Trainer:
             write_atomic(self.output / "recipe.yaml", yaml.safe_dump(record, sort_keys=False))
             write_atomic(self.output / "provenance.json", json.dumps(facts, indent=2) + "\n")
         loop = Loop(recipe, accelerator, module, optimizer, rows, cost, heldout, stop, windows)
-        start = load_state(accelerator, self._resume, self.output)
+        state = sound_state(accelerator, recipe, self._resume, self._named)
+        if state is None:
+            self._continued = None
+        start = load_state(accelerator, state, self.output)
         restore_settings(optimizer, recipe)
         losses = loop.run(start, self._trackers, self._continued)
         if loop.stopped:
