@@ -31,6 +31,7 @@ help:
 		{ echo "error: python3 is $$(python3 -V 2>&1); Python 3.11 or newer is needed"; exit 2; }
 	@test -x .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1 || python3 -m venv --clear .venv
 	.venv/bin/python -m pip install --progress-bar off --disable-pip-version-check -c constraints.txt -e '.[train,eval,dev]'
+	-.venv/bin/python -m scaled_rope.texts.corpora fetch books --output data/cache/books # the demo then needs no network
 	@touch $@
 
 demo: $(READY)

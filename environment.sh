@@ -60,12 +60,34 @@ is_alive() {
     return 1
 }
 
-# read_recipe NAME [OTHER ...]: sets model, output_dir, prepare, scalings, perplexity, passkey and report, and builds the
-# recipe's data (each command does nothing when its output is there). OTHER names are no recipes, but may be meant.
+# begin_step NAME: says which step of the recipe begins, how many there are, and how long the rest may take; the programs
+# of the step say it too (scaled_rope/progress.py). read_recipe has read the steps and their work.
+begin_step() {
+    local index number=0 now=-1 later=0 left=""
+    for index in "${!steps[@]}"; do
+        if [[ $now -ge 0 ]]; then later=$((later + work[index])); fi
+        if [[ "${steps[index]}" == "$1" ]]; then now=${work[index]} number=$((index + 1)); fi
+    done
+    [[ $number -gt 0 ]] || return 0
+    work_done=$((${work_done:-0} + ${work_now:-0})) work_now=$now
+    script_began=${script_began:-$SECONDS}
+    if [[ $work_done -gt 0 ]]; then
+        left=", about $(((SECONDS - script_began) * (now + later) / work_done / 60 + 1)) min left"
+    fi
+    export SCALED_ROPE_STEP="$number ${#steps[@]} $work_done $now $later $(($(date +%s) - SECONDS + script_began)) $1"
+    echo "step $number of ${#steps[@]}: $1$left"
+}
+
+# read_recipe NAME [OTHER ...]: sets model, output_dir, prepare, scalings, perplexity, passkey, report, steps and work, and
+# builds the recipe's data (each command does nothing when its output is there). OTHER names are no recipes, but may be
+# meant.
 read_recipe() {
     local assignments command
     assignments=$(python -m scaled_rope.recipes "$1" --shell --also "${@:2}")
     eval "$assignments"
+    unset work_done work_now script_began
+    # Where the model is trained, its texts are there.
+    if [[ ${#prepare[@]} -gt 0 && ! -d "$output_dir/model" ]]; then begin_step texts; fi
     for command in "${prepare[@]}"; do
         attended bash -euo pipefail -c "$command"
     done

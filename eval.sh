@@ -9,7 +9,7 @@
 #   ./eval.sh --list             the names
 #
 # A recipe: its base under each of the recipe's scalings without training, then what training made of it; perplexity with
-# its control, which CONTROL in the environment sets (off, window=W, …).
+# its control, which CONTROL in the environment sets (off, window=W, …). Exit code 1 where its verdict does not hold.
 # A table or figure of the paper: each of its models by the paper's protocol, both from data/paper.json, and with the
 # control of perplexities if CONTROL is set (trained, window=W, …; tables 1, 2, 4 and 6, figures 1, 5 and 6). In the
 # environment, MODELS replaces the models (a list separated by blanks), DATASET the text, OUTPUT the file of rows;
@@ -57,23 +57,26 @@ recipe() { # NAME
     for spec in "${scalings[@]}"; do under+=(--scaling "$spec"); done
 
     measure() { # EVALUATOR FLAGS...: the base, then the trained model where it exists
-        local evaluator=$1
+        local evaluator=$1 what=$1
         shift
-        echo "$name: $evaluator of $model"
+        [[ $evaluator != passkey ]] || what=passkeys
+        begin_step "$what before training"
         attended ${LAUNCH:-python} "eval/$evaluator.py" -m "$model" "${under[@]}" "$@" "${extra[@]}" --output "$rows"
         if [[ -d "$trained" ]]; then
-            echo "$name: $evaluator of $trained"
+            begin_step "$what after training"
             attended ${LAUNCH:-python} "eval/$evaluator.py" -m "$trained" "$@" "${extra[@]}" --output "$rows"
         fi
     }
     [[ ${#perplexity[@]} -eq 0 ]] || measure perplexity --control "${CONTROL:-trained}" "${perplexity[@]}"
     [[ ${#passkey[@]} -eq 0 ]] || measure passkey "${passkey[@]}"
 
+    begin_step report
     if [[ -f "$output_dir/train_log.jsonl" ]]; then report+=(--train-log "$output_dir/train_log.jsonl"); fi
-    # A verdict of FAIL is a result, not a failure of this script: then the page is there.
+    # A verdict that does not hold fails this script in the end: then the page is there, and other recipes are measured.
     rm -f "$output_dir/report.html"
     attended python eval/report.py "$rows" --base "$model" --finetuned "$trained" --output "$output_dir" "${report[@]}" ||
-        { code=$? && [[ $code -eq 1 && "${report[*]}" == *--verdict* && -f "$output_dir/report.html" ]] || exit "$code"; }
+        { code=$? && [[ $code -eq 1 && "${report[*]}" == *--verdict* && -f "$output_dir/report.html" ]] || exit "$code"
+          failed+=("$name: the verdict, see $output_dir/report.html"); }
 }
 
 paper() { # NAME

@@ -16,14 +16,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
+from scaled_rope.progress import Progress
 from scaled_rope.texts.conversations import Refusals, check_chat, template_hash, template_of
 from scaled_rope.texts.documents import TextSource, check_there
 from scaled_rope.texts.mixtures import Mixture, Reader, Source, in_order, mixed, read_mixture, record_of, table
-from scaled_rope.texts.packed import PackedWriter, open_packed
+from scaled_rope.texts.packed import PackedWriter, is_part, open_packed, remove_half_made
 from scaled_rope.texts.packing import BOOKENDS, PACKINGS, pack
 from scaled_rope.texts.tokenizing import Tokenizers
 
@@ -85,7 +84,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         if not args.push_to_hub:
             raise ConfigError("--output is missing: name the folder to create")
         args.output = Path("data/cache") / args.push_to_hub.replace("/", "--")
-    if args.output.exists() and not (args.output / "meta.json").is_file():
+    if args.output.exists() and not (args.output / "meta.json").is_file() and not is_part(args.output):
         raise ConfigError(f"--output {args.output} exists and is no packed set; remove it or choose another folder")
     if args.sequence_length < 2:
         raise ConfigError(f"--sequence-length {args.sequence_length} is not allowed; at least 2 tokens")
@@ -144,6 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         own = template or getattr(tokenizer, "chat_template", None)
         recipe["chat"] = {name: getattr(args, name) for name in ("messages", "prompt", "completion")}
         recipe["chat"] |= {"template_hash": None if own is None else template_hash(str(own))}
+    if (fault := remove_half_made(args.output)) is not None:
+        print(f"note: {fault}; it is made again", file=sys.stderr)
     if args.output.exists():
         done = open_packed(args.output).meta
         # A set that was made before these fields existed is still used; it is not what would be made now.
@@ -188,7 +189,7 @@ def make(
         Tokenizers(args.tokenizer, args.num_proc, args.allow_special_tokens, template) as tokenizers,
     ):
         made = in_order(readers, tokenizers) if mixture is None else mixed(mixture, readers, tokenizers)
-        with tqdm(made, desc="documents", unit="doc", mininterval=1.0) as documents:
+        with Progress(made, desc="documents", unit="doc") as documents:
             counts = pack(documents, writer, bos, eos, args.bookend, args.packing, pad, len(sources))
         rows = record_of(readers, counts.sources)
         more = {"per_source": rows} | ({"refused": refusals.count} if recipe["chat"] else {})

@@ -29,6 +29,7 @@ for wanted in "$@"; do
     pending=$(python -m scaled_rope.recipes "$wanted" --pending)
     for recipe in ${pending:-$wanted}; do # a finished one is handed over too: finetune.py says so, and checks it
         read_recipe "$recipe"
+        begin_step training
         attended ${LAUNCH:-python} finetune.py "$recipe"
         # A run that was stopped by a signal of its own has saved its state, and 0 for an exit code.
         python -m scaled_rope.recipes "$recipe" --finished ||

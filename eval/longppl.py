@@ -93,7 +93,6 @@ if __name__ == "__main__":
     refuse_early(lambda: check_arguments(build_parser().parse_args()))
 
 # What takes seconds to import stands below the flags.
-from tqdm import tqdm
 
 from scaled_rope.checkpoint import load_tokenizer
 from scaled_rope.evaluation.controls import ControlRequest
@@ -104,6 +103,7 @@ from scaled_rope.evaluation.long_perplexity import METRIC, KeyRule, KeyTokens, L
 from scaled_rope.evaluation.perplexity_evaluator import Perplexity
 from scaled_rope.evaluation.ranks import current, on_ranks
 from scaled_rope.evaluation.runner import Parts, command_line, print_summary, run_all
+from scaled_rope.progress import Progress
 from scaled_rope.report.drawing import check_format
 from scaled_rope.report.gains import excerpts, save_gains, strips
 from scaled_rope.results import Row
@@ -167,7 +167,7 @@ def measure(keys: Sequence[KeyTokens], args: argparse.Namespace) -> None:
     """Measure the evaluator's losses that are not there yet."""
     load, total = ModelLoader(args), sum(one.positions() for one in keys)
     quiet = args.hide_progress or not total
-    with tqdm(total=total, unit="tok", unit_scale=True, disable=quiet, desc=f"evaluator {keys[0].job.name}") as bar:
+    with Progress(total=total, unit="tok", unit_scale=True, disable=quiet, desc=f"evaluator {keys[0].job.name}") as bar:
         for one in keys:
             one.measure(load, bar.update)
 

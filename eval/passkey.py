@@ -9,6 +9,10 @@ over prompt and answer decides that: up to the first mistake its context is exac
 built, and after it the answer is wrong either way. Under dynamic scaling that pass uses the scale at the prompt's end,
 the one of the first decoding step.
 
+`--wording` chooses the words around the number: `passkey` are those of the released script, `needle` are others, which
+say it once and in other filler, so that a model cannot answer from having been trained on the first. `--seeds` asks
+with several draws of the prompts; reports count them together.
+
 As in table 5 of the paper, the *passkey context* is the largest length with at least 80 % of the keys found, and the
 accuracy beside it the mean over the lengths up to it.
 
@@ -27,7 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scaled_rope.command_line import Parser, refuse_early, run_cli
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.flags import (
     add_evaluation_arguments,
     add_model_arguments,
@@ -39,6 +43,8 @@ from scaled_rope.flags import (
 )
 
 DEPTHS = ("grid", "random")
+WORDINGS = ("passkey", "needle")  # the keys of the evaluator's table, which is not read before flags are checked
+SEED = 42
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,7 +55,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--iterations", type=int, default=20, metavar="N", help="prompts per length (default %(default)s)")
     add("--depths", choices=DEPTHS, default="grid", help="where the key stands (default %(default)s)")
     add("--shared-prefill", action="store_true", help="read what prompts have in common once, see above")
-    add("--seed", type=int, default=42, help="keys and random depths follow from it (default %(default)s)")
+    add("--wording", action="append", metavar="NAME", help=f"{', '.join(WORDINGS)}; repeat or separate by commas for "
+                                                            f"several (default {WORDINGS[0]})")  # fmt: skip
+    add("--seed", type=int, help=f"keys and random depths follow from it (default {SEED})")
+    add("--seeds", metavar="N,N,…", help="several of them, each with as many prompts")
     add("--fixed-length", type=int, metavar="N", help="= --lengths N")
     add("--length-step", type=int, help=argparse.SUPPRESS)  # searched for the length in characters; ours is exact
     add("--chat-template", action="store_true", help="put prompts into the chat template of the model's tokenizer")
@@ -58,10 +67,44 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def wordings_of(args: argparse.Namespace) -> list[str]:
+    """The wordings that the flags name, each once.
+
+    Raises:
+        ConfigError: an unknown one.
+    """
+    names = [name.strip() for text in args.wording or [WORDINGS[0]] for name in text.split(",")]
+    for name in names:
+        if name not in WORDINGS:
+            raise unknown("wording", name, WORDINGS)
+    return list(dict.fromkeys(names))
+
+
+def seeds_of(args: argparse.Namespace) -> list[int]:
+    """The seeds that the flags name.
+
+    Raises:
+        ConfigError: both flags, something that is no whole number, or one of them twice.
+    """
+    if args.seeds is None:
+        return [SEED if args.seed is None else args.seed]
+    if args.seed is not None:
+        raise ConfigError("give either --seed or --seeds")
+    try:
+        seeds = [int(text) for text in args.seeds.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds {args.seeds} is not allowed; whole numbers, separated by commas") from None
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds {args.seeds} is not allowed; each seed once")
+    return seeds
+
+
 def check_arguments(args: argparse.Namespace) -> list[int]:
     """Check the flags and return the context lengths that they ask for."""
     check_model_arguments(args)
     check_server_arguments(args)
+    wordings_of(args)
+    seeds_of(args)
     if args.iterations < 1:
         raise ConfigError(f"--iterations {args.iterations} is not allowed; at least 1")
     if args.fixed_length is not None:
@@ -86,31 +129,39 @@ from scaled_rope.report.drawing import check_format
 from scaled_rope.report.heatmap import Panel, save_heatmap
 
 
-def evaluator_of(args: argparse.Namespace) -> Passkey:
-    """Make the evaluator that the flags ask for."""
+def evaluators_of(args: argparse.Namespace) -> dict[str, list[Passkey]]:
+    """Make the evaluators that the flags ask for: by wording, one per seed. The only wording is named ""."""
     lengths = check_arguments(args)
     if args.heatmap is not None:
         check_format(Path(args.heatmap))
-    return Passkey(
-        lengths=lengths,
-        iterations=args.iterations,
-        seed=args.seed,
-        rows_per_pass=functools.partial(batch_size, args),
-        depths=args.depths,
-        shared_prefill=args.shared_prefill,
-        chat_template=args.chat_template,
-    )
+    wordings = wordings_of(args)
+    return {
+        wording if len(wordings) > 1 else "": [
+            Passkey(
+                lengths=lengths,
+                iterations=args.iterations,
+                seed=seed,
+                rows_per_pass=functools.partial(batch_size, args),
+                wording=wording,
+                depths=args.depths,
+                shared_prefill=args.shared_prefill,
+                chat_template=args.chat_template,
+            )
+            for seed in seeds_of(args)
+        ]
+        for wording in wordings
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    evaluator = evaluator_of(args)
+    evaluators = evaluators_of(args)
     failures: list[Failure] = []
     jobs = model_jobs(args, failures)
     print_chat_notes((job.model for job in jobs), args.chat_template)
-    rows, code = run_trials(
-        evaluator,
+    found, code = run_trials(
+        evaluators,
         jobs,
         args,
         command_line(parser, argv),
@@ -121,7 +172,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if args.heatmap is not None and current().is_first:
         panels = [
-            Panel.of_rows(job.name, cells, job.scaling.original_max_position_embeddings) for job, cells in rows.items()
+            Panel.of_rows(
+                ", ".join(filter(None, [job.name, wording])), cells, job.scaling.original_max_position_embeddings
+            )
+            for wording, rows in found.items()
+            for job, cells in rows.items()
         ]
         save_heatmap(args.heatmap, panels)
         print(f"\nheat map: {args.heatmap}")

@@ -153,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     answers_file, args.output_file = args.output_file, None  # `run` would write a CSV file
     keys = f"{args.num_keys} key{'s' if args.num_keys > 1 else ''} in {args.dataset}"
     title = f"passkeys found, {keys}, with 95 % intervals, by context length (tokens)"
-    rows, code = run_trials(evaluator, jobs, args, command, given, title, format_share, failures)
+    found, code = run_trials({"": [evaluator]}, jobs, args, command, given, title, format_share, failures)
+    rows = found[""]
     if args.heatmap is not None and current().is_first:
         panels = [
             Panel.of_rows(job.name, cells, job.scaling.original_max_position_embeddings) for job, cells in rows.items()

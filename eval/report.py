@@ -12,8 +12,8 @@ Tables of the paper (and figure 5) are shown where rows belong to them; with --p
 ones. A cell shows the published number, ours, and a status: `=` reproduced within the stated tolerance, `!` different,
 `.` not run. --published adds whole curves from a copy of the released CSV files to figures 1 and 6.
 
-With `--verdict demo` the exit code is 1 when the claim of the demo doesn't hold, or when its control or its passkeys
-were not measured.
+With `--verdict demo` the page opens with what the demo claims, in plain words, and the exit code is 1 when the claim
+doesn't hold, or when its control or its passkeys were not measured.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ if __name__ == "__main__":
 
 # What takes seconds to import stands below the flags.
 from scaled_rope.report.contents import lead, parts, read_report
-from scaled_rope.report.html import build_page
+from scaled_rope.report.demo_opening import demo_opening
+from scaled_rope.report.html import build_page, summary_part
 from scaled_rope.report.summary import summarize
 from scaled_rope.report.verdict import demo_verdict
 
@@ -63,20 +64,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = report.results
     verdict = demo_verdict(results, args.base, args.finetuned) if args.verdict and results else None
     summary = summarize(results, args.base) if results else None
+    opening = demo_opening(results, verdict) if results and verdict else None
     for note in results.notes if results else []:
         print(f"note: {note}", file=sys.stderr)
     if args.output:
         folder = Path(args.output)
         said = (verdict.holds, verdict.line) if verdict else None
-        page = build_page(args.title, lead(report), said, list(parts(report, folder)), summary)
+        # The demo opens with its own table; that of any report follows.
+        below = [summary_part(summary)] if opening and summary else []
+        page = build_page(args.title, lead(report), said, [*below, *parts(report, folder)], opening or summary)
         write_atomic(folder / "report.html", page)
         write_atomic(folder / "report.csv", report.csv())
-    if summary is not None:
-        print(summary.text())
-    for text in [table.text() for table in report.measured]:
-        print(f"\n{text}")
-    for table in report.tables:
-        print(f"\n{table.text()}")
+    for first in filter(None, (opening, summary)):
+        print(f"{first.text()}\n")
+    print("\n\n".join([table.text() for table in report.measured] + [table.text() for table in report.tables]))
     if args.output:
         print(f"\nreport: {folder / 'report.html'}")
     if verdict is not None:

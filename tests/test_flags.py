@@ -39,6 +39,7 @@ MISTAKES = {
     "(see eval/perplexity.py --help)",
     "finetune.py --output-dir x --batch-size two": "argument --batch-size: 'two' is not allowed; a whole number "
     "(see finetune.py --help)",
+    "eval/passkey.py --wording needles": "unknown wording 'needles'; did you mean 'needle'? known: needle, passkey",
     "eval/passkey_hard.py --num-keys 0": "--num-keys 0 is not allowed; at least 1",
     "eval/quality.py -m nothere": "model 'nothere' does not exist, and a hub name is OWNER/NAME",
     "eval/harness.py --attention sdap": "unknown attention 'sdap'; did you mean 'sdpa'? known: auto, blockwise, eager, "

@@ -396,3 +396,23 @@ def test_unknown_recipe_fields_and_types_are_refused(tmp_path):
     (tmp_path / "b.yaml").write_text("max_train_steps: many\n")
     with pytest.raises(ConfigError, match="max_train_steps = 'many' is not allowed; a whole number"):
         read_recipe(str(tmp_path / "b.yaml"))
+
+
+def test_the_work_of_a_recipes_steps(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "model: m\nscaling: yarn:4\noutput_dir: out\ndataset: d\nsequence_length: 64\nglobal_batch_size: 2\n"
+        "max_train_steps: 5\nwarmup_steps: 0\nprepare: ['true']\n"
+        "evaluate: {scalings: [default, dynamic-yarn], "
+        "perplexity: '--dataset x --dataset=y --windows 3 --lengths 8,16', passkey: "
+        " '--lengths 64,128 --iterations 10 --seeds 1,2,3 --wording passkey,needle'}\n"
+    )
+    assert recipes.steps(read_recipe(str(file))) == {
+        "texts": 0,
+        "training": 3 * 5 * 2 * 64,
+        "perplexity before training": 2 * 3 * (16 + 4 * 16) + 2 * 3 * (8 + 16 + 4 * 16),
+        "perplexity after training": 2 * 3 * (16 + 4 * 16),
+        "passkeys before training": 2 * 10 * 3 * 2 * (64 + 128),
+        "passkeys after training": 10 * 3 * 2 * (64 + 128),
+        "report": 0,
+    }

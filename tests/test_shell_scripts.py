@@ -86,7 +86,7 @@ def test_train_sh_does_not_go_on_after_a_run_that_was_stopped(tmp_path):
     done = subprocess.run(
         ["bash", "train.sh", "llama-2-7b-128k"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
-    assert (done.returncode, done.stdout) == (143, "ran\n")
+    assert done.returncode == 143 and done.stdout.endswith("ran\n")
     assert done.stderr == "llama-2-7b-64k is not finished; the same command continues\n"
 
 
@@ -260,8 +260,10 @@ def test_eval_sh_long_measures_a_base_and_what_became_of_it(tmp_path):
     assert (done.returncode, lines) == (2, []) and "error: LIMIT=0 is not allowed" in done.stderr
 
 
-@pytest.mark.parametrize(("page", "ends", "code"), [("written", 1, 0), ("missing", 1, 1), ("written", 2, 2)])
-def test_a_verdict_that_fails_is_a_result_and_a_broken_report_is_not(tmp_path, page, ends, code):
+@pytest.mark.parametrize(
+    ("page", "ends", "code"), [("written", 0, 0), ("written", 1, 1), ("missing", 1, 1), ("written", 2, 2)]
+)
+def test_a_verdict_that_fails_is_told_in_the_end_and_a_broken_report_at_once(tmp_path, page, ends, code):
     python, recipe = tmp_path / "python", tmp_path / "mine.yaml"
     write = f"echo x > {tmp_path}/report.html" if page == "written" else "true"
     python.write_text(
@@ -278,3 +280,49 @@ def test_a_verdict_that_fails_is_a_result_and_a_broken_report_is_not(tmp_path, p
     command = ["./eval.sh", str(recipe)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == code
+    told = f"failed: {recipe}: the verdict, see {tmp_path}/report.html" in done.stderr
+    assert told is ((page, ends) == ("written", 1))
+
+
+def test_a_recipe_is_worked_through_in_numbered_steps(tmp_path):
+    """train.sh and eval.sh with programs in place of the real ones, which print what they are told of their step."""
+    for name in ("train.sh", "eval.sh", "environment.sh"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    record = json.dumps({"step": 2})
+    (tmp_path / "mine.yaml").write_text(
+        "model: m\nscaling: yarn:4\noutput_dir: out\ndataset: d\nsequence_length: 64\nglobal_batch_size: 1\n"
+        "max_train_steps: 2\nwarmup_steps: 0\nprepare: ['echo data']\n"
+        "evaluate: {scalings: [default], perplexity: '--dataset x --lengths 8,16', passkey: --lengths 64}\n"
+    )
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/usr/bin/env bash
+        case $1 in
+            finetune.py)
+                mkdir -p out/model; echo '{{}}' > out/model/config.json; echo '{record}' > out/train_log.jsonl ;;
+            eval/*) ;;
+            *) exec {sys.executable} "$@" ;;
+        esac
+        echo "$1 is ${{SCALED_ROPE_STEP##* }} of ${{SCALED_ROPE_STEP%% *}}"
+        """
+    )
+    python.chmod(python.stat().st_mode | stat.S_IEXEC)
+    environment = os.environ | {"PYTHON": str(python), "PYTHONPATH": str(ROOT)}
+
+    def run(script: str) -> list[str]:
+        command = ["bash", script, "mine.yaml"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "\r" not in done.stdout + done.stderr
+        return done.stdout.splitlines()
+
+    assert run("train.sh") == ["step 1 of 7: texts", "data", "step 2 of 7: training", "finetune.py is training of 2"]
+    lines = run("eval.sh")
+    assert lines[0] == "data" and [line.partition(", about")[0] for line in lines[1::2]] == [
+        "step 3 of 7: perplexity before training",
+        "step 4 of 7: perplexity after training",
+        "step 5 of 7: passkeys before training",
+        "step 6 of 7: passkeys after training",
+        "step 7 of 7: report",
+    ]
+    assert lines[2] == "eval/perplexity.py is training of 3" and lines[3].endswith(", about 1 min left")

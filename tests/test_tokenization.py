@@ -86,6 +86,29 @@ def test_tokenization_refuses_bad_input_in_one_line(tmp_path, tokenizer_dir, cap
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(("new", ".partial"))]
 
 
+@pytest.mark.parametrize("spoil", ["meta.json", "tokens.bin", "borders.bin", "cut", "no json", "empty"])
+def test_a_set_that_lacks_a_part_is_made_again(tmp_path, tokenizer_dir, capsys, spoil):
+    write_corpus(tmp_path)
+    output = tmp_path / "set"
+    flags = ("--dataset", tmp_path / "txt", "--tokenizer", tokenizer_dir, "--sequence-length", 32, "--num-proc", 1)
+    assert tokenize(*flags, "--output", output) == 0
+    whole = {path.name: path.read_bytes() for path in output.iterdir()}
+    if spoil == "cut":
+        (output / "tokens.bin").write_bytes(whole["tokens.bin"][:-2])
+    elif spoil == "no json":
+        (output / "meta.json").write_text("{")
+    else:
+        for name in whole if spoil == "empty" else [spoil]:
+            (output / name).unlink()
+    assert tokenize(*flags, "--output", output) == 0
+    assert "it is made again" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == whole
+    (output / "meta.json").unlink()
+    (output / "mine.txt").write_text("mine")
+    assert tokenize(*flags, "--output", output) == 2
+    assert "exists and is no packed set; remove it" in capsys.readouterr().err and (output / "mine.txt").exists()
+
+
 def test_pushing_to_the_hub_hands_over_every_row(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     data, _ = packed(tmp_path, documents(5), 16, "document")

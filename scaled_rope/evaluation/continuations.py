@@ -5,20 +5,19 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.ranks import current
 from scaled_rope.evaluation.shared_beginnings import Input, can_share, chains_of, is_worth
 from scaled_rope.patching.device_maps import input_device
 from scaled_rope.patching.loss import hidden_states, positions_per_chunk, project, shared_hidden_states
+from scaled_rope.progress import Progress
 from scaled_rope.scaling.frequencies import at_length
 from scaled_rope.scaling.record import RopeScaling
 
@@ -148,7 +147,7 @@ def score(
     parts = [(read_chain, chain) for chain in chains]
     parts += [(read_batch, batch) for batch in _batches((ids for ids in by_input if ids not in shared), scaling, rows)]
     quiet = hide_progress or not ranks.is_first
-    with tqdm(total=len(requests), disable=quiet, mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
+    with Progress(total=len(requests), disable=quiet) as bar:
         for found in ranks.spread(parts, lambda share: [read(inputs) for read, inputs in share]):
             for index, value, is_greedy in found:
                 answers[index] = value, is_greedy

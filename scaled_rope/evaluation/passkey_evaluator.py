@@ -14,7 +14,7 @@ from scaled_rope.checkpoint import load_tokenizer
 from scaled_rope.evaluation.chat_templates import ChatTurn, chat_turn
 from scaled_rope.evaluation.decoding import judge
 from scaled_rope.evaluation.jobs import ModelJob
-from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt, build_prompt, draw_key
+from scaled_rope.evaluation.passkey_prompts import RELEASED, WORDINGS, PasskeyPrompt, build_prompt, draw_key
 from scaled_rope.evaluation.passkey_trials import PasskeyTrials
 from scaled_rope.evaluation.served_model import ServedModel
 from scaled_rope.patching.device_maps import input_device
@@ -26,12 +26,19 @@ from scaled_rope.scaling.record import RopeScaling
 
 
 def make_prompts(
-    tokenizer: Any, length: int, iterations: int, depths: str, seed: int, chat: ChatTurn | None = None
+    tokenizer: Any,
+    length: int,
+    iterations: int,
+    depths: str,
+    seed: int,
+    chat: ChatTurn | None = None,
+    wording: str = RELEASED,
 ) -> list[PasskeyPrompt]:
     """Make the prompts of one length. They depend on these arguments only, not on other lengths.
 
     depths: places of the keys: "grid", evenly from the start of the filler to its end, or "random".
     chat: the chat template that they are put into; None: plain text.
+    wording: a name in `WORDINGS`; keys and depths are the same in all of them.
 
     Raises:
         ConfigError: the length is too short for a prompt.
@@ -41,7 +48,8 @@ def make_prompts(
         rng = random.Random(f"passkey/{seed}/{length}/{index}")
         key, drawn = draw_key(rng), rng.random()
         grid = index / (iterations - 1) if iterations > 1 else 0.5
-        prompts.append(build_prompt(tokenizer, length, grid if depths == "grid" else drawn, key, chat=chat))
+        depth = grid if depths == "grid" else drawn
+        prompts.append(build_prompt(tokenizer, length, depth, key, chat=chat, wording=WORDINGS[wording]))
     return prompts
 
 
@@ -108,8 +116,10 @@ class Passkey(PasskeyTrials[PasskeyPrompt]):
     Attributes:
         depths: as for `make_prompts`.
         shared_prefill: whether the beginning that prompts of one length share is read only once.
+        wording: as for `make_prompts`.
     """
 
+    wording: str = RELEASED
     depths: str = "grid"
     shared_prefill: bool = False
 
@@ -119,7 +129,7 @@ class Passkey(PasskeyTrials[PasskeyPrompt]):
         tokenizer = load_tokenizer(model)
         chat = chat_turn(tokenizer) if self.chat_template else None
         return {
-            length: make_prompts(tokenizer, length, self.iterations, self.depths, self.seed, chat)
+            length: make_prompts(tokenizer, length, self.iterations, self.depths, self.seed, chat, self.wording)
             for length in self.lengths
         }
 
@@ -130,6 +140,8 @@ class Passkey(PasskeyTrials[PasskeyPrompt]):
             "depths": self.depths,
             "seed": self.seed,
             **({"shared_prefill": True} if self.shared_prefill else {}),
+            # Absent for the released one, so that rows of runs before there were others stay what they are.
+            **({"wording": self.wording} if self.wording != RELEASED else {}),
         }
 
     def ask(

@@ -1,9 +1,9 @@
 """Passkey prompts of exact token length (Mohtashami & Jaggi 2023, wording of the released YaRN evaluation).
 
 A prompt is made of pieces, each tokenized on its own so that lengths add up: opening, filler with one or more key
-lines in it, question. In a chat template, the user's message ends with the question, and the answer begins with "The
-pass key is". The plain prompt has one key in a cyclic stream of dull sentences, the hard one has several,
-numbered in the order in which they stand, in whatever text it is given.
+lines in it, question. In a chat template, the user's message ends with the question, and the model's answer begins as
+the wording says. The plain prompt has one key in a cyclic stream of dull sentences, in one of several wordings; the
+hard one has several keys, numbered in the order in which they stand, in whatever text it is given.
 """
 
 from __future__ import annotations
@@ -30,6 +30,42 @@ HARD_KEY_LINE = "\nThe {nth} pass key is {key}. Remember it. {key} is the {nth} 
 HARD_ASKED = ("\nWhat is the {nth} pass key?", "The {nth} pass key is")
 HARD_QUESTION = " ".join(HARD_ASKED)
 KEY_RANGE = (10_000, 99_999)  # five digits, as the paper says; the released script drew from 1 to 50000
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The words of a plain prompt.
+
+    Attributes:
+        opening: what it begins with.
+        filler: dull sentences, repeated until the prompt is long enough.
+        key_line: the line to find, with `{key}` in the place of the number.
+        question: what is asked in the end.
+        answer: how the answer begins, up to the number.
+    """
+
+    opening: str
+    filler: str
+    key_line: str
+    question: str
+    answer: str
+
+
+RELEASED = "passkey"
+"""The wording of the released evaluation, which rows mean that name none."""
+WORDINGS: dict[str, Wording] = {
+    RELEASED: Wording(OPENING, FILLER, KEY_LINE, *ASKED),
+    # Shares no sentence with the other, and says its number once: a model that was trained on one is new to this one.
+    "needle": Wording(
+        opening="Read the following with care. One remark in it has nothing to do with the rest, and you will be asked "
+        "about it.\n",
+        filler="The kettle stands on the stove. Two chairs are made of oak. A clock hangs over the door. Nobody came "
+        "by today. The window was left open. ",
+        key_line="\nThe combination of the safe in the library is {key}.\n",
+        question="\nWhich number opens the safe?",
+        answer="The combination of the safe in the library is",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -76,11 +112,11 @@ def ordinal(n: int) -> str:
     return f"{n}{suffix}"
 
 
-def _opening(tokenizer: Any, chat: ChatTurn | None) -> list[int]:
+def _opening(tokenizer: Any, opening: str, chat: ChatTurn | None) -> list[int]:
     if chat is not None:
-        return encode(tokenizer, chat.before + OPENING)
+        return encode(tokenizer, chat.before + opening)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return bos + encode(tokenizer, OPENING)
+    return bos + encode(tokenizer, opening)
 
 
 def _question_and_answer(
@@ -96,11 +132,6 @@ def _question_and_answer(
     while shared < len(asked) and asked[shared] == whole[shared]:
         shared += 1
     return whole[:shared], whole[shared:]
-
-
-def _pieces(tokenizer: Any, key: int, chat: ChatTurn | None) -> tuple[list[int], list[int], list[int], list[int]]:
-    question, answer = _question_and_answer(tokenizer, ASKED, key, chat)
-    return _opening(tokenizer, chat), encode(tokenizer, KEY_LINE.format(key=key)), question, answer
 
 
 def _room(length: int, *pieces: Sequence[int]) -> int:
@@ -128,6 +159,7 @@ def build_prompt(
     key: int,
     filler_ids: Sequence[int] | None = None,
     chat: ChatTurn | None = None,
+    wording: Wording = WORDINGS[RELEASED],
 ) -> PasskeyPrompt:
     """Build a prompt of exactly `length` tokens, answer included.
 
@@ -136,16 +168,18 @@ def build_prompt(
         length: tokens of prompt and answer together.
         depth: share of the filler before the key line, 0 to 1.
         key: the number to retrieve.
-        filler_ids: tokens to fill with, repeated as needed; default: the released grass-and-sky sentences.
+        filler_ids: tokens to fill with, repeated as needed; default: the sentences of the wording.
         chat: the template that the prompt is put into; its tokens count. None: plain text.
+        wording: the words around the key.
 
     Raises:
         ConfigError: `length` leaves no room for the fixed text, or `depth` is outside [0, 1].
     """
     _check_depths([depth])
-    opening, key_line, question, answer = _pieces(tokenizer, key, chat)
+    opening, key_line = _opening(tokenizer, wording.opening, chat), encode(tokenizer, wording.key_line.format(key=key))
+    question, answer = _question_and_answer(tokenizer, (wording.question, wording.answer), key, chat)
     room = _room(length, opening, key_line, question, answer)
-    source = list(filler_ids) if filler_ids is not None else encode(tokenizer, FILLER)
+    source = list(filler_ids) if filler_ids is not None else encode(tokenizer, wording.filler)
     filler = (source * (room // len(source) + 1))[:room]
     before = round(room * depth)
     input_ids = opening + filler[:before] + key_line + filler[before:] + question
@@ -183,7 +217,7 @@ def build_hard_prompt(
             f"asked {asked} of {len(keys)} keys at depths {list(depths)} is not allowed; ascending depths"
         )
     key = keys[asked - 1]
-    opening = _opening(tokenizer, chat)
+    opening = _opening(tokenizer, OPENING, chat)
     lines = [encode(tokenizer, HARD_KEY_LINE.format(nth=ordinal(n), key=k)) for n, k in enumerate(keys, start=1)]
     ask, begin = (text.format(nth=ordinal(asked)) for text in HARD_ASKED)
     question, answer = _question_and_answer(tokenizer, (ask, begin), key, chat)

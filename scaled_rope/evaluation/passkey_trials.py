@@ -15,8 +15,9 @@ from scaled_rope.evaluation.failures import Failure, report_failures
 from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.passkey_context import context_rows, context_table, record_contexts
 from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt
+from scaled_rope.evaluation.pooled_seeds import pooled
 from scaled_rope.evaluation.ranks import current
-from scaled_rope.evaluation.runner import place_of, print_summary, run
+from scaled_rope.evaluation.runner import place_of, print_summary, run_all
 from scaled_rope.evaluation.statistics import tally
 from scaled_rope.patching.loading import resolve_device
 from scaled_rope.results import Row, provenance
@@ -106,7 +107,7 @@ class PasskeyTrials(ABC, Generic[Prompt]):
 
 
 def run_trials(
-    evaluator: PasskeyTrials[Any],
+    groups: Mapping[str, Sequence[PasskeyTrials[Any]]],
     jobs: Sequence[ModelJob],
     args: argparse.Namespace,
     command: str,
@@ -114,10 +115,12 @@ def run_trials(
     title: str,
     show: Callable[[Row], str],
     failures: list[Failure],
-) -> tuple[dict[ModelJob, dict[int, Row]], int]:
+) -> tuple[dict[str, dict[ModelJob, dict[int, Row]]], int]:
     """Measure, record the passkey contexts of table 5 beside the rows, and print the tables of both.
 
     Args:
+        groups: evaluators that differ in their seed alone, whose trials count together, by the name of the group; ""
+            for the only one.
         args: as for `run`.
         command: the command that repeats the run.
         given: the arguments, as the rows of passkey contexts record them.
@@ -126,16 +129,33 @@ def run_trials(
         failures: models that could not be read; those that cannot be measured are added.
 
     Returns:
-        The rows by job and length, and the exit code.
+        The rows by group, job and length, those of several seeds pooled; and the exit code.
     """
-    rows = run(evaluator, jobs, args, command, evaluator.seed, failures)
+    named = {
+        " ".join(filter(None, [group, f"seed {one.seed}" if len(evaluators) > 1 else ""])): (group, one)
+        for group, evaluators in groups.items()
+        for one in evaluators
+    }
+    seeds = {name: one.seed for name, (_, one) in named.items()}
+    measured = run_all({name: one for name, (_, one) in named.items()}, jobs, args, command, seeds, failures)
     code = report_failures(failures, jobs)
-    contexts = context_rows(rows)
     ranks = current()
-    if ranks.is_first:
-        device = resolve_device(ranks.device(args.device))
-        record = {"command": command, **provenance(place_of(args, device), evaluator.seed, given)}
-        record_contexts(args.output, contexts, record)
-    print_summary(title, rows, show)
-    print(f"\n{context_table(contexts)}")
-    return rows, code
+    found: dict[str, dict[ModelJob, dict[int, Row]]] = {}
+    for group, evaluators in groups.items():
+        mine = [cells for name, cells in measured.items() if named[name][0] == group]
+        rows = found[group] = {job: _together([cells.get(job, {}) for cells in mine]) for job in mine[0]}
+        contexts = context_rows(rows)
+        if ranks.is_first:
+            device = resolve_device(ranks.device(args.device))
+            seed = evaluators[0].seed if len(evaluators) == 1 else None
+            record = {"command": command, **provenance(place_of(args, device), seed, given)}
+            record_contexts(args.output, contexts, record)
+        print_summary(f"{title}, {group}" if group else title, rows, show)
+        print(f"\n{context_table(contexts)}")
+    return found, code
+
+
+def _together(each: Sequence[Mapping[int, Row]]) -> dict[int, Row]:
+    """The rows of several seeds by length, pooled."""
+    lengths = dict.fromkeys(length for cells in each for length in cells)
+    return {length: pooled([cells[length] for cells in each if length in cells]) for length in lengths}

@@ -18,14 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.failures import Failure, failing_alone, is_ours
 from scaled_rope.evaluation.formatting import format_table
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader
 from scaled_rope.evaluation.memory_meter import Meter, is_out_of_memory, release_memory
 from scaled_rope.evaluation.ranks import current
+from scaled_rope.progress import Progress
 from scaled_rope.results import (
     OUT_OF_MEMORY,
     Row,
@@ -169,10 +168,12 @@ def run_all(
     jobs: Sequence[ModelJob],
     args: argparse.Namespace,
     command: str,
-    seed: int | None = None,
+    seed: int | None | Mapping[str, int] = None,
     failures: list[Failure] | None = None,
 ) -> dict[str, dict[ModelJob, dict[int, Row]]]:
     """`run` for several evaluators by name, such as one per data set; each model is loaded once for all of them.
+
+    seed: of what was drawn, which rows record; by name where evaluators have their own.
 
     Where several processes share the evaluation (`ranks`), the first reads and writes the output, and all get the rows.
     """
@@ -207,7 +208,8 @@ def run_all(
     )
     ranks.first(lambda: _check_output(args.output))
     load = ModelLoader(args)
-    record = {"command": command, **provenance(place_of(args, load.device), seed, given_arguments(args))}
+    record = {"command": command, **provenance(place_of(args, load.device), None, given_arguments(args))}
+    seeds = seed if isinstance(seed, Mapping) else dict.fromkeys(evaluators, seed)
     if ranks.count > 1:
         record["processes"] = ranks.count
     collected: dict[str, dict[ModelJob, dict[int, Row]]] = {}
@@ -223,15 +225,9 @@ def run_all(
             _write_csv(args.output_file, jobs, named)
 
     collect(*identities)
-    with tqdm(
-        total=total,
-        unit="tok",
-        unit_scale=True,
-        disable=args.hide_progress or not total,
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-    ) as bar:
+    with Progress(total=total, unit="tok", unit_scale=True, disable=args.hide_progress or not total) as bar:
         for job in jobs:
-            bar.set_description(job.name)
+            bar.set_description(job.name, refresh=False)
             for name, evaluator in evaluators.items():
                 if not plan.get((name, job)):
                     continue
@@ -240,7 +236,8 @@ def run_all(
                         if ranks.is_first:
                             cell = identities[name][job][row["length"]]
                             hidden = {} if job.server is None else {"peak_memory": None}  # not seen from here
-                            append_row(args.output, {**cell, **row, **hidden, "provenance": record})
+                            origin = {**record, "seed": seeds[name]}
+                            append_row(args.output, {**cell, **row, **hidden, "provenance": origin})
                 except _Failed as failed:
                     if failures is None:
                         raise failed.error from None

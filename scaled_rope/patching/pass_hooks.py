@@ -9,14 +9,12 @@ row outgrows the scale that they were rotated with.
 from __future__ import annotations
 
 import inspect
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from tqdm import tqdm
 from transformers import Cache
 
 from scaled_rope.errors import ConfigError
@@ -33,6 +31,7 @@ from scaled_rope.patching.cache_owners import (
 )
 from scaled_rope.patching.deferred_rotation import begin_deferred, offset_of
 from scaled_rope.patching.forward_pass import ForwardPass, lengths, row_lengths
+from scaled_rope.progress import Progress
 from scaled_rope.scaling.frequencies import compute_scale
 from scaled_rope.scaling.record import RopeScaling
 
@@ -206,11 +205,10 @@ class Passes:
         mask = (places >= 0).long().expand(rows, -1)
         with (
             lengths(seq_len),
-            tqdm(
-                total=contents.length, desc=f"keys again, scale {scale}", unit="token", leave=False, delay=_PATIENCE,
-                mininterval=0.5 if sys.stderr.isatty() else 10,
+            Progress(
+                total=contents.length, desc=f"keys again, scale {scale}", unit="token", leave=False, delay=_PATIENCE
             ) as bar,
-        ):  # fmt: skip
+        ):
             start = 0
             for name, tokens in contents.inputs:
                 for piece in torch.split(tokens, PIECE, dim=1):

@@ -348,9 +348,10 @@ def perplexity_figure(section: Section, name: str, keys: Mapping[Series, str]) -
             _end_labels(axes, canvas, legend)
         for length, word in zip(shown, ("trained to", "extended to"), strict=True):
             if length is not None and length >= lengths[0]:
-                place = {"rotation": 90, "ha": "right", "va": "top", "fontsize": 8}
-                aside = {"xytext": (-2, 0), "textcoords": "offset points", "xycoords": axes.get_xaxis_transform()}
-                axes.annotate(f"{word} {length}", (length, 0.99), **aside, **place)
+                # Above the axes, where no curve is.
+                place = {"ha": "left" if length == lengths[0] else "center", "va": "bottom", "fontsize": 8}
+                aside = {"xytext": (0, 3), "textcoords": "offset points", "xycoords": axes.get_xaxis_transform()}
+                axes.annotate(f"{word} {length}", (length, 1.0), **aside, **place)
 
     band = " Bands: 95 % intervals." if len(curves) <= _CROWDED and any(any(c.intervals) for c in curves) else ""
     what = "windows of each length" if sliding else "the tokens in each position bucket"
@@ -377,9 +378,10 @@ def _controls_shown(section: Section) -> list[tuple[Series, Control]]:
 
 
 def passkey_figure(section: Section, name: str) -> Figure | None:
-    """The keys found by length and depth; None if no row has its prompts."""
+    """The keys found by length and depth; None if no row has its prompts. The base and what it became come first."""
     trained, _ = common_contexts(section.rows)
-    panels = [heatmap.Panel.of_rows(series.name, section.lengths(series), trained) for series in section.rows]
+    ordered = sorted(section.rows, key=lambda one: (one.scaling.method != "default", not one.tuned))
+    panels = [heatmap.Panel.of_rows(series.name, section.lengths(series), trained) for series in ordered]
     panels = [panel for panel in panels if any(panel.prompts.values())]
     if not panels:
         return None
@@ -388,6 +390,8 @@ def passkey_figure(section: Section, name: str) -> Figure | None:
         heatmap.draw(figure, panels, compact=True)
 
     caption = "Share of keys found by prompt length and place of the key in the text; yellow is all, dark blue none."
+    if any(len(prompts) > 9 * heatmap.COMPACT_BINS for panel in panels for prompts in panel.prompts.values()):
+        caption += " Numbers without a fraction: percent."
     if any(panel.reach for panel in panels):
         caption += f" Orange line: keys below it stand in the last {trained} tokens, which a cut text would keep."
     height = 0.6 + 1.15 * math.ceil(len(panels) / 2)
@@ -460,7 +464,7 @@ def wavelength_figure(everyone: Sequence[Series], name: str, longest: int) -> Fi
     named = {
         waves: ", ".join(
             dict.fromkeys(
-                f"{one.scaling.label} at {longest}" if one.scaling.is_length_dependent else one.scaling.label
+                f"{one.method_name} at {longest}" if one.scaling.is_length_dependent else one.method_name
                 for one in members
             )
         )

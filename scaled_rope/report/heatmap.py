@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +19,12 @@ from scaled_rope.results import Row, write_atomic
 
 MOST_BINS = 10
 """The most rows into which depths are binned."""
+COMPACT_BINS = 5
+"""Likewise in half of the size."""
 
 _INK, _EMPTY = "#222222", "#dddddd"
 _REACH = "#ff9a57"  # seen on both ends of the colors
+_TITLE = 26  # characters in a line of a panel's title, in half of the size
 _ANNOTATED = 12  # lengths up to which counts fit into the cells
 _STYLE: dict[str, Any] = {
     "axes.edgecolor": _INK,
@@ -78,7 +82,7 @@ def draw(figure: Any, panels: Sequence[Panel], compact: bool = False) -> None:
     """Draw the panels, two to a line, on a figure with constrained layout; `compact` for half of the size."""
     lengths = sorted({length for panel in panels for length in panel.prompts})
     most = max(len(prompts) for panel in panels for prompts in panel.prompts.values())
-    bins = min(MOST_BINS // 2 if compact else MOST_BINS, most)
+    bins = min(COMPACT_BINS if compact else MOST_BINS, most)
     columns = min(2, len(panels))
     grid = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False, sharex=True, sharey=True)
     image = None
@@ -94,12 +98,15 @@ def draw(figure: Any, panels: Sequence[Panel], compact: bool = False) -> None:
                     if asked:
                         # cividis is dark below its middle and light above it.
                         ink = "#111111" if found / asked > 0.5 else "#f4f4f4"
-                        place = {"ha": "center", "va": "center", "fontsize": 7.5}
-                        axes.text(x + 0.5, y + 0.5, f"{found}/{asked}", color=ink, **place)
+                        place = {"ha": "center", "va": "center", "fontsize": 7.5, "zorder": 3}
+                        # In half of the size a fraction with two figures below the line would run into the next one.
+                        text = f"{found / asked:.0%}" if compact and asked > 9 else f"{found}/{asked}"
+                        axes.text(x + 0.5, y + 0.5, text.rstrip("%"), color=ink, **place)
         for x, length in enumerate(lengths):
             if length in panel.reach:
-                axes.plot([x, x + 1], [bins * panel.reach[length]] * 2, color=_REACH, linewidth=2.2, clip_on=False)
-        axes.set_title(panel.title)
+                style = {"color": _REACH, "linewidth": 2.2, "clip_on": False, "zorder": 2}
+                axes.plot([x, x + 1], [bins * panel.reach[length]] * 2, **style)
+        axes.set_title(textwrap.fill(panel.title, _TITLE) if compact else panel.title, fontsize=8.5 if compact else 10)
         axes.set(xlim=(0, len(lengths)), ylim=(bins, 0))
         step = math.ceil(len(lengths) / (4 if compact else 8))
         shown = range((len(lengths) - 1) % step, len(lengths), step)  # the longest is always named

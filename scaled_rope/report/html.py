@@ -45,7 +45,7 @@ figure { margin: .75rem 0 0; } svg { display: block; width: 100%; height: auto; 
 figure svg text { font-family: inherit; }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem; margin: .5rem 0 0; padding: 0; }
 .legend button { display: inline-flex; align-items: center; padding: .2rem .55rem .2rem .4rem; cursor: pointer;
-  font: inherit; font-size: .8rem; color: inherit; background: none; border: 1px solid var(--line);
+  font: inherit; font-size: .8rem; text-align: left; color: inherit; background: none; border: 1px solid var(--line);
   border-radius: 1rem; }
 .legend button:hover, .legend [aria-pressed=true] { border-color: var(--ink); }
 .key { display: inline-block; flex: none; width: 1.7em; height: .9em; vertical-align: -.1em; margin-right: .35em; }
@@ -65,6 +65,9 @@ td.best { font-weight: 700; } td small { display: block; color: var(--soft); fon
 td.muted { color: var(--soft); }
 .summary { margin-top: 1rem; } .summary > p:first-child { font-size: 1.05rem; }
 .summary th, .summary td { white-space: normal; text-align: left; vertical-align: top; min-width: 7.5rem; }
+.narrow td, .narrow thead th { white-space: nowrap; min-width: 0; } .narrow th:first-child { white-space: normal; }
+.summary .note { margin: .25rem 0 0; }
+.summary .note:first-of-type { margin-top: .6rem; }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
 .unsure { color: var(--soft); font-weight: 600; }
 .reproduced { color: var(--good); } .differs { color: var(--bad); } .not-run { color: var(--soft); }
@@ -92,6 +95,9 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
     overflow: hidden; }
   #tip.up { top: .5rem !important; bottom: auto; }
   tbody th { min-width: 6.8rem; } th, td { padding: .34rem .4rem; }
+  .narrow table { font-size: .75rem; } .narrow small { font-size: .62rem; }
+  .narrow th, .narrow td { padding: .3rem .22rem; }
+  .narrow th:first-child { min-width: 5.4rem; max-width: 5.4rem; padding-left: 1rem; }
 }
 @media print { #tip, #ring, nav { display: none; } section { break-inside: avoid; } }
 """
@@ -210,9 +216,9 @@ def _cell(tip: str, text: str, kind: str = "", small: str = "", share: float | N
     return f'<td{classes}{shade} tabindex={index} data-tip="{html.escape(tip)}">{html.escape(text)}{below}</td>'
 
 
-def _rows_html(header: Sequence[str], body: Sequence[str]) -> str:
+def _rows_html(header: Sequence[str], body: Sequence[str], corner: str = "") -> str:
     heads = "".join(
-        f"<th scope=col{' class=long' if len(text) > 16 else ''}>{html.escape(text)}</th>" for text in ("", *header)
+        f"<th scope=col{' class=long' if len(text) > 16 else ''}>{html.escape(text)}</th>" for text in (corner, *header)
     )
     return f"<div class=scroll><table><thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
 
@@ -253,9 +259,15 @@ def summary_html(summary: Summary) -> str:
         )
         body.append(f"<tr><th scope=row>{html.escape(question)}</th>{cells}</tr>")
     return (
-        f"<div class=summary><p>{html.escape(summary.sentence)}</p>{_rows_html(summary.models, body)}"
-        f"<p class=note>{html.escape(summary.note)}</p></div>"
+        f"<div class='summary{' narrow' if summary.corner else ''}'><p>{html.escape(summary.sentence)}</p>"
+        f"{_rows_html(summary.models, body, summary.corner)}"
+        f"{''.join(note_html(line) for line in summary.note.splitlines())}</div>"
     )
+
+
+def summary_part(summary: Summary) -> PageSection:
+    """The summary as a part of a page that opens with something else."""
+    return PageSection("To which length each model works", "", [summary_html(summary)])
 
 
 def paper_table_html(table: PaperTable) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from scaled_rope.evaluation.controls import Change
 from scaled_rope.evaluation.formatting import format_table
+from scaled_rope.evaluation.passkey_prompts import RELEASED
 from scaled_rope.report.context_use import ContextUse, context_use, short_loss
 from scaled_rope.report.paired import short_costs
 from scaled_rope.report.ruler import ruler_scores
@@ -41,12 +42,14 @@ class Summary:
         models: their names.
         lines: question -> an answer per model.
         note: how to read it, and which models are in the tables below only.
+        corner: the heading above the questions, where columns are no models.
     """
 
     sentence: str
     models: list[str]
     lines: dict[str, list[Said]]
     note: str
+    corner: str = ""
 
     def text(self) -> str:
         """The summary for a terminal."""
@@ -54,7 +57,7 @@ class Summary:
             [question, *(f"{said.text} ({said.more})" if said.more else said.text for said in answers)]
             for question, answers in self.lines.items()
         ]
-        return f"{self.sentence}\n\n{format_table(['', *self.models], lines)}\n{self.note}"
+        return f"{self.sentence}\n\n{format_table([self.corner, *self.models], lines)}\n{self.note}"
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,17 @@ class Retrieval:
     rows: dict[int, Row]
 
 
-def retrieval(results: ReportRows, series: Series) -> Retrieval | None:
-    """The passkeys that a series finds: plain ones, or numbered ones where there are no others; None without any.
+def retrieval(results: ReportRows, series: Series, wording: str | None = None) -> Retrieval | None:
+    """The passkeys that a series finds; None without any.
 
     Of several sets of prompts, the one that was measured last counts.
+
+    wording: of the prompts; None: the released one, another where there is none, or numbered keys where there are no
+        plain ones.
     """
-    sections = [section for section in results.of("passkey") or results.of("passkey_hard") if series in section.rows]
+    sections = results.of("passkey") or results.of("passkey_hard")
+    wanted = [one for one in sections if one.topic.setting("wording", RELEASED) == (wording or RELEASED)]
+    sections = [one for one in wanted or (sections if wording is None else []) if series in one.rows]
     if not sections:
         return None
     rows = {length: row for length, row in sections[-1].lengths(series).items() if not row.get("error")}

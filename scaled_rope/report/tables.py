@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from scaled_rope.checkpoint import display_name
 from scaled_rope.evaluation.controls import CONTROL, Control
 from scaled_rope.evaluation.formatting import format_perplexity, format_table
+from scaled_rope.evaluation.pooled_seeds import pooled
 from scaled_rope.report.row_files import newest, read_row_files, row_date
 from scaled_rope.results import OUT_OF_MEMORY, Row, portable_model
 from scaled_rope.scaling.record import RopeScaling
@@ -35,6 +37,7 @@ _NUMBERS = (
     "benchmark",
     "quality",
 )
+_POOLED = ("passkey", "passkey_hard")
 _MOST_COLUMNS = 12  # in the terminal
 
 
@@ -48,7 +51,10 @@ class Series:
     carried: bool
     head_dim: int
     name: str = ""
-    """The name in plots and tables: the label, with the model where labels alone would be ambiguous."""
+    """The name in plots and tables: the label, with the name of the method in papers where that is another, and with
+    the model where labels alone would be ambiguous."""
+    method_name: str = ""
+    """The scaling alone, named in the same way."""
     color: int = UNSCALED
     """Number of its color; a dynamic scaling has that of its static form."""
     marker: str = "o"
@@ -150,6 +156,10 @@ def topic_of(row: Row) -> Topic:
         protocol["name"] = "truncate"
         if (stride := protocol.pop("sliding", None)) is not None:
             protocol |= {"name": "sliding", "stride": stride}
+    if metric.startswith("passkey"):
+        # Prompts that were drawn with several seeds count together.
+        protocol.pop("seed", None)
+        protocol.pop("seeds", None)
     if metric == "benchmark":
         # The documents of a task without lengths are in its column, so that all tasks share a table.
         if row["length"] is None:
@@ -239,6 +249,7 @@ def load_results(paths: Sequence[str], finetuned: str | None = None) -> ReportRo
         notes.append(f"{len(known) - len(rows)} rows of older weights or texts are left out")
     series: dict[tuple[str, str], Series] = {}
     sections: dict[Topic, Section] = {}
+    drawn: dict[tuple[int, Column], list[Row]] = {}  # of several seeds
     for row in rows:
         label = row["label"].replace("(checkpoint)", "(fine-tuned)") if row["model"] == finetuned else row["label"]
         scaling = RopeScaling.from_dict(row["scaling"])
@@ -250,6 +261,11 @@ def load_results(paths: Sequence[str], finetuned: str | None = None) -> ReportRo
             cells = section.rows.setdefault(one, {})
         else:
             cells = section.controls.setdefault(one, {}).setdefault(control, {})
+        if row["metric"] in _POOLED:
+            together = drawn.setdefault((id(cells), column), [])
+            together.append(row)
+            cells[column] = pooled(sorted(together, key=row_date))
+            continue
         # Of a benchmark's rows over other documents, too, the newest is shown.
         cells[column] = newest([cells[column], row]) if column in cells else row
     alone = [sections.pop(topic) for topic in list(sections) if not sections[topic].rows]
@@ -268,11 +284,14 @@ def _style(series: Sequence[Series]) -> None:
 
     A dynamic scaling is drawn dashed in the color of the static form beside it, where there is one.
     """
-    labels = [one.label for one in series]
+    for one in series:
+        one.method_name = _method_name(one.scaling, [other.scaling for other in series])
+    names = [_named(one) for one in series]
     static: dict[tuple[str, str], int] = {}
     taken = 0
     for one in sorted(series, key=lambda one: one.scaling.dynamic or one.scaling.method.startswith("dynamic-")):
-        one.name = one.label if labels.count(one.label) == 1 else one.full_name
+        name = _named(one)
+        one.name = name if names.count(name) == 1 else f"{display_name(one.model)}, {name}"
         one.marker = MARKERS[series.index(one) % len(MARKERS)]
         one.dashed = one.scaling.dynamic or one.scaling.method.startswith("dynamic-")
         if one.scaling.method == "default":
@@ -283,6 +302,39 @@ def _style(series: Sequence[Series]) -> None:
         else:
             one.color, taken = taken, taken + 1
             static.setdefault(method, one.color)
+
+
+_IN_PAPERS = {"linear": "PI", "ntk": "NTK-aware"}
+"""Methods that papers call otherwise than flags do."""
+_SHORT = {
+    r"beta_fast=([^,)]+), beta_slow=([^,)]+)": r"β \1 and \2",
+    r"beta_(fast|slow)=": r"β \1 ",
+    r"attention_factor=": "attention ",
+}
+"""Parameters whose names are too long for a legend."""
+_WITH_BETAS = ("yarn", "ntk-by-parts")
+"""Methods whose constants the paper chose for LLaMA; other models have others that fit them better."""
+
+
+def _method_name(scaling: RopeScaling, others: Sequence[RopeScaling]) -> str:
+    """The name of a scaling in plots and tables: "PI (linear x8)", "yarn x8", "yarn x8 (β 8 and 0.75)".
+
+    Beside others with constants of their own, one with those of the paper says so.
+    """
+    label, own = scaling.label, scaling.label
+    for words, shown in _SHORT.items():
+        label = re.sub(words, shown, label)
+    if scaling.method in _IN_PAPERS:
+        return f"{_IN_PAPERS[scaling.method]} ({label})"
+    if scaling.method in _WITH_BETAS and any(other.label.startswith(f"{own} (") for other in others):
+        return f"{label} (constants of the paper)"
+    return label
+
+
+def _named(series: Series) -> str:
+    """The label of a series with its scaling named as `_method_name` does."""
+    own = series.scaling.label
+    return series.method_name + series.label.removeprefix(own) if series.label.startswith(own) else series.label
 
 
 def common_contexts(series: Iterable[Series]) -> tuple[int | None, int | None]:
@@ -384,14 +436,15 @@ def key_token_cell(row: Row) -> Cell:
 
 
 def share_cell(row: Row) -> Cell:
-    """A benchmark's score, or the right answers out of all, in percent from 100 questions on."""
+    """A benchmark's score, or the right answers out of all; those to questions in percent from 100 on."""
     if row.get("error"):
         return Cell(_error(row), row)
     if row["metric"] == "benchmark":
         unit = row.get("unit") or ""
         return Cell(f"{row['value']:.1f}", row, row["value"], _interval(row), unit)
     percent = 100 * row["right"] / row["n"]
-    text = f"{row['right']}/{row['n']}" if row["n"] < 100 else f"{percent:.1f}"
+    counted = row["n"] < 100 or row["metric"].startswith("passkey")
+    text = f"{row['right']}/{row['n']}" if counted else f"{percent:.1f}"
     return Cell(text, row, percent, _interval(row, scale=100), "%")
 
 
@@ -455,10 +508,20 @@ def describe(section: Section) -> str:
             said.append(f"{protocol['iterations']} prompts per length")
         left = {name: value for name, value in protocol.items() if name not in ("name", "task", "passed", "iterations")}
         said += [f"{name.replace('_', ' ')} {value}" for name, value in left.items()]
+        seeds = sorted({seed for row in rows for seed in _seeds(row)}) if topic.metric.startswith("passkey") else []
+        if seeds:
+            said.append(f"for each of the seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}")
     if any(row.get("error") == OUT_OF_MEMORY for row in rows):
         said.append("OOM: ran out of memory")
     text = STANDINS.get(str(data.get("name", "")).removeprefix(STANDIN))
     return "; ".join([", ".join(said), *([text.seen] if text else []), *unmeasured(section)])
+
+
+def _seeds(row: Row) -> list[int]:
+    """The seeds that a row's prompts were drawn with."""
+    protocol = row["protocol"]
+    seeds = protocol.get("seeds", [protocol.get("seed")])
+    return [seed for seed in seeds if seed is not None]
 
 
 def unmeasured(section: Section) -> list[str]:
@@ -490,6 +553,8 @@ def title_of(section: Section) -> str:
     if topic.metric == "longppl":
         return f"LongPPL, {topic.data or 'text'}"
     title = _TITLES[topic.metric]
+    if topic.setting("wording") is not None:
+        title += f", {topic.setting('wording')} wording"
     plain = topic.data in ("", topic.metric, "passkey") or topic.metric.startswith("passkey_hard")
     return title if plain else f"{title}, {topic.data}"
 

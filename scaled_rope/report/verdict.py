@@ -2,74 +2,92 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scaled_rope.checkpoint import display_name
 from scaled_rope.errors import ConfigError
-from scaled_rope.evaluation.controls import uses_context, worth_extending
 from scaled_rope.report.context_use import ContextUse, context_use
 from scaled_rope.report.summary import FOUND, retrieval
 from scaled_rope.report.tables import ReportRows, Section, Series
 from scaled_rope.results import portable_model
+from scaled_rope.texts.corpora import STANDIN
+
+
+@dataclass(frozen=True)
+class TextControl:
+    """The control of the fine-tuned model on one text.
+
+    Attributes:
+        text: its name.
+        use: the comparison; None where none was measured.
+        holds: whether the model's perplexity is below both controls (its own weights and the base's, reading the last
+            tokens only) in every position bucket from twice the control's window to the extended length, each with the
+            whole 95 % interval; None where that was not measured.
+        why: the reason, with the bucket that decides.
+    """
+
+    text: str
+    use: ContextUse | None
+    holds: bool | None
+    why: str
 
 
 @dataclass(frozen=True)
 class Verdict:
+    """Whether the claim holds, with the models and numbers that it is about.
+
+    Attributes:
+        holds: whether both parts hold.
+        line: "PASS: why", "FAIL: which part did not hold and why" or "UNDECIDED: what was not measured".
+        tuned, base: the fine-tuned model, and the model that it was before.
+        trained, target: tokens that the base was trained on, and that the fine-tuned model is for.
+        texts: its control on each text.
+        control, retrieval: whether each part holds; None where it was not measured.
+    """
+
     holds: bool
     line: str
-
-
-def _only(what: str, candidates: Sequence[Series]) -> Series:
-    if len(candidates) != 1:
-        names = ", ".join(f"{display_name(one.model)} {one.label}" for one in candidates) or "none"
-        raise ConfigError(f"verdict: exactly one series must be {what}; found: {names} (see --base, --finetuned)")
-    return candidates[0]
+    tuned: Series
+    base: Series
+    trained: int
+    target: int
+    texts: list[TextControl]
+    control: bool | None
+    retrieval: bool | None
 
 
 def demo_verdict(results: ReportRows, base: str | None = None, finetuned: str | None = None) -> Verdict:
     """Whether fine-tuning with YaRN extended the context.
 
-    1. Control: the fine-tuned model uses its context. Beyond the trained length and up to the extended one its
-       perplexity is below that of the same weights reading the last tokens only, with the whole 95 % interval, and in
-       no position bucket there above it.
+    1. Control: on at least one text the fine-tuned model predicts better with the whole text than from the last tokens
+       alone, and better than its base would; see `TextControl.holds`.
     2. Retrieval: it finds at least 90 % of the passkeys at the extended length.
-    3. Methods: its perplexity is below position interpolation and NTK-aware scaling without fine-tuning in every bucket
-       beyond the trained length.
 
-    All three must hold. One that fails decides; if none fails and one was not measured, nothing is decided, and the
-    claim does not hold. Whether the base cut to its last tokens would have done as well is said beside it. Of several
-    texts, the one that was measured last counts.
+    Both must hold. One that fails decides; if none fails and one was not measured, nothing is decided, and the claim
+    does not hold.
 
     Args:
         base: the model that is read without fine-tuning; default: the one with unscaled rows.
         finetuned: the model that carries its scaling; default: the only one that does.
 
     Raises:
-        ConfigError: a row that the comparison of methods needs is missing, or its buckets begin at different positions.
+        ConfigError: no perplexities, or the two models cannot be told from the rows.
     """
     base, finetuned = (None if name is None else portable_model(name) for name in (base, finetuned))
     sections = [one for one in results.of("perplexity") if one.topic.setting("name") != "sliding"]
     if not sections:
         raise ConfigError("verdict: there are no perplexities")
-    order = {id(row): index for index, row in enumerate(results.rows)}
-    section = max(sections, key=lambda one: max(order[id(r)] for cells in one.rows.values() for r in cells.values()))
-    scored = list(section.rows)
+    scored = [series for series in results.series if any(series in section.rows for section in sections)]
     unscaled = [one for one in scored if one.scaling.method == "default" and base in (None, one.model)]
     reference = _only("the unscaled base", unscaled)
-    carried = [one for one in scored if one.carried and one.scaling.method != "default"]
-    tuned = _only("the fine-tuned model under its own scaling", [o for o in carried if finetuned in (None, o.model)])
-    rivals = [
-        _only(f"the base under static {method}", [o for o in scored if o.model == reference.model and _is(o, method)])
-        for method in ("linear", "ntk")
-    ]
-    target = tuned.scaling.max_position_embeddings
-    parts = [
-        _control(section, tuned, reference, target),
-        _retrieval(results, tuned, target),
-        _methods(section, tuned, rivals, reference.scaling.original_max_position_embeddings),
-    ]
+    carried = [one for one in scored if one.tuned and finetuned in (None, one.model)]
+    tuned = _only("the fine-tuned model under its own scaling", carried)
+    trained, target = tuned.scaling.original_max_position_embeddings, tuned.scaling.max_position_embeddings
+    if trained is None or target is None or target <= trained:
+        raise ConfigError(f"verdict: {tuned.name} does not say to which length it was extended")
+    texts = [_on_text(one, tuned, reference, target) for one in sections if tuned in one.rows]
+    parts = [_retrieval(results, tuned, target), _control(texts, trained)]
     failed = [part for part in parts if part.holds is False]
     unknown = [part for part in parts if part.holds is None]
     held = [part for part in parts if part.holds]
@@ -77,7 +95,15 @@ def demo_verdict(results: ReportRows, base: str | None = None, finetuned: str | 
     said = [f"{part.name} did not hold ({part.why})" for part in failed]
     said += [f"{part.name}: not measured ({part.why})" for part in unknown]
     said += [f"{part.name} held ({part.why})" for part in held]
-    return Verdict(word == "PASS", f"{word}: {tuned.label} to {target} tokens: {'; '.join(said)}")
+    line = f"{word}: {tuned.name} to {target} tokens: {'; '.join(said)}"
+    return Verdict(word == "PASS", line, tuned, reference, trained, target, texts, parts[1].holds, parts[0].holds)
+
+
+def _only(what: str, candidates: Sequence[Series]) -> Series:
+    if len(candidates) != 1:
+        names = ", ".join(f"{display_name(one.model)} {one.label}" for one in candidates) or "none"
+        raise ConfigError(f"verdict: exactly one series must be {what}; found: {names} (see --base, --finetuned)")
+    return candidates[0]
 
 
 @dataclass(frozen=True)
@@ -89,62 +115,45 @@ class _Part:
     why: str
 
 
-def _control(section: Section, tuned: Series, reference: Series, target: int | None) -> _Part:
+def _on_text(section: Section, tuned: Series, reference: Series, target: int) -> TextControl:
+    name = section.topic.data.removeprefix(STANDIN) or "text"
     use = context_use(section, tuned, reference.model)
-    if use is None or use.total is None:
-        return _Part("control", None, "python eval/perplexity.py --control measures it")
+    if use is None:
+        return TextControl(name, None, None, "python eval/perplexity.py --control measures it")
     window = use.control.window
-    if (target or 0) > use.measured_to:
-        return _Part("control", None, f"it ends at {use.measured_to} tokens")
-    why = f"{uses_context(use.total, window)}; below itself cut to the last {window} tokens up to {use.works_to}"
-    if use.works_to <= window:
-        why = f"{uses_context(use.total, window)}; not below itself cut to the last {window} tokens in the first bucket"
-    return _Part("control", use.total.lower and use.works_to >= (target or 0), f"{why}; {_worth(use)}")
+    wanted = [column for column in use.buckets if 2 * window <= column[0] <= target]
+    if not wanted or wanted[-1][0] != target:
+        return TextControl(name, use, None, f"no position bucket ends at {target} tokens")
+    if any(column not in use.base_buckets for column in wanted):
+        return TextControl(name, use, None, "that of the base was not measured")
+    compared = [
+        (column, whose, changes[column])
+        for column in wanted
+        for whose, changes in (("its own", use.buckets), ("the base's", use.base_buckets))
+    ]
+    above = [one for one in compared if one[2] is None or not one[2].lower]
+    # The one that decides: the worst of those that fail, or else the closest.
+    column, whose, change = max(above or compared, key=lambda one: float("inf") if one[2] is None else one[2].share)
+    place = f"{change if change is not None else 'no value'} at positions {column[1]} against {whose}"
+    if above:
+        return TextControl(name, use, False, f"not below both in every bucket: {place}")
+    return TextControl(name, use, True, f"closest: {place}")
 
 
-def _worth(use: ContextUse) -> str:
-    return worth_extending(use.against_base, use.control.window)
+def _control(texts: Sequence[TextControl], trained: int) -> _Part:
+    outcomes = [text.holds for text in texts]
+    holds = True if True in outcomes else False if False in outcomes else None
+    told = {True: "on {} yes, {}", False: "on {} no, {}", None: "on {} not measured, {}"}
+    said = [told[text.holds].format(text.text, text.why) for text in texts]
+    if holds is None:
+        return _Part("control", None, "; ".join(dict.fromkeys(text.why for text in texts)))
+    return _Part("control", holds, f"below the last {trained} tokens alone, itself and the base: {'; '.join(said)}")
 
 
-def _retrieval(results: ReportRows, tuned: Series, target: int | None) -> _Part:
+def _retrieval(results: ReportRows, tuned: Series, target: int) -> _Part:
     found = retrieval(results, tuned)
-    row = None if found is None else found.rows.get(target or 0)
+    row = None if found is None else found.rows.get(target)
     if row is None:
         return _Part("retrieval", None, f"no passkeys at {target} tokens")
     share = f"{row['right']} of {row['n']} passkeys at {target} tokens, {100 * FOUND:.0f} % needed"
     return _Part("retrieval", row["accuracy"] >= FOUND, share)
-
-
-def _methods(section: Section, tuned: Series, rivals: Sequence[Series], trained: int | None) -> _Part:
-    beyond = [length for length in section.lengths(tuned) if length > (trained or 0)]
-    if not beyond:
-        raise ConfigError(f"verdict: {tuned.name} has no perplexity beyond {trained} tokens; evaluate it there")
-    for length in beyond:
-        spans = {_span(section, one, length) for one in (tuned, *rivals)}
-        if len(spans) > 1:
-            raise ConfigError(f"verdict: buckets {' and '.join(sorted(spans))} differ; evaluate all with one --lengths")
-    margins = [(_bucket(section, rival, n) / _bucket(section, tuned, n), rival, n) for n in beyond for rival in rivals]
-    worst, rival, length = min(margins, key=lambda margin: margin[0])
-    why = (
-        f"{'below' if worst > 1 else 'NOT below'} PI and NTK-aware in {'all' if worst > 1 else 'some of the'} "
-        f"{len(beyond)} buckets beyond {trained} tokens, closest: {_bucket(section, tuned, length):.2f} against "
-        f"{_bucket(section, rival, length):.2f} of {rival.label}, {_span(section, rival, length)}"
-    )
-    return _Part("comparison with other methods", worst > 1, why)
-
-
-def _is(series: Series, method: str) -> bool:
-    return series.scaling.method == method and not series.scaling.dynamic
-
-
-def _bucket(section: Section, series: Series, length: int | None) -> float:
-    """Perplexity in the position bucket that ends at `length`; infinite when it overflowed."""
-    row = section.lengths(series).get(length or 0)
-    if row is None:
-        raise ConfigError(f"verdict: {series.name} has no perplexity at length {length}; evaluate it there")
-    return math.inf if row["perplexity_bucket"] is None else float(row["perplexity_bucket"])
-
-
-def _span(section: Section, series: Series, length: int | None) -> str:
-    low, high = section.lengths(series)[length or 0]["bucket"]
-    return f"{low}-{high}"

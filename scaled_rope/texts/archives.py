@@ -111,11 +111,13 @@ Write = Callable[[Sequence[Path], Path], None]
 """Writes what archives hold into a folder that is to be created."""
 
 
-def make_folders(archives: Sequence[Archive], folders: Mapping[Path, Write]) -> None:
+def make_folders(archives: Sequence[Archive], folders: Mapping[Path, Write], replace: bool = False) -> None:
     """Fetch archives once and write folders from them, all of which have one parent.
 
     Each appears in one rename when it is complete, so an interrupted fetch leaves nothing behind. Where another process
     was faster, its folder stays.
+
+    replace: what is in their places goes, once the archives are there.
 
     Raises:
         ConfigError: a failed or altered download, or an archive from which a folder cannot be written.
@@ -132,6 +134,8 @@ def make_folders(archives: Sequence[Archive], folders: Mapping[Path, Write]) -> 
         for number, (folder, write) in enumerate(folders.items()):
             staged = Path(scratch) / f"folder-{number}"
             write(paths, staged)
+            if replace:
+                shutil.rmtree(folder, ignore_errors=True)
             try:
                 os.rename(staged, folder)
             except OSError:

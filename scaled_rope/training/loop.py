@@ -26,6 +26,7 @@ from scaled_rope.checkpoint import load_tokenizer, vocabulary_size
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loading import resolve_device
 from scaled_rope.patching.loss import resolve_loss
+from scaled_rope.progress import Progress
 from scaled_rope.recipes import Recipe, is_finished, stopping_state
 from scaled_rope.results import Row, provenance, write_atomic
 from scaled_rope.scaling.record import RopeScaling
@@ -278,15 +279,13 @@ class Loop:
 
         continued: what the run was continued from, a result of `continuation`; the log's first row after it says so.
         """
-        from tqdm import tqdm
-
         recipe, main, output = self.recipe, self.accelerator.is_main_process, Path(self.recipe.output_dir)
         log = RunLog(recipe, *trackers) if main else None
         seen = sum(row["tokens"] for row in read_log(output)) if start else 0
         total, every = recipe.max_train_steps, recipe.checkpointing_steps
         if recipe.stop_after is not None and start > recipe.stop_after:
             raise ConfigError(f"stop_after {recipe.stop_after} is not possible: the run is at step {start} already")
-        with tqdm(total=total, initial=start, unit="step", desc=recipe.name, mininterval=1.0, disable=not main) as bar:
+        with Progress(total=total, initial=start, unit="step", desc=recipe.name, disable=not main) as bar:
             for step in range(start, total):
                 random, began = RandomState(), time.perf_counter()
                 row = self.optimizer_step(step)

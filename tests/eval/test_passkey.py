@@ -12,7 +12,7 @@ import eval.passkey as passkey
 from scaled_rope.checkpoint import encode
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation import passkey_evaluator
-from scaled_rope.evaluation.passkey_prompts import KEY_LINE, KEY_RANGE, OPENING, QUESTION, build_prompt
+from scaled_rope.evaluation.passkey_prompts import KEY_LINE, KEY_RANGE, OPENING, QUESTION, WORDINGS, build_prompt
 from tests.helpers.evaluators import evaluate
 from tests.helpers.small_models import (
     checkpoint,  # noqa: F401
@@ -56,3 +56,49 @@ def test_fixed_length_and_shortest(checkpoint: str, tokenizer: PreTrainedTokeniz
     assert row["length"] == shortest
     with pytest.raises(ConfigError, match=f"at least {shortest}"):
         build_prompt(tokenizer, shortest - 1, 0.5, 12345)
+
+
+def test_wordings_and_seeds_in_one_run(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["-m", checkpoint, "--lengths", "250,300", "--iterations", "2", "--depths", "random"]
+    before = evaluate(passkey.main, tmp_path / "rows.jsonl", *argv)  # a run that knew of no wordings
+    assert all("wording" not in row["protocol"] for row in before)
+    more = ["--wording", "passkey,needle", "--seeds", "42,43,44"]
+    picture = tmp_path / "map.svg"
+    rows = evaluate(passkey.main, tmp_path / "rows.jsonl", *argv, *more, "--heatmap", str(picture))[len(before) :]
+    each = [row for row in rows if row["metric"] == "passkey"]
+    found = [(row["protocol"].get("wording", "passkey"), row["protocol"]["seed"], row["length"]) for row in each]
+    assert found == [  # those of seed 42 in the released wording are there
+        *(("passkey", seed, n) for seed in (43, 44) for n in (250, 300)),
+        *(("needle", seed, n) for seed in (42, 43, 44) for n in (250, 300)),
+    ]
+    assert [row["provenance"]["seed"] for row in each] == [seed for _, seed, _ in found]
+    assert len({row["data"]["fingerprint"] for row in each}) == len(each)
+    contexts = [row for row in rows if row["metric"] == "passkey_context"]
+    assert [row["protocol"].get("wording") for row in contexts] == [None, "needle"]
+    assert all(row["protocol"]["seeds"] == [42, 43, 44] for row in contexts)
+    said = capsys.readouterr().out
+    assert "passkeys found, by context length (tokens), needle\n" in said and "0/6" in said
+    assert ", needle" in picture.read_text()
+    monkeypatch.setattr(passkey_evaluator, "score", None)  # nothing is measured again
+    again = evaluate(passkey.main, tmp_path / "rows.jsonl", *argv, "--wording=passkey", "--wording=needle", *more[2:])
+    assert again == [*before, *rows]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--wording", "needles"], "unknown wording 'needles'"),
+        (["--seeds", "1,2", "--seed", "3"], "give either --seed or --seeds"),
+        (["--seeds", "1,x"], "--seeds 1,x is not allowed; whole numbers, separated by commas"),
+        (["--seeds", "1,1"], "--seeds 1,1 is not allowed; each seed once"),
+    ],
+)
+def test_wordings_and_seeds_that_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        passkey.check_arguments(passkey.build_parser().parse_args(["--lengths", "99", *flags]))
+
+
+def test_the_flag_knows_every_wording() -> None:
+    assert tuple(WORDINGS) == passkey.WORDINGS

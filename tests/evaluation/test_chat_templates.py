@@ -17,7 +17,7 @@ from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.chat_templates import chat_template_hash, chat_text, chat_turn
 from scaled_rope.evaluation.choice_prompts import OMITTED, Question, build_choice_prompt
-from scaled_rope.evaluation.passkey_prompts import build_hard_prompt, build_prompt
+from scaled_rope.evaluation.passkey_prompts import WORDINGS, build_hard_prompt, build_prompt
 from scaled_rope.evaluation.streamed_answers import prompt_tokens
 from scaled_rope.results import read_rows
 
@@ -69,6 +69,16 @@ def test_passkeys_are_what_the_tokenizer_renders(tokenizer: Any) -> None:
         assert prompt.input_ids.count(tokenizer.bos_token_id) == 1
         seen = tokenizer.decode([*prompt.input_ids, *prompt.answer_ids][-prompt.distance :])
         assert seen.startswith("\nThe pass key is 54321.")
+
+
+def test_other_wordings_are_what_the_tokenizer_renders(tokenizer: Any) -> None:
+    needle = WORDINGS["needle"]
+    prompt = build_prompt(tokenizer, 257, 0.5, 54321, chat=chat_turn(tokenizer), wording=needle)
+    assert len(prompt.input_ids) + len(prompt.answer_ids) == 257
+    text = tokenizer.decode(prompt.input_ids)
+    message = message_of(text, needle.answer)
+    assert text == chat_text(tokenizer, message) + needle.answer
+    assert message.startswith(needle.opening) and message.endswith(needle.question.strip())
 
 
 def test_numbered_passkeys_are_what_the_tokenizer_renders(tokenizer: Any) -> None:

@@ -108,6 +108,10 @@ def test_prompts_follow_from_the_seed_alone(tokenizer: PreTrainedTokenizerFast) 
     assert [prompt.key for prompt in make(seed=2)] != [prompt.key for prompt in make()]
     for prompt in make():
         assert len(prompt.input_ids) + len(prompt.answer_ids) == 128
+    # As rows of earlier runs have them (seed 42, 256 tokens).
+    assert [prompt.key for prompt in make(length=256, n=3, seed=42)] == [32454, 76753, 37628]
+    needles = passkey_evaluator.make_prompts(tokenizer, 256, 3, "random", 42, wording="needle")
+    assert [prompt.key for prompt in needles] == [32454, 76753, 37628]
     grid = [prompt.depth for prompt in make(length=512, depths="grid")]
     # A depth is realised in whole filler tokens, of which there are more than 300 here.
     assert grid == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=1 / 300)

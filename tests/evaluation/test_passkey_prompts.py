@@ -13,6 +13,8 @@ from scaled_rope.evaluation.passkey_prompts import (
     KEY_LINE,
     OPENING,
     QUESTION,
+    RELEASED,
+    WORDINGS,
     build_hard_prompt,
     build_prompt,
     draw_keys,
@@ -45,6 +47,50 @@ def test_passkey_prompts_have_exact_length_and_contain_the_key(tokenizer_dir, de
     assert prompt.depth == pytest.approx(depth, abs=1 / (1000 - shortest))
     with pytest.raises(ConfigError, match=f"at least {shortest}"):
         build_prompt(tokenizer, shortest - 1, depth, 54321)
+
+
+def test_the_released_prompt_word_for_word(tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
+    tokenizer = tokenizers["single"]
+    sentences = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+    filler = encode(tokenizer, sentences)
+    opening = (
+        "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
+        "about the important information there.\n"
+    )
+    line = "\nThe pass key is 32454. Remember it. 32454 is the pass key.\n"
+    before, key_line = encode(tokenizer, opening), encode(tokenizer, line)
+    asked = encode(tokenizer, "\nWhat is the pass key? The pass key is 32454")
+    for times in (0, 2):
+        length = 1 + len(before) + 2 * times * len(filler) + len(key_line) + len(asked)
+        prompt = build_prompt(tokenizer, length, 0.5, 32454)
+        expected = [tokenizer.bos_token_id, *before, *filler * times, *key_line, *filler * times, *asked]
+        assert prompt.input_ids + prompt.answer_ids == expected
+
+
+@pytest.mark.parametrize("name", WORDINGS)
+@pytest.mark.parametrize("depth", [0.0, 0.4, 1.0])
+def test_every_wording_has_exact_length_and_its_key(
+    tokenizers: dict[str, PreTrainedTokenizerFast], name: str, depth: float
+) -> None:
+    wording = WORDINGS[name]
+    for tokenizer in tokenizers.values():
+        prompt = build_prompt(tokenizer, 600, depth, 54321, wording=wording)
+        assert len(prompt.input_ids) + len(prompt.answer_ids) == prompt.length == 600
+        text = tokenizer.decode(prompt.input_ids)
+        assert text.count("54321") == wording.key_line.count("{key}")
+        assert text.endswith(wording.answer) and tokenizer.decode(prompt.answer_ids).strip() == "54321"
+        line = encode(tokenizer, wording.key_line.format(key=54321))
+        assert (prompt.input_ids + prompt.answer_ids)[-prompt.distance :][: len(line)] == line
+
+
+def test_the_needle_shares_no_sentence_with_the_released_wording() -> None:
+    needle, released = WORDINGS["needle"], WORDINGS[RELEASED]
+    assert needle.key_line == "\nThe combination of the safe in the library is {key}.\n"
+    assert needle.question == "\nWhich number opens the safe?"
+    own, theirs = (set(one.filler.strip().split(". ")) for one in (needle, released))
+    assert len(own) == 5 and not own & theirs
+    words = {"pass", "passkey", "grass", "sky", "sun"}
+    assert not words & set(" ".join((needle.opening, needle.filler, needle.key_line, needle.question)).lower().split())
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_served_rows_and_local_ones_do_not_mix(server: CompletionsServer, text: 
 
 
 def test_passkeys(server: CompletionsServer, tmp_path: Path) -> None:
-    argv = ("--lengths", "150,400", "--iterations", "4")
+    argv = ("--lengths", "150,300", "--iterations", "2", "--wording", "passkey,needle", "--seeds", "1,42")
     local = evaluate(passkey.main, tmp_path / "local", "-m", MODEL, *argv)
     server.ways = set()  # as in llama.cpp's server
     rows = asked(passkey.main, server, tmp_path / "served", *argv)

@@ -12,7 +12,8 @@ import pytest
 
 import eval.report as report
 from scaled_rope.report.figures import GREY, PALETTE
-from tests.helpers.report_rows import every_kind, write, write_rows
+from scaled_rope.results import read_rows
+from tests.helpers.report_rows import every_kind, passkeys, write, write_rows
 
 pytest.importorskip("matplotlib")
 
@@ -44,7 +45,7 @@ def test_report_is_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     figures = ("perplexity", "passkey", "wavelengths", "loss")
     names = {"report.html", "report.csv", *(f"{name}.{kind}" for name in figures for kind in ("png", "pdf"))}
     assert {path.name for path in folder.iterdir()} == names
-    assert page.count("<figure") == 4 and page.count("<table") == 4  # with the summary
+    assert page.count("<figure") == 4 and page.count("<table") == 5  # with the opening and the summary
     assert "A &lt;test&gt;" in page and "<b>UNDECIDED</b>: " in page and "python x" in page
     check_page(page)
     # Six series: four buckets, four lengths and one passkey length each, as cells; the buckets as points as well.
@@ -55,8 +56,9 @@ def test_report_is_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert report.main([rows]) == 0  # without --output: the terminal only
     assert "2/4" in capsys.readouterr().out
 
-    failing = write_rows(tmp_path / "failing.jsonl", tuned=(38, 71, 42, 90))
-    assert report.main([failing, "--output", str(folder), "--verdict", "demo"]) == 1
+    kept = read_rows(rows)
+    failing = write(tmp_path / "failing.jsonl", [*kept, *passkeys(kept, "run/model", {64: 10, 256: 0})])
+    assert report.main([failing, "--verdict", "demo"]) == 1
     assert "\nFAIL: " in capsys.readouterr().out
 
 

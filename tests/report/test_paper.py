@@ -246,7 +246,7 @@ def test_commands_measure_what_the_tables_compare(name):
         assert set(table["columns"]) == set(harness.check_arguments(args)[0])
         return
     if run.evaluator == "passkey":
-        evaluator = passkey.evaluator_of(passkey.build_parser().parse_args(argv))
+        ((evaluator,),) = passkey.evaluators_of(passkey.build_parser().parse_args(argv)).values()
         assert (evaluator.lengths[0], evaluator.lengths[-1], len(evaluator.lengths)) == (8192, 131072, 16)
         return
     args = perplexity_script.build_parser().parse_args(argv)

@@ -96,7 +96,8 @@ def test_the_page_and_the_terminal_open_with_it(tmp_path: Path, capsys: pytest.C
     rows = write(tmp_path / "all", all_rows(tmp_path, -0.03, {64: 10, 256: 9}))
     assert report.main([rows, "--output", str(tmp_path / "out"), "--verdict", "demo"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("yarn x4 (checkpoint) was trained on 64 tokens") and "PASS: " in out.splitlines()[-1]
+    assert out.startswith("A model that was trained for 64 tokens now reads 256") and "PASS: " in out.splitlines()[-1]
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.index("<div class=summary>") < page.index("<p class=verdict") < page.index("<section")
+    assert page.index("<div class='summary narrow'>") < page.index("<p class=verdict") < page.index("<section")
+    assert page.index("<p class=verdict") < page.index("yarn x4 (checkpoint) was trained on 64 tokens")
     assert "<td class=good>yes<small>−3.0 % [−3.0, −3.0]</small></td>" in page

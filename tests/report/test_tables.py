@@ -101,3 +101,26 @@ def test_dynamic_scalings_share_the_color_of_their_static_form(tmp_path: Path) -
     assert found["unscaled"].color == tables.UNSCALED
     assert found["dynamic-yarn"].color == found["yarn x4"].color and found["dynamic-yarn"].dashed
     assert len({one.color for one in found.values()}) == 4 and len({one.marker for one in found.values()}) == 5
+
+
+def test_methods_are_named_as_in_papers_and_constants_are_told_apart(tmp_path: Path) -> None:
+    fitted = "yarn:4,beta_fast=8,beta_slow=0.75,attention_factor=1.05"
+    rows = [
+        row
+        for spec in ("default", "linear:4", "ntk:4", "dynamic-linear", "yarn:4", fitted)
+        for row in perplexities(spec, "novels", {64: 30.0, 128: 40.0})
+    ]
+    rows.append({**perplexities(fitted, "novels", {64: 29.0})[0], "model": "out/model", "carried": True})
+    rows[-1] |= {"label": f"{rows[-1]['label']} (checkpoint)", "model_fingerprint": "tuned"}
+    series = load_results([write(tmp_path / "rows", rows)], "out/model").series
+    assert [one.name for one in series] == [
+        "unscaled",
+        "PI (linear x4)",
+        "NTK-aware (ntk x4)",
+        "PI (dynamic-linear)",
+        "yarn x4 (constants of the paper)",
+        "yarn x4 (attention 1.05, β 8 and 0.75)",
+        "yarn x4 (attention 1.05, β 8 and 0.75) (fine-tuned)",
+    ]
+    alone = load_results([write(tmp_path / "alone", perplexities("yarn:4", "novels", {64: 30.0}))]).series
+    assert [one.name for one in alone] == ["yarn x4"]

