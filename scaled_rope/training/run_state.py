@@ -42,8 +42,8 @@ def sync(path: Path) -> None:
 #: recipe fields that may differ between a run and its resumption without changing what is computed
 _FREE_FIELDS = {
     "name", "description", "output_dir", "prepare", "rebuild", "evaluate", "batch_size", "checkpointing_steps",
-    "stop_after", "kept_checkpoints", "offload_activations", "gradient_checkpointing", "loss", "sequence_parallel",
-    "heldout", "heldout_lengths", "heldout_steps", "heldout_rows",
+    "save_dtype", "stop_after", "kept_checkpoints", "offload_activations", "gradient_checkpointing", "loss",
+    "sequence_parallel", "heldout", "heldout_lengths", "heldout_steps", "heldout_rows",
 }  # fmt: skip
 
 
