@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -233,7 +234,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"dataset {recipe.dataset} is not there yet; ./train.sh {args.recipe} makes it, then trains")
     from scaled_rope.training.loop import Trainer
 
-    losses = Trainer(recipe, args.resume, args.wandb, args.tensorboard).run()
+    trainer = Trainer(recipe, args.resume, args.wandb, args.tensorboard)
+    losses = trainer.run()
+    if trainer.interrupted:
+        return (
+            128 + signal.SIGTERM
+        )  # as shells report a program that died of it: what follows must not take it for done
     if args.log_loss is not None and int(os.environ.get("RANK", "0")) == 0:
         args.log_loss.write_text(",".join(map(str, losses)))
     return 0

@@ -27,7 +27,7 @@ EXTRAS = {
 # Not in "all": flash-attn, which builds only where a CUDA toolkit is.
 EXTRAS["all"] = sorted({requirement for name in EXTRAS if name != "flash" for requirement in EXTRAS[name]})
 
-REQUIRED = ["numpy", "einops>=0.8", "pyyaml", "tqdm"]
+REQUIRED = ["blake3>=1.0", "numpy", "einops>=0.8", "pyyaml", "tqdm"]
 # The oldest torch and transformers that work, see scaled_rope/versions.py.
 LEAST = ast.literal_eval(
     re.search(r"^LEAST = (.+)$", (ROOT / "scaled_rope/versions.py").read_text(), re.MULTILINE).group(1)

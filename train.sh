@@ -31,7 +31,7 @@ for wanted in "$@"; do
         read_recipe "$recipe"
         begin_step training
         attended ${LAUNCH:-python} finetune.py "$recipe"
-        # A run that was stopped by a signal of its own has saved its state, and 0 for an exit code.
+        # A launcher may end with 0 for a run that was stopped and has saved its state.
         python -m scaled_rope.recipes "$recipe" --finished ||
             { echo "$recipe is not finished; the same command continues" >&2; exit 143; }
     done

@@ -23,7 +23,7 @@ import yaml
 
 from scaled_rope.bundled import bundled
 from scaled_rope.command_line import Parser, run_cli
-from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.errors import ConfigError, is_number, unknown
 from scaled_rope.results import read_rows
 from scaled_rope.scaling.record import check_spec
 
@@ -32,6 +32,12 @@ LR_SCHEDULES = ("linear", "constant", "cosine", "wsd")
 LR_DECAYS = ("linear", "1-sqrt")
 PRECISIONS = ("auto", "bf16", "fp32")
 QUANTIZATIONS = ("nf4",)
+SAVE_DTYPES = (None, "float32", "bfloat16", "float16")
+_LARGEST = {
+    "num_hidden_layers": 4096, "num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 2**14,
+    "hidden_size": 2**18, "intermediate_size": 2**20, "vocab_size": 2**24,
+}  # fmt: skip
+"""The largest values of fields of `init`: beyond them, building a model takes memory and time without end."""
 DOCUMENTS = ("joined", "separate")
 POSITIONS = ("consecutive", "pose")
 LOSSES = ("auto", "chunked", "fused", "whole")
@@ -161,6 +167,10 @@ class Recipe:
         require((self.model is None) != (self.init is None), "model", "name a checkpoint, or give `init` instead")
         require(self.init is None or "model_type" in self.init, "init", "it needs `model_type`")
         require(self.init is None or self.tokenizer is not None, "tokenizer", "a model from `init` needs one")
+        for name, most in _LARGEST.items():
+            value = (self.init or {}).get(name)
+            if is_number(value) and not 1 <= value <= most:
+                raise ConfigError(f"recipe {self.name!r}: init.{name} = {value!r} is not allowed; 1 to {most}")
         for name in (
             "sequence_length", "global_batch_size", "batch_size", "max_train_steps", "sequence_parallel",
             "kept_checkpoints", "heldout_steps", "heldout_rows", "mlp_tiles",
@@ -175,7 +185,8 @@ class Recipe:
         require(0 <= self.warmup_steps <= self.max_train_steps, "warmup_steps", "0 to max_train_steps")
         require(self.learning_rate > 0, "learning_rate", "above 0")
         require(self.grad_norm is None or self.grad_norm > 0, "grad_norm", "above 0")
-        require(self.seed >= 0, "seed", "0 or more")
+        require(0 <= self.seed < 2**32, "seed", "0 to 4294967295")
+        require(self.save_dtype in SAVE_DTYPES, "save_dtype", f"one of: {', '.join(SAVE_DTYPES[1:])}, or none")
         require(self.weight_decay >= 0, "weight_decay", "0 or more")
         require(len(self.adam_betas) == 2 and all(0 <= b < 1 for b in self.adam_betas), "adam_betas", "two in [0, 1)")
         self._check_schedule(require)

@@ -97,7 +97,7 @@ def test_another_factor_keeps_the_other_fields_of_the_scaling_and_another_method
 
 
 def test_accumulation_counts_the_recipes_own_batch_size():
-    assert resolved("tiny-base", "--gradient-accumulate-every", "4").global_batch_size == 4 * 8 * 2
+    assert resolved("tiny-base", "--gradient-accumulate-every", "4").global_batch_size == 4 * 16 * 2
 
 
 def test_save_only_writes_the_scaling_and_nothing_else(workspace, tmp_path, capsys):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from scaled_rope.recipes import available, is_finished, pending, read_recipe, st
 from scaled_rope.scaling.record import RopeSettings
 from scaled_rope.training.engine import accumulation, check_sequence_parallel
 from scaled_rope.training.loop import learning_rate
+from scaled_rope.training.model import build_model
 from scaled_rope.training.planning import meta_model
 from scaled_rope.training.pose import skip_wise
 from tests.helpers import ROOT, reference
@@ -416,3 +418,25 @@ def test_the_work_of_a_recipes_steps(tmp_path):
         "passkeys after training": 10 * 3 * 2 * (64 + 128),
         "report": 0,
     }
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"save_dtype": "float99"},
+            "save_dtype = 'float99' is not allowed; one of: float32, bfloat16, float16, or none",
+        ),
+        ({"seed": 10**22}, "seed = 10000000000000000000000 is not allowed; 0 to 4294967295"),
+        ({"init": {"num_hidden_layers": 10**9}}, "init.num_hidden_layers = 1000000000 is not allowed; 1 to 4096"),
+        ({"init": {"num_attention_heads": 0}}, "init.num_attention_heads = 0 is not allowed; 1 to 4096"),
+        ({"init": {"num_hidden_layers": "x"}}, "is no model: "),
+        ({"init": {"hidden_act": "nope"}}, "is no model: KeyError 'nope'"),
+        ({"init": {"hidden_size": 33, "head_dim": None}}, "is no model: "),
+    ],
+)
+def test_a_mistake_is_found_before_the_first_step(fields, said):
+    base = read_recipe("tiny-base")
+    changed = fields | ({"init": {**base.init, **fields["init"]}} if "init" in fields else {})
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        build_model(replace(base, **changed))

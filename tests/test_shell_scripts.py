@@ -81,7 +81,7 @@ def test_train_sh_does_not_go_on_after_a_run_that_was_stopped(tmp_path):
     for name in ("train.sh", "environment.sh"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "finetune.py").write_text("print('ran')")  # ends with 0 as one that got SIGTERM does
+    (tmp_path / "finetune.py").write_text("print('ran')")  # ends with 0, as a launcher may whose run was stopped
     environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         ["bash", "train.sh", "llama-2-7b-128k"], cwd=tmp_path, env=environment, capture_output=True, text=True

@@ -78,6 +78,7 @@ from scaled_rope.training.run_state import (
     read_log,
     run_lock,
     save_state,
+    sound_state,
 )
 from scaled_rope.training.tracking import RunLog, peak_memory, plot_losses, write_records
 
@@ -142,7 +143,10 @@ class Trainer:
         self._trackers = (wandb_project, tensorboard)
         check_same_run(recipe, self.output)
         self._resume = None if is_finished(recipe) else find_state(recipe, self.output, resume)
-        self._continued = continuation(recipe, self._resume)
+        self._named = resume != "auto"
+        self._continued: dict[str, Any] | None = None
+        self.interrupted = False
+        """Whether a signal ended the run before its last step."""
 
     def run(self) -> list[float]:
         """Train to the end and save; return the loss of every step (nats per token).
@@ -168,6 +172,8 @@ class Trainer:
         attention = resolve_attention(recipe.attention, resolve_device(None), recipe.compute_dtype)
         accelerator = make_accelerator(recipe, attention)
         engine = engine_name(accelerator)
+        self._resume = sound_state(accelerator, recipe, self._resume, self._named)
+        self._continued = continuation(recipe, self._resume)
         resolve_loss(recipe.loss, accelerator.device)  # refuses before a model is read
         model, report = build_model(recipe, attention, accelerator.device)
         scaling = RopeScaling.from_config(model.config) if report is None else report.scaling
@@ -221,6 +227,7 @@ class Trainer:
         start = load_state(accelerator, self._resume, self.output)
         restore_settings(optimizer, recipe)
         losses = loop.run(start, self._trackers, self._continued)
+        self.interrupted = loop.interrupted
         if loop.stopped:
             accelerator.end_training()
             return losses
@@ -245,7 +252,7 @@ _NAMED = 8  # rows that an error names
 
 
 class Loop:
-    """The steps of a run. `stopped` says whether a signal ended it before the last one."""
+    """The steps of a run. `stopped`: it ended before the last one; `interrupted`: and that was by a signal."""
 
     def __init__(
         self,
@@ -266,7 +273,7 @@ class Loop:
         if self.documents is not None and self.documents.note:
             accelerator.print(self.documents.note)
         self.windows = windows
-        self.stopped = False
+        self.stopped = self.interrupted = False
 
     def run(
         self, start: int, trackers: tuple[str | None, str | None], continued: Mapping[str, Any] | None = None
@@ -312,7 +319,7 @@ class Loop:
 
     def _save_and_stop(self, step: int, random: RandomState) -> None:
         """Save the state before step number `step`, as if its passes had not begun."""
-        self.stopped = True
+        self.stopped = self.interrupted = True
         random.restore()
         self.optimizer.zero_grad()
         saved = "nothing was to be saved"

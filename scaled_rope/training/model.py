@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from scaled_rope.attention.backends import attention_for
-from scaled_rope.checkpoint import load_tokenizer, open_checkpoint
+from scaled_rope.checkpoint import first_line, load_tokenizer, open_checkpoint
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loading import check_tied, former_names, load_model, merge_adapter, resolve_plan
 from scaled_rope.patching.loss import token_nll
@@ -128,15 +128,15 @@ def build_model(
     torch.manual_seed(recipe.seed)
     settings = None
     if recipe.init is not None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        fields = dict(recipe.init)
-        try:
-            config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        with building(recipe):
+            config = init_config(recipe)
             attention = attention_for(config, attention)
+            with torch.device("meta"):  # a mistake is found before memory is taken
+                AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+            torch.manual_seed(recipe.seed)
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"init of recipe {recipe.name!r} is no model: {str(error).splitlines()[0]}") from None
     else:
         checkpoint = open_checkpoint(str(recipe.model))
         settings = checkpoint.settings
@@ -156,6 +156,27 @@ def build_model(
                 parameter.data = parameter.data.float()
     model.train()
     return model, report
+
+
+@contextlib.contextmanager
+def building(recipe: Recipe) -> Iterator[None]:
+    """Report whatever configurations and models raise about a recipe's fields as one line that names the recipe."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # architectures raise unrelated types
+        what = "init" if recipe.init is not None else "model"
+        kind = "" if isinstance(error, TypeError | ValueError) else f"{type(error).__name__} "
+        raise ConfigError(f"{what} of recipe {recipe.name!r} is no model: {kind}{first_line(error)}") from None
+
+
+def init_config(recipe: Recipe) -> Any:
+    """The configuration that a recipe's `init` describes; within `building`."""
+    from transformers import AutoConfig
+
+    fields = dict(recipe.init or {})
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
 def install_scaling(model: Any, recipe: Recipe, settings: RopeSettings | None = None) -> PatchReport | None:

@@ -31,7 +31,9 @@ from scaled_rope.training.engine import accumulation, allowed_sequence_parallel
 from scaled_rope.training.model import (
     SummedLoss,
     add_lora,
+    building,
     enable_checkpointing,
+    init_config,
     install_scaling,
     set_sliding_window,
     tile_mlps,
@@ -53,8 +55,8 @@ def base_config(recipe: Recipe) -> Any:
     from transformers import AutoConfig
 
     if recipe.init is not None:
-        fields = dict(recipe.init)
-        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+        with building(recipe):
+            return init_config(recipe)
     name = str(recipe.model)
     if not Path(name).is_dir():
         known = json.loads(ARCHITECTURES.read_text(encoding="utf-8"))
@@ -78,13 +80,8 @@ def meta_model(recipe: Recipe) -> Any:
         ConfigError: what `base_config` and `install_scaling` raise, or an `init` that is no model.
     """
     config = base_config(recipe)
-    try:
-        with torch.device("meta"):
-            model = auto_class(config).from_config(config, dtype=torch.float32)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"model of recipe {recipe.name!r} cannot be built: {str(error).splitlines()[0]}") from None
+    with building(recipe), torch.device("meta"):
+        model = auto_class(config).from_config(config, dtype=torch.float32)
     install_scaling(model, recipe)
     return model
 

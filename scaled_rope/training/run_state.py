@@ -20,12 +20,30 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.recipes import Recipe
 from scaled_rope.results import Row, rows_so_far, write_atomic
 from scaled_rope.training.engine import engine_name
+from scaled_rope.training.manifest import entries, fault, read_facts, state_files, write_manifest
+
+
+def gather_object(mine: list[Any]) -> list[Any]:
+    """The lists of all ranks, one after another; every rank must call this."""
+    from accelerate.utils import gather_object as gathered
+
+    return list(gathered(mine))
+
+
+def sync(path: Path) -> None:
+    """Make sure that a file is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
 
 #: recipe fields that may differ between a run and its resumption without changing what is computed
 _FREE_FIELDS = {
     "name", "description", "output_dir", "prepare", "rebuild", "evaluate", "batch_size", "checkpointing_steps",
-    "stop_after", "kept_checkpoints", "offload_activations", "gradient_checkpointing", "loss", "sequence_parallel",
-    "heldout", "heldout_lengths", "heldout_steps", "heldout_rows",
+    "save_dtype", "stop_after", "kept_checkpoints", "offload_activations", "gradient_checkpointing", "loss",
+    "sequence_parallel", "heldout", "heldout_lengths", "heldout_steps", "heldout_rows",
 }  # fmt: skip
 
 
@@ -162,25 +180,12 @@ def find_state(recipe: Recipe, output: Path, resume: str) -> Path | None:
             f"continue_from {state} is a state of a run with {name} = {old!r}, now {new!r}; model, scaling, adapters"
             f" and precision must be the same"
         )
-    if (done := state_facts(state, "continue_from")["step"]) >= recipe.max_train_steps:
+    if (done := read_facts(state, "continue_from")["step"]) >= recipe.max_train_steps:
         raise ConfigError(
             f"max_train_steps {recipe.max_train_steps} is not allowed with continue_from {state}; more than {done}, the"
             f" steps that are done there"
         )
     return state
-
-
-def state_facts(state: Path, field: str) -> dict[str, Any]:
-    """Step, number of ranks and engine of a saved state, which was named by `field`.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    try:
-        facts: dict[str, Any] = json.loads((state / "state.json").read_text(encoding="utf-8"))
-        return facts | {"step": int(facts["step"]), "ranks": int(facts["ranks"])}
-    except (OSError, ValueError, TypeError, KeyError):
-        raise ConfigError(f"{field} {state} is no saved state; a folder checkpoints/step-N") from None
 
 
 def state_recipe(state: Path, field: str) -> dict[str, Any]:
@@ -189,7 +194,7 @@ def state_recipe(state: Path, field: str) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such state, or no record of its run in it or in the run's folder above it.
     """
-    state_facts(state, field)
+    read_facts(state, field)
     found = _beside(state, "recipe.yaml")
     if found is None:
         raise ConfigError(f"{field} {state} does not say which run it is of: recipe.yaml is missing there")
@@ -215,7 +220,7 @@ def continuation(recipe: Recipe, state: Path | None) -> dict[str, Any] | None:
     if state_recipe(state, "resume").get("continue_from") == recipe.continue_from:
         found: dict[str, Any] | None = before  # one of the continued run's own states
         return found
-    record = {"state": str(state), "step": state_facts(state, "continue_from")["step"]}
+    record = {"state": str(state), "step": read_facts(state, "continue_from")["step"]}
     record["recipe"] = state_recipe(state, "continue_from")
     return record | ({"continued_from": before} if before else {})
 
@@ -223,6 +228,21 @@ def continuation(recipe: Recipe, state: Path | None) -> dict[str, Any] | None:
 def read_log(output: Path) -> list[Row]:
     """The per-step rows of a run."""
     return rows_so_far(output / "train_log.jsonl")
+
+
+def steps_of(log: Path, last: int) -> list[Row]:
+    """The rows of a log up to a step: each once, in order.
+
+    Raises:
+        ConfigError: a step is missing, doubled or out of order; it names the line.
+    """
+    rows = rows_so_far(log)
+    for number, row in enumerate(rows[:last], 1):
+        if row.get("step") != number:
+            raise ConfigError(f"{log}, line {number}: step {row.get('step')!r} is not allowed; {number} comes here")
+    if len(rows) < last:
+        raise ConfigError(f"{log} ends with step {len(rows)}, and the state is of step {last}")
+    return rows[:last]
 
 
 def check_space(recipe: Recipe, parameters: int) -> None:
@@ -254,18 +274,53 @@ def save_state(accelerator: Any, recipe: Recipe, step: int) -> Path:
         shutil.rmtree(staged, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(staged))
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        facts = {"step": step, "ranks": accelerator.num_processes, "engine": engine_name(accelerator)}
-        write_atomic(staged / "state.json", json.dumps(facts) + "\n")
         for name in _COPIED:
             if (path := Path(recipe.output_dir) / name).is_file():
                 shutil.copyfile(path, staged / name)
+    accelerator.wait_for_everyone()
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    mine = entries(staged, state_files(staged)[rank::ranks])
+    files = {name: entry for part in gather_object([mine]) for name, entry in part.items()}
+    if accelerator.is_main_process:
+        for name in files:
+            sync(staged / name)
+        facts = {"step": step, "ranks": ranks, "engine": engine_name(accelerator)}
+        write_manifest(staged, facts, files)
         shutil.rmtree(final, ignore_errors=True)  # there when an older state was resumed
         os.rename(staged, final)
         for old in sorted(folder.glob("step-*"))[: -recipe.kept_checkpoints]:
             shutil.rmtree(old)
     return final
+
+
+def sound_state(accelerator: Any, recipe: Recipe, state: Path | None, named: bool) -> Path | None:
+    """The state to start from, after all its files were held against its manifest. Every rank must call this.
+
+    A damaged one of the run's own is put aside as `damaged-step-N` with a line that says what is wrong, and the newest
+    good one is taken, or else the recipe's `continue_from`, or None.
+
+    named: whether the user named this state; then nothing else is taken.
+
+    Raises:
+        ConfigError: a state that was named, or `continue_from`, is damaged.
+    """
+    while state is not None:
+        mine = fault(state, accelerator.process_index, accelerator.num_processes)
+        wrong = next((text for text in gather_object([mine]) if text is not None), None)
+        if wrong is None:
+            return state
+        own = state.parent == Path(recipe.output_dir) / "checkpoints"
+        if named or not own:
+            raise ConfigError(f"{'resume' if named else 'continue_from'} {state} {wrong}")
+        aside = state.with_name(f"damaged-{state.name}")
+        accelerator.print(f"state {state} {wrong}; it is kept as {aside.name} and not used")
+        if accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(state, aside)
+        accelerator.wait_for_everyone()
+        state = latest_state(Path(recipe.output_dir)) or (Path(recipe.continue_from) if recipe.continue_from else None)
+    return None
 
 
 def load_state(accelerator: Any, state: Path | None, output: Path) -> int:
@@ -276,7 +331,7 @@ def load_state(accelerator: Any, state: Path | None, output: Path) -> int:
     """
     step, log = 0, output / "train_log.jsonl"
     if state is not None:
-        saved = state_facts(state, "resume")
+        saved = read_facts(state, "resume")
         engine, ranks = engine_name(accelerator), accelerator.num_processes
         if saved.get("engine", engine) != engine:
             raise ConfigError(
@@ -294,9 +349,7 @@ def load_state(accelerator: Any, state: Path | None, output: Path) -> int:
             raise ConfigError(f"state {state} cannot be loaded: {first_line(error)}") from error
         step, log = saved["step"], _beside(state, "train_log.jsonl") or log
         accelerator.print(f"resuming after step {step} from {state}")
-    kept = [row for row in rows_so_far(log) if row["step"] <= step]
-    if len(kept) != step:
-        raise ConfigError(f"state {state} is of step {step}, and {log} has {len(kept)} steps until then")
+    kept = steps_of(log, step)
     if accelerator.is_main_process:
         write_atomic(output / "train_log.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
     accelerator.wait_for_everyone()

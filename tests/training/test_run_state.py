@@ -144,7 +144,7 @@ def stopped(workspace, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.Loop, "optimizer_step", give_up)
-        assert finetune.main([str(workspace / "recipe.yaml"), "--output-dir", str(output)]) == 0
+        assert finetune.main([str(workspace / "recipe.yaml"), "--output-dir", str(output)]) == 143
     shutil.copytree(output / "checkpoints" / "step-000003", output.parent / "copy")
     return output
 
@@ -197,10 +197,23 @@ def test_states_that_are_none_or_damaged_or_nameless_are_one_line(workspace, sto
     damaged = tmp_path / "damaged"
     shutil.copytree(stopped.parent / "copy", damaged)
     (damaged / "model.safetensors").write_bytes(b"no weights")
+    assert f"error: resume {damaged} is damaged: model.safetensors has 10 bytes, it was" in refusal(
+        capsys, *arguments, "--resume", damaged
+    )
+    # A state of an earlier version has no manifest.
+    (damaged / "state.json").write_text('{"step": 3, "ranks": 1, "engine": "plain"}')
     assert f"error: state {damaged} cannot be loaded: " in refusal(capsys, *arguments, "--resume", damaged)
     shutil.copyfile(stopped.parent / "copy" / "model.safetensors", damaged / "model.safetensors")
-    (damaged / "train_log.jsonl").write_text("")
-    assert "is of step 3, and" in refusal(capsys, *arguments, "--resume", damaged)
+    lines = (damaged / "train_log.jsonl").read_text().splitlines(keepends=True)
+    for kept, said in (
+        ([], "ends with step 0, and the state is of step 3"),
+        (lines[:2], "ends with step 2, and the state is of step 3"),
+        ([lines[0], lines[2]], "line 2: step 3 is not allowed; 2 comes here"),
+        ([lines[0], *lines], "line 2: step 1 is not allowed; 2 comes here"),
+        (['{"loss": 3.0}\n'] * 3, "line 1: step None is not allowed; 1 comes here"),
+    ):
+        (damaged / "train_log.jsonl").write_text("".join(kept))
+        assert said in refusal(capsys, *arguments, "--resume", damaged)
 
 
 def test_a_run_goes_on_with_other_steps_rate_and_data_and_says_so(workspace, straight, stopped, tmp_path, capsys):
@@ -221,7 +234,7 @@ def test_a_run_goes_on_with_other_steps_rate_and_data_and_says_so(workspace, str
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.Loop, "optimizer_step", give_up)
-        assert finetune.main(arguments) == 0
+        assert finetune.main(arguments) == 143
     assert len(moments[0]) > 10 and all(total > 0 for total in moments[0])
     assert finetune.main(arguments) == 0  # from its own state
     rows = log(tmp_path / "out")
@@ -296,5 +309,5 @@ def test_a_run_in_two_parts_is_the_run_in_one(workspace, straight, tmp_path, cap
     assert same(rows) == same(log(straight))
     assert weights(tmp_path / "second").keys() == weights(straight).keys()
     assert all(torch.equal(one, weights(straight)[name]) for name, one in weights(tmp_path / "second").items())
-    assert "stop_after 3 is not possible: the run is at step 5" in refusal(capsys, *first[:-1], "3")
+    assert "stop_after 4 is not possible: the run is at step 5" in refusal(capsys, *first[:-1], "4")
     assert "stop_after = 8 is not allowed; a step before max_train_steps" in refusal(capsys, *first[:-1], "8")
