@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from scaled_rope.bundled import bundled
+from scaled_rope.content_hash import kept_hash
 from scaled_rope.errors import ConfigError
 from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, nested_types, read_by_attention, text_path
 from scaled_rope.scaling.record import RopeScaling, RopeSettings
@@ -194,24 +195,8 @@ def display_name(model: str) -> str:
     return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
-# A checkpoint is too large to hash whole and too regular to hash by its header: retraining changes neither names nor
-# sizes, but it does change every weight. So each file is sampled.
-_SAMPLES, _SAMPLE_BYTES = 64, 2**16
-
-
-def _sample_hash(path: Path) -> str:
-    """A hash of a file's size, beginning and evenly spaced pieces (all of it up to 4 MiB)."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        for index in range(_SAMPLES):
-            file.seek(index * max(_SAMPLE_BYTES, size // _SAMPLES))
-            digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
 def weights_hash(folder: str | Path) -> str:
-    """A short hash of the weights, packed tokens and JSON files in a local folder."""
+    """A short hash of all the weights, packed tokens and JSON files in a local folder."""
     paths = sorted(path for pattern in ("*.safetensors", "*.bin", "*.json") for path in Path(folder).glob(pattern))
-    files = [(path.name, _sample_hash(path)) for path in paths]
+    files = [(path.name, kept_hash(path)) for path in paths]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]

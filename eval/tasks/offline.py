@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from scaled_rope.texts.archives import cache_dir
+from scaled_rope.content_hash import cache_dir
 from scaled_rope.texts.benchmarks import SOURCES, Document, read_split
 
 

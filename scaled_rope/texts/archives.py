@@ -18,13 +18,6 @@ MARK = "SOURCE"
 """The file in a folder that says which archives it was made from; it has no suffix, so it is not read as a text."""
 
 
-def cache_dir() -> Path:
-    """The folder for fetched texts: SCALED_ROPE_CACHE, or scaled-rope in the user's cache folder."""
-    if own := os.environ.get("SCALED_ROPE_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scaled-rope"
-
-
 @dataclass(frozen=True)
 class Archive:
     """A file that a package manager fetches from wherever it is configured to."""

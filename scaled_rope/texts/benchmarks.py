@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.content_hash import cache_dir
 from scaled_rope.errors import ConfigError, unknown
-from scaled_rope.texts.archives import Archive, cache_dir, is_there, make_folders
+from scaled_rope.texts.archives import Archive, is_there, make_folders
 
 Document = dict[str, Any]
 Read = Callable[[str], bytes]

@@ -31,8 +31,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.content_hash import cache_dir
 from scaled_rope.errors import ConfigError, unknown
-from scaled_rope.texts.archives import MARK, Archive, cache_dir, is_there, lacks_mark, make_folders
+from scaled_rope.texts.archives import MARK, Archive, is_there, lacks_mark, make_folders
 from scaled_rope.texts.recent import new_documents, release_notes
 
 STANDIN = "standin:"

@@ -9,18 +9,12 @@ from typing import Any
 
 from blake3 import blake3
 
+from scaled_rope.content_hash import content_hash
 from scaled_rope.errors import ConfigError
 from scaled_rope.results import write_atomic
 
 NAME = "state.json"
 """The file of a state that holds its facts and its manifest; it is written last."""
-
-
-def file_digest(path: Path) -> str:
-    """The BLAKE3 hash of a file, which is mapped into memory and read by as many threads as there are processors."""
-    if path.stat().st_size == 0:
-        return blake3().hexdigest()  # nothing can be mapped
-    return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
 
 
 def state_files(folder: Path) -> list[str]:
@@ -31,7 +25,7 @@ def state_files(folder: Path) -> list[str]:
 
 def entries(folder: Path, names: list[str]) -> dict[str, list[Any]]:
     """Path -> [size in bytes, hash] of files of a state."""
-    return {name: [(folder / name).stat().st_size, file_digest(folder / name)] for name in names}
+    return {name: [(folder / name).stat().st_size, content_hash(folder / name)] for name in names}
 
 
 def _seal(record: Mapping[str, Any]) -> str:
@@ -85,6 +79,6 @@ def fault(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         size, digest = wanted[name]
         if (now := (folder / name).stat().st_size) != size:
             return f"is damaged: {name} has {now} bytes, it was saved with {size}"
-        if file_digest(folder / name) != digest:
+        if content_hash(folder / name) != digest:
             return f"is damaged: the content of {name} changed after it was saved"
     return None

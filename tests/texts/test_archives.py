@@ -20,18 +20,6 @@ def test_a_missing_tool_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not list(tmp_path.iterdir())
 
 
-def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    monkeypatch.delenv("SCALED_ROPE_CACHE", raising=False)
-    assert archives.cache_dir() == Path("/x/scaled-rope")
-    monkeypatch.setenv("SCALED_ROPE_CACHE", "/y")
-    assert archives.cache_dir() == Path("/y")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.delenv("SCALED_ROPE_CACHE")
-    monkeypatch.setenv("HOME", "/home/one")
-    assert archives.cache_dir() == Path("/home/one/.cache/scaled-rope")
-
-
 ONE, TWO = (Archive("pip", name, "1", "0") for name in ("one", "two"))
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from scaled_rope.content_hash import cache_dir
 from scaled_rope.errors import ConfigError
 from scaled_rope.texts import benchmarks
-from scaled_rope.texts.archives import cache_dir
 from scaled_rope.texts.benchmarks import SOURCES, arc_document, truthfulqa_document
 from tests.helpers.offline_benchmarks import archives  # noqa: F401
 

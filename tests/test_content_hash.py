@@ -1,0 +1,64 @@
+"""Hashes of whole files, kept for large ones until the file changes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+
+from scaled_rope import content_hash
+from scaled_rope.checkpoint import weights_hash
+
+
+def test_the_hash_of_a_file(tmp_path: Path) -> None:
+    for size in (0, 1, 5000):
+        (tmp_path / "file").write_bytes(bytes(range(250)) * size)
+        assert content_hash.content_hash(tmp_path / "file") == blake3(bytes(range(250)) * size).hexdigest()
+
+
+def test_every_byte_of_a_checkpoint_counts(tmp_path: Path) -> None:
+    """Between the pieces that were looked at once, 95,000 bytes could change unseen."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(12_000_000))
+    before = weights_hash(tmp_path)
+    with path.open("r+b") as file:
+        file.seek(100_000)
+        file.write(b"\x01")
+    assert weights_hash(tmp_path) != before
+
+
+def test_a_large_files_hash_is_kept_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCALED_ROPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(content_hash, "_KEPT", 1000)
+    path = tmp_path / "large"
+    path.write_bytes(bytes(2000))
+    first = content_hash.kept_hash(path)
+    assert first == content_hash.content_hash(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(content_hash, "content_hash", lambda path: pytest.fail("it was to be kept"))
+        assert content_hash.kept_hash(path) == first
+    time = path.stat().st_mtime_ns
+    path.write_bytes(b"\x01" + bytes(1999))
+    os.utime(path, ns=(time, time))  # the time of the last change of its record still tells
+    assert content_hash.kept_hash(path) == content_hash.content_hash(path) != first
+    (kept, *_) = (tmp_path / "cache" / "hashes").iterdir()
+    for file in (tmp_path / "cache" / "hashes").iterdir():
+        file.write_text("half")
+    assert content_hash.kept_hash(path) == content_hash.content_hash(path)
+    monkeypatch.setenv("SCALED_ROPE_CACHE", str(path))  # a file, where nothing can be kept
+    assert content_hash.kept_hash(path) == content_hash.content_hash(path)
+    assert kept.name
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    monkeypatch.delenv("SCALED_ROPE_CACHE", raising=False)
+    assert content_hash.cache_dir() == Path("/x/scaled-rope")
+    monkeypatch.setenv("SCALED_ROPE_CACHE", "/y")
+    assert content_hash.cache_dir() == Path("/y")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("SCALED_ROPE_CACHE")
+    monkeypatch.setenv("HOME", "/home/one")
+    assert content_hash.cache_dir() == Path("/home/one/.cache/scaled-rope")
