@@ -61,12 +61,20 @@ class Parser(argparse.ArgumentParser):
         return flags
 
 
+def shortened(text: str, most: int = 2000) -> str:
+    """A message of about `most` characters at the most; a longer one, which quotes some value, loses its middle."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]} ... ({len(text) - 2 * half} characters left out) ... {text[-half:]}"
+
+
 def run_cli(main: Callable[[], int | None]) -> int:
     """Run an entry script: bad input is one line on stderr and exit code 2, never a traceback."""
     try:
         return main() or 0
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shortened(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import shlex
 import sys
 import types
@@ -335,6 +336,28 @@ def available() -> dict[str, Path]:
     return {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
 
 
+_LARGEST_FILE = 2**20  # bytes
+_DEEPEST = 20  # blocks within blocks
+_LONG_NUMBER = re.compile(r"[-+]?[\d_.]{40,}")
+
+
+def _check_events(text: str, path: Path) -> None:
+    """Raise a ConfigError for what makes a small file large or endless: aliases, blocks without end, long numbers."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(f"{path}, line {line}: *{event.anchor} is not allowed; write the value again")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > _DEEPEST:
+                raise ConfigError(f"{path}, line {line}: more than {_DEEPEST} blocks within each other are not allowed")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        elif isinstance(event, yaml.ScalarEvent) and event.style is None and _LONG_NUMBER.fullmatch(event.value):
+            raise ConfigError(f"{path}, line {line}: a number of {len(event.value)} digits is not allowed")
+
+
 def _check_keys(node: yaml.Node | None, path: Path) -> None:
     """Raise a ConfigError for a key that occurs twice in one block, where YAML would silently take the last."""
     if isinstance(node, yaml.MappingNode):
@@ -356,10 +379,14 @@ def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
     what: the name of its content in errors.
 
     Raises:
-        ConfigError: it is no YAML, no such lines, or a key stands there twice.
+        ConfigError: it is no YAML, no such lines, a key stands there twice, or it is larger or deeper than any
+            such file.
     """
     try:
+        if (size := path.stat().st_size) > _LARGEST_FILE:
+            raise ConfigError(f"{path} has {size} bytes; a {what} has at most {_LARGEST_FILE}")
         text = path.read_text(encoding="utf-8")
+        _check_events(text, path)
         _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
         content = yaml.safe_load(text)
     except UnicodeDecodeError as error:
@@ -388,7 +415,9 @@ def read_recipe(name: str, overrides: Mapping[str, Any] | None = None, also: Seq
         raise ConfigError(f"recipe file {path} does not exist")
     fields = read_yaml(path)
     if base := fields.pop("base", None):
-        parent = read_yaml(path.with_name(f"{base}.yaml")) if path.with_name(f"{base}.yaml").is_file() else None
+        named = isinstance(base, str) and re.fullmatch(r"[\w.-]+", base) is not None
+        beside = path.with_name(f"{base}.yaml") if named else path
+        parent = read_yaml(beside) if named and beside.is_file() else None
         if parent is None or "base" in parent:
             raise ConfigError(f"{path}: base {base!r} is not allowed; a recipe beside it that has no base itself")
         fields = parent | fields

@@ -440,3 +440,24 @@ def test_a_mistake_is_found_before_the_first_step(fields, said):
     changed = fields | ({"init": {**base.init, **fields["init"]}} if "init" in fields else {})
     with pytest.raises(ConfigError, match=re.escape(said)):
         build_model(replace(base, **changed))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: &a {b: *a}\n", "line 1: *a is not allowed; write the value again"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "line 2: *a is not allowed"),
+        ("a: " + "[" * 5000 + "]" * 5000, "line 1: more than 20 blocks within each other are not allowed"),
+        ("seed: " + "9" * 5000, "line 1: a number of 5000 digits is not allowed"),
+        ("learning_rate: " + "9" * 401, "line 1: a number of 401 digits is not allowed"),
+        ("base: ../..\n", "base '../..' is not allowed; a recipe beside it"),
+        ("base: [1]\n", "base [1] is not allowed; a recipe beside it"),
+        ("description: " + "x" * 2**20, "has 1048589 bytes; a recipe has at most 1048576"),
+        ("seed: !!python/object:os.system 1\n", "is not YAML"),
+        ("a: b\0", "is not YAML"),
+    ],
+)
+def test_files_that_only_look_small_are_refused_at_once(tmp_path, text, said):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        read_recipe(str(tmp_path / "r.yaml"))

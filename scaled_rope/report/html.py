@@ -5,6 +5,8 @@ Every number is a cell or a point with `data-tip`, a text that is shown on hover
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -335,6 +337,13 @@ def provenance_html(rows: Sequence[Row]) -> str:
     return f"<dl>{items}</dl><details><summary>{count}</summary>{blocks}</details>"
 
 
+def content_policy(script: str) -> str:
+    """The element that forbids a page everything but its own styles, pictures within it and this script."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    rules = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
+    return f'<meta http-equiv=Content-Security-Policy content="{rules}">'
+
+
 def build_page(
     title: str,
     lead: str,
@@ -361,7 +370,8 @@ def build_page(
         for index, part in enumerate(parts)
     )
     return (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width, "
+        f"<!doctype html><html lang=en><meta charset=utf-8>{content_policy(_SCRIPT)}"
+        "<meta name=viewport content='width=device-width, "
         f"initial-scale=1'><title>{html.escape(title)}</title><style>{_STYLE}</style><h1>{html.escape(title)}</h1>"
         f"<p class=note>{html.escape(lead)}</p>{box}<nav aria-label=parts>{links}</nav>{sections}"
         f"<div id=tip role=status hidden></div><div id=ring hidden></div><script>{_SCRIPT}</script></html>\n"

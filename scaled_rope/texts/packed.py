@@ -17,7 +17,9 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
+from scaled_rope.content_hash import content_hash, kept_hash
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.texts.documents import check_subset, is_local
 from scaled_rope.texts.hub import import_datasets, load_hub
@@ -29,6 +31,23 @@ IntArray = npt.NDArray[np.int64]
 def vocabulary_dtype(vocabulary: int) -> npt.DTypeLike:
     """The narrowest storage that holds every token id below `vocabulary`."""
     return np.uint16 if vocabulary <= 2**16 else np.uint32
+
+
+_DTYPES = ("uint16", "uint32")
+
+
+def _whole(meta: dict[str, Any], name: str, least: int) -> int:
+    """A whole number of a set's record. Raises KeyError and ValueError, whose messages begin with its name."""
+    value = meta[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: {value!r} is no whole number of {least} or more")
+    return value
+
+
+def _record_hash(record: dict[str, Any]) -> str:
+    """The hash of a set's record without that hash itself."""
+    hashes = {name: digest for name, digest in record.get("hashes", {}).items() if name != "meta.json"}
+    return blake3(json.dumps(record | {"hashes": hashes}, sort_keys=True).encode()).hexdigest()
 
 
 class PackedWriter:
@@ -102,6 +121,8 @@ class PackedWriter:
         }
         if self._borders is not None:
             record["borders"] = self._documents
+        record["hashes"] = {file.name: content_hash(file) for file in sorted(self._staged.glob("*.bin"))}
+        record["hashes"]["meta.json"] = _record_hash(record)
         (self._staged / "meta.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         os.rename(self._staged, self.output)
         return self.output
@@ -154,16 +175,24 @@ class PackedDataset:
         self.path = Path(path)
         try:
             self.meta: dict[str, Any] = json.loads((self.path / "meta.json").read_text())
-            shape = (int(self.meta["rows"]), int(self.meta["sequence_length"]))
+            shape = (_whole(self.meta, "rows", 1), _whole(self.meta, "sequence_length", 2))
+            if self.meta["dtype"] not in _DTYPES:
+                raise ValueError(f"dtype: {self.meta['dtype']!r} is not one of {', '.join(_DTYPES)}")
             dtype = np.dtype(self.meta["dtype"])
-            documents = int(self.meta["borders"]) if "borders" in self.meta else None
-        except (KeyError, TypeError, ValueError) as error:
+            documents = _whole(self.meta, "borders", 0) if "borders" in self.meta else None
+            hashes = self.meta.get("hashes", {})
+            if hashes and hashes["meta.json"] != _record_hash(self.meta):
+                raise ValueError("content: it was changed after it was written")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"dataset {self.path} is no packed set: meta.json without a usable {error}") from None
         self.tokens = self._map("tokens.bin", dtype, shape)
         weights = self.path / "loss_weight.bin"
         self.loss_weight = self._map(weights.name, np.dtype(np.uint8), shape) if weights.exists() else None
         self.weighted = self.loss_weight is not None
         self.borders = None if documents is None else self._map("borders.bin", np.dtype("<i8"), (documents,))
+        for name in hashes.keys() - {"meta.json"}:
+            if kept_hash(self.path / name) != hashes[name]:
+                raise ConfigError(f"dataset {self.path} is damaged: the content of {name} changed after it was written")
 
     def _map(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
         file = self.path / name

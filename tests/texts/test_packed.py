@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 
 from scaled_rope.errors import ConfigError
@@ -69,3 +72,45 @@ def test_the_id_that_does_not_fit_is_named(tmp_path, bad):
     with PackedWriter(tmp_path / "set", 4, 100) as writer:
         with pytest.raises(ConfigError, match=f"token id {bad} does not fit the vocabulary of 100, 0 to 99"):
             writer.append([5, 99, bad, 6])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rows": 4, "sequence_length": 3}, "content: it was changed after it was written"),
+        ({"dtype": "float16"}, "dtype: 'float16' is not one of uint16, uint32"),
+        ({"rows": 3.7}, "rows: 3.7 is no whole number of 1 or more"),
+        ({"rows": 0}, "rows: 0 is no whole number of 1 or more"),
+        ({"rows": True}, "rows: True is no whole number"),
+        ({"sequence_length": -4}, "sequence_length: -4 is no whole number of 2 or more"),
+        ({"vocabulary": 9}, "content: it was changed after it was written"),
+        ({"hashes": 5}, "meta.json without a usable"),
+    ],
+)
+def test_a_changed_record_is_refused(tmp_path, change, said):
+    with PackedWriter(tmp_path / "set", 4, 100) as writer:
+        for start in (0, 4, 8):
+            writer.append(range(start, start + 4))
+        writer.close({})
+    open_packed(tmp_path / "set")
+    meta = tmp_path / "set" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | change))
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        open_packed(tmp_path / "set")
+
+
+def test_changed_tokens_are_found_and_old_sets_are_read(tmp_path):
+    with PackedWriter(tmp_path / "set", 4, 100, weighted=True) as writer:
+        writer.append([1, 2, 3, 4], starts=[0])
+        writer.close({})
+    for name in ("tokens.bin", "loss_weight.bin", "borders.bin"):
+        path = tmp_path / "set" / name
+        before = path.read_bytes()
+        path.write_bytes(bytes([before[0] ^ 1]) + before[1:])
+        with pytest.raises(ConfigError, match=f"the content of {name} changed after it was written"):
+            open_packed(tmp_path / "set")
+        path.write_bytes(before)
+    meta = json.loads((tmp_path / "set" / "meta.json").read_text())
+    del meta["hashes"]  # as earlier versions wrote it
+    (tmp_path / "set" / "meta.json").write_text(json.dumps(meta))
+    assert len(open_packed(tmp_path / "set")) == 1
