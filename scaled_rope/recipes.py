@@ -170,7 +170,7 @@ class Recipe:
         require(self.init is None or self.tokenizer is not None, "tokenizer", "a model from `init` needs one")
         for name, most in _LARGEST.items():
             value = (self.init or {}).get(name)
-            if is_number(value) and not 1 <= value <= most:
+            if value is not None and is_number(value) and not 1 <= value <= most:
                 raise ConfigError(f"recipe {self.name!r}: init.{name} = {value!r} is not allowed; 1 to {most}")
         for name in (
             "sequence_length", "global_batch_size", "batch_size", "max_train_steps", "sequence_parallel",
@@ -345,7 +345,7 @@ def _check_events(text: str, path: Path) -> None:
     """Raise a ConfigError for what makes a small file large or endless: aliases, blocks without end, long numbers."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1 if event.start_mark else 0
         if isinstance(event, yaml.AliasEvent):
             raise ConfigError(f"{path}, line {line}: *{event.anchor} is not allowed; write the value again")
         if isinstance(event, yaml.CollectionStartEvent):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import mmap
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -140,10 +142,9 @@ def add_rope(source: str | Path, path: str | Path, rope: GgufRope) -> None:
         raise ConfigError(f"GGUF {str(source)!r} does not exist")
     if path.exists() and path.samefile(source):
         raise ConfigError(f"GGUF {str(path)!r} would overwrite the file it is made from")
-    try:
-        reader = gguf.GGUFReader(str(source))
-    except Exception as error:  # the reader raises whatever its parsing stumbles over
-        raise ConfigError(f"GGUF {str(source)!r} cannot be read: {error}") from error
+    reader = _read(source)
+    if "general.architecture" not in reader.fields:
+        raise ConfigError(f"GGUF {str(source)!r} does not say its architecture: key general.architecture is missing")
     architecture = reader.fields["general.architecture"].contents()
     for key in rope.metadata:
         if not key.startswith(f"{architecture}."):
@@ -167,10 +168,86 @@ def add_rope(source: str | Path, path: str | Path, rope: GgufRope) -> None:
 
 def read_gguf_rope(path: str | Path) -> GgufRope:
     """The RoPE settings of a GGUF."""
-    reader = _gguf().GGUFReader(str(path))
+    reader = _read(Path(path))
     metadata = {name: entry.contents() for name, entry in reader.fields.items() if ".rope." in name}
     divisors = [tensor.data for tensor in reader.tensors if tensor.name == ROPE_TENSOR]
     return GgufRope(metadata, tuple(divisors[0].tolist()) if divisors else None)
+
+
+def _read(path: Path) -> Any:
+    """A reader of a GGUF, whose counts were held against the size of the file before.
+
+    Raises:
+        ConfigError: it is none, or damaged.
+    """
+    gguf = _gguf()
+    try:
+        check_counts(path)
+        return gguf.GGUFReader(str(path))
+    except Exception as error:  # the reader raises whatever its parsing stumbles over
+        raise ConfigError(f"GGUF {str(path)!r} cannot be read: {error}") from error
+
+
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of a value, by its type in a GGUF; a string (8) and an array (9) say their own length."""
+_STRING, _ARRAY = 8, 9
+
+
+def check_counts(path: Path) -> None:
+    """Raise a ValueError unless all that a GGUF's header says to be in the file has room there.
+
+    The reader of the gguf package makes a list as long as an array is said to be, before it looks where the file ends.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:4] != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        order = "<" if int.from_bytes(data[4:6], "little") else ">"
+        place = 8
+
+        def number(form: str, what: str) -> int:
+            nonlocal place
+            if place + struct.calcsize(form) > len(data):
+                raise ValueError(f"the file ends within {what}")
+            (value,) = struct.unpack_from(order + form, data, place)
+            place += struct.calcsize(form)
+            return int(value)
+
+        def skip(count: int, size: int, what: str) -> None:
+            nonlocal place
+            if count * size > len(data) - place:
+                raise ValueError(
+                    f"{what} is said to have {count} items, and the file ends {len(data) - place} bytes later"
+                )
+            place += count * size
+
+        def value(kind: int, what: str) -> None:
+            if kind == _STRING:
+                skip(number("Q", what), 1, what)
+            elif kind == _ARRAY:
+                item, count = number("I", what), number("Q", what)
+                if item in _SIZES:
+                    skip(count, _SIZES[item], what)
+                    return
+                if item != _STRING:
+                    raise ValueError(f"{what} has items of type {item}")
+                if count * 8 > len(data) - place:
+                    skip(count, 8, what)
+                for _ in range(count):
+                    value(_STRING, what)
+            elif kind in _SIZES:
+                skip(1, _SIZES[kind], what)
+            else:
+                raise ValueError(f"{what} has type {kind}")
+
+        tensors, keys = number("Q", "the count of tensors"), number("Q", "the count of keys")
+        for what, count, least in (("the header's keys", keys, 13), ("the header's tensors", tensors, 24)):
+            if count * least > len(data):
+                raise ValueError(f"{what} are said to be {count}, and the file has {len(data)} bytes")
+        for _ in range(keys):
+            length = number("Q", "a key")
+            name = data[place : place + min(length, 100)].decode("utf-8", errors="replace")
+            skip(length, 1, "a key")
+            value(number("I", f"key {name!r}"), f"key {name!r}")
 
 
 def _gguf() -> Any:

@@ -46,7 +46,7 @@ def read_facts(folder: Path, field: str) -> dict[str, Any]:
     """
     try:
         record = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        facts = record | {"step": int(record["step"]), "ranks": int(record["ranks"])}
+        facts: dict[str, Any] = record | {"step": int(record["step"]), "ranks": int(record["ranks"])}
     except (OSError, ValueError, TypeError, KeyError):
         raise ConfigError(f"{field} {folder} is no saved state; a folder checkpoints/step-N") from None
     if "seal" in record:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,3 +114,40 @@ def test_gguf_refusals(plain_gguf: Path, tmp_path: Path, tiny_model: Callable[..
     with pytest.raises(ConfigError, match="no tokenizer.json"):
         write_checkpoint(tmp_path / "model", tmp_path / "a.gguf", GgufRope())
     assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "a.gguf").exists()
+
+
+def header(*keys: bytes, tensors: int = 0, count: int | None = None) -> bytes:
+    """The bytes of a GGUF, version 3, of keys alone."""
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, len(keys) if count is None else count) + b"".join(keys)
+
+
+def key(name: str, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", kind) + value
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (header(key("a", 9, struct.pack("<IQ", 4, 2**60))), "key 'a' is said to have 1152921504606846976 items"),
+        (header(key("a", 9, struct.pack("<IQ", 8, 2**26))), "key 'a' is said to have 67108864 items"),
+        (header(key("a", 8, struct.pack("<Q", 2**40))), "key 'a' is said to have 1099511627776 items"),
+        (header(key("a", 9, struct.pack("<IQ", 9, 1) + struct.pack("<IQ", 4, 2**60))), "key 'a' has items of type 9"),
+        (header(key("a", 77, b"")), "key 'a' has type 77"),
+        (header(count=2**50), "the header's keys are said to be 1125899906842624"),
+        (header(tensors=2**50), "the header's tensors are said to be 1125899906842624"),
+        (header(key("a", 4, b"\x01")), "the file ends 1 bytes later"),
+        (header(key("general.name", 8, text("x"))), "does not say its architecture"),
+        (b"GGUF" + b"\x03", "cannot be read: the file ends within"),
+        (b"", "cannot be read"),
+        (b"no GGUF", "it does not begin with GGUF"),
+    ],
+)
+def test_what_a_header_says_has_to_be_in_the_file(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "a.gguf").write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        add_rope(tmp_path / "a.gguf", tmp_path / "out.gguf", GgufRope({}))
+    assert not (tmp_path / "out.gguf").exists()
