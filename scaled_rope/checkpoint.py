@@ -20,7 +20,7 @@ from typing import Any
 
 from scaled_rope.bundled import bundled
 from scaled_rope.content_hash import kept_hash
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, shortened
 from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, nested_types, read_by_attention, text_path
 from scaled_rope.scaling.record import RopeScaling, RopeSettings
 
@@ -125,7 +125,15 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
         path = text_path(raw)
         rope = functools.reduce(lambda part, key: part[key], path, raw).get("rope_parameters")
         if CUSTOM_ROPE_TYPE not in str(rope) or raw.get("model_type") not in transformers.CONFIG_MAPPING:
-            return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            for part in ("decoder", "generator", "text_config"):  # where transformers looks for the part that is text
+                value = getattr(config, part, None)
+                if value is not None and not isinstance(value, transformers.PreTrainedConfig):
+                    raise ConfigError(
+                        f"model {name!r}: {part} = {shortened(repr(value), 200)} is not allowed; model_type"
+                        f" {config.model_type!r} has no such part"
+                    )
+            return config
         # Some config classes reject rope types that they do not know, so ours is set after they have checked the rest.
         family = transformers.CONFIG_MAPPING[raw["model_type"]]
         unscaled = copy.deepcopy(raw)

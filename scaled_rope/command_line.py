@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from scaled_rope.errors import ConfigError, suggestion
+from scaled_rope.errors import ConfigError, shortened, suggestion
 from scaled_rope.versions import check_versions
 
 
@@ -59,14 +59,6 @@ class Parser(argparse.ArgumentParser):
             elif action.help != argparse.SUPPRESS:
                 flags += [flag for flag in action.option_strings if flag.startswith("--")]
         return flags
-
-
-def shortened(text: str, most: int = 2000) -> str:
-    """A message of about `most` characters at the most; a longer one, which quotes some value, loses its middle."""
-    if len(text) <= most:
-        return text
-    half = most // 2
-    return f"{text[:half]} ... ({len(text) - 2 * half} characters left out) ... {text[-half:]}"
 
 
 def run_cli(main: Callable[[], int | None]) -> int:

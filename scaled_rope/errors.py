@@ -39,3 +39,11 @@ def is_number(value: object) -> bool:
 def is_positive_whole(value: object) -> bool:
     """Whether a value is a whole number of at least 1."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def shortened(text: str, most: int = 2000) -> str:
+    """A message of about `most` characters at the most; a longer one, which quotes some value, loses its middle."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]} ... ({len(text) - 2 * half} characters left out) ... {text[-half:]}"

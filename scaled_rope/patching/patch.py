@@ -146,16 +146,26 @@ def patch_as_read(
     rotaries = [_rotary_for(request, unpatched, place, base) for place in unpatched.places]
     said = state.config if state else _fields_of(base.config)
     fields = config_fields(request, unpatched, base.config, said)
-    # Nothing is refused from here on.
-    replaced = [place.current(base) for place in unpatched.places]
+    # Nothing is refused from here on, and whatever else goes wrong leaves the model as it was.
+    replaced, shown = [place.current(base) for place in unpatched.places], _fields_of(base.config)
     names = tuple(name for name, module in model.named_modules() if any(module is each for each in replaced))
     if state:
         _restore(base, state)
     elif base is not model:
         detach_config(model, base)
-    _install(base, unpatched, request, rotaries)
-    write_config(base.config, fields)
-    let_save(base.config)
+    try:
+        _install(base, unpatched, request, rotaries)
+        write_config(base.config, fields)
+        let_save(base.config)
+        notes = remarks(unpatched, request, base) + request.notes
+    except BaseException:
+        if (half := getattr(base, _STATE, None)) is not None:
+            _restore(base, half)
+        if state:
+            _install(base, unpatched, state.request, replaced)
+            write_config(base.config, shown)
+            let_save(base.config)
+        raise
     return PatchReport(
         model_type=base.config.model_type,
         modules=names,
@@ -163,7 +173,7 @@ def patch_as_read(
         head_dim=request.head_dim,
         attention_factor=compute_rope(request.scaling.of_frequencies, request.head_dim)[1],
         before=before,
-        notes=remarks(unpatched, request, base) + request.notes,
+        notes=notes,
         plan=request.plan,
         native=CUSTOM_ROPE_TYPE not in str(fields["rope_parameters"]),
         kernel=request.kernel,
@@ -191,6 +201,7 @@ def _install(base: PreTrainedModel, unpatched: Unpatched, request: PatchRequest,
     """Apply a request to an unpatched base model, all but the config."""
     config: Any = base.config
     state = _State(unpatched, request, _fields_of(config), type(config))
+    setattr(base, _STATE, state)  # first, so that a half-made patch can be undone
     if request.rotation is not None:
         state.rotating = bind_rotation(base, request.rotation)
     if request.attention is not None:
@@ -204,7 +215,6 @@ def _install(base: PreTrainedModel, unpatched: Unpatched, request: PatchRequest,
         module.scaling = plain * request.softmax_factor
     state.hooks += _watch_passes(base, state)
     state.hooks += hook_layers(base, rotaries[0], request.plan, config, unpatched.adapter)
-    setattr(base, _STATE, state)
     for place, rotary in zip(unpatched.places, rotaries, strict=True):
         place.put(base, rotary)
 
