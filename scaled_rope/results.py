@@ -236,8 +236,11 @@ def _heal(descriptor: int) -> None:
         os.ftruncate(descriptor, end)
 
 
-def append_row(path: str | Path, row: Mapping[str, Any]) -> None:
+def append_row(path: str | Path, row: Mapping[str, Any], once: bool = False) -> bool:
     """Append one row and wait until it is on disk. Safe for several processes at once.
+
+    once: leave it out where the file holds a row of the same `row_key`, as when another process measured the same.
+        Returns whether the row was written.
 
     An incomplete last line, left by a process that was killed, is cut off first. When the disk fills up, nothing of
     the row remains.
@@ -258,6 +261,8 @@ def append_row(path: str | Path, row: Mapping[str, Any]) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_EX)  # released on close
             _heal(descriptor)
             size = os.fstat(descriptor).st_size
+            if once and _holds(os.pread(descriptor, size, 0), row_key(row)):
+                return False
             try:
                 if os.write(descriptor, line) < len(line):  # a disk that fills up can take a part without an error
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -267,6 +272,12 @@ def append_row(path: str | Path, row: Mapping[str, Any]) -> None:
                 raise
         finally:
             os.close(descriptor)
+    return True
+
+
+def _holds(data: bytes, key: str) -> bool:
+    """Whether one of the complete lines is a row with this key."""
+    return any(row_key(json.loads(line)) == key for line in data.split(b"\n") if line.strip() and _is_row(line))
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:

@@ -206,3 +206,13 @@ def test_a_place_where_no_file_can_be_made_is_told_from_one_where_it_can(tmp_pat
     if Path("/proc/self").exists():  # all may write there, by its permissions, if root asks
         with pytest.raises(ConfigError, match="/proc is no folder that can be written to"):
             check_writable("/proc/rows.jsonl")
+
+
+def test_a_row_that_another_process_wrote_meanwhile_is_left_out(tmp_path: Path) -> None:
+    row = {"metric": "perplexity", "model": "m", "length": 8, "value": 2.0}
+    path = tmp_path / "rows.jsonl"
+    assert append_row(path, row, once=True)
+    assert not append_row(path, {**row, "value": 3.0}, once=True)  # the same measurement
+    assert append_row(path, {**row, "length": 16}, once=True)
+    assert append_row(path, row)
+    assert [one["length"] for one in read_rows(path)] == [8, 16, 8]

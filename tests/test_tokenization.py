@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +20,7 @@ from scaled_rope.checkpoint import vocabulary_size
 from scaled_rope.texts import tokenizing
 from scaled_rope.texts.documents import is_sampled
 from scaled_rope.texts.packed import PackedWriter, open_packed
+from tests.helpers import ROOT
 from tests.helpers.packing import BOS, documents, packed, tokenize, write_corpus
 
 
@@ -145,3 +154,38 @@ def test_a_tokenizer_whose_ids_have_gaps(tmp_path):
                     "--num-proc", 1, "--output", tmp_path / "set") == 0  # fmt: skip
     packed = open_packed(tmp_path / "set")
     assert packed.meta["vocabulary"] == 301 and packed.tokens.max() == 300
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_no_worker_outlives_its_parent(tmp_path, tokenizer_dir, number):
+    (tmp_path / "txt").mkdir()
+    for index in range(40):
+        (tmp_path / "txt" / f"{index}.txt").write_text("t3 t4 t5 " * 200_000)
+    words = [sys.executable, "tokenization.py", "--dataset", tmp_path / "txt", "--tokenizer", tokenizer_dir]
+    words += ["--sequence-length", "32", "--num-proc", "2", "--output", tmp_path / "set"]
+    begun = subprocess.Popen([*map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def group() -> list[int]:
+        members = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = stat.read_text().rpartition(") ")[2].split()
+                if int(fields[2]) == begun.pid and fields[0] != "Z":
+                    members.append(int(stat.parent.name))
+        return members
+
+    def until(condition: Callable[[], bool]) -> None:
+        limit = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+
+    until(lambda: len(group()) >= 3 and any(tmp_path.glob(".set.*.partial")))
+    if number == signal.SIGINT:
+        os.killpg(begun.pid, number)  # as a terminal does
+    else:
+        begun.send_signal(number)
+    _, shown = begun.communicate(timeout=60)
+    until(lambda: not group())
+    assert "Traceback" not in shown
+    assert begun.returncode == (130 if number == signal.SIGINT else -number)

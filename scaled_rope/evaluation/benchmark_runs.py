@@ -124,7 +124,7 @@ class BenchmarkRun:
     def _write(self, row: Row) -> None:
         """Append a row to the output, if this is the first of the processes that share the work."""
         if current().is_first:
-            append_row(self.output, row)
+            append_row(self.output, row, once=True)
 
     def _ask(
         self, model: Any, job: ModelJob, unit: Unit | SavedUnit, length: int | None, max_length: int | None

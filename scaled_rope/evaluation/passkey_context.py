@@ -57,7 +57,7 @@ def record_contexts(output: str, found: Mapping[ModelJob, Row], record: Row) -> 
     for row in found.values():
         if (key := row_key(row)) not in finished:
             finished.add(key)
-            append_row(output, {**row, "provenance": record})
+            append_row(output, {**row, "provenance": record}, once=True)
 
 
 def context_table(found: Mapping[ModelJob, Row]) -> str:

@@ -237,7 +237,7 @@ def run_all(
                             cell = identities[name][job][row["length"]]
                             hidden = {} if job.server is None else {"peak_memory": None}  # not seen from here
                             origin = {**record, "seed": seeds[name]}
-                            append_row(args.output, {**cell, **row, **hidden, "provenance": origin})
+                            append_row(args.output, {**cell, **row, **hidden, "provenance": origin}, once=True)
                 except _Failed as failed:
                     if failures is None:
                         raise failed.error from None

@@ -8,9 +8,11 @@ shape of the tokens: how much each counts as a target), and `meta.json` with the
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
+import platform
 import shutil
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -50,6 +52,30 @@ def _record_hash(record: dict[str, Any]) -> str:
     return blake3(json.dumps(record | {"hashes": hashes}, sort_keys=True).encode()).hexdigest()
 
 
+def _partial(output: Path) -> Path:
+    """The folder in which this process makes a set; it says which process of which machine that is."""
+    return output.with_name(f".{output.name}.{platform.node()}-{os.getpid()}.partial")
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Remove what processes of this machine that have ended left of the same set."""
+    start = f".{output.name}.{platform.node()}-"
+    for folder in output.parent.glob(f"{glob.escape(start)}*.partial"):
+        pid = folder.name.removeprefix(start).removesuffix(".partial")
+        if pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is another user's
+        pass
+    return True
+
+
 class PackedWriter:
     """Writes a packed set chunk by chunk; the folder appears under its name only when `close` succeeds.
 
@@ -67,7 +93,8 @@ class PackedWriter:
         self.weighted = weighted
         self.rows = 0
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        self._staged = self.output.with_name(f".{self.output.name}.{os.getpid()}.partial")
+        _remove_leftovers(self.output)
+        self._staged = _partial(self.output)
         shutil.rmtree(self._staged, ignore_errors=True)
         self._staged.mkdir()
         self._tokens = (self._staged / "tokens.bin").open("wb")
@@ -124,7 +151,14 @@ class PackedWriter:
         record["hashes"] = {file.name: content_hash(file) for file in sorted(self._staged.glob("*.bin"))}
         record["hashes"]["meta.json"] = _record_hash(record)
         (self._staged / "meta.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        os.rename(self._staged, self.output)
+        try:
+            os.rename(self._staged, self.output)
+        except OSError as error:
+            if not self.output.exists():
+                raise
+            raise ConfigError(
+                f"output {self.output} was made by another process meanwhile; this one's is dropped"
+            ) from error
         return self.output
 
     def _close_files(self) -> None:

@@ -8,7 +8,10 @@ of the document as a whole.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import chain
@@ -54,6 +57,24 @@ class _Read(NamedTuple):
     ids: Ids
     head: Places = _NOWHERE
     tail: Places = _NOWHERE
+
+
+def _end_with_parent() -> None:
+    """In a process of a pool: end when the parent has ended in whatever way, and leave Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _begin(*settings: Any) -> None:
+    _end_with_parent()
+    _load(*settings)
 
 
 def _load(name: str, read_special: bool = False, chat_template: str | None = None) -> None:
@@ -189,14 +210,18 @@ class Tokenizers:
         self._num_proc = num_proc
         self._pool: ProcessPoolExecutor | None = None
         if num_proc > 1:
-            self._pool = ProcessPoolExecutor(num_proc, initializer=_load, initargs=settings)
+            self._pool = ProcessPoolExecutor(num_proc, initializer=_begin, initargs=settings)
 
     def __enter__(self) -> Tokenizers:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        if self._pool is None:
+            return
+        if error[0] is not None:  # what the processes are at is not wanted any more
+            for process in list((self._pool._processes or {}).values()):
+                process.kill()
+        self._pool.shutdown(cancel_futures=True)
 
     def map(self, function: Callable[[Given], Made], batches: Iterable[Given]) -> Iterator[tuple[Given, Made]]:
         """Yield every batch with the result of a function for it, in order. Batches are taken as needed."""

@@ -140,7 +140,7 @@ class RowStore:
         if key not in self._rows:
             self.bar.set_description(title)
             row = {**cell, **measure()}
-            append_row(self.path, {**row, "provenance": self._record})
+            append_row(self.path, {**row, "provenance": self._record}, once=True)
             self._rows[key] = row
             self.bar.update(cell["length"])
         return self._rows[key]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -114,3 +118,29 @@ def test_changed_tokens_are_found_and_old_sets_are_read(tmp_path):
     del meta["hashes"]  # as earlier versions wrote it
     (tmp_path / "set" / "meta.json").write_text(json.dumps(meta))
     assert len(open_packed(tmp_path / "set")) == 1
+
+
+def test_leftovers_of_processes_that_ended_are_removed(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    gone, ours, other = (
+        tmp_path / f".set.{place}.partial"
+        for place in (f"{platform.node()}-{ended.pid}", f"{platform.node()}-{os.getppid()}", f"another-{ended.pid}")
+    )
+    for folder in (gone, ours, other):
+        folder.mkdir()
+        (folder / "tokens.bin").write_bytes(b"x")
+    with PackedWriter(tmp_path / "set", 4, 10) as writer:
+        writer.append([1, 2, 3, 4])
+        writer.close({})
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([ours.name, other.name, "set"])
+
+
+def test_of_two_that_make_one_set_the_second_says_so(tmp_path):
+    with PackedWriter(tmp_path / "set", 4, 10) as late:
+        late.append([1, 2, 3, 4])
+        (tmp_path / "set").mkdir()
+        (tmp_path / "set" / "meta.json").write_text("{}")
+        with pytest.raises(ConfigError, match="was made by another process meanwhile"):
+            late.close({})
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
