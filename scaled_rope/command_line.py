@@ -72,7 +72,7 @@ def run_cli(main: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE  # as shells report a program that died of a signal
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             print(f"error: no space left to write {error.filename or 'output'}", file=sys.stderr)
             return 2
         if error.filename is None:

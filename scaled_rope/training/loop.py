@@ -75,6 +75,7 @@ from scaled_rope.training.run_state import (
     fingerprint,
     latest_state,
     load_state,
+    naming_a_full_disk,
     read_log,
     run_lock,
     save_state,
@@ -238,7 +239,9 @@ class Trainer:
             if recipe.lora and engine in ("zero3", "fsdp"):
                 make_whole(inner, state)
             records = (recipe, facts, log, scaling.label)
-            save_model(inner, state, recipe, self.output / "model", lambda folder: write_records(folder, *records))
+            place, size = self.output / "model", 4.0 * sum(tensor.numel() for tensor in state.values())
+            with naming_a_full_disk(place, size):
+                save_model(inner, state, recipe, place, lambda folder: write_records(folder, *records))
             shutil.rmtree(self.output / "checkpoints", ignore_errors=True)
             plot_losses({recipe.name: log}, self.output / "loss.png")
             print(f"{self.output / 'model'}: saved")
@@ -308,7 +311,7 @@ class Loop:
                 bar.update(1)
                 stopping = step + 1 == recipe.stop_after
                 if stopping or (every and (step + 1) % every == 0 and step + 1 < total):
-                    saved = save_state(self.accelerator, recipe, step + 1)
+                    saved = self._save(step + 1)
                 if stopping:
                     self.stopped = True
                     self.accelerator.print(f"stop_after {step + 1}: saved {saved}")
@@ -317,6 +320,12 @@ class Loop:
             log.close()
         return [row["loss"] for row in read_log(output)]
 
+    def _save(self, step: int) -> Path:
+        """Save the state after `step` steps and return its folder."""
+        size = 12.0 * sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
+        with naming_a_full_disk(Path(self.recipe.output_dir) / "checkpoints", size):
+            return save_state(self.accelerator, self.recipe, step)
+
     def _save_and_stop(self, step: int, random: RandomState) -> None:
         """Save the state before step number `step`, as if its passes had not begun."""
         self.stopped = self.interrupted = True
@@ -324,7 +333,7 @@ class Loop:
         self.optimizer.zero_grad()
         saved = "nothing was to be saved"
         if step > 0:
-            saved = f"saved {save_state(self.accelerator, self.recipe, step)}"
+            saved = f"saved {self._save(step)}"
         self.accelerator.print(f"SIGTERM after step {step}: {saved}; the same command continues")
 
     def _measure(self, row: Row, seconds: float) -> Row:

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -258,9 +259,42 @@ def check_space(recipe: Recipe, parameters: int) -> None:
     needed, free = (states + 4) * parameters, shutil.disk_usage(recipe.output_dir).free
     if free < needed:
         raise ConfigError(
-            f"output_dir {recipe.output_dir} has {free / 1e9:.1f} GB free, the run needs up to {needed / 1e9:.1f} GB;"
+            f"output_dir {recipe.output_dir} has {size_text(free)} free, the run needs up to {size_text(needed)};"
             f" free some, or save fewer states with --checkpointing-steps"
         )
+
+
+_FULL = re.compile(r"no space left|os error (28|27|122)\b|unexpected pos|file too large|quota exceeded", re.IGNORECASE)
+_FULL_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def naming_a_full_disk(folder: Path, needed: float) -> Iterator[None]:
+    """Report a disk that fills up as bad input in one line, by whatever torch, safetensors and DeepSpeed raise then.
+
+    needed: bytes that are to be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in _FULL_NUMBERS
+        if not full and _FULL.search(str(error)) is None:
+            raise
+        place = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(place).free
+        raise ConfigError(
+            f"{folder} cannot be written: no space left, or a limit for a file's size ({size_text(free)} free, about"
+            f" {size_text(needed)} needed); what was saved before is whole, and the same command continues"
+        ) from error
+
+
+def size_text(size: float) -> str:
+    """A number of bytes for people: "80.7 kB", "13.5 GB"."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.3g} {units[0]}"
 
 
 def save_state(accelerator: Any, recipe: Recipe, step: int) -> Path:

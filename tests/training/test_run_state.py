@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import time
@@ -18,7 +19,7 @@ import finetune
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.training import loop
-from scaled_rope.training.run_state import load_state, run_lock
+from scaled_rope.training.run_state import load_state, run_lock, size_text
 from tests.helpers.runs import log, same, weights
 
 
@@ -311,3 +312,45 @@ def test_a_run_in_two_parts_is_the_run_in_one(workspace, straight, tmp_path, cap
     assert all(torch.equal(one, weights(straight)[name]) for name, one in weights(tmp_path / "second").items())
     assert "stop_after 4 is not possible: the run is at step 5" in refusal(capsys, *first[:-1], "4")
     assert "stop_after = 8 is not allowed; a step before max_train_steps" in refusal(capsys, *first[:-1], "8")
+
+
+@pytest.fixture
+def small_files():
+    """While it is called with a number, no file can grow beyond so many bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("part", ["state", "model"])
+def test_a_full_disk_is_one_line_and_nothing_is_lost(workspace, straight, tmp_path, capsys, small_files, part):
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out")]
+    if part == "state":
+        small_files(40_000)
+        place, more = tmp_path / "out" / "checkpoints", []
+    else:
+        place, more = tmp_path / "out" / "model", ["--checkpointing-steps", "100"]
+        original = loop.save_model
+
+        def save(*given):
+            small_files(40_000)
+            return original(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if part == "model":
+            patch.setattr(loop, "save_model", save)
+        assert run_cli(lambda: finetune.main([*arguments, *more])) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert f"error: {place} cannot be written: no space left, or a limit for a file's size (" in line
+    assert "needed); what was saved before is whole, and the same command continues" in line and "0 kB" not in line
+    small_files(resource.RLIM_INFINITY)
+    assert finetune.main(arguments) == 0
+    assert same(log(tmp_path / "out")) == same(log(straight))
+    assert all(torch.equal(one, weights(straight)[name]) for name, one in weights(tmp_path / "out").items())
+
+
+def test_sizes_are_given_in_words_that_say_something():
+    sizes = (0, 999, 80_700, 13.5e9, 2e12)
+    assert [size_text(size) for size in sizes] == ["0 bytes", "999 bytes", "80.7 kB", "13.5 GB", "2 TB"]
