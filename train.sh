@@ -27,7 +27,8 @@ for wanted in "$@"; do # all names are read before anything is trained
 done
 for wanted in "$@"; do
     pending=$(python -m scaled_rope.recipes "$wanted" --pending)
-    for recipe in ${pending:-$wanted}; do # a finished one is handed over too: finetune.py says so, and checks it
+    mapfile -t recipes <<<"${pending:-$wanted}" # a line each: names of files may have blanks
+    for recipe in "${recipes[@]}"; do # a finished one is handed over too: finetune.py says so, and checks it
         read_recipe "$recipe"
         begin_step training
         attended ${LAUNCH:-python} finetune.py "$recipe"

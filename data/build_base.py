@@ -50,7 +50,7 @@ KINDS = {
 }
 SETS: dict[str, tuple[int, dict[str, float]]] = {
     "rows": (59_200, {"needles": 0.25}),
-    "retrieval": (12_800, {"periods": 0.30, "copies": 0.20, "lists": 0.15, "needles": 0.15}),
+    "retrieval": (12_800, {"periods": 0.45, "copies": 0.25, "lists": 0.15}),
 }
 """Rows of each set, and the shares of those that are made; the rest is shared out as the kinds' shares say."""
 SPLITS = ((LENGTH - 2,), (LENGTH - 2,), (LENGTH - 2,), (90, 162), (126, 126), (62, 62, 126), (83, 83, 82))
@@ -170,10 +170,10 @@ def needle_row(tokenizer: Any, stretches: dict[str, Stretches], rng: random.Rand
     return (row + [eos] * LENGTH)[:LENGTH], (weights + [0] * LENGTH)[:LENGTH]
 
 
-def _piece(stretches: dict[str, Stretches], size: int, rng: random.Random) -> list[int]:
+def _piece(tokenizer: Any, stretches: dict[str, Stretches], size: int, rng: random.Random) -> list[int]:
     """A stretch of text, or as often so many random tokens."""
     if rng.random() < 0.5:
-        return [rng.randrange(2, VOCABULARY) for _ in range(size)]
+        return [rng.randrange(2, len(tokenizer)) for _ in range(size)]
     return stretches[rng.choice(list(stretches))].anywhere(rng, size)
 
 
@@ -182,7 +182,7 @@ def copy_row(tokenizer: Any, stretches: dict[str, Stretches], rng: random.Random
     row, weights = [tokenizer.bos_token_id], [0]
     while len(row) < LENGTH:
         size = rng.randint(6, 24)
-        row += 2 * _piece(stretches, size, rng)
+        row += 2 * _piece(tokenizer, stretches, size, rng)
         weights += [0] * size + [1] * size
     return row[:LENGTH], weights[:LENGTH]
 
@@ -190,7 +190,7 @@ def copy_row(tokenizer: Any, stretches: dict[str, Stretches], rng: random.Random
 def period_row(tokenizer: Any, stretches: dict[str, Stretches], rng: random.Random) -> tuple[list[int], list[int]]:
     """A row of one stretch again and again; all but the first time counts."""
     size = rng.randint(3, 24)
-    row = [tokenizer.bos_token_id, *(_piece(stretches, size, rng) * (LENGTH // size + 1))]
+    row = [tokenizer.bos_token_id, *(_piece(tokenizer, stretches, size, rng) * (LENGTH // size + 1))]
     return row[:LENGTH], [0] * (1 + size) + [1] * (LENGTH - 1 - size)
 
 

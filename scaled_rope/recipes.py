@@ -408,6 +408,8 @@ def read_recipe(name: str, overrides: Mapping[str, Any] | None = None, also: Seq
     Raises:
         ConfigError: no such recipe, an unknown field, a value that is not allowed, or a missing field.
     """
+    if not name.isprintable():
+        raise ConfigError(f"recipe {name!r} is not allowed; a name without line breaks and control characters")
     path = Path(name) if name.endswith((".yaml", ".yml")) else available().get(name)
     if path is None:
         raise unknown("recipe", name, [*available(), *also])

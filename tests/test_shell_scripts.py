@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import stat
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 
 import pytest
+import yaml
 
 from scaled_rope.recipes import read_recipe
 from tests.helpers import ROOT
@@ -88,6 +90,33 @@ def test_train_sh_does_not_go_on_after_a_run_that_was_stopped(tmp_path):
     )
     assert done.returncode == 143 and done.stdout.endswith("ran\n")
     assert done.stderr == "llama-2-7b-64k is not finished; the same command continues\n"
+
+
+def test_names_are_only_names_to_the_scripts(tmp_path):
+    """Blanks, quotes and what a shell would run, in the names of files and in a recipe's fields."""
+    for name in ("train.sh", "eval.sh", "environment.sh"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    strange = 'my "runs" $(touch ran) `touch ran` it\'s; touch ran #'
+    folder = tmp_path / strange.replace("/", "")
+    folder.mkdir()
+    recipe = folder / f"{strange}.yaml"
+    fields = {"model": strange, "dataset": strange, "output_dir": f"out/{strange}", "sequence_length": 8,
+              "global_batch_size": 1, "description": strange,
+              "evaluate": {"scalings": [strange], "report": f"--title {shlex.quote(strange)}"}}  # fmt: skip
+    recipe.write_text(yaml.safe_dump(fields))
+    record = "import json, sys; print('ARGS', json.dumps(sys.argv[1:]))"
+    (tmp_path / "finetune.py").write_text(record)
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    relative = str(recipe.relative_to(tmp_path))
+    done = subprocess.run(["bash", "train.sh", relative], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    (shown,) = [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("ARGS")]
+    assert shown == [relative] and done.returncode == 143  # it was not trained
+    done = subprocess.run(
+        ["bash", "train.sh", "a\nb.yaml"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "error: recipe 'a\\nb.yaml' is not allowed" in done.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 def test_train_sh_runs_a_chain_and_hands_over_what_is_finished(tmp_path):

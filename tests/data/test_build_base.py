@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -64,11 +63,11 @@ def test_a_small_set(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         meta = json.loads((output / name / "meta.json").read_text())
         assert len(rows) == meta["rows"] == 60
         counts = [source["rows"] for source in meta["sources"].values()]
-        assert sum(counts) + sum(meta["made_rows"].values()) == 60 and min(counts) > 0
+        assert sum(counts) + sum(meta["made_rows"].values()) == 60 and sum(counts) > 0
         assert meta["made_rows"].keys() == made.keys()
         assert {int(rows.row(index)[0][0]) for index in range(60)} == {0}
         weighted = sum(int((rows.row(index)[1] == 8).any()) for index in range(60))
-        assert weighted == meta["made_rows"]["needles"] + meta["made_rows"].get("lists", 0)
+        assert weighted == meta["made_rows"].get("needles", 0) + meta["made_rows"].get("lists", 0)
     before = (output / "rows" / "tokens.bin").read_bytes()
     shutil.rmtree(output / "retrieval")
     assert build_base.main(["--output", str(output), "--rows", "60"]) == 0  # makes what is missing
@@ -79,9 +78,16 @@ def test_a_small_set(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert one == other
 
 
+class TinyTokenizer:
+    bos_token_id = 0
+
+    def __len__(self) -> int:
+        return 500
+
+
 @pytest.mark.parametrize("make", [build_base.copy_row, build_base.period_row])
 def test_what_counts_in_a_repeating_row_stood_there_before(make: Any) -> None:
-    tokenizer = SimpleNamespace(bos_token_id=0)
+    tokenizer = TinyTokenizer()
     stretches = {"novels": build_base.Stretches([list(range(3000))], random.Random(0))}
     for seed in range(20):
         row, weights = make(tokenizer, stretches, random.Random(seed))
