@@ -26,6 +26,10 @@ def is_tokenized(name: str) -> bool:
     return any((Path(name) / file).is_file() for file in files)
 
 
+_PARTS_OF_SETS = frozenset("train training test testing validation valid dev eval heldout".split())
+"""Names that folders of different data sets share, so that reports would take one set for a newer state of the other."""
+
+
 @dataclass(frozen=True)
 class TokenSource:
     """A source of documents.
@@ -46,8 +50,9 @@ class TokenSource:
 
     @property
     def title(self) -> str:
-        """The last part of the name."""
-        return Path(self.name).name
+        """The last part of the name; with the one before it where the last says only which part of a data set it is."""
+        parts = Path(self.name).parts
+        return "-".join(parts[-2:]) if parts[-1].lower() in _PARTS_OF_SETS else parts[-1]
 
     def documents(self, tokenizer: Any) -> Iterator[IntArray]:
         """Yield the token ids of each document.

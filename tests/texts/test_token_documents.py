@@ -77,3 +77,18 @@ def test_saved_tables_with_splits_and_padding_are_documents(tmp_path: Path) -> N
     table = datasets.Dataset.from_dict({"input_ids": [[9, 5, 6], [7, 8, 9]], "attention_mask": [[0, 1, 1], [1, 1, 1]]})
     datasets.DatasetDict({"test": table}).save_to_disk(tmp_path / "splits")
     assert read(TokenSource(str(tmp_path / "splits"))) == [[5, 6], [7, 8, 9]]
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("data/cache/books/heldout", "books-heldout"),
+        ("data/cache/bible/heldout/", "bible-heldout"),
+        ("heldout", "heldout"),
+        ("emozilla/pg19", "pg19"),
+        ("standin:sotu", "standin:sotu"),
+        ("texts/novel.txt", "novel.txt"),
+    ],
+)
+def test_titles_tell_data_sets_apart(name: str, title: str) -> None:
+    assert TokenSource(name).title == title
