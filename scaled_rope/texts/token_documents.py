@@ -27,7 +27,7 @@ def is_tokenized(name: str) -> bool:
 
 
 _PARTS_OF_SETS = frozenset("train training test testing validation valid dev eval heldout".split())
-"""Names that folders of different data sets share, so that reports would take one set for a newer state of the other."""
+"""Names that folders of different data sets share: reports would take one set for a newer state of the other."""
 
 
 @dataclass(frozen=True)
