@@ -188,6 +188,23 @@ def merge_adapter(model: nn.Module, adapter: str) -> nn.Module:
     return merged
 
 
+@torch.no_grad()
+def check_finite(model: nn.Module, what: str) -> None:
+    """Raise a ConfigError that names the weights that are not finite; results of such a model mean nothing.
+
+    Weights that are not in memory, and those that are quantised, are not looked at.
+    """
+    bad = []
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.is_meta and weight.numel():
+            low, high = torch.aminmax(weight)  # NaN is the result of both where one is there
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                bad.append(f"{name} ({int((~torch.isfinite(weight)).sum())} of {weight.numel()})")
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise ConfigError(f"{what} has weights that are NaN or infinite: {', '.join(bad[:3])}{more}")
+
+
 def load_model(
     name: str | Checkpoint,
     *,
@@ -250,10 +267,12 @@ def load_model(
     if placement is not None:
         options |= placement.options()
     model = _read_weights(checkpoint.name, config, trust_remote_code=trust_remote_code, **options)
+    check_finite(model, f"model {checkpoint.name!r}")
     if adapter is not None and is_offloaded(model):
         raise ConfigError(f"adapter {adapter!r} cannot be merged into weights that are offloaded; merge it first")
     if adapter is not None:
         model = merge_adapter(model, adapter)
+        check_finite(model, f"adapter {adapter!r} in model {checkpoint.name!r}")
     if "device_map" not in options:
         model = model.to(device)
     apply_scaling(model, wanted, plan, kernel, settings)

@@ -282,3 +282,13 @@ def test_missing_tokenizer_and_file_for_a_folder(checkpoint: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             attempt()
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(checkpoint: Path, tmp_path: Path, value: float) -> None:
+    model = load_model(str(checkpoint))
+    model.model.layers[1].mlp.down_proj.weight.data[2, 3] = value
+    model.save_pretrained(tmp_path)
+    said = "NaN or infinite: model.layers.1.mlp.down_proj.weight \\(1 of "
+    with pytest.raises(ConfigError, match=said):
+        load_model(str(tmp_path))
