@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from scaled_rope.command_line import Parser, run_cli
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, check_name
 from scaled_rope.progress import Progress
 from scaled_rope.texts.conversations import Refusals, check_chat, template_hash, template_of
 from scaled_rope.texts.documents import TextSource, check_there
@@ -84,6 +84,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         if not args.push_to_hub:
             raise ConfigError("--output is missing: name the folder to create")
         args.output = Path("data/cache") / args.push_to_hub.replace("/", "--")
+    check_name(args.output, "--output")
     if args.output.exists() and not (args.output / "meta.json").is_file() and not is_part(args.output):
         raise ConfigError(f"--output {args.output} exists and is no packed set; remove it or choose another folder")
     if args.sequence_length < 2:

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scaled_rope.command_line import Parser, refuse_early, run_cli
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, check_name
 from scaled_rope.results import write_atomic
 
 
@@ -56,6 +56,8 @@ from scaled_rope.report.verdict import demo_verdict
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if args.output:
+        check_name(args.output, "--output")
     if args.output and Path(args.output).is_file():
         raise ConfigError(f"--output {args.output} is a file; name a folder")
     if args.verdict and not args.rows:

@@ -47,3 +47,17 @@ def shortened(text: str, most: int = 2000) -> str:
         return text
     half = most // 2
     return f"{text[:half]} ... ({len(text) - 2 * half} characters left out) ... {text[-half:]}"
+
+
+def check_name(path: object, what: str) -> None:
+    """Raise a ConfigError for a path that is to be made and whose name would be a trap for people or programs.
+
+    what: the field or flag that it was given with.
+    """
+    text = str(path)
+    too_long = any(len(part.encode(errors="surrogateescape")) > 255 for part in text.split("/"))
+    if not text.strip() or not text.isprintable() or too_long:
+        raise ConfigError(
+            f"{what} {shortened(repr(text), 80)} is not allowed; a name without line breaks and control characters,"
+            f" each part of 1 to 255 bytes"
+        )

@@ -24,7 +24,7 @@ import yaml
 
 from scaled_rope.bundled import bundled
 from scaled_rope.command_line import Parser, run_cli
-from scaled_rope.errors import ConfigError, is_number, unknown
+from scaled_rope.errors import ConfigError, check_name, is_number, unknown
 from scaled_rope.results import read_rows
 from scaled_rope.scaling.record import check_spec
 
@@ -165,6 +165,7 @@ class Recipe:
             if not condition:
                 raise ConfigError(f"recipe {self.name!r}: {name} = {getattr(self, name)!r} is not allowed; {allowed}")
 
+        check_name(self.output_dir, f"recipe {self.name!r}: output_dir")
         require((self.model is None) != (self.init is None), "model", "name a checkpoint, or give `init` instead")
         require(self.init is None or "model_type" in self.init, "init", "it needs `model_type`")
         require(self.init is None or self.tokenizer is not None, "tokenizer", "a model from `init` needs one")

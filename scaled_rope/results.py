@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, check_name
 
 Row = dict[str, Any]
 IDENTITY = ("metric", "model_fingerprint", "dtype", "scaling", "data", "protocol", "length")
@@ -142,8 +142,9 @@ def check_writable(path: str | Path) -> None:
     """Raise an error for a file that cannot be written to, before hours are spent; leaves nothing behind.
 
     Raises:
-        ConfigError: no permission, not a file, or a place where no file can be made.
+        ConfigError: no permission, not a file, a place where no file can be made, or a name that is not allowed.
     """
+    check_name(path, "file")
     path = Path(path)
     if path.exists():
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from scaled_rope import results
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, check_name
 from scaled_rope.results import (
     append_row,
     check_writable,
@@ -216,3 +216,12 @@ def test_a_row_that_another_process_wrote_meanwhile_is_left_out(tmp_path: Path) 
     assert append_row(path, {**row, "length": 16}, once=True)
     assert append_row(path, row)
     assert [one["length"] for one in read_rows(path)] == [8, 16, 8]
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "a\x1b[2Jb", "x" * 300, "out/" + "é" * 150])
+def test_names_that_would_be_traps_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="--output .* is not allowed; a name without line breaks") as raised:
+        check_name(name, "--output")
+    assert str(raised.value).isprintable() and len(str(raised.value)) < 300
+    for good in ("out/my runs/rows.jsonl", "Ergebnisse/größer.jsonl", "x" * 255, "/tmp/a//b"):
+        check_name(good, "--output")

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
 
 from scaled_rope.attention.backends import attention_for, check_attention, resolve_attention
-from scaled_rope.errors import ConfigError, is_number, is_positive_whole, unknown
+from scaled_rope.errors import ConfigError, is_number, unknown
 from scaled_rope.patching.base_model import ROTARY, Place, has_values, on_cpu, rotary_places
 from scaled_rope.patching.effect import used_places
 from scaled_rope.patching.families import (
@@ -449,8 +449,9 @@ def remarks(unpatched: Unpatched, request: PatchRequest, base: PreTrainedModel) 
     window, context = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
     types = layer_types_of(config)
     all_slide = not types or types == ["sliding_attention"]
-    whole = is_positive_whole(window) and is_positive_whole(context)
-    if whole and window < context and getattr(config, "use_sliding_window", True) and all_slide:
+    if not (isinstance(window, int) and isinstance(context, int)):
+        window = context = 0  # no numbers, so nothing to compare
+    if 0 < window < context and getattr(config, "use_sliding_window", True) and all_slide:
         notes.append(f"sliding_window={window} is shorter than the context of {context} tokens")
     if without := layers_without_rope(config):
         shown = ", ".join(map(str, without[:4])) + (", …" if len(without) > 4 else "")

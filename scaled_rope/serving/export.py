@@ -21,7 +21,7 @@ from typing import Any
 import transformers
 
 from scaled_rope.checkpoint import load_config
-from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.errors import ConfigError, check_name, unknown
 from scaled_rope.flags import check_export_arguments
 from scaled_rope.patching.families import head_dim_of
 from scaled_rope.results import write_atomic
@@ -249,6 +249,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"flag --gguf is not needed: llama.cpp has words for {report.scaling.label!r}")
     written = []
     if args.output and report.exit_code != 2:
+        check_name(args.output, "--output")
         written = _write(Path(args.output), raw, report, args.gguf)
     if args.json:
         print(json.dumps(report.to_dict() | {"written": [str(file) for file in written]}, indent=1))

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from scaled_rope.content_hash import content_hash, kept_hash
-from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.errors import ConfigError, check_name, unknown
 from scaled_rope.texts.documents import check_subset, is_local
 from scaled_rope.texts.hub import import_datasets, load_hub
 from scaled_rope.texts.tables import ColumnDataset, check_ids
@@ -85,6 +85,7 @@ class PackedWriter:
     def __init__(self, output: str | Path, sequence_length: int, vocabulary: int, weighted: bool = False) -> None:
         if sequence_length < 2:
             raise ConfigError(f"sequence length {sequence_length} is not allowed; at least 2 tokens")
+        check_name(output, "output")
         self.output = Path(output)
         if self.output.exists():
             raise ConfigError(f"output {output} exists; remove it or choose another folder")
