@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
@@ -15,6 +16,7 @@ from scaled_rope.scaling.constants import (
     share_at,
 )
 from scaled_rope.scaling.record import RopeScaling
+from tests.helpers import ROOT
 
 
 def counted(length: int, theta: float, head_dim: int, fast: float) -> int:
@@ -82,3 +84,13 @@ def test_grids_reach_from_the_paper_s_rotations_to_its_shares() -> None:
     share = share_at(32.0, 4096, 1e4)
     assert share == pytest.approx(counted(4096, 1e4, 2048, 32.0) / 1024, abs=1e-3)
     assert rotations_at(share, 4096, 1e4) == pytest.approx(32, rel=1e-12)
+
+
+def test_the_table_of_the_documentation() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text()
+    found = re.findall(r"\| (\d+), (\d+), (\de\d) \| [^|]+ \| (\d+) of (\d+) \| (\d+) of \d+ \|", text)
+    assert len(found) == 5
+    for length, head_dim, theta, fast, pairs, slow in found:
+        model = int(length), float(theta), int(head_dim)
+        assert int(pairs) == int(head_dim) // 2
+        assert (int(fast), int(slow)) == (counted(*model, 32), counted(*model, 1))
