@@ -93,7 +93,7 @@ def retrieval(results: ReportRows, series: Series, wording: str | None = None) -
         return None
     works_to = None
     for length, row in rows.items():
-        if row["accuracy"] < FOUND:
+        if row["right"] / row["n"] < FOUND:
             break
         works_to = length
     return Retrieval(works_to, max(rows), rows)

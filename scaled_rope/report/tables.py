@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from scaled_rope.checkpoint import display_name
+from scaled_rope.errors import is_number
 from scaled_rope.evaluation.controls import CONTROL, Control
 from scaled_rope.evaluation.formatting import format_perplexity, format_table
 from scaled_rope.evaluation.pooled_seeds import pooled
@@ -179,7 +181,12 @@ def control_of(row: Row) -> Control | None:
 
 
 def _frozen(protocol: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple(sorted((name, value) for name, value in protocol.items() if value is not None))
+    """The entries that say something, hashable; a list or an object among them as its JSON."""
+    return tuple(
+        (name, json.dumps(value, sort_keys=True) if isinstance(value, list | dict) else value)
+        for name, value in sorted(protocol.items(), key=lambda entry: entry[0])
+        if value is not None
+    )
 
 
 def column_of(row: Row) -> Column:
@@ -213,7 +220,8 @@ def current_rows(rows: Sequence[Row]) -> list[Row]:
     def named(row: Row) -> tuple[Any, ...]:
         topic = topic_of(row)
         # Windows of another length are another measurement, not a newer one.
-        return row["model"], row["label"], topic.metric, topic.data, topic.protocol, row["data"].get("window_tokens")
+        window = str(row["data"].get("window_tokens"))
+        return row["model"], row["label"], topic.metric, topic.data, topic.protocol, window
 
     texts = {named(row): topic_of(row).text for row in sorted(kept, key=row_date)}
     return [row for row in kept if texts[named(row)] == topic_of(row).text]
@@ -622,7 +630,7 @@ def beside(series: Series, control: Control) -> Series:
 def within_reach(row: Row, window: int) -> int | None:
     """The number of a row's prompts whose key stands within the last `window` tokens; None where rows don't say."""
     prompts = row.get("prompts") or [{}]
-    if not all("distance" in prompt for prompt in prompts):
+    if not all(isinstance(prompt, Mapping) and is_number(prompt.get("distance")) for prompt in prompts):
         return None
     return sum(int(prompt["distance"]) <= window for prompt in prompts)
 

@@ -32,6 +32,9 @@ Dialect = Literal["rope_parameters", "rope_scaling"]
 _DEFAULT_ROPE_THETA = 10000.0
 _RAMPS = ("dimension", "rotations")
 
+_LARGEST_HEAD_DIM = 2**16
+"""Far above any model's; beyond it a table alone would fill the memory."""
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -222,8 +225,10 @@ class RopeScaling:
 
     def rotary_dim(self, head_dim: int) -> int:
         """D, the number of rotated dimensions of a head. Raises ConfigError unless even and positive."""
-        if not is_positive_whole(head_dim):
-            raise ConfigError(f"head_dim={head_dim!r}: must be a positive whole number")
+        if not is_positive_whole(head_dim) or head_dim > _LARGEST_HEAD_DIM:
+            raise ConfigError(
+                f"head_dim={head_dim!r}: must be a whole number, at least 2 and at most {_LARGEST_HEAD_DIM}"
+            )
         dim = int(head_dim * self.partial_rotary_factor)
         if dim < 2 or dim % 2:
             share = f" at partial_rotary_factor={self.partial_rotary_factor:g}" if dim != head_dim else ""

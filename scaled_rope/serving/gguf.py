@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from einops import rearrange
 
-from scaled_rope.checkpoint import load_config
+from scaled_rope.checkpoint import first_line, load_config
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.families import head_dim_of
 
@@ -145,11 +145,12 @@ def add_rope(source: str | Path, path: str | Path, rope: GgufRope) -> None:
     reader = _read(source)
     if "general.architecture" not in reader.fields:
         raise ConfigError(f"GGUF {str(source)!r} does not say its architecture: key general.architecture is missing")
-    architecture = reader.fields["general.architecture"].contents()
+    with _copying(source):
+        architecture = str(reader.fields["general.architecture"].contents())
     for key in rope.metadata:
         if not key.startswith(f"{architecture}."):
             raise ConfigError(f"GGUF {str(source)!r} is of architecture {architecture!r}, but the scaling says {key}")
-    with _writing(path) as scratch:
+    with _copying(source), _writing(path) as scratch:
         writer = gguf.GGUFWriter(str(scratch), architecture)
         for name, entry in reader.fields.items():
             if name.startswith("GGUF.") or name == "general.architecture" or name in rope.metadata:
@@ -186,6 +187,17 @@ def _read(path: Path) -> Any:
         return gguf.GGUFReader(str(path))
     except Exception as error:  # the reader raises whatever its parsing stumbles over
         raise ConfigError(f"GGUF {str(path)!r} cannot be read: {error}") from error
+
+
+@contextmanager
+def _copying(source: Path) -> Iterator[None]:
+    """Report what the gguf package raises over the content of a file that it could parse as one line."""
+    try:
+        yield
+    except (OSError, ConfigError):
+        raise
+    except Exception as error:  # unrelated types, over texts that are no UTF-8 and arrays of mixed items
+        raise ConfigError(f"GGUF {str(source)!r} cannot be copied: {first_line(error)}") from error
 
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from scaled_rope.content_hash import content_hash, kept_hash
-from scaled_rope.errors import ConfigError, check_name, unknown
+from scaled_rope.errors import ConfigError, check_name, shortened, unknown
 from scaled_rope.texts.documents import check_subset, is_local
 from scaled_rope.texts.hub import import_datasets, load_hub
 from scaled_rope.texts.tables import ColumnDataset, check_ids
@@ -48,7 +48,7 @@ def _whole(meta: dict[str, Any], name: str, least: int) -> int:
 
 def _record_hash(record: dict[str, Any]) -> str:
     """The hash of a set's record without that hash itself."""
-    hashes = {name: digest for name, digest in record.get("hashes", {}).items() if name != "meta.json"}
+    hashes = {name: digest for name, digest in record["hashes"].items() if name != "meta.json"}
     return blake3(json.dumps(record | {"hashes": hashes}, sort_keys=True).encode()).hexdigest()
 
 
@@ -215,10 +215,14 @@ class PackedDataset:
                 raise ValueError(f"dtype: {self.meta['dtype']!r} is not one of {', '.join(_DTYPES)}")
             dtype = np.dtype(self.meta["dtype"])
             documents = _whole(self.meta, "borders", 0) if "borders" in self.meta else None
+            if "vocabulary" in self.meta:
+                _whole(self.meta, "vocabulary", 1)
             hashes = self.meta.get("hashes", {})
-            if hashes and hashes["meta.json"] != _record_hash(self.meta):
+            if not isinstance(hashes, dict):
+                raise ValueError(f"hashes: {shortened(repr(hashes), 80)} is no block of names and hashes")
+            if "hashes" in self.meta and hashes.get("meta.json") != _record_hash(self.meta):
                 raise ValueError("content: it was changed after it was written")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"dataset {self.path} is no packed set: meta.json without a usable {error}") from None
         self.tokens = self._map("tokens.bin", dtype, shape)
         weights = self.path / "loss_weight.bin"

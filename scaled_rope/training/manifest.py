@@ -47,10 +47,10 @@ def read_facts(folder: Path, field: str) -> dict[str, Any]:
     try:
         record = json.loads((folder / NAME).read_text(encoding="utf-8"))
         facts: dict[str, Any] = record | {"step": int(record["step"]), "ranks": int(record["ranks"])}
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise ConfigError(f"{field} {folder} is no saved state; a folder checkpoints/step-N") from None
-    if "seal" in record:
-        seal = record.pop("seal")
+    if "seal" in record or "files" in record:  # both or, in states of earlier versions, neither
+        seal = record.pop("seal", None)
         if seal != _seal(record):
             raise ConfigError(f"{field} {folder} is damaged: {NAME} was changed after it was written")
     return facts
