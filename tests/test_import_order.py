@@ -20,7 +20,7 @@ PACKAGE = ROOT / "scaled_rope"
 # Low to high. A module may import what stands further left, and the modules of its own package.
 ORDER = """
 moved bundled | errors | versions | results command_line | scaling | kernels | recipes | checkpoint | attention
-| patching | texts | flags | training | evaluation | report | integrations tuning | serving | cli
+| patching | texts | flags | training | evaluation | report | integrations tuning | serving | certificate | cli
 """
 LEVELS = {name: level for level, names in enumerate(ORDER.replace("\n", " ").split("|")) for name in names.split()}
 
