@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import socket
 from collections.abc import Iterator
@@ -17,14 +18,15 @@ from scaled_rope.evaluation.served_model import KEY
 from scaled_rope.patching.loading import apply_scaling
 from scaled_rope.scaling.record import RopeScaling
 from tests.helpers.completions_server import NAME, CompletionsServer, serving
+from tests.helpers.small_models import TRAINED, checkpoint, tokenizer  # noqa: F401
 
-MODEL = str(DEFAULT_MODEL)
-BASE = RopeScaling("default", original_max_position_embeddings=256)
+BASE = RopeScaling("default", original_max_position_embeddings=TRAINED)
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[CompletionsServer]:
-    with serving(MODEL, "yarn:2") as server:
+def running(checkpoint: str) -> Iterator[CompletionsServer]:
+    with serving(checkpoint, "yarn:2") as server:
+        server.folder = checkpoint  # type: ignore[attr-defined]
         yield server
 
 
@@ -46,17 +48,17 @@ def serve(server: CompletionsServer, spec: str) -> None:
 
 
 def asked(server: CompletionsServer, *argv: str) -> list[str]:
-    return ["certify", MODEL, "--server", server.url, "--scaling", "yarn:2", "--lengths", "24,300", *argv]
+    return ["certify", server.folder, "--server", server.url, "--scaling", "yarn:2", "--lengths", "24,100", *argv]
 
 
 def test_text_and_page(server: CompletionsServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "pages" / "certificate.html"
     assert main(asked(server, "--html", str(path))) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("serves yarn x2 as claimed (worst difference ") and "up to 300 tokens" in lines[0]
+    assert lines[0].startswith("serves yarn x2 as claimed (worst difference ") and "up to 100 tokens" in lines[0]
     assert lines[2].startswith("asked: vllm 0.11.0; by its prompts of one token it computes in float32")
-    assert any(line.split()[:2] == ["300", "64"] for line in lines)
-    assert any(line.endswith("this model unscaled, or this model unscaled, with rope_theta=10000") for line in lines)
+    assert any(line.split()[:2] == ["100", "64"] for line in lines)
+    assert any("this model unscaled, or this model unscaled, with rope_theta=10000" in line for line in lines)
     text = path.read_text()
     assert "RIGHT" in text and text.count("<circle") == 23 + 64 and "http" not in text.replace("http-equiv", "")
     sent = [body for body in server.asked if "prompt" in body]
@@ -68,7 +70,7 @@ def test_text_and_page(server: CompletionsServer, tmp_path: Path, capsys: pytest
     [
         ("default", 1, "serves this model unscaled, not yarn x2"),
         ("yarn:2,attention_factor=1", 1, "serves yarn x2 without the attention factor, not yarn x2"),
-        ("yarn:2,original_max_position_embeddings=512", 1, "serves yarn x2 with L = 512 instead of 256, not yarn x2"),
+        ("yarn:2,original_max_position_embeddings=128", 1, "serves yarn x2 with L = 128 instead of 64, not yarn x2"),
         ("yarn:2.2", 3, "unclear: none of"),
     ],
 )
@@ -88,7 +90,7 @@ def test_protocols(protocol: str, server: CompletionsServer, capsys: pytest.Capt
     assert main(asked(server, "--json")) == 0
     found = json.loads(capsys.readouterr().out)
     positions = {row["length"]: row["positions"] for row in found["lengths"]}
-    assert positions == ({24: 3, 300: 3} if protocol in ("next", "llama.cpp") else {24: 23, 300: 64})
+    assert positions == ({24: 3, 100: 3} if protocol in ("next", "llama.cpp") else {24: 23, 100: 64})
     used = set(server.paths) | ({"/generate"} if protocol == "sglang" else set())
     assert "/v1/models" in used
     serve(server, "default")
@@ -109,23 +111,21 @@ def test_tokens_as_texts(server: CompletionsServer, capsys: pytest.CaptureFixtur
 
 
 def test_bfloat16(server: CompletionsServer, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = server.model
     try:
-        server.model.to(torch.bfloat16)
+        server.model = copy.deepcopy(whole).to(torch.bfloat16)
         assert main(asked(server, "--json")) == 0
         assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
         serve(server, "yarn:2,attention_factor=1")
         assert main(asked(server)) == 1
-    finally:  # the weights are stored in float32, so they are read again
-        server.model.to(torch.float32)
-        from scaled_rope.patching.loading import load_model
-
-        server.model = load_model(MODEL, scaling="yarn:2", device="cpu")
+    finally:
+        server.model = whole
 
 
 @pytest.mark.parametrize(
     ("fault", "argv", "message"),
     [
-        ("broken", (), "fails at a prompt of 6 tokens (status 500): out of memory with [key]"),
+        ("broken", (), "fails at a prompt of 6 tokens (status 500): out of memory with Bearer [key]"),
         ("not JSON", (), "the answer at /v1/completions is not JSON"),
         ("no log-probabilities", (), "gives no log-probabilities of the next token"),
         ("adds a token", (), "read 7 tokens where 6 were sent; it adds or drops some"),
@@ -150,26 +150,26 @@ def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    assert main(["certify", MODEL, "--server", f"http://127.0.0.1:{port}/v1"]) == 2
+    assert main(["certify", str(DEFAULT_MODEL), "--server", f"http://127.0.0.1:{port}/v1"]) == 2
     assert "no connection: Connection refused" in capsys.readouterr().err
 
 
 def test_a_prompt_that_llama_cpp_cuts_off(server: CompletionsServer, capsys: pytest.CaptureFixture[str]) -> None:
-    server.listed[0]["owned_by"], server.most = "llamacpp", 100
+    server.listed[0]["owned_by"], server.most = "llamacpp", 50
     assert main(asked(server)) == 2
-    assert "cut off a prompt of 300 tokens, which is beyond its context" in capsys.readouterr().err
+    assert "cut off a prompt of 100 tokens, which is beyond its context" in capsys.readouterr().err
 
 
 def test_lengths_follow_the_server_and_the_target(
     server: CompletionsServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server.listed[0]["max_model_len"] = 200
-    argv = [argument for argument in asked(server, "--json") if argument not in ("--lengths", "24,300")]
+    server.listed[0]["max_model_len"] = 51
+    argv = [argument for argument in asked(server, "--json") if argument not in ("--lengths", "24,100")]
     assert main(argv) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [row["length"] for row in found["lengths"]] == [49, 99, 128, 199]
-    assert found["notes"][0] == "prompts end at 199 tokens: the server takes 200, and the scaling is for 512"
-    assert "no prompt is longer than L, 256 tokens" in found["notes"][1]
+    assert [row["length"] for row in found["lengths"]] == [12, 25, 32, 50]
+    assert found["notes"][0] == "prompts end at 50 tokens: the server takes 51, and the scaling is for 128"
+    assert "no prompt is longer than L, 64 tokens" in found["notes"][1]
 
 
 def test_the_page_escapes_names() -> None:
