@@ -192,6 +192,12 @@ COMMANDS = {
         flags.check_export_arguments,
         "scaled_rope.serving.export",
     ),
+    "certify": Command(
+        "which scaling a running server computes, by its log-probabilities",
+        flags.add_certify_arguments,
+        flags.check_certify_arguments,
+        "scaled_rope.certificate.command",
+    ),
     "plan": Command(
         "memory and time of a training recipe, and the flags that make it fit",
         flags.add_plan_arguments,

@@ -33,6 +33,7 @@ ATTENTIONS = (
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 KERNELS = ("auto", "torch", "triton", "none")
 TARGETS = ("transformers", "vllm", "sglang", "llama.cpp")
+PROTOCOLS = ("auto", "openai", "sglang", "llama.cpp")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_ALIASES = ("fp32", "bf16", "fp16", "half")
 H100_TFLOPS = 989.0
@@ -431,6 +432,46 @@ def _check_export_output(folder: Path, gguf: str | None, force: bool) -> None:
     there = next((file for file in files if file.exists()), None)
     if there is not None and not force:
         raise ConfigError(f"--output {folder} has a {there.name}; replace it with --force, or choose another folder")
+
+
+def add_certify_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `scaled-rope certify`."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder or hub name of the model that is served, with its weights")
+    add("--server", required=True, metavar="URL", help="as http://127.0.0.1:8000/v1; its key: OPENAI_API_KEY")
+    add("--served-name", "--name", metavar="NAME", help="the model's name there (default: the only one)")
+    add("--scaling", default="checkpoint", metavar="SPEC", help="what it is to run (default: what the checkpoint says)")
+    add("--lengths", metavar="L1,L2,...", help="prompts in tokens (default: up to and around L, and to the target)")
+    add("--text", metavar="FILE", help="text of the prompts (default: Python's own documentation)")
+    add("--protocol", default="auto", metavar="NAME", help=f"{', '.join(PROTOCOLS)} (default: by what the server says)")
+    add(
+        "--dtype",
+        default="auto",
+        help="in which the server computes: float32, bfloat16 or float16 (default: found out)",
+    )
+    add("--server-timeout", type=float, default=600.0, metavar="S", help="seconds to wait for an answer (default 600)")
+    add("--device", help="torch device of the reference (default: the first GPU, else cpu)")
+    add("--html", metavar="FILE", help="write a page with the differences by position")
+    add("--json", action="store_true", help="print a JSON object")
+
+
+def check_certify_arguments(args: argparse.Namespace) -> None:
+    """Refuse what `scaled-rope certify` cannot do, as far as the flags show it."""
+    check_spec(args.scaling)
+    if args.protocol not in PROTOCOLS:
+        raise unknown("protocol", args.protocol, PROTOCOLS)
+    if not args.server_timeout > 0:
+        raise ConfigError(f"--server-timeout {args.server_timeout:g} is not allowed; above 0 seconds")
+    if args.lengths is not None and (lengths := parse_lengths(args.lengths)) and min(lengths) < 2:
+        raise ConfigError(f"--lengths {min(lengths)} is not allowed; at least 2 tokens")
+    if args.text is not None and not Path(args.text).is_file():
+        raise ConfigError(f"--text {args.text} is no file")
+    _check_numbers_and_device(args)
+    if args.html is not None:
+        if Path(args.html).is_dir():
+            raise ConfigError(f"--html {args.html} is a folder; name a file")
+        check_writable(args.html)
+    check_local(args.model)
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:

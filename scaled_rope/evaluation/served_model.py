@@ -143,7 +143,7 @@ class ServedModel:
             ConfigError: no such server, or no such model.
         """
         address = Address.parse(url)
-        listed = _json(address, "GET", "/models", None, seconds)
+        listed = ask_json(address, "GET", "/models", None, seconds)
         entries = listed.get("data") if isinstance(listed, dict) else None
         models = {one["id"]: one for one in entries or () if isinstance(one, dict) and isinstance(one.get("id"), str)}
         if not models:
@@ -203,9 +203,9 @@ class ServedModel:
 
         def ask(asked: tuple[Sequence[int], int]) -> str:
             ids, count = asked
-            self._check_length(len(ids), count)
-            choice, answer = self._choice(ids, {"max_tokens": count})
-            self._check_count(answer, len(ids))
+            self.check_length(len(ids), count)
+            choice, answer = self.choice(ids, {"max_tokens": count})
+            self.check_count(answer, len(ids))
             if not isinstance(choice.get("text"), str):
                 raise ConfigError(f"server {self.address}: an answer without a text")
             return str(choice["text"])
@@ -226,7 +226,7 @@ class ServedModel:
         for way in _WAYS:
             try:
                 self._log_probabilities(probe, way)
-            except _Unsuitable as error:
+            except Unsuitable as error:
                 whys.append(error.why)
                 continue
             self._way = way
@@ -239,28 +239,30 @@ class ServedModel:
         """The log-probabilities of a prompt's tokens, without the first.
 
         Raises:
-            _Unsuitable: the server does not give them in this way, or not those of these tokens.
+            Unsuitable: the server does not give them in this way, or not those of these tokens.
         """
         options = _WAYS[way]
-        self._check_length(len(ids), options["max_tokens"])
-        choice, answer = self._choice(ids, {**options, "return_tokens_as_token_ids": True})
-        self._check_count(answer, len(ids))
+        self.check_length(len(ids), options["max_tokens"])
+        choice, answer = self.choice(ids, {**options, "return_tokens_as_token_ids": True})
+        self.check_count(answer, len(ids))
         try:
             found = _of_prompt_logprobs(choice, ids) if way == "prompt_logprobs" else _of_echo(choice, ids, options)
         except ValueError as error:
-            raise _Unsuitable(self.address, str(error)) from None
+            raise Unsuitable(self.address, str(error)) from None
         for place, value in enumerate(found[1:], start=1):
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or not _NONE < value <= _ABOVE_ZERO:
-                raise _Unsuitable(self.address, f"token {place} of {len(ids)} has the log-probability {value}")
+                raise Unsuitable(self.address, f"token {place} of {len(ids)} has the log-probability {value}")
         return [float(value) for value in found[1:]]
 
-    def _check_length(self, tokens: int, more: int) -> None:
+    def check_length(self, tokens: int, more: int) -> None:
+        """Raise a ConfigError for a prompt and `more` tokens that are longer than the server takes."""
         if self.max_length is not None and tokens + more > self.max_length:
             asked = f"{tokens} tokens" + (f" and {more} more" if more else "")
             raise ConfigError(f"server {self.address}: a prompt of {asked} is beyond its {self.max_length}; --lengths")
 
-    def _check_count(self, answer: Mapping[str, Any], sent: int) -> None:
+    def check_count(self, answer: Mapping[str, Any], sent: int) -> None:
+        """Raise a ConfigError where the server read another number of tokens than were sent."""
         usage = answer.get("usage")
         counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         if isinstance(counted, int) and counted != sent:
@@ -268,16 +270,22 @@ class ServedModel:
                 f"server {self.address}: read {counted} tokens where {sent} were sent; it adds or drops some"
             )
 
-    def _choice(self, ids: Sequence[int], options: Row) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    def choice(self, ids: Sequence[int], options: Row) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Send a prompt of token ids with these options; return the only choice of the answer, and the answer.
+
+        Raises:
+            Unsuitable: the server refuses the request.
+            ConfigError: no answer, or none of that form.
+        """
         body = {"model": self.name, "prompt": [int(one) for one in ids], "temperature": 0.0, **options}
-        answer = _json(self.address, "POST", "/completions", body, self.seconds, f"a prompt of {len(ids)} tokens")
+        answer = ask_json(self.address, "POST", "/completions", body, self.seconds, f"a prompt of {len(ids)} tokens")
         choices = answer.get("choices") if isinstance(answer, dict) else None
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             raise ConfigError(f"server {self.address}: an answer without a choice")
         return choices[0], answer
 
 
-class _Unsuitable(ConfigError):
+class Unsuitable(ConfigError):
     """The server does not do what one way to ask for log-probabilities needs."""
 
     def __init__(self, address: Address, why: str) -> None:
@@ -316,10 +324,13 @@ def _of_prompt_logprobs(choice: Mapping[str, Any], ids: Sequence[int]) -> Sequen
     return values
 
 
-def _json(address: Address, method: str, path: str, body: Row | None, seconds: float, what: str = "the request") -> Any:
+def ask_json(
+    address: Address, method: str, path: str, body: Row | None, seconds: float, what: str = "the request"
+) -> Any:
     """Send a request and read the answer.
 
     Raises:
+        Unsuitable: a status from 400 to 499, but for a key or an address that is not there.
         ConfigError: no answer, or one that says no.
     """
     status, content = address.request(method, address.path + path, body, seconds)
@@ -331,7 +342,7 @@ def _json(address: Address, method: str, path: str, body: Row | None, seconds: f
     if status == 404:
         raise ConfigError(f"server {address}: has no {address.path}{path} (status 404){_said(content)}")
     if 400 <= status < 500:
-        raise _Unsuitable(address, f"refuses {what} (status {status}){_said(content)}")
+        raise Unsuitable(address, f"refuses {what} (status {status}){_said(content)}")
     if status != 200:
         raise ConfigError(f"server {address}: fails at {what} (status {status}){_said(content)}")
     try:

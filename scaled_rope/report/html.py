@@ -210,7 +210,10 @@ def figure_html(figure: Figure, folder: Path) -> str:
     return f"<div class=pair>{picture}{chips}</div>"
 
 
-def _cell(tip: str, text: str, kind: str = "", small: str = "", share: float | None = None, first: bool = False) -> str:
+def cell_html(
+    tip: str, text: str, kind: str = "", small: str = "", share: float | None = None, first: bool = False
+) -> str:
+    """A table cell with a text that is shown on hovering. share: how dark, from 0 to 1; first: found by the tab key."""
     shade = "" if share is None else f' style="--share:{share:.2f}"'
     classes = f' class="{kind}"' if kind else ""
     below = f"<small>{html.escape(small)}</small>" if small else ""
@@ -218,7 +221,8 @@ def _cell(tip: str, text: str, kind: str = "", small: str = "", share: float | N
     return f'<td{classes}{shade} tabindex={index} data-tip="{html.escape(tip)}">{html.escape(text)}{below}</td>'
 
 
-def _rows_html(header: Sequence[str], body: Sequence[str], corner: str = "") -> str:
+def rows_html(header: Sequence[str], body: Sequence[str], corner: str = "") -> str:
+    """A table with these column headings, after one for the rows' names, and rows of HTML."""
     heads = "".join(
         f"<th scope=col{' class=long' if len(text) > 16 else ''}>{html.escape(text)}</th>" for text in (corner, *header)
     )
@@ -240,10 +244,10 @@ def table_html(table: Table, folded: bool = False) -> str:
             tip = about(series.full_name, cell, f"{table.title}, {column}")
             small = f"{cell.interval[0]:.1f}–{cell.interval[1]:.1f}" if whiskers and cell.interval else ""
             shade = cell.share if table.section.topic.by_length else None
-            line += _cell(tip, cell.text, kind, small, shade, first)
+            line += cell_html(tip, cell.text, kind, small, shade, first)
             first = False
         body.append(f"<tr>{line}</tr>")
-    inner = f"<p class=note>{html.escape(' '.join([table.note, *table.remarks]))}</p>{_rows_html(table.columns, body)}"
+    inner = f"<p class=note>{html.escape(' '.join([table.note, *table.remarks]))}</p>{rows_html(table.columns, body)}"
     if folded:
         return f"<details><summary>{html.escape(table.heading)}</summary>{inner}</details>"
     # A table with the heading of its part needs none of its own.
@@ -262,7 +266,7 @@ def summary_html(summary: Summary) -> str:
         body.append(f"<tr><th scope=row>{html.escape(question)}</th>{cells}</tr>")
     return (
         f"<div class='summary{' narrow' if summary.corner else ''}'><p>{html.escape(summary.sentence)}</p>"
-        f"{_rows_html(summary.models, body, summary.corner)}"
+        f"{rows_html(summary.models, body, summary.corner)}"
         f"{''.join(note_html(line) for line in summary.note.splitlines())}</div>"
     )
 
@@ -283,14 +287,14 @@ def paper_table_html(table: PaperTable) -> str:
                 continue
             kind = cell.status.replace(" ", "-") if cell.published is not None else "not-run"
             ours = f"{cell.ours} {SIGNS[cell.status]}" if cell.row else "–"
-            line += _cell(_paper_tip(table, label, column, cell), ours, kind, f"paper {cell.printed}", None, first)
+            line += cell_html(_paper_tip(table, label, column, cell), ours, kind, f"paper {cell.printed}", None, first)
             first = False
         status, words = table.verdict(cells)
         body.append(f"<tr>{line}<td class='status {status.replace(' ', '-')}'>{words}</td></tr>")
     counts = ", ".join(f"{count} {status}" for status, count in table.counts.items())
     note = f"{counts}. = reproduced: within {table.tolerance:g} of the paper; ! differs; – not run. {table.note}"
     columns = [*table.columns, "status"]
-    return f"<h3>{html.escape(table.title)}</h3><p class=note>{html.escape(note)}</p>{_rows_html(columns, body)}"
+    return f"<h3>{html.escape(table.title)}</h3><p class=note>{html.escape(note)}</p>{rows_html(columns, body)}"
 
 
 def _paper_tip(table: PaperTable, label: str, column: str, cell: PaperCell) -> str:

@@ -27,6 +27,9 @@ class CompletionsServer(ThreadingHTTPServer):
         listed: what /v1/models lists.
         key: the API key that it wants.
         asked: the bodies of the requests so far.
+        top: the most log-probabilities per token that it gives; None: any number.
+        as_ids: whether it can say tokens as "token_id:7".
+        most: the most tokens that llama.cpp's endpoint reads; it drops what is more.
     """
 
     daemon_threads = True
@@ -41,6 +44,9 @@ class CompletionsServer(ThreadingHTTPServer):
         self.key: str | None = None
         self.asked: list[dict[str, Any]] = []
         self.paths: list[str] = []
+        self.top: int | None = None
+        self.as_ids = True
+        self.most: int | None = None
         self.lock = threading.Lock()
 
     @property
@@ -103,7 +109,11 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault == "slow":
             time.sleep(3)
-        if fault == "not JSON":
+        if self.path == "/generate" and fault != "broken":
+            self._generate(body)
+        elif self.path == "/completion" and fault != "broken":
+            self._completion(body)
+        elif fault == "not JSON":
             self._send(200, b"<html>a proxy</html>")
         elif fault == "broken":
             self._send(500, {"error": {"message": f"out of memory\nwith {self.headers.get('Authorization')}"}})
@@ -120,6 +130,8 @@ class _Handler(BaseHTTPRequestHandler):
         ids, more = body["prompt"], body["max_tokens"]
         if self.server.fault == "adds a token":
             ids = [0, *ids]
+        if self.server.top is not None and (body.get("logprobs") or 0) > self.server.top:
+            return self._send(400, {"error": {"message": f"logprobs must be at most {self.server.top}"}})
         with self.server.lock, torch.inference_mode():
             new = self._decode(ids, more)
             logs = self.server.model(torch.tensor([ids + new]), use_cache=False).logits[0].double().log_softmax(-1)
@@ -139,14 +151,62 @@ class _Handler(BaseHTTPRequestHandler):
             if self.server.fault in ("above zero", "minus infinity"):
                 values[2] = 0.5 if self.server.fault == "above zero" else -9999.0
             choice["logprobs"] = {"token_logprobs": values, "tokens": tokens}
+            if body["logprobs"] > 1:
+                choice["logprobs"]["top_logprobs"] = [None, *(self._top(row, body) for row in logs[: len(given) - 1])]
             if self.server.fault == "echo without values":
+                choice["logprobs"] = None
+        elif body.get("logprobs"):
+            tops = [self._top(logs[len(ids) - 1 + at], body) for at in range(len(new))]
+            chosen = [float(logs[len(ids) - 1 + at, token]) for at, token in enumerate(new)]
+            names = [self._name(token, body) for token in new]
+            choice["logprobs"] = {"tokens": names, "token_logprobs": chosen, "top_logprobs": tops}
+            if self.server.fault == "no log-probabilities":
                 choice["logprobs"] = None
         if body.get("prompt_logprobs") is not None and "prompt" in self.server.ways:
             choice["prompt_logprobs"] = [None] + [
-                {str(ids[at]): {"logprob": float(logs[at - 1, ids[at]])}} for at in range(1, len(ids))
+                {str(token): {"logprob": float(row[token])} for token in self._best(row, body, ids[at])}
+                for at, row in enumerate(logs[: len(ids) - 1], start=1)
             ]
         usage = {"prompt_tokens": len(ids), "completion_tokens": len(new)}
         self._send(200, {"choices": [choice], "usage": usage})
+
+    def _name(self, token: int, body: dict[str, Any]) -> str:
+        if body.get("return_tokens_as_token_ids") and self.server.as_ids:
+            return f"token_id:{token}"
+        return str(self.server.tokenizer.decode([token]))
+
+    def _best(self, row: torch.Tensor, body: dict[str, Any], asked: int) -> list[int]:
+        return list(dict.fromkeys([asked, *row.topk(max(body["prompt_logprobs"], 0)).indices.tolist()]))
+
+    def _top(self, row: torch.Tensor, body: dict[str, Any]) -> dict[str, float]:
+        values, tokens = row.topk(body["logprobs"])
+        return {self._name(int(token), body): float(value) for token, value in zip(tokens, values, strict=True)}
+
+    def _logs(self, ids: list[int]) -> torch.Tensor:
+        with self.server.lock, torch.inference_mode():
+            return self.server.model(torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
+
+    def _generate(self, body: dict[str, Any]) -> None:
+        """SGLang's native endpoint."""
+        ids, count = body["input_ids"], body["top_logprobs_num"]
+        rows = [
+            [[float(value), int(token), None] for value, token in zip(*row.topk(count), strict=True)]
+            for row in self._logs(ids)
+        ]
+        meta = {"prompt_tokens": len(ids), "input_top_logprobs": [None, *rows[:-1]][body["logprob_start_len"] :]}
+        self._send(200, {"text": "", "meta_info": meta | {"output_top_logprobs": rows[-1:]}})
+
+    def _completion(self, body: dict[str, Any]) -> None:
+        """llama.cpp's native endpoint."""
+        ids = body["prompt"]
+        cut = ids if self.server.most is None else ids[-self.server.most :]
+        values, tokens = self._logs(cut)[-1].topk(body["n_probs"])
+        tops = [
+            {"id": int(token), "token": "", "logprob": float(value)}
+            for value, token in zip(values, tokens, strict=True)
+        ]
+        answer = {"tokens_evaluated": len(cut), "truncated": len(cut) < len(ids)}
+        self._send(200, answer | {"completion_probabilities": [tops[0] | {"top_logprobs": tops}]})
 
     def _decode(self, ids: list[int], count: int) -> list[int]:
         """Greedy decoding, without a cache."""
