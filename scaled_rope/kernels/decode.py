@@ -12,12 +12,16 @@ query: q·R(m0 + j)k = (R(m0)ᵀq)·(R(j)k). One table of a block's length serve
 from __future__ import annotations
 
 import functools
+import logging
 
 import torch
 from torch import Tensor
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.kernels.decode_blocks import blocks_for, device_limits
 from scaled_rope.kernels.rotary import frequency_phases, kernel_backend, tables_from_phases
+
+_LOG = logging.getLogger(__name__)
 
 BLOCK = 512
 """Keys that the torch twin rotates at once: few enough to fit the processor's cache, many enough to be worth a call."""
@@ -41,15 +45,21 @@ class DecodeAngles:
         if inv_freq.dim() != 2:
             raise ConfigError(f"inv_freq {list(inv_freq.shape)}: must be [B or 1, R/2]")
         self.phases = frequency_phases(inv_freq)
+        self.query_positions = query_positions
         self.first_key = first_key
-        # Squared: queries carry the keys' factor too, whose tables then need none. Unrotated dimensions have no factor.
-        factor = torch.as_tensor(attention_factor, device=inv_freq.device).float().reshape(-1, 1, 1) ** 2
-        cos, sin = self._tables(query_positions)
-        self.query = (cos * factor)[:, None], (sin * factor)[:, None]
-        """cos and sin for queries [B or 1, 1, Q, R/2], with both factors."""
+        self.factors = torch.as_tensor(attention_factor, device=inv_freq.device).float().reshape(-1) ** 2
+        """[B or 1]. Squared: queries carry the keys' factor too, whose tables then need none. Unrotated dimensions have
+        no factor."""
 
     def _tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return tables_from_phases(self.phases[:, None], positions, 1.0)
+
+    @functools.cached_property
+    def query(self) -> tuple[Tensor, Tensor]:
+        """cos and sin for queries [B or 1, 1, Q, R/2], with both factors."""
+        cos, sin = self._tables(self.query_positions)
+        factors = self.factors[:, None, None]
+        return (cos * factors)[:, None], (sin * factors)[:, None]
 
     @functools.cached_property
     def within(self) -> tuple[Tensor, Tensor]:
@@ -100,24 +110,27 @@ def rotary_decode(
         ConfigError: shapes or dtypes that do not fit together.
     """
     _check(query, key, value, angles.phases, mask)
-    batch, heads, count, head_dim = query.shape
-    scale = head_dim**-0.5 if scaling is None else scaling
-    wanted = torch.promote_types(query.dtype, torch.float32)
-    cos, sin = angles.query
-    a, b, tail = _parts(query.to(wanted) * scale, cos.shape[-1], interleaved)
-    # Queries of heads that share keys lie side by side, [B, Hkv, H/Hkv·Q, D]; D holds all a, all b, then the rest, for
-    # interleaved pairs too: a product of query and key does not depend on the order of dimensions.
-    turned = torch.cat((a * cos - b * sin, b * cos + a * sin, tail), dim=-1).reshape(batch, key.shape[1], -1, head_dim)
-    if mask is None and count > 1:
-        seen = torch.arange(key.shape[2] - count, key.shape[2], device=query.device)[:, None]
-        mask = (torch.arange(key.shape[2], device=query.device) <= seen)[None, None]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if kernel_backend(query.device, backend) == "triton":
-        from scaled_rope.kernels.decode_triton import launch
+        half, (limit, multiprocessors) = angles.phases.shape[-1], device_limits(query.device)
+        rows = query.shape[1] // key.shape[1] * query.shape[2]
+        blocks = blocks_for(half, query.shape[-1] - 2 * half, value.shape[-1], query.dtype.itemsize, rows, limit)
+        if blocks is not None:
+            from scaled_rope.kernels.decode_triton import launch
 
-        out = launch(turned, key, value, angles.phases, angles.first_key, _boolean(mask), count, interleaved)
-    else:
-        out = _decode_torch(turned, key, value, angles, mask, count, interleaved)
-    return out.view(batch, heads, count, -1).transpose(1, 2).to(query.dtype).contiguous()
+            given = (angles.phases, angles.first_key, angles.query_positions, angles.factors)
+            return launch(query, key, value, *given, mask, scale, interleaved, blocks, multiprocessors)
+        _say_once(query.shape[-1], query.dtype, limit)
+    return _decode_torch(query, key, value, angles, mask, scale, interleaved)
+
+
+@functools.cache
+def _say_once(head_dim: int, dtype: torch.dtype, limit: int) -> None:
+    _LOG.warning(
+        "decoding: heads of %d in %s do not fit the Triton kernel on this device (%d bytes of shared memory); torch "
+        "rotates their keys",
+        head_dim, dtype, limit,
+    )  # fmt: skip
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, phases: Tensor, mask: Tensor | None) -> None:
@@ -140,11 +153,31 @@ def _parts(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor, Ten
     return x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
 
 
-def _boolean(mask: Tensor | None) -> Tensor | None:
-    return mask if mask is None or mask.dtype == torch.bool else mask == 0
-
-
 def _decode_torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    angles: DecodeAngles,
+    mask: Tensor | None,
+    scale: float,
+    interleaved: bool,
+) -> Tensor:
+    """`rotary_decode` in torch."""
+    batch, heads, count, head_dim = query.shape
+    wanted = torch.promote_types(query.dtype, torch.float32)
+    cos, sin = angles.query
+    a, b, tail = _parts(query.to(wanted) * scale, cos.shape[-1], interleaved)
+    # Queries of heads that share keys lie side by side, [B, Hkv, H/Hkv·Q, D]; D holds all a, all b, then the rest, for
+    # interleaved pairs too: a product of query and key does not depend on the order of dimensions.
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin, tail), dim=-1).reshape(batch, key.shape[1], -1, head_dim)
+    if mask is None and count > 1:
+        seen = torch.arange(key.shape[2] - count, key.shape[2], device=query.device)[:, None]
+        mask = (torch.arange(key.shape[2], device=query.device) <= seen)[None, None]
+    out = _attend(turned, key, value, angles, mask, count, interleaved)
+    return out.view(batch, heads, count, -1).transpose(1, 2).to(query.dtype).contiguous()
+
+
+def _attend(
     query: Tensor, key: Tensor, value: Tensor, angles: DecodeAngles, mask: Tensor | None, count: int, interleaved: bool
 ) -> Tensor:
     """Attention [B, Hkv, G, Dv] of queries [B, Hkv, G, D] that are rotated and scaled already; G = H/Hkv · Q."""

@@ -49,6 +49,7 @@ SHAPES = {
     "one query, grouped heads, blocks and a rest": (2, 6, 2, 1, BLOCK + 188, 16, 8, False),
     "some queries, interleaved, a part of the head": (1, 4, 4, 3, 130, 32, 8, True),
     "rows of their own, odd width": (2, 4, 1, 2, 65, 24, 12, False),
+    "one row, in stretches that are merged": (1, 2, 1, 1, 150, 16, 8, False),
     "one key": (1, 2, 1, 1, 1, 16, 8, False),
 }
 
@@ -83,6 +84,30 @@ def test_it_is_attention_over_rotated_keys(backend: str, shape: str) -> None:
     wanted = by_definition(*(x.cpu() for x in half_precision), inv_freq, at, first, seen, factor, interleaved)
     # bfloat16 rounds to 2^-9: rotated keys, weights and the result, each once.
     assert found.dtype == dtype and float((found.cpu().double() - wanted).abs().max()) < 0.03
+
+
+def test_a_query_that_sees_no_key_disturbs_nothing(backend: str) -> None:
+    torch.manual_seed(2)
+    query, key = torch.randn(1, 2, 2, 16, device=DEVICE), torch.randn(1, 1, 8, 16, device=DEVICE)
+    at, first = torch.tensor([[6, 7]], device=DEVICE), torch.tensor([0], device=DEVICE)
+    angles = DecodeAngles(torch.rand(1, 8, device=DEVICE), at, first)
+    mask = torch.ones(1, 1, 2, 8, dtype=torch.bool, device=DEVICE)
+    mask[:, :, 0] = False
+    found = rotary_decode(query, key, key, angles, mask, backend=backend)
+    alone = rotary_decode(query, key, key, angles, mask | True, backend=backend)
+    assert bool(found.isfinite().all())
+    torch.testing.assert_close(found[:, 1], alone[:, 1], rtol=0, atol=1e-6)
+
+
+def test_heads_that_fit_no_block_run_in_torch(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("triton")
+    x, positions = torch.randn(1, 1, 1, 320, device=DEVICE), torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
+    angles = DecodeAngles(torch.rand(1, 160, device=DEVICE), positions, positions[0])
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            torch.testing.assert_close(rotary_decode(x, x, x, angles, backend="triton")[0], x[0])
+    assert [record.message.split(":")[0] for record in caplog.records] == ["decoding"]
+    assert "heads of 320 in torch.float32" in caplog.text
 
 
 def test_strides_and_float64(backend: str) -> None:

@@ -1,0 +1,237 @@
+"""What the compiler says of the Triton kernels on GPUs that are not here: shared memory, registers, spills.
+
+    python benchmarks/kernel_resources.py             # the whole grid, minutes to hours; rows are appended as they come
+    python benchmarks/kernel_resources.py --corners   # the cases that need most, for the tests; writes no file
+    python benchmarks/kernel_resources.py --table     # the table of docs/performance.md from the rows
+
+Every shape that the dispatchers send to a kernel is compiled for sm_80 and sm_90, which needs no GPU, through the
+kernel's own launcher. A program must fit the shared memory of the device and keep its numbers in registers.
+
+Exit code 1 when a kernel does not fit or spills.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError
+from scaled_rope.results import Row, append_row, rows_so_far
+
+ROWS = ROOT / "data" / "benchmarks" / "kernel_resources.jsonl"
+LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
+"""Bytes of shared memory that a program may have, by compute capability."""
+Case = dict[str, Any]
+
+
+def grid() -> Iterator[Case]:
+    """Every kind of shape that is decoded or rotated by a kernel."""
+    # head_dim and half of the rotated dimensions: whole heads, and parts of Phi-2, GLM and GPT-NeoX.
+    shapes = ((64, 32), (80, 40), (96, 48), (128, 64), (192, 96), (256, 128), (80, 16), (128, 32), (256, 32))
+    for capability in (90, 80):
+        for dtype in ("bfloat16", "float32", "float16"):
+            for width, half in shapes if dtype != "float16" else ((128, 64), (256, 128)):
+                for group, count in ((1, 1), (4, 1), (16, 1), (4, 16), (16, 16)):
+                    for interleaved in (False, True):
+                        yield decoding(capability, dtype, width, half, group, count, interleaved)
+        for dtype in ("bfloat16", "float32"):
+            for width, half in ((64, 32), (80, 16), (128, 64), (256, 128)):
+                for tokens in (1, 4096):
+                    for interleaved in (False, True):
+                        for tables in (True, False):
+                            yield rotating(capability, dtype, width, half, tokens, interleaved, tables)
+    for dtype, width in (("bfloat16", 128), ("bfloat16", 256), ("float32", 256)):  # where shared memory is least
+        yield decoding(89, dtype, width, width // 2, 16, 1, False)
+
+
+def corners() -> list[Case]:
+    """The largest programs of each kind; those that did not fit or spilled before blocks followed the shape."""
+    return [
+        decoding(90, "bfloat16", 128, 64, 4, 1, False),
+        decoding(90, "bfloat16", 128, 64, 4, 16, True),
+        decoding(80, "float16", 256, 128, 16, 1, False),
+        decoding(90, "float32", 256, 128, 1, 1, True),
+        decoding(89, "float32", 128, 64, 16, 1, False),
+        rotating(90, "float32", 256, 128, 4096, True, False),
+    ]
+
+
+def decoding(capability: int, dtype: str, width: int, half: int, group: int, count: int, interleaved: bool) -> Case:
+    return {
+        "kernel": "decode", "capability": capability, "dtype": dtype, "head_dim": width, "half": half, "group": group,
+        "count": count, "interleaved": interleaved,
+    }  # fmt: skip
+
+
+def rotating(capability: int, dtype: str, width: int, half: int, tokens: int, interleaved: bool, tables: bool) -> Case:
+    return {
+        "kernel": "rotary", "capability": capability, "dtype": dtype, "head_dim": width, "half": half,
+        "tokens": tokens, "interleaved": interleaved, "tables": tables,
+    }  # fmt: skip
+
+
+class Compiler:
+    """Triton's compiler with a device of choice in place of the one that is, or is not, here."""
+
+    def __init__(self) -> None:
+        import triton
+        from triton.backends.compiler import GPUTarget
+
+        warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+        self.target: Any = None
+        self.found: list[Any] = []
+        self.target_of = lambda capability: GPUTarget("cuda", capability, 32)
+        triton.runtime.driver.set_active(self)  # type: ignore[arg-type]
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def instead_of(self, kernel: Any) -> Any:
+        """A stand-in for a kernel that compiles where it would be launched."""
+        compiler = self
+
+        class Launches:
+            def __getitem__(self, grid: Any) -> Callable[..., None]:
+                def compile_only(*arguments: Any, **options: Any) -> None:
+                    compiler.found.append(kernel.warmup(*arguments, grid=grid, **options))
+
+                return compile_only
+
+        return Launches()
+
+
+def resources(compiled: Any) -> Row:
+    """Shared memory, registers per thread and bytes spilled of a compiled kernel."""
+    import triton.backends.nvidia as backend
+
+    tool = Path(backend.__path__[0]) / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+    return {
+        "shared_bytes": compiled.metadata.shared,
+        "registers": numbers["REG"],
+        "spilled_bytes": numbers["STACK"] + numbers["LOCAL"],
+        "warps": compiled.metadata.num_warps,
+    }
+
+
+def measure(cases: Sequence[Case]) -> Iterator[Row]:
+    """A row per case. Nothing is computed: tensors are only described."""
+    import torch
+
+    from scaled_rope.kernels import decode_triton, rotary_triton
+    from scaled_rope.kernels.decode_blocks import blocks_for
+
+    compiler = Compiler()
+    for module, names in ((decode_triton, ("decode_kernel", "merge_kernel")), (rotary_triton, ("rotary_kernel",))):
+        for name in names:
+            setattr(module, name, compiler.instead_of(getattr(module, name)))
+    for case in cases:
+        compiler.target, dtype = compiler.target_of(case["capability"]), getattr(torch, case["dtype"])
+        compiler.found.clear()
+        width, half, limit = case["head_dim"], case["half"], LIMITS[case["capability"]]
+        row: Row = {**case, "limit_bytes": limit}
+        phases = torch.empty(1, half, dtype=torch.int64)
+        if case["kernel"] == "decode":
+            group, count = case["group"], case["count"]
+            blocks = blocks_for(half, width - 2 * half, width, dtype.itemsize, group * count, limit)
+            if blocks is None:
+                yield row | {"backend": "torch"}
+                continue
+            query = torch.empty(1, 8 * group, count, width, dtype=dtype)
+            key = torch.empty(1, 8, 8192, width, dtype=dtype)
+            places = torch.empty(1, count, dtype=torch.int64)
+            decode_triton.launch(
+                query,
+                key,
+                key,
+                phases,
+                places[0, :1],
+                places,
+                torch.empty(1),
+                None,
+                1.0,
+                case["interleaved"],
+                blocks,
+                132,
+            )
+            row["blocks"] = [blocks.queries, blocks.keys, blocks.stages]
+        else:
+            q, k = (torch.empty(1, case["tokens"], heads, width, dtype=dtype).transpose(1, 2) for heads in (32, 8))
+            table = torch.empty(case["tokens"], half) if case["tables"] else None
+            rotary_triton.launch(
+                q, k, q, k, table, table, None if case["tables"] else phases[0], None, 0, 1.0, True,
+                case["interleaved"], False,
+            )  # fmt: skip
+        found = [resources(compiled) for compiled in compiler.found]
+        yield row | found[0] | {"merge": found[1]} if len(found) > 1 else row | found[0]
+
+
+def good(row: Row) -> bool:
+    """Whether a kernel can be launched on its device and keeps its numbers in registers."""
+    return row.get("backend") == "torch" or (row["shared_bytes"] <= row["limit_bytes"] and not row["spilled_bytes"])
+
+
+def table(rows: Sequence[Row]) -> str:
+    """In Markdown: for each kernel, device and dtype the most shared memory, registers and bytes spilled."""
+    lines = [
+        "| kernel | sm | dtype | shapes | most shared memory (limit) | most registers | spilled |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for kind in dict.fromkeys((row["kernel"], row["capability"], row["dtype"]) for row in rows):
+        of = [row for row in rows if (row["kernel"], row["capability"], row["dtype"]) == kind and "backend" not in row]
+        shared, registers, spilled = (
+            max(row[name] for row in of) for name in ("shared_bytes", "registers", "spilled_bytes")
+        )
+        most = f"{shared:,} ({of[0]['limit_bytes']:,})"
+        lines.append(f"| {kind[0]} | {kind[1]} | {kind[2]} | {len(of)} | {most} | {registers} | {spilled} B |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser("benchmarks/kernel_resources.py", __doc__)
+    parser.add_argument("--corners", action="store_true", help="a few cases; one JSON row per line to standard output")
+    parser.add_argument("--table", action="store_true", help="print the table of the rows and compile nothing")
+    parser.add_argument("--output", type=Path, default=ROWS, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    if args.table:
+        print(table(rows_so_far(args.output)))
+        return 0
+    if os.environ.pop("TRITON_INTERPRET", "0") == "1":
+        raise ConfigError("TRITON_INTERPRET=1: nothing is compiled in the interpreter, unset it")
+    done = [] if args.corners else rows_so_far(args.output)
+    cases = (
+        corners() if args.corners else [one for one in grid() if not any(one.items() <= row.items() for row in done)]
+    )
+    bad = 0
+    for row in measure(cases):
+        bad += not good(row)
+        print(json.dumps(row), flush=True)
+        if not args.corners:
+            append_row(args.output, row)
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
