@@ -277,8 +277,9 @@ def append_row(path: str | Path, row: Mapping[str, Any], once: bool = False) -> 
 
 
 def _holds(data: bytes, key: str) -> bool:
-    """Whether one of the complete lines is a row with this key."""
-    return any(row_key(json.loads(line)) == key for line in data.split(b"\n") if line.strip() and _is_row(line))
+    """Whether one of the complete lines is a row with this key, and of a measurement that did not fail."""
+    rows = (json.loads(line) for line in data.split(b"\n") if line.strip() and _is_row(line))
+    return any(not row.get("error") and row_key(row) == key for row in rows)
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:

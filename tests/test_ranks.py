@@ -21,7 +21,7 @@ from scaled_rope.training.engine import check_can_build
 from scaled_rope.training.run_state import latest_state
 from tests.helpers.optional import needs_liger
 from tests.helpers.rank_worker import keep_states, small_pieces_of_logits, without_dropout
-from tests.helpers.runs import Ranks, free_port, launch, log, same, weights
+from tests.helpers.runs import Ranks, free_port, launch, log, reversed_set, same, weights
 
 ZERO3 = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/zero3.yaml", "--num_processes", "2")
 
@@ -234,9 +234,7 @@ def test_shards_are_continued_by_another_recipe_like_a_whole_state(workspace, tm
     """Moments and step come from the state, rate and data from the recipe; the same on one process and on shards."""
     if engine == "zero3":
         need_deepspeed()
-    shutil.copytree(workspace / "set", tmp_path / "other")
-    tokens = np.fromfile(tmp_path / "other" / "tokens.bin", np.uint16)
-    (tmp_path / "other" / "tokens.bin").write_bytes(tokens[::-1].tobytes())
+    reversed_set(workspace / "set", tmp_path / "other")
     for ranks, kind in ((1, "ddp"), (2, engine)):
         first, second = tmp_path / f"{kind}-first", tmp_path / f"{kind}-second"
         Ranks(workspace, first, ranks, kind, ("--checkpointing-steps", "4"), (keep_states,)).succeed()

@@ -216,6 +216,9 @@ def test_a_row_that_another_process_wrote_meanwhile_is_left_out(tmp_path: Path) 
     assert append_row(path, {**row, "length": 16}, once=True)
     assert append_row(path, row)
     assert [one["length"] for one in read_rows(path)] == [8, 16, 8]
+    failed = {**row, "length": 32, "error": "out of memory"}
+    assert append_row(path, failed, once=True) and append_row(path, {**row, "length": 32}, once=True)
+    assert not append_row(path, {**row, "length": 32}, once=True)
 
 
 @pytest.mark.parametrize("name", ["", " ", "a\nb", "a\x1b[2Jb", "x" * 300, "out/" + "é" * 150])

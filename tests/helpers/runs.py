@@ -21,7 +21,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from scaled_rope.texts.packed import PackedWriter
+from scaled_rope.texts.packed import PackedWriter, open_packed
 from scaled_rope.training.tracking import MEASURED
 from tests.helpers import ROOT, rank_worker
 
@@ -78,6 +78,16 @@ def make_workspace(folder: Path) -> None:
         "heldout": str(folder / "set"), "heldout_lengths": [16, 48], "heldout_steps": 3, "heldout_rows": 3,
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(fields))
+
+
+def reversed_set(source: Path, target: Path) -> None:
+    """Write a packed set with the tokens of another in reverse, and its weights as they are."""
+    rows = open_packed(source)
+    with PackedWriter(target, rows.sequence_length, rows.meta["vocabulary"], rows.weighted) as writer:
+        for index in range(len(rows)):
+            tokens, _ = rows.row(len(rows) - 1 - index)
+            writer.append(tokens[::-1], rows.row(index)[1])
+        writer.close({})
 
 
 def free_port() -> str:

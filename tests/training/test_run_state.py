@@ -10,7 +10,6 @@ import signal
 import time
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,7 +19,7 @@ from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.training import loop
 from scaled_rope.training.run_state import load_state, run_lock, size_text
-from tests.helpers.runs import log, same, weights
+from tests.helpers.runs import log, reversed_set, same, weights
 
 
 @pytest.mark.parametrize(
@@ -127,7 +126,7 @@ def test_a_disk_without_room_is_refused_before_training(workspace, tmp_path, cap
     monkeypatch.setattr("scaled_rope.training.run_state.shutil.disk_usage", lambda path: usage(10**9, 10**9, 1000))
     arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path)]
     assert run_cli(lambda: finetune.main(arguments)) == 2
-    assert "0.0 GB free, the run needs up to" in capsys.readouterr().err
+    assert "has 1 kB free, the run needs up to" in capsys.readouterr().err
     assert not (tmp_path / "train_log.jsonl").exists()
 
 
@@ -219,9 +218,7 @@ def test_states_that_are_none_or_damaged_or_nameless_are_one_line(workspace, sto
 
 def test_a_run_goes_on_with_other_steps_rate_and_data_and_says_so(workspace, straight, stopped, tmp_path, capsys):
     """The second run takes over the first one's weights, moments and step; both recipes are on record."""
-    shutil.copytree(workspace / "set", tmp_path / "other")
-    tokens = np.fromfile(tmp_path / "other" / "tokens.bin", np.uint16)
-    (tmp_path / "other" / "tokens.bin").write_bytes(tokens[::-1].tobytes())
+    reversed_set(workspace / "set", tmp_path / "other")
     state = stopped / "checkpoints" / "step-000006"
     arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), "--continue-from", str(state),
                  "--dataset", str(tmp_path / "other"), "--max-train-steps", "10", "--learning-rate", "1e-3",
