@@ -22,7 +22,7 @@ help:
 	@echo "make check       lint and types only"
 	@echo "make smollm2     evaluate a real model, SmolLM2-135M, under the scalings, without training (under 20 minutes)"
 	@echo "make paper-mini  test the paper's claims on the embedded model, with seeds (52 minutes on 2 cores)"
-	@echo "make base        retrain the embedded base model"
+	@echo "make base        train a new embedded base model (not finished, see docs/log.md)"
 	@echo "make clean       remove out/ (runs and reports); .venv and downloaded data stay"
 	@echo "Add PYTHON=python to use the active environment instead of .venv."
 
