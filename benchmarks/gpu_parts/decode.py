@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.gpu_parts import timing
+from benchmarks.gpu_parts.rotary import beside_copy
 from benchmarks.gpu_parts.rows import add_bandwidth, complete, relative_difference
 from scaled_rope import RopeScaling
 from scaled_rope.kernels import DecodeAngles, rotary_decode, rotate
@@ -18,6 +20,12 @@ from scaled_rope.results import Row
 from scaled_rope.scaling.frequencies import compute_rope
 
 DECODED = (2048, 8192, 32768, 131072)
+NAMED = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+"""torch's backends of attention, by the names that rows have for them."""
 DecodeShape = tuple[int, int, int, int]
 """Rows, query heads, key heads, head_dim."""
 DECODE_SHAPES: tuple[DecodeShape, ...] = ((1, 32, 8, 128), (8, 32, 8, 128), (1, 9, 3, 64))
@@ -56,6 +64,8 @@ def decode_variants() -> dict[str, Variant]:
     found = our_variants()
     found["rotated in memory, then sdpa"] = in_memory
     found["sdpa, no rotation"] = lambda q, k, v, *_: sdpa(q, k, v, enable_gqa=True).transpose(1, 2)
+    for name, kind in NAMED.items():
+        found[f"sdpa {name}, no rotation"] = partial(static_by, kind)
     if importlib.util.find_spec("flash_attn") is not None:
         from flash_attn import flash_attn_with_kvcache
 
@@ -63,6 +73,12 @@ def decode_variants() -> dict[str, Variant]:
             *(x.transpose(1, 2) for x in (q, k, v))
         )
     return found
+
+
+def static_by(kind: SDPBackend, query: Any, key: Any, value: Any, *_: Any) -> Any:
+    """Attention to keys that are rotated already, as static scaling has them, by one of torch's backends."""
+    with sdpa_kernel(kind):
+        return sdpa(query, key, value, enable_gqa=True).transpose(1, 2)
 
 
 def decode_error(run: Variant, shape: DecodeShape, keys: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -82,13 +98,17 @@ def time_decode(run: Variant, shape: DecodeShape, keys: int, dtype: torch.dtype,
         return timing.time_calls([partial(run, *given) for given in sets], size < timing.SHORT_BYTES)
 
 
-def measure(clock: timing.Clock, dtype: torch.dtype = torch.bfloat16) -> Iterator[Row]:
-    """A row per shape, number of keys and variant; bytes are keys and values, read once."""
-    for keys in DECODED:
-        for shape in DECODE_SHAPES:
+def measure(
+    clock: timing.Clock,
+    dtype: torch.dtype = torch.bfloat16,
+    lengths: Sequence[int] | None = None,
+    shapes: Sequence[DecodeShape] | None = None,
+) -> Iterator[Row]:
+    """A row per number of keys, shape and variant; bytes are keys and values, read once."""
+    for keys in lengths or DECODED:
+        for shape in shapes or DECODE_SHAPES:
             batch, _, key_heads, width = shape
             size = 2 * batch * key_heads * keys * width * dtype.itemsize
-            copied = timing.copy_time(size // dtype.itemsize // 2, dtype)  # reads and writes as many bytes in all
             for name, run in decode_variants().items():
                 row: Row = {
                     "metric": "decode",
@@ -96,9 +116,10 @@ def measure(clock: timing.Clock, dtype: torch.dtype = torch.bfloat16) -> Iterato
                     "tokens": keys,
                     "variant": name,
                     "bytes": size,
-                    "copy_seconds": copied["seconds"],
                 }
                 rotates = "no rotation" not in name
                 check = partial(decode_error, run, shape, min(keys, 4096), dtype, torch.device(timing.DEVICE))
-                time_it = partial(time_decode, run, shape, keys, dtype, size)
-                yield add_bandwidth(complete(row, clock, 20, time_it, check if rotates else None))
+                time_it = partial(beside_copy, size, partial(time_decode, run, shape, keys, dtype, size))
+                # Exception: a backend of torch that does not take the shape, or anything else.
+                row = complete(row, clock, 3, time_it, check if rotates else None, refusals=(Exception,))
+                yield add_bandwidth(row)

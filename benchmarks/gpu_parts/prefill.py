@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu_parts import models, timing
-from benchmarks.gpu_parts.rows import add_rate, complete, relative_difference
+from benchmarks.gpu_parts.rows import NO_TIME, add_rate, complete, relative_difference
 from scaled_rope import patch_model, unpatch_model
 from scaled_rope.attention.backends import ATTENTIONS, resolve_attention
 from scaled_rope.errors import ConfigError
@@ -22,6 +22,8 @@ EAGER_LIMIT = 8192
 """The longest length for attention that keeps all scores in memory."""
 KERNELS = ("none", "triton")
 SPEC = "yarn:32"
+BUILD_S = 3.0
+"""Seconds that a model, its float64 twin and their first pass take, about."""
 
 
 def build(name: str, dtype: torch.dtype) -> Any:
@@ -87,10 +89,16 @@ def time_under(under: Under, run: Callable[[], Any]) -> Row:
     return timing.time_model(under(run))
 
 
-def cells(length: int, fastest: list[tuple[str, str]]) -> Iterator[tuple[str, str, list[Any], str]]:
+def cells(
+    length: int, fastest: list[tuple[str, str]], only: Sequence[tuple[str, str]] | None = None
+) -> Iterator[tuple[str, str, list[Any], str]]:
     """The cases to measure at a length: attention, its implementation, torch's backends, and the rotary kernel."""
     for attention, (implementation, allowed) in attentions().items():
         for kernel in KERNELS:
+            if only is not None:
+                if (attention, kernel) in only:
+                    yield attention, implementation, allowed, kernel
+                continue
             if implementation == "eager" and length > EAGER_LIMIT:
                 continue
             if length == max(LENGTHS) and (attention, kernel) not in fastest:
@@ -98,9 +106,28 @@ def cells(length: int, fastest: list[tuple[str, str]]) -> Iterator[tuple[str, st
             yield attention, implementation, allowed, kernel
 
 
-def measure_model(name: str, measured_rate: float, clock: timing.Clock) -> Iterator[Row]:
-    """A row per length, attention and kernel of one model."""
-    tokens = torch.randint(0, models.MODELS[name]["vocab_size"], (1, max(LENGTHS)), device=timing.DEVICE)
+def measure_model(
+    name: str,
+    measured_rate: float,
+    clock: timing.Clock,
+    lengths: Sequence[int] | None = None,
+    only: Sequence[tuple[str, str]] | None = None,
+) -> Iterator[Row]:
+    """A row per length, attention and kernel of one model.
+
+    lengths: default `LENGTHS`; only: the pairs of attention and kernel to measure, default all that are worth it.
+    """
+    lengths = lengths or LENGTHS
+    if clock.left < BUILD_S:
+        for length in lengths:
+            for attention, kernel in only or ():
+                yield {
+                    "metric": "prefill", "model": name, "tokens": length, "attention": attention, "kernel": kernel,
+                    "skipped": NO_TIME,
+                }  # fmt: skip
+        if only:
+            return
+    tokens = torch.randint(0, models.MODELS[name]["vocab_size"], (1, max(lengths)), device=timing.DEVICE)
     checked = tokens[:, : models.CHECKED]
     wanted = last_logits(build(name, torch.float64), checked)
     timing.free()
@@ -108,9 +135,9 @@ def measure_model(name: str, measured_rate: float, clock: timing.Clock) -> Itera
     error = partial(logits_error, model, checked, wanted)
     noise = error()
     speeds: dict[tuple[str, str], float] = {}
-    for length in LENGTHS:
+    for length in lengths:
         fastest, speeds = sorted(speeds, key=speeds.__getitem__)[:2], {}
-        for attention, implementation, allowed, kernel in cells(length, fastest):
+        for attention, implementation, allowed, kernel in cells(length, fastest, only):
             row: Row = {
                 "metric": "prefill",
                 "model": name,
@@ -123,16 +150,20 @@ def measure_model(name: str, measured_rate: float, clock: timing.Clock) -> Itera
             under = partial(with_attention, model, implementation, allowed)
             check = partial(error_under, model, kernel, under, error)
             time_it = partial(time_under, under, partial(last_logits, model, tokens[:, :length]))
-            # RuntimeError: a backend of torch that does not take the shape.
-            row = complete(row, clock, 30, time_it, check, limit=models.NOISE * noise, refusals=(RuntimeError,))
+            # Exception: a backend of torch that does not take the shape.
+            clock.forget()
+            expected = BUILD_S + 8 * models.flops(model.config, length) / (0.3 * measured_rate)
+            row = complete(row, clock, expected, time_it, check, limit=models.NOISE * noise, refusals=(Exception,))
             if "skipped" not in row:
                 speeds[attention, kernel] = row["seconds"]
             yield add_rate(row, models.flops(model.config, length))
 
 
-def measure(clock: timing.Clock) -> Iterator[Row]:
+def measure(
+    clock: timing.Clock, lengths: Sequence[int] | None = None, only: Sequence[tuple[str, str]] | None = None
+) -> Iterator[Row]:
     """A row per model, length, attention and kernel. The longest length is for the two fastest at the one before."""
     measured_rate = timing.matmul_rate()
     for name in models.MODELS:
-        yield from measure_model(name, measured_rate, clock)
+        yield from measure_model(name, measured_rate, clock, lengths, only)
         timing.free()

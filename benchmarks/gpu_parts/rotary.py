@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,9 @@ from benchmarks.gpu_parts import rotary_cases, timing
 from benchmarks.gpu_parts.rotary_cases import Inputs, Pair, Shape, Variant, make_inputs
 from benchmarks.gpu_parts.rows import add_bandwidth, complete
 from scaled_rope.results import Row
+
+FEW = 32
+"""The most tokens of a call of which the host's time counts."""
 
 
 def rotation_error(out: Any, x: Any, inputs: Inputs, inverse: bool = False) -> float:
@@ -66,7 +69,16 @@ def time_forward(variant: Variant, shape: Shape, tokens: int, dtype: torch.dtype
     timing.free()
     first, pairs, short = input_sets(shape, tokens, dtype)
     with torch.no_grad():
-        return timing.time_calls([partial(variant, q, k, first) for q, k in pairs], short)
+        return timed([partial(variant, q, k, first) for q, k in pairs], short, tokens)
+
+
+def timed(calls: list[Callable[[], Any]], short: bool, tokens: int) -> Row:
+    """Times of a call; of few tokens without a CUDA graph too, launches included, and of the host alone."""
+    row = timing.time_calls(calls, short)
+    if tokens <= FEW:
+        row["seconds_without_graph"] = timing.time_calls(calls, False, head_start=False)["seconds"]
+        row["host_seconds"] = timing.host_seconds(calls)
+    return row
 
 
 @dataclass(frozen=True)
@@ -83,26 +95,49 @@ class Direction:
 FORWARD = Direction("rotary forward", forward_error, time_forward)
 
 
-def measure(clock: timing.Clock, direction: Direction = FORWARD) -> Iterator[Row]:
-    """A row per shape, length and variant; beside it the copy of as many bytes."""
+def touched_bytes(name: str, shape: Shape, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of the tensors that a variant is given to read and to write: q, k and tables, of each what it needs."""
+    in_place = name == "ours, in place"  # where dimensions that are not rotated stay as they are
+    width = shape.rotary_dim if in_place else shape.head_dim
+    moved = 2 * tokens * (shape.heads + shape.kv_heads) * width * dtype.itemsize
+    if name == "ours, no tables":
+        return moved
+    half = shape.rotary_dim // 2
+    if name.startswith("ours") or name == "flash-attn":
+        return moved + 2 * tokens * half * (4 if name.startswith("ours") else dtype.itemsize)
+    return moved + 4 * tokens * half * dtype.itemsize
+
+
+def measure(
+    clock: timing.Clock,
+    direction: Direction = FORWARD,
+    lengths: Sequence[int] | None = None,
+    shapes: Sequence[Shape] | None = None,
+) -> Iterator[Row]:
+    """A row per length, shape and variant, with the seconds of a copy of as many bytes. Ours and eager come first, what
+    has to be compiled last."""
     dtype, device = torch.bfloat16, torch.device(timing.DEVICE)
-    for tokens in rotary_cases.TOKENS:
-        for shape in rotary_cases.SHAPES:
-            if shape.documents and tokens < 4096:
-                continue
-            copied = timing.copy_time(shape.elements(tokens), dtype)
-            timing.free()
+    cases = [
+        (tokens, shape) for tokens in lengths or rotary_cases.TOKENS for shape in shapes or rotary_cases.SHAPES
+        if not (shape.documents and tokens < 4096)
+    ]  # fmt: skip
+    for compiled in (False, True):
+        for tokens, shape in cases:
             for name, variant in rotary_cases.variants(shape).items():
-                if name in direction.left_out:
+                if name in direction.left_out or (name == rotary_cases.COMPILED) != compiled:
                     continue
+                size = touched_bytes(name, shape, tokens, dtype)
                 row: Row = {
-                    "metric": direction.metric,
-                    "shape": shape.name,
-                    "tokens": tokens,
-                    "variant": name,
-                    "bytes": 2 * shape.elements(tokens) * dtype.itemsize,
-                    "copy_seconds": copied["seconds"],
-                }
+                    "metric": direction.metric, "shape": shape.name, "tokens": tokens, "variant": name, "bytes": size,
+                }  # fmt: skip
                 check = partial(direction.error, variant, shape, tokens, dtype, device)
-                time_it = partial(direction.time, variant, shape, tokens, dtype)
-                yield add_bandwidth(complete(row, clock, 20, time_it, check))
+                time_it = partial(beside_copy, size, partial(direction.time, variant, shape, tokens, dtype))
+                # Exception: whatever a variant fails with, the others are measured.
+                yield add_bandwidth(complete(row, clock, 8 if compiled else 3, time_it, check, refusals=(Exception,)))
+
+
+def beside_copy(size: int, time_it: Callable[[], Row]) -> Row:
+    """Times, and beside them that of a copy of as many bytes."""
+    row = time_it()
+    timing.free()
+    return row | {"copy_seconds": timing.copy_seconds(size)}

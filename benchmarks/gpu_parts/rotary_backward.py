@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -39,13 +39,15 @@ def time_backward(variant: Variant, shape: Shape, tokens: int, dtype: torch.dtyp
         out = variant(q.requires_grad_(), k.requires_grad_(), first)
         gradients = [torch.randn_like(x) for x in out]
         calls.append(partial(torch.autograd.grad, out, (q, k), gradients, retain_graph=True))
-    return timing.time_calls(calls, short)
+    return rotary.timed(calls, short, tokens)
 
 
 # With gradients, "in place" does the same as "ours, tables", in a launch each for q and k.
 BACKWARD = rotary.Direction("rotary backward", backward_error, time_backward, left_out=("ours, in place",))
 
 
-def measure(clock: timing.Clock) -> Iterator[Row]:
-    """A row per shape, length and variant; beside it the copy of as many bytes."""
-    return rotary.measure(clock, BACKWARD)
+def measure(
+    clock: timing.Clock, lengths: Sequence[int] | None = None, shapes: Sequence[Shape] | None = None
+) -> Iterator[Row]:
+    """A row per length, shape and variant, with the seconds of a copy of as many bytes."""
+    return rotary.measure(clock, BACKWARD, lengths, shapes)

@@ -108,6 +108,7 @@ def eager(q: Any, k: Any, cos: Any, sin: Any) -> Pair:
     return tuple(torch.cat((a, x[..., width:]), dim=-1) for a, x in zip(rotated, (q, k), strict=True))  # type: ignore
 
 
+COMPILED = "transformers, compiled"
 Variant = Callable[[Any, Any, Inputs], Pair]
 
 
@@ -130,16 +131,22 @@ def variants(shape: Shape) -> dict[str, Variant]:
     torch.compiler.reset()  # compilations for other shapes count towards its limit
     compiled = torch.compile(eager, dynamic=False)
     found["transformers, eager"] = lambda q, k, x: eager(q, k, x.wide_cos, x.wide_sin)
-    found["transformers, compiled"] = lambda q, k, x: compiled(q, k, x.wide_cos, x.wide_sin)
+    found[COMPILED] = lambda q, k, x: compiled(q, k, x.wide_cos, x.wide_sin)
     whole = shape.rotary_dim == shape.head_dim
     if importlib.util.find_spec("liger_kernel") and whole:
-        from liger_kernel.transformers.rope import liger_rotary_pos_emb
 
-        found["Liger"] = lambda q, k, x: liger_rotary_pos_emb(q, k, x.wide_cos, x.wide_sin)
+        def liger(q: Any, k: Any, x: Inputs) -> Pair:
+            from liger_kernel.transformers.rope import liger_rotary_pos_emb  # here, so that a failure is its row's
+
+            result: Pair = liger_rotary_pos_emb(q, k, x.wide_cos, x.wide_sin)
+            return result
+
+        found["Liger"] = liger
     if importlib.util.find_spec("flash_attn") and not shape.documents:
-        from flash_attn.layers.rotary import apply_rotary_emb
 
         def flash(q: Any, k: Any, x: Inputs) -> Pair:
+            from flash_attn.layers.rotary import apply_rotary_emb
+
             half = x.wide_cos.shape[-1] // 2
             cos, sin = x.wide_cos[0, :, :half], x.wide_sin[0, :, :half]
             a, b = (apply_rotary_emb(y.transpose(1, 2), cos, sin) for y in (q, k))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from scaled_rope.results import OUT_OF_MEMORY, Row, package_version
 
 NO_TIME = "no time left"
 WRONG = "wrong"
+KNOWN = "measured before"
+"""Of a case that an earlier run of the same code has measured on the same GPU: no row is written."""
+IDENTITY = ("metric", "shape", "model", "tokens", "variant", "kernel", "dtype")
 TOLERANCE = 8e-3
 """Largest relative error of a variant in bf16.
 
@@ -25,6 +29,21 @@ product have about twice that, three times with sums. A wrong angle makes 1e-1 a
 def relative_difference(out: Any, wanted: Any) -> float:
     """‖out - wanted‖ / ‖wanted‖ in float64."""
     return float((out.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def key(row: Row) -> tuple[Any, ...]:
+    """What a row measured, whatever came out."""
+    # Which attention ran is a result where variants have names of their own.
+    return *(row.get(name) for name in IDENTITY), None if "variant" in row else row.get("attention")
+
+
+def known_rows(rows: Iterable[Row], about: Row) -> set[tuple[Any, ...]]:
+    """Keys of the rows that this code has measured on this GPU: all but those for which no time was left."""
+    same = ("commit", "device", "driver")
+    return {
+        key(row) for row in rows
+        if row.get("skipped") != NO_TIME and all(row.get(name) == about.get(name) for name in same)
+    }  # fmt: skip
 
 
 def complete(
@@ -40,13 +59,18 @@ def complete(
 
     Args:
         row: the fields that identify the case.
-        needed_s: seconds that must be left on the clock.
+        needed_s: seconds that must be left on the clock for the first case of its metric and variant; later ones are
+            expected to take as long as the one before.
         time_it: measures, and returns the fields to add to the row.
         check: returns the variant's error. A variant whose error is not below `limit` (NaN is not) is not timed.
         refusals: exceptions by which a variant says that it cannot run here; running out of memory always is one.
     """
-    if clock.left < needed_s:
+    if key(row) in clock.done:
+        return row | {"skipped": KNOWN}
+    kind = f"{row.get('metric')} {row.get('variant')}"
+    if clock.left < clock.needed(kind, needed_s):
         return row | {"skipped": NO_TIME}
+    started = time.monotonic()
     try:
         if check is not None:
             row["error"] = check()
@@ -56,9 +80,11 @@ def complete(
     except torch.OutOfMemoryError:
         row["skipped"] = OUT_OF_MEMORY
     except refusals as problem:
-        row["skipped"] = str(problem) if isinstance(problem, ConfigError) else str(problem).splitlines()[0][:120]
+        said = str(problem) if isinstance(problem, ConfigError) else [*str(problem).splitlines(), ""][0][:120]
+        row["skipped"] = said or type(problem).__name__
     finally:
         timing.free()
+        clock.took(kind, time.monotonic() - started)
     return row
 
 
@@ -98,14 +124,23 @@ def machine() -> Row:
 
 def show(row: Row) -> str:
     """A row as a line of text."""
-    words = [row["metric"], row.get("shape") or row["model"], f"T={row['tokens']}"]
+    words = [row["metric"], row.get("shape") or row.get("model") or "", f"T={row['tokens']}"]
     words += [row["variant"]] if "variant" in row else [row["attention"], f"kernel {row['kernel']}"]
+    words += [row["dtype"]] if "dtype" in row else []
     if "skipped" in row:
         return f"{', '.join(words)}: {row['skipped']}"
-    if "bytes_per_second" in row:
+    if "seconds" not in row:
+        return f"{', '.join(words)}: error {row['error']:.1e}"
+    if "flops_per_second" in row:
+        speed = f"{row['flops_per_second'] / 1e12:.0f} TFLOP/s"
+    elif "share_of_copy" not in row and "bytes_per_second" in row:
+        speed = f"{row['bytes_per_second'] / 1e9:.0f} GB/s"
+    elif "bytes_per_second" in row:
         speed = f"{row['bytes_per_second'] / 1e9:.0f} GB/s, {100 * row['share_of_copy']:.0f} % of a copy"
     else:
         used = "" if row["mfu"] is None else f", {100 * row['mfu']:.0f} % of the peak rate"
         speed = f"{row['tokens_per_second']:.0f} tokens/s{used}, peak {row['peak_bytes'] / 2**30:.1f} GiB"
+    if "host_seconds" in row:
+        speed += f", host {row['host_seconds'] * 1e6:.1f} us"
     error = f", error {row['error']:.1e}" if "error" in row else ""
     return f"{', '.join(words)}: {row['seconds'] * 1e6:.1f} us, {speed}{error}"

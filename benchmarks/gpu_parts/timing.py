@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,8 @@ ROTATED_BYTES = 2**28
 """Bytes of inputs to rotate among: five times the L2 cache of an H100."""
 RUNS = 20, 500
 """Fewest and most timings of which the median is taken; three where a call takes seconds."""
+HOST_RUNS = 5, 100
+"""Rounds, and calls in each, of which the host's time is taken: few enough that the GPU's queue never fills."""
 SHORT_BYTES = 2**26
 """Calls that move less than this are timed in a CUDA graph."""
 HEAD_START_CYCLES = 1_000_000
@@ -25,14 +28,30 @@ HEAD_START_CYCLES = 1_000_000
 
 
 class Clock:
-    """The time limit of a part, in seconds."""
+    """The time limit of a part in seconds, and what the part need not measure again.
 
-    def __init__(self, limit: float) -> None:
+    done: keys (`rows.key`) of the rows that this code has measured on this GPU.
+    """
+
+    def __init__(self, limit: float, done: Collection[Hashable] = ()) -> None:
         self.end = time.monotonic() + limit
+        self.done = done
+        self._cost: dict[str, float] = {}
 
     @property
     def left(self) -> float:
         return self.end - time.monotonic()
+
+    def needed(self, kind: str, guess: float) -> float:
+        """Seconds that must be left for another case of a kind: what the last one took and a half more, or a guess."""
+        return 1.5 * self._cost[kind] if kind in self._cost else guess
+
+    def forget(self) -> None:
+        """Go by guesses again, where the next case is of another size."""
+        self._cost.clear()
+
+    def took(self, kind: str, seconds: float) -> None:
+        self._cost[kind] = seconds
 
 
 def free() -> None:
@@ -51,11 +70,12 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return tuple(ordered[round(share * (len(ordered) - 1))] for share in (0.25, 0.5, 0.75))  # type: ignore[return-value]
 
 
-def time_calls(calls: Sequence[Callable[[], Any]], short: bool, budget_s: float = 0.3) -> Row:
+def time_calls(calls: Sequence[Callable[[], Any]], short: bool, budget_s: float = 0.3, head_start: bool = True) -> Row:
     """Time calls that use buffers of their own by CUDA events; return seconds per call.
 
     short: whether launches would be a good part of the time; then all calls are captured into one CUDA graph, whose
-    replays are timed. Where that fails, launches are part of the time and the row says so.
+    replays are timed. Where that fails, launches are part of the time and the row says so. head_start: whether the
+    GPU is kept busy until the call is queued; without, the time of the host counts where it is the longer one.
     """
     for call in calls:
         call()
@@ -80,7 +100,8 @@ def time_calls(calls: Sequence[Callable[[], Any]], short: bool, budget_s: float 
             break  # calls of a second and more
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         run = runs[len(times) % len(runs)]
-        torch.cuda._sleep(HEAD_START_CYCLES)
+        if head_start:
+            torch.cuda._sleep(HEAD_START_CYCLES)
         start.record()
         run()
         end.record()
@@ -90,13 +111,33 @@ def time_calls(calls: Sequence[Callable[[], Any]], short: bool, budget_s: float 
     return {"seconds": median, "seconds_quartiles": [low, high], "runs": len(times), "timing": method}
 
 
+def host_seconds(calls: Sequence[Callable[[], Any]]) -> float:
+    """Seconds that the host needs for a call, the GPU being left to follow: the median of some rounds of calls."""
+    found = []
+    rounds, each = HOST_RUNS
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for index in range(each):
+            calls[index % len(calls)]()
+        found.append((time.perf_counter() - started) / each)
+    torch.cuda.synchronize()
+    return quartiles(found)[1]
+
+
 def time_model(run: Callable[[], Any]) -> Row:
     """`time_calls` of one long call, and the most memory that was allocated during it, in bytes."""
     run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    timed = time_calls([run], short=False, budget_s=1.0)
+    timed = time_calls([run], short=False, budget_s=0.2)
     return timed | {"peak_bytes": torch.cuda.max_memory_allocated()}
+
+
+@functools.cache
+def copy_seconds(size: int, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Seconds of a device-to-device copy that moves `size` bytes, half of them read and half written."""
+    return float(copy_time(max(1, size // dtype.itemsize // 2), dtype)["seconds"])
 
 
 def copy_time(elements: int, dtype: torch.dtype) -> Row:
@@ -108,6 +149,7 @@ def copy_time(elements: int, dtype: torch.dtype) -> Row:
     return time_calls(calls, short=2 * size < SHORT_BYTES)
 
 
+@functools.cache
 def matmul_rate(size: int = 8192) -> float:
     """Floating-point operations per second of a large bf16 matrix product of random numbers."""
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))

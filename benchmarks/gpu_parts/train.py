@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu_parts import models, timing
 from benchmarks.gpu_parts.models import THETA
-from benchmarks.gpu_parts.rows import NO_TIME, WRONG, add_rate, complete, relative_difference
+from benchmarks.gpu_parts.rows import WRONG, add_rate, complete, relative_difference
 from scaled_rope import patch_model, unpatch_model
 from scaled_rope.attention.backends import resolve_attention
-from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loss import resolve_loss
 from scaled_rope.recipes import Recipe, make_recipe
-from scaled_rope.results import Row, rows_so_far
+from scaled_rope.results import Row
 from scaled_rope.training.loop import make_optimizer
 from scaled_rope.training.model import SummedLoss, build_model, enable_checkpointing
 
@@ -171,15 +169,6 @@ def training_cases() -> list[tuple[str, int, str]]:
             for name in models.MODELS for length in TRAINED for variant in variants]  # fmt: skip
 
 
-def training_rows(path: Path, about: Row) -> list[Row]:
-    """The training rows of a file that this code has measured on this GPU."""
-    same = ("commit", "device", "driver")
-    return [
-        row for row in rows_so_far(path)
-        if row["metric"] == METRIC and all(row.get(name) == about[name] for name in same)
-    ]  # fmt: skip
-
-
 class References:
     """Reference gradients by model, each computed once."""
 
@@ -195,30 +184,30 @@ class References:
         return {"noise": self.found[name][1]} | time_ours(name, variant, tokens, *self.found[name])
 
 
-def measure(clock: timing.Clock, done: Sequence[Row] = ()) -> Iterator[Row]:
+def measure(clock: timing.Clock, cases: Sequence[tuple[str, int, str]] | None = None) -> Iterator[Row]:
     """A row per model, length and variant: optimizer steps over one sequence, float32 weights, bf16 products.
 
-    Cases in `done` that were measured, or found not to fit, are left out, so a part that ran out of time continues
-    where it stopped.
+    cases: model, length and variant; default all.
     """
-    finished = {(row["model"], row["tokens"], row["variant"]) for row in done if row.get("skipped") != NO_TIME}
-    cases = [case for case in training_cases() if case not in finished]
     # Seconds per operation at the last length, from which the time of the next one is expected.
-    rates = {(row["model"], row["variant"]): row["seconds"] / row["flops"] for row in done if "seconds" in row}
+    rates: dict[tuple[str, str], float] = {}
     references = References()
-    measured_rate = timing.matmul_rate() if cases else 0.0
-    for name, length, variant in cases:
+    measured_rate = timing.matmul_rate() if clock.left > 0 else 0.0
+    for name, length, variant in cases or training_cases():
         row: Row = {
             "metric": METRIC, "model": name, "tokens": length, "variant": variant,
             "matmul_flops_per_second": measured_rate,
         }  # fmt: skip
         operations = training_flops(name, length, lora=variant == "ours, lora")
-        expected = 20 + (STEPS + 1) * operations * rates.get((name, variant), rates.get((name, "ours"), 0.0))
+        # A third of the peak rate where nothing is known yet.
+        guess = 3 / measured_rate if measured_rate else 0.0
+        expected = 8 + (STEPS + 1) * operations * rates.get((name, variant), rates.get((name, "ours"), guess))
         torch.manual_seed(0)
         tokens = torch.randint(0, models.MODELS[name]["vocab_size"], (1, length), device=timing.DEVICE)
         time_it = partial(references.time_case, name, variant, tokens)
-        # ConfigError: what is not installed.
-        row = add_rate(complete(row, clock, expected, time_it, refusals=(RuntimeError, ConfigError)), operations)
+        clock.forget()  # the lengths differ, and so does the time
+        # Exception: what is not installed, or anything else.
+        row = add_rate(complete(row, clock, expected, time_it, refusals=(Exception,)), operations)
         if "skipped" not in row:
             rates[name, variant] = row["seconds"] / operations
         yield row

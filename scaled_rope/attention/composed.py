@@ -14,57 +14,73 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from einops import repeat
 from torch import Tensor
 
 from scaled_rope.attention.regions import Regions, length_factor, rotated
 
 Attend = Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
-"""(q [B, H, Q, D], k [B, H, N, D], v [B, H, N, V], scale, causal) -> attention [B, H, Q, V] and the log-sum-exp of its
-scores, float32 [B, H, Q]. Causal: Q = N, and query t sees keys 0 to t."""
+"""(q [B, H, Q, D], k [B, K, N, D], v [B, K, N, V], scale, causal) -> attention [B, H, Q, V] and the log-sum-exp of its
+scores, float32 [B, H, Q]. K divides H. Causal: Q = N, and query t sees keys 0 to t."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring places in a text, from `start` up to `stop`, read backwards or not."""
+
+    start: int
+    stop: int
+    backwards: bool = False
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def of(self, x: Tensor) -> Tensor:
+        """These places of x [B, H, T, ...]: a view, or a copy backwards."""
+        return self.turned(x[:, :, self.start : self.stop])
+
+    def turned(self, x: Tensor) -> Tensor:
+        return x.flip(2) if self.backwards else x
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The queries and keys of one attention call, by their places in the text, which may run backwards."""
+    """The queries and keys of one attention call."""
 
     region: int
-    queries: Tensor
-    keys: Tensor
+    queries: Span
+    keys: Span
     causal: bool
 
 
 def pieces(regions: Regions, length: int) -> Iterator[Piece]:
     """Cut what `length` queries see of as many keys into pieces, each pair in one; a query's first piece is causal."""
-    at = torch.arange(length)
     if regions.period is not None:
         # All queries up to the next jump see the same keys of earlier regions.
         for start in range(0, length, regions.period):
-            block = at[start : start + regions.period]
+            block = Span(start, min(start + regions.period, length))
             yield Piece(0, block, block, causal=True)
             stop = start
             for index, region in enumerate(regions.near_to_far[1:], start=1):
                 first = max(0, region.start(start))
                 if first < stop:
-                    yield Piece(index, block, at[first:stop], causal=False)
+                    yield Piece(index, block, Span(first, stop), causal=False)
                 stop = first
         return
     # Two regions, the nearer as wide as a window; the further one is a triangle.
     window = 1 - regions.near_to_far[0].start(0)
     for start in range(0, length, window):
-        block = at[start : start + window]
+        block = Span(start, min(start + window, length))
         yield Piece(0, block, block, causal=True)
         if start and window > 1:
             # Of the window - 1 keys before the block, its first query sees all and each next one fewer from the left:
             # read backwards, that is a triangle, beside a rectangle where the text ends within the block.
-            seen = at[start - window + 1 : start].flip(0)
-            asking = block[: window - 1].flip(0)
-            rest = len(seen) - len(asking)
-            if rest:
-                yield Piece(0, asking, seen[:rest], causal=False)
-            yield Piece(0, asking, seen[rest:], causal=True)
+            count = min(window - 1, len(block))
+            first, edge = start - window + 1, start - window + 1 + count
+            if edge < start:
+                yield Piece(0, Span(start, start + count), Span(edge, start), causal=False)
+            yield Piece(0, Span(start, start + count, backwards=True), Span(first, edge, backwards=True), causal=True)
     if length > window:
-        yield Piece(1, at[window:], at[: length - window], causal=True)
+        yield Piece(1, Span(window, length), Span(0, length - window), causal=True)
 
 
 def composed_attention(
@@ -88,42 +104,40 @@ def composed_attention(
         [B, H, T, V] in the dtype of q. Rotation and merging are float32 (float64 for float64).
     """
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    length, groups = q.shape[2], q.shape[1] // k.shape[1]
+    length = q.shape[2]
     inv_freq = inv_freq.to(q.device, exact)
     positions = torch.arange(length, device=q.device)
     queries = q.to(exact)
     if regions.log_length is not None:
         queries = queries * length_factor(positions, regions.log_length).to(exact)[:, None]
-    v = repeat(v, "b k t v -> b (k group) t v", group=groups)
     turned = [
         (
             rotated(queries, region.query(positions), inv_freq, interleaved).to(q.dtype),
-            repeat(
-                rotated(k.to(exact), region.key(positions), inv_freq, interleaved).to(q.dtype),
-                "b k t d -> b (k group) t d",
-                group=groups,
-            ),
+            rotated(k.to(exact), region.key(positions), inv_freq, interleaved).to(q.dtype),
         )
         for region in regions.near_to_far
     ]
     out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=exact, device=q.device)
     total = torch.full(q.shape[:-1], -torch.inf, dtype=exact, device=q.device)
     for piece in pieces(regions, length):
-        asking, seen = piece.queries.to(q.device), piece.keys.to(q.device)
         region_q, region_k = turned[piece.region]
-        part, lse = attend(region_q[:, :, asking], region_k[:, :, seen], v[:, :, seen], scale, piece.causal)
+        asking, seen = piece.queries, piece.keys
+        part, lse = attend(asking.of(region_q), seen.of(region_k), seen.of(v), scale, piece.causal)
+        part, lse = asking.turned(part).to(exact), asking.turned(lse).to(exact)
         # exp(lse) is the sum that the piece's softmax has divided by; pieces are weighted by their share of all of it.
         # The first piece of a query is causal and so sees a key: from then on its total is finite, and no weight NaN.
-        before, lse = total[:, :, asking], lse.to(exact)
+        before, so_far = (x[:, :, asking.start : asking.stop] for x in (total, out))
         merged = torch.logaddexp(before, lse)
-        kept = out[:, :, asking] * (before - merged).exp()[..., None]
-        out[:, :, asking] = kept + part.to(exact) * (lse - merged).exp()[..., None]
-        total[:, :, asking] = merged
+        so_far.mul_((before - merged).exp()[..., None]).addcmul_(part, (lse - merged).exp()[..., None])
+        before.copy_(merged)
     return out.to(q.dtype)
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """PyTorch's own FlashAttention, on CUDA or a CPU, with the log-sum-exp that it keeps for its backward pass."""
+    """PyTorch's own FlashAttention, on CUDA or a CPU, with the log-sum-exp that it keeps for its backward pass.
+
+    It takes fewer key heads than query heads as they are. Keys and values need not be contiguous.
+    """
     if q.device.type == "cpu":
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     else:

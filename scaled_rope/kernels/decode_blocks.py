@@ -60,6 +60,8 @@ def blocks_for(half: int, tail: int, width: int, itemsize: int, rows: int, limit
         queries, keys, stages = 16, 32, 3
     elif rows > 16:
         queries, keys, stages = 32, 32, 3
+    elif widest <= 64:
+        queries, keys, stages = 16, 32, 4
     else:
         queries, keys, stages = 16, 32 if tail else 64, 3
     while stages and shared_bytes(Blocks(queries, keys, warps, stages), head, width, itemsize) > limit:

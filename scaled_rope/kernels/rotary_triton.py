@@ -14,6 +14,8 @@ point operations. What the kernel does about it:
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton
@@ -205,6 +207,27 @@ def blocks(tokens: int, q_heads: int, k_heads: int, half: int, heads_first: bool
     return block_t, block_h, parts, warps
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """What follows from the shapes, strides and flags of a call: kept, since working it out takes as long as a call."""
+
+    grid: tuple[int, int, int]
+    tokens: int
+    seq_len: int
+    table_rows: int
+    strides: tuple[int, ...]
+    constants: dict[str, Any]
+    """The kernel's compile-time arguments, in their order."""
+    warps: int
+    compiled: dict[tuple[int, bool], Any] = field(default_factory=dict)
+    """The compiled kernel by what else Triton distinguishes: the alignment of pointers, the size of an offset."""
+
+
+_GEOMETRIES: dict[tuple[Any, ...], Geometry] = {}
+_KEPT = 4096
+"""Geometries that are kept; a program that has more begins anew."""
+
+
 def launch(
     q: Tensor,
     k: Tensor,
@@ -225,13 +248,71 @@ def launch(
     Raises:
         ConfigError: 2^31 tokens or more.
     """
+    flags = (heads_first, interleaved, inverse, q_out is q)
+    # Queries and keys are described whole, outputs by their strides: the rest of them is the same.
+    key = (
+        q.shape, q.stride(), k.shape, k.stride(), q_out.stride(), k_out.stride(), q.dtype, q.device,
+        None if cos is None else (cos.shape, cos.stride(), cos.dtype),
+        None if phases is None else phases.shape,
+        None if position_ids is None else (position_ids.shape, position_ids.stride(), position_ids.dtype),
+        flags,
+    )  # fmt: skip
+    found = _GEOMETRIES.get(key)
+    if found is None:
+        if len(_GEOMETRIES) >= _KEPT:
+            _GEOMETRIES.clear()
+        found = _GEOMETRIES[key] = _geometry(q, k, q_out, k_out, cos, phases, position_ids, *flags)
+    tensors = (q, k, q_out, k_out, cos, sin, phases, position_ids)
+    numbers = (found.tokens, found.seq_len, offset, found.table_rows, attention_factor)
+    if q.device.type != "cuda":
+        _launch(found, tensors, numbers)
+    elif q.device.index == torch.cuda.current_device():
+        _launch_known(found, tensors, numbers)
+    else:
+        with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+            _launch_known(found, tensors, numbers)
+
+
+def _launch_known(found: Geometry, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]) -> None:
+    """Launch the kernel that is compiled already, past Triton's search for it, which takes most of a short call."""
+    aligned = 0
+    for tensor in tensors:
+        aligned = 2 * aligned + (tensor is None or tensor.data_ptr() % 16 == 0)
+    key = aligned, -(2**31) <= numbers[2] < 2**31
+    compiled = found.compiled.get(key)
+    if compiled is None:
+        found.compiled[key] = _launch(found, tensors, numbers)
+    else:
+        compiled[found.grid](*tensors, *numbers, *found.strides, *found.constants.values())
+
+
+def _launch(found: Geometry, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]) -> Any:
+    """Launch the kernel by Triton's own way; return what it compiled."""
+    return rotary_kernel[found.grid](
+        *tensors, *numbers, *found.strides, **found.constants, num_warps=found.warps, enable_fp_fusion=True
+    )
+
+
+def _geometry(
+    q: Tensor,
+    k: Tensor,
+    q_out: Tensor,
+    k_out: Tensor,
+    cos: Tensor | None,
+    phases: Tensor | None,
+    position_ids: Tensor | None,
+    heads_first: bool,
+    interleaved: bool,
+    inverse: bool,
+    inplace: bool,
+) -> Geometry:
     token_axis, head_axis = (2, 1) if heads_first else (1, 2)
     batch, seq_len, head_dim = q.shape[0], q.shape[token_axis], q.shape[3]
     tokens, q_heads, k_heads = batch * seq_len, q.shape[head_axis], k.shape[head_axis]
     if tokens >= 2**31:
         raise ConfigError(f"tokens={tokens}: must be below 2^31 in one call")
     half = (cos if cos is not None else phases).shape[-1]  # type: ignore[union-attr]
-    tail = 0 if q_out is q else head_dim - 2 * half  # in place, the dimensions that are not rotated stay
+    tail = 0 if inplace else head_dim - 2 * half  # in place, the dimensions that are not rotated stay
     larger = q if q_heads else k
     apart = larger.stride(head_axis) > larger.stride(token_axis)
     block_t, block_h, parts, warps = blocks(tokens, q_heads, k_heads, half, apart)
@@ -239,44 +320,28 @@ def launch(
     strides = [x.stride(axis) for x in (q, k, q_out, k_out) for axis in axes]
     if cos is not None:
         rows, by_token = cos.shape[-2], cos.dim() == 3
-        table_strides = (cos.stride(0) if by_token and cos.shape[0] > 1 else 0, cos.stride(-2))
+        strides += [cos.stride(0) if by_token and cos.shape[0] > 1 else 0, cos.stride(-2)]
     else:
-        rows, table_strides = 0, (0, 0)
+        rows = 0
+        strides += [0, 0]
     if position_ids is not None:
-        ids_strides = (position_ids.stride(0) if position_ids.shape[0] > 1 else 0, position_ids.stride(1))
+        strides += [position_ids.stride(0) if position_ids.shape[0] > 1 else 0, position_ids.stride(1)]
     else:
-        ids_strides = (0, 0)
-    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        rotary_kernel[(triton.cdiv(tokens, block_t), parts)](
-            q,
-            k,
-            q_out,
-            k_out,
-            cos,
-            sin,
-            phases,
-            position_ids,
-            tokens,
-            seq_len,
-            offset,
-            rows,
-            attention_factor,
-            *strides,
-            *table_strides,
-            *ids_strides,
-            Q_HEADS=q_heads,
-            K_HEADS=k_heads,
-            HALF=half,
-            HALF_BLOCK=triton.next_power_of_2(half),
-            TAIL=tail,
-            TAIL_BLOCK=triton.next_power_of_2(max(tail, 1)),
-            HAS_IDS=position_ids is not None,
-            HAS_TABLES=cos is not None,
-            INTERLEAVED=interleaved,
-            INVERSE=inverse,
-            PARTS=parts,
-            BLOCK_T=block_t,
-            BLOCK_H=block_h,
-            num_warps=warps,
-            enable_fp_fusion=True,
-        )
+        strides += [0, 0]
+    constants = {
+        "Q_HEADS": q_heads,
+        "K_HEADS": k_heads,
+        "HALF": half,
+        "HALF_BLOCK": triton.next_power_of_2(half),
+        "TAIL": tail,
+        "TAIL_BLOCK": triton.next_power_of_2(max(tail, 1)),
+        "HAS_IDS": position_ids is not None,
+        "HAS_TABLES": cos is not None,
+        "INTERLEAVED": interleaved,
+        "INVERSE": inverse,
+        "PARTS": parts,
+        "BLOCK_T": block_t,
+        "BLOCK_H": block_h,
+    }
+    grid = (triton.cdiv(tokens, block_t), parts, 1)
+    return Geometry(grid, tokens, seq_len, rows, tuple(strides), constants, warps)

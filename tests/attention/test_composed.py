@@ -13,6 +13,7 @@ from tests.helpers.region_definitions import INV_FREQ, METHODS, NOISE, Distance,
 
 def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """Writes down the calls of a kernel."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = scale * q @ k.mT
     if causal:
         assert q.shape[2] == k.shape[2]
@@ -38,7 +39,8 @@ def test_every_pair_is_in_one_piece(regions: Regions, distance: Distance, log_le
         count = torch.zeros(length, length, dtype=torch.long)
         for piece in pieces(regions, length):
             block = torch.ones(len(piece.queries), len(piece.keys), dtype=torch.long)
-            count[piece.queries[:, None], piece.keys] += block.tril() if piece.causal else block
+            asking, seen = (span.of(torch.arange(length)[None, None])[0, 0] for span in (piece.queries, piece.keys))
+            count[asking[:, None], seen] += block.tril() if piece.causal else block
         assert torch.equal(count, torch.ones_like(count).tril())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from scaled_rope.attention import regions as regions_module
 from scaled_rope.attention.regions import Regions, region_attention, rerope
 from scaled_rope.training.traced_memory import LiveBytes
 from tests.helpers.region_definitions import INV_FREQ, METHODS, NOISE, Distance, L, heads, oracle, rerope_distance
@@ -65,3 +66,28 @@ def test_memory_grows_with_the_length_and_not_its_square() -> None:
     short, long = peak(2048), peak(8192)
     assert long < 4.2 * short  # linear: 4, quadratic: 16
     assert long < 8192 * 8192  # a quarter of one head's T x T scores
+
+
+def test_products_of_rounded_factors_as_on_a_gpu() -> None:
+    """Factors rounded to bfloat16, sums in float32: the result and the gradients, with and without them kept."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, 150, 16, generator=generator).bfloat16().float() for h in (4, 2, 2))
+    inv_freq, regions = torch.tensor(INV_FREQ), rerope(24)
+    given = torch.randn(1, 4, 150, 16, generator=generator)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    wanted = region_attention(*exact, inv_freq, regions, 0.25)
+    gradients = torch.autograd.grad(wanted, exact, given.double())
+    options = (inv_freq, regions, 0.25, False, 64)
+    # 2^-9 of rotated queries and keys, of weights and values: a few times 1e-3 of the mean square.
+    found = regions_module._attend(q, k, v, *options, False, torch.bfloat16)
+    assert found.dtype == torch.float32 and _apart(found, wanted) < 6e-3
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    traced = regions_module._attend(*leaves, *options, True, torch.bfloat16)
+    assert _apart(traced, wanted) < 6e-3
+    for one, other in zip(torch.autograd.grad(traced, leaves, given), gradients, strict=True):
+        assert one.dtype == torch.float32 and _apart(one, other) < 1.2e-2
+    assert _apart(found, regions_module._attend(q, k, v, *options, False)) > 1e-4, "nothing was rounded"
+
+
+def _apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).detach().double().norm() / wanted.double().norm())

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from benchmarks import attention_methods, gpu
 from benchmarks.gpu_parts import (
     attention,
     decode,
+    dry,
     models,
     prefill,
     rotary,
@@ -27,8 +28,7 @@ from benchmarks.gpu_parts import (
     timing,
     train,
 )
-from benchmarks.gpu_parts.rows import NO_TIME, TOLERANCE, complete, show
-from scaled_rope.results import append_row
+from benchmarks.gpu_parts.rows import KNOWN, NO_TIME, TOLERANCE, complete, key, known_rows, show
 from tests.helpers import ROOT
 
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton")
@@ -109,39 +109,13 @@ def test_document_lengths_are_uneven_and_fill_the_row() -> None:
         assert sum(lengths) == tokens and min(lengths) == 1 and max(lengths) < max(tokens / 3, 2)
 
 
-class _Event:
-    """torch.cuda.Event by the clock of the host."""
-
-    def __init__(self, enable_timing: bool = False) -> None:
-        self.at = 0.0
-
-    def record(self) -> None:
-        self.at = time.perf_counter()
-
-    def synchronize(self) -> None:
-        pass
-
-    def elapsed_time(self, other: _Event) -> float:
-        return 1e3 * (other.at - self.at)
-
-
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the parts of the benchmark on the CPU, with small shapes and without compiling."""
-    monkeypatch.setattr(timing, "DEVICE", "cpu")
+    dry.stand_in(monkeypatch.setattr)
+    monkeypatch.setattr(timing, "copy_seconds", timing.copy_seconds.__wrapped__)  # sizes are other ones in each test
     monkeypatch.setattr(rotary_cases, "SHAPES", TINY)
     monkeypatch.setattr(rotary_cases, "TOKENS", (16,))
-    monkeypatch.setattr(timing, "ROTATED_BYTES", 2**12)
-    monkeypatch.setattr(timing, "RUNS", (1, 1))
-    monkeypatch.setattr(timing, "free", lambda: None)
-    monkeypatch.setattr(timing, "peak_flops", lambda: 1e12)
-    monkeypatch.setattr(timing, "matmul_rate", lambda: 1e12)
-    monkeypatch.setattr(torch.cuda, "Event", _Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**20)
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
 @needs_no_gpu
@@ -153,7 +127,12 @@ def test_rotary_parts_on_the_cpu(on_cpu: None, part: Any) -> None:
     assert {"ours, tables", "ours, no tables", "transformers, eager", "transformers, compiled"} <= names
     for row in rows:
         assert row["error"] < TOLERANCE and "skipped" not in row, show(row)
-        assert row["bytes"] == 2 * 2 * 16 * 4 * 16 and row["share_of_copy"] > 0
+        wide = row["shape"] == "small"  # 16 wide, of which 8 are rotated; the other one is 8 wide
+        moved = 2 * 2 * 16 * 4 * (16 if wide and row["variant"] != "ours, in place" else 8)
+        # Tables in float32 of half the width, or wide ones in bf16.
+        tables = {"ours, no tables": 0, "ours, tables": 512, "ours, in place": 512}.get(row["variant"], 512)
+        assert row["bytes"] == moved + tables, show(row)
+        assert row["share_of_copy"] > 0 and row["host_seconds"] > 0 and row["seconds_without_graph"] > 0
         assert row["seconds_quartiles"][0] <= row["seconds"] <= row["seconds_quartiles"][1]
         json.dumps(row, allow_nan=False)
     assert all(row["skipped"] == "no time left" for row in part.measure(timing.Clock(0)))
@@ -168,6 +147,8 @@ def test_decode_part_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -
     by_name = {row["variant"]: row for row in rows}
     assert {"ours, rotates while it reads", "rotated in memory, then sdpa", "sdpa, no rotation"} <= set(by_name)
     for name, row in by_name.items():
+        if name in [f"sdpa {backend}, no rotation" for backend in decode.NAMED]:  # not all of which a CPU has
+            continue
         assert "skipped" not in row and row["bytes"] == 2 * 70 * 16 * 4 and row["share_of_copy"] > 0
         # Angles of up to 70 are rounded to 2^-24 of themselves in the reference.
         assert row["error"] < 2e-6 if "no rotation" not in name else "error" not in row
@@ -187,8 +168,12 @@ def test_attention_part_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(attention, "ATTENTION_SHAPES", ((4, 2, 16),))
     rows = list(attention.measure(timing.Clock(600)))
     names = [f"ours, {spec}, {way}" for spec in specs for way in ("composed", "by blocks")]
-    assert [row["variant"] for row in rows] == ["sdpa, no rotation", *names]
+    backends = [f"sdpa {name}, no rotation" for name in decode.NAMED]
+    assert [row["variant"] for row in rows] == ["sdpa, no rotation", *backends, *names]
     for row in rows:
+        if row["variant"] in backends[1:]:  # which a CPU has not
+            assert "skipped" in row
+            continue
         assert "skipped" not in row, show(row)
         assert row["flops"] == 4 * 2 * 2 * 16 * 100**2 / 2 and row["tokens_per_second"] > 0 and row["peak_bytes"] > 0
         assert 0 < row["error"] < TOLERANCE if "ours" in row["variant"] else "error" not in row
@@ -243,7 +228,8 @@ def test_training_part_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch,
         kinds = [(row["tokens"], row["variant"], row.get("skipped")) for row in rows]
         expected = [("ours", "out of memory"), (train.STOCK, None)]
         assert kinds == [(tokens, *one) for tokens in train.TRAINED for one in expected]
-    rest = list(train.measure(timing.Clock(600), rows))
+    done = {key(row) for row in rows}
+    rest = [row for row in train.measure(timing.Clock(600, done)) if row.get("skipped") != KNOWN]
     assert [row["variant"] for row in rest] == [name for name in train.OURS if name != "ours"] * len(train.TRAINED)
     for row in rest + rows[1::2]:
         assert "skipped" not in row, show(row)
@@ -258,14 +244,45 @@ def test_training_part_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch,
     assert (found - stock[0]).norm() > models.NOISE * stock[1] * stock[0].norm(), "another scaling is not noise"
 
 
-@needs_no_gpu
-def test_training_rows_of_other_code_are_measured_again(tmp_path: Path) -> None:
+def test_rows_of_other_code_are_measured_again() -> None:
     about = {"commit": "a", "device": "b", "driver": "c"}
-    for row in (about, about | {"commit": "other"}, about | {"device": "other"}):
-        append_row(tmp_path / "rows.jsonl", {"metric": "training step"} | row)
-    append_row(tmp_path / "rows.jsonl", {"metric": "prefill"} | about)
-    assert train.training_rows(tmp_path / "rows.jsonl", about) == [{"metric": "training step"} | about]
-    assert train.training_rows(tmp_path / "none.jsonl", about) == []
+    row = {"metric": "decode", "shape": "s", "tokens": 8, "variant": "ours"}
+    for other in ({"commit": "other"}, {"device": "other"}, {"skipped": NO_TIME}):
+        assert known_rows([row | about | other], about) == set()
+    for same in ({"seconds": 1.0}, {"skipped": "out of memory"}):
+        done = known_rows([row | about | same], about)
+        assert complete(dict(row), timing.Clock(600, done), 0, lambda: {}) == row | {"skipped": KNOWN}
+        assert complete(row | {"tokens": 9}, timing.Clock(600, done), 0, lambda: {}) == row | {"tokens": 9}
+
+
+def test_a_part_expects_the_next_case_to_take_as_long_as_the_last() -> None:
+    clock = timing.Clock(600)
+    assert clock.needed("a", 5) == 5
+    clock.took("a", 10)
+    assert clock.needed("a", 5) == 15 and clock.needed("b", 5) == 5
+    clock.forget()
+    assert clock.needed("a", 5) == 5
+
+
+@needs_no_gpu
+@needs_triton
+def test_dry_run_of_the_first_script(tmp_path: Path) -> None:
+    """Every part, in one process that has no GPU; a second run measures nothing again."""
+    command = ["bash", "benchmarks/gpu_first.sh", str(tmp_path), "--dry"]
+    environment = os.environ | {"PYTHON": sys.executable, "SECONDS_AT_MOST": "3000", "COMMIT": "abc"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert {row["device"] for row in rows} == {"dry run on a CPU"}
+    metrics = {"correctness", "copy", "matmul", "rotary forward", "rotary backward", "decode", "attention", "prefill"}
+    assert {row["metric"] for row in rows} == metrics | {"training step", "sweep"}
+    for row in rows:
+        ours = str(row.get("variant", "ours")).startswith("ours") and row.get("kernel") != "none"
+        assert not ours or "skipped" not in row or row["metric"] == "prefill", row
+    assert len(list(tmp_path.iterdir())) <= 8 and "Ahead: " in (tmp_path / "gpu_report.md").read_text()
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert len((tmp_path / "gpu.jsonl").read_text().splitlines()) == len(rows)
 
 
 def test_operations_of_a_known_model() -> None:
