@@ -225,8 +225,9 @@ def test_random_pairs_of_served_and_claimed() -> None:
             assert off < 5 * noise, (claim, actual, off / noise, found.sentence)
             continue
         named += 1
-        assert found.verdict == ("right" if claim == actual else "other"), (claim, actual, off / noise, found.sentence)
-        if claim != actual:  # the served one, under whichever of its names
+        same = off < 1e-5  # beta_fast=16 and 32 are one table here
+        assert found.verdict == ("right" if same else "other"), (claim, actual, off / noise, found.sentence)
+        if not same:  # the served one, under whichever of its names
             known = hypotheses(claimed, 16, N, {}, more)
             true = next(one.name for one in known if "the one served" in (one.name, *one.also) or one.scaling == truth)
             assert true in found.names, (claim, actual, found.sentence)

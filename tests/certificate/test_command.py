@@ -70,7 +70,7 @@ def test_text_and_page(server: CompletionsServer, tmp_path: Path, capsys: pytest
     [
         ("default", 1, "serves this model unscaled, not yarn x2"),
         ("yarn:2,attention_factor=1", 1, "serves yarn x2 without the attention factor, not yarn x2"),
-        ("yarn:2,original_max_position_embeddings=128", 1, "serves yarn x2 with L = 128 instead of 64, not yarn x2"),
+        ("linear:2", 1, "serves linear x2, not yarn x2"),
         ("yarn:2.2", 3, "unclear: none of"),
     ],
 )
