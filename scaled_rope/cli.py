@@ -31,6 +31,12 @@ class Command:
     """Raises ConfigError for mistakes that show in the flags alone; called before the module is imported."""
     module: str = __name__
     """The module whose function `run` takes the parsed flags and returns the exit code."""
+    instead: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Flag -> the module that runs the command where this flag is given."""
+
+    def module_for(self, args: argparse.Namespace) -> str:
+        """The module that runs the command with these flags."""
+        return next((name for flag, name in self.instead.items() if getattr(args, flag) is not None), self.module)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +53,7 @@ def _main(argv: list[str]) -> int:
     if name is None:
         raise ConfigError(f"a command is missing: {', '.join(COMMANDS)} (see {parser.prog} --help)")
     COMMANDS[name].check(args)
-    code: int = importlib.import_module(COMMANDS[name].module).run(args)
+    code: int = importlib.import_module(COMMANDS[name].module_for(args)).run(args)
     sys.stdout.flush()  # a reader that has gone is noticed here, where `run_cli` sees it
     return code
 
@@ -199,10 +205,11 @@ COMMANDS = {
         "scaled_rope.certificate.command",
     ),
     "plan": Command(
-        "memory and time of a training recipe, and the flags that make it fit",
+        "memory and time of a training recipe, and the flags that make it fit; or memory of serving a model",
         flags.add_plan_arguments,
         flags.check_plan_arguments,
         "scaled_rope.training.planning",
+        {"serve": "scaled_rope.serving.serve_plan"},
     ),
     "tune": Command(
         "search the attention factor and the ramp that fit a model",

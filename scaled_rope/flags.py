@@ -33,6 +33,7 @@ ATTENTIONS = (
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 KERNELS = ("auto", "torch", "triton", "none")
 TARGETS = ("transformers", "vllm", "sglang", "llama.cpp")
+KV_DTYPES = ("auto", "bfloat16", "float16", "fp8")
 PROTOCOLS = ("auto", "openai", "sglang", "llama.cpp")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_ALIASES = ("fp32", "bf16", "fp16", "half")
@@ -477,8 +478,12 @@ def check_certify_arguments(args: argparse.Namespace) -> None:
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `scaled-rope plan`."""
     add = parser.add_argument
-    add("recipe", help="name in configs/ or path of a YAML file")
-    add("--gpus", type=int, default=8, metavar="N", help="ranks (default %(default)s)")
+    add("recipe", nargs="?", help="name in configs/ or path of a YAML file")
+    add("--serve", metavar="MODEL", help="in place of a recipe: plan to serve this model (folder or hub name)")
+    add("--scaling", default="checkpoint", metavar="SPEC", help="with --serve: default what the checkpoint carries")
+    add("--length", type=int, metavar="TOKENS", help="with --serve: of a sequence (default: what the scaling is for)")
+    add("--kv-dtype", default="auto", metavar="D", help=f"with --serve, of the cache: {', '.join(KV_DTYPES)}")
+    add("--gpus", type=int, metavar="N", help="ranks (default 8; with --serve 1)")
     add("--gpu-memory", type=float, default=80.0, metavar="GB", help="of each (default %(default)s)")
     add("--peak-tflops", type=float, default=H100_TFLOPS, metavar="T",
         help="dense bf16 rate of one GPU (default %(default)s: H100 SXM)")  # fmt: skip
@@ -488,14 +493,28 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_plan_arguments(args: argparse.Namespace) -> None:
     """Refuse what `scaled-rope plan` cannot do."""
-    if args.gpus < 1:
+    if (args.recipe is None) == (args.serve is None):
+        raise ConfigError("give a recipe, or --serve MODEL")
+    if args.serve is None:
+        args.gpus = 8 if args.gpus is None else args.gpus
+        for name, default in (("scaling", "checkpoint"), ("length", None), ("kv_dtype", "auto")):
+            if getattr(args, name) != default:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} goes with --serve")
+    if args.gpus is not None and args.gpus < 1:
         raise ConfigError(f"--gpus {args.gpus} is not allowed; at least 1")
     for name in ("gpu_memory", "peak_tflops"):
         if not getattr(args, name) > 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; above 0")
     if not 0 < args.utilisation <= 1:
         raise ConfigError(f"--utilisation {args.utilisation} is not allowed; above 0, at most 1")
-    read_recipe(args.recipe)
+    if args.serve is None:
+        read_recipe(args.recipe)
+        return
+    _check_length(args)
+    check_spec(args.scaling)
+    if args.kv_dtype not in KV_DTYPES:
+        raise unknown("kv-dtype", args.kv_dtype, KV_DTYPES)
+    check_local(args.serve)
 
 
 _LARGEST_GRID = 200

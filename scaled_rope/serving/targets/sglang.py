@@ -8,6 +8,7 @@ from typing import Any
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.serving.targets.arithmetic import powers, yarn_attention
+from scaled_rope.serving.targets.classes import passes
 from scaled_rope.serving.targets.common import (
     TOLERANCE,
     Expressed,
@@ -39,13 +40,6 @@ _PASSES_SCALING = (
     *("qwen3_next", "qwen3_vl_text", "qwen3_vl_moe_text"),
 )
 """Families (text parts) whose class in SGLang hands the whole of `rope_parameters` to `get_rope`."""
-_UNSCALED = (
-    *("dbrx", "gemma", "gemma2", "gptj", "granitemoe", "mixtral", "olmo", "persimmon", "phi", "stablelm"),
-    *("starcoder2", "zaya"),
-)
-"""Families whose class calls `get_rope` without a scaling: only the base has an effect."""
-_WHOLE_THETA = ("dbrx", "granitemoe", "mixtral", "starcoder2", "zaya")
-"""Those of them that cut the base to a whole number."""
 
 
 _COMPOSITES = ("llava", "mistral3", "qwen3_vl_moe")
@@ -55,7 +49,7 @@ _FROM_THE_WHOLE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 def _is_known(request: ServedModel) -> bool:
-    text = request.model_type in (*_PASSES_SCALING, *_UNSCALED)
+    text = request.model_type in _PASSES_SCALING or passes("sglang", request.model_type) in ("base", "whole base")
     return text and (not request.path or request.whole_type in (*_COMPOSITES, *_FROM_THE_WHOLE))
 
 
@@ -114,14 +108,15 @@ def restate(request: ServedModel, words: Expressed, length: int) -> Restated:
     """
     rope, dim = words.given, request.dim
     kind = rope["rope_type"]
-    if request.model_type in _UNSCALED:
+    passed = passes("sglang", request.model_type)
+    if passed in ("base", "whole base"):  # its class calls `get_rope` without a scaling
         if request.scaling.method not in ("default", "ntk", "abf"):
             raise ConfigError(
                 f"its class for {request.model_type} models passes no scaling to the rotary embedding, only "
                 "rope_theta: serve it with another program, or with ntk:FACTOR, which is another base"
             )
         theta = rope["rope_theta"]
-        return Restated(powers(int(theta) if request.model_type in _WHOLE_THETA else theta, dim), 1.0)
+        return Restated(powers(int(theta) if passed == "whole base" else theta, dim), 1.0)
     check_axes(request, rope)
     if kind == "longrope":
         check_halves(request)

@@ -1,0 +1,214 @@
+"""Does it fit? Memory of serving a model: `scaled-rope plan --serve MODEL --length N --gpu-memory G`.
+
+Weights, the key/value cache of one sequence, and how many sequences fit beside each other, from the config alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from scaled_rope.checkpoint import load_config
+from scaled_rope.errors import ConfigError, is_positive_whole
+from scaled_rope.flags import check_plan_arguments
+from scaled_rope.patching.loading import auto_class
+from scaled_rope.scaling.record import RopeScaling, resolve_scaling
+from scaled_rope.serving.export import served_length
+
+GB = 1e9
+_USED = 0.9
+"""The share of a GPU's memory that vLLM takes unless told otherwise (`--gpu-memory-utilization`)."""
+_BLOCK = 16
+"""Tokens of a block of the cache; a sequence takes whole ones."""
+_CHUNK = 8192
+"""Tokens that go through the model at once in a prefill."""
+_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "fp8": 1}
+_FULL, _WINDOWED = ("full_attention", "global_attention"), ("sliding_attention", "local_attention")
+_CHUNKED = "chunked_attention"
+
+
+@dataclass(frozen=True)
+class ServePlan:
+    """Memory on each of the GPUs, in bytes."""
+
+    model: str
+    scaling: str
+    length: int
+    gpus: int
+    gpu_memory: float
+    weights: float
+    activations: float
+    """Of a prefill of 8192 tokens at once, roughly."""
+    per_token: float
+    """Cache of one token in the layers that keep all tokens."""
+    per_sequence: float
+    """Cache of one sequence of `length` tokens, windows considered."""
+    layers: dict[str, int]
+    """Kind of layer -> how many."""
+    kv_dtype: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def room(self) -> float:
+        """What is left for caches."""
+        return self.gpu_memory * _USED - self.weights - self.activations
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences of that length fit beside each other."""
+        return max(0, math.floor(self.room / self.per_sequence))
+
+    @property
+    def exit_code(self) -> int:
+        """0 where at least one sequence fits, else 1."""
+        return 0 if self.sequences else 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fit for JSON."""
+        return asdict(self) | {"room": self.room, "sequences": self.sequences}
+
+    def lay_out(self) -> Iterator[str]:
+        """The plan as text, line by line."""
+        fits = f"{self.sequences} sequences of {self.length} tokens fit" if self.sequences else "no sequence fits"
+        on = f"{self.gpus} GPU{'s' if self.gpus > 1 else ''} of {self.gpu_memory / GB:g} GB"
+        yield f"{self.model}, {self.scaling}: {fits} on {on}"
+        yield ""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.layers.items())
+        rows = (
+            ("weights", self.weights, "per GPU"),
+            ("activations", self.activations, f"a prefill of {_CHUNK} tokens at once, roughly"),
+            ("left for caches", self.room, f"of {_USED:.0%} of the memory"),
+            ("cache per sequence", self.per_sequence, f"{self.length} tokens in {self.kv_dtype}; layers: {kinds}"),
+            ("cache per token", self.per_token, "in layers that keep all tokens"),
+        )
+        for name, size, text in rows:
+            shown = f"{size / GB:.3f} GB" if size >= 1e6 or size < 0 else f"{size / 1e3:.1f} kB"
+            yield f"  {name:<20}{shown:>12}  {text}"
+        yield from (f"note: {note}" for note in self.notes)
+
+
+def plan_serving(
+    config: Any,
+    scaling: RopeScaling | str = "checkpoint",
+    length: int | None = None,
+    gpu_memory: float = 80 * GB,
+    gpus: int = 1,
+    kv_dtype: str = "auto",
+    name: str = "model",
+) -> ServePlan:
+    """Memory of serving sequences of `length` tokens.
+
+    Args:
+        config: of the model, an object of transformers.
+        scaling: a record, or a spec relative to what the config carries.
+        length: in tokens; None: what the scaling is for.
+        gpu_memory: of each GPU, in bytes.
+        gpus: among which heads and weights are shared out (tensor parallel).
+        kv_dtype: "auto", "bfloat16", "float16" or "fp8".
+
+    Raises:
+        ConfigError: layers whose cache is not known, or heads that cannot be shared out.
+    """
+    text = config.get_text_config(decoder=True)
+    if isinstance(scaling, str):
+        scaling = resolve_scaling(scaling, RopeScaling.from_config(text))
+    length = length or served_length(scaling, text)
+    heads = int(text.num_attention_heads)
+    if heads % gpus:
+        raise ConfigError(f"--gpus {gpus} is not allowed; {heads} attention heads must be shared out evenly")
+    notes = []
+    extended = scaling.max_position_embeddings or int(text.max_position_embeddings)
+    if length > extended and not scaling.dynamic:
+        notes.append(f"{length} tokens are beyond the {extended} that {scaling.label} is for")
+    size, wide = _BYTES[kv_dtype], _wide(text)
+    per_token_layer = _per_token(text, gpus) * size
+    kinds = _kinds(text)
+    window = int(getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None) or 0)
+    blocks = math.ceil(length / _BLOCK) * _BLOCK
+    # A window that begins inside of a block keeps one block more.
+    short = min(blocks, (math.ceil(window / _BLOCK) + 1) * _BLOCK) if window else blocks
+    tokens = kinds["full"] * blocks + kinds["window"] * short
+    hidden, inner = int(text.hidden_size), int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+    weights = _parameters(config) * 2 / gpus
+    if getattr(config, "quantization_config", None) is not None:
+        notes.append("the checkpoint is quantised: its weights take less than is said here")
+    return ServePlan(
+        model=name,
+        scaling=scaling.label,
+        length=length,
+        gpus=gpus,
+        gpu_memory=gpu_memory,
+        weights=weights,
+        activations=min(_CHUNK, length) * (4 * hidden + 3 * inner / gpus) * 2,
+        per_token=per_token_layer * kinds["full"],
+        per_sequence=per_token_layer * tokens,
+        layers={kind: count for kind, count in kinds.items() if count},
+        kv_dtype={"auto": "bfloat16"}.get(kv_dtype, kv_dtype) + (" (compressed, MLA)" if wide else ""),
+        notes=tuple(notes),
+    )
+
+
+def _wide(text: Any) -> bool:
+    """Whether attention keeps one compressed vector per token (MLA)."""
+    return is_positive_whole(getattr(text, "kv_lora_rank", None))
+
+
+def _per_token(text: Any, gpus: int) -> int:
+    """Numbers per token and layer on each GPU."""
+    if _wide(text):  # every GPU holds the whole of it
+        return int(text.kv_lora_rank) + int(text.qk_rope_head_dim)
+    heads = int(text.num_attention_heads)
+    shared = int(getattr(text, "num_key_value_heads", None) or (1 if getattr(text, "multi_query", False) else heads))
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    return 2 * width * max(1, math.ceil(shared / gpus))
+
+
+def _kinds(text: Any) -> Counter[str]:
+    """How many layers keep all tokens, and how many those of a window.
+
+    Raises:
+        ConfigError: layers of another kind, whose state is not that of attention.
+    """
+    layers = int(text.num_hidden_layers)
+    own = layers - int(getattr(text, "num_kv_shared_layers", None) or 0)  # the last layers read caches of others
+    types = list(getattr(text, "layer_types", None) or ())[:own]
+    if not types:
+        used = getattr(text, "use_sliding_window", True) is not False and getattr(text, "sliding_window", None)
+        return Counter({"window" if used else "full": own})
+    found: Counter[str] = Counter()
+    for kind in types:
+        if kind not in (*_FULL, *_WINDOWED, _CHUNKED):
+            raise ConfigError(f"layer_types holds {kind!r}: only the caches of full and sliding attention are known")
+        found["full" if kind in _FULL else "window"] += 1
+    return found
+
+
+def _parameters(config: Any) -> int:
+    """Weights of the model, counted on the meta device; tied ones once."""
+    try:
+        with torch.device("meta"):
+            model = auto_class(config).from_config(config)
+    except (TypeError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(f"model_type {config.model_type!r}: cannot be built: {str(error).splitlines()[0]}") from error
+    return sum(value.numel() for value in model.parameters())
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out `scaled-rope plan --serve`: 0 where a sequence fits, 1 where none does.
+
+    Raises:
+        ConfigError: bad input.
+    """
+    check_plan_arguments(args)
+    config = load_config(args.serve)
+    memory, gpus = args.gpu_memory * GB, args.gpus or 1
+    plan = plan_serving(config, args.scaling, args.length, memory, gpus, args.kv_dtype, args.serve)
+    print(json.dumps(plan.to_dict(), indent=1) if args.json else "\n".join(plan.lay_out()))
+    return plan.exit_code

@@ -1,0 +1,90 @@
+"""Memory of serving: caches against those that transformers fills, and the arithmetic of windows and shared heads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from scaled_rope.checkpoint import DEFAULT_MODEL
+from scaled_rope.cli import main
+from scaled_rope.errors import ConfigError
+from scaled_rope.serving.serve_plan import plan_serving
+
+LLAMA_8B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def config(**changes: Any) -> Any:
+    fields = LLAMA_8B | changes
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def test_an_8b_model() -> None:
+    plan = plan_serving(config(), "yarn:4", None, 80e9)
+    assert plan.length == 32768 and plan.weights == 8_030_261_248 * 2  # the published number of weights
+    assert plan.per_token == 32 * 2 * 8 * 128 * 2 and plan.per_sequence == plan.per_token * 32768
+    assert plan.sequences == int((72e9 - plan.weights - plan.activations) // plan.per_sequence) > 8
+    halved = plan_serving(config(), "yarn:4", None, 80e9, kv_dtype="fp8")
+    assert halved.per_sequence * 2 == plan.per_sequence and halved.sequences >= 2 * plan.sequences
+    two = plan_serving(config(), "yarn:4", None, 80e9, gpus=2)
+    assert two.per_sequence * 2 == plan.per_sequence and two.weights * 2 == plan.weights
+    many = plan_serving(config(), "yarn:4", None, 80e9, gpus=16)  # 8 heads on 16 GPUs: each holds one
+    assert many.per_sequence * 8 == plan.per_sequence
+    with pytest.raises(ConfigError, match="32 attention heads must be shared out evenly"):
+        plan_serving(config(), "yarn:4", None, 80e9, gpus=3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3", "gemma2"])
+def test_the_cache_is_that_of_transformers(family: str, tiny_model: Callable[..., PreTrainedModel]) -> None:
+    model = tiny_model(family)
+    ids = torch.ones(1, 16, dtype=torch.long)
+    cache = model(ids, use_cache=True).past_key_values
+    numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    plan = plan_serving(model.config, "default", 16, 1e9)
+    assert plan.per_sequence == 2 * numbers  # two bytes each
+    assert plan.weights == 2 * sum(value.numel() for value in model.parameters())
+
+
+def test_windows_shared_caches_and_compressed_ones() -> None:
+    windowed = config(model_type="mistral", sliding_window=4096)
+    assert plan_serving(windowed, "default", 8192, 80e9).per_sequence == 32 * 4096 * (4096 + 16)
+    types = ["sliding_attention"] * 5 + ["full_attention"]
+    gemma = config(model_type="gemma3_text", num_hidden_layers=6, layer_types=types, sliding_window=1024, head_dim=128)
+    plan = plan_serving(gemma, "default", 8192, 80e9)
+    assert plan.layers == {"window": 5, "full": 1} and plan.per_sequence == 4096 * (8192 + 5 * 1040)
+    sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "num_hidden_layers": 2, "n_routed_experts": 2}
+    deep = config(model_type="deepseek_v3", **sizes, q_lora_rank=64, num_key_value_heads=32)
+    plan = plan_serving(deep, "default", 4096, 80e9, gpus=2)
+    assert plan.per_token == 2 * 576 * 2 and "MLA" in plan.kv_dtype  # not shared out
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["plan", "--serve", str(DEFAULT_MODEL), "--scaling", "yarn:8", "--length", "4096", "--gpu-memory", "1"]
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["per_token"] == 6 * 2 * 2 * 64 * 2 and found["notes"] == [
+        "4096 tokens are beyond the 2048 that yarn x8 is for"
+    ]
+    assert main([*argv[:-1], "0.01"]) == 1
+    assert "no sequence fits on 1 GPU of 0.01 GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["plan"], "give a recipe, or --serve MODEL"),
+        (["plan", "demo", "--length", "5"], "--length 5 goes with --serve"),
+        (["plan", "--serve", "./nothere"], "model './nothere' does not exist"),
+        (["plan", "--serve", str(DEFAULT_MODEL), "--kv-dtype", "int3"], "unknown kv-dtype 'int3'"),
+    ],
+)
+def test_mistakes(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
