@@ -5,8 +5,8 @@
 #   ./benchmarks/gpu_first.sh OUT            rows are added to OUT/gpu.jsonl after every measurement
 #   ./benchmarks/gpu_first.sh OUT --dry      the same code on the CPU, in Triton's interpreter, at tiny sizes
 #
-# OUT gets four files at most: gpu.jsonl, gpu-PLAN.log, gpu_report.md, gpu-roofline.png. A script that is run again, also from a
-# copy of gpu.jsonl, measures what is missing. Needs Python with torch, triton and transformers, and nothing else that
+# OUT gets four files: gpu.jsonl, gpu-first.log, gpu_report.md, gpu-roofline.png. A script that is run again, also from
+# a copy of gpu.jsonl, measures what is missing. Needs Python with torch, triton and transformers, and nothing else that
 # the image of a GPU machine may lack. Liger's rotary is measured if its wheel lies in .whl/ (pip download --no-deps
 # -d .whl liger-kernel: 0.9 MB; installed into a temporary folder, nothing is fetched) or if it can be imported.
 # COMMIT=HASH says which commit this is where there is no git repository; PYTHON names the interpreter; SECONDS_AT_MOST
@@ -14,7 +14,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 plan=${PLAN:-first}
-if [[ $# -lt 1 || "$1" == -* ]]; then sed -n '2,/^[^#]/s/^# \{0,1\}//p' benchmarks/gpu_first.sh; exit 2; fi
+case "${1:-}" in
+    -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "benchmarks/gpu_first.sh"; exit ;;
+    "" | -*) echo "error: the first argument must be a folder for the rows, not '${1:-}'" >&2; exit 2 ;;
+esac
 out=$1; shift
 mkdir -p "$out"
 python=${PYTHON:-python3}

@@ -59,6 +59,7 @@ def corners() -> list[Case]:
     return [
         decoding(90, "bfloat16", 128, 64, 4, 1, False),
         decoding(90, "bfloat16", 128, 64, 4, 16, True),
+        decoding(90, "bfloat16", 64, 32, 3, 1, True),
         decoding(80, "float16", 256, 128, 16, 1, False),
         decoding(90, "float32", 256, 128, 1, 1, True),
         decoding(89, "float32", 128, 64, 16, 1, False),
@@ -137,6 +138,7 @@ def resources(compiled: Any) -> Row:
 def measure(cases: Sequence[Case]) -> Iterator[Row]:
     """A row per case. Nothing is computed: tensors are only described."""
     import torch
+    import triton
 
     from scaled_rope.kernels import decode_triton, rotary_triton
     from scaled_rope.kernels.decode_blocks import blocks_for
@@ -149,7 +151,7 @@ def measure(cases: Sequence[Case]) -> Iterator[Row]:
         compiler.target, dtype = compiler.target_of(case["capability"]), getattr(torch, case["dtype"])
         compiler.found.clear()
         width, half, limit = case["head_dim"], case["half"], LIMITS[case["capability"]]
-        row: Row = {**case, "limit_bytes": limit}
+        row: Row = {**case, "limit_bytes": limit, "triton": triton.__version__}
         phases = torch.empty(1, half, dtype=torch.int64)
         if case["kernel"] == "decode":
             group, count = case["group"], case["count"]
