@@ -108,8 +108,8 @@ def _axes(low: int, high: int, longest: int, x: object, y: object) -> Iterator[s
         yield f"<text x={_LEFT - 6} y={at + 4:.1f} text-anchor=end fill=currentColor>{10.0**power:g}</text>"
     for share in (0, 0.25, 0.5, 0.75, 1):
         at = x(share * longest)
-        yield f"<text x={at:.1f} y={_HEIGHT - 14} text-anchor=middle fill=currentColor>{round(share * longest)}</text>"
-    middle = f"x={_WIDTH / 2:.0f} y={_HEIGHT - 1} text-anchor=middle fill=currentColor"
+        yield f"<text x={at:.1f} y={_HEIGHT - 19} text-anchor=middle fill=currentColor>{round(share * longest)}</text>"
+    middle = f"x={_WIDTH / 2:.0f} y={_HEIGHT - 4} text-anchor=middle fill=currentColor"
     yield f"<text {middle}>nats off, by position in tokens</text>"
 
 

@@ -41,7 +41,7 @@ def test_an_8b_model() -> None:
         plan_serving(config(), "yarn:4", None, 80e9, gpus=3)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3", "gemma2"])
 def test_the_cache_is_that_of_transformers(family: str, tiny_model: Callable[..., PreTrainedModel]) -> None:
     model = tiny_model(family)
     ids = torch.ones(1, 16, dtype=torch.long)
