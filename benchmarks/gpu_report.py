@@ -47,7 +47,7 @@ GOALS = {
     "decode": "within 10 % of static decoding",
     "training step": "MFU of 0.45 for 1B at 32k",
 }
-"""What the rows will be held to."""
+"""The goals that the rows will be held to."""
 
 
 def table(rows: Sequence[Row], label: Text, cell: Text) -> str:
@@ -190,8 +190,11 @@ def rival_table(pairs: Sequence[Pair]) -> str:
 
 
 def roofline(rows: Sequence[Row], path: Path) -> Path | None:
-    """What kernels reach of this card's own limits, a panel per card: bytes/s over bytes, with the copy as a line, and
-    FLOP/s as a share of a large matrix product's. None without matplotlib or rows."""
+    """Draw how near kernels come to this card's own limits, a panel per card.
+
+    Bytes/s over bytes, with the copy as a line, and FLOP/s as a share of a large matrix product's. None without
+    matplotlib or rows.
+    """
     shown = [row for row in rows if "seconds" in row and ("share_of_copy" in row or row.get("matmul_flops_per_second"))]
     if not shown:
         return None

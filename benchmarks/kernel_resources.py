@@ -1,4 +1,4 @@
-"""What the compiler says of the Triton kernels on GPUs that are not here: shared memory, registers, spills.
+"""The compiler's word on the Triton kernels on GPUs that are not here: shared memory, registers, spills.
 
     python benchmarks/kernel_resources.py             # the whole grid, minutes to hours; rows are appended as they come
     python benchmarks/kernel_resources.py --corners   # the cases that need most, for the tests; writes no file

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 
@@ -26,6 +29,11 @@ def content_hash(path: Path) -> str:
     if path.stat().st_size == 0:
         return blake3().hexdigest()  # nothing can be mapped into memory
     return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+
+
+def record_hash(record: Mapping[str, Any]) -> str:
+    """The BLAKE3 hash of a record of JSON values, whatever the order of its fields."""
+    return blake3(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def kept_hash(path: Path) -> str:

@@ -72,7 +72,7 @@ class Sources:
                         yield alias.asname or alias.name, (module, alias.name)
 
     def passed_by(self, module: str, name: str) -> set[str]:
-        """What the attention classes that a class leads to pass on; see the module's docstring.
+        """The words for all that the attention classes pass on to which a class leads; see the module's docstring.
 
         A class leads to those whose names its body says, and to its bases.
         """
@@ -106,7 +106,7 @@ def _called(call: ast.Call) -> str:
 
 
 def _passed(call: ast.Call, within: ast.ClassDef) -> str:
-    """What one call passes on."""
+    """The word for all that one call passes on."""
     named = {keyword.arg: keyword.value for keyword in call.keywords}
     if None in named:
         return f"unknown: {ast.unparse(call)}"

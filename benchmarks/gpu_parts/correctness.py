@@ -98,7 +98,7 @@ def decode_error(
 
 
 def cases(dtypes: Sequence[torch.dtype], widths: Sequence[tuple[int, int]], tokens: int) -> Iterator[tuple[Row, Any]]:
-    """What identifies a case and the function that finds its error; what models use most comes first."""
+    """The fields that identify a case, and the function that finds its error; what models use most comes first."""
     for dtype in dtypes:
         for interleaved in (False, True):
             for width, rotated in widths:

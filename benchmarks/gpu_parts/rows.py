@@ -32,7 +32,7 @@ def relative_difference(out: Any, wanted: Any) -> float:
 
 
 def key(row: Row) -> tuple[Any, ...]:
-    """What a row measured, whatever came out."""
+    """The fields that say what a row measured, whatever came out."""
     # Which attention ran is a result where variants have names of their own.
     return *(row.get(name) for name in IDENTITY), None if "variant" in row else row.get("attention")
 

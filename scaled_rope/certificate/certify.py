@@ -46,7 +46,7 @@ _GROWTH = 3.0
 
 @dataclass(frozen=True)
 class LengthRow:
-    """What was found at one length of prompts."""
+    """The findings at one length of prompts."""
 
     length: int
     positions: int

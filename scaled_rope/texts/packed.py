@@ -19,9 +19,8 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from blake3 import blake3
 
-from scaled_rope.content_hash import content_hash, kept_hash
+from scaled_rope.content_hash import content_hash, kept_hash, record_hash
 from scaled_rope.errors import ConfigError, check_name, shortened, unknown
 from scaled_rope.texts.documents import check_subset, is_local
 from scaled_rope.texts.hub import import_datasets, load_hub
@@ -49,7 +48,7 @@ def _whole(meta: dict[str, Any], name: str, least: int) -> int:
 def _record_hash(record: dict[str, Any]) -> str:
     """The hash of a set's record without that hash itself."""
     hashes = {name: digest for name, digest in record["hashes"].items() if name != "meta.json"}
-    return blake3(json.dumps(record | {"hashes": hashes}, sort_keys=True).encode()).hexdigest()
+    return record_hash(record | {"hashes": hashes})
 
 
 def _partial(output: Path) -> Path:

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
-from scaled_rope.content_hash import content_hash
+from scaled_rope.content_hash import content_hash, record_hash
 from scaled_rope.errors import ConfigError
 from scaled_rope.results import write_atomic
 
@@ -28,14 +26,10 @@ def entries(folder: Path, names: list[str]) -> dict[str, list[Any]]:
     return {name: [(folder / name).stat().st_size, content_hash(folder / name)] for name in names}
 
 
-def _seal(record: Mapping[str, Any]) -> str:
-    return blake3(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
 def write_manifest(folder: Path, facts: Mapping[str, Any], files: Mapping[str, list[Any]]) -> None:
     """Write facts and manifest, sealed by a hash of both."""
     record = {**facts, "files": dict(sorted(files.items()))}
-    write_atomic(folder / NAME, json.dumps(record | {"seal": _seal(record)}, indent=1) + "\n")
+    write_atomic(folder / NAME, json.dumps(record | {"seal": record_hash(record)}, indent=1) + "\n")
 
 
 def read_facts(folder: Path, field: str) -> dict[str, Any]:
@@ -51,7 +45,7 @@ def read_facts(folder: Path, field: str) -> dict[str, Any]:
         raise ConfigError(f"{field} {folder} is no saved state; a folder checkpoints/step-N") from None
     if "seal" in record or "files" in record:  # both or, in states of earlier versions, neither
         seal = record.pop("seal", None)
-        if seal != _seal(record):
+        if seal != record_hash(record):
             raise ConfigError(f"{field} {folder} is damaged: {NAME} was changed after it was written")
     return facts
 
