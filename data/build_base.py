@@ -1,10 +1,10 @@
-"""Build what the embedded tiny base model is trained on: its tokenizer and three sets of 256-token rows.
+"""Build what the embedded tiny base model is trained on: its tokenizer and four sets of 256-token rows.
 
     python data/build_base.py --output data/cache/base
 
 Four kinds of text (novels, the King James Bible, speeches, formal mathematics), fetched with `texts.corpora`, and
 documents with hidden facts (`texts.needles`). A row opens with BOS and is either a stretch of one text or one to four
-such documents; in the sets `retrieval` and `mixed` it may also be a list that is asked for again, or a stretch that
+such documents; in all sets but `rows` it may also be a list that is asked for again, or a stretch that
 stands twice or more often. Texts that are held out (`is_heldout`) are in none of them.
 """
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.texts.corpora import STANDINS, standin
+from scaled_rope.texts.corpora import CORPORA, STANDINS, standin
 from scaled_rope.texts.needles import list_document, needle_document
 from scaled_rope.texts.packed import PackedWriter, open_packed
 
@@ -64,10 +64,10 @@ SETS = {
     "rows": RowSet(59_200, {"needles": 0.25}),
     "retrieval": RowSet(12_800, {"periods": 0.45, "copies": 0.25, "lists": 0.15}),
     "mixed": RowSet(48_000, {"needles": 0.20, "copies": 0.08, "lists": 0.08, "periods": 0.06}, longest_repeat=100),
+    "text": RowSet(32_000, {"needles": 0.10, "copies": 0.02, "lists": 0.02, "periods": 0.01}, longest_repeat=100),
 }
 SPLITS = ((LENGTH - 2,), (LENGTH - 2,), (LENGTH - 2,), (90, 162), (126, 126), (62, 62, 126), (83, 83, 82))
 """Lengths of the documents in one row, each between BOS and EOS."""
-HELDOUT_BIBLE = ("Numbers", "Ezekiel", "Acts")
 HELDOUT_MATHEMATICS = ("Jordan", "Rqe")
 
 
@@ -76,10 +76,8 @@ def is_heldout(kind: str, name: str, index: int) -> bool:
 
     name: its path in the folder, without ".txt". index: its place among the texts of the folder, sorted by name.
     """
-    if kind == "novels":
-        return name.endswith("Pride and Prejudice")
-    if kind == "bible":
-        return name[3:] in HELDOUT_BIBLE
+    if kind in ("novels", "bible"):
+        return name in CORPORA["demo"].folders["novel" if kind == "novels" else "bible"]
     if kind == "speeches":
         return index % 10 == 5
     return name.split("/")[0] in HELDOUT_MATHEMATICS

@@ -38,7 +38,7 @@ from scaled_rope.training.model import (
     set_sliding_window,
     tile_mlps,
 )
-from scaled_rope.training.traced_memory import Trace, to_cpu, trace_pass
+from scaled_rope.training.traced_memory import Trace, layers_alike, to_cpu, trace_pass
 
 ARCHITECTURES = bundled("data/architectures.json")
 """Fields from the config.json of the recipes' base models, so that planning needs no network."""
@@ -91,6 +91,7 @@ def meta_model(recipe: Recipe) -> Any:
 GB = 1e9
 _MARGIN = 0.08  # of a GPU's memory: CUDA's own, the allocator's gaps, collectives' buffers
 _PREFETCHED_LAYERS = 2  # of ZeRO-3: the layer at work and the next
+_TRACED_LAYERS = (3, 4)  # of a model whose layers are alike
 _BUCKETS = 4 * 5e8  # elements of ZeRO-2's buckets: gradients and weights, each twice so that they overlap with work
 _NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
 """Bytes per weight in NF4: four bits, a scale of one byte for 64 weights, a float32 scale of 256 of those."""
@@ -265,11 +266,15 @@ class Planner:
                 model.config.get_text_config(decoder=True).use_cache = False
                 if recipe.sliding_window_attention_schedule is not None:
                     set_sliding_window(model, min(recipe.sliding_window_attention_schedule))
+                counts = Counts.of(model)
                 # There is no trace of a fused loss, whose pieces can be larger (docs/training.md).
                 module = SummedLoss(model, loss="whole" if recipe.loss == "whole" else "chunked")
                 autocast = recipe.compute_dtype == "bfloat16" and not cast
-                trace = trace_pass(module, recipe.batch_size, length, autocast, accumulating)
-                self._traces[key] = trace, Counts.of(model)
+                base = model.get_base_model() if recipe.lora else model
+                self._traces[key] = (
+                    _trace_layers(module, base, recipe.batch_size, length, autocast, accumulating),
+                    counts,
+                )
         return self._traces[key]
 
     def alternatives(self, ranks: int) -> list[Options]:
@@ -294,6 +299,25 @@ class Planner:
         if ranks > 1:
             ways += [replace(sharded, lora=True), replace(smallest, lora=True, offload_activations=True)]
         return ways
+
+
+def _trace_layers(module: Any, model: Any, batch: int, length: int, autocast: bool, accumulating: bool) -> Trace:
+    """The trace of a training module; where the model's layers are alike, only a few of them are run.
+
+    The model has fewer layers afterwards.
+    """
+    place = layers_alike(model) if model.config._attn_implementation == "sdpa" else None  # others may differ by layer
+    layers = [] if place is None else getattr(*place)
+    if place is None or len(layers) <= sum(_TRACED_LAYERS):
+        return trace_pass(module, batch, length, autocast, accumulating)
+    traces = []
+    for count in sorted(_TRACED_LAYERS, reverse=True):
+        setattr(*place, getattr(*place)[:count])
+        for parameter in module.parameters():
+            parameter.grad = None
+        traces.append(trace_pass(module, batch, length, autocast, accumulating, getattr(*place)))
+    more, fewer = traces
+    return fewer.with_layers(min(_TRACED_LAYERS), more, max(_TRACED_LAYERS), len(layers))
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def documents(args: argparse.Namespace, tokenizer: Any) -> Iterator[Tokens]:
     """Yield the token ids of each document, without special tokens; of packed sets, each row as it is."""
     source = args.dataset
     if source in CORPORA and not Path(source).exists():
-        part = "train" if args.constants else "heldout"  # constants are fitted on text that no test uses
+        part = "train" if args.constants else CORPORA[source].heldout  # constants are fitted on text that no test uses
         source = str(fetch(source, Path("data/cache") / source) / part)
     if is_tokenized(source):
         rows = open_rows(source, args.split)

@@ -117,7 +117,8 @@ def test_the_recipes_differ_in_method_alone_and_hold_their_texts_out() -> None:
     sources = [words[place + 1] for place, word in enumerate(words) if word == "--dataset"]
     # Of the folder of books the training part, and of the stand-in one file: no evaluation text is among them.
     assert sources == ["data/cache/books/train", "data/cache/prose/King James Bible.txt"] and len(trained) == 1
-    assert not set(CORPORA["books"].train) & set(CORPORA["books"].heldout)
+    folders = CORPORA["books"].folders
+    assert not set(folders["train"]) & set(folders["heldout"])
     for text in TEXTS.values():
         assert not {source for source in text.sources if source.startswith(("data/cache/books/train", *sources))}
 

