@@ -22,7 +22,7 @@ help:
 	@echo "make check       lint and types only"
 	@echo "make smollm2     evaluate a real model, SmolLM2-135M, under the scalings, without training (under 20 minutes)"
 	@echo "make paper-mini  test the paper's claims on the embedded model, with seeds (52 minutes on 2 cores)"
-	@echo "make base        train a new embedded base model (not finished, see docs/log.md)"
+	@echo "make base        train the embedded model again, from random weights (100 minutes on 2 cores)"
 	@echo "make clean       remove out/ (runs and reports); .venv and downloaded data stay"
 	@echo "Add PYTHON=python to use the active environment instead of .venv."
 
@@ -31,7 +31,7 @@ help:
 		{ echo "error: python3 is $$(python3 -V 2>&1); Python 3.11 or newer is needed"; exit 2; }
 	@test -x .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1 || python3 -m venv --clear .venv
 	.venv/bin/python -m pip install --progress-bar off --disable-pip-version-check -c constraints.txt -e '.[train,eval,dev]'
-	-.venv/bin/python -m scaled_rope.texts.corpora fetch books --output data/cache/books # the demo then needs no network
+	-.venv/bin/python -m scaled_rope.texts.corpora fetch demo --output data/cache/demo # the demo then needs no network
 	@touch $@
 
 demo: $(READY)
@@ -49,9 +49,9 @@ test: check
 	$(PYTHON) -m pytest -n $(JOBS) --dist loadfile
 
 base: $(READY)
-	./train.sh tiny-base tiny-base-retrieval tiny-base-mixed
-	./eval.sh tiny-base-mixed
-	@echo "to embed it: $(PYTHON) data/install_base.py out/tiny-base-mixed --output models/tiny-llama-256"
+	./train.sh tiny-base-text
+	./eval.sh tiny-base-text
+	@echo "to embed it: $(PYTHON) data/install_base.py out/tiny-base-text --output models/tiny-llama-256"
 
 smollm2: $(READY)
 	./benchmarks/smollm2.sh

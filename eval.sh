@@ -46,7 +46,7 @@ rows=${OUTPUT:-out/paper/rows.jsonl} # of the paper's tables
 tables=() failed=()
 
 recipe() { # NAME
-    local trained rows under=() spec code name=$1
+    local trained rows spec code name=$1
     read_recipe "$1" table{1..6} figure{1,5,6}
     if [[ ${#perplexity[@]} -eq 0 && ${#passkey[@]} -eq 0 ]]; then
         echo "error: recipe '$1' has no \`evaluate\` section in configs/$1.yaml" >&2
@@ -54,14 +54,21 @@ recipe() { # NAME
     fi
     trained=$output_dir/model
     rows=$output_dir/rows.jsonl
-    for spec in "${scalings[@]}"; do under+=(--scaling "$spec"); done
-
     measure() { # EVALUATOR FLAGS...: the base, then the trained model where it exists
-        local evaluator=$1 what=$1
+        local evaluator=$1 what=$1 first=() others=() fewer=()
         shift
-        [[ $evaluator != passkey ]] || what=passkeys
-        begin_step "$what before training"
-        attended ${LAUNCH:-python} "eval/$evaluator.py" -m "$model" "${under[@]}" "$@" "${extra[@]}" --output "$rows"
+        if [[ $evaluator == passkey ]]; then what=passkeys fewer=("${passkey_zero_shot[@]}"); fi
+        for spec in "${scalings[@]}"; do
+            if [[ ${#fewer[@]} -eq 0 || "$spec" == default ]]; then first+=(--scaling "$spec"); else others+=(--scaling "$spec"); fi
+        done
+        if [[ ${#first[@]} -gt 0 ]]; then
+            begin_step "$what before training"
+            attended ${LAUNCH:-python} "eval/$evaluator.py" -m "$model" "${first[@]}" "$@" "${extra[@]}" --output "$rows"
+        fi
+        if [[ ${#others[@]} -gt 0 ]]; then
+            begin_step "$what of scalings without training"
+            attended ${LAUNCH:-python} "eval/$evaluator.py" -m "$model" "${others[@]}" "$@" "${fewer[@]}" "${extra[@]}" --output "$rows"
+        fi
         if [[ -d "$trained" ]]; then
             begin_step "$what after training"
             attended ${LAUNCH:-python} "eval/$evaluator.py" -m "$trained" "$@" "${extra[@]}" --output "$rows"

@@ -1,6 +1,6 @@
 """Install a retrained base as the embedded model: weights, tokenizer and the curve of its training.
 
-    python data/install_base.py out/tiny-base-mixed --output models/tiny-llama-256
+    python data/install_base.py out/tiny-base-text --output models/tiny-llama-256
 
 The log holds the steps of the parts before it and names their states. The card (README.md) is left as it is.
 """

@@ -42,7 +42,7 @@ _LARGEST = {
 DOCUMENTS = ("joined", "separate")
 POSITIONS = ("consecutive", "pose")
 LOSSES = ("auto", "chunked", "fused", "whole")
-EVALUATE_FIELDS = ("scalings", "perplexity", "passkey", "report")
+EVALUATE_FIELDS = ("scalings", "perplexity", "passkey", "passkey_zero_shot", "report")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ class Recipe:
         heldout: packed set whose perplexity is measured every `heldout_steps` steps over its first `heldout_rows` rows,
             cut at each of `heldout_lengths`.
         evaluate: settings of eval.sh for the result: `scalings` (specs under which the base is read without training),
-            and the flags of `perplexity`, `passkey` and `report`.
+            and the flags of `perplexity`, `passkey` and `report`. `passkey_zero_shot` are flags that come after those of
+            `passkey` where the base is scaled: it may ask fewer prompts there.
     """
 
     name: str
@@ -503,9 +504,21 @@ def steps(recipe: Recipe) -> dict[str, int]:
         flags = shlex.split(recipe.evaluate.get(name, ""))
         if flags:
             plural = "passkeys" if name == "passkey" else name
-            found[f"{plural} before training"] = sum(_tokens(name, flags, scaling) for scaling in scalings)
+            fewer = shlex.split(recipe.evaluate.get(f"{name}_zero_shot", ""))
+            first, others = split_scalings(scalings, bool(fewer))
+            if first:
+                found[f"{plural} before training"] = sum(_tokens(name, flags, scaling) for scaling in first)
+            if others:
+                work = sum(_tokens(name, [*flags, *fewer], scaling) for scaling in others)
+                found[f"{plural} of scalings without training"] = work
             found[f"{plural} after training"] = _tokens(name, flags, recipe.scaling or "default")
     return found | ({"report": 0} if recipe.evaluate else {})
+
+
+def split_scalings(scalings: Sequence[str], apart: bool) -> tuple[list[str], list[str]]:
+    """The scalings that are measured with the flags themselves, and those with fewer prompts: none unless `apart`."""
+    first = [scaling for scaling in scalings if not apart or scaling == "default"]
+    return first, [scaling for scaling in scalings if scaling not in first]
 
 
 def _tokens(evaluator: str, flags: Sequence[str], scaling: str) -> int:
@@ -530,10 +543,10 @@ def _tokens(evaluator: str, flags: Sequence[str], scaling: str) -> int:
 
 def shell_assignments(recipe: Recipe) -> str:
     """Bash assignments for train.sh and eval.sh: strings `model`, `output_dir`; arrays `prepare`, `scalings`, and the
-    flags `perplexity`, `passkey` and `report`, split as a shell splits words; `steps` and `work`, as `steps` says.
+    flags of `EVALUATE_FIELDS`, split as a shell splits words; `steps` and `work`, as `steps` says.
     """
     arrays: dict[str, Sequence[str]] = {"prepare": recipe.prepare, "scalings": recipe.evaluate.get("scalings", ())}
-    arrays |= {name: shlex.split(recipe.evaluate.get(name, "")) for name in ("perplexity", "passkey", "report")}
+    arrays |= {name: shlex.split(recipe.evaluate.get(name, "")) for name in EVALUATE_FIELDS[1:]}
     planned = steps(recipe)
     arrays |= {"steps": list(planned), "work": [str(work) for work in planned.values()]}
     lines = [f"{name}={shlex.quote(getattr(recipe, name) or '')}" for name in ("model", "output_dir")]

@@ -106,7 +106,7 @@ CURRENT = {
     "smollm3-3b-256k": Current(3075, yarn(4, 65536, theta=5e6), 1.1386, 262144, (27, 36)),
     "mistral-small-24b-128k": Current(23572, yarn(4, 32768, theta=1e8), 1.1386, 131072, (40, 40)),
 }
-OWN = {"demo", "tiny-base", "tiny-base-retrieval", "tiny-base-mixed"}
+OWN = {"demo", "tiny-base", "tiny-base-retrieval", "tiny-base-mixed", "tiny-base-text"}
 
 
 @dataclass(frozen=True)
@@ -328,8 +328,8 @@ def test_a_chain_trains_what_is_missing_in_order(tmp_path, monkeypatch):
     assert [recipe.name for recipe in pending(longer)] == ["llama-2-7b-128k"]
     finish(tmp_path / "out/llama-2-7b-128k", 200)
     assert pending(longer) == []
-    assert [recipe.name for recipe in pending(read_recipe("tiny-base-mixed"))] == [
-        "tiny-base", "tiny-base-retrieval", "tiny-base-mixed",
+    assert [recipe.name for recipe in pending(read_recipe("tiny-base-text"))] == [
+        "tiny-base", "tiny-base-retrieval", "tiny-base-mixed", "tiny-base-text",
     ]  # fmt: skip
 
 
@@ -418,6 +418,13 @@ def test_the_work_of_a_recipes_steps(tmp_path):
         "passkeys after training": 10 * 3 * 2 * (64 + 128),
         "report": 0,
     }
+    file.write_text(file.read_text().replace("passkey: ", "passkey_zero_shot: '--iterations 2', passkey: "))
+    fewer = recipes.steps(read_recipe(str(file)))
+    assert list(fewer)[4:] == [
+        "passkeys before training", "passkeys of scalings without training", "passkeys after training", "report",
+    ]  # fmt: skip
+    assert fewer["passkeys before training"] == fewer["passkeys after training"] == 10 * 3 * 2 * (64 + 128)
+    assert fewer["passkeys of scalings without training"] == 2 * 3 * 2 * (64 + 128)
 
 
 @pytest.mark.parametrize(
