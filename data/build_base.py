@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.texts.corpora import CORPORA, STANDINS, standin
+from scaled_rope.texts.corpora import BIBLE_HELDOUT, CORPORA, STANDINS, standin
 from scaled_rope.texts.needles import list_document, needle_document
 from scaled_rope.texts.packed import PackedWriter, open_packed
 
@@ -76,8 +76,10 @@ def is_heldout(kind: str, name: str, index: int) -> bool:
 
     name: its path in the folder, without ".txt". index: its place among the texts of the folder, sorted by name.
     """
-    if kind in ("novels", "bible"):
-        return name in CORPORA["demo"].folders["novel" if kind == "novels" else "bible"]
+    if kind == "novels":
+        return name in CORPORA["demo"].folders["novel"]
+    if kind == "bible":
+        return name in BIBLE_HELDOUT
     if kind == "speeches":
         return index % 10 == 5
     return name.split("/")[0] in HELDOUT_MATHEMATICS

@@ -30,7 +30,10 @@ ROWS = ROOT / "data" / "demo_rows.jsonl"
 PICTURE = ROOT / "docs" / "images" / "demo.png"
 BASE, TUNED = "models/tiny-llama-256", "out/demo/model"
 BEGIN, END = "<!-- demo: python docs/demo_numbers.py -->\n", "<!-- end of demo -->\n"
-TEXTS = {"heldout": "a novel that none of these models was trained on"}
+TEXTS = {
+    "novel": "a novel that none of these models was trained on",
+    "bible": "three books of the King James Bible that none of these models was trained on",
+}
 
 
 def text_name(section: Section) -> str:

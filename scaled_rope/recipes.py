@@ -101,8 +101,8 @@ class Recipe:
         heldout: packed set whose perplexity is measured every `heldout_steps` steps over its first `heldout_rows` rows,
             cut at each of `heldout_lengths`.
         evaluate: settings of eval.sh for the result: `scalings` (specs under which the base is read without training),
-            and the flags of `perplexity`, `passkey` and `report`. `passkey_zero_shot` are flags that come after those of
-            `passkey` where the base is scaled: it may ask fewer prompts there.
+            and the flags of `perplexity`, `passkey` and `report`. `passkey_zero_shot` are flags that come after those
+            of `passkey` where the base is scaled: it may ask fewer prompts there.
     """
 
     name: str

