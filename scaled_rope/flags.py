@@ -32,7 +32,7 @@ ATTENTIONS = (
 )  # fmt: skip
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 KERNELS = ("auto", "torch", "triton", "none")
-TARGETS = ("transformers", "vllm", "sglang", "llama.cpp")
+TARGETS = ("transformers", "vllm", "sglang", "llama.cpp", "mlx", "exllamav3", "ollama", "trl", "verl")
 KV_DTYPES = ("auto", "bfloat16", "float16", "fp8")
 PROTOCOLS = ("auto", "openai", "sglang", "llama.cpp")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -398,7 +398,11 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print a JSON object")
     add("--output", metavar="DIR", help="write the patched config.json there (with --gguf: the GGUF)")
     add("--force", action="store_true", help="replace what an earlier export has left in --output")
-    add("--gguf", metavar="FILE", help="llama.cpp: a GGUF of the model; a copy that holds the scaling goes to --output")
+    add(
+        "--gguf",
+        metavar="FILE",
+        help="llama.cpp, ollama: a GGUF of the model; a copy that holds the scaling goes to --output",
+    )
 
 
 def check_export_arguments(args: argparse.Namespace) -> None:
@@ -408,8 +412,8 @@ def check_export_arguments(args: argparse.Namespace) -> None:
     _check_length(args)
     if args.scaling is not None:
         check_spec(args.scaling)
-    if args.gguf and (args.target != "llama.cpp" or not args.output):
-        raise ConfigError("flag --gguf goes with --for llama.cpp and --output DIR")
+    if args.gguf and (args.target not in ("llama.cpp", "ollama") or not args.output):
+        raise ConfigError("flag --gguf goes with --for llama.cpp or ollama, and --output DIR")
     if args.force and not args.output:
         raise ConfigError("flag --force goes with --output DIR")
     path = Path(args.model)
