@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +93,10 @@ def test_longrope_is_exact_only_where_short_prompts_get_the_short_list(config: L
 
 def test_a_partly_rotated_head() -> None:
     scaling = RopeScaling("yarn", 4.0, 512, partial_rotary_factor=0.5)
-    for target in TARGETS:
+    for target in set(TARGETS) - {"mlx"}:
         assert export(scaling, make_config(head_dim=32), target).status == "exact"
+    report = export(scaling, make_config(head_dim=32), "mlx")
+    assert report.status == "refused" and "its class for llama models rotates whole heads" in report.reason
 
 
 def test_a_wrong_number_is_refused(
@@ -131,7 +135,8 @@ def test_a_wrong_attention_factor_is_refused(config: LlamaConfig) -> None:
 def test_servers_are_said_to_scale_short_prompts(config: LlamaConfig) -> None:
     for target in SERVERS:
         assert any("short prompts" in note for note in export("yarn:4", config, target).notes)
-        assert not export("default", config, target).notes
+        notes = export("default", config, target).notes
+        assert not [note for note in notes if "short prompts" in note or "ignore rope_parameters" in note]
 
 
 def test_a_class_that_was_not_read_is_unknown_and_not_exact() -> None:
@@ -195,7 +200,7 @@ def test_refusals_are_one_line_and_exit_code_2(
         (["--for", "vlm"], "did you mean 'vllm'"),
         (["--for", "vllm", "--scaling", "yarn"], "factor is missing"),
         (["--for", "vllm", "--length", "0"], "--length 0 is not allowed"),
-        (["--for", "vllm", "--gguf", "a.gguf"], "--for llama.cpp and --output"),
+        (["--for", "vllm", "--gguf", "a.gguf"], "--for llama.cpp or ollama, and --output"),
         (["--for", "vllm", "--force"], "--force goes with --output"),
         (["--for", "vllm", "--scaling", "yarn:4", "--output", __file__], "--output .*test_export.py is a file"),
         (["--for", "llama.cpp", "--scaling", "yarn:4", "--gguf", "a.gguf", "--output", "out"], "is not needed"),
@@ -356,7 +361,8 @@ def build(model_type: str, **settings: Any) -> Any:
 def test_the_text_part_of_a_composite_model_is_scaled(spec: str, target: str) -> None:
     config = build("llava", text_config={"model_type": "llama", **TEXT})
     report = export(spec, config, target)
-    assert report.status == "exact" and set(report.config) == {"text_config"}
+    assert report.status == ("unknown" if target in ("mlx", "exllamav3") else "exact")
+    assert set(report.config) == {"text_config"}
     if target in ("vllm", "sglang"):
         override = json.loads(next(flag for flag in report.flags if flag.startswith("{")))
         assert set(override) == {"text_config"} and "rope_parameters" in override["text_config"]
@@ -467,8 +473,78 @@ def test_who_ignores_rope_parameters_is_said(config: LlamaConfig) -> None:
     older = {"transformers": "transformers 4", "vllm": "vLLM 0.11", "sglang": "SGLang 0.5.3"}
     for target, name in older.items():
         text = f"{name} and older read rope_scaling and rope_theta instead, and ignore rope_parameters"
-        assert text in export("yarn:4", config, target).notes
-        assert text not in export("default", config, target).notes
+        flags = "" if target == "transformers" else ", the flags do not"
+        assert f"{text}; config.json has them as well{flags}" in export("yarn:4", config, target).notes
+        notes = export("yarn:4,truncate=false", config, target).notes
+        assert any(note.startswith(f"{text}; they are not written as well: vLLM 0.11") for note in notes)
+        assert not any(text in note for note in export("default", config, target).notes)
+
+
+@pytest.mark.parametrize(("target", "package"), [("vllm", "vllm"), ("sglang", "sglang"), ("mlx", "mlx-lm")])
+def test_the_release_is_said_and_another_that_is_installed_is_pointed_out(
+    target: str, package: str, config: LlamaConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = TARGETS[target]
+    assert real.package_version == real.version and real.version in real.basis
+
+    def installed(name: str, version: str) -> list[str]:
+        monkeypatch.setattr("importlib.metadata.version", lambda asked: {name: version}[asked])
+        return [note for note in export("yarn:4", config, target).notes if "is installed here" in note]
+
+    (note,) = installed(package, "9.8.7")
+    assert note.startswith(f"{package} 9.8.7 is installed here, and this is about {real.version}: ")
+    assert not installed(package, real.version)
+    text = str(export("yarn:4", config, target))
+    assert f"basis: {real.basis}" in text
+
+
+def test_a_program_that_is_not_installed_is_no_reason_to_warn(
+    config: LlamaConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    assert not any("is installed here" in note for note in export("yarn:4", config, "vllm").notes)
+
+
+@pytest.mark.parametrize("target", ["transformers", "vllm", "sglang"])
+@pytest.mark.parametrize(
+    ("spec", "older"),
+    [("default", {}), ("ntk:4", {}), ("linear:4", {"type": "linear", "factor": 4.0}), ("yarn:4", {"type": "yarn"}),
+     ("llama3:4", {"type": "llama3"}), ("ntk-mixed:4", None), ("yarn:4,attention_factor=1.0", None)],
+)  # fmt: skip
+def test_a_written_config_says_it_in_both_dialects(
+    spec: str, older: dict[str, Any] | None, target: str, tmp_path: Path
+) -> None:
+    make_config().save_pretrained(tmp_path / "source")
+    arguments = [str(tmp_path / "source"), "--for", target, "--scaling", spec, "--output", str(tmp_path / "out")]
+    assert command_line(*arguments)[1]() == 0
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert ("rope_theta" in written) == (older is not None)
+    assert ("rope_scaling" in written) == bool(older)
+    if older is not None:
+        assert written["rope_theta"] == written["rope_parameters"]["rope_theta"]
+    if older:
+        assert written["rope_scaling"].items() >= older.items()
+    base = RopeScaling("default", original_max_position_embeddings=512)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert RopeScaling.from_config(written).label
+    rotary = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path / "out"))
+    ours, factor = compute_rope(resolve_scaling(spec, base), HEAD_DIM, 2048)
+    torch.testing.assert_close(rotary.inv_freq, ours, rtol=1e-6, atol=1e-12)
+    assert rotary.attention_scaling == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("target", ["trl", "verl"])
+def test_the_composite_config_is_nested_for_trainers_too(target: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    build("llava", text_config={"model_type": "llama", **TEXT}).save_pretrained(source)
+    assert command_line(str(source), "--for", target, "--scaling", "yarn:4", "--output", str(out))[1]() == 0
+    raw = json.loads((out / "config.json").read_text())
+    assert raw["text_config"]["rope_scaling"]["factor"] == 4.0 and not {"rope_parameters", "rope_scaling"} & set(raw)
+    assert "512" not in (out / f"{target}.yaml").read_text() and "2048" in (out / f"{target}.yaml").read_text()
 
 
 def test_phi_3_5_moe_gets_the_factor_that_its_tables_are_multiplied_by() -> None:

@@ -83,7 +83,7 @@ TARGET = Target(
     known=lambda request: not request.path and request.model_type in _DEFAULT_READER,
     command="exllamav3.Config.from_directory(DIR), with these keys in DIR/config.json",
     static=CACHED.format("ExLlamaV3"),
-    basis="read from the source of ExLlamaV3 1.6.5, not run (it needs a GPU)",
+    basis="read from the source of ExLlamaV3 1.6.5; its rotary module was run by itself on a CPU, no model",
     package="exllamav3",
     package_version="1.6.5",
 )

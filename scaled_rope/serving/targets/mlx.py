@@ -84,6 +84,8 @@ def restate(request: ServedModel, words: Expressed, length: int) -> Restated:
             f"its class for {request.model_type} models reads rope_theta and no scaling: serve it with another "
             "program, or with ntk:FACTOR, which is another base"
         )
+    if request.scaling.partial_rotary_factor != 1 and request.model_type in _PASSES_SCALING:
+        raise ConfigError(f"its class for {request.model_type} models rotates whole heads")
     if kind == "longrope":
         return _longrope(config, rope, dim)
     if kind == "yarn":
