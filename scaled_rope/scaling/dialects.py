@@ -60,10 +60,7 @@ def _misread(rope: Mapping[str, Any]) -> str:
     if kind == CUSTOM_ROPE_TYPE:
         return "no program but this package knows the type"
     if kind == "longrope":
-        return (
-            "transformers 4.57 takes another original length, mlx-lm the long list at every length, and vLLM 0.11 and "
-            "SGLang 0.5.3 another attention factor"
-        )
+        return "mlx-lm takes the long list at every length, and transformers 4.57 the original length from elsewhere"
     if kind not in _TYPES or "rope_theta" not in rope:
         return f"older programs have no such rope_type {kind!r}, or another one"
     if read_by_attention(rope):

@@ -68,7 +68,7 @@ def test_what_an_older_reader_finds() -> None:
         ({"attention_factor": 1.0}, "mlx-lm read no attention_factor"),
         (
             {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]},
-            "mlx-lm the long list at every length",
+            "mlx-lm takes the long list at every length",
         ),
         ({"rope_type": "dynamic"}, "no such rope_type 'dynamic'"),
         ({"rope_type": "proportional"}, "no such rope_type 'proportional'"),

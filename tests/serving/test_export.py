@@ -23,6 +23,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.record import RopeScaling, resolve_scaling
 from scaled_rope.serving.export import export
+from scaled_rope.serving.gguf import GgufRope, read_gguf_rope, write_checkpoint
 from scaled_rope.serving.targets import hf
 from scaled_rope.serving.targets.common import TOLERANCE
 from scaled_rope.serving.targets.registry import TARGETS
@@ -442,6 +443,8 @@ def test_dictionaries_in_a_part_are_merged_by_vllm() -> None:
         ("gpt_oss", "vllm", "linear:4", "its gpt_oss class reads beta_fast and takes nothing but YaRN"),
         ("cohere", "vllm", "ntk-mixed:4", r"refuses the rotation of cohere models \(only neox_style\)"),
         ("cohere", "sglang", "ntk-mixed:4", r"refuses the rotation of cohere models \(only neox_style\)"),
+        ("cohere2", "vllm", "yarn:4,resonance=true", r"refuses the rotation of cohere2 models \(only neox_style\)"),
+        ("cohere2", "sglang", "yarn:4,resonance=true", r"refuses the rotation of cohere2 models \(only neox_style\)"),
         ("qwen2_5_vl", "vllm", "linear:4", "rope_type 'linear' has no form there with mrope_section"),
         ("qwen2_5_vl", "sglang", "llama3:4", "rope_type 'llama3' has no form there with mrope_section"),
     ],
@@ -453,6 +456,35 @@ def test_what_a_class_does_not_do_is_refused_by_name(model_type: str, target: st
         settings = {"text_config": TEXT | {"rope_parameters": rope}}
     report = export(spec, build(model_type, **settings), target)
     assert report.status == "refused" and re.search(reason, report.reason), report.reason
+
+
+def test_the_gpt_oss_class_of_vllm_gets_every_key_that_it_reads() -> None:
+    """It stops with a KeyError where one is missing."""
+    report = export("yarn:4", build("gpt_oss", **TEXT, layer_types=["full_attention"]), "vllm")
+    override = json.loads(next(flag for flag in report.flags if flag.startswith("{")))
+    for rope in (override["rope_parameters"], report.config["rope_parameters"]):
+        assert {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"} <= set(rope)
+    assert report.status == "exact"
+
+
+def test_llama3_for_an_existing_gguf_is_a_copy_with_the_tensor(tmp_path: Path) -> None:
+    """Flags alone would leave it unscaled."""
+    pytest.importorskip("gguf")
+    source, out = tmp_path / "tiny.gguf", tmp_path / "out"
+    write_checkpoint(DEFAULT_MODEL, source, GgufRope())
+    arguments = [str(DEFAULT_MODEL), "--for", "llama.cpp", "--scaling", "llama3:8", "--gguf", str(source), "--output"]
+    assert command_line(*arguments, str(out))[1]() == 0
+    divisors = read_gguf_rope(out / "tiny.gguf").divisors
+    assert divisors is not None and divisors[0] == 1 and divisors[-1] == pytest.approx(8)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_composite_config_is_told_on_its_top_level(target: str) -> None:
+    """Nobody reads it there. SGLang's classes for three families do, and are told in both places."""
+    report = export("yarn:4", build("llava", text_config={"model_type": "llama", **TEXT}), target)
+    assert not {"rope_parameters", "rope_scaling", "rope_theta"} & set(report.config)
+    for flag in report.flags:
+        assert not flag.startswith("{") or set(json.loads(flag)) == {"text_config"}
 
 
 def test_a_base_that_is_cut_to_a_whole_number_is_another_base() -> None:

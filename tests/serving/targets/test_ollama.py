@@ -30,7 +30,7 @@ def test_no_flag_reaches_it_so_the_gguf_holds_it_all(config: LlamaConfig) -> Non
     assert any("gives no RoPE flag on" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("spec", ["yarn:4,beta_fast=64", "yarn:4,attention_factor=1.0", "ntk-mixed:4"])
+@pytest.mark.parametrize("spec", ["yarn:4,beta_slow=4", "yarn:4,attention_factor=1.0", "ntk-mixed:4"])
 def test_what_the_metadata_cannot_say_is_a_tensor(spec: str, config: LlamaConfig) -> None:
     report = export(spec, config, "ollama")
     assert report.status == "exact" and not report.converts
@@ -47,7 +47,7 @@ def test_llama3_is_a_tensor_that_the_converter_writes_too(config: LlamaConfig) -
 def test_an_architecture_without_the_tensor_has_metadata_alone() -> None:
     config = AutoConfig.for_model("qwen2", hidden_size=64, num_attention_heads=4, max_position_embeddings=512)
     assert export("yarn:4", config, "ollama").status == "exact"
-    for spec in ("yarn:4,beta_fast=64", "llama3:4"):
+    for spec in ("yarn:4,beta_slow=4", "llama3:4"):
         report = export(spec, config, "ollama")
         assert report.status == "refused" and "its qwen2 models read no tensor of divisors" in report.reason
 
