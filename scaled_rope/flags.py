@@ -33,6 +33,8 @@ ATTENTIONS = (
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 KERNELS = ("auto", "torch", "triton", "none")
 TARGETS = ("transformers", "vllm", "sglang", "llama.cpp", "mlx", "exllamav3", "ollama", "trl", "verl")
+EXPORT_FILES = {"ollama": "Modelfile", "trl": "trl.yaml", "verl": "verl.yaml"}
+"""What `scaled-rope export` writes beside config.json, by target."""
 KV_DTYPES = ("auto", "bfloat16", "float16", "fp8")
 PROTOCOLS = ("auto", "openai", "sglang", "llama.cpp")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -419,10 +421,10 @@ def check_export_arguments(args: argparse.Namespace) -> None:
     path = Path(args.model)
     check_local(str(path.parent) if path.name == "config.json" and path.is_file() else args.model)
     if args.output:
-        _check_export_output(Path(args.output), args.gguf, args.force)
+        _check_export_output(Path(args.output), args.gguf, args.force, EXPORT_FILES.get(args.target))
 
 
-def _check_export_output(folder: Path, gguf: str | None, force: bool) -> None:
+def _check_export_output(folder: Path, gguf: str | None, force: bool, beside: str | None) -> None:
     """Refuse an output that would replace existing files.
 
     Raises:
@@ -434,6 +436,7 @@ def _check_export_output(folder: Path, gguf: str | None, force: bool) -> None:
     files = [folder / "config.json", *([] if gguf is None else [folder / Path(gguf).name])]
     if gguf is not None and files[1].exists() and Path(gguf).exists() and files[1].samefile(gguf):
         raise ConfigError(f"--output {folder} is not allowed with --gguf {gguf}, which it would overwrite")
+    files += [] if beside is None else [folder / beside]
     there = next((file for file in files if file.exists()), None)
     if there is not None and not force:
         raise ConfigError(f"--output {folder} has a {there.name}; replace it with --force, or choose another folder")

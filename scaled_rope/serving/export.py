@@ -1,4 +1,4 @@
-"""The settings with which transformers, vLLM, SGLang or llama.cpp run a scaling, and the numbers they compute then.
+"""The settings with which other programs run a scaling, and the numbers that they compute then.
 
 Each program has its own words for a scaling and its own arithmetic. `export` finds words for a target, computes what
 the target computes from them, and compares that with `compute_rope`: only words that give our numbers are called exact.

@@ -244,6 +244,18 @@ def test_an_export_replaces_another_only_when_told_to(folder: str, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
+def test_a_modelfile_is_not_replaced_either(folder: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "Modelfile").write_text("FROM mine")
+    arguments = [folder, "--for", "ollama", "--scaling", "yarn:4", "--output", str(out)]
+    with pytest.raises(ConfigError, match="--output .*out has a Modelfile; replace it with --force"):
+        command_line(*arguments)[1]()
+    assert (out / "Modelfile").read_text() == "FROM mine"
+    assert command_line(*arguments, "--force")[1]() == 0
+    assert (out / "Modelfile").read_text().startswith("FROM ./MODEL.gguf")
+
+
 def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     (tmp_path / "text.gguf").write_text("no GGUF")

@@ -15,10 +15,10 @@ from scaled_rope.serving.targets.common import (
     Target,
     config_of,
     native_keys,
+    rope_in_file,
     table_of,
     with_older,
 )
-from scaled_rope.serving.targets.common import rope_in_file as rope_read
 from scaled_rope.serving.targets.servers import (
     CACHED,
     plain_frequencies,
@@ -38,7 +38,8 @@ def express(request: ServedModel) -> Iterator[Expressed]:
     """Under its own name where the program has one, then as a table of frequencies."""
     rope = native_keys(request)
     if rope is not None and rope["rope_type"] in ("default", "linear", "llama3", "yarn"):
-        context, notes = request.length, ()
+        context = request.length
+        notes: tuple[str, ...] = ()
         if rope["rope_type"] == "yarn":  # the quotient of both lengths is the factor there
             context = math.ceil(rope["factor"] * rope["original_max_position_embeddings"])
             notes = ("max_position_embeddings is the factor times L: ExLlamaV3 takes their quotient for the factor",)
@@ -51,7 +52,7 @@ def express(request: ServedModel) -> Iterator[Expressed]:
 def read(request: ServedModel, words: Expressed) -> Iterator[dict[str, Any]]:
     """The keys of the printed config.json: `rope_scaling` where it is there, or else `rope_parameters`."""
     config = json.loads(json.dumps(words.config))
-    yield rope_read(config) | {"context": config["max_position_embeddings"]}
+    yield rope_in_file(config) | {"context": config["max_position_embeddings"]}
 
 
 def restate(request: ServedModel, words: Expressed, length: int) -> Restated:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.flags import EXPORT_FILES
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.serving.gguf import GgufRope
 from scaled_rope.serving.targets.common import (
@@ -55,7 +56,7 @@ def express(request: ServedModel) -> Iterator[Expressed]:
 
 
 def _metadata(request: ServedModel, arch: str, kind: str, base: float, attention: float = 1.0) -> dict[str, Any]:
-    keys = {"rope.scaling.type": kind, "rope.freq_base": base, "rope.scaling.attn_factor": attention}
+    keys: dict[str, Any] = {"rope.scaling.type": kind, "rope.freq_base": base, "rope.scaling.attn_factor": attention}
     # Ollama cuts num_ctx to this length.
     return {f"{arch}.{name}": value for name, value in keys.items()} | {f"{arch}.context_length": request.length}
 
@@ -86,7 +87,7 @@ def _words(
 ) -> Expressed:
     config = with_older(request, config_of(request, rope, request.length))
     modelfile = f"FROM ./MODEL.gguf\nPARAMETER num_ctx {request.length}\n"
-    return Expressed({}, config, (), notes, gguf, converts, {"Modelfile": modelfile})
+    return Expressed({}, config, (), notes, gguf, converts, {EXPORT_FILES["ollama"]: modelfile})
 
 
 def read(request: ServedModel, words: Expressed) -> Iterator[dict[str, Any]]:
@@ -119,8 +120,8 @@ def read(request: ServedModel, words: Expressed) -> Iterator[dict[str, Any]]:
 def _settings(kind: str, base: float, scale: float) -> dict[str, Any]:
     """In the names of llama.cpp's restatement, with its defaults for what a GGUF cannot say."""
     kind = "none" if kind == "default" else kind
-    yarn = {"ext_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0} if kind == "yarn" else {}
-    return {"scaling": kind, "freq_base": base, "scale": scale, **yarn}
+    given: dict[str, Any] = {"scaling": kind, "freq_base": base, "scale": scale}
+    return given | ({"ext_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0} if kind == "yarn" else {})
 
 
 def restate(request: ServedModel, words: Expressed, length: int) -> Restated:

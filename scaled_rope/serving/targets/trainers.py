@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from scaled_rope.flags import EXPORT_FILES
 from scaled_rope.serving.targets import hf, vllm
 from scaled_rope.serving.targets.common import Expressed, Restated, ServedModel, Target
 
@@ -65,7 +66,7 @@ _FRAGMENTS = {
 
 
 def _target(name: str, title: str, version: str, notes: tuple[str, ...], command: str) -> Target:
-    file = f"{name}.yaml"
+    file = EXPORT_FILES[name]
     return Target(
         name=name,
         title=title,
