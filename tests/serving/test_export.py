@@ -68,7 +68,7 @@ def test_every_static_scaling_has_exact_words_for_every_target(spec: str, target
 
 @pytest.mark.parametrize("spec", IN_ALL_WORDS)
 def test_plain_scalings_need_no_table(spec: str, config: LlamaConfig) -> None:
-    for target in TARGETS:
+    for target in [name for name in TARGETS if name != "ollama"]:  # which is given no flags
         report = export(spec, config, target)
         assert report.gguf is None or report.converts  # a conversion writes what it holds
         assert report.config["rope_parameters"]["rope_type"] != "longrope"
