@@ -32,7 +32,9 @@ ATTENTIONS = (
 )  # fmt: skip
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 KERNELS = ("auto", "torch", "triton", "none")
-TARGETS = ("transformers", "vllm", "sglang", "llama.cpp")
+TARGETS = ("transformers", "vllm", "sglang", "llama.cpp", "mlx", "exllamav3", "ollama", "trl", "verl")
+EXPORT_FILES = {"ollama": "Modelfile", "trl": "trl.yaml", "verl": "verl.yaml"}
+"""What `scaled-rope export` writes beside config.json, by target."""
 KV_DTYPES = ("auto", "bfloat16", "float16", "fp8")
 PROTOCOLS = ("auto", "openai", "sglang", "llama.cpp")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -398,7 +400,11 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print a JSON object")
     add("--output", metavar="DIR", help="write the patched config.json there (with --gguf: the GGUF)")
     add("--force", action="store_true", help="replace what an earlier export has left in --output")
-    add("--gguf", metavar="FILE", help="llama.cpp: a GGUF of the model; a copy that holds the scaling goes to --output")
+    add(
+        "--gguf",
+        metavar="FILE",
+        help="llama.cpp, ollama: a GGUF of the model; a copy that holds the scaling goes to --output",
+    )
 
 
 def check_export_arguments(args: argparse.Namespace) -> None:
@@ -408,17 +414,17 @@ def check_export_arguments(args: argparse.Namespace) -> None:
     _check_length(args)
     if args.scaling is not None:
         check_spec(args.scaling)
-    if args.gguf and (args.target != "llama.cpp" or not args.output):
-        raise ConfigError("flag --gguf goes with --for llama.cpp and --output DIR")
+    if args.gguf and (args.target not in ("llama.cpp", "ollama") or not args.output):
+        raise ConfigError("flag --gguf goes with --for llama.cpp or ollama, and --output DIR")
     if args.force and not args.output:
         raise ConfigError("flag --force goes with --output DIR")
     path = Path(args.model)
     check_local(str(path.parent) if path.name == "config.json" and path.is_file() else args.model)
     if args.output:
-        _check_export_output(Path(args.output), args.gguf, args.force)
+        _check_export_output(Path(args.output), args.gguf, args.force, EXPORT_FILES.get(args.target))
 
 
-def _check_export_output(folder: Path, gguf: str | None, force: bool) -> None:
+def _check_export_output(folder: Path, gguf: str | None, force: bool, beside: str | None) -> None:
     """Refuse an output that would replace existing files.
 
     Raises:
@@ -430,6 +436,7 @@ def _check_export_output(folder: Path, gguf: str | None, force: bool) -> None:
     files = [folder / "config.json", *([] if gguf is None else [folder / Path(gguf).name])]
     if gguf is not None and files[1].exists() and Path(gguf).exists() and files[1].samefile(gguf):
         raise ConfigError(f"--output {folder} is not allowed with --gguf {gguf}, which it would overwrite")
+    files += [] if beside is None else [folder / beside]
     there = next((file for file in files if file.exists()), None)
     if there is not None and not force:
         raise ConfigError(f"--output {folder} has a {there.name}; replace it with --force, or choose another folder")

@@ -110,6 +110,9 @@ def test_save_only_writes_the_scaling_and_nothing_else(workspace, tmp_path, caps
     assert all(torch.equal(before[name], after[name]) for name in before)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["rope_parameters"]["factor"] == 3.0 and config["max_position_embeddings"] == 48
+    # Programs that know only the older keys find the same.
+    assert config["rope_scaling"].items() >= {"type": "yarn", "factor": 3.0}.items()
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     # Neither training nor saving again may take this model for a trained one, or replace it.
     assert run_cli(lambda: finetune.main(arguments)) == 2
     assert run_cli(lambda: finetune.main(arguments[:-1])) == 2

@@ -181,6 +181,14 @@ def split_config(config: Any) -> tuple[dict[str, Any], Any]:
     return model, {str(key): value for key, value in rope.items()}
 
 
+def comparable(rope: Any) -> Any:
+    """A RoPE dictionary without the base, in a form to compare; other values as they are."""
+    if not isinstance(rope, Mapping):
+        return rope
+    values = {key: value for key, value in rope.items() if key not in ("type", "rope_type", "rope_theta")}
+    return values | {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
+
+
 def text_path(model: Mapping[str, Any]) -> tuple[str, ...]:
     """The keys that lead from the top of a config.json to its text part; empty where the top is the text part.
 
@@ -318,7 +326,9 @@ def read_rope(model: Mapping[str, Any], rope: Mapping[str, Any], layer_type: str
     """
     reading = Reading({})
     if model.get("rope_scaling") and model.get("rope_parameters"):
-        reading.note("both-dialects", "rope_scaling and rope_parameters are both present; rope_scaling counts")
+        same = comparable(model["rope_scaling"]) == comparable(model["rope_parameters"])
+        text = "rope_scaling and rope_parameters are both present; rope_scaling counts"
+        reading.note("both-dialects", text, "info" if same else "warning")
     model = _rename(dict(model), reading)
     entry, layer_type = _entry(model, dict(rope), layer_type, reading)
     entry = {key: value for key, value in entry.items() if value is not None or key == "factor"}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from scaled_rope.scaling.hf_config import RECORD_KEY, SOFTMAX_MSCALE_FAMILIES, ConfigNote
+from scaled_rope.scaling.hf_config import RECORD_KEY, SOFTMAX_MSCALE_FAMILIES, ConfigNote, comparable
 from scaled_rope.serving.checks_transformers import difference_from_transformers
 from scaled_rope.serving.config_facts import ConfigFacts
 from scaled_rope.serving.inspect_report import Finding, Level, shorten
@@ -81,7 +82,8 @@ def both_dialects(facts: ConfigFacts, note: ConfigNote) -> Finding:
     """rope_scaling and rope_parameters at once, which say the same or do not."""
     one, other = facts.text.get("rope_scaling"), facts.text.get("rope_parameters")
     if comparable(one) == comparable(other):
-        return _finding(note, f"{note.text}; they say the same", "info")
+        finding = _finding(note, f"{note.text}; they say the same", "info")
+        return replace(finding, remedy="Older programs read rope_scaling; change both, or delete it.")
     return _finding(note, f"{note.text}; they disagree: {_differences(one, other)}", "warning")
 
 
@@ -97,14 +99,6 @@ _BY_CODE: dict[str, Callable[[ConfigFacts, ConfigNote], Finding]] = {
     "mistral-constants": mistral_constants,
 }
 """Notes that the rest of the config says more about; all others are `plain_note`s."""
-
-
-def comparable(rope: Any) -> Any:
-    """A RoPE dictionary without the base, in a form to compare; other values as they are."""
-    if not isinstance(rope, Mapping):
-        return rope
-    values = {key: value for key, value in rope.items() if key not in ("type", "rope_type", "rope_theta")}
-    return values | {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
 
 
 def _differences(one: Any, other: Any) -> str:

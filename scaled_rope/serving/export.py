@@ -1,4 +1,4 @@
-"""The settings with which transformers, vLLM, SGLang or llama.cpp run a scaling, and the numbers they compute then.
+"""The settings with which other programs run a scaling, and the numbers that they compute then.
 
 Each program has its own words for a scaling and its own arithmetic. `export` finds words for a target, computes what
 the target computes from them, and compares that with `compute_rope`: only words that give our numbers are called exact.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
 import os
 import shlex
@@ -25,6 +26,7 @@ from scaled_rope.errors import ConfigError, check_name, unknown
 from scaled_rope.flags import check_export_arguments
 from scaled_rope.patching.families import head_dim_of
 from scaled_rope.results import write_atomic
+from scaled_rope.scaling.dialects import older_keys
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import SOFTMAX_MSCALE_FAMILIES, has_rope, nested_types
 from scaled_rope.scaling.record import RopeScaling, resolve_scaling
@@ -32,7 +34,15 @@ from scaled_rope.scaling.registry import METHODS
 from scaled_rope.serving.config_facts import text_part
 from scaled_rope.serving.export_report import Comparison, ExportReport
 from scaled_rope.serving.gguf import add_rope
-from scaled_rope.serving.targets.common import TOLERANCE, Expressed, ServedModel, Target, build_patched, nest
+from scaled_rope.serving.targets.common import (
+    TOLERANCE,
+    Expressed,
+    ServedModel,
+    Target,
+    build_patched,
+    nest,
+    without_older,
+)
 from scaled_rope.serving.targets.registry import TARGETS
 
 
@@ -90,8 +100,10 @@ def export(
         command=target.command.format(flags=shlex.join(words.flags)).strip(),
         gguf=words.gguf,
         converts=words.converts,
-        notes=(*_notes(request, target), *words.notes),
+        notes=(*_notes(request, target, words), *words.notes),
         comparisons=comparisons,
+        files=dict(words.files),
+        basis=target.basis,
         config_place=target.config_place,
     )
 
@@ -174,7 +186,7 @@ def _no_words(request: ServedModel, target: Target) -> str:
     return ""
 
 
-def _notes(request: ServedModel, target: Target) -> list[str]:
+def _notes(request: ServedModel, target: Target, words: Expressed) -> list[str]:
     """Notes that hold for every target."""
     scaling, notes = request.scaling, []
     if target.static and scaling.method != "default" and scaling.factor > 1 and not scaling.is_length_dependent:
@@ -188,12 +200,39 @@ def _notes(request: ServedModel, target: Target) -> list[str]:
             f"unknown for this class: the numbers are those of {target.title}'s rotary embedding, but what its code "
             f"for {request.whole_type!r} passes on to it is not known; compare the outputs before you rely on it"
         )
+    if other := _installed_otherwise(target):
+        notes.append(other)
     if target.older and scaling.method != "default":
-        notes.append(f"{target.older} and older read rope_scaling and rope_theta instead, and ignore rope_parameters")
+        notes.append(_older_note(request, target, words))
     window = getattr(request.config, "sliding_window", None)
     if window is not None and window < request.length:
         notes.append(f"sliding_window={window} of the config is shorter than {request.length} tokens")
     return notes
+
+
+def _installed_otherwise(target: Target) -> str:
+    """A warning where another release of the program is installed than the one that is restated, or nothing."""
+    if not target.package:
+        return ""
+    try:
+        installed = importlib.metadata.version(target.package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    if installed == target.package_version:
+        return ""
+    return (
+        f"{target.package} {installed} is installed here, and this is about {target.package_version}: "
+        "check a running server with scaled-rope certify"
+    )
+
+
+def _older_note(request: ServedModel, target: Target, words: Expressed) -> str:
+    """What releases do that do not know `rope_parameters`."""
+    ignored = f"{target.older} and older read rope_scaling and rope_theta instead, and ignore rope_parameters"
+    keys, reason = older_keys({**without_older(words.config), "model_type": request.model_type})
+    if not keys:
+        return f"{ignored}; they are not written as well: {reason}"
+    return f"{ignored}; config.json has them as well{', the flags do not' if words.flags else ''}"
 
 
 def _worst(request: ServedModel, target: Target, words: Expressed) -> Iterator[Comparison]:
@@ -284,6 +323,8 @@ def _write(folder: Path, raw: Mapping[str, Any], report: ExportReport, gguf: str
                 (name, patch) = next(iter(patch.items()))
                 path = (*path, name)
             write_atomic(staged / "config.json", json.dumps(build_patched(raw, patch, path), indent=2) + "\n")
+            for name, text in report.files.items():
+                write_atomic(staged / name, text if gguf is None else text.replace("MODEL.gguf", Path(gguf).name))
             written = [folder / file.name for file in sorted(staged.iterdir())]
             if not place.exists():
                 os.rename(staged, place)

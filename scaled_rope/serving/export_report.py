@@ -57,6 +57,10 @@ class ExportReport:
     """Whether a GGUF that is converted from `config` holds what `gguf` says; else it must be written into a copy."""
     notes: tuple[str, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Files to put beside config.json: name -> text."""
+    basis: str = ""
+    """Which release the words and the arithmetic are from, and whether that was run."""
     config_place: str = "in config.json"
     """The place of `config` on the command line, in words; not part of `to_dict`."""
 
@@ -81,11 +85,15 @@ class ExportReport:
         status = self.status if self.status != "unknown" else "unknown for this class of model, see the notes"
         lines = [f"{self.scaling.label} for {self.target}: {status}", "", "run:", f"  {self.command}", ""]
         lines += [f"{self.config_place}:", *_lay_out_config(self.config), ""]
+        for name, text in self.files.items():
+            lines += [f"{name}:", *(f"  {line}" for line in text.splitlines()), ""]
         if self.gguf is not None:
             lines += ["in the GGUF:", f"  {self.gguf}", ""]
         lines.append(f"what {self.target} makes of it, against ours:")
         for comparison in self.comparisons:
             lines += _lay_out_comparison(comparison)
+        if self.basis:
+            lines += ["", f"basis: {self.basis}"]
         return "\n".join([*lines, *(["", "notes:"] if self.notes else []), *(f"  - {note}" for note in self.notes)])
 
 

@@ -27,6 +27,7 @@ from scaled_rope.scaling.hf_config import (
     NESTED_FAMILIES,
     PRIMARY_LAYER_TYPE,
     SOFTMAX_MSCALE_FAMILIES,
+    comparable,
     nested_types,
     unread_keys,
     usual_name,
@@ -34,7 +35,7 @@ from scaled_rope.scaling.hf_config import (
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.serving.checks_keys import has_no_effect, misspelt_keys, owners_of
 from scaled_rope.serving.checks_lengths import length_other_than_factor_times_original, undeclared_extended_length
-from scaled_rope.serving.checks_notes import comparable, remarks_of_the_reader
+from scaled_rope.serving.checks_notes import remarks_of_the_reader
 from scaled_rope.serving.checks_transformers import rope_type_that_transformers_has_not
 from scaled_rope.serving.config_facts import ConfigFacts, known_keys, read_facts
 from scaled_rope.serving.config_file import config_as_dictionary, read_config_file

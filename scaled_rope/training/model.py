@@ -24,6 +24,7 @@ from scaled_rope.patching.loss import token_nll
 from scaled_rope.patching.output_head import decoder_of
 from scaled_rope.patching.patch import PatchReport, patch_as_read, patched_plan
 from scaled_rope.recipes import Recipe
+from scaled_rope.scaling.dialects import write_both_dialects
 from scaled_rope.scaling.record import RopeScaling, RopeSettings, with_primary
 
 
@@ -414,6 +415,7 @@ def save_model(
     model.config.dtype = dtype
     _text(model).use_cache = True
     model.save_pretrained(staged, state_dict=state)
+    write_both_dialects(staged)
     tokenizer = load_tokenizer(recipe.tokenizer or str(recipe.model))
     if (length := getattr(_text(model), "max_position_embeddings", None)) is not None:
         tokenizer.model_max_length = length  # programs cut texts there, and the model's own may be the shorter one

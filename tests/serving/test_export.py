@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.record import RopeScaling, resolve_scaling
 from scaled_rope.serving.export import export
+from scaled_rope.serving.gguf import GgufRope, read_gguf_rope, write_checkpoint
 from scaled_rope.serving.targets import hf
 from scaled_rope.serving.targets.common import TOLERANCE
 from scaled_rope.serving.targets.registry import TARGETS
@@ -65,7 +68,7 @@ def test_every_static_scaling_has_exact_words_for_every_target(spec: str, target
 
 @pytest.mark.parametrize("spec", IN_ALL_WORDS)
 def test_plain_scalings_need_no_table(spec: str, config: LlamaConfig) -> None:
-    for target in TARGETS:
+    for target in [name for name in TARGETS if name != "ollama"]:  # which is given no flags
         report = export(spec, config, target)
         assert report.gguf is None or report.converts  # a conversion writes what it holds
         assert report.config["rope_parameters"]["rope_type"] != "longrope"
@@ -91,8 +94,10 @@ def test_longrope_is_exact_only_where_short_prompts_get_the_short_list(config: L
 
 def test_a_partly_rotated_head() -> None:
     scaling = RopeScaling("yarn", 4.0, 512, partial_rotary_factor=0.5)
-    for target in TARGETS:
+    for target in set(TARGETS) - {"mlx"}:
         assert export(scaling, make_config(head_dim=32), target).status == "exact"
+    report = export(scaling, make_config(head_dim=32), "mlx")
+    assert report.status == "refused" and "its class for llama models rotates whole heads" in report.reason
 
 
 def test_a_wrong_number_is_refused(
@@ -131,7 +136,8 @@ def test_a_wrong_attention_factor_is_refused(config: LlamaConfig) -> None:
 def test_servers_are_said_to_scale_short_prompts(config: LlamaConfig) -> None:
     for target in SERVERS:
         assert any("short prompts" in note for note in export("yarn:4", config, target).notes)
-        assert not export("default", config, target).notes
+        notes = export("default", config, target).notes
+        assert not [note for note in notes if "short prompts" in note or "ignore rope_parameters" in note]
 
 
 def test_a_class_that_was_not_read_is_unknown_and_not_exact() -> None:
@@ -195,7 +201,7 @@ def test_refusals_are_one_line_and_exit_code_2(
         (["--for", "vlm"], "did you mean 'vllm'"),
         (["--for", "vllm", "--scaling", "yarn"], "factor is missing"),
         (["--for", "vllm", "--length", "0"], "--length 0 is not allowed"),
-        (["--for", "vllm", "--gguf", "a.gguf"], "--for llama.cpp and --output"),
+        (["--for", "vllm", "--gguf", "a.gguf"], "--for llama.cpp or ollama, and --output"),
         (["--for", "vllm", "--force"], "--force goes with --output"),
         (["--for", "vllm", "--scaling", "yarn:4", "--output", __file__], "--output .*test_export.py is a file"),
         (["--for", "llama.cpp", "--scaling", "yarn:4", "--gguf", "a.gguf", "--output", "out"], "is not needed"),
@@ -236,6 +242,18 @@ def test_an_export_replaces_another_only_when_told_to(folder: str, tmp_path: Pat
     assert json.loads((out / "config.json").read_text())["rope_parameters"]["factor"] == 8
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_a_modelfile_is_not_replaced_either(folder: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "Modelfile").write_text("FROM mine")
+    arguments = [folder, "--for", "ollama", "--scaling", "yarn:4", "--output", str(out)]
+    with pytest.raises(ConfigError, match="--output .*out has a Modelfile; replace it with --force"):
+        command_line(*arguments)[1]()
+    assert (out / "Modelfile").read_text() == "FROM mine"
+    assert command_line(*arguments, "--force")[1]() == 0
+    assert (out / "Modelfile").read_text().startswith("FROM ./MODEL.gguf")
 
 
 def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -356,7 +374,8 @@ def build(model_type: str, **settings: Any) -> Any:
 def test_the_text_part_of_a_composite_model_is_scaled(spec: str, target: str) -> None:
     config = build("llava", text_config={"model_type": "llama", **TEXT})
     report = export(spec, config, target)
-    assert report.status == "exact" and set(report.config) == {"text_config"}
+    assert report.status == ("unknown" if target in ("mlx", "exllamav3") else "exact")
+    assert set(report.config) == {"text_config"}
     if target in ("vllm", "sglang"):
         override = json.loads(next(flag for flag in report.flags if flag.startswith("{")))
         assert set(override) == {"text_config"} and "rope_parameters" in override["text_config"]
@@ -436,6 +455,8 @@ def test_dictionaries_in_a_part_are_merged_by_vllm() -> None:
         ("gpt_oss", "vllm", "linear:4", "its gpt_oss class reads beta_fast and takes nothing but YaRN"),
         ("cohere", "vllm", "ntk-mixed:4", r"refuses the rotation of cohere models \(only neox_style\)"),
         ("cohere", "sglang", "ntk-mixed:4", r"refuses the rotation of cohere models \(only neox_style\)"),
+        ("cohere2", "vllm", "yarn:4,resonance=true", r"refuses the rotation of cohere2 models \(only neox_style\)"),
+        ("cohere2", "sglang", "yarn:4,resonance=true", r"refuses the rotation of cohere2 models \(only neox_style\)"),
         ("qwen2_5_vl", "vllm", "linear:4", "rope_type 'linear' has no form there with mrope_section"),
         ("qwen2_5_vl", "sglang", "llama3:4", "rope_type 'llama3' has no form there with mrope_section"),
     ],
@@ -447,6 +468,35 @@ def test_what_a_class_does_not_do_is_refused_by_name(model_type: str, target: st
         settings = {"text_config": TEXT | {"rope_parameters": rope}}
     report = export(spec, build(model_type, **settings), target)
     assert report.status == "refused" and re.search(reason, report.reason), report.reason
+
+
+def test_the_gpt_oss_class_of_vllm_gets_every_key_that_it_reads() -> None:
+    """It stops with a KeyError where one is missing."""
+    report = export("yarn:4", build("gpt_oss", **TEXT, layer_types=["full_attention"]), "vllm")
+    override = json.loads(next(flag for flag in report.flags if flag.startswith("{")))
+    for rope in (override["rope_parameters"], report.config["rope_parameters"]):
+        assert {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"} <= set(rope)
+    assert report.status == "exact"
+
+
+def test_llama3_for_an_existing_gguf_is_a_copy_with_the_tensor(tmp_path: Path) -> None:
+    """Flags alone would leave it unscaled."""
+    pytest.importorskip("gguf")
+    source, out = tmp_path / "tiny.gguf", tmp_path / "out"
+    write_checkpoint(DEFAULT_MODEL, source, GgufRope())
+    arguments = [str(DEFAULT_MODEL), "--for", "llama.cpp", "--scaling", "llama3:8", "--gguf", str(source), "--output"]
+    assert command_line(*arguments, str(out))[1]() == 0
+    divisors = read_gguf_rope(out / "tiny.gguf").divisors
+    assert divisors is not None and divisors[0] == 1 and divisors[-1] == pytest.approx(8)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_composite_config_is_told_on_its_top_level(target: str) -> None:
+    """Nobody reads it there. SGLang's classes for three families do, and are told in both places."""
+    report = export("yarn:4", build("llava", text_config={"model_type": "llama", **TEXT}), target)
+    assert not {"rope_parameters", "rope_scaling", "rope_theta"} & set(report.config)
+    for flag in report.flags:
+        assert not flag.startswith("{") or set(json.loads(flag)) == {"text_config"}
 
 
 def test_a_base_that_is_cut_to_a_whole_number_is_another_base() -> None:
@@ -467,8 +517,78 @@ def test_who_ignores_rope_parameters_is_said(config: LlamaConfig) -> None:
     older = {"transformers": "transformers 4", "vllm": "vLLM 0.11", "sglang": "SGLang 0.5.3"}
     for target, name in older.items():
         text = f"{name} and older read rope_scaling and rope_theta instead, and ignore rope_parameters"
-        assert text in export("yarn:4", config, target).notes
-        assert text not in export("default", config, target).notes
+        flags = "" if target == "transformers" else ", the flags do not"
+        assert f"{text}; config.json has them as well{flags}" in export("yarn:4", config, target).notes
+        notes = export("yarn:4,truncate=false", config, target).notes
+        assert any(note.startswith(f"{text}; they are not written as well: vLLM 0.11") for note in notes)
+        assert not any(text in note for note in export("default", config, target).notes)
+
+
+@pytest.mark.parametrize(("target", "package"), [("vllm", "vllm"), ("sglang", "sglang"), ("mlx", "mlx-lm")])
+def test_the_release_is_said_and_another_that_is_installed_is_pointed_out(
+    target: str, package: str, config: LlamaConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = TARGETS[target]
+    assert real.package_version == real.version and real.version in real.basis
+
+    def installed(name: str, version: str) -> list[str]:
+        monkeypatch.setattr("importlib.metadata.version", lambda asked: {name: version}[asked])
+        return [note for note in export("yarn:4", config, target).notes if "is installed here" in note]
+
+    (note,) = installed(package, "9.8.7")
+    assert note.startswith(f"{package} 9.8.7 is installed here, and this is about {real.version}: ")
+    assert not installed(package, real.version)
+    text = str(export("yarn:4", config, target))
+    assert f"basis: {real.basis}" in text
+
+
+def test_a_program_that_is_not_installed_is_no_reason_to_warn(
+    config: LlamaConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    assert not any("is installed here" in note for note in export("yarn:4", config, "vllm").notes)
+
+
+@pytest.mark.parametrize("target", ["transformers", "vllm", "sglang"])
+@pytest.mark.parametrize(
+    ("spec", "older"),
+    [("default", {}), ("ntk:4", {}), ("linear:4", {"type": "linear", "factor": 4.0}), ("yarn:4", {"type": "yarn"}),
+     ("llama3:4", {"type": "llama3"}), ("ntk-mixed:4", None), ("yarn:4,attention_factor=1.0", None)],
+)  # fmt: skip
+def test_a_written_config_says_it_in_both_dialects(
+    spec: str, older: dict[str, Any] | None, target: str, tmp_path: Path
+) -> None:
+    make_config().save_pretrained(tmp_path / "source")
+    arguments = [str(tmp_path / "source"), "--for", target, "--scaling", spec, "--output", str(tmp_path / "out")]
+    assert command_line(*arguments)[1]() == 0
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert ("rope_theta" in written) == (older is not None)
+    assert ("rope_scaling" in written) == bool(older)
+    if older is not None:
+        assert written["rope_theta"] == written["rope_parameters"]["rope_theta"]
+    if older:
+        assert written["rope_scaling"].items() >= older.items()
+    base = RopeScaling("default", original_max_position_embeddings=512)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert RopeScaling.from_config(written).label
+    rotary = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path / "out"))
+    ours, factor = compute_rope(resolve_scaling(spec, base), HEAD_DIM, 2048)
+    torch.testing.assert_close(rotary.inv_freq, ours, rtol=1e-6, atol=1e-12)
+    assert rotary.attention_scaling == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("target", ["trl", "verl"])
+def test_the_composite_config_is_nested_for_trainers_too(target: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    build("llava", text_config={"model_type": "llama", **TEXT}).save_pretrained(source)
+    assert command_line(str(source), "--for", target, "--scaling", "yarn:4", "--output", str(out))[1]() == 0
+    raw = json.loads((out / "config.json").read_text())
+    assert raw["text_config"]["rope_scaling"]["factor"] == 4.0 and not {"rope_parameters", "rope_scaling"} & set(raw)
+    assert "512" not in (out / f"{target}.yaml").read_text() and "2048" in (out / f"{target}.yaml").read_text()
 
 
 def test_phi_3_5_moe_gets_the_factor_that_its_tables_are_multiplied_by() -> None:

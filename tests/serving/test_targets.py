@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -27,12 +28,28 @@ def close(theirs: list[float], scaling: RopeScaling) -> bool:
 
 
 def test_each_target_is_complete() -> None:
-    assert list(TARGETS) == ["transformers", "vllm", "sglang", "llama.cpp"]
+    names = ["transformers", "vllm", "sglang", "llama.cpp", "mlx", "exllamav3", "ollama", "trl", "verl"]
+    assert list(TARGETS) == names
     for name, target in TARGETS.items():
         assert target.name == name and target.title and target.version and target.config_place
         # Only the program that can follow the length of a sequence gives no reason why not.
         assert bool(target.static) == (name != "transformers")
-        assert ("{flags}" in target.command) == bool(target.static)
+        assert ("{flags}" in target.command) == (name in ("vllm", "sglang", "llama.cpp"))
+        # Each says which release it is about, and whether that was run.
+        assert target.basis.startswith(("run: ", "read from the source of ")) and "run" in target.basis
+        assert bool(target.package) == bool(target.package_version) == (name not in ("transformers", "ollama"))
+
+
+def test_a_length_says_the_attention_factor_where_there_is_no_other_word() -> None:
+    class Config:
+        rope_parameters: dict[str, Any] = {}
+
+    rope = servers.table_with_length(ServedModel(YARN, Config(), DIM, 32768))
+    original = rope["original_max_position_embeddings"]
+    factor = math.sqrt(1 + math.log(32768 / original) / math.log(original))
+    assert factor == pytest.approx(1.2079441541679836, rel=1e-9)
+    plain = ServedModel(dataclasses.replace(YARN, attention_factor=1.0), Config(), DIM, 32768)
+    assert servers.table_with_length(plain)["original_max_position_embeddings"] == 32768
 
 
 @pytest.mark.parametrize("ramp", [{}, {"beta_fast": 64.0, "beta_slow": 2.0}, {"truncate": False}])

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.scaling.dialects import OLDER_KEYS, older_keys
 from scaled_rope.scaling.frequencies import compute_rope
-from scaled_rope.scaling.hf_config import read_by_attention
+from scaled_rope.scaling.hf_config import RECORD_KEY, read_by_attention
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.serving.gguf import GgufRope
 from scaled_rope.serving.targets.arithmetic import powers
@@ -19,7 +20,7 @@ arithmetic done in another order differs by about 1e-6, another rounding of the 
 STILL = 1e30
 """The divisor that stands for a frequency of 0. It leaves no more than 1e-23 of a turn over a million tokens, and
 float32 still holds its product with any base in use."""
-_ROPE_KEYS_ELSEWHERE = ("rope_scaling", "rope_theta", "partial_rotary_factor", "scaled_rope")
+_ROPE_KEYS_ELSEWHERE = (*OLDER_KEYS, RECORD_KEY)
 """Top-level keys of a config.json that say something about RoPE beside `rope_parameters`, which replaces them."""
 
 
@@ -84,6 +85,8 @@ class Expressed:
     """Keys that the GGUF itself must hold, where flags are not enough."""
     converts: bool = False
     """Whether a GGUF that is converted from `config` holds them."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Other files to write beside config.json: name -> text."""
 
 
 class Restated(NamedTuple):
@@ -119,6 +122,11 @@ class Target:
     """Why the target cannot follow the length of a sequence; empty when it can."""
     config_place: str = "in config.json"
     """The place of keys of config.json on the command line, in words."""
+    basis: str = ""
+    """Which release its words and arithmetic were read from, and whether that was run, in one sentence."""
+    package: str = ""
+    """The distribution that installs it, whose version is held against `package_version`."""
+    package_version: str = ""
 
 
 # Words ---------------------------------------------------------------------------------------------------------------
@@ -187,6 +195,26 @@ def config_of(request: ServedModel, rope: dict[str, Any], context: int) -> dict[
     if getattr(request.config, "original_max_position_embeddings", None) is not None:
         config["original_max_position_embeddings"] = rope.get("original_max_position_embeddings", context)
     return config
+
+
+def with_older(request: ServedModel, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of a text part, in the older dialect too where every program reads the same numbers from both."""
+    keys, _ = older_keys({**config, "model_type": request.model_type})
+    return dict(config) | keys
+
+
+def without_older(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same keys in the newer dialect alone, for texts that only newer programs get."""
+    return {name: value for name, value in config.items() if name not in OLDER_KEYS}
+
+
+def rope_in_file(part: Mapping[str, Any]) -> dict[str, Any]:
+    """The RoPE dictionary that transformers 5 makes of a text part: where both dialects are there, the older counts."""
+    rope = dict(part.get("rope_scaling") or rope_in(part))
+    for name in OLDER_KEYS[1:]:
+        if name in part:
+            rope.setdefault(name, part[name])
+    return rope
 
 
 def build_patched(config: Mapping[str, Any], patch: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from scaled_rope.serving.targets.common import (
     native_keys,
     table_notes,
     table_of,
+    with_older,
 )
 
 
@@ -33,10 +34,11 @@ def express(request: ServedModel) -> Iterator[Expressed]:
         # In "dynamic" the model's maximum is L.
         original = request.scaling.original_max_position_embeddings
         context = int(original or request.length) if rope["rope_type"] == "dynamic" else request.length
-        yield Expressed(rope, config_of(request, rope, context))
+        yield Expressed(rope, with_older(request, config_of(request, rope, context)))
     if not request.scaling.is_length_dependent:
         rope = table_of(request)
-        yield Expressed(rope, config_of(request, rope, request.length), notes=table_notes(request))
+        config = with_older(request, config_of(request, rope, request.length))
+        yield Expressed(rope, config, notes=table_notes(request))
 
 
 def read(request: ServedModel, words: Expressed) -> Iterator[dict[str, Any]]:
@@ -91,4 +93,5 @@ TARGET = Target(
     restate=restate,
     older="transformers 4",
     command="AutoModelForCausalLM.from_pretrained(DIR), with these keys in DIR/config.json",
+    basis="run: the installed release itself built the rotary module",
 )

@@ -21,6 +21,7 @@ from scaled_rope.serving.targets.common import (
     config_of,
     divisors,
     native_keys,
+    with_older,
 )
 
 _GGUF_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama"}
@@ -68,18 +69,18 @@ def express(request: ServedModel) -> Iterator[Expressed]:
     Raises:
         ConfigError: a family that llama.cpp does not know here, or neither flags nor a tensor.
     """
-    scaling, arch = request.scaling, _architecture(request)
+    scaling, arch = request.scaling, architecture(request)
     rope = native_keys(request)
     if rope is not None:
         yield from _by_name(request, arch, rope)
     if scaling.method in ("yarn", "ntk-by-parts") and scaling.ramp != "rotations":
-        yield _by_yarn_flags(request, arch, rope or _plain(request))
-    if arch not in _GGUF_ARCHITECTURES.values():
+        yield _by_yarn_flags(request, arch, rope or plain_keys(request))
+    if not reads_divisors(arch):
         raise ConfigError(f"it has no flags for {scaling.label!r}, and its {arch} models read no tensor of divisors")
     yield _by_divisors(request, arch)
 
 
-def _architecture(request: ServedModel) -> str:
+def architecture(request: ServedModel) -> str:
     """llama.cpp's name for the family."""
     model_type = str(getattr(request.config, "model_type", None))
     arch = _GGUF_ARCHITECTURES.get(model_type) or _GGUF_OTHERS.get(model_type)
@@ -88,7 +89,12 @@ def _architecture(request: ServedModel) -> str:
     return arch
 
 
-def _plain(request: ServedModel) -> dict[str, Any]:
+def reads_divisors(arch: str) -> bool:
+    """Whether an architecture reads a tensor of rotary divisors."""
+    return arch in _GGUF_ARCHITECTURES.values()
+
+
+def plain_keys(request: ServedModel) -> dict[str, Any]:
     """`rope_parameters` of the unscaled model."""
     scaling = request.scaling
     plain: dict[str, Any] = {"rope_type": "default", "rope_theta": scaling.rope_theta}
@@ -116,7 +122,8 @@ def _words(
     if factor != 1.0 and (gguf is None or converts):
         flags += ["--override-kv", f"{arch}.rope.scaling.attn_factor=float:{factor:.12g}"]
     flags += ["-c", str(request.length)]
-    return Expressed(given, config_of(request, rope, request.length), tuple(flags), notes, gguf, converts)
+    config = with_older(request, config_of(request, rope, request.length))
+    return Expressed(given, config, tuple(flags), notes, gguf, converts)
 
 
 def _by_name(request: ServedModel, arch: str, rope: dict[str, Any]) -> Iterator[Expressed]:
@@ -170,7 +177,7 @@ def _by_divisors(request: ServedModel, arch: str) -> Expressed:
     )
     if scaling.is_length_dependent:
         notes = (*notes, LONG_LIST_NOTE)
-    return _words(request, arch, given | {"divisors": gguf.divisors}, _plain(request), notes, gguf)
+    return _words(request, arch, given | {"divisors": gguf.divisors}, plain_keys(request), notes, gguf)
 
 
 def read_flags(flags: Sequence[str]) -> dict[str, Any]:
@@ -190,7 +197,7 @@ def read(request: ServedModel, words: Expressed) -> Iterator[dict[str, Any]]:
     told = read_flags(words.flags)
     gguf = words.gguf
     if gguf is not None:
-        arch = _architecture(request)
+        arch = architecture(request)
         factor = gguf.metadata.get(f"{arch}.rope.scaling.attn_factor")
         held = {} if factor is None else {"attn_factor": factor}
         yield told | held | {"divisors": tuple(float(np.float32(value)) for value in gguf.divisors or ())}
@@ -233,4 +240,7 @@ TARGET = Target(
     command="llama-server -m MODEL.gguf {flags}",
     static="llama.cpp fixes the frequencies when it starts and caches rotated keys",
     config_place="in config.json, before it is converted",
+    basis="read from the source of llama.cpp 0c1e570 and run, by llama-cpp-python 0.3.36",
+    package="llama-cpp-python",
+    package_version="0.3.36",
 )

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from scaled_rope.serving.targets import hf, llama_cpp, sglang, vllm
+from scaled_rope.serving.targets import exllamav3, hf, llama_cpp, mlx, ollama, sglang, trainers, vllm
 from scaled_rope.serving.targets.common import Target
 
 TARGETS: dict[str, Target] = {
@@ -14,6 +14,11 @@ TARGETS: dict[str, Target] = {
         vllm.TARGET,
         sglang.TARGET,
         llama_cpp.TARGET,
+        mlx.TARGET,
+        exllamav3.TARGET,
+        ollama.TARGET,
+        trainers.TRL,
+        trainers.VERL,
     )
 }
 """By name."""

@@ -9,7 +9,7 @@ from typing import Any
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.families import ADAPTERS
 from scaled_rope.serving.targets.arithmetic import blend, correction_range, powers, restate_llama3
-from scaled_rope.serving.targets.common import ServedModel, table_of
+from scaled_rope.serving.targets.common import ServedModel, table_notes, table_of
 
 CACHED = "{} computes one table for all lengths and caches rotated keys"
 """Why they follow no sequence's length; {} is the program."""
@@ -41,6 +41,23 @@ def table_with_mscales(request: ServedModel) -> dict[str, Any]:
     """`table_of` with the attention factor under the names that these programs read."""
     rope = table_of(request)
     return rope | {"short_mscale": rope["attention_factor"], "long_mscale": rope["attention_factor"]}
+
+
+def table_with_length(request: ServedModel) -> dict[str, Any]:
+    """`table_of` with an original length of which programs that know no `attention_factor` make that factor.
+
+    They compute sqrt(1 + ln(N/L) / ln(L)), which is A at L = N^(1/A²). A is 1 or more.
+    """
+    rope = table_of(request)
+    factor = rope["attention_factor"]
+    original = request.length if factor == 1 else request.length ** (1 / factor**2)
+    return rope | {"original_max_position_embeddings": original}
+
+
+def table_notes_for_one(request: ServedModel) -> tuple[str, ...]:
+    """Notes about `table_with_length`."""
+    note = "original_max_position_embeddings is not the model's: the attention factor follows from it there"
+    return (*table_notes(request), note)
 
 
 def plain_frequencies(rope: Mapping[str, Any], dim: int) -> list[float]:

@@ -20,7 +20,9 @@ from scaled_rope.serving.targets.common import (
     native_keys,
     nest,
     rope_in,
+    rope_in_file,
     table_notes,
+    with_older,
 )
 from scaled_rope.serving.targets.servers import (
     CACHED,
@@ -69,7 +71,7 @@ def express(request: ServedModel) -> Iterator[Expressed]:
             told = override | told
         text = json.dumps(told)
         flags = ("--json-model-override-args", text, "--context-length", str(request.length))
-        return Expressed(request.carried | rope | rest, config, flags, notes)
+        return Expressed(request.carried | rope | rest, with_older(request, config), flags, notes)
 
     rope = native_keys(request)
     if rope is not None and rope["rope_type"] in ("default", "linear", "llama3", "yarn"):
@@ -93,7 +95,7 @@ def read(request: ServedModel, words: Expressed) -> Iterator[dict[str, Any]]:
     rope = rope_in(at_path(override, path))
     for one in (
         rope if request.path else request.carried | rope,
-        json.loads(json.dumps(words.config["rope_parameters"])),
+        rope_in_file(json.loads(json.dumps(words.config))),
     ):
         yield {key: value for key, value in one.items() if value is not None}
 
@@ -141,4 +143,7 @@ TARGET = Target(
     command="python -m sglang.launch_server --model-path MODEL {flags}",
     static=CACHED.format("SGLang"),
     config_place=CONFIG_PLACE,
+    basis="read from the source of SGLang 0.5.23; its server was not run",
+    package="sglang",
+    package_version="0.5.23",
 )

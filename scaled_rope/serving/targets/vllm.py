@@ -21,7 +21,10 @@ from scaled_rope.serving.targets.common import (
     native_keys,
     nest,
     rope_in,
+    rope_in_file,
     table_notes,
+    with_older,
+    without_older,
 )
 from scaled_rope.serving.targets.hf import numbers_in_transformers
 from scaled_rope.serving.targets.servers import (
@@ -81,7 +84,7 @@ def express(request: ServedModel) -> Iterator[Expressed]:
             override = config | {"rope_parameters": rope | dict.fromkeys(request.carried.keys() - rope.keys())}
         text = json.dumps(nest(override, request.path))
         flags = ("--hf-overrides", text, "--max-model-len", str(request.length))
-        return Expressed(rope | {"context": context}, config, flags, notes)
+        return Expressed(rope | {"context": context}, with_older(request, config), flags, notes)
 
     rope = native_keys(request)
     if rope is not None and rope["rope_type"] in ("default", "llama3", "yarn"):
@@ -109,8 +112,12 @@ def read(request: ServedModel, words: Expressed) -> Iterator[dict[str, Any]]:
     part = at_path(override, request.path)
     rope = rope_in(part)
     yield _given((request.carried | rope) if request.path else rope, part)
-    config = json.loads(json.dumps(words.config))
-    yield _given(config["rope_parameters"], config)
+    yield given_in_file(json.loads(json.dumps(words.config)))
+
+
+def given_in_file(config: dict[str, Any]) -> dict[str, Any]:
+    """What vLLM reads in the text part of a config.json."""
+    return _given(rope_in_file(config), config)
 
 
 def _given(rope: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +136,7 @@ def restate(request: ServedModel, words: Expressed, length: int) -> Restated:
     rope, context, dim = words.given, words.given["context"], request.dim
     if request.model_type in _BY_TRANSFORMERS:
         written_rope = {key: value for key, value in rope.items() if key != "context"}
-        keys = words.config | {"rope_parameters": written_rope, "max_position_embeddings": context}
+        keys = without_older(words.config) | {"rope_parameters": written_rope, "max_position_embeddings": context}
         written = build_patched(request.config.to_dict(), keys)
         return Restated(*numbers_in_transformers(replace(request, path=()), written, length))
     kind = rope["rope_type"]
@@ -173,4 +180,7 @@ TARGET = Target(
     command="vllm serve MODEL {flags}",
     static=CACHED.format("vLLM"),
     config_place=CONFIG_PLACE,
+    basis="read from the source of vLLM 0.33.0; vLLM 0.32.0 was run on a CPU with a Llama, and its logits agreed",
+    package="vllm",
+    package_version="0.33.0",
 )
