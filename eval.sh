@@ -57,6 +57,7 @@ recipe() { # NAME
     measure() { # EVALUATOR FLAGS...: the base, then the trained model where it exists
         local evaluator=$1 what=$1 first=() others=() fewer=()
         shift
+        fewer=("${perplexity_zero_shot[@]}")
         if [[ $evaluator == passkey ]]; then what=passkeys fewer=("${passkey_zero_shot[@]}"); fi
         for spec in "${scalings[@]}"; do
             if [[ ${#fewer[@]} -eq 0 || "$spec" == default ]]; then first+=(--scaling "$spec"); else others+=(--scaling "$spec"); fi

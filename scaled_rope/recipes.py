@@ -42,7 +42,7 @@ _LARGEST = {
 DOCUMENTS = ("joined", "separate")
 POSITIONS = ("consecutive", "pose")
 LOSSES = ("auto", "chunked", "fused", "whole")
-EVALUATE_FIELDS = ("scalings", "perplexity", "passkey", "passkey_zero_shot", "report")
+EVALUATE_FIELDS = ("scalings", "perplexity", "perplexity_zero_shot", "passkey", "passkey_zero_shot", "report")
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class Recipe:
         heldout: packed set whose perplexity is measured every `heldout_steps` steps over its first `heldout_rows` rows,
             cut at each of `heldout_lengths`.
         evaluate: settings of eval.sh for the result: `scalings` (specs under which the base is read without training),
-            and the flags of `perplexity`, `passkey` and `report`. `passkey_zero_shot` are flags that come after those
-            of `passkey` where the base is scaled: it may ask fewer prompts there.
+            and the flags of `perplexity`, `passkey` and `report`. `perplexity_zero_shot` and `passkey_zero_shot` are
+            flags that come after those of the evaluator where the base is scaled, for example to ask fewer prompts.
     """
 
     name: str
@@ -538,7 +538,8 @@ def _tokens(evaluator: str, flags: Sequence[str], scaling: str) -> int:
         return count("--iterations") * max(1, len(values("--seeds"))) * max(1, len(values("--wording"))) * sum(lengths)
     once = sum(lengths) if "dynamic" in scaling else max(lengths)  # a static scaling needs the longest pass only
     texts = len(values("--dataset")) + len(values("-d"))
-    return max(1, texts) * count("--windows") * (once + _CONTROL * max(lengths))
+    control = 0 if values("--control")[-1:] == ["off"] else _CONTROL
+    return max(1, texts) * count("--windows") * (once + control * max(lengths))
 
 
 def shell_assignments(recipe: Recipe) -> str:

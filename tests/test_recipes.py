@@ -425,6 +425,10 @@ def test_the_work_of_a_recipes_steps(tmp_path):
     ]  # fmt: skip
     assert fewer["passkeys before training"] == fewer["passkeys after training"] == 10 * 3 * 2 * (64 + 128)
     assert fewer["passkeys of scalings without training"] == 2 * 3 * 2 * (64 + 128)
+    file.write_text(file.read_text().replace("perplexity: ", "perplexity_zero_shot: --control off, perplexity: "))
+    fewer = recipes.steps(read_recipe(str(file)))
+    assert fewer["perplexity before training"] == 2 * 3 * (16 + 4 * 16)
+    assert fewer["perplexity of scalings without training"] == 2 * 3 * (8 + 16)
 
 
 @pytest.mark.parametrize(
