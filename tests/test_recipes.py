@@ -374,7 +374,7 @@ def test_what_is_pending_of_a_file_is_the_file(tmp_path, monkeypatch, capsys):
         ("init: llama\n", "init = 'llama' is not allowed; a block of `field: value` lines"),
         (
             "evaluate: {perplexty: x}\n",
-            "unknown field of `evaluate` in recipe 'a' 'perplexty'; did you mean 'perplexity'?",
+            "unknown field of `evaluate` in recipe 'a' 'perplexty'; did you mean 'perplexity'",
         ),
         ("evaluate: {scalings: yarn:8}\n", "evaluate: scalings = 'yarn:8' is not allowed; a list of scalings"),
         ("evaluate: {report: '--title \"x'}\n", "is not allowed; flags, in one text as a shell splits it"),
