@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ from scaled_rope.serving.export_report import ExportReport
 from scaled_rope.serving.gguf import GgufRope, add_rope, write_checkpoint
 
 FOLDER = Path(__file__).resolve().parent
-START = 900
-"""Seconds that an engine may take to start on a busy machine."""
+START = int(os.environ.get("START_SECONDS", "900"))
+"""Seconds that an engine may take to start."""
 VLLM_ON_CPU = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -227,30 +227,55 @@ def vllm_here(program: str) -> Iterator[Start]:
 
 
 # llama.cpp ------------------------------------------------------------------------------------------------------------
-def llama_cpp_command(program: str, gguf: Path, flags: Sequence[str], port: int, dtype: str) -> list[str]:
-    """`llama-server` with what `export` prints, and a key/value cache of that dtype; its own default is float16."""
+def llama_cpp_flags(gguf: Path, flags: Sequence[str], port: int, dtype: str) -> list[str]:
+    """What `export` prints, and a key/value cache of that dtype; llama.cpp's own default is float16."""
     cache = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[dtype]
     exact = ["-ctk", cache, "-ctv", cache, "-fa", "off", "-np", "1", "--host", "127.0.0.1", "--port", f"{port}"]
-    return [program, "-m", str(gguf), *flags, *exact]
+    return ["-m", str(gguf), *flags, *exact]
 
 
 def start_llama_cpp(program: str, served: Served, folder: Path) -> AbstractContextManager[Started]:
+    rope, flags = served.report.gguf, served.report.flags
+    words = [program]
+    if is_python(program):
+        words = [program, str(FOLDER / "llama_cpp_server.py")]
+        flags, overrides = without_overrides(flags)
+        if overrides:
+            rope = GgufRope(overrides) if rope is None else replace(rope, metadata=rope.metadata | overrides)
     gguf = folder / "plain.gguf"
     write_checkpoint(served.model, gguf, GgufRope())
-    if served.report.gguf is not None:  # as `export --gguf` does
-        add_rope(gguf, folder / "copy.gguf", served.report.gguf)
+    if rope is not None:  # as `export --gguf` does
+        add_rope(gguf, folder / "copy.gguf", rope)
         gguf = folder / "copy.gguf"
     port = free_port()
-    command = llama_cpp_command(program, gguf, served.report.flags, port, served.dtype)
-    return serving(command, port, "/health", folder / "log")
+    return serving([*words, *llama_cpp_flags(gguf, flags, port, served.dtype)], port, "/health", folder / "log")
 
 
 def llama_cpp_version(program: str) -> str:
-    """The commit that `llama-server --version` says."""
-    found = re.search(r"version: \S+ \((\w+)", said([program, "--version"]))
+    """The commit that `llama-server --version` says, or the release of the wheel that holds the server."""
+    if is_python(program):
+        return f"xllamacpp {version_of('xllamacpp', program)}"
+    found = re.search(r"commit (\w+)\)", said([program, "--version"]))
     if found is None:
         raise ConfigError(f"--program {program} says no version")
     return found[1]
+
+
+def is_python(program: str) -> bool:
+    return Path(program).name.startswith("python")
+
+
+def without_overrides(flags: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Flags of llama.cpp without `--override-kv`, and the metadata that these say."""
+    kept, overrides = [], {}
+    for flag, value in zip(flags[::2], flags[1::2], strict=True):
+        if flag != "--override-kv":
+            kept += [flag, value]
+            continue
+        key, _, typed = value.partition("=")
+        kind, _, number = typed.partition(":")
+        overrides[key] = int(number) if kind == "int" else float(number)
+    return kept, overrides
 
 
 # Processes that give logits -------------------------------------------------------------------------------------------
