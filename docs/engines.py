@@ -75,7 +75,8 @@ def cache_table(rows: Sequence[Row]) -> list[str]:
     lines = ["| | dtype | tokens that vLLM says | tokens planned | sequences of the served length | planned |"]
     lines.append("|---|---|---|---|---|---|")
     for row in rows:
-        numbers = (row["tokens"], row["plan_tokens"], f"{row['sequences']:.2f}", f"{row['plan_sequences']:.2f}")
+        cache = row["cache"]
+        numbers = (cache["tokens"], cache["plan_tokens"], f"{cache['sequences']:.2f}", f"{cache['plan_sequences']:.2f}")
         lines.append(f"| {row['model']}, {spec(row)} | {row['dtype']} | {' | '.join(map(str, numbers))} |")
     return lines
 
@@ -97,7 +98,7 @@ def block(rows: Sequence[Row]) -> Iterator[str]:
         right = sum(row["expected"] for row in controls)
         yield f"Controls, in which the engine was given the words of another scaling; {right} of {len(controls)} named:"
         yield "\n".join(controls_table(controls))
-    caches = [row for row in rows if row["metric"] == "engine-cache"]
+    caches = [row for row in engines if "cache" in row]
     if caches:
         yield "The key/value cache of 1 GiB, as vLLM reports it at its start and by `scaled-rope plan --serve`:"
         yield "\n".join(cache_table(caches))

@@ -17,7 +17,6 @@ certify_all() {
     attended python benchmarks/engines/run.py "$1" --program "$2"
     [[ -e $model/model.safetensors ]] || { echo "$model is not there: python -m scaled_rope.texts.fetched_models fetch smollm2-135m"; return 0; }
     for spec in default linear:4 ntk:4 yarn:4 yarn:4,ramp=rotations llama3:4; do some+=(--scaling "$spec"); done
-    attended python benchmarks/engines/run.py "$1" --program "$2" --model "$model" --factor 4 --lengths 64,384 "${some[@]}"
     attended python benchmarks/engines/run.py "$1" --program "$2" --model "$model" --factor 4 --lengths 64,384 \
-        --only controls --controls 2
+        "${some[@]}" --controls 2
 }

@@ -19,6 +19,7 @@ def main() -> None:
     add("-m", dest="model", required=True)
     add("--host", default="127.0.0.1")
     add("--port", type=int, required=True)
+    add("-t", dest="threads", type=int, default=1)
     add("-c", dest="n_ctx", type=int, default=0)
     add("-np", dest="n_parallel", type=int, default=1)
     add("-ctk", dest="cache_type_k", default="f16")
@@ -34,6 +35,7 @@ def main() -> None:
 
     params = llama.CommonParams()
     params.model.path, params.hostnames, params.port = args.model, [args.host], args.port
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = args.threads
     params.n_ctx, params.n_parallel = args.n_ctx, args.n_parallel
     for name in ("cache_type_k", "cache_type_v"):
         setattr(params, name, getattr(llama.ggml_type, f"GGML_TYPE_{getattr(args, name).upper()}"))

@@ -9,11 +9,8 @@ The scripts beside this one make these environments and call it. For every scali
 engine is started with these words, and `scaled-rope certify` says which scaling it runs. Then come controls: the engine
 is started with the words of another scaling than is claimed, and `certify` must name that one. Engines with a server
 are asked over HTTP; of the others a process holds the model and gives logits. A row of each is appended to
-data/engines.jsonl; those that are there are not measured again. Exit code 1 when one is not as expected.
-
-    python benchmarks/engines/run.py vllm --program ENVIRONMENT/bin/vllm --cache
-
-compares the number of tokens that the engine's key/value cache holds with that of `scaled-rope plan --serve`.
+data/engines.jsonl; those that are there are not measured again. Exit code 1 when one is not as expected. With --dtype
+bfloat16 or float16, rows of vLLM also say how many tokens its key/value cache holds, and how many `plan --serve` says.
 """
 
 from __future__ import annotations
@@ -25,17 +22,19 @@ import io
 import json
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.engines.starting import ENGINES, Engine, Served, Start, Started, start_vllm
+from benchmarks.engines.starting import ENGINES, VLLM_CACHE_GIB, Engine, Served, Start, Started
 from scaled_rope.certificate.certify import certify
 from scaled_rope.certificate.observed import encode_text, long_text
 from scaled_rope.certificate.reference import Reference
@@ -52,7 +51,7 @@ from scaled_rope.serving.export import export, served_length
 from scaled_rope.serving.serve_plan import plan_serving
 
 ROWS = ROOT / "data" / "engines.jsonl"
-METRIC, CACHE = "engine", "engine-cache"
+METRIC = "engine"
 
 
 # What is measured -----------------------------------------------------------------------------------------------------
@@ -210,6 +209,8 @@ def measure(
         with start(served, Path(scratch)) as started:
             at_work = time.monotonic()
             certificate = certify_started(started, model, job.claim, lengths, html)
+        if started.cache_tokens is not None and dtype != "float32":  # which the plan has no caches of
+            about["cache"] = cache_beside_plan(started.cache_tokens, config, job.claim, length, dtype)
         seconds = {"start_seconds": round(at_work - began, 1), "seconds": round(time.monotonic() - at_work, 1)}
         command = shown(started.command, model, scratch)
     return about | {"command": command, **found_in(certificate), **seconds}
@@ -223,33 +224,11 @@ def shown(command: Sequence[str], model: str, scratch: str) -> str:
     return portable_command(re.sub(r"\[[^][]{80,}\]", "[...]", word) for word in words)
 
 
-def cache_tokens(log: str) -> int:
-    """The tokens that vLLM says its key/value cache holds.
-
-    Raises:
-        ConfigError: it says none.
-    """
-    found = re.search(r"KV cache size: ([\d,]+) tokens", log)
-    if found is None:
-        raise ConfigError("vLLM's log says no size of its key/value cache")
-    return int(found[1].replace(",", ""))
-
-
-def measure_cache(program: str, model: str, spec: str, dtype: str) -> Row:
+def cache_beside_plan(tokens: int, config: Any, spec: str, length: int, dtype: str) -> Row:
     """Tokens that vLLM's cache of 1 GiB holds, beside what `plan --serve` says."""
-    config = load_config(model)
-    length = served_length(resolve_scaling(spec, RopeScaling.from_config(config)), config)
-    report, plan = export(spec, config, "vllm", length), plan_serving(config, spec, length, kv_dtype=dtype)
-    with tempfile.TemporaryDirectory() as scratch:
-        served = Served(model, spec, "vllm", length, dtype, report)
-        with start_vllm(program, served, Path(scratch)) as started:
-            assert started.log is not None
-            tokens = cache_tokens(started.log.read_text(errors="replace"))
-        command = shown(started.command, model, scratch)
-    space = 2**30
+    plan, space = plan_serving(config, spec, length, kv_dtype=dtype), VLLM_CACHE_GIB * 2**30
     return {
-        "command": command,
-        "cache_bytes": space,
+        "bytes": space,
         "tokens": tokens,
         "plan_tokens": int(space // plan.per_token),
         "plan_bytes_per_token": plan.per_token,
@@ -266,18 +245,15 @@ def main() -> int:
     add("--model", default=str(DEFAULT_MODEL), metavar="DIR", help="default: the embedded model")
     add("--factor", type=float, default=8.0, metavar="S", help="of the scalings (default 8)")
     add("--lengths", default="64,256,1024,2000", metavar="N,N", help="of the prompts (default 64,256,1024,2000)")
-    add("--scaling", action="append", metavar="SPEC", help="only these, and no controls; may be repeated")
-    add("--only", choices=("scalings", "controls"), help="one of the two parts")
-    add("--controls", type=int, default=99, metavar="N", help="the first N controls alone (default: all)")
+    add("--scaling", action="append", metavar="SPEC", help="only these; may be repeated")
+    add("--controls", type=int, metavar="N", help="only the first N controls (default: all, none with --scaling)")
+    add("--only-controls", action="store_true", help="no scalings")
     add("--dtype", default="float32", help="in which the engine computes (default float32)")
     add("--html", metavar="FILE", help="write the certificate's page; the last one stays")
-    add("--cache", action="store_true", help="compare the size of vLLM's key/value cache, and nothing else")
     add("--output", default=str(ROWS), metavar="FILE", help="rows (default data/engines.jsonl)")
     args = parser.parse_args()
     if args.engine not in ENGINES:
         raise unknown("engine", args.engine, ENGINES)
-    if args.cache and args.engine != "vllm":
-        raise ConfigError("--cache goes with vllm")
     engine, model = ENGINES[args.engine], args.model
     program = shutil.which(args.program) or args.program
     asked = {"engine": args.engine.removesuffix("-llm"), "version": engine.version(program), "asked": engine.asked}
@@ -286,18 +262,10 @@ def main() -> int:
     lengths = sorted(int(one) for one in args.lengths.split(","))
     about: Row = {"model": portable_model(model), "model_fingerprint": weights_hash(model), "dtype": args.dtype}
     told = {name: value for name, value in vars(args).items() if name not in ("program", "output", "html")}
-    if args.cache:
-        spec = (args.scaling or [f"yarn:{args.factor:g}"])[0]
-        row = identity(Job(spec), resolve_scaling(spec, own), about, asked, lengths) | {"metric": CACHE}
-        if row_key(row) not in finished_keys(args.output):
-            row |= measure_cache(program, model, spec, args.dtype) | {"provenance": provenance("cpu", None, told)}
-            append_row(args.output, row)
-            print(f"{row['tokens']} tokens, planned {row['plan_tokens']}")
-        return 0
     plan: list[Job] = []
-    if args.only != "controls":
+    if not args.only_controls:
         plan += [Job(spec) for spec in args.scaling or scalings(args.factor, head_dim_of(config))]
-    if args.only != "scalings" and not args.scaling:
+    if args.controls is not None or not args.scaling:
         original = int(own.original_max_position_embeddings or config.max_position_embeddings)
         plan += controls(args.factor, original)[: args.controls]
     about["data"] = {"text": "Python's documentation", "sha256": hashlib.sha256(long_text().encode()).hexdigest()[:16]}
@@ -325,4 +293,6 @@ def run(engine: Engine, program: str, rows: Mapping[Job, Row], args: argparse.Na
 
 
 if __name__ == "__main__":
+    # An engine has a session of its own, which no signal to ours reaches: it is ended on the way out.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(run_cli(main))

@@ -37,8 +37,9 @@ from scaled_rope.serving.gguf import GgufRope, add_rope, write_checkpoint
 FOLDER = Path(__file__).resolve().parent
 START = int(os.environ.get("START_SECONDS", "900"))
 """Seconds that an engine may take to start."""
+VLLM_CACHE_GIB = 1
 VLLM_ON_CPU = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_KVCACHE_SPACE": f"{VLLM_CACHE_GIB}",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -67,6 +68,8 @@ class Started:
     candidate: Any = None
     """Of an engine that is no server: what `certify` takes, such as a function token ids -> logits [T, V]."""
     log: Path | None = None
+    cache_tokens: int | None = None
+    """How many its key/value cache holds, where it says so."""
 
 
 Start = Callable[[Served, Path], AbstractContextManager[Started]]
@@ -188,10 +191,18 @@ def vllm_command(program: str, model: str, flags: Sequence[str], port: int, dtyp
     return [program, "serve", model, *flags, *own]
 
 
-def start_vllm(program: str, served: Served, folder: Path) -> AbstractContextManager[Started]:
-    port = free_port()
+@contextmanager
+def start_vllm(program: str, served: Served, folder: Path) -> Iterator[Started]:
+    port, log = free_port(), folder / "log"
     command = vllm_command(program, served.model, served.report.flags, port, served.dtype)
-    return serving(command, port, "/health", folder / "log", **VLLM_ON_CPU)
+    with serving(command, port, "/health", log, **VLLM_ON_CPU) as started:
+        yield replace(started, cache_tokens=cache_tokens(log.read_text(errors="replace")))
+
+
+def cache_tokens(log: str) -> int | None:
+    """The tokens that vLLM's log says its key/value cache holds."""
+    found = re.search(r"KV cache size: ([\d,]+) tokens", log)
+    return None if found is None else int(found[1].replace(",", ""))
 
 
 def vllm_options(served: Served) -> dict[str, Any]:
@@ -218,7 +229,9 @@ def vllm_here(program: str) -> Iterator[Start]:
     def start(served: Served, folder: Path) -> Iterator[Started]:
         llm = vllm.LLM(**vllm_options(served))
         try:
-            yield Started(("LLM", *served.report.flags), candidate=llm)
+            cache = llm.llm_engine.vllm_config.cache_config
+            tokens = cache.num_gpu_blocks * cache.block_size if cache.num_gpu_blocks else None
+            yield Started(("LLM", *served.report.flags), candidate=llm, cache_tokens=tokens)
         finally:
             del llm
             gc.collect()
@@ -230,8 +243,8 @@ def vllm_here(program: str) -> Iterator[Start]:
 def llama_cpp_flags(gguf: Path, flags: Sequence[str], port: int, dtype: str) -> list[str]:
     """What `export` prints, and a key/value cache of that dtype; llama.cpp's own default is float16."""
     cache = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[dtype]
-    exact = ["-ctk", cache, "-ctv", cache, "-fa", "off", "-np", "1", "--host", "127.0.0.1", "--port", f"{port}"]
-    return ["-m", str(gguf), *flags, *exact]
+    exact = ["-ctk", cache, "-ctv", cache, "-fa", "off", "-np", "1", "-t", "1"]  # threads wait for each other spinning
+    return ["-m", str(gguf), *flags, *exact, "--host", "127.0.0.1", "--port", f"{port}"]
 
 
 def start_llama_cpp(program: str, served: Served, folder: Path) -> AbstractContextManager[Started]:

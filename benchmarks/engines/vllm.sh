@@ -23,11 +23,8 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 PYTHONPATH=$PWD attended "$engine/bin/python" benchmarks/engines/run.py vllm-llm --program "$engine/bin/python"
 if [[ ${SERVED:-all} == some ]]; then
-    attended python benchmarks/engines/run.py vllm --program "$engine/bin/vllm" --scaling yarn:8
-    attended python benchmarks/engines/run.py vllm --program "$engine/bin/vllm" --only controls --controls 2
+    attended python benchmarks/engines/run.py vllm --program "$engine/bin/vllm" --scaling yarn:8 --controls 2
 else
     certify_all vllm "$engine/bin/vllm"
 fi
-for dtype in bfloat16 float16; do
-    attended python benchmarks/engines/run.py vllm --program "$engine/bin/vllm" --cache --dtype "$dtype"
-done
+attended python benchmarks/engines/run.py vllm --program "$engine/bin/vllm" --dtype bfloat16 --scaling yarn:8
