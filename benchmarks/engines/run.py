@@ -199,6 +199,7 @@ def measure(
     """What `export` says of a job, and what the certificate says of the engine."""
     config = load_config(model)
     length = served_length(resolve_scaling(job.claim, RopeScaling.from_config(config)), config)
+    length = max(length, max(lengths) + 1)  # an unscaled model's own is too short for the prompts
     report = export(job.served or job.claim, config, target, length)
     about: Row = {"export": {"for": report.target, "status": report.status, "reason": report.reason}}
     if report.status == "refused":
