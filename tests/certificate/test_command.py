@@ -160,6 +160,12 @@ def test_a_prompt_that_llama_cpp_cuts_off(server: CompletionsServer, capsys: pyt
     assert "cut off a prompt of 100 tokens, which is beyond its context" in capsys.readouterr().err
 
 
+def test_a_prompt_that_fills_llama_cpps_context(server: CompletionsServer) -> None:
+    """It was read as a whole; that the answer was cut off is no matter."""
+    server.listed[0]["owned_by"], server.fault = "llamacpp", "the context ends"
+    assert main(asked(server)) == 0
+
+
 def test_lengths_follow_the_server_and_the_target(
     server: CompletionsServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
