@@ -106,8 +106,8 @@ def block(rows: Sequence[Row]) -> Iterator[str]:
     machines = dict.fromkeys(f"{one['cpu_count']} cores of an {one['device']}" for one in sources)
     commits = sorted({(one["commit"] or "unknown")[:7] for one in sources})
     yield (
-        f"[data/engines.jsonl](../data/engines.jsonl), made by `benchmarks/engines/run.py` on {' and '.join(machines)}, "
-        f"commits {', '.join(commits)}."
+        "[data/engines.jsonl](../data/engines.jsonl), made by `benchmarks/engines/run.py` on "
+        f"{' and '.join(machines)}, commits {', '.join(commits)}."
     )
 
 
