@@ -258,8 +258,9 @@ def read_flags(flags: Sequence[str]) -> tuple[dict[str, Any], dict[str, float]]:
         if flag in read:
             given[flag.removeprefix("--rope-").removeprefix("--yarn-").replace("-", "_")] = read[flag](value)
         elif flag == "--override-kv":
-            key, _, number = value.partition("=float:")
-            override[key] = float(number)
+            key, _, typed = value.partition("=")
+            kind, _, number = typed.partition(":")
+            override[key] = int(number) if kind == "int" else float(number)
     return given, override
 
 

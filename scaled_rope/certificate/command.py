@@ -120,7 +120,8 @@ def _default_lengths(
             notes.append("prompts are shorter than the target, for want of memory")
     if limit < target and not notes:
         notes.append(f"prompts end at {limit} tokens of {target}, to save time; --lengths asks for longer ones")
-    wanted = {max(2, original // 2), original, (original + target) // 2, target}
+    # A server that was started for the target takes a token less, its answer.
+    wanted = {max(2, original // 2), original, (original + target) // 2, min(limit, target)}
     lengths = {length for length in wanted if length <= limit}
     if len(lengths) < 3:
         lengths |= {max(2, min(limit, target) // 4), max(2, min(limit, target) // 2), min(limit, target)}

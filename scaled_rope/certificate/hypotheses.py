@@ -127,6 +127,8 @@ def _candidates(
             usual = attention_factor_of(math.log(factor), 1.0)
             yield f"{label} with 0.1·ln(s) + 1 for the attention factor", _with_factor(claim, usual)
             yield f"{label} with the attention factor times 0.1·ln(s) + 1", _with_factor(claim, whole * usual)
+            bare = _with_factor(replace(claim, beta_fast=None, beta_slow=None), usual)
+            yield f"{label} with YaRN's default constants", bare  # llama.cpp, of all that a converted GGUF says
     elif claim.method == "ntk-by-parts":  # written as yarn with attention factor 1
         usual = attention_factor_of(math.log(factor), 1.0)
         values = claim.to_dict() | {"method": "yarn", "attention_factor": usual}

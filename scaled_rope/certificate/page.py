@@ -11,7 +11,7 @@ from scaled_rope.certificate.certify import Certificate
 from scaled_rope.report.html import PageSection, build_page, cell_html, note_html, rows_html
 from scaled_rope.results import write_atomic
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 640, 300, 58, 34, 12
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _TOP = 640, 312, 74, 24, 38, 12
 _LEAST = 1e-6
 """Nats; smaller differences are drawn here."""
 
@@ -34,7 +34,9 @@ def page(certificate: Certificate, model: str) -> str:
         [
             PageSection("Differences by position", _CAPTION, [_figure(certificate)]),
             PageSection(
-                "By length", "Differences of log-probabilities in nats, root mean square.", [_lengths(certificate)]
+                "By length",
+                "Differences of log-probabilities in nats, root mean square." + _nearest(certificate),
+                [_lengths(certificate)],
             ),
             PageSection(
                 "Candidates",
@@ -52,6 +54,12 @@ _CAPTION = (
 )
 
 
+def _nearest(certificate: Certificate) -> str:
+    """Which candidate the column of the nearest other is about."""
+    other = certificate.lengths[-1].other
+    return f" The nearest other is {other}." if other else ""
+
+
 def _figure(certificate: Certificate) -> str:
     rows = certificate.positions
     noise = {row.length: row.noise for row in certificate.lengths}
@@ -61,7 +69,7 @@ def _figure(certificate: Certificate) -> str:
     longest = max(noise)
 
     def x(position: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - 12) * position / longest
+        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * position / longest
 
     def y(value: float) -> float:
         share = (math.log10(max(value, 10.0**low)) - low) / (high - low)
@@ -108,9 +116,12 @@ def _axes(low: int, high: int, longest: int, x: object, y: object) -> Iterator[s
         yield f"<text x={_LEFT - 6} y={at + 4:.1f} text-anchor=end fill=currentColor>{10.0**power:g}</text>"
     for share in (0, 0.25, 0.5, 0.75, 1):
         at = x(share * longest)
-        yield f"<text x={at:.1f} y={_HEIGHT - 19} text-anchor=middle fill=currentColor>{round(share * longest)}</text>"
-    middle = f"x={_WIDTH / 2:.0f} y={_HEIGHT - 4} text-anchor=middle fill=currentColor"
-    yield f"<text {middle}>nats off, by position in tokens</text>"
+        yield f"<text x={at:.1f} y={_HEIGHT - 22} text-anchor=middle fill=currentColor>{round(share * longest)}</text>"
+    middle = f"x={(x(0) + x(longest)) / 2:.0f} y={_HEIGHT - 4} text-anchor=middle fill=currentColor"
+    yield f"<text {middle}>position in the prompt, tokens</text>"
+    place = (12, (y(10.0**low) + y(10.0**high)) / 2)
+    turned = f'x={place[0]} y={place[1]:.0f} transform="rotate(-90 {place[0]} {place[1]:.0f})"'
+    yield f"<text {turned} text-anchor=middle fill=currentColor>difference, nats</text>"
 
 
 def _lengths(certificate: Certificate) -> str:

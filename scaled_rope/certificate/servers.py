@@ -287,9 +287,11 @@ class LlamaCppSource:
         answer = ask_json(self._address, "POST", "/completion", body, self.model.seconds, what)
         if not isinstance(answer, dict):
             raise ConfigError(f"server {self._address}: the answer at /completion is no object")
-        if answer.get("truncated") is True:
+        read = answer.get("tokens_evaluated")
+        # It says so as well where the prompt was read and its context ends with the answer.
+        if answer.get("truncated") is True and read != len(ids):
             raise ConfigError(f"server {self._address}: cut off {what}, which is beyond its context; --lengths")
-        self.model.check_count({"usage": {"prompt_tokens": answer.get("tokens_evaluated")}}, len(ids))
+        self.model.check_count({"usage": {"prompt_tokens": read}}, len(ids))
         entries = answer.get("completion_probabilities")
         row: Row_ = ([], [])
         if isinstance(entries, list) and entries and isinstance(entries[0], dict):

@@ -155,7 +155,9 @@ class ServedModel:
         name = name or next(iter(models))
         entry = models[name]
         software = entry.get("owned_by") if isinstance(entry.get("owned_by"), str) else None
-        limit, root = entry.get("max_model_len"), entry.get("root")
+        limit, root, meta = entry.get("max_model_len"), entry.get("root"), entry.get("meta")
+        if limit is None and isinstance(meta, dict):  # llama.cpp, of one of its slots
+            limit = meta.get("n_ctx")
         return cls(
             address,
             name,

@@ -92,6 +92,12 @@ def test_known_faults_are_named(served: str, name: str, ids: list[int]) -> None:
     assert found.names[0].startswith(name) and f"serves {name}" in found.sentence and "not yarn x4" in found.sentence
 
 
+def test_constants_that_were_dropped_are_named(ids: list[int]) -> None:
+    """As by llama.cpp, whose Llama reads none of those that its converter writes."""
+    found = certified(ids, "yarn:4,beta_fast=8,beta_slow=4,mscale=0.7", "yarn:4")
+    assert found.verdict == "other" and found.names[0].endswith("with YaRN's default constants"), found.sentence
+
+
 def test_a_window_in_all_layers_is_named(ids: list[int]) -> None:
     class Windowed(LlamaForCausalLM):
         def forward(self, input_ids: torch.Tensor, **options: object):  # type: ignore[no-untyped-def, override]

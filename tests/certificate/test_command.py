@@ -160,6 +160,12 @@ def test_a_prompt_that_llama_cpp_cuts_off(server: CompletionsServer, capsys: pyt
     assert "cut off a prompt of 100 tokens, which is beyond its context" in capsys.readouterr().err
 
 
+def test_a_prompt_that_fills_llama_cpps_context(server: CompletionsServer) -> None:
+    """It was read as a whole; that the answer was cut off is no matter."""
+    server.listed[0]["owned_by"], server.fault = "llamacpp", "the context ends"
+    assert main(asked(server)) == 0
+
+
 def test_lengths_follow_the_server_and_the_target(
     server: CompletionsServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,6 +176,25 @@ def test_lengths_follow_the_server_and_the_target(
     assert [row["length"] for row in found["lengths"]] == [12, 25, 32, 50]
     assert found["notes"][0] == "prompts end at 50 tokens: the server takes 51, and the scaling is for 128"
     assert "no prompt is longer than L, 64 tokens" in found["notes"][1]
+
+
+def test_a_server_that_was_started_for_the_target(
+    server: CompletionsServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The longest prompt leaves room for the answer; it is not left out."""
+    server.listed[0]["max_model_len"] = 128
+    argv = [argument for argument in asked(server, "--json") if argument not in ("--lengths", "24,100")]
+    assert main(argv) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["length"] for row in found["lengths"]] == [32, 64, 96, 127]
+
+
+def test_llama_cpp_says_its_limit_in_another_place(
+    server: CompletionsServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.listed = [{"id": NAME, "owned_by": "llamacpp", "meta": {"n_ctx": 64, "n_ctx_train": 64}}]
+    assert main(asked(server)) == 2
+    assert "--lengths 100 is not allowed; the server takes 64 tokens" in capsys.readouterr().err
 
 
 def test_the_page_escapes_names() -> None:

@@ -205,7 +205,8 @@ class _Handler(BaseHTTPRequestHandler):
             {"id": int(token), "token": "", "logprob": float(value)}
             for value, token in zip(values, tokens, strict=True)
         ]
-        answer = {"tokens_evaluated": len(cut), "truncated": len(cut) < len(ids)}
+        ends = self.server.fault == "the context ends" or len(cut) < len(ids)
+        answer = {"tokens_evaluated": len(cut), "truncated": ends}
         self._send(200, answer | {"completion_probabilities": [tops[0] | {"top_logprobs": tops}]})
 
     def _decode(self, ids: list[int], count: int) -> list[int]:

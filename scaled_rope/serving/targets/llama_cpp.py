@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -121,9 +122,20 @@ def _words(
         notes = (*notes, _HOLDS_OTHERS)
     if factor != 1.0 and (gguf is None or converts):
         flags += ["--override-kv", f"{arch}.rope.scaling.attn_factor=float:{factor:.12g}"]
+    flags += _longer_context(request, arch, given)
     flags += ["-c", str(request.length)]
     config = with_older(request, config_of(request, rope, request.length))
     return Expressed(given, config, tuple(flags), notes, gguf, converts)
+
+
+def _longer_context(request: ServedModel, arch: str, given: dict[str, Any]) -> list[str]:
+    """The flag without which the server cuts its context to that of the GGUF, as converted from the checkpoint.
+
+    `tools/server/server-context.cpp`, `n_ctx_slot`. With YaRN's flags it takes scale · L instead, see `restate`.
+    """
+    if given["scaling"] == "yarn" or request.length <= int(request.config.max_position_embeddings):
+        return []
+    return ["--override-kv", f"{arch}.context_length=int:{request.length}"]
 
 
 def _by_name(request: ServedModel, arch: str, rope: dict[str, Any]) -> Iterator[Expressed]:
@@ -187,7 +199,7 @@ def read_flags(flags: Sequence[str]) -> dict[str, Any]:
     for flag, value in zip(flags[::2], flags[1::2], strict=True):
         if flag in names:
             given[names[flag]] = value if names[flag] == "scaling" else float(value)
-        elif flag == "--override-kv":
+        elif flag == "--override-kv" and ".attn_factor=float:" in value:
             given["attn_factor"] = float(value.partition("=float:")[2])
     return given
 
@@ -212,7 +224,7 @@ def restate(request: ServedModel, words: Expressed, length: int) -> Restated:
 
     The ends of the ramp are always rounded outwards; its width is at least 0.001. With YaRN the context overwrites the
     given attention factor by one that cancels ggml's own 1 + 0.1·ln(s); the metadata key `rope.scaling.attn_factor`
-    multiplies what results.
+    multiplies what results. The server takes at most scale · L tokens then (`src/llama-context.cpp`, n_ctx_train).
     """
     given, dim = words.given, request.dim
     own = powers(given["freq_base"], dim)
@@ -227,7 +239,8 @@ def restate(request: ServedModel, words: Expressed, length: int) -> Restated:
     fast, slow = given["beta_fast"], given["beta_slow"]
     low, high = correction_range(dim, given["freq_base"], given["orig_ctx"], fast, slow, truncate=True)
     inv_freq = blend(own, scale, low, max(0.001, high - low), given["ext_factor"])
-    return Restated(inv_freq, factor * yarn_attention(scale))
+    rows = None if scale == 1 else math.floor(given["orig_ctx"] * scale)
+    return Restated(inv_freq, factor * yarn_attention(scale), rows)
 
 
 TARGET = Target(

@@ -35,13 +35,24 @@ def test_llama_cpp_gets_the_attention_factor_relative_to_its_own(
 def test_llama_cpp_flags_read_back_as_what_was_compared(spec: str, config: LlamaConfig) -> None:
     report = export(spec, config, "llama.cpp")
     given, override = gguf_parity.read_flags(report.flags)
-    if override:
+    if "llama.rope.scaling.attn_factor" in override:
         given["attn_factor"] = override["llama.rope.scaling.attn_factor"]
     request = common.ServedModel(resolve_scaling(spec, RopeScaling.from_config(config)), config, HEAD_DIM, 2048)
     restated = TARGETS["llama.cpp"].restate(request, Expressed(given, {}), 2048)
     ours, factor = compute_rope(request.scaling, HEAD_DIM)
     np.testing.assert_allclose(restated.inv_freq, ours, rtol=1e-6)
     assert restated.attention_factor == pytest.approx(factor, rel=1e-6)
+
+
+def test_the_servers_context_is_not_cut_to_that_of_the_gguf(config: LlamaConfig) -> None:
+    """It takes min(-c, context_length of the GGUF), and with YaRN's flags min(-c, scale · L)."""
+    for spec in ("linear:4", "ntk:4", "llama3:4", "yarn:4,truncate=false"):
+        assert "llama.context_length=int:2048" in export(spec, config, "llama.cpp").flags, spec
+    for spec in ("default", "yarn:4"):
+        assert "--override-kv" not in export(spec, config, "llama.cpp").flags, spec
+    longer = export("yarn:4", config, "llama.cpp", 4096)
+    assert longer.status == "exact" and longer.gguf is not None  # spelled out: by its flags it ends at 2048
+    assert "llama.context_length=int:4096" in longer.flags
 
 
 def test_llama3_needs_a_conversion_or_a_copy(config: LlamaConfig, tmp_path: Path) -> None:

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Does MLX, on a CPU under Linux, compute what `scaled-rope export` says?
+#
+#   ./benchmarks/engines/mlx.sh
+#
+# The environment takes a minute and 1 GB. A process that has mlx-lm and nothing of this project holds the models.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source ./environment.sh
+source benchmarks/engines/environment.sh
+usage "$@"
+find_python
+
+engine_environment mlx-lm-0.32.2 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
+certify_all mlx "$engine/bin/python"

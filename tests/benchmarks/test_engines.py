@@ -1,0 +1,171 @@
+"""Engines that are started and certified: what is asked of them, and what becomes of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.engines import run as engines
+from benchmarks.engines import starting
+from benchmarks.engines.run import Job, Row, as_expected, cache_beside_plan, controls, scalings, shown
+from benchmarks.engines.starting import ENGINES, Engine, Served, Start, Started
+from scaled_rope.certificate.hypotheses import _equal, _numbers, hypotheses
+from scaled_rope.checkpoint import DEFAULT_MODEL, load_config
+from scaled_rope.errors import ConfigError
+from scaled_rope.results import read_rows
+from scaled_rope.scaling.record import RopeScaling, resolve_scaling
+from scaled_rope.scaling.registry import METHODS
+from scaled_rope.serving.export import export
+from scaled_rope.serving.targets.registry import TARGETS
+from tests.helpers.completions_server import serving
+from tests.helpers.small_models import checkpoint, tokenizer  # noqa: F401
+
+HEAD_DIM, LENGTH = 64, 2048
+EXACT: Row = {"export": {"status": "exact"}}
+PARTIAL: Row = {"export": {"status": "partial"}}
+
+
+@pytest.fixture(scope="module")
+def own() -> RopeScaling:
+    return RopeScaling.from_config(load_config(str(DEFAULT_MODEL)))
+
+
+def test_every_method_that_a_server_can_have_is_asked_for(own: RopeScaling) -> None:
+    asked = [resolve_scaling(spec, own) for spec in scalings(8, HEAD_DIM)]
+    assert {one.method for one in asked} == {name for name, row in METHODS.items() if row.kind == "frequency"}
+    assert len(set(asked)) == len(asked)
+    assert {engine.target for engine in ENGINES.values()} <= TARGETS.keys()
+
+
+def test_what_controls_serve_is_a_candidate_under_the_name_that_they_expect(own: RopeScaling) -> None:
+    for job in controls(8, 256):
+        served = _numbers(resolve_scaling(job.served, own), HEAD_DIM, LENGTH)
+        known = hypotheses(resolve_scaling(job.claim, own), HEAD_DIM, LENGTH, load_config(str(DEFAULT_MODEL)).to_dict())
+        (same,) = [one for one in known if not one.claimed and _equal(_numbers(one.scaling, HEAD_DIM, LENGTH), served)
+                   and one.window is None]  # fmt: skip
+        assert any(job.named in name for name in (same.name, *same.also)), (job, same)
+
+
+@pytest.mark.parametrize(
+    ("job", "row", "good"),
+    [
+        (Job("yarn:8"), {"verdict": "right"}, True),
+        (Job("yarn:8"), {"verdict": "unclear"}, False),
+        (Job("yarn:8", "default", "unscaled"), {"verdict": "other", "named": ["this model unscaled"]}, True),
+        (Job("yarn:8", "default", "unscaled"), {"verdict": "other", "named": ["linear x8"]}, False),
+        (Job("yarn:8", "default", "unscaled"), {"verdict": "right", "named": []}, False),
+        (Job("longrope:8"), {"export": {"status": "partial"}, "verdict": "right", "named": []}, False),
+        (
+            Job("longrope:8"),
+            {"export": {"status": "partial"}, "verdict": "other", "named": ["with the long list"]},
+            True,
+        ),
+        (Job("dynamic-ntk:8"), {"export": {"status": "refused"}}, True),
+    ],
+)
+def test_what_is_expected(job: Job, row: Row, good: bool) -> None:
+    assert as_expected(job, EXACT | row) is good
+
+
+def test_engines_get_the_words_that_export_prints() -> None:
+    report = export("linear:8", load_config(str(DEFAULT_MODEL)), "vllm", LENGTH)
+    words = starting.vllm_command("bin/vllm", "DIR", report.flags, 7, "float32")
+    assert words[:3] == ["bin/vllm", "serve", "DIR"] and words[3:7] == list(report.flags) and "7" in words
+    options = starting.vllm_options(Served("DIR", "linear:8", "vllm", LENGTH, "float32", report))
+    assert options["hf_overrides"] == report.config and options["max_model_len"] == LENGTH
+
+    report = export("yarn:8,attention_factor=1", load_config(str(DEFAULT_MODEL)), "llama.cpp", LENGTH)
+    flags, metadata = starting.without_overrides(report.flags)
+    assert "--override-kv" in report.flags and "--override-kv" not in flags
+    assert metadata == {"llama.rope.scaling.attn_factor": pytest.approx(1 / (1 + 0.1 * math.log(8)))}
+    long = export("ntk:8", load_config(str(DEFAULT_MODEL)), "llama.cpp", LENGTH)
+    assert starting.without_overrides(long.flags)[1] == {"llama.context_length": LENGTH}
+    words = starting.llama_cpp_flags(Path("m.gguf"), flags, 7, "float32")
+    assert words[:2] == ["-m", "m.gguf"] and words[words.index("-ctk") + 1] == "f32"
+
+
+def test_rows_say_no_paths_and_no_lists() -> None:
+    numbers = json.dumps({"short_factor": [1.5] * 40})
+    words = ["/somewhere/bin/llama-server", "-m", "/tmp/scratch/plain.gguf", "--port", "4711", numbers]
+    said = shown(words, "/somewhere/models/tiny", "/tmp/scratch")
+    assert said == "llama-server -m plain.gguf --port PORT '{\"short_factor\": [...]}'"
+    assert (
+        shown(["vllm", "serve", "/somewhere/models/tiny"], "/somewhere/models/tiny", "/x") == "vllm serve models/tiny"
+    )
+
+
+def test_the_size_of_vllms_cache_is_read_from_its_log() -> None:
+    assert starting.cache_tokens("INFO [kv] GPU KV cache size: 1,398,016 tokens\n") == 1398016
+    assert starting.cache_tokens("INFO ready") is None
+    config = load_config(str(DEFAULT_MODEL))  # 6 layers of 2 heads of 64, keys and values of 2 bytes: 3072 a token
+    found = cache_beside_plan(2**30 // 3072, config, "yarn:8", LENGTH, "bfloat16")
+    assert (found["plan_bytes_per_token"], found["plan_tokens"]) == (3072, found["tokens"])
+    assert found["sequences"] == pytest.approx(found["plan_sequences"], rel=1e-5)
+
+
+def arguments(model: str, output: Path) -> argparse.Namespace:
+    return argparse.Namespace(model=model, dtype="float32", html=None, output=str(output))
+
+
+def rows_of(jobs: list[Job], model: str) -> dict[Job, Row]:
+    own = RopeScaling.from_config(load_config(model))
+    asked = {"engine": "tests", "version": "1"}
+    return {
+        job: engines.identity(job, resolve_scaling(job.claim, own), {"model": "m"}, asked, [24, 100]) for job in jobs
+    }
+
+
+def test_a_server_is_certified_and_a_control_is_named(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the tests' own server for an engine; in the end one that serves something else than it was told."""
+
+    @contextmanager
+    def held(program: str) -> Iterator[Start]:
+        @contextmanager
+        def start(served: Served, folder: Path) -> Iterator[Started]:
+            with serving(checkpoint, program or served.spec) as server:
+                yield Started(("server", "--port", "1"), url=server.url)
+
+        yield start
+
+    engine, output = Engine("vllm", lambda program: "1", held), tmp_path / "rows.jsonl"
+    plan = rows_of([Job("yarn:2"), Job("yarn:2", "default", "unscaled"), Job("dynamic-yarn:2")], checkpoint)
+    assert engines.run(engine, "", plan, arguments(checkpoint, output), {}) == 0
+    right, control, refused = read_rows(output)
+    assert (right["verdict"], right["exit_code"], right["export"]["status"]) == ("right", 0, "exact")
+    assert right["worst"] < 1e-3 < control["worst"] and right["command"] == "server --port PORT"
+    assert (control["verdict"], control["exit_code"], control["expected"]) == ("other", 1, True)
+    assert refused["export"]["status"] == "refused" and "verdict" not in refused
+    assert engines.run(engine, "linear:2", rows_of([Job("yarn:2")], checkpoint), arguments(checkpoint, output), {}) == 1
+    assert read_rows(output)[-1]["named"] == ["linear x2"] and "NOT AS EXPECTED: yarn:2" in capsys.readouterr().out
+
+
+def test_a_process_that_gives_logits_is_certified(checkpoint: str, tmp_path: Path) -> None:
+    output = tmp_path / "rows.jsonl"
+    plan = rows_of([Job("yarn:2"), Job("yarn:2", "default", "unscaled")], checkpoint)
+    assert engines.run(ENGINES["transformers"], sys.executable, plan, arguments(checkpoint, output), {}) == 0
+    right, control = read_rows(output)
+    assert right["verdict"] == "right" and control["verdict"] == "other"
+    assert right["command"] == "python benchmarks/engines/transformers_worker.py served".replace(
+        "python ", f"{Path(sys.executable).name} ", 1
+    )
+
+
+def test_what_cannot_be_started_is_one_line(checkpoint: str, tmp_path: Path) -> None:
+    report: Any = export("yarn:2", load_config(checkpoint), "vllm")
+    served = Served(checkpoint, "yarn:2", "vllm", 128, "float32", report)
+    with pytest.raises(ConfigError, match="No such file"):
+        with starting.start_vllm(str(tmp_path / "vllm"), served, tmp_path):
+            pass
+    with pytest.raises(ConfigError, match="false did not start"):
+        with starting.start_vllm("/bin/false", served, tmp_path):
+            pass
