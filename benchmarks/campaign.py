@@ -26,7 +26,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -42,35 +41,43 @@ SUMMARY = ROOT / "data" / "reliability_rows.jsonl"
 FUZZED = 500
 """Inputs of one trial of fuzzing."""
 
-STATES = ("training", "training, adapters", "training, two ranks")
-COUNTS = {
-    "kill": dict.fromkeys(RUNS, 25) | dict.fromkeys(STATES, 60),
-    "full disk": dict.fromkeys(RUNS, 5),
-    "removed": dict.fromkeys(RUNS, 3),
-    "read-only": dict.fromkeys(RUNS, 3),
-    "damage": {"state": 1, "state, two ranks": 1, "packed set": 3, "set to train on": 3, "saved losses": 1, "rows": 4},
-    "start": dict.fromkeys(("finetune.py", "tokenization.py", "eval/perplexity.py", "eval/report.py"), 5),
+STARTS = {"finetune.py": "training", "tokenization.py": "tokenization", "eval/perplexity.py": "perplexity",
+          "eval/report.py": "report"}  # fmt: skip
+"""Script -> the run whose flags it gets when a new interpreter is interrupted."""
+DAMAGED = {"state": "training", "state, two ranks": "training, two ranks", "packed set": "tokenization",
+           "set to train on": "training", "saved losses": "perplexity, --save-nll", "rows": "perplexity"}  # fmt: skip
+"""What is damaged -> the run that reads it."""
+COUNTS: dict[str, dict[str, int]] = {
+    "kill": dict.fromkeys(RUNS, 36) | {"training": 40, "training, adapters": 15, "training, two ranks": 20,
+                                       "tune": 20, "report": 15},
+    "full disk": dict.fromkeys(RUNS, 4),
+    "removed": dict.fromkeys(RUNS, 2),
+    "read-only": dict.fromkeys(RUNS, 2),
+    "damage": {"packed set": 2, "rows": 4, "saved losses": 1, "set to train on": 1, "state": 1, "state, two ranks": 1},
+    "start": dict.fromkeys(STARTS, 3),
     "fuzz": {"fuzz": 200},
-}
+}  # fmt: skip
 """Fault -> run (or what is damaged) -> trials. Of damage: of each file in each way."""
 
 
 # ---------------------------------------------------------------------------------------------------------- damages
 
 
-def template(what: str, place: Place) -> tuple[str, Path, list[str]]:
-    """Make what is to be damaged in `place.out`; the run that reads it, its folder, and its files."""
+Trial = tuple[str, Callable[[], Row]]
+"""What is done, and the function that does it."""
+
+
+def template(what: str, place: Place) -> Row:
+    """Make what is to be damaged in `place.out`; its "folder", and its "files" there."""
     place.clear()
-    name = {"state": "training", "state, two ranks": "training, two ranks", "packed set": "tokenization",
-            "set to train on": "training", "saved losses": "perplexity, --save-nll", "rows": "perplexity"}[what]  # fmt: skip
-    run, folder = RUNS[name], place.out
+    run, folder = RUNS[DAMAGED[what]], place.out
     if what.startswith("state"):
         codes = trials.start(run, place, 0, more=run.begin or ()).finish()
     elif what == "set to train on":
         folder, codes = place.inputs / "set", [0]
     elif what == "rows":  # as they are half-way
         codes = [0]
-        trials.start(run, place, 40, lambda: os.kill(os.getpid(), signal.SIGKILL)).finish()
+        trials.start(run, place, 22, lambda: os.kill(os.getpid(), signal.SIGKILL)).finish()
     else:
         codes = trials.start(run, place, 0).finish()
         if what == "saved losses":
@@ -78,14 +85,14 @@ def template(what: str, place: Place) -> tuple[str, Path, list[str]]:
     if any(codes):
         raise RuntimeError(f"{what}: {codes}: {place.text.read_text()[-3000:]}")
     files = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
-    return name, folder, [file for file in files if not file.endswith(".lock")]
+    return {"folder": str(folder), "files": [file for file in files if not file.endswith(".lock")]}
 
 
-def damage(what: str, number: int, place: Place, known: Callable[[str], Known]) -> Iterator[tuple[str, Callable[[], Row]]]:
+def damage(what: str, number: int, place: Place, known: Callable[[str], Known]) -> Iterator[Trial]:
     """The trials of one round: of each file in each way; (what is done, the trial)."""
     kept = place.folder / f"template-{re.sub('[^a-z]', '-', what)}"
     if not kept.exists():
-        record = trials.in_own_process(lambda: dict(zip(("name", "folder", "files"), map(str_or_list, template(what, place)))))
+        record = trials.in_own_process(lambda: template(what, place))
         if "files" not in record:
             raise RuntimeError(f"{what}: {record}")
         staged = kept.with_name(f"{kept.name}.partial")
@@ -93,7 +100,7 @@ def damage(what: str, number: int, place: Place, known: Callable[[str], Known]) 
         (place.folder / f"{kept.name}.json").write_text(json.dumps(record))
         staged.rename(kept)
     record = json.loads((place.folder / f"{kept.name}.json").read_text())
-    name, folder = record["name"], Path(record["folder"])
+    name, folder = DAMAGED[what], Path(record["folder"])
     own = folder == place.out or place.out in folder.parents
     for file in record["files"]:
         for how in trials.DAMAGES:
@@ -116,29 +123,28 @@ def damage(what: str, number: int, place: Place, known: Callable[[str], Known]) 
             yield f"{file}, {how}", trial
 
 
-def str_or_list(value: Any) -> Any:
-    return value if isinstance(value, (str, list)) else str(value)
-
-
 # ------------------------------------------------------------------------------------------------- starts and fuzzing
 
 
 def interrupted_start(script: str, place: Place, number: int) -> Row:
     """Ctrl-C while a new interpreter imports: no traceback, 130."""
     rng = random.Random(f"start/{script}/{number}")
-    words = {"finetune.py": "training", "tokenization.py": "tokenization", "eval/perplexity.py": "perplexity",
-             "eval/report.py": "report"}  # fmt: skip
     place.clear()
-    at = rng.uniform(0.5, 12.0)
-    command = [sys.executable, script, *RUNS[words[script]].argv(place.inputs, place.out)]
+    at = rng.uniform(0, 8)
+    command = [sys.executable, script, *RUNS[STARTS[script]].argv(place.inputs, place.out)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    begun = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
+    begun = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    maps = Path(f"/proc/{begun.pid}/maps")
+    while begun.poll() is None and "libtorch" not in maps.read_text():  # before that, Python itself begins
+        time.sleep(0.01)
     try:
         begun.wait(at)
     except subprocess.TimeoutExpired:
         begun.send_signal(signal.SIGINT)
-    text, _ = begun.communicate(timeout=trials.SECONDS)
+    text, _ = begun.communicate(timeout=10 * trials.SECONDS)
     record = {"at": [round(at, 2)], "codes": [[begun.returncode]], "kills": int(begun.returncode != 0)}
     if "Traceback" in text:
         return record | {"outcome": "traceback", "shown": text[-3000:]}
@@ -190,6 +196,11 @@ class Campaign:
             recipe = (staged / "recipe.yaml").read_text().replace(str(staged), str(self.inputs))
             (staged / "recipe.yaml").write_text(recipe)
             staged.rename(self.inputs)
+        for record in work.glob("*/template-*.json"):  # where a trial was ended that had damaged inputs
+            folder = Path(json.loads(record.read_text())["folder"])
+            if self.inputs in folder.parents and (kept := record.with_suffix("")).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.copytree(kept, folder)
 
     def place(self, name: str) -> Place:
         folder = self.work / re.sub("[^a-z0-9]+", "-", name)
@@ -208,7 +219,7 @@ class Campaign:
             self._known[name] = Known(**found)
         return self._known[name]
 
-    def trials(self, only: Sequence[str], counts: dict[str, dict[str, int]]) -> Iterator[tuple[str, Callable[[], Row]]]:
+    def trials(self, only: Sequence[str], counts: dict[str, dict[str, int]]) -> Iterator[Trial]:
         """All trials, by name; the kinds take turns, so that a campaign that is ended early has some of each."""
         streams = [
             (count, self._stream(fault, what, count))
@@ -225,7 +236,7 @@ class Campaign:
                     due[index] -= 1
                     yield from next(stream, ())
 
-    def _stream(self, fault: str, what: str, count: int) -> Iterator[list[tuple[str, Callable[[], Row]]]]:
+    def _stream(self, fault: str, what: str, count: int) -> Iterator[list[Trial]]:
         """The trials of one kind, in portions of one round."""
         disturb = {"kill": trials.kill, "full disk": trials.full_disk, "removed": trials.removed,
                    "read-only": trials.read_only}  # fmt: skip
@@ -242,14 +253,14 @@ class Campaign:
                 yield [(title, lambda title=title: disturb[fault](what, self.place(what), self.known(what),
                                                                   random.Random(title)))]  # fmt: skip
 
-    def _damages(self, what: str, number: int) -> list[tuple[str, Callable[[], Row]]]:
-        name = {"state": "training", "state, two ranks": "training, two ranks", "packed set": "tokenization",
-                "set to train on": "training", "saved losses": "perplexity, --save-nll", "rows": "perplexity"}[what]  # fmt: skip
-        self.known(name)
-        rounds = damage(what, number, self.place(name), self.known)
+    def _damages(self, what: str, number: int) -> list[Trial]:
+        self.known(DAMAGED[what])
+        rounds = damage(what, number, self.place(DAMAGED[what]), self.known)
         return [(f"damage: {what}: {number}: {done}", trial) for done, trial in rounds]
 
-    def run(self, only: Sequence[str], counts: dict[str, dict[str, int]], until: float, again: Sequence[str] = ()) -> None:
+    def run(
+        self, only: Sequence[str], counts: dict[str, dict[str, int]], until: float, again: Sequence[str] = ()
+    ) -> None:
         """Do what is not done yet, up to a moment of `time.monotonic`; and the trials `again`, in any case."""
         done = {row["trial"] for row in rows_so_far(self.output)} - set(again)
         for title, trial in self.trials(only, counts):
@@ -299,7 +310,9 @@ _COMMIT: list[str] = []
 def commit() -> str:
     """The commit of the code that this process has imported."""
     if not _COMMIT:
-        found = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
+        found = subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True
+        )
         _COMMIT.append(found.stdout.strip() or "unknown")
     return _COMMIT[0]
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 PRELOAD = (
-    "accelerate", "accelerate.utils", "matplotlib.pyplot", "peft", "numpy", "safetensors.torch", "yaml", "tqdm",
-    "transformers.models.llama.modeling_llama", "transformers.generation.utils", "torch.distributed",
-    "torch.nn.parallel.distributed", "torch.optim.adamw", "torch._dynamo", "finetune", "tokenization", "truncate",
+    "accelerate", "accelerate.utils", "deepspeed", "matplotlib.pyplot", "peft", "numpy", "safetensors.torch",
+    "yaml", "tqdm", "transformers.models.llama.modeling_llama", "transformers.generation.utils",
+    "torch.distributed", "torch.nn.parallel.distributed", "torch.optim.adamw", "torch._dynamo", "finetune", "tokenization", "truncate",
     "eval.perplexity", "eval.passkey", "eval.passkey_hard", "eval.quality", "eval.report", "scaled_rope.cli",
     "scaled_rope.training.loop", "scaled_rope.serving.export", "scaled_rope.tuning.search",
     "scaled_rope.certificate.command", "http.server", "multiprocessing.pool", "concurrent.futures.process",
@@ -161,7 +161,12 @@ def make_inputs(folder: Path) -> None:
     for number, repeats in enumerate((12, 14, 10)):
         (folder / "texts" / f"{number}.txt").write_text(f"Text {number}. " + _STORY * repeats)
     questions = [
-        {"article": _STORY * (2 + i % 2), "question": f"Question {i}?", "options": ["a", "b", "c", "d"], "answer": i % 4}
+        {
+            "article": _STORY * (2 + i % 2),
+            "question": f"Question {i}?",
+            "options": ["a", "b", "c", "d"],
+            "answer": i % 4,
+        }
         for i in range(4)
     ]
     (folder / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in questions))
@@ -215,7 +220,11 @@ def _write_rows(path: Path) -> None:
     base = RopeScaling("default", original_max_position_embeddings=64)
     made = {"command": "python x", "commit": None, "versions": {}, "device": "cpu", "cpu_count": 1,
             "date": "2026-01-01", "seed": 1}  # fmt: skip
-    curves = {("base", "default"): (40, 90, 180), ("base", "yarn:4"): (60, 62, 64), ("run/model", "yarn:4"): (38, 41, 42)}
+    curves = {
+        ("base", "default"): (40, 90, 180),
+        ("base", "yarn:4"): (60, 62, 64),
+        ("run/model", "yarn:4"): (38, 41, 42),
+    }
     for (model, spec), curve in curves.items():
         scaling = RopeScaling.from_spec(spec, base)
         shared = {"model": model, "model_fingerprint": model, "dtype": "float32", "head_dim": 16,

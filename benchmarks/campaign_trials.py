@@ -7,7 +7,7 @@ A trial works in a process of its own, which starts the processes of the run as 
     lost        it could not be brought to its end any more
     different   it ended well and left something else
     traceback   some process printed one
-    hang        it did not end in `SECONDS`
+    hang        its processes neither ended nor computed for `SECONDS`
     orphans     processes outlived the one that started them
     wrong code  an exit code that does not say what happened, or an error that is not one line
 """
@@ -39,10 +39,11 @@ from benchmarks.campaign_runs import RUNS, Run, left_by
 from benchmarks.common import ROOT
 
 GOOD = ("identical", "refused")
-SECONDS = 120.0
+SECONDS = 60.0
+_LEAST = 0.05  # seconds of a processor in that time that count as computing, on a machine that others use too
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 DAMAGES = ("flip", "cut", "empty", "missing", "directory")
-_GRACE = 4.0  # seconds that other ranks get after one has ended, as launchers give them
+_GRACE = 10.0  # seconds that other ranks get after one has ended, as launchers give them
 _WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir", "os.truncate",
             "shutil.rmtree", "shutil.copyfile", "shutil.move"}  # fmt: skip
 
@@ -121,10 +122,10 @@ class Processes:
         Raises:
             Bad: they did not end, or left others behind.
         """
-        limit = self.began + SECONDS
-        while not self.wait(0.05):
-            if any(self.codes.values()) or time.monotonic() > limit:
-                break
+        limit, used = time.monotonic() + SECONDS, 0.0
+        while not self.wait(0.05) and not any(self.codes.values()) and time.monotonic() < limit:
+            if (now := _processor_seconds(self.ids[0])) > used + _LEAST:
+                limit, used = time.monotonic() + SECONDS, now
         hung = not self.codes and not self.wait(0)
         # A launcher ends the other ranks when one has failed: first it asks, then it kills.
         for number in (None, signal.SIGTERM, signal.SIGKILL):
@@ -142,21 +143,29 @@ class Processes:
             os.killpg(self.ids[0], signal.SIGKILL)
         self.reader.join(5)
         if hung:
-            raise Bad("hang", f"not over after {SECONDS:g} s")
+            raise Bad("hang", f"no progress for {SECONDS:g} s")
         if left:
             raise Bad("orphans", f"{len(left)} processes")
         return [self.codes[pid] for pid in self.ids]
 
 
-def _living(group: int) -> Iterator[int]:
-    """The processes of a group that have not ended."""
+def _members(group: int) -> Iterator[tuple[int, list[str]]]:
+    """The processes of a group that have not ended, each with what /proc says of it from its state on."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(") ")[2].split()
         except OSError:
             continue
         if int(fields[2]) == group and fields[0] != "Z":
-            yield int(stat.parent.name)
+            yield int(stat.parent.name), fields
+
+
+def _living(group: int) -> Iterator[int]:
+    return (pid for pid, _ in _members(group))
+
+
+def _processor_seconds(group: int) -> float:
+    return sum(int(fields[11]) + int(fields[12]) for _, fields in _members(group)) / os.sysconf("SC_CLK_TCK")
 
 
 # ------------------------------------------------------------------------------------------------------ the processes
@@ -214,9 +223,7 @@ def _keep(pipe: int, path: Path) -> None:
         path.write_bytes(source.read())
 
 
-def _work(
-    run: Run, place: Place, rank: int, port: str, operation: int | None, act: Any, more: Sequence[str]
-) -> int:
+def _work(run: Run, place: Place, rank: int, port: str, operation: int | None, act: Any, more: Sequence[str]) -> int:
     """What a process of a run does after it was forked; the exit code of its script."""
     gc.freeze()
     os.chdir(ROOT)
@@ -231,6 +238,8 @@ def _work(
 
     count = _watch(str(place.out), operation, act) if rank == 0 else [0]
     script = importlib.import_module(run.module)
+    if run.module == "finetune":  # which reads all recipes of configs/, a second of a processor, to find the one before
+        script.starts_from = lambda recipe: None  # type: ignore[attr-defined]
     argv = [*run.argv(place.inputs, place.out), *more]
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -517,7 +526,7 @@ def unmount(folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- its process
 
 
-def in_own_process(work: Callable[[], dict[str, Any]], seconds: float = 6 * SECONDS) -> dict[str, Any]:
+def in_own_process(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What a function returns, of a process of its own. A `Bad` becomes a record with its outcome."""
     receive, send = os.pipe()
     pid = os.fork()

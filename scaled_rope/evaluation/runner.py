@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from scaled_rope.content_hash import record_hash
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.failures import Failure, failing_alone, is_ours
 from scaled_rope.evaluation.formatting import format_table
@@ -96,8 +97,8 @@ class Parts:
     """A file beside the output with results for parts (documents) of passes that have not ended.
 
     A run that was killed continues from it. Lines are {"key": of the pass, "parts": {number: result}, …}; those of a
-    pass are removed when its rows are written. If two processes change the file at once, some work is repeated, nothing
-    else.
+    pass are removed when its rows are written. Each has a hash of itself; one that was changed counts as not there. If
+    two processes change the file at once, some work is repeated, nothing else.
     """
 
     def __init__(self, output: str | Path) -> None:
@@ -105,10 +106,11 @@ class Parts:
 
     def read(self, key: str) -> list[Row]:
         """The lines of one pass."""
-        return [row for row in rows_so_far(self.path) if row.get("key") == key]
+        return [row for row in rows_so_far(self.path) if row.get("key") == key and _is_sealed(row)]
 
     def add(self, key: str, parts: Mapping[int, Any], **more: Any) -> None:
-        append_row(self.path, {"key": key, "parts": {str(part): result for part, result in parts.items()}, **more})
+        row = {"key": key, "parts": {str(part): result for part, result in parts.items()}, **more}
+        append_row(self.path, row | {"seal": record_hash(row)})
 
     def discard(self, key: str) -> None:
         """Remove the lines of one pass, and the file if it was the last."""
@@ -120,6 +122,11 @@ class Parts:
             self.path.unlink(missing_ok=True)
         elif len(kept) < len(rows):
             write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _is_sealed(row: Row) -> bool:
+    """Whether a line is as it was written; those of earlier versions, which have no seal, are believed."""
+    return "seal" not in row or row["seal"] == record_hash({name: row[name] for name in row if name != "seal"})
 
 
 def _check_output(path: str | Path) -> None:

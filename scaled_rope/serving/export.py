@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import shlex
-import tempfile
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from scaled_rope.checkpoint import load_config
 from scaled_rope.errors import ConfigError, check_name, unknown
 from scaled_rope.flags import check_export_arguments
 from scaled_rope.patching.families import head_dim_of
-from scaled_rope.results import write_atomic
+from scaled_rope.results import scratch_path, write_atomic
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import SOFTMAX_MSCALE_FAMILIES, has_rope, nested_types
 from scaled_rope.scaling.record import RopeScaling, resolve_scaling
@@ -274,8 +274,8 @@ def _write(folder: Path, raw: Mapping[str, Any], report: ExportReport, gguf: str
     place = folder.absolute()
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as scratch:
-            staged = Path(scratch) / "staged"
+        staged = scratch_path(place, "partial")
+        try:
             if gguf is not None and report.gguf is not None:
                 add_rope(gguf, staged / Path(gguf).name, report.gguf)
             path: tuple[str, ...] = ()
@@ -290,6 +290,8 @@ def _write(folder: Path, raw: Mapping[str, Any], report: ExportReport, gguf: str
             else:
                 for file in staged.iterdir():
                     os.replace(file, place / file.name)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)  # gone already where it was renamed
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise ConfigError(f"--output {folder} cannot be written to: {error.strerror}") from error
     return written

@@ -356,16 +356,3 @@ class StopSignal:
         """Whether any rank was asked to stop; every rank must call this, and all get the same answer."""
         mine = torch.tensor([int(self._requested)], device=accelerator.device)
         return bool(accelerator.gather(mine).any())
-
-
-class RandomState:
-    """A snapshot of the random generators that dropout draws from; `restore` sets them back."""
-
-    def __init__(self) -> None:
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state_all(self._cuda)

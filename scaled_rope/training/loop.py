@@ -46,7 +46,6 @@ from scaled_rope.training.batches import (
 from scaled_rope.training.costs import ModelCost, device_peak_flops
 from scaled_rope.training.engine import (
     Layout,
-    RandomState,
     StopSignal,
     check_sequence_parallel,
     engine_name,
@@ -67,6 +66,7 @@ from scaled_rope.training.model import (
     tile_mlps,
 )
 from scaled_rope.training.pose import SkipWise, skip_wise
+from scaled_rope.training.random_state import RandomState
 from scaled_rope.training.run_state import (
     check_same_run,
     check_space,
@@ -160,10 +160,18 @@ class Trainer:
         """
         if is_finished(self.recipe):
             end = self.output / "model" if self.recipe.stop_after is None else stopping_state(self.recipe)
+            if self.recipe.stop_after is None:
+                self._finish()
             print(f"{end}: already trained")
             return [row["loss"] for row in read_log(self.output)]
         with StopSignal() as stop, run_lock(self.output):
             return self._run(stop)
+
+    def _finish(self) -> None:
+        """What a run does after its model is saved, and a finished one where it was ended before that."""
+        shutil.rmtree(self.output / "checkpoints", ignore_errors=True)
+        if not (picture := self.output / "loss.png").exists():
+            plot_losses({self.recipe.name: read_log(self.output)}, picture)
 
     def _run(self, stop: StopSignal) -> list[float]:
         recipe = self.recipe
@@ -242,8 +250,7 @@ class Trainer:
             place, size = self.output / "model", 4.0 * sum(tensor.numel() for tensor in state.values())
             with naming_a_full_disk(place, size):
                 save_model(inner, state, recipe, place, lambda folder: write_records(folder, *records))
-            shutil.rmtree(self.output / "checkpoints", ignore_errors=True)
-            plot_losses({recipe.name: log}, self.output / "loss.png")
+            self._finish()
             print(f"{self.output / 'model'}: saved")
         accelerator.wait_for_everyone()
         # A process group that is still there when Python ends may abort the process: its threads are running.

@@ -22,6 +22,7 @@ from scaled_rope.recipes import Recipe
 from scaled_rope.results import Row, rows_so_far, write_atomic
 from scaled_rope.training.engine import engine_name
 from scaled_rope.training.manifest import entries, fault, read_facts, state_files, write_manifest
+from scaled_rope.training.random_state import RandomState
 
 
 def gather_object(mine: list[Any]) -> list[Any]:
@@ -297,6 +298,10 @@ def size_text(size: float) -> str:
     return f"{size:.3g} {units[0]}"
 
 
+def _random_name(rank: int) -> str:
+    return f"random-state-{rank}.json"
+
+
 def save_state(accelerator: Any, recipe: Recipe, step: int) -> Path:
     """Write the state after `step` steps and return its folder, which gets its name only when it is complete.
 
@@ -308,12 +313,14 @@ def save_state(accelerator: Any, recipe: Recipe, step: int) -> Path:
         shutil.rmtree(staged, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(staged))
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    RandomState().save(staged / _random_name(rank))
+    (staged / f"random_states_{rank}.pkl").unlink(missing_ok=True)  # accelerate's, a pickle with the same content
     if accelerator.is_main_process:
         for name in _COPIED:
             if (path := Path(recipe.output_dir) / name).is_file():
                 shutil.copyfile(path, staged / name)
     accelerator.wait_for_everyone()
-    rank, ranks = accelerator.process_index, accelerator.num_processes
     mine = entries(staged, state_files(staged)[rank::ranks])
     files = {name: entry for part in gather_object([mine]) for name, entry in part.items()}
     if accelerator.is_main_process:
@@ -381,6 +388,10 @@ def load_state(accelerator: Any, state: Path | None, output: Path) -> int:
             accelerator.load_state(str(state))
         except Exception as error:  # torch, safetensors, pickle and DeepSpeed raise unrelated types
             raise ConfigError(f"state {state} cannot be loaded: {first_line(error)}") from error
+        # States of earlier versions hold a pickle instead, which accelerate has loaded; and a rank that was not there
+        # when the state was saved has none.
+        if (place := state / _random_name(accelerator.process_index)).exists():
+            RandomState.load(place).restore()
         step, log = saved["step"], _beside(state, "train_log.jsonl") or log
         accelerator.print(f"resuming after step {step} from {state}")
     kept = steps_of(log, step)
