@@ -17,10 +17,11 @@ from typing import Any
 PRELOAD = (
     "accelerate", "accelerate.utils", "deepspeed", "matplotlib.pyplot", "peft", "numpy", "safetensors.torch",
     "yaml", "tqdm", "transformers.models.llama.modeling_llama", "transformers.generation.utils",
-    "torch.distributed", "torch.nn.parallel.distributed", "torch.optim.adamw", "torch._dynamo", "finetune", "tokenization", "truncate",
-    "eval.perplexity", "eval.passkey", "eval.passkey_hard", "eval.quality", "eval.report", "scaled_rope.cli",
-    "scaled_rope.training.loop", "scaled_rope.serving.export", "scaled_rope.tuning.search",
-    "scaled_rope.certificate.command", "http.server", "multiprocessing.pool", "concurrent.futures.process",
+    "torch.distributed", "torch.nn.parallel.distributed", "torch.optim.adamw", "torch._dynamo", "finetune",
+    "tokenization", "truncate", "eval.perplexity", "eval.passkey", "eval.passkey_hard", "eval.quality",
+    "eval.report", "scaled_rope.cli", "scaled_rope.training.loop", "scaled_rope.serving.export",
+    "scaled_rope.tuning.search", "scaled_rope.certificate.command", "http.server", "multiprocessing.pool",
+    "concurrent.futures.process",
 )  # fmt: skip
 """What the process imports that all runs are forked from."""
 

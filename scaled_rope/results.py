@@ -181,12 +181,13 @@ def finished_keys(path: str | Path) -> set[str]:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Report an unusable path as bad input. A full disk keeps its own error, which entry scripts already report."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error.filename = error.filename or str(path)
             raise
         raise ConfigError(f"file {str(path)!r} cannot be used: {error.strerror or error}") from error
 
@@ -210,7 +211,7 @@ def read_rows(path: str | Path) -> list[Row]:
         ConfigError: the file cannot be read, or a line other than the last is not a JSON object.
     """
     path = Path(path)
-    with _naming(path):
+    with naming(path):
         data = path.read_bytes()
     end = _complete(data)
     lines = data[:end].split(b"\n") + ([data[end:]] if _is_row(data[end:]) else [])
@@ -257,7 +258,7 @@ def append_row(path: str | Path, row: Mapping[str, Any], once: bool = False) -> 
         line = (json.dumps(dict(row), allow_nan=False) + "\n").encode()
     except ValueError as error:
         raise ConfigError(f"a row for {str(path)!r} cannot be written: {error}") from error
-    with _naming(path):
+    with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
@@ -326,7 +327,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
         OSError: no space left; the old content stays.
     """
     path = Path(path)
-    with _naming(path):
+    with naming(path):
         scratch = scratch_path(path, "tmp")  # same folder: a rename works within one file system
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

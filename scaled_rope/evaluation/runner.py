@@ -31,6 +31,7 @@ from scaled_rope.results import (
     Row,
     append_row,
     check_writable,
+    finished_keys,
     portable_command,
     provenance,
     read_rows,
@@ -220,6 +221,7 @@ def run_all(
     if ranks.count > 1:
         record["processes"] = ranks.count
     collected: dict[str, dict[ModelJob, dict[int, Row]]] = {}
+    written: set[str] = set()
 
     def collect(*names: str) -> None:
         if ranks.is_first:
@@ -245,6 +247,7 @@ def run_all(
                             hidden = {} if job.server is None else {"peak_memory": None}  # not seen from here
                             origin = {**record, "seed": seeds[name]}
                             append_row(args.output, {**cell, **row, **hidden, "provenance": origin}, once=True)
+                            written.add(row_key(cell))
                 except _Failed as failed:
                     if failures is None:
                         raise failed.error from None
@@ -252,6 +255,11 @@ def run_all(
                 collect(name)
                 write_table()
     write_table()
+    if lost := len(written - finished_keys(args.output)):
+        raise ConfigError(
+            f"{lost} of {len(written)} rows that were written to {str(args.output)!r} are gone: the file was removed or"
+            f" replaced meanwhile; the same command measures them again"
+        )
     if ranks.count > 1:
         rows = ranks.first(lambda: rows_so_far(args.output))
         collected = {name: _collect(rows, cells) for name, cells in identities.items()}

@@ -70,12 +70,13 @@ from scaled_rope.training.random_state import RandomState
 from scaled_rope.training.run_state import (
     check_same_run,
     check_space,
+    check_there,
     continuation,
     find_state,
     fingerprint,
     latest_state,
     load_state,
-    naming_a_full_disk,
+    naming_a_lost_disk,
     read_log,
     run_lock,
     save_state,
@@ -248,8 +249,13 @@ class Trainer:
                 make_whole(inner, state)
             records = (recipe, facts, log, scaling.label)
             place, size = self.output / "model", 4.0 * sum(tensor.numel() for tensor in state.values())
-            with naming_a_full_disk(place, size):
-                save_model(inner, state, recipe, place, lambda folder: write_records(folder, *records))
+
+            def write(folder: Path) -> None:
+                write_records(folder, *records)
+                check_there(self.output)
+
+            with naming_a_lost_disk(place, size):
+                save_model(inner, state, recipe, place, write)
             self._finish()
             print(f"{self.output / 'model'}: saved")
         accelerator.wait_for_everyone()
@@ -330,7 +336,7 @@ class Loop:
     def _save(self, step: int) -> Path:
         """Save the state after `step` steps and return its folder."""
         size = 12.0 * sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
-        with naming_a_full_disk(Path(self.recipe.output_dir) / "checkpoints", size):
+        with naming_a_lost_disk(Path(self.recipe.output_dir) / "checkpoints", size):
             return save_state(self.accelerator, self.recipe, step)
 
     def _save_and_stop(self, step: int, random: RandomState) -> None:

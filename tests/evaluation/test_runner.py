@@ -255,3 +255,24 @@ def test_bad_files_are_one_line(
         fcntl.flock(file, fcntl.LOCK_EX)
         assert "locked by another process" in says("-d", texts, "--output", "locked.jsonl")
     assert Path("rows.jsonl").read_text() == '{"a": 1}\nnonsense\n{"b": 2}\n'
+
+
+def test_rows_that_are_gone_before_the_end_are_noticed(
+    checkpoint: str, texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file is removed after the first row; the next appends to a new one."""
+    output, original, count = tmp_path / "rows.jsonl", runner.append_row, []
+
+    def append(path: Path, row: dict[str, Any], once: bool = False) -> bool:
+        if len(count) == 1:
+            os.unlink(path)
+        count.append(row)
+        return original(path, row, once)
+
+    argv = ["-m", checkpoint, "--dataset", texts, "--scaling", "default", "--lengths", "20,32", "--device", "cpu"]
+    argv += ["--hide-progress", "--output", str(output)]
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "append_row", append)
+        assert run_cli(lambda: perplexity.main(argv)) == 2
+    assert f"error: 1 of {len(count)} rows that were written to {str(output)!r} are gone" in capsys.readouterr().err
+    assert run_cli(lambda: perplexity.main(argv)) == 0
