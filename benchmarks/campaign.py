@@ -12,7 +12,9 @@ a start costs many seconds. At the end, and with `--summary`, the counts go to d
 
 from __future__ import annotations
 
+import functools
 import importlib
+import itertools
 import json
 import os
 import random
@@ -47,17 +49,21 @@ STARTS = {"finetune.py": "training", "tokenization.py": "tokenization", "eval/pe
 DAMAGED = {"state": "training", "state, two ranks": "training, two ranks", "packed set": "tokenization",
            "set to train on": "training", "saved losses": "perplexity, --save-nll", "rows": "perplexity"}  # fmt: skip
 """What is damaged -> the run that reads it."""
+HEAVY = {"training": 40, "training, adapters": 15, "training, two ranks": 20, "tune": 20, "report": 15}
+"""Kills of the runs that take seconds of a processor; the others take tenths of one."""
 COUNTS: dict[str, dict[str, int]] = {
-    "kill": dict.fromkeys(RUNS, 36) | {"training": 40, "training, adapters": 15, "training, two ranks": 20,
-                                       "tune": 20, "report": 15},
-    "full disk": dict.fromkeys(RUNS, 4),
+    "kill": dict.fromkeys(RUNS, 36) | HEAVY,
+    "full disk": dict.fromkeys(RUNS, 4) | dict.fromkeys(HEAVY, 3),
     "removed": dict.fromkeys(RUNS, 2),
     "read-only": dict.fromkeys(RUNS, 2),
-    "damage": {"packed set": 2, "rows": 4, "saved losses": 1, "set to train on": 1, "state": 1, "state, two ranks": 1},
+    "damage": {"packed set": 30, "rows": 16, "saved losses": 60, "set to train on": 20, "state": 95,
+               "state, two ranks": 30},
     "start": dict.fromkeys(STARTS, 3),
     "fuzz": {"fuzz": 200},
 }  # fmt: skip
-"""Fault -> run (or what is damaged) -> trials. Of damage: of each file in each way."""
+"""Fault -> run (or what is damaged) -> trials."""
+PHASES = (("kill", "full disk", "removed", "read-only", "damage"), ("start",), ("fuzz",))
+"""Faults whose trials take turns."""
 
 
 # ---------------------------------------------------------------------------------------------------------- damages
@@ -88,8 +94,8 @@ def template(what: str, place: Place) -> Row:
     return {"folder": str(folder), "files": [file for file in files if not file.endswith(".lock")]}
 
 
-def damage(what: str, number: int, place: Place, known: Callable[[str], Known]) -> Iterator[Trial]:
-    """The trials of one round: of each file in each way; (what is done, the trial)."""
+def damage(what: str, place: Place, known: Known) -> Iterator[Trial]:
+    """Trials without end: of each file in each way, in rounds; the order is random, so that any number is a sample."""
     kept = place.folder / f"template-{re.sub('[^a-z]', '-', what)}"
     if not kept.exists():
         record = trials.in_own_process(lambda: template(what, place))
@@ -100,27 +106,30 @@ def damage(what: str, number: int, place: Place, known: Callable[[str], Known]) 
         (place.folder / f"{kept.name}.json").write_text(json.dumps(record))
         staged.rename(kept)
     record = json.loads((place.folder / f"{kept.name}.json").read_text())
-    name, folder = DAMAGED[what], Path(record["folder"])
+    folder = Path(record["folder"])
     own = folder == place.out or place.out in folder.parents
-    for file in record["files"]:
-        for how in trials.DAMAGES:
-            if what == "rows" and how == "flip":
-                continue  # rows carry no hash of themselves; docs/reliability.md says so
+    # Rows carry no hash of themselves, as docs/reliability.md says.
+    ways = [how for how in trials.DAMAGES if not (what == "rows" and how == "flip")]
 
-            def trial(file: str = file, how: str = how) -> Row:
-                place.clear()
+    def trial(file: str, how: str, title: str) -> Row:
+        place.clear()
+        shutil.rmtree(folder)
+        shutil.copytree(kept, folder)
+        try:
+            if not trials.damage(folder / file, how, random.Random(title)):
+                return {"outcome": "identical", "note": "nothing to damage"}
+            return {"outcome": trials.to_the_end(DAMAGED[what], place, known, may_refuse=True)}
+        finally:
+            if not own:
                 shutil.rmtree(folder)
                 shutil.copytree(kept, folder)
-                try:
-                    if not trials.damage(folder / file, how, random.Random(f"{what}/{number}/{file}/{how}")):
-                        return {"outcome": "identical", "note": "nothing to damage"}
-                    return {"outcome": trials.to_the_end(name, place, known(name), may_refuse=True)}
-                finally:
-                    if not own:
-                        shutil.rmtree(folder)
-                        shutil.copytree(kept, folder)
 
-            yield f"{file}, {how}", trial
+    for number in itertools.count():
+        pairs = list(itertools.product(record["files"], ways))
+        random.Random(f"{what}/{number}").shuffle(pairs)
+        for file, how in pairs:
+            title = f"damage: {what}: {number}: {file}, {how}"
+            yield title, functools.partial(trial, file, how, title)
 
 
 # ------------------------------------------------------------------------------------------------- starts and fuzzing
@@ -220,43 +229,42 @@ class Campaign:
         return self._known[name]
 
     def trials(self, only: Sequence[str], counts: dict[str, dict[str, int]]) -> Iterator[Trial]:
-        """All trials, by name; the kinds take turns, so that a campaign that is ended early has some of each."""
-        streams = [
-            (count, self._stream(fault, what, count))
-            for fault, of in counts.items()
-            for what, count in of.items()
-            if not only or fault in only or what in only
-        ]
-        turns = max((count for count, _ in streams), default=0)
-        due = [0.0] * len(streams)
-        for _ in range(turns):
-            for index, (count, stream) in enumerate(streams):
-                due[index] += count / turns
-                while due[index] >= 1 - 1e-9:
-                    due[index] -= 1
-                    yield from next(stream, ())
+        """All trials; the kinds of a phase take turns, so that a campaign that is ended early has some of each."""
+        for phase in PHASES:
+            streams = [
+                (count, self._stream(fault, what, count))
+                for fault in phase
+                for what, count in counts.get(fault, {}).items()
+                if not only or fault in only or what in only
+            ]
+            turns = max((count for count, _ in streams), default=0)
+            due = [0.0] * len(streams)
+            for _ in range(turns):
+                for index, (count, stream) in enumerate(streams):
+                    due[index] += count / turns
+                    while due[index] >= 1 - 1e-9:
+                        due[index] -= 1
+                        yield next(stream)
 
-    def _stream(self, fault: str, what: str, count: int) -> Iterator[list[Trial]]:
-        """The trials of one kind, in portions of one round."""
+    def _stream(self, fault: str, what: str, count: int) -> Iterator[Trial]:
+        """The trials of one kind."""
         disturb = {"kill": trials.kill, "full disk": trials.full_disk, "removed": trials.removed,
                    "read-only": trials.read_only}  # fmt: skip
+        if fault == "damage":
+            found = damage(what, self.place(DAMAGED[what]), self.known(DAMAGED[what]))
+            yield from itertools.islice(found, count)
+            return
         for number in range(count):
             title = f"{fault}: {what}: {number}"
-            if fault == "damage":
-                yield self._damages(what, number)
-            elif fault == "start":
-                place = self.place(f"start {what}")
-                yield [(title, lambda place=place, number=number: interrupted_start(what, place, number))]
+            if fault == "start":
+                yield title, functools.partial(interrupted_start, what, self.place(f"start {what}"), number)
             elif fault == "fuzz":
-                yield [(title, lambda number=number: fuzzing(number))]
+                yield title, functools.partial(fuzzing, number)
             else:
-                yield [(title, lambda title=title: disturb[fault](what, self.place(what), self.known(what),
-                                                                  random.Random(title)))]  # fmt: skip
+                yield title, functools.partial(self._disturbed, disturb[fault], what, title)
 
-    def _damages(self, what: str, number: int) -> list[Trial]:
-        self.known(DAMAGED[what])
-        rounds = damage(what, number, self.place(DAMAGED[what]), self.known)
-        return [(f"damage: {what}: {number}: {done}", trial) for done, trial in rounds]
+    def _disturbed(self, disturb: Callable[[str, Place, Known, random.Random], Row], what: str, title: str) -> Row:
+        return disturb(what, self.place(what), self.known(what), random.Random(title))
 
     def run(
         self, only: Sequence[str], counts: dict[str, dict[str, int]], until: float, again: Sequence[str] = ()
