@@ -276,3 +276,13 @@ def test_rows_that_are_gone_before_the_end_are_noticed(
         assert run_cli(lambda: perplexity.main(argv)) == 2
     assert f"error: 1 of {len(count)} rows that were written to {str(output)!r} are gone" in capsys.readouterr().err
     assert run_cli(lambda: perplexity.main(argv)) == 0
+
+
+def test_partial_results_that_were_changed_count_as_not_there(tmp_path: Path) -> None:
+    parts = runner.Parts(tmp_path / "rows.jsonl")
+    parts.add("a", {0: {"32": [1.5]}}, tokens=3)
+    parts.add("a", {1: {"32": [2.5]}}, tokens=3)
+    lines = parts.path.read_text().splitlines()
+    old = '{"key": "a", "parts": {"2": {"32": [3.5]}}}'  # of an earlier version
+    parts.path.write_text("\n".join([lines[0], lines[1].replace("2.5", "2.6"), old]) + "\n")
+    assert [list(row["parts"]) for row in parts.read("a")] == [["0"], ["2"]]
