@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from scaled_rope.checkpoint import first_line
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loading import resolve_device
 from scaled_rope.patching.rotary import ScaledRotaryEmbedding
@@ -331,6 +333,27 @@ def last_pass(accelerator: Any, module: Any, last: bool) -> Iterator[None]:
     accelerator.sync_gradients = last
     with contextlib.nullcontext() if last else accelerator.no_sync(module):
         yield
+
+
+_LOST = re.compile(r"gloo/|NCCL|connection (closed|reset) by peer|broken pipe|Connection refused", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def naming_a_lost_rank() -> Iterator[None]:
+    """Report that another rank of this run has ended, which gloo and NCCL raise as errors of many lines, in one.
+
+    Raises:
+        ConfigError: in place of such an error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _LOST.search(str(error)) is None:
+            raise
+        raise ConfigError(
+            f"rank {os.environ.get('RANK', '0')} lost the connection to another process of this run, which has ended or"
+            f" cannot be reached ({first_line(error)}); the same command continues from the last state"
+        ) from error
 
 
 class StopSignal:

@@ -52,6 +52,7 @@ from scaled_rope.training.engine import (
     has_slow_bfloat16,
     last_pass,
     make_accelerator,
+    naming_a_lost_rank,
     place_tables,
     restore_heads,
     settle_precision,
@@ -165,7 +166,7 @@ class Trainer:
                 self._finish()
             print(f"{end}: already trained")
             return [row["loss"] for row in read_log(self.output)]
-        with StopSignal() as stop, run_lock(self.output):
+        with StopSignal() as stop, run_lock(self.output), naming_a_lost_rank():
             return self._run(stop)
 
     def _finish(self) -> None:
