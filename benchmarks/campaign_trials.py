@@ -3,7 +3,7 @@
 A trial works in a process of its own, which starts the processes of the run as a shell or a launcher would. Outcomes:
 
     identical   the rerun left the same files as a run that nothing disturbed
-    refused     it ended with exit code 2 and one line; for damaged files only
+    refused     it ended with exit code 2 and one line, or 1 where other models were measured; for damaged files only
     lost        it could not be brought to its end any more
     different   it ended well and left something else
     traceback   some process printed one
@@ -292,13 +292,13 @@ def said(place: Place) -> str:
     return text
 
 
-def refusal(text: str, ranks: int = 1) -> str:
+def refusal(text: str, ranks: int = 1, start: str = "error: ") -> str:
     """The one line with which a run was refused; each rank may say it.
 
     Raises:
         Bad: none, or several.
     """
-    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    lines = [line for line in text.splitlines() if line.startswith(start)]
     if not lines or len(set(lines)) > 1 or len(lines) > ranks:
         raise Bad("wrong code", f"exit code 2 with {len(lines)} lines: {text[-3000:]}")
     return lines[0]
@@ -347,6 +347,9 @@ def to_the_end(name: str, place: Place, known: Known, may_refuse: bool = False) 
     text = said(place)
     if may_refuse and 2 in codes and set(codes) <= {2, -signal.SIGTERM, -signal.SIGKILL, 143}:
         refusal(text, run.ranks)
+        return "refused"
+    if may_refuse and codes == [1]:  # one model of several could not be measured, the others were
+        refusal(text, start="failed: ")
         return "refused"
     if any(codes):
         raise Bad("lost", f"{codes}: {text[-3000:]}")

@@ -76,6 +76,7 @@ def test_states_hold_no_pickle_of_generators_and_those_of_earlier_versions_resum
             facts = {key: value for key, value in read_facts(state, "state").items() if key not in ("seal", "files")}
             (state / NAME).write_text(json.dumps(facts))
             saved.restore()
+            (state / "pickle").mkdir()
             save_accelerator_state(state / "pickle", [], [], [], [], 0, 0)
             (state / "pickle" / "random_states_0.pkl").rename(state / "random_states_0.pkl")
             (state / "pickle").rmdir()
