@@ -77,22 +77,15 @@ class Place:
         self.out.mkdir(parents=True)
 
 
-@dataclass(frozen=True)
-class Moment:
-    """When a run is disturbed: `seconds` after its begin, or before file operation number `operation` in its output."""
-
-    seconds: float | None = None
-    operation: int | None = None
-
-
 @dataclass
 class Processes:
     """The processes of a started run; the first is the leader of their group."""
 
     ids: list[int]
-    began: float
     reader: threading.Thread
     codes: dict[int, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    """Seconds of a processor that those of them that have ended used."""
 
     def signal(self, number: int, group: bool) -> None:
         if self.ids[0] in self.codes:
@@ -108,13 +101,23 @@ class Processes:
         while len(self.codes) < len(self.ids):
             for pid in self.ids:
                 if pid not in self.codes:
-                    found, status = os.waitpid(pid, os.WNOHANG)
+                    found, status, used = os.wait4(pid, os.WNOHANG)
                     if found:
                         self.codes[pid] = os.waitstatus_to_exitcode(status)
+                        self.seconds += used.ru_utime + used.ru_stime
             if time.monotonic() > limit:
                 return False
             time.sleep(0.002)
         return True
+
+    def wait_for_work(self, seconds: float) -> None:
+        """Wait until the first has used so many seconds of a processor, or has ended."""
+        stat = Path(f"/proc/{self.ids[0]}/stat")
+        while not self.wait(0) and self.ids[0] not in self.codes:
+            fields = stat.read_text().rpartition(") ")[2].split()
+            if (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") >= seconds:
+                return
+            time.sleep(0.002)
 
     def finish(self) -> list[int]:
         """The exit codes; minus the signal's number where a process died of one.
@@ -188,7 +191,6 @@ def start(
     port = _free_port() if run.ranks > 1 else ""
     receive, send = os.pipe()  # no file, as a limit for the size of files would be one for what is printed
     ids: list[int] = []
-    began = time.monotonic()
     for rank in range(run.ranks):
         pid = os.fork()
         if pid == 0:
@@ -214,7 +216,7 @@ def start(
     os.close(send)
     reader = threading.Thread(target=_keep, args=(receive, place.text), daemon=True)
     reader.start()
-    return Processes(ids, began, reader)
+    return Processes(ids, reader)
 
 
 def _keep(pipe: int, path: Path) -> None:
@@ -310,6 +312,7 @@ class Known:
 
     left: dict[str, str]
     seconds: float
+    """Of a processor, by each of its processes."""
     operations: int
     bytes: int
 
@@ -325,7 +328,7 @@ def undisturbed(name: str, place: Place) -> Known:
         place.clear()
         begun = start(run, place)
         codes = begun.finish()
-        seconds = time.monotonic() - begun.began
+        seconds = begun.seconds / len(begun.ids)
         if any(codes):
             raise RuntimeError(f"{name} ends with {codes}: {place.text.read_text()[-3000:]}")
         found.append(left_by(place.out))
@@ -390,7 +393,8 @@ def kill(name: str, place: Place, known: Known, rng: random.Random) -> dict[str,
                 os.kill(os.getpid(), number)
 
         begun = start(run, place, int(at), act) if by_operation else start(run, place, 0)
-        if not by_operation and not begun.wait(at):
+        if not by_operation:
+            begun.wait_for_work(at)
             begun.signal(number, group)
         codes = begun.finish()
         record["signals"].append(signal.Signals(number).name + ("" if group else " first"))
