@@ -240,6 +240,8 @@ class Trainer:
         losses = loop.run(start, self._trackers, self._continued)
         self.interrupted = loop.interrupted
         if loop.stopped:
+            # A rank whose process group goes while another still holds its own may wait in it for ever.
+            accelerator.wait_for_everyone()
             accelerator.end_training()
             return losses
         state = accelerator.get_state_dict(module)
