@@ -261,6 +261,9 @@ def _content(path: Path) -> bytes:
         return json.dumps([_plain(json.loads(line)) for line in data.splitlines()]).encode()
     if path.suffix == ".json":
         return json.dumps(_plain(json.loads(data))).encode()
+    if path.suffix == ".safetensors":  # whose metadata are written in any order
+        size = int.from_bytes(data[:8], "little")
+        return json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True).encode() + data[8 + size :]
     if path.name == "README.md":
         return re.sub(rb"\| made by .*", b"", data)
     if path.suffix in (".html", ".svg"):

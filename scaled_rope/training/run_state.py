@@ -85,7 +85,7 @@ def run_lock(output: Path) -> Iterator[None]:
         try:
             yield
         except ConfigError:
-            if is_new and list(output.iterdir()) == [path]:
+            if is_new and output.is_dir() and list(output.iterdir()) == [path]:
                 path.unlink()
                 output.rmdir()
             raise

@@ -27,7 +27,7 @@ def test_a_small_campaign_of_real_runs(tmp_path: Path) -> None:
     assert sum(row.get("kills", 0) for row in rows) >= 3
     assert Counter(row["outcome"] for row in rows if row["fault"] != "damage") == {"identical": 9}
     for name in ("meta.json", "tokens.bin", "borders.bin"):
-        assert {f"damage: packed set: 0: {name}, {how}" for how in DAMAGES} <= {row["trial"] for row in rows}
+        assert {f"damage: packed set: 0: set/{name}, {how}" for how in DAMAGES} <= {row["trial"] for row in rows}
 
 
 def test_what_must_not_be_is_noticed(tmp_path: Path) -> None:

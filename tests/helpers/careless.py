@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     lost: a file that is there without its end is an error.
     traceback: as sound, but Ctrl-C and a full disk are not caught.
     hang: as sound, but it waits for ever where a part is there already.
-    orphans: as sound, with a process beside it that does not end.
+    orphans: as sound, with a process beside it that only a good end ends.
     """
     way, out = argv[0], Path(argv[1])
     whole, parts = out / "whole.txt", out / "parts"
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         parts.mkdir(exist_ok=True)
-        if way == "orphans" and os.fork() == 0:
+        if way == "orphans" and (child := os.fork()) == 0:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             time.sleep(30)
@@ -54,6 +54,9 @@ def main(argv: Sequence[str]) -> int:
                 os.rename(parts / f"{number}.tmp", parts / str(number))
         (out / "whole.tmp").write_text("".join((parts / str(number)).read_text() for number in range(PARTS)))
         os.rename(out / "whole.tmp", whole)
+        if way == "orphans":
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
     except (KeyboardInterrupt, OSError) as error:
         if way == "traceback":
             raise RuntimeError("not caught") from error
