@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import NoReturn
 
 from scaled_rope.errors import ConfigError, shortened, suggestion
@@ -84,6 +85,14 @@ def run_cli(main: Callable[[], int | None]) -> int:
         return 130  # 128 + SIGINT
 
 
+def _end_quietly(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:
+    """`sys.excepthook` of scripts: Ctrl-C while they import is no traceback. Python then ends as killed by SIGINT."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, place)
+
+
 def refuse_early(check: Callable[[], object]) -> None:
     """End the process with exit code 2 and one line if `check` raises `ConfigError`, or torch is too old; for scripts.
 
@@ -95,6 +104,7 @@ def refuse_early(check: Callable[[], object]) -> None:
         check()
         check_versions("torch", "transformers")
 
+    sys.excepthook = _end_quietly
     with contextlib.ExitStack() as stack:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))

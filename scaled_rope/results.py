@@ -16,7 +16,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -179,12 +181,13 @@ def finished_keys(path: str | Path) -> set[str]:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Report an unusable path as bad input. A full disk keeps its own error, which entry scripts already report."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error.filename = error.filename or str(path)
             raise
         raise ConfigError(f"file {str(path)!r} cannot be used: {error.strerror or error}") from error
 
@@ -208,7 +211,7 @@ def read_rows(path: str | Path) -> list[Row]:
         ConfigError: the file cannot be read, or a line other than the last is not a JSON object.
     """
     path = Path(path)
-    with _naming(path):
+    with naming(path):
         data = path.read_bytes()
     end = _complete(data)
     lines = data[:end].split(b"\n") + ([data[end:]] if _is_row(data[end:]) else [])
@@ -255,7 +258,7 @@ def append_row(path: str | Path, row: Mapping[str, Any], once: bool = False) -> 
         line = (json.dumps(dict(row), allow_nan=False) + "\n").encode()
     except ValueError as error:
         raise ConfigError(f"a row for {str(path)!r} cannot be written: {error}") from error
-    with _naming(path):
+    with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
@@ -282,6 +285,40 @@ def _holds(data: bytes, key: str) -> bool:
     return any(not row.get("error") and row_key(row) == key for row in rows)
 
 
+_tidied: set[str] = set()  # folders in which this process has looked for leftovers
+
+
+def scratch_path(path: Path, ending: str) -> Path:
+    """A name beside `path` for what this process writes there until it is whole; it says which process that is.
+
+    What processes of this machine that have ended left in that folder under such names is removed first.
+
+    ending: "tmp" for files, "partial" for folders.
+    """
+    mark = f"{platform.node()}-"
+    if (parent := os.path.abspath(path.parent)) not in _tidied:
+        _tidied.add(parent)
+        form = re.compile(rf"\..+\.{re.escape(mark)}(\d+)\.(tmp|partial)", re.DOTALL)
+        for entry in os.scandir(parent) if os.path.isdir(parent) else ():
+            found = form.fullmatch(entry.name)
+            if found is not None and not _is_alive(int(found[1])):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    Path(entry.path).unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{mark}{os.getpid()}.{ending}")
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is another user's
+        pass
+    return True
+
+
 def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Write a whole file so that readers see the old content or the new, never a part.
 
@@ -290,8 +327,8 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
         OSError: no space left; the old content stays.
     """
     path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: a rename works within one file system
-    with _naming(path):
+    with naming(path):
+        scratch = scratch_path(path, "tmp")  # same folder: a rename works within one file system
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(scratch, "wb") as file:

@@ -116,4 +116,4 @@ def test_save_only_writes_the_scaling_and_nothing_else(workspace, tmp_path, caps
     # Neither training nor saving again may take this model for a trained one, or replace it.
     assert run_cli(lambda: finetune.main(arguments)) == 2
     assert run_cli(lambda: finetune.main(arguments[:-1])) == 2
-    assert "no training run wrote" in capsys.readouterr().err
+    assert "no recipe.yaml that says of which run" in capsys.readouterr().err

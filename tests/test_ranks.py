@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -183,6 +184,14 @@ def test_shards_that_were_stopped_go_on_bit_for_bit(workspace, tmp_path, engine,
     assert same(log(tmp_path / "stopped")) == same(log(tmp_path / "long"))
     reference, other = weights(tmp_path / "long"), weights(tmp_path / "stopped")
     assert all(torch.equal(reference[name], other[name]) for name in reference)
+
+
+def test_a_rank_that_lost_the_other_says_so_in_one_line(workspace, tmp_path):
+    run = Ranks(workspace, tmp_path / "out", 2, extra=("--max-train-steps", "500")).when(2)
+    os.kill(run._processes[0].pid, signal.SIGKILL)
+    (first, _), (second, said) = run.finish()
+    assert (first, second) == (-signal.SIGKILL, 2)
+    assert "error: rank 1 lost the connection to another process of this run" in said and "Traceback" not in said
 
 
 def test_another_number_of_ranks_continues_where_one_stopped(workspace, straight, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import re
 from pathlib import Path
 
@@ -228,3 +229,15 @@ def test_names_that_would_be_traps_are_refused(name: str) -> None:
     assert str(raised.value).isprintable() and len(str(raised.value)) < 300
     for good in ("out/my runs/rows.jsonl", "Ergebnisse/größer.jsonl", "x" * 255, "/tmp/a//b"):
         check_name(good, "--output")
+
+
+def test_what_dead_processes_left_is_removed_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "_tidied", set())
+    node, dead = platform.node(), 2**22 + 5  # beyond the largest process id
+    for name in (f".a.json.{node}-{dead}.tmp", f".a.json.{node}-{os.getppid()}.tmp", f".a.json.other-{dead}.tmp", "b"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / f".set.{node}-{dead}.partial").mkdir()
+    (tmp_path / f".set.{node}-{dead}.partial" / "tokens.bin").write_text("x")
+    write_atomic(tmp_path / "a.json", "whole")
+    left = {f".a.json.{node}-{os.getppid()}.tmp", f".a.json.other-{dead}.tmp", "a.json", "b"}
+    assert {path.name for path in tmp_path.iterdir()} == left

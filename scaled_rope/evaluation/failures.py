@@ -38,7 +38,7 @@ class Failure:
 
 def is_ours(error: Exception) -> bool:
     """Whether an exception is a model's or an evaluator's own, unlike that of a full disk."""
-    return not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
+    return not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from scaled_rope.content_hash import record_hash
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.failures import Failure, failing_alone, is_ours
 from scaled_rope.evaluation.formatting import format_table
@@ -30,6 +31,7 @@ from scaled_rope.results import (
     Row,
     append_row,
     check_writable,
+    finished_keys,
     portable_command,
     provenance,
     read_rows,
@@ -96,8 +98,8 @@ class Parts:
     """A file beside the output with results for parts (documents) of passes that have not ended.
 
     A run that was killed continues from it. Lines are {"key": of the pass, "parts": {number: result}, …}; those of a
-    pass are removed when its rows are written. If two processes change the file at once, some work is repeated, nothing
-    else.
+    pass are removed when its rows are written. Each has a hash of itself; one that was changed counts as not there. If
+    two processes change the file at once, some work is repeated, nothing else.
     """
 
     def __init__(self, output: str | Path) -> None:
@@ -105,10 +107,11 @@ class Parts:
 
     def read(self, key: str) -> list[Row]:
         """The lines of one pass."""
-        return [row for row in rows_so_far(self.path) if row.get("key") == key]
+        return [row for row in rows_so_far(self.path) if row.get("key") == key and _is_sealed(row)]
 
     def add(self, key: str, parts: Mapping[int, Any], **more: Any) -> None:
-        append_row(self.path, {"key": key, "parts": {str(part): result for part, result in parts.items()}, **more})
+        row = {"key": key, "parts": {str(part): result for part, result in parts.items()}, **more}
+        append_row(self.path, row | {"seal": record_hash(row)})
 
     def discard(self, key: str) -> None:
         """Remove the lines of one pass, and the file if it was the last."""
@@ -120,6 +123,11 @@ class Parts:
             self.path.unlink(missing_ok=True)
         elif len(kept) < len(rows):
             write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _is_sealed(row: Row) -> bool:
+    """Whether a line is as it was written; those of earlier versions, which have no seal, are believed."""
+    return "seal" not in row or row["seal"] == record_hash({name: row[name] for name in row if name != "seal"})
 
 
 def _check_output(path: str | Path) -> None:
@@ -213,6 +221,7 @@ def run_all(
     if ranks.count > 1:
         record["processes"] = ranks.count
     collected: dict[str, dict[ModelJob, dict[int, Row]]] = {}
+    written: set[str] = set()
 
     def collect(*names: str) -> None:
         if ranks.is_first:
@@ -238,6 +247,7 @@ def run_all(
                             hidden = {} if job.server is None else {"peak_memory": None}  # not seen from here
                             origin = {**record, "seed": seeds[name]}
                             append_row(args.output, {**cell, **row, **hidden, "provenance": origin}, once=True)
+                            written.add(row_key(cell))
                 except _Failed as failed:
                     if failures is None:
                         raise failed.error from None
@@ -245,6 +255,11 @@ def run_all(
                 collect(name)
                 write_table()
     write_table()
+    if lost := len(written - finished_keys(args.output)):
+        raise ConfigError(
+            f"{lost} of {len(written)} rows that were written to {str(args.output)!r} are gone: the file was removed or"
+            f" replaced meanwhile; the same command measures them again"
+        )
     if ranks.count > 1:
         rows = ranks.first(lambda: rows_so_far(args.output))
         collected = {name: _collect(rows, cells) for name, cells in identities.items()}

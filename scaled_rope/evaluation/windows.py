@@ -20,6 +20,7 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
+from scaled_rope.content_hash import record_hash
 from scaled_rope.errors import ConfigError
 from scaled_rope.results import write_atomic
 
@@ -256,6 +257,7 @@ class LossFolder:
 
         "digest"   `Document.digest`
         "first"    place in the document of the first token that is scored; the others follow it without gaps
+        "seal"     a hash of these fields and of the losses
         "context"  "all": every token saw everything from "first" on (and the BOS); otherwise the length of the pass
                    ("at 4096") or the length and stride of the sliding windows ("sliding 4096 256"; "last 4096 1024"
                    where they read a truncated window, for the control)
@@ -272,14 +274,23 @@ class LossFolder:
         path = self._file(document.digest, begin, context)
         if not path.is_file():
             return None
-        _, losses = read_losses(path)
+        header, losses = read_losses(path)
+        if "seal" in header and header["seal"] != _seal(header, losses):  # earlier versions wrote none
+            raise ConfigError(f"losses {str(path)!r} were changed after they were written; remove the file")
         return losses[:count] if len(losses) >= count else None
 
     def write(self, document: Document, begin: int, context: str, losses: Losses, head: int) -> None:
         """Store the losses of a piece, in one atomic step."""
         header = {"digest": document.digest, "first": str(begin + 1 - head), "context": context}
-        content = safetensors.numpy.save({"nll": np.ascontiguousarray(losses, dtype=np.float32)}, header)
+        stored = np.ascontiguousarray(losses, dtype=np.float32)
+        content = safetensors.numpy.save({"nll": stored}, header | {"seal": _seal(header, stored)})
         write_atomic(self._file(document.digest, begin, context), content)
+
+
+def _seal(header: Mapping[str, str], losses: Losses) -> str:
+    """The hash of what a file of a `LossFolder` says."""
+    record = {name: value for name, value in header.items() if name != "seal"}
+    return record_hash(record | {"nll": np.ascontiguousarray(losses, dtype="<f4").tobytes().hex()})
 
 
 def read_losses(path: str | Path) -> tuple[Mapping[str, str], Losses]:

@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import os
 import shlex
-import tempfile
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from scaled_rope.checkpoint import load_config
 from scaled_rope.errors import ConfigError, check_name, unknown
 from scaled_rope.flags import check_export_arguments
 from scaled_rope.patching.families import head_dim_of
-from scaled_rope.results import write_atomic
+from scaled_rope.results import scratch_path, write_atomic
 from scaled_rope.scaling.dialects import older_keys
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import SOFTMAX_MSCALE_FAMILIES, has_rope, nested_types
@@ -313,8 +313,8 @@ def _write(folder: Path, raw: Mapping[str, Any], report: ExportReport, gguf: str
     place = folder.absolute()
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as scratch:
-            staged = Path(scratch) / "staged"
+        staged = scratch_path(place, "partial")
+        try:
             if gguf is not None and report.gguf is not None:
                 add_rope(gguf, staged / Path(gguf).name, report.gguf)
             path: tuple[str, ...] = ()
@@ -331,6 +331,8 @@ def _write(folder: Path, raw: Mapping[str, Any], report: ExportReport, gguf: str
             else:
                 for file in staged.iterdir():
                     os.replace(file, place / file.name)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)  # gone already where it was renamed
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise ConfigError(f"--output {folder} cannot be written to: {error.strerror}") from error
     return written

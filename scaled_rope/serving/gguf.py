@@ -24,6 +24,7 @@ from einops import rearrange
 from scaled_rope.checkpoint import first_line, load_config
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.families import head_dim_of
+from scaled_rope.results import scratch_path
 
 Array = npt.NDArray[Any]
 
@@ -273,7 +274,7 @@ def _gguf() -> Any:
 def _writing(path: str | Path) -> Iterator[Path]:
     """A scratch path beside `path` that takes its place when all went well."""
     path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch = scratch_path(path, "tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield scratch

@@ -8,11 +8,9 @@ shape of the tokens: how much each counts as a target), and `meta.json` with the
 
 from __future__ import annotations
 
-import glob
 import json
 import math
 import os
-import platform
 import shutil
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -22,6 +20,7 @@ import numpy.typing as npt
 
 from scaled_rope.content_hash import content_hash, kept_hash, record_hash
 from scaled_rope.errors import ConfigError, check_name, shortened, unknown
+from scaled_rope.results import scratch_path
 from scaled_rope.texts.documents import check_subset, is_local
 from scaled_rope.texts.hub import import_datasets, load_hub
 from scaled_rope.texts.tables import ColumnDataset, check_ids
@@ -51,30 +50,6 @@ def _record_hash(record: dict[str, Any]) -> str:
     return record_hash(record | {"hashes": hashes})
 
 
-def _partial(output: Path) -> Path:
-    """The folder in which this process makes a set; it says which process of which machine that is."""
-    return output.with_name(f".{output.name}.{platform.node()}-{os.getpid()}.partial")
-
-
-def _remove_leftovers(output: Path) -> None:
-    """Remove what processes of this machine that have ended left of the same set."""
-    start = f".{output.name}.{platform.node()}-"
-    for folder in output.parent.glob(f"{glob.escape(start)}*.partial"):
-        pid = folder.name.removeprefix(start).removesuffix(".partial")
-        if pid.isdigit() and not _is_alive(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # it is another user's
-        pass
-    return True
-
-
 class PackedWriter:
     """Writes a packed set chunk by chunk; the folder appears under its name only when `close` succeeds.
 
@@ -93,8 +68,7 @@ class PackedWriter:
         self.weighted = weighted
         self.rows = 0
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(self.output)
-        self._staged = _partial(self.output)
+        self._staged = scratch_path(self.output, "partial")
         shutil.rmtree(self._staged, ignore_errors=True)
         self._staged.mkdir()
         self._tokens = (self._staged / "tokens.bin").open("wb")

@@ -16,6 +16,7 @@ import numpy as np
 
 from scaled_rope.checkpoint import encode
 from scaled_rope.errors import ConfigError
+from scaled_rope.results import scratch_path
 from scaled_rope.texts.documents import read_documents
 from scaled_rope.texts.packed import IntArray, open_rows
 
@@ -126,7 +127,7 @@ def save_token_documents(documents: Iterable[IntArray], output: str | Path, name
         features=datasets.Features({name: kind for name, (_, kind) in columns.items()}),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    staged = scratch_path(path, "partial")
     silent = not datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:

@@ -8,17 +8,15 @@ of the document as a whole.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from scaled_rope.texts.workers import Workers
 
 Ids = npt.NDArray[np.uint32]
 Given = TypeVar("Given")
@@ -57,24 +55,6 @@ class _Read(NamedTuple):
     ids: Ids
     head: Places = _NOWHERE
     tail: Places = _NOWHERE
-
-
-def _end_with_parent() -> None:
-    """In a process of a pool: end when the parent has ended in whatever way, and leave Ctrl-C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _begin(*settings: Any) -> None:
-    _end_with_parent()
-    _load(*settings)
 
 
 def _load(name: str, read_special: bool = False, chat_template: str | None = None) -> None:
@@ -207,36 +187,22 @@ class Tokenizers:
     def __init__(self, name: str, num_proc: int, read_special: bool = False, chat_template: str | None = None) -> None:
         settings = name, read_special, chat_template
         _load(*settings)
-        self._num_proc = num_proc
-        self._pool: ProcessPoolExecutor | None = None
-        if num_proc > 1:
-            self._pool = ProcessPoolExecutor(num_proc, initializer=_begin, initargs=settings)
+        self._workers = Workers(num_proc, _load, settings) if num_proc > 1 else None
 
     def __enter__(self) -> Tokenizers:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._pool is None:
-            return
-        if error[0] is not None:  # what the processes are at is not wanted any more
-            for process in list((self._pool._processes or {}).values()):
-                process.kill()
-        self._pool.shutdown(cancel_futures=True)
+        if self._workers is not None:
+            self._workers.__exit__(*error)
 
     def map(self, function: Callable[[Given], Made], batches: Iterable[Given]) -> Iterator[tuple[Given, Made]]:
         """Yield every batch with the result of a function for it, in order. Batches are taken as needed."""
-        if self._pool is None:
-            for batch in batches:
-                yield batch, function(batch)
+        if self._workers is not None:
+            yield from self._workers.map(function, batches)
             return
-        pending: list[tuple[Given, Future[Made]]] = []
         for batch in batches:
-            pending.append((batch, self._pool.submit(function, batch)))
-            if len(pending) == 2 * self._num_proc:  # enough to keep all processes busy, few enough to bound memory
-                oldest, future = pending.pop(0)
-                yield oldest, future.result()
-        for oldest, future in pending:
-            yield oldest, future.result()
+            yield batch, function(batch)
 
 
 def _read(batches: Iterator[list[DocumentPart]], tokenizers: Tokenizers) -> Iterator[tuple[DocumentPart, _Read]]:

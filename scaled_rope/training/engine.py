@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from scaled_rope.checkpoint import first_line
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loading import resolve_device
 from scaled_rope.patching.rotary import ScaledRotaryEmbedding
@@ -333,6 +335,27 @@ def last_pass(accelerator: Any, module: Any, last: bool) -> Iterator[None]:
         yield
 
 
+_LOST = re.compile(r"gloo/|NCCL|connection (closed|reset) by peer|broken pipe|Connection refused", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def naming_a_lost_rank() -> Iterator[None]:
+    """Report that another rank of this run has ended, which gloo and NCCL raise as errors of many lines, in one.
+
+    Raises:
+        ConfigError: in place of such an error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _LOST.search(str(error)) is None:
+            raise
+        raise ConfigError(
+            f"rank {os.environ.get('RANK', '0')} lost the connection to another process of this run, which has ended or"
+            f" cannot be reached ({first_line(error)}); the same command continues from the last state"
+        ) from error
+
+
 class StopSignal:
     """Remembers SIGTERM (a scheduler's pre-emption) until all ranks can act on it together. A context manager."""
 
@@ -356,16 +379,3 @@ class StopSignal:
         """Whether any rank was asked to stop; every rank must call this, and all get the same answer."""
         mine = torch.tensor([int(self._requested)], device=accelerator.device)
         return bool(accelerator.gather(mine).any())
-
-
-class RandomState:
-    """A snapshot of the random generators that dropout draws from; `restore` sets them back."""
-
-    def __init__(self) -> None:
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state_all(self._cuda)

@@ -46,13 +46,13 @@ from scaled_rope.training.batches import (
 from scaled_rope.training.costs import ModelCost, device_peak_flops
 from scaled_rope.training.engine import (
     Layout,
-    RandomState,
     StopSignal,
     check_sequence_parallel,
     engine_name,
     has_slow_bfloat16,
     last_pass,
     make_accelerator,
+    naming_a_lost_rank,
     place_tables,
     restore_heads,
     settle_precision,
@@ -67,15 +67,17 @@ from scaled_rope.training.model import (
     tile_mlps,
 )
 from scaled_rope.training.pose import SkipWise, skip_wise
+from scaled_rope.training.random_state import RandomState
 from scaled_rope.training.run_state import (
     check_same_run,
     check_space,
+    check_there,
     continuation,
     find_state,
     fingerprint,
     latest_state,
     load_state,
-    naming_a_full_disk,
+    naming_a_lost_disk,
     read_log,
     run_lock,
     save_state,
@@ -160,10 +162,18 @@ class Trainer:
         """
         if is_finished(self.recipe):
             end = self.output / "model" if self.recipe.stop_after is None else stopping_state(self.recipe)
+            if self.recipe.stop_after is None:
+                self._finish()
             print(f"{end}: already trained")
             return [row["loss"] for row in read_log(self.output)]
-        with StopSignal() as stop, run_lock(self.output):
+        with StopSignal() as stop, run_lock(self.output), naming_a_lost_rank():
             return self._run(stop)
+
+    def _finish(self) -> None:
+        """What a run does after its model is saved, and a finished one where it was ended before that."""
+        shutil.rmtree(self.output / "checkpoints", ignore_errors=True)
+        if not (picture := self.output / "loss.png").exists():
+            plot_losses({self.recipe.name: read_log(self.output)}, picture)
 
     def _run(self, stop: StopSignal) -> list[float]:
         recipe = self.recipe
@@ -230,6 +240,8 @@ class Trainer:
         losses = loop.run(start, self._trackers, self._continued)
         self.interrupted = loop.interrupted
         if loop.stopped:
+            # A rank whose process group goes while another still holds its own may wait in it for ever.
+            accelerator.wait_for_everyone()
             accelerator.end_training()
             return losses
         state = accelerator.get_state_dict(module)
@@ -240,10 +252,14 @@ class Trainer:
                 make_whole(inner, state)
             records = (recipe, facts, log, scaling.label)
             place, size = self.output / "model", 4.0 * sum(tensor.numel() for tensor in state.values())
-            with naming_a_full_disk(place, size):
-                save_model(inner, state, recipe, place, lambda folder: write_records(folder, *records))
-            shutil.rmtree(self.output / "checkpoints", ignore_errors=True)
-            plot_losses({recipe.name: log}, self.output / "loss.png")
+
+            def write(folder: Path) -> None:
+                write_records(folder, *records)
+                check_there(self.output)
+
+            with naming_a_lost_disk(place, size):
+                save_model(inner, state, recipe, place, write)
+            self._finish()
             print(f"{self.output / 'model'}: saved")
         accelerator.wait_for_everyone()
         # A process group that is still there when Python ends may abort the process: its threads are running.
@@ -323,7 +339,7 @@ class Loop:
     def _save(self, step: int) -> Path:
         """Save the state after `step` steps and return its folder."""
         size = 12.0 * sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
-        with naming_a_full_disk(Path(self.recipe.output_dir) / "checkpoints", size):
+        with naming_a_lost_disk(Path(self.recipe.output_dir) / "checkpoints", size):
             return save_state(self.accelerator, self.recipe, step)
 
     def _save_and_stop(self, step: int, random: RandomState) -> None:

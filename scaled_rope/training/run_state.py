@@ -22,6 +22,7 @@ from scaled_rope.recipes import Recipe
 from scaled_rope.results import Row, rows_so_far, write_atomic
 from scaled_rope.training.engine import engine_name
 from scaled_rope.training.manifest import entries, fault, read_facts, state_files, write_manifest
+from scaled_rope.training.random_state import RandomState
 
 
 def gather_object(mine: list[Any]) -> list[Any]:
@@ -84,7 +85,7 @@ def run_lock(output: Path) -> Iterator[None]:
         try:
             yield
         except ConfigError:
-            if is_new and list(output.iterdir()) == [path]:
+            if is_new and output.is_dir() and list(output.iterdir()) == [path]:
                 path.unlink()
                 output.rmdir()
             raise
@@ -128,7 +129,10 @@ def check_same_run(recipe: Recipe, output: Path) -> None:
     if latest_state(output) is None and not (output / "model").exists():
         return
     if not (output / "recipe.yaml").exists():
-        raise ConfigError(f"output_dir {output} holds a model that no training run wrote; choose another --output-dir")
+        raise ConfigError(
+            f"output_dir {output} holds a model or states, and no recipe.yaml that says of which run; choose another"
+            f" --output-dir"
+        )
     for name, (old, new) in differences(_recorded(output / "recipe.yaml"), fingerprint(recipe)).items():
         raise ConfigError(
             f"output_dir {output} holds a run with {name} = {old!r}, now {new!r};"
@@ -266,26 +270,55 @@ def check_space(recipe: Recipe, parameters: int) -> None:
 
 _FULL = re.compile(r"no space left|os error (28|27|122)\b|unexpected pos|file too large|quota exceeded", re.IGNORECASE)
 _FULL_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_GONE = re.compile(r"no such file|os error (2|13|20|30)\b|does not exist|read-only|not a directory", re.IGNORECASE)
+_GONE_NUMBERS = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EROFS)
 
 
 @contextlib.contextmanager
-def naming_a_full_disk(folder: Path, needed: float) -> Iterator[None]:
-    """Report a disk that fills up as bad input in one line, by whatever torch, safetensors and DeepSpeed raise then.
+def naming_a_lost_disk(folder: Path, needed: float) -> Iterator[None]:
+    """Report a disk that fills up, or a folder that was removed or made read-only while the run was at work.
+
+    It is one line, whatever torch, safetensors and DeepSpeed raise then.
 
     needed: bytes that are to be written.
+
+    Raises:
+        ConfigError: in place of these exceptions.
     """
     try:
         yield
+    except ConfigError:
+        raise
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in _FULL_NUMBERS
-        if not full and _FULL.search(str(error)) is None:
-            raise
+        number = error.errno if isinstance(error, OSError) else None
         place = next(path for path in (folder, *folder.parents) if path.exists())
-        free = shutil.disk_usage(place).free
+        if number in _FULL_NUMBERS or _FULL.search(str(error)) is not None:
+            free = shutil.disk_usage(place).free
+            why = f"no space left, or a limit for a file's size ({size_text(free)} free, about"
+            why += f" {size_text(needed)} needed)"
+        elif number in _GONE_NUMBERS or _GONE.search(str(error)) is not None:
+            why = f"it was removed or made read-only meanwhile ({first_line(error)})"
+        else:
+            raise
         raise ConfigError(
-            f"{folder} cannot be written: no space left, or a limit for a file's size ({size_text(free)} free, about"
-            f" {size_text(needed)} needed); what was saved before is whole, and the same command continues"
+            f"{folder} cannot be written: {why}; what was saved before is whole, and the same command continues"
         ) from error
+
+
+def check_there(output: Path) -> None:
+    """Raise an error where the records that a run wrote at its begin are gone, before anything is saved beside them.
+
+    A state or model without them could not be continued: nobody would know whose it is.
+
+    Raises:
+        ConfigError: the folder, or one of them, was removed.
+    """
+    for name in _COPIED:
+        if not (output / name).is_file():
+            raise ConfigError(
+                f"output_dir {output} was changed while the run was at work: {name} is gone; the same command continues"
+                f" from what is left"
+            )
 
 
 def size_text(size: float) -> str:
@@ -297,23 +330,29 @@ def size_text(size: float) -> str:
     return f"{size:.3g} {units[0]}"
 
 
+def _random_name(rank: int) -> str:
+    return f"random-state-{rank}.json"
+
+
 def save_state(accelerator: Any, recipe: Recipe, step: int) -> Path:
     """Write the state after `step` steps and return its folder, which gets its name only when it is complete.
 
     Every rank must call this.
     """
+    check_there(Path(recipe.output_dir))
     folder = Path(recipe.output_dir) / "checkpoints"
     staged, final = folder / f".step-{step:06d}.partial", folder / f"step-{step:06d}"
     if accelerator.is_main_process:
         shutil.rmtree(staged, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(staged))
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    RandomState().save(staged / _random_name(rank))
+    (staged / f"random_states_{rank}.pkl").unlink(missing_ok=True)  # accelerate's, a pickle with the same content
     if accelerator.is_main_process:
         for name in _COPIED:
-            if (path := Path(recipe.output_dir) / name).is_file():
-                shutil.copyfile(path, staged / name)
+            shutil.copyfile(Path(recipe.output_dir) / name, staged / name)
     accelerator.wait_for_everyone()
-    rank, ranks = accelerator.process_index, accelerator.num_processes
     mine = entries(staged, state_files(staged)[rank::ranks])
     files = {name: entry for part in gather_object([mine]) for name, entry in part.items()}
     if accelerator.is_main_process:
@@ -381,6 +420,10 @@ def load_state(accelerator: Any, state: Path | None, output: Path) -> int:
             accelerator.load_state(str(state))
         except Exception as error:  # torch, safetensors, pickle and DeepSpeed raise unrelated types
             raise ConfigError(f"state {state} cannot be loaded: {first_line(error)}") from error
+        # States of earlier versions hold a pickle instead, which accelerate has loaded; and a rank that was not there
+        # when the state was saved has none.
+        if (place := state / _random_name(accelerator.process_index)).exists():
+            RandomState.load(place).restore()
         step, log = saved["step"], _beside(state, "train_log.jsonl") or log
         accelerator.print(f"resuming after step {step} from {state}")
     kept = steps_of(log, step)

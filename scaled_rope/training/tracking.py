@@ -17,7 +17,7 @@ import yaml
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.recipes import Recipe
-from scaled_rope.results import Row, write_atomic
+from scaled_rope.results import Row, naming, write_atomic
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # of Okabe and Ito's palette
 #: fields that depend on machine and moment, in rows that are otherwise the same whenever a step is done
@@ -42,7 +42,7 @@ class RunLog:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Log one step."""
-        with self._path.open("a") as log:
+        with naming(self._path), self._path.open("a") as log:
             log.write(json.dumps(row) + "\n")
         if self._wandb is not None:
             self._wandb.log(dict(row), step=row["step"])

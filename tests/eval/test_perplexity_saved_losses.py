@@ -105,3 +105,20 @@ def test_a_run_with_saved_losses_continues_from_them(
     forwards.clear()
     assert same(evaluate(tmp_path / "rows.jsonl", *argv)) == same(whole)
     assert len(forwards) == 1
+
+
+def test_saved_losses_that_were_changed_are_refused(
+    checkpoint: str, texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "losses"
+    argv = ["-m", checkpoint, "--scaling", "yarn:4", "--dataset", texts, "--lengths", "32", "--device", "cpu"]
+    argv += ["--hide-progress", "--save-nll", str(folder)]
+    assert run_cli(lambda: perplexity.main([*argv, "--output", str(tmp_path / "first.jsonl")])) == 0
+    file = sorted(folder.rglob("*.safetensors"))[0]
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1  # in a loss
+    file.write_bytes(data)
+    assert run_cli(lambda: perplexity.main([*argv, "--output", str(tmp_path / "second.jsonl")])) == 2
+    assert "were changed after they were written; remove the file" in capsys.readouterr().err
+    file.unlink()
+    assert run_cli(lambda: perplexity.main([*argv, "--output", str(tmp_path / "second.jsonl")])) == 0

@@ -255,3 +255,34 @@ def test_bad_files_are_one_line(
         fcntl.flock(file, fcntl.LOCK_EX)
         assert "locked by another process" in says("-d", texts, "--output", "locked.jsonl")
     assert Path("rows.jsonl").read_text() == '{"a": 1}\nnonsense\n{"b": 2}\n'
+
+
+def test_rows_that_are_gone_before_the_end_are_noticed(
+    checkpoint: str, texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file is removed after the first row; the next appends to a new one."""
+    output, original, count = tmp_path / "rows.jsonl", runner.append_row, []
+
+    def append(path: Path, row: dict[str, Any], once: bool = False) -> bool:
+        if len(count) == 1:
+            os.unlink(path)
+        count.append(row)
+        return original(path, row, once)
+
+    argv = ["-m", checkpoint, "--dataset", texts, "--scaling", "default", "--lengths", "20,32", "--device", "cpu"]
+    argv += ["--hide-progress", "--output", str(output)]
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "append_row", append)
+        assert run_cli(lambda: perplexity.main(argv)) == 2
+    assert f"error: 1 of {len(count)} rows that were written to {str(output)!r} are gone" in capsys.readouterr().err
+    assert run_cli(lambda: perplexity.main(argv)) == 0
+
+
+def test_partial_results_that_were_changed_count_as_not_there(tmp_path: Path) -> None:
+    parts = runner.Parts(tmp_path / "rows.jsonl")
+    parts.add("a", {0: {"32": [1.5]}}, tokens=3)
+    parts.add("a", {1: {"32": [2.5]}}, tokens=3)
+    lines = parts.path.read_text().splitlines()
+    old = '{"key": "a", "parts": {"2": {"32": [3.5]}}}'  # of an earlier version
+    parts.path.write_text("\n".join([lines[0], lines[1].replace("2.5", "2.6"), old]) + "\n")
+    assert [list(row["parts"]) for row in parts.read("a")] == [["0"], ["2"]]

@@ -63,7 +63,7 @@ def test_every_damage_of_every_file_is_found(stopped: Path, tmp_path: Path) -> N
     state = stopped / "checkpoints" / "step-000006"
     assert fault(state) is None
     names = [*state_files(state), NAME]
-    assert {"model.safetensors", "optimizer.bin", "random_states_0.pkl", "train_log.jsonl", "recipe.yaml"} <= {*names}
+    assert {"model.safetensors", "optimizer.bin", "random-state-0.json", "train_log.jsonl", "recipe.yaml"} <= {*names}
     for damage in DAMAGES:
         for name in names:
             copy = tmp_path / damage.__name__ / name / "step-000006"

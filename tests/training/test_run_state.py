@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -18,7 +19,7 @@ import finetune
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.training import loop
-from scaled_rope.training.run_state import load_state, run_lock, size_text
+from scaled_rope.training.run_state import load_state, naming_a_lost_disk, run_lock, size_text
 from tests.helpers.runs import log, reversed_set, same, weights
 
 
@@ -351,3 +352,54 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(workspace, straight, tmp_pa
 def test_sizes_are_given_in_words_that_say_something():
     sizes = (0, 999, 80_700, 13.5e9, 2e12)
     assert [size_text(size) for size in sizes] == ["0 bytes", "999 bytes", "80.7 kB", "13.5 GB", "2 TB"]
+
+
+@pytest.mark.parametrize("part", ["save_state", "save_model", "while the model is saved"])
+def test_an_output_that_is_removed_while_it_is_saved_is_one_line(
+    workspace, straight, tmp_path, monkeypatch, capsys, part
+):
+    """Nothing is left that a rerun would take for another's."""
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out")]
+    name = "write_records" if part.startswith("while") else part
+    original = getattr(loop, name)
+
+    def removing(*given):
+        shutil.rmtree(tmp_path / "out")
+        return original(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, name, removing)
+        assert run_cli(lambda: finetune.main(arguments)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "was changed while the run was at work" in line or "it was removed or made read-only meanwhile" in line
+    assert finetune.main(arguments) == 0
+    assert same(log(tmp_path / "out")) == same(log(straight))
+    assert all(torch.equal(one, weights(straight)[name]) for name, one in weights(tmp_path / "out").items())
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("I/O error: Read-only file system (os error 30)"), "it was removed or made read-only meanwhile"),
+        (RuntimeError("Parent directory /x does not exist."), "it was removed or made read-only meanwhile"),
+        (OSError(errno.EROFS, "Read-only file system"), "it was removed or made read-only meanwhile"),
+        (OSError(errno.EFBIG, "File too large"), r"no space left, or a limit .* about 80.7 kB needed"),
+        (RuntimeError("Error: No space left on device (os error 28)"), "no space left"),
+    ],
+)
+def test_whatever_raises_when_a_disk_is_lost_is_one_line(tmp_path, error, said):
+    with pytest.raises(ConfigError, match=said), naming_a_lost_disk(tmp_path, 80_700):
+        raise error
+    with pytest.raises(ZeroDivisionError), naming_a_lost_disk(tmp_path, 1):
+        raise ZeroDivisionError("mine")
+
+
+def test_a_run_that_was_killed_after_its_model_was_saved_tidies_up(workspace, straight, tmp_path, monkeypatch):
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out")]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop.Trainer, "_finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        finetune.main(arguments)
+    assert (tmp_path / "out" / "checkpoints").exists() and not (tmp_path / "out" / "loss.png").exists()
+    assert finetune.main(arguments) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {path.name for path in straight.iterdir()} and "loss.png" in names
