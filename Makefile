@@ -14,11 +14,12 @@ endif
 endif
 export PYTHON
 
-.PHONY: help demo test check base smollm2 paper-mini clean stale
+.PHONY: help demo test test-slow check base smollm2 paper-mini clean stale
 
 help:
 	@echo "make demo        extend the embedded model from 256 to 2048 tokens, evaluate it, write out/demo/report.html"
 	@echo "make test        lint, types and tests"
+	@echo "make test-slow   the few tests that take more than a minute each, which make test leaves out"
 	@echo "make check       lint and types only"
 	@echo "make smollm2     evaluate a real model, SmolLM2-135M, under the scalings, without training (under 20 minutes)"
 	@echo "make paper-mini  test the paper's claims on the embedded model, with seeds (52 minutes on 2 cores)"
@@ -47,6 +48,9 @@ check: $(READY)
 JOBS ?= 2
 test: check
 	$(PYTHON) -m pytest -n $(JOBS) --dist loadfile
+
+test-slow: $(READY)
+	$(PYTHON) -m pytest -n $(JOBS) --dist loadfile --slow -m slow
 
 base: $(READY)
 	./train.sh tiny-base-text

@@ -29,6 +29,17 @@ from tests.helpers.runs import Ranks, make_workspace
 os.environ.setdefault("SCALED_ROPE_KERNEL", "none")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests that take more than a minute, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow; --slow runs it"))
+
+
 @pytest.fixture
 def tiny_model() -> Callable[..., PreTrainedModel]:
     """make(family="llama", seed=0, **config): a random model with 2 layers, head_dim 16 and 32 positions.

@@ -15,6 +15,7 @@ from scaled_rope.command_line import run_cli
 from tests.helpers.careless import campaign_rows
 
 
+@pytest.mark.slow
 def test_a_small_campaign_of_real_runs(tmp_path: Path) -> None:
     """Kills, faults of the disk and damages; begun again, it goes on where it was."""
     counts = {"kill": {"tokenization": 3, "export": 3, "perplexity": 1}, "full disk": {"tokenization": 1},

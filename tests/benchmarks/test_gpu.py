@@ -264,6 +264,7 @@ def test_a_part_expects_the_next_case_to_take_as_long_as_the_last() -> None:
     assert clock.needed("a", 5) == 5
 
 
+@pytest.mark.slow
 @needs_no_gpu
 @needs_triton
 def test_dry_run_of_the_first_script(tmp_path: Path) -> None:
