@@ -137,7 +137,8 @@ def overrides(args: argparse.Namespace, base: Recipe, ranks: int) -> dict[str, A
             "max_train_steps", "warmup_steps", "learning_rate", "lr_schedule", "grad_norm", "seed", "precision", "lora",
             "checkpointing_steps", "kept_checkpoints", "continue_from", "lora_embeddings_and_norms",
             "quantization", "gradient_checkpointing", "stop_after",
-            "offload_activations", "loss", "sequence_parallel", "context_parallel", "attention", "documents", "heldout", "heldout_steps",
+            "offload_activations", "loss", "sequence_parallel", "attention", "documents", "heldout", "heldout_steps",
+            "context_parallel",
             "positions", "pose_chunks", "skip_text", "mlp_tiles", "lr_floor", "lr_decay_share", "lr_decay",
         )
         if getattr(args, name) is not None

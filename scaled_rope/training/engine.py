@@ -60,7 +60,7 @@ class Layout:
         return self.ranks // self.shared
 
     def shard(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """This rank's stretch [B, T / sequence_parallel] of tensors [B, T]; `ring_attention` cuts for context_parallel."""
+        """This rank's stretch [B, T / sequence_parallel] of tensors [B, T]; under context_parallel they stay whole."""
         part = self.rank % self.sequence_parallel
         return {name: tensor.chunk(self.sequence_parallel, dim=1)[part] for name, tensor in tensors.items()}
 

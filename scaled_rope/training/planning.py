@@ -26,9 +26,8 @@ from scaled_rope.flags import H100_TFLOPS, check_plan_arguments
 from scaled_rope.patching.loading import auto_class
 from scaled_rope.patching.loss import logits_bytes
 from scaled_rope.recipes import Recipe, read_recipe, starts_from
-from scaled_rope.training.costs import Flops, ModelCost
-from scaled_rope.scaling.hf_config import config_head_dim
 from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.training.costs import Flops, ModelCost
 from scaled_rope.training.engine import accumulation, allowed_sequence_parallel
 from scaled_rope.training.model import (
     SummedLoss,
@@ -40,7 +39,7 @@ from scaled_rope.training.model import (
     set_sliding_window,
     tile_mlps,
 )
-from scaled_rope.training.ring import check_context_parallel, check_ring_layers
+from scaled_rope.training.ring import check_context_parallel, check_ring_layers, head_dims
 from scaled_rope.training.traced_memory import Trace, layers_alike, to_cpu, trace_pass
 
 ARCHITECTURES = bundled("data/architectures.json")
@@ -124,13 +123,14 @@ class Options:
         words += [f"{self.quantization} base"] if self.quantization else []
         return ", ".join(words)
 
-    def command(self, recipe: str) -> str:
-        """The command line that runs a recipe with these options."""
-        parts = ["finetune.py", recipe]
+    def command(self, name: str, recipe: Recipe) -> str:
+        """The command line that runs a recipe, by its name, with these options."""
+        parts = ["finetune.py", name]
         parts += [] if self.gradient_checkpointing else ["--no-gradient-checkpointing"]
         parts += ["--offload-activations"] if self.offload_activations else []
-        parts += [f"--sequence-parallel {self.sequence_parallel}"] if self.sequence_parallel > 1 else []
-        parts += [f"--context-parallel {self.context_parallel}"] if self.context_parallel > 1 else []
+        for field in ("sequence_parallel", "context_parallel"):
+            if (size := getattr(self, field)) != getattr(recipe, field):
+                parts.append(f"--{field.replace('_', '-')} {size}")
         parts += ["--lora"] if self.lora else []
         parts += [f"--quantization {self.quantization}"] if self.quantization else []
         if self.engine != "plain":
@@ -193,13 +193,9 @@ class Planner:
         """Seconds of one optimizer step, where `utilisation` of the ranks' `peak` FLOP/s is model FLOPs."""
         return self.flops(options.lora).total / (options.ranks * peak * utilisation)
 
-    def memory(self, options: Options) -> Memory:
-        """Memory per rank.
-
-        Raises:
-            ConfigError: a batch or a sequence that the ranks cannot share.
-        """
-        recipe = replace(
+    def _under(self, options: Options) -> Recipe:
+        """The recipe with these options."""
+        return replace(
             self.recipe,
             gradient_checkpointing=options.gradient_checkpointing,
             sequence_parallel=options.sequence_parallel,
@@ -209,6 +205,14 @@ class Planner:
             lora_embeddings_and_norms=options.lora and self.recipe.lora_embeddings_and_norms,
             offload_activations=options.offload_activations,
         )
+
+    def memory(self, options: Options) -> Memory:
+        """Memory per rank.
+
+        Raises:
+            ConfigError: a batch or a sequence that the ranks cannot share.
+        """
+        recipe = self._under(options)
         passes = accumulation(recipe, options.ranks)
         self._check_ring(recipe)
         shards = 1 if options.engine == "plain" else options.ranks
@@ -260,7 +264,7 @@ class Planner:
         if recipe.context_parallel == 1:
             return
         if self._ring is None:
-            model = self._build(replace(recipe, lora=False, quantization=None), torch.float32)
+            model = self._build(recipe, torch.float32)
             report = install_scaling(model, recipe)
             self._ring = model, RopeScaling.from_config(model.config) if report is None else report.scaling
         model, scaling = self._ring
@@ -274,7 +278,7 @@ class Planner:
         part, of both), in the backward pass three float32 gradients of keys and values (summed, on their way out, in)
         and two of queries.
         """
-        one = recipe.batch_size * length * config_head_dim(self._config.get_text_config())
+        one = recipe.batch_size * length * head_dims(self._config.get_text_config())[0]
         queries, both = one * self.heads, 2 * one * self.kv_heads
         return 2.0 * width * both + 4.0 * max(3 * queries, 3 * both + 2 * queries)
 
@@ -340,14 +344,13 @@ class Planner:
             ways += [replace(sharded, lora=True), replace(smallest, lora=True, offload_activations=True)]
         return ways
 
-
     def _rings(self, sharded: Options) -> list[Options]:
-        """Ways to share sequences by ring attention; where there are none, one that `memory` refuses with the reason."""
+        """Ways to share sequences by ring attention; if there is none, one that `memory` refuses with the reason."""
         sizes = [size for size in range(2, sharded.ranks + 1) if sharded.ranks % size == 0]
         ways, possible = [replace(sharded, context_parallel=size) for size in sizes], []
         for options in ways:
             try:
-                self._check_ring(replace(self.recipe, sequence_parallel=1, context_parallel=options.context_parallel))
+                self._check_ring(self._under(options))
             except ConfigError:
                 continue
             possible.append(options)
@@ -437,8 +440,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"recipe {recipe.name!r} cannot run on {args.gpus} ranks: {refused[0][1]}")
     if args.json:
         rows = [
-            {"options": str(o), "command": o.command(args.recipe), "memory_gb": {k: round(v, 3) for k, v in t.items()},
-             "step_seconds": round(s, 2), "hours": round(h, 2), "fits": fits} for o, t, s, h, fits in found
+            {"options": str(o), "command": o.command(args.recipe, recipe),
+             "memory_gb": {k: round(v, 3) for k, v in t.items()}, "step_seconds": round(s, 2), "hours": round(h, 2), "fits": fits} for o, t, s, h, fits in found
         ]  # fmt: skip
         flops = planner.flops()
         print(json.dumps({"recipe": recipe.name, "gpus": args.gpus, "gpu_memory_gb": args.gpu_memory,
@@ -486,7 +489,7 @@ def _print(
         print("nothing fits: more GPUs (--gpus), or larger ones (--gpu-memory)")
         return
     options, _, seconds, hours, _ = best
-    print(f"\nfirst that fits: {options.command(args.recipe)}")
+    print(f"\nfirst that fits: {options.command(args.recipe, recipe)}")
     print(
         f"at {args.utilisation:.0%} of {args.peak_tflops:g} TFLOP/s: {seconds:.4g} s a step, {hours:.4g} hours,"
         f" {hours * args.gpus:.4g} GPU-hours"

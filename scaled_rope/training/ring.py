@@ -56,14 +56,24 @@ def check_context_parallel(recipe: Recipe, config: Any, scaling: RopeScaling, at
         )
     if attention != "sdpa":
         raise ConfigError(f"{head} attention {attention!r}: {text.model_type} models need another than PyTorch's sdpa")
-    width = config_head_dim(text)
-    values = getattr(text, "v_head_dim", None)
-    if width > FLASH_HEAD_DIM or values not in (None, width):
-        shown = f"{width} of keys and {values} of values" if values not in (None, width) else width
-        raise ConfigError(f"{head} head_dim {shown}: its kernel needs one of at most {FLASH_HEAD_DIM} for all")
+    keys, values = head_dims(text)
+    if keys != values or keys > FLASH_HEAD_DIM:
+        raise ConfigError(
+            f"{head} head_dim {keys} of keys and {values} of values: its kernel takes one of at most {FLASH_HEAD_DIM}"
+            f" for both"
+        )
     for name in _DROPOUTS:
         if rate := getattr(text, name, 0.0):
             raise ConfigError(f"{head} {name} {rate}: in the backward pass ring attention would draw other numbers")
+
+
+def head_dims(text: Any) -> tuple[int, int]:
+    """Dimensions of a head's keys and of its values, from the config of a model of text."""
+    if (rotated := getattr(text, "qk_rope_head_dim", None)) is not None:  # multi-head latent attention
+        keys = int(rotated + text.qk_nope_head_dim)
+    else:
+        keys = config_head_dim(text) or text.hidden_size // text.num_attention_heads
+    return keys, int(getattr(text, "v_head_dim", None) or keys)
 
 
 def check_ring_layers(recipe: Recipe, model: nn.Module) -> None:
@@ -116,8 +126,7 @@ def check_machine(recipe: Recipe) -> None:
 def ring_parallelism(recipe: Recipe, ranks: int) -> Any:
     """accelerate's `ParallelismConfig`: weights are in shards over all ranks, `context_parallel` neighbours share rows.
 
-    Keys and values are passed on, so that no rank holds those of the whole sequence, as it would by accelerate's default
-    of gathering them.
+    Keys and values are passed on, so that no rank holds those of the whole sequence; accelerate's default gathers them.
     """
     from accelerate.parallelism_config import ParallelismConfig
     from accelerate.utils import TorchContextParallelConfig
