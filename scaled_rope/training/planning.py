@@ -441,7 +441,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         rows = [
             {"options": str(o), "command": o.command(args.recipe, recipe),
-             "memory_gb": {k: round(v, 3) for k, v in t.items()}, "step_seconds": round(s, 2), "hours": round(h, 2), "fits": fits} for o, t, s, h, fits in found
+             "memory_gb": {k: round(v, 3) for k, v in t.items()}, "step_seconds": round(s, 2), "hours": round(h, 2),
+             "fits": fits} for o, t, s, h, fits in found
         ]  # fmt: skip
         flops = planner.flops()
         print(json.dumps({"recipe": recipe.name, "gpus": args.gpus, "gpu_memory_gb": args.gpu_memory,

@@ -58,7 +58,7 @@ def test_memory_of_ranks_that_share_sequences_by_ring_attention():
 
 
 def test_ways_to_share_sequences_by_ring_attention_are_listed_or_refused_with_the_reason(capsys):
-    recipe = small(scaling="yarn:4")
+    recipe = small()
     rings = [options for options in Planner(recipe).alternatives(4) if options.context_parallel > 1]
     assert [(options.engine, options.context_parallel) for options in rings] == [("fsdp2", 2), ("fsdp2", 4)]
     command = rings[0].command("demo", recipe)

@@ -77,20 +77,25 @@ def test_what_would_be_wrong_over_parts_of_a_sequence_is_refused(workspace, fiel
 
 
 def test_what_ring_attention_takes_is_allowed(workspace):
+    scaling = RopeScaling("yarn", 4.0, original_max_position_embeddings=16)
     for model_type in ("llama", "qwen3", "olmo2"):
         shape = AutoConfig.for_model(model_type, **TINY)
         assert head_dims(shape) == (8, 8)
-        check_context_parallel(shared(workspace), shape, RopeScaling("yarn", 4.0), "sdpa")
+        check_context_parallel(shared(workspace), shape, scaling, "sdpa")
 
 
 @pytest.mark.parametrize(
-    ("family", "message"),
-    [("gpt_neox", "has no module self_attn"), ("lfm2", "has no module self_attn|has a convolution"), ("llama", None)],
+    ("family", "more", "message"),
+    [
+        ("gpt_neox", {}, "has no module self_attn"),
+        ("lfm2", {"layer_types": ["conv"]}, "has no module self_attn"),
+        ("llama", {}, None),
+    ],
 )
-def test_models_in_which_tokens_meet_elsewhere_are_refused(workspace, family, message):
+def test_models_in_which_tokens_meet_elsewhere_are_refused(workspace, family, more, message):
     from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, **TINY)
+    config = AutoConfig.for_model(family, **TINY, **more)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     if message is None:
