@@ -140,8 +140,8 @@ def ring_parallelism(recipe: Recipe, ranks: int) -> Any:
 def ring_attention(accelerator: Any, tensors: Mapping[str, torch.Tensor], ranks: int) -> Iterator[dict[str, Any]]:
     """Yield this rank's part [B, T / ranks] of tensors [B, T]; within this context sdpa is ring attention over them.
 
-    The backward pass has to be inside too. Only the flash kernel is let through: PyTorch's ring attention knows no plain
-    formulas, and the numbers that its other kernels keep for the backward pass have other shapes.
+    The backward pass has to be inside too. Only the flash kernel is let through: PyTorch's ring attention knows no
+    plain formulas, and the numbers that its other kernels keep for the backward pass have other shapes.
 
     Args:
         tensors: whole on every rank that shares them; T is a multiple of 2 * ranks, or PyTorch would silently cut them

@@ -86,7 +86,8 @@ def ring_attention_on_cpu() -> None:
         return tuple(DTensor.from_local(one, mesh, [Shard(2)], run_check=False) for one in tensors)
 
     def options(given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-        return {"dropout_p": 0.0, "is_causal": False} | dict(zip(("dropout_p", "is_causal"), given, strict=False)) | named
+        given_names = dict(zip(("dropout_p", "is_causal"), given, strict=False))
+        return {"dropout_p": 0.0, "is_causal": False} | given_names | named
 
     def forward(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
         mesh, parts = given[0].device_mesh, [one.to_local() for one in given[:3]]
