@@ -279,7 +279,7 @@ class Planner:
         and two of queries.
         """
         one = recipe.batch_size * length * head_dims(self._config.get_text_config())[0]
-        queries, both = one * self.heads, 2 * one * self.kv_heads
+        queries, both = float(one * self.heads), float(2 * one * self.kv_heads)
         return 2.0 * width * both + 4.0 * max(3 * queries, 3 * both + 2 * queries)
 
     def _build(self, recipe: Recipe, dtype: torch.dtype) -> Any:

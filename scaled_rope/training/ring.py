@@ -102,10 +102,10 @@ def check_machine(recipe: Recipe) -> None:
         ConfigError: no FSDP, float32 on a GPU, or sizes in accelerate's own config.
     """
     for name in ("CP", "SP", "TP"):
-        size = os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1")
-        if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true" and size != "1":
+        given = os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1")
+        if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true" and given != "1":
             raise ConfigError(
-                f"accelerate's parallelism_config_{name.lower()}_size {size} is not allowed; the recipe's"
+                f"accelerate's parallelism_config_{name.lower()}_size {given} is not allowed; the recipe's"
                 f" context_parallel or sequence_parallel says how many ranks share a sequence"
             )
     size = recipe.context_parallel
