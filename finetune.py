@@ -94,6 +94,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="keep the inputs of checkpointed layers in CPU memory")  # fmt: skip
     parser.add_argument("--sequence-parallel", type=int, metavar="N",
                         help="ranks that share one sequence (Ulysses, under DeepSpeed ZeRO-3)")  # fmt: skip
+    parser.add_argument("--context-parallel", type=int, metavar="N",
+                        help="ranks that share one sequence by ring attention (FSDP2, GPUs)")  # fmt: skip
     parser.add_argument("--attention", help="auto, flash_attention_2, sdpa or eager")
     parser.add_argument("--documents", choices=DOCUMENTS, help="separate: packed documents do not see each other")
     parser.add_argument("--positions", choices=POSITIONS,
@@ -136,6 +138,7 @@ def overrides(args: argparse.Namespace, base: Recipe, ranks: int) -> dict[str, A
             "checkpointing_steps", "kept_checkpoints", "continue_from", "lora_embeddings_and_norms",
             "quantization", "gradient_checkpointing", "stop_after",
             "offload_activations", "loss", "sequence_parallel", "attention", "documents", "heldout", "heldout_steps",
+            "context_parallel",
             "positions", "pose_chunks", "skip_text", "mlp_tiles", "lr_floor", "lr_decay_share", "lr_decay",
         )
         if getattr(args, name) is not None

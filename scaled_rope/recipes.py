@@ -92,6 +92,7 @@ class Recipe:
             there for one at a time; 1: the whole sequence at once.
         offload_activations: keep activations for the backward pass in CPU memory.
         sequence_parallel: ranks that share one sequence (Ulysses, under DeepSpeed ZeRO-3).
+        context_parallel: ranks that share one sequence by ring attention (under FSDP2, on GPUs).
         stop_after: end after this step with a state instead of a model: the first part of a run whose second is another
             recipe, with `continue_from` and other data; None: train to the end.
         checkpointing_steps: keep a resumable state every so many steps; None: never.
@@ -143,6 +144,7 @@ class Recipe:
     mlp_tiles: int = 1
     offload_activations: bool = False
     sequence_parallel: int = 1
+    context_parallel: int = 1
     lora: bool = False
     lora_embeddings_and_norms: bool = False
     quantization: str | None = None
@@ -176,7 +178,7 @@ class Recipe:
                 raise ConfigError(f"recipe {self.name!r}: init.{name} = {value!r} is not allowed; 1 to {most}")
         for name in (
             "sequence_length", "global_batch_size", "batch_size", "max_train_steps", "sequence_parallel",
-            "kept_checkpoints", "heldout_steps", "heldout_rows", "mlp_tiles",
+            "kept_checkpoints", "heldout_steps", "heldout_rows", "mlp_tiles", "context_parallel",
         ):  # fmt: skip
             require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("truncate", "checkpointing_steps"):
@@ -224,6 +226,7 @@ class Recipe:
             self.sequence_parallel == 1 or self.quantization is None,
             "quantization", "none with sequence_parallel, which needs ZeRO-3",
         )  # fmt: skip
+        self._check_context_parallel(require)
         windows = self.sliding_window_attention_schedule
         require(windows is None or (bool(windows) and min(windows) > 0), "sliding_window_attention_schedule", "above 0")
         require(bool(self.heldout_lengths) == (self.heldout is not None), "heldout_lengths", "give it with `heldout`")
@@ -245,6 +248,24 @@ class Recipe:
         else:
             require(self.lr_decay_share == 0.1, "lr_decay_share", "it is for lr_schedule: wsd")
             require(self.lr_decay == "linear", "lr_decay", "it is for lr_schedule: wsd")
+
+    def _check_context_parallel(self, require: Callable[[bool, str, str], None]) -> None:
+        size = self.context_parallel
+        if size == 1:
+            return
+        require(self.sequence_parallel == 1, "sequence_parallel", "1 with context_parallel, which shares sequences too")
+        require(self.documents == "joined", "documents", "joined, with context_parallel: ring attention takes no masks")
+        require(
+            self.sliding_window_attention_schedule is None,
+            "sliding_window_attention_schedule", "none with context_parallel: ring attention has no windows",
+        )  # fmt: skip
+        require(self.attention in ("auto", "sdpa"), "attention", "auto or sdpa, with context_parallel")
+        require(self.quantization is None, "quantization", "none with context_parallel, which needs FSDP2")
+        name = "sequence_length" if self.truncate is None else "truncate"
+        require(
+            getattr(self, name) % (2 * size) == 0,
+            name, f"a multiple of {2 * size}, with context_parallel: {size}, where each rank gets two stretches",
+        )  # fmt: skip
 
     @property
     def decay_steps(self) -> int:

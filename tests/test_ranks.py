@@ -21,7 +21,12 @@ from scaled_rope.training import loop
 from scaled_rope.training.engine import check_can_build
 from scaled_rope.training.run_state import latest_state
 from tests.helpers.optional import needs_liger
-from tests.helpers.rank_worker import keep_states, small_pieces_of_logits, without_dropout
+from tests.helpers.rank_worker import (
+    keep_states,
+    ring_attention_on_cpu,
+    small_pieces_of_logits,
+    without_dropout,
+)
 from tests.helpers.runs import Ranks, free_port, launch, log, reversed_set, same, weights
 
 ZERO3 = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/zero3.yaml", "--num_processes", "2")
@@ -107,6 +112,14 @@ def test_ranks_that_share_sequences_train_like_one(workspace, straight, tmp_path
     need_deepspeed()
     Ranks(workspace, tmp_path / "sp", ranks, "zero3", ("--sequence-parallel", str(size))).succeed()
     assert_trained_alike(straight, tmp_path / "sp")
+
+
+def test_ranks_that_share_sequences_by_ring_attention_train_like_one(workspace, straight, tmp_path):
+    """Stopped and continued once. Two rings of two ranks, so each has every second row, and two stretches of it."""
+    extra = ("--context-parallel", "2")
+    Ranks(workspace, tmp_path / "ring", 4, "fsdp2", (*extra, "--stop-after", "4"), (ring_attention_on_cpu,)).succeed()
+    Ranks(workspace, tmp_path / "ring", 4, "fsdp2", extra, (ring_attention_on_cpu,)).succeed()
+    assert_trained_alike(straight, tmp_path / "ring")
 
 
 @pytest.mark.parametrize(("engine", "flags"), [("ddp", ()), ("zero3", ("--sequence-parallel", "2"))])

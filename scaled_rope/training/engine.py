@@ -29,6 +29,7 @@ from scaled_rope.patching.loading import resolve_device
 from scaled_rope.patching.rotary import ScaledRotaryEmbedding
 from scaled_rope.recipes import Recipe
 from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.training.ring import check_machine, ring_parallelism
 
 
 @dataclass(frozen=True)
@@ -38,19 +39,30 @@ class Layout:
     rank: int
     ranks: int
     sequence_parallel: int = 1
+    context_parallel: int = 1
+
+    @property
+    def shared(self) -> int:
+        """The number of ranks that share a sequence."""
+        return self.sequence_parallel * self.context_parallel
+
+    @property
+    def multiple(self) -> int:
+        """What the length of a batch must be a multiple of, to be cut into parts."""
+        return self.sequence_parallel if self.context_parallel == 1 else 2 * self.context_parallel
 
     @property
     def data_rank(self) -> int:
         """Index of this rank's part of a batch, of `data_ranks` parts."""
-        return self.rank // self.sequence_parallel
+        return self.rank // self.shared
 
     @property
     def data_ranks(self) -> int:
         """The number of ranks, or of groups of ranks that share sequences, that get different rows."""
-        return self.ranks // self.sequence_parallel
+        return self.ranks // self.shared
 
     def shard(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """This rank's stretch [B, T / sequence_parallel] of tensors [B, T]."""
+        """This rank's stretch [B, T / sequence_parallel] of tensors [B, T]; under context_parallel they stay whole."""
         part = self.rank % self.sequence_parallel
         return {name: tensor.chunk(self.sequence_parallel, dim=1)[part] for name, tensor in tensors.items()}
 
@@ -61,14 +73,13 @@ def accumulation(recipe: Recipe, ranks: int) -> int:
     Raises:
         ConfigError: the global batch is no multiple of the sequences of all ranks in one pass.
     """
-    if ranks % recipe.sequence_parallel:
-        raise ConfigError(
-            f"sequence_parallel {recipe.sequence_parallel} is not allowed; a divisor of the {ranks} processes"
-        )
-    groups = ranks // recipe.sequence_parallel
-    per_pass = recipe.batch_size * groups
+    for name in ("sequence_parallel", "context_parallel"):
+        if ranks % (size := getattr(recipe, name)):
+            raise ConfigError(f"{name} {size} is not allowed; a divisor of the {ranks} processes")
+    size = recipe.sequence_parallel * recipe.context_parallel
+    per_pass = recipe.batch_size * (ranks // size)
     if recipe.global_batch_size % per_pass:
-        shared = "" if recipe.sequence_parallel == 1 else f" that share {recipe.sequence_parallel} to a sequence"
+        shared = "" if size == 1 else f" that share {size} to a sequence"
         raise ConfigError(
             f"global_batch_size {recipe.global_batch_size} is not allowed; a multiple of batch_size {recipe.batch_size}"
             f" x {ranks} processes{shared} = {per_pass}"
@@ -153,6 +164,7 @@ def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
             f"sequence_parallel {recipe.sequence_parallel} needs DeepSpeed, since accelerate shares sequences under its"
             f" ZeRO-3 only, not under FSDP or DDP: accelerate launch --config_file configs/accelerate/zero3.yaml"
         )
+    check_machine(recipe)
     passes = accumulation(recipe, launched)
     if deepspeed and not torch.cuda.is_available():
         check_can_build("deepspeed_shm_comm")
@@ -164,6 +176,8 @@ def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
     options: dict[str, Any] = {}
     if recipe.sequence_parallel > 1:
         options["parallelism_config"] = _ulysses(recipe, launched, attention_name)
+    if recipe.context_parallel > 1:
+        options["parallelism_config"] = ring_parallelism(recipe, launched)
     mixed = "bf16" if recipe.precision == "bf16" else "no"
     accelerator = Accelerator(mixed_precision=mixed, cpu=on_cpu and not deepspeed, kwargs_handlers=handlers, **options)
     kind = accelerator.distributed_type.value
@@ -329,9 +343,14 @@ def last_pass(accelerator: Any, module: Any, last: bool) -> Iterator[None]:
 
     `Accelerator.accumulate` counts passes from the beginning of the run, which goes wrong when a run is resumed with
     another number of passes per step.
+
+    Ranks that share a sequence by ring attention reduce gradients in every pass: else each would hold those of all
+    weights from pass to pass, which FSDP2 had spread over ranks.
     """
     accelerator.sync_gradients = last
-    with contextlib.nullcontext() if last else accelerator.no_sync(module):
+    config = accelerator.parallelism_config
+    reduce = last or (config is not None and config.cp_enabled)
+    with contextlib.nullcontext() if reduce else accelerator.no_sync(module):
         yield
 
 

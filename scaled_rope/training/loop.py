@@ -68,6 +68,7 @@ from scaled_rope.training.model import (
 )
 from scaled_rope.training.pose import SkipWise, skip_wise
 from scaled_rope.training.random_state import RandomState
+from scaled_rope.training.ring import check_context_parallel, check_ring_layers, ring_attention
 from scaled_rope.training.run_state import (
     check_same_run,
     check_space,
@@ -180,7 +181,8 @@ class Trainer:
         rows = open_rows(recipe.dataset)
         check_lengths(rows, recipe)
         heldout = Heldout(recipe) if recipe.heldout is not None else None
-        attention = resolve_attention(recipe.attention, resolve_device(None), recipe.compute_dtype)
+        wanted = "sdpa" if recipe.context_parallel > 1 else recipe.attention
+        attention = resolve_attention(wanted, resolve_device(None), recipe.compute_dtype)
         accelerator = make_accelerator(recipe, attention)
         engine = engine_name(accelerator)
         self._resume = sound_state(accelerator, recipe, self._resume, self._named)
@@ -189,6 +191,8 @@ class Trainer:
         model, report = build_model(recipe, attention, accelerator.device)
         scaling = RopeScaling.from_config(model.config) if report is None else report.scaling
         check_sequence_parallel(recipe, model.config, scaling, model.config._attn_implementation)
+        check_context_parallel(recipe, model.config, scaling, model.config._attn_implementation)
+        check_ring_layers(recipe, model)
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         largest = (
             vocabulary_size(load_tokenizer(recipe.tokenizer or str(recipe.model))) - 1
@@ -287,7 +291,9 @@ class Loop:
     ) -> None:
         self.recipe, self.accelerator, self.module, self.optimizer = recipe, accelerator, module, optimizer
         self.rows, self.cost, self.heldout, self.stop = rows, cost, heldout, stop
-        self.layout = Layout(accelerator.process_index, accelerator.num_processes, recipe.sequence_parallel)
+        self.layout = Layout(
+            accelerator.process_index, accelerator.num_processes, recipe.sequence_parallel, recipe.context_parallel
+        )
         self.documents = None if recipe.documents == "joined" else DocumentBorders.of(rows, recipe.dataset)
         if self.documents is not None and self.documents.note:
             accelerator.print(self.documents.note)
@@ -395,17 +401,18 @@ class Loop:
                 tensors = collate(batch, length)
                 if positions is not None:
                     tensors["position_ids"] = torch.from_numpy(padded_positions(positions[number - 1], length))
-                elif layout.sequence_parallel > 1:
+                elif layout.shared > 1:
                     tensors["position_ids"] = torch.arange(length).expand(len(batch), length)
                 tensors = {name: value.to(accelerator.device) for name, value in layout.shard(tensors).items()}
-                loss = self.module(**tensors, separate=self.documents is not None) / weight
-                total += loss.detach()
-                if accelerator.sync_gradients:
-                    mean = float(accelerator.reduce(total, "sum"))
-                    self._check_finite(step, "loss", mean)
-                # Engines average over ranks and over passes; undo both. (DeepSpeed's reduce-scatter averages over the
-                # ranks that share a sequence as well.)
-                accelerator.backward(loss * (layout.ranks * len(batches)))
+                with ring_attention(accelerator, tensors, layout.context_parallel) as part:
+                    loss = self.module(**part, separate=self.documents is not None) / weight
+                    total += loss.detach()
+                    if accelerator.sync_gradients:
+                        mean = float(accelerator.reduce(total, "sum"))
+                        self._check_finite(step, "loss", mean)
+                    # Engines average over ranks and over passes; undo both. (DeepSpeed's reduce-scatter and FSDP2
+                    # average over the ranks that share a sequence as well.)
+                    accelerator.backward(loss * (layout.ranks * len(batches)))
                 if accelerator.sync_gradients:
                     norm = self._clip(step)
                 self.optimizer.step()
@@ -442,17 +449,17 @@ class Loop:
 
     def _sizes(self, mine: Sequence[LoadedRow]) -> tuple[float, float, float, int]:
         """Sums over the step's rows on all ranks: target weights, tokens, FLOPs; and the length to pad each row to."""
-        device, shared = self.accelerator.device, self.layout.sequence_parallel
+        device = self.accelerator.device
         lengths = [len(tokens) for tokens, _ in mine]
         flops = sum(self.cost.sequence(length).total for length in lengths)
         sizes = [sum(weight[1:].sum() for _, weight in mine), sum(lengths), flops, max(lengths)]
         exact = torch.float32 if device.type == "mps" else torch.float64
         everyone = self.accelerator.gather(torch.tensor([sizes], device=device, dtype=exact))
         # Ranks that share a sequence have all counted it.
-        weight, tokens, flops = (everyone[:, :3].sum(dim=0) / shared).tolist()
+        weight, tokens, flops = (everyone[:, :3].sum(dim=0) / self.layout.shared).tolist()
         # One length for all ranks: under ZeRO-3 each pass is made of collectives, whose number must agree.
         longest = int(everyone[:, 3].max())
-        return weight, tokens, flops, -(-longest // shared) * shared
+        return weight, tokens, flops, -(-longest // self.layout.multiple) * self.layout.multiple
 
     def _clip(self, step: int) -> float:
         """Clip the gradient of the whole step; return its norm before clipping."""

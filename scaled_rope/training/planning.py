@@ -26,6 +26,7 @@ from scaled_rope.flags import H100_TFLOPS, check_plan_arguments
 from scaled_rope.patching.loading import auto_class
 from scaled_rope.patching.loss import logits_bytes
 from scaled_rope.recipes import Recipe, read_recipe, starts_from
+from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.training.costs import Flops, ModelCost
 from scaled_rope.training.engine import accumulation, allowed_sequence_parallel
 from scaled_rope.training.model import (
@@ -38,6 +39,7 @@ from scaled_rope.training.model import (
     set_sliding_window,
     tile_mlps,
 )
+from scaled_rope.training.ring import check_context_parallel, check_ring_layers, head_dims
 from scaled_rope.training.traced_memory import Trace, layers_alike, to_cpu, trace_pass
 
 ARCHITECTURES = bundled("data/architectures.json")
@@ -107,6 +109,7 @@ class Options:
     gradient_checkpointing: bool = True
     offload_activations: bool = False
     sequence_parallel: int = 1
+    context_parallel: int = 1
     lora: bool = False
     quantization: str | None = None
 
@@ -115,16 +118,19 @@ class Options:
         words += [] if self.gradient_checkpointing else ["no gradient checkpointing"]
         words += ["activations offloaded"] if self.offload_activations else []
         words += [f"{self.sequence_parallel} ranks to a sequence"] if self.sequence_parallel > 1 else []
+        words += [f"{self.context_parallel} ranks to a ring"] if self.context_parallel > 1 else []
         words += ["lora"] if self.lora else []
         words += [f"{self.quantization} base"] if self.quantization else []
         return ", ".join(words)
 
-    def command(self, recipe: str) -> str:
-        """The command line that runs a recipe with these options."""
-        parts = ["finetune.py", recipe]
+    def command(self, name: str, recipe: Recipe) -> str:
+        """The command line that runs a recipe, by its name, with these options."""
+        parts = ["finetune.py", name]
         parts += [] if self.gradient_checkpointing else ["--no-gradient-checkpointing"]
         parts += ["--offload-activations"] if self.offload_activations else []
-        parts += [f"--sequence-parallel {self.sequence_parallel}"] if self.sequence_parallel > 1 else []
+        for field in ("sequence_parallel", "context_parallel"):
+            if (size := getattr(self, field)) != getattr(recipe, field):
+                parts.append(f"--{field.replace('_', '-')} {size}")
         parts += ["--lora"] if self.lora else []
         parts += [f"--quantization {self.quantization}"] if self.quantization else []
         if self.engine != "plain":
@@ -172,6 +178,7 @@ class Planner:
         self.recipe, self.on_gpu = recipe, on_gpu
         self._config = base_config(recipe)
         self._traces: dict[tuple[Any, ...], tuple[Trace, Counts]] = {}
+        self._ring: tuple[Any, RopeScaling] | None = None
         text = self._config.get_text_config()
         self.heads = text.num_attention_heads
         self.kv_heads = getattr(text, "num_key_value_heads", None) or self.heads
@@ -186,26 +193,32 @@ class Planner:
         """Seconds of one optimizer step, where `utilisation` of the ranks' `peak` FLOP/s is model FLOPs."""
         return self.flops(options.lora).total / (options.ranks * peak * utilisation)
 
-    def memory(self, options: Options) -> Memory:
-        """Memory per rank.
-
-        Raises:
-            ConfigError: a batch that the ranks cannot share.
-        """
-        recipe = replace(
+    def _under(self, options: Options) -> Recipe:
+        """The recipe with these options."""
+        return replace(
             self.recipe,
             gradient_checkpointing=options.gradient_checkpointing,
             sequence_parallel=options.sequence_parallel,
+            context_parallel=options.context_parallel,
             lora=options.lora,
             quantization=options.quantization,
             lora_embeddings_and_norms=options.lora and self.recipe.lora_embeddings_and_norms,
             offload_activations=options.offload_activations,
         )
+
+    def memory(self, options: Options) -> Memory:
+        """Memory per rank.
+
+        Raises:
+            ConfigError: a batch or a sequence that the ranks cannot share.
+        """
+        recipe = self._under(options)
         passes = accumulation(recipe, options.ranks)
-        shards = options.ranks if options.engine.startswith("zero") else 1
+        self._check_ring(recipe)
+        shards = 1 if options.engine == "plain" else options.ranks
         half = recipe.compute_dtype == "bfloat16"
-        cast = half and options.engine != "plain"  # DeepSpeed keeps bfloat16 weights beside the float32 ones
-        length = -(-_length(recipe) // options.sequence_parallel)
+        cast = half and options.engine != "plain"  # a pass of DeepSpeed and FSDP2 has bfloat16 copies of weights
+        length = -(-_length(recipe) // (options.sequence_parallel * options.context_parallel))
         trace, counts = self._trace(recipe, length, cast, passes > 1 or options.engine != "plain")
         all_, trained, width = counts.parameters, counts.trained, 2 if half else 4
         # Bytes per parameter in float32: weight 4, gradient 4, two moments 8; DeepSpeed adds a copy of weights.
@@ -216,6 +229,13 @@ class Planner:
                 matrices = counts.matrices
                 weights = _NF4_BYTES * matrices + width * (all_ - trained - matrices) + 4.0 * trained
                 gathered = 2.0 * width * counts.largest_matrix  # a matrix at work, in the dtype of the pass
+        elif options.engine == "fsdp2":
+            weights, gradients, optimizer = 4.0 * all_ / shards, 4.0 * trained / shards, 8.0 * trained / shards
+            # Whole from the first layer to the last: weights outside layers and their gradients. Layers come one after
+            # another; gradients of a layer, then those of the rest, are copied to float32 to be summed over ranks.
+            rest = all_ - counts.layers * counts.layer
+            gathered = width * (2.0 * rest + (_PREFETCHED_LAYERS + 1) * counts.layer) + 4.0 * max(rest, counts.layer)
+            gathered, host = gathered + self._ring_buffers(recipe, length, width), 0.0
         else:
             weights = width * all_ / (shards if options.engine.startswith("zero3") else 1)
             gradients, optimizer = 4.0 * trained / shards, 12.0 * trained / shards
@@ -238,6 +258,29 @@ class Planner:
         if options.engine == "zero3_offload":
             workspace = 0.0
         return Memory(weights, gradients, optimizer, inside, float(logits), gathered, workspace, host)
+
+    def _check_ring(self, recipe: Recipe) -> None:
+        """Raise a ConfigError if ranks cannot share the recipe's sequences by ring attention as it says."""
+        if recipe.context_parallel == 1:
+            return
+        if self._ring is None:
+            model = self._build(recipe, torch.float32)
+            report = install_scaling(model, recipe)
+            self._ring = model, RopeScaling.from_config(model.config) if report is None else report.scaling
+        model, scaling = self._ring
+        check_context_parallel(recipe, model.config, scaling, attention_for(self._config, "sdpa"))
+        check_ring_layers(recipe, model)
+
+    def _ring_buffers(self, recipe: Recipe, length: int, width: int) -> float:
+        """Bytes of ring attention over `length` tokens per rank beyond those of attention, for the layer at work.
+
+        Keys and values on their way out and in; in the forward pass three float32 results of queries (so far, of a
+        part, of both), in the backward pass three float32 gradients of keys and values (summed, on their way out, in)
+        and two of queries.
+        """
+        one = recipe.batch_size * length * head_dims(self._config.get_text_config())[0]
+        queries, both = float(one * self.heads), float(2 * one * self.kv_heads)
+        return 2.0 * width * both + 4.0 * max(3 * queries, 3 * both + 2 * queries)
 
     def _build(self, recipe: Recipe, dtype: torch.dtype) -> Any:
         """The recipe's model on the meta device, without its scaling.
@@ -291,6 +334,7 @@ class Planner:
                 ways.append(replace(sharded, sequence_parallel=size))
         smallest = ways[-1]
         ways.append(replace(smallest, offload_activations=True))
+        ways += self._rings(replace(checkpointed, engine="fsdp2"))
         if ranks > 1:
             ways.append(replace(smallest, engine="zero3_offload", offload_activations=True))
         ways += [replace(checkpointed, lora=True), replace(checkpointed, lora=True, offload_activations=True)]
@@ -299,6 +343,18 @@ class Planner:
         if ranks > 1:
             ways += [replace(sharded, lora=True), replace(smallest, lora=True, offload_activations=True)]
         return ways
+
+    def _rings(self, sharded: Options) -> list[Options]:
+        """Ways to share sequences by ring attention; if there is none, one that `memory` refuses with the reason."""
+        sizes = [size for size in range(2, sharded.ranks + 1) if sharded.ranks % size == 0]
+        ways, possible = [replace(sharded, context_parallel=size) for size in sizes], []
+        for options in ways:
+            try:
+                self._check_ring(self._under(options))
+            except ConfigError:
+                continue
+            possible.append(options)
+        return possible or ways[:1]
 
 
 def _trace_layers(module: Any, model: Any, batch: int, length: int, autocast: bool, accumulating: bool) -> Trace:
@@ -384,8 +440,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"recipe {recipe.name!r} cannot run on {args.gpus} ranks: {refused[0][1]}")
     if args.json:
         rows = [
-            {"options": str(o), "command": o.command(args.recipe), "memory_gb": {k: round(v, 3) for k, v in t.items()},
-             "step_seconds": round(s, 2), "hours": round(h, 2), "fits": fits} for o, t, s, h, fits in found
+            {"options": str(o), "command": o.command(args.recipe, recipe),
+             "memory_gb": {k: round(v, 3) for k, v in t.items()}, "step_seconds": round(s, 2), "hours": round(h, 2),
+             "fits": fits} for o, t, s, h, fits in found
         ]  # fmt: skip
         flops = planner.flops()
         print(json.dumps({"recipe": recipe.name, "gpus": args.gpus, "gpu_memory_gb": args.gpu_memory,
@@ -433,7 +490,7 @@ def _print(
         print("nothing fits: more GPUs (--gpus), or larger ones (--gpu-memory)")
         return
     options, _, seconds, hours, _ = best
-    print(f"\nfirst that fits: {options.command(args.recipe)}")
+    print(f"\nfirst that fits: {options.command(args.recipe, recipe)}")
     print(
         f"at {args.utilisation:.0%} of {args.peak_tflops:g} TFLOP/s: {seconds:.4g} s a step, {hours:.4g} hours,"
         f" {hours * args.gpus:.4g} GPU-hours"

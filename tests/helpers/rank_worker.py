@@ -73,6 +73,45 @@ def without_dropout() -> None:
     torch.nn.Dropout.forward = lambda self, x: x  # type: ignore[method-assign]
 
 
+def ring_attention_on_cpu() -> None:
+    """Let PyTorch's ring attention, which knows kernels of GPUs only, run with the flash attention of CPUs."""
+    import torch
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor.experimental._context_parallel import _attention as ring
+
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    gradient = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+    def shards(tensors: Any, mesh: Any) -> tuple[Any, ...]:
+        return tuple(DTensor.from_local(one, mesh, [Shard(2)], run_check=False) for one in tensors)
+
+    def options(given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+        given_names = dict(zip(("dropout_p", "is_causal"), given, strict=False))
+        return {"dropout_p": 0.0, "is_causal": False} | given_names | named
+
+    def forward(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+        mesh, parts = given[0].device_mesh, [one.to_local() for one in given[:3]]
+        found = ring._templated_ring_attention(mesh.get_group(), 2, kernel, *parts, **options(given[3:], named))
+        return shards(found, mesh)
+
+    def backward(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+        mesh, (grad, *parts) = given[1].device_mesh, [one.to_local() for one in given[:6]]
+        more = options(given[6:], named)
+
+        def op(query: Any, key: Any, value: Any, out: Any, logsumexp: Any, grad_out: Any, **rest: Any) -> Any:
+            return gradient(grad_out, query, key, value, out, logsumexp, **rest)
+
+        causal = more.pop("is_causal")
+        return shards(
+            ring._templated_ring_attention_backward(
+                mesh.get_group(), 2, op, grad, "grad_out", *parts, is_causal=causal, **more
+            ),
+            mesh,
+        )
+
+    ring.custom_ops[kernel.default], ring.custom_ops[gradient.default] = forward, backward
+
+
 def let_accelerate_shard_on_cpu() -> None:
     """FSDP on CPU, which PyTorch has and accelerate doesn't select: there it would train unsynchronised copies."""
     from accelerate.state import AcceleratorState, DistributedType, PartialState

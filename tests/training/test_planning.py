@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from scaled_rope import cli
+from scaled_rope.errors import ConfigError
 from scaled_rope.recipes import read_recipe
 from scaled_rope.training.model import build_model
 from scaled_rope.training.planning import Options, Planner
@@ -42,6 +43,35 @@ def test_static_memory_of_llama_2_7b_by_engine():
     tiled = Planner(replace(planner.recipe, mlp_tiles=16)).memory(Options(8, "zero3"))
     # Of what a layer holds while it is computed again, most is inside the MLP: gate, up and their product in bfloat16.
     assert zero3.activations - tiled.activations > 2 * 65536 * 11008 * 2
+
+
+def test_memory_of_ranks_that_share_sequences_by_ring_attention():
+    planner = Planner(replace(small(), precision="bf16"))
+    zero3, ring = planner.memory(Options(4, "zero3")), planner.memory(Options(4, "fsdp2", context_parallel=4))
+    # float32 weights, gradients and two moments, over all ranks
+    assert (ring.weights, ring.gradients, ring.optimizer) == tuple(n * zero3.gradients for n in (1, 1, 2))
+    # a pass over a quarter of the sequence, but for pieces of logits and of weights of constant size
+    assert ring.activations < 0.5 * zero3.activations and ring.logits == zero3.logits / 4
+    layer, rest = 64 * (64 + 2 * 32 + 64 + 3 * 160 + 2), 2 * 512 * 64 + 64
+    whole = 2 * (2 * rest + 3 * layer) + 4 * rest  # bfloat16 weights and gradients, float32 gradients to be summed
+    # Of 2 sequences of 64 tokens, heads of 16: bfloat16 keys and values of 2 heads twice, and in float32 three times
+    # beside two gradients of queries of 4 heads.
+    buffers = 2 * 64 * 16 * (2 * 2 * 4 + 4 * (3 * 4 + 2 * 4))
+    assert ring.gathered == pytest.approx(whole + buffers, rel=0.01)
+
+
+def test_ways_to_share_sequences_by_ring_attention_are_listed_or_refused_with_the_reason(capsys):
+    recipe = small()
+    rings = [options for options in Planner(recipe).alternatives(4) if options.context_parallel > 1]
+    assert [(options.engine, options.context_parallel) for options in rings] == [("fsdp2", 2), ("fsdp2", 4)]
+    command = rings[0].command("demo", recipe)
+    assert "configs/accelerate/fsdp2.yaml" in command and command.endswith("--context-parallel 2")
+    assert "--sequence-parallel 1" in rings[0].command("x", replace(recipe, sequence_parallel=4))
+    for fields, message in (({"scaling": "dynamic-yarn:4"}, "no rank sees"), ({"documents": "separate"}, "no masks")):
+        planner = Planner(replace(recipe, **fields))
+        (refused,) = [options for options in planner.alternatives(4) if options.context_parallel > 1]
+        with pytest.raises(ConfigError, match=message):
+            planner.memory(refused)
 
 
 def test_adapters_need_room_for_adapters():
