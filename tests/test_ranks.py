@@ -114,6 +114,7 @@ def test_ranks_that_share_sequences_train_like_one(workspace, straight, tmp_path
     assert_trained_alike(straight, tmp_path / "sp")
 
 
+@pytest.mark.slow
 def test_ranks_that_share_sequences_by_ring_attention_train_like_one(workspace, straight, tmp_path):
     """Stopped and continued once. Two rings of two ranks, so each has every second row, and two stretches of it."""
     extra = ("--context-parallel", "2")
