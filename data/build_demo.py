@@ -2,7 +2,7 @@
 
     python data/build_demo.py --texts FOLDER --tokenizer models/tiny-llama-256 --output data/cache/demo-2048
 
-A row opens with BOS and is a stretch of one text, or, one in ten, a document with up to four facts that are asked for
+A row opens with BOS and is a stretch of one text, or, three in twenty, a document with up to four facts that are asked for
 at its end (`texts.needles`), in wordings that no test uses. The answers weigh eight times as much as other tokens.
 """
 
@@ -24,7 +24,7 @@ from scaled_rope.texts.packed import PackedWriter, open_packed
 
 LENGTH = 2048
 ROWS = 240  # what 60 steps of 4 rows take
-NEEDLES = 0.1
+NEEDLES = 0.15
 MOST_NEEDLES = 4
 DULL = 0.35
 """The share of documents with facts whose filler is a few dull sentences, again and again, in place of a text."""

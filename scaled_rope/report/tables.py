@@ -18,7 +18,7 @@ from scaled_rope.evaluation.pooled_seeds import pooled
 from scaled_rope.report.row_files import newest, read_row_files, row_date
 from scaled_rope.results import OUT_OF_MEMORY, Row, portable_model
 from scaled_rope.scaling.record import RopeScaling
-from scaled_rope.texts.corpora import STANDIN, STANDINS
+from scaled_rope.texts.corpora import CORPORA, STANDIN, STANDINS
 
 Column = tuple[int, str]
 """The key of a table's column: a context length in tokens (0 for none), and a text that tells columns of one length
@@ -521,7 +521,9 @@ def describe(section: Section) -> str:
             said.append(f"for each of the seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}")
     if any(row.get("error") == OUT_OF_MEMORY for row in rows):
         said.append("OOM: ran out of memory")
-    text = STANDINS.get(str(data.get("name", "")).removeprefix(STANDIN))
+    name = str(data.get("name", ""))
+    held_out = any(name in corpus.folders for corpus in CORPORA.values())  # a folder, though named as a stand-in is
+    text = None if held_out else STANDINS.get(name.removeprefix(STANDIN))
     return "; ".join([", ".join(said), *([text.seen] if text else []), *unmeasured(section)])
 
 

@@ -124,3 +124,13 @@ def test_methods_are_named_as_in_papers_and_constants_are_told_apart(tmp_path: P
     ]
     alone = load_results([write(tmp_path / "alone", perplexities("yarn:4", "novels", {64: 30.0}))]).series
     assert [one.name for one in alone] == ["yarn x4"]
+
+
+def test_a_corpus_s_own_folder_is_not_taken_for_a_stand_in(tmp_path: Path) -> None:
+    """Texts of both are called "bible"; only the stand-in's may have been read by any model."""
+    rows = [row for row in read_rows(write_rows(tmp_path / "rows.jsonl")) if row["metric"] == "perplexity"]
+    for name, said in (("bible", False), ("standin:bible", True), ("sotu", True)):
+        named = [{**row, "data": {**row["data"], "name": name}} for row in rows]
+        page = report.main([str(write(tmp_path / f"{name}.jsonl", named)), "--output", str(tmp_path / "page")])
+        assert page == 0
+        assert ("partly recall" in (tmp_path / "page" / "report.html").read_text()) is said
