@@ -2,8 +2,8 @@
 
     python data/build_demo.py --texts FOLDER --tokenizer models/tiny-llama-256 --output data/cache/demo-2048
 
-A row opens with BOS and is a stretch of one text, or, three in twenty, a document with up to four facts that are asked for
-at its end (`texts.needles`), in wordings that no test uses. The answers weigh eight times as much as other tokens.
+A row opens with BOS and is a stretch of one text, or, three in twenty, a document with up to four facts that are asked
+for at its end (`texts.needles`), in wordings that no test uses. The answers weigh eight times as much as other tokens.
 """
 
 from __future__ import annotations
