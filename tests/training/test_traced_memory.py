@@ -40,16 +40,17 @@ def test_a_traced_pass_holds_what_a_real_one_holds(checkpointing, precision, acc
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("length", [2, 16, 256])  # gradients weigh most, then casts of weights, then activations
-def test_a_few_layers_tell_what_many_hold(checkpointing, precision, lora, length):
+@pytest.mark.parametrize(
+    ("length", "precision"), [(2, "bf16"), (16, "bf16"), (256, "fp32")]
+)  # gradients weigh most, then casts of weights, then activations
+def test_a_few_layers_tell_what_many_hold(checkpointing, lora, length, precision):
     """To the byte."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoConfig, AutoModelForCausalLM
 
     recipe = replace(small(gradient_checkpointing=checkpointing), precision=precision)
-    fields = {**recipe.init, "num_hidden_layers": 8}
+    fields = {**recipe.init, "num_hidden_layers": 6}
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
 
     def trace(layers, accumulating):
@@ -65,8 +66,8 @@ def test_a_few_layers_tell_what_many_hold(checkpointing, precision, lora, length
             return trace_pass(SummedLoss(model), 2, length, precision == "bf16", accumulating, kept)
 
     for accumulating in (False, True):
-        few, more, all_ = (trace(layers, accumulating) for layers in (3, 4, 8))
-        told = few.with_layers(3, more, 4, 8)
+        few, more, all_ = (trace(layers, accumulating) for layers in (3, 4, 6))
+        told = few.with_layers(3, more, 4, 6)
         assert (told.peak, told.kept) == (all_.peak, all_.kept)
         assert few.peak < more.peak < all_.peak
 
