@@ -404,7 +404,9 @@ def kill(name: str, place: Place, known: Known, rng: random.Random) -> dict[str,
         text = said(place) if group or run.ranks == 1 else place.text.read_text()
         allowed = {signal.SIGKILL: {-9}, signal.SIGTERM: {-15, 143}, signal.SIGINT: {130}}[number]
         if run.ranks == 1 and not set(codes) <= allowed | {0}:
-            raise Bad("wrong code", f"{signal.Signals(number).name} and {codes}: {text[-3000:]}")
+            # One that was killed before, and now ends by itself with an error, does not find its way back.
+            outcome = "lost" if len(record["codes"]) > 1 else "wrong code"
+            raise Bad(outcome, f"{signal.Signals(number).name} and {codes}: {text[-3000:]}")
         if not any(codes):
             break
     if any(record["codes"][-1]):

@@ -30,7 +30,7 @@ os.environ.setdefault("SCALED_ROPE_KERNEL", "none")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="run the tests that take more than a minute, too")
+    parser.addoption("--slow", action="store_true", help="run the tests that take most of a minute or more, too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -72,7 +72,7 @@ MISTAKES = {
     "eval/harness.py --tasks ,": "tasks=',': must name at least one task",
     "eval/passkey.py --output README.md/rows.jsonl": "file 'README.md/rows.jsonl' cannot be used: README.md is no "
     "folder that can be written to",
-    "-m scaled_rope tune": "give --dataset: a path, a hub name or a corpus (books)",
+    "-m scaled_rope tune": "give --dataset: a path, a hub name or a corpus (books, demo)",
     "finetune.py demo --sequence-lenght 5": "unrecognized arguments: --sequence-lenght 5; did you mean "
     "'--sequence-length' or '--sequence-parallel'? (see finetune.py --help)",
     "finetune.py demo --attention sdap": "unknown attention 'sdap'; did you mean 'sdpa'? known: "

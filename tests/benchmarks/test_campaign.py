@@ -31,6 +31,7 @@ def test_a_small_campaign_of_real_runs(tmp_path: Path) -> None:
         assert {f"damage: packed set: 0: set/{name}, {how}" for how in DAMAGES} <= {row["trial"] for row in rows}
 
 
+@pytest.mark.slow
 def test_what_must_not_be_is_noticed(tmp_path: Path) -> None:
     ways = ("sound", "different", "lost", "traceback", "hang", "orphans")
     rows = campaign_rows(tmp_path, ways, {"kill": dict.fromkeys(ways, 6)}, SECONDS=1.0, _GRACE=0.2)
