@@ -48,7 +48,7 @@ STARTS = {"finetune.py": "training", "tokenization.py": "tokenization", "eval/pe
 """Script -> the run whose flags it gets when a new interpreter is interrupted."""
 DAMAGED = {"state": "training", "state, two ranks": "training, two ranks", "packed set": "tokenization",
            "set to train on": "training", "saved losses": "perplexity, --save-nll", "rows": "perplexity"}  # fmt: skip
-"""What is damaged -> the run that reads it."""
+"""Damaged thing -> the run that reads it."""
 HEAVY = {"training": 40, "training, adapters": 15, "training, two ranks": 20, "tune": 20, "report": 15}
 """Kills of the runs that take seconds of a processor; the others take tenths of one."""
 COUNTS: dict[str, dict[str, int]] = {
@@ -70,7 +70,7 @@ PHASES = (("kill", "full disk", "removed", "read-only", "damage"), ("start",), (
 
 
 Trial = tuple[str, Callable[[], Row]]
-"""What is done, and the function that does it."""
+"""Kinds of trials, and the function that does each."""
 
 
 def template(what: str, place: Place) -> Row:
@@ -217,7 +217,7 @@ class Campaign:
         return Place(self.inputs, folder)
 
     def known(self, name: str) -> Known:
-        """What the run leaves when nothing disturbs it; found out once."""
+        """The files of a run that nothing disturbs; found out once."""
         if name not in self._known:
             if RUNS[name].needs_server and "CAMPAIGN_SERVER" not in os.environ:
                 os.environ["CAMPAIGN_SERVER"] = serve(self.inputs / "model")

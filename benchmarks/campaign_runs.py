@@ -23,7 +23,7 @@ PRELOAD = (
     "scaled_rope.tuning.search", "scaled_rope.certificate.command", "http.server", "multiprocessing.pool",
     "concurrent.futures.process",
 )  # fmt: skip
-"""What the process imports that all runs are forked from."""
+"""Modules that the process imports from which all runs are forked."""
 
 LENGTH = 48
 _STORY = "A grey cat sat by the sea, and the sea sang to it of ships. Then the rain came. "

@@ -49,7 +49,7 @@ _WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdi
 
 
 class Bad(Exception):
-    """What was seen is no good outcome: its name, and what shows it."""
+    """A bad outcome: its name, and what shows it."""
 
     def __init__(self, outcome: str, shown: str) -> None:
         super().__init__(f"{outcome}: {shown}")
@@ -69,7 +69,7 @@ class Place:
 
     @property
     def text(self) -> Path:
-        """What the processes print."""
+        """The file for all that the processes print."""
         return self.folder / "said.txt"
 
     def clear(self) -> None:
@@ -226,7 +226,7 @@ def _keep(pipe: int, path: Path) -> None:
 
 
 def _work(run: Run, place: Place, rank: int, port: str, operation: int | None, act: Any, more: Sequence[str]) -> int:
-    """What a process of a run does after it was forked; the exit code of its script."""
+    """Run a script in a process that was just forked; returns its exit code."""
     gc.freeze()
     os.chdir(ROOT)
     sys.stdout = open(1, "w", buffering=1, closefd=False)
@@ -283,7 +283,7 @@ def _free_port() -> str:
 
 
 def said(place: Place) -> str:
-    """What the processes printed.
+    """All that the processes printed.
 
     Raises:
         Bad: a traceback.
@@ -308,7 +308,7 @@ def refusal(text: str, ranks: int = 1, start: str = "error: ") -> str:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a run that nothing disturbs."""
+    """Facts about a run that nothing disturbs."""
 
     left: dict[str, str]
     seconds: float
@@ -536,7 +536,7 @@ def unmount(folder: Path) -> None:
 
 
 def in_own_process(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a function returns, of a process of its own. A `Bad` becomes a record with its outcome."""
+    """Call a function in a process of its own and return its result. A `Bad` becomes a record with its outcome."""
     receive, send = os.pipe()
     pid = os.fork()
     if pid == 0:

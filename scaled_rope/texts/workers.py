@@ -26,7 +26,7 @@ Made = TypeVar("Made")
 
 
 def _work(pipe: Connection, begin: Callable[..., object], settings: tuple[Any, ...]) -> None:
-    """What a process does: call `begin`, then answer each (function, batch) with (whether it succeeded, result)."""
+    """Serve as a process: call `begin`, then answer each (function, batch) with (whether it succeeded, result)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its processes itself
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()

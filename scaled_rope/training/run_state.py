@@ -213,7 +213,7 @@ def _beside(state: Path, name: str) -> Path | None:
 
 
 def continuation(recipe: Recipe, state: Path | None) -> dict[str, Any] | None:
-    """What a run with `continue_from` was continued from, for its records; `state` is where it starts now.
+    """The run that one with `continue_from` was continued from, for its records; `state` is where it starts now.
 
     Returns:
         None where it wasn't; "state", "step", "recipe", and "continued_from" where that run was continued itself.
