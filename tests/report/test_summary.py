@@ -72,9 +72,16 @@ def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
 def test_the_committed_rows() -> None:
     summary = summarize(load_results([str(ROOT / "data" / "demo_rows.jsonl")], "out/demo/model"))
     assert summary is not None and summary.models == ["yarn x8 (fine-tuned)", "unscaled"]
-    assert summary.lines["works to, by perplexity"][0].more == "its control was not measured"
-    assert summary.lines["works to, by retrieval"][0].text == "not even at 256 tokens, the shortest measured"
-    assert "by retrieval it does not work even at 256 tokens, the shortest measured;" in summary.sentence
+    tuned = {question: answers[0] for question, answers in summary.lines.items()}
+    assert (tuned["works to, by perplexity"].text, tuned["works to, by perplexity"].more) == (
+        "2048 tokens",
+        "of 2 texts, on bible",
+    )
+    assert tuned["works to, by retrieval"].text == "2048 tokens"
+    assert tuned["works to, by retrieval"].more.startswith("finds 50 of 50 at 2048")
+    assert tuned["better than its base cut short"].text == "yes"
+    assert summary.lines["works to, by perplexity"][1].text == "no further than 256 tokens"
+    assert summary.lines["uses what stands further back"][1].text == "harms"
 
 
 def test_retrieval_stops_at_the_first_length_that_is_missed(tmp_path: Path) -> None:
