@@ -62,7 +62,9 @@ def test_two_ranks_that_a_launcher_started_train_like_one(workspace, straight, t
     assert_trained_alike(straight, tmp_path / "zero3")
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "zero3_offload", "fsdp2"])
+@pytest.mark.parametrize(
+    "engine", ["ddp", "zero2", "zero3", pytest.param("zero3_offload", marks=pytest.mark.slow), "fsdp2"]
+)
 def test_two_ranks_train_like_one(workspace, straight, tmp_path, engine):
     if engine.startswith("zero"):
         need_deepspeed()
