@@ -536,7 +536,7 @@ def steps(recipe: Recipe) -> dict[str, int]:
             if first:
                 found[f"{plural} before training"] = sum(_tokens(name, flags, scaling) for scaling in first)
             if others:
-                work = sum(_tokens(name, fewer, scaling) for scaling in others)
+                work = sum(_tokens(name, ["--control", "off", *fewer], scaling) for scaling in others)
                 found[f"{plural} of scalings without training"] = work
             found[f"{plural} after training"] = _tokens(name, flags, recipe.scaling or "default")
     return found | ({"report": 0} if recipe.evaluate else {})
