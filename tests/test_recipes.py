@@ -432,9 +432,7 @@ def test_the_work_of_a_recipes_steps(tmp_path):
     assert fewer["passkeys before training"] == fewer["passkeys after training"] == 10 * 3 * 2 * (64 + 128)
     assert fewer["passkeys of scalings without training"] == 2 * 64
     file.write_text(
-        file.read_text().replace(
-            "perplexity: ", "perplexity_zero_shot: '--windows 2 --lengths 8,16', perplexity: "
-        )
+        file.read_text().replace("perplexity: ", "perplexity_zero_shot: '--windows 2 --lengths 8,16', perplexity: ")
     )
     fewer = recipes.steps(read_recipe(str(file)))
     assert fewer["perplexity before training"] == 2 * 3 * (16 + 4 * 16)

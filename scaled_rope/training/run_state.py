@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -353,11 +354,14 @@ def save_state(accelerator: Any, recipe: Recipe, step: int) -> Path:
         for name in _COPIED:
             shutil.copyfile(Path(recipe.output_dir) / name, staged / name)
     accelerator.wait_for_everyone()
-    mine = entries(staged, state_files(staged)[rank::ranks])
+    own = state_files(staged)[rank::ranks]
+    with ThreadPoolExecutor(1) as pool:  # hashes cost nearly nothing while the disk is waited for
+        hashing = pool.submit(entries, staged, own)
+        for name in own:
+            sync(staged / name)
+        mine = hashing.result()
     files = {name: entry for part in gather_object([mine]) for name, entry in part.items()}
     if accelerator.is_main_process:
-        for name in files:
-            sync(staged / name)
         facts = {"step": step, "ranks": ranks, "engine": engine_name(accelerator)}
         write_manifest(staged, facts, files)
         shutil.rmtree(final, ignore_errors=True)  # there when an older state was resumed
