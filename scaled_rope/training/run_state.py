@@ -33,6 +33,28 @@ def gather_object(mine: list[Any]) -> list[Any]:
     return list(gathered(mine))
 
 
+@contextlib.contextmanager
+def refused_on_all_ranks() -> Iterator[None]:
+    """End all ranks with the error that one of them raised inside, said once on each machine. All must enter.
+
+    Otherwise those that wait for it would say that they lost the connection. Nothing inside may call other ranks.
+
+    Raises:
+        ConfigError, OSError: as one was raised inside, on the first rank of each machine.
+        SystemExit: in its place with code 2, on the others.
+    """
+    mine: Exception | None = None
+    try:
+        yield
+    except (ConfigError, OSError) as error:
+        mine = error
+    said = [text for text in gather_object([None if mine is None else str(mine)]) if text is not None]
+    if said and os.environ.get("LOCAL_RANK", "0") != "0":
+        raise SystemExit(2)
+    if said:
+        raise mine or ConfigError(said[0])
+
+
 def sync(path: Path) -> None:
     """Make sure that a file is on the disk."""
     handle = os.open(path, os.O_RDONLY)
