@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import shlex
 import sys
@@ -442,18 +443,18 @@ def read_recipe(name: str, overrides: Mapping[str, Any] | None = None, also: Seq
     path = Path(name) if name.endswith((".yaml", ".yml")) else available().get(name)
     if path is None:
         raise unknown("recipe", name, [*available(), *also])
-    if not path.is_file():
+    if not os.path.isfile(path):  # False for names that no file can have, where Path.is_file raises
         raise ConfigError(f"recipe file {path} does not exist")
     fields = read_yaml(path)
     if base := fields.pop("base", None):
         named = isinstance(base, str) and re.fullmatch(r"[\w.-]+", base) is not None
         beside = path.with_name(f"{base}.yaml") if named else path
-        parent = read_yaml(beside) if named and beside.is_file() else None
+        parent = read_yaml(beside) if named and os.path.isfile(beside) else None
         if parent is None or "base" in parent:
             raise ConfigError(f"{path}: base {base!r} is not allowed; a recipe beside it that has no base itself")
         fields = parent | fields
     model = fields.get("model")
-    if isinstance(model, str) and not Path(model).exists() and bundled(model).is_dir():
+    if isinstance(model, str) and not os.path.exists(model) and os.path.isdir(bundled(model)):
         fields["model"] = str(bundled(model))  # the embedded model, seen from outside the checkout
     return make_recipe({"name": path.stem} | fields | dict(overrides or {}), str(path))
 

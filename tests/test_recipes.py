@@ -404,6 +404,18 @@ def test_unknown_recipe_fields_and_types_are_refused(tmp_path):
         read_recipe(str(tmp_path / "b.yaml"))
 
 
+def test_names_that_no_file_can_have_are_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="recipe file y+.yaml does not exist"):
+        read_recipe("y" * 300 + ".yaml")
+    file = tmp_path / "a.yaml"
+    file.write_text(f"base: {'y' * 300}\n")
+    with pytest.raises(ConfigError, match="base 'y+' is not allowed; a recipe beside it"):
+        read_recipe(str(file))
+    file.write_text(f"model: {'y' * 5000}\n")
+    with pytest.raises(ConfigError, match="field output_dir is missing"):
+        read_recipe(str(file))
+
+
 def test_the_work_of_a_recipes_steps(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(
