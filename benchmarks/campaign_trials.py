@@ -7,7 +7,7 @@ A trial works in a process of its own, which starts the processes of the run as 
     lost        it could not be brought to its end any more
     different   it ended well and left something else
     traceback   some process printed one
-    hang        its processes neither ended nor computed for `SECONDS`
+    hang        its processes neither ended nor computed for `SECONDS`, or computed for ten times as long
     orphans     processes outlived the one that started them
     wrong code  an exit code that does not say what happened, or an error that is not one line
 """
@@ -125,8 +125,8 @@ class Processes:
         Raises:
             Bad: they did not end, or left others behind.
         """
-        limit, used = time.monotonic() + SECONDS, 0.0
-        while not self.wait(0.05) and not any(self.codes.values()) and time.monotonic() < limit:
+        limit, used, last = time.monotonic() + SECONDS, 0.0, time.monotonic() + 10 * SECONDS
+        while not self.wait(0.05) and not any(self.codes.values()) and time.monotonic() < min(limit, last):
             if (now := _processor_seconds(self.ids[0])) > used + _LEAST:
                 limit, used = time.monotonic() + SECONDS, now
         hung = not self.codes and not self.wait(0)
@@ -146,7 +146,7 @@ class Processes:
             os.killpg(self.ids[0], signal.SIGKILL)
         self.reader.join(5)
         if hung:
-            raise Bad("hang", f"no progress for {SECONDS:g} s")
+            raise Bad("hang", f"no progress for {SECONDS:g} s, or none that ended it in {10 * SECONDS:g} s")
         if left:
             raise Bad("orphans", f"{len(left)} processes")
         return [self.codes[pid] for pid in self.ids]
