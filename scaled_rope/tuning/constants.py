@@ -53,10 +53,13 @@ Axes = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
 
 
 def factor_grid(start: RopeScaling) -> tuple[float, ...]:
-    """Attention factors to try: from 0.9 to that of the paper in five equal steps, and one step beyond."""
+    """Attention factors to try: from 0.9 to that of the paper in five equal steps, and three steps beyond.
+
+    Beyond, since retrieval far away may want more contrast than the loss does (docs/tuning.md).
+    """
     paper = start.static_attention_factor
     step = (paper - 0.9) / _STEPS
-    return tuple(round(0.9 + index * step, 4) for index in range(_STEPS + 2))
+    return tuple(round(0.9 + index * step, 4) for index in range(_STEPS + 4))
 
 
 def default_axes(start: RopeScaling) -> Axes:
