@@ -138,17 +138,18 @@ class Passes:
 
     def __init__(self, candidates: Sequence[RopeScaling], lengths: Iterable[int], head_dim: int) -> None:
         """candidates: all that may be measured, in their order; lengths: those that are asked for, in tokens."""
-        self._records: dict[tuple[Any, ...], RopeScaling] = {}
+        first: dict[tuple[Any, ...], RopeScaling] = {}
+        self._at: dict[tuple[RopeScaling, int], RopeScaling] = {}
         self._longest: dict[RopeScaling, int] = {}
-        self._head_dim = head_dim
         for length in lengths:
             for one in candidates:
-                stands = self._records.setdefault(identity(one, length, head_dim), at_length(one, length))
+                stands = first.setdefault(identity(one, length, head_dim), at_length(one, length))
+                self._at[one, length] = stands
                 self._longest[stands] = max(length, self._longest.get(stands, 0))
 
     def at(self, scaling: RopeScaling, length: int) -> RopeScaling:
         """The static scaling that stands for a candidate at a length."""
-        return self._records[identity(scaling, length, self._head_dim)]
+        return self._at[scaling, length]
 
     def longest(self, static: RopeScaling) -> int:
         """The longest length that a static scaling is needed for: its one pass yields the others."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import html
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from scaled_rope.evaluation.controls import CONTROL, Control
 from scaled_rope.evaluation.formatting import format_perplexity
 from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.statistics import format_share, tally
+from scaled_rope.evaluation.windows import perplexity
 from scaled_rope.report.contents import parts, read_report
 from scaled_rope.report.html import PageSection, build_page, cell_html, note_html, rows_html
 from scaled_rope.results import Row, write_atomic
@@ -135,7 +135,7 @@ def _line(one: Judged, advice: Advice) -> str:
     by_length = "\n".join(f"at {length}: {format_share(row)}" for length, row in one.found.items())
     by_place = "\n".join(f"to {end}: {change}" for end, change in one.buckets.items())
     cells = [
-        cell_html(one.spec, format_perplexity(math.exp(one.measured.loss)), bold, first=bold != ""),
+        cell_html(one.spec, format_perplexity(perplexity(one.measured.loss, 1)), bold, first=bold != ""),
         cell_html(f"{one.spec}\n{by_place}", one.total.short, bold, _interval(one.total)),
         cell_html(f"{one.spec}\n{by_length}", f"{right}/{n}" if n else "–", bold),
         cell_html(one.spec, one.short.short, bold, _interval(one.short)),

@@ -94,6 +94,10 @@ class TimedStore(RowStore):
 
         return super().get(cell, title, timed)
 
+    def holds(self, key: str) -> bool:
+        """Whether there is a row with this key."""
+        return key in self._rows
+
     def keep(self, row: Row) -> None:
         """Append a row that was not measured, such as the course of a round, for `find`."""
         append_row(self.path, {**row, "provenance": self._record}, once=True)
@@ -246,6 +250,8 @@ class Trials:
     control_score: ControlScore
     costs: Costs
     advance: Advance = lambda title, seconds: None
+    _keys: dict[tuple[RopeScaling | None, int, int], str] = field(default_factory=dict, init=False, repr=False)
+    """By scaling, item and length; items live as long as the material does."""
 
     @property
     def target(self) -> int:
@@ -280,24 +286,36 @@ class Trials:
         total = 0.0
         if unit.window is not None:
             for scaling, (length, _) in self._windows(candidate, within).items():
-                (cell,) = self._sweep(length).cells([scaling], [unit.window])
-                total += self._unknown(cell, taken, self.costs.of(scaling, length))
+                key = self._key(scaling, unit.window, length)
+                total += self._unknown(key, taken, self.costs.of(scaling, length))
         for length, prompt in unit.prompts.items():
             scaling = self.passes.at(candidate.scaling, length)
-            (cell,) = self.answers.cells([scaling], [prompt])
-            total += self._unknown(cell, taken, self.costs.of(scaling, length))
+            total += self._unknown(self._key(scaling, prompt, length), taken, self.costs.of(scaling, length))
         return total
 
     def control_cost(self, unit: Unit, taken: set[str]) -> float:
         """Seconds of the control of a unit."""
         if unit.window is None:
             return 0.0
-        (cell,) = self._control_sweep().cells([self._unscaled()], [unit.window])
-        return self._unknown(cell, taken, self.costs.of_control(self.control, self.target))
+        seconds = self.costs.of_control(self.control, self.target)
+        return self._unknown(self._key(None, unit.window, self.target), taken, seconds)
 
-    def _unknown(self, cell: Row, taken: set[str], seconds: float) -> float:
-        key = row_key(cell)
-        if self.store.find(cell) is not None or key in taken:
+    def _key(self, scaling: RopeScaling | None, item: ScoredWindow | PasskeyPrompt, length: int) -> str:
+        """The key of a row; scaling None: of the control."""
+        place = scaling, id(item), length
+        if place not in self._keys:
+            if isinstance(item, PasskeyPrompt):
+                assert scaling is not None
+                cells = self.answers.cells([scaling], [item])
+            elif scaling is None:
+                cells = self._control_sweep().cells([self._unscaled()], [item])
+            else:
+                cells = self._sweep(length).cells([scaling], [item])
+            self._keys[place] = row_key(cells[0])
+        return self._keys[place]
+
+    def _unknown(self, key: str, taken: set[str], seconds: float) -> float:
+        if self.store.holds(key) or key in taken:
             return 0.0
         taken.add(key)
         return seconds

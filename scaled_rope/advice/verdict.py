@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from scaled_rope.advice.trials import Measured
-from scaled_rope.evaluation.controls import Change, Control, compare
+from scaled_rope.evaluation.controls import NEGLIGIBLE, Change, Control, compare
 from scaled_rope.evaluation.perplexity_rows import Sums, truncated_row
 from scaled_rope.evaluation.statistics import PASSED, Difference, paired_difference, tally
+from scaled_rope.evaluation.windows import perplexity
 from scaled_rope.results import Row
 
 SERVERS = ("transformers", "vllm", "sglang", "llama.cpp")
@@ -179,7 +180,7 @@ def choose(judged: Sequence[Judged]) -> tuple[Judged, list[Judged]]:
 
     def as_low(one: Judged) -> bool:
         gain = loss_difference(one.measured, lowest.measured)
-        return not (gain.shown and gain.value > 0)
+        return not (gain.shown and gain.value > NEGLIGIBLE)
 
     equal = [one for one in able if one is lowest or as_low(one)]
     first = min(equal, key=lambda one: (-one.works_to, -len(one.served_by), one.measured.loss))
@@ -354,7 +355,7 @@ def as_json(one: Judged, original: int) -> Row:
         "level_to": one.level_to,
         "retrieves_to": one.retrieves_to,
         "windows": len(one.measured.nats),
-        "perplexity_beyond": math.exp(one.measured.loss),
+        "perplexity_beyond": perplexity(one.measured.loss, 1),
         "against_control": change(one.total),
         "by_position": {str(end): change(found) for end, found in one.buckets.items()},
         "short_length": change(one.short),
@@ -371,6 +372,6 @@ def screened_as_json(one: Measured) -> Row:
     return {
         "spec": one.candidate.spec,
         "windows": len(one.nats),
-        "perplexity_beyond": math.exp(one.loss),
+        "perplexity_beyond": perplexity(one.loss, 1),
         "retrieval": {"right": sum(answers), "n": len(answers)} if answers else None,
     }

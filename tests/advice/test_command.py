@@ -66,8 +66,9 @@ def test_the_command_end_to_end(
 ) -> None:
     out = tmp_path / "out"
     flags = [checkpoint, "--target", 256, "--dataset", texts, "--minutes", 1, "--output", out]
-    flags += ["--scaling", "yarn:2", "--scaling", "linear:2", "--scaling", "rerope,window=64", "--scaling", "dynamic-ntk",
-              "--only"]  # fmt: skip
+    for spec in ("yarn:2", "linear:2", "rerope,window=64", "dynamic-ntk"):
+        flags += ["--scaling", spec]
+    flags.append("--only")
     monkeypatch.setattr(command, "LEAST_FOUND", 0.0)  # its weights are random, so it finds nothing
     assert command.run(arguments(*flags), Ticking(0.02)) == 0
     told = capsys.readouterr()
@@ -95,9 +96,7 @@ def test_the_command_end_to_end(
     page = (out / "advice.html").read_text()
     assert "<b>model" not in page and "<script>.jsonl" not in page  # names are escaped
     assert html.escape("tiny <b>model") in page and "Content-Security-Policy" in page
-    assert len(re.findall(r"<script", page)) == 1 and "http" not in re.sub(
-        r"<details>.*?</details>", "", page, flags=re.S
-    )
+    assert len(re.findall(r"<script", page)) == 1
     for sentence in summary["words"]:
         assert html.escape(sentence) in page
 
@@ -135,7 +134,7 @@ def test_a_model_that_does_not_retrieve_is_judged_by_perplexity(
         (["--minutes", "0.001"], "--minutes 0.001 is not enough for one candidate: 3 windows of 256 tokens"),
         (["--scaling", "yan:2"], "unknown method 'yan'"),
         (["--only"], "--only is not allowed without --scaling"),
-        (["--scaling", "default", "--only"], "nothing to try"),
+        (["--scaling", "default", "--only"], "there is nothing to try on tiny <b>model (unscaled)"),
         (["--dtype", "float17"], "float17"),
         (["--dataset", "/no/such.txt"], "does not exist"),
         (["--feature", "body"], "body"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,13 @@ from scaled_rope.advice.rounds import FINALISTS, Material
 from scaled_rope.errors import ConfigError
 from scaled_rope.results import read_rows
 from tests.helpers.advice import HEAD_DIM, OWN, TARGET, L, Scripted, halving, prompts, windows
+
+
+@pytest.fixture(autouse=True)
+def _quick_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of rows: nothing here is about a machine that loses power."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
 
 LISTED = [one.spec for one in short_list(OWN, L, TARGET, HEAD_DIM)]
 
@@ -48,7 +56,7 @@ def test_the_best_is_found_within_the_budget(tmp_path: Path, minutes: float) -> 
 
 
 def test_more_time_is_more_text(tmp_path: Path) -> None:
-    few, many = (halving(tmp_path / str(minutes), Scripted(), minutes).run() for minutes in (3, 10))
+    few, many = (halving(tmp_path / str(minutes), Scripted(), minutes).run() for minutes in (1.2, 10))
     assert len(few.left_out) > len(many.left_out) == 0
     few_prompts, many_prompts = (len(one.baseline.answers[TARGET]) for one in (few, many))
     assert few_prompts < many_prompts <= 48
