@@ -23,10 +23,10 @@ from scaled_rope.results import read_rows
 from tests.helpers.models import Make
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tiny_model: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def checkpoint(tiny_model: Make, tmp_path: Path) -> Path:
     """A random model of 128 positions with the embedded model's tokenizer."""
-    folder = tmp_path_factory.mktemp("advice") / "tiny <b>model"
+    folder = tmp_path / "tiny <b>model"
     tokenizer = load_tokenizer(str(DEFAULT_MODEL))
     tiny_model(vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
