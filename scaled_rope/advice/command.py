@@ -149,14 +149,15 @@ class _Shown:
     def start(self, number: int, index: int, count: int, expected: float) -> None:
         """A unit of a round begins, which is expected to go on for so many seconds."""
         self.bar.set_description(f"{_ROUNDS[number]}, {count} candidates", refresh=False)
-        later = 0.0 if number == 2 else max(0.0, self.budget.left - expected)
-        self.bar.total = round(self.bar.n + expected + later, 1)
-        self.bar.refresh()
+        left = max(0.0, self.budget.left)
+        # Rounds that screen are followed by others, which take what is left.
+        self.bar.total = round(self.budget.elapsed + (min(left, expected) if number == 2 else left), 1)
+        self.advance("")
 
-    def advance(self, title: str, seconds: float) -> None:
-        """A pass is done that was expected to take so many seconds."""
+    def advance(self, title: str) -> None:
+        """A pass is done: the bar stands for time, so that what is said to be left is what the plan has left."""
         self.bar.set_postfix_str(title, refresh=False)
-        self.bar.update(round(seconds, 3))
+        self.bar.update(round(min(self.budget.elapsed, self.bar.total) - self.bar.n, 1))
 
 
 def run(args: argparse.Namespace, clock: Clock = time.monotonic) -> int:

@@ -168,17 +168,17 @@ class Halving:
         units = self._units(number)
         wanted = -(-2 * len(alive) // 5) if number == 0 and len(alive) > 2 * FINALISTS else FINALISTS
         known = self._known(number)
+        share: float | None = None
         if known is not None:
             chosen = [one for one in alive if one.spec in known["candidates"]]
-            units, share = units[: known["units"]], None
+            units = units[: known["units"]]
             self.left_out.update(known["left_out"])
+        elif len(alive) <= FINALISTS or not self.material.windows[number]:
+            chosen, units = alive, []
         else:
-            if len(alive) <= FINALISTS or not units or not self.material.windows[number]:
+            chosen, share = self._affordable(number, alive, units[0])
+            if len(chosen) < 2:  # the last round takes as many as it has time for
                 chosen, units = alive, []
-                share: float | None = 0.0
-            else:
-                chosen, share = self._affordable(number, alive, units[0])
-                units = units if len(chosen) > 1 else []
         for one in alive:
             if one not in chosen:
                 self.left_out.setdefault(one.spec, "not measured, for lack of time")
@@ -191,21 +191,19 @@ class Halving:
 
     def _affordable(self, number: int, alive: list[Candidate], unit: Unit) -> tuple[list[Candidate], float]:
         """The first candidates that the round's share of the time can pay one unit each for, and that share."""
-        rounds_left = 2 - number
         kept = self._last_cost(self._dearest(alive))
         share = min(self.budget.left / 2, self.budget.left - kept)
-        if rounds_left == 2:  # half of it for the second, if the first can be paid with the other half
-            taken: set[str] = set()
-            if self._unit_cost(alive, unit, False, taken) <= share / 2:
+        if number == 0:  # half of it for the second, if the first can be paid with the other half
+            if self._unit_cost(alive, unit, False, set()) <= share / 2:
                 share /= 2
         chosen: list[Candidate] = []
-        taken, total = set(), 0.0
+        taken, total = set[str](), 0.0
         for one in alive:
             total += self.trials.cost(one, unit, False, taken)
             if total > share:
                 break
             chosen.append(one)
-        return (chosen or alive[:1]), share
+        return chosen, share
 
     def _dearest(self, alive: Sequence[Candidate]) -> list[Candidate]:
         """As many candidates as the last round has, those that would take longest."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -63,9 +63,14 @@ class Budget:
         self.began = self.clock()
 
     @property
+    def elapsed(self) -> float:
+        """Seconds of this run."""
+        return self.clock() - self.began
+
+    @property
     def spent(self) -> float:
         """Seconds, those of earlier runs included."""
-        return self.clock() - self.began + self.replayed
+        return self.elapsed + self.replayed
 
     @property
     def left(self) -> float:
@@ -215,12 +220,6 @@ class Unit:
     prompts: Mapping[int, PasskeyPrompt]
 
 
-class Advance(Protocol):
-    """Is told of the seconds that a step was expected to take when it is done."""
-
-    def __call__(self, title: str, seconds: float) -> None: ...
-
-
 @dataclass(eq=False)
 class Trials:
     """Measures candidates; every pass is a row of the store.
@@ -235,7 +234,7 @@ class Trials:
         control: its windows.
         score, ask, control_score: how the model is read.
         costs: what passes take.
-        advance: progress.
+        advance: is told what was measured.
     """
 
     store: TimedStore
@@ -249,7 +248,7 @@ class Trials:
     ask: Ask
     control_score: ControlScore
     costs: Costs
-    advance: Advance = lambda title, seconds: None
+    advance: Callable[[str], None] = lambda title: None
     _keys: dict[tuple[RopeScaling | None, int, int], str] = field(default_factory=dict, init=False, repr=False)
     """By scaling, item and length; items live as long as the material does."""
 
@@ -345,9 +344,10 @@ class Trials:
         for length, prompt in unit.prompts.items():
             scaling = self.passes.at(candidate.scaling, length)
             answers = self.answers
-            expected = self._check(answers.cells([scaling], [prompt])[0], self.costs.of(scaling, length))
+            (cell,) = answers.cells([scaling], [prompt])
+            self._check(cell, self.costs.of(scaling, length))
             (answer,) = answers.measure(scaling, [prompt])
-            self._note(answers.cells([scaling], [prompt])[0], scaling, length, expected, candidate.spec)
+            self._note(cell, scaling, length, candidate.spec)
             into.answers.setdefault(length, []).append(answer)
             into.prompts.setdefault(length, []).append(prompt)
 
@@ -357,31 +357,29 @@ class Trials:
             return
         sweep = self._control_sweep()
         (cell,) = sweep.cells([self._unscaled()], [unit.window])
-        expected = self._check(cell, self.costs.of_control(self.control, self.target))
+        self._check(cell, self.costs.of_control(self.control, self.target))
         means = sweep.measure([self._unscaled()], [unit.window])[0, 0]
-        self._note(cell, None, self.target, expected, "control")
+        self._note(cell, None, self.target, "control")
         into.nats.append(means)
         into.windows.append(unit.window)
 
     def _timed(self, sweep: Sweep, scaling: RopeScaling, window: ScoredWindow, length: int) -> Row:
         (cell,) = sweep.cells([scaling], [window])
-        expected = self._check(cell, self.costs.of(scaling, length))
+        self._check(cell, self.costs.of(scaling, length))
         sweep.measure([scaling], [window])
-        return self._note(cell, scaling, length, expected, scaling.label)
+        return self._note(cell, scaling, length, scaling.label)
 
-    def _check(self, cell: Row, seconds: float) -> float:
-        if self.store.find(cell) is not None:
-            return 0.0
-        if seconds > self.store.budget.left:
+    def _check(self, cell: Row, seconds: float) -> None:
+        """Raise `OutOfTime` for a pass that is not known and would not fit."""
+        if self.store.find(cell) is None and seconds > self.store.budget.left:
             raise OutOfTime
-        return seconds
 
-    def _note(self, cell: Row, scaling: RopeScaling | None, length: int, expected: float, title: str) -> Row:
+    def _note(self, cell: Row, scaling: RopeScaling | None, length: int, title: str) -> Row:
         row = self.store.find(cell)
         assert row is not None  # just measured
         if "seconds" in row:
             self.costs.add(scaling, length, row["seconds"])
-        self.advance(title, expected)
+        self.advance(title)
         return row
 
     def _unscaled(self) -> RopeScaling:
