@@ -70,7 +70,7 @@ def test_the_command_end_to_end(
         flags += ["--scaling", spec]
     flags.append("--only")
     monkeypatch.setattr(command, "LEAST_FOUND", 0.0)  # its weights are random, so it finds nothing
-    assert command.run(arguments(*flags), Ticking(0.02)) == 0
+    assert command.run(arguments(*flags), Ticking(0.1)) == 0
     told = capsys.readouterr()
     word = told.out.split(": ", 1)[0]
     assert word in ("USE", "PARTLY", "NONE") and "scaled-rope export" in told.out or word == "NONE"
@@ -104,7 +104,7 @@ def test_the_command_end_to_end(
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(ModelLoader, "__call__", refuse)
-    assert command.run(arguments(*flags, "--json"), Ticking(0.02)) == 0  # a finished run reads no weights
+    assert command.run(arguments(*flags, "--json"), Ticking(0.1)) == 0  # a finished run reads no weights
     again = json.loads(capsys.readouterr().out)
     assert read_rows(out / "rows.jsonl") == rows
     for one in (again, summary):
@@ -116,7 +116,7 @@ def test_a_model_that_does_not_retrieve_is_judged_by_perplexity(
     checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = [checkpoint, "--target", 256, "--dataset", texts, "--output", tmp_path / "out", "--scaling", "yarn:2"]
-    assert command.run(arguments(*flags, "--only"), Ticking(0.02)) == 0
+    assert command.run(arguments(*flags, "--only"), Ticking(0.1)) == 0
     told = capsys.readouterr()
     assert "Retrieval is left out" in told.err and "retrieval" not in told.out
     assert {row["metric"] for row in read_rows(tmp_path / "out" / "results.jsonl")} == {"perplexity"}
