@@ -32,6 +32,7 @@ from scaled_rope.advice.recipe import write_recipe
 from scaled_rope.advice.rounds import PROMPTS, Halving, Material, Outcome
 from scaled_rope.advice.trials import Budget, Clock, Costs, TimedStore, Trials, model_control
 from scaled_rope.advice.verdict import (
+    AS_IT_IS,
     SERVERS,
     Advice,
     Judged,
@@ -299,6 +300,7 @@ def _answer(
     use, equal = choose(judged)
     training = _training(use, judged)
     notes += _remarks(outcome)
+    judged.sort(key=lambda one: (one is not use, one.measured.loss))
     advice = Advice(use, equal, judged, ends[0], trials.target, trials.control, training, notes)
     recipe = None
     if training is not None:
@@ -334,6 +336,7 @@ def _answer(
         "verdict": advice.verdict.partition(": ")[0].lower(),
         "use": use.spec,
         "works_to": use.works_to,
+        "to_be_served": None if advice.served is None else advice.served.spec,
         "equal": [one.spec for one in equal],
         "words": advice.sentences(),
         "notes": notes,
@@ -362,9 +365,12 @@ def _answer(
 
 
 def _training(use: Judged, judged: Sequence[Judged]) -> Judged | None:
-    """The scaling to train with: the one to use, or where it changes attention or nothing, the best that does not."""
-    able = [one for one in judged if not one.measured.candidate.changes_attention]
-    able = [one for one in able if one.measured.candidate.spec not in ("default", "checkpoint")]
+    """The scaling to train with: the one to use, or the best that is static and leaves attention as it is."""
+    able = []
+    for one in judged:
+        scaling = one.measured.candidate.scaling
+        if not (scaling.changes_attention or scaling.is_length_dependent or one.spec in AS_IT_IS):
+            able.append(one)
     if use in able:
         return use
     return choose(able)[0] if able else None
@@ -393,11 +399,10 @@ def _parameters(job: ModelJob) -> int:
 def _commands(args: argparse.Namespace, advice: Advice, recipe: Path | None) -> list[str]:
     """The commands that carry the advice out."""
     spec, lengths = advice.use.spec, ",".join(map(str, sorted(advice.use.buckets)))
+    served, length = advice.served or advice.use, str(args.target)
     commands = [
-        shlex.join(
-            ["scaled-rope", "export", args.model, "--for", name, "--scaling", spec, "--length", str(args.target)]
-        )
-        for name in advice.use.served_by
+        shlex.join(["scaled-rope", "export", args.model, "--for", name, "--scaling", served.spec, "--length", length])
+        for name in served.served_by
     ]
     check = ["python", "eval/passkey.py", "-m", args.model, "--scaling", spec, "--lengths", lengths]
     commands.append(shlex.join([*check, "--output", f"{args.output}/check.jsonl"]))

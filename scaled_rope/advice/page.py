@@ -116,7 +116,7 @@ def _answer(advice: Advice) -> PageSection:
     said = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in advice.sentences()[1:])
     header = [
         "perplexity beyond L", "against the last tokens only", "found beyond L", "at short length", "time of a pass",
-        *next(iter(advice.judged)).servers,
+        "served by",
     ]  # fmt: skip
     body = [_line(one, advice) for one in advice.judged]
     note = (
@@ -140,9 +140,10 @@ def _line(one: Judged, advice: Advice) -> str:
         cell_html(f"{one.spec}\n{by_length}", f"{right}/{n}" if n else "–", bold),
         cell_html(one.spec, one.short.short, bold, _interval(one.short)),
         cell_html(one.spec, "–" if one.cost is None else f"{one.cost:.2f}×", bold),
-        *(
-            cell_html(f"{name}: {status}", "yes" if status == "exact" else "no", "" if status == "exact" else "muted")
-            for name, status in one.servers.items()
+        cell_html(
+            "\n".join([one.spec, *(f"{name}: {status}" for name, status in one.servers.items())]),
+            ", ".join(one.served_by) or "none",
+            bold,
         ),
     ]
     name = f"<b>{html.escape(one.spec)}</b>" if bold else html.escape(one.spec)

@@ -3,8 +3,9 @@
 1. Every candidate, the likeliest first, as many as half of the time can pay for one unit each: a window of text, and a
    prompt of each length beyond L.
 2. The better two fifths, on other windows and prompts, where there is time for it.
-3. The best three, with the model as it is and the control, on the windows and prompts that have chosen nothing: these
-   results are the ones that count. At least three units, then more as long as there is time.
+3. The best three, the static form of one that follows the length (which costs little more), the model as it is and the
+   control, on the windows and prompts that have chosen nothing: these results are the ones that count. At least three
+   units, then more as long as there is time.
 
 A round goes unit by unit through all its candidates, so they are compared on the same windows and prompts whenever it
 ends. "Best" are those with the lowest loss beyond L and those with the best retrieval, in turn.
@@ -214,13 +215,15 @@ class Halving:
         """The last round."""
         known = self._known(2)
         if known is not None:
-            chosen = [one for one in alive if one.spec in known["candidates"]]
+            by_spec = {one.spec: one for one in self.candidates}
+            chosen = [by_spec[spec] for spec in known["candidates"]]
             units = self._units(2)[: known["units"]]
             self.left_out.update(known["left_out"])
         else:
             chosen = alive[:FINALISTS]
-            while len(chosen) > 1 and self._last_cost(chosen) > self.budget.left:
+            while len(chosen) > 1 and self._last_cost(self._with_static(chosen)) > self.budget.left:
                 chosen = chosen[:-1]
+            chosen = self._with_static(chosen)
             units = self._units(2)
         for one in alive:
             if one not in chosen and one.spec not in screened:
@@ -239,6 +242,17 @@ class Halving:
         specs = {one.candidate.spec for one in finalists}
         others = [one for spec, one in screened.items() if spec not in specs]
         return Outcome(baseline, control, finalists, others, self.left_out, self._courses)
+
+    def _with_static(self, chosen: Sequence[Candidate]) -> list[Candidate]:
+        """Finalists, and for each that follows the length the static form that computes the same at the target.
+
+        Servers know static forms only, and what is measured at the target is the same pass.
+        """
+        target, at = self.trials.target, self.trials.passes.at
+        followed = [at(one.scaling, target) for one in chosen if one.scaling.is_length_dependent]
+        static = [one for one in self.candidates if at(one.scaling, target) in followed and one not in chosen]
+        static = [one for one in static if not one.scaling.is_length_dependent and one.spec not in self.left_out]
+        return [*chosen, *static]
 
     def _measure(
         self,

@@ -16,6 +16,8 @@ from scaled_rope.evaluation.statistics import PASSED, Difference, paired_differe
 from scaled_rope.evaluation.windows import perplexity
 from scaled_rope.results import Row
 
+AS_IT_IS = ("default", "checkpoint")
+"""Specs of the model as it is."""
 SERVERS = ("transformers", "vllm", "sglang", "llama.cpp")
 """The programs that the advice names, of those that `scaled-rope export` knows."""
 
@@ -200,7 +202,7 @@ class Advice:
         judged: the candidates of the last round.
         original, target: L and the length that was asked for, in tokens.
         control: the control's windows.
-        training: the scaling to train with; one of frequencies, which training and servers know.
+        training: the scaling to train with: a static one of frequencies, which servers know.
     """
 
     use: Judged
@@ -272,12 +274,22 @@ class Advice:
         return sentence
 
     @property
+    def served(self) -> Judged | None:
+        """The best candidate that a program serves, where none serves the one to use; None without any."""
+        able = [one for one in self.judged if one.served_by and one.measured.candidate.spec not in AS_IT_IS]
+        return choose(able)[0] if able and not self.use.served_by else None
+
+    @property
     def serving(self) -> str:
         """What serves the scaling to use, in a sentence."""
         served, refused = self.use.served_by, [n for n, status in self.use.servers.items() if status != "exact"]
         if not served:
             reason = next(iter(self.use.servers.values()), "")
-            return f"served by none of {', '.join(self.use.servers)}: {reason}"
+            said = f"served by none of {', '.join(self.use.servers)}: {reason}"
+            if self.served is None:
+                return said
+            one = self.served
+            return f"{said}. To be served by {', '.join(one.served_by)}: {quoted(one.spec)}: {self.facts(one)}"
         return f"served by {', '.join(served)}" + (f"; not by {', '.join(refused)}" if refused else "")
 
     @property
@@ -294,7 +306,7 @@ class Advice:
     def tuning(self) -> str:
         """Whether fine-tuning is needed, in a sentence."""
         if self.training is None:
-            return "no scaling of frequencies is among the best, so there is none to train with"
+            return "no static scaling of frequencies is among the best, so there is none to train with"
         spec = quoted(self.training.spec)
         if self.works:
             return f"needs no fine-tuning; to lower its perplexity further, train with {spec}"

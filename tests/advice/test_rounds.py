@@ -43,7 +43,8 @@ def test_the_best_is_found_within_the_budget(tmp_path: Path, minutes: float) -> 
     rounds = halving(tmp_path, model, minutes)
     found = rounds.run()
     assert rounds.budget.spent <= 60 * minutes
-    assert len(found.finalists) <= FINALISTS
+    following = [one for one in found.finalists if one.candidate.scaling.is_length_dependent]
+    assert len(found.finalists) <= FINALISTS + len(following)
     best = [one.candidate.spec for one in found.finalists]
     assert {"yarn:8", "dynamic-yarn"} & set(best)
     assert found.baseline.candidate.spec == "default"
@@ -168,6 +169,21 @@ def test_another_budget_uses_what_is_there(tmp_path: Path) -> None:
         row["protocol"]["name"] for row in read_rows(tmp_path / "rows.jsonl") if row["metric"] != "advice_round"
     ]
     assert len(set(zip(keys, protocols, strict=True))) == len(keys)  # nothing was measured twice
+
+
+def test_one_that_follows_the_length_brings_its_static_form(tmp_path: Path) -> None:
+    model = Scripted()
+    ask = model.ask
+
+    def worse(scaling: RopeScaling, prompt: Any) -> tuple[float, bool]:  # at 128 and 256 tokens yarn:8 finds nothing
+        nats, right = ask(scaling, prompt)
+        return (30.0, False) if scaling.label == "yarn x8" and L < prompt.length < TARGET else (nats, right)
+
+    model.ask = worse  # type: ignore[method-assign]
+    found = halving(tmp_path, model, 10).run()
+    specs = [one.candidate.spec for one in found.finalists]
+    assert "dynamic-yarn" in specs and "yarn:8" in specs
+    assert "dynamic-yarn" in specs[:FINALISTS]
 
 
 def test_without_retrieval_perplexity_decides(tmp_path: Path) -> None:

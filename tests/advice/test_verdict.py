@@ -134,6 +134,13 @@ def test_the_choice() -> None:
     )
     assert other.endswith("; not served by transformers, vllm, sglang, llama.cpp")
     assert advice(better, yarn).serving.startswith("served by none of transformers, vllm, sglang, llama.cpp: 'dual-")
+    assert advice(better, yarn).served is yarn and advice(chunks, yarn).served is None
+    assert (
+        ". To be served by transformers, vllm, sglang, llama.cpp: `yarn:8`: level to 512"
+        in advice(better, yarn).serving
+    )
+    alone = advice(better, judged(PLAIN))
+    assert alone.served is None and alone.serving.endswith("no server computes it")
     (other,) = advice(better, yarn).others()
     assert "its perplexity beyond 64 tokens is 3.0 % above" in other
     (other,) = advice(yarn, lower).others()
