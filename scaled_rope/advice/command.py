@@ -305,8 +305,10 @@ def _answer(
     recipe = None
     if training is not None:
         recipe = folder / "recipe.yaml"
-        size = _parameters(job)
-        write_recipe(recipe, args.model, size, training.spec, trials.target, args.dataset, list(ends))
+        scaling = training.measured.candidate.scaling.to_spec()
+        before = outcome.baseline.candidate.spec
+        texts = args.dataset
+        write_recipe(recipe, args.model, _parameters(job), scaling, trials.target, texts, list(ends), before)
     commands = _commands(args, advice, recipe)
     rows = result_rows(
         job,

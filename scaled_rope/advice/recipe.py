@@ -24,7 +24,14 @@ _SIZES: tuple[tuple[float, dict[str, Any]], ...] = (
 
 
 def write_recipe(
-    path: Path, model: str, parameters: int, spec: str, target: int, dataset: str, lengths: list[int]
+    path: Path,
+    model: str,
+    parameters: int,
+    spec: str,
+    target: int,
+    dataset: str,
+    lengths: list[int],
+    before: str = "default",
 ) -> Recipe:
     """Write the recipe, and read it back as train.sh will.
 
@@ -34,6 +41,7 @@ def write_recipe(
         target: tokens of a sequence.
         dataset: the texts or the packed set that the advice was measured on.
         lengths: to evaluate at, in tokens.
+        before: the scaling of the model as it is, which is evaluated beside it.
 
     Raises:
         ConfigError: what was written is no recipe.
@@ -57,7 +65,7 @@ def write_recipe(
         "checkpointing_steps": 20,
         "output_dir": f"{folder}/trained",
         "evaluate": {
-            "scalings": ["default", spec],
+            "scalings": [before, spec],
             "passkey": f"--lengths {','.join(map(str, lengths))} --iterations 10",
         },
     }

@@ -122,6 +122,24 @@ def test_a_model_that_does_not_retrieve_is_judged_by_perplexity(
     assert {row["metric"] for row in read_rows(tmp_path / "out" / "results.jsonl")} == {"perplexity"}
 
 
+def test_a_model_that_carries_a_scaling_is_tried_under_its_own(
+    tiny_model: Make, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_tokenizer(str(DEFAULT_MODEL))
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=128, rope_parameters=rope)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = [tmp_path / "model", "--target", 256, "--dataset", texts, "--output", tmp_path / "out", "--no-retrieval"]
+    assert command.run(arguments(*flags, "--json"), Ticking(0.5)) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["original_max_position_embeddings"] == 128  # what it was extended to
+    assert {one["spec"] for one in told["last_round"]} == {"checkpoint:4", "dynamic-yarn:2", "checkpoint"}
+    assert told["train_with"] == "checkpoint:4"
+    recipe = read_recipe(told["recipe"])
+    assert recipe.scaling.startswith("yarn:4") and recipe.evaluate["scalings"][0] == "checkpoint"
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
