@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from scaled_rope.advice.candidates import Candidate, Passes, check_target, short_list
@@ -55,7 +54,6 @@ from scaled_rope.flags import (
     add_model_arguments,
     check_advise_arguments,
 )
-from scaled_rope.patching.loading import auto_class
 from scaled_rope.progress import Progress, duration
 from scaled_rope.results import Row, portable_command, provenance, write_atomic
 from scaled_rope.scaling.record import RopeScaling
@@ -206,7 +204,9 @@ def run(args: argparse.Namespace, clock: Clock = time.monotonic) -> int:
         print(f"{display_name(args.model)}: {original} to {args.target} tokens, {len(listed)} candidates, "
               f"{len(windows)} windows of {data['name']}, {duration(budget.seconds)}", file=sys.stderr)  # fmt: skip
     store = TimedStore(folder / "rows.jsonl", record, tqdm(disable=True), budget=budget)
-    costs = Costs(_pace(store, identity, load, job, original).of_pass)
+    timed = _timed(store, identity, load, job, original)
+    (short, long), (first, second) = timed["lengths"], timed["passes"]
+    costs = Costs(Pace((short, long), (first, second), (0.0, 0.0)).of_pass)
     control = Control(original, max(1, original // 4))
     passes = Passes([own, *(one.scaling for one in listed)], ends, job.head_dim)
     with Progress(
@@ -238,20 +238,24 @@ def run(args: argparse.Namespace, clock: Clock = time.monotonic) -> int:
         halving = Halving(trials, baseline, listed, Material.of(windows, prompts), question, shown.start)
         outcome = halving.run()
         bar.total = bar.n
-    return _answer(args, job, trials, outcome, notes, data, record, clock)
+    return _answer(args, job, trials, outcome, notes, data, record, timed["parameters"])
 
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} spent, {remaining} left {postfix}"
 
 
-def _pace(store: TimedStore, identity: Row, load: ModelLoader, job: ModelJob, original: int) -> Pace:
-    """How long plain passes take, from two short ones."""
+def _timed(store: TimedStore, identity: Row, load: ModelLoader, job: ModelJob, original: int) -> Row:
+    """The row of what the plan begins with: seconds of two short plain passes, and the number of parameters."""
     longest = min(original, _TIMED)
-    lengths = max(1, longest // 4), max(2, longest)
+    lengths = [max(1, longest // 4), max(2, longest)]
+
+    def measure() -> Row:
+        model = load(job)
+        size = sum(one.numel() for one in model.parameters())
+        return {"lengths": lengths, "passes": time_passes(model, lengths), "parameters": size}
+
     cell = {"metric": "pass_seconds", **identity, "protocol": {"name": "timed"}, "length": lengths[1]}
-    found = store.get(cell, "timing", lambda: {"lengths": lengths, "passes": time_passes(load(job), lengths)})
-    first, second = found["passes"]
-    return Pace(lengths, (first, second), (0.0, 0.0))
+    return store.get(cell, "timing", measure)
 
 
 def _retrieves(
@@ -284,7 +288,7 @@ def _answer(
     notes: list[str],
     data: Row,
     record: Row,
-    clock: Clock,
+    parameters: int,
 ) -> int:
     """Decide, and write and print everything."""
     assert job.checkpoint is not None  # model_jobs has read it
@@ -308,7 +312,7 @@ def _answer(
         scaling = training.measured.candidate.scaling.to_spec()
         before = outcome.baseline.candidate.spec
         texts = args.dataset
-        write_recipe(recipe, args.model, _parameters(job), scaling, trials.target, texts, list(ends), before)
+        write_recipe(recipe, args.model, parameters, scaling, trials.target, texts, list(ends), before)
     commands = _commands(args, advice, recipe)
     rows = result_rows(
         job,
@@ -388,14 +392,6 @@ def _remarks(outcome: Outcome) -> list[str]:
     if len({window.document for window in outcome.control.windows}) == 1 and count > 1:
         notes.append("All windows of the last round are from one document: other texts may differ")
     return notes
-
-
-def _parameters(job: ModelJob) -> int:
-    """The number of a checkpoint's parameters, counted without reading weights."""
-    assert job.checkpoint is not None  # model_jobs has read it
-    with torch.device("meta"):
-        model = auto_class(job.checkpoint.config).from_config(job.checkpoint.config)
-    return sum(one.numel() for one in model.parameters())
 
 
 def _commands(args: argparse.Namespace, advice: Advice, recipe: Path | None) -> list[str]:

@@ -142,7 +142,7 @@ def _line(one: Judged, advice: Advice) -> str:
         cell_html(one.spec, "–" if one.cost is None else f"{one.cost:.2f}×", bold),
         cell_html(
             "\n".join([one.spec, *(f"{name}: {status}" for name, status in one.servers.items())]),
-            ", ".join(one.served_by) or "none",
+            f"{len(one.served_by)} of {len(one.servers)}",
             bold,
         ),
     ]
