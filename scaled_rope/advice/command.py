@@ -144,9 +144,14 @@ class _Shown:
 
     budget: Budget
     bar: Any
+    opening: str
+    """Said when the first round begins: before that, what is wrong is all that is said."""
 
     def start(self, number: int, index: int, count: int, expected: float) -> None:
         """A unit of a round begins, which is expected to go on for so many seconds."""
+        if self.opening:
+            self.bar.write(self.opening, file=sys.stderr)
+            self.opening = ""
         self.bar.set_description(f"{_ROUNDS[number]}, {count} candidates", refresh=False)
         left = max(0.0, self.budget.left)
         # Rounds that screen are followed by others, which take what is left.
@@ -200,9 +205,10 @@ def run(args: argparse.Namespace, clock: Clock = time.monotonic) -> int:
     record = {"command": _command(args), **provenance(load.device, args.seed, given_arguments(args))}
     data = {"name": TokenSource(args.dataset).title}
     identity = {**job.fields(), "scaling": own.to_dict(), "carried": False, "data": data}
-    if not args.hide_progress:
-        print(f"{display_name(args.model)}: {original} to {args.target} tokens, {len(listed)} candidates, "
-              f"{len(windows)} windows of {data['name']}, {duration(budget.seconds)}", file=sys.stderr)  # fmt: skip
+    opening = (
+        f"{display_name(args.model)}: {original} to {args.target} tokens, {len(listed)} candidates, {len(windows)} "
+        f"windows of {data['name']}, {duration(budget.seconds)}"
+    )
     store = TimedStore(folder / "rows.jsonl", record, tqdm(disable=True), budget=budget)
     timed = _timed(store, identity, load, job, original)
     (short, long), (first, second) = timed["lengths"], timed["passes"]
@@ -212,7 +218,7 @@ def run(args: argparse.Namespace, clock: Clock = time.monotonic) -> int:
     with Progress(
         total=round(budget.left, 1), unit="s", disable=args.hide_progress, bar_format=_BAR, smoothing=0
     ) as bar:
-        shown = _Shown(budget, bar)
+        shown = _Shown(budget, bar, "" if args.hide_progress else opening)
         trials = Trials(
             store,
             identity,
