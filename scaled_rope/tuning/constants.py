@@ -22,7 +22,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -192,7 +192,23 @@ class Trials:
 # -------------------------------------------------------------------------------------------------------------- search
 
 
-def best_of(results: Sequence[Result], count: int) -> list[Result]:
+class Comparable(Protocol):
+    """A candidate with what was measured of it."""
+
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def retrieval(self) -> float: ...
+
+    @property
+    def answers(self) -> Mapping[int, Sequence[Answer]]: ...
+
+
+Compared = TypeVar("Compared", bound=Comparable)
+
+
+def best_of(results: Sequence[Compared], count: int) -> list[Compared]:
     """The candidates with the lowest loss and those with the best retrieval, in turn, until there are `count`."""
     orders = [sorted(results, key=lambda one: one.loss)]
     if any(one.answers for one in results):
