@@ -246,7 +246,10 @@ def _work(run: Run, place: Place, rank: int, port: str, operation: int | None, a
     argv = [*run.argv(place.inputs, place.out), *more]
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    code = run_cli(lambda: script.main(argv))
+    try:
+        code = run_cli(lambda: script.main(argv))
+    except SystemExit as end:  # in which a rank ends that leaves it to another to say why
+        code = int(end.code or 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python's own end is not what is tried
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
