@@ -47,6 +47,8 @@ def cell(row: Row | None) -> str:
         return "refused"
     if row["verdict"] == "right":
         return f"{status}: right, {row['worst']:.1e}"
+    if row["export"].get("older_keys") is False:
+        return f"not in the older keys: {row['verdict']}, {' or '.join(dict.fromkeys(row['named']))}"
     word = f"**{row['verdict']}**" if status == "exact" else row["verdict"]
     return f"{status}: {word}, {' or '.join(dict.fromkeys(row['named']))}"
 

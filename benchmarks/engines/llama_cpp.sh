@@ -6,15 +6,11 @@
 #
 # Without LLAMA_SERVER it is the server inside of the wheel of xllamacpp, 34 MB, which needs no compiler. The embedded model
 # takes 20 minutes of one core.
-set -euo pipefail
-cd "$(dirname "$0")/../.."
-source ./environment.sh
-source benchmarks/engines/environment.sh
-usage "$@"
-find_python
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 if [[ -z ${LLAMA_SERVER:-} ]]; then
     engine_environment xllamacpp-2026.10.11549 xllamacpp==2026.10.11549
     LLAMA_SERVER=$engine/bin/python
 fi
 certify_all llama.cpp "$LLAMA_SERVER"
+exit "$failed"

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,18 @@ def test_what_controls_serve_is_a_candidate_under_the_name_that_they_expect(own:
             True,
         ),
         (Job("dynamic-ntk:8"), {"export": {"status": "refused"}}, True),
+        # A reader of the older keys alone: right where they are written, and named as unscaled where they are not.
+        (Job("yarn:8"), {"export": {"status": "exact", "older_keys": True}, "verdict": "right"}, True),
+        (Job("ntk-by-parts:8"), {"export": {"status": "exact", "older_keys": False}, "verdict": "right"}, False),
+        (
+            Job("ntk-by-parts:8"),
+            {
+                "export": {"status": "exact", "older_keys": False},
+                "verdict": "other",
+                "named": ["this model unscaled, with rope_theta=10000"],
+            },
+            True,
+        ),
     ],
 )
 def test_what_is_expected(job: Job, row: Row, good: bool) -> None:
@@ -112,6 +125,11 @@ def test_the_size_of_vllms_cache_is_read_from_its_log() -> None:
     found = cache_beside_plan(2**30 // 3072, config, "yarn:8", LENGTH, "bfloat16")
     assert (found["plan_bytes_per_token"], found["plan_tokens"]) == (3072, found["tokens"])
     assert found["sequences"] == pytest.approx(found["plan_sequences"], rel=1e-5)
+
+
+def test_releases_that_read_the_older_keys_alone() -> None:
+    assert ENGINES["transformers"].older_alone("4.57.6") and not ENGINES["transformers"].older_alone("5.24.0")
+    assert not ENGINES["vllm"].older_alone("0.32.0")
 
 
 def arguments(model: str, output: Path) -> argparse.Namespace:
@@ -163,12 +181,63 @@ def test_a_process_that_gives_logits_is_certified(checkpoint: str, tmp_path: Pat
     )
 
 
-def test_what_cannot_be_started_is_one_line(checkpoint: str, tmp_path: Path) -> None:
+def as_vllm(checkpoint: str) -> Served:
     report: Any = export("yarn:2", load_config(checkpoint), "vllm")
-    served = Served(checkpoint, "yarn:2", "vllm", 128, "float32", report)
+    return Served(checkpoint, "yarn:2", "vllm", 128, "float32", report)
+
+
+STAND_IN = """
+import http.server, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+def main():
+    print("argv", sys.argv)
+    if "TestFails" in sys.argv[2]:
+        sys.exit("no such model")
+    print("KV cache size: 1,024 tokens", flush=True)
+    http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A package by the name of vllm in front of this environment; the program of an engine."""
+    for name in ("entrypoints.cli.main", "entrypoints.cli.serve", "v1.engine.async_llm", "v1.engine.core",
+                 "v1.worker.cpu_worker", "model_executor.models.llama"):  # fmt: skip
+        file = tmp_path / "vllm" / f"{name.replace('.', '/')}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(STAND_IN if name.endswith("main") else "")
+    monkeypatch.setattr(starting, "VLLM_ON_CPU", {"PYTHONPATH": str(tmp_path)})
+    return str(Path(sys.executable).with_name("vllm"))
+
+
+def test_servers_are_forks_of_one_process(stand_in: str, checkpoint: str, tmp_path: Path) -> None:
+    """Each has its own command line and is gone afterwards; one that ends before it answers is one line."""
+    served, found = as_vllm(checkpoint), []
+    with starting.vllm_servers(stand_in) as start:
+        for number in (1, 2):
+            folder = tmp_path / f"{number}"
+            folder.mkdir()
+            with start(served, folder) as started:
+                assert started.url is not None and starting.answers(started.url.removesuffix("/v1") + "/health")
+                assert started.cache_tokens == 1024 and str(started.command[1]) == "serve"
+                found.append(started)
+            assert not starting.answers(started.url.removesuffix("/v1") + "/health")
+            assert str(list(started.command[1:])) in (folder / "log").read_text().replace("['vllm', ", "[")
+        with pytest.raises(ConfigError, match="vllm did not start: .*no such model"):
+            with start(replace(served, model="TestFails"), tmp_path):
+                pass
+    assert found[0].url != found[1].url
+
+
+def test_what_cannot_be_started_is_one_line(checkpoint: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
-        with starting.start_vllm(str(tmp_path / "vllm"), served, tmp_path):
+        with starting.vllm_servers(str(tmp_path / "vllm")):
             pass
     with pytest.raises(ConfigError, match="false did not start"):
-        with starting.start_vllm("/bin/false", served, tmp_path):
+        with starting.serving(["/bin/false"], starting.free_port(), "/health", tmp_path / "log"):
             pass

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from scaled_rope.certificate.certify import Certificate, certify
 from scaled_rope.certificate.hypotheses import Hypothesis, hypotheses
-from scaled_rope.certificate.observed import Observed
+from scaled_rope.certificate.observed import Callables, Observed
 from scaled_rope.certificate.reference import Predicted, Reference
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loading import apply_scaling
@@ -176,6 +176,10 @@ def test_what_cannot_be_certified(ids: list[int]) -> None:
         certify(model, lambda tokens: torch.zeros(1, 7, 3), ids, (24, N))
     with pytest.raises(ConfigError, match="must be a server, a model, or a callable"):
         certify(model, 5, ids)
+    callables = Callables(lambda tokens: torch.zeros(len(tokens), 3), "an engine")
+    callables.max_length = N
+    with pytest.raises(ConfigError, match=f"lengths {N} is not allowed; an engine takes {N} tokens, answer included"):
+        certify(model, callables, ids)  # without lengths too
 
 
 SPECS = ["default", "linear:2", "linear:4", "linear:4.1", "ntk:2", "ntk:4", "ntk:4.02", "ntk-by-parts:4", "yarn:2",
