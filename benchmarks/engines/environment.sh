@@ -26,11 +26,11 @@ certify_engine() {
         failed=$?
 }
 
-# certify_all ENGINE PROGRAM: the embedded model under every scaling, and SmolLM2-135M under some where it is there, with
-# short prompts, since a pass of it is fifty times as much work.
+# certify_all ENGINE PROGRAM [FLAG ...]: the embedded model under every scaling, and SmolLM2-135M under some where it is
+# there, with short prompts, since a pass of it is fifty times as much work. The flags are for the former.
 certify_all() {
     local model=models/smollm2-135m spec some=()
-    certify_engine "$1" "$2"
+    certify_engine "$@"
     if [[ ! -e $model/model.safetensors ]]; then
         echo "left out, $model is not there: python -m scaled_rope.texts.fetched_models fetch smollm2-135m --output $model"
         return 0

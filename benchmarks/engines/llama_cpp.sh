@@ -12,5 +12,5 @@ if [[ -z ${LLAMA_SERVER:-} ]]; then
     engine_environment xllamacpp-2026.10.11549 xllamacpp==2026.10.11549
     LLAMA_SERVER=$engine/bin/python
 fi
-certify_all llama.cpp "$LLAMA_SERVER"
+certify_all llama.cpp "$LLAMA_SERVER" --lengths 64,400 # three prompts of each, since it gives the next token alone
 exit "$failed"

@@ -260,7 +260,7 @@ def main() -> int:
     add("--program", required=True, metavar="PATH", help="vllm, llama-server, or the interpreter that has the engine")
     add("--model", default=str(DEFAULT_MODEL), metavar="DIR", help="default: the embedded model")
     add("--factor", type=float, default=8.0, metavar="S", help="of the scalings (default 8)")
-    add("--lengths", default="64,300,2000", metavar="N,N", help="of the prompts (default 64,300,2000)")
+    add("--lengths", default="64,640", metavar="N,N", help="of the prompts (default 64,640)")
     add("--scaling", action="append", metavar="SPEC", help="only these; may be repeated")
     add("--controls", type=int, metavar="N", help="only the first N controls (default: all, none with --scaling)")
     add("--only-controls", action="store_true", help="no scalings")

@@ -337,7 +337,7 @@ def write_served(served: Served, folder: Path) -> Path:
 
 @contextmanager
 def asking(script: str, program: str, **variables: str) -> Iterator[tuple[Path, Callable[..., Any]]]:
-    """A process of an engine's environment: its log, and a function that sends it one question and returns the answer."""
+    """A process of an engine's environment: its log, and a function that asks it a question and returns the answer."""
     with contextlib.ExitStack() as stack:
         log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log"
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment(**variables)}

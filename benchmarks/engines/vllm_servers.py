@@ -2,8 +2,8 @@
 
     python benchmarks/engines/vllm_servers.py
 
-It imports nothing of this project. Each line of its input is a JSON object: {"serve": [ARGUMENT, ...], "log": FILE} runs
-vLLM's own command line with these arguments in a process group of its own and is answered with its process id,
+It imports nothing of this project. Each line of its input is a JSON object: {"serve": [ARGUMENT, ...], "log": FILE}
+runs vLLM's own command line with these arguments in a process group of its own and is answered with its process id,
 {"alive": ID} with whether that process still runs, {"end": ID} with true once its group is gone.
 """
 

@@ -77,7 +77,9 @@ class VllmSource:
 
     def observe(self, ids: Sequence[int], positions: Sequence[int]) -> Observed:
         sampling = importlib.import_module("vllm").SamplingParams
-        options = sampling(temperature=0.0, max_tokens=1, logprobs=self._top, prompt_logprobs=self._top, detokenize=False)
+        options = sampling(
+            temperature=0.0, max_tokens=1, logprobs=self._top, prompt_logprobs=self._top, detokenize=False
+        )
         try:
             answer = self.llm.generate([{"prompt_token_ids": list(ids)}], options, use_tqdm=False)[0]
         except ValueError as error:

@@ -96,7 +96,9 @@ def test_a_model_whose_table_of_angles_ends() -> None:
     model = GPTJForCausalLM(config).eval()
     ids = [3, 5, 7] * 8
     assert certify(lambda tokens: model(torch.tensor([tokens])).logits, model, ids, (8, 16)).verdict == "right"
-    with pytest.raises(ConfigError, match="lengths 24 is not allowed; a GPTJForCausalLM with max_position_embeddings=16"):
+    with pytest.raises(
+        ConfigError, match="lengths 24 is not allowed; a GPTJForCausalLM with max_position_embeddings=16"
+    ):
         certify(lambda tokens: torch.zeros(len(tokens), VOCABULARY), model, ids, (8, 24))
     with pytest.raises((IndexError, RuntimeError)):  # a token that it does not have is no matter of lengths
         certify(lambda tokens: torch.zeros(len(tokens), VOCABULARY), model, [99] * 24, (8, 12))
