@@ -18,7 +18,13 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "data" / "engines.jsonl"
 PAGE = ROOT / "docs" / "serving.md"
 BEGIN, END = "<!-- engines: python docs/engines.py -->\n", "<!-- end of engines -->\n"
-TITLES = {"transformers": "transformers", "vllm": "vLLM", "llama.cpp": "llama.cpp,", "mlx": "mlx-lm"}
+TITLES = {
+    "transformers": "transformers",
+    "vllm": "vLLM",
+    "llama.cpp": "llama.cpp,",
+    "mlx": "mlx-lm",
+    "sglang": "SGLang",
+}
 
 Row = dict[str, Any]
 

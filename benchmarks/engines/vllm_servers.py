@@ -45,7 +45,9 @@ def serve(arguments: list[str], log: str) -> int:
         importlib.import_module("vllm.entrypoints.cli.main").main()
         code = 0
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
         traceback.print_exc()
     finally:
