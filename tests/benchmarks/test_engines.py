@@ -181,6 +181,36 @@ def test_a_process_that_gives_logits_is_certified(checkpoint: str, tmp_path: Pat
     )
 
 
+ROTARY = """
+import torch
+from a_kernel_that_is_not_there.ops import fast_rotation
+
+def get_rope(head_size, rotary_dim, max_position, base, is_neox_style, rope_scaling):
+    factor = rope_scaling.get("factor", 1.0)
+    angles = torch.arange(max_position)[:, None] / factor / base ** (torch.arange(0, rotary_dim, 2) / rotary_dim)
+    module = torch.nn.Module()
+    module.cos_sin_cache = torch.cat((angles.cos(), angles.sin()), -1)
+    return module
+"""
+
+
+def test_tables_of_an_engine_are_certified_in_a_model_of_transformers(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for SGLang's package that knows linear scaling alone, and imports a kernel that nobody has."""
+    package = tmp_path / "sglang" / "srt" / "layers" / "rotary_embedding"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(ROTARY)
+    given = starting.environment()
+    monkeypatch.setattr(starting, "environment", lambda **more: given | more | {"PYTHONPATH": str(tmp_path)})
+    output = tmp_path / "rows.jsonl"
+    plan = rows_of([Job("linear:2"), Job("linear:2", "default", "unscaled"), Job("yarn:2")], checkpoint)
+    assert engines.run(ENGINES["sglang"], sys.executable, plan, arguments(checkpoint, output), {}) == 1
+    right, control, yarn = read_rows(output)
+    assert (right["verdict"], control["verdict"], yarn["verdict"]) == ("right", "other", "other")
+    assert yarn["named"] == ["linear x2"] and not yarn["expected"]
+
+
 def as_vllm(checkpoint: str) -> Served:
     report: Any = export("yarn:2", load_config(checkpoint), "vllm")
     return Served(checkpoint, "yarn:2", "vllm", 128, "float32", report)
