@@ -44,6 +44,11 @@ def spec(row: Row) -> str:
     return f"`{re.sub(r'(?:[0-9.e]+[+]){3,}[0-9.e]+', '…', row['spec'])}`"
 
 
+def named(row: Row) -> str:
+    """What was named instead of the claim, LongRoPE's lists left out."""
+    return " or ".join(dict.fromkeys(re.sub(r" \(short_factor=[^)]*\)", "", name) for name in row["named"]))
+
+
 def cell(row: Row | None) -> str:
     """What `export` said, and what the certificate says."""
     if row is None:
@@ -54,9 +59,9 @@ def cell(row: Row | None) -> str:
     if row["verdict"] == "right":
         return f"{status}: right, {row['worst']:.1e}"
     if row["export"].get("older_keys") is False:
-        return f"not in the older keys: {row['verdict']}, {' or '.join(dict.fromkeys(row['named']))}"
+        return f"not in the older keys: {row['verdict']}, {named(row)}"
     word = f"**{row['verdict']}**" if status == "exact" else row["verdict"]
-    return f"{status}: {word}, {' or '.join(dict.fromkeys(row['named']))}"
+    return f"{status}: {word}, {named(row)}"
 
 
 def scalings_table(rows: Sequence[Row]) -> list[str]:

@@ -38,16 +38,18 @@ def test_the_page_shows_the_committed_rows() -> None:
 
 def test_every_engine_has_a_column_and_every_scaling_a_line(script: ModuleType) -> None:
     other = {"verdict": "other", "named": ["this model unscaled", "its other name"], "expected": False}
+    partial = {"verdict": "other", "named": ["longrope x8 (short_factor=4 values 1a2b) with the long list"]}
     rows = [
         row("vllm", "yarn:8"),
         row("llama.cpp", "yarn:8", **other),
         row("vllm", "longrope:8,short_factor=1+1.5+2+3", export={"status": "refused"}),
+        row("llama.cpp", "longrope:8,short_factor=1+1.5+2+3", export={"status": "partial"}, **partial),
     ]
     assert script.scalings_table(rows) == [
         "| | vLLM 1, over HTTP | llama.cpp, 1, over HTTP |",
         "|---|---|---|",
         "| `yarn:8` | exact: right, 1.0e-03 | exact: **other**, this model unscaled or its other name |",
-        "| `longrope:8,short_factor=…` | refused |  |",
+        "| `longrope:8,short_factor=…` | refused | partial: other, longrope x8 with the long list |",
     ]
 
 
