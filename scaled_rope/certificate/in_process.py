@@ -56,6 +56,15 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def _refusals() -> tuple[type[Exception], ...]:
+    """The exceptions of vLLM for a request that it does not take: before 0.32 a ValueError, then classes of its own."""
+    try:
+        exceptions = importlib.import_module("vllm.exceptions")
+    except ImportError:
+        return (ValueError,)
+    return ValueError, getattr(exceptions, "VLLMClientError", ValueError)
+
+
 class VllmSource:
     """A vLLM engine of this process."""
 
@@ -82,7 +91,7 @@ class VllmSource:
         )
         try:
             answer = self.llm.generate([{"prompt_token_ids": list(ids)}], options, use_tqdm=False)[0]
-        except ValueError as error:
+        except _refusals() as error:
             raise ConfigError(f"{self.title} refuses a prompt of {len(ids)} tokens: {_first_line(error)}") from error
         read = len(answer.prompt_token_ids or ())
         if read != len(ids):

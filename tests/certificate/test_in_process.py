@@ -26,6 +26,7 @@ class Llm:
         self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(**told))
         self.logs = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
         self.dropped = 0
+        self.refusal: type[Exception] = ValueError
 
     def __call__(self, ids: list[int]) -> torch.Tensor:
         return self.logs[ids]
@@ -33,7 +34,7 @@ class Llm:
     def generate(self, prompts: Any, options: Any, use_tqdm: bool) -> Any:
         ids = prompts[0]["prompt_token_ids"][self.dropped :]
         if len(ids) == 13:
-            raise ValueError("13 tokens bring bad luck.\nAsk for another number.")
+            raise self.refusal("13 tokens bring bad luck.\nAsk for another number.")
 
         def row(token: int) -> dict[int, Any]:
             values, tokens = self.logs[token].topk(options.logprobs)
@@ -48,7 +49,10 @@ class Llm:
 def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("vllm")
     module.SamplingParams = lambda **options: SimpleNamespace(**options)  # type: ignore[attr-defined]
+    exceptions = ModuleType("vllm.exceptions")
+    exceptions.VLLMClientError = type("VLLMClientError", (Exception,), {})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setitem(sys.modules, "vllm.exceptions", exceptions)
 
 
 def test_an_engine_of_vllm_gives_its_log_probabilities() -> None:
@@ -83,8 +87,9 @@ def test_prompts_that_an_engine_of_vllm_does_not_take() -> None:
         with pytest.raises(ConfigError, match="is not allowed; vLLM in this process takes 50 tokens, answer included"):
             certify(lambda ids: engine.logs[ids], engine, ids, lengths)
     assert certify(lambda ids: engine.logs[ids], engine, ids, (8, 49)).verdict == "right"
-    with pytest.raises(ConfigError, match="refuses a prompt of 13 tokens: 13 tokens bring bad luck.$"):
-        certify(lambda ids: engine.logs[ids], engine, ids, (8, 13))
+    for engine.refusal in (ValueError, sys.modules["vllm.exceptions"].VLLMClientError):
+        with pytest.raises(ConfigError, match="refuses a prompt of 13 tokens: 13 tokens bring bad luck.$"):
+            certify(lambda ids: engine.logs[ids], engine, ids, (8, 13))
     engine.dropped = 1
     with pytest.raises(ConfigError, match="read 1 tokens where 2 were sent; it adds or drops some"):
         as_source(engine).observe([5, 6], [1])
