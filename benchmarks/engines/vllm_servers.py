@@ -23,7 +23,12 @@ IMPORTED = (
     "entrypoints.cli.serve",
     "v1.engine.async_llm",
     "v1.engine.core",
+    "v1.core.sched.scheduler",
     "v1.worker.cpu_worker",
+    "v1.attention.backends.cpu_attn",
+    "renderers.hf",
+    "model_executor.layers.quantization.compressed_tensors.compressed_tensors",
+    "model_executor.layers.quantization.online",
     "model_executor.models.llama",
 )
 """What a server would import; none of it computes anything or starts a thread."""

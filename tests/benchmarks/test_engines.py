@@ -18,6 +18,7 @@ from benchmarks.engines import run as engines
 from benchmarks.engines import starting
 from benchmarks.engines.run import Job, Row, as_expected, cache_beside_plan, controls, scalings, shown
 from benchmarks.engines.starting import ENGINES, Engine, Served, Start, Started
+from benchmarks.engines.vllm_servers import IMPORTED
 from scaled_rope.certificate.hypotheses import _equal, _numbers, hypotheses
 from scaled_rope.checkpoint import DEFAULT_MODEL, load_config
 from scaled_rope.errors import ConfigError
@@ -236,8 +237,7 @@ def main():
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A package by the name of vllm in front of this environment; the program of an engine."""
-    for name in ("entrypoints.cli.main", "entrypoints.cli.serve", "v1.engine.async_llm", "v1.engine.core",
-                 "v1.worker.cpu_worker", "model_executor.models.llama"):  # fmt: skip
+    for name in IMPORTED:
         file = tmp_path / "vllm" / f"{name.replace('.', '/')}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(STAND_IN if name.endswith("main") else "")
