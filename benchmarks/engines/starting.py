@@ -41,7 +41,6 @@ VLLM_CACHE_GIB = 1
 VLLM_ON_CPU = {
     "VLLM_CPU_KVCACHE_SPACE": f"{VLLM_CACHE_GIB}",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_WORKER_MULTIPROC_METHOD": "fork",  # its second process imports nothing again
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -46,6 +47,9 @@ def serve(arguments: list[str], log: str) -> int:
         for stream in (1, 2):
             os.dup2(file, stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        context = multiprocessing.get_context
+        # On a CPU vLLM asks for "spawn", with which both of its further processes would import everything again.
+        multiprocessing.get_context = lambda method=None: context("fork")  # type: ignore[assignment]
         sys.argv = ["vllm", *arguments]
         importlib.import_module("vllm.entrypoints.cli.main").main()
         code = 0
