@@ -85,11 +85,17 @@ def controls_table(rows: Sequence[Row]) -> list[str]:
 
 
 def cache_table(rows: Sequence[Row]) -> list[str]:
-    lines = ["| | dtype | tokens that vLLM says | tokens planned | sequences of the served length | planned |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = ["| | dtype | GiB | tokens that vLLM says | tokens planned | sequences of the served length | planned |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for row in rows:
         cache = row["cache"]
-        numbers = (cache["tokens"], cache["plan_tokens"], f"{cache['sequences']:.2f}", f"{cache['plan_sequences']:.2f}")
+        numbers = (
+            cache["bytes"] >> 30,
+            cache["tokens"],
+            cache["plan_tokens"],
+            f"{cache['sequences']:.2f}",
+            f"{cache['plan_sequences']:.2f}",
+        )
         lines.append(f"| {row['model']}, {spec(row)} | {row['dtype']} | {' | '.join(map(str, numbers))} |")
     return lines
 
@@ -113,7 +119,7 @@ def block(rows: Sequence[Row]) -> Iterator[str]:
         yield "\n".join(controls_table(controls))
     caches = [row for row in engines if "cache" in row]
     if caches:
-        yield "The key/value cache of 1 GiB, as vLLM reports it at its start and by `scaled-rope plan --serve`:"
+        yield "The key/value cache, as vLLM reports it at its start and by `scaled-rope plan --serve`:"
         yield "\n".join(cache_table(caches))
     sources = [row["provenance"] for row in rows]
     machines = dict.fromkeys(f"{one['cpu_count']} cores of an {one['device']}" for one in sources)

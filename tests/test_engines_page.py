@@ -62,11 +62,11 @@ def test_controls_and_caches_have_tables_of_their_own(script: ModuleType) -> Non
     control = row("vllm", "yarn:8", verdict="other", exit_code=1, expected=True)
     control["protocol"] = control["protocol"] | {"served": "default"}
     control["sentence"] = "serves this model unscaled, not yarn x8 (worst difference 1 nats)"
-    cache = {"tokens": 349440, "plan_tokens": 349525, "sequences": 170.62, "plan_sequences": 170.66}
+    cache = {"bytes": 2**30, "tokens": 349440, "plan_tokens": 349525, "sequences": 170.62, "plan_sequences": 170.66}
     text = "\n".join(script.block([row("vllm", "yarn:8", dtype="bfloat16", cache=cache), control]))
     assert "1 of 1 named" in text
     assert "| vLLM 1, over HTTP | `yarn:8` | `default` | 1 | serves this model unscaled, not yarn x8 |" in text
-    assert "| m, `yarn:8` | bfloat16 | 349440 | 349525 | 170.62 | 170.66 |" in text
+    assert "| m, `yarn:8` | bfloat16 | 1 | 349440 | 349525 | 170.62 | 170.66 |" in text
     assert "m in bfloat16, prompts of 64 and 1000 tokens:" in text
 
 

@@ -241,7 +241,7 @@ def shown(command: Sequence[str], model: str, scratch: str) -> str:
 
 
 def cache_beside_plan(tokens: int, config: Any, spec: str, length: int, dtype: str) -> Row:
-    """Tokens that vLLM's cache of 1 GiB holds, beside what `plan --serve` says."""
+    """Tokens that vLLM's cache holds, beside what `plan --serve` says."""
     plan, space = plan_serving(config, spec, length, kv_dtype=dtype), VLLM_CACHE_GIB * 2**30
     return {
         "bytes": space,

@@ -37,7 +37,8 @@ from scaled_rope.serving.gguf import GgufRope, add_rope, write_checkpoint
 FOLDER = Path(__file__).resolve().parent
 START = int(os.environ.get("START_SECONDS", "900"))
 """Seconds that an engine may take to start."""
-VLLM_CACHE_GIB = 1
+VLLM_CACHE_GIB = 2
+"""Memory of vLLM's key/value cache: one sequence of SmolLM2's served length takes 1.5 GB of it in float32."""
 VLLM_ON_CPU = {
     "VLLM_CPU_KVCACHE_SPACE": f"{VLLM_CACHE_GIB}",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -123,7 +123,7 @@ def test_the_size_of_vllms_cache_is_read_from_its_log() -> None:
     assert starting.cache_tokens("INFO [kv] GPU KV cache size: 1,398,016 tokens\n") == 1398016
     assert starting.cache_tokens("INFO ready") is None
     config = load_config(str(DEFAULT_MODEL))  # 6 layers of 2 heads of 64, keys and values of 2 bytes: 3072 a token
-    found = cache_beside_plan(2**30 // 3072, config, "yarn:8", LENGTH, "bfloat16")
+    found = cache_beside_plan(starting.VLLM_CACHE_GIB * 2**30 // 3072, config, "yarn:8", LENGTH, "bfloat16")
     assert (found["plan_bytes_per_token"], found["plan_tokens"]) == (3072, found["tokens"])
     assert found["sequences"] == pytest.approx(found["plan_sequences"], rel=1e-5)
 
