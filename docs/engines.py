@@ -89,13 +89,8 @@ def cache_table(rows: Sequence[Row]) -> list[str]:
     lines.append("|---|---|---|---|---|---|---|")
     for row in rows:
         cache = row["cache"]
-        numbers = (
-            cache["bytes"] >> 30,
-            cache["tokens"],
-            cache["plan_tokens"],
-            f"{cache['sequences']:.2f}",
-            f"{cache['plan_sequences']:.2f}",
-        )
+        sequences = (f"{cache['sequences']:.2f}", f"{cache['plan_sequences']:.2f}")
+        numbers = (cache["bytes"] >> 30, cache["tokens"], cache["plan_tokens"], *sequences)
         lines.append(f"| {row['model']}, {spec(row)} | {row['dtype']} | {' | '.join(map(str, numbers))} |")
     return lines
 
