@@ -129,7 +129,7 @@ def as_expected(job: Job, row: Row) -> bool:
     if status == "refused":
         return True
     if row["export"].get("older_keys") is False:  # then a reader of those alone runs the model unscaled
-        return row["verdict"] == "other" and any("this model unscaled" in name for name in row["named"])
+        return row["verdict"] == "other" and any("unscaled" in name for name in row["named"])
     if job.named:
         return row["verdict"] == "other" and any(job.named in name for name in row["named"])
     if status == "partial":  # LongRoPE where the program has the long list alone

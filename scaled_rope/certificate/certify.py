@@ -179,7 +179,8 @@ def certify(
         raise ConfigError(f"lengths {wanted}: must be at least 2 tokens each")
     check_limit(source, wanted[-1])
     prompts = make_prompts(ids, wanted, source.whole, first)
-    candidates = _hypotheses(reference, claim, length or wanted[-1], raw, more)
+    # Two that are the same up to the target may differ in a prompt beyond it.
+    candidates = _hypotheses(reference, claim, max(length or 0, wanted[-1]), raw, more)
     return _Run(reference, source, prompts, candidates, dtype, advance).certificate()
 
 

@@ -98,6 +98,17 @@ def test_constants_that_were_dropped_are_named(ids: list[int]) -> None:
     assert found.verdict == "other" and found.names[0].endswith("with YaRN's default constants"), found.sentence
 
 
+def test_frequencies_that_stand_still_and_are_turned_are_named(ids: list[int]) -> None:
+    found = certified(ids, "proportional:4,fraction=0.5", "default")
+    assert found.names == ("this model unscaled, with every frequency turning",), found.sentence
+
+
+def test_what_differs_beyond_the_target_alone_is_a_candidate(ids: list[int]) -> None:
+    """An unscaled model up to L, the target of a dynamic scaling; prompts go beyond it."""
+    found = certified(ids, "dynamic-ntk:4", "default", length=L)
+    assert found.verdict == "other" and found.names[0].startswith("this model unscaled"), found.sentence
+
+
 def test_a_window_in_all_layers_is_named(ids: list[int]) -> None:
     class Windowed(LlamaForCausalLM):
         def forward(self, input_ids: torch.Tensor, **options: object):  # type: ignore[no-untyped-def, override]
