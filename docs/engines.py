@@ -59,7 +59,7 @@ def cell(row: Row | None) -> str:
     if row["verdict"] == "right":
         return f"{status}: right, {row['worst']:.1e}"
     if row["export"].get("older_keys") is False:
-        return f"not in the older keys: {row['verdict']}, {named(row)}"
+        return f"not in the older keys: {row['named'][0]}"
     word = f"**{row['verdict']}**" if status == "exact" else row["verdict"]
     return f"{status}: {word}, {named(row)}"
 
