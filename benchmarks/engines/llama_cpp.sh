@@ -5,7 +5,7 @@
 #   LLAMA_SERVER=build/bin/llama-server ./benchmarks/engines/llama_cpp.sh     one that was built from source
 #
 # Without LLAMA_SERVER it is the server inside of the wheel of xllamacpp, 34 MB, which needs no compiler. The embedded model
-# takes 20 minutes of one core.
+# takes less than 20 minutes of a busy machine, SmolLM2-135M 4.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 if [[ -z ${LLAMA_SERVER:-} ]]; then

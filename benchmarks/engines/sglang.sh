@@ -4,7 +4,7 @@
 #
 #   ./benchmarks/engines/sglang.sh
 #
-# The environment takes 2 minutes and 1.5 GB.
+# The environment takes 2 minutes and 1.5 GB, the embedded model 2 minutes.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 engine_environment sglang-0.5.23 torch==2.13.0 transformers==5.24.0 msgspec==0.23.0

