@@ -7,7 +7,7 @@
 # The environment takes 2 minutes and 1.5 GB, the embedded model 2 minutes.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-engine_environment sglang-0.5.23 torch==2.13.0 transformers==5.24.0 msgspec==0.23.0
+engine_environment sglang-0.5.23 torch==2.13.0 transformers==5.24.0 msgspec==0.23.0 requests==2.34.2 triton==3.9.0
 "$engine/bin/python" -m pip install -q --no-compile --no-deps sglang==0.5.23 # its requirements are CUDA's
 certify_all sglang "$engine/bin/python"
 exit "$failed"
