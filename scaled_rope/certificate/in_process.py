@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from scaled_rope.certificate.observed import TOP, Callables, Observed, Source
+from scaled_rope.checkpoint import first_line
 from scaled_rope.errors import ConfigError
 
 
@@ -46,14 +47,10 @@ def _logits_of_model(model: nn.Module) -> Any:
                 raise
             raise ConfigError(
                 f"lengths {len(ids)} is not allowed; a {type(model).__name__} with "
-                f"max_position_embeddings={limit} takes no such prompt: {_first_line(error)}"
+                f"max_position_embeddings={limit} takes no such prompt: {first_line(error)}"
             ) from error
 
     return logits
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _refusals() -> tuple[type[Exception], ...]:
@@ -92,7 +89,7 @@ class VllmSource:
         try:
             answer = self.llm.generate([{"prompt_token_ids": list(ids)}], options, use_tqdm=False)[0]
         except _refusals() as error:
-            raise ConfigError(f"{self.title} refuses a prompt of {len(ids)} tokens: {_first_line(error)}") from error
+            raise ConfigError(f"{self.title} refuses a prompt of {len(ids)} tokens: {first_line(error)}") from error
         read = len(answer.prompt_token_ids or ())
         if read != len(ids):
             raise ConfigError(f"{self.title} read {read} tokens where {len(ids)} were sent; it adds or drops some")
