@@ -46,7 +46,9 @@ def is_ours(error: Exception) -> bool:
 def failing_alone(failures: list[Failure] | None, job: str, task: str = "") -> Iterator[None]:
     """Within this context one model is read or evaluated: an exception is added to `failures`, and the next follows.
 
-    A full or read-only disk is raised all the same, since it is not the model's fault. failures: None to raise everything.
+    A full or read-only disk is raised all the same, since it is not the model's fault.
+
+    failures: None to raise everything.
     """
     try:
         yield
