@@ -4,8 +4,8 @@
     python benchmarks/saving.py --model models/tiny-llama-256
 
 The weights are random and have the shape of a model; AdamW has its two moments of each. A state is saved in turns by
-accelerate alone, each file brought to the disk after it, and by the project, which hashes the files meanwhile. Then it
-is held against its hashes, as before it is used.
+accelerate alone, each file brought to the disk after it, and by the project, which hashes the files meanwhile; both remove
+the state before it. Then it is held against its hashes, as before it is used.
 """
 
 from __future__ import annotations
@@ -53,11 +53,13 @@ def trained(model: str) -> tuple[Any, Any]:
 
 
 def plain(accelerator: Any, folder: Path) -> float:
-    """Seconds to save a state by accelerate alone, with all its files on the disk."""
+    """Seconds to save a state by accelerate alone, all its files on the disk, and to remove the one before it."""
     began = time.perf_counter()
-    accelerator.save_state(str(folder))
-    for name in state_files(folder):
-        sync(folder / name)
+    accelerator.save_state(str(folder / "new"))
+    for name in state_files(folder / "new"):
+        sync(folder / "new" / name)
+    shutil.rmtree(folder / "old", ignore_errors=True)
+    (folder / "new").rename(folder / "old")
     return time.perf_counter() - began
 
 
@@ -80,7 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             (Path(place) / name).write_text("{}\n")
         for number in range(1, args.repeats + 1):
             seconds["plain"].append(plain(accelerator, Path(place) / "plain"))
-            shutil.rmtree(Path(place) / "plain")
             began = time.perf_counter()
             state = save_state(accelerator, recipe, number)
             seconds["hashed"].append(time.perf_counter() - began)
