@@ -4,8 +4,8 @@
     python benchmarks/saving.py --model models/tiny-llama-256
 
 The weights are random and have the shape of a model; AdamW has its two moments of each. A state is saved in turns by
-accelerate alone, each file brought to the disk after it, and by the project, which hashes the files meanwhile; both remove
-the state before it. Then it is held against its hashes, as before it is used.
+accelerate alone, each file brought to the disk after it, and by the project, which hashes the files meanwhile; both
+remove the state before it. Then it is held against its hashes, as before it is used.
 """
 
 from __future__ import annotations
