@@ -1,4 +1,4 @@
-"""What it costs that states prove themselves: time to save a state with hashes, without them, and to verify it.
+"""The cost of states that prove themselves: time to save a state with hashes, without them, and to verify it.
 
     python benchmarks/saving.py --output data/benchmarks/saving_cpu.jsonl
     python benchmarks/saving.py --model models/tiny-llama-256

@@ -45,12 +45,12 @@ def spec(row: Row) -> str:
 
 
 def named(row: Row) -> str:
-    """What was named instead of the claim, LongRoPE's lists left out."""
+    """The scalings that were named instead of the claim, LongRoPE's lists left out."""
     return " or ".join(dict.fromkeys(re.sub(r" \(short_factor=[^)]*\)", "", name) for name in row["named"]))
 
 
 def cell(row: Row | None) -> str:
-    """What `export` said, and what the certificate says."""
+    """The word of `export`, and the verdict of the certificate."""
     if row is None:
         return ""
     status = row["export"]["status"]
@@ -96,7 +96,7 @@ def cache_table(rows: Sequence[Row]) -> list[str]:
 
 
 def block(rows: Sequence[Row]) -> Iterator[str]:
-    """What stands between the marks, paragraph by paragraph."""
+    """The text between the marks, paragraph by paragraph."""
     engines = [row for row in rows if row["metric"] == "engine"]
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in engines:

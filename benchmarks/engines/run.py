@@ -108,7 +108,7 @@ def controls(factor: float, original: int) -> list[Job]:
 
 
 def identity(job: Job, scaling: RopeScaling, about: Row, asked: Row, lengths: Sequence[int]) -> Row:
-    """What a row is about, and the fields by which it is found again.
+    """The subject of a row, and the fields by which it is found again.
 
     about: the model, its dtype and the text; asked: the engine, its version, and how it is asked.
     """
@@ -205,7 +205,7 @@ def measure(
     html: str | None = None,
     older_alone: bool = False,
 ) -> Row:
-    """What `export` says of a job, and what the certificate says of the engine.
+    """The row of a job: the words of `export`, and those of the certificate about the engine.
 
     older_alone: whether the engine reads `rope_scaling` and `rope_theta` and no `rope_parameters`; then the row says
     whether `export` writes those as well.

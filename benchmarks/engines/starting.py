@@ -99,7 +99,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def said(command: Sequence[str]) -> str:
-    """What a program prints.
+    """The output of a program.
 
     Raises:
         ConfigError: it is not there, or fails.
@@ -267,7 +267,7 @@ def vllm_here(program: str) -> Iterator[Start]:
 
 # llama.cpp ------------------------------------------------------------------------------------------------------------
 def llama_cpp_flags(gguf: Path, flags: Sequence[str], port: int, dtype: str) -> list[str]:
-    """What `export` prints, and a key/value cache of that dtype; llama.cpp's own default is float16."""
+    """The flags that `export` prints, and a key/value cache of that dtype; llama.cpp's own default is float16."""
     cache = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[dtype]
     exact = ["-ctk", cache, "-ctv", cache, "-fa", "off", "-np", "1", "-t", "1"]  # threads wait for each other spinning
     return ["-m", str(gguf), *flags, *exact, "--host", "127.0.0.1", "--port", f"{port}"]

@@ -32,7 +32,7 @@ IMPORTED = (
     "model_executor.layers.quantization.online",
     "model_executor.models.llama",
 )
-"""What a server would import; none of it computes anything or starts a thread."""
+"""Modules that a server would import; none of it computes anything or starts a thread."""
 
 
 def serve(arguments: list[str], log: str) -> int:

@@ -160,7 +160,7 @@ def _commands(commands: Sequence[str]) -> PageSection:
 
 
 def _rest(screened: Sequence[Row], left_out: Mapping[str, str]) -> PageSection:
-    """What the earlier rounds measured, and what was not measured."""
+    """Tables of the earlier rounds, and a list of the rest, which was not measured."""
     lines = []
     for one in screened:
         found = one["retrieval"]

@@ -72,7 +72,7 @@ class Material:
 
 @dataclass
 class Outcome:
-    """What the rounds have found.
+    """The findings of the rounds.
 
     Attributes:
         baseline: the model as it is, in the last round.

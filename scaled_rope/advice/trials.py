@@ -37,7 +37,7 @@ ControlScore = Callable[[Tokens], Any]
 
 
 class OutOfTime(Exception):
-    """What comes next would not fit into the budget."""
+    """The next pass would not fit into the budget."""
 
 
 # -------------------------------------------------------------------------------------------------------------- budget
@@ -258,7 +258,7 @@ class Trials:
         return self.ends[-1]
 
     def nothing_yet(self, candidate: Candidate) -> Measured:
-        """What is measured of a candidate before anything is."""
+        """The empty record of a candidate."""
         bounds = segment_bounds(self.target, self.segment)
         targets = np.asarray([end - max(first, 1) for first, end in bounds], dtype=np.float64)
         return Measured(candidate, targets, self.ends[0] // self.segment)
@@ -395,7 +395,7 @@ class Trials:
 
     @property
     def answers(self) -> Answers:
-        """What asks prompts."""
+        """The measurer that asks prompts."""
         return Answers(self.store, self.identity, self.ask)
 
 

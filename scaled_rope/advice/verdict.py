@@ -240,7 +240,7 @@ class Advice:
         )
 
     def facts(self, one: Judged) -> str:
-        """What was measured of a candidate, in a line."""
+        """The measurements of a candidate, in a line."""
         said = [_level(one, self.original, self.target)]
         right, n = one.right(self.original)
         if n:
@@ -281,7 +281,7 @@ class Advice:
 
     @property
     def serving(self) -> str:
-        """What serves the scaling to use, in a sentence."""
+        """The programs that serve the scaling to use, in a sentence."""
         served, refused = self.use.served_by, [n for n, status in self.use.servers.items() if status != "exact"]
         if not served:
             reason = next(iter(self.use.servers.values()), "")
@@ -294,7 +294,7 @@ class Advice:
 
     @property
     def running(self) -> str:
-        """What the scaling to use costs at run time, in a sentence."""
+        """The cost of the scaling to use at run time, in a sentence."""
         if self.use.cost is None or self.use.per_token is None:
             return "time at run time not measured"
         return (
