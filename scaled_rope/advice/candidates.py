@@ -64,7 +64,7 @@ def short_list(
 
 
 def _dependence(scaling: RopeScaling) -> tuple[Any, ...]:
-    """What tells a scaling that follows the length from one that is the same at the target alone."""
+    """The difference between a scaling that follows the length and one that is the same at the target alone."""
     return (scaling.is_length_dependent,)
 
 
@@ -122,7 +122,7 @@ def factor_for(target: int, original: int) -> str:
 
 
 def identity(scaling: RopeScaling, length: int, head_dim: int) -> tuple[Any, ...]:
-    """What a model computes under a scaling in a pass that stands for `length` tokens: equal where that is equal."""
+    """A key of what a model computes under a scaling in a pass that stands for `length` tokens."""
     if scaling.changes_attention:
         return (scaling.label,)
     values, factor = rope_values(at_length(scaling, length), head_dim)

@@ -212,7 +212,9 @@ def run_all(
                     length: {**described, **cell, "length": length} for length, cell in evaluator.cells(job).items()
                 }
                 keys = {length: row_key(row) for length, row in cells.items()}
-                unkept = evaluator.unkept(job) if isinstance(evaluator, KeepsMore) else []
+                # Reading what is kept takes time, and matters only where rows are there already.
+                some = not finished.isdisjoint(keys.values())
+                unkept = evaluator.unkept(job) if some and isinstance(evaluator, KeepsMore) else []
                 missing = {
                     length: key
                     for length, key in keys.items()
