@@ -101,6 +101,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--positions", choices=POSITIONS,
                         help="pose: position ids jump, so that short windows train long positions")  # fmt: skip
     parser.add_argument("--pose-chunks", type=int, metavar="N", help="chunks of a window of pose (default: 2)")
+    parser.add_argument(
+        "--short-share", type=float, metavar="X", help="of the steps, with L tokens and L's frequencies"
+    )
+    parser.add_argument("--loss-weights", metavar="NAME", help="data or long_ce: more where far context helps")
+    parser.add_argument("--long-ce-cap", type=float, metavar="X", help="the largest weight of long_ce (default: 5)")
+    parser.add_argument("--long-ce-context", type=int, metavar="N", help="tokens that count as near (default: 4096)")
+    parser.add_argument("--long-ce-step", type=int, metavar="N", help="targets per such window (default: 1024)")
     parser.add_argument("--skip-text", action=argparse.BooleanOptionalAction, default=None,
                         help="with pose: text jumps too, in rows longer than a window (default: on)")  # fmt: skip
     parser.add_argument(
@@ -140,6 +147,7 @@ def overrides(args: argparse.Namespace, base: Recipe, ranks: int) -> dict[str, A
             "offload_activations", "loss", "sequence_parallel", "attention", "documents", "heldout", "heldout_steps",
             "context_parallel",
             "positions", "pose_chunks", "skip_text", "mlp_tiles", "lr_floor", "lr_decay_share", "lr_decay",
+            "short_share", "loss_weights", "long_ce_cap", "long_ce_context", "long_ce_step",
         )
         if getattr(args, name) is not None
     }  # fmt: skip

@@ -43,6 +43,7 @@ _LARGEST = {
 DOCUMENTS = ("joined", "separate")
 POSITIONS = ("consecutive", "pose")
 LOSSES = ("auto", "chunked", "fused", "whole")
+LOSS_WEIGHTS = ("data", "long_ce")
 EVALUATE_FIELDS = ("scalings", "perplexity", "perplexity_zero_shot", "passkey", "passkey_zero_shot", "report")
 
 
@@ -85,9 +86,15 @@ class Recipe:
             jump, so that all positions up to the extended length are trained; rows may be longer than a window.
         pose_chunks: chunks of such a window.
         skip_text: whether its text jumps too, where rows are longer than a window.
+        short_share: the share of the steps that read their rows as windows of the original length with the original
+            frequencies, for mixed training (LongRoPE2, arXiv 2502.20082); the result changes its frequencies at that
+            length, as `longrope`.
         sliding_window_attention_schedule: window at step i is entry i mod n (Mistral); None leaves the model's own.
         loss: how it is computed from hidden states: "chunked", some logits at a time; "fused", by Liger's kernel on a
             GPU; "whole", all logits at once; "auto": fused where it can run, else chunked.
+        loss_weights: "data": those of the data, else 1; "long_ce" (LongCE, arXiv 2410.23771): times the probability
+            that far context adds to a token, min(p(token | all) / p(token | near), long_ce_cap).
+        long_ce_context, long_ce_step: "near" are the last `long_ce_context` tokens and up to `long_ce_step` - 1 more.
         gradient_checkpointing: keep only the input of every layer and compute the rest again in the backward pass.
         mlp_tiles: stretches of a sequence that an MLP works on one after another, so that its inner activations are
             there for one at a time; 1: the whole sequence at once.
@@ -153,6 +160,11 @@ class Recipe:
     positions: str = "consecutive"
     pose_chunks: int = 2
     skip_text: bool = True
+    short_share: float = 0.0
+    loss_weights: str = "data"
+    long_ce_cap: float = 5.0
+    long_ce_context: int = 4096
+    long_ce_step: int = 1024
     sliding_window_attention_schedule: tuple[int, ...] | None = None
     stop_after: int | None = None
     checkpointing_steps: int | None = None
@@ -209,7 +221,9 @@ class Recipe:
         else:
             require(self.pose_chunks == 2, "pose_chunks", "it is for positions: pose")
             require(self.skip_text, "skip_text", "it is for positions: pose")
+        self._check_short_steps(require)
         require(self.loss in LOSSES, "loss", f"one of: {', '.join(LOSSES)}")
+        self._check_loss_weights(require)
         require(
             self.gradient_checkpointing or not self.offload_activations,
             "offload_activations",
@@ -249,6 +263,30 @@ class Recipe:
         else:
             require(self.lr_decay_share == 0.1, "lr_decay_share", "it is for lr_schedule: wsd")
             require(self.lr_decay == "linear", "lr_decay", "it is for lr_schedule: wsd")
+
+    def _check_short_steps(self, require: Callable[[bool, str, str], None]) -> None:
+        require(0 <= self.short_share < 1, "short_share", "a share of the steps: 0 or more, below 1")
+        if self.short_share:
+            require(self.scaling is not None, "scaling", "one to train for, with short_share")
+            require(self.documents == "joined", "documents", "joined, with short_share, which cuts rows into windows")
+            require(self.positions == "consecutive", "positions", "consecutive, with short_share")
+            require(self.context_parallel == 1, "context_parallel", "1 with short_share: frequencies follow the length")
+
+    def _check_loss_weights(self, require: Callable[[bool, str, str], None]) -> None:
+        require(self.loss_weights in LOSS_WEIGHTS, "loss_weights", f"one of: {', '.join(LOSS_WEIGHTS)}")
+        if self.loss_weights == "data":
+            for name, default in (("long_ce_cap", 5.0), ("long_ce_context", 4096), ("long_ce_step", 1024)):
+                require(getattr(self, name) == default, name, "it is for loss_weights: long_ce")
+            return
+        require(self.long_ce_cap >= 1, "long_ce_cap", "at least 1, the weight of a token that far context leaves alone")
+        longest = self.truncate or self.sequence_length
+        require(2 <= self.long_ce_context < longest, "long_ce_context", f"2 to {longest - 1}, below the rows' length")
+        most = longest - self.long_ce_context
+        require(1 <= self.long_ce_step <= most, "long_ce_step", f"1 to {most}, or no window is left to weigh")
+        require(self.documents == "joined", "documents", "joined, with loss_weights: long_ce")
+        require(self.positions == "consecutive", "positions", "consecutive, with loss_weights: long_ce")
+        for name in ("sequence_parallel", "context_parallel"):
+            require(getattr(self, name) == 1, name, "1 with loss_weights: long_ce, which reads windows of a sequence")
 
     def _check_context_parallel(self, require: Callable[[bool, str, str], None]) -> None:
         size = self.context_parallel

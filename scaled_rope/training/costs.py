@@ -36,6 +36,9 @@ class Flops:
     def total(self) -> float:
         return self.linear + self.attention
 
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.linear + other.linear, self.attention + other.attention)
+
     def __mul__(self, times: float) -> Flops:
         return Flops(self.linear * times, self.attention * times)
 
@@ -85,8 +88,14 @@ class ModelCost:
         in two products of `head_dim` terms. The backward pass does the same twice: for the inputs, and for the weights
         that are trained.
         """
+        forward = self.reading(length)
+        backward = (2.0 * self.multiplied + 2.0 * self.trained) * length
+        return Flops(forward.linear + backward, 3 * forward.attention)
+
+    def reading(self, length: int) -> Flops:
+        """FLOPs of the forward pass alone over one sequence of `length` tokens."""
         attention = sum(4.0 * width * _pairs(length, window) for window, width in self.heads_width.items())
-        return Flops((4.0 * self.multiplied + 2.0 * self.trained) * length, 3 * attention)
+        return Flops(2.0 * self.multiplied * length, attention)
 
 
 def _pairs(length: int, window: int | None) -> float:

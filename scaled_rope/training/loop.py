@@ -57,6 +57,8 @@ from scaled_rope.training.engine import (
     restore_heads,
     settle_precision,
 )
+from scaled_rope.training.long_ce import near_losses, near_windows
+from scaled_rope.training.mixed_lengths import cut_into_windows, is_short_step, short_steps_note
 from scaled_rope.training.model import (
     SummedLoss,
     build_model,
@@ -207,6 +209,9 @@ class Trainer:
         if heldout is not None:
             heldout.check(vocabulary)
         windows = skip_wise(recipe, scaling)
+        original = scaling.original_max_position_embeddings
+        if recipe.short_share:
+            accelerator.print(short_steps_note(recipe, scaling, rows.longest))
         loss = resolve_loss(recipe.loss, accelerator.device, model)
         cost = ModelCost.of(model)
         accelerator.print(
@@ -240,7 +245,7 @@ class Trainer:
                 record = recipe.to_dict() | fingerprint(recipe)
                 write_atomic(self.output / "recipe.yaml", yaml.safe_dump(record, sort_keys=False))
                 write_atomic(self.output / "provenance.json", json.dumps(facts, indent=2) + "\n")
-        loop = Loop(recipe, accelerator, module, optimizer, rows, cost, heldout, stop, windows)
+        loop = Loop(recipe, accelerator, module, optimizer, rows, cost, heldout, stop, windows, original)
         start = load_state(accelerator, self._resume, self.output)
         restore_settings(optimizer, recipe)
         losses = loop.run(start, self._trackers, self._continued)
@@ -291,6 +296,7 @@ class Loop:
         heldout: Heldout | None,
         stop: StopSignal,
         windows: SkipWise | None = None,
+        original: int | None = None,
     ) -> None:
         self.recipe, self.accelerator, self.module, self.optimizer = recipe, accelerator, module, optimizer
         self.rows, self.cost, self.heldout, self.stop = rows, cost, heldout, stop
@@ -300,7 +306,7 @@ class Loop:
         self.documents = None if recipe.documents == "joined" else DocumentBorders.of(rows, recipe.dataset)
         if self.documents is not None and self.documents.note:
             accelerator.print(self.documents.note)
-        self.windows = windows
+        self.windows, self.original = windows, original
         self.stopped = self.interrupted = False
 
     def run(
@@ -387,6 +393,9 @@ class Loop:
             set_sliding_window(inner.model, windows[step % len(windows)])
         vocabulary = inner.config.get_text_config(decoder=True).vocab_size
         batches = step_batches(self.rows, recipe, step, layout.data_rank, layout.data_ranks, vocabulary)
+        if is_short_step(recipe.short_share, step):
+            assert self.original is not None  # `original_up_to_l` refuses a model without
+            batches = [cut_into_windows(batch, self.original) for batch in batches]
         positions = self._draw(batches, step) if self.documents is None else self._separate(batches, step)
         weight, tokens, flops, length = self._sizes([row for batch in batches for row in batch])
         if weight == 0:
@@ -396,7 +405,8 @@ class Loop:
                 f"step {step + 1} has nothing to learn: labels are -100 or loss masks 0 throughout rows {shown} of"
                 f" {recipe.dataset}, or these rows are cut before their targets"
             )
-        total, mean, norm = torch.zeros((), device=accelerator.device), math.nan, math.nan
+        long_ce = recipe.loss_weights == "long_ce"
+        total, mean, plain, norm = torch.zeros(2, device=accelerator.device), math.nan, math.nan, math.nan
         for number, batch in enumerate(batches, 1):
             if self.stop.anywhere(accelerator):
                 return None
@@ -407,11 +417,13 @@ class Loop:
                 elif layout.shared > 1:
                     tensors["position_ids"] = torch.arange(length).expand(len(batch), length)
                 tensors = {name: value.to(accelerator.device) for name, value in layout.shard(tensors).items()}
+                if long_ce:
+                    tensors |= {"near": self._near(tensors)}
                 with ring_attention(accelerator, tensors, layout.context_parallel) as part:
-                    loss = self.module(**part, separate=self.documents is not None) / weight
-                    total += loss.detach()
+                    loss = self.module(**part, separate=self.documents is not None, cap=recipe.long_ce_cap) / weight
+                    total += torch.stack([loss.detach(), inner.unweighted / weight])
                     if accelerator.sync_gradients:
-                        mean = float(accelerator.reduce(total, "sum"))
+                        mean, plain = accelerator.reduce(total, "sum").tolist()
                         self._check_finite(step, "loss", mean)
                     # Engines average over ranks and over passes; undo both. (DeepSpeed's reduce-scatter and FSDP2
                     # average over the ranks that share a sequence as well.)
@@ -422,7 +434,23 @@ class Loop:
                 self.optimizer.zero_grad()
         rate = float(self.optimizer.param_groups[0]["lr"])  # what the engine used, not what it was told
         row = {"step": step + 1, "loss": mean, "learning_rate": rate, "grad_norm": norm, "tokens": round(tokens)}
+        if long_ce:
+            row["unweighted_loss"] = plain
+        if recipe.short_share:
+            row["window"] = length
         return row | {"flops": flops}
+
+    def _near(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The losses of a batch's later targets after nearby tokens alone, for LongCE; see `near_losses`."""
+
+        def losses(input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.module(input_ids, targets, torch.ones_like(targets), reduce=False)
+            return found
+
+        recipe = self.recipe
+        return near_losses(
+            losses, tensors["input_ids"], tensors["targets"], recipe.long_ce_context, recipe.long_ce_step
+        )
 
     def _separate(self, batches: list[list[LoadedRow]], step: int) -> list[list[IntArray]]:
         """Take the first tokens of documents out of the targets of `batches`; return the position ids of each row."""
@@ -455,6 +483,10 @@ class Loop:
         device = self.accelerator.device
         lengths = [len(tokens) for tokens, _ in mine]
         flops = sum(self.cost.sequence(length).total for length in lengths)
+        if self.recipe.loss_weights == "long_ce":
+            context, stride = self.recipe.long_ce_context, self.recipe.long_ce_step
+            windows = [end - first for n in lengths for first, _, end in near_windows(n, context, stride)]
+            flops += sum(self.cost.reading(size).total for size in windows)
         sizes = [sum(weight[1:].sum() for _, weight in mine), sum(lengths), flops, max(lengths)]
         exact = torch.float32 if device.type == "mps" else torch.float64
         everyone = self.accelerator.gather(torch.tensor([sizes], device=device, dtype=exact))

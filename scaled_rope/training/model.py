@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from scaled_rope.attention.backends import attention_for
 from scaled_rope.checkpoint import first_line, load_tokenizer, open_checkpoint
 from scaled_rope.errors import ConfigError
+from scaled_rope.patching.families import head_dim_of
 from scaled_rope.patching.loading import check_tied, former_names, load_model, merge_adapter, resolve_plan
 from scaled_rope.patching.loss import token_nll
 from scaled_rope.patching.output_head import decoder_of
@@ -26,6 +27,8 @@ from scaled_rope.patching.patch import PatchReport, patch_as_read, patched_plan
 from scaled_rope.recipes import Recipe
 from scaled_rope.scaling.dialects import write_both_dialects
 from scaled_rope.scaling.record import RopeScaling, RopeSettings, with_primary
+from scaled_rope.scaling.switching import original_up_to_l
+from scaled_rope.training.long_ce import gain_weights
 
 
 class SummedLoss(nn.Module):
@@ -43,6 +46,8 @@ class SummedLoss(nn.Module):
         self.config = model.config  # DeepSpeed sizes its buckets by it, Ulysses its heads
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # FSDP wraps these
         self._offload, self._loss = offload, loss
+        self.unweighted = torch.zeros(())
+        """The last pass's sum without LongCE's weights, in nats; 0-dimensional, without gradient."""
         first: dict[int, str] = {}
         shared = [(n, first.setdefault(id(p), n)) for n, p in model.named_parameters(remove_duplicate=False)]
         self._tied = [(name, source) for name, source in shared if name != source]
@@ -68,11 +73,20 @@ class SummedLoss(nn.Module):
         position_ids: torch.Tensor | None = None,
         separate: bool = False,
         reduce: bool = True,
+        near: torch.Tensor | None = None,
+        cap: float = 1.0,
     ) -> torch.Tensor:
-        """The weighted sum of the negative log-likelihoods, in nats; without `reduce` each of them, [B, T]."""
+        """The weighted sum of the negative log-likelihoods, in nats; without `reduce` each of them, [B, T].
+
+        near: those of the last N after nearby tokens alone, [B, N], for LongCE: weights are multiplied by
+            `gain_weights`, whose `cap` is given too.
+        """
         with offloaded_activations() if self._offload else contextlib.nullcontext():
             nll = token_nll(self.model, input_ids, targets, position_ids, separate=separate, loss=self._loss)
-            return (nll * weights).sum() if reduce else nll
+            if not reduce:
+                return nll
+            self.unweighted = (nll.detach() * weights).sum()
+            return (nll * (weights if near is None else weights * gain_weights(nll.detach(), near, cap))).sum()
 
 
 def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -259,6 +273,8 @@ def install_scaling(model: Any, recipe: Recipe, settings: RopeSettings | None = 
     plan = resolve_plan(settings, recipe.layers, recipe.drop_layers, patched_plan(model))
     if recipe.scaling is not None or base != own or plan != patched_plan(model):
         scaling = base if recipe.scaling is None else RopeScaling.from_spec(recipe.scaling, base)
+        if recipe.short_share:
+            scaling = original_up_to_l(scaling, head_dim_of(_text(model)))
         report = patch_as_read(model, settings, with_primary(plan.layers, scaling) or scaling, plan.drop_layers)
     if recipe.max_position_embeddings is not None:
         _text(model).max_position_embeddings = recipe.max_position_embeddings

@@ -29,6 +29,7 @@ from scaled_rope.recipes import Recipe, read_recipe, starts_from
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.training.costs import Flops, ModelCost
 from scaled_rope.training.engine import accumulation, allowed_sequence_parallel
+from scaled_rope.training.long_ce import near_windows
 from scaled_rope.training.model import (
     SummedLoss,
     add_lora,
@@ -186,8 +187,12 @@ class Planner:
     def flops(self, lora: bool | None = None) -> Flops:
         """FLOPs of one optimizer step over the global batch of full rows."""
         recipe = self.recipe if lora is None else replace(self.recipe, lora=lora, quantization=None)
-        cost = ModelCost.of(self._build(recipe, torch.float32))
-        return cost.sequence(_length(recipe)) * recipe.global_batch_size
+        cost, length = ModelCost.of(self._build(recipe, torch.float32)), _length(recipe)
+        whole = cost.sequence(length)
+        if recipe.loss_weights == "long_ce":
+            for first, _, end in near_windows(length, recipe.long_ce_context, recipe.long_ce_step):
+                whole += cost.reading(end - first)
+        return whole * recipe.global_batch_size
 
     def seconds(self, options: Options, peak: float, utilisation: float) -> float:
         """Seconds of one optimizer step, where `utilisation` of the ranks' `peak` FLOP/s is model FLOPs."""
@@ -464,6 +469,8 @@ def _print(
         f"{recipe.name}: {recipe.max_train_steps} steps of {recipe.global_batch_size} sequences of {_length(recipe)}"
         f" tokens, {recipe.tokens_per_step * recipe.max_train_steps / 1e9:.3g} B tokens"
         + (f"; position ids jump (PoSE, {recipe.pose_chunks} chunks)" if recipe.positions == "pose" else "")
+        + (f"; {recipe.short_share:g} of the steps are short and cheaper than this" if recipe.short_share else "")
+        + ("; LongCE reads windows before each pass" if recipe.loss_weights == "long_ce" else "")
     )
     print(
         f"one step: {flops.total / 1e15:.4g} PFLOP, {flops.linear / flops.total:.0%} in matrices,"

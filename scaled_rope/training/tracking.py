@@ -114,6 +114,18 @@ def pose_line(recipe: Recipe) -> list[str]:
     return [f"| positions | PoSE, {recipe.pose_chunks} chunks per sequence, {text} |"]
 
 
+def mixed_lines(recipe: Recipe) -> list[str]:
+    """The lines of a card on short steps and on weights of the loss; none where there are no such."""
+    lines = []
+    if recipe.short_share:
+        share = f"{recipe.short_share:g} of the steps: windows of the original length, original frequencies"
+        lines.append(f"| short steps | {share} |")
+    if recipe.loss_weights == "long_ce":
+        gain = f"gain of all tokens over the last {recipe.long_ce_context}, at most {recipe.long_ce_cap:g}"
+        lines.append(f"| loss weights | LongCE: {gain} |")
+    return lines
+
+
 def continued_line(facts: Mapping[str, Any], recipe: Recipe) -> list[str]:
     """The line of a card on the run that another one was continued from; none where it wasn't."""
     if (before := facts.get("continued_from")) is None:
@@ -141,6 +153,7 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any], log: Sequence[Row], sca
         lines += [
             f"| data | {recipe.dataset}, sequences of {recipe.truncate or recipe.sequence_length} tokens |",
             *pose_line(recipe),
+            *mixed_lines(recipe),
             f"| steps | {last['step']} of {recipe.global_batch_size} sequences, {last['tokens_seen']} tokens in all |",
             *continued_line(facts, recipe),
             f"| learning rate | {recipe.learning_rate:g}, {recipe.lr_schedule}, {recipe.warmup_steps} warm-up steps |",

@@ -155,3 +155,11 @@ def test_layers_with_windows_can_be_planned():
     }  # fmt: skip
     planner = Planner(replace(small(), init=init, layers="full_attention"), on_gpu=False)
     assert planner.memory(Options()).activations > 0
+
+
+def test_windows_of_long_ce_are_counted():
+    plain = Planner(small(), on_gpu=False).flops()
+    weighed = Planner(small(loss_weights="long_ce", long_ce_context=64, long_ce_step=96), on_gpu=False).flops()
+    # Windows of 64 + 96 - 1 positions from 96, and of what is left, 64, from 192; a forward pass is a third.
+    assert weighed.linear / plain.linear == pytest.approx(1 + (159 + 64) / 256 / 3)
+    assert weighed.attention > plain.attention
