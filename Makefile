@@ -14,7 +14,7 @@ endif
 endif
 export PYTHON
 
-.PHONY: help demo test test-slow check base smollm2 paper-mini clean stale
+.PHONY: help demo test test-slow check base smollm2 smollm2-16k paper-mini clean stale
 
 help:
 	@echo "make demo        extend the embedded model from 256 to 2048 tokens, evaluate it, write out/demo/report.html"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-slow   the few tests that take more than a minute each, which make test leaves out"
 	@echo "make check       lint and types only"
 	@echo "make smollm2     evaluate a real model, SmolLM2-135M, under the scalings, without training (under 20 minutes)"
+	@echo "make smollm2-16k train it from 8k to 16k by YaRN, PI and others, and measure all (about 13 hours on 2 cores)"
 	@echo "make paper-mini  test the paper's claims on the embedded model, with seeds (52 minutes on 2 cores)"
 	@echo "make base        train the embedded model again, from random weights (100 minutes on 2 cores)"
 	@echo "make clean       remove out/ (runs and reports); .venv and downloaded data stay"
@@ -59,6 +60,9 @@ base: $(READY)
 
 smollm2: $(READY)
 	./benchmarks/smollm2.sh
+
+smollm2-16k: $(READY)
+	$(PYTHON) benchmarks/smollm2_16k.py --output out/smollm2-16k/rows.jsonl --training out/smollm2-16k/training.jsonl
 
 paper-mini: $(READY)
 	$(PYTHON) benchmarks/paper_mini.py --output out/paper-mini/rows.jsonl --training out/paper-mini/training.jsonl

@@ -23,18 +23,15 @@ import json
 import os
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import ROOT, check_names
+from benchmarks.common import check_names
+from benchmarks.parts import Part, run_all
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.recipes import Recipe, is_finished, read_recipe
@@ -47,15 +44,6 @@ MAX_LENGTH = "8192"  # where prompts would be cut, for all models alike; none is
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
-
-
-@dataclass(frozen=True)
-class Part:
-    """One command, and a function that describes its progress."""
-
-    name: str
-    command: tuple[str, ...]
-    progress: Callable[[], str]
 
 
 def parts(recipes: dict[str, tuple[str, Recipe]], rows: str) -> dict[str, Part]:
@@ -138,28 +126,6 @@ def assemble(bundle: Path, model: Path) -> None:
     os.rename(staged, model)
 
 
-def run(command: Sequence[str], deadline: float) -> bool:
-    """Run one of the project's scripts; return False when it was stopped because time is over.
-
-    Raises:
-        ConfigError: it failed; its own message is on the terminal.
-    """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    script = str(ROOT / command[0])
-    process = subprocess.Popen([sys.executable, script, *command[1:]], env=environment)
-    stopped = False
-    try:
-        process.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        stopped = True
-        process.terminate()  # finetune.py saves a state then
-    finally:
-        code = process.wait()
-    if code and not (stopped and code == -signal.SIGTERM):
-        raise ConfigError(f"{command[0]} ended with exit code {code}")
-    return not stopped
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     own, more = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
@@ -170,7 +136,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipe", action="append", metavar="NAME", help=f"repeatable (default: {', '.join(RECIPES)})")
     parser.add_argument("--rows", default="out/smollm2-32k/rows.jsonl", metavar="FILE", help="default %(default)s")
     args = parser.parse_args(own)
-    deadline = time.monotonic() + 60 * args.minutes
     if not args.minutes > 0:
         raise ConfigError(f"minutes {args.minutes} is not allowed; above 0")
     recipes: dict[str, tuple[str, Recipe]] = {}
@@ -189,11 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     first = next(iter(recipes.values()))[1]
     assemble(Path(first.dataset).parent, Path(str(first.model)))
-    for part in wanted:
-        print(f"{part.name}: {shlex.join(['python', *part.command, *more])}", flush=True)
-        if not run([*part.command, *more], deadline):
-            print(f"{args.minutes:g} minutes are over in {part.name} ({part.progress()}); the same command continues")
-            return 0
+    run_all(wanted, args.minutes, more)
     return 0
 
 

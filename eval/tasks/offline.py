@@ -24,6 +24,10 @@ def arc_challenge(**_: Any) -> dict[str, Dataset]:
     return _splits("arc_challenge")
 
 
+def arc_easy(**_: Any) -> dict[str, Dataset]:
+    return _splits("arc_easy")
+
+
 def truthfulqa_mc2(**_: Any) -> dict[str, Dataset]:
     return _splits("truthfulqa_mc2")
 

