@@ -11,7 +11,6 @@ at a time: memory grows with block x T. A block meets a key twice only where a r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -50,8 +49,8 @@ class Regions:
     period: int | None = None
     """Number of queries after which the bounds of regions jump: no block of queries crosses a multiple of it.
     None: bounds move with every query."""
-    log_length: int | None = None
-    """L, when queries are multiplied by max(1, ln(i + 1) / ln L)."""
+    temperature: Callable[[Tensor], Tensor] | None = None
+    """Positions of queries -> what their scores are multiplied by; None: nothing."""
 
 
 def _everything(position: Any) -> Any:
@@ -62,21 +61,21 @@ def _itself(position: Tensor) -> Tensor:
     return position
 
 
-def rerope(window: int, log_length: int | None = None) -> Regions:
-    """Relative position min(i - j, window). log_length: see `Regions`."""
+def rerope(window: int) -> Regions:
+    """Relative position min(i - j, window)."""
     # A token sees itself and window - 1 tokens before it at their distances, 0 to window - 1.
     near = Region(lambda i: i - window + 1, _itself, _itself)
     # A query at w and a key at 0 are w apart, whatever their positions.
     far = Region(_everything, lambda i: i * 0 + window, lambda j: j * 0)
-    return Regions((near, far), log_length=log_length)
+    return Regions((near, far))
 
 
-def leaky_rerope(window: int, k: float, log_length: int | None = None) -> Regions:
+def leaky_rerope(window: int, k: float) -> Regions:
     """Relative position i - j within the window, window + (i - j - window)/k beyond."""
     near = Region(lambda i: i - window + 1, _itself, _itself)
     # The difference of the two positions is window + (i - j - window)/k.
     far = Region(_everything, lambda i: (i.double() + window * (k - 1)) / k, lambda j: j.double() / k)
-    return Regions((near, far), log_length=log_length)
+    return Regions((near, far))
 
 
 def self_extend(group: int, window: int) -> Regions:
@@ -166,8 +165,8 @@ def _attend(
     before = length - queries
     positions = torch.arange(length, device=q.device)
     factor = torch.full((queries, 1), scale, dtype=q.dtype, device=q.device)
-    if regions.log_length is not None:
-        factor = factor * length_factor(positions[before:], regions.log_length).to(q.dtype)[:, None]
+    if regions.temperature is not None:
+        factor = factor * regions.temperature(positions[before:]).to(q.dtype)[:, None]
     q = q * factor
     # Rotate the keys of each region, from the first to the last that any of these queries sees there. Bounds rise with
     # the query: the first one decides where the span begins, the last one where it ends.
@@ -300,11 +299,6 @@ def _summed_in_float32(a: Tensor, b: Tensor) -> Tensor:
     # As any other product, torch would round the sums to 16 bits.
     product: Tensor = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
     return product.view(*a.shape[:2], *product.shape[1:])
-
-
-def length_factor(positions: Tensor, log_length: int) -> Tensor:
-    """max(1, ln(i + 1) / ln L) of positions [T], float64."""
-    return ((positions + 1).double().log() / math.log(log_length)).clamp(min=1)
 
 
 def rotated(x: Tensor, positions: Tensor, inv_freq: Tensor, interleaved: bool) -> Tensor:

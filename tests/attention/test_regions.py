@@ -8,7 +8,17 @@ import torch
 from scaled_rope.attention import regions as regions_module
 from scaled_rope.attention.regions import Regions, region_attention, rerope
 from scaled_rope.training.traced_memory import LiveBytes
-from tests.helpers.region_definitions import INV_FREQ, METHODS, NOISE, Distance, L, heads, oracle, rerope_distance
+from tests.helpers.region_definitions import (
+    INV_FREQ,
+    METHODS,
+    NOISE,
+    Distance,
+    L,
+    heads,
+    oracle,
+    rerope_distance,
+    with_log,
+)
 
 
 def plain_distance(i: int, j: int) -> float:
@@ -48,7 +58,7 @@ def test_gradients_are_those_of_the_definition() -> None:
     leaves = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
     weights = torch.randn(1, 4, 37, 10, generator=generator, dtype=torch.float64)
     found = torch.autograd.grad(
-        (region_attention(*leaves, inv_freq, rerope(7, 24), 0.4, block=8) * weights).sum(), leaves
+        (region_attention(*leaves, inv_freq, with_log(rerope(7)), 0.4, block=8) * weights).sum(), leaves
     )
     wanted = torch.autograd.grad((oracle(*leaves, rerope_distance(7), 0.4, 24) * weights).sum(), leaves)
     for one, other in zip(found, wanted, strict=True):

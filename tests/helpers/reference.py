@@ -178,3 +178,15 @@ def attention_factor(s: float, mscale: float = 1.0) -> float:
 def dynamic_scale(length: int, original: int, factor: float = 1.0) -> float:
     """Section 3.3."""
     return max(factor, length / original)
+
+
+def temperature(kind: str, i: int, original: int, slope: float | None, s: float, window: int | None) -> float:
+    """The multiplier of the logits of the query at position i; a slope of None is the default."""
+    if kind == "constant":
+        return 1 + slope * math.log(s)
+    if kind == "log":
+        seen = i + 1 if window is None or window > i + 1 else window
+        if seen <= original:
+            return 1.0
+        return math.log(seen) / math.log(original) if slope is None else 1 + slope * math.log(seen / original)
+    return 1 + (0.1 if slope is None else slope) * math.log(1 + (i + (kind == "llama4")) // original)

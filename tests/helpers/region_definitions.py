@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from scaled_rope import RopeScaling
 from scaled_rope.attention.regions import Regions, dual_chunk, leaky_rerope, rerope, self_extend
+from scaled_rope.scaling.temperature import compute_temperature
 
 L = 24
 INV_FREQ = [100.0 ** (-d / 4) for d in range(4)]
@@ -69,11 +73,17 @@ def oracle(
     return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
 
 
+def with_log(regions: Regions) -> Regions:
+    """Regions under the temperature "log" for L tokens."""
+    scaling = RopeScaling("default", original_max_position_embeddings=L, attention_temperature="log")
+    return replace(regions, temperature=partial(compute_temperature, scaling))
+
+
 METHODS: list[tuple[str, Regions, Distance, int | None]] = [
     *((f"rerope-{w}", rerope(w), rerope_distance(w), None) for w in (1, 5, 16, 23)),
-    ("rerope-7-logn", rerope(7, L), rerope_distance(7), L),
+    ("rerope-7-logn", with_log(rerope(7)), rerope_distance(7), L),
     *((f"leaky-{w}-{k}", leaky_rerope(w, k), leaky_distance(w, k), None) for w, k in ((1, 2.5), (7, 4), (16, 16))),
-    ("leaky-7-logn", leaky_rerope(7, 4, L), leaky_distance(7, 4), L),
+    ("leaky-7-logn", with_log(leaky_rerope(7, 4)), leaky_distance(7, 4), L),
     *((f"self-{g}-{w}", self_extend(g, w), self_extend_distance(g, w), None) for g, w in ((2, 1), (3, 8), (8, 17))),
     *((f"chunk-{s}", dual_chunk(s, L), dual_chunk_distance(s, L), None) for s in (1, 5, 12, 18, 23)),
 ]

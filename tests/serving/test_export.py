@@ -345,6 +345,14 @@ def test_what_attention_reads_from_the_rope_parameters_is_kept(target: str) -> N
     assert refused.status == "refused" and "the attention of this model reads 256 there" in refused.reason
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("spec", ["yarn:4,attention_temperature=log", "rerope,window=64,logn=true"])
+def test_what_tables_cannot_express_is_refused(spec: str, target: str, config: LlamaConfig) -> None:
+    report = export(spec, config, target)
+    why = "changes attention itself" if "rerope" in spec else "with attention_temperature=log multiplies queries"
+    assert report.status == "refused" and f"{why}; no server computes it" in report.reason
+
+
 def test_a_softmax_scale_that_words_would_drop_is_refused() -> None:
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 4096}
     for scale, status in ((1.0, "refused"), (None, "unknown")):
