@@ -210,6 +210,14 @@ _ROWS = (
         summary="the lowest frequencies set to 0",
         **_CLIPPED,
     ),
+    _frequency(
+        "drope",
+        "factor",
+        source="DroPE, arXiv 2512.12167",
+        summary="no rotary embedding at all, for models trained without it in the end",
+        factor_optional=True,
+        no_dynamic="its frequencies are 0 whatever s is",
+    ),
     _attention(
         "rerope",
         "ReRoPE (Su), kexue.fm/archives/9708",

@@ -165,6 +165,11 @@ def hardclip(dim: int, theta: float, clip: int) -> list[float]:
     return unscaled(dim, theta)[: dim // 2 - clip] + [0.0] * clip
 
 
+def drope(dim: int) -> list[float]:
+    """Nothing turns."""
+    return [0.0] * (dim // 2)
+
+
 def resonance(frequencies: list[float]) -> list[float]:
     """Every wavelength the nearest whole number of tokens, at least one; what does not turn stays so."""
     return [2 * math.pi / max(1, round(2 * math.pi / frequency)) if frequency else 0.0 for frequency in frequencies]

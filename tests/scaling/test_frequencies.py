@@ -74,6 +74,8 @@ def oracle(scaling: RopeScaling, head_dim: int, length: int | None = None) -> tu
             frequencies = reference.cope(dim, params.get("theta", theta), clip)
         case "hardclip":
             frequencies = reference.hardclip(dim, params.get("theta", theta), clip)
+        case "drope":
+            frequencies = reference.drope(dim)
         case _:
             raise AssertionError(f"no reference for {scaling.method}")
     if scaling.method == "yarn":

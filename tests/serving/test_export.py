@@ -50,6 +50,7 @@ AS_TABLE = [
     "ntk-mixed:4",
     "part-ntk:4",
     "hardclip,clip=3",
+    "drope:4",
     "proportional:2,fraction=0.5",
 ]
 HALVES = ["yarn:4,truncate=false", "yarn:4,extrapolation_factor=0.5", "yarn:4,extrapolation_factor=0"]
