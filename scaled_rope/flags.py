@@ -575,7 +575,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     add("--constants", action="store_true",
         help="search beta_fast, beta_slow and √(1/t) together, by loss and retrieval: try this first")  # fmt: skip
     add("--slope", metavar="METHOD",
-        help="search the slope of this method's attention temperature in place of √(1/t), for example of drope")  # fmt: skip
+        help="search the slope of this method's attention temperature in place of √(1/t)")  # fmt: skip
     add("--temperature", metavar="KIND", help="the temperature whose slope --slope searches (default constant)")
     add("--factors", metavar="S1,S2,...", help="factors s (default 2,4,8; with --constants 8)")
     add("--grid", metavar="GRID",

@@ -389,7 +389,7 @@ def run(args: argparse.Namespace) -> int:
     longest, segment = starts[-1].max_position_embeddings, starts[-1].original_max_position_embeddings
     if longest is None or segment is None:
         raise ConfigError(
-            "original_max_position_embeddings is missing: the checkpoint does not say for how many tokens it was trained"
+            "original_max_position_embeddings is missing: the checkpoint doesn't say for how many tokens it was trained"
         )
     if segment < 2:
         raise ConfigError(

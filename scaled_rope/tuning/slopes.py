@@ -143,6 +143,6 @@ def slopes_remarks(summary: Row) -> list[str]:
     low_high = summary["interval"]
     if low_high and (min(own) < low_high[0] or max(own) > low_high[1]):
         notes.append(
-            f"factors want slopes of their own, {min(own):.3f} to {max(own):.3f}: one slope is a compromise between them"
+            f"factors want slopes of their own, {min(own):.3f} to {max(own):.3f}: a single one is a compromise"
         )
     return notes
