@@ -8,7 +8,7 @@ from functools import partial
 from scaled_rope.attention import regions
 from scaled_rope.attention.regions import Regions
 from scaled_rope.errors import ConfigError
-from scaled_rope.scaling.parameters import DualChunkParams, LeakyReRopeParams, ReRopeParams, SelfExtendParams
+from scaled_rope.scaling.parameters import DpeParams, DualChunkParams, LeakyReRopeParams, ReRopeParams, SelfExtendParams
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.scaling.registry import METHODS
 from scaled_rope.scaling.temperature import compute_temperature
@@ -30,6 +30,13 @@ def self_extend(scaling: RopeScaling) -> Regions:
     """Relative position i - j for i - j < window, ⌊i/g⌋ - ⌊j/g⌋ + (window - ⌊window/g⌋) beyond."""
     params: SelfExtendParams = scaling.method_params
     return regions.self_extend(params.group, params.window)
+
+
+def dpe(scaling: RopeScaling) -> Regions:
+    """Relative position i - j for i - j < window, ⌊i/g⌋ - ⌊j/g⌋ + (window - ⌊window/g⌋) beyond, with a g of its own for
+    each group of pairs of dimensions."""
+    params: DpeParams = scaling.method_params
+    return regions.dpe(params.groups, params.window)
 
 
 def dual_chunk(scaling: RopeScaling) -> Regions:

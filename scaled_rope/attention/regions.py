@@ -11,7 +11,7 @@ at a time: memory grows with block x T. A block meets a key twice only where a r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -35,9 +35,10 @@ class Region:
     start: Callable[[Any], Any]
     """Position of a query, a number or a tensor -> position of the region's first key (below 0: all keys)."""
     query: Callable[[Tensor], Tensor]
-    """Positions of queries -> the positions that they are rotated to."""
+    """Positions of queries [T] -> the positions that they are rotated to: [T], or [T, G] where groups of pairs of
+    dimensions have positions of their own, see `rotated`."""
     key: Callable[[Tensor], Tensor]
-    """Positions of keys -> the positions that they are rotated to."""
+    """Positions of keys -> the positions that they are rotated to, likewise."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,25 @@ def self_extend(group: int, window: int) -> Regions:
     near = Region(lambda i: i - window + 1, _itself, _itself)
     # Shifted so that groups go on where the window ends: at i - j = window both rules give about window.
     far = Region(_everything, lambda i: i // group + (window - window // group), lambda j: j // group)
+    return Regions((near, far))
+
+
+def dpe(factors: Sequence[int], window: int) -> Regions:
+    """Self-Extend with a group size g of its own for each group of pairs of dimensions: relative position i - j within
+    the window, floor(i/g) - floor(j/g) + (w - floor(w/g)) beyond, for the pairs of each group.
+
+    factors: g of each group, from the pairs that turn fastest; 1 leaves a group's positions as they are.
+    """
+
+    def groups(positions: Tensor) -> Tensor:
+        return torch.tensor(factors, device=positions.device)
+
+    near = Region(lambda i: i - window + 1, _itself, _itself)
+    far = Region(
+        _everything,
+        lambda i: i[:, None] // groups(i) + (window - window // groups(i)),
+        lambda j: j[:, None] // groups(j),
+    )
     return Regions((near, far))
 
 
@@ -302,8 +322,12 @@ def _summed_in_float32(a: Tensor, b: Tensor) -> Tensor:
 
 
 def rotated(x: Tensor, positions: Tensor, inv_freq: Tensor, interleaved: bool) -> Tensor:
-    """x [B, H, T, D] rotated to positions [T]."""
+    """x [B, H, T, D] rotated to positions [T], or [T, G]: those of G groups, as even as can be, of the R/2 pairs."""
     if not len(positions):
         return x
-    angles = positions.to(inv_freq.dtype)[:, None] * inv_freq
+    by_pair = positions[:, None]
+    if positions.dim() == 2:
+        count = positions.shape[1]
+        by_pair = positions[:, torch.arange(len(inv_freq), device=positions.device) * count // len(inv_freq)]
+    angles = by_pair.to(inv_freq.dtype) * inv_freq
     return rotate(x, angles.cos(), angles.sin(), interleaved=interleaved, backend="torch")

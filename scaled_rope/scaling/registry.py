@@ -17,6 +17,7 @@ from typing import Any, Literal
 from scaled_rope.scaling.parameters import (
     AbfParams,
     ClipParams,
+    DpeParams,
     DualChunkParams,
     LeakyReRopeParams,
     Llama3Params,
@@ -237,6 +238,13 @@ _ROWS = (
         "Self-Extend, arXiv 2401.01325",
         "attention: positions beyond a window in groups",
         SelfExtendParams,
+        below_original="window",
+    ),
+    _attention(
+        "dpe",
+        "DPE, arXiv 2504.18857",
+        "attention: positions beyond a window in groups, by dimension",
+        DpeParams,
         below_original="window",
     ),
     _attention(

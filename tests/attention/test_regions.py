@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scaled_rope.attention import regions as regions_module
-from scaled_rope.attention.regions import Regions, region_attention, rerope
+from scaled_rope.attention.regions import Regions, dpe, region_attention, rerope, self_extend
 from scaled_rope.training.traced_memory import LiveBytes
 from tests.helpers.region_definitions import (
     INV_FREQ,
@@ -49,6 +49,13 @@ def test_is_plain_attention_where_the_definition_says_so(
     q, k, v = heads(75, 75)
     beyond = region_attention(q, k, v, torch.tensor(INV_FREQ), regions, 0.4)
     assert (beyond - oracle(q, k, v, plain_distance, 0.4)).abs().max() > 1000 * NOISE
+
+
+def test_dpe_with_all_groups_alike_is_self_extend() -> None:
+    q, k, v = heads(61, 61)
+    inv_freq = torch.tensor(INV_FREQ)
+    found = region_attention(q, k, v, inv_freq, dpe([3, 3], 8), 0.4)
+    assert torch.equal(found, region_attention(q, k, v, inv_freq, self_extend(3, 8), 0.4))
 
 
 def test_gradients_are_those_of_the_definition() -> None:
