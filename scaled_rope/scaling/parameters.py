@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from scaled_rope.errors import ConfigError, is_number, is_positive_whole
 
@@ -167,7 +168,7 @@ class DpeParams:
     """w: distance in tokens below which keys keep their true positions."""
 
     def __post_init__(self) -> None:
-        values = self.groups
+        values: Any = self.groups
         if not isinstance(values, list | tuple) or len(values) < 2:
             raise ConfigError(f"groups={values!r}: must be a list with a number for each group of pairs, as 4+4+2+16")
         whole = [int(each) if isinstance(each, float) and each.is_integer() else each for each in values]

@@ -215,7 +215,7 @@ _ROWS = (
         "drope",
         "factor",
         source="DroPE, arXiv 2512.12167",
-        summary="no rotary embedding at all, for models trained without it in the end",
+        summary="0: no rotary embedding at all",
         factor_optional=True,
         no_dynamic="its frequencies are 0 whatever s is",
     ),
@@ -243,7 +243,7 @@ _ROWS = (
     _attention(
         "dpe",
         "DPE, arXiv 2504.18857",
-        "attention: positions beyond a window in groups, by dimension",
+        "attention: grouped as self-extend, by dimension",
         DpeParams,
         below_original="window",
     ),
