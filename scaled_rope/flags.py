@@ -528,12 +528,13 @@ def check_plan_arguments(args: argparse.Namespace) -> None:
 _LARGEST_GRID = 200
 
 
-def parse_grid(text: str, name: str = "grid", least: int = 1) -> tuple[float, ...]:
+def parse_grid(text: str, name: str = "grid", least: int = 1, zero: bool = False) -> tuple[float, ...]:
     """Read "1.0:1.5:0.05" (start, end, step; the end included) or "1,1.1,1.25": positive numbers, ascending.
 
     Args:
         name: the name of the grid in error messages.
         least: the least number of different values.
+        zero: whether 0 is allowed, as a value and not as a step.
 
     Raises:
         ConfigError: not numbers, not positive, an empty or endless range, too few values.
@@ -543,10 +544,10 @@ def parse_grid(text: str, name: str = "grid", least: int = 1) -> tuple[float, ..
         numbers = [float(part) for part in text.split(":" if ":" in text else ",")]
     except ValueError:
         raise ConfigError(f"{name} {text!r} is not allowed; {form}") from None
-    if not all(math.isfinite(number) and number > 0 for number in numbers):
-        raise ConfigError(f"{name} {text!r} is not allowed; finite numbers above 0")
+    if not all(math.isfinite(number) and (number > 0 or (zero and number == 0)) for number in numbers):
+        raise ConfigError(f"{name} {text!r} is not allowed; finite numbers {'at least' if zero else 'above'} 0")
     if ":" in text:
-        if len(numbers) != 3 or numbers[1] < numbers[0]:
+        if len(numbers) != 3 or numbers[1] < numbers[0] or numbers[2] == 0:
             raise ConfigError(f"{name} {text!r} is not allowed; {form}, START at most END")
         start, end, step = numbers
         count = math.floor((end - start) / step + 1e-9) + 1  # 1e-9: 0.5 / 0.05 is 9.999…
@@ -573,9 +574,13 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("search").add_argument
     add("--constants", action="store_true",
         help="search beta_fast, beta_slow and √(1/t) together, by loss and retrieval: try this first")  # fmt: skip
+    add("--slope", metavar="METHOD",
+        help="search the slope of this method's attention temperature in place of √(1/t)")  # fmt: skip
+    add("--temperature", metavar="KIND", help="the temperature whose slope --slope searches (default constant)")
     add("--factors", metavar="S1,S2,...", help="factors s (default 2,4,8; with --constants 8)")
     add("--grid", metavar="GRID",
-        help="√(1/t): START:END:STEP or a list (default 1.0:1.5:0.05; with --constants from s)")  # fmt: skip
+        help="√(1/t): START:END:STEP or a list (default 1.0:1.5:0.05; with --constants from s; "
+        "with --slope slopes, 0:0.5:0.05)")  # fmt: skip
     add("--beta-fast", metavar="GRID", help="also search beta_fast, for example 16,32,64 (with --constants from L)")
     add("--beta-slow", metavar="GRID", help="also search beta_slow, for example 1,2 (with --constants from L)")
     add("--prompts", type=int, metavar="N",
@@ -664,6 +669,8 @@ def tune_specs(args: argparse.Namespace) -> list[str]:
         ConfigError: factors that are no positive numbers, or fields that the search sets itself.
     """
     fields = f",{args.fields}" if args.fields else ""
+    if args.slope is not None:
+        return _slope_specs(args, fields)
     tuned = (*TUNED, "beta_fast", "beta_slow") if args.constants else TUNED
     for name, _ in Spec.parse(f"yarn{fields}").fields:
         if name in tuned:
@@ -676,14 +683,30 @@ def tune_specs(args: argparse.Namespace) -> list[str]:
     return [f"yarn:{factor!r}{fields}" for factor in factors]
 
 
+def _slope_specs(args: argparse.Namespace, fields: str) -> list[str]:
+    """`tune_specs` of a search for a slope."""
+    tuned = ("factor", "attention_temperature", "temperature_slope", "dynamic")
+    for name, _ in Spec.parse(f"yarn{fields}").fields:
+        if name in tuned:
+            raise ConfigError(f"fields {args.fields!r} is not allowed; {', '.join(tuned)} are what the search sets")
+    kind = args.temperature or "constant"
+    factors = parse_grid(args.factors or "2,4,8", "factors")
+    if factors[0] <= 1:
+        raise ConfigError(f"factors {args.factors!r} is not allowed; with --slope above 1, where a temperature acts")
+    more = f",attention_temperature={kind},temperature_slope=0{fields}"
+    return [f"{args.slope}:{factor!r}{more}" for factor in factors]
+
+
 def tune_grid(args: argparse.Namespace) -> tuple[float, ...] | None:
-    """The attention factors to try; None for those that `--constants` chooses.
+    """The attention factors, or slopes, to try; None for those that `--constants` chooses.
 
     Raises:
         ConfigError: no positive numbers, or too few.
     """
     if args.constants:
         return parse_grid(args.grid) if args.grid else None
+    if args.slope is not None:
+        return parse_grid(args.grid or "0:0.5:0.05", least=3, zero=True)
     return parse_grid(args.grid or "1.0:1.5:0.05", least=3)
 
 
@@ -703,6 +726,14 @@ def check_tune_arguments(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--prompts {args.prompts} is not allowed; 0, or at least {LEAST_TRIALS}: one to search and two to judge"
         )
+    if args.temperature is not None and args.slope is None:
+        raise ConfigError(f"--temperature {args.temperature} is not allowed without --slope, which searches its slope")
+    if args.slope is not None:
+        for name in ("constants", "beta_fast", "beta_slow"):
+            if getattr(args, name):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is not allowed with --slope, which searches a slope alone"
+                )
     for spec in tune_specs(args):
         check_spec(spec)
     tune_grid(args)

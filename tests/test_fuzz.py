@@ -114,6 +114,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "ramp": st.sampled_from(["dimension", "rotations"]),
     "truncate": st.booleans(),
     "extrapolation_factor": st.floats(0, 1),
+    "attention_temperature": st.sampled_from(["log", "llama4", "ministral"]),
 }
 
 
@@ -130,10 +131,18 @@ def records(draw: st.DrawFn) -> RopeScaling:
     """Any record that can be constructed."""
     method = draw(st.sampled_from([name for name, row in METHODS.items() if row.kind == "frequency"]))
     row = METHODS[method]
-    shared = ("original_max_position_embeddings", "rope_theta", "partial_rotary_factor", "resonance")
+    shared = (
+        "original_max_position_embeddings",
+        "rope_theta",
+        "partial_rotary_factor",
+        "resonance",
+        "attention_temperature",
+    )
     values = draw(some_of({name: FIELDS[name] for name in FIELDS if name in row.fields or name in shared}))
-    if row.needs_original or values.get("dynamic"):
+    if row.needs_original or values.get("dynamic") or "attention_temperature" in values:
         values.setdefault("original_max_position_embeddings", 4096)
+    if "attention_temperature" in values:
+        values["temperature_slope"] = draw(st.floats(0, 1000))
     values["params"] = draw(some_of(PARAMS.get(method, {})))
     if row.params_type is not None:
         for name in ("short_factor", "long_factor", "theta") if method in ("longrope", "abf") else ():

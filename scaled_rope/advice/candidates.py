@@ -123,8 +123,8 @@ def factor_for(target: int, original: int) -> str:
 
 def identity(scaling: RopeScaling, length: int, head_dim: int) -> tuple[Any, ...]:
     """A key of what a model computes under a scaling in a pass that stands for `length` tokens."""
-    if scaling.changes_attention:
-        return (scaling.label,)
+    if scaling.beyond_tables:
+        return (at_length(scaling, length).label,)
     values, factor = rope_values(at_length(scaling, length), head_dim)
     return (tuple(float(f"{value:.6g}") for value in values), round(factor, 5))
 

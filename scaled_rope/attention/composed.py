@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scaled_rope.attention.regions import Regions, length_factor, rotated
+from scaled_rope.attention.regions import Regions, rotated
 
 Attend = Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
 """(q [B, H, Q, D], k [B, K, N, D], v [B, K, N, V], scale, causal) -> attention [B, H, Q, V] and the log-sum-exp of its
@@ -108,8 +108,8 @@ def composed_attention(
     inv_freq = inv_freq.to(q.device, exact)
     positions = torch.arange(length, device=q.device)
     queries = q.to(exact)
-    if regions.log_length is not None:
-        queries = queries * length_factor(positions, regions.log_length).to(exact)[:, None]
+    if regions.temperature is not None:
+        queries = queries * regions.temperature(positions).to(exact)[:, None]
     turned = [
         (
             rotated(queries, region.query(positions), inv_freq, interleaved).to(q.dtype),

@@ -11,8 +11,7 @@ at a time: memory grows with block x T. A block meets a key twice only where a r
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +35,10 @@ class Region:
     start: Callable[[Any], Any]
     """Position of a query, a number or a tensor -> position of the region's first key (below 0: all keys)."""
     query: Callable[[Tensor], Tensor]
-    """Positions of queries -> the positions that they are rotated to."""
+    """Positions of queries [T] -> the positions that they are rotated to: [T], or [T, G] where groups of pairs of
+    dimensions have positions of their own, see `rotated`."""
     key: Callable[[Tensor], Tensor]
-    """Positions of keys -> the positions that they are rotated to."""
+    """Positions of keys -> the positions that they are rotated to, likewise."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Regions:
     period: int | None = None
     """Number of queries after which the bounds of regions jump: no block of queries crosses a multiple of it.
     None: bounds move with every query."""
-    log_length: int | None = None
-    """L, when queries are multiplied by max(1, ln(i + 1) / ln L)."""
+    temperature: Callable[[Tensor], Tensor] | None = None
+    """Positions of queries -> what their scores are multiplied by; None: nothing."""
 
 
 def _everything(position: Any) -> Any:
@@ -62,21 +62,21 @@ def _itself(position: Tensor) -> Tensor:
     return position
 
 
-def rerope(window: int, log_length: int | None = None) -> Regions:
-    """Relative position min(i - j, window). log_length: see `Regions`."""
+def rerope(window: int) -> Regions:
+    """Relative position min(i - j, window)."""
     # A token sees itself and window - 1 tokens before it at their distances, 0 to window - 1.
     near = Region(lambda i: i - window + 1, _itself, _itself)
     # A query at w and a key at 0 are w apart, whatever their positions.
     far = Region(_everything, lambda i: i * 0 + window, lambda j: j * 0)
-    return Regions((near, far), log_length=log_length)
+    return Regions((near, far))
 
 
-def leaky_rerope(window: int, k: float, log_length: int | None = None) -> Regions:
+def leaky_rerope(window: int, k: float) -> Regions:
     """Relative position i - j within the window, window + (i - j - window)/k beyond."""
     near = Region(lambda i: i - window + 1, _itself, _itself)
     # The difference of the two positions is window + (i - j - window)/k.
     far = Region(_everything, lambda i: (i.double() + window * (k - 1)) / k, lambda j: j.double() / k)
-    return Regions((near, far), log_length=log_length)
+    return Regions((near, far))
 
 
 def self_extend(group: int, window: int) -> Regions:
@@ -84,6 +84,25 @@ def self_extend(group: int, window: int) -> Regions:
     near = Region(lambda i: i - window + 1, _itself, _itself)
     # Shifted so that groups go on where the window ends: at i - j = window both rules give about window.
     far = Region(_everything, lambda i: i // group + (window - window // group), lambda j: j // group)
+    return Regions((near, far))
+
+
+def dpe(factors: Sequence[int], window: int) -> Regions:
+    """Self-Extend with a group size g of its own for each group of pairs of dimensions: relative position i - j within
+    the window, floor(i/g) - floor(j/g) + (w - floor(w/g)) beyond, for the pairs of each group.
+
+    factors: g of each group, from the pairs that turn fastest; 1 leaves a group's positions as they are.
+    """
+
+    def groups(positions: Tensor) -> Tensor:
+        return torch.tensor(factors, device=positions.device)
+
+    near = Region(lambda i: i - window + 1, _itself, _itself)
+    far = Region(
+        _everything,
+        lambda i: i[:, None] // groups(i) + (window - window // groups(i)),
+        lambda j: j[:, None] // groups(j),
+    )
     return Regions((near, far))
 
 
@@ -166,8 +185,8 @@ def _attend(
     before = length - queries
     positions = torch.arange(length, device=q.device)
     factor = torch.full((queries, 1), scale, dtype=q.dtype, device=q.device)
-    if regions.log_length is not None:
-        factor = factor * length_factor(positions[before:], regions.log_length).to(q.dtype)[:, None]
+    if regions.temperature is not None:
+        factor = factor * regions.temperature(positions[before:]).to(q.dtype)[:, None]
     q = q * factor
     # Rotate the keys of each region, from the first to the last that any of these queries sees there. Bounds rise with
     # the query: the first one decides where the span begins, the last one where it ends.
@@ -302,14 +321,13 @@ def _summed_in_float32(a: Tensor, b: Tensor) -> Tensor:
     return product.view(*a.shape[:2], *product.shape[1:])
 
 
-def length_factor(positions: Tensor, log_length: int) -> Tensor:
-    """max(1, ln(i + 1) / ln L) of positions [T], float64."""
-    return ((positions + 1).double().log() / math.log(log_length)).clamp(min=1)
-
-
 def rotated(x: Tensor, positions: Tensor, inv_freq: Tensor, interleaved: bool) -> Tensor:
-    """x [B, H, T, D] rotated to positions [T]."""
+    """x [B, H, T, D] rotated to positions [T], or [T, G]: those of G groups, as even as can be, of the R/2 pairs."""
     if not len(positions):
         return x
-    angles = positions.to(inv_freq.dtype)[:, None] * inv_freq
+    by_pair = positions[:, None]
+    if positions.dim() == 2:
+        count = positions.shape[1]
+        by_pair = positions[:, torch.arange(len(inv_freq), device=positions.device) * count // len(inv_freq)]
+    angles = by_pair.to(inv_freq.dtype) * inv_freq
     return rotate(x, angles.cos(), angles.sin(), interleaved=interleaved, backend="torch")

@@ -200,7 +200,7 @@ def _hypotheses(
         claim = resolve_scaling(claim, own)
     raw = reference.config.to_dict() if raw is None else raw
     more = dict(more or {})
-    if claim is not None and own != claim and not own.changes_attention:
+    if claim is not None and own != claim and not own.beyond_tables:
         more.setdefault(f"the checkpoint's own scaling, {own.label}", own)
     return hypotheses(claim or own, reference.head_dim, length, raw, more)
 

@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(args.model)
     own = checkpoint.settings.scaling
     claim = resolve_scaling(args.scaling, own)
-    if claim.changes_attention:
-        raise ConfigError(f"scaling {claim.label!r} changes attention itself, which no server computes")
+    if claim.beyond_tables:
+        raise ConfigError(f"scaling {claim.label!r} {claim.beyond_tables}, which no server computes")
     device = resolve_device(args.device)
     tokenizer = load_tokenizer(args.model)
     text = long_text() if args.text is None else Path(args.text).read_text(encoding="utf-8", errors="replace")

@@ -62,10 +62,10 @@ def hypotheses(
         more: further scalings by name, for example that of the checkpoint before it was extended.
 
     Raises:
-        ConfigError: a claim that changes attention itself, which no server has.
+        ConfigError: a claim that changes attention itself or has a temperature, which no server has.
     """
-    if claim.changes_attention:
-        raise ConfigError(f"scaling {claim.label!r} changes attention itself, which no server computes")
+    if claim.beyond_tables:
+        raise ConfigError(f"scaling {claim.label!r} {claim.beyond_tables}, which no server computes")
     found = [Hypothesis(claim.label, claim, claimed=True)]
     numbers = [_numbers(claim, head_dim, length)]
     for name, scaling in _candidates(claim, head_dim, length, raw or {}, more or {}):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class ForwardPass:
     hooks: object = None
     """The hooks that began the pass and end it; None where no pass has begun."""
     positions: Tensor | None = None
-    """[B or 1, Q]: the positions of its queries, where frequencies depend on the length."""
+    """[B or 1, Q]: the positions of its queries, where frequencies depend on the length or temperatures on them."""
     cache: Any = None
     """The cache that the pass was given, if any."""
     contents: Any = None
@@ -34,6 +34,8 @@ class ForwardPass:
     """The name of the argument that holds the tokens, and its value: ids [B, Q] or embeddings [B, Q, H]."""
     deferred: Any = None
     """The `deferred_rotation.DeferredPass` of a pass that rotates keys when they are read; None for others."""
+    temperatures: dict[Any, Tensor] = field(default_factory=dict)
+    """(scaling, window) -> the temperatures [B or 1, Q] of its queries, see `patching.temperature`."""
     outer: ForwardPass | None = None
     """The pass that was running when this one began."""
 
@@ -68,12 +70,14 @@ def end(hooks: object) -> ForwardPass | None:
 
 
 @contextmanager
-def lengths(seq_len: Tensor | None) -> Iterator[None]:
+def lengths(seq_len: Tensor | None) -> Iterator[ForwardPass]:
     """Within this context, passes of dynamically scaled models take these row lengths [B], not those that follow from
-    their positions: a text that is read in pieces has one scale. None: lengths follow from positions."""
-    token = _CURRENT.set(ForwardPass(seq_len))
+    their positions: a text that is read in pieces has one scale. None: lengths follow from positions. Yields the state
+    that stands for such passes until one begins."""
+    state = ForwardPass(seq_len)
+    token = _CURRENT.set(state)
     try:
-        yield
+        yield state
     finally:
         _CURRENT.reset(token)
 

@@ -55,6 +55,8 @@ class Passes:
     """Why attention cannot rotate cached keys; "" when it can or need not."""
     unrotated: bool = False
     """Whether attention gets unrotated keys in every pass and rotates them itself, as in methods that change it."""
+    positional: bool = False
+    """Whether the temperature of some layer's attention depends on positions."""
     dropped: tuple[int, ...] = ()
     layers: tuple[int, ...] = ()
     """The indices of the layers whose attention can rotate cached keys."""
@@ -83,11 +85,11 @@ class Passes:
             self._end(output)
 
     def _skipped(self) -> bool:
-        """Whether the hooks do nothing: in a compiled pass, unless frequencies depend on the length.
+        """Whether the hooks do nothing: in a compiled pass, unless frequencies or temperatures depend on positions.
 
         They would only check caches there, and tracing them would break the graph in two.
         """
-        return torch.compiler.is_compiling() and not self.length_dependent
+        return torch.compiler.is_compiling() and not (self.length_dependent or self.positional)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -108,6 +110,11 @@ class Passes:
         if self.unrotated and isinstance(positions, Tensor) and positions.dim() == 3:
             _positions(given, given[name], start)  # refuses axes that differ: distances are counted in tokens here
         current = ForwardPass(hooks=self, cache=cache, contents=contents, inputs=(name, given[name]))
+        if self.positional and not self.length_dependent:
+            current.positions, changed = _positions(given, given[name], start)
+            forward_pass.begin(current)
+            # Layers that run again in a backward pass know the positions that they were given, and no others.
+            return _arguments(given, position_ids=current.positions) if changed else None
         if not self.length_dependent:
             forward_pass.begin(current)
             if not self.unrotated or cache is None or given.get("attention_mask") is not None:
@@ -204,7 +211,7 @@ class Passes:
         rows = contents.inputs[0][1].shape[0]
         mask = (places >= 0).long().expand(rows, -1)
         with (
-            lengths(seq_len),
+            lengths(seq_len) as state,
             Progress(
                 total=contents.length, desc=f"keys again, scale {scale}", unit="token", leave=False, delay=_PATIENCE
             ) as bar,
@@ -213,10 +220,11 @@ class Passes:
             for name, tokens in contents.inputs:
                 for piece in torch.split(tokens, PIECE, dim=1):
                     end = start + piece.shape[1]
+                    state.positions, state.temperatures = places[:, start:end].clamp(min=0), {}
                     forward(
                         **{name: piece},
                         attention_mask=mask[:, :end],
-                        position_ids=places[:, start:end].clamp(min=0),
+                        position_ids=state.positions,
                         use_cache=True,
                         **{cache_name(module): cache},
                     )
@@ -261,7 +269,7 @@ def _positions(given: dict[str, Any], tokens: Tensor, start: int) -> tuple[Tenso
         elif positions.dim() == 3:
             raise ConfigError(
                 "position_ids: their axes differ, as those of images do, and so a row has no single length that a "
-                "dynamic scaling could follow, nor distances in tokens; use a static scaling"
+                "dynamic scaling or a temperature could follow, nor distances in tokens; use a static scaling"
             )
         if positions.dim() != 2:
             raise ConfigError(f"position_ids: must be [B, T], got {list(positions.shape)}")

@@ -35,6 +35,7 @@ from scaled_rope.patching.saved_config import (
     let_save,
     write_config,
 )
+from scaled_rope.patching.temperature import install_temperature, needs_positions, remove_temperature
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, primary_type
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings
@@ -86,6 +87,8 @@ class _State:
     """Attention modules that can rotate after the cache."""
     obstacle: str = ""
     """Why no attention module can, where one must; else ""."""
+    tempered: list[nn.Module] = field(default_factory=list)
+    """Attention modules that multiply queries by a temperature."""
 
 
 def patch_model(
@@ -214,6 +217,7 @@ def _install(base: PreTrainedModel, unpatched: Unpatched, request: PatchRequest,
         module: Any = base.get_submodule(path)
         module.scaling = plain * request.softmax_factor
     state.hooks += _watch_passes(base, state)
+    state.tempered = install_temperature(base, request.scaling, request.plan)
     state.hooks += hook_layers(base, rotaries[0], request.plan, config, unpatched.adapter)
     for place, rotary in zip(unpatched.places, rotaries, strict=True):
         place.put(base, rotary)
@@ -231,6 +235,7 @@ def _watch_passes(base: PreTrainedModel, state: _State) -> list[RemovableHandle]
         CacheOwner(label),
         request.scaling,
         dependent,
+        positional=needs_positions(request.scalings),
         dropped=request.plan.drop_layers,
         unrotated=request.scaling.changes_attention,
         rotary_path=state.unpatched.places[0].path,
@@ -266,6 +271,7 @@ def _restore(base: PreTrainedModel, state: _State) -> None:
     base.config.__class__ = state.config_class
     for hook in state.hooks:
         hook.remove()
+    remove_temperature(state.tempered)
     rotate_before_cache(state.deferred)
     unbind_rotation(state.rotating)
     if state.request.scaling.changes_attention:
@@ -341,7 +347,7 @@ def computes(model: nn.Module, scaling: RopeScaling, settings: RopeSettings | No
         unpatched = Unpatched.of(base, settings or RopeSettings(base.config), strict=False)
     except ConfigError:
         return (settings or RopeSettings(getattr(model, "config", {}))).scaling == scaling
-    if scaling.changes_attention or scaling.is_length_dependent:
+    if scaling.beyond_tables or scaling.is_length_dependent:
         return False
     wanted = {name: unpatched.own_of(name) for name in unpatched.types} or {"": scaling}
     if unpatched.types:

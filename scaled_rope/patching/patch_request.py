@@ -32,6 +32,7 @@ from scaled_rope.patching.region_attention import MASKS_OF, check_carrier, pairi
 from scaled_rope.patching.rotary import Layout
 from scaled_rope.patching.rotary_kernel import Rotation, fused_rotation, normalising, resolve_kernel
 from scaled_rope.patching.softmax_scale import SoftmaxScale, scaled_attention, softmax_scale_of
+from scaled_rope.patching.temperature import check_temperature
 from scaled_rope.scaling.constants import constants_note
 from scaled_rope.scaling.frequencies import compute_rope, rope_values
 from scaled_rope.scaling.hf_config import primary_type
@@ -269,6 +270,7 @@ def read_request(
     head_dim = unpatched.head_dims[primary_type(unpatched.types) if unpatched.types else ""]
     request = PatchRequest(wanted, plan, head_dim, softmax_factor=softmax_factor)
     _check_steps(request.scalings)
+    check_temperature(base, wanted, plan, softmax=unpatched.softmax is not None)
     regions = _pairing_of_regions(base, request.scalings, plan, kernel, attn, adapter.layout, request.half)
     if regions is not None:
         return dataclasses.replace(request, regions_interleaved=regions, attention=MASKS_OF)
@@ -467,8 +469,10 @@ def _without_effect(unpatched: Unpatched, request: PatchRequest, base: PreTraine
     if request.plan.drop_layers and rotating <= set(request.plan.drop_layers):
         factor = 1.0 if scaling.changes_attention else scaling.static_attention_factor
         more = f", so attention_factor={factor:.5g} multiplies nothing" if factor != 1.0 else ""
-        yield f"{scaling.label} acts in no layer: drop_layers leaves none with rotary embedding{more}"
-    elif not scaling.is_length_dependent and not scaling.changes_attention and _computes_alike(unpatched, scaling):
+        by_temperature = scaling.attention_temperature is not None
+        acts = "acts by its attention_temperature alone" if by_temperature else "acts in no layer"
+        yield f"{scaling.label} {acts}: drop_layers leaves none with rotary embedding{more}"
+    elif not scaling.is_length_dependent and not scaling.beyond_tables and _computes_alike(unpatched, scaling):
         yield f"{scaling.label} computes what the model computed before"
     if not scaling.changes_attention and (scaling.static_attention_factor != 1.0 or scaling.dynamic):
         if (name := normalising(base)) and not (scaling.dynamic and scaling.method != "yarn"):
@@ -485,7 +489,7 @@ def _without_effect(unpatched: Unpatched, request: PatchRequest, base: PreTraine
 def _computes_alike(unpatched: Unpatched, scaling: RopeScaling) -> bool:
     """Whether a static scaling has the frequencies and the factor of the model's own scaling."""
     own = unpatched.own
-    if own.is_length_dependent or own.changes_attention:
+    if own.is_length_dependent or own.beyond_tables or scaling.beyond_tables:
         return False
     head_dim = unpatched.head_dims[primary_type(unpatched.types) if unpatched.types else ""]
     return rope_values(scaling, head_dim) == rope_values(own, head_dim)

@@ -74,7 +74,7 @@ def pairing_of(base: nn.Module, layout: Layout, half: int) -> tuple[bool | None,
     modules = callers(base, APPLY)
     if not modules:
         return None, f"its attention calls no {APPLY}"
-    if others := [type(module).__name__ for module in _users_of_tables(base) if module not in modules]:
+    if others := [type(module).__name__ for module in users_of_tables(base) if module not in modules]:
         return None, f"{others[0]} rotates in its own way"
     pairings = {_pairing(original(module, APPLY), layout, half) for module in modules}
     if len(pairings) != 1 or (interleaved := pairings.pop()) is None:
@@ -105,7 +105,7 @@ def _rotation(interleaved: bool, backend: str) -> Rotation:
     return apply_rotary_pos_emb
 
 
-def _users_of_tables(base: nn.Module) -> list[nn.Module]:
+def users_of_tables(base: nn.Module) -> list[nn.Module]:
     """The innermost modules whose forward takes cos and sin, without recurrent layers, which leave them unused."""
     given = [module for module in base.modules() if _TABLES in inspect.signature(module.forward).parameters]
     innermost = [module for module in given if not any(other in given for other in list(module.modules())[1:])]

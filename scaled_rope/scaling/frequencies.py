@@ -157,6 +157,11 @@ def hardclip(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | N
     return _scale_lowest(inv_freq, _zeros(clip)), torch.ones_like(factor)
 
 
+def drope(scaling: RopeScaling, dim: int, factor: Tensor, seq_len: Tensor | None) -> tuple[Tensor, Tensor]:
+    """0 for all: a model without rotary embedding."""
+    return torch.zeros(*factor.shape, dim // 2, dtype=factor.dtype, device=factor.device), torch.ones_like(factor)
+
+
 def _clipped(scaling: RopeScaling, dim: int, factor: Tensor) -> tuple[Tensor, int]:
     """Unclipped frequencies [..., D/2], and the number of lowest ones to clip."""
     params: ClipParams = scaling.method_params

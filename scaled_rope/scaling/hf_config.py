@@ -292,6 +292,17 @@ def attention_keys(model_type: object) -> tuple[str, ...]:
     return (*attention, *_AXIS_KEYS)
 
 
+def own_temperature(config: Any) -> str:
+    """The key of a config of transformers by which the family's own attention multiplies queries as they get further,
+    as KEY=VALUE; "" where it does not."""
+    rope = attribute(config, "rope_parameters")
+    beta = rope.get("llama_4_scaling_beta") if isinstance(rope, Mapping) else None
+    if beta and "llama_4_scaling_beta" in attention_keys(attribute(config, "model_type")):
+        return f"llama_4_scaling_beta={beta}"
+    tuned = attribute(config, "attn_temperature_tuning")
+    return f"attn_temperature_tuning={tuned}" if tuned else ""
+
+
 def family_keys(model_type: object, entry: Mapping[str, Any]) -> tuple[str, ...]:
     """Keys of a RoPE dictionary that its rope_type has in this family alone, or that repeat what another key says."""
     rope_type = usual_name(entry.get("rope_type", entry.get("type", "default")))

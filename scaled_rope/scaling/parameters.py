@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from scaled_rope.errors import ConfigError, is_number, is_positive_whole
 
@@ -155,6 +156,26 @@ class SelfExtendParams:
 
     def __post_init__(self) -> None:
         _whole(self, "group", 2)
+        _whole(self, "window", 1)
+
+
+@dataclass(frozen=True)
+class DpeParams:
+    groups: list[int]
+    """g of each group of pairs of dimensions, from the pairs that turn fastest: beyond the window, g neighbouring
+    positions count as one; 1 leaves a group as it is. The pairs are shared out evenly among the groups."""
+    window: int
+    """w: distance in tokens below which keys keep their true positions."""
+
+    def __post_init__(self) -> None:
+        values: Any = self.groups
+        if not isinstance(values, list | tuple) or len(values) < 2:
+            raise ConfigError(f"groups={values!r}: must be a list with a number for each group of pairs, as 4+4+2+16")
+        whole = [int(each) if isinstance(each, float) and each.is_integer() else each for each in values]
+        for value in whole:
+            if not is_positive_whole(value) or value > 2**53:
+                raise ConfigError(f"groups holds {value!r}: must be whole numbers, at least 1")
+        object.__setattr__(self, "groups", [int(value) for value in whole])
         _whole(self, "window", 1)
 
 

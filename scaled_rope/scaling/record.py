@@ -31,6 +31,7 @@ from scaled_rope.scaling.spec import Spec, shown
 Dialect = Literal["rope_parameters", "rope_scaling"]
 _DEFAULT_ROPE_THETA = 10000.0
 _RAMPS = ("dimension", "rotations")
+_TEMPERATURES = ("constant", "log", "llama4", "ministral")
 
 _LARGEST_HEAD_DIM = 2**16
 """Far above any model's; beyond it a table alone would fill the memory."""
@@ -67,6 +68,12 @@ class RopeScaling:
     stay right between steps. None: s follows l' token by token."""
     attention_factor: float | None = None
     """An explicit sqrt(1/t) that multiplies cos and sin. It stays constant under `dynamic`."""
+    attention_temperature: str | None = None
+    """A multiplier of attention logits besides the attention factor, on the query alone: "constant", "log", "llama4" or
+    "ministral", see `scaled_rope.scaling.temperature`; None is 1. Composes with any method."""
+    temperature_slope: float | None = None
+    """The slope or beta in the formula of `attention_temperature`. Default: 1/ln L for "log", 0.1 for "llama4" and
+    "ministral"; "constant" has none."""
     resonance: bool = False
     """Whether every wavelength is rounded to a whole number of tokens, on top of any method (Resonance RoPE)."""
     beta_fast: float | None = None
@@ -96,7 +103,7 @@ class RopeScaling:
             raise ConfigError(f"dynamic_step={self.dynamic_step:g}: is for dynamic scaling, such as dynamic-yarn")
         for name in _METHOD_FIELDS:
             value = getattr(self, name)
-            modifies_any = (name == "resonance" and row.kind == "frequency") or name == "dynamic_step"
+            modifies_any = (name == "resonance" and row.kind == "frequency") or name in _OF_ANY_METHOD
             if value != _DEFAULTS[name] and name not in row.fields and not modifies_any:
                 taken = ", ".join(sorted(row.fields)) or "no such field"
                 raise ConfigError(f"{name}={value!r}: not for method {self.method!r}, which takes {taken}")
@@ -107,6 +114,7 @@ class RopeScaling:
             )
         self._check_ramp()
         self._check_params(row)
+        self._check_temperature(row)
         if row.below_original and getattr(self.method_params, row.below_original) >= self._trained_length:
             raise ConfigError(
                 f"{row.below_original}={getattr(self.method_params, row.below_original)}: must be below the trained "
@@ -139,6 +147,8 @@ class RopeScaling:
             object.__setattr__(self, "original_max_position_embeddings", int(length))
         if self.ramp is not None and self.ramp not in _RAMPS:
             raise unknown("ramp", self.ramp, _RAMPS)
+        if self.attention_temperature is not None and self.attention_temperature not in _TEMPERATURES:
+            raise unknown("attention_temperature", self.attention_temperature, ("none", *_TEMPERATURES))
 
     def _check_ramp(self) -> None:
         if self.ramp == "rotations" and self.truncate is not None:
@@ -148,6 +158,40 @@ class RopeScaling:
         fast, slow = self.ramp_bounds
         if fast < slow:  # Kimi K2 has both at 1: the narrowest ramp there is
             raise ConfigError(f"beta_fast={fast:g}: must be at least beta_slow={slow:g}")
+
+    def _check_temperature(self, row: Method) -> None:
+        if self.params.get("logn"):  # the older name, of two methods, for the same thing
+            if self.attention_temperature not in (None, "log"):
+                raise ConfigError(f"logn=True: is attention_temperature 'log', not {self.attention_temperature!r}")
+            object.__setattr__(self, "attention_temperature", "log")
+            object.__setattr__(self, "params", {name: v for name, v in self.params.items() if name != "logn"})
+        kind, slope, original = (
+            self.attention_temperature,
+            self.temperature_slope,
+            self.original_max_position_embeddings,
+        )
+        if kind is None:
+            if slope is not None:
+                raise ConfigError(
+                    f"temperature_slope={slope:g}: belongs to an attention_temperature, and there is none"
+                )
+            return
+        if kind == "constant":
+            if slope is None:
+                raise ConfigError("temperature_slope is missing: attention_temperature 'constant' is 1 + slope·ln s")
+            if "factor" not in row.fields or self.method == "dynamic-ntk":
+                raise ConfigError(
+                    f"attention_temperature='constant': is 1 + slope·ln s, and method {self.method!r} has no factor s "
+                    "that is a ratio of lengths"
+                )
+            return
+        if original is None:
+            raise ConfigError(
+                f"original_max_position_embeddings is missing: attention_temperature {kind!r} needs the length, in "
+                "tokens, that the model was pre-trained with"
+            )
+        if kind == "log" and slope is None and original < 2:
+            raise ConfigError("original_max_position_embeddings=1: must be at least 2 for attention_temperature 'log'")
 
     def _check_params(self, row: Method) -> None:
         if not isinstance(self.params, Mapping):
@@ -202,6 +246,24 @@ class RopeScaling:
     def changes_attention(self) -> bool:
         """Whether the method changes attention itself and leaves the frequencies alone."""
         return METHODS[self.method].kind == "attention"
+
+    @property
+    def beyond_tables(self) -> str:
+        """Why tables of cos and sin alone cannot express this scaling, in a few words; "" where they can."""
+        if self.changes_attention:
+            return "changes attention itself"
+        if self.attention_temperature is not None:
+            return f"with attention_temperature={self.attention_temperature} multiplies queries"
+        return ""
+
+    @property
+    def effective_temperature_slope(self) -> float:
+        """`temperature_slope`, the default filled in. 0 without an attention temperature."""
+        if self.attention_temperature is None or self.temperature_slope is not None:
+            return self.temperature_slope or 0.0
+        if self.attention_temperature == "log":
+            return 1 / math.log(self._trained_length)
+        return _BETA
 
     @property
     def of_frequencies(self) -> RopeScaling:
@@ -505,6 +567,10 @@ _MODEL_FIELDS = ("rope_theta", "original_max_position_embeddings", "partial_rota
 _METHOD_FIELDS = tuple(name for name in _DEFAULTS if name not in (*_MODEL_FIELDS, "params"))
 # Far beyond what makes sense, and near enough that no formula leaves the range of float64.
 _MAX_LENGTH = 2**53
+_OF_ANY_METHOD = ("dynamic_step", "attention_temperature", "temperature_slope")
+"""Fields that no method has in its row and every method takes; others check that they make sense."""
+_BETA = 0.1
+"""The beta of Llama 4 and of Ministral 3."""
 _RANGES = {  # field: (lower limit, whether the limit itself is allowed, upper limit)
     "factor": (1.0, True, 1e9),
     "dynamic_step": (1.0, False, 1e9),
@@ -512,6 +578,7 @@ _RANGES = {  # field: (lower limit, whether the limit itself is allowed, upper l
     "partial_rotary_factor": (0.0, False, 1.0),
     "turning_fraction": (0.0, False, 1.0),
     "attention_factor": (1e-6, True, 1e6),
+    "temperature_slope": (0.0, True, 1e3),
     "beta_fast": (1e-6, True, 1e9),
     "beta_slow": (1e-6, True, 1e9),
     "mscale": (0.0, True, 1e5),
@@ -521,7 +588,7 @@ _RANGES = {  # field: (lower limit, whether the limit itself is allowed, upper l
 
 def native_type(scaling: RopeScaling, head_dim: int | None) -> str | None:
     """The rope_type by which transformers can express a scaling, or None."""
-    if scaling.dynamic or scaling.resonance:
+    if scaling.dynamic or scaling.resonance or scaling.attention_temperature is not None:
         return None
     if scaling.turning_fraction != 1.0:
         as_proportional = scaling.method in ("default", "linear", "proportional")

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from scaled_rope.scaling.parameters import (
     AbfParams,
     ClipParams,
+    DpeParams,
     DualChunkParams,
     LeakyReRopeParams,
     Llama3Params,
@@ -210,6 +211,14 @@ _ROWS = (
         summary="the lowest frequencies set to 0",
         **_CLIPPED,
     ),
+    _frequency(
+        "drope",
+        "factor",
+        source="DroPE, arXiv 2512.12167",
+        summary="0: no rotary embedding at all",
+        factor_optional=True,
+        no_dynamic="its frequencies are 0 whatever s is",
+    ),
     _attention(
         "rerope",
         "ReRoPE (Su), kexue.fm/archives/9708",
@@ -229,6 +238,13 @@ _ROWS = (
         "Self-Extend, arXiv 2401.01325",
         "attention: positions beyond a window in groups",
         SelfExtendParams,
+        below_original="window",
+    ),
+    _attention(
+        "dpe",
+        "DPE, arXiv 2504.18857",
+        "attention: grouped as self-extend, by dimension",
+        DpeParams,
         below_original="window",
     ),
     _attention(

@@ -121,6 +121,8 @@ def _parse(name: str, text: str) -> Any:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if name == "original_max_position_embeddings":
             return int(text)
+        if name == "attention_temperature":
+            return None if text == "none" else text
         return text if name == "ramp" else float(text)
     except (KeyError, ValueError):
         kind = "true or false" if name in _TRUE_OR_FALSE else "a number"

@@ -31,6 +31,10 @@ def numbers_in_effect(facts: ConfigFacts, codes: Collection[str]) -> Iterator[Nu
     row = METHODS[scaling.method]
     shown = "" if not facts.shown else f"shown at {facts.shown} tokens"
     yield Number("dynamic", scaling.dynamic or row.length_dependent, shown)
+    if scaling.attention_temperature is not None:
+        yield Number("attention_temperature", scaling.attention_temperature, "of queries, by this package alone")
+        slope = scaling.effective_temperature_slope
+        yield Number("temperature_slope", slope, _set(scaling.temperature_slope))
     if scaling.resonance:
         yield Number("resonance", True, "wavelengths are whole numbers")
     yield from _parameters(scaling)

@@ -30,7 +30,6 @@ from scaled_rope.scaling.dialects import older_keys
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import SOFTMAX_MSCALE_FAMILIES, has_rope, nested_types
 from scaled_rope.scaling.record import RopeScaling, resolve_scaling
-from scaled_rope.scaling.registry import METHODS
 from scaled_rope.serving.config_facts import text_part
 from scaled_rope.serving.export_report import Comparison, ExportReport
 from scaled_rope.serving.gguf import add_rope
@@ -161,9 +160,9 @@ def _nearest_words(request: ServedModel, target: Target) -> tuple[tuple[Expresse
 
 def _no_words(request: ServedModel, target: Target) -> str:
     """Why no words of the target can do it, or nothing."""
-    scaling, method = request.scaling, METHODS[request.scaling.method]
-    if method.kind != "frequency":
-        return f"{scaling.method!r} changes attention itself; no server computes it: use patch_model of this package"
+    scaling = request.scaling
+    if scaling.beyond_tables:
+        return f"{scaling.method!r} {scaling.beyond_tables}; no server computes it: use patch_model of this package"
     if nested_types(request.carried):
         return "the config has a scaling per layer type: save the model that patch_model made instead"
     model_type, carried = request.config.model_type, request.carried

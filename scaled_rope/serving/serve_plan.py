@@ -124,6 +124,8 @@ def plan_serving(
     if heads % gpus:
         raise ConfigError(f"--gpus {gpus} is not allowed; {heads} attention heads must be shared out evenly")
     notes = []
+    if scaling.beyond_tables:
+        notes.append(f"no server computes this scaling, which {scaling.beyond_tables}: see scaled-rope export")
     extended = scaling.max_position_embeddings or int(text.max_position_embeddings)
     if length > extended and not scaling.dynamic:
         notes.append(f"{length} tokens are beyond the {extended} that {scaling.label} is for")

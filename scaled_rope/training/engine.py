@@ -119,9 +119,10 @@ def check_sequence_parallel(recipe: Recipe, config: Any, scaling: RopeScaling, a
         raise ConfigError(
             f"sequence_parallel {size} is not allowed with {scaling.label}: no rank sees the length of the sequence"
         )
-    if scaling.changes_attention:
+    if scaling.beyond_tables:
+        why = "its attention" if scaling.changes_attention else "its attention_temperature"
         raise ConfigError(
-            f"sequence_parallel {size} is not allowed with {scaling.label}: its attention needs the whole sequence"
+            f"sequence_parallel {size} is not allowed with {scaling.label}: {why} needs the whole sequence"
         )
     windows = recipe.sliding_window_attention_schedule or (getattr(text, "sliding_window", None),)
     longest = recipe.truncate or recipe.sequence_length

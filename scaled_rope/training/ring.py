@@ -37,17 +37,18 @@ def check_context_parallel(recipe: Recipe, config: Any, scaling: RopeScaling, at
         attention: the attention implementation that the model was built with.
 
     Raises:
-        ConfigError: a scaling that depends on the length or changes attention; windows and other attention that is not
-            causal over everything; another implementation than sdpa; heads that its flash kernel does not take; dropout
-            of attention.
+        ConfigError: a scaling that depends on the length, changes attention or has an attention temperature; windows
+            and other attention that is not causal over everything; another implementation than sdpa; heads that its
+            flash kernel does not take; dropout of attention.
     """
     if recipe.context_parallel == 1:
         return
     head, text = f"context_parallel {recipe.context_parallel} is not allowed with", config.get_text_config()
     if scaling.is_length_dependent:
         raise ConfigError(f"{head} {scaling.label}: no rank sees the length of the sequence")
-    if scaling.changes_attention:
-        raise ConfigError(f"{head} {scaling.label}: its attention needs the whole sequence")
+    if scaling.beyond_tables:
+        why = "its attention" if scaling.changes_attention else "its attention_temperature"
+        raise ConfigError(f"{head} {scaling.label}: {why} needs the whole sequence")
     others = {str(kind) for kind in getattr(text, "layer_types", None) or ()} - {"full_attention"}
     if others or has_window(text):
         raise ConfigError(

@@ -2,7 +2,8 @@
 
     scaled-rope tune -m MODEL --dataset FOLDER --factors 2,4,8 --grid 1.0:1.5:0.05 --output out/tune
 
-With `--constants` it is another search, that of `scaled_rope.tuning.constants`. Without:
+With `--constants` it is another search, that of `scaled_rope.tuning.constants`, and with `--slope METHOD` that of
+`scaled_rope.tuning.slopes`. Without either:
 
 The search of the YaRN paper's appendix A.2: the frequencies are those of NTK-by-parts for a factor s, √(1/t) takes
 every value of a grid, and windows of s·L tokens (L the original context) are scored in one forward pass each. The best
@@ -95,6 +96,7 @@ from scaled_rope.tuning.measurement import (
     read_windows,
 )
 from scaled_rope.tuning.prompts import fact_prompts, retrieval_lengths
+from scaled_rope.tuning.slopes import measure_slopes, slopes_remarks, slopes_report, summarise_slopes
 
 
 def tune_factor(
@@ -378,11 +380,17 @@ def run(args: argparse.Namespace) -> int:
     job = model_jobs(flags)[0]
     own = job.scaling
     starts = _starts(args, own)
-    search = _prepare_constants(args, job, starts) if args.constants else _prepare_factors(args, starts)
+    if args.slope is not None:
+        search = _prepare_slopes(args, starts)
+    else:
+        search = _prepare_constants(args, job, starts) if args.constants else _prepare_factors(args, starts)
     if own.method != "default":
         print(f"note: the checkpoint's own scaling, {own.label}, is replaced by each that is tried", file=sys.stderr)
     longest, segment = starts[-1].max_position_embeddings, starts[-1].original_max_position_embeddings
-    assert longest is not None and segment is not None  # "yarn" needs the original length
+    if longest is None or segment is None:
+        raise ConfigError(
+            "original_max_position_embeddings is missing: the checkpoint doesn't say for how many tokens it was trained"
+        )
     if segment < 2:
         raise ConfigError(
             f"original_max_position_embeddings={segment}: must be at least 2, a segment's length in tokens"
@@ -411,6 +419,24 @@ def _prepare_factors(args: argparse.Namespace, starts: Sequence[RopeScaling]) ->
         summary = {**opened.head(), **summarise(tuned, args.seed)}
         write_tuning_figures(tuned, summary, display_name(opened.job.model), opened.folder)
         return _finish(args, opened, summary, report(summary), remarks(summary))
+
+    return search
+
+
+def _prepare_slopes(args: argparse.Namespace, starts: Sequence[RopeScaling]) -> Search:
+    """The search for the slope of an attention temperature, its grid checked."""
+    grid = tune_grid(args)
+    assert grid is not None  # has a default
+
+    def search(opened: _Opened) -> int:
+        with _bar(args) as bar:
+            store = RowStore(opened.folder / "rows.jsonl", opened.record, bar)
+            sweep = opened.sweep(store)
+            every = [sweep.cells([replace(start, temperature_slope=x) for x in grid]) for start in starts]
+            bar.total = sum(map(store.missing, every))
+            curves = [measure_slopes(sweep, start, grid) for start in starts]
+        summary = {**opened.head(), **summarise_slopes(curves, args.seed)}
+        return _finish(args, opened, summary, slopes_report(summary), slopes_remarks(summary))
 
     return search
 

@@ -6,9 +6,19 @@ import pytest
 import torch
 
 from scaled_rope.attention import regions as regions_module
-from scaled_rope.attention.regions import Regions, region_attention, rerope
+from scaled_rope.attention.regions import Regions, dpe, region_attention, rerope, self_extend
 from scaled_rope.training.traced_memory import LiveBytes
-from tests.helpers.region_definitions import INV_FREQ, METHODS, NOISE, Distance, L, heads, oracle, rerope_distance
+from tests.helpers.region_definitions import (
+    INV_FREQ,
+    METHODS,
+    NOISE,
+    Distance,
+    L,
+    heads,
+    oracle,
+    rerope_distance,
+    with_log,
+)
 
 
 def plain_distance(i: int, j: int) -> float:
@@ -41,6 +51,13 @@ def test_is_plain_attention_where_the_definition_says_so(
     assert (beyond - oracle(q, k, v, plain_distance, 0.4)).abs().max() > 1000 * NOISE
 
 
+def test_dpe_with_all_groups_alike_is_self_extend() -> None:
+    q, k, v = heads(61, 61)
+    inv_freq = torch.tensor(INV_FREQ)
+    found = region_attention(q, k, v, inv_freq, dpe([3, 3], 8), 0.4)
+    assert torch.equal(found, region_attention(q, k, v, inv_freq, self_extend(3, 8), 0.4))
+
+
 def test_gradients_are_those_of_the_definition() -> None:
     inv_freq = torch.tensor([100.0 ** (-d / 4) for d in range(4)])
     generator = torch.Generator().manual_seed(0)
@@ -48,7 +65,7 @@ def test_gradients_are_those_of_the_definition() -> None:
     leaves = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
     weights = torch.randn(1, 4, 37, 10, generator=generator, dtype=torch.float64)
     found = torch.autograd.grad(
-        (region_attention(*leaves, inv_freq, rerope(7, 24), 0.4, block=8) * weights).sum(), leaves
+        (region_attention(*leaves, inv_freq, with_log(rerope(7)), 0.4, block=8) * weights).sum(), leaves
     )
     wanted = torch.autograd.grad((oracle(*leaves, rerope_distance(7), 0.4, 24) * weights).sum(), leaves)
     for one, other in zip(found, wanted, strict=True):

@@ -180,6 +180,7 @@ def test_what_cannot_be_certified(ids: list[int]) -> None:
         ({"lengths": (1, 5)}, "at least 2 tokens"),
         ({"lengths": (500,)}, "is beyond the text"),
         ({"claim": "rerope,window=8"}, "changes attention itself"),
+        ({"claim": "yarn:4,attention_temperature=log"}, "with attention_temperature=log multiplies queries"),
     ):
         with pytest.raises(ConfigError, match=message):
             certify(model, model, ids, **options)

@@ -138,7 +138,7 @@ def test_flags(tiny_model: Make, tmp_path: Path) -> None:
     assert labels("--method", "rerope", "--window", "8") == labels("--rerope", "8") == ["rerope (window=8)"]
     assert labels("--scaling", "yarn:2", "--method", "leaky-rerope", "--window", "8", "--k", "4", "--logn") == [
         "yarn x2",
-        "leaky-rerope (window=8, logn=True, k=4)",
+        "leaky-rerope (attention_temperature=log, window=8, k=4)",
     ]
     assert labels("--method", "self-extend", "--scaling", "rerope,window=5", "--group", "2", "--window", "8") == [
         "self-extend (group=2, window=8)",

@@ -40,6 +40,7 @@ OTHERS: list[dict[str, Any]] = [
     {"method": "cope", "params": {"clip": 1}},
     {"method": "cope", "params": {"clip": 2, "theta": 7e5}},
     {"method": "hardclip", "params": {"clip": 2}},
+    {"method": "drope"},
     {"method": "hardclip", "params": {"clip": 2, "theta": 7e5}},
 ]
 UNSCALED = {"method": "default"}

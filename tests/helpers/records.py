@@ -40,6 +40,8 @@ ROUND_TRIPS = [
     RopeScaling("cope", 1.0, 4096),
     RopeScaling("cope", 8.0, 4096, params={"clip": 20, "theta": 500000.0}),
     RopeScaling("hardclip", 1.0, 4096, params={"clip": 3}),
+    RopeScaling("drope", 8.0, 4096),
+    RopeScaling("drope", 8.0, 4096, attention_temperature="constant", temperature_slope=0.25),
     RopeScaling("default", 1.0, 4096, resonance=True),
     RopeScaling("yarn", 16.0, 4096, resonance=True),
 ]

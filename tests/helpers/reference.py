@@ -165,6 +165,11 @@ def hardclip(dim: int, theta: float, clip: int) -> list[float]:
     return unscaled(dim, theta)[: dim // 2 - clip] + [0.0] * clip
 
 
+def drope(dim: int) -> list[float]:
+    """Nothing turns."""
+    return [0.0] * (dim // 2)
+
+
 def resonance(frequencies: list[float]) -> list[float]:
     """Every wavelength the nearest whole number of tokens, at least one; what does not turn stays so."""
     return [2 * math.pi / max(1, round(2 * math.pi / frequency)) if frequency else 0.0 for frequency in frequencies]
@@ -178,3 +183,15 @@ def attention_factor(s: float, mscale: float = 1.0) -> float:
 def dynamic_scale(length: int, original: int, factor: float = 1.0) -> float:
     """Section 3.3."""
     return max(factor, length / original)
+
+
+def temperature(kind: str, i: int, original: int, slope: float | None, s: float, window: int | None) -> float:
+    """The multiplier of the logits of the query at position i; a slope of None is the default."""
+    if kind == "constant":
+        return 1 + slope * math.log(s)
+    if kind == "log":
+        seen = i + 1 if window is None or window > i + 1 else window
+        if seen <= original:
+            return 1.0
+        return math.log(seen) / math.log(original) if slope is None else 1 + slope * math.log(seen / original)
+    return 1 + (0.1 if slope is None else slope) * math.log(1 + (i + (kind == "llama4")) // original)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from scaled_rope.attention.regions import Regions, dual_chunk, leaky_rerope, rerope, self_extend
+from scaled_rope import RopeScaling
+from scaled_rope.attention.regions import Regions, dpe, dual_chunk, leaky_rerope, rerope, self_extend
+from scaled_rope.scaling.temperature import compute_temperature
 
 L = 24
 INV_FREQ = [100.0 ** (-d / 4) for d in range(4)]
-Distance = Callable[[int, int], float]
+Distance = Callable[[int, int], float | list[float]]
+"""(i, j) -> the distance at which a query at i sees a key at j, or one for each of the pairs of dimensions."""
 
 
 def rerope_distance(w: int) -> Distance:
@@ -32,6 +37,15 @@ def dual_chunk_distance(s: int, length: int) -> Distance:
         apart = i // s - j // s
         at = i % s if apart == 0 else min(s + i % s, length - 1) if apart == 1 else length - 1
         return at - j % s
+
+    return distance
+
+
+def dpe_distance(groups: list[int], w: int) -> Distance:
+    shared = [groups[d * len(groups) // len(INV_FREQ)] for d in range(len(INV_FREQ))]
+
+    def distance(i: int, j: int) -> list[float]:
+        return [i - j if i - j < w else i // g - j // g + (w - w // g) for g in shared]
 
     return distance
 
@@ -56,9 +70,10 @@ def oracle(
     q, k, v = (x.double() for x in (q, k, v))
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     apart = torch.tensor(
-        [[distance(i, j) if j <= i else 0 for j in range(length)] for i in range(length - queries, length)]
+        [[distance(i, min(i, j)) for j in range(length)] for i in range(length - queries, length)]
     ).double()
-    turn = torch.polar(torch.ones(1).double(), apart[..., None] * torch.tensor(INV_FREQ).double())
+    apart = apart if apart.dim() == 3 else apart[..., None]
+    turn = torch.polar(torch.ones(1).double(), apart * torch.tensor(INV_FREQ).double())
     pair_scores = torch.einsum("bhqd,bhkd,qkd->bhqk", complex_pairs(q), complex_pairs(k).conj(), turn).real
     rest = torch.einsum("bhqd,bhkd->bhqk", q[..., rotated:], k[..., rotated:])
     scores = scale * (pair_scores + rest)
@@ -69,12 +84,20 @@ def oracle(
     return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
 
 
+def with_log(regions: Regions) -> Regions:
+    """Regions under the temperature "log" for L tokens."""
+    scaling = RopeScaling("default", original_max_position_embeddings=L, attention_temperature="log")
+    return replace(regions, temperature=partial(compute_temperature, scaling))
+
+
+DPE = [([3, 3, 3, 3], 8), ([4, 1, 2, 8], 5), ([1, 6], 17), ([5, 2, 7], 1)]
 METHODS: list[tuple[str, Regions, Distance, int | None]] = [
     *((f"rerope-{w}", rerope(w), rerope_distance(w), None) for w in (1, 5, 16, 23)),
-    ("rerope-7-logn", rerope(7, L), rerope_distance(7), L),
+    ("rerope-7-logn", with_log(rerope(7)), rerope_distance(7), L),
     *((f"leaky-{w}-{k}", leaky_rerope(w, k), leaky_distance(w, k), None) for w, k in ((1, 2.5), (7, 4), (16, 16))),
-    ("leaky-7-logn", leaky_rerope(7, 4, L), leaky_distance(7, 4), L),
+    ("leaky-7-logn", with_log(leaky_rerope(7, 4)), leaky_distance(7, 4), L),
     *((f"self-{g}-{w}", self_extend(g, w), self_extend_distance(g, w), None) for g, w in ((2, 1), (3, 8), (8, 17))),
+    *((f"dpe-{'-'.join(map(str, g))}-{w}", dpe(g, w), dpe_distance(g, w), None) for g, w in DPE),
     *((f"chunk-{s}", dual_chunk(s, L), dual_chunk_distance(s, L), None) for s in (1, 5, 12, 18, 23)),
 ]
 

@@ -216,6 +216,7 @@ BY_METHOD: dict[str, tuple[str, list[float], float]] = {
         [w * (1.0, 0.5, 0.0)[d - 5] if d >= 5 else w for d, w in enumerate(PLAIN_16)],
         1.0,
     ),
+    "drope": ("drope:4", [0.0 for _ in PLAIN_16], 1.0),
     "hardclip": ("hardclip:4,clip=6", [w if d < 2 else 0.0 for d, w in enumerate(PLAIN_16)], 1.0),
     # 2·48/32 - 1 = 2 for s.
     "dynamic-ntk": ("dynamic-ntk:2", reference.ntk(16, 1e4, 2), 1.0),

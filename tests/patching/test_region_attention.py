@@ -20,6 +20,7 @@ SPECS = [
     "rerope,window=10,logn=true",
     "leaky-rerope,window=10,k=4",
     "self-extend,group=3,window=8",
+    "dpe,groups=2+3+4+8,window=8",
     "dual-chunk,chunk=12",
 ]
 # float32 sums in another order through two layers; logits reach 10.

@@ -74,6 +74,8 @@ def oracle(scaling: RopeScaling, head_dim: int, length: int | None = None) -> tu
             frequencies = reference.cope(dim, params.get("theta", theta), clip)
         case "hardclip":
             frequencies = reference.hardclip(dim, params.get("theta", theta), clip)
+        case "drope":
+            frequencies = reference.drope(dim)
         case _:
             raise AssertionError(f"no reference for {scaling.method}")
     if scaling.method == "yarn":
@@ -450,6 +452,7 @@ def test_bad_widths_and_lengths():
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.kind == "attention"])
 def test_a_method_without_frequencies_is_refused(method):
     params = {"rerope": {"window": 8}, "leaky-rerope": {"window": 8, "k": 4}, "self-extend": {"window": 8, "group": 2}}
+    params["dpe"] = {"window": 8, "groups": [2, 4]}
     scaling = RopeScaling(method, 1, 32, params=params.get(method, {"chunk": 8}))
     with pytest.raises(ConfigError, match="changes attention itself"):
         compute_rope(scaling, 64)

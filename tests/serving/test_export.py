@@ -50,6 +50,7 @@ AS_TABLE = [
     "ntk-mixed:4",
     "part-ntk:4",
     "hardclip,clip=3",
+    "drope:4",
     "proportional:2,fraction=0.5",
 ]
 HALVES = ["yarn:4,truncate=false", "yarn:4,extrapolation_factor=0.5", "yarn:4,extrapolation_factor=0"]
@@ -343,6 +344,14 @@ def test_what_attention_reads_from_the_rope_parameters_is_kept(target: str) -> N
     # Frequencies are spelled out with another L, which attention would take for its own.
     refused = export("ntk-mixed:4", config, target)
     assert refused.status == "refused" and "the attention of this model reads 256 there" in refused.reason
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("spec", ["yarn:4,attention_temperature=log", "rerope,window=64,logn=true"])
+def test_what_tables_cannot_express_is_refused(spec: str, target: str, config: LlamaConfig) -> None:
+    report = export(spec, config, target)
+    why = "changes attention itself" if "rerope" in spec else "with attention_temperature=log multiplies queries"
+    assert report.status == "refused" and f"{why}; no server computes it" in report.reason
 
 
 def test_a_softmax_scale_that_words_would_drop_is_refused() -> None:

@@ -505,6 +505,13 @@ def test_numbers_that_attention_takes_from_the_rope_dictionary() -> None:
     assert not asked & {"softmax scale times", "llama_4_scaling_beta"}
 
 
+def test_an_attention_temperature_is_shown() -> None:
+    found = inspect(LLAMA, scaling="yarn:8,attention_temperature=ministral")
+    numbers = {number.name: (number.value, number.origin) for number in found.numbers}
+    assert numbers["attention_temperature"] == ("ministral", "of queries, by this package alone")
+    assert numbers["temperature_slope"] == (0.1, "default")
+
+
 def test_layers_that_differ_in_the_size_of_heads() -> None:
     full, sliding = (inspect({"model_type": "gemma4_text"}, name) for name in ("full_attention", "sliding_attention"))
     assert (full.head_dim, sliding.head_dim) == (512, 256) and full.exit_code == 0

@@ -65,6 +65,13 @@ def test_windows_shared_caches_and_compressed_ones() -> None:
     assert plan.per_token == 2 * 576 * 2 and "MLA" in plan.kv_dtype  # not shared out
 
 
+def test_says_what_no_server_computes() -> None:
+    for spec, why in (("rerope,window=64", "changes attention"), ("yarn:2,attention_temperature=log", "multiplies q")):
+        notes = plan_serving(config(), spec, 8192, 80e9).notes
+        assert any("no server computes this scaling" in note and why in note for note in notes)
+    assert not plan_serving(config(), "yarn:2", 8192, 80e9).notes
+
+
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["plan", "--serve", str(DEFAULT_MODEL), "--scaling", "yarn:8", "--length", "4096", "--gpu-memory", "1"]
     assert main([*argv, "--json"]) == 0

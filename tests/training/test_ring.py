@@ -57,6 +57,12 @@ def test_a_recipe_that_ring_attention_cannot_run_is_refused_when_it_is_read(work
         ({"scaling": "dynamic-yarn"}, {}, "sdpa", "no rank sees the length of the sequence"),
         ({"scaling": "dynamic-ntk:2"}, {}, "sdpa", "no rank sees the length of the sequence"),
         ({"scaling": "rerope,window=8"}, {}, "sdpa", "its attention needs the whole sequence"),
+        (
+            {"scaling": "yarn:4,attention_temperature=log"},
+            {},
+            "sdpa",
+            "its attention_temperature needs the whole sequence",
+        ),
         ({}, {"model_type": "mistral", "sliding_window": 4096}, "sdpa", "type sliding_attention: .* is causal over"),
         ({}, {"model_type": "gemma3_text"}, "sdpa_blocked", "type sliding_attention: .* is causal over the whole"),
         ({}, {"model_type": "qwen3_next"}, "sdpa", "type linear_attention: .* is causal over the whole"),

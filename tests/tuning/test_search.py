@@ -252,6 +252,30 @@ def test_the_command_end_to_end(
     assert (out / "fit.png").exists() == (best["fit"] is not None)
 
 
+def test_the_slope_of_a_temperature(
+    tiny_model: Make, checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    flags = ["-m", checkpoint, "--dataset", texts, "--slope", "drope", "--factors", "2,4", "--grid", "0,0.2,0.4"]
+    assert search.run(arguments(*flags, "--output", out)) == 0
+    assert "slope of attention_temperature=constant for all factors" in capsys.readouterr().out
+    rows, best = read_rows(out / "rows.jsonl"), json.loads((out / "best.json").read_text())
+    assert len(rows) == 2 * 3 * 2 and len(best["factors"]) == 2
+    losses = {(row["scaling"]["factor"], row["scaling"]["temperature_slope"], row["document"]): row for row in rows}
+    row = losses[4.0, 0.4, 0]
+    model, multiplied = tiny_model(), tiny_model()
+    patch_model(model, "drope:4,attention_temperature=constant,temperature_slope=0.4")
+    patch_model(multiplied, "drope:4")
+    for layer in multiplied.model.layers:  # type: ignore[union-attr]
+        layer.self_attn.q_proj.weight.data *= 1 + 0.4 * math.log(4)
+    words = [0, *(int(word[1:]) for word in json.loads(texts.read_text().splitlines()[0])["text"].split())][:128]
+    ids = torch.tensor([words])
+    nll = [
+        F.cross_entropy(each(ids).logits[0, :-1], ids[0, 1:], reduction="sum").item() for each in (model, multiplied)
+    ]
+    assert nll[0] == pytest.approx(nll[1], abs=2e-3) and sum(row["nll"]) == pytest.approx(nll[1], abs=8e-3)
+
+
 def test_factor_one_with_attention_factor_one_is_the_model_itself(
     tiny_model: Make, checkpoint: Path, texts: Path, tmp_path: Path
 ) -> None:
@@ -296,6 +320,13 @@ def test_a_finished_search_reads_no_weights(
     ("flags", "complaint"),
     [
         (["--grid", "1:2"], "START:END:STEP"),
+        (["--temperature", "log"], "not allowed without --slope"),
+        (["--slope", "drope", "--constants"], "--constants is not allowed with --slope"),
+        (["--slope", "drop"], "unknown method 'drop'"),
+        (["--slope", "default"], "factor=2.0: not for method 'default'"),
+        (["--slope", "drope", "--temperature", "logs"], "unknown attention_temperature 'logs'"),
+        (["--slope", "drope", "--factors", "1"], "above 1, where a temperature acts"),
+        (["--slope", "drope", "--fields", "temperature_slope=2"], "are what the search sets"),
         (["--grid", "1,1.1"], "at least 3"),
         (["--factors", "0.5"], "factor=0.5"),
         (["--factors", "two"], "factors 'two'"),
