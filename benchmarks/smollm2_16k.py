@@ -3,7 +3,7 @@
     python benchmarks/smollm2_16k.py --list          # the parts, and how far each has come
     python benchmarks/smollm2_16k.py                 # all that is missing, the most telling parts first
     python benchmarks/smollm2_16k.py --minutes 60    # as much as fits; the same command goes on
-    python benchmarks/smollm2_16k_report.py          # the tables and figures of docs/reproduction.md
+    python eval/report.py data/smollm2_16k_rows.jsonl --output out/smollm2-16k/report
 
 Each run trains the recipe smollm2-135m-16k-cpu with other values of a few fields, on the same rows in the same order
 for the same seed. Each model, and the base under three scalings, is measured by the project's own evaluators. Trained
