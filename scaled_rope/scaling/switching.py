@@ -13,8 +13,8 @@ def original_up_to_l(scaling: RopeScaling, head_dim: int) -> RopeScaling:
     """A scaling whose frequencies are the model's own for sequences up to L, and those of `scaling` for longer ones.
 
     This is what LongRoPE2 (arXiv 2502.20082) trains: short windows as before, long ones rescaled. A static scaling
-    becomes `longrope`, whose list for short sequences is all ones; `longrope` has one attention factor, that of
-    `scaling`, for both. A scaling that follows the length by itself is returned as it is.
+    becomes `longrope`, whose list for short sequences is all ones; `longrope` has one attention factor and one attention
+    temperature, those of `scaling`, for both. A scaling that follows the length by itself is returned as it is.
 
     head_dim: dimensions per head of the model.
 
@@ -49,6 +49,8 @@ def original_up_to_l(scaling: RopeScaling, head_dim: int) -> RopeScaling:
         partial_rotary_factor=scaling.partial_rotary_factor,
         original_max_position_embeddings=length,
         attention_factor=attention_factor,
+        attention_temperature=scaling.attention_temperature,
+        temperature_slope=scaling.temperature_slope,
         params={
             "short_factor": [1.0] * len(plain),
             "long_factor": [mine / theirs for mine, theirs in zip(plain, scaled, strict=True)],

@@ -9,6 +9,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.scaling.switching import original_up_to_l
+from scaled_rope.scaling.temperature import compute_temperature
 
 BASE = RopeScaling("default", original_max_position_embeddings=256)
 D = 64
@@ -35,6 +36,15 @@ def test_original_up_to_l_and_scaled_beyond(spec: str) -> None:
         assert attention == factor
     assert switching.max_position_embeddings == static.max_position_embeddings
     assert switching.is_native(D)  # transformers reads it
+
+
+def test_an_attention_temperature_is_kept() -> None:
+    static = scaling("yarn:8,attention_temperature=log,temperature_slope=0.2")
+    positions = torch.arange(0, 3000, 500)
+    expected = compute_temperature(static, positions)
+    assert torch.equal(compute_temperature(original_up_to_l(static, D), positions), expected) and expected.max() > 1
+    constant = scaling("yarn:8,attention_temperature=constant,temperature_slope=0.2")
+    assert compute_temperature(original_up_to_l(constant, D), positions).min() > 1
 
 
 @pytest.mark.parametrize("spec", ["dynamic-yarn", "dynamic-ntk"])
