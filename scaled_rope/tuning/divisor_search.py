@@ -50,7 +50,7 @@ from scaled_rope.tuning.divisor_trials import (
     measure_on,
 )
 from scaled_rope.tuning.divisors import Space
-from scaled_rope.tuning.measurement import check_target, model_ask, model_score, read_windows
+from scaled_rope.tuning.measurement import ScoredWindow, check_target, model_ask, model_score, read_windows
 from scaled_rope.tuning.prompts import fact_prompts, retrieval_lengths
 from scaled_rope.tuning.search import loading_arguments
 from scaled_rope.tuning.strategies import Evolution, Strategy, YarnSpace, cma_es, coordinate, evolve, grid, load_cmaes
@@ -59,6 +59,8 @@ _EACH = 8
 """The most windows of one document."""
 _MOST = 96
 """Windows after which no more are read."""
+_HELD_BACK = 1_000_003
+"""Added to the seed of prompts that only judge."""
 _REFERENCES = 8
 """Prompts within L that show whether the model retrieves at all."""
 
@@ -127,18 +129,20 @@ def _read_texts(args: argparse.Namespace, job: ModelJob, space: Space) -> _Texts
             f"{len(windows)} windows of {args.target} tokens are there; --windows asks for {args.windows}"
         )
     chosen = choose_windows(windows, args.windows + args.held_back, args.seed)
-    texts = [one.tokens[1:].tolist() for one in (chosen or windows)]
-    lengths = retrieval_lengths(space.original, args.target)[1:]
-    prompts = {}
-    if args.fitness != "perplexity":
-        tokenizer, count = load_tokenizer(job.model), args.prompts + args.held_back
-        prompts = {length: fact_prompts(tokenizer, length, count, args.seed, texts) for length in lengths}
-    if args.fitness == "needles":
-        chosen = []
-    held = {length: some[args.prompts :] for length, some in prompts.items()} if args.held_back else {}
+    tokenizer = load_tokenizer(job.model)
+
+    def material(some: list[ScoredWindow], count: int, seed: int) -> Material:
+        prompts = {}
+        if args.fitness != "perplexity" and count:
+            filler = [one.tokens[1:].tolist() for one in (some or windows)]
+            lengths = retrieval_lengths(space.original, args.target)[1:]
+            prompts = {length: fact_prompts(tokenizer, length, count, seed, filler) for length in lengths}
+        return Material([] if args.fitness == "needles" else some, prompts)
+
+    # What chooses must not depend on how much judges, so that more can be held back later.
     return _Texts(
-        Material(chosen[: args.windows], {length: some[: args.prompts] for length, some in prompts.items()}),
-        Material(chosen[args.windows :], held),
+        material(chosen[: args.windows], args.prompts, args.seed),
+        material(chosen[args.windows :], args.held_back, args.seed + _HELD_BACK),
     )
 
 
