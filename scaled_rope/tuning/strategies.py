@@ -162,10 +162,14 @@ class YarnSpace:
 
     def proposal(self, scaling: RopeScaling, kind: str) -> Proposal:
         """A scaling of YaRN as a candidate."""
+        return self.of_divisors(scaling, self.space.of_scaling(scaling), kind)
+
+    def of_divisors(self, scaling: RopeScaling, divisors: Divisors, kind: str) -> Proposal:
+        """The same where its divisors are known."""
         fast, slow = scaling.ramp_bounds
         numbers = {"beta_fast": fast, "beta_slow": slow, "attention_factor": scaling.static_attention_factor}
         numbers["rope_theta"] = scaling.rope_theta
-        genome = Genome(self.space.of_scaling(scaling), round(scaling.static_attention_factor, 6))
+        genome = Genome(divisors, round(scaling.static_attention_factor, 6))
         return Proposal(genome, {"kind": kind, "numbers": numbers})
 
     def first(self) -> Proposal:
@@ -235,28 +239,33 @@ def coordinate(space: Space, seed: int, step: float = 0.25, least: float = 1 / 2
 
 
 def grid(space: Space, budget: int, seed: int) -> Strategy:
-    """Every combination of YaRN's betas and attention factor, as fine as the budget allows, in a random order.
+    """YaRN as it is, and every combination of betas and attention factor, as fine as the budget allows.
 
-    Combinations that compute the same are one candidate. The base is the model's.
+    The order is random. Combinations that compute the same are one candidate. The base is the model's.
     """
-    yarn, points = YarnSpace(space), [YarnSpace(space).first()]
-    for count in itertools.count(2):
-        finer = _grid(yarn, count)
-        if len(finer) > budget:
-            break
-        points = finer
+    yarn, sizes = YarnSpace(space), [2, 2]
+    points = [yarn.first()]
+    grew = True
+    while grew:
+        grew = False
+        for axis in (0, 1):  # the betas, then the attention factor
+            finer = [size + (place == axis) for place, size in enumerate(sizes)] if len(points) > 1 else sizes
+            found = _grid(yarn, *finer)
+            if len(found) <= budget:
+                points, sizes, grew = found, finer, True
     order = np.random.default_rng(seed).permutation(len(points) - 1) + 1
     yield [points[0], *(points[index] for index in order)]
 
 
-def _grid(yarn: YarnSpace, count: int) -> list[Proposal]:
-    """YaRN as it is, and the grid of so many values of each number."""
-    ticks = np.linspace(0, 1, count)
+def _grid(yarn: YarnSpace, betas: int, factors: int) -> list[Proposal]:
+    """YaRN as it is, and the grid of so many values of either beta and of the attention factor."""
     base = yarn.start()[-1]
-    found: dict[Genome, Proposal] = {}
-    for one in [yarn.first(), *(
-        yarn.proposal(yarn.scaling([*point, base]), "grid")
-        for point in itertools.product(ticks, ticks, ticks)
-    )]:  # fmt: skip
-        found.setdefault(one.genome, one)
-    return list(found.values())
+    ramps: dict[Divisors, list[float]] = {}
+    for fast, slow in itertools.product(np.linspace(0, 1, betas).tolist(), repeat=2):
+        ramps.setdefault(yarn.space.of_scaling(yarn.scaling([fast, slow, 0.0, base])), [fast, slow])
+    found = [yarn.first()]
+    for factor in np.linspace(0, 1, factors).tolist():
+        for divisors, (fast, slow) in ramps.items():
+            one = yarn.scaling([fast, slow, factor, base])
+            found.append(yarn.of_divisors(one, divisors, "grid"))
+    return [one for index, one in enumerate(found) if not index or one.genome != found[0].genome]

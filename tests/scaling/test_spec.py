@@ -129,7 +129,6 @@ def test_bad_specs(spec, message):
         "yarn:8,truncate=false,ramp=dimension",
         "llama3:8,low_freq_factor=2",
         "longrope:4,attention_factor=1.1,short_factor=1+1+1,long_factor=1+1.25+4",
-        "leaky-rerope,window=64,logn=true,k=4",
     ],
 )
 def test_specs_are_read_back(spec: str) -> None:
