@@ -56,7 +56,7 @@ MISTAKES = {
     "-m scaled_rope advise nothere --target 5": "model 'nothere' does not exist, and a hub name is OWNER/NAME",
     "-m scaled_rope advise . --target 9 --minutes 0": "--minutes 0 is not allowed; a number above 0",
     "-m scaled_rope search nothere --target 5": "model 'nothere' does not exist, and a hub name is OWNER/NAME",
-    "-m scaled_rope search . --target 9 --strategy evolutoin": "unknown strategy 'evolutoin'; did you mean 'evolution'? "
+    "-m scaled_rope search . --target 9 --strategy evoluton": "unknown strategy 'evoluton'; did you mean 'evolution'? "
     "known: cma-es, coordinate, evolution, grid",
     "-m scaled_rope search . --target 9 --evaluations 0": "--evaluations 0 is not allowed; at least 1",
     "-m scaled_rope tune --dataset x --output README.md": "--output README.md is a file; name a folder",
