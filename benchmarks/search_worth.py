@@ -6,13 +6,14 @@
 
 Per seed the same windows and prompts, none of a test, judge every candidate: LongRoPE's evolution with its attention
 factor, the same with the attention factor searched too, CMA-ES over YaRN's four numbers, and a grid over its betas and
-attention factor. The best after 100, 400 and all evaluations are then tested on held-out text and passkeys by
-eval/perplexity.py and eval/passkey.py, beside YaRN as it is. Needs the demo's texts and the package cmaes.
+attention factor. All are given 100 evaluations first, then 400, then 1344; a grid is another one for each budget, the
+others go on. The best of each is tested on held-out text and passkeys by eval/perplexity.py and eval/passkey.py, beside
+YaRN as it is. Needs the demo's texts and the package cmaes.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 """What is compared: the flags of `scaled-rope search`."""
 BUDGETS = (100, 400)
-"""Evaluations after which the best so far is tested too."""
+"""Evaluations before the last budget, so that there is an answer early."""
 SEARCHED = ("--windows", "3", "--prompts", "2", "--held-back", "0")
 WINDOWS, ITERATIONS = 12, 50
 """Windows of each held-out text, and passkeys of each length, of the test."""
@@ -49,44 +50,42 @@ def search(name: str, seed: int, evaluations: int, output: Path) -> Path:
         ConfigError: it failed; its message is on the terminal.
     """
     folder = output / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+    if name == "grid":  # its fineness follows from the budget
+        folder = folder.with_name(f"{folder.name}-{evaluations}")
     command = [sys.executable, "-m", "scaled_rope", "search", MODEL, "--target", str(TARGET)]
     command += ["--dataset", f"{TEXTS}/train", *SEARCHED, *VARIANTS[name], "--seed", str(seed)]
     command += ["--evaluations", str(evaluations), "--output", str(folder)]
-    print(f"search: {name}, seed {seed}", flush=True)
+    print(f"search: {name}, seed {seed}, {evaluations} evaluations", flush=True)
     if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
         raise ConfigError(f"the search {name!r} with seed {seed} failed")
     return folder
 
 
-def outcomes(name: str, seed: int, folder: Path, evaluations: int) -> list[Row]:
-    """A row for the best after each budget, from the trace of a search."""
+def outcome(name: str, seed: int, folder: Path, budget: int) -> Row:
+    """A row for the best after so many evaluations, from the trace of a search."""
     head, *rows = read_rows(folder / "trace.jsonl")
-    settings, found = head["settings"], []
-    for budget in [*(budget for budget in BUDGETS if budget < evaluations), evaluations]:
-        best = min(rows[:budget], key=lambda row: (row["fitness"], row["evaluation"]))
-        found.append(
-            {
-                "metric": "search",
-                "model": MODEL,
-                **{field: settings[field] for field in ("model_fingerprint", "dtype")},
-                "scaling": best["scaling"],
-                "data": {"name": settings["data"], "fingerprint": settings["text"]},
-                "protocol": {
-                    "name": name,
-                    "seed": seed,
-                    "budget": budget,
-                    "passes": sum(map(len, best["answers"].values())) + len(best["beyond"]),
-                },
-                "length": TARGET,
-                "evaluations": min(budget, len(rows)),
-                "found_at": best["evaluation"] + 1,
-                "fitness": best["fitness"],
-                "first_fitness": min(row["fitness"] for row in rows if row["origin"]["kind"] == "start"),
-                "seconds": sum(row["seconds"] for row in rows[:budget]),
-                "provenance": best["provenance"],
-            }
-        )
-    return found
+    settings, rows = head["settings"], rows[:budget]
+    best = min(rows, key=lambda row: (row["fitness"], row["evaluation"]))
+    return {
+        "metric": "search",
+        "model": MODEL,
+        **{field: settings[field] for field in ("model_fingerprint", "dtype")},
+        "scaling": best["scaling"],
+        "data": {"name": settings["data"], "fingerprint": settings["text"]},
+        "protocol": {
+            "name": name,
+            "seed": seed,
+            "budget": budget,
+            "passes": sum(map(len, best["answers"].values())) + len(best["beyond"]),
+        },
+        "length": TARGET,
+        "evaluations": len(rows),
+        "found_at": best["evaluation"] + 1,
+        "fitness": best["fitness"],
+        "first_fitness": min(row["fitness"] for row in rows if row["origin"]["kind"] == "start"),
+        "seconds": sum(row["seconds"] for row in rows),
+        "provenance": best["provenance"],
+    }
 
 
 def test(scalings: Sequence[RopeScaling], rows: Path) -> None:
@@ -125,14 +124,12 @@ def main() -> int:
         raise ConfigError(f"--evaluations {args.evaluations} is not allowed; at least 1")
     rows = Path(args.rows).resolve()
     base = RopeScaling("default", original_max_position_embeddings=256)
-    for seed in map(int, args.seeds.split(",")):
-        for name in args.only or VARIANTS:
-            folder = search(name, seed, args.evaluations, Path(args.output).resolve())
-            found = outcomes(name, seed, folder, args.evaluations)
-            scalings = {json.dumps(row["scaling"]): RopeScaling.from_dict(row["scaling"]) for row in found}
-            test([RopeScaling.from_spec("yarn:8", base), *scalings.values()], rows)
-            for row in found:
-                append_row(rows, row, once=True)
+    budgets = [*(budget for budget in BUDGETS if budget < args.evaluations), args.evaluations]
+    for budget, seed, name in itertools.product(budgets, map(int, args.seeds.split(",")), args.only or VARIANTS):
+        folder = search(name, seed, budget, Path(args.output).resolve())
+        row = outcome(name, seed, folder, budget)
+        test([RopeScaling.from_spec("yarn:8", base), RopeScaling.from_dict(row["scaling"])], rows)
+        append_row(rows, row, once=True)
     return 0
 
 

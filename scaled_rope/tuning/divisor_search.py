@@ -57,8 +57,8 @@ from scaled_rope.tuning.strategies import Evolution, Strategy, YarnSpace, cma_es
 
 _EACH = 8
 """The most windows of one document."""
-_MOST = 96
-"""Windows after which no more are read."""
+_MOST, _TOKENS = 96, 500_000
+"""Windows, and tokens of them, after which no more text is read."""
 _HELD_BACK = 1_000_003
 """Added to the seed of prompts that only judge."""
 _REFERENCES = 8
@@ -123,7 +123,8 @@ def _read_texts(args: argparse.Namespace, job: ModelJob, space: Space) -> _Texts
     """
     reading = argparse.Namespace(**{**vars(args), "windows": _EACH})
     hint = f"a smaller --target needs less than {args.target}"
-    windows = read_windows(reading, job, args.target, unused=True, hint=hint, most=_MOST)
+    most = min(_MOST, max(2 * (args.windows + args.held_back), _TOKENS // args.target))
+    windows = read_windows(reading, job, args.target, unused=True, hint=hint, most=most)
     if len(windows) < args.windows:
         raise ConfigError(
             f"{len(windows)} windows of {args.target} tokens are there; --windows asks for {args.windows}"

@@ -32,7 +32,8 @@ def trace(folder: Path, fitness: list[float]) -> Path:
 def test_the_best_after_each_budget(tmp_path: Path) -> None:
     values = [5.0, 4.5, *[4.0 - 0.001 * (index % 7) for index in range(148)]]
     values[120] = 3.0
-    rows = search_worth.outcomes("grid", 1, trace(tmp_path / "out", values), 150)
+    folder = trace(tmp_path / "out", values)
+    rows = [search_worth.outcome("grid", 1, folder, budget) for budget in (100, 150)]
     assert [row["protocol"]["budget"] for row in rows] == [100, 150]
     assert [(row["found_at"], row["fitness"]) for row in rows] == [(9, pytest.approx(3.994)), (121, 3.0)]
     assert {(row["first_fitness"], row["protocol"]["passes"]) for row in rows} == {(4.5, 3)}
@@ -63,4 +64,7 @@ def test_a_search_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
         search_worth.search("cma-es", 3, 10, tmp_path)
     with pytest.raises(ConfigError, match="eval/perplexity.py failed"):
         search_worth.test([RopeScaling("default")], tmp_path / "rows.jsonl")
+    with pytest.raises(ConfigError, match="the search 'grid'"):
+        search_worth.search("grid", 0, 400, tmp_path)
+    assert asked[-1][-1] == str(tmp_path / "grid-0-400")
     assert asked[0][-4:] == ["--evaluations", "10", "--output", str(tmp_path / "cma-es-3")]
