@@ -90,9 +90,9 @@ def table(rows: Sequence[Row]) -> str:
         return f"| {' | '.join([name, *facts, *cells])} |"
 
     lines.append(line("YaRN as it is", ["", "", "", ""], [YARN]))
-    for (name, budget), some in searches(rows).items():
+    for (name, _), some in searches(rows).items():
         first, found = (np.mean([row[field] for row in some]) for field in ("first_fitness", "fitness"))
-        facts = [str(budget), str(len(some)), f"{first:.3f}", f"{found:.3f}"]
+        facts = [str(max(row["evaluations"] for row in some)), str(len(some)), f"{first:.3f}", f"{found:.3f}"]
         lines.append(line(NAMES[name], facts, [row["scaling"] for row in some]))
     return "\n".join(lines) + "\n"
 

@@ -47,7 +47,7 @@ def search(name: str, number: int, seed: int = 0) -> dict[str, Any]:
     protocol = {"name": name, "seed": seed, "budget": 100, "passes": 9}
     made = {"commit": "0123456789", "device": "a machine"}
     return {"metric": "search", "protocol": protocol, "scaling": {"method": "longrope", "number": number},
-            "first_fitness": 4.0, "fitness": 3.5, "seconds": 3600.0, "provenance": made}  # fmt: skip
+            "first_fitness": 4.0, "fitness": 3.5, "evaluations": 97, "seconds": 3600.0, "provenance": made}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -86,5 +86,5 @@ def test_seeds_are_pooled_and_half_a_comparison_has_no_verdict(script: ModuleTyp
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = script.block(path)
-    assert "is not finished" in text and "| 100 | 2 | 4.000 | 3.500 | 24.53 | 24.53 | 90 % | 90 % | 90 % |" in text
+    assert "is not finished" in text and "| 97 | 2 | 4.000 | 3.500 | 24.53 | 24.53 | 90 % | 90 % | 90 % |" in text
     assert script.block(tmp_path / "none.jsonl") == "Not measured yet.\n"

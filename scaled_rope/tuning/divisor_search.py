@@ -320,8 +320,15 @@ def _numbers(said: Row) -> list[str]:
 
 def _report(args: argparse.Namespace, summary: Row, folder: Path) -> str:
     best = summary["best"]
+
+    def named(start: str) -> str:
+        # Evolution's candidates share an attention factor, which is not the method's.
+        return f"divisors of {start}" if args.strategy == "evolution" else start
+
     header = ["candidate", "√(1/t)", "ppl > L", "answers", "fitness"]
-    lines = [[one["origin"]["name"], f"{one['attention_factor']:.4f}", *_numbers(one)] for one in summary["starts"]]
+    lines = [
+        [named(one["origin"]["name"]), f"{one['attention_factor']:.4f}", *_numbers(one)] for one in summary["starts"]
+    ]
     lines.append([f"best, evaluation {best['evaluation']}", f"{best['attention_factor']:.4f}", *_numbers(best)])
     text = [
         f"{display_name(args.model)}, {summary['original_max_position_embeddings']} to {args.target} tokens: "
@@ -330,14 +337,16 @@ def _report(args: argparse.Namespace, summary: Row, folder: Path) -> str:
     ]
     if (judged := summary["held_back"]) is not None:
         text.append("\non text and prompts that chose nothing:")
-        rows = [[judged["start_name"], *_numbers(judged["start"])], ["best", *_numbers(judged["best"])]]
+        rows = [[named(judged["start_name"]), *_numbers(judged["start"])], ["best", *_numbers(judged["best"])]]
         text.append(format_table(["candidate", *header[2:]], rows))
         for name, said in (("loss", "loss beyond L"), ("needles", "loss of answers")):
             if gain := judged.get(f"{name}_above_start"):
                 ends = "" if gain["interval"] is None else " [{:+.3f}, {:+.3f}]".format(*gain["interval"])
-                text.append(f"{said} of the best against {judged['start_name']}: {gain['value']:+.3f}{ends} nats")
+                text.append(
+                    f"{said} of the best against {named(judged['start_name'])}: {gain['value']:+.3f}{ends} nats"
+                )
     elif summary["best_start"] == best["origin"].get("name"):
-        text.append(f"\nnothing that was tried is better than {summary['best_start']}")
+        text.append(f"\nnothing that was tried is better than {named(summary['best_start'])}")
     if summary["yarn"] is not None:
         text.append(f"the same in YaRN's words: {summary['yarn']}")
     text.append(f"\nthe scaling to use: {folder / 'best.json'}")
