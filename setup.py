@@ -19,9 +19,10 @@ EXTRAS = {
     "eval": ["lm-eval>=0.4.13", "matplotlib", "nltk", "wonderwords"],
     "wandb": ["wandb"],
     "gguf": ["gguf>=0.19"],
+    "search": ["cmaes>=0.12", "matplotlib"],
     "dev": [
-        "bitsandbytes>=0.50", "gguf>=0.19", "hypothesis", "liger-kernel>=0.8.5", "mypy", "pytest", "pytest-xdist",
-        "ruff", "triton>=3.6", "trl>=1.16", "types-PyYAML",
+        "bitsandbytes>=0.50", "cmaes>=0.12", "gguf>=0.19", "hypothesis", "liger-kernel>=0.8.5", "mypy", "pytest",
+        "pytest-xdist", "ruff", "triton>=3.6", "trl>=1.16", "types-PyYAML",
     ],
 }  # fmt: skip
 # Not in "all": flash-attn, which builds only where a CUDA toolkit is.

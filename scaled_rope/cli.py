@@ -217,6 +217,12 @@ COMMANDS = {
         flags.check_tune_arguments,
         "scaled_rope.tuning.search",
     ),
+    "search": Command(
+        "search one divisor per frequency for a model and a length, as LongRoPE does",
+        flags.add_search_arguments,
+        flags.check_search_arguments,
+        "scaled_rope.tuning.divisor_search",
+    ),
     "advise": Command(
         "which scaling suits a model and a length, measured on the model itself",
         flags.add_advise_arguments,

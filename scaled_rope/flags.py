@@ -656,6 +656,117 @@ def check_advise_arguments(args: argparse.Namespace) -> None:
     check_local(args.model)
 
 
+SEARCH_STRATEGIES = ("evolution", "cma-es", "coordinate", "grid")
+"""Ways in which `scaled-rope search` searches; the first is LongRoPE's."""
+FITNESSES = ("both", "perplexity", "needles")
+WITHIN = ("unscaled", "same")
+
+
+def add_search_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `scaled-rope search`."""
+    add = parser.add_argument_group("model").add_argument
+    add("model", metavar="MODEL", help="folder or hub name of a model with its weights")
+    add("--target", type=int, required=True, metavar="N", help="the length to reach, in tokens")
+    _add_loading_arguments(add)
+    add = parser.add_argument_group("text").add_argument
+    add("-d", "--dataset", default=ADVICE_TEXT, metavar="PATH",
+        help="file of text, JSON or Parquet, folder, hub name, packed set or corpus (default %(default)s)")  # fmt: skip
+    add("-f", "--feature", default="text", help="field that holds the text (default %(default)s)")
+    add("--split", default="test", help="split of a hub dataset (default %(default)s)")
+    add("--documents", type=int, metavar="N", help="the first N documents that are long enough (default: all)")
+    add("--windows", type=int, default=5, metavar="N", help="windows that a candidate reads (default %(default)s)")
+    add("--prompts", type=int, default=3, metavar="N",
+        help="hidden facts that it is asked for at each length beyond L (default %(default)s)")  # fmt: skip
+    add("--held-back", type=int, default=4, metavar="N",
+        help="windows, and prompts per length, that only judge the best (default %(default)s)")  # fmt: skip
+    add = parser.add_argument_group("search").add_argument
+    add("--strategy", default=SEARCH_STRATEGIES[0], metavar="NAME",
+        help="evolution (LongRoPE's, of divisors), or of YaRN's few numbers cma-es, coordinate or grid")  # fmt: skip
+    add("--fitness", default=FITNESSES[0], metavar="NAME",
+        help="perplexity (loss beyond L), needles (loss of answers) or both, their sum (default)")  # fmt: skip
+    add("--evaluations", type=int, metavar="N", help="the most candidates (default: as many as evolution has, 1344)")
+    add("--start", action="append", metavar="SPEC",
+        help="evolution begins with its divisors too, besides PI, NTK and YaRN; repeatable")  # fmt: skip
+    add("--attention-factor", default="longrope", metavar="F",
+        help="of evolution's candidates: longrope (√(1 + ln s / ln L)), a number, or search")  # fmt: skip
+    add("--within", default=WITHIN[0], metavar="NAME",
+        help="texts of up to L tokens are read unscaled (default), or with the same divisors")  # fmt: skip
+    for name, default, said in (
+        ("population", 64, "candidates of the first round"),
+        ("rounds", 40, "rounds after the first"),
+        ("mutants", 16, "mutants per round"),
+        ("crossed", 16, "crossed candidates per round"),
+        ("parents", 32, "the best so far, from which these are made"),
+    ):
+        add(f"--{name}", type=int, default=default, metavar="N", help=f"evolution: {said} (default %(default)s)")
+    add("--mutation-rate", type=float, default=0.3, metavar="P",
+        help="evolution: probability that a mutant's divisor is drawn anew (default %(default)s)")  # fmt: skip
+    add("--seed", type=int, default=0, help="of the search, its windows and prompts (default %(default)s)")
+    add = parser.add_argument_group("output").add_argument
+    add("--output", default="out/search", metavar="DIR",
+        help="trace.jsonl, best.json and pictures (default %(default)s)")  # fmt: skip
+    add("--json", action="store_true", help="print best.json in place of the tables")
+    add("--hide-progress", action="store_true")
+
+
+def search_attention(text: str) -> float | None:
+    """The attention factor that `--attention-factor` gives by number; None for a name.
+
+    Raises:
+        ConfigError: neither a number above 0 nor a name.
+    """
+    if text in ("longrope", "search"):
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError(f"--attention-factor {text} is not allowed; longrope, search or a number above 0")
+    return value
+
+
+def check_search_arguments(args: argparse.Namespace) -> None:
+    """Refuse what `scaled-rope search` cannot do, as far as numbers, names and paths show it."""
+    for name, least in (
+        ("target", 2), ("documents", 1), ("windows", 0), ("prompts", 0), ("held_back", 0), ("evaluations", 1),
+        ("seed", 0), ("population", 2), ("rounds", 0), ("mutants", 0), ("crossed", 0), ("parents", 1),
+    ):  # fmt: skip
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least {least}")
+    if args.strategy not in SEARCH_STRATEGIES:
+        raise unknown("strategy", args.strategy, SEARCH_STRATEGIES)
+    if args.fitness not in FITNESSES:
+        raise unknown("fitness", args.fitness, FITNESSES)
+    if args.within not in WITHIN:
+        raise unknown("within", args.within, WITHIN)
+    if args.windows == 0 and args.fitness != "needles":
+        raise ConfigError(f"--windows 0 is not allowed with --fitness {args.fitness}; at least 1")
+    if args.prompts == 0 and args.fitness != "perplexity":
+        raise ConfigError(f"--prompts 0 is not allowed with --fitness {args.fitness}; at least 1")
+    if not 0 < args.mutation_rate <= 1:
+        raise ConfigError(f"--mutation-rate {args.mutation_rate:g} is not allowed; above 0, at most 1")
+    search_attention(args.attention_factor)
+    if args.strategy != SEARCH_STRATEGIES[0]:
+        for name, usual in (("start", None), ("attention_factor", "longrope")):
+            if getattr(args, name) != usual:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is not allowed with --strategy {args.strategy}: it is for evolution"
+                )
+    for spec in args.start or ():
+        check_spec(spec)
+    if args.attention not in ATTENTIONS:
+        raise unknown("attention", args.attention, ATTENTIONS)
+    _check_numbers_and_device(args)
+    if args.adapter and not (Path(args.adapter) / "adapter_config.json").is_file():
+        raise ConfigError(f"--adapter {args.adapter!r} holds no adapter_config.json")
+    if Path(args.output).is_file():
+        raise ConfigError(f"--output {args.output} is a file; name a folder")
+    check_writable(Path(args.output) / "trace.jsonl")
+    check_there(args.dataset)
+    check_local(args.model)
+
+
 TUNED = ("attention_factor", "mscale", "factor", "dynamic")
 """Fields of a scaling that `scaled-rope tune` sets itself."""
 LEAST_TRIALS = 3

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scaled_rope.errors import ConfigError
 from scaled_rope.scaling.constants import beta_grids, constants_note
 from scaled_rope.scaling.frequencies import at_length, rope_values
 from scaled_rope.scaling.record import RopeScaling, resolve_scaling
@@ -154,20 +153,3 @@ class Passes:
     def longest(self, static: RopeScaling) -> int:
         """The longest length that a static scaling is needed for: its one pass yields the others."""
         return self._longest[static]
-
-
-def check_target(original: int | None, target: int, name: str) -> int:
-    """L, where the target lies beyond it.
-
-    Raises:
-        ConfigError: L is not known, or the target is not beyond it.
-    """
-    if original is None:
-        raise ConfigError(
-            f"the trained length of {name} is not known; say --original-max-position-embeddings N, in tokens"
-        )
-    if target <= original:
-        raise ConfigError(
-            f"--target {target} is not allowed; {name} reads {original} tokens as it is, so more than {original}"
-        )
-    return original

@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from scaled_rope.advice.candidates import Candidate, Passes, check_target, short_list
+from scaled_rope.advice.candidates import Candidate, Passes, short_list
 from scaled_rope.advice.page import result_rows, write_page
 from scaled_rope.advice.recipe import write_recipe
 from scaled_rope.advice.rounds import PROMPTS, Halving, Material, Outcome
@@ -60,7 +60,7 @@ from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.serving.export import export
 from scaled_rope.texts.token_documents import TokenSource
 from scaled_rope.tuning.constants import LEAST_FOUND
-from scaled_rope.tuning.measurement import ScoredWindow, model_ask, model_score, read_windows
+from scaled_rope.tuning.measurement import ScoredWindow, check_target, model_ask, model_score, read_windows
 from scaled_rope.tuning.prompts import fact_prompts, retrieval_lengths
 
 _TIMED = 2048

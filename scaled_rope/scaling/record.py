@@ -352,13 +352,19 @@ class RopeScaling:
     def to_spec(self) -> str:
         """The text that `from_spec` turns back into this static record, given the same model."""
         values = {
-            name: value for name, value in self.to_dict().items() if name not in ("method", "factor", *_MODEL_FIELDS)
+            name: value
+            for name, value in self.to_dict().items()
+            if name not in ("method", "factor", "params", *_MODEL_FIELDS)
         }
-        texts = {name: str(value).lower() if isinstance(value, bool) else value for name, value in values.items()}
-        fields = [
-            (name, repr(value).removesuffix(".0") if isinstance(value, float) else str(value))
-            for name, value in texts.items()
-        ]
+
+        def written(value: Any) -> str:
+            if isinstance(value, list):
+                return "+".join(map(written, value))
+            if isinstance(value, bool):
+                return str(value).lower()
+            return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+        fields = [(name, written(value)) for name, value in (values | self.params).items()]
         return str(Spec(self.method, f"{self.factor!r}".removesuffix(".0"), tuple(fields)))
 
     def is_native(self, head_dim: int | None = None) -> bool:

@@ -1,4 +1,4 @@
-"""The search for the attention factor and the ramp that fit a model: its curves, statistics and figures.
+"""Searches for the scaling that fits a model: YaRN's constants, or a divisor per pair; statistics and figures.
 
 Nothing is trained; a model is read under many scalings.
 Knows nothing of training and of other programs.

@@ -25,16 +25,17 @@ def write_tuning_figures(tuned: Sequence[Tuned], summary: Row, title: str, folde
         drawings[f"histogram-x{one.factor:g}"] = _draw_histogram(one, title)
     if summary["fit"]:
         drawings["fit"] = _draw_fit(summary, title)
-    return _write(drawings, folder)
+    return write_drawings(drawings, folder)
 
 
 def write_constants_figures(summary: Row, title: str, folder: Path) -> list[Path]:
     """One PNG per factor: loss and retrieval of every candidate; none without matplotlib."""
     drawings = {f"constants-x{one['factor']:g}": _draw_constants(one, title) for one in summary["factors"]}
-    return _write(drawings, folder)
+    return write_drawings(drawings, folder)
 
 
-def _write(drawings: Mapping[str, Draw], folder: Path) -> list[Path]:
+def write_drawings(drawings: Mapping[str, Draw], folder: Path) -> list[Path]:
+    """One PNG per drawing, by name; none without matplotlib."""
     try:
         import matplotlib
         from matplotlib.figure import Figure

@@ -134,6 +134,23 @@ def read_windows(
     return windows
 
 
+def check_target(original: int | None, target: int, name: str) -> int:
+    """L, where the target lies beyond it.
+
+    Raises:
+        ConfigError: L is not known, or the target is not beyond it.
+    """
+    if original is None:
+        raise ConfigError(
+            f"the trained length of {name} is not known; say --original-max-position-embeddings N, in tokens"
+        )
+    if target <= original:
+        raise ConfigError(
+            f"--target {target} is not allowed; {name} reads {original} tokens as it is, so more than {original}"
+        )
+    return original
+
+
 # --------------------------------------------------------------------------------------------------------- measurement
 
 

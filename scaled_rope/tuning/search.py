@@ -300,7 +300,7 @@ def _command(args: argparse.Namespace) -> str:
     return portable_command(words)
 
 
-def _loading_arguments(args: argparse.Namespace) -> argparse.Namespace:
+def loading_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """The flags in the form that `model_jobs` takes: one model, under the scaling that it carries."""
     parser = Parser("tune")
     add_model_arguments(parser)
@@ -376,7 +376,7 @@ def run(args: argparse.Namespace) -> int:
     """
     check_tune_arguments(args)
     refuse_several("scaled-rope tune")
-    flags = _loading_arguments(args)
+    flags = loading_arguments(args)
     job = model_jobs(flags)[0]
     own = job.scaling
     starts = _starts(args, own)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scaled_rope import ConfigError, RopeScaling
-from scaled_rope.advice.candidates import Passes, check_target, factor_for, identity, short_list
+from scaled_rope.advice.candidates import Passes, factor_for, identity, short_list
 from scaled_rope.attention.methods import attention_regions
 from tests.helpers.advice import HEAD_DIM, OWN, TARGET, L
 
@@ -71,11 +71,3 @@ def test_equal_scalings_share_passes() -> None:
 def test_factors() -> None:
     assert [factor_for(*one) for one in ((2048, 256), (600, 256), (1000, 300))] == ["8", "2.34375", "3.3334"]
     assert RopeScaling.from_spec(f"yarn:{factor_for(1000, 300)}", RopeScaling("default", 1, 300)).factor * 300 >= 1000
-
-
-def test_targets() -> None:
-    assert check_target(64, 65, "m") == 64
-    with pytest.raises(ConfigError, match=r"--target 64 is not allowed; m reads 64 tokens as it is, so more than 64"):
-        check_target(64, 64, "m")
-    with pytest.raises(ConfigError, match="trained length of m is not known"):
-        check_target(None, 64, "m")

@@ -122,7 +122,14 @@ def test_bad_specs(spec, message):
 
 
 @pytest.mark.parametrize(
-    "spec", ["yarn:4,attention_factor=1.12", "yarn:2.5,beta_fast=16,mscale=0.9", "yarn:8,truncate=false,ramp=dimension"]
+    "spec",
+    [
+        "yarn:4,attention_factor=1.12",
+        "yarn:2.5,beta_fast=16,mscale=0.9",
+        "yarn:8,truncate=false,ramp=dimension",
+        "llama3:8,low_freq_factor=2",
+        "longrope:4,attention_factor=1.1,short_factor=1+1+1,long_factor=1+1.25+4",
+    ],
 )
 def test_specs_are_read_back(spec: str) -> None:
     own = RopeScaling("default", original_max_position_embeddings=128, rope_theta=5e5)

@@ -18,7 +18,7 @@ from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt
 from scaled_rope.results import read_rows
 from scaled_rope.tuning import measurement
-from scaled_rope.tuning.measurement import Answers, RowStore, cut_windows
+from scaled_rope.tuning.measurement import Answers, RowStore, check_target, cut_windows
 from tests.helpers.models import Make
 from tests.helpers.tuning import IDENTITY, start
 
@@ -112,3 +112,11 @@ def test_an_answer_is_scored_as_its_definition_says(tiny_model: Make) -> None:
         greedy.append(int(model(torch.tensor([greedy])).logits[0, -1].argmax()))
     other = PasskeyPrompt(one.input_ids, greedy[-3:], 0, 0.5, len(greedy), 20)
     assert measurement.model_ask(Load(), job)(scaling, other)[1] is True  # type: ignore[arg-type]
+
+
+def test_targets() -> None:
+    assert check_target(64, 65, "m") == 64
+    with pytest.raises(ConfigError, match=r"--target 64 is not allowed; m reads 64 tokens as it is, so more than 64"):
+        check_target(64, 64, "m")
+    with pytest.raises(ConfigError, match="trained length of m is not known"):
+        check_target(None, 64, "m")
