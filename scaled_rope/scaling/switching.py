@@ -13,8 +13,8 @@ def original_up_to_l(scaling: RopeScaling, head_dim: int) -> RopeScaling:
     """A scaling whose frequencies are the model's own for sequences up to L, and those of `scaling` for longer ones.
 
     This is what LongRoPE2 (arXiv 2502.20082) trains: short windows as before, long ones rescaled. A static scaling
-    becomes `longrope`, whose list for short sequences is all ones; `longrope` has one attention factor and one attention
-    temperature, those of `scaling`, for both. A scaling that follows the length by itself is returned as it is.
+    becomes `longrope`, whose list for short sequences is all ones; attention factor and temperature are those of
+    `scaling` for both. A scaling that follows the length by itself is returned as it is.
 
     head_dim: dimensions per head of the model.
 
