@@ -63,10 +63,12 @@ class Study:
             "default", f"linear:{factor}", f"ntk:{factor}", f"part-ntk:{factor}", f"ntk-by-parts:{factor}",
             f"yarn:{factor}", f"yarn:{factor},ramp=rotations", f"yarn:{factor},resonance=true", f"llama3:{factor}",
             f"ntk-mixed:{factor}", f"abf:{factor},theta={round(theta, -3):.0f}", f"proportional:{factor},fraction=0.75",
-            "cope", "hardclip", "dynamic-linear", "dynamic-ntk", "dynamic-part-ntk", "dynamic-ntk-by-parts",
+            "cope", "hardclip", f"drope:{factor}", f"yarn:{factor},attention_temperature=log",
+            "dynamic-linear", "dynamic-ntk", "dynamic-part-ntk", "dynamic-ntk-by-parts",
             "dynamic-yarn", "dynamic-llama3", "dynamic-ntk-mixed", f"rerope,window={half}",
+            f"rerope,window={half},attention_temperature=log",
             f"leaky-rerope,window={half},k={4 * factor}", f"self-extend,group={group},window={window}",
-            f"dual-chunk,chunk={chunk}",
+            f"dpe,groups=1+{factor}+{group}+{group},window={window}", f"dual-chunk,chunk={chunk}",
         )  # fmt: skip
 
     def commands(self, factor: int, rows: str) -> list[list[str]]:
