@@ -78,7 +78,7 @@ begin_step() {
     echo "step $number of ${#steps[@]}: $1$left"
 }
 
-# read_recipe NAME [OTHER ...]: sets model, output_dir, prepare, scalings, perplexity, passkey, report, steps and work, and
+# read_recipe NAME [OTHER ...]: sets model, output_dir, prepare, perplexity, passkey, report, steps and work, and
 # builds the recipe's data (each command does nothing when its output is there). OTHER names are no recipes, but may be
 # meant.
 read_recipe() {

@@ -54,29 +54,27 @@ recipe() { # NAME
     fi
     trained=$output_dir/model
     rows=$output_dir/rows.jsonl
-    measure() { # EVALUATOR FLAGS...: the base, then the trained model where it exists
-        local evaluator=$1 what=$1 first=() others=() fewer=()
+    measure() { # EVALUATOR FLAGS...: the base, then the trained model where it exists; the recipe's flags come later
+        local evaluator=$1 what=$1
+        local -n flags=$1 scalings=$1_scalings others=$1_zero_shot others_scalings=$1_zero_shot_scalings
         shift
-        fewer=("${perplexity_zero_shot[@]}")
-        if [[ $evaluator == passkey ]]; then what=passkeys fewer=("${passkey_zero_shot[@]}"); fi
-        for spec in "${scalings[@]}"; do
-            if [[ ${#fewer[@]} -eq 0 || "$spec" == default ]]; then first+=(--scaling "$spec"); else others+=(--scaling "$spec"); fi
-        done
-        if [[ ${#first[@]} -gt 0 ]]; then
+        [[ ${#flags[@]} -gt 0 ]] || return 0
+        if [[ $evaluator == passkey ]]; then what=passkeys; fi
+        if [[ ${#scalings[@]} -gt 0 ]]; then
             begin_step "$what before training"
-            attended ${LAUNCH:-python} "eval/$evaluator.py" -m "$model" "${first[@]}" "$@" "${extra[@]}" --output "$rows"
+            attended ${LAUNCH:-python} "eval/$evaluator.py" -m "$model" "${scalings[@]}" "$@" "${flags[@]}" "${extra[@]}" --output "$rows"
         fi
-        if [[ ${#others[@]} -gt 0 ]]; then
+        if [[ ${#others_scalings[@]} -gt 0 ]]; then
             begin_step "$what of scalings without training"
-            attended ${LAUNCH:-python} "eval/$evaluator.py" -m "$model" "${others[@]}" "$@" "${fewer[@]}" "${extra[@]}" --output "$rows"
+            attended ${LAUNCH:-python} "eval/$evaluator.py" -m "$model" "${others_scalings[@]}" "${others[@]}" "${extra[@]}" --output "$rows"
         fi
         if [[ -d "$trained" ]]; then
             begin_step "$what after training"
-            attended ${LAUNCH:-python} "eval/$evaluator.py" -m "$trained" "$@" "${extra[@]}" --output "$rows"
+            attended ${LAUNCH:-python} "eval/$evaluator.py" -m "$trained" "$@" "${flags[@]}" "${extra[@]}" --output "$rows"
         fi
     }
-    [[ ${#perplexity[@]} -eq 0 ]] || measure perplexity --control "${CONTROL:-trained}" "${perplexity[@]}"
-    [[ ${#passkey[@]} -eq 0 ]] || measure passkey "${passkey[@]}"
+    measure perplexity --control "${CONTROL:-trained}"
+    measure passkey
 
     begin_step report
     if [[ -f "$output_dir/train_log.jsonl" ]]; then report+=(--train-log "$output_dir/train_log.jsonl"); fi

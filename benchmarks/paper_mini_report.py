@@ -68,6 +68,7 @@ class Run:
             "model": BASE if self.start is None else self.start.model,
             "scaling": self.scaling,
             "seed": self.seed,
+            "global_batch_size": 4,
             "max_train_steps": self.steps,
             "warmup_steps": max(1, self.steps // 10),
             "learning_rate": self.learning_rate,

@@ -18,7 +18,13 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "data" / "engines.jsonl"
 PAGE = ROOT / "docs" / "serving.md"
 BEGIN, END = "<!-- engines: python docs/engines.py -->\n", "<!-- end of engines -->\n"
-TITLES = {"transformers": "transformers", "vllm": "vLLM", "llama.cpp": "llama.cpp,", "mlx": "mlx-lm"}
+TITLES = {
+    "transformers": "transformers",
+    "vllm": "vLLM",
+    "llama.cpp": "llama.cpp,",
+    "mlx": "mlx-lm",
+    "sglang": "SGLang",
+}
 
 Row = dict[str, Any]
 
@@ -38,8 +44,13 @@ def spec(row: Row) -> str:
     return f"`{re.sub(r'(?:[0-9.e]+[+]){3,}[0-9.e]+', '…', row['spec'])}`"
 
 
+def named(row: Row) -> str:
+    """The scalings that were named instead of the claim, LongRoPE's lists left out."""
+    return " or ".join(dict.fromkeys(re.sub(r" \(short_factor=[^)]*\)", "", name) for name in row["named"]))
+
+
 def cell(row: Row | None) -> str:
-    """What `export` said, and what the certificate says."""
+    """The word of `export`, and the verdict of the certificate."""
     if row is None:
         return ""
     status = row["export"]["status"]
@@ -47,8 +58,10 @@ def cell(row: Row | None) -> str:
         return "refused"
     if row["verdict"] == "right":
         return f"{status}: right, {row['worst']:.1e}"
+    if row["export"].get("older_keys") is False:
+        return f"not in the older keys: {row['named'][0]}"
     word = f"**{row['verdict']}**" if status == "exact" else row["verdict"]
-    return f"{status}: {word}, {' or '.join(dict.fromkeys(row['named']))}"
+    return f"{status}: {word}, {named(row)}"
 
 
 def scalings_table(rows: Sequence[Row]) -> list[str]:
@@ -72,17 +85,18 @@ def controls_table(rows: Sequence[Row]) -> list[str]:
 
 
 def cache_table(rows: Sequence[Row]) -> list[str]:
-    lines = ["| | dtype | tokens that vLLM says | tokens planned | sequences of the served length | planned |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = ["| | dtype | GiB | tokens that vLLM says | tokens planned | sequences of the served length | planned |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for row in rows:
         cache = row["cache"]
-        numbers = (cache["tokens"], cache["plan_tokens"], f"{cache['sequences']:.2f}", f"{cache['plan_sequences']:.2f}")
+        sequences = (f"{cache['sequences']:.2f}", f"{cache['plan_sequences']:.2f}")
+        numbers = (cache["bytes"] >> 30, cache["tokens"], cache["plan_tokens"], *sequences)
         lines.append(f"| {row['model']}, {spec(row)} | {row['dtype']} | {' | '.join(map(str, numbers))} |")
     return lines
 
 
 def block(rows: Sequence[Row]) -> Iterator[str]:
-    """What stands between the marks, paragraph by paragraph."""
+    """The text between the marks, paragraph by paragraph."""
     engines = [row for row in rows if row["metric"] == "engine"]
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in engines:
@@ -100,7 +114,7 @@ def block(rows: Sequence[Row]) -> Iterator[str]:
         yield "\n".join(controls_table(controls))
     caches = [row for row in engines if "cache" in row]
     if caches:
-        yield "The key/value cache of 1 GiB, as vLLM reports it at its start and by `scaled-rope plan --serve`:"
+        yield "The key/value cache, as vLLM reports it at its start and by `scaled-rope plan --serve`:"
         yield "\n".join(cache_table(caches))
     sources = [row["provenance"] for row in rows]
     machines = dict.fromkeys(f"{one['cpu_count']} cores of an {one['device']}" for one in sources)

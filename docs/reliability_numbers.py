@@ -23,7 +23,7 @@ FAULTS = {"kill": "killed", "full disk": "full disk", "removed": "output removed
           "fuzz": "damaged inputs"}  # fmt: skip
 """Faults in words."""
 OUTCOMES = ("lost", "different", "traceback", "hang", "orphans", "wrong code", "trial failed")
-"""What must not be; see `benchmarks/campaign_trials.py`."""
+"""Outcomes that must not be; see `benchmarks/campaign_trials.py`."""
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -51,7 +51,7 @@ def sums(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def block(path: Path = ROWS) -> str:
-    """What stands between the marks: the sums beside the goals, how they were made, and the table."""
+    """The text between the marks: the sums beside the goals, how they were made, and the table."""
     rows = read_rows(path)
     made, bad = rows[-1]["provenance"], Counter[str]()
     for row in rows:

@@ -217,6 +217,12 @@ COMMANDS = {
         flags.check_tune_arguments,
         "scaled_rope.tuning.search",
     ),
+    "advise": Command(
+        "which scaling suits a model and a length, measured on the model itself",
+        flags.add_advise_arguments,
+        flags.check_advise_arguments,
+        "scaled_rope.advice.command",
+    ),
 }
 """Subcommands by name."""
 

@@ -86,9 +86,14 @@ def run_cli(main: Callable[[], int | None]) -> int:
 
 
 def _end_quietly(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:
-    """`sys.excepthook` of scripts: Ctrl-C while they import is no traceback. Python then ends as killed by SIGINT."""
+    """`sys.excepthook` of scripts: Ctrl-C while they import is no traceback. They end as killed by SIGINT.
+
+    Python does that too, but not always: where an import passed the interrupt on, its exit code can be 1.
+    """
     if issubclass(kind, KeyboardInterrupt):
-        print("interrupted; run the same command again to continue", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     else:
         sys.__excepthook__(kind, error, place)
 

@@ -12,6 +12,7 @@ import dataclasses
 import glob
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -562,11 +563,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `scaled-rope tune`."""
     add = parser.add_argument_group("model").add_argument
     add("-m", "--model", metavar="NAME", help="directory or hub name (default: embedded)")
-    add("--original-max-position-embeddings", type=int, metavar="N", help="trained context, if the checkpoint is wrong")
-    add("--dtype", default="auto", help="float32, bfloat16, float16 or auto (bfloat16 on a GPU)")
-    add("--device", help="torch device (default: the first GPU, else cpu)")
-    add("--attention", default="auto", help=f"one of: {', '.join(ATTENTIONS)}")
-    add("--adapter", metavar="PATH", help="LoRA adapter, merged into the weights")
+    _add_loading_arguments(add)
     add = parser.add_argument_group("text").add_argument
     add("-d", "--dataset", metavar="PATH", help="file of text, JSON or Parquet, folder, hub name, packed set or corpus")
     add("-f", "--feature", default="text", help="field that holds the text (default %(default)s)")
@@ -589,6 +586,69 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", default="out/tune", metavar="DIR", help="rows, figures and best.json (default %(default)s)")
     add("--json", action="store_true", help="print best.json in place of the tables")
     add("--hide-progress", action="store_true")
+
+
+def _add_loading_arguments(add: Callable[..., object]) -> None:
+    """The flags with which `scaled-rope tune` and `scaled-rope advise` load a model."""
+    add("--original-max-position-embeddings", type=int, metavar="N", help="trained context, if the checkpoint is wrong")
+    add("--dtype", default="auto", help="float32, bfloat16, float16 or auto (bfloat16 on a GPU)")
+    add("--device", help="torch device (default: the first GPU, else cpu)")
+    add("--attention", default="auto", help=f"one of: {', '.join(ATTENTIONS)}")
+    add("--adapter", metavar="PATH", help="LoRA adapter, merged into the weights")
+
+
+ADVICE_TEXT = "books"
+"""The corpus that `scaled-rope advise` reads where no text is named."""
+
+
+def add_advise_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `scaled-rope advise`."""
+    add = parser.add_argument_group("model").add_argument
+    add("model", metavar="MODEL", help="folder or hub name of a model with its weights")
+    add("--target", type=int, required=True, metavar="N", help="the length to reach, in tokens")
+    _add_loading_arguments(add)
+    add = parser.add_argument_group("text").add_argument
+    add("-d", "--dataset", default=ADVICE_TEXT, metavar="PATH",
+        help="file of text, JSON or Parquet, folder, hub name, packed set or corpus (default %(default)s)")  # fmt: skip
+    add("-f", "--feature", default="text", help="field that holds the text (default %(default)s)")
+    add("--split", default="test", help="split of a hub dataset (default %(default)s)")
+    add("--documents", type=int, metavar="N", help="the first N documents that are long enough (default: all)")
+    add("--windows", type=int, default=8, metavar="N",
+        help="the most windows per document (default %(default)s)")  # fmt: skip
+    add = parser.add_argument_group("search").add_argument
+    add("--minutes", type=float, default=20.0, metavar="M", help="time to keep to (default %(default)g)")
+    add("--scaling", action="append", metavar="SPEC", help="try this one as well, before the others; repeatable")
+    add("--only", action="store_true", help="try those of --scaling and no others")
+    add("--no-retrieval", action="store_true", help="go by perplexity alone")
+    add("--seed", type=int, default=0, help="of windows and prompts (default %(default)s)")
+    add = parser.add_argument_group("output").add_argument
+    add("--output", default="out/advice", metavar="DIR",
+        help="rows, advice.json, advice.html and recipe.yaml (default %(default)s)")  # fmt: skip
+    add("--json", action="store_true", help="print advice.json in place of the words")
+    add("--hide-progress", action="store_true")
+
+
+def check_advise_arguments(args: argparse.Namespace) -> None:
+    """Refuse what `scaled-rope advise` cannot do, as far as numbers, names and paths show it."""
+    for name, least in (("target", 2), ("documents", 1), ("windows", 1), ("seed", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise ConfigError(f"--{name} {getattr(args, name)} is not allowed; at least {least}")
+    if not (math.isfinite(args.minutes) and args.minutes > 0):
+        raise ConfigError(f"--minutes {args.minutes:g} is not allowed; a number above 0")
+    if args.attention not in ATTENTIONS:
+        raise unknown("attention", args.attention, ATTENTIONS)
+    _check_numbers_and_device(args)
+    for spec in args.scaling or ():
+        check_spec(spec)
+    if args.only and not args.scaling:
+        raise ConfigError("--only is not allowed without --scaling, which names what to try")
+    if args.adapter and not (Path(args.adapter) / "adapter_config.json").is_file():
+        raise ConfigError(f"--adapter {args.adapter!r} holds no adapter_config.json")
+    if Path(args.output).is_file():
+        raise ConfigError(f"--output {args.output} is a file; name a folder")
+    check_writable(Path(args.output) / "rows.jsonl")
+    check_there(args.dataset)
+    check_local(args.model)
 
 
 TUNED = ("attention_factor", "mscale", "factor", "dynamic")

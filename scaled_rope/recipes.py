@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import shlex
 import sys
@@ -103,7 +104,7 @@ class Recipe:
             cut at each of `heldout_lengths`.
         evaluate: settings of eval.sh for the result: `scalings` (specs under which the base is read without training),
             and the flags of `perplexity`, `passkey` and `report`. `perplexity_zero_shot` and `passkey_zero_shot` are
-            flags that come after those of the evaluator where the base is scaled, for example to ask fewer prompts.
+            the flags where the base is scaled, in place of the evaluator's others, for example with fewer prompts.
     """
 
     name: str
@@ -285,6 +286,12 @@ class Recipe:
                 allowed = "a list of scalings" if name == "scalings" else "flags, in one text as a shell splits it"
                 said = f"recipe {self.name!r}: evaluate: {name} = {value!r}"
                 raise ConfigError(f"{said} is not allowed; {allowed}") from None
+        for name in ("perplexity", "passkey"):
+            if f"{name}_zero_shot" in self.evaluate and not self.evaluate.get(name):
+                raise ConfigError(
+                    f"recipe {self.name!r}: evaluate: {name}_zero_shot without {name} is not allowed; the unscaled "
+                    f"base and the trained model are measured with the flags of {name}"
+                )
 
     @property
     def compute_dtype(self) -> str:
@@ -436,18 +443,18 @@ def read_recipe(name: str, overrides: Mapping[str, Any] | None = None, also: Seq
     path = Path(name) if name.endswith((".yaml", ".yml")) else available().get(name)
     if path is None:
         raise unknown("recipe", name, [*available(), *also])
-    if not path.is_file():
+    if not os.path.isfile(path):  # False for names that no file can have, where Path.is_file raises
         raise ConfigError(f"recipe file {path} does not exist")
     fields = read_yaml(path)
     if base := fields.pop("base", None):
         named = isinstance(base, str) and re.fullmatch(r"[\w.-]+", base) is not None
         beside = path.with_name(f"{base}.yaml") if named else path
-        parent = read_yaml(beside) if named and beside.is_file() else None
+        parent = read_yaml(beside) if named and os.path.isfile(beside) else None
         if parent is None or "base" in parent:
             raise ConfigError(f"{path}: base {base!r} is not allowed; a recipe beside it that has no base itself")
         fields = parent | fields
     model = fields.get("model")
-    if isinstance(model, str) and not Path(model).exists() and bundled(model).is_dir():
+    if isinstance(model, str) and not os.path.exists(model) and os.path.isdir(bundled(model)):
         fields["model"] = str(bundled(model))  # the embedded model, seen from outside the checkout
     return make_recipe({"name": path.stem} | fields | dict(overrides or {}), str(path))
 
@@ -526,18 +533,19 @@ def steps(recipe: Recipe) -> dict[str, int]:
         if flags:
             plural = "passkeys" if name == "passkey" else name
             fewer = shlex.split(recipe.evaluate.get(f"{name}_zero_shot", ""))
-            first, others = split_scalings(scalings, bool(fewer))
+            first, others = _split_scalings(scalings, bool(fewer))
             if first:
                 found[f"{plural} before training"] = sum(_tokens(name, flags, scaling) for scaling in first)
             if others:
-                work = sum(_tokens(name, [*flags, *fewer], scaling) for scaling in others)
+                work = sum(_tokens(name, ["--control", "off", *fewer], scaling) for scaling in others)
                 found[f"{plural} of scalings without training"] = work
             found[f"{plural} after training"] = _tokens(name, flags, recipe.scaling or "default")
     return found | ({"report": 0} if recipe.evaluate else {})
 
 
-def split_scalings(scalings: Sequence[str], apart: bool) -> tuple[list[str], list[str]]:
-    """The scalings that are measured with the flags themselves, and those with fewer prompts: none unless `apart`."""
+def _split_scalings(scalings: Sequence[str], apart: bool) -> tuple[list[str], list[str]]:
+    """The scalings of the base that are measured with the evaluator's flags, and those with the flags for scalings
+    without training: none unless there are such flags (`apart`)."""
     first = [scaling for scaling in scalings if not apart or scaling == "default"]
     return first, [scaling for scaling in scalings if scaling not in first]
 
@@ -564,11 +572,17 @@ def _tokens(evaluator: str, flags: Sequence[str], scaling: str) -> int:
 
 
 def shell_assignments(recipe: Recipe) -> str:
-    """Bash assignments for train.sh and eval.sh: strings `model`, `output_dir`; arrays `prepare`, `scalings`, and the
-    flags of `EVALUATE_FIELDS`, split as a shell splits words; `steps` and `work`, as `steps` says.
+    """Bash assignments for train.sh and eval.sh: strings `model`, `output_dir`; arrays `prepare`, and the flags of
+    `EVALUATE_FIELDS`, split as a shell splits words; for each evaluator NAME the flags `--scaling …` of the base with
+    the flags of NAME (`NAME_scalings`) and with those of NAME_zero_shot (`NAME_zero_shot_scalings`); `steps` and
+    `work`, as `steps` says.
     """
-    arrays: dict[str, Sequence[str]] = {"prepare": recipe.prepare, "scalings": recipe.evaluate.get("scalings", ())}
+    arrays: dict[str, Sequence[str]] = {"prepare": recipe.prepare}
     arrays |= {name: shlex.split(recipe.evaluate.get(name, "")) for name in EVALUATE_FIELDS[1:]}
+    for name in ("perplexity", "passkey"):
+        split = _split_scalings(recipe.evaluate.get("scalings", ()), bool(arrays[f"{name}_zero_shot"]))
+        for kind, scalings in zip((name, f"{name}_zero_shot"), split, strict=True):
+            arrays[f"{kind}_scalings"] = [word for scaling in scalings for word in ("--scaling", scaling)]
     planned = steps(recipe)
     arrays |= {"steps": list(planned), "work": [str(work) for work in planned.values()]}
     lines = [f"{name}={shlex.quote(getattr(recipe, name) or '')}" for name in ("model", "output_dir")]

@@ -265,7 +265,7 @@ def append_row(path: str | Path, row: Mapping[str, Any], once: bool = False) -> 
             fcntl.flock(descriptor, fcntl.LOCK_EX)  # released on close
             _heal(descriptor)
             size = os.fstat(descriptor).st_size
-            if once and _holds(os.pread(descriptor, size, 0), row_key(row)):
+            if once and row_key(row) in _keys_in(descriptor, size):
                 return False
             try:
                 if os.write(descriptor, line) < len(line):  # a disk that fills up can take a part without an error
@@ -279,10 +279,27 @@ def append_row(path: str | Path, row: Mapping[str, Any], once: bool = False) -> 
     return True
 
 
-def _holds(data: bytes, key: str) -> bool:
-    """Whether one of the complete lines is a row with this key, and of a measurement that did not fail."""
-    rows = (json.loads(line) for line in data.split(b"\n") if line.strip() and _is_row(line))
-    return any(not row.get("error") and row_key(row) == key for row in rows)
+_read_keys: dict[tuple[int, int], tuple[int, bytes, set[str]]] = {}
+"""Device and inode of a file -> how far this process has read its keys, the bytes before that place, and the keys."""
+_COMPARED = 4096
+"""Bytes that must still be there for a file to be the one whose keys were read: rows differ by far fewer."""
+
+
+def _keys_in(descriptor: int, size: int) -> set[str]:
+    """The keys of the rows of a file, which ends with a newline, but for measurements that failed.
+
+    Rows are appended by the thousand, so only what is new since the last call is read.
+    """
+    found = os.fstat(descriptor)
+    end, before, keys = _read_keys.get((found.st_dev, found.st_ino), (0, b"", set()))
+    if end > size or os.pread(descriptor, len(before), end - len(before)) != before:  # another file, or changed
+        end, keys = 0, set()
+    for line in os.pread(descriptor, size - end, end).split(b"\n"):
+        if line.strip() and _is_row(line) and not (row := json.loads(line)).get("error"):
+            keys.add(row_key(row))
+    start = max(0, size - _COMPARED)
+    _read_keys[found.st_dev, found.st_ino] = size, os.pread(descriptor, size - start, start), keys
+    return keys
 
 
 _tidied: set[str] = set()  # folders in which this process has looked for leftovers

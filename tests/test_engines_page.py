@@ -38,28 +38,35 @@ def test_the_page_shows_the_committed_rows() -> None:
 
 def test_every_engine_has_a_column_and_every_scaling_a_line(script: ModuleType) -> None:
     other = {"verdict": "other", "named": ["this model unscaled", "its other name"], "expected": False}
+    partial = {"verdict": "other", "named": ["longrope x8 (short_factor=4 values 1a2b) with the long list"]}
     rows = [
         row("vllm", "yarn:8"),
         row("llama.cpp", "yarn:8", **other),
         row("vllm", "longrope:8,short_factor=1+1.5+2+3", export={"status": "refused"}),
+        row("llama.cpp", "longrope:8,short_factor=1+1.5+2+3", export={"status": "partial"}, **partial),
     ]
     assert script.scalings_table(rows) == [
         "| | vLLM 1, over HTTP | llama.cpp, 1, over HTTP |",
         "|---|---|---|",
         "| `yarn:8` | exact: right, 1.0e-03 | exact: **other**, this model unscaled or its other name |",
-        "| `longrope:8,short_factor=…` | refused |  |",
+        "| `longrope:8,short_factor=…` | refused | partial: other, longrope x8 with the long list |",
     ]
+
+
+def test_a_release_that_reads_the_older_keys_alone_is_not_held_against_export(script: ModuleType) -> None:
+    other = {"verdict": "other", "named": ["this model unscaled"], "export": {"status": "exact", "older_keys": False}}
+    assert script.cell(row("transformers", "ntk:8", **other)) == "not in the older keys: this model unscaled"
 
 
 def test_controls_and_caches_have_tables_of_their_own(script: ModuleType) -> None:
     control = row("vllm", "yarn:8", verdict="other", exit_code=1, expected=True)
     control["protocol"] = control["protocol"] | {"served": "default"}
     control["sentence"] = "serves this model unscaled, not yarn x8 (worst difference 1 nats)"
-    cache = {"tokens": 349440, "plan_tokens": 349525, "sequences": 170.62, "plan_sequences": 170.66}
+    cache = {"bytes": 2**30, "tokens": 349440, "plan_tokens": 349525, "sequences": 170.62, "plan_sequences": 170.66}
     text = "\n".join(script.block([row("vllm", "yarn:8", dtype="bfloat16", cache=cache), control]))
     assert "1 of 1 named" in text
     assert "| vLLM 1, over HTTP | `yarn:8` | `default` | 1 | serves this model unscaled, not yarn x8 |" in text
-    assert "| m, `yarn:8` | bfloat16 | 349440 | 349525 | 170.62 | 170.66 |" in text
+    assert "| m, `yarn:8` | bfloat16 | 1 | 349440 | 349525 | 170.62 | 170.66 |" in text
     assert "m in bfloat16, prompts of 64 and 1000 tokens:" in text
 
 

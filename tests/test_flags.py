@@ -53,6 +53,8 @@ MISTAKES = {
     "-m scaled_rope certify . --server http://x/v1 --lengths 1": "--lengths 1 is not allowed; at least 2 tokens",
     "-m scaled_rope plan": "give a recipe, or --serve MODEL",
     "-m scaled_rope plan demo --gpus 0": "--gpus 0 is not allowed; at least 1",
+    "-m scaled_rope advise nothere --target 5": "model 'nothere' does not exist, and a hub name is OWNER/NAME",
+    "-m scaled_rope advise . --target 9 --minutes 0": "--minutes 0 is not allowed; a number above 0",
     "-m scaled_rope tune --dataset x --output README.md": "--output README.md is a file; name a folder",
     "eval/quality.py --output docs": "--output docs is a folder; name a file for the rows",
     "eval/perplexity.py --dataset x --dtype int3": "unknown dtype 'int3'; known: auto, bfloat16, float16, float32",

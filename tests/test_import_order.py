@@ -21,7 +21,7 @@ PACKAGE = ROOT / "scaled_rope"
 ORDER = """
 moved bundled content_hash | errors | versions | results command_line progress | scaling | kernels | recipes
 | checkpoint | attention | patching | texts | flags | training | evaluation | report | integrations tuning
-| serving | certificate | cli
+| serving | certificate advice | cli
 """
 LEVELS = {name: level for level, names in enumerate(ORDER.replace("\n", " ").split("|")) for name in names.split()}
 

@@ -56,6 +56,7 @@ def assert_trained_alike(straight: Path, output: Path) -> None:
     assert max(float((reference[k] - other[k]).abs().max()) for k in reference) < 0.1 * 5e-3
 
 
+@pytest.mark.slow  # the launcher and two ranks import everything anew; the next test does the same with forks
 def test_two_ranks_that_a_launcher_started_train_like_one(workspace, straight, tmp_path):
     need_deepspeed()
     launch(workspace, tmp_path / "zero3", (*ZERO3, "--main_process_port", free_port()))
@@ -164,6 +165,7 @@ def test_rows_of_different_length_train_alike_on_shards(workspace, tmp_path):
 # --------------------------------------------------------------------------------------------- stopped and resumed
 
 
+@pytest.mark.slow  # benchmarks/campaign.py does it by the hundred
 def test_killed_at_random_and_resumed_equals_never_stopped(workspace):
     """A pre-emption and a kill at random moments, with dropout; the loss log has neither gap nor duplicate."""
     extra = ("--max-train-steps", "120", "--checkpointing-steps", "7", "--model", str(workspace / "dropout"))
@@ -227,7 +229,7 @@ def test_another_number_of_ranks_continues_where_one_stopped(workspace, straight
 
 
 @needs_liger
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_ranks_with_the_fused_loss_on_shards_train_like_one_with_the_chunked(
     workspace: Path, tied: Path, tmp_path: Path, engine: str
 ) -> None:

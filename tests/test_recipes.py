@@ -376,6 +376,10 @@ def test_what_is_pending_of_a_file_is_the_file(tmp_path, monkeypatch, capsys):
             "evaluate: {perplexty: x}\n",
             "unknown field of `evaluate` in recipe 'a' 'perplexty'; did you mean 'perplexity'",
         ),
+        (
+            "evaluate: {passkey_zero_shot: --lengths 64}\n",
+            "evaluate: passkey_zero_shot without passkey is not allowed",
+        ),
         ("evaluate: {scalings: yarn:8}\n", "evaluate: scalings = 'yarn:8' is not allowed; a list of scalings"),
         ("evaluate: {report: '--title \"x'}\n", "is not allowed; flags, in one text as a shell splits it"),
     ],
@@ -400,6 +404,18 @@ def test_unknown_recipe_fields_and_types_are_refused(tmp_path):
         read_recipe(str(tmp_path / "b.yaml"))
 
 
+def test_names_that_no_file_can_have_are_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="recipe file y+.yaml does not exist"):
+        read_recipe("y" * 300 + ".yaml")
+    file = tmp_path / "a.yaml"
+    file.write_text(f"base: {'y' * 300}\n")
+    with pytest.raises(ConfigError, match="base 'y+' is not allowed; a recipe beside it"):
+        read_recipe(str(file))
+    file.write_text(f"model: {'y' * 5000}\n")
+    with pytest.raises(ConfigError, match="field output_dir is missing"):
+        read_recipe(str(file))
+
+
 def test_the_work_of_a_recipes_steps(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(
@@ -418,17 +434,21 @@ def test_the_work_of_a_recipes_steps(tmp_path):
         "passkeys after training": 10 * 3 * 2 * (64 + 128),
         "report": 0,
     }
-    file.write_text(file.read_text().replace("passkey: ", "passkey_zero_shot: '--iterations 2', passkey: "))
+    file.write_text(
+        file.read_text().replace("passkey: ", "passkey_zero_shot: '--lengths 64 --iterations 2', passkey: ")
+    )
     fewer = recipes.steps(read_recipe(str(file)))
     assert list(fewer)[4:] == [
         "passkeys before training", "passkeys of scalings without training", "passkeys after training", "report",
     ]  # fmt: skip
     assert fewer["passkeys before training"] == fewer["passkeys after training"] == 10 * 3 * 2 * (64 + 128)
-    assert fewer["passkeys of scalings without training"] == 2 * 3 * 2 * (64 + 128)
-    file.write_text(file.read_text().replace("perplexity: ", "perplexity_zero_shot: --control off, perplexity: "))
+    assert fewer["passkeys of scalings without training"] == 2 * 64
+    file.write_text(
+        file.read_text().replace("perplexity: ", "perplexity_zero_shot: '--windows 2 --lengths 8,16', perplexity: ")
+    )
     fewer = recipes.steps(read_recipe(str(file)))
     assert fewer["perplexity before training"] == 2 * 3 * (16 + 4 * 16)
-    assert fewer["perplexity of scalings without training"] == 2 * 3 * (8 + 16)
+    assert fewer["perplexity of scalings without training"] == 2 * (8 + 16)
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,17 @@ def test_a_row_that_another_process_wrote_meanwhile_is_left_out(tmp_path: Path) 
     failed = {**row, "length": 32, "error": "out of memory"}
     assert append_row(path, failed, once=True) and append_row(path, {**row, "length": 32}, once=True)
     assert not append_row(path, {**row, "length": 32}, once=True)
+    # Another file in its place is read anew, also where it is longer, and one that was cut or changed as well.
+    other = "".join(json.dumps({**row, "length": length}) + "\n" for length in range(100, 200))
+    path.write_text(other)
+    assert append_row(path, row, once=True) and not append_row(path, {**row, "length": 150}, once=True)
+    path.write_text(other.splitlines(keepends=True)[0])
+    assert append_row(path, {**row, "length": 150}, once=True) and not append_row(
+        path, {**row, "length": 100}, once=True
+    )
+    with open(path, "a") as file:  # another process
+        file.write(json.dumps({**row, "length": 300}) + "\n")
+    assert not append_row(path, {**row, "length": 300}, once=True)
 
 
 @pytest.mark.parametrize("name", ["", " ", "a\nb", "a\x1b[2Jb", "x" * 300, "out/" + "é" * 150])

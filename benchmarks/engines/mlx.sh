@@ -3,13 +3,10 @@
 #
 #   ./benchmarks/engines/mlx.sh
 #
-# The environment takes a minute and 1 GB. A process that has mlx-lm and nothing of this project holds the models.
-set -euo pipefail
-cd "$(dirname "$0")/../.."
-source ./environment.sh
-source benchmarks/engines/environment.sh
-usage "$@"
-find_python
+# The environment takes a minute and 1 GB, the models 10 to 15 minutes. A process that has mlx-lm and nothing of this
+# project holds them.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 engine_environment mlx-lm-0.32.2 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
 certify_all mlx "$engine/bin/python"
+exit "$failed"

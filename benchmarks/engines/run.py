@@ -108,7 +108,7 @@ def controls(factor: float, original: int) -> list[Job]:
 
 
 def identity(job: Job, scaling: RopeScaling, about: Row, asked: Row, lengths: Sequence[int]) -> Row:
-    """What a row is about, and the fields by which it is found again.
+    """The subject of a row, and the fields by which it is found again.
 
     about: the model, its dtype and the text; asked: the engine, its version, and how it is asked.
     """
@@ -128,6 +128,8 @@ def as_expected(job: Job, row: Row) -> bool:
     status = row["export"]["status"]
     if status == "refused":
         return True
+    if row["export"].get("older_keys") is False:  # then a reader of those alone runs the model unscaled
+        return row["verdict"] == "other" and any("unscaled" in name for name in row["named"])
     if job.named:
         return row["verdict"] == "other" and any(job.named in name for name in row["named"])
     if status == "partial":  # LongRoPE where the program has the long list alone
@@ -194,9 +196,20 @@ def _certify_candidate(started: Started, model: str, claim: str, lengths: Sequen
 
 
 def measure(
-    start: Start, target: str, job: Job, model: str, lengths: Sequence[int], dtype: str, html: str | None = None
+    start: Start,
+    target: str,
+    job: Job,
+    model: str,
+    lengths: Sequence[int],
+    dtype: str,
+    html: str | None = None,
+    older_alone: bool = False,
 ) -> Row:
-    """What `export` says of a job, and what the certificate says of the engine."""
+    """The row of a job: the words of `export`, and those of the certificate about the engine.
+
+    older_alone: whether the engine reads `rope_scaling` and `rope_theta` and no `rope_parameters`; then the row says
+    whether `export` writes those as well.
+    """
     config = load_config(model)
     length = served_length(resolve_scaling(job.claim, RopeScaling.from_config(config)), config)
     length = max(length, max(lengths) + 1)  # an unscaled model's own is too short for the prompts
@@ -204,6 +217,8 @@ def measure(
     about: Row = {"export": {"for": report.target, "status": report.status, "reason": report.reason}}
     if report.status == "refused":
         return about
+    if older_alone:
+        about["export"]["older_keys"] = "rope_theta" in report.config
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         served = Served(model, job.served or job.claim, target, length, dtype, report)
@@ -226,7 +241,7 @@ def shown(command: Sequence[str], model: str, scratch: str) -> str:
 
 
 def cache_beside_plan(tokens: int, config: Any, spec: str, length: int, dtype: str) -> Row:
-    """Tokens that vLLM's cache of 1 GiB holds, beside what `plan --serve` says."""
+    """Tokens that vLLM's cache holds, beside what `plan --serve` says."""
     plan, space = plan_serving(config, spec, length, kv_dtype=dtype), VLLM_CACHE_GIB * 2**30
     return {
         "bytes": space,
@@ -245,7 +260,7 @@ def main() -> int:
     add("--program", required=True, metavar="PATH", help="vllm, llama-server, or the interpreter that has the engine")
     add("--model", default=str(DEFAULT_MODEL), metavar="DIR", help="default: the embedded model")
     add("--factor", type=float, default=8.0, metavar="S", help="of the scalings (default 8)")
-    add("--lengths", default="64,256,1024,2000", metavar="N,N", help="of the prompts (default 64,256,1024,2000)")
+    add("--lengths", default="64,640", metavar="N,N", help="of the prompts (default 64,640)")
     add("--scaling", action="append", metavar="SPEC", help="only these; may be repeated")
     add("--controls", type=int, metavar="N", help="only the first N controls (default: all, none with --scaling)")
     add("--only-controls", action="store_true", help="no scalings")
@@ -283,7 +298,8 @@ def run(engine: Engine, program: str, rows: Mapping[Job, Row], args: argparse.Na
     with engine.held(program) as start:
         for job, row in rows.items():
             lengths = row["protocol"]["lengths"]
-            row = row | measure(start, engine.target, job, args.model, lengths, args.dtype, args.html)
+            older_alone = engine.older_alone(row["protocol"]["version"])
+            row = row | measure(start, engine.target, job, args.model, lengths, args.dtype, args.html, older_alone)
             row["expected"] = as_expected(job, row)
             append_row(args.output, row | {"provenance": provenance("cpu", None, told)})
             bad += not row["expected"]

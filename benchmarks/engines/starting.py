@@ -33,16 +33,15 @@ from scaled_rope.cli import main as scaled_rope
 from scaled_rope.errors import ConfigError
 from scaled_rope.serving.export_report import ExportReport
 from scaled_rope.serving.gguf import GgufRope, add_rope, write_checkpoint
-from scaled_rope.serving.targets.registry import TARGETS
 
 FOLDER = Path(__file__).resolve().parent
 START = int(os.environ.get("START_SECONDS", "900"))
 """Seconds that an engine may take to start."""
-VLLM_CACHE_GIB = 1
+VLLM_CACHE_GIB = 2
+"""Memory of vLLM's key/value cache: one sequence of SmolLM2's served length takes 1.5 GB of it in float32."""
 VLLM_ON_CPU = {
     "VLLM_CPU_KVCACHE_SPACE": f"{VLLM_CACHE_GIB}",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_WORKER_MULTIPROC_METHOD": "fork",  # its second process imports nothing again
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
@@ -88,6 +87,8 @@ class Engine:
     held: Callable[[str], AbstractContextManager[Start]]
     """program -> how it is started."""
     asked: str = "over HTTP"
+    older_alone: Callable[[str], bool] = lambda version: False
+    """Whether a version of it reads `rope_scaling` and no `rope_parameters`."""
 
 
 # Processes ------------------------------------------------------------------------------------------------------------
@@ -98,7 +99,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def said(command: Sequence[str]) -> str:
-    """What a program prints.
+    """The output of a program.
 
     Raises:
         ConfigError: it is not there, or fails.
@@ -115,7 +116,8 @@ def said(command: Sequence[str]) -> str:
 
 def last_lines(log: Path, count: int) -> str:
     """The end of a log, on one line."""
-    return " | ".join(log.read_text(errors="replace").strip().splitlines()[-count:])
+    text = log.read_text(errors="replace") if log.exists() else ""
+    return " | ".join(text.strip().splitlines()[-count:])
 
 
 @contextmanager
@@ -148,14 +150,24 @@ def serving(command: Sequence[str], port: int, ready: str, log: Path, **variable
     Raises:
         ConfigError: it ends before, or doesn't answer in time.
     """
-    address = f"http://127.0.0.1:{port}"
     with running(command, log, env=environment(**variables)) as process:
-        deadline = time.monotonic() + START
-        while not answers(address + ready):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise ConfigError(f"{Path(command[0]).name} did not start: {last_lines(log, 12)}")
-            time.sleep(0.5)
-        yield Started(command, url=f"{address}/v1", log=log)
+        yield as_soon_as_it_answers(command, port, ready, log, lambda: process.poll() is None)
+
+
+def as_soon_as_it_answers(
+    command: Sequence[str], port: int, ready: str, log: Path, alive: Callable[[], bool]
+) -> Started:
+    """Wait for a server that was started.
+
+    Raises:
+        ConfigError: it ends before, or doesn't answer in time.
+    """
+    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START
+    while not answers(address + ready):
+        if not alive() or time.monotonic() > deadline:
+            raise ConfigError(f"{Path(command[0]).name} did not start: {last_lines(log, 12)}")
+        time.sleep(0.5)
+    return Started(command, url=f"{address}/v1", log=log)
 
 
 def answers(url: str) -> bool:
@@ -195,11 +207,22 @@ def vllm_command(program: str, model: str, flags: Sequence[str], port: int, dtyp
 
 
 @contextmanager
-def start_vllm(program: str, served: Served, folder: Path) -> Iterator[Started]:
-    port, log = free_port(), folder / "log"
-    command = vllm_command(program, served.model, served.report.flags, port, served.dtype)
-    with serving(command, port, "/health", log, **VLLM_ON_CPU) as started:
-        yield replace(started, cache_tokens=cache_tokens(log.read_text(errors="replace")))
+def vllm_servers(program: str) -> Iterator[Start]:
+    """`vllm serve`, each server a fork of one process that has imported vLLM: that takes most of a start's time."""
+    with asking("vllm_servers.py", str(Path(program).with_name("python")), **VLLM_ON_CPU) as (_, ask):
+
+        @contextmanager
+        def start(served: Served, folder: Path) -> Iterator[Started]:
+            port, log = free_port(), folder / "log"
+            command = vllm_command(program, served.model, served.report.flags, port, served.dtype)
+            number = ask(serve=command[1:], log=str(log))
+            try:
+                started = as_soon_as_it_answers(command, port, "/health", log, lambda: bool(ask(alive=number)))
+                yield replace(started, cache_tokens=cache_tokens(log.read_text(errors="replace")))
+            finally:
+                ask(end=number)
+
+        yield start
 
 
 def cache_tokens(log: str) -> int | None:
@@ -244,7 +267,7 @@ def vllm_here(program: str) -> Iterator[Start]:
 
 # llama.cpp ------------------------------------------------------------------------------------------------------------
 def llama_cpp_flags(gguf: Path, flags: Sequence[str], port: int, dtype: str) -> list[str]:
-    """What `export` prints, and a key/value cache of that dtype; llama.cpp's own default is float16."""
+    """The flags that `export` prints, and a key/value cache of that dtype; llama.cpp's own default is float16."""
     cache = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[dtype]
     exact = ["-ctk", cache, "-ctv", cache, "-fa", "off", "-np", "1", "-t", "1"]  # threads wait for each other spinning
     return ["-m", str(gguf), *flags, *exact, "--host", "127.0.0.1", "--port", f"{port}"]
@@ -313,14 +336,12 @@ def write_served(served: Served, folder: Path) -> Path:
 
 
 @contextmanager
-def worker(script: str, program: str) -> Iterator[Start]:
-    """A process of an engine's environment that loads one checkpoint after another."""
+def asking(script: str, program: str, **variables: str) -> Iterator[tuple[Path, Callable[..., Any]]]:
+    """A process of an engine's environment: its log, and a function that asks it a question and returns the answer."""
     with contextlib.ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        log = scratch / "log"
-        command = [program, str(FOLDER / script)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment()}
-        process = stack.enter_context(running(command, log, **pipes))
+        log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log"
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment(**variables)}
+        process = stack.enter_context(running([program, str(FOLDER / script)], log, **pipes))
 
         def ask(**question: Any) -> Any:
             try:
@@ -333,30 +354,44 @@ def worker(script: str, program: str) -> Iterator[Start]:
                 raise ConfigError(f"{script} ended: {last_lines(log, 3)}")
             return json.loads(answer)
 
+        yield log, ask
+
+
+@contextmanager
+def worker(script: str, program: str) -> Iterator[Start]:
+    """A process that loads one checkpoint after another and gives logits."""
+    with asking(script, program) as (log, ask):
+
         @contextmanager
         def start(served: Served, folder: Path) -> Iterator[Started]:
             ask(load=str(write_served(served, folder / "served")), dtype=served.dtype)
-            yield Started((*command, "served"), candidate=lambda ids: np.load(ask(ids=list(ids))), log=log)
+            command = (program, str(FOLDER / script), "served")
+            yield Started(command, candidate=lambda ids: np.load(ask(ids=list(ids))), log=log)
 
         yield start
 
 
 ENGINES = {
     "transformers": Engine(
-        "transformers", partial(version_of, "transformers"), partial(worker, "transformers_worker.py"), "in a process"
+        "transformers",
+        partial(version_of, "transformers"),
+        partial(worker, "transformers_worker.py"),
+        "in a process",
+        older_alone=lambda version: int(version.partition(".")[0]) < 5,
     ),
     "vllm": Engine(
         "vllm",
         lambda program: version_of("vllm-cpu", str(Path(program).with_name("python"))),
-        partial(started_anew, start_vllm),
+        vllm_servers,
     ),
     "vllm-llm": Engine("vllm", partial(version_of, "vllm-cpu"), vllm_here, "as LLM in one process"),
     "llama.cpp": Engine("llama.cpp", llama_cpp_version, partial(started_anew, start_llama_cpp)),
-    "mlx": Engine(
-        "mlx" if "mlx" in TARGETS else "transformers",
-        partial(version_of, "mlx-lm"),
-        partial(worker, "mlx_worker.py"),
-        "in a process",
+    "sglang": Engine(
+        "sglang",
+        partial(version_of, "sglang"),
+        partial(worker, "sglang_worker.py"),
+        "its tables in a model of transformers",
     ),
+    "mlx": Engine("mlx", partial(version_of, "mlx-lm"), partial(worker, "mlx_worker.py"), "in a process"),
 }
 """By name."""

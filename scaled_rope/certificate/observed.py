@@ -62,6 +62,14 @@ class Source(Protocol):
         ...
 
 
+def check_limit(source: Source, longest: int, field: str = "lengths") -> None:
+    """Raise a ConfigError where prompts and an answer of one token are longer than a source takes."""
+    if source.max_length is not None and longest >= source.max_length:
+        raise ConfigError(
+            f"{field} {longest} is not allowed; {source.title} takes {source.max_length} tokens, answer included"
+        )
+
+
 class Callables:
     """A Python callable as a source: token ids -> logits [T, V], or [V] of the next token alone."""
 

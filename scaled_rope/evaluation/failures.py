@@ -37,15 +37,18 @@ class Failure:
 
 
 def is_ours(error: Exception) -> bool:
-    """Whether an exception is a model's or an evaluator's own, unlike that of a full disk."""
-    return not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+    """Whether an exception is a model's or an evaluator's own, unlike that of a full or read-only disk."""
+    disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    return not any(isinstance(one, OSError) and one.errno in disk for one in (error, error.__cause__))
 
 
 @contextlib.contextmanager
 def failing_alone(failures: list[Failure] | None, job: str, task: str = "") -> Iterator[None]:
     """Within this context one model is read or evaluated: an exception is added to `failures`, and the next follows.
 
-    A full disk is raised all the same, since it is not the model's fault. failures: None to raise everything.
+    A full or read-only disk is raised all the same, since it is not the model's fault.
+
+    failures: None to raise everything.
     """
     try:
         yield

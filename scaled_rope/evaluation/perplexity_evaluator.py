@@ -203,6 +203,13 @@ class Perplexity:
             raise ConfigError(f"losses of {job.name} at {length} tokens are not in {self.save_nll}")
         return found
 
+    def unkept(self, job: ModelJob) -> list[int]:
+        """The lengths whose losses are to be in the folder of `save_nll`, and are not all there."""
+        if self.save_nll is None:
+            return []
+        passes = self.passes(job, list(self.cells(job)))
+        return [wanted for one, yields in passes.items() if not self._pass(job, one).is_kept() for wanted in yields]
+
     def documents_of(self, model: str) -> list[int]:
         """The document of each truncated window, in the order of `losses`."""
         return [window.document for window in truncated(self.prepare(model)[0], self.lengths[-1])]

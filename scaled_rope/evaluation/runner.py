@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from scaled_rope.content_hash import record_hash
 from scaled_rope.errors import ConfigError
@@ -65,6 +65,15 @@ class Evaluator(Protocol):
         self, model: Any, job: ModelJob, length: int, yields: Sequence[int], advance: Callable[[int], object]
     ) -> Iterator[tuple[int, Row]]:
         """Run the passes of one length: yield (context length, measured fields) and call `advance(tokens)`."""
+        ...
+
+
+@runtime_checkable
+class KeepsMore(Protocol):
+    """An evaluator that leaves more than rows."""
+
+    def unkept(self, job: ModelJob) -> list[int]:
+        """Context lengths for which it was asked to keep something that is not there."""
         ...
 
 
@@ -187,11 +196,11 @@ def run_all(
     """
     ranks = current()
 
-    def measured_keys() -> set[str]:
-        rows = rows_so_far(args.output)
-        return {row_key(row) for row in rows if not (args.retry_oom and row.get("error") == OUT_OF_MEMORY)}
+    def measured_keys() -> tuple[set[str], set[str]]:
+        rows = [r for r in rows_so_far(args.output) if not (args.retry_oom and r.get("error") == OUT_OF_MEMORY)]
+        return {row_key(row) for row in rows}, {row_key(row) for row in rows if row.get("error")}
 
-    finished = ranks.first(measured_keys)
+    finished, in_vain = ranks.first(measured_keys)
     identities: dict[str, dict[ModelJob, dict[int, Row]]] = {name: {} for name in evaluators}
     plan: dict[tuple[str, ModelJob], dict[int, list[int]]] = {}
     total = 0
@@ -202,7 +211,15 @@ def run_all(
                 cells = {
                     length: {**described, **cell, "length": length} for length, cell in evaluator.cells(job).items()
                 }
-                missing = {length: key for length, row in cells.items() if (key := row_key(row)) not in finished}
+                keys = {length: row_key(row) for length, row in cells.items()}
+                # Reading what is kept takes time, and matters only where rows are there already.
+                some = not finished.isdisjoint(keys.values())
+                unkept = evaluator.unkept(job) if some and isinstance(evaluator, KeepsMore) else []
+                missing = {
+                    length: key
+                    for length, key in keys.items()
+                    if key not in finished or (length in unkept and key not in in_vain)
+                }
                 passes = evaluator.passes(job, list(missing)) if missing else {}
                 total += sum(evaluator.tokens(job, length) for length in passes)
                 identities[name][job], plan[name, job] = cells, passes

@@ -90,6 +90,13 @@ class ScoredPass:
         """The losses of each truncated window of a document, given those of the windows that it was read in."""
         return list(np.concatenate(losses).reshape(-1, self.length - 1))
 
+    def is_kept(self) -> bool:
+        """Whether the folder has the losses of every document."""
+        folder = self.folder
+        return folder is not None and all(
+            self._stored(folder, windows) is not None for windows in self.by_document.values()
+        )
+
     def known(self, needed: set[int]) -> PassResult:
         """The results that earlier runs have left.
 

@@ -61,24 +61,36 @@ def timed_lengths(lengths: Sequence[int]) -> tuple[int, int]:
 
 
 @torch.inference_mode()
+def time_passes(model: Any, lengths: Sequence[int]) -> list[float]:
+    """Seconds of a pass of a loaded model over each of these lengths in tokens."""
+
+    def one_pass(ids: torch.Tensor) -> None:
+        project(model, hidden_states(model, ids)[:, -1:])
+
+    generator = torch.Generator().manual_seed(0)
+    return [_seconds(functools.partial(one_pass, _drawn(model, n, generator)), model.device) for n in lengths]
+
+
+def _drawn(model: Any, length: int, generator: torch.Generator) -> torch.Tensor:
+    """A text of random tokens."""
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(vocabulary, (1, length), generator=generator).to(model.device)
+
+
+@torch.inference_mode()
 def measure_pace(model: Any, lengths: tuple[int, int]) -> Pace:
     """Time passes and decoding of a loaded model, at two different lengths in tokens."""
-    passes, steps = [], []
+    passes, steps = time_passes(model, lengths), []
     cached = not cache_obstacle(model)
     generator = torch.Generator().manual_seed(0)
     for length in lengths:
-        vocabulary = model.config.get_text_config().vocab_size
-        ids = torch.randint(vocabulary, (1, length), generator=generator).to(model.device)
-
-        def one_pass(ids: torch.Tensor = ids) -> None:
-            project(model, hidden_states(model, ids)[:, -1:])
+        ids = _drawn(model, length, generator)
 
         def decode(count: int, ids: torch.Tensor = ids) -> None:
             mask = torch.ones_like(ids)
             more = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
             model.generate(ids, attention_mask=mask, use_cache=cached, **more)
 
-        passes.append(_seconds(one_pass, model.device))
         alone = _seconds(functools.partial(decode, 1), model.device)
         several = _seconds(functools.partial(decode, 1 + _DECODED), model.device)
         steps.append(max(0.0, several - alone) / _DECODED)

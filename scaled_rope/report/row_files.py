@@ -124,6 +124,7 @@ def damage(row: Row) -> str | None:
         return _told("length", length, "a whole number of at least 1")
     for name, fields in _INSIDE.get(metric, {}).items():
         told.append(_problem(row[name], fields, f"{name}."))
+    told.append(_problem({"seed": None} | row["protocol"], {"seed": _COUNT_OR_NONE}, "protocol."))
     told.append(
         _problem(row["provenance"], {name: _RECORD.get(name, _ANYTHING) for name in _PROVENANCE}, "provenance.")
     )

@@ -22,8 +22,9 @@ class TextControl:
         text: its name.
         use: the comparison; None where none was measured.
         holds: whether the model's perplexity is below both controls (its own weights and the base's, reading the last
-            tokens only) in every position bucket from twice the control's window to the extended length, each with the
-            whole 95 % interval; None where that was not measured.
+            tokens only) in every position bucket that reaches beyond twice the control's window, up to the extended
+            length, each with the whole 95 % interval; None where that was not measured. Before that the last tokens
+            are most of the text.
         why: the reason, with the bucket that decides.
     """
 
@@ -121,7 +122,7 @@ def _on_text(section: Section, tuned: Series, reference: Series, target: int) ->
     if use is None:
         return TextControl(name, None, None, "python eval/perplexity.py --control measures it")
     window = use.control.window
-    wanted = [column for column in use.buckets if 2 * window <= column[0] <= target]
+    wanted = [column for column in use.buckets if 2 * window < column[0] <= target]
     if not wanted or wanted[-1][0] != target:
         return TextControl(name, use, None, f"no position bucket ends at {target} tokens")
     if any(column not in use.base_buckets for column in wanted):

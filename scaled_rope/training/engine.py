@@ -5,6 +5,7 @@ Everything that an engine could get wrong about batch, schedule or synchronisati
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -134,6 +135,13 @@ def check_sequence_parallel(recipe: Recipe, config: Any, scaling: RopeScaling, a
         raise ConfigError(f"sequence_parallel {size} is not allowed with eager attention; use sdpa or flash attention")
 
 
+_GROUPS: list[object] = []
+"""Process groups, held until the process ends. Where DDP's reducer is the last to let go of a group, torch joins the
+group's thread while it holds Python's lock, and that thread may wait for this lock: runs hung after their end.
+Python's own reference lets go of the lock first."""
+atexit.register(_GROUPS.clear)
+
+
 def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
     """Make an `Accelerator` that suits this process's launcher; DeepSpeed gets the recipe's batch and clipping.
 
@@ -180,6 +188,8 @@ def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
         options["parallelism_config"] = ring_parallelism(recipe, launched)
     mixed = "bf16" if recipe.precision == "bf16" else "no"
     accelerator = Accelerator(mixed_precision=mixed, cpu=on_cpu and not deepspeed, kwargs_handlers=handlers, **options)
+    if torch.distributed.is_initialized():
+        _GROUPS.append(torch.distributed.group.WORLD)
     kind = accelerator.distributed_type.value
     if launched != accelerator.num_processes or (launched > 1 and kind == "NO"):
         raise ConfigError(

@@ -80,6 +80,7 @@ from scaled_rope.training.run_state import (
     load_state,
     naming_a_lost_disk,
     read_log,
+    refused_on_all_ranks,
     run_lock,
     save_state,
     sound_state,
@@ -231,13 +232,14 @@ class Trainer:
         facts = provenance(str(accelerator.device), recipe.seed, {"ranks": accelerator.num_processes})
         if self._continued is not None:
             facts["continued_from"] = self._continued
-        if accelerator.is_main_process:
-            self.output.mkdir(parents=True, exist_ok=True)
-            # under ZeRO-3 a parameter's own numel() is that of its shard
-            check_space(recipe, sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()))
-            record = recipe.to_dict() | fingerprint(recipe)
-            write_atomic(self.output / "recipe.yaml", yaml.safe_dump(record, sort_keys=False))
-            write_atomic(self.output / "provenance.json", json.dumps(facts, indent=2) + "\n")
+        with refused_on_all_ranks():
+            if accelerator.is_main_process:
+                self.output.mkdir(parents=True, exist_ok=True)
+                # under ZeRO-3 a parameter's own numel() is that of its shard
+                check_space(recipe, sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()))
+                record = recipe.to_dict() | fingerprint(recipe)
+                write_atomic(self.output / "recipe.yaml", yaml.safe_dump(record, sort_keys=False))
+                write_atomic(self.output / "provenance.json", json.dumps(facts, indent=2) + "\n")
         loop = Loop(recipe, accelerator, module, optimizer, rows, cost, heldout, stop, windows)
         start = load_state(accelerator, self._resume, self.output)
         restore_settings(optimizer, recipe)
@@ -249,22 +251,23 @@ class Trainer:
             accelerator.end_training()
             return losses
         state = accelerator.get_state_dict(module)
-        if accelerator.is_main_process:
-            inner, log = accelerator.unwrap_model(module).model, read_log(self.output)
-            state = {k.removeprefix("model."): v for k, v in state.items()}
-            if recipe.lora and engine in ("zero3", "fsdp"):
-                make_whole(inner, state)
-            records = (recipe, facts, log, scaling.label)
-            place, size = self.output / "model", 4.0 * sum(tensor.numel() for tensor in state.values())
+        with refused_on_all_ranks():
+            if accelerator.is_main_process:
+                inner, log = accelerator.unwrap_model(module).model, read_log(self.output)
+                state = {k.removeprefix("model."): v for k, v in state.items()}
+                if recipe.lora and engine in ("zero3", "fsdp"):
+                    make_whole(inner, state)
+                records = (recipe, facts, log, scaling.label)
+                place, size = self.output / "model", 4.0 * sum(tensor.numel() for tensor in state.values())
 
-            def write(folder: Path) -> None:
-                write_records(folder, *records)
-                check_there(self.output)
+                def write(folder: Path) -> None:
+                    write_records(folder, *records)
+                    check_there(self.output)
 
-            with naming_a_lost_disk(place, size):
-                save_model(inner, state, recipe, place, write)
-            self._finish()
-            print(f"{self.output / 'model'}: saved")
+                with naming_a_lost_disk(place, size):
+                    save_model(inner, state, recipe, place, write)
+                self._finish()
+                print(f"{self.output / 'model'}: saved")
         accelerator.wait_for_everyone()
         # A process group that is still there when Python ends may abort the process: its threads are running.
         accelerator.end_training()

@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,28 @@ def gather_object(mine: list[Any]) -> list[Any]:
     from accelerate.utils import gather_object as gathered
 
     return list(gathered(mine))
+
+
+@contextlib.contextmanager
+def refused_on_all_ranks() -> Iterator[None]:
+    """End all ranks with the error that one of them raised inside, said once on each machine. All must enter.
+
+    Otherwise those that wait for it would say that they lost the connection. Nothing inside may call other ranks.
+
+    Raises:
+        ConfigError, OSError: as one was raised inside, on the first rank of each machine.
+        SystemExit: in its place with code 2, on the others.
+    """
+    mine: Exception | None = None
+    try:
+        yield
+    except (ConfigError, OSError) as error:
+        mine = error
+    said = [text for text in gather_object([None if mine is None else str(mine)]) if text is not None]
+    if said and os.environ.get("LOCAL_RANK", "0") != "0":
+        raise SystemExit(2)
+    if said:
+        raise mine or ConfigError(said[0])
 
 
 def sync(path: Path) -> None:
@@ -353,11 +376,14 @@ def save_state(accelerator: Any, recipe: Recipe, step: int) -> Path:
         for name in _COPIED:
             shutil.copyfile(Path(recipe.output_dir) / name, staged / name)
     accelerator.wait_for_everyone()
-    mine = entries(staged, state_files(staged)[rank::ranks])
+    own = state_files(staged)[rank::ranks]
+    with ThreadPoolExecutor(1) as pool:  # hashes cost nearly nothing while the disk is waited for
+        hashing = pool.submit(entries, staged, own)
+        for name in own:
+            sync(staged / name)
+        mine = hashing.result()
     files = {name: entry for part in gather_object([mine]) for name, entry in part.items()}
     if accelerator.is_main_process:
-        for name in files:
-            sync(staged / name)
         facts = {"step": step, "ranks": ranks, "engine": engine_name(accelerator)}
         write_manifest(staged, facts, files)
         shutil.rmtree(final, ignore_errors=True)  # there when an older state was resumed

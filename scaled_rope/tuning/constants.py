@@ -22,7 +22,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -53,10 +53,13 @@ Axes = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
 
 
 def factor_grid(start: RopeScaling) -> tuple[float, ...]:
-    """Attention factors to try: from 0.9 to that of the paper in five equal steps, and one step beyond."""
+    """Attention factors to try: from 0.9 to that of the paper in five equal steps, and three steps beyond.
+
+    Beyond, since retrieval far away may want more contrast than the loss does (docs/tuning.md).
+    """
     paper = start.static_attention_factor
     step = (paper - 0.9) / _STEPS
-    return tuple(round(0.9 + index * step, 4) for index in range(_STEPS + 2))
+    return tuple(round(0.9 + index * step, 4) for index in range(_STEPS + 4))
 
 
 def default_axes(start: RopeScaling) -> Axes:
@@ -189,7 +192,23 @@ class Trials:
 # -------------------------------------------------------------------------------------------------------------- search
 
 
-def best_of(results: Sequence[Result], count: int) -> list[Result]:
+class Comparable(Protocol):
+    """A candidate with what was measured of it."""
+
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def retrieval(self) -> float: ...
+
+    @property
+    def answers(self) -> Mapping[int, Sequence[Answer]]: ...
+
+
+Compared = TypeVar("Compared", bound=Comparable)
+
+
+def best_of(results: Sequence[Compared], count: int) -> list[Compared]:
     """The candidates with the lowest loss and those with the best retrieval, in turn, until there are `count`."""
     orders = [sorted(results, key=lambda one: one.loss)]
     if any(one.answers for one in results):

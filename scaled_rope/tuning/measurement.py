@@ -54,11 +54,14 @@ class ScoredWindow:
     """[n], the BOS included."""
 
 
-def documents(args: argparse.Namespace, tokenizer: Any) -> Iterator[Tokens]:
-    """Yield the token ids of each document, without special tokens; of packed sets, each row as it is."""
+def documents(args: argparse.Namespace, tokenizer: Any, unused: bool) -> Iterator[Tokens]:
+    """Yield the token ids of each document, without special tokens; of packed sets, each row as it is.
+
+    unused: take the part of a corpus that no test uses, that for training; else the first one that is held out.
+    """
     source = args.dataset
     if source in CORPORA and not Path(source).exists():
-        part = "train" if args.constants else CORPORA[source].heldout  # constants are fitted on text that no test uses
+        part = "train" if unused else CORPORA[source].heldout
         source = str(fetch(source, Path("data/cache") / source) / part)
     if is_tokenized(source):
         rows = open_rows(source, args.split)
@@ -70,13 +73,21 @@ def documents(args: argparse.Namespace, tokenizer: Any) -> Iterator[Tokens]:
 
 
 def cut_windows(
-    source: Iterator[Tokens], length: int, bos: int | None, wanted: int | None, each: int
+    source: Iterator[Tokens],
+    length: int,
+    bos: int | None,
+    wanted: int | None,
+    each: int,
+    hint: str = "smaller --factors need less",
+    most: int | None = None,
 ) -> list[ScoredWindow]:
     """Cut windows of `length` tokens from the first `wanted` documents that are long enough; None: from all.
 
     A document yields at most `each` windows, which do not overlap and begin at equal distances, the first at its start.
     Their starts depend on `length` only if there is no room for so many, so a rerun with other factors mostly reuses
     earlier results.
+
+    hint: what a user can do about documents that are too short; most: windows after which no more are read.
 
     Raises:
         ConfigError: fewer documents are long enough than are wanted, or none is.
@@ -96,22 +107,27 @@ def cut_windows(
             piece = np.concatenate([np.asarray(head, dtype=np.int64), tokens[start : start + body]])
             windows.append(ScoredWindow(read - 1, start, piece))
         used += 1
-        if used == wanted:
+        if used == wanted or (most is not None and len(windows) >= most):
             break
     if not used or (wanted is not None and used < wanted):
         asked = "at least 1 is needed" if wanted is None else f"--documents asks for {wanted}"
-        raise ConfigError(f"only {used} of {read} documents have {length} tokens; {asked}: smaller --factors need less")
+        raise ConfigError(f"only {used} of {read} documents have {length} tokens; {asked}: {hint}")
     return windows
 
 
-def read_windows(args: argparse.Namespace, job: ModelJob, length: int) -> list[ScoredWindow]:
+def read_windows(
+    args: argparse.Namespace, job: ModelJob, length: int, unused: bool = False, **more: Any
+) -> list[ScoredWindow]:
     """The windows that the flags ask for.
+
+    unused: as for `documents`; more: as for `cut_windows`.
 
     Raises:
         ConfigError: as `cut_windows` does; tokens that the model does not have.
     """
     tokenizer = load_tokenizer(job.model)
-    windows = cut_windows(documents(args, tokenizer), length, tokenizer.bos_token_id, args.documents, args.windows)
+    source = documents(args, tokenizer, unused)
+    windows = cut_windows(source, length, tokenizer.bos_token_id, args.documents, args.windows, **more)
     vocabulary = load_config(job.model).get_text_config().vocab_size
     if (largest := max(window.tokens.max() for window in windows)) >= vocabulary:
         raise ConfigError(f"token id {largest} does not fit model {job.model!r} with a vocabulary of {vocabulary}")
@@ -134,6 +150,10 @@ class RowStore:
         lengths = {row_key(cell): cell["length"] for cell in cells}
         return sum(length for key, length in lengths.items() if key not in self._rows)
 
+    def find(self, cell: Row) -> Row | None:
+        """The row with the identity of `cell`, if it was measured."""
+        return self._rows.get(row_key(cell))
+
     def get(self, cell: Row, title: str, measure: Callable[[], Row]) -> Row:
         """The row with the identity of `cell`; `measure` gives the fields of one that is new."""
         key = row_key(cell)
@@ -151,6 +171,8 @@ def _fingerprint(tokens: Tokens) -> str:
 
 
 def _title(scaling: RopeScaling) -> str:
+    if scaling.method != "yarn":
+        return scaling.label
     fast, slow = scaling.ramp_bounds
     return f"x{scaling.factor:g}, β {fast:g} {slow:g}, √(1/t) {scaling.static_attention_factor:.4g}"
 
@@ -159,15 +181,26 @@ class Sweep:
     """Scores windows under scalings, each pair once."""
 
     def __init__(
-        self, store: RowStore, windows: Sequence[ScoredWindow], segment: int, identity: Row, score: Score
+        self,
+        store: RowStore,
+        windows: Sequence[ScoredWindow],
+        segment: int,
+        identity: Row,
+        score: Score,
+        length: int | None = None,
+        protocol: Row | None = None,
     ) -> None:
-        """segment: tokens of a segment; identity: a row's fields about model and text, see `results.IDENTITY`."""
+        """segment: tokens of a segment; identity: a row's fields about model and text, see `results.IDENTITY`.
+
+        length: tokens of a window that are scored; None: as many as the scaling is for.
+        protocol: what a row's protocol says besides the segments.
+        """
         self.store, self.windows, self.segment, self.score = store, windows, segment, score
-        self._identity = identity
+        self._identity, self._length, self._protocol = identity, length, protocol or {}
 
     def _cell(self, scaling: RopeScaling, window: ScoredWindow) -> tuple[Tokens, Row]:
         """The tokens to score, and the fields that identify the result."""
-        length = scaling.max_position_embeddings
+        length = self._length or scaling.max_position_embeddings
         assert length is not None  # "yarn" needs the original length
         tokens = window.tokens[:length]
         return tokens, {
@@ -176,7 +209,7 @@ class Sweep:
             "scaling": scaling.to_dict(),
             "label": scaling.label,
             "data": {**self._identity["data"], "fingerprint": _fingerprint(tokens)},
-            "protocol": {"name": "segments", "segment": self.segment},
+            "protocol": {"name": "segments", "segment": self.segment, **self._protocol},
             "length": length,
         }
 

@@ -387,7 +387,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"original_max_position_embeddings={segment}: must be at least 2, a segment's length in tokens"
         )
-    windows = read_windows(args, job, longest)
+    windows = read_windows(args, job, longest, unused=args.constants)  # what is fitted flatters a test on its text
     load = ModelLoader(flags)
     record = {"command": _command(args), **provenance(load.device, args.seed, given_arguments(args))}
     identity = {**job.fields(), "carried": False, "data": {"name": Path(args.dataset).name}}

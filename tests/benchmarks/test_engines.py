@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from benchmarks.engines import run as engines
 from benchmarks.engines import starting
 from benchmarks.engines.run import Job, Row, as_expected, cache_beside_plan, controls, scalings, shown
 from benchmarks.engines.starting import ENGINES, Engine, Served, Start, Started
+from benchmarks.engines.vllm_servers import IMPORTED
 from scaled_rope.certificate.hypotheses import _equal, _numbers, hypotheses
 from scaled_rope.checkpoint import DEFAULT_MODEL, load_config
 from scaled_rope.errors import ConfigError
@@ -69,6 +71,18 @@ def test_what_controls_serve_is_a_candidate_under_the_name_that_they_expect(own:
             True,
         ),
         (Job("dynamic-ntk:8"), {"export": {"status": "refused"}}, True),
+        # A reader of the older keys alone: right where they are written, and named as unscaled where they are not.
+        (Job("yarn:8"), {"export": {"status": "exact", "older_keys": True}, "verdict": "right"}, True),
+        (Job("ntk-by-parts:8"), {"export": {"status": "exact", "older_keys": False}, "verdict": "right"}, False),
+        (
+            Job("ntk-by-parts:8"),
+            {
+                "export": {"status": "exact", "older_keys": False},
+                "verdict": "other",
+                "named": ["this model unscaled, with rope_theta=10000"],
+            },
+            True,
+        ),
     ],
 )
 def test_what_is_expected(job: Job, row: Row, good: bool) -> None:
@@ -109,9 +123,14 @@ def test_the_size_of_vllms_cache_is_read_from_its_log() -> None:
     assert starting.cache_tokens("INFO [kv] GPU KV cache size: 1,398,016 tokens\n") == 1398016
     assert starting.cache_tokens("INFO ready") is None
     config = load_config(str(DEFAULT_MODEL))  # 6 layers of 2 heads of 64, keys and values of 2 bytes: 3072 a token
-    found = cache_beside_plan(2**30 // 3072, config, "yarn:8", LENGTH, "bfloat16")
+    found = cache_beside_plan(starting.VLLM_CACHE_GIB * 2**30 // 3072, config, "yarn:8", LENGTH, "bfloat16")
     assert (found["plan_bytes_per_token"], found["plan_tokens"]) == (3072, found["tokens"])
     assert found["sequences"] == pytest.approx(found["plan_sequences"], rel=1e-5)
+
+
+def test_releases_that_read_the_older_keys_alone() -> None:
+    assert ENGINES["transformers"].older_alone("4.57.6") and not ENGINES["transformers"].older_alone("5.24.0")
+    assert not ENGINES["vllm"].older_alone("0.32.0")
 
 
 def arguments(model: str, output: Path) -> argparse.Namespace:
@@ -163,12 +182,92 @@ def test_a_process_that_gives_logits_is_certified(checkpoint: str, tmp_path: Pat
     )
 
 
-def test_what_cannot_be_started_is_one_line(checkpoint: str, tmp_path: Path) -> None:
+ROTARY = """
+import torch
+from a_kernel_that_is_not_there.ops import fast_rotation
+
+def get_rope(head_size, rotary_dim, max_position, base, is_neox_style, rope_scaling):
+    factor = rope_scaling.get("factor", 1.0)
+    angles = torch.arange(max_position)[:, None] / factor / base ** (torch.arange(0, rotary_dim, 2) / rotary_dim)
+    module = torch.nn.Module()
+    module.cos_sin_cache = torch.cat((angles.cos(), angles.sin()), -1)
+    return module
+"""
+
+
+def test_tables_of_an_engine_are_certified_in_a_model_of_transformers(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for SGLang's package that knows linear scaling alone, and imports a kernel that nobody has."""
+    package = tmp_path / "sglang" / "srt" / "layers" / "rotary_embedding"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(ROTARY)
+    given = starting.environment()
+    monkeypatch.setattr(starting, "environment", lambda **more: given | more | {"PYTHONPATH": str(tmp_path)})
+    output = tmp_path / "rows.jsonl"
+    plan = rows_of([Job("linear:2"), Job("linear:2", "default", "unscaled"), Job("yarn:2")], checkpoint)
+    assert engines.run(ENGINES["sglang"], sys.executable, plan, arguments(checkpoint, output), {}) == 1
+    right, control, yarn = read_rows(output)
+    assert (right["verdict"], control["verdict"], yarn["verdict"]) == ("right", "other", "other")
+    assert yarn["named"] == ["linear x2"] and not yarn["expected"]
+
+
+def as_vllm(checkpoint: str) -> Served:
     report: Any = export("yarn:2", load_config(checkpoint), "vllm")
-    served = Served(checkpoint, "yarn:2", "vllm", 128, "float32", report)
+    return Served(checkpoint, "yarn:2", "vllm", 128, "float32", report)
+
+
+STAND_IN = """
+import http.server, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+def main():
+    print("argv", sys.argv)
+    if "TestFails" in sys.argv[2]:
+        sys.exit("no such model")
+    print("KV cache size: 1,024 tokens", flush=True)
+    http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A package by the name of vllm in front of this environment; the program of an engine."""
+    for name in IMPORTED:
+        file = tmp_path / "vllm" / f"{name.replace('.', '/')}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(STAND_IN if name.endswith("main") else "")
+    monkeypatch.setattr(starting, "VLLM_ON_CPU", {"PYTHONPATH": str(tmp_path)})
+    return str(Path(sys.executable).with_name("vllm"))
+
+
+def test_servers_are_forks_of_one_process(stand_in: str, checkpoint: str, tmp_path: Path) -> None:
+    """Each has its own command line and is gone afterwards; one that ends before it answers is one line."""
+    served, found = as_vllm(checkpoint), []
+    with starting.vllm_servers(stand_in) as start:
+        for number in (1, 2):
+            folder = tmp_path / f"{number}"
+            folder.mkdir()
+            with start(served, folder) as started:
+                assert started.url is not None and starting.answers(started.url.removesuffix("/v1") + "/health")
+                assert started.cache_tokens == 1024 and str(started.command[1]) == "serve"
+                found.append(started)
+            assert not starting.answers(started.url.removesuffix("/v1") + "/health")
+            assert str(list(started.command[1:])) in (folder / "log").read_text().replace("['vllm', ", "[")
+        with pytest.raises(ConfigError, match="vllm did not start: .*no such model"):
+            with start(replace(served, model="TestFails"), tmp_path):
+                pass
+    assert found[0].url != found[1].url
+
+
+def test_what_cannot_be_started_is_one_line(checkpoint: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
-        with starting.start_vllm(str(tmp_path / "vllm"), served, tmp_path):
+        with starting.vllm_servers(str(tmp_path / "vllm")):
             pass
     with pytest.raises(ConfigError, match="false did not start"):
-        with starting.start_vllm("/bin/false", served, tmp_path):
+        with starting.serving(["/bin/false"], starting.free_port(), "/health", tmp_path / "log"):
             pass

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from scaled_rope.certificate.certify import Certificate, certify
 from scaled_rope.certificate.hypotheses import Hypothesis, hypotheses
-from scaled_rope.certificate.observed import Observed
+from scaled_rope.certificate.observed import Callables, Observed
 from scaled_rope.certificate.reference import Predicted, Reference
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loading import apply_scaling
@@ -98,6 +98,17 @@ def test_constants_that_were_dropped_are_named(ids: list[int]) -> None:
     assert found.verdict == "other" and found.names[0].endswith("with YaRN's default constants"), found.sentence
 
 
+def test_frequencies_that_stand_still_and_are_turned_are_named(ids: list[int]) -> None:
+    found = certified(ids, "proportional:4,fraction=0.5", "default")
+    assert found.names == ("this model unscaled, with every frequency turning",), found.sentence
+
+
+def test_what_differs_beyond_the_target_alone_is_a_candidate(ids: list[int]) -> None:
+    """An unscaled model up to L, the target of a dynamic scaling; prompts go beyond it."""
+    found = certified(ids, "dynamic-ntk:4", "default", length=L)
+    assert found.verdict == "other" and found.names[0].startswith("this model unscaled"), found.sentence
+
+
 def test_a_window_in_all_layers_is_named(ids: list[int]) -> None:
     class Windowed(LlamaForCausalLM):
         def forward(self, input_ids: torch.Tensor, **options: object):  # type: ignore[no-untyped-def, override]
@@ -176,6 +187,10 @@ def test_what_cannot_be_certified(ids: list[int]) -> None:
         certify(model, lambda tokens: torch.zeros(1, 7, 3), ids, (24, N))
     with pytest.raises(ConfigError, match="must be a server, a model, or a callable"):
         certify(model, 5, ids)
+    callables = Callables(lambda tokens: torch.zeros(len(tokens), 3), "an engine")
+    callables.max_length = N
+    with pytest.raises(ConfigError, match=f"lengths {N} is not allowed; an engine takes {N} tokens, answer included"):
+        certify(model, callables, ids)  # without lengths too
 
 
 SPECS = ["default", "linear:2", "linear:4", "linear:4.1", "ntk:2", "ntk:4", "ntk:4.02", "ntk-by-parts:4", "yarn:2",

@@ -132,7 +132,7 @@ def test_bfloat16(server: CompletionsServer, capsys: pytest.CaptureFixture[str])
         ("elsewhere", (), "sends us elsewhere (status 302), which is not followed"),
         ("slow", ("--server-timeout", "0.3"), "no answer within 0.3 s (--server-timeout)"),
         ("", ("--name", "other"), "--served-name other: server"),
-        ("", ("--lengths", "1024"), "--lengths 1024 is not allowed; the server takes 1024 tokens, answer included"),
+        ("", ("--lengths", "1024"), "--lengths 1024 is not allowed; vllm 0.11.0 takes 1024 tokens, answer included"),
     ],
 )
 def test_what_goes_wrong_is_one_line(
@@ -194,7 +194,7 @@ def test_llama_cpp_says_its_limit_in_another_place(
 ) -> None:
     server.listed = [{"id": NAME, "owned_by": "llamacpp", "meta": {"n_ctx": 64, "n_ctx_train": 64}}]
     assert main(asked(server)) == 2
-    assert "--lengths 100 is not allowed; the server takes 64 tokens" in capsys.readouterr().err
+    assert "--lengths 100 is not allowed; llamacpp takes 64 tokens" in capsys.readouterr().err
 
 
 def test_the_page_escapes_names() -> None:

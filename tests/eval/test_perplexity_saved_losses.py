@@ -122,3 +122,24 @@ def test_saved_losses_that_were_changed_are_refused(
     assert "were changed after they were written; remove the file" in capsys.readouterr().err
     file.unlink()
     assert run_cli(lambda: perplexity.main([*argv, "--output", str(tmp_path / "second.jsonl")])) == 0
+
+
+@pytest.mark.parametrize("protocol", [["--truncate", "--windows", "2", "--control"], ["--sliding-window", "9"]])
+def test_losses_that_are_asked_for_are_kept_although_the_rows_are_there(
+    checkpoint: str, texts: str, tmp_path: Path, forwards: list[Any], protocol: list[str]
+) -> None:
+    argv = ("-m", checkpoint, "--scaling", "yarn:4", "--dataset", texts, "--lengths", "20,32", *protocol)
+    output, folder = tmp_path / "rows.jsonl", tmp_path / "losses"
+    rows = evaluate(output, *argv)
+    written = output.read_text()
+    assert evaluate(output, *argv, "--save-nll", str(folder)) == rows
+    files = sorted(folder.rglob("*.safetensors"))
+    kept = {file: file.read_bytes() for file in files}
+    assert files and output.read_text() == written  # no row twice
+    files[0].unlink()
+    forwards.clear()
+    evaluate(output, *argv, "--save-nll", str(folder))
+    again = len(forwards)
+    assert {file: file.read_bytes() for file in folder.rglob("*.safetensors")}.keys() == kept.keys() and again
+    evaluate(output, *argv, "--save-nll", str(folder))
+    assert len(forwards) == again and output.read_text() == written

@@ -123,4 +123,6 @@ def test_a_model_fails_when_it_does_on_all_data_sets(capsys: pytest.CaptureFixtu
     failures: list[Failure] = []
     with pytest.raises(OSError, match="no room"), failing_alone(failures, "some model"):
         raise OSError(errno.ENOSPC, "no room")
+    with pytest.raises(ConfigError, match="cannot be used"), failing_alone(failures, "some model"):
+        raise ConfigError("file 'x' cannot be used") from OSError(errno.EROFS, "Read-only file system")
     assert failures == []

@@ -56,6 +56,7 @@ DAMAGED = [
     (changed(of("benchmark"), "value", True), "field 'value' is true; must be a number"),
     (changed(of("benchmark"), "protocol.task", KeyError), "there is no field 'protocol.task'"),
     (changed(of("quality"), "protocol", []), "field 'protocol' is []; must be an object"),
+    (changed(of("passkey"), "protocol.seed", {"a": 1}), "field 'protocol.seed' is {\"a\": 1}; must be a whole number"),
     (changed(of("quality"), "data", None), "field 'data' is null; must be an object"),
     (changed(of("quality"), "seconds", "soon"), "field 'seconds' is \"soon\"; must be a number or null"),
     (changed(of("quality"), "model", None), "field 'model' is null; must be text"),

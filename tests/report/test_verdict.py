@@ -43,7 +43,8 @@ def rows_of(
         ({"gain": -0.0005}, ["control"]),  # below what counts as a change
         ({"found": {64: 10, 256: 8}}, ["retrieval"]),
         ({"gain": 0.03, "found": {64: 10, 256: 0}}, ["retrieval", "control"]),
-        ({"base": 1.2}, ["control"]),  # the base cut short has 90 / 2.2 and 130 / 2.2, the model 41 and 42
+        ({"base": 2.2}, ["control"]),  # the base cut short has 90 / 3.2 and 130 / 3.2, the model 41 and 42
+        ({"base": 1.2}, []),  # 41 and 59: from 64 to 128 tokens, up to twice the control's window, nothing is decided
         ({"tuned": (38, 41, 88, 90)}, ["control"]),  # the base cut short is better in the last bucket alone
         ({"tuned": (99, 41, 42, 990)}, []),  # what happens within the trained context and beyond the target
     ],

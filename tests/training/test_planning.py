@@ -99,8 +99,10 @@ def test_matrices_in_four_bits_are_planned_as_they_are_built(workspace):
     assert planned.weights < 0.6 * Planner(recipe, on_gpu=False).memory(Options(lora=True)).weights
 
 
-def test_a_plan_says_what_fits_and_how_long_it_takes(capsys):
-    arguments = ["plan", str(ROOT / "configs" / "demo.yaml"), "--gpus", "2", "--gpu-memory", "1", "--json"]
+def test_a_plan_says_what_fits_and_how_long_it_takes(capsys, tmp_path):
+    recipe = tmp_path / "demo.yaml"
+    recipe.write_text((ROOT / "configs" / "demo.yaml").read_text().replace("batch_size: 1\n", "batch_size: 2\n", 1))
+    arguments = ["plan", str(recipe), "--gpus", "2", "--gpu-memory", "1", "--json"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         assert cli.main([*arguments, "--peak-tflops", "100", "--utilisation", "0.5"]) == 0
@@ -125,7 +127,7 @@ def test_a_plan_says_what_fits_and_how_long_it_takes(capsys):
     ("flags", "message"),
     [
         (["demo", "--gpus", "0"], "--gpus 0"),
-        (["demo", "--gpus", "3"], "cannot run on 3 ranks: global_batch_size 4"),
+        (["demo", "--gpus", "3"], "cannot run on 3 ranks: global_batch_size 1"),
         (["demo", "--gpu-memory", "0"], "--gpu-memory 0.0"),
         (["demo", "--utilisation", "1.5"], "--utilisation 1.5"),
         (["dmo"], "did you mean 'demo'"),

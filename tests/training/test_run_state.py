@@ -18,7 +18,7 @@ import yaml
 import finetune
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.training import loop
+from scaled_rope.training import loop, run_state
 from scaled_rope.training.run_state import load_state, naming_a_lost_disk, run_lock, size_text
 from tests.helpers.runs import log, reversed_set, same, weights
 
@@ -403,3 +403,20 @@ def test_a_run_that_was_killed_after_its_model_was_saved_tidies_up(workspace, st
     assert finetune.main(arguments) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {path.name for path in straight.iterdir()} and "loss.png" in names
+
+
+def test_an_error_of_one_rank_ends_all_and_is_said_once(monkeypatch):
+    others = [None]
+    monkeypatch.setattr(run_state, "gather_object", lambda mine: mine + others)
+    with run_state.refused_on_all_ranks():
+        pass
+    for error in (ConfigError("no room"), OSError(28, "no space")):
+        with pytest.raises(type(error), match="no "), run_state.refused_on_all_ranks():
+            raise error
+    others = ["no room"]
+    with pytest.raises(ConfigError, match="no room"), run_state.refused_on_all_ranks():
+        pass
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as ended, run_state.refused_on_all_ranks():
+        pass
+    assert ended.value.code == 2

@@ -42,7 +42,7 @@ def test_a_traced_pass_holds_what_a_real_one_holds(checkpointing, precision, acc
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize(
-    ("length", "precision"), [(2, "bf16"), (16, "bf16"), (256, "fp32")]
+    ("length", "precision"), [(2, "bf16"), pytest.param(16, "bf16", marks=pytest.mark.slow), (256, "fp32")]
 )  # gradients weigh most, then casts of weights, then activations
 def test_a_few_layers_tell_what_many_hold(checkpointing, lora, length, precision):
     """To the byte."""

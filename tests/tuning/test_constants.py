@@ -78,7 +78,7 @@ def fit(path: Path, score: Any, ask: Ask | None, windows: int = 8) -> constants.
 def test_candidates_are_computed_once_and_hold_the_paper_s_constants() -> None:
     first = start(8, L)
     axes = constants.default_axes(first)
-    assert axes[2][0] == 0.9 and axes[2][-2] == round(first.static_attention_factor, 4) < axes[2][-1]
+    assert axes[2][0] == 0.9 and axes[2][-4] == round(first.static_attention_factor, 4) < axes[2][-1]
     candidates = constants.ramps(first, axes, HEAD_DIM)
     values = [tuple(rope_values(one, HEAD_DIM)[0]) for one in candidates]
     assert len(set(values)) == len(values) < len(axes[0]) * len(axes[1])

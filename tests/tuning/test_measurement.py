@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def test_windows() -> None:
 
     def cut(length: int, **changes: Any) -> list[tuple[int, int, list[int]]]:
         settings: dict[str, Any] = {"bos": 0, "wanted": 2, "each": 2} | changes
-        found = cut_windows(iter(texts), length, settings["bos"], settings["wanted"], settings["each"])
+        found = cut_windows(iter(texts), length, **settings)
         return [(window.document, window.start, window.tokens.tolist()) for window in found]
 
     ten = cut(11)
@@ -40,10 +41,27 @@ def test_windows() -> None:
     assert [(doc, start, tokens[:6]) for doc, start, tokens in ten] == cut(6, wanted=3)[1:]  # shorter: beginnings
     assert cut(11, bos=None, each=1)[0] == (1, 0, [*range(100, 111)])
     assert len(cut(11, wanted=None)) == 6
+    assert len(cut(11, wanted=None, most=3)) == 4  # a document's windows are not parted
     with pytest.raises(ConfigError, match="only 3 of 4 documents have 11 tokens; --documents asks for 4"):
         cut(11, wanted=4)
     with pytest.raises(ConfigError, match="only 0 of 4 documents have 200 tokens; at least 1"):
         cut(200, wanted=None)
+    with pytest.raises(ConfigError, match="at least 1 is needed: longer texts"):
+        cut(200, wanted=None, hint="longer texts")
+
+
+@pytest.mark.parametrize(("unused", "word"), [(True, "train"), (False, "held")])
+def test_the_part_of_a_corpus(unused: bool, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fitted is fitted on text that no test uses."""
+    monkeypatch.chdir(tmp_path)
+    for part, text in (("train", "train"), ("heldout", "held")):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "text.txt").write_text(text)
+    monkeypatch.setattr(measurement, "fetch", lambda name, output: tmp_path)
+    monkeypatch.setattr(measurement, "encode", lambda tokenizer, text: list(text.encode()))
+    args = argparse.Namespace(dataset="books", feature="text", split="test")
+    (found,) = measurement.documents(args, None, unused)
+    assert bytes(found.tolist()).decode() == word
 
 
 def prompt(seed: int, answer: int = 3) -> PasskeyPrompt:

@@ -143,7 +143,7 @@ TARGET = Target(
     command="python -m sglang.launch_server --model-path MODEL {flags}",
     static=CACHED.format("SGLang"),
     config_place=CONFIG_PLACE,
-    basis="read from the source of SGLang 0.5.23; its server was not run",
+    basis="read from the source of SGLang 0.5.23; its tables were made on a CPU, its server was not run",
     package="sglang",
     package_version="0.5.23",
 )

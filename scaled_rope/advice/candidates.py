@@ -1,0 +1,173 @@
+"""The scalings that are tried on a model for a target length, the likeliest first, and which of them share passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scaled_rope.errors import ConfigError
+from scaled_rope.scaling.constants import beta_grids, constants_note
+from scaled_rope.scaling.frequencies import at_length, rope_values
+from scaled_rope.scaling.record import RopeScaling, resolve_scaling
+from scaled_rope.scaling.registry import METHODS
+
+_ATTENTION_STEPS = (0.5, 1.5)
+"""YaRN's ln √(1/t) is tried times these besides 1; times 0 is NTK-by-parts."""
+_NTK_MORE = 2.0
+"""NTK-aware scaling is tried with so many times the factor as well: it falls short of its own (YaRN, section 3.1)."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A scaling to try."""
+
+    spec: str
+    """As `--scaling` takes it."""
+    scaling: RopeScaling
+
+    @property
+    def changes_attention(self) -> bool:
+        """Whether it changes attention itself, which no server computes."""
+        return self.scaling.changes_attention
+
+
+def number(value: float) -> str:
+    """A number as specs have it: at most four decimals, none that say nothing."""
+    return f"{round(value, 4):g}" if abs(value) < 1e5 else repr(value)
+
+
+def short_list(
+    own: RopeScaling, original: int, target: int, head_dim: int, also: Sequence[str] = (), only: bool = False
+) -> list[Candidate]:
+    """The candidates for a model, the likeliest first, without those that compute the same as an earlier one.
+
+    Args:
+        own: the scaling that the checkpoint carries.
+        original: L, the length in tokens to which the model works by itself.
+        target: the length in tokens that is wanted.
+        also: specs of the user's, which come first.
+        only: whether to try these and no others.
+
+    Raises:
+        ConfigError: a spec that is no scaling for this model.
+    """
+    listed = _of_extended(own, target) if own.method != "default" else _of_base(own, original, target, head_dim)
+    specs = list(also) if only else [*also, *listed]
+    found: dict[tuple[Any, ...], Candidate] = {}
+    for spec in specs:
+        one = Candidate(spec, resolve_scaling(spec, own))
+        found.setdefault(identity(one.scaling, target, head_dim) + _dependence(one.scaling), one)
+    found.pop(identity(own, target, head_dim) + _dependence(own), None)  # it is measured in any case
+    return list(found.values())
+
+
+def _dependence(scaling: RopeScaling) -> tuple[Any, ...]:
+    """The difference between a scaling that follows the length and one that is the same at the target alone."""
+    return (scaling.is_length_dependent,)
+
+
+def _of_base(own: RopeScaling, original: int, target: int, head_dim: int) -> Iterator[str]:
+    """Specs for a model that carries no scaling."""
+    factor = factor_for(target, original)
+    yarn = RopeScaling.from_spec(f"yarn:{factor}", own)
+    logarithm = math.log(yarn.static_attention_factor)
+    yield f"yarn:{factor}"
+    yield "dynamic-yarn"
+    if (
+        constants_note(yarn, head_dim) is not None
+    ):  # the betas halfway between the paper's rotations and its shares of pairs
+        fast, slow = (grid[len(grid) // 2 - 1] for grid in beta_grids(yarn))
+        yield f"yarn:{factor},beta_fast={number(fast)},beta_slow={number(slow)}"
+    yield f"ntk-by-parts:{factor}"
+    yield f"ntk:{number(float(factor) * _NTK_MORE)}"
+    for times in _ATTENTION_STEPS:
+        yield f"yarn:{factor},attention_factor={number(math.exp(times * logarithm))}"
+    yield f"llama3:{factor}"
+    yield from _attention_methods(original, target)
+    yield f"ntk:{factor}"
+    yield "dynamic-ntk"
+    yield f"linear:{factor}"
+
+
+def _of_extended(own: RopeScaling, target: int) -> Iterator[str]:
+    """Specs for a model that was trained under a scaling: its own, for a longer text."""
+    row, trained = METHODS[own.method], own.original_max_position_embeddings
+    if "factor" not in row.fields or trained is None or row.kind != "frequency" or row.length_dependent:
+        return
+    factor = factor_for(target, trained)
+    yield f"checkpoint:{factor}"
+    if not row.no_dynamic and not own.dynamic:
+        fields = own.to_spec().partition(",")[2]
+        yield f"dynamic-{own.method}:{number(own.factor)}" + (f",{fields}" if fields else "")
+
+
+def _attention_methods(original: int, target: int) -> Iterator[str]:
+    """Methods that change attention itself, with windows in the proportions of their papers."""
+    if original < 8:
+        return
+    yield f"dual-chunk,chunk={original * 3 // 4}"
+    window = original // 4
+    group = math.ceil((target - window) / (original - window))
+    yield f"self-extend,group={group},window={window}"  # its furthest position, window + (target - window)/group, is L
+    yield f"rerope,window={original // 2}"
+
+
+def factor_for(target: int, original: int) -> str:
+    """s for a target as specs have it: exact where a few digits are, else rounded up, never short of the target."""
+    factor = target / original
+    exact = f"{factor:.8g}"
+    return exact if float(exact) == factor else f"{math.ceil(factor * 1e4) / 1e4:.10g}"
+
+
+def identity(scaling: RopeScaling, length: int, head_dim: int) -> tuple[Any, ...]:
+    """A key of what a model computes under a scaling in a pass that stands for `length` tokens."""
+    if scaling.changes_attention:
+        return (scaling.label,)
+    values, factor = rope_values(at_length(scaling, length), head_dim)
+    return (tuple(float(f"{value:.6g}") for value in values), round(factor, 5))
+
+
+class Passes:
+    """Which static scaling stands for a candidate at a length: equal ones are the same record and share their passes.
+
+    A scaling that follows the length is, for a text of some length, a static one. The first candidate that computes
+    the same stands for all.
+    """
+
+    def __init__(self, candidates: Sequence[RopeScaling], lengths: Iterable[int], head_dim: int) -> None:
+        """candidates: all that may be measured, in their order; lengths: those that are asked for, in tokens."""
+        first: dict[tuple[Any, ...], RopeScaling] = {}
+        self._at: dict[tuple[RopeScaling, int], RopeScaling] = {}
+        self._longest: dict[RopeScaling, int] = {}
+        for length in lengths:
+            for one in candidates:
+                stands = first.setdefault(identity(one, length, head_dim), at_length(one, length))
+                self._at[one, length] = stands
+                self._longest[stands] = max(length, self._longest.get(stands, 0))
+
+    def at(self, scaling: RopeScaling, length: int) -> RopeScaling:
+        """The static scaling that stands for a candidate at a length."""
+        return self._at[scaling, length]
+
+    def longest(self, static: RopeScaling) -> int:
+        """The longest length that a static scaling is needed for: its one pass yields the others."""
+        return self._longest[static]
+
+
+def check_target(original: int | None, target: int, name: str) -> int:
+    """L, where the target lies beyond it.
+
+    Raises:
+        ConfigError: L is not known, or the target is not beyond it.
+    """
+    if original is None:
+        raise ConfigError(
+            f"the trained length of {name} is not known; say --original-max-position-embeddings N, in tokens"
+        )
+    if target <= original:
+        raise ConfigError(
+            f"--target {target} is not allowed; {name} reads {original} tokens as it is, so more than {original}"
+        )
+    return original

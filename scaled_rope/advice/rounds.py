@@ -1,0 +1,340 @@
+"""Successive halving under a budget: many candidates on little text, the best few on more.
+
+1. Every candidate, the likeliest first, as many as half of the time can pay for one unit each: a window of text, and a
+   prompt of each length beyond L.
+2. The better two fifths, on other windows and prompts, where there is time for it.
+3. The best three, the static form of one that follows the length (which costs little more), the model as it is and the
+   control, on the windows and prompts that have chosen nothing: these results are the ones that count. At least three
+   units, then more as long as there is time.
+
+A round goes unit by unit through all its candidates, so they are compared on the same windows and prompts whenever it
+ends. "Best" are those with the lowest loss beyond L and those with the best retrieval, in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from scaled_rope.advice.candidates import Candidate
+from scaled_rope.advice.trials import Budget, Measured, OutOfTime, Trials, Unit, refused
+from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt
+from scaled_rope.flags import LEAST_TRIALS
+from scaled_rope.progress import duration
+from scaled_rope.results import Row
+from scaled_rope.tuning.constants import best_of
+from scaled_rope.tuning.measurement import ScoredWindow
+
+FINALISTS = 3
+"""Candidates of the last round, beside the model as it is."""
+SCREENED, FINAL = 12, 48
+"""The most units of a round that screens, and of the last one."""
+PROMPTS = 2 * SCREENED + FINAL
+"""Prompts of each length, enough for all rounds."""
+_METRIC = "advice_round"
+
+
+@dataclass(frozen=True)
+class Material:
+    """The windows and prompts of the three rounds; no round reads those of another."""
+
+    windows: tuple[Sequence[ScoredWindow], Sequence[ScoredWindow], Sequence[ScoredWindow]]
+    prompts: Mapping[int, Sequence[PasskeyPrompt]]
+    """`PROMPTS` by length; empty where retrieval is left out."""
+
+    @classmethod
+    def of(cls, windows: Sequence[ScoredWindow], prompts: Mapping[int, Sequence[PasskeyPrompt]]) -> Material:
+        """A quarter of the windows for each round that screens, the others, three at least, for the last one.
+
+        windows: more than `LEAST_TRIALS`.
+        """
+        quarter, most = len(windows) // 4, len(windows) - LEAST_TRIALS
+        first = max(1, min(quarter, most))
+        second = first + max(0, min(quarter, most - first))
+        return cls((windows[:first], windows[first:second], windows[second:]), prompts)
+
+    def units(self, number: int, lengths: Sequence[int]) -> list[Unit]:
+        """The units of a round, 0 to 2, each with prompts of these lengths; after its windows they are prompts only."""
+        most = FINAL if number == 2 else SCREENED
+        windows = self.windows[number][:most]
+        count = most if self.prompts else len(windows)
+        start = number * SCREENED
+        return [
+            Unit(
+                windows[index] if index < len(windows) else None,
+                {length: self.prompts[length][start + index] for length in lengths if self.prompts},
+            )
+            for index in range(count)
+        ]
+
+
+@dataclass
+class Outcome:
+    """The findings of the rounds.
+
+    Attributes:
+        baseline: the model as it is, in the last round.
+        control: the control of its windows.
+        finalists: the best candidates, in the last round.
+        screened: all others that were measured, with their last measurements, the best last.
+        left_out: spec -> why it was not measured, or not to the end.
+        rounds: candidates and units of each round.
+    """
+
+    baseline: Measured
+    control: Measured
+    finalists: list[Measured]
+    screened: list[Measured] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    rounds: list[Row] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Halving:
+    """The rounds.
+
+    Attributes:
+        trials: measures.
+        baseline: the model as it is.
+        candidates: in their order.
+        material: windows and prompts.
+        question: what was asked, as rows of rounds have it in their protocol: another question, other rounds.
+        say: is told what happens.
+    """
+
+    trials: Trials
+    baseline: Candidate
+    candidates: Sequence[Candidate]
+    material: Material
+    question: Row
+    say: Any = print
+    left_out: dict[str, str] = field(default_factory=dict)
+    _courses: list[Row] = field(default_factory=list)
+
+    @property
+    def budget(self) -> Budget:
+        return self.trials.store.budget
+
+    # Costs.
+
+    def _unit_cost(self, candidates: Sequence[Candidate], unit: Unit, last: bool, taken: set[str]) -> float:
+        total = 0.0
+        if last:
+            total += self.trials.cost(self.baseline, unit, True, taken) + self.trials.control_cost(unit, taken)
+        return total + sum(self.trials.cost(one, unit, last, taken) for one in candidates)
+
+    def _last_cost(self, candidates: Sequence[Candidate]) -> float:
+        """Seconds of the least last round with these candidates."""
+        taken: set[str] = set()
+        units = self._units(2)[:LEAST_TRIALS]
+        return sum(self._unit_cost(candidates, unit, True, taken) for unit in units)
+
+    def _units(self, number: int) -> list[Unit]:
+        ends = self.trials.ends
+        return self.material.units(number, ends if number == 2 else ends[1:])
+
+    # Rounds.
+
+    def run(self) -> Outcome:
+        """Go through the rounds.
+
+        Raises:
+            ConfigError: the time is not enough for one candidate, none can be measured, or the time ended before the
+                last round had its least units.
+        """
+        need = self._last_cost(self.candidates[:1])
+        if need > self.budget.left and not self._known(2):
+            raise ConfigError(self._too_little(need))
+        screened: dict[str, Measured] = {}
+        alive = list(self.candidates)
+        for number in (0, 1):
+            alive = self._screen(number, alive, screened)
+            if not alive:
+                raise ConfigError(f"no candidate can be measured: {'; '.join(dict.fromkeys(self.left_out.values()))}")
+        return self._finish(alive, screened)
+
+    def _too_little(self, need: float) -> str:
+        whole = need + self.budget.spent + self.budget.reserve
+        minutes = -(-whole * 1.25 // 60)  # with room for passes that take longer than estimated
+        return (
+            f"--minutes {self.budget.seconds / 60:g} is not enough for one candidate: {LEAST_TRIALS} windows of "
+            f"{self.trials.target} tokens, their control and their prompts take about {duration(need)} here; "
+            f"--minutes {minutes:.0f} or a smaller --target"
+        )
+
+    def _screen(self, number: int, alive: list[Candidate], screened: dict[str, Measured]) -> list[Candidate]:
+        """Measure candidates on the units of a round that screens; return those for the next one, best first."""
+        units = self._units(number)
+        wanted = -(-2 * len(alive) // 5) if number == 0 and len(alive) > 2 * FINALISTS else FINALISTS
+        known = self._known(number)
+        share: float | None = None
+        if known is not None:
+            chosen = [one for one in alive if one.spec in known["candidates"]]
+            units = units[: known["units"]]
+            self.left_out.update(known["left_out"])
+        elif len(alive) <= FINALISTS or not self.material.windows[number]:
+            chosen, units = alive, []
+        else:
+            chosen, share = self._affordable(number, alive, units[0])
+            if len(chosen) < 2:  # the last round takes as many as it has time for
+                chosen, units = alive, []
+        for one in alive:
+            if one not in chosen:
+                self.left_out.setdefault(one.spec, "not measured, for lack of time")
+        measured, count = self._measure(number, chosen, units, share, last=False)
+        self._keep(number, chosen, count)
+        if count == 0:
+            return chosen
+        screened.update({one.candidate.spec: one for one in measured})
+        return [one.candidate for one in best_of(measured, wanted)]
+
+    def _affordable(self, number: int, alive: list[Candidate], unit: Unit) -> tuple[list[Candidate], float]:
+        """The first candidates that the round's share of the time can pay one unit each for, and that share."""
+        kept = self._last_cost(self._dearest(alive))
+        share = min(self.budget.left / 2, self.budget.left - kept)
+        if number == 0:  # half of it for the second, if the first can be paid with the other half
+            if self._unit_cost(alive, unit, False, set()) <= share / 2:
+                share /= 2
+        chosen: list[Candidate] = []
+        taken, total = set[str](), 0.0
+        for one in alive:
+            total += self.trials.cost(one, unit, False, taken)
+            if total > share:
+                break
+            chosen.append(one)
+        return chosen, share
+
+    def _dearest(self, alive: Sequence[Candidate]) -> list[Candidate]:
+        """As many candidates as the last round has, those that would take longest."""
+        unit = self._units(2)[0]
+        return sorted(alive, key=lambda one: -self.trials.cost(one, unit, True, set()))[:FINALISTS]
+
+    def _finish(self, alive: list[Candidate], screened: dict[str, Measured]) -> Outcome:
+        """The last round."""
+        known = self._known(2)
+        if known is not None:
+            by_spec = {one.spec: one for one in self.candidates}
+            chosen = [by_spec[spec] for spec in known["candidates"]]
+            units = self._units(2)[: known["units"]]
+            self.left_out.update(known["left_out"])
+        else:
+            chosen = alive[:FINALISTS]
+            while len(chosen) > 1 and self._last_cost(self._with_static(chosen)) > self.budget.left:
+                chosen = chosen[:-1]
+            chosen = self._with_static(chosen)
+            units = self._units(2)
+        for one in alive:
+            if one not in chosen and one.spec not in screened:
+                self.left_out.setdefault(one.spec, "not measured, for lack of time")
+        baseline, control = (self.trials.nothing_yet(self.baseline) for _ in range(2))
+        measured, count = self._measure(2, chosen, units, None, True, baseline, control)
+        if count < min(LEAST_TRIALS, len(units)):
+            raise ConfigError(
+                f"--minutes {self.budget.seconds / 60:g} ended in the last round, after {count} of its "
+                f"{LEAST_TRIALS} least units; run it again with more minutes: what is measured is kept"
+            )
+        self._keep(2, chosen, count)
+        finalists = [one for one in measured if one.candidate.spec not in self.left_out]
+        if not finalists:
+            raise ConfigError(f"no candidate can be measured: {'; '.join(dict.fromkeys(self.left_out.values()))}")
+        specs = {one.candidate.spec for one in finalists}
+        others = [one for spec, one in screened.items() if spec not in specs]
+        return Outcome(baseline, control, finalists, others, self.left_out, self._courses)
+
+    def _with_static(self, chosen: Sequence[Candidate]) -> list[Candidate]:
+        """Finalists, and for each that follows the length the static form that computes the same at the target.
+
+        Servers know static forms only, and what is measured at the target is the same pass.
+        """
+        target, at = self.trials.target, self.trials.passes.at
+        followed = [at(one.scaling, target) for one in chosen if one.scaling.is_length_dependent]
+        static = [one for one in self.candidates if at(one.scaling, target) in followed and one not in chosen]
+        static = [one for one in static if not one.scaling.is_length_dependent and one.spec not in self.left_out]
+        return [*chosen, *static]
+
+    def _measure(
+        self,
+        number: int,
+        chosen: Sequence[Candidate],
+        units: Sequence[Unit],
+        share: float | None,
+        last: bool,
+        baseline: Measured | None = None,
+        control: Measured | None = None,
+    ) -> tuple[list[Measured], int]:
+        """Measure candidates unit by unit; return what is known of those that could be read, and the number of units.
+
+        share: seconds that the round may take; None: all that are left.
+        """
+        found = {one.spec: self.trials.nothing_yet(one) for one in chosen if one.spec not in self.left_out}
+        end = None if share is None else self.budget.spent + share
+        done = 0
+        for index, unit in enumerate(units):
+            candidates = [one.candidate for one in found.values()]
+            expected = self._unit_cost(candidates, unit, last, set())
+            if expected > max(0.0, self.budget.left) or (
+                end is not None and index and self.budget.spent + expected > end
+            ):
+                break
+            self.say(number, index, len(found), self._plan(found, units[index:], last, end))
+            pieces: dict[str, Measured] = {}
+            try:
+                if baseline is not None and control is not None:
+                    first, second = self.trials.nothing_yet(self.baseline), self.trials.nothing_yet(self.baseline)
+                    self.trials.measure(self.baseline, unit, True, first)
+                    self.trials.measure_control(unit, second)
+                for spec, one in list(found.items()):
+                    pieces[spec] = self.trials.nothing_yet(one.candidate)
+                    try:
+                        self.trials.measure(one.candidate, unit, last, pieces[spec])
+                    except OutOfTime:
+                        raise
+                    except Exception as error:
+                        reason = refused(error)
+                        if reason is None:
+                            raise
+                        self.left_out[spec] = reason
+                        del found[spec], pieces[spec]
+            except OutOfTime:  # a pass took longer than estimated; the unit counts for none
+                break
+            if baseline is not None and control is not None:
+                baseline.add(first)
+                control.add(second)
+            for spec, piece in pieces.items():
+                found[spec].add(piece)
+            done = index + 1
+            if not found:
+                break
+        return list(found.values()), done
+
+    def _plan(self, found: Mapping[str, Measured], units: Sequence[Unit], last: bool, end: float | None) -> float:
+        """Seconds that this round is expected to go on."""
+        total, taken = 0.0, set[str]()
+        most = self.budget.left if end is None else min(self.budget.left, end - self.budget.spent)
+        for unit in units:
+            cost = self._unit_cost([one.candidate for one in found.values()], unit, last, taken)
+            if total and total + cost > most:
+                break
+            total += cost
+        return total
+
+    # The course of the rounds, as rows.
+
+    def _cell(self, number: int) -> Row:
+        return {
+            "metric": _METRIC,
+            **self.trials.identity,
+            "protocol": {"name": "halving", "round": number, **self.question},
+            "length": self.trials.target,
+        }
+
+    def _known(self, number: int) -> Row | None:
+        return self.trials.store.find(self._cell(number))
+
+    def _keep(self, number: int, chosen: Sequence[Candidate], count: int) -> None:
+        course = {"candidates": [one.spec for one in chosen], "units": count, "left_out": dict(self.left_out)}
+        self._courses.append(course)
+        if self._known(number) is None:
+            self.trials.store.keep({**self._cell(number), **course})

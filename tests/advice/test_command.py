@@ -1,0 +1,172 @@
+"""`scaled-rope advise` on a random model: files, words, reruns, refusals."""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scaled_rope.advice import command
+from scaled_rope.checkpoint import DEFAULT_MODEL, load_tokenizer
+from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.evaluation.jobs import ModelLoader
+from scaled_rope.flags import add_advise_arguments
+from scaled_rope.recipes import read_recipe
+from scaled_rope.report.tables import load_results
+from scaled_rope.results import read_rows
+from tests.helpers.models import Make
+
+
+@pytest.fixture
+def checkpoint(tiny_model: Make, tmp_path: Path) -> Path:
+    """A random model of 128 positions with the embedded model's tokenizer."""
+    folder = tmp_path / "tiny <b>model"
+    tokenizer = load_tokenizer(str(DEFAULT_MODEL))
+    tiny_model(vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six documents of some 400 tokens."""
+    rng = np.random.default_rng(0)
+    words = ["house", "river", "evening", "letter", "walked", "spoke", "never", "again", "the", "of", "and", "a"]
+    path = tmp_path_factory.mktemp("texts") / "a & b<script>.jsonl"
+    lines = [" ".join(rng.choice(words, 400)) for _ in range(6)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return path
+
+
+def arguments(*argv: object) -> argparse.Namespace:
+    parser = Parser("scaled-rope advise")
+    add_advise_arguments(parser)
+    return parser.parse_args([*map(str, argv), "--device", "cpu", "--hide-progress"])
+
+
+class Ticking:
+    """A clock that goes on by a fixed time whenever it is asked."""
+
+    def __init__(self, seconds: float) -> None:
+        self.now, self.step = 0.0, seconds
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+def test_the_command_end_to_end(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    flags = [checkpoint, "--target", 256, "--dataset", texts, "--minutes", 1, "--output", out]
+    for spec in ("yarn:2", "linear:2", "rerope,window=64", "dynamic-ntk"):
+        flags += ["--scaling", spec]
+    flags.append("--only")
+    monkeypatch.setattr(command, "LEAST_FOUND", 0.0)  # its weights are random, so it finds nothing
+    assert command.run(arguments(*flags), Ticking(0.1)) == 0
+    told = capsys.readouterr()
+    word = told.out.split(": ", 1)[0]
+    assert word in ("USE", "PARTLY", "NONE") and "scaled-rope export" in told.out or word == "NONE"
+    assert "./train.sh" in told.out
+
+    rows = read_rows(out / "rows.jsonl")
+    assert {row["metric"] for row in rows} == {"pass_seconds", "segment_nll", "answer_nll", "advice_round"}
+    assert {row["protocol"]["name"] for row in rows} >= {"last-tokens", "segments", "teacher-forced", "halving"}
+    assert all(row["provenance"]["command"].startswith("scaled-rope advise ") for row in rows)
+
+    summary = json.loads((out / "advice.json").read_text())
+    assert summary["verdict"] == word.lower() and summary["target"] == 256 and summary["seconds"] <= 60
+    assert summary["use"] in {one["spec"] for one in summary["last_round"]}
+    results = load_results([str(out / "results.jsonl")])
+    assert {section.topic.metric for section in results.sections} == {"perplexity", "passkey"}
+    assert {one.scaling.to_spec() for one in results.series} >= {"default:1"} or len(results.series) >= 2
+    (perplexities,) = results.of("perplexity")
+    assert perplexities.controls  # the dashed line of the figure
+
+    recipe = read_recipe(str(out / "recipe.yaml"))
+    assert recipe.scaling == summary["train_with"] and recipe.sequence_length == 256
+
+    page = (out / "advice.html").read_text()
+    assert "<b>model" not in page and "<script>.jsonl" not in page  # names are escaped
+    assert html.escape("tiny <b>model") in page and "Content-Security-Policy" in page
+    assert len(re.findall(r"<script", page)) == 1
+    for sentence in summary["words"]:
+        assert html.escape(sentence) in page
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(ModelLoader, "__call__", refuse)
+    assert command.run(arguments(*flags, "--json"), Ticking(0.1)) == 0  # a finished run reads no weights
+    again = json.loads(capsys.readouterr().out)
+    assert read_rows(out / "rows.jsonl") == rows
+    for one in (again, summary):
+        del one["provenance"], one["seconds"]
+    assert again == summary
+
+
+def test_a_model_that_does_not_retrieve_is_judged_by_perplexity(
+    checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [checkpoint, "--target", 256, "--dataset", texts, "--output", tmp_path / "out", "--scaling", "yarn:2"]
+    assert command.run(arguments(*flags, "--only"), Ticking(0.1)) == 0
+    told = capsys.readouterr()
+    assert "Retrieval is left out" in told.err and "retrieval" not in told.out
+    assert {row["metric"] for row in read_rows(tmp_path / "out" / "results.jsonl")} == {"perplexity"}
+
+
+def test_a_model_that_carries_a_scaling_is_tried_under_its_own(
+    tiny_model: Make, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_tokenizer(str(DEFAULT_MODEL))
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=128, rope_parameters=rope)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = [tmp_path / "model", "--target", 256, "--dataset", texts, "--output", tmp_path / "out", "--no-retrieval"]
+    assert command.run(arguments(*flags, "--json"), Ticking(0.5)) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["original_max_position_embeddings"] == 128  # what it was extended to
+    assert {one["spec"] for one in told["last_round"]} == {"checkpoint:4", "dynamic-yarn:2", "checkpoint"}
+    assert told["train_with"] == "checkpoint:4"
+    recipe = read_recipe(told["recipe"])
+    assert recipe.scaling.startswith("yarn:4") and recipe.evaluate["scalings"][0] == "checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--target", "128"], "--target 128 is not allowed; tiny <b>model reads 128 tokens as it is, so more than 128"),
+        (["--target", "1"], "--target 1 is not allowed; at least 2"),
+        (["--target", "4096"], "documents have 4096 tokens; at least 1 is needed: a smaller --target needs less"),
+        (["--documents", "2", "--windows", "1"], "2 windows of 256 tokens are not enough; at least 4"),
+        (["--documents", "60"], "--documents asks for 60"),
+        (["--minutes", "0"], "--minutes 0 is not allowed; a number above 0"),
+        (["--minutes", "0.001"], "--minutes 0.001 is not enough for one candidate: 3 windows of 256 tokens"),
+        (["--scaling", "yan:2"], "unknown method 'yan'"),
+        (["--only"], "--only is not allowed without --scaling"),
+        (["--scaling", "default", "--only"], "there is nothing to try on tiny <b>model (unscaled)"),
+        (["--dtype", "float17"], "float17"),
+        (["--dataset", "/no/such.txt"], "does not exist"),
+        (["--feature", "body"], "body"),
+        (["--original-max-position-embeddings", "30"], "length 30 is too short for a prompt"),
+        (["--adapter", "/no/adapter"], "holds no adapter_config.json"),
+    ],
+)
+def test_bad_input_is_one_line(
+    checkpoint: Path, texts: Path, tmp_path: Path, flags: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = [checkpoint, "--target", 256, "--dataset", texts, "--output", tmp_path / "out"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert run_cli(lambda: command.run(arguments(*usual, *flags), Ticking(0.02))) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1 and complaint in printed
+    assert not (tmp_path / "out" / "advice.json").exists()

@@ -1,0 +1,43 @@
+"""The recipe that comes with the advice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scaled_rope import ConfigError
+from scaled_rope.advice.recipe import write_recipe
+from scaled_rope.recipes import read_recipe
+
+
+@pytest.mark.parametrize(("parameters", "steps"), [(5_000_000, 60), (135_000_000, 100), (7_000_000_000, 400)])
+def test_it_reads_back_and_fits_the_size(tmp_path: Path, parameters: int, steps: int) -> None:
+    path = tmp_path / "recipe.yaml"
+    spec = "yarn:8,attention_factor=1.09"
+    write_recipe(path, "some/model", parameters, spec, 2048, "my books/", [256, 2048])
+    recipe = read_recipe(str(path))
+    assert (recipe.model, recipe.scaling, recipe.sequence_length) == ("some/model", spec, 2048)
+    assert recipe.max_train_steps == steps and recipe.dataset == f"{tmp_path}/rows-2048"
+    (command,) = recipe.prepare
+    assert "--dataset 'my books/' --tokenizer some/model --sequence-length 2048" in command
+    assert recipe.evaluate["scalings"] == ["default", spec] and "--lengths 256,2048" in recipe.evaluate["passkey"]
+
+
+def test_texts_that_come_with_the_project_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path / "recipe.yaml", "some/model", 1, "yarn:8", 2048, "books", [256])
+    assert recipe.prepare[0] == "python -m scaled_rope.texts.corpora fetch books --output data/cache/books"
+    assert "--dataset data/cache/books/train" in recipe.prepare[1]
+
+
+def test_a_packed_set_is_trained_on_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "meta.json").write_text("{}")
+    recipe = write_recipe(tmp_path / "recipe.yaml", "some/model", 1, "yarn:8", 2048, str(tmp_path / "set"), [256])
+    assert recipe.prepare == () and recipe.dataset == str(tmp_path / "set")
+
+
+def test_what_is_no_scaling_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="yan"):
+        write_recipe(tmp_path / "recipe.yaml", "some/model", 1, "yan:8", 2048, "texts", [256])

@@ -1,0 +1,191 @@
+"""Successive halving over a scripted model with a clock of its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scaled_rope import RopeScaling
+from scaled_rope.advice.candidates import short_list
+from scaled_rope.advice.rounds import FINALISTS, Material
+from scaled_rope.errors import ConfigError
+from scaled_rope.results import read_rows
+from tests.helpers.advice import HEAD_DIM, OWN, TARGET, L, Scripted, halving, prompts, windows
+
+
+@pytest.fixture(autouse=True)
+def _quick_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of rows: nothing here is about a machine that loses power."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+LISTED = [one.spec for one in short_list(OWN, L, TARGET, HEAD_DIM)]
+
+
+def test_windows_are_shared_out() -> None:
+    for count, sizes in ((4, (1, 0, 3)), (5, (1, 1, 3)), (8, (2, 2, 4)), (40, (10, 10, 20))):
+        found = Material.of(windows(count), {})
+        assert tuple(map(len, found.windows)) == sizes
+        assert len({id(window) for part in found.windows for window in part}) == count
+    units = [Material.of(windows(8), prompts([L])).units(number, [L]) for number in range(3)]
+    assert [len(some) for some in units] == [12, 12, 48]
+    assert [sum(one.window is not None for one in some) for some in units] == [2, 2, 4]
+    keys = [one.prompts[L].key for some in units for one in some]
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_best_is_found_within_the_budget(tmp_path: Path) -> None:
+    model, minutes = Scripted(), 3.0
+    rounds = halving(tmp_path, model, minutes)
+    found = rounds.run()
+    assert rounds.budget.spent <= 60 * minutes
+    following = [one for one in found.finalists if one.candidate.scaling.is_length_dependent]
+    assert len(found.finalists) <= FINALISTS + len(following)
+    best = [one.candidate.spec for one in found.finalists]
+    assert {"yarn:8", "dynamic-yarn"} & set(best)
+    assert found.baseline.candidate.spec == "default"
+    assert len(found.baseline.nats) == len(found.control.nats) == len(found.finalists[0].nats) >= 3
+    assert all(len(one.nats) == len(found.baseline.nats) for one in found.finalists)
+    measured = {one.candidate.spec for one in [*found.finalists, *found.screened]} | set(found.left_out)
+    assert measured == set(LISTED)  # each is measured, or said not to be
+    screened = [window.document for one in found.screened for window in one.windows]
+    assert not set(screened) & {window.document for window in found.baseline.windows}
+
+
+def test_more_time_is_more_text(tmp_path: Path) -> None:
+    few, many = (halving(tmp_path / str(minutes), Scripted(), minutes).run() for minutes in (1.2, 10))
+    assert len(few.left_out) > len(many.left_out) == 0
+    few_prompts, many_prompts = (len(one.baseline.answers[TARGET]) for one in (few, many))
+    assert few_prompts < many_prompts <= 48
+
+
+def test_little_time_is_refused_with_what_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not enough for one candidate: 3 windows of 512 tokens") as caught:
+        halving(tmp_path, Scripted(), 0.2).run()
+    minutes = float(str(caught.value).split("--minutes ")[2].split()[0])
+    assert halving(tmp_path, Scripted(), minutes).run().finalists  # what it says is enough
+
+
+def test_one_candidate_needs_no_screening(tmp_path: Path) -> None:
+    model = Scripted()
+    only = short_list(OWN, L, TARGET, HEAD_DIM, ["linear:8"], only=True)
+    found = halving(tmp_path, model, 5, candidates=only).run()
+    assert [one.candidate.spec for one in found.finalists] == ["linear:8"] and not found.screened
+
+
+def test_a_slow_machine_ends_the_round_and_not_the_answer(tmp_path: Path) -> None:
+    model = Scripted()
+    score = model.score
+
+    def slowing(scaling: RopeScaling, tokens: Any) -> Any:
+        model.slow = 1.0 if len(model.read) < 150 else 4.0
+        return score(scaling, tokens)
+
+    model.score = slowing  # type: ignore[method-assign]
+    rounds = halving(tmp_path, model, 10)
+    found = rounds.run()
+    assert rounds.budget.spent <= 605  # one pass may take longer than was expected
+    assert all(len(one.nats) == len(found.baseline.nats) for one in found.finalists)
+
+
+def test_a_candidate_that_cannot_be_read_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    model = Scripted()
+
+    def refuse(scaling: RopeScaling) -> None:
+        if scaling.changes_attention:
+            raise ConfigError(f"method {scaling.method!r}: cannot be used with tiny models")
+
+    model.refuses = refuse
+    found = halving(tmp_path, model, 10).run()
+    assert {one.candidate.scaling.method for one in found.finalists} <= {"yarn", "ntk-by-parts"}
+    assert sorted(found.left_out) == sorted(spec for spec in LISTED if spec.split(",")[0] in
+                                            ("dual-chunk", "self-extend", "rerope"))  # fmt: skip
+    assert all("cannot be used with tiny models" in why for why in found.left_out.values())
+
+    def refuse_all(scaling: RopeScaling) -> None:
+        if scaling.method != "default":
+            raise ConfigError("nothing works")
+
+    model.refuses = refuse_all
+    with pytest.raises(ConfigError, match="no candidate can be measured: nothing works"):
+        halving(tmp_path / "other", model, 10).run()
+
+
+def test_mistakes_of_ours_are_not_swallowed(tmp_path: Path) -> None:
+    model = Scripted()
+
+    def fail(scaling: RopeScaling) -> None:
+        raise RuntimeError("a bug")
+
+    model.refuses = fail
+    with pytest.raises(RuntimeError, match="a bug"):
+        halving(tmp_path, model, 10).run()
+
+
+def test_a_rerun_measures_nothing_and_an_interrupted_one_continues(tmp_path: Path) -> None:
+    model = Scripted()
+    whole = halving(tmp_path / "whole", model, 6).run()
+    before, rows = len(model.read), read_rows(tmp_path / "whole" / "rows.jsonl")
+    again = halving(tmp_path / "whole", model, 6).run()
+    assert len(model.read) == before and read_rows(tmp_path / "whole" / "rows.jsonl") == rows
+
+    def specs(found: Any) -> list[str]:
+        return [one.candidate.spec for one in found.finalists]
+
+    assert specs(again) == specs(whole) and again.left_out == whole.left_out and again.rounds == whole.rounds
+
+    model = Scripted()
+
+    def die(scaling: RopeScaling) -> None:
+        if len(model.read) == 70:
+            model.refuses = lambda scaling: None
+            raise KeyboardInterrupt
+
+    model.refuses = die
+    with pytest.raises(KeyboardInterrupt):
+        halving(tmp_path / "cut", model, 6).run()
+    model.clock.now += 1000  # the time between the two runs is nobody's
+    rounds = halving(tmp_path / "cut", model, 6)
+    assert specs(rounds.run()) == specs(whole) and rounds.budget.spent <= 360
+    assert read_rows(tmp_path / "cut" / "rows.jsonl") == rows
+
+
+def test_another_budget_uses_what_is_there(tmp_path: Path) -> None:
+    model = Scripted()
+    halving(tmp_path, model, 3).run()
+    before = len(model.read)
+    longer = halving(tmp_path, model, 6)
+    longer.run()
+    alone = Scripted()
+    halving(tmp_path / "alone", alone, 6).run()
+    assert len(model.read) - before < len(alone.read)
+    keys = [(row["label"], row["metric"], row["data"].get("fingerprint"), row["length"])
+            for row in read_rows(tmp_path / "rows.jsonl") if row["metric"] != "advice_round"]  # fmt: skip
+    protocols = [
+        row["protocol"]["name"] for row in read_rows(tmp_path / "rows.jsonl") if row["metric"] != "advice_round"
+    ]
+    assert len(set(zip(keys, protocols, strict=True))) == len(keys)  # nothing was measured twice
+
+
+def test_one_that_follows_the_length_brings_its_static_form(tmp_path: Path) -> None:
+    model = Scripted()
+    ask = model.ask
+
+    def worse(scaling: RopeScaling, prompt: Any) -> tuple[float, bool]:  # at 128 and 256 tokens yarn:8 finds nothing
+        nats, right = ask(scaling, prompt)
+        return (30.0, False) if scaling.label == "yarn x8" and L < prompt.length < TARGET else (nats, right)
+
+    model.ask = worse  # type: ignore[method-assign]
+    found = halving(tmp_path, model, 10).run()
+    specs = [one.candidate.spec for one in found.finalists]
+    assert "dynamic-yarn" in specs and "yarn:8" in specs
+    assert "dynamic-yarn" in specs[:FINALISTS]
+
+
+def test_without_retrieval_perplexity_decides(tmp_path: Path) -> None:
+    found = halving(tmp_path, Scripted(), 10, retrieval=False).run()
+    assert found.baseline.answers == {} and found.finalists[0].retrieval == 0.0
+    assert {one.candidate.spec for one in found.finalists} & {"yarn:8", "dynamic-yarn"}

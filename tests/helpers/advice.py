@@ -1,0 +1,122 @@
+"""A scripted model for the tests of the advice: its losses, answers and times are known, and its clock is made up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from scaled_rope.advice.candidates import Candidate, Passes, short_list
+from scaled_rope.advice.rounds import PROMPTS, Halving, Material
+from scaled_rope.advice.trials import Budget, Costs, TimedStore, Trials
+from scaled_rope.evaluation.controls import Control
+from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt
+from scaled_rope.results import Row
+from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.tuning.measurement import ScoredWindow
+from scaled_rope.tuning.prompts import retrieval_lengths
+
+L, TARGET, HEAD_DIM = 64, 512, 16
+OWN = RopeScaling("default", original_max_position_embeddings=L)
+IDENTITY: Row = {"model_fingerprint": "m", "dtype": "float32", "scaling": OWN.to_dict(), "data": {"name": "random"}}
+QUALITY: dict[str, float] = {"yarn": 0.0, "ntk-by-parts": 0.1, "llama3": 0.3, "ntk": 0.2, "dual-chunk": 0.05}
+"""Nats per token beyond L above the best, by method; of all others 1."""
+
+
+class Clock:
+    """Seconds that pass only when the model is read."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Scripted:
+    """A model of known losses. A pass takes a second per 512 tokens; twice that where attention is changed."""
+
+    def __init__(self, quality: Mapping[str, float] = QUALITY, known: float = 0.02) -> None:
+        """quality: see `QUALITY`; known: nats by which text before the last L tokens helps."""
+        self.clock, self.quality, self.known = Clock(), quality, known
+        self.read: list[tuple[str, int]] = []
+        self.slow = 1.0
+        self.refuses: Callable[[RopeScaling], None] = lambda scaling: None
+
+    def penalty(self, scaling: RopeScaling) -> float:
+        """Nats per token beyond L above the best."""
+        return self.quality.get(scaling.method, 1.0) + (0.0 if scaling.attention_factor is None else 0.03)
+
+    def _pass(self, scaling: RopeScaling, length: int) -> None:
+        self.refuses(scaling)
+        self.read.append((scaling.label, length))
+        self.clock.now += self.slow * length / 512 * (2 if scaling.changes_attention else 1)
+
+    def score(self, scaling: RopeScaling, tokens: Any) -> Any:
+        self._pass(scaling, len(tokens))
+        text = 2 + 0.3 * np.sin(np.cumsum(tokens)[1:]) + (0.01 if scaling.method != "default" else 0.0)
+        text[L - 1 :] += self.penalty(scaling) - self.known
+        return text
+
+    def control(self, tokens: Any) -> Any:
+        self.clock.now += self.slow * 4 * len(tokens) / 512
+        return 2 + 0.3 * np.sin(np.cumsum(tokens)[1:])
+
+    def ask(self, scaling: RopeScaling, prompt: PasskeyPrompt) -> tuple[float, bool]:
+        self._pass(scaling, prompt.length)
+        nats = 0.1 if prompt.length <= L else self.penalty(scaling) * (2 + prompt.key % 2)
+        return 6 * nats, nats < 0.5
+
+
+def windows(count: int, length: int = TARGET) -> list[ScoredWindow]:
+    """Random windows, each of its own document."""
+    rng = np.random.default_rng(0)
+    return [ScoredWindow(i, 0, rng.integers(0, 500, length)) for i in range(count)]
+
+
+def prompts(lengths: Sequence[int]) -> dict[int, list[PasskeyPrompt]]:
+    """Prompts of each length."""
+    return {
+        length: [PasskeyPrompt([i] * (length - 6), [1] * 6, 100_000 + i, 0.5, length, 9) for i in range(PROMPTS)]
+        for length in lengths
+    }
+
+
+def halving(
+    folder: Path,
+    model: Scripted,
+    minutes: float,
+    count: int = 16,
+    retrieval: bool = True,
+    candidates: Sequence[Candidate] | None = None,
+) -> Halving:
+    """The rounds over a scripted model, from the rows that `folder` holds."""
+    listed = short_list(OWN, L, TARGET, HEAD_DIM) if candidates is None else list(candidates)
+    budget = Budget(60 * minutes, model.clock)
+    store = TimedStore(folder / "rows.jsonl", {"seed": 0}, tqdm(disable=True), budget=budget)
+    ends = retrieval_lengths(L, TARGET)
+    trials = Trials(
+        store,
+        IDENTITY,
+        OWN,
+        Passes([OWN, *(one.scaling for one in listed)], ends, HEAD_DIM),
+        ends,
+        L // 4,
+        Control(L, L // 4),
+        model.score,
+        model.ask,
+        model.control,
+        Costs(lambda length: length / 512),
+    )
+    material = Material.of(windows(count), prompts(ends) if retrieval else {})
+    question = {"minutes": minutes, "candidates": [one.spec for one in listed]}
+    return Halving(trials, Candidate("default", OWN), listed, material, question, lambda *told: None)
+
+
+def perplexity_ratio(one: float, other: float) -> float:
+    """How much a perplexity is above another, given their nats."""
+    return math.expm1(one - other)
