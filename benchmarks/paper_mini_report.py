@@ -192,6 +192,11 @@ def name_of(row: Row) -> str | None:
     return _SPECS.get(str(row["label"])) if row["model"] == BASE else None
 
 
+def is_control(row: Row) -> bool:
+    """Whether a row of perplexity has the last tokens alone in view, instead of all that stands before."""
+    return row["metric"] == "perplexity" and row["protocol"]["name"] == "last-tokens"
+
+
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     first, *others = ("| " + " | ".join(line) + " |" for line in (head, *lines))
@@ -204,13 +209,36 @@ class Results:
 
     rows: Sequence[Row]
 
-    def perplexity(self, text: str) -> dict[str, dict[int, float]]:
-        """A run's name, or the base's scaling -> end of a position bucket -> perplexity within it, on one text."""
+    def perplexity(self, text: str, control: bool = False) -> dict[str, dict[int, float]]:
+        """A run's name, or the base's scaling -> end of a position bucket -> perplexity within it, on one text; of the
+        control, if asked for, in which the last 256 tokens alone are in view."""
         found: dict[str, dict[int, float]] = {}
         for row in self.rows:
             if row["metric"] == "perplexity" and row["data"]["name"] == text and (name := name_of(row)):
-                found.setdefault(name, {})[row["length"]] = row["perplexity_bucket"]
+                if is_control(row) == control:
+                    found.setdefault(name, {})[row["length"]] = row["perplexity_bucket"]
         return found
+
+    def against_controls(self, text: str, runs: Sequence[Run]) -> str:
+        """A table of the runs' perplexity against the two controls in percent, mean ± standard deviation over seeds:
+        the base, and the run's own weights, each with the last 256 tokens alone in view.
+
+        Raises:
+            ConfigError: nothing of these runs, or of the base, was measured with its control on this text.
+        """
+        full, cut = self.perplexity(text), self.perplexity(text, control=True)
+        runs = [run for run in runs if run.name in full and run.name in cut]
+        if not runs or "default" not in cut:
+            raise ConfigError(f"no controls on {text!r}; run benchmarks/paper_mini.py first")
+        lengths = [length for length in sorted(cut["default"]) if length > ORIGINAL]
+        lines = []
+        for label in dict.fromkeys(run.label for run in runs):
+            for name in ("the base", "itself"):
+                of = [run.name for run in runs if run.label == label]
+                beside = {run: cut["default" if name == "the base" else run] for run in of}
+                cells = [spread([100 * (full[run][n] / beside[run][n] - 1) for run in of]) for n in lengths]
+                lines.append([label, name, *(_signed(cell) for cell in cells)])
+        return markdown(["scaling", "cut short", *_ranges([ORIGINAL, *lengths])[1:]], lines)
 
     def over_seeds(self, text: str, runs: Iterable[Run]) -> dict[str, dict[int, Spread]]:
         """A run's label -> end of a bucket -> mean and spread over the seeds that were measured on this text."""
@@ -262,6 +290,7 @@ class Results:
             name_of(row): row
             for row in self.rows
             if row["metric"] == "perplexity" and row["data"]["name"] == text and row["length"] == length
+            if not is_control(row)
         }
         base, lines = per[reference], []
         for other in others:
@@ -307,7 +336,12 @@ def _ranges(ends: Sequence[int]) -> list[str]:
     return [f"{start}–{end}" for start, end in zip([0, *ends], ends, strict=False)]
 
 
-BOOKS, PROOFS = "heldout", "standin:hol-light"
+def _signed(of: Spread) -> str:
+    return f"{of.mean:+.1f}".replace("-", "−") + (" %" if of.n == 1 else f" ± {of.sd:.1f} %")
+
+
+NOVEL, BIBLE = "novel", "bible"
+"""The demo's held-out texts, by the names that their rows have."""
 
 
 def sweep_table(training: Iterable[Row]) -> str:
@@ -330,17 +364,19 @@ def tables(results: Results, training: Sequence[Row]) -> dict[str, str]:
     untrained = ("default", *TABLE1)
     wanted: dict[str, Callable[[], str]] = {
         "Learning rates": lambda: sweep_table(training),
-        "Untrained, books": lambda: results.untrained(BOOKS, untrained),
-        "Untrained, proofs": lambda: results.untrained(PROOFS, untrained),
-        "Table 1, books": lambda: results.table(BOOKS, runs["table1"]),
-        "Table 1, proofs": lambda: results.table(PROOFS, runs["table1"]),
-        "Half the steps, books": lambda: results.table(BOOKS, runs["half"]),
-        "Table 2, books": lambda: results.table(BOOKS, yarn + runs["table2"]),
+        "Untrained, novel": lambda: results.untrained(NOVEL, untrained),
+        "Untrained, Bible": lambda: results.untrained(BIBLE, untrained),
+        "Table 1, novel": lambda: results.table(NOVEL, runs["table1"]),
+        "Table 1, Bible": lambda: results.table(BIBLE, runs["table1"]),
+        "Table 1 against its controls, novel": lambda: results.against_controls(NOVEL, runs["table1"]),
+        "Table 1 against its controls, Bible": lambda: results.against_controls(BIBLE, runs["table1"]),
+        "Half the steps, novel": lambda: results.table(NOVEL, runs["half"]),
+        "Table 2, novel": lambda: results.table(NOVEL, yarn + runs["table2"]),
         "Table 5": lambda: results.passkeys(runs["table1"], untrained),
-        "Figure 5, books": lambda: results.untrained(BOOKS, FIGURE5),
-        "Forks, untrained, proofs": lambda: results.differences(PROOFS, 2048, YARN, FORKS_UNTRAINED),
-        "Forks, fine-tuned, books": lambda: results.table(BOOKS, yarn + runs["forks"]),
-        "Another seed, books to 2048": lambda: results.predicted(BOOKS, runs["table1"], runs["rerun"], 2048),
+        "Figure 5, novel": lambda: results.untrained(NOVEL, FIGURE5),
+        "Forks, untrained, Bible": lambda: results.differences(BIBLE, 2048, YARN, FORKS_UNTRAINED),
+        "Forks, fine-tuned, novel": lambda: results.table(NOVEL, yarn + runs["forks"]),
+        "Another seed, novel to 2048": lambda: results.predicted(NOVEL, runs["table1"], runs["rerun"], 2048),
     }
     found: dict[str, str] = {}
     for title, make in wanted.items():
@@ -350,9 +386,9 @@ def tables(results: Results, training: Sequence[Row]) -> dict[str, str]:
 
 
 def draw(results: Results, rates: Mapping[str, float], folder: Path) -> list[Path]:
-    """The figures: fine-tuned methods with a band of one standard deviation, and figure 5, on held-out books."""
-    values = results.perplexity(BOOKS)
-    trained = results.over_seeds(BOOKS, parts(rates)["table1"])
+    """The figures: fine-tuned methods with a band of one standard deviation, and figure 5, on the held-out novel."""
+    values = results.perplexity(NOVEL)
+    trained = results.over_seeds(NOVEL, parts(rates)["table1"])
     unscaled = {"unscaled": {n: spread([value]) for n, value in values["default"].items()}}
     dynamic = {f"`{spec}`": {n: spread([x]) for n, x in values[spec].items()} for spec in FIGURE5[1:] if spec in values}
     named = {
@@ -376,7 +412,8 @@ def _draw(curves: Mapping[str, Mapping[int, Spread]], factor: int | None, path: 
         for length in (ORIGINAL, *([ORIGINAL * factor] if factor else [])):
             axes.axvline(length, color="#8a8a8a", linewidth=0.8, linestyle=":")
         axes.set(xlabel="position (middle of the bucket)", ylabel="perplexity", yscale="log")
-        axes.set_yticks([60, 80, 100, 150, 200, 250], ["60", "80", "100", "150", "200", "250"])
+        ticks = (30, 40, 60, 80, 100, 150, 200)
+        axes.set_yticks(ticks, list(map(str, ticks)))
         axes.minorticks_off()
         axes.legend()
         save_figure(figure, path)

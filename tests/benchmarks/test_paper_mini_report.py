@@ -20,9 +20,10 @@ LENGTHS = (256, 2048)
 
 
 def _row(
-    name: str, value: float, length: int = 256, *, text: str = paper_mini_report.BOOKS, **more: Any
+    name: str, value: float, length: int = 256, *, text: str = paper_mini_report.NOVEL, **more: Any
 ) -> dict[str, Any]:
     fields = {"metric": "perplexity", "carried": True, "label": "", "length": length, "data": {"name": text}}
+    fields["protocol"] = {"name": "truncate"}
     return {**fields, "model": str(ROOT / name / "model"), "perplexity_bucket": value, **more}
 
 
@@ -90,18 +91,36 @@ def test_a_table_counts_only_rows_of_its_runs() -> None:
     runs = [Run("yarn:8", seed, 20, 1e-3) for seed in (1, 2)]
     other = Run("yarn:8", 1, 10, 1e-3)
     rows = [_row(runs[0].name, 10.0), _row(runs[1].name, 12.0), _row(other.name, 99.0)]
-    rows += [_row(runs[0].name, 99.0, text=paper_mini_report.PROOFS), _row(runs[0].name, 99.0, carried=False)]
+    rows += [_row(runs[0].name, 99.0, text=paper_mini_report.BIBLE), _row(runs[0].name, 99.0, carried=False)]
     rows.append(_row(runs[0].name, 99.0) | {"model": "elsewhere/model"})
-    assert "| `yarn:8` | 2 | 11.0 ± 1.4 |" in Results(rows).table(paper_mini_report.BOOKS, runs)
-    assert Results(rows).perplexity(paper_mini_report.BOOKS)[runs[0].name] == {256: 10.0}
+    assert "| `yarn:8` | 2 | 11.0 ± 1.4 |" in Results(rows).table(paper_mini_report.NOVEL, runs)
+    assert Results(rows).perplexity(paper_mini_report.NOVEL)[runs[0].name] == {256: 10.0}
     with pytest.raises(ConfigError, match="no rows of the 2 runs"):
-        Results([]).table(paper_mini_report.BOOKS, runs)
+        Results([]).table(paper_mini_report.NOVEL, runs)
+
+
+def test_the_control_has_a_table_of_its_own() -> None:
+    runs = [Run("yarn:8", seed, 20, 1e-3) for seed in (1, 2)]
+    cut = {"protocol": {"name": "last-tokens"}}
+    base = {"model": paper_mini_report.BASE, "label": "unscaled", "carried": False}
+    rows = [_row("x", 16.0, 512, **base), _row("x", 10.0, 512, **base, **cut)]
+    rows += [_row(run.name, 8.0 + run.seed, 512) for run in runs]  # 9 and 10: −10 % and 0 % of the base's 10
+    rows += [_row(run.name, 12.0, 512, **cut) for run in runs]
+    table = Results(rows).against_controls(paper_mini_report.NOVEL, runs)
+    assert table.splitlines()[0].endswith("| cut short | 256–512 |")
+    assert table.splitlines()[2:] == [
+        "| `yarn:8` | the base | −5.0 ± 7.1 % |",
+        "| `yarn:8` | itself | −20.8 ± 5.9 % |",
+    ]
+    assert Results(rows).perplexity(paper_mini_report.NOVEL)["default"] == {512: 16.0}
+    with pytest.raises(ConfigError, match="no controls"):
+        Results(rows).against_controls(paper_mini_report.BIBLE, runs)
 
 
 def test_seeds_of_a_chain_are_not_those_of_a_start_from_scratch() -> None:
     runs = parts(RATES)["table2"]
     rows = [_row(run.name, 10.0 + run.seed if run.start else 50.0) for run in runs]
-    lines = Results(rows).table(paper_mini_report.BOOKS, runs).splitlines()
+    lines = Results(rows).table(paper_mini_report.NOVEL, runs).splitlines()
     assert lines[2:] == ["| `yarn:16` after `yarn:8` | 3 | 12.0 ± 1.0 |", "| `yarn:16` | 3 | 50.0 ± 0.0 |"]
 
 
@@ -109,7 +128,7 @@ def test_another_seed_is_inside_or_outside() -> None:
     first, again = parts(RATES)["table1"], parts(RATES)["rerun"]
     rows = [_row(run.name, 10.0 + run.seed, 2048) for run in first]  # 12 ± 1: 7.0 to 17.0
     rows += [_row(run.name, 16.9 if run.scaling == paper_mini_report.YARN else 17.1, 2048) for run in again]
-    lines = Results(rows).predicted(paper_mini_report.BOOKS, first, again, 2048).splitlines()[2:]
+    lines = Results(rows).predicted(paper_mini_report.NOVEL, first, again, 2048).splitlines()[2:]
     assert [line.split()[-2] for line in lines] == ["outside"] * 4 + ["inside"]
 
 
@@ -152,5 +171,5 @@ def test_the_tables_of_the_documentation_are_those_of_the_rows() -> None:
     rows, training = (read_rows(f"data/paper_mini_{name}.jsonl") for name in ("rows", "training"))
     text = Path("docs/reproduction.md").read_text()
     tables = paper_mini_report.tables(Results(rows), training)
-    assert len(tables) == 12
+    assert len(tables) == 14
     assert [title for title, table in tables.items() if table not in text] == []
