@@ -14,12 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.controls import compare
 from scaled_rope.evaluation.passkey_context import passkey_context
 from scaled_rope.evaluation.statistics import wilson_interval
-from scaled_rope.evaluation.windows import resampled_ratio
 from scaled_rope.recipes import Recipe, read_recipe
 from scaled_rope.report.drawing import drawing, save_figure
 from scaled_rope.report.figures import GREY, PALETTE
@@ -285,18 +283,17 @@ class Results:
 
     def differences(self, text: str, length: int, reference: str, others: Sequence[str]) -> str:
         """A table of the base's change in perplexity up to `length` against `reference`, in percent. 95 % intervals are
-        from a paired bootstrap over documents: each is read under both scalings."""
-        per = {
-            name_of(row): row
-            for row in self.rows
-            if row["metric"] == "perplexity" and row["data"]["name"] == text and row["length"] == length
-            if not is_control(row)
-        }
-        base, lines = per[reference], []
+        from a paired bootstrap, see `compare`: each window is read under both scalings."""
+        per: dict[str | None, dict[int, Row]] = {}
+        for row in self.rows:
+            if row["metric"] == "perplexity" and row["data"]["name"] == text and not is_control(row):
+                per.setdefault(name_of(row), {})[row["length"]] = row
+        lengths = [n for n in per[reference] if n <= length]
+        lines = []
         for other in others:
-            change = [100 * (math.exp(x) - 1) for x in paired(base, per[other])]
-            lines.append([f"`{other}`", f"{change[0]:+.1f} %", f"{change[1]:+.1f} to {change[2]:+.1f} %"])
-        return markdown([f"against `{reference}`", "perplexity", "95 %"], lines)
+            change = compare([(per[other][n], per[reference][n]) for n in lengths])
+            lines.append([f"`{other}`", str(change)])
+        return markdown([f"against `{reference}`", "perplexity [95 %]"], lines)
 
     def passkeys(self, runs: Sequence[Run], scalings: Sequence[str]) -> str:
         """A table of found keys by length, for the base under each scaling and for runs (all seeds together), and table
@@ -320,16 +317,6 @@ class Results:
             lines.append([f"`{name}`" if name in scalings else name, *cells, str(context or "none"),
                           "" if accuracy is None else f"{100 * accuracy:.0f} %"])  # fmt: skip
         return markdown(["scaling", *map(str, lengths), "passkey context", "accuracy"], lines)
-
-
-def paired(reference: Row, other: Row) -> tuple[float, float, float]:
-    """Log of the quotient of two perplexities, other over reference, and its 95 % bootstrap interval over documents."""
-    targets = reference["document_targets"]
-    if targets != other["document_targets"]:
-        raise ConfigError("two rows that scored other tokens cannot be paired")
-    changes = [b - a for a, b in zip(reference["document_nats"], other["document_nats"], strict=True)]
-    low, high = resampled_ratio(np.asarray(changes), np.asarray(targets))
-    return sum(changes) / sum(targets), low, high
 
 
 def _ranges(ends: Sequence[int]) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 
 import finetune
 from benchmarks import paper_mini_report
-from benchmarks.paper_mini_report import ROOT, SWEEP, Results, Run, paired, parts, spread, swept
+from benchmarks.paper_mini_report import ROOT, SWEEP, Results, Run, parts, spread, swept
 from scaled_rope.errors import ConfigError
 from scaled_rope.results import read_rows
 
@@ -132,23 +132,18 @@ def test_another_seed_is_inside_or_outside() -> None:
     assert [line.split()[-2] for line in lines] == ["outside"] * 4 + ["inside"]
 
 
-def test_a_paired_interval_holds_what_it_should() -> None:
-    import numpy
+def test_scalings_of_the_base_are_compared_by_window() -> None:
+    def rows(label: str, more: float) -> list[dict[str, Any]]:
+        found = []
+        for n, nats in ((256, [900.0, 700.0]), (2048, [5000.0, 5500.0]), (4096, [1.0, 1.0])):
+            row = _row("x", 10.0, n, label=label, bucket_targets=2000, bucket_nats=[[x + more * x for x in nats]])
+            found.append(row | {"model": paper_mini_report.BASE})
+        return found
 
-    # 40 experiments of 30 documents whose difference is 0.02 nats per token: the interval misses it in 5 % on the whole
-    rng, hits = numpy.random.default_rng(1), 0
-    for _ in range(200):
-        nats = rng.normal(300, 60, size=30)  # documents differ much more than readings of one of them
-        more = nats + 100 * rng.normal(0.02, 0.05, size=30)
-        targets = [100] * 30
-        rows = [{"document_nats": list(x), "document_targets": targets} for x in (nats, more)]
-        mean, low, high = paired(*rows)
-        assert mean == pytest.approx(float((more - nats).sum()) / 3000) and low < mean < high
-        hits += low <= 0.02 <= high
-    # The percentile bootstrap of 30 is a little narrow (about 93.5 %); 200 draws have a standard error of 1.7 %.
-    assert 0.88 <= hits / 200 <= 0.99
-    with pytest.raises(ConfigError, match="other tokens"):
-        paired({"document_nats": [1.0], "document_targets": [2]}, {"document_nats": [1.0], "document_targets": [3]})
+    results = Results(rows("yarn x8", 0.0) + rows("yarn x8 (truncate=False)", 0.01))
+    line = results.differences(paper_mini_report.NOVEL, 2048, "yarn:8", ["yarn:8,truncate=false"]).splitlines()[2]
+    # Windows gain 59 and 62 nats over 2000 targets up to 2048: the interval ends at one window's own change.
+    assert line == "| `yarn:8,truncate=false` | +3.1 % [+3.0, +3.1] |"
 
 
 def test_prompts_of_all_seeds_count_together() -> None:
