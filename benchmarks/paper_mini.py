@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import paper_mini_report
 from benchmarks.common import check_names, run_prepare_commands
-from benchmarks.paper_mini_report import BOOKS, PROOFS, Results, Run
+from benchmarks.paper_mini_report import BIBLE, NOVEL, Results, Run
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.recipes import is_finished
@@ -42,11 +42,7 @@ ROWS = "data/paper_mini_rows.jsonl"
 TRAINING = "data/paper_mini_training.jsonl"
 LOGS = Path("out/paper-mini/logs")
 LENGTHS = ["--lengths", "256,512,1024,1536,2048,3072,4096"]
-TEXTS = {
-    BOOKS: ["--dataset", "data/cache/books/heldout", "--windows", "6", *LENGTHS],
-    PROOFS: ["--dataset", PROOFS, "--samples", "6", *LENGTHS],
-}
-PASSKEYS = ["--lengths", "128,256,512,1024,2048", "--iterations", "10"]
+PASSKEYS = ["--lengths", "256,512,1024,2048", "--iterations", "10"]
 PARTS = ("sweep", "zero-shot", "table1", "table2", "rerun", "half", "forks")
 
 
@@ -57,26 +53,33 @@ class Evaluation:
     script: str
     data: str
     flags: Sequence[str]
-    seed: int | None = None  # of the prompts, in passkeys
+    seed: int | None = None
+    """Of the prompts, in passkeys."""
+    control: bool = False
+    """Measure the control too: every range with the last 256 tokens alone in view."""
 
     def command(self, model: str, scalings: Sequence[str], output: str) -> list[str]:
         named = [f"--scaling={scaling}" for scaling in scalings]
-        return [f"eval/{self.script}.py", "-m", model, *named, *self.flags, "--output", output]
+        control = ["--control"] * self.control
+        return [f"eval/{self.script}.py", "-m", model, *named, *self.flags, *control, "--output", output]
 
     def is_measured(self, names: Sequence[str], rows: Sequence[Row]) -> bool:
         """Whether every length has a row for each of these runs or scalings of the base, see `name_of`."""
         lengths = map(int, self.flags[self.flags.index("--lengths") + 1].split(","))
         found = {
-            (paper_mini_report.name_of(row), row["length"])
+            (paper_mini_report.name_of(row), row["length"], paper_mini_report.is_control(row))
             for row in rows
             if row["metric"] == self.script and row["data"]["name"] == self.data
             if self.seed is None or row["protocol"]["seed"] == self.seed
         }
-        return found >= set(itertools.product(names, lengths))
+        readings = (False, True) if self.control else (False,)
+        return found >= set(itertools.product(names, lengths, readings))
 
 
-ON_BOOKS = Evaluation("perplexity", BOOKS, TEXTS[BOOKS])
-ON_PROOFS = Evaluation("perplexity", PROOFS, TEXTS[PROOFS])
+def on_text(name: str, control: bool = False) -> Evaluation:
+    """The evaluation of a held-out text of the demo: six windows of 4096 tokens, read in one pass each."""
+    flags = ["--dataset", f"data/cache/demo/{name}", "--windows", "6", *LENGTHS]
+    return Evaluation("perplexity", name, flags, control=control)
 
 
 def on_passkeys(seed: int) -> Evaluation:
@@ -85,10 +88,10 @@ def on_passkeys(seed: int) -> Evaluation:
 
 
 def evaluations(part: str, run: Run) -> list[Evaluation]:
-    """The evaluations of a run: held-out books; in table 1 also passkeys and, for one seed, proofs."""
+    """The evaluations of a run: the novel; in table 1 also the Bible, the control on both, and passkeys."""
     if part != "table1":
-        return [ON_BOOKS]
-    return [ON_BOOKS, *[ON_PROOFS] * (run.seed == paper_mini_report.SEEDS[0]), on_passkeys(run.seed)]
+        return [on_text(NOVEL)]
+    return [on_text(NOVEL, control=True), on_text(BIBLE, control=True), on_passkeys(run.seed)]
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,11 @@ def untrained(output: str) -> list[Task]:
     """Tasks that measure the base under methods, forks and dynamic forms, on both texts and with passkeys."""
     methods = ("default", *paper_mini_report.TABLE1)
     calls = {
-        "books": (ON_BOOKS, (*methods, *paper_mini_report.FORKS_UNTRAINED)),
-        "proofs": (ON_PROOFS, (*methods, *paper_mini_report.FORKS_UNTRAINED)),
-        "books, dynamic": (ON_BOOKS, paper_mini_report.FIGURE5[1:]),
+        "novel": (on_text(NOVEL), (*methods, *paper_mini_report.FORKS_UNTRAINED)),
+        "Bible": (on_text(BIBLE), (*methods, *paper_mini_report.FORKS_UNTRAINED)),
+        "novel, control": (on_text(NOVEL, control=True), methods[:1]),
+        "Bible, control": (on_text(BIBLE, control=True), methods[:1]),
+        "novel, dynamic": (on_text(NOVEL), paper_mini_report.FIGURE5[1:]),
         **{f"passkeys {seed}": (on_passkeys(seed), methods) for seed in paper_mini_report.SEEDS},
     }
     rows = rows_so_far(output)

@@ -14,12 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.controls import compare
 from scaled_rope.evaluation.passkey_context import passkey_context
 from scaled_rope.evaluation.statistics import wilson_interval
-from scaled_rope.evaluation.windows import resampled_ratio
 from scaled_rope.recipes import Recipe, read_recipe
 from scaled_rope.report.drawing import drawing, save_figure
 from scaled_rope.report.figures import GREY, PALETTE
@@ -192,6 +190,11 @@ def name_of(row: Row) -> str | None:
     return _SPECS.get(str(row["label"])) if row["model"] == BASE else None
 
 
+def is_control(row: Row) -> bool:
+    """Whether a row of perplexity has the last tokens alone in view, instead of all that stands before."""
+    return row["metric"] == "perplexity" and row["protocol"]["name"] == "last-tokens"
+
+
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     first, *others = ("| " + " | ".join(line) + " |" for line in (head, *lines))
@@ -204,13 +207,36 @@ class Results:
 
     rows: Sequence[Row]
 
-    def perplexity(self, text: str) -> dict[str, dict[int, float]]:
-        """A run's name, or the base's scaling -> end of a position bucket -> perplexity within it, on one text."""
+    def perplexity(self, text: str, control: bool = False) -> dict[str, dict[int, float]]:
+        """A run's name, or the base's scaling -> end of a position bucket -> perplexity within it, on one text; of the
+        control, if asked for, in which the last 256 tokens alone are in view."""
         found: dict[str, dict[int, float]] = {}
         for row in self.rows:
             if row["metric"] == "perplexity" and row["data"]["name"] == text and (name := name_of(row)):
-                found.setdefault(name, {})[row["length"]] = row["perplexity_bucket"]
+                if is_control(row) == control:
+                    found.setdefault(name, {})[row["length"]] = row["perplexity_bucket"]
         return found
+
+    def against_controls(self, text: str, runs: Sequence[Run]) -> str:
+        """A table of the runs' perplexity against the two controls in percent, mean ± standard deviation over seeds:
+        the base, and the run's own weights, each with the last 256 tokens alone in view.
+
+        Raises:
+            ConfigError: nothing of these runs, or of the base, was measured with its control on this text.
+        """
+        full, cut = self.perplexity(text), self.perplexity(text, control=True)
+        runs = [run for run in runs if run.name in full and run.name in cut]
+        if not runs or "default" not in cut:
+            raise ConfigError(f"no controls on {text!r}; run benchmarks/paper_mini.py first")
+        lengths = [length for length in sorted(cut["default"]) if length > ORIGINAL]
+        lines = []
+        for label in dict.fromkeys(run.label for run in runs):
+            for name in ("the base", "itself"):
+                of = [run.name for run in runs if run.label == label]
+                beside = {run: cut["default" if name == "the base" else run] for run in of}
+                cells = [spread([100 * (full[run][n] / beside[run][n] - 1) for run in of]) for n in lengths]
+                lines.append([label, name, *(_signed(cell) for cell in cells)])
+        return markdown(["scaling", "cut short", *_ranges([ORIGINAL, *lengths])[1:]], lines)
 
     def over_seeds(self, text: str, runs: Iterable[Run]) -> dict[str, dict[int, Spread]]:
         """A run's label -> end of a bucket -> mean and spread over the seeds that were measured on this text."""
@@ -257,17 +283,17 @@ class Results:
 
     def differences(self, text: str, length: int, reference: str, others: Sequence[str]) -> str:
         """A table of the base's change in perplexity up to `length` against `reference`, in percent. 95 % intervals are
-        from a paired bootstrap over documents: each is read under both scalings."""
-        per = {
-            name_of(row): row
-            for row in self.rows
-            if row["metric"] == "perplexity" and row["data"]["name"] == text and row["length"] == length
-        }
-        base, lines = per[reference], []
+        from a paired bootstrap, see `compare`: each window is read under both scalings."""
+        per: dict[str | None, dict[int, Row]] = {}
+        for row in self.rows:
+            if row["metric"] == "perplexity" and row["data"]["name"] == text and not is_control(row):
+                per.setdefault(name_of(row), {})[row["length"]] = row
+        lengths = [n for n in per[reference] if n <= length]
+        lines = []
         for other in others:
-            change = [100 * (math.exp(x) - 1) for x in paired(base, per[other])]
-            lines.append([f"`{other}`", f"{change[0]:+.1f} %", f"{change[1]:+.1f} to {change[2]:+.1f} %"])
-        return markdown([f"against `{reference}`", "perplexity", "95 %"], lines)
+            change = compare([(per[other][n], per[reference][n]) for n in lengths])
+            lines.append([f"`{other}`", str(change)])
+        return markdown([f"against `{reference}`", "perplexity [95 %]"], lines)
 
     def passkeys(self, runs: Sequence[Run], scalings: Sequence[str]) -> str:
         """A table of found keys by length, for the base under each scaling and for runs (all seeds together), and table
@@ -293,21 +319,16 @@ class Results:
         return markdown(["scaling", *map(str, lengths), "passkey context", "accuracy"], lines)
 
 
-def paired(reference: Row, other: Row) -> tuple[float, float, float]:
-    """Log of the quotient of two perplexities, other over reference, and its 95 % bootstrap interval over documents."""
-    targets = reference["document_targets"]
-    if targets != other["document_targets"]:
-        raise ConfigError("two rows that scored other tokens cannot be paired")
-    changes = [b - a for a, b in zip(reference["document_nats"], other["document_nats"], strict=True)]
-    low, high = resampled_ratio(np.asarray(changes), np.asarray(targets))
-    return sum(changes) / sum(targets), low, high
-
-
 def _ranges(ends: Sequence[int]) -> list[str]:
     return [f"{start}–{end}" for start, end in zip([0, *ends], ends, strict=False)]
 
 
-BOOKS, PROOFS = "heldout", "standin:hol-light"
+def _signed(of: Spread) -> str:
+    return f"{of.mean:+.1f}".replace("-", "−") + (" %" if of.n == 1 else f" ± {of.sd:.1f} %")
+
+
+NOVEL, BIBLE = "novel", "bible"
+"""The demo's held-out texts, by the names that their rows have."""
 
 
 def sweep_table(training: Iterable[Row]) -> str:
@@ -330,17 +351,19 @@ def tables(results: Results, training: Sequence[Row]) -> dict[str, str]:
     untrained = ("default", *TABLE1)
     wanted: dict[str, Callable[[], str]] = {
         "Learning rates": lambda: sweep_table(training),
-        "Untrained, books": lambda: results.untrained(BOOKS, untrained),
-        "Untrained, proofs": lambda: results.untrained(PROOFS, untrained),
-        "Table 1, books": lambda: results.table(BOOKS, runs["table1"]),
-        "Table 1, proofs": lambda: results.table(PROOFS, runs["table1"]),
-        "Half the steps, books": lambda: results.table(BOOKS, runs["half"]),
-        "Table 2, books": lambda: results.table(BOOKS, yarn + runs["table2"]),
+        "Untrained, novel": lambda: results.untrained(NOVEL, untrained),
+        "Untrained, Bible": lambda: results.untrained(BIBLE, untrained),
+        "Table 1, novel": lambda: results.table(NOVEL, runs["table1"]),
+        "Table 1, Bible": lambda: results.table(BIBLE, runs["table1"]),
+        "Table 1 against its controls, novel": lambda: results.against_controls(NOVEL, runs["table1"]),
+        "Table 1 against its controls, Bible": lambda: results.against_controls(BIBLE, runs["table1"]),
+        "Half the steps, novel": lambda: results.table(NOVEL, runs["half"]),
+        "Table 2, novel": lambda: results.table(NOVEL, yarn + runs["table2"]),
         "Table 5": lambda: results.passkeys(runs["table1"], untrained),
-        "Figure 5, books": lambda: results.untrained(BOOKS, FIGURE5),
-        "Forks, untrained, proofs": lambda: results.differences(PROOFS, 2048, YARN, FORKS_UNTRAINED),
-        "Forks, fine-tuned, books": lambda: results.table(BOOKS, yarn + runs["forks"]),
-        "Another seed, books to 2048": lambda: results.predicted(BOOKS, runs["table1"], runs["rerun"], 2048),
+        "Figure 5, novel": lambda: results.untrained(NOVEL, FIGURE5),
+        "Forks, untrained, Bible": lambda: results.differences(BIBLE, 2048, YARN, FORKS_UNTRAINED),
+        "Forks, fine-tuned, novel": lambda: results.table(NOVEL, yarn + runs["forks"]),
+        "Another seed, novel to 2048": lambda: results.predicted(NOVEL, runs["table1"], runs["rerun"], 2048),
     }
     found: dict[str, str] = {}
     for title, make in wanted.items():
@@ -350,9 +373,9 @@ def tables(results: Results, training: Sequence[Row]) -> dict[str, str]:
 
 
 def draw(results: Results, rates: Mapping[str, float], folder: Path) -> list[Path]:
-    """The figures: fine-tuned methods with a band of one standard deviation, and figure 5, on held-out books."""
-    values = results.perplexity(BOOKS)
-    trained = results.over_seeds(BOOKS, parts(rates)["table1"])
+    """The figures: fine-tuned methods with a band of one standard deviation, and figure 5, on the held-out novel."""
+    values = results.perplexity(NOVEL)
+    trained = results.over_seeds(NOVEL, parts(rates)["table1"])
     unscaled = {"unscaled": {n: spread([value]) for n, value in values["default"].items()}}
     dynamic = {f"`{spec}`": {n: spread([x]) for n, x in values[spec].items()} for spec in FIGURE5[1:] if spec in values}
     named = {
@@ -376,7 +399,8 @@ def _draw(curves: Mapping[str, Mapping[int, Spread]], factor: int | None, path: 
         for length in (ORIGINAL, *([ORIGINAL * factor] if factor else [])):
             axes.axvline(length, color="#8a8a8a", linewidth=0.8, linestyle=":")
         axes.set(xlabel="position (middle of the bucket)", ylabel="perplexity", yscale="log")
-        axes.set_yticks([60, 80, 100, 150, 200, 250], ["60", "80", "100", "150", "200", "250"])
+        ticks = (30, 40, 60, 80, 100, 150, 200)
+        axes.set_yticks(ticks, list(map(str, ticks)))
         axes.minorticks_off()
         axes.legend()
         save_figure(figure, path)

@@ -11,7 +11,7 @@ import pytest
 
 import finetune
 from benchmarks import paper_mini_report
-from benchmarks.paper_mini_report import ROOT, SWEEP, Results, Run, paired, parts, spread, swept
+from benchmarks.paper_mini_report import ROOT, SWEEP, Results, Run, parts, spread, swept
 from scaled_rope.errors import ConfigError
 from scaled_rope.results import read_rows
 
@@ -20,9 +20,10 @@ LENGTHS = (256, 2048)
 
 
 def _row(
-    name: str, value: float, length: int = 256, *, text: str = paper_mini_report.BOOKS, **more: Any
+    name: str, value: float, length: int = 256, *, text: str = paper_mini_report.NOVEL, **more: Any
 ) -> dict[str, Any]:
     fields = {"metric": "perplexity", "carried": True, "label": "", "length": length, "data": {"name": text}}
+    fields["protocol"] = {"name": "truncate"}
     return {**fields, "model": str(ROOT / name / "model"), "perplexity_bucket": value, **more}
 
 
@@ -90,18 +91,36 @@ def test_a_table_counts_only_rows_of_its_runs() -> None:
     runs = [Run("yarn:8", seed, 20, 1e-3) for seed in (1, 2)]
     other = Run("yarn:8", 1, 10, 1e-3)
     rows = [_row(runs[0].name, 10.0), _row(runs[1].name, 12.0), _row(other.name, 99.0)]
-    rows += [_row(runs[0].name, 99.0, text=paper_mini_report.PROOFS), _row(runs[0].name, 99.0, carried=False)]
+    rows += [_row(runs[0].name, 99.0, text=paper_mini_report.BIBLE), _row(runs[0].name, 99.0, carried=False)]
     rows.append(_row(runs[0].name, 99.0) | {"model": "elsewhere/model"})
-    assert "| `yarn:8` | 2 | 11.0 ± 1.4 |" in Results(rows).table(paper_mini_report.BOOKS, runs)
-    assert Results(rows).perplexity(paper_mini_report.BOOKS)[runs[0].name] == {256: 10.0}
+    assert "| `yarn:8` | 2 | 11.0 ± 1.4 |" in Results(rows).table(paper_mini_report.NOVEL, runs)
+    assert Results(rows).perplexity(paper_mini_report.NOVEL)[runs[0].name] == {256: 10.0}
     with pytest.raises(ConfigError, match="no rows of the 2 runs"):
-        Results([]).table(paper_mini_report.BOOKS, runs)
+        Results([]).table(paper_mini_report.NOVEL, runs)
+
+
+def test_the_control_has_a_table_of_its_own() -> None:
+    runs = [Run("yarn:8", seed, 20, 1e-3) for seed in (1, 2)]
+    cut = {"protocol": {"name": "last-tokens"}}
+    base = {"model": paper_mini_report.BASE, "label": "unscaled", "carried": False}
+    rows = [_row("x", 16.0, 512, **base), _row("x", 10.0, 512, **base, **cut)]
+    rows += [_row(run.name, 8.0 + run.seed, 512) for run in runs]  # 9 and 10: −10 % and 0 % of the base's 10
+    rows += [_row(run.name, 12.0, 512, **cut) for run in runs]
+    table = Results(rows).against_controls(paper_mini_report.NOVEL, runs)
+    assert table.splitlines()[0].endswith("| cut short | 256–512 |")
+    assert table.splitlines()[2:] == [
+        "| `yarn:8` | the base | −5.0 ± 7.1 % |",
+        "| `yarn:8` | itself | −20.8 ± 5.9 % |",
+    ]
+    assert Results(rows).perplexity(paper_mini_report.NOVEL)["default"] == {512: 16.0}
+    with pytest.raises(ConfigError, match="no controls"):
+        Results(rows).against_controls(paper_mini_report.BIBLE, runs)
 
 
 def test_seeds_of_a_chain_are_not_those_of_a_start_from_scratch() -> None:
     runs = parts(RATES)["table2"]
     rows = [_row(run.name, 10.0 + run.seed if run.start else 50.0) for run in runs]
-    lines = Results(rows).table(paper_mini_report.BOOKS, runs).splitlines()
+    lines = Results(rows).table(paper_mini_report.NOVEL, runs).splitlines()
     assert lines[2:] == ["| `yarn:16` after `yarn:8` | 3 | 12.0 ± 1.0 |", "| `yarn:16` | 3 | 50.0 ± 0.0 |"]
 
 
@@ -109,27 +128,22 @@ def test_another_seed_is_inside_or_outside() -> None:
     first, again = parts(RATES)["table1"], parts(RATES)["rerun"]
     rows = [_row(run.name, 10.0 + run.seed, 2048) for run in first]  # 12 ± 1: 7.0 to 17.0
     rows += [_row(run.name, 16.9 if run.scaling == paper_mini_report.YARN else 17.1, 2048) for run in again]
-    lines = Results(rows).predicted(paper_mini_report.BOOKS, first, again, 2048).splitlines()[2:]
+    lines = Results(rows).predicted(paper_mini_report.NOVEL, first, again, 2048).splitlines()[2:]
     assert [line.split()[-2] for line in lines] == ["outside"] * 4 + ["inside"]
 
 
-def test_a_paired_interval_holds_what_it_should() -> None:
-    import numpy
+def test_scalings_of_the_base_are_compared_by_window() -> None:
+    def rows(label: str, more: float) -> list[dict[str, Any]]:
+        found = []
+        for n, nats in ((256, [900.0, 700.0]), (2048, [5000.0, 5500.0]), (4096, [1.0, 1.0])):
+            row = _row("x", 10.0, n, label=label, bucket_targets=2000, bucket_nats=[[x + more * x for x in nats]])
+            found.append(row | {"model": paper_mini_report.BASE})
+        return found
 
-    # 40 experiments of 30 documents whose difference is 0.02 nats per token: the interval misses it in 5 % on the whole
-    rng, hits = numpy.random.default_rng(1), 0
-    for _ in range(200):
-        nats = rng.normal(300, 60, size=30)  # documents differ much more than readings of one of them
-        more = nats + 100 * rng.normal(0.02, 0.05, size=30)
-        targets = [100] * 30
-        rows = [{"document_nats": list(x), "document_targets": targets} for x in (nats, more)]
-        mean, low, high = paired(*rows)
-        assert mean == pytest.approx(float((more - nats).sum()) / 3000) and low < mean < high
-        hits += low <= 0.02 <= high
-    # The percentile bootstrap of 30 is a little narrow (about 93.5 %); 200 draws have a standard error of 1.7 %.
-    assert 0.88 <= hits / 200 <= 0.99
-    with pytest.raises(ConfigError, match="other tokens"):
-        paired({"document_nats": [1.0], "document_targets": [2]}, {"document_nats": [1.0], "document_targets": [3]})
+    results = Results(rows("yarn x8", 0.0) + rows("yarn x8 (truncate=False)", 0.01))
+    line = results.differences(paper_mini_report.NOVEL, 2048, "yarn:8", ["yarn:8,truncate=false"]).splitlines()[2]
+    # Windows gain 59 and 62 nats over 2000 targets up to 2048: the interval ends at one window's own change.
+    assert line == "| `yarn:8,truncate=false` | +3.1 % [+3.0, +3.1] |"
 
 
 def test_prompts_of_all_seeds_count_together() -> None:
@@ -152,5 +166,5 @@ def test_the_tables_of_the_documentation_are_those_of_the_rows() -> None:
     rows, training = (read_rows(f"data/paper_mini_{name}.jsonl") for name in ("rows", "training"))
     text = Path("docs/reproduction.md").read_text()
     tables = paper_mini_report.tables(Results(rows), training)
-    assert len(tables) == 12
+    assert len(tables) == 14
     assert [title for title, table in tables.items() if table not in text] == []
