@@ -65,15 +65,17 @@ class Evaluation:
 
     def is_measured(self, names: Sequence[str], rows: Sequence[Row]) -> bool:
         """Whether every length has a row for each of these runs or scalings of the base, see `name_of`."""
-        lengths = map(int, self.flags[self.flags.index("--lengths") + 1].split(","))
+        lengths = [int(n) for n in self.flags[self.flags.index("--lengths") + 1].split(",")]
         found = {
             (paper_mini_report.name_of(row), row["length"], paper_mini_report.is_control(row))
             for row in rows
             if row["metric"] == self.script and row["data"]["name"] == self.data
             if self.seed is None or row["protocol"]["seed"] == self.seed
         }
-        readings = (False, True) if self.control else (False,)
-        return found >= set(itertools.product(names, lengths, readings))
+        wanted = set(itertools.product(names, lengths, (False,)))
+        if self.control:  # up to L there is nothing to leave out
+            wanted |= {(name, n, True) for name in names for n in lengths if n > paper_mini_report.ORIGINAL}
+        return found >= wanted
 
 
 def on_text(name: str, control: bool = False) -> Evaluation:

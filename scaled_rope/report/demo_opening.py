@@ -82,7 +82,7 @@ def _control_clause(verdict: Verdict) -> str:
     if not held:
         return f"it is not shown to predict better than from the last {verdict.trained} tokens alone"
     others = [text.text for text in verdict.texts if not text.holds]
-    where = f" on {_and(held)}, not on {_and(others)}" if others else ""
+    where = f" in the text {_quoted(held)}, not in {_quoted(others)}" if others else ""
     return f"it predicts better than from the last {verdict.trained} tokens alone{where}"
 
 
@@ -125,6 +125,10 @@ def _note(verdict: Verdict, keys: dict[str, _Keys], uses: _Uses) -> str:
         f" the last {trained} tokens only."
     )
     return "\n".join(said)
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return _and([f"‘{name}’" for name in names])
 
 
 def _and(names: Sequence[str]) -> str:
