@@ -52,6 +52,8 @@ HEADS, KV_HEADS, HEAD_DIM, DOCUMENTS = 9, 3, 64, 8
 # Outputs are means of values of some 1 with the weights of a softmax. float32: sums of up to 8192 products. bfloat16:
 # what both round, scores aside, are weights and results, by 2^-9 each.
 TOLERANCE = {"float32": 5e-5, "bfloat16": 3e-2}
+BOTH = "ours", "flex_attention"
+"""The ways of which the faster is bold."""
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [1, H, T, D], k and v [1, K, T, D] -> [1, H, T, D]."""
 
@@ -244,14 +246,16 @@ def table(rows: Sequence[Row]) -> str:
         f"|---|{'---|' * len(lengths)}---|---|",
     ]
     for case, dtype in dict.fromkeys((row["case"], row["dtype"]) for row in rows):
-        cells = []
+        cells, measured = [], [row["length"] for row in rows if (row["case"], row["dtype"]) == (case, dtype)]
         for length in lengths:
-            found = {way: last.get((case, dtype, length, way), {}).get("seconds") for way in ("ours", "flex_attention")}
-            least = min((one for one in found.values() if one is not None), default=None)
-            both = [cell(one, one == least) for one in found.values()]
-            masked = last.get((case, dtype, length, "sdpa with a mask"), {}).get("seconds")
-            cells.append(", ".join(both + ([cell(masked)] if masked is not None else [])))
-        longest = last[case, dtype, lengths[-1], "flex_attention"]
+            found = [last.get((case, dtype, length, way)) for way in (*BOTH, "sdpa with a mask")]
+            times = [row.get("seconds") for row in found[:2] if row]
+            least = min((one for one in times if one is not None), default=None)
+            said = [
+                cell(row.get("seconds"), row["way"] in BOTH and row.get("seconds") == least) for row in found if row
+            ]
+            cells.append(", ".join(said) or "not measured")
+        longest = last[case, dtype, max(measured), "flex_attention"]
         cells += [f"{longest['mask_seconds']:.1f}", f"{longest['first_call_seconds']:.0f}"]
         lines.append(f"| {case}, {dtype} | {' | '.join(cells)} |")
     return "\n".join(lines)
