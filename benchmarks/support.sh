@@ -6,7 +6,7 @@
 #   ./benchmarks/support.sh oldest newest     some of them: oldest, newest, gpu-image
 #
 # oldest: the oldest transformers that setup.py allows. newest: that of constraints.txt. gpu-image: what GPU machines
-# often have, with Python 3.12: the oldest transformers, triton 3.6, numpy 2.5.
+# often have, with Python 3.12: the oldest transformers, torch 2.11, triton 3.6, numpy 2.5.
 #
 # An environment takes 1 to 2 minutes and 2 GB (5 GB where pip finds torch with CUDA only: PIP_EXTRA_INDEX_URL=
 # https://download.pytorch.org/whl/cpu has torch without), its tests 5 to 10 minutes of one core. Environments are under
@@ -25,7 +25,7 @@ oldest=$(sed -n 's/^LEAST = .*"transformers": "\([^"]*\)".*/\1.0/p' scaled_rope/
 tests=(tests/patching tests/scaling tests/attention tests/kernels tests/benchmarks/test_gpu.py
     tests/evaluation/test_decoding.py tests/test_versions.py)
 
-try() { # NAME PYTHON TRANSFORMERS TRITON NUMPY
+try() { # NAME PYTHON TRANSFORMERS TORCH TRITON NUMPY
     local name=$1 python=$2 folder=$root/$1 wheel
     if ! command -v "$python" >/dev/null; then
         echo "$name: left out, there is no $python here (PYTHON311, PYTHON312)" >&2
@@ -35,8 +35,8 @@ try() { # NAME PYTHON TRANSFORMERS TRITON NUMPY
         echo "$name: making $folder"
         "$python" -m venv --clear "$folder"
         # What depends on the versions in question is for pip to choose, the rest is as in constraints.txt.
-        grep -viE '^(transformers|tokenizers|huggingface_hub|hf-xet|triton|numpy|scipy|pandas)==' constraints.txt >"$folder/constraints.txt"
-        printf '%s\n' "transformers==$3" "numpy==$5" >>"$folder/constraints.txt"
+        grep -viE '^(transformers|tokenizers|huggingface_hub|hf-xet|torch|setuptools|triton|numpy|scipy|pandas)==' constraints.txt >"$folder/constraints.txt"
+        printf '%s\n' "transformers==$3" "torch==$4" "numpy==$6" >>"$folder/constraints.txt"
         "$folder/bin/python" -m pip wheel -q --no-deps -w "$folder/wheel" .
         wheel=$(echo "$folder"/wheel/scaled_rope-*.whl)
         "$folder/bin/python" -m pip install -q --no-compile -c "$folder/constraints.txt" "$wheel"
@@ -46,7 +46,7 @@ try() { # NAME PYTHON TRANSFORMERS TRITON NUMPY
             ./bin/scaled-rope $words >"$folder/said.txt" || { echo "$name: scaled-rope $words failed" >&2; exit 1; }
         done)
         "$folder/bin/python" -m pip install -q --no-compile -c "$folder/constraints.txt" pytest hypothesis accelerate peft gguf liger-kernel
-        "$folder/bin/python" -m pip install -q --no-compile --no-deps "triton==$4" # torch with CUDA wants another one
+        "$folder/bin/python" -m pip install -q --no-compile --no-deps "triton==$5" # torch with CUDA wants another one
         touch "$folder/.ready"
     fi
     echo "$name: testing"
@@ -58,9 +58,9 @@ try() { # NAME PYTHON TRANSFORMERS TRITON NUMPY
 [[ $# -gt 0 ]] || set -- oldest newest gpu-image
 for combination in "$@"; do
     case $combination in
-        oldest) try oldest "${PYTHON311:-python3.11}" "$oldest" "$(pinned triton)" "$(pinned numpy)" ;;
-        newest) try newest "${PYTHON311:-python3.11}" "$(pinned transformers)" "$(pinned triton)" "$(pinned numpy)" ;;
-        gpu-image) try gpu-image "${PYTHON312:-python3.12}" "$oldest" 3.6.0 '2.5.*' ;;
+        oldest) try oldest "${PYTHON311:-python3.11}" "$oldest" "$(pinned torch)" "$(pinned triton)" "$(pinned numpy)" ;;
+        newest) try newest "${PYTHON311:-python3.11}" "$(pinned transformers)" "$(pinned torch)" "$(pinned triton)" "$(pinned numpy)" ;;
+        gpu-image) try gpu-image "${PYTHON312:-python3.12}" "$oldest" 2.11.0 3.6.0 '2.5.*' ;;
         *) echo "error: $combination is not allowed; oldest, newest or gpu-image" >&2; exit 2 ;;
     esac
 done

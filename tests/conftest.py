@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from scaled_rope.evaluation.passkey_prompts import OPENING
 from tests.helpers.models import DETECTED, FAMILIES, VOCABULARY
 from tests.helpers.runs import Ranks, make_workspace
+
+with contextlib.suppress(ImportError):  # without triton
+    import scaled_rope.kernels.decode_triton  # noqa: F401 - mends old interpreters, for kernels of others too
 
 # On a machine with a GPU patched models would get the rotary kernel, and would no longer equal vanilla ones bit by bit.
 os.environ.setdefault("SCALED_ROPE_KERNEL", "none")

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import kernel_resources
 from scaled_rope.kernels.decode_blocks import HOPPER, blocks_for, shared_bytes, splits_of
+from scaled_rope.results import read_rows
 from tests.helpers import ROOT
 from tests.helpers.h100 import compiled
 
@@ -55,6 +56,19 @@ def test_what_the_compiler_says() -> None:
             blocks = blocks_for(width // 2, 0, width, itemsize, row["group"] * row["count"], row["limit_bytes"])
             assert row["shared_bytes"] <= shared_bytes(blocks, width, width, itemsize)
             assert row["registers"] * 32 * row["warps"] * blocks.resident <= 65_536
+
+
+def test_all_shapes_that_were_compiled_fit_and_keep_all_in_registers() -> None:
+    """The committed rows: each is of the grid, once."""
+    rows = read_rows(kernel_resources.ROWS)
+    of = [[place for place, case in enumerate(kernel_resources.grid()) if case.items() <= row.items()] for row in rows]
+    assert all(len(places) == 1 for places in of) and len({places[0] for places in of}) == len(rows)
+    for row in rows:
+        assert kernel_resources.good(row), row
+        if "backend" not in row:
+            assert row["registers"] * 32 * row["warps"] <= 65_536, row
+        if "merge" in row:
+            assert kernel_resources.good(row["merge"] | {"limit_bytes": row["limit_bytes"]}), row
 
 
 def test_a_kernel_that_spills_or_does_not_fit_is_bad() -> None:
