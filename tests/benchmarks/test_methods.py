@@ -1,0 +1,84 @@
+"""The comparison of all methods: its plan, and the tables that are made of its rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks import methods_report
+from benchmarks.methods import FACTORS, STUDIES
+from eval import passkey, perplexity
+from scaled_rope.command_line import run_cli
+from scaled_rope.evaluation.controls import CONTROL
+from scaled_rope.scaling.registry import METHODS
+
+TINY = STUDIES["tiny-llama-256"]
+
+
+def test_every_method_is_compared_and_every_command_is_one() -> None:
+    named = {
+        spec.partition(":")[0].partition(",")[0].removeprefix("dynamic-") for f in FACTORS for spec in TINY.specs(f)
+    }
+    # Lists of longrope come from a search, which has a page of its own; "dynamic-ntk" is a method and a dynamic form.
+    assert named | {"longrope", "dynamic-ntk"} == set(METHODS)
+    for study in STUDIES.values():
+        for factor in FACTORS:
+            labels = [methods_report.label_of(spec, study) for spec in study.specs(factor)]
+            assert len(set(labels)) == len(labels)
+            for script, *flags in study.commands(factor, "rows.jsonl"):
+                evaluator = passkey if "passkey" in script else perplexity
+                assert evaluator.build_parser().parse_args(flags).output == "rows.jsonl"
+
+
+def _row(label: str, length: int, nats: list[float], **more: Any) -> dict[str, Any]:
+    row = {"metric": "perplexity", "model": TINY.model, "label": label, "length": length, "seconds": 2.0}
+    row |= {"data": {"name": "novel", "window_tokens": 512}, "protocol": {"name": "truncate"}}
+    row |= {"bucket_nats": [nats], "bucket_targets": 512, "perplexity_bucket": 9.0, "peak_memory": 100}
+    return row | more
+
+
+def rows() -> list[dict[str, Any]]:
+    control = {"protocol": {"name": CONTROL}}
+    found = [_row("unscaled", 512, [700.0, 720.0], **control)]
+    for label, within, beyond, right in (("unscaled", 700.0, 900.0, 1), ("yarn x2", 710.0, 690.0, 50)):
+        found.append(_row(label, 256, [within, within]))
+        found.append(_row(label, 512, [beyond, beyond + 20.0], seconds=2.0 if label == "unscaled" else 3.0))
+        found.append({"metric": "passkey", "model": TINY.model, "label": label, "length": 512, "right": right, "n": 50})
+    return found
+
+
+def test_a_line_says_what_was_measured_and_the_best_comes_first() -> None:
+    yarn, unscaled = methods_report.lines_of(rows(), TINY, 2)
+    assert (yarn.spec, unscaled.spec) == ("yarn:2", "default")
+    assert (yarn.found, yarn.asked, yarn.seconds, yarn.memory) == (50, 50, 1.5, 1.0)
+    change, short = yarn.beyond["novel"], yarn.short["novel"]
+    assert change is not None and change.share == pytest.approx(2.718281828 ** (-20 / 512) - 1)
+    assert short is not None and short.share == pytest.approx(2.718281828 ** (20 / 512) - 1)
+    assert yarn.servers == ("vLLM", "SGLang", "llama.cpp", "transformers")
+    head, _, first, second = methods_report.table_of([yarn, unscaled])
+    assert head.startswith("| | passkeys | novel, against the control | up to L |")
+    assert first.startswith("| `yarn:2` | 50/50 | −3.8 % [−3.8, −3.8] | +4.0 % | 1.5× | 1.0× | all |")
+    assert second.startswith("| `default` | 1/50 | +118.4 %")
+
+
+def test_what_is_missing_is_said() -> None:
+    some = [row for row in rows() if row["metric"] == "perplexity" and row["protocol"]["name"] != CONTROL]
+    for line in methods_report.table_of(methods_report.lines_of(some, TINY, 2))[2:]:
+        assert "| not measured | not measured |" in line
+    assert methods_report.lines_of([], TINY, 2) == [] and methods_report.page_part([]) == "\n"
+
+
+def test_the_part_between_the_marks_is_replaced() -> None:
+    page = f"a\n{methods_report.BEGIN}old{methods_report.END}b\n"
+    new = methods_report.rewritten(page, rows())
+    assert new.startswith("a\n") and new.endswith("b\n") and "old" not in new and "`yarn:2`" in new
+    assert methods_report.rewritten(new, rows()) == new
+
+
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import methods
+
+    for arguments, said in ((["--factors", "3"], "unknown factor '3'"), (["--model", "x"], "unknown model 'x'")):
+        assert run_cli(lambda arguments=arguments: methods.main(arguments)) == 2
+        assert said in capsys.readouterr().err
