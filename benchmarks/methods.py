@@ -1,4 +1,4 @@
-"""Every method on one model, without training: perplexity against the control, passkeys, short texts, time and memory.
+"""Every method on one model, without training: perplexity against the control, passkeys, short texts.
 
     python benchmarks/methods.py                      # the embedded model at 2, 4 and 8 times its length
     python benchmarks/methods.py --model smollm2-135m --factors 2

@@ -7,7 +7,7 @@ python benchmarks/methods_report.py --check    # exit code 1 when the page has o
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,7 +40,6 @@ class Line:
         beyond: by text, the perplexity from L to s·L against the control.
         short: by text, the perplexity up to L against the unscaled model.
         found, asked: passkeys at s·L.
-        seconds, memory: of reading the texts, over the unscaled model's; None where rows don't say.
         servers: the programs that serve it as it is.
     """
 
@@ -49,8 +48,6 @@ class Line:
     short: Mapping[str, Change | None]
     found: int | None
     asked: int
-    seconds: float | None
-    memory: float | None
     servers: Sequence[str]
 
     @property
@@ -109,43 +106,24 @@ def lines_of(rows: Sequence[Row], study: Study, factor: int) -> list[Line]:
                 short,
                 None if key is None else key["right"],
                 0 if key is None else key["n"],
-                _over(table, label, unscaled, texts, target, "seconds"),
-                _over(table, label, unscaled, texts, target, "peak_memory"),
                 served_by(spec, study.model, study.original, target),
             )
         )
     return sorted(found, key=lambda line: line.rank)
 
 
-def _over(
-    table: Mapping[tuple[str, str, int], Row], label: str, unscaled: str, texts: Iterable[str], length: int, field: str
-) -> float | None:
-    """A field of the longest passes over that of the unscaled model, summed over texts."""
-    pairs = [(table.get((label, text, length)), table.get((unscaled, text, length))) for text in texts]
-    values = [(one.get(field), other.get(field)) for one, other in pairs if one and other]
-    if not values or any(one is None or not other for one, other in values):
-        return None
-    return float(sum(one for one, _ in values) / sum(other for _, other in values))
-
-
-def times(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}×"
-
-
 def table_of(lines: Sequence[Line]) -> list[str]:
     """A table in Markdown."""
     texts = list(lines[0].beyond) if lines else []
     heads = [f"{text}, against the control" for text in texts]
-    head = ["", "passkeys", *heads, "up to L", "time", "memory", "served by"]
+    head = ["", "passkeys", *heads, "up to L", "served by"]
     out = [f"| {' | '.join(head)} |".replace("|  |", "| |"), "|---" * len(head) + "|"]
     for line in lines:
         keys = "not measured" if line.found is None else f"{line.found}/{line.asked}"
         beyond = ["not measured" if change is None else str(change) for change in line.beyond.values()]
         short = next(iter(line.short.values()), None)
-        cells = [
-            f"`{line.spec}`", keys, *beyond, "" if short is None else short.short, times(line.seconds),
-            times(line.memory), "all" if len(line.servers) == len(SERVERS) else ", ".join(line.servers) or "none",
-        ]  # fmt: skip
+        servers = "all" if len(line.servers) == len(SERVERS) else ", ".join(line.servers) or "none"
+        cells = [f"`{line.spec}`", keys, *beyond, "" if short is None else short.short, servers]
         out.append(f"| {' | '.join(cells)} |")
     return out
 

@@ -109,7 +109,9 @@ def test_adapters_of_two_ranks_are_merged_like_those_of_one(workspace, tmp_path,
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 0.1 * 5e-3  # as in assert_trained_alike
 
 
-@pytest.mark.parametrize(("ranks", "size"), [pytest.param(2, 2, marks=pytest.mark.slow), (4, 2), (4, 4)])
+@pytest.mark.parametrize(
+    ("ranks", "size"), [pytest.param(2, 2, marks=pytest.mark.slow), (4, 2), pytest.param(4, 4, marks=pytest.mark.slow)]
+)
 def test_ranks_that_share_sequences_train_like_one(workspace, straight, tmp_path, ranks, size):
     """4 heads and 2 key/value heads: over 4 ranks each key/value head is copied."""
     need_deepspeed()

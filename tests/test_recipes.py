@@ -106,7 +106,15 @@ CURRENT = {
     "smollm3-3b-256k": Current(3075, yarn(4, 65536, theta=5e6), 1.1386, 262144, (27, 36)),
     "mistral-small-24b-128k": Current(23572, yarn(4, 32768, theta=1e8), 1.1386, 131072, (40, 40)),
 }
-OWN = {"demo", "tiny-drope", "tiny-base", "tiny-base-retrieval", "tiny-base-mixed", "tiny-base-text"}
+OWN = {
+    "demo",
+    "smollm2-135m-16k-cpu",
+    "tiny-drope",
+    "tiny-base",
+    "tiny-base-retrieval",
+    "tiny-base-mixed",
+    "tiny-base-text",
+}
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,7 @@ def scalings(factor: float, head_dim: int) -> list[str]:
         f"proportional:{s},fraction=0.5",
         f"cope:{s}",
         f"hardclip:{s}",
+        f"drope:{s}",
         f"dynamic-ntk:{s}",
     ]
 

@@ -156,6 +156,7 @@ def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nltk.download", lambda *_: False)
 
 
+@pytest.mark.slow
 def test_rulers_prompts_are_the_same_in_any_order_and_process(no_download: None) -> None:
     first = fingerprints(_TASKS, [1024, 2048])
     assert len(set(first.values())) == len(first) == 12
