@@ -195,7 +195,7 @@ def _read_state(folder: Path, data: bytes) -> object:
 
 def _row_seeds() -> list[bytes]:
     found = []
-    for name in ("base_rows", "pose_rows"):
+    for name in ("base_rows", "training_ways_rows"):
         lines = (ROOT / "data" / f"{name}.jsonl").read_bytes().splitlines(keepends=True)
         found.append(b"".join(lines[:3] + lines[-2:]))
     return found
