@@ -52,7 +52,7 @@ class Line:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """What a user wants first: keys found, then the lowest perplexity beyond L, by the first text."""
+        """The order in which users look: keys found, then the lowest perplexity beyond L, by the first text."""
         change = next(iter(self.beyond.values()), None)
         return -(self.found or 0), change.share if change is not None else float("inf")
 
@@ -129,7 +129,7 @@ def table_of(lines: Sequence[Line]) -> list[str]:
 
 
 def page_part(rows: Sequence[Row]) -> str:
-    """What stands between the marks on the page."""
+    """The part of the page between the marks."""
     out = []
     for name, study in STUDIES.items():
         measured = {factor: lines_of(rows, study, factor) for factor in reversed(FACTORS)}

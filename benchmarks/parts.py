@@ -24,6 +24,12 @@ class Part:
     progress: Callable[[], str]
 
 
+def show(parts: Sequence[Part]) -> None:
+    """Print the parts, and how far each has come."""
+    for part in parts:
+        print(f"{part.name:<28} {part.progress()}")
+
+
 def run(command: Sequence[str], deadline: float) -> bool:
     """Run one of the project's scripts; return False when it was stopped because time is over.
 

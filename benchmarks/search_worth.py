@@ -35,7 +35,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "cma-es": ("--strategy", "cma-es"),
     "grid": ("--strategy", "grid"),
 }
-"""What is compared: the flags of `scaled-rope search`."""
+"""The searches that are compared, and their flags of `scaled-rope search`."""
 BUDGETS = (100, 400)
 """Evaluations before the last budget, so that there is an answer early."""
 SEARCHED = ("--windows", "3", "--prompts", "2", "--held-back", "0")

@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import check_names, run_prepare_commands
-from benchmarks.parts import Part, run_all
+from benchmarks.parts import Part, run_all, show
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.recipes import Recipe, is_finished, read_recipe
@@ -192,13 +192,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = parts(args.work, args.output, args.training)
     check_names("part", args.part, known)
     wanted = [known[name] for name in args.part or known]
-    if not args.list:
-        run_prepare_commands(RECIPE)
-        run_all(wanted, args.minutes)
-    for part in wanted:
-        progress = part.progress()  # keeps the rows of finished runs as well
-        if args.list:
-            print(f"{part.name:<28} {progress}")
+    if args.list:
+        show(wanted)
+        return 0
+    run_prepare_commands(RECIPE)
+    run_all(wanted, args.minutes)
+    show(wanted)  # keeps the rows of finished runs as well
     return 0
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import check_names
-from benchmarks.parts import Part, run_all
+from benchmarks.parts import Part, run_all, show
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.recipes import Recipe, is_finished, read_recipe
@@ -149,8 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_names("part", args.part, known)
     wanted = [known[name] for name in args.part or known]
     if args.list:
-        for part in wanted:
-            print(f"{part.name:<18} {part.progress()}")
+        show(wanted)
         return 0
     first = next(iter(recipes.values()))[1]
     assemble(Path(first.dataset).parent, Path(str(first.model)))

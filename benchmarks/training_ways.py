@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import check_names, run_prepare_commands
-from benchmarks.parts import Part, run_all
+from benchmarks.parts import Part, run_all, show
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.recipes import is_finished, read_recipe
 from scaled_rope.results import portable_model, rows_so_far
@@ -74,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_names("part", args.part, known)
     wanted = [known[name] for name in args.part or known]
     if args.list:
-        for part in wanted:
-            print(f"{part.name:<20} {part.progress()}")
+        show(wanted)
         return 0
     run_prepare_commands(RECIPE)
     run_all(wanted, 1e4)

@@ -33,7 +33,7 @@ Scores = Mapping[str, Sequence[float]]
 
 
 class Tests:
-    """What the held-out texts and the passkeys say of a scaling."""
+    """A scaling on the held-out texts and with passkeys."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows: dict[tuple[str, str, str, int], Row] = {}
