@@ -2,7 +2,7 @@
 
     python benchmarks/methods.py                      # the embedded model at 2, 4 and 8 times its length
     python benchmarks/methods.py --model smollm2-135m --factors 2
-    python docs/methods_table.py                      # the tables of docs/methods.md, from the rows
+    python benchmarks/methods_report.py               # the tables of docs/methods.md, from the rows
 
 For each factor s the texts are read in windows of s·L tokens, once by each static scaling, and each prompt has s·L
 tokens. The control is the unscaled model with only the last L tokens in view. A row that is there is not measured

@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import ROOT
 from benchmarks.methods import FACTORS, STUDIES, Study
 from scaled_rope.checkpoint import load_config
+from scaled_rope.command_line import run_cli
+from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.controls import CONTROL, Change, compare
 from scaled_rope.results import read_rows, write_atomic
 from scaled_rope.scaling.record import RopeScaling
@@ -142,8 +144,15 @@ def page_part(rows: Sequence[Row]) -> str:
 
 
 def rewritten(page: str, rows: Sequence[Row]) -> str:
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
+    """The page with the tables between its marks.
+
+    Raises:
+        ConfigError: the page lacks them.
+    """
+    before, found, rest = page.partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not (found and ended):
+        raise ConfigError(f"{PAGE.relative_to(ROOT)} has no place for the tables: {BEGIN.strip()} and {END.strip()}")
     return f"{before}{BEGIN}\n{page_part(rows)}\n{END}{after}"
 
 
@@ -160,4 +169,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_cli(lambda: main(sys.argv[1:])))

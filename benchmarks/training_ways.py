@@ -1,7 +1,7 @@
 """Ways to train an extension on the embedded model: whole rows, PoSE, short and long windows, LongCE.
 
     python benchmarks/training_ways.py --list     # the parts, and how far each has come
-    python benchmarks/training_ways.py            # all that is missing: a quarter of an hour on two cores
+    python benchmarks/training_ways.py            # all that is missing: half an hour of one core
 
 Each is the demo's recipe with a few fields changed, so that all see as many tokens; each model reads the demo's
 held-out texts with the control of the same weights, and is asked for 50 passkeys and 50 needles at each length.

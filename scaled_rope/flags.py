@@ -606,8 +606,9 @@ ADVICE_TEXT = "books"
 """The corpus that `scaled-rope advise` reads where no text is named."""
 
 
-def add_advise_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `scaled-rope advise`."""
+def _add_model_and_text(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
+    """The model, the length and the text of a command that tries scalings without training; returns what adds to the
+    group of the text."""
     add = parser.add_argument_group("model").add_argument
     add("model", metavar="MODEL", help="folder or hub name of a model with its weights")
     add("--target", type=int, required=True, metavar="N", help="the length to reach, in tokens")
@@ -618,6 +619,12 @@ def add_advise_arguments(parser: argparse.ArgumentParser) -> None:
     add("-f", "--feature", default="text", help="field that holds the text (default %(default)s)")
     add("--split", default="test", help="split of a hub dataset (default %(default)s)")
     add("--documents", type=int, metavar="N", help="the first N documents that are long enough (default: all)")
+    return add
+
+
+def add_advise_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `scaled-rope advise`."""
+    add = _add_model_and_text(parser)
     add("--windows", type=int, default=8, metavar="N",
         help="the most windows per document (default %(default)s)")  # fmt: skip
     add = parser.add_argument_group("search").add_argument
@@ -664,16 +671,7 @@ WITHIN = ("unscaled", "same")
 
 def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `scaled-rope search`."""
-    add = parser.add_argument_group("model").add_argument
-    add("model", metavar="MODEL", help="folder or hub name of a model with its weights")
-    add("--target", type=int, required=True, metavar="N", help="the length to reach, in tokens")
-    _add_loading_arguments(add)
-    add = parser.add_argument_group("text").add_argument
-    add("-d", "--dataset", default=ADVICE_TEXT, metavar="PATH",
-        help="file of text, JSON or Parquet, folder, hub name, packed set or corpus (default %(default)s)")  # fmt: skip
-    add("-f", "--feature", default="text", help="field that holds the text (default %(default)s)")
-    add("--split", default="test", help="split of a hub dataset (default %(default)s)")
-    add("--documents", type=int, metavar="N", help="the first N documents that are long enough (default: all)")
+    add = _add_model_and_text(parser)
     add("--windows", type=int, default=5, metavar="N", help="windows that a candidate reads (default %(default)s)")
     add("--prompts", type=int, default=3, metavar="N",
         help="hidden facts that it is asked for at each length beyond L (default %(default)s)")  # fmt: skip

@@ -10,6 +10,7 @@ from benchmarks import methods_report
 from benchmarks.methods import FACTORS, STUDIES
 from eval import passkey, perplexity
 from scaled_rope.command_line import run_cli
+from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.controls import CONTROL
 from scaled_rope.scaling.registry import METHODS
 
@@ -74,6 +75,8 @@ def test_the_part_between_the_marks_is_replaced() -> None:
     new = methods_report.rewritten(page, rows())
     assert new.startswith("a\n") and new.endswith("b\n") and "old" not in new and "`yarn:2`" in new
     assert methods_report.rewritten(new, rows()) == new
+    with pytest.raises(ConfigError, match="has no place for the tables"):
+        methods_report.rewritten("a page without marks\n", rows())
 
 
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
