@@ -48,12 +48,16 @@ class Step:
         except (ValueError, IndexError):
             return None
 
-    def left(self, share: float, when: float) -> float | None:
+    def left(self, share: float, when: float, whole: float | None = None) -> float | None:
         """Seconds until the script ends, at its pace so far; None before there is one.
 
         share: of this step that is done, 0 to 1.
         when: now, as `time.time()` counts.
+        whole: seconds that this step takes at its own pace, where that is known. It counts while no step before gives
+            a pace: the script's time so far is mostly loading then, and a resumed step was done in part before.
         """
+        if self.before == 0 and whole is not None and self.now > 0:
+            return whole * (1 - share + self.later / self.now)
         done = self.before + share * self.now
         return (when - self.began) / done * (self.now * (1 - share) + self.later) if done > 0 else None
 
@@ -110,10 +114,11 @@ class Progress(tqdm):  # type: ignore[misc]  # it has no types
         here = self.n - self.initial
         done = f"{self.n} {self.unit}" if share is None else f"{100 * share:.0f} %"
         left: float | None = None
+        whole = facts["elapsed"] / here * (self.total or 0) if here > 0 else None  # seconds, at this bar's pace
         if self.step is not None and share is not None:
-            left = self.step.left(share, when)
-        elif share is not None and here > 0:
-            left = facts["elapsed"] / here * (self.total - self.n)
+            left = self.step.left(share, when, whole)
+        elif share is not None and whole is not None:
+            left = whole * (1 - share)
         name = self.desc.removesuffix(": ") if self.desc else ""
         said = [f"{self.step or name or 'done'} {done}"]
         said += [f"{duration(left)} left"] if left is not None and left > 0 else []

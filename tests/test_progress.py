@@ -17,6 +17,8 @@ def test_the_time_left_is_at_the_pace_of_the_script_so_far() -> None:
     assert step.left(0.5, 1050.0) == pytest.approx(70.0)  # 125 in 50 seconds, 175 are to come
     first = Step.parse("1 7 0 50 150 1000 training")
     assert first is not None and first.left(0.0, 1050.0) is None
+    assert first.left(0.9, 1050.0, 20.0) == pytest.approx(2.0 + 60.0)  # resumed: 50 seconds did not do 0.9 of it
+    assert step.left(0.5, 1050.0, 20.0) == pytest.approx(70.0)
 
 
 @pytest.mark.parametrize("text", [None, "", "3 7 1 1 1 1", "three 7 1 1 1 1 name"])

@@ -57,6 +57,7 @@ from scaled_rope.training.engine import (
     restore_heads,
     settle_precision,
 )
+from scaled_rope.training.host_memory import keep_host_memory
 from scaled_rope.training.long_ce import near_losses, near_windows
 from scaled_rope.training.mixed_lengths import cut_into_windows, is_short_step, short_steps_note
 from scaled_rope.training.model import (
@@ -146,6 +147,8 @@ class Trainer:
         self, recipe: Recipe, resume: str = "auto", wandb_project: str | None = None, tensorboard: str | None = None
     ) -> None:
         self.recipe = recipe = settle_precision(recipe)
+        if resolve_device(None).type == "cpu":
+            keep_host_memory()
         self.output = Path(recipe.output_dir)
         self._trackers = (wandb_project, tensorboard)
         check_same_run(recipe, self.output)
@@ -322,7 +325,8 @@ class Loop:
         total, every = recipe.max_train_steps, recipe.checkpointing_steps
         if recipe.stop_after is not None and start > recipe.stop_after:
             raise ConfigError(f"stop_after {recipe.stop_after} is not possible: the run is at step {start} already")
-        with Progress(total=total, initial=start, unit="step", desc=recipe.name, disable=not main) as bar:
+        last = recipe.stop_after or total
+        with Progress(total=last, initial=start, unit="step", desc=recipe.name, disable=not main) as bar:
             for step in range(start, total):
                 random, began = RandomState(), time.perf_counter()
                 row = self.optimizer_step(step)
