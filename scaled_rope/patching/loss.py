@@ -2,7 +2,7 @@
 
 Float32 logits of one 128k-token sequence over a 32k vocabulary take 16.8 GB. The hidden states are computed in one
 pass; the output projection and the cross-entropy then run over a few positions at a time, in float32. When gradients
-are wanted each piece is checkpointed, so training holds one piece of logits at a time too. On a GPU one Triton kernel,
+are wanted each piece but the last is checkpointed, so training holds one piece of logits at a time too. On a GPU one Triton kernel,
 Liger's (https://github.com/linkedin/Liger-Kernel), can do both, without float32 copies of the logits.
 """
 
@@ -240,13 +240,16 @@ def _score(model: nn.Module, hidden: Tensor, targets: Tensor, chunk: int | None,
         return piece(hidden.flatten(0, 1), targets.flatten()).view(targets.shape)
     if chunk is None:
         chunk = positions_per_chunk(model)
-    pieces = []
     parts = zip(torch.split(hidden.flatten(0, 1), chunk), torch.split(targets.flatten(), chunk), strict=True)
-    for part, wanted in parts:
+    *earlier, last = parts
+    pieces = []
+    for part, wanted in earlier:
         if torch.is_grad_enabled() and part.requires_grad:
             pieces.append(cast(Tensor, checkpoint(piece, part, wanted, use_reentrant=False)))
         else:
             pieces.append(piece(part, wanted))
+    # The backward pass begins with the last piece, and would compute it again for the same memory.
+    pieces.append(piece(*last))
     return torch.cat(pieces).view(targets.shape)
 
 
