@@ -2,8 +2,8 @@
 
 Float32 logits of one 128k-token sequence over a 32k vocabulary take 16.8 GB. The hidden states are computed in one
 pass; the output projection and the cross-entropy then run over a few positions at a time, in float32. When gradients
-are wanted each piece but the last is checkpointed, so training holds one piece of logits at a time too. On a GPU one Triton kernel,
-Liger's (https://github.com/linkedin/Liger-Kernel), can do both, without float32 copies of the logits.
+are wanted each piece but the last is checkpointed, so training holds one piece of logits at a time too. On a GPU one
+Triton kernel, Liger's (https://github.com/linkedin/Liger-Kernel), can do both, without float32 copies of the logits.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def test_token_nll_never_holds_more_logits_than_a_chunk(
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
     token_nll(model, tokens, tokens, chunk=10).sum().backward()
     assert max(seen) == 10
-    # Once forward, and once more when the backward pass recomputes a piece; it begins with the last, which is still there.
+    # Once forward, and once more in the backward pass, which begins with the last: that one is still there.
     full, last = divmod(tokens.numel(), 10)
     forward = [10] * full + [last] * (last > 0)
     assert seen == forward + forward[-2::-1]
