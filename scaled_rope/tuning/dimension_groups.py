@@ -3,14 +3,14 @@
 DPE (arXiv 2504.18857) is Self-Extend with a group size g of its own for each group of pairs: beyond a window of w
 tokens, T tokens are seen as w + (T - w)/g. A group of pairs works up to some distance, its effective length, and reads
 positions the more sharply the smaller its g is. The probe finds g group by group. All groups have the same g, one that
-keeps far within the trained length; then one group at a time gets each of a list of others, and facts that are hidden in
-long texts are asked for. The g under which most is found is that group's.
+keeps far within the trained length; then one group at a time gets each of a list of others, and facts that are hidden
+in long texts are asked for. The g under which most is found is that group's.
 
 The constants are those of the paper's code (https://github.com/LuLuLuyi/DPE, `effective_length_detection`), written as
-ratios: eight groups, a window of L/8 (1024 of 8192), 2·s for the groups that are not probed, and powers of two from 1 up
-to T/w, at which all of the text lies within two windows. Different here: the score is up to the caller, where the code
-counts needles that are found; between equal scores the g nearest to that of the others is taken, where the code leaves
-the choice to its reader.
+ratios: eight groups, a window of L/8 (1024 of 8192), 2·s for the groups that are not probed, and powers of two from 1
+up to T/w, at which all of the text lies within two windows. Different here: the score is up to the caller, where the
+code counts needles that are found; between equal scores the g nearest to that of the others is taken, where the code
+leaves the choice to its reader.
 """
 
 from __future__ import annotations
