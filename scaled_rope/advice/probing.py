@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,40 +67,46 @@ class Probing:
             f"--minutes {minutes:g} does not pay it beside the other candidates"
         )
 
-    def run(self, trials: Trials, known: Row | None, say: Callable[[str, float], Any]) -> Row:
+    def run(self, trials: Trials, say: Callable[[str, float], Any]) -> Row:
         """Ask, and choose.
 
-        known: the result of an earlier run of the same probe, whose prompts are asked again, from rows.
-        say: is told what begins, and how many seconds it is expected to take.
+        say: is told what begins, and how many seconds it may take.
 
         Returns:
-            "groups", "window", "prompts", "effective_lengths" and "scores"; or "left_out", the reason.
+            "passes", their number; "groups", "window", "prompts", "effective_lengths", "reference" and "scores", or
+            "left_out", the reason.
         """
         groupings = self.probe.groupings()
         scalings = [self.candidate(one).scaling for one in groupings]
         budget = trials.store.budget
         end = budget.spent + self.most_seconds(budget)
         table: list[list[float]] = []
-        prompts = self.prompts if known is None else self.prompts[: known["prompts"]]
-        for index, prompt in enumerate(prompts):
-            expected = trials.answer_cost(scalings, prompt)
-            if known is None and budget.spent + expected > end:
+        passes = 0
+        for index, prompt in enumerate(self.prompts):
+            if budget.spent + trials.answer_cost(scalings, prompt) > end:
                 break
             say(f"probe of DPE, prompt {index + 1}, {len(groupings)} groupings", max(0.0, end - budget.spent))
+            asked: list[float] = []
             try:
-                table.append([trials.answer(one, prompt, NAME).probability for one in scalings])
+                for one in scalings:
+                    if budget.spent + trials.answer_cost([one], prompt) > end:
+                        raise OutOfTime  # passes take longer than was expected
+                    asked.append(trials.answer(one, prompt, NAME).probability)
+                    passes += 1
             except OutOfTime:
                 break
             except Exception as error:
                 reason = refused(error)
                 if reason is None:
                     raise
-                return {"prompts": 0, "left_out": reason}
+                return {"passes": passes, "left_out": reason}
+            table.append(asked)
         if len(table) < LEAST_PROMPTS:
-            return {"prompts": len(table), "left_out": "the time for its probe ended before its second prompt"}
+            return {"passes": passes, "left_out": f"the time for its probe ended before {LEAST_PROMPTS} prompts"}
         means = dict(zip(groupings, np.mean(table, axis=0).tolist(), strict=True))
         chosen, target = self.probe.choose(means), self.prompts[0].length
         return {
+            "passes": passes,
             "groups": list(chosen),
             "window": self.probe.window,
             "prompts": len(table),
@@ -110,3 +117,10 @@ class Probing:
                 for group in range(self.probe.groups)
             ],
         }
+
+    def repeat(self, trials: Trials, known: Row) -> None:
+        """Count what an earlier run of the same probe asked, whose result `known` is, as if it were asked now."""
+        scalings = [self.candidate(one).scaling for one in self.probe.groupings()]
+        asked = itertools.product(self.prompts, scalings)
+        for prompt, scaling in itertools.islice(asked, known["passes"]):
+            trials.answer(scaling, prompt, NAME)

@@ -185,18 +185,18 @@ class Halving:
                 return len(self._affordable(0, candidates, unit, self.budget.left - seconds)[0]) == count
 
             reason = probing.begins(self.trials, affords)
-            if reason is not None:
-                known = {"prompts": 0, "left_out": reason}
-                self.trials.store.keep({**cell, **known})
-        if known is None or known["prompts"]:
-            found = probing.run(self.trials, known, lambda title, seconds: self.say(title, seconds, False))
-            if known is None:
-                self.trials.store.keep({**cell, **found})
-            known = found
+            if reason is None:
+                known = probing.run(self.trials, lambda title, seconds: self.say(title, seconds, False))
+            else:
+                known = {"passes": 0, "left_out": reason}
+            self.trials.store.keep({**cell, **known})
+        else:
+            probing.repeat(self.trials, known)
         if "left_out" in known:
             self.left_out[NAME] = known["left_out"]
             return
-        self._probe, one = known, probing.candidate(tuple(known["groups"]))
+        fields = ("groups", "window", "prompts", "effective_lengths", "reference", "scores")
+        self._probe, one = {name: known[name] for name in fields}, probing.candidate(tuple(known["groups"]))
         if one.spec not in [other.spec for other in self.candidates]:
             self._add([one])
 
