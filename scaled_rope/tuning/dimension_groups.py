@@ -9,9 +9,9 @@ in long texts are asked for. The g under which most is found is that group's.
 The constants are those of the paper's code (https://github.com/LuLuLuyi/DPE, `effective_length_detection`), written as
 ratios: eight groups, a window of L/8 (1024 of 8192), 2·s for the groups that are not probed, and powers of two from 1
 up to T/w, at which all of the text lies within two windows (as in its commit c32fd56; in a93eaf8 there are seven sizes
-around 2·s, of which some are larger). Different here: the score is up to the caller, where the
-code counts needles that are found; between equal scores the g nearest to that of the others is taken, where the code
-leaves the choice to its reader.
+around 2·s, of which some are larger). Different here: the score is up to the caller, where the code counts needles that
+are found; between equal scores the g nearest to that of the others is taken, where the code leaves the choice to its
+reader. What the paper does besides, moving only the pairs with the largest norms of queries and keys, is left out.
 """
 
 from __future__ import annotations
