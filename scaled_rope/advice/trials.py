@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -140,12 +141,12 @@ class Costs:
         """Seconds of a pass over so many tokens."""
         kind = self._kind(scaling)
         if (kind, length) in self._measured:
-            return float(np.median(self._measured[kind, length]))
-        known = {at: float(np.median(took)) for (name, at), took in self._measured.items() if name == kind}
+            return median(self._measured[kind, length])
+        known = {at: median(took) for (name, at), took in self._measured.items() if name == kind}
         if known:  # the nearest length tells how far the estimate is off
             nearest = min(known, key=lambda at: abs(np.log(at / length)))
             return known[nearest] * self._plain(length) / self._plain(nearest)
-        plain = {at: float(np.median(took)) for (name, at), took in self._measured.items() if not name}
+        plain = {at: median(took) for (name, at), took in self._measured.items() if not name}
         if kind and plain:
             nearest = min(plain, key=lambda at: abs(np.log(at / length)))
             return self.GUESS * plain[nearest] * self._plain(length) / self._plain(nearest)
@@ -154,7 +155,7 @@ class Costs:
     def of_control(self, control: Control, length: int) -> float:
         """Seconds of the control of a window of so many tokens."""
         if ("control", length) in self._measured:
-            return float(np.median(self._measured["control", length]))
+            return median(self._measured["control", length])
         pieces = 1 + max(0, -(-(length - control.window) // control.stride))
         return pieces * self._plain(control.window)
 
