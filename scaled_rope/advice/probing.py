@@ -63,7 +63,7 @@ class Probing:
             return None
         minutes = trials.store.budget.seconds / 60
         return (
-            f"its probe of {passes} passes over {length} tokens takes about {duration(needs)} here: an eighth of "
+            f"its probe of {passes} passes over {length} tokens takes about {duration(needs)} here: 1/{SHARE} of "
             f"--minutes {minutes:g} does not pay it beside the other candidates"
         )
 

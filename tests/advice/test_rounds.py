@@ -233,7 +233,7 @@ def test_no_probe_where_the_time_is_for_the_others(tmp_path: Path) -> None:
         found = halving(tmp_path / str(minutes), model, minutes, probing=dpe_probing()).run()
         assert found.probe is None and not any(label.startswith("dpe") for label, _ in model.read)
         assert (
-            f"an eighth of --minutes {minutes:g} does not pay it beside the other candidates" in found.left_out["dpe"]
+            f"1/{SHARE} of --minutes {minutes:g} does not pay it beside the other candidates" in found.left_out["dpe"]
         )
         alone = Scripted()
         assert specs_of(halving(tmp_path / f"{minutes} alone", alone, minutes).run()) == specs_of(found)
