@@ -31,6 +31,7 @@ from benchmarks.common import check_names  # noqa: E402
 from benchmarks.coverage_trial import Trial, judge, quiet, try_type  # noqa: E402
 from benchmarks.small_models import CAUSAL_TYPES, MODEL_TYPES  # noqa: E402
 from scaled_rope.command_line import Parser, run_cli  # noqa: E402
+from scaled_rope.report.page_blocks import with_block  # noqa: E402
 from scaled_rope.results import append_row, provenance, rows_so_far  # noqa: E402
 
 ROWS = ROOT / "data" / "coverage_rows.jsonl"
@@ -131,10 +132,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 def page_with_table(page: str, rows: list[dict[str, Any]]) -> str:
     """The page with the table of these rows between its two marks."""
-    before, found, rest = page.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    assert found and ended, f"{PAGE} has no place for the table"
-    return before + BEGIN + (table(rows) if rows else "") + END + after
+    return with_block(page, BEGIN, END, table(rows) if rows else "", PAGE.name)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
+from scaled_rope.report.page_blocks import with_block
 from scaled_rope.results import Row, rows_so_far, write_atomic
 
 ROWS = ROOT / "benchmarks" / "results" / "gpu.jsonl"
@@ -240,11 +241,7 @@ def roofline(rows: Sequence[Row], path: Path) -> Path | None:
 
 
 def replaced(page: str, content: str) -> str:
-    before, found, rest = page.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not found or not ended:
-        raise ConfigError(f"page: has no part between {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"
+    return with_block(page, BEGIN, END, f"\n\n{content}\n\n", PAGE.name)
 
 
 def plot(rows: Sequence[Row], folder: Path) -> list[Path]:

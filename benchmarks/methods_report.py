@@ -19,8 +19,8 @@ from benchmarks.common import ROOT
 from benchmarks.methods import FACTORS, STUDIES, Study
 from scaled_rope.checkpoint import load_config
 from scaled_rope.command_line import run_cli
-from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.controls import CONTROL, Change, compare
+from scaled_rope.report.page_blocks import with_block
 from scaled_rope.results import read_rows, write_atomic
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.serving.export import export
@@ -149,11 +149,7 @@ def rewritten(page: str, rows: Sequence[Row]) -> str:
     Raises:
         ConfigError: the page lacks them.
     """
-    before, found, rest = page.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not (found and ended):
-        raise ConfigError(f"{PAGE.relative_to(ROOT)} has no place for the tables: {BEGIN.strip()} and {END.strip()}")
-    return f"{before}{BEGIN}\n{page_part(rows)}\n{END}{after}"
+    return with_block(page, BEGIN, END, f"\n{page_part(rows)}\n", PAGE.name)
 
 
 def main(arguments: Sequence[str]) -> int:

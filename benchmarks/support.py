@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
+from scaled_rope.report.page_blocks import with_block
 from scaled_rope.results import append_row, package_version, provenance, read_rows
 
 ROWS = ROOT / "data" / "support_rows.jsonl"
@@ -65,11 +66,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def page_with_table(page: str, rows: Sequence[dict[str, Any]]) -> str:
-    before, found, rest = page.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not found or not ended:
-        raise ConfigError(f"page {PAGE.name} has no place for the table")
-    return before + BEGIN + table(rows) + END + after
+    return with_block(page, BEGIN, END, table(rows), PAGE.name)
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from scaled_rope.report.context_use import control_table
 from scaled_rope.report.demo_opening import demo_opening
 from scaled_rope.report.figures import perplexity_figure
+from scaled_rope.report.page_blocks import with_block
 from scaled_rope.report.summary import Said
 from scaled_rope.report.tables import Cell, ReportRows, Section, Table, load_results, tables_of
 from scaled_rope.report.verdict import Verdict, demo_verdict
@@ -130,12 +131,9 @@ def join(parts: Iterator[str]) -> str:
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def with_block(page: str, block: str, name: str) -> str:
+def with_numbers(page: str, block: str, name: str) -> str:
     """The page with the block between its marks."""
-    before, found, rest = page.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    assert found and ended, f"{name} has no place for the demo's numbers"
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+    return with_block(page, BEGIN, END, f"\n{block}\n", name)
 
 
 def digest(rows: Path = ROWS) -> str:
@@ -164,7 +162,7 @@ def stale() -> list[str]:
     found = []
     for name, block in blocks().items():
         page = (ROOT / name).read_text(encoding="utf-8")
-        if with_block(page, block, name) != page:
+        if with_numbers(page, block, name) != page:
             found.append(name)
     with Image.open(PICTURE) as image:
         if getattr(image, "text", {}).get("Rows") != digest():
@@ -179,7 +177,7 @@ def main() -> int:
         return int(bool(found))
     for name, block in blocks().items():
         page = (ROOT / name).read_text(encoding="utf-8")
-        write_atomic(ROOT / name, with_block(page, block, name))
+        write_atomic(ROOT / name, with_numbers(page, block, name))
     write_atomic(PICTURE, picture())
     return 0
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from scaled_rope.report.page_blocks import with_block
 from scaled_rope.results import read_rows, write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,10 +127,7 @@ def block(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def page_with_block(page: str, rows: Sequence[Row]) -> str:
-    before, found, rest = page.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    assert found and ended, f"{PAGE} has no place for the engines"
-    return before + BEGIN + "\n" + "\n\n".join(block(rows)) + "\n\n" + END + after
+    return with_block(page, BEGIN, END, "\n" + "\n\n".join(block(rows)) + "\n\n", PAGE.name)
 
 
 def main() -> int:

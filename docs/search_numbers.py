@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from scaled_rope.command_line import run_cli
 from scaled_rope.evaluation.statistics import Difference, paired_difference
-from scaled_rope.results import Row, rows_so_far, write_atomic
+from scaled_rope.report.page_blocks import rewrite
+from scaled_rope.results import Row, rows_so_far
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "data" / "search_rows.jsonl"
@@ -156,25 +158,9 @@ def block(path: Path = ROWS) -> str:
     return f"{head}\n{table(rows)}"
 
 
-def with_block(page: str, text: str) -> str:
-    """The page with the block between its marks."""
-    before, found, rest = page.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    assert found and ended, f"{PAGE.name} has no place for the searches"
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
-
-
 def main() -> int:
-    page = PAGE.read_text(encoding="utf-8")
-    made = with_block(page, block())
-    if "--check" not in sys.argv:
-        write_atomic(PAGE, made)
-    elif made != page:
-        print(f"{PAGE.relative_to(ROOT)} shows other rows than {ROWS.relative_to(ROOT)};"
-              f" run python docs/search_numbers.py")  # fmt: skip
-        return 1
-    return 0
+    return rewrite(PAGE, BEGIN, END, f"\n{block()}\n", ROWS, "python docs/search_numbers.py", sys.argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_cli(main))

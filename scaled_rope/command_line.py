@@ -19,6 +19,11 @@ from scaled_rope.errors import ConfigError, shortened, suggestion
 from scaled_rope.versions import check_versions
 
 
+def _word(value: object) -> str:
+    """A value as a flag takes it; 20.0 is 20."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else str(value)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser for an entry script: its description is laid out as written, and a bad flag is a `ConfigError`."""
 
@@ -50,6 +55,21 @@ class Parser(argparse.ArgumentParser):
             if isinstance(error.__context__, ConfigError):
                 raise argparse.ArgumentError(action, str(error.__context__)) from None
             raise
+
+    def repeat(self, args: argparse.Namespace) -> list[str]:
+        """The words that repeat a call: the name of the program, and what differs from the defaults."""
+        given: list[str] = []
+        flags: list[str] = []
+        for action in self._actions:
+            value = getattr(args, action.dest, action.default)
+            if isinstance(action, argparse._HelpAction) or action.dest == "hide_progress":
+                continue
+            if not action.option_strings:
+                given.append(_word(value))
+            elif action.required or value != action.default:
+                for each in value if isinstance(value, list) else [value]:
+                    flags += [action.option_strings[-1], *([] if action.nargs == 0 else [_word(each)])]
+        return [*self.prog.split(), *given, *flags]
 
     def _flags(self) -> list[str]:
         """The flags that the help shows, those of subcommands included."""

@@ -1,21 +1,28 @@
-"""The scalings that are tried on a model for a target length, the likeliest first, and which of them share passes."""
+"""The scalings that are tried on a model for a target length, the likeliest first, and which of them share passes.
+
+Most are listed before anything is read (`short_list`). What DPE's probe finds comes to them (`dpe_probe`), and in the
+second round the better ones that have no attention factor are tried with an attention temperature as well (`sharper`).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from scaled_rope.scaling.constants import beta_grids, constants_note
 from scaled_rope.scaling.frequencies import at_length, rope_values
 from scaled_rope.scaling.record import RopeScaling, resolve_scaling
 from scaled_rope.scaling.registry import METHODS
+from scaled_rope.tuning.dimension_groups import WINDOW, GroupProbe
 
 _ATTENTION_STEPS = (0.5, 1.5)
 """YaRN's ln √(1/t) is tried times these besides 1; times 0 is NTK-by-parts."""
 _NTK_MORE = 2.0
 """NTK-aware scaling is tried with so many times the factor as well: it falls short of its own (YaRN, section 3.1)."""
+SLOPES = (0.5, 1.0)
+"""The slopes of a "log" temperature that are tried, over its default 1/ln L, which is ReRoPE's and SSMax's own."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +111,38 @@ def _of_extended(own: RopeScaling, target: int) -> Iterator[str]:
 
 def _attention_methods(original: int, target: int) -> Iterator[str]:
     """Methods that change attention itself, with windows in the proportions of their papers."""
-    if original < 8:
+    if original < WINDOW:
         return
     yield f"dual-chunk,chunk={original * 3 // 4}"
     window = original // 4
     group = math.ceil((target - window) / (original - window))
     yield f"self-extend,group={group},window={window}"  # its furthest position, window + (target - window)/group, is L
     yield f"rerope,window={original // 2}"
+
+
+def dpe_probe(own: RopeScaling, original: int, target: int, head_dim: int) -> GroupProbe | None:
+    """The probe that finds the groups of a `dpe` candidate; None where no method that changes attention is tried."""
+    pairs = len(rope_values(own, head_dim)[0])
+    if own.method != "default" or original < WINDOW or pairs < 2:
+        return None
+    return GroupProbe.of(original, target, pairs)
+
+
+def sharper(candidate: Candidate, target: int) -> list[Candidate]:
+    """A candidate with attention temperatures, where it leaves the logits as they are at the target.
+
+    Within L they change nothing, unlike an attention factor.
+    """
+    scaling = candidate.scaling
+    if scaling.attention_temperature is not None or at_length(scaling, target).static_attention_factor != 1:
+        return []
+    own = replace(scaling, attention_temperature="log").effective_temperature_slope
+    found = []
+    for times in SLOPES:
+        slope = "" if times == 1 else f",temperature_slope={number(times * own)}"
+        spec = f"{candidate.spec},attention_temperature=log{slope}"
+        found.append(Candidate(spec, resolve_scaling(spec, scaling)))
+    return found
 
 
 def factor_for(target: int, original: int) -> str:
@@ -137,12 +169,17 @@ class Passes:
 
     def __init__(self, candidates: Sequence[RopeScaling], lengths: Iterable[int], head_dim: int) -> None:
         """candidates: all that may be measured, in their order; lengths: those that are asked for, in tokens."""
-        first: dict[tuple[Any, ...], RopeScaling] = {}
+        self._lengths, self._head_dim = list(lengths), head_dim
+        self._first: dict[tuple[Any, ...], RopeScaling] = {}
         self._at: dict[tuple[RopeScaling, int], RopeScaling] = {}
         self._longest: dict[RopeScaling, int] = {}
-        for length in lengths:
+        self.add(candidates)
+
+    def add(self, candidates: Sequence[RopeScaling]) -> None:
+        """Take up further candidates, after those that there are."""
+        for length in self._lengths:
             for one in candidates:
-                stands = first.setdefault(identity(one, length, head_dim), at_length(one, length))
+                stands = self._first.setdefault(identity(one, length, self._head_dim), at_length(one, length))
                 self._at[one, length] = stands
                 self._longest[stands] = max(length, self._longest.get(stands, 0))
 

@@ -19,14 +19,15 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from scaled_rope.advice.candidates import Candidate, Passes, short_list
+from scaled_rope.advice.candidates import SLOPES, Candidate, Passes, dpe_probe, short_list
 from scaled_rope.advice.page import result_rows, write_page
+from scaled_rope.advice.probing import MOST_PROMPTS, NAME, Probing
 from scaled_rope.advice.recipe import write_recipe
 from scaled_rope.advice.rounds import PROMPTS, Halving, Material, Outcome
 from scaled_rope.advice.trials import Budget, Clock, Costs, TimedStore, Trials, model_control
@@ -71,23 +72,13 @@ _MOST_WINDOWS = 96
 """As many windows as all rounds together can use."""
 _REFERENCES = 8
 """Prompts within L that show whether the model retrieves at all."""
-_ROUNDS = ("first round", "second round", "last round")
 
 
 def _command(args: argparse.Namespace) -> str:
-    """The command that repeats a run, from the flags that differ from their defaults."""
-    parser = Parser("advise")
+    """The command that repeats a run."""
+    parser = Parser("scaled-rope advise")
     add_advise_arguments(parser)
-    defaults = vars(parser.parse_args([args.model, "--target", "2"]))
-    words = ["scaled-rope", "advise", args.model, "--target", str(args.target)]
-    for name, default in defaults.items():
-        value = getattr(args, name, default)
-        if name in ("model", "target", "hide_progress") or value == default:
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        for each in value if isinstance(value, list) else [value]:
-            words += [flag, *([] if each is True else [f"{each:g}" if isinstance(each, float) else str(each)])]
-    return portable_command(words)
+    return portable_command(parser.repeat(args))
 
 
 def _loading_arguments(args: argparse.Namespace) -> argparse.Namespace:
@@ -147,15 +138,15 @@ class _Shown:
     opening: str
     """Said when the first round begins: before that, what is wrong is all that is said."""
 
-    def start(self, number: int, index: int, count: int, expected: float) -> None:
-        """A unit of a round begins, which is expected to go on for so many seconds."""
+    def start(self, title: str, expected: float, last: bool) -> None:
+        """A part of the work begins, which is expected to go on for so many seconds; last: nothing comes after it."""
         if self.opening:
             self.bar.write(self.opening, file=sys.stderr)
             self.opening = ""
-        self.bar.set_description(f"{_ROUNDS[number]}, {count} candidates", refresh=False)
+        self.bar.set_description(title, refresh=False)
         left = max(0.0, self.budget.left)
-        # Rounds that screen are followed by others, which take what is left.
-        self.bar.total = round(self.budget.elapsed + (min(left, expected) if number == 2 else left), 1)
+        # What is not the last is followed by others, which take what is left.
+        self.bar.total = round(self.budget.elapsed + (min(left, expected) if last else left), 1)
         self.advance("")
 
     def advance(self, title: str) -> None:
@@ -188,6 +179,8 @@ def run(args: argparse.Namespace, clock: Clock = time.monotonic) -> int:
             f"there is nothing to try on {display_name(args.model)} ({own.label}) beside itself; name scalings with "
             "--scaling"
         )
+    varied = not args.only and own.method == "default"  # a checkpoint's own scaling is not tempered on top
+    probe = None if args.only else dpe_probe(own, original, args.target, job.head_dim)
     hint = f"a smaller --target needs less than {args.target}"
     found = read_windows(args, job, args.target, unused=True, hint=hint, most=4 * _MOST_WINDOWS)
     windows = _mixed(found, args.seed)[:_MOST_WINDOWS]
@@ -241,7 +234,15 @@ def run(args: argparse.Namespace, clock: Clock = time.monotonic) -> int:
                 notes.append(reference)
         question = {"minutes": args.minutes, "seed": args.seed, "candidates": [one.spec for one in listed]}
         question |= {"text": _fingerprint(windows), "retrieval": bool(prompts)}
-        halving = Halving(trials, baseline, listed, Material.of(windows, prompts), question, shown.start)
+        question |= {"probe": None if probe is None else asdict(probe), "slopes": list(SLOPES) if varied else []}
+        probing, left_out = None, dict[str, str]()
+        if probe is not None and prompts:
+            facts = fact_prompts(tokenizer, args.target, MOST_PROMPTS, args.seed, texts, "dpe")
+            probing = Probing(probe, own, facts)
+        elif probe is not None:
+            left_out[NAME] = "its probe asks for hidden facts, and retrieval is left out"
+        material = Material.of(windows, prompts)
+        halving = Halving(trials, baseline, listed, material, question, shown.start, probing, varied, left_out)
         outcome = halving.run()
         bar.total = bar.n
     return _answer(args, job, trials, outcome, notes, data, record, timed["parameters"])
@@ -359,6 +360,7 @@ def _answer(
         "screened": screened,
         "left_out": outcome.left_out,
         "rounds": outcome.rounds,
+        "probe": outcome.probe,
         "seconds": round(spent, 1),
         "provenance": record,
     }
@@ -377,11 +379,11 @@ def _answer(
 
 
 def _training(use: Judged, judged: Sequence[Judged]) -> Judged | None:
-    """The scaling to train with: the one to use, or the best that is static and leaves attention as it is."""
+    """The scaling to train with: the one to use, or the best that is static and of tables alone, as servers know."""
     able = []
     for one in judged:
         scaling = one.measured.candidate.scaling
-        if not (scaling.changes_attention or scaling.is_length_dependent or one.spec in AS_IT_IS):
+        if not (scaling.beyond_tables or scaling.is_length_dependent or one.spec in AS_IT_IS):
             able.append(one)
     if use in able:
         return use

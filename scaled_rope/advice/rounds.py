@@ -1,8 +1,10 @@
 """Successive halving under a budget: many candidates on little text, the best few on more.
 
+0. DPE's probe, where there is time for it, which makes one candidate more.
 1. Every candidate, the likeliest first, as many as half of the time can pay for one unit each: a window of text, and a
    prompt of each length beyond L.
-2. The better two fifths, on other windows and prompts, where there is time for it.
+2. The better two fifths, on other windows and prompts, where there is time for it; beside the best three of them that
+   have no attention factor, the same with attention temperatures.
 3. The best three, the static form of one that follows the length (which costs little more), the model as it is and the
    control, on the windows and prompts that have chosen nothing: these results are the ones that count. At least three
    units, then more as long as there is time.
@@ -13,11 +15,12 @@ ends. "Best" are those with the lowest loss beyond L and those with the best ret
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from scaled_rope.advice.candidates import Candidate
+from scaled_rope.advice.candidates import Candidate, sharper
+from scaled_rope.advice.probing import NAME, Probing
 from scaled_rope.advice.trials import Budget, Measured, OutOfTime, Trials, Unit, refused
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt
@@ -34,6 +37,7 @@ SCREENED, FINAL = 12, 48
 PROMPTS = 2 * SCREENED + FINAL
 """Prompts of each length, enough for all rounds."""
 _METRIC = "advice_round"
+_ROUNDS = ("first round", "second round", "last round")
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Outcome:
         screened: all others that were measured, with their last measurements, the best last.
         left_out: spec -> why it was not measured, or not to the end.
         rounds: candidates and units of each round.
+        probe: the result of DPE's probe, None without one.
     """
 
     baseline: Measured
@@ -89,6 +94,7 @@ class Outcome:
     screened: list[Measured] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     rounds: list[Row] = field(default_factory=list)
+    probe: Row | None = None
 
 
 @dataclass(eq=False)
@@ -101,7 +107,10 @@ class Halving:
         candidates: in their order.
         material: windows and prompts.
         question: what was asked, as rows of rounds have it in their protocol: another question, other rounds.
-        say: is told what happens.
+        say: is told what begins, how many seconds it is expected to go on, and whether nothing comes after it.
+        probing: DPE's probe; None: none.
+        temperatures: whether candidates are tried with attention temperatures too.
+        left_out: spec -> why it is not measured, as far as that is known before.
     """
 
     trials: Trials
@@ -109,9 +118,12 @@ class Halving:
     candidates: Sequence[Candidate]
     material: Material
     question: Row
-    say: Any = print
+    say: Callable[[str, float, bool], Any] = lambda title, seconds, last: None
+    probing: Probing | None = None
+    temperatures: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
     _courses: list[Row] = field(default_factory=list)
+    _probe: Row | None = None
 
     @property
     def budget(self) -> Budget:
@@ -148,12 +160,59 @@ class Halving:
         if need > self.budget.left and not self._known(2):
             raise ConfigError(self._too_little(need))
         screened: dict[str, Measured] = {}
+        self._find_groups()
         alive = list(self.candidates)
         for number in (0, 1):
+            if number == 1 and screened and self.material.windows[1]:
+                alive = self._with_temperatures(alive)
             alive = self._screen(number, alive, screened)
             if not alive:
                 raise ConfigError(f"no candidate can be measured: {'; '.join(dict.fromkeys(self.left_out.values()))}")
         return self._finish(alive, screened)
+
+    def _find_groups(self) -> None:
+        """Let DPE's probe add a candidate, or note why there is none."""
+        if self.probing is None:
+            return
+        probing, cell = self.probing, self._cell("probe")
+        known = self.trials.store.find(cell)
+        self.trials.passes.add([probing.reference.scaling])
+        if known is None:
+            unit, count = self._units(0)[0], len(self.candidates) + 1
+            candidates = [*self.candidates, probing.reference]
+
+            def affords(seconds: float) -> bool:
+                return len(self._affordable(0, candidates, unit, self.budget.left - seconds)[0]) == count
+
+            reason = probing.begins(self.trials, affords)
+            if reason is None:
+                known = probing.run(self.trials, lambda title, seconds: self.say(title, seconds, False))
+            else:
+                known = {"passes": 0, "left_out": reason}
+            self.trials.store.keep({**cell, **known})
+        else:
+            probing.repeat(self.trials, known)
+        if "left_out" in known:
+            self.left_out[NAME] = known["left_out"]
+            return
+        fields = ("groups", "window", "prompts", "effective_lengths", "reference", "scores")
+        self._probe, one = {name: known[name] for name in fields}, probing.candidate(tuple(known["groups"]))
+        if one.spec not in [other.spec for other in self.candidates]:
+            self._add([one])
+
+    def _with_temperatures(self, alive: list[Candidate]) -> list[Candidate]:
+        """The candidates, and then the best of those that have no attention factor with attention temperatures."""
+        if not self.temperatures:
+            return alive
+        found = [some for one in alive if (some := sharper(one, self.trials.target))][:FINALISTS]
+        new = [one for some in found for one in some if one.scaling not in [other.scaling for other in self.candidates]]
+        self._add(new)
+        return [*alive, *new]
+
+    def _add(self, candidates: Sequence[Candidate]) -> None:
+        """Take up further candidates."""
+        self.candidates = [*self.candidates, *candidates]
+        self.trials.passes.add([one.scaling for one in candidates])
 
     def _too_little(self, need: float) -> str:
         whole = need + self.budget.spent + self.budget.reserve
@@ -190,10 +249,15 @@ class Halving:
         screened.update({one.candidate.spec: one for one in measured})
         return [one.candidate for one in best_of(measured, wanted)]
 
-    def _affordable(self, number: int, alive: list[Candidate], unit: Unit) -> tuple[list[Candidate], float]:
-        """The first candidates that the round's share of the time can pay one unit each for, and that share."""
-        kept = self._last_cost(self._dearest(alive))
-        share = min(self.budget.left / 2, self.budget.left - kept)
+    def _affordable(
+        self, number: int, alive: list[Candidate], unit: Unit, left: float | None = None
+    ) -> tuple[list[Candidate], float]:
+        """The first candidates that the round's share of the time can pay one unit each for, and that share.
+
+        left: the seconds that there are; None: those of the budget.
+        """
+        kept, left = self._last_cost(self._dearest(alive)), self.budget.left if left is None else left
+        share = min(left / 2, left - kept)
         if number == 0:  # half of it for the second, if the first can be paid with the other half
             if self._unit_cost(alive, unit, False, set()) <= share / 2:
                 share /= 2
@@ -241,7 +305,7 @@ class Halving:
             raise ConfigError(f"no candidate can be measured: {'; '.join(dict.fromkeys(self.left_out.values()))}")
         specs = {one.candidate.spec for one in finalists}
         others = [one for spec, one in screened.items() if spec not in specs]
-        return Outcome(baseline, control, finalists, others, self.left_out, self._courses)
+        return Outcome(baseline, control, finalists, others, self.left_out, self._courses, self._probe)
 
     def _with_static(self, chosen: Sequence[Candidate]) -> list[Candidate]:
         """Finalists, and for each that follows the length the static form that computes the same at the target.
@@ -278,7 +342,9 @@ class Halving:
                 end is not None and index and self.budget.spent + expected > end
             ):
                 break
-            self.say(number, index, len(found), self._plan(found, units[index:], last, end))
+            self.say(
+                f"{_ROUNDS[number]}, {len(found)} candidates", self._plan(found, units[index:], last, end), number == 2
+            )
             pieces: dict[str, Measured] = {}
             try:
                 if baseline is not None and control is not None:
@@ -322,7 +388,7 @@ class Halving:
 
     # The course of the rounds, as rows.
 
-    def _cell(self, number: int) -> Row:
+    def _cell(self, number: int | str) -> Row:
         return {
             "metric": _METRIC,
             **self.trials.identity,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,7 @@ class Costs:
     @staticmethod
     def _kind(scaling: RopeScaling | None) -> str:
         """ "control" for None; the method where it changes attention; else the same for all."""
-        return "control" if scaling is None else scaling.label if scaling.changes_attention else ""
+        return "control" if scaling is None else scaling.method if scaling.changes_attention else ""
 
     def add(self, scaling: RopeScaling | None, length: int, seconds: float) -> None:
         """Note the time of a measured pass; scaling None: of the control of a window."""
@@ -140,12 +141,12 @@ class Costs:
         """Seconds of a pass over so many tokens."""
         kind = self._kind(scaling)
         if (kind, length) in self._measured:
-            return float(np.median(self._measured[kind, length]))
-        known = {at: float(np.median(took)) for (name, at), took in self._measured.items() if name == kind}
+            return median(self._measured[kind, length])
+        known = {at: median(took) for (name, at), took in self._measured.items() if name == kind}
         if known:  # the nearest length tells how far the estimate is off
             nearest = min(known, key=lambda at: abs(np.log(at / length)))
             return known[nearest] * self._plain(length) / self._plain(nearest)
-        plain = {at: float(np.median(took)) for (name, at), took in self._measured.items() if not name}
+        plain = {at: median(took) for (name, at), took in self._measured.items() if not name}
         if kind and plain:
             nearest = min(plain, key=lambda at: abs(np.log(at / length)))
             return self.GUESS * plain[nearest] * self._plain(length) / self._plain(nearest)
@@ -154,7 +155,7 @@ class Costs:
     def of_control(self, control: Control, length: int) -> float:
         """Seconds of the control of a window of so many tokens."""
         if ("control", length) in self._measured:
-            return float(np.median(self._measured["control", length]))
+            return median(self._measured["control", length])
         pieces = 1 + max(0, -(-(length - control.window) // control.stride))
         return pieces * self._plain(control.window)
 
@@ -342,14 +343,30 @@ class Trials:
             into.nats.append(nats)
             into.windows.append(unit.window)
         for length, prompt in unit.prompts.items():
-            scaling = self.passes.at(candidate.scaling, length)
-            answers = self.answers
-            (cell,) = answers.cells([scaling], [prompt])
-            self._check(cell, self.costs.of(scaling, length))
-            (answer,) = answers.measure(scaling, [prompt])
-            self._note(cell, scaling, length, candidate.spec)
+            answer = self.answer(self.passes.at(candidate.scaling, length), prompt, candidate.spec)
             into.answers.setdefault(length, []).append(answer)
             into.prompts.setdefault(length, []).append(prompt)
+
+    def answer(self, scaling: RopeScaling, prompt: PasskeyPrompt, title: str) -> Answer:
+        """The answer to a prompt under a static scaling; title: what progress is told.
+
+        Raises:
+            ConfigError, OutOfTime: as `measure` does.
+        """
+        answers = self.answers
+        (cell,) = answers.cells([scaling], [prompt])
+        self._check(cell, self.costs.of(scaling, prompt.length))
+        (answer,) = answers.measure(scaling, [prompt])
+        self._note(cell, scaling, prompt.length, title)
+        return answer
+
+    def answer_cost(self, scalings: Sequence[RopeScaling], prompt: PasskeyPrompt) -> float:
+        """Seconds that the answers to a prompt are expected to take; known rows take none."""
+        taken = set[str]()
+        return sum(
+            self._unknown(self._key(one, prompt, prompt.length), taken, self.costs.of(one, prompt.length))
+            for one in scalings
+        )
 
     def measure_control(self, unit: Unit, into: Measured) -> None:
         """Measure the control of a unit."""

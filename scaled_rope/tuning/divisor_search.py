@@ -66,18 +66,10 @@ _REFERENCES = 8
 
 
 def _command(args: argparse.Namespace) -> str:
-    """The command that repeats a run, from the flags that differ from their defaults."""
-    parser = Parser("search")
+    """The command that repeats a run."""
+    parser = Parser("scaled-rope search")
     add_search_arguments(parser)
-    defaults = vars(parser.parse_args([args.model, "--target", "2"]))
-    words = ["scaled-rope", "search", args.model, "--target", str(args.target)]
-    for name, default in defaults.items():
-        value = getattr(args, name, default)
-        if name in ("model", "target", "hide_progress") or value == default:
-            continue
-        for each in value if isinstance(value, list) else [value]:
-            words += [f"--{name.replace('_', '-')}", *([] if each is True else [str(each)])]
-    return portable_command(words)
+    return portable_command(parser.repeat(args))
 
 
 def _space(args: argparse.Namespace, job: ModelJob) -> Space:

@@ -82,12 +82,13 @@ def fact_prompt(
 
 
 def fact_prompts(
-    tokenizer: Any, length: int, count: int, seed: int, texts: Sequence[Sequence[int]]
+    tokenizer: Any, length: int, count: int, seed: int, texts: Sequence[Sequence[int]], purpose: str = "tune"
 ) -> list[PasskeyPrompt]:
     """Make the prompts of one length: depths spread evenly, wordings in turn, every other one in plain sentences.
 
     Args:
         texts: token ids of the texts that the others are hidden in.
+        purpose: prompts of another purpose are others.
 
     Raises:
         ConfigError: the length is too short for a prompt.
@@ -95,7 +96,7 @@ def fact_prompts(
     sentences = encode(tokenizer, FILLER)
     prompts = []
     for index in range(count):
-        rng = random.Random(f"tune/{seed}/{length}/{index}")
+        rng = random.Random(f"{purpose}/{seed}/{length}/{index}")
         key, jitter, text = rng.randint(*KEYS), rng.random(), rng.choice(texts)
         filler = sentences if index % 2 else text
         # Steps of the golden ratio spread any part of the prompts evenly over depths.

@@ -289,15 +289,10 @@ def report(summary: Row) -> str:
 
 
 def _command(args: argparse.Namespace) -> str:
-    """The command that repeats a run, from the flags that differ from their defaults."""
-    parser = Parser("tune")
+    """The command that repeats a run."""
+    parser = Parser("scaled-rope tune")
     add_tune_arguments(parser)
-    words = ["scaled-rope", "tune"]
-    for name, default in vars(parser.parse_args([])).items():
-        value = getattr(args, name, default)
-        if value != default:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return portable_command(words)
+    return portable_command(parser.repeat(args))
 
 
 def loading_arguments(args: argparse.Namespace) -> argparse.Namespace:

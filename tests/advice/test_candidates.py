@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from scaled_rope import ConfigError, RopeScaling
-from scaled_rope.advice.candidates import Passes, factor_for, identity, short_list
+from scaled_rope.advice.candidates import Passes, dpe_probe, factor_for, identity, sharper, short_list
 from scaled_rope.attention.methods import attention_regions
 from tests.helpers.advice import HEAD_DIM, OWN, TARGET, L
 
@@ -59,6 +61,32 @@ def test_a_model_with_a_scaling_is_tried_under_its_own() -> None:
     assert short_list(rerope, 256, 4096, 64) == []
 
 
+def test_temperatures_are_near_their_own_and_only_where_there_is_none() -> None:
+    found = {one.spec: sharper(one, 2048) for one in short_list(EMBEDDED, 256, 2048, 64)}
+    assert [spec for spec, some in found.items() if not some] == [
+        spec for spec in found if spec.startswith(("yarn", "dynamic-yarn"))
+    ]
+    slope = 1 / math.log(256)
+    for spec, some in found.items():
+        if some:
+            half, whole = some
+            assert whole.spec == f"{spec},attention_temperature=log"
+            assert whole.scaling.effective_temperature_slope == pytest.approx(slope)
+            assert half.scaling.effective_temperature_slope == pytest.approx(slope / 2, abs=5e-5)  # four decimals
+            assert half.scaling.method == whole.scaling.method == spec.partition(":")[0].partition(",")[0]
+            assert sharper(whole, 2048) == []
+    (rerope,) = [some[1].scaling for spec, some in found.items() if spec.startswith("rerope")]
+    assert rerope == RopeScaling.from_spec("rerope,window=128,logn=true", EMBEDDED)  # its source's own form
+
+
+def test_which_models_are_probed_for_groups() -> None:
+    probe = dpe_probe(EMBEDDED, 256, 2048, 64)
+    assert probe is not None and (probe.groups, probe.window, probe.reference) == (8, 32, 16)
+    assert dpe_probe(EMBEDDED, 256, 2048, 6).groups == 3  # type: ignore[union-attr]
+    assert dpe_probe(EMBEDDED, 256, 2048, 2) is dpe_probe(EMBEDDED, 7, 2048, 64) is None
+    assert dpe_probe(RopeScaling("yarn", 8, 256), 2048, 4096, 64) is None
+
+
 def test_equal_scalings_share_passes() -> None:
     dynamic = RopeScaling.from_spec("dynamic-yarn", OWN)
     yarn = RopeScaling.from_spec("yarn:8", OWN)
@@ -66,6 +94,9 @@ def test_equal_scalings_share_passes() -> None:
     assert passes.at(dynamic, 512) is passes.at(yarn, 512) is passes.at(yarn, 64) == yarn
     assert passes.at(dynamic, 64) == OWN and passes.at(dynamic, 128) == RopeScaling.from_spec("yarn:2", OWN)
     assert passes.longest(yarn) == 512 and passes.longest(passes.at(dynamic, 128)) == 128
+    stepped = RopeScaling.from_spec("dynamic-yarn:1,dynamic_step=2", OWN)
+    passes.add([stepped])
+    assert passes.at(stepped, 512) is passes.at(yarn, 512)  # one that comes later joins those that there are
 
 
 def test_factors() -> None:

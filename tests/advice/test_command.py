@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scaled_rope.advice import command
+from scaled_rope.advice import command, probing
 from scaled_rope.checkpoint import DEFAULT_MODEL, load_tokenizer
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.evaluation.jobs import ModelLoader
@@ -110,6 +110,43 @@ def test_the_command_end_to_end(
     for one in (again, summary):
         del one["provenance"], one["seconds"]
     assert again == summary
+
+
+def test_the_probe_of_dpe_makes_a_candidate(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    flags = [checkpoint, "--target", 256, "--dataset", texts, "--minutes", 0.5, "--output", out, "--json"]
+    monkeypatch.setattr(command, "LEAST_FOUND", 0.0)  # its weights are random, so it finds nothing
+    monkeypatch.setattr(command, "time_passes", lambda model, lengths: [0.005, 0.01])
+    monkeypatch.setattr(probing, "SHARE", 4)  # most of this time is that of asking for the time
+    assert command.run(arguments(*flags), Ticking(0.01)) == 0
+    told = json.loads(capsys.readouterr().out)
+    probe, left_out = told["probe"], told["left_out"]
+    assert "dpe" not in left_out and probe["window"] == 16 and probe["reference"] == 4
+    assert probe["prompts"] >= 2 and len(probe["groups"]) == len(probe["scores"])
+    assert all(set(scores) == {"1", "2", "4", "8", "16"} for scores in probe["scores"])
+    for size, scores, length in zip(probe["groups"], probe["scores"], probe["effective_lengths"], strict=True):
+        assert scores[str(size)] == max(scores.values()) and length == 16 + -(-240 // size)
+    spec = f"dpe,groups={'+'.join(map(str, probe['groups']))},window=16"
+    assert spec in told["rounds"][0]["candidates"]
+    rows = read_rows(out / "rows.jsonl")
+    asked = [row for row in rows if row["metric"] == "answer_nll" and row["scaling"]["method"] == "dpe"]
+    groupings = {tuple(row["scaling"]["params"]["groups"]) for row in asked}
+    assert len(groupings - {tuple(probe["groups"])}) >= 4 * len(probe["groups"])
+    assert any("attention_temperature=log" in one for one in told["rounds"][1]["candidates"])
+    assert told["seconds"] <= 30
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(ModelLoader, "__call__", refuse)
+    assert command.run(arguments(*flags), Ticking(0.01)) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert read_rows(out / "rows.jsonl") == rows
+    for one in (again, told):
+        del one["provenance"], one["seconds"]
+    assert again == told
 
 
 def test_a_model_that_does_not_retrieve_is_judged_by_perplexity(

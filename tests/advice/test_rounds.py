@@ -9,11 +9,23 @@ from typing import Any
 import pytest
 
 from scaled_rope import RopeScaling
-from scaled_rope.advice.candidates import short_list
+from scaled_rope.advice.candidates import sharper, short_list
+from scaled_rope.advice.probing import LEAST_PROMPTS, SHARE
 from scaled_rope.advice.rounds import FINALISTS, Material
 from scaled_rope.errors import ConfigError
 from scaled_rope.results import read_rows
-from tests.helpers.advice import HEAD_DIM, OWN, TARGET, L, Scripted, halving, prompts, windows
+from tests.helpers.advice import (
+    GROUPS,
+    HEAD_DIM,
+    OWN,
+    TARGET,
+    L,
+    Scripted,
+    dpe_probing,
+    halving,
+    prompts,
+    windows,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -189,3 +201,118 @@ def test_without_retrieval_perplexity_decides(tmp_path: Path) -> None:
     found = halving(tmp_path, Scripted(), 10, retrieval=False).run()
     assert found.baseline.answers == {} and found.finalists[0].retrieval == 0.0
     assert {one.candidate.spec for one in found.finalists} & {"yarn:8", "dynamic-yarn"}
+
+
+# ------------------------------------------------------------------------------------------ DPE's probe, temperatures
+
+FOUND = f"dpe,groups={'+'.join(map(str, GROUPS))},window=8"
+
+
+def specs_of(found: Any) -> list[str]:
+    return [one.candidate.spec for one in [*found.finalists, *found.screened]]
+
+
+def test_the_probe_finds_the_groups_within_its_share(tmp_path: Path) -> None:
+    model, minutes = Scripted(), 30.0
+    rounds = halving(tmp_path, model, minutes, probing=dpe_probing())
+    passes = len(dpe_probing().probe.groupings())
+    found = rounds.run()
+    assert found.probe is not None and found.probe["groups"] == list(GROUPS)
+    assert found.probe["effective_lengths"] == [8 + -(-504 // size) for size in GROUPS]
+    asked = [length for label, length in model.read if label.startswith("dpe")][: found.probe["prompts"] * passes]
+    assert set(asked) == {TARGET} and found.probe["prompts"] >= LEAST_PROMPTS
+    assert 2 * len(asked) <= 60 * minutes / SHARE  # a pass of a method that changes attention takes two seconds
+    assert rounds.budget.spent <= 60 * minutes
+    assert FOUND in specs_of(found) and "dpe" not in found.left_out
+    assert FOUND in [one.candidate.spec for one in found.finalists]
+
+
+def test_no_probe_where_the_time_is_for_the_others(tmp_path: Path) -> None:
+    for minutes in (1.2, 10):
+        model = Scripted()
+        found = halving(tmp_path / str(minutes), model, minutes, probing=dpe_probing()).run()
+        assert found.probe is None and not any(label.startswith("dpe") for label, _ in model.read)
+        assert (
+            f"1/{SHARE} of --minutes {minutes:g} does not pay it beside the other candidates" in found.left_out["dpe"]
+        )
+        alone = Scripted()
+        assert specs_of(halving(tmp_path / f"{minutes} alone", alone, minutes).run()) == specs_of(found)
+        assert alone.read == model.read  # it costs nothing
+
+
+def test_a_family_that_cannot_is_named_after_one_pass(tmp_path: Path) -> None:
+    model = Scripted()
+
+    def refuse(scaling: RopeScaling) -> None:
+        if scaling.changes_attention:
+            raise ConfigError(f"method {scaling.method!r}: cannot be used with tiny models")
+
+    model.refuses = refuse
+    found = halving(tmp_path, model, 30, probing=dpe_probing()).run()
+    assert found.left_out["dpe"] == "method 'dpe': cannot be used with tiny models" and found.probe is None
+    before = len(model.read)
+    again = halving(tmp_path, model, 30, probing=dpe_probing()).run()
+    assert len(model.read) == before and again.left_out == found.left_out
+
+
+def test_a_probe_that_becomes_slow_ends(tmp_path: Path) -> None:
+    model = Scripted()
+
+    def slowing(scaling: RopeScaling) -> None:  # called before each pass
+        model.slow = 10.0 if scaling.method == "dpe" else 1.0
+
+    model.refuses = slowing
+    rounds = halving(tmp_path, model, 30, probing=dpe_probing())
+    found = rounds.run()
+    assert found.left_out["dpe"] == "the time for its probe ended before 2 prompts"
+    count = sum(label.startswith("dpe") for label, _ in model.read)
+    assert 1 < count <= 1 + 1800 / SHARE / 20  # the first pass takes longer than was expected
+    assert rounds.budget.spent <= 1800 and len(found.finalists) >= FINALISTS
+    before = len(model.read)
+    assert halving(tmp_path, model, 30, probing=dpe_probing()).run().left_out == found.left_out
+    assert len(model.read) == before
+
+
+def test_temperatures_come_in_the_second_round(tmp_path: Path) -> None:
+    model = Scripted({"dual-chunk": 0.02, "yarn": 0.05, "ntk": 0.1, "ntk-by-parts": 0.04, "rerope": 0.03})
+    model.tempered = -0.01
+    rounds = halving(tmp_path, model, 30, temperatures=True)
+    found = rounds.run()
+    first, second, last = ([*one["candidates"]] for one in found.rounds)
+    assert not any("temperature" in spec for spec in first)
+    tempered = [spec for spec in second if "temperature" in spec]
+    assert len(tempered) == 6 and second[-6:] == tempered  # of the best three that have no attention factor
+    assert all("attention_temperature=log" in spec for spec in last[:2]) and last[0].startswith("dual-chunk")
+    assert rounds.budget.spent <= 1800
+    listed = short_list(OWN, L, TARGET, HEAD_DIM)
+    assert {spec for spec in tempered} <= {one.spec for some in listed for one in sharper(some, TARGET)}
+    few = halving(tmp_path / "few", Scripted(), 1.2, temperatures=True).run()  # no time for a second round
+    assert not any("temperature" in spec for spec in specs_of(few))
+
+
+def test_a_run_with_probe_and_temperatures_continues_where_it_was_cut(tmp_path: Path) -> None:
+    def rounds(folder: str, model: Scripted) -> Any:
+        return halving(tmp_path / folder, model, 30, probing=dpe_probing(), temperatures=True)
+
+    model = Scripted()
+    whole = rounds("whole", model).run()
+    before, rows = len(model.read), read_rows(tmp_path / "whole" / "rows.jsonl")
+    again = rounds("whole", model).run()
+    assert len(model.read) == before and read_rows(tmp_path / "whole" / "rows.jsonl") == rows
+    for one in (again, whole):
+        assert one.probe is not None and any("temperature" in spec for spec in specs_of(one))
+    assert specs_of(again) == specs_of(whole) and again.rounds == whole.rounds and again.probe == whole.probe
+
+    for cut in (40, 130):  # in the probe, and after it
+        model, folder = Scripted(), f"cut {cut}"
+
+        def die(scaling: RopeScaling, model: Scripted = model, cut: int = cut) -> None:
+            if len(model.read) == cut:
+                model.refuses = lambda scaling: None
+                raise KeyboardInterrupt
+
+        model.refuses = die
+        with pytest.raises(KeyboardInterrupt):
+            rounds(folder, model).run()
+        assert specs_of(rounds(folder, model).run()) == specs_of(whole)
+        assert read_rows(tmp_path / folder / "rows.jsonl") == rows

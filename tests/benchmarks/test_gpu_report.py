@@ -54,7 +54,7 @@ def test_report_is_the_newest_rows(tmp_path: Path) -> None:
         else []
     )
     page.write_text("no markers")
-    with pytest.raises(ConfigError, match="has no part between"):
+    with pytest.raises(ConfigError, match="has no place for this"):
         gpu_report.main(arguments)
 
 

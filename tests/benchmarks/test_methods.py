@@ -75,7 +75,7 @@ def test_the_part_between_the_marks_is_replaced() -> None:
     new = methods_report.rewritten(page, rows())
     assert new.startswith("a\n") and new.endswith("b\n") and "old" not in new and "`yarn:2`" in new
     assert methods_report.rewritten(new, rows()) == new
-    with pytest.raises(ConfigError, match="has no place for the tables"):
+    with pytest.raises(ConfigError, match="has no place for this"):
         methods_report.rewritten("a page without marks\n", rows())
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from scaled_rope.advice.candidates import Candidate, Passes, short_list
+from scaled_rope.advice.candidates import Candidate, Passes, dpe_probe, short_list
+from scaled_rope.advice.probing import MOST_PROMPTS, Probing
 from scaled_rope.advice.rounds import PROMPTS, Halving, Material
 from scaled_rope.advice.trials import Budget, Costs, TimedStore, Trials
 from scaled_rope.evaluation.controls import Control
@@ -23,7 +24,12 @@ from scaled_rope.tuning.prompts import retrieval_lengths
 L, TARGET, HEAD_DIM = 64, 512, 16
 OWN = RopeScaling("default", original_max_position_embeddings=L)
 IDENTITY: Row = {"model_fingerprint": "m", "dtype": "float32", "scaling": OWN.to_dict(), "data": {"name": "random"}}
-QUALITY: dict[str, float] = {"yarn": 0.0, "ntk-by-parts": 0.1, "llama3": 0.3, "ntk": 0.2, "dual-chunk": 0.05}
+GROUPS = (1, 2, 4, 8, 16, 32, 64, 16)
+"""The groups of DPE that the scripted model reads best, a penalty of `GROUP_STEP` for each factor of 2 besides."""
+GROUP_STEP = 0.01
+QUALITY: dict[str, float] = {
+    "yarn": 0.0, "ntk-by-parts": 0.1, "llama3": 0.3, "ntk": 0.2, "dual-chunk": 0.05, "dpe": 0.0,
+}  # fmt: skip
 """Nats per token beyond L above the best, by method; of all others 1."""
 
 
@@ -45,11 +51,19 @@ class Scripted:
         self.clock, self.quality, self.known = Clock(), quality, known
         self.read: list[tuple[str, int]] = []
         self.slow = 1.0
+        self.tempered = 0.02
+        """Nats per token that an attention temperature costs."""
         self.refuses: Callable[[RopeScaling], None] = lambda scaling: None
 
     def penalty(self, scaling: RopeScaling) -> float:
         """Nats per token beyond L above the best."""
-        return self.quality.get(scaling.method, 1.0) + (0.0 if scaling.attention_factor is None else 0.03)
+        nats = self.quality.get(scaling.method, 1.0) + (0.0 if scaling.attention_factor is None else 0.03)
+        if scaling.method == "dpe":
+            steps = [abs(math.log2(size / best)) for size, best in zip(scaling.params["groups"], GROUPS, strict=True)]
+            nats += GROUP_STEP * sum(steps)
+        if scaling.attention_temperature is not None:
+            nats += self.tempered
+        return nats
 
     def _pass(self, scaling: RopeScaling, length: int) -> None:
         self.refuses(scaling)
@@ -93,6 +107,8 @@ def halving(
     count: int = 16,
     retrieval: bool = True,
     candidates: Sequence[Candidate] | None = None,
+    probing: Probing | None = None,
+    temperatures: bool = False,
 ) -> Halving:
     """The rounds over a scripted model, from the rows that `folder` holds."""
     listed = short_list(OWN, L, TARGET, HEAD_DIM) if candidates is None else list(candidates)
@@ -114,7 +130,18 @@ def halving(
     )
     material = Material.of(windows(count), prompts(ends) if retrieval else {})
     question = {"minutes": minutes, "candidates": [one.spec for one in listed]}
-    return Halving(trials, Candidate("default", OWN), listed, material, question, lambda *told: None)
+    question |= {"probe": probing is not None, "temperatures": temperatures}
+    return Halving(
+        trials, Candidate("default", OWN), listed, material, question, probing=probing, temperatures=temperatures
+    )
+
+
+def dpe_probing() -> Probing:
+    """DPE's probe of the scripted model."""
+    probe = dpe_probe(OWN, L, TARGET, HEAD_DIM)
+    assert probe is not None
+    facts = [PasskeyPrompt([i] * (TARGET - 6), [2] * 6, 100_000 + i, 0.5, TARGET, 9) for i in range(MOST_PROMPTS)]
+    return Probing(probe, OWN, facts)
 
 
 def perplexity_ratio(one: float, other: float) -> float:
