@@ -38,6 +38,19 @@ def run_prepare_commands(recipe: str) -> None:
         raise ConfigError(f"the prepare commands of recipe {read_recipe(recipe).name!r} failed")
 
 
+def between_marks(page: str, begin: str, end: str, content: str) -> str:
+    """A page with other content between two marks, with a blank line on either side.
+
+    Raises:
+        ConfigError: the page lacks the marks.
+    """
+    before, found, rest = page.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise ConfigError(f"page: has no part between {begin} and {end}")
+    return f"{before}{begin}\n\n{content.strip()}\n\n{end}{after}"
+
+
 def resident_bytes(process: int | str = "self") -> tuple[int, int]:
     """Bytes of a process's resident memory, and how many are anonymous: not pages of files, which can be taken back.
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.common import ROOT, between_marks
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.results import Row, rows_so_far, write_atomic
@@ -239,14 +239,6 @@ def roofline(rows: Sequence[Row], path: Path) -> Path | None:
     return path
 
 
-def replaced(page: str, content: str) -> str:
-    before, found, rest = page.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not found or not ended:
-        raise ConfigError(f"page: has no part between {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"
-
-
 def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Bandwidth and tokens per second against T, a file per metric; nothing without matplotlib."""
     try:
@@ -328,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.check:
         names = [path.name for path in sorted(args.images.glob("gpu-*.png"))] if rows else []
     shown = "".join(f"\n\n![{name}](images/{name})" for name in sorted(names))
-    wanted = replaced(page, report(rows) + shown)
+    wanted = between_marks(page, BEGIN, END, report(rows) + shown)
     if args.check:
         return int(wanted != page)
     write_atomic(args.page, wanted)

@@ -15,11 +15,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import ROOT
+from benchmarks.common import ROOT, between_marks
 from benchmarks.methods import FACTORS, STUDIES, Study
 from scaled_rope.checkpoint import load_config
 from scaled_rope.command_line import run_cli
-from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.controls import CONTROL, Change, compare
 from scaled_rope.results import read_rows, write_atomic
 from scaled_rope.scaling.record import RopeScaling
@@ -27,7 +26,7 @@ from scaled_rope.serving.export import export
 
 ROWS = ROOT / "data" / "methods_rows.jsonl"
 PAGE = ROOT / "docs" / "methods.md"
-BEGIN, END = "<!-- methods: python benchmarks/methods_report.py -->\n", "<!-- end of methods -->\n"
+BEGIN, END = "<!-- methods: python benchmarks/methods_report.py -->", "<!-- end of methods -->"
 SERVERS = ("vllm", "sglang", "llama.cpp", "transformers")
 NAMES = {"vllm": "vLLM", "sglang": "SGLang", "llama.cpp": "llama.cpp", "transformers": "transformers"}
 
@@ -143,22 +142,9 @@ def page_part(rows: Sequence[Row]) -> str:
     return "\n\n".join(out) + "\n"
 
 
-def rewritten(page: str, rows: Sequence[Row]) -> str:
-    """The page with the tables between its marks.
-
-    Raises:
-        ConfigError: the page lacks them.
-    """
-    before, found, rest = page.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not (found and ended):
-        raise ConfigError(f"{PAGE.relative_to(ROOT)} has no place for the tables: {BEGIN.strip()} and {END.strip()}")
-    return f"{before}{BEGIN}\n{page_part(rows)}\n{END}{after}"
-
-
 def main(arguments: Sequence[str]) -> int:
     page = PAGE.read_text(encoding="utf-8")
-    new = rewritten(page, read_rows(ROWS))
+    new = between_marks(page, BEGIN, END, page_part(read_rows(ROWS)))
     if "--check" in arguments:
         if new != page:
             print(f"{PAGE} has other tables than {ROWS}; run python benchmarks/methods_report.py")

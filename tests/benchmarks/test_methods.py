@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import methods_report
+from benchmarks.common import between_marks
 from benchmarks.methods import FACTORS, STUDIES
 from eval import passkey, perplexity
 from scaled_rope.command_line import run_cli
@@ -71,12 +72,15 @@ def test_what_is_missing_is_said() -> None:
 
 
 def test_the_part_between_the_marks_is_replaced() -> None:
-    page = f"a\n{methods_report.BEGIN}old{methods_report.END}b\n"
-    new = methods_report.rewritten(page, rows())
+    def rewritten(page: str) -> str:
+        content = methods_report.page_part(rows())
+        return between_marks(page, methods_report.BEGIN, methods_report.END, content)
+
+    new = rewritten(f"a\n{methods_report.BEGIN}\nold\n{methods_report.END}\nb\n")
     assert new.startswith("a\n") and new.endswith("b\n") and "old" not in new and "`yarn:2`" in new
-    assert methods_report.rewritten(new, rows()) == new
-    with pytest.raises(ConfigError, match="has no place for the tables"):
-        methods_report.rewritten("a page without marks\n", rows())
+    assert rewritten(new) == new
+    with pytest.raises(ConfigError, match="has no part between"):
+        rewritten("a page without marks\n")
 
 
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
