@@ -304,4 +304,3 @@ def noise_lines(study: Study) -> list[list[str]]:
             f"{signed(100 * keys[first])} points" if first in keys else NOT_MEASURED,
         ])  # fmt: skip
     return lines
-

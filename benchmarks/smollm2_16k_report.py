@@ -41,9 +41,18 @@ from benchmarks.smollm2_16k_claims import (
     noise_lines,
     over_texts,
     paired_questions,
-    signed,
 )
-from benchmarks.smollm2_16k_rows import AGAIN, BASE_LINE, FURTHER, LINES, TRAINED_LENGTH, Cell, Study, planned, read_study
+from benchmarks.smollm2_16k_rows import (
+    AGAIN,
+    BASE_LINE,
+    FURTHER,
+    LINES,
+    TRAINED_LENGTH,
+    Cell,
+    Study,
+    planned,
+    read_study,
+)
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.controls import compare
@@ -230,7 +239,9 @@ def progress(study: Study) -> str:
             missing.append(f"{kind} of {LINES[line]}{some}")
     text = f"{len(study.runs)} of {len(RUNS)} runs are trained, and {done} of {done + len(missing)} measurements made."
     if missing:
-        text += f"\n\n<details>\n<summary>Not measured yet: {len(missing)}</summary>\n\n{'; '.join(missing)}\n\n</details>"
+        text += (
+            f"\n\n<details>\n<summary>Not measured yet: {len(missing)}</summary>\n\n{'; '.join(missing)}\n\n</details>"
+        )
     return text
 
 
@@ -283,7 +294,9 @@ def _origin(study: Study) -> str:
 
 
 def _pictures(figures: Sequence[str]) -> list[str]:
-    titles = dict(zip(FIGURES, ("Perplexity by position on each text", "Loss by step, and held-out perplexity"), strict=True))
+    titles = dict(
+        zip(FIGURES, ("Perplexity by position on each text", "Loss by step, and held-out perplexity"), strict=True)
+    )
     return [f"![{titles[name]}](images/{name})" for name in figures]
 
 

@@ -37,8 +37,8 @@ from benchmarks.smollm2_16k import (
     evaluations,
 )
 from scaled_rope.errors import ConfigError
-from scaled_rope.evaluation.controls import compare
 from scaled_rope.evaluation.controls import CONTROL as LAST_TOKENS
+from scaled_rope.evaluation.controls import compare
 from scaled_rope.report.row_files import newest, read_row_files
 from scaled_rope.results import Row, rows_so_far
 from scaled_rope.scaling.record import RopeScaling
@@ -52,7 +52,9 @@ TRAINED_LENGTH = CONTROL.window
 FURTHER = tuple(length for length in LENGTHS if length > TRAINED_LENGTH)
 """Ends of the position buckets beyond the length that the base was trained on."""
 LINES = {
-    **{f"base {spec}": f"untrained, {name}" for spec, name in zip(UNTRAINED, ("no scaling", "PI", "YaRN"), strict=True)},
+    **{
+        f"base {spec}": f"untrained, {name}" for spec, name in zip(UNTRAINED, ("no scaling", "PI", "YaRN"), strict=True)
+    },
     **{run.name: run.title + (f", seed {run.changes['seed']}" if "seed" in run.changes else "") for run in RUNS},
 }
 """Key of a line -> its title: the base under its scalings, and the runs."""
@@ -167,7 +169,9 @@ class Study:
         return found
 
     def devices(self) -> list[str]:
-        return list(dict.fromkeys(str(row["provenance"].get("device")) for row in (*self.cells.values(), *self.runs.values())))
+        return list(
+            dict.fromkeys(str(row["provenance"].get("device")) for row in (*self.cells.values(), *self.runs.values()))
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -221,7 +225,10 @@ def _read_runs(path: str | Path) -> dict[str, Row]:
                     f"{path}: run {name!r} was trained with {each} = {row[each]!r}, and the study has"
                     f" {getattr(recipe, each)!r}; train it anew, and remove the row and the run's measurements"
                 )
-        if len(row["losses"]) != recipe.max_train_steps or row["tokens"] != recipe.max_train_steps * recipe.tokens_per_step:
+        if (
+            len(row["losses"]) != recipe.max_train_steps
+            or row["tokens"] != recipe.max_train_steps * recipe.tokens_per_step
+        ):
             raise ConfigError(
                 f"{path}: run {name!r} has {len(row['losses'])} losses over {row['tokens']} tokens; must be"
                 f" {recipe.max_train_steps} over {recipe.max_train_steps * recipe.tokens_per_step}"
@@ -264,7 +271,9 @@ def _cell(row: Row) -> Cell | None:
         as_planned = {name: protocol.get(name) for name in CONTROL.fields()} == CONTROL.fields()
         if not row["carried"] and row["model"] != BASE:
             cell = ("twice", text, length) if row["data"].get("window_tokens") == BEYOND[-1] else None
-        elif row["data"].get("window_tokens") == LONG and (as_planned if control else protocol.get("name") == "truncate"):
+        elif row["data"].get("window_tokens") == LONG and (
+            as_planned if control else protocol.get("name") == "truncate"
+        ):
             cell = ("perplexity", text, length, control)
     elif metric == "passkey" and protocol.get("iterations") == KEY_PROMPTS:
         cell = ("passkey", protocol.get("wording", WORDINGS[0]), length, protocol.get("seed"))

@@ -226,7 +226,9 @@ def test_the_page_is_what_the_rows_say(tmp_path: Path, capsys: pytest.CaptureFix
     (images / report.FIGURES[0]).unlink()
     assert report.main([*arguments, "--check"]) == 1
     assert report.main([*arguments, "--standalone", str(tmp_path / "alone")]) == 0
-    assert (tmp_path / "alone" / "report.md").is_file() and (tmp_path / "alone" / "images" / report.FIGURES[1]).is_file()
+    assert (tmp_path / "alone" / "report.md").is_file() and (
+        tmp_path / "alone" / "images" / report.FIGURES[1]
+    ).is_file()
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
