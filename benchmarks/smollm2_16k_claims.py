@@ -182,8 +182,8 @@ def _findings(study: Study) -> Iterator[Finding]:
     own = over_texts(study.log_ratios("yarn", "yarn", control=True))
     apart = seed_differences(lambda run: study.log_ratios(run, run, control=True))
     yield _lower(
-        "Trained with YaRN, the model uses a context beyond its trained length (section 4.3): it predicts better than the"
-        " same weights that read the last 8k tokens",
+        "Trained with YaRN, the model uses a context beyond its trained length (section 4.3): it predicts better than"
+        " the same weights that read the last 8k tokens",
         own, noise_bound(list(apart.values()), 1),
     )  # fmt: skip
     seeds = list(perplexity_noise(study).values())

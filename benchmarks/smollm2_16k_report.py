@@ -69,9 +69,9 @@ TEXT_NAMES = {
 }  # fmt: skip
 NO_VALUE = "–"
 NOTHING = (
-    f"**Nothing of this has been measured yet.** `make smollm2-16k` trains and measures it, in about {HOURS} hours on two "
-    "cores; `python benchmarks/smollm2_16k.py --minutes 60` does as much as fits into an hour, and the same command goes "
-    "on. `python benchmarks/smollm2_16k_report.py` then writes the results here."
+    f"**Nothing of this has been measured yet.** `make smollm2-16k` trains and measures it, in about {HOURS} hours on "
+    "two cores; `python benchmarks/smollm2_16k.py --minutes 60` does as much as fits into an hour, and the same command "
+    "goes on. `python benchmarks/smollm2_16k_report.py` then writes the results here."
 )
 
 
@@ -256,10 +256,10 @@ def block(study: Study, figures: Sequence[str] = ()) -> str:
     parts = [
         f"{progress(study)} {_origin(study)}",
         markdown(["claim", "measured", "verdict"], verdicts),
-        "Of perplexities the estimate is the mean over texts of the log ratio at positions 8192 to 16384, with Student's "
-        "interval over the texts; of keys and questions the difference over the same prompts, with a paired bootstrap. "
-        "“Seeds” is what two trainings may differ by that differ in the seed alone, from the runs that have a second one. "
-        "A claim holds if the whole interval is on its side and the estimate is above that.",
+        "Of perplexities the estimate is the mean over texts of the log ratio at positions 8192 to 16384, with "
+        "Student's interval over the texts; of keys and questions the difference over the same prompts, with a paired bootstrap. "
+        "“Seeds” is what two trainings may differ by that differ in the seed alone, from the runs that have a second "
+        "one. A claim holds if the whole interval is on its side and the estimate is above that.",
         *_pictures(figures),
         "### Training, and held-out perplexity",
         "On one window of the novel, 16384 tokens. The start is the base under the run's scaling.",
@@ -278,7 +278,8 @@ def block(study: Study, figures: Sequence[str] = ()) -> str:
         "Right answers, and the difference to the base on the same questions in points, with 95 % intervals.",
         short_table(study),
         "### LongPPL",
-        "On the novel; key tokens are those that the base under YaRN predicts by what stands further back than 4096 tokens.",
+        "On the novel; key tokens are those that the base under YaRN predicts by what stands further back than 4096 "
+        "tokens.",
         longppl_table(study),
         "### What a second seed changes",
         markdown(["", "perplexity at 8192 to 16384, seed 1 over seed 2", "keys beyond 8192, seed 1 less seed 2"],

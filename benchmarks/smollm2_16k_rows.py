@@ -255,7 +255,8 @@ def _line(row: Row) -> str | None:
     name = parts[-2]
     if row["carried"] and label != _OWN_LABELS[name]:
         raise ConfigError(
-            f"a row about {row['model']} says that the model carries {label!r}; run {name!r} is for {_OWN_LABELS[name]!r}"
+            f"a row about {row['model']} says that the model carries {label!r}; run {name!r} is for"
+            f" {_OWN_LABELS[name]!r}"
         )
     if row["carried"] or (name == RUNS[0].name and label == _label("yarn:4")):
         return name

@@ -9,7 +9,7 @@
 All parts run in one process, in the order of what they are worth. Each has a share of the time that is left, and stops
 itself when it is over: a training saves a state, an evaluation keeps the rows that it has, and the same command
 continues. What is measured is never measured again. The first part trains two steps to see how fast the machine is, and
-sets the number of steps that fit for all three trainings alike (--steps sets it by hand); it stands in WORK/budget.json.
+sets the number of steps that fit for all three trainings alike, in WORK/budget.json (--steps sets it by hand).
 
 Needs torch, transformers and accelerate, and what the preparation wrote. On a machine that keeps nothing, rows and
 logs in WORK are what to carry away, and a model is measured where it was trained. Where the source is no git
@@ -246,7 +246,7 @@ class Study:
             ) from None
         if tokens != self.first.tokens_per_step:
             raise ConfigError(
-                f"{self.budget_path} is for steps of {tokens} tokens, and the recipes have {self.first.tokens_per_step};"
+                f"{self.budget_path} is for steps of {tokens} tokens, the recipes have {self.first.tokens_per_step};"
                 " choose another --work"
             )
         if self.steps not in (None, steps):
@@ -306,7 +306,7 @@ def parts_of(study: Study) -> dict[str, Part]:
             "trained",
         ]
         return _measurement(study, f"perplexity-{Path(text).name}", share, command, costs.perplexity(lengths),
-                            lambda row: row["metric"] == "perplexity" and row["data"]["name"] == Path(text).name)  # fmt: skip
+                            lambda row: (row["metric"], row["data"]["name"]) == ("perplexity", Path(text).name))  # fmt: skip
 
     def keys(name: str, share: float | None, chosen: Sequence[int]) -> Part:
         command = ["eval/passkey.py", *key_words]
@@ -528,7 +528,7 @@ def dry_study(folder: Path, steps: int | None) -> Study:
             "output_dir": str(folder / name),
             "evaluate": {
                 "scalings": ["default", "linear:4", "yarn:4"],
-                "perplexity": f"--dataset {bundle}/books --dataset {bundle}/proofs --lengths 32,64,{extended},{longest}",
+                "perplexity": f"--dataset {bundle}/books --dataset {bundle}/proofs --lengths 32,64,256,384",
                 "passkey": f"--lengths 192,{extended},{longest} --iterations 2 --wording passkey,needle",
             },
         }  # fmt: skip

@@ -38,7 +38,7 @@ def sha256(path: Path) -> str:
 
 
 def pack_weights(weights: Path, folder: Path, room: int) -> list[str]:
-    """Pack a file into numbered folders of at most `room` bytes; return the names of the parts below `folder`, in order.
+    """Pack a file into numbered folders of at most `room` bytes; return the parts' names below `folder`, in order.
 
     What else is in the folder is deleted.
 
