@@ -209,6 +209,8 @@ class Study:
             for name in ("model", "dataset", "global_batch_size", "sequence_length", "seed", "evaluate"):
                 if getattr(recipe, name) != getattr(first, name):
                     raise ConfigError(f"recipe {source!r}: {name} = {getattr(recipe, name)!r} differs from the others")
+        if not str(first.scaling).partition(":")[2]:
+            raise ConfigError(f"recipe {sources[0]!r} is not allowed as the first; its scaling must have a factor")
         if steps is not None and not PACE_STEPS <= steps <= first.max_train_steps:
             raise ConfigError(f"steps {steps} is not allowed; {PACE_STEPS} to {first.max_train_steps}")
         return cls(recipes, Path(work), steps)
@@ -220,6 +222,13 @@ class Study:
     @property
     def bundle(self) -> Path:
         return Path(self.first.dataset).parent
+
+    @property
+    def trained_length(self) -> int:
+        """Tokens that the base was trained on, by the factor of the first recipe: configs of runs without scaling say
+        the extended length."""
+        factor = str(self.first.scaling).partition(":")[2].partition(",")[0]
+        return int((self.first.truncate or self.first.sequence_length) / float(factor))
 
     @property
     def rows(self) -> Path:
@@ -290,22 +299,16 @@ def parts_of(study: Study) -> dict[str, Part]:
     key_words = shlex.split(first.evaluate["passkey"])
     key_lengths = [int(one) for one in key_words[key_words.index("--lengths") + 1].split(",")]
     extended = first.truncate or first.sequence_length
+    control = f"window={study.trained_length},stride={study.trained_length // 4}"
     costs = Costs(first, len(first.evaluate["scalings"]) + len(study.recipes))
+    cost_of_text = costs.perplexity(lengths, study.trained_length)
     found = [Part("pace", 15, lambda seconds: pace(study, seconds), lambda: _paced(study), costs.step * PACE_STEPS)]
     for method in study.recipes:
         found.append(Part(f"train-{method}", 45, _training(study, method), _steps(study, method), costs.step))
 
     def perplexity(text: str, share: float | None) -> Part:
-        command = [
-            "eval/perplexity.py",
-            "--dataset",
-            text,
-            "--lengths",
-            ",".join(map(str, lengths)),
-            "--control",
-            "trained",
-        ]
-        return _measurement(study, f"perplexity-{Path(text).name}", share, command, costs.perplexity(lengths),
+        command = ["eval/perplexity.py", "--dataset", text, "--lengths", ",".join(map(str, lengths)), "--control", control]
+        return _measurement(study, f"perplexity-{Path(text).name}", share, command, cost_of_text,
                             lambda row: (row["metric"], row["data"]["name"]) == ("perplexity", Path(text).name))  # fmt: skip
 
     def keys(name: str, share: float | None, chosen: Sequence[int]) -> Part:
@@ -339,7 +342,7 @@ def parts_of(study: Study) -> dict[str, Part]:
     at = ["--key-window", str(lengths[0]), "--lengths", ",".join(map(str, chosen))]
     command = ["eval/longppl.py", "--dataset", texts[0], *evaluator, *at]
     found.append(
-        _measurement(study, "longppl", None, command, costs.perplexity(lengths), lambda row: row["metric"] == "longppl")
+        _measurement(study, "longppl", None, command, cost_of_text, lambda row: row["metric"] == "longppl")
     )
     return {part.name: part for part in found}
 
@@ -454,7 +457,7 @@ class Costs:
     def _reading(self, length: int) -> float:
         return self._models * self._cost.reading(length).total / 1e15
 
-    def perplexity(self, lengths: Sequence[int], trained: int = 8192) -> float:
+    def perplexity(self, lengths: Sequence[int], trained: int) -> float:
         """PFLOP of one text: each window whole, and in windows of the trained length every quarter of it."""
         cuts = max(0, (lengths[-1] - trained) // (trained // 4))
         return WINDOWS * (self._reading(lengths[-1]) + cuts * self._reading(trained))

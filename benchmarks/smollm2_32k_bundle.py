@@ -48,7 +48,7 @@ def pack_weights(weights: Path, folder: Path, room: int) -> list[str]:
     staged = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     names, number, used = [], 0, 0
-    size = min(_SLICE, room)
+    size = min(_SLICE, room - room // 16)  # what cannot be packed grows a little
     with weights.open("rb") as file:
         while part := file.read(size):
             packed = lzma.compress(part, preset=1)

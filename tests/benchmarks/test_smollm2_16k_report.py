@@ -46,7 +46,7 @@ def finding(study: Study, words: str) -> Finding:
 def test_all_rows_give_all_tables(tmp_path: Path) -> None:
     study = study_of(tmp_path, study_rows(), training_rows())
     text = report.block(study, report.drawable(study))
-    assert NOT_MEASURED not in re.sub(r"claim that .*", "", text).lower() and study.notes == []
+    assert NOT_MEASURED not in text.lower() and study.notes == []
     count = len(planned())
     assert f"6 of 6 runs are trained, and {count} of {count} measurements made." in text
     assert "Commits: 0123456" in text and "Machine: a CPU." in text
@@ -56,19 +56,19 @@ def test_all_rows_give_all_tables(tmp_path: Path) -> None:
         HOLDS,  # ahead of PI
         HOLDS,  # and of no scaling
         HOLDS,  # after half the steps
-        UNKNOWN,  # 20 of 20 keys, of which Wilson's interval begins at 84 %, but see below
+        HOLDS,  # 20 of 20 keys, of which Wilson's interval begins at 84 %
         HOLDS,  # more keys than PI
         HOLDS,  # short tasks
         FAILS,  # untrained YaRN has 22
         UNKNOWN,  # one window at 32k
         HOLDS,  # PoSE within 1 %
-    ] or finding(study, "Keys are found").verdict == HOLDS
+    ]
     yarn = finding(study, "ahead of PI")
     assert yarn.evidence.startswith("−28.0 % [−28.0, −28.0], 4 texts; seeds: ±")
     assert "| YaRN, seed 2 |" in text and "| YaRN | 5/5 + 5/5 (72–100 %) | 5/5 + 5/5 (72–100 %) |" in text
     assert "other prompts (seed 43): passkey 5/5, with seed 42 5/5; needle 5/5, with seed 42 5/5." in text
     assert "| YaRN | 61 % (56–66), +1.0 points [0.0, +3.0] |" in text  # a question of 100 more
-    assert "0k–16k: 18.00, 16k–24k: 20.00" not in text and "perplexity 0k–16k: " in text
+    assert "perplexity 0k–16k: 18.00, 16k–24k: 20.00, 24k–32k: 20.00" in text
 
 
 def test_nothing_measured_says_so(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_what_is_missing_is_not_zero(tmp_path: Path) -> None:
     assert "Not measured: PI; no scaling; YaRN, PoSE at 8k; YaRN, seed 2; PI, seed 2." in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert not any(re.search(r"\| (0|0\.0+|0/\d+|0 %) ", line) for line in rows), "a zero where nothing was measured"
-    one = finding(study, "the base that reads the last 8k")
+    one = finding(study, "… and better than the base")
     assert one.verdict == UNKNOWN and one.why == "no interval from novel" and one.evidence == "−10.0 %, novel"
     assert finding(study, "ahead of PI").evidence == NOT_MEASURED
     # Without the second seeds, nothing is decided about a comparison of trained runs.
@@ -220,7 +220,7 @@ def test_the_page_is_what_the_rows_say(tmp_path: Path, capsys: pytest.CaptureFix
     assert "shows other rows than" in capsys.readouterr().out
     assert report.main(arguments) == 0 and report.main([*arguments, "--check"]) == 0
     text = page.read_text()
-    assert text.startswith("before\n\n") and text.endswith("\n\nafter\n") and "old" not in text.split("after")[0][:400]
+    assert text.startswith("before\n\n") and text.endswith("\n\nafter\n") and "\nold\n" not in text
     assert sorted(path.name for path in images.iterdir()) == sorted(report.FIGURES)
     assert all(f"(images/{name})" in text for name in report.FIGURES)
     (images / report.FIGURES[0]).unlink()

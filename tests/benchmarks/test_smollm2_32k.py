@@ -154,7 +154,7 @@ def test_parts_are_commands_that_the_scripts_take(monkeypatch: pytest.MonkeyPatc
         assert [one.pop("scaling") for one in given] == [None, ["default", "linear:4", "yarn:4"]]
         assert given[0] == given[1] and given[0]["output"] == str(tmp_path / "rows.jsonl")
         if name.startswith("perplexity"):
-            assert given[0]["control"] == "trained" and given[0]["lengths"].endswith("32768,49152,65536")
+            assert given[0]["control"] == "window=8192,stride=2048" and given[0]["lengths"].endswith("32768,49152,65536")
     for method, source in zip(("yarn", "linear", "default"), smollm2_32k.RECIPES, strict=True):
         called.clear()
         parts[f"train-{method}"].run(1.0)
@@ -178,7 +178,7 @@ def test_the_arithmetic_is_that_of_the_model() -> None:
     costs = Costs(read_recipe(smollm2_32k.RECIPES[0]), 6)
     # docs/reproduction.md has these
     assert costs.step == pytest.approx(0.551, abs=5e-4)
-    assert costs.perplexity([65536]) == pytest.approx(7.02, abs=0.01)
+    assert costs.perplexity([65536], 8192) == pytest.approx(7.02, abs=0.01)
     assert costs.keys([8192, 16384, 32768], ["--iterations", "5", "--wording", "a,b"]) == pytest.approx(3.85, abs=0.01)
     assert TEXTS["books"].windows * 2 == TEXTS["proofs"].windows == TEXTS["addresses"].windows == smollm2_32k.WINDOWS
 
