@@ -70,8 +70,8 @@ TEXT_NAMES = {
 NO_VALUE = "–"
 NOTHING = (
     f"**Nothing of this has been measured yet.** `make smollm2-16k` trains and measures it, in about {HOURS} hours on "
-    "two cores; `python benchmarks/smollm2_16k.py --minutes 60` does as much as fits into an hour, and the same command "
-    "goes on. `python benchmarks/smollm2_16k_report.py` then writes the results here."
+    "two cores; `python benchmarks/smollm2_16k.py --minutes 60` does as much as fits into an hour, and the same "
+    "command goes on. `python benchmarks/smollm2_16k_report.py` then writes the results here."
 )
 
 
@@ -257,8 +257,8 @@ def block(study: Study, figures: Sequence[str] = ()) -> str:
         f"{progress(study)} {_origin(study)}",
         markdown(["claim", "measured", "verdict"], verdicts),
         "Of perplexities the estimate is the mean over texts of the log ratio at positions 8192 to 16384, with "
-        "Student's interval over the texts; of keys and questions the difference over the same prompts, with a paired bootstrap. "
-        "“Seeds” is what two trainings may differ by that differ in the seed alone, from the runs that have a second "
+        "Student's interval over the texts; of keys and questions the difference over the same prompts, with a paired "
+        "bootstrap. “Seeds” is what two trainings may differ by that differ in the seed alone, from the runs that have a second "
         "one. A claim holds if the whole interval is on its side and the estimate is above that.",
         *_pictures(figures),
         "### Training, and held-out perplexity",

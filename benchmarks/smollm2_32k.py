@@ -307,9 +307,18 @@ def parts_of(study: Study) -> dict[str, Part]:
         found.append(Part(f"train-{method}", 45, _training(study, method), _steps(study, method), costs.step))
 
     def perplexity(text: str, share: float | None) -> Part:
-        command = ["eval/perplexity.py", "--dataset", text, "--lengths", ",".join(map(str, lengths)), "--control", control]
-        return _measurement(study, f"perplexity-{Path(text).name}", share, command, cost_of_text,
-                            lambda row: (row["metric"], row["data"]["name"]) == ("perplexity", Path(text).name))  # fmt: skip
+        command = [
+            "eval/perplexity.py",
+            "--dataset",
+            text,
+            "--lengths",
+            ",".join(map(str, lengths)),
+            "--control",
+            control,
+        ]
+        measured = "perplexity", Path(text).name
+        return _measurement(study, "-".join(measured), share, command, cost_of_text,
+                            lambda row: (row["metric"], row["data"]["name"]) == measured)  # fmt: skip
 
     def keys(name: str, share: float | None, chosen: Sequence[int]) -> Part:
         command = ["eval/passkey.py", *key_words]
@@ -341,9 +350,7 @@ def parts_of(study: Study) -> dict[str, Part]:
     chosen = [one for one in lengths if one >= extended]
     at = ["--key-window", str(lengths[0]), "--lengths", ",".join(map(str, chosen))]
     command = ["eval/longppl.py", "--dataset", texts[0], *evaluator, *at]
-    found.append(
-        _measurement(study, "longppl", None, command, cost_of_text, lambda row: row["metric"] == "longppl")
-    )
+    found.append(_measurement(study, "longppl", None, command, cost_of_text, lambda row: row["metric"] == "longppl"))
     return {part.name: part for part in found}
 
 

@@ -81,7 +81,8 @@ def _row(line: str, cell: Cell, value: float, keys: int, right: int) -> Row:
         "model_fingerprint": "weights of the base" if run is None else f"weights of {line}",
         "dtype": "bfloat16", "head_dim": 64, "scaling": scaling.to_dict(), "label": scaling.label,
         "carried": spec == "default" if run is None else cell[0] != "twice", "provenance": _provenance(),
-        "data": {"name": cell[0], "fingerprint": json.dumps(cell)}, "length": None if cell[0] == "short" else cell[1] if cell[0] == "longppl" else cell[2],
+        "data": {"name": cell[0], "fingerprint": json.dumps(cell)},
+        "length": {"short": None, "longppl": LONG}[cell[0]] if len(cell) == 2 else cell[2],
     }  # fmt: skip
     return row | _MEASURED[cell[0]](line, cell, value, keys, right)
 
