@@ -258,8 +258,8 @@ def block(study: Study, figures: Sequence[str] = ()) -> str:
         markdown(["claim", "measured", "verdict"], verdicts),
         "Of perplexities the estimate is the mean over texts of the log ratio at positions 8192 to 16384, with "
         "Student's interval over the texts; of keys and questions the difference over the same prompts, with a paired "
-        "bootstrap. “Seeds” is what two trainings may differ by that differ in the seed alone, from the runs that have a second "
-        "one. A claim holds if the whole interval is on its side and the estimate is above that.",
+        "bootstrap. “Seeds” is what two trainings may differ by that differ in the seed alone, from the runs that have a "
+        "second one. A claim holds if the whole interval is on its side and the estimate is above that.",
         *_pictures(figures),
         "### Training, and held-out perplexity",
         "On one window of the novel, 16384 tokens. The start is the base under the run's scaling.",
