@@ -63,6 +63,8 @@ smollm2: $(READY)
 
 smollm2-16k: $(READY)
 	$(PYTHON) benchmarks/smollm2_16k.py --output out/smollm2-16k/rows.jsonl --training out/smollm2-16k/training.jsonl
+	$(PYTHON) benchmarks/smollm2_16k_report.py --rows out/smollm2-16k/rows.jsonl \
+		--training out/smollm2-16k/training.jsonl --standalone out/smollm2-16k
 
 paper-mini: $(READY)
 	$(PYTHON) benchmarks/paper_mini.py --output out/paper-mini/rows.jsonl --training out/paper-mini/training.jsonl

@@ -17,7 +17,7 @@ from pathlib import Path
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.controls import compare
 from scaled_rope.evaluation.passkey_context import passkey_context
-from scaled_rope.evaluation.statistics import wilson_interval
+from scaled_rope.evaluation.statistics import T95, wilson_interval
 from scaled_rope.recipes import Recipe, read_recipe
 from scaled_rope.report.drawing import drawing, save_figure
 from scaled_rope.report.figures import GREY, PALETTE
@@ -29,9 +29,6 @@ BASE = "models/tiny-llama-256"
 RECIPE = "demo"
 STEPS = 20
 """Steps of a full run: a third of the demo's, so that all runs fit into an hour and a half on two cores."""
-
-# Two-sided 95 % points of Student's t, by degrees of freedom.
-_T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
 
 
 @dataclass(frozen=True)
@@ -163,9 +160,9 @@ class Spread:
         Raises:
             ConfigError: fewer than 2 or more than 11 values.
         """
-        if self.n - 1 not in _T95:
+        if self.n - 1 not in T95:
             raise ConfigError(f"a prediction from {self.n} values is not allowed; 2 to 11")
-        half = _T95[self.n - 1] * self.sd * math.sqrt(1 + 1 / self.n)
+        half = T95[self.n - 1] * self.sd * math.sqrt(1 + 1 / self.n)
         return self.mean - half, self.mean + half
 
 

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,6 +28,7 @@ from benchmarks.common import check_names, run_prepare_commands
 from benchmarks.parts import Part, run_all, show
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.controls import Control
 from scaled_rope.recipes import Recipe, is_finished, read_recipe
 from scaled_rope.results import append_row, portable_model, rows_so_far
 
@@ -77,32 +80,44 @@ TEXTS = {
 }
 """Held-out texts, a window of each: a novel, formal mathematics, a speech, and documentation of 2026."""
 
-CONTROL = "window=8192,stride=2048"
+LENGTHS = (2048, 4096, 8192, 10240, 12288, 14336, LONG)
+BEYOND = (LONG, 24576, 32768)
+"""Lengths at which YaRN's model is read with twice its factor."""
+CONTROL = Control(window=8192, stride=2048)
+KEY_LENGTHS, KEY_PROMPTS, KEY_SEED, OTHER_SEED = (4096, 8192, 12288, LONG), 5, 42, 43
+WORDINGS = ("passkey", "needle")
+RULER_TASKS, RULER_LENGTHS, RULER_PROMPTS = ("niah_single_1", "ruler_vt"), (8192, LONG), 5
+SHORT_TASKS, QUESTIONS = ("arc_easy", "hellaswag"), 100
+HOURS = 13
+"""How long all of it takes on two cores of an EPYC without AMX, by the rates of single steps and passes."""
+
+
+def _list(values: Iterable[object]) -> str:
+    return ",".join(map(str, values))
 
 
 def evaluations(name: str) -> dict[str, list[str]]:
     """Kind of measurement -> arguments of its script, for the model called `name`: a run's, or "base"."""
-    lengths = "2048,4096,8192,10240,12288,14336,16384"
+    control = f"window={CONTROL.window},stride={CONTROL.stride}"
     found = {
-        f"perplexity-{text}": ["eval/perplexity.py", *flags, "--lengths", lengths, "--control", CONTROL]
+        f"perplexity-{text}": ["eval/perplexity.py", *flags, "--lengths", _list(LENGTHS), "--control", control]
         for text, flags in TEXTS.items()
     }
-    keys = ["--lengths", "4096,8192,12288,16384", "--iterations", "5", "--wording", "passkey,needle"]
-    found["passkey"] = ["eval/passkey.py", *keys]
-    ruler = ["--offline", "--tasks", "niah_single_1,ruler_vt", "--lengths", "8192,16384", "--limit", "5"]
-    found["ruler"] = ["eval/harness.py", *ruler]
-    found["short"] = ["eval/harness.py", "--offline", "--tasks", "arc_easy,hellaswag", "--limit", "100"]
+    keys = ["eval/passkey.py", "--iterations", str(KEY_PROMPTS), "--wording", _list(WORDINGS)]
+    found["passkey"] = [*keys, "--lengths", _list(KEY_LENGTHS)]
+    harness = ["eval/harness.py", "--offline", "--tasks"]
+    at = ["--lengths", _list(RULER_LENGTHS), "--limit", str(RULER_PROMPTS)]
+    found["ruler"] = [*harness, _list(RULER_TASKS), *at]
+    found["short"] = [*harness, _list(SHORT_TASKS), "--limit", str(QUESTIONS)]
     evaluator = ["--evaluator", BASE, "--evaluator-scaling", "yarn:2", "--key-window", "4096"]
     found["longppl"] = ["eval/longppl.py", *TEXTS["novel"], *evaluator, "--lengths", str(LONG)]
     if name == "yarn":
-        beyond = ["--scaling=checkpoint:4", "--lengths", "16384,24576,32768"]
-        found["twice"] = ["eval/perplexity.py", *TEXTS["novel"], *beyond]
+        found["twice"] = ["eval/perplexity.py", *TEXTS["novel"], "--scaling=checkpoint:4", "--lengths", _list(BEYOND)]
     if name.endswith("-2"):  # a second seed tells the noise of training, on two texts and the keys
         kept = ("perplexity-novel", "perplexity-recent", "passkey")
         found = {kind: found[kind] for kind in kept}
     if name == "again":
-        other = ["--lengths", "16384", "--iterations", "5", "--wording", "passkey,needle", "--seed", "43"]
-        found = {"passkey": ["eval/passkey.py", *other]}
+        found = {"passkey": [*keys, "--lengths", str(LONG), "--seed", str(OTHER_SEED)]}
     return found
 
 
@@ -152,18 +167,33 @@ def _steps(recipe: Recipe, training: str) -> str:
     return f"{log[-1]['step'] if log else 0} of {recipe.max_train_steps} steps"
 
 
+RECORDED = (
+    "scaling", "seed", "positions", "sequence_length", "max_position_embeddings", "global_batch_size",
+    "max_train_steps", "warmup_steps", "learning_rate", "lr_schedule",
+)  # fmt: skip
+"""Fields of the recipe that a row about a run has."""
+HASHES = ("model_hash", "dataset_hash")
+"""Likewise from what the run recorded: the content of the base and of the training set."""
+
+
 def record(recipe: Recipe, log: Sequence[dict[str, Any]], training: str) -> None:
-    """Append a row about a finished run, once; its provenance is the one that the run itself wrote."""
-    name = Path(recipe.output_dir).name
+    """Append a row about a finished run, once; its provenance is the one that the run itself wrote.
+
+    "weights" is the `model_fingerprint` that rows about its model have.
+    """
+    name, output = Path(recipe.output_dir).name, Path(recipe.output_dir)
     if any(row["run"] == name for row in rows_so_far(training)):
         return
-    fields = ("scaling", "seed", "positions", "sequence_length", "global_batch_size", "learning_rate")
+    from scaled_rope.evaluation.jobs import fingerprint_of  # imports torch, which listing the parts need not wait for
+
+    recorded = yaml.safe_load((output / "recipe.yaml").read_text())
     row = {
-        "metric": "train_loss", "run": name, **{each: getattr(recipe, each) for each in fields},
+        "metric": "train_loss", "run": name, **{each: getattr(recipe, each) for each in RECORDED},
+        **{each: recorded[each] for each in HASHES}, "weights": fingerprint_of(output / "model"),
         "losses": [one["loss"] for one in log], "tokens": log[-1]["tokens_seen"],
         "heldout": {one["step"]: one["heldout"] for one in log if "heldout" in one},
         "seconds": round(sum(one["seconds"] for one in log), 1),
-        "provenance": json.loads((Path(recipe.output_dir) / "provenance.json").read_text()),
+        "provenance": json.loads((output / "provenance.json").read_text()),
     }  # fmt: skip
     append_row(training, row)
 

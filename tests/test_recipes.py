@@ -53,7 +53,7 @@ def yarn(s: float, original: int = 4096, beta: float = 32, alpha: float = 1, dim
 LLAMA_64K, LLAMA_128K = (400, 65536, 2e-5, yarn(16), 1.2773, 65536), (200, 65536, 2e-5, yarn(32), 1.3466, 131072)
 SECOND = {"seed": 31337}
 MISTRAL = {"schedule": "constant"}
-SMOL = {"schedule": "cosine", "batch": 8, "warmup": 8}
+SMOL = {"schedule": "cosine", "batch": 4, "warmup": 8}
 PAPER = {
     "llama-2-7b-64k": Paper(6738, *LLAMA_64K),
     "llama-2-7b-128k": Paper(6738, *LLAMA_128K, **SECOND),
@@ -77,10 +77,10 @@ PAPER = {
         135, 50, 32768, 1e-4, yarn(4, 8192, dim=64, theta=1e5), 1.1386, 32768, schedule="cosine", batch=4, warmup=10,
         **SECOND,
     ),
-    "smollm2-135m-pi-32k": Paper(135, 64, 32768, 1e-4, reference.linear(64, 1e5, 4), 1.0, 32768, **SMOL),
-    "smollm2-135m-ntk-32k": Paper(135, 64, 32768, 1e-4, reference.ntk(64, 1e5, 4), 1.0, 32768, **SMOL),
+    "smollm2-135m-pi-32k": Paper(135, 80, 32768, 1e-4, reference.linear(64, 1e5, 4), 1.0, 32768, **SMOL),
+    "smollm2-135m-none-32k": Paper(135, 80, 32768, 1e-4, reference.unscaled(64, 1e5), 1.0, 32768, **SMOL),
     "smollm2-135m-yarn-32k": Paper(
-        135, 64, 32768, 1e-4, yarn(4, 8192, dim=64, theta=1e5), 1.1386, 32768, **SMOL
+        135, 80, 32768, 1e-4, yarn(4, 8192, dim=64, theta=1e5), 1.1386, 32768, **SMOL
     ),
 }  # fmt: skip
 

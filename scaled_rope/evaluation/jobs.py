@@ -84,7 +84,16 @@ def _fingerprint(args: argparse.Namespace, name: str, config: Any) -> str:
     options = [args.sliding_window_attention, args.load_in_8bit, args.load_in_4bit]
     if args.layers is not None or args.drop_layers is not None:
         options += [args.layers, args.drop_layers]
-    return hashlib.sha256(json.dumps([weights, adapter, options]).encode()).hexdigest()[:16]
+    return _hash([weights, adapter, options])
+
+
+def fingerprint_of(folder: str | Path) -> str:
+    """The `model_fingerprint` of rows about a checkpoint that is read as it is, in its own precision."""
+    return _hash([weights_hash(folder), None, [None, False, False]])
+
+
+def _hash(facts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def model_jobs(args: argparse.Namespace, failures: list[Failure] | None = None) -> list[ModelJob]:

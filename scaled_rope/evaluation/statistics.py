@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from scaled_rope.results import Row
 
 PASSED = 0.8
 """The least accuracy at which the paper's table 5 counts a context length as passed."""
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
+"""Two-sided 95 % points of Student's t, by degrees of freedom."""
 
 
 def wilson_interval(right: int, n: int) -> list[float]:
@@ -32,6 +35,17 @@ def format_share(row: Row) -> str:
     """Format a row's share of right answers: "8/10, 80.0 % (49.0 to 94.3)"."""
     low, high = (100 * bound for bound in row["interval"])
     return f"{row['right']}/{row['n']}, {100 * row['accuracy']:.1f} % ({low:.1f} to {high:.1f})"
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of the mean of a few values that are taken as normal: mean ± t·sd/√n.
+
+    Returns None for fewer than 2 values, and for more than `T95` is for, where a bootstrap is better.
+    """
+    if len(values) - 1 not in T95:
+        return None
+    mean, half = statistics.fmean(values), T95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half
 
 
 _RESAMPLES = 2000

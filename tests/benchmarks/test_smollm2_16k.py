@@ -18,6 +18,7 @@ from benchmarks import smollm2_16k
 from eval import harness, longppl, passkey, perplexity
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.jobs import fingerprint_of
 from scaled_rope.results import read_rows
 
 SCRIPTS = {
@@ -76,6 +77,7 @@ def test_a_finished_run_is_kept_as_one_row(tmp_path: Path) -> None:
     ]
     (output / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     (output / "provenance.json").write_text('{"commit": "c"}')
+    (output / "recipe.yaml").write_text("model_hash: m\ndataset_hash: d\n")
     assert progress() == "2 of 2 steps"  # without a model it has not ended
     assert not (tmp_path / "training.jsonl").exists()
     (output / "model" / "config.json").write_text("{}")
@@ -83,6 +85,8 @@ def test_a_finished_run_is_kept_as_one_row(tmp_path: Path) -> None:
     (row,) = read_rows(tmp_path / "training.jsonl")
     assert row["run"] == "pi" and row["losses"] == [2.0, 1.0] and row["tokens"] == 20 and row["seconds"] == 3.0
     assert row["heldout"] == {"1": {"16": 2.0}, "2": {"16": 4.0}} and row["provenance"] == {"commit": "c"}
+    assert row["scaling"] == "linear:2" and row["max_train_steps"] == 2 and row["dataset_hash"] == "d"
+    assert row["weights"] == fingerprint_of(output / "model")
 
 
 @pytest.mark.parametrize("code", [-signal.SIGTERM, 128 + signal.SIGTERM])

@@ -22,4 +22,4 @@ def pack_training_set(folder: Path, *more: Path) -> None:
 
 
 def prepare(folder: Path) -> int:
-    return smollm2_32k_prepare.main(["--recipe", str(folder / "tiny.yaml"), "--piece-mib", "4"])
+    return smollm2_32k_prepare.main(["--recipe", str(folder / "tiny.yaml"), "--call-mib", "5"])
