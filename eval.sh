@@ -80,7 +80,8 @@ recipe() { # NAME
     if [[ -f "$output_dir/train_log.jsonl" ]]; then report+=(--train-log "$output_dir/train_log.jsonl"); fi
     # A verdict that does not hold fails this script in the end: then the page is there, and other recipes are measured.
     rm -f "$output_dir/report.html"
-    attended python eval/report.py "$rows" --base "$model" --finetuned "$trained" --output "$output_dir" "${report[@]}" ||
+    if [[ -n "$model" ]]; then report+=(--base "$model"); fi # there is none where training began with random weights
+    attended python eval/report.py "$rows" --finetuned "$trained" --output "$output_dir" "${report[@]}" ||
         { code=$? && [[ $code -eq 1 && "${report[*]}" == *--verdict* && -f "$output_dir/report.html" ]] || exit "$code"
           failed+=("$name: the verdict, see $output_dir/report.html"); }
 }

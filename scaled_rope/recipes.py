@@ -324,6 +324,11 @@ class Recipe:
                 allowed = "a list of scalings" if name == "scalings" else "flags, in one text as a shell splits it"
                 said = f"recipe {self.name!r}: evaluate: {name} = {value!r}"
                 raise ConfigError(f"{said} is not allowed; {allowed}") from None
+        if self.model is None and self.evaluate.get("scalings"):
+            raise ConfigError(
+                f"recipe {self.name!r}: evaluate: scalings = {self.evaluate['scalings']!r} is not allowed; leave it out: "
+                "it is about the model before training, and this one begins with random weights"
+            )
         for name in ("perplexity", "passkey"):
             if f"{name}_zero_shot" in self.evaluate and not self.evaluate.get(name):
                 raise ConfigError(

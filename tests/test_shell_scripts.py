@@ -214,6 +214,30 @@ def test_eval_sh_measures_a_recipe_with_the_control(tmp_path):
     assert "--control trained --dataset x --protocol sliding" in measured("--dataset x --protocol sliding --stride 4")
 
 
+def test_eval_sh_measures_what_began_with_random_weights(tmp_path):
+    """There is no model before training to measure, or to compare with."""
+    python, recipe = tmp_path / "python", tmp_path / "mine.yaml"
+    python.write_text(f'#!/usr/bin/env bash\n[[ "$1" == eval/* ]] || exec {sys.executable} "$@"\necho "$@"\n')
+    python.chmod(python.stat().st_mode | stat.S_IEXEC)
+    text = f"init: {{model_type: llama}}\ntokenizer: t\noutput_dir: {tmp_path}\ndataset: d\n"
+    text += "sequence_length: 64\nglobal_batch_size: 1\n"
+    environment = os.environ | {"PYTHON": str(python), "PYTHONPATH": str(ROOT)}
+    (tmp_path / "model").mkdir()
+
+    def evaluate(fields: str) -> subprocess.CompletedProcess[str]:
+        recipe.write_text(f"{text}evaluate: {{{fields}perplexity: --dataset x, passkey: --lengths 8}}\n")
+        command = ["./eval.sh", str(recipe)]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+
+    done = evaluate("")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("eval/")]
+    assert [line.split()[0] for line in lines] == ["eval/perplexity.py", "eval/passkey.py", "eval/report.py"]
+    assert all(f"-m {tmp_path}/model" in line for line in lines[:2]) and "--base" not in lines[2]
+    done = evaluate("scalings: [default], ")
+    assert done.returncode == 2 and "scalings = ['default'] is not allowed; leave it out" in done.stderr
+
+
 def test_tables_of_the_paper_have_a_control_where_it_is_asked_for(tmp_path):
     """With an interpreter that prints the evaluators' command lines instead of running them."""
     python = tmp_path / "python"
