@@ -326,8 +326,8 @@ class Recipe:
                 raise ConfigError(f"{said} is not allowed; {allowed}") from None
         if self.model is None and self.evaluate.get("scalings"):
             raise ConfigError(
-                f"recipe {self.name!r}: evaluate: scalings = {self.evaluate['scalings']!r} is not allowed; leave it out: "
-                "it is about the model before training, and this one begins with random weights"
+                f"recipe {self.name!r}: evaluate: scalings = {self.evaluate['scalings']!r} is not allowed; leave it "
+                "out: it is about the model before training, and this one begins with random weights"
             )
         for name in ("perplexity", "passkey"):
             if f"{name}_zero_shot" in self.evaluate and not self.evaluate.get(name):
