@@ -105,7 +105,7 @@ def perplexity_table(study: Study, text: str) -> str:
     return _table(
         ["", *heads],
         ((line, [cell_text(study, line, cell, lambda row: f"{row['perplexity_bucket']:.2f}") for cell in cells])
-         for line in LINES),
+         for line in _lines_with(cells[-1])),
     )  # fmt: skip
 
 
@@ -125,7 +125,8 @@ def control_table(study: Study, text: str, other: str | None) -> str:
 
     groups = [*([length] for length in FURTHER), list(FURTHER)]
     heads = [f"{start}–{end}" for start, end in zip([TRAINED_LENGTH, *FURTHER], FURTHER, strict=False)]
-    return _table(["", *heads, "all"], ((line, [change(line, group) for group in groups]) for line in LINES))
+    lines = _lines_with(("perplexity", text, LONG, False))
+    return _table(["", *heads, "all"], ((line, [change(line, group) for group in groups]) for line in lines))
 
 
 def over_texts_table(study: Study) -> str:

@@ -409,8 +409,6 @@ def available() -> dict[str, Path]:
     return {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
 
 
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""libyaml's, where PyYAML has it: `starts_from` reads all recipes."""
 _LARGEST_FILE = 2**20  # bytes
 _DEEPEST = 20  # blocks within blocks
 _LONG_NUMBER = re.compile(r"[-+]?[\d_.]{40,}")
@@ -419,7 +417,7 @@ _LONG_NUMBER = re.compile(r"[-+]?[\d_.]{40,}")
 def _check_events(text: str, path: Path) -> None:
     """Raise a ConfigError for what makes a small file large or endless: aliases, blocks without end, long numbers."""
     depth = 0
-    for event in yaml.parse(text, Loader=_LOADER):
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = event.start_mark.line + 1 if event.start_mark else 0
         if isinstance(event, yaml.AliasEvent):
             raise ConfigError(f"{path}, line {line}: *{event.anchor} is not allowed; write the value again")
@@ -462,8 +460,8 @@ def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
             raise ConfigError(f"{path} has {size} bytes; a {what} has at most {_LARGEST_FILE}")
         text = path.read_text(encoding="utf-8")
         _check_events(text, path)
-        _check_keys(yaml.compose(text, Loader=_LOADER), path)
-        content = yaml.load(text, Loader=_LOADER)
+        _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
+        content = yaml.safe_load(text)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start})") from None
     except yaml.YAMLError as error:

@@ -199,7 +199,7 @@ def test_other_rows_are_left_out_and_named(tmp_path: Path) -> None:
              and row["data"]["fingerprint"] == "perplexity novel"]  # fmt: skip
     twice = rows[at] | {"provenance": rows[at]["provenance"] | {"date": "2031-01-01", "commit": "fedcba9876"}}
     twice["perplexity_bucket"] = 21.0
-    other = rows[0] | {"model": "models/other"}
+    other = rows[0] | {"model": "models/other", "model_fingerprint": "other weights"}
     more = next(row for row in rows if row["metric"] == "passkey")
     more = more | {"protocol": more["protocol"] | {"iterations": 50}}
     study = study_of(tmp_path, [*rows, twice, other, more, rows[3]], training_rows())
