@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 
 import finetune
 from benchmarks import smollm2_32k
@@ -79,6 +80,15 @@ def test_the_dry_run_does_all_parts(tmp_path: Path) -> None:
     assert re.search(r"longppl +6 rows of trained models, 6 of the base", done.stdout)
 
 
+@pytest.fixture
+def own_precision() -> Iterator[None]:
+    """Accelerate allows one precision per process, and other tests train in another."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("own_precision")
 def test_from_texts_to_rows(prepared: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """What was prepared from texts is trained and measured; what is there is not measured again."""
     assert prepare(prepared) == 0
