@@ -1,4 +1,4 @@
-"""What the rows of the study of SmolLM2 at 16k say about claims of the paper: estimates with intervals, and verdicts.
+"""Claims of the paper, by the rows of the study of SmolLM2 at 16k: estimates with intervals, and verdicts.
 
 A claim holds if the whole 95 % interval is on its side and the estimate is above the noise of training seeds; it does
 not if both are so on the other side. Anything else cannot be told, and the verdict says why.
@@ -293,7 +293,7 @@ def _twice(study: Study) -> Finding:
 
 
 def noise_lines(study: Study) -> list[list[str]]:
-    """What a second seed changes: a line per run that has one."""
+    """The change that a second seed makes: a line per run that has one."""
     keys, lines = key_noise(study), []
     for first, second in SEED_PAIRS:
         texts = study.log_ratios(first, second)

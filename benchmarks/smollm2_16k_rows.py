@@ -45,7 +45,7 @@ from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.texts.token_documents import TokenSource
 
 Cell = tuple[Any, ...]
-"""What is measured of a model: ("perplexity", text, length, whether it is the control), ("twice", text, length),
+"""A measurement of a model: ("perplexity", text, length, whether it is the control), ("twice", text, length),
 ("passkey", wording, length, seed), ("ruler", task, length), ("short", task), ("longppl", length)."""
 
 TRAINED_LENGTH = CONTROL.window
@@ -103,7 +103,7 @@ def planned() -> dict[tuple[str, str], list[Cell]]:
 
 @dataclass
 class Study:
-    """What is there.
+    """The rows and runs that are there.
 
     Attributes:
         cells: (line, cell) -> its row, none that failed.

@@ -174,7 +174,7 @@ def run_all(parts: Sequence[Part], end: float) -> int:
 
 @dataclass(frozen=True)
 class Study:
-    """What is trained and measured, and where.
+    """The models that are trained and measured, and where.
 
     Attributes:
         recipes: by method, the name or file that a recipe was read from, and the recipe with its folder in `work`.

@@ -26,7 +26,7 @@ NAME = "dpe"
 
 @dataclass(frozen=True)
 class Probing:
-    """What the probe asks: all groupings, prompt by prompt, as long as there is time.
+    """The questions of the probe: all groupings, prompt by prompt, as long as there is time.
 
     A grouping's score is the mean probability of a token of the right answers. The paper's code counts answers instead,
     of which few prompts make too few steps.
