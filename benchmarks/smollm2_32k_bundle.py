@@ -1,4 +1,4 @@
-"""The files that travel to the machine with the GPU: the weights packed into pieces, everything else as it is, and a manifest.
+"""The files that travel to the machine with the GPU: weights packed into pieces, all else as it is, a manifest.
 
 A machine that is lent for minutes takes a limited amount in one call, so files are grouped into calls, and what arrived
 is held against the manifest before anything is computed. The weights come from a 4-bit file, so their bfloat16 numbers
