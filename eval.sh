@@ -53,6 +53,10 @@ recipe() { # NAME
         exit 2
     fi
     trained=$output_dir/model
+    if [[ -z "$model" && ! -d "$trained" ]]; then # it begins with random weights
+        echo "error: recipe '$1' has no model to measure yet; train it first: ./train.sh $1" >&2
+        exit 2
+    fi
     rows=$output_dir/rows.jsonl
     measure() { # EVALUATOR FLAGS...: the base, then the trained model where it exists; the recipe's flags come later
         local evaluator=$1 what=$1

@@ -236,6 +236,9 @@ def test_eval_sh_measures_what_began_with_random_weights(tmp_path):
     assert all(f"-m {tmp_path}/model" in line for line in lines[:2]) and "--base" not in lines[2]
     done = evaluate("scalings: [default], ")
     assert done.returncode == 2 and "scalings = ['default'] is not allowed; leave it out" in done.stderr
+    (tmp_path / "model").rmdir()
+    done = evaluate("")
+    assert done.returncode == 2 and "has no model to measure yet; train it first: ./train.sh" in done.stderr
 
 
 def test_tables_of_the_paper_have_a_control_where_it_is_asked_for(tmp_path):
