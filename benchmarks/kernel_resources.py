@@ -1,6 +1,6 @@
 """The compiler's word on the Triton kernels on GPUs that are not here: shared memory, registers, spills.
 
-    python benchmarks/kernel_resources.py             # the whole grid, minutes to hours; rows are appended as they come
+    python benchmarks/kernel_resources.py             # the whole grid, minutes; rows are appended as they come
     python benchmarks/kernel_resources.py --corners   # the cases that need most, for the tests; writes no file
     python benchmarks/kernel_resources.py --table     # the table of docs/performance.md from the rows
 
@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.results import Row, append_row, rows_so_far
+from scaled_rope.results import Row, append_row, provenance, rows_so_far
 
 ROWS = ROOT / "data" / "benchmarks" / "kernel_resources.jsonl"
 LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
@@ -98,7 +98,8 @@ class Compiler:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        # A kernel keeps the target that it first saw on a device, so each target is a device of its own.
+        return int(self.target.arch)
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -118,7 +119,7 @@ class Compiler:
 
 
 def resources(compiled: Any) -> Row:
-    """Shared memory, registers per thread and bytes spilled of a compiled kernel."""
+    """The device that it was compiled for, shared memory, registers per thread and bytes spilled of a kernel."""
     import triton.backends.nvidia as backend
 
     tool = Path(backend.__path__[0]) / "bin" / "cuobjdump"
@@ -128,6 +129,7 @@ def resources(compiled: Any) -> Row:
         said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
     return {
+        "target": re.findall(r"^\.target (\w+)", compiled.asm["ptx"], re.MULTILINE)[0],
         "shared_bytes": compiled.metadata.shared,
         "registers": numbers["REG"],
         "spilled_bytes": numbers["STACK"] + numbers["LOCAL"],
@@ -136,7 +138,11 @@ def resources(compiled: Any) -> Row:
 
 
 def measure(cases: Sequence[Case]) -> Iterator[Row]:
-    """A row per case. Nothing is computed: tensors are only described."""
+    """A row per case. Nothing is computed: tensors are only described.
+
+    Raises:
+        RuntimeError: a kernel was compiled for another device than the row's.
+    """
     import torch
     import triton
 
@@ -185,6 +191,8 @@ def measure(cases: Sequence[Case]) -> Iterator[Row]:
                 case["interleaved"], False,
             )  # fmt: skip
         found = [resources(compiled) for compiled in compiler.found]
+        if wrong := {one["target"] for one in found if not re.match(rf"sm_{case['capability']}\D?$", one["target"])}:
+            raise RuntimeError(f"compiled for {', '.join(wrong)}, not for sm_{case['capability']}")
         yield row | found[0] | {"merge": found[1]} if len(found) > 1 else row | found[0]
 
 
@@ -224,12 +232,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = (
         corners() if args.corners else [one for one in grid() if not any(one.items() <= row.items() for row in done)]
     )
-    bad = 0
+    run, bad = provenance("cpu", None, vars(args)), 0
     for row in measure(cases):
         bad += not good(row)
         print(json.dumps(row), flush=True)
         if not args.corners:
-            append_row(args.output, row)
+            append_row(args.output, row | {"provenance": run})
     return int(bad > 0)
 
 
