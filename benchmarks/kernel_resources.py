@@ -4,8 +4,9 @@
     python benchmarks/kernel_resources.py --corners   # the cases that need most, for the tests; writes no file
     python benchmarks/kernel_resources.py --table     # the table of docs/performance.md from the rows
 
-Every shape that the dispatchers send to a kernel is compiled for sm_80 and sm_90, which needs no GPU, through the
-kernel's own launcher. A program must fit the shared memory of the device and keep its numbers in registers.
+Every shape that the dispatchers send to a kernel is compiled through the kernel's own launcher, which needs no GPU: for
+A100 (sm_80), H100 (sm_90), B200 (sm_100) and MI300 (gfx942). What needs most is compiled for sm_89 too. A program must
+fit the shared memory of the device and keep its numbers in registers.
 
 Exit code 1 when a kernel does not fit or spills.
 """
@@ -31,8 +32,8 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.results import Row, append_row, provenance, rows_so_far
 
 ROWS = ROOT / "data" / "benchmarks" / "kernel_resources.jsonl"
-LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
-"""Bytes of shared memory that a program may have, by compute capability."""
+LIMITS = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+"""Bytes of shared memory that a program may have, by target."""
 Case = dict[str, Any]
 
 
@@ -40,43 +41,44 @@ def grid() -> Iterator[Case]:
     """Every kind of shape that is decoded or rotated by a kernel."""
     # head_dim and half of the rotated dimensions: whole heads, and a part as in Phi-2. float16 is as wide as bfloat16.
     shapes = ((128, 64), (256, 128), (64, 32), (80, 16), (96, 48), (192, 96))
-    for capability in (90, 80):
+    for target in ("sm_90", "sm_80", "sm_100", "gfx942"):
         for dtype in ("bfloat16", "float32"):
             for width, half in shapes:
                 for group, count in ((4, 1), (16, 1), (16, 16)):
                     for interleaved in (False, True):
-                        yield decoding(capability, dtype, width, half, group, count, interleaved)
+                        yield decoding(target, dtype, width, half, group, count, interleaved)
             for width, half in ((64, 32), (80, 16), (128, 64), (256, 128)):
                 for interleaved in (False, True):
                     for tables in (True, False):
-                        yield rotating(capability, dtype, width, half, 4096, interleaved, tables)
+                        yield rotating(target, dtype, width, half, 4096, interleaved, tables)
     for dtype, width in (("bfloat16", 128), ("bfloat16", 256), ("float32", 256)):  # where shared memory is least
-        yield decoding(89, dtype, width, width // 2, 16, 1, False)
+        yield decoding("sm_89", dtype, width, width // 2, 16, 1, False)
 
 
 def corners() -> list[Case]:
     """The largest programs of each kind; those that did not fit or spilled before blocks followed the shape."""
     return [
-        decoding(90, "bfloat16", 128, 64, 4, 1, False),
-        decoding(90, "bfloat16", 128, 64, 4, 16, True),
-        decoding(90, "bfloat16", 64, 32, 3, 1, True),
-        decoding(80, "float16", 256, 128, 16, 1, False),
-        decoding(90, "float32", 256, 128, 1, 1, True),
-        decoding(89, "float32", 128, 64, 16, 1, False),
-        rotating(90, "float32", 256, 128, 4096, True, False),
+        decoding("sm_90", "bfloat16", 128, 64, 4, 1, False),
+        decoding("sm_90", "bfloat16", 128, 64, 4, 16, True),
+        decoding("sm_90", "bfloat16", 64, 32, 3, 1, True),
+        decoding("sm_80", "float16", 256, 128, 16, 1, False),
+        decoding("sm_90", "float32", 256, 128, 1, 1, True),
+        decoding("sm_89", "float32", 128, 64, 16, 1, False),
+        decoding("gfx942", "bfloat16", 128, 64, 4, 1, False),
+        rotating("sm_90", "float32", 256, 128, 4096, True, False),
     ]
 
 
-def decoding(capability: int, dtype: str, width: int, half: int, group: int, count: int, interleaved: bool) -> Case:
+def decoding(target: str, dtype: str, width: int, half: int, group: int, count: int, interleaved: bool) -> Case:
     return {
-        "kernel": "decode", "capability": capability, "dtype": dtype, "head_dim": width, "half": half, "group": group,
+        "kernel": "decode", "target": target, "dtype": dtype, "head_dim": width, "half": half, "group": group,
         "count": count, "interleaved": interleaved,
     }  # fmt: skip
 
 
-def rotating(capability: int, dtype: str, width: int, half: int, tokens: int, interleaved: bool, tables: bool) -> Case:
+def rotating(target: str, dtype: str, width: int, half: int, tokens: int, interleaved: bool, tables: bool) -> Case:
     return {
-        "kernel": "rotary", "capability": capability, "dtype": dtype, "head_dim": width, "half": half,
+        "kernel": "rotary", "target": target, "dtype": dtype, "head_dim": width, "half": half,
         "tokens": tokens, "interleaved": interleaved, "tables": tables,
     }  # fmt: skip
 
@@ -91,7 +93,10 @@ class Compiler:
         warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
         self.target: Any = None
         self.found: list[Any] = []
-        self.target_of = lambda capability: GPUTarget("cuda", capability, 32)
+        self.targets = {
+            name: GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name[3:]), 32)
+            for name in LIMITS
+        }
         triton.runtime.driver.set_active(self)  # type: ignore[arg-type]
 
     def get_current_target(self) -> Any:
@@ -99,7 +104,7 @@ class Compiler:
 
     def get_current_device(self) -> int:
         # A kernel keeps the target that it first saw on a device, so each target is a device of its own.
-        return int(self.target.arch)
+        return list(self.targets.values()).index(self.target)
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -119,7 +124,14 @@ class Compiler:
 
 
 def resources(compiled: Any) -> Row:
-    """The device that it was compiled for, shared memory, registers per thread and bytes spilled of a kernel."""
+    """What a kernel was compiled for, its shared memory, registers per thread, bytes spilled of a thread, and warps."""
+    found = {"shared_bytes": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        numbers = {name: int(value) for name, value in re.findall(r"^ +\.(\w+): +(\d+)$", text, re.MULTILINE)}
+        target = re.findall(r"^amdhsa.target: .*-(gfx\w+)", text, re.MULTILINE)[0]
+        spilled = numbers["private_segment_fixed_size"]
+        return {"compiled_for": target, "registers": numbers["vgpr_count"], "spilled_bytes": spilled} | found
     import triton.backends.nvidia as backend
 
     tool = Path(backend.__path__[0]) / "bin" / "cuobjdump"
@@ -128,13 +140,9 @@ def resources(compiled: Any) -> Row:
         file.flush()
         said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
-    return {
-        "target": re.findall(r"^\.target (\w+)", compiled.asm["ptx"], re.MULTILINE)[0],
-        "shared_bytes": compiled.metadata.shared,
-        "registers": numbers["REG"],
-        "spilled_bytes": numbers["STACK"] + numbers["LOCAL"],
-        "warps": compiled.metadata.num_warps,
-    }
+    target = re.findall(r"^\.target (\w+)", compiled.asm["ptx"], re.MULTILINE)[0]
+    spilled = numbers["STACK"] + numbers["LOCAL"]
+    return {"compiled_for": target, "registers": numbers["REG"], "spilled_bytes": spilled} | found
 
 
 def measure(cases: Sequence[Case]) -> Iterator[Row]:
@@ -154,9 +162,9 @@ def measure(cases: Sequence[Case]) -> Iterator[Row]:
         for name in names:
             setattr(module, name, compiler.instead_of(getattr(module, name)))
     for case in cases:
-        compiler.target, dtype = compiler.target_of(case["capability"]), getattr(torch, case["dtype"])
+        compiler.target, dtype = compiler.targets[case["target"]], getattr(torch, case["dtype"])
         compiler.found.clear()
-        width, half, limit = case["head_dim"], case["half"], LIMITS[case["capability"]]
+        width, half, limit = case["head_dim"], case["half"], LIMITS[case["target"]]
         row: Row = {**case, "limit_bytes": limit, "triton": triton.__version__}
         phases = torch.empty(1, half, dtype=torch.int64)
         if case["kernel"] == "decode":
@@ -191,8 +199,9 @@ def measure(cases: Sequence[Case]) -> Iterator[Row]:
                 case["interleaved"], False,
             )  # fmt: skip
         found = [resources(compiled) for compiled in compiler.found]
-        if wrong := {one["target"] for one in found if not re.match(rf"sm_{case['capability']}\D?$", one["target"])}:
-            raise RuntimeError(f"compiled for {', '.join(wrong)}, not for sm_{case['capability']}")
+        # The variants of sm_90 and sm_100 that have all of their own instructions are called sm_90a and sm_100a.
+        if wrong := {one["compiled_for"] for one in found} - {case["target"], case["target"] + "a"}:
+            raise RuntimeError(f"compiled for {', '.join(wrong)}, not for {case['target']}")
         yield row | found[0] | {"merge": found[1]} if len(found) > 1 else row | found[0]
 
 
@@ -204,11 +213,11 @@ def good(row: Row) -> bool:
 def table(rows: Sequence[Row]) -> str:
     """In Markdown: for each kernel, device and dtype the most shared memory, registers and bytes spilled."""
     lines = [
-        "| kernel | sm | dtype | shapes | most shared memory (limit) | most registers | spilled |",
+        "| kernel | target | dtype | shapes | most shared memory (limit) | most registers | spilled |",
         "|---|---|---|---|---|---|---|",
     ]
-    for kind in dict.fromkeys((row["kernel"], row["capability"], row["dtype"]) for row in rows):
-        of = [row for row in rows if (row["kernel"], row["capability"], row["dtype"]) == kind and "backend" not in row]
+    for kind in dict.fromkeys((row["kernel"], row["target"], row["dtype"]) for row in rows):
+        of = [row for row in rows if (row["kernel"], row["target"], row["dtype"]) == kind and "backend" not in row]
         shared, registers, spilled = (
             max(row[name] for row in of) for name in ("shared_bytes", "registers", "spilled_bytes")
         )
