@@ -156,14 +156,12 @@ def measure(tokens: int, shape: str, rounds: int, calls: int) -> dict[str, float
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """In Markdown: a line for each way, a column for each number of tokens and shape; the newest row of each."""
-    newest = {(row["way"], row["tokens"], row["shape"]): row["microseconds"] for row in rows}
-    columns = sorted({(tokens, shape) for _, tokens, shape in newest})
-    lines = [
-        "| host time, µs | " + " | ".join(f"T = {tokens}, {shape}" for tokens, shape in columns) + " |",
-        "|---|" + "---|" * len(columns),
-    ]
-    for way in dict.fromkeys(way for way, _, _ in newest):
+    """In Markdown: a line for each way, a column for each version of Triton, shape and length, from the newest rows."""
+    newest = {(row["way"], row["triton"], row["shape"], row["tokens"]): row["microseconds"] for row in rows}
+    columns = sorted({key[1:] for key in newest})
+    heads = [f"{shape}, T = {tokens}, Triton {triton}" for triton, shape, tokens in columns]
+    lines = ["| host time, µs | " + " | ".join(heads) + " |", "|---|" + "---|" * len(columns)]
+    for way in dict.fromkeys(way for way, *_ in newest):
         cells = [newest.get((way, *column)) for column in columns]
         lines.append(f"| {way} | " + " | ".join("not measured" if x is None else f"{x:.1f}" for x in cells) + " |")
     return "\n".join(lines)

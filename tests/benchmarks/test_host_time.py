@@ -50,9 +50,9 @@ def test_an_unknown_shape_is_named():
 
 
 def test_the_table_takes_the_newest_row_and_names_what_is_missing():
-    rows = [
-        {"way": "a", "tokens": 1, "shape": "llama-2", "microseconds": 99.0},
-        {"way": "a", "tokens": 1, "shape": "llama-2", "microseconds": 31.5},
-        {"way": "b", "tokens": 32, "shape": "llama-2", "microseconds": 40.0},
-    ]
-    assert host_time.table(rows).splitlines()[2:] == ["| a | 31.5 | not measured |", "| b | not measured | 40.0 |"]
+    row = {"way": "a", "tokens": 1, "shape": "llama-2", "triton": "3.9.0"}
+    rows = [row | {"microseconds": 99.0}, row | {"microseconds": 31.5}]
+    rows.append(row | {"way": "b", "triton": "3.6.0", "microseconds": 40.0})
+    lines = host_time.table(rows).splitlines()
+    assert lines[0] == "| host time, µs | llama-2, T = 1, Triton 3.6.0 | llama-2, T = 1, Triton 3.9.0 |"
+    assert lines[2:] == ["| a | not measured | 31.5 |", "| b | 40.0 | not measured |"]
