@@ -64,7 +64,7 @@ def corners() -> list[Case]:
         decoding("sm_80", "float16", 256, 128, 16, 1, False),
         decoding("sm_90", "float32", 256, 128, 1, 1, True),
         decoding("sm_89", "float32", 128, 64, 16, 1, False),
-        decoding("gfx942", "bfloat16", 128, 64, 4, 1, False),
+        decoding("gfx942", "bfloat16", 256, 128, 16, 16, False),
         rotating("sm_90", "float32", 256, 128, 4096, True, False),
     ]
 
@@ -169,7 +169,8 @@ def measure(cases: Sequence[Case]) -> Iterator[Row]:
         phases = torch.empty(1, half, dtype=torch.int64)
         if case["kernel"] == "decode":
             group, count = case["group"], case["count"]
-            blocks = blocks_for(half, width - 2 * half, width, dtype.itemsize, group * count, limit)
+            lanes = compiler.target.warp_size
+            blocks = blocks_for(half, width - 2 * half, width, dtype.itemsize, group * count, limit, lanes)
             if blocks is None:
                 yield row | {"backend": "torch"}
                 continue

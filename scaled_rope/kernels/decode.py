@@ -112,9 +112,10 @@ def rotary_decode(
     _check(query, key, value, angles.phases, mask)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if kernel_backend(query.device, backend) == "triton":
-        half, (limit, multiprocessors) = angles.phases.shape[-1], device_limits(query.device)
+        half, (limit, multiprocessors, lanes) = angles.phases.shape[-1], device_limits(query.device)
         rows = query.shape[1] // key.shape[1] * query.shape[2]
-        blocks = blocks_for(half, query.shape[-1] - 2 * half, value.shape[-1], query.dtype.itemsize, rows, limit)
+        tail, itemsize = query.shape[-1] - 2 * half, query.dtype.itemsize
+        blocks = blocks_for(half, tail, value.shape[-1], itemsize, rows, limit, lanes)
         if blocks is not None:
             from scaled_rope.kernels.decode_triton import launch
 

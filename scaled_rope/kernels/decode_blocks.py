@@ -1,7 +1,7 @@
 """How the decoding kernel is divided: blocks of queries and keys that fit a device, and stretches that fill it.
 
 The numbers were chosen by compiling the kernel for sm_80 and sm_90 (`benchmarks/kernel_resources.py`): in each case the
-largest blocks of which nothing is spilled from registers.
+largest blocks of which nothing is spilled from registers. The same holds on sm_100 and gfx942.
 """
 
 from __future__ import annotations
@@ -38,13 +38,16 @@ def padded(width: int) -> int:
 
 
 @functools.cache
-def blocks_for(half: int, tail: int, width: int, itemsize: int, rows: int, limit: int) -> Blocks | None:
+def blocks_for(
+    half: int, tail: int, width: int, itemsize: int, rows: int, limit: int, lanes: int = 32
+) -> Blocks | None:
     """Return blocks for heads of 2·half rotated and `tail` other dimensions, and values of `width`.
 
     Args:
         itemsize: bytes of an element of keys and values.
         rows: queries that share a key.
         limit: bytes of shared memory that a program may have.
+        lanes: threads of a warp, 64 on AMD's data-centre GPUs, where eight warps have half the registers each of four.
 
     Returns:
         None where the kernel has none: elements of 8 bytes, heads padded to more than `WIDEST`, little shared memory.
@@ -53,11 +56,11 @@ def blocks_for(half: int, tail: int, width: int, itemsize: int, rows: int, limit
     widest = max(head, padded(width))
     if itemsize > 4 or widest > WIDEST:
         return None
-    warps = 8 if widest > 128 else 4
+    warps = 8 if widest > 128 and lanes == 32 else 4
     if itemsize == 4:
         queries, keys, stages = 16, 32 if widest <= 64 else 16, 2
     elif widest > 128:
-        queries, keys, stages = 16, 32, 3
+        queries, keys, stages = 16, 32 if lanes == 32 else 16, 3
     elif rows > 16:
         queries, keys, stages = 32, 32, 3
     elif widest <= 64:
@@ -90,14 +93,14 @@ def splits_of(blocks: int, rows: int, programs: int) -> int:
 
 
 @functools.cache
-def device_limits(device: torch.device) -> tuple[int, int]:
-    """Bytes of shared memory that a program may have on a device, and the number of its multiprocessors.
+def device_limits(device: torch.device) -> tuple[int, int, int]:
+    """Bytes of shared memory that a program may have on a device, its multiprocessors, and the threads of a warp.
 
     On a CPU, where only Triton's interpreter runs the kernel, an H100's shared memory and one multiprocessor: few
     programs, which run one after the other.
     """
     if device.type != "cuda":
-        return HOPPER, 1
+        return HOPPER, 1, 32
     found = torch.cuda.get_device_properties(device)
     limit = getattr(found, "shared_memory_per_block_optin", 0) or getattr(found, "shared_memory_per_block", 65_536)
-    return int(limit), int(found.multi_processor_count)
+    return int(limit), int(found.multi_processor_count), int(getattr(found, "warp_size", 32))
