@@ -314,12 +314,28 @@ def _answer(
     judged.sort(key=lambda one: (one is not use, one.measured.loss))
     advice = Advice(use, equal, judged, ends[0], trials.target, trials.control, training, notes)
     recipe = None
-    if training is not None:
+    if training is not None and args.adapter is None:
         recipe = folder / "recipe.yaml"
         scaling = training.measured.candidate.scaling.to_spec()
         before = outcome.baseline.candidate.spec
-        texts = args.dataset
-        write_recipe(recipe, args.model, parameters, scaling, trials.target, texts, list(ends), before)
+        write_recipe(
+            recipe,
+            args.model,
+            parameters,
+            scaling,
+            trials.target,
+            args.dataset,
+            list(ends),
+            before,
+            feature=args.feature,
+            original=args.original_max_position_embeddings,
+        )
+    else:
+        (folder / "recipe.yaml").unlink(missing_ok=True)  # one of an earlier run, which is not advised any more
+        if training is not None:
+            notes.append(
+                "No recipe: it would train the model without the adapter. Merge the adapter into the weights first"
+            )
     commands = _commands(args, advice, recipe)
     rows = result_rows(
         job,
@@ -406,11 +422,17 @@ def _commands(args: argparse.Namespace, advice: Advice, recipe: Path | None) -> 
     """The commands that carry the advice out."""
     spec, lengths = advice.use.spec, ",".join(map(str, sorted(advice.use.buckets)))
     served, length = advice.served or advice.use, str(args.target)
+    corrected, told, adapted = args.original_max_position_embeddings, served.spec, list[str]()
+    if corrected is not None:  # or the commands would count from what the config says
+        told += f",original_max_position_embeddings={corrected}"
+        adapted += ["--original-max-position-embeddings", str(corrected)]
+    if args.adapter is not None:
+        adapted += ["--adapter", args.adapter]
     commands = [
-        shlex.join(["scaled-rope", "export", args.model, "--for", name, "--scaling", served.spec, "--length", length])
+        shlex.join(["scaled-rope", "export", args.model, "--for", name, "--scaling", told, "--length", length])
         for name in served.served_by
     ]
-    check = ["python", "eval/passkey.py", "-m", args.model, "--scaling", spec, "--lengths", lengths]
+    check = ["python", "eval/passkey.py", "-m", args.model, *adapted, "--scaling", spec, "--lengths", lengths]
     commands.append(shlex.join([*check, "--output", f"{args.output}/check.jsonl"]))
     if recipe is not None:
         commands.append(shlex.join(["./train.sh", str(recipe)]))

@@ -32,6 +32,8 @@ def write_recipe(
     dataset: str,
     lengths: list[int],
     before: str = "default",
+    feature: str = "text",
+    original: int | None = None,
 ) -> Recipe:
     """Write the recipe, and read it back as train.sh will.
 
@@ -42,6 +44,8 @@ def write_recipe(
         dataset: the texts or the packed set that the advice was measured on.
         lengths: to evaluate at, in tokens.
         before: the scaling of the model as it is, which is evaluated beside it.
+        feature: the field of the texts that was read.
+        original: L in tokens where what the config says was corrected.
 
     Raises:
         ConfigError: what was written is no recipe.
@@ -51,11 +55,15 @@ def write_recipe(
     if is_tokenized(dataset):
         prepared, prepare = dataset, []
     else:
-        prepared, prepare = f"{folder}/rows-{target}", _prepare(dataset, model, target, f"{folder}/rows-{target}")
+        prepared, prepare = (
+            f"{folder}/rows-{target}",
+            _prepare(dataset, feature, model, target, f"{folder}/rows-{target}"),
+        )
     fields = {
         "description": f"{Path(model).name} to {target} tokens, under the scaling that scaled-rope advise chose",
         "model": model,
         "scaling": spec,
+        **({} if original is None else {"original_max_position_embeddings": original}),
         **({"prepare": prepare} if prepare else {}),
         "dataset": prepared,
         "sequence_length": target,
@@ -76,7 +84,7 @@ def write_recipe(
     return recipe
 
 
-def _prepare(dataset: str, model: str, target: int, output: str) -> list[str]:
+def _prepare(dataset: str, feature: str, model: str, target: int, output: str) -> list[str]:
     """The commands that turn texts into sequences."""
     commands, source = [], dataset
     if dataset in CORPORA and not Path(dataset).exists():
@@ -84,5 +92,6 @@ def _prepare(dataset: str, model: str, target: int, output: str) -> list[str]:
         commands.append(shlex.join(["python", "-m", "scaled_rope.texts.corpora", "fetch", dataset, "--output", place]))
         source = f"{place}/train"
     words = ["python", "tokenization.py", "--dataset", source, "--tokenizer", model]
+    words += [] if feature == "text" else ["--feature", feature]
     words += ["--sequence-length", str(target), "--bookend", "chunk", "--output", output]
     return [*commands, shlex.join(words)]

@@ -52,6 +52,11 @@ class ModelJob:
     """The server that is asked instead; None: the model is loaded."""
 
     @property
+    def as_saved(self) -> RopeScaling | None:
+        """What the config itself says, without corrections by flags; None where it has not been read."""
+        return None if self.checkpoint is None else self.checkpoint.settings.scaling
+
+    @property
     def label(self) -> str:
         """The scaling in a few words: "unscaled", "yarn x8", "yarn x8 (checkpoint)" for a model's own."""
         own = Spec.parse(self.spec).method == "checkpoint" and self.scaling.method != "default"

@@ -349,12 +349,15 @@ class RopeScaling:
             lent["turning_fraction"] = base.method_params.fraction
         return cls(**(lent | values))
 
-    def to_spec(self) -> str:
-        """The text that `from_spec` turns back into this static record, given the same model."""
+    def to_spec(self, model: RopeScaling | None = None) -> str:
+        """The text that `from_spec` turns back into this static record.
+
+        model: what the checkpoint carries that the text is for. Fields of the model in which this record differs, such
+            as a corrected L, are written too; None: the record has them from the model.
+        """
+        same = [name for name in _MODEL_FIELDS if model is None or getattr(self, name) == getattr(model, name)]
         values = {
-            name: value
-            for name, value in self.to_dict().items()
-            if name not in ("method", "factor", "params", *_MODEL_FIELDS)
+            name: value for name, value in self.to_dict().items() if name not in ("method", "factor", "params", *same)
         }
 
         def written(value: Any) -> str:

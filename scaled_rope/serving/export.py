@@ -29,7 +29,7 @@ from scaled_rope.results import scratch_path, write_atomic
 from scaled_rope.scaling.dialects import older_keys
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import SOFTMAX_MSCALE_FAMILIES, has_rope, nested_types
-from scaled_rope.scaling.record import RopeScaling, resolve_scaling
+from scaled_rope.scaling.record import LayerPlan, RopeScaling, resolve_scaling
 from scaled_rope.serving.config_facts import text_part
 from scaled_rope.serving.export_report import Comparison, ExportReport
 from scaled_rope.serving.gguf import add_rope
@@ -165,6 +165,17 @@ def _no_words(request: ServedModel, target: Target) -> str:
         return f"{scaling.method!r} {scaling.beyond_tables}; no server computes it: use patch_model of this package"
     if nested_types(request.carried):
         return "the config has a scaling per layer type: save the model that patch_model made instead"
+    plan = LayerPlan.from_config(request.config)
+    if plan.drop_layers:
+        dropped = ", ".join(map(str, plan.drop_layers))
+        return (
+            f"layers {dropped} of this checkpoint have no rotary embedding, which no server can be told: use load_model"
+        )
+    if len(set(map(repr, plan.layers.values()))) > 1:
+        return (
+            f"layers of type {', '.join(plan.layers)} of this checkpoint have scalings of their own, which no server "
+            "can be told: use load_model"
+        )
     model_type, carried = request.config.model_type, request.carried
     softmax = carried.get("mscale_all_dim") if carried.get("rope_type") != "default" else None
     if softmax and model_type in SOFTMAX_MSCALE_FAMILIES:
@@ -190,6 +201,13 @@ def _notes(request: ServedModel, target: Target, words: Expressed) -> list[str]:
     scaling, notes = request.scaling, []
     if target.static and scaling.method != "default" and scaling.factor > 1 and not scaling.is_length_dependent:
         notes.append(f"{target.title} scales short prompts as well: it computes one table for all lengths")
+    made_for = scaling.max_position_embeddings
+    if made_for is not None and request.length > made_for and not scaling.is_length_dependent:
+        reaches = request.length / (scaling.original_max_position_embeddings or made_for)
+        notes.append(
+            f"length={request.length} is beyond the {made_for} tokens that {scaling.label!r} is for; "
+            f"a factor of {reaches:.4g} reaches it"
+        )
     if not target.static and scaling.is_length_dependent:
         notes.append(
             "exact for one pass over a sequence; cached keys keep the rotation of the length they were made at"

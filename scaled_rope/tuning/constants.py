@@ -319,7 +319,7 @@ def _interval(gain: Difference | None) -> Row | None:
     return {"value": gain.value, "interval": None if gain.interval is None else list(gain.interval)}
 
 
-def _described(one: Result, head_dim: int) -> Row:
+def _described(one: Result, head_dim: int, model: RopeScaling | None) -> Row:
     """A candidate's constants and measurements."""
     fast, slow, factor = point_of(one.scaling)
     kept, pairs = kept_pairs(one.scaling, head_dim)
@@ -328,7 +328,7 @@ def _described(one: Result, head_dim: int) -> Row:
         found = {str(length): list(counts) for length, counts in one.found().items()}
         answers = {"retrieval": one.retrieval, "found": found}
     return {
-        "spec": one.scaling.to_spec(),
+        "spec": one.scaling.to_spec(model),
         "beta_fast": fast,
         "beta_slow": slow,
         "attention_factor": factor,
@@ -341,16 +341,19 @@ def _described(one: Result, head_dim: int) -> Row:
     }
 
 
-def summarise_constants(fitted: Sequence[Fitted], seed: int, reference: Row | None) -> Row:
+def summarise_constants(
+    fitted: Sequence[Fitted], seed: int, reference: Row | None, model: RopeScaling | None = None
+) -> Row:
     """The results of the search as plain data: the content of best.json except for the provenance.
 
     reference: the answers of the unscaled model within L; None if none was asked for.
+    model: what the checkpoint carries, see `RopeScaling.to_spec`.
     """
     factors = []
     for one in fitted:
         finalists = [
             {
-                **_described(each, one.head_dim),
+                **_described(each, one.head_dim, model),
                 "loss_above_paper": _interval(loss_difference(each, one.paper)),
                 "retrieval_above_paper": _interval(retrieval_difference(each, one.paper)),
             }
@@ -360,14 +363,14 @@ def summarise_constants(fitted: Sequence[Fitted], seed: int, reference: Row | No
         factors.append(
             {
                 "factor": one.start.factor,
-                "spec": one.scaling.to_spec(),
+                "spec": one.scaling.to_spec(model),
                 "scaling": one.scaling.to_dict(),
                 "rope_parameters": one.scaling.to_config(),
                 "paper_is_as_good": one.paper_is_as_good,
                 "best": finalists[at],
                 "paper": finalists[0],
                 "finalists": finalists,
-                "screened": [_described(each, one.head_dim) for each in one.screened],
+                "screened": [_described(each, one.head_dim, model) for each in one.screened],
                 "grids": dict(zip(("beta_fast", "beta_slow", "attention_factor"), map(list, one.axes), strict=True)),
             }
         )

@@ -105,6 +105,8 @@ class _Texts:
 
     search: Material
     judge: Material
+    left: int
+    """Windows that are left for the judge; without any, its facts are hidden in windows that chose."""
 
 
 def _read_texts(args: argparse.Namespace, job: ModelJob, space: Space) -> _Texts:
@@ -136,6 +138,7 @@ def _read_texts(args: argparse.Namespace, job: ModelJob, space: Space) -> _Texts
     return _Texts(
         material(chosen[: args.windows], args.prompts, args.seed),
         material(chosen[args.windows :], args.held_back, args.seed + _HELD_BACK),
+        len(chosen) - args.windows,
     )
 
 
@@ -189,9 +192,14 @@ def run(args: argparse.Namespace) -> int:
     starts = [one for one in made if one.origin["kind"] == "start"]
     first = min(starts, key=lambda one: one.fitness)
     judged = None
+    if texts.left < args.held_back:
+        notes.append(
+            f"--held-back {args.held_back}: {texts.left} windows are left to judge the best by; longer or more "
+            "documents give more"
+        )
     if texts.judge.passes and best is not first:
         judged = _judge(best, first, measure_on(texts.judge, space.original, score, ask))
-    summary = {**head, **_summary(made, best, first, starts, texts, judged, space)}
+    summary = {**head, **_summary(made, best, first, starts, texts, judged, space, job.as_saved)}
     write_atomic(folder / "best.json", json.dumps({**summary, "provenance": record}, indent=2) + "\n")
     write_search_figures(made, best, space, display_name(args.model), folder)
     if args.json:
@@ -268,6 +276,7 @@ def _summary(
     texts: _Texts,
     judged: Row | None,
     space: Space,
+    model: RopeScaling | None,
 ) -> Row:
     course, lowest = [], math.inf
     for one in made:
@@ -278,10 +287,10 @@ def _summary(
         "evaluations": len(made),
         "passes_per_evaluation": texts.search.passes,
         "tokens_per_evaluation": texts.search.tokens,
-        "spec": best.scaling.to_spec(),
+        "spec": best.scaling.to_spec(model),
         "scaling": best.scaling.to_dict(),
         "rope_parameters": best.scaling.to_config(),
-        "yarn": _as_yarn(best, space),
+        "yarn": _as_yarn(best, space, model),
         "best": _described(best),
         "starts": [_described(one) for one in starts],
         "best_start": first.origin["name"],
@@ -290,13 +299,15 @@ def _summary(
     }
 
 
-def _as_yarn(best: Evaluated, space: Space) -> str | None:
+def _as_yarn(best: Evaluated, space: Space, model: RopeScaling | None) -> str | None:
     """The spec of YaRN that computes the same beyond L, if there is one: more programs know it."""
     numbers = best.origin.get("numbers")
     if numbers is None or numbers["rope_theta"] != space.base.rope_theta:
         return None
     words = ",".join(f"{name}={numbers[name]:.10g}" for name in ("beta_fast", "beta_slow", "attention_factor"))
     ends = "" if best.origin["kind"] == "start" else ",truncate=false"
+    if model is not None and model.original_max_position_embeddings != space.original:
+        ends += f",original_max_position_embeddings={space.original}"
     return f"yarn:{space.factor:.17g},{words}{ends}"
 
 

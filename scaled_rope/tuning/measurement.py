@@ -138,11 +138,15 @@ def check_target(original: int | None, target: int, name: str) -> int:
     """L, where the target lies beyond it.
 
     Raises:
-        ConfigError: L is not known, or the target is not beyond it.
+        ConfigError: L is not known or below 2, or the target is not beyond it.
     """
     if original is None:
         raise ConfigError(
             f"the trained length of {name} is not known; say --original-max-position-embeddings N, in tokens"
+        )
+    if original < 2:
+        raise ConfigError(
+            f"original_max_position_embeddings={original}: must be at least 2, a segment's length in tokens"
         )
     if target <= original:
         raise ConfigError(

@@ -153,8 +153,11 @@ def _line(best: Mapping[float, float], minima: Mapping[float, Sequence[Minimum]]
     return {**asdict(fit), "factors": list(fit.factors), "interval": spread}
 
 
-def summarise(tuned: Sequence[Tuned], seed: int) -> Row:
-    """The results of the search as plain data: the content of best.json except for the provenance."""
+def summarise(tuned: Sequence[Tuned], seed: int, model: RopeScaling | None = None) -> Row:
+    """The results of the search as plain data: the content of best.json except for the provenance.
+
+    model: what the checkpoint carries, see `RopeScaling.to_spec`.
+    """
     windows = tuned[0].per_window.shape[1]
     samples = resample(windows, seed) if windows > 1 else None
     minima = {one.factor: bootstrap_minima(one.grid, one.per_window, samples) for one in tuned if samples is not None}
@@ -170,7 +173,7 @@ def summarise(tuned: Sequence[Tuned], seed: int) -> Row:
         factors.append(
             {
                 "factor": one.factor,
-                "spec": one.scaling.to_spec(),
+                "spec": one.scaling.to_spec(model),
                 "scaling": one.scaling.to_dict(),
                 "rope_parameters": one.scaling.to_config(),
                 "attention_factor": one.minimum.x,
@@ -194,7 +197,7 @@ def summarise(tuned: Sequence[Tuned], seed: int) -> Row:
         spec = None
         if fit.a >= 0 and len({one.scaling.ramp_bounds for one in tuned}) == 1:
             example = replace(tuned[0].scaling, factor=2.0, attention_factor=None, mscale=round(fit.mscale, 4))
-            spec = example.to_spec().replace(":2", ":FACTOR", 1)
+            spec = example.to_spec(model).replace(":2", ":FACTOR", 1)
         line = {**lines[False], "paper_a": paper_slope(), "mscale": fit.mscale, "spec": spec, "free": lines[True]}
     return {"windows": windows, "level": LEVEL, "draws": DRAWS, "seed": seed, "fit": line, "factors": factors}
 
@@ -411,7 +414,7 @@ def _prepare_factors(args: argparse.Namespace, starts: Sequence[RopeScaling]) ->
             sweep = opened.sweep(store)
             bar.total = sum(store.missing(sweep.cells([replace(s, attention_factor=x) for x in grid])) for s in starts)
             tuned = [tune_factor(sweep, start, grid, ends) for start in starts]
-        summary = {**opened.head(), **summarise(tuned, args.seed)}
+        summary = {**opened.head(), **summarise(tuned, args.seed, opened.job.as_saved)}
         write_tuning_figures(tuned, summary, display_name(opened.job.model), opened.folder)
         return _finish(args, opened, summary, report(summary), remarks(summary))
 
@@ -430,7 +433,7 @@ def _prepare_slopes(args: argparse.Namespace, starts: Sequence[RopeScaling]) -> 
             every = [sweep.cells([replace(start, temperature_slope=x) for x in grid]) for start in starts]
             bar.total = sum(map(store.missing, every))
             curves = [measure_slopes(sweep, start, grid) for start in starts]
-        summary = {**opened.head(), **summarise_slopes(curves, args.seed)}
+        summary = {**opened.head(), **summarise_slopes(curves, args.seed, opened.job.as_saved)}
         return _finish(args, opened, summary, slopes_report(summary), slopes_remarks(summary))
 
     return search
@@ -486,7 +489,7 @@ def _prepare_constants(args: argparse.Namespace, job: ModelJob, starts: Sequence
             for start, axes, own in zip(starts, all_axes, lengths, strict=True):
                 trials = Trials(sweep, answers, {length: prompts[length] for length in own if prompts})
                 fitted.append(fit_constants(trials, start, axes, job.head_dim))
-        summary = {**opened.head(), **summarise_constants(fitted, args.seed, reference)}
+        summary = {**opened.head(), **summarise_constants(fitted, args.seed, reference, job.as_saved)}
         write_constants_figures(summary, display_name(job.model), opened.folder)
         tables = [format_table(*table) for table in constants_tables(summary)]
         text = "\n\n".join([*tables, "\n".join(map(verdict, summary["factors"]))])

@@ -63,8 +63,11 @@ def measure_slopes(sweep: Sweep, start: RopeScaling, grid: tuple[float, ...]) ->
     return SlopeCurve(start, grid, means @ [count / (length - 1) for count in targets])
 
 
-def summarise_slopes(curves: Sequence[SlopeCurve], seed: int) -> Row:
-    """The results as plain data: the content of best.json except for the provenance."""
+def summarise_slopes(curves: Sequence[SlopeCurve], seed: int, model: RopeScaling | None = None) -> Row:
+    """The results as plain data: the content of best.json except for the provenance.
+
+    model: what the checkpoint carries, see `RopeScaling.to_spec`.
+    """
     grid = curves[0].grid
     together = sum(one.per_window for one in curves[1:]) + curves[0].per_window
     together = together / len(curves)
@@ -88,7 +91,7 @@ def summarise_slopes(curves: Sequence[SlopeCurve], seed: int) -> Row:
                 "edge": own.edge,
                 "perplexity": math.exp(own.y),
                 "perplexity_without": math.exp(float(one.curve[0])) if grid[0] == 0 else None,
-                "spec": scaling.to_spec(),
+                "spec": scaling.to_spec(model),
                 "scaling": scaling.to_dict(),
                 "curve": [[x, math.exp(y)] for x, y in zip(grid, one.curve, strict=True)],
             }

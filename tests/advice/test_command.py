@@ -159,6 +159,29 @@ def test_a_model_that_does_not_retrieve_is_judged_by_perplexity(
     assert {row["metric"] for row in read_rows(tmp_path / "out" / "results.jsonl")} == {"perplexity"}
 
 
+def test_what_is_handed_out_asks_the_same_question(
+    checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A corrected L and another field of the texts go into the commands and the recipe."""
+    fields = tmp_path / "fields.jsonl"
+    lines = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
+    fields.write_text("".join(json.dumps({"body": line, "text": "lorem"}) + "\n" for line in lines))
+    flags = [checkpoint, "--target", 256, "--original-max-position-embeddings", 64, "--dataset", fields]
+    flags += ["--feature", "body", "--output", tmp_path / "out", "--no-retrieval", "--only"]
+    assert command.run(arguments(*flags, "--scaling", "yarn:4", "--json"), Ticking(0.1)) == 0
+    told = json.loads(capsys.readouterr().out)
+    exports = [one for one in told["commands"] if one.startswith("scaled-rope export")]
+    assert exports and all("yarn:4,original_max_position_embeddings=64" in one for one in exports)
+    assert any("passkey.py" in one and "--original-max-position-embeddings 64" in one for one in told["commands"])
+    recipe = read_recipe(told["recipe"])
+    assert recipe.original_max_position_embeddings == 64 and "--feature body" in recipe.prepare[-1]
+
+    # Another question in the same folder, whose answer has no recipe, leaves none there.
+    assert command.run(arguments(*flags, "--scaling", "dynamic-yarn", "--json"), Ticking(0.1)) == 0
+    assert json.loads(capsys.readouterr().out)["recipe"] is None
+    assert not (tmp_path / "out" / "recipe.yaml").exists()
+
+
 def test_a_model_that_carries_a_scaling_is_tried_under_its_own(
     tiny_model: Make, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -136,3 +136,11 @@ def test_specs_are_read_back(spec: str) -> None:
     scaling = RopeScaling.from_spec(spec, own)
     assert RopeScaling.from_spec(scaling.to_spec(), own) == scaling
     assert set(scaling.to_spec().split(",")) == set(spec.split(","))
+
+
+def test_a_record_of_another_length_than_the_model_says_so() -> None:
+    model = RopeScaling("default", original_max_position_embeddings=256)
+    scaling = RopeScaling("yarn", 4.0, 128)
+    assert scaling.to_spec(model) == "yarn:4,original_max_position_embeddings=128"
+    assert RopeScaling.from_spec(scaling.to_spec(model), model) == scaling
+    assert RopeScaling("yarn", 4.0, 256).to_spec(model) == "yarn:4"

@@ -172,6 +172,26 @@ def test_a_sliding_window_is_pointed_out() -> None:
     assert any("sliding_window=256" in note for note in report.notes)
 
 
+def test_a_length_beyond_what_the_scaling_is_for_is_pointed_out(config: LlamaConfig) -> None:
+    assert "a factor of 8 reaches it" in "".join(export("yarn:4", config, "vllm", length=4096).notes)
+    assert not any("reaches it" in note for note in export("yarn:4", config, "vllm", length=2048).notes)
+
+
+@pytest.mark.parametrize("target", ["transformers", "vllm", "llama.cpp"])
+def test_layers_with_other_rotations_are_refused(target: str, config: LlamaConfig) -> None:
+    """What `patch_model` saves of them is in a record that no server reads."""
+    yarn = RopeScaling("yarn", 4.0, 512)
+    config.rope_parameters = yarn.to_config(head_dim=HEAD_DIM, rope_types=())
+    config.scaled_rope = {"drop_layers": [1, 3], "layers": {}}
+    report = export("checkpoint", config, target)
+    assert report.status == "refused" and report.reason.startswith("layers 1, 3 of this checkpoint have no rotary")
+    assert export("yarn:2", config, target).status == "refused"  # a scaling brings no rotation back
+    plain = RopeScaling("default", 1.0, 512)
+    config.scaled_rope = {"layers": {"full_attention": yarn.to_dict(), "sliding_attention": plain.to_dict()}}
+    report = export("checkpoint", config, target)
+    assert report.status == "refused" and "full_attention, sliding_attention" in report.reason
+
+
 REFUSED = [
     ("dynamic-yarn", "vllm"),
     ("dynamic-yarn", "transformers"),

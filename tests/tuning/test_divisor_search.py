@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,23 @@ def test_the_command_end_to_end(
     assert search(*flags, "--held-back", 0, "--json", "--evaluations", 9) == 0
     again = json.loads(capsys.readouterr().out)
     assert {**again, "held_back": 0, "provenance": 0} == {**best, "held_back": 0, "provenance": 0}
+
+
+def test_the_spec_says_a_corrected_length(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    flags = usual(checkpoint, texts, tmp_path / "out", "--original-max-position-embeddings", 64)
+    assert search(*flags, "--fitness", "perplexity", "--hide-progress") == 0
+    found = json.loads((tmp_path / "out" / "best.json").read_text())
+    base = RopeScaling("default", original_max_position_embeddings=L)
+    scaling = RopeScaling.from_spec(found["spec"], base)
+    assert scaling.original_max_position_embeddings == 64 and scaling.to_dict() == found["scaling"]
+
+
+def test_too_little_text_to_judge_by_is_said(
+    checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = usual(checkpoint, texts, tmp_path / "out", "--held-back", 50, "--fitness", "perplexity")
+    assert search(*flags) == 0
+    assert re.search(r"warning: --held-back 50: \d+ windows are left to judge the best by", capsys.readouterr().err)
 
 
 def test_the_saved_record_gives_the_fitness_that_the_trace_says(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
