@@ -121,7 +121,8 @@ def blocks(rows: Path = ROWS) -> dict[str, str]:
             yield found
         for section in results.of("passkey"):
             (table,) = tables_of(section)
-            yield f"{table.heading if section.topic.setting('wording') else 'Passkeys found'}, under every scaling:"
+            asked = f", of {table.lines[0][1][0].text.partition('/')[2]} for each length"
+            yield f"{table.heading if section.topic.setting('wording') else 'Passkeys found'}{asked}:"
             yield grid(table.columns, {series.name: [cell.text for cell in cells] for series, cells in table.lines})
 
     return {"README.md": join(readme()), "docs/demo.md": join(page())}

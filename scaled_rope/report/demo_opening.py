@@ -82,8 +82,8 @@ def _control_clause(verdict: Verdict) -> str:
     if not held:
         return f"it is not shown to predict better than from the last {verdict.trained} tokens alone"
     others = [text.text for text in verdict.texts if not text.holds]
-    where = f" in the text {_quoted(held)}, not in {_quoted(others)}" if others else ""
-    return f"it predicts better than from the last {verdict.trained} tokens alone{where}"
+    better = f"it predicts better than it and the base do from the last {verdict.trained} tokens alone"
+    return f"on {_quoted(held)} {better}; on {_quoted(others)} that is not shown for both" if others else better
 
 
 def _works_clause(keys: _Keys | None, uses: _Uses) -> str:

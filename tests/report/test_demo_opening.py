@@ -37,7 +37,8 @@ def test_one_sentence_and_a_table_by_length(tmp_path: Path) -> None:
     opening = opening_of(tmp_path / "all", [*rows, *needles])
     assert opening.sentence == (
         "A model that was trained for 64 tokens now reads 256: it finds a number hidden in 256 tokens 9 of 10 times "
-        "(before: 1 of 10); it predicts better than from the last 64 tokens alone; it works to 256 tokens, not to 512."
+        "(before: 1 of 10); it predicts better than it and the base do from the last 64 "
+        "tokens alone; it works to 256 tokens, not to 512."
     )
     assert opening.models == ["64", "128", "256", "512"]
     texts = {question: [said.text for said in answers] for question, answers in opening.lines.items()}
