@@ -64,7 +64,14 @@ def test_two_ranks_that_a_launcher_started_train_like_one(workspace, straight, t
 
 
 @pytest.mark.parametrize(
-    "engine", ["ddp", "zero2", "zero3", pytest.param("zero3_offload", marks=pytest.mark.slow), "fsdp2"]
+    "engine",
+    [
+        "ddp",
+        pytest.param("zero2", marks=pytest.mark.slow),
+        "zero3",
+        pytest.param("zero3_offload", marks=pytest.mark.slow),
+        "fsdp2",
+    ],
 )
 def test_two_ranks_train_like_one(workspace, straight, tmp_path, engine):
     if engine.startswith("zero"):

@@ -88,6 +88,7 @@ def own_precision() -> Iterator[None]:
     AcceleratorState._reset_state(True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_precision")
 def test_from_texts_to_rows(prepared: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """What was prepared from texts is trained and measured; what is there is not measured again."""

@@ -224,13 +224,14 @@ class _Kept(Reference):
         return self.rounded_ones[dtype]
 
 
-def test_random_pairs_of_served_and_claimed() -> None:
-    """200 pairs: further apart than five times the noise all named right, nearer ones right or unclear, never wrong."""
+@pytest.mark.parametrize("pairs", [60, pytest.param(200, marks=pytest.mark.slow)])
+def test_random_pairs_of_served_and_claimed(pairs: int) -> None:
+    """Those further apart than five times the noise are all named right, nearer ones right or unclear, never wrong."""
     draw = random.Random(0)
     reference = _Kept(make(5))
     served: dict[tuple[str, bool], LlamaForCausalLM] = {}
     named = unclear = 0
-    for trial in range(200):
+    for trial in range(pairs):
         claim = draw.choice(SPECS)
         actual = draw.choice(SPECS) if trial % 4 else claim
         short = trial % 3 == 0  # a server in bfloat16
@@ -253,7 +254,7 @@ def test_random_pairs_of_served_and_claimed() -> None:
             known = hypotheses(claimed, 16, N, {}, more)
             true = next(one.name for one in known if "the one served" in (one.name, *one.also) or one.scaling == truth)
             assert true in found.names, (claim, actual, found.sentence)
-    assert named > 150 and unclear > 5, (named, unclear)
+    assert named > 0.75 * pairs and unclear > 0.025 * pairs, (named, unclear)
 
 
 def _distance(reference: _Kept, one: RopeScaling, other: RopeScaling, text: list[int]) -> float:
