@@ -98,6 +98,7 @@ def test_a_loaded_model_takes_no_scaling_by_name(tiny_model: Any) -> None:
         model_class()(pretrained=tiny_model(), scaling="yarn:4")
 
 
+@pytest.mark.slow  # the command imports everything anew; the tests of the registration do so in part
 def test_the_command_of_lm_eval_knows_the_model_type(tmp_path: Path) -> None:
     """The command as it is installed, with the entry points that setup.py declares."""
     pytest.importorskip("lm_eval")
