@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from benchmarks.common import check_names
 from scaled_rope import RopeScaling, compute_rope

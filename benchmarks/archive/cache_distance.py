@@ -28,11 +28,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # eval/ is not part of the installed package
+
+import torch
+from torch import Tensor
 
 import eval.perplexity as evaluator
 from scaled_rope.command_line import Parser, run_cli

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,14 @@ def test_a_name_that_is_not_there_is_refused() -> None:
     common.check_names("part", ["sweep"], ["sweep", "table1"])
     with pytest.raises(ConfigError, match="unknown part 'sweeps'; did you mean 'sweep'"):
         common.check_names("part", ["sweep", "sweeps"], ["sweep"])
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("benchmarks/**/*.py")), ids=lambda path: path.name)
+def test_a_script_measures_the_checkout_that_it_lies_in(script: Path) -> None:
+    """torch imports the installed package when it is imported, so that of the checkout must be named before."""
+    lines = [ast.unparse(one) for one in ast.parse(script.read_text()).body]
+    places = [place for place, line in enumerate(lines) if line.startswith("sys.path.insert")]
+    heavy = [
+        place for place, line in enumerate(lines) if re.match(r"(import|from) (torch|transformers|triton)\b", line)
+    ]
+    assert not places or not heavy or places[0] < heavy[0]
