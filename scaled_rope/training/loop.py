@@ -29,7 +29,7 @@ from scaled_rope.patching.loss import resolve_loss
 from scaled_rope.progress import Progress
 from scaled_rope.recipes import Recipe, is_finished, stopping_state
 from scaled_rope.results import Row, provenance, write_atomic
-from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.scaling.record import LayerPlan, RopeScaling
 from scaled_rope.texts.packed import IntArray, TokenRows, open_rows
 from scaled_rope.texts.tables import check_ids
 from scaled_rope.training.batches import (
@@ -213,7 +213,8 @@ class Trainer:
         rows.check(vocabulary)
         if heldout is not None:
             heldout.check(vocabulary)
-        windows = skip_wise(recipe, scaling)
+        plan = LayerPlan.from_config(model.config) if report is None else report.plan
+        windows = skip_wise(recipe, scaling, plan.layers.values())
         original = scaling.original_max_position_embeddings
         if recipe.short_share:
             accelerator.print(short_steps_note(recipe, scaling, rows.longest))
