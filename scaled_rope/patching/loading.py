@@ -33,6 +33,7 @@ from scaled_rope.patching.patch import (
     settings_without_patch,
     unpatch_model,
 )
+from scaled_rope.patching.patch_request import layer_indices
 from scaled_rope.patching.region_attention import check_carrier
 from scaled_rope.patching.rotary_kernel import resolve_kernel
 from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, PRIMARY_LAYER_TYPE, RECORD_KEY
@@ -148,11 +149,7 @@ def resolve_plan(
         if not plan.layers:
             plan = replace(plan, layers=dict.fromkeys(types, settings.scaling))
     if drop_layers is not None:
-        for index in drop_layers:
-            if not 0 <= index < settings.num_hidden_layers:
-                last = settings.num_hidden_layers - 1
-                raise ConfigError(f"drop_layers={index}: must be a layer's index, 0 to {last}")
-        plan = replace(plan, drop_layers=tuple(sorted(set(drop_layers))))
+        plan = replace(plan, drop_layers=layer_indices(drop_layers, settings.num_hidden_layers))
     return plan
 
 
