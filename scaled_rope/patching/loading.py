@@ -247,7 +247,7 @@ def load_model(
         check_carrier(wanted.method, attn_implementation)
     plan = resolve_plan(settings, layers, drop_layers)
     config = copy.deepcopy(checkpoint.config)
-    if _build_unscaled(config):
+    if build_unscaled(config):
         settings = RopeSettings(config)
     if sliding_window is not None:
         if not hasattr(config, "sliding_window"):
@@ -331,7 +331,7 @@ _WITHOUT_DEFAULT = ("mistral4",)
 """Families of which transformers 5.24 makes tables for the whole head under rope_type "default", which do not fit."""
 
 
-def _build_unscaled(config: Any) -> bool:
+def build_unscaled(config: Any) -> bool:
     """If a config's rope_type is ours, change it to that of the unscaled model; return whether it was ours.
 
     transformers refuses to build a rope_type that it does not know; `apply_scaling` installs the scaling later.
