@@ -59,7 +59,7 @@ class Recipe:
         layers: the only layer type that `scaling` is for (full_attention); None: all layers that the family scales.
         drop_layers: indices of layers, from 0, that lose their rotary embedding; None: as the checkpoint says.
         rope_theta, original_max_position_embeddings: override what the checkpoint says.
-        max_position_embeddings: written to the checkpoint; default: factor times original.
+        max_position_embeddings: written to the checkpoint, at least the original; default: factor times original.
         dataset: tokenized data: packed set, saved `datasets` folder or hub name.
         prepare: shell commands that build `dataset`; each does nothing when its output is there.
         rebuild: where `dataset` is a published set, the commands that build such data from text instead. They are not

@@ -103,6 +103,21 @@ def test_accumulation_counts_the_recipes_own_batch_size():
     assert resolved("tiny-base", "--gradient-accumulate-every", "4").global_batch_size == 4 * 16 * 2
 
 
+@pytest.mark.parametrize("flags", [["--save-only"], []])
+def test_a_length_below_the_original_is_refused(workspace, tmp_path, capsys, flags):
+    arguments = [
+        str(workspace / "recipe.yaml"),
+        "--output-dir",
+        str(tmp_path),
+        "--max-position-embeddings",
+        "15",
+        *flags,
+    ]
+    assert run_cli(lambda: finetune.main(arguments)) == 2
+    assert "max_position_embeddings = 15 is not allowed; at least the original length, 16" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
 def test_save_only_writes_the_scaling_and_nothing_else(workspace, tmp_path, capsys):
     arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path), "--save-only"]
     assert finetune.main(arguments) == 0

@@ -105,6 +105,8 @@ class Probing:
             return {"passes": passes, "left_out": f"the time for its probe ended before {LEAST_PROMPTS} prompts"}
         means = dict(zip(groupings, np.mean(table, axis=0).tolist(), strict=True))
         chosen, target = self.probe.choose(means), self.prompts[0].length
+        if set(chosen) == {1}:
+            return {"passes": passes, "left_out": "its probe found g = 1 best for every group, the model as it is"}
         return {
             "passes": passes,
             "groups": list(chosen),

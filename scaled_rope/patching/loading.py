@@ -33,6 +33,7 @@ from scaled_rope.patching.patch import (
     settings_without_patch,
     unpatch_model,
 )
+from scaled_rope.patching.patch_request import layer_indices
 from scaled_rope.patching.region_attention import check_carrier
 from scaled_rope.patching.rotary_kernel import resolve_kernel
 from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, PRIMARY_LAYER_TYPE, RECORD_KEY
@@ -148,11 +149,7 @@ def resolve_plan(
         if not plan.layers:
             plan = replace(plan, layers=dict.fromkeys(types, settings.scaling))
     if drop_layers is not None:
-        for index in drop_layers:
-            if not 0 <= index < settings.num_hidden_layers:
-                last = settings.num_hidden_layers - 1
-                raise ConfigError(f"drop_layers={index}: must be a layer's index, 0 to {last}")
-        plan = replace(plan, drop_layers=tuple(sorted(set(drop_layers))))
+        plan = replace(plan, drop_layers=layer_indices(drop_layers, settings.num_hidden_layers))
     return plan
 
 
@@ -250,7 +247,7 @@ def load_model(
         check_carrier(wanted.method, attn_implementation)
     plan = resolve_plan(settings, layers, drop_layers)
     config = copy.deepcopy(checkpoint.config)
-    if _build_unscaled(config):
+    if build_unscaled(config):
         settings = RopeSettings(config)
     if sliding_window is not None:
         if not hasattr(config, "sliding_window"):
@@ -334,7 +331,7 @@ _WITHOUT_DEFAULT = ("mistral4",)
 """Families of which transformers 5.24 makes tables for the whole head under rope_type "default", which do not fit."""
 
 
-def _build_unscaled(config: Any) -> bool:
+def build_unscaled(config: Any) -> bool:
     """If a config's rope_type is ours, change it to that of the unscaled model; return whether it was ours.
 
     transformers refuses to build a rope_type that it does not know; `apply_scaling` installs the scaling later.

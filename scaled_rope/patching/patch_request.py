@@ -7,6 +7,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -263,7 +264,7 @@ def read_request(
     adapter = unpatched.adapter
     wanted, layers = _resolve(scaling, config, unpatched)
     wanted, softmax_factor = _with_softmax(wanted, unpatched)
-    plan = LayerPlan(layers, _check_layers(drop_layers, base, adapter))
+    plan = LayerPlan(layers, layer_indices(drop_layers, len(getattr(base, adapter.layers, ()))))
     check_layers_can_differ(plan, base, adapter)
     for name, each in layers.items() or [("", wanted)]:
         _check_width(each, name, unpatched)
@@ -332,14 +333,20 @@ def _with_softmax(scaling: RopeScaling, unpatched: Unpatched) -> tuple[RopeScali
     return shared, softmax.of_softmax(scaling.factor)
 
 
-def _check_layers(layers: Iterable[int], base: nn.Module, adapter: Adapter) -> tuple[int, ...]:
-    indices = tuple(sorted(set(layers)))
-    if indices:
-        count = len(getattr(base, adapter.layers, ()))
-        for index in indices:
-            if not 0 <= index < count:
-                raise ConfigError(f"drop_layers={index}: must be a layer's index, 0 to {count - 1}")
-    return indices
+def layer_indices(drop_layers: Iterable[int], count: int) -> tuple[int, ...]:
+    """The value of `drop_layers` for a model of `count` layers, each index once and in order.
+
+    Raises:
+        ConfigError: no list of whole numbers, or an index that no layer has.
+    """
+    given: Any = drop_layers
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        raise ConfigError(f"drop_layers={given!r}: must be a list of layers' indices, 0 to {count - 1}")
+    indices = list(given)
+    for index in indices:
+        if not isinstance(index, Integral) or isinstance(index, bool) or not 0 <= int(index) < count:
+            raise ConfigError(f"drop_layers={index!r}: must be a layer's index, 0 to {count - 1}")
+    return tuple(sorted(set(map(int, indices))))
 
 
 def _check_width(scaling: RopeScaling, layer_type: str, unpatched: Unpatched) -> None:
@@ -387,6 +394,11 @@ def _pairing_of_regions(
     model_type = base.config.model_type
     if plan.layers or plan.drop_layers or layers_without_rope(base.config):
         raise ConfigError(f"method {method!r}: is for all layers alike, those of this {model_type} model differ")
+    for each in scalings:
+        if each.method == "dpe" and (count := len(each.method_params.groups)) > half:
+            raise ConfigError(
+                f"groups holds {count} numbers: must be at most {half}, as many as pairs of dimensions are rotated"
+            )
     if kernel not in ("auto", "none"):
         raise ConfigError(f"kernel={kernel!r}: method {method!r} rotates inside attention; must be auto or none")
     if attn is not None:

@@ -352,4 +352,6 @@ def at_length(scaling: RopeScaling, seq_len: int) -> RopeScaling:
         used = scaling.params["long_factor" if ratio > 1 else "short_factor"]
         return replace(scaling, params={"short_factor": used, "long_factor": used})
     scale = float(compute_scale(scaling, torch.tensor(float(seq_len), dtype=torch.float64, device="cpu")))
+    if scale == 1 and scaling.attention_temperature == "constant":  # 1 + slope·ln 1, whatever the slope
+        scaling = replace(scaling, temperature_slope=0.0)
     return replace(scaling, dynamic=False, dynamic_step=None, factor=scale)

@@ -175,6 +175,8 @@ class DpeParams:
         for value in whole:
             if not is_positive_whole(value) or value > 2**53:
                 raise ConfigError(f"groups holds {value!r}: must be whole numbers, at least 1")
+        if all(value == 1 for value in whole):
+            raise ConfigError(f"groups={whole!r}: must hold a number above 1, or all positions stay as they are")
         object.__setattr__(self, "groups", [int(value) for value in whole])
         _whole(self, "window", 1)
 

@@ -184,6 +184,11 @@ class RopeScaling:
                     f"attention_temperature='constant': is 1 + slope·ln s, and method {self.method!r} has no factor s "
                     "that is a ratio of lengths"
                 )
+            if slope and self.factor == 1 and not self.dynamic:
+                raise ConfigError(
+                    "factor=1: attention_temperature 'constant' is 1 + slope·ln s, so it is 1 whatever the slope; must "
+                    f"be above 1, as in '{self.method}:8'"
+                )
             return
         if original is None:
             raise ConfigError(

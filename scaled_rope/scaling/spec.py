@@ -63,7 +63,7 @@ class Spec:
             values["dynamic"] = True
         if self.factor is not None:
             values["factor"] = _parse("factor", self.factor)
-        given = {"factor"} if "factor" in values else set()
+        given = values.keys() & {"factor", "dynamic"}
         for name, value in self.fields:
             if name in given:
                 raise ConfigError(f"scaling {self.text!r}: {name} is given twice")

@@ -6,6 +6,7 @@ Weights, the key/value cache of one sequence, and how many sequences fit beside 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 from collections import Counter
@@ -18,7 +19,7 @@ import torch
 from scaled_rope.checkpoint import load_config
 from scaled_rope.errors import ConfigError, is_positive_whole
 from scaled_rope.flags import check_plan_arguments
-from scaled_rope.patching.loading import auto_class
+from scaled_rope.patching.loading import auto_class, build_unscaled
 from scaled_rope.scaling.record import RopeScaling, resolve_scaling
 from scaled_rope.serving.export import served_length
 
@@ -193,7 +194,9 @@ def _kinds(text: Any) -> Counter[str]:
 
 
 def _parameters(config: Any) -> int:
-    """Weights of the model, counted on the meta device; tied ones once."""
+    """Weights of the model, counted on the meta device; tied ones once. The scaling is left out: it has none."""
+    config = copy.deepcopy(config)
+    build_unscaled(config)
     try:
         with torch.device("meta"):
             model = auto_class(config).from_config(config)

@@ -12,6 +12,7 @@ from einops import rearrange
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loss import IGNORE
 from scaled_rope.recipes import Recipe
+from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.texts.packed import IntArray, PackedDataset, TokenRows
 from scaled_rope.texts.tables import check_ids
 
@@ -48,6 +49,28 @@ def check_lengths(rows: TokenRows, recipe: Recipe) -> None:
             f"dataset {recipe.dataset} has a row of {rows.longest} tokens, more than sequence_length"
             f" {recipe.sequence_length}; set truncate, or re-cut the data with truncate.py"
         )
+
+
+def short_rows_note(recipe: Recipe, scaling: RopeScaling, longest: int) -> str:
+    """A line that says that no row reaches beyond the original length of a scaling for longer texts; "" where one does.
+
+    There is none for what is trained at the original length on purpose: position ids that jump, and DroPE, whose
+    recalibration is to learn texts without positions.
+
+    Args:
+        scaling: the model's.
+        longest: tokens of the data's longest row.
+    """
+    original, rows = scaling.original_max_position_embeddings, min(longest, recipe.truncate or longest)
+    target = recipe.max_position_embeddings or scaling.max_position_embeddings
+    if original is None or target is None or not rows <= original < target:
+        return ""
+    if recipe.positions != "consecutive" or scaling.method == "drope":
+        return ""
+    return (
+        f"note: rows have at most {rows} tokens, not more than the original length, {original}; the model is to be for"
+        f" {target} ({scaling.label}), and nothing beyond {original} is trained"
+    )
 
 
 def step_batches(

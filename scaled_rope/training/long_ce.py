@@ -13,6 +13,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from scaled_rope.errors import ConfigError
+from scaled_rope.recipes import Recipe
+
+
+def check_rows_for_long_ce(recipe: Recipe, longest: int) -> None:
+    """Raise an error where `loss_weights: long_ce` would weigh no token.
+
+    longest: tokens of the data's longest row.
+
+    Raises:
+        ConfigError: no row has `long_ce_context` + `long_ce_step` tokens, so a window from the beginning sees all.
+    """
+    rows, needed = min(longest, recipe.truncate or longest), recipe.long_ce_context + recipe.long_ce_step
+    if recipe.loss_weights == "long_ce" and rows < needed:
+        raise ConfigError(
+            f"loss_weights {recipe.loss_weights} is not possible: rows have at most {rows} tokens, fewer than the"
+            f" {needed} that long_ce_context {recipe.long_ce_context} and long_ce_step {recipe.long_ce_step} need"
+        )
+
 
 def gain_weights(whole: Tensor, near: Tensor, cap: float) -> Tensor:
     """The weights [B, T] of targets: 1 for the first T - N, min(exp(near - whole), cap) for the others.

@@ -29,7 +29,7 @@ from scaled_rope.patching.loss import resolve_loss
 from scaled_rope.progress import Progress
 from scaled_rope.recipes import Recipe, is_finished, stopping_state
 from scaled_rope.results import Row, provenance, write_atomic
-from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.scaling.record import LayerPlan, RopeScaling
 from scaled_rope.texts.packed import IntArray, TokenRows, open_rows
 from scaled_rope.texts.tables import check_ids
 from scaled_rope.training.batches import (
@@ -39,6 +39,7 @@ from scaled_rope.training.batches import (
     collate,
     padded_positions,
     places,
+    short_rows_note,
     step_batches,
     step_indices,
     step_rows,
@@ -58,7 +59,7 @@ from scaled_rope.training.engine import (
     settle_precision,
 )
 from scaled_rope.training.host_memory import keep_host_memory
-from scaled_rope.training.long_ce import near_losses, near_windows
+from scaled_rope.training.long_ce import check_rows_for_long_ce, near_losses, near_windows
 from scaled_rope.training.mixed_lengths import cut_into_windows, is_short_step, short_steps_note
 from scaled_rope.training.model import (
     SummedLoss,
@@ -186,6 +187,7 @@ class Trainer:
         recipe = self.recipe
         rows = open_rows(recipe.dataset)
         check_lengths(rows, recipe)
+        check_rows_for_long_ce(recipe, rows.longest)
         heldout = Heldout(recipe) if recipe.heldout is not None else None
         wanted = "sdpa" if recipe.context_parallel > 1 else recipe.attention
         attention = resolve_attention(wanted, resolve_device(None), recipe.compute_dtype)
@@ -211,10 +213,13 @@ class Trainer:
         rows.check(vocabulary)
         if heldout is not None:
             heldout.check(vocabulary)
-        windows = skip_wise(recipe, scaling)
+        plan = LayerPlan.from_config(model.config) if report is None else report.plan
+        windows = skip_wise(recipe, scaling, plan.layers.values())
         original = scaling.original_max_position_embeddings
         if recipe.short_share:
             accelerator.print(short_steps_note(recipe, scaling, rows.longest))
+        elif note := short_rows_note(recipe, scaling, rows.longest):
+            accelerator.print(note)
         loss = resolve_loss(recipe.loss, accelerator.device, model)
         cost = ModelCost.of(model)
         accelerator.print(

@@ -257,7 +257,7 @@ def install_scaling(model: Any, recipe: Recipe, settings: RopeSettings | None = 
     settings: the RoPE settings in the checkpoint's config; None: the model's config is read.
 
     Raises:
-        ConfigError: as `patch_model`.
+        ConfigError: as `patch_model`; a `max_position_embeddings` below the original length.
     """
     report = None
     if settings is None:
@@ -271,13 +271,18 @@ def install_scaling(model: Any, recipe: Recipe, settings: RopeSettings | None = 
         or own.original_max_position_embeddings,
     )
     plan = resolve_plan(settings, recipe.layers, recipe.drop_layers, patched_plan(model))
+    scaling = base if recipe.scaling is None else RopeScaling.from_spec(recipe.scaling, base)
+    wanted, original = recipe.max_position_embeddings, scaling.original_max_position_embeddings
+    if wanted is not None and original is not None and wanted < original:
+        raise ConfigError(
+            f"max_position_embeddings = {wanted} is not allowed; at least the original length, {original}"
+        )
     if recipe.scaling is not None or base != own or plan != patched_plan(model):
-        scaling = base if recipe.scaling is None else RopeScaling.from_spec(recipe.scaling, base)
         if recipe.short_share:
             scaling = original_up_to_l(scaling, head_dim_of(_text(model)))
         report = patch_as_read(model, settings, with_primary(plan.layers, scaling) or scaling, plan.drop_layers)
-    if recipe.max_position_embeddings is not None:
-        _text(model).max_position_embeddings = recipe.max_position_embeddings
+    if wanted is not None:
+        _text(model).max_position_embeddings = wanted
     return report
 
 

@@ -7,6 +7,7 @@ different places of a longer row. All tokens attend to all before them, and all 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from scaled_rope.errors import ConfigError
 from scaled_rope.recipes import Recipe
 from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.scaling.temperature import follows_position
 from scaled_rope.texts.packed import IntArray
 
 
@@ -70,14 +72,20 @@ class SkipWise:
         return np.array(skips)
 
 
-def skip_wise(recipe: Recipe, scaling: RopeScaling) -> SkipWise | None:
+def skip_wise(recipe: Recipe, scaling: RopeScaling, others: Iterable[RopeScaling] = ()) -> SkipWise | None:
     """The windows of a recipe, for a model under `scaling`; None where positions are consecutive.
 
+    others: the scalings of all layer types, where they differ.
+
     Raises:
-        ConfigError: a scaling that depends on the length or changes attention, or whose length is not beyond a window.
+        ConfigError: a scaling that depends on the length or changes attention, one under which positions act in no
+            layer, or one whose length is not beyond a window.
     """
     if recipe.positions != "pose":
         return None
+    if all(one.method == "drope" and not follows_position(one) for one in (scaling, *others)):
+        why = "without rotary embedding no layer has a use for position ids"
+        raise ConfigError(f"positions: pose is not possible with {scaling.label}: {why}")
     if scaling.is_length_dependent or scaling.changes_attention:
         why = "the scale follows the length" if scaling.is_length_dependent else "attention looks at places, not at ids"
         raise ConfigError(f"positions: pose is not possible with {scaling.label}: {why}")

@@ -393,11 +393,24 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"original_max_position_embeddings={segment}: must be at least 2, a segment's length in tokens"
         )
+    if args.slope is not None:
+        _check_beyond_original(starts)
     windows = read_windows(args, job, longest, unused=args.constants)  # what is fitted flatters a test on its text
     load = ModelLoader(flags)
     record = {"command": _command(args), **provenance(load.device, args.seed, given_arguments(args))}
     identity = {**job.fields(), "carried": False, "data": {"name": Path(args.dataset).name}}
     return search(_Opened(job, load, windows, segment, Path(args.output), record, identity))
+
+
+def _check_beyond_original(starts: Sequence[RopeScaling]) -> None:
+    """Raise a ConfigError if windows of a search for a slope would end at the original length, where none acts."""
+    for start in starts:
+        longest, original = start.max_position_embeddings, start.original_max_position_embeddings
+        if longest is not None and original is not None and longest <= original:
+            raise ConfigError(
+                f"--slope {start.method} is not allowed with factor {start.factor:g}; no window would be longer than "
+                f"the original length, {original} tokens, beyond which a temperature is to help"
+            )
 
 
 Search = Callable[[_Opened], int]

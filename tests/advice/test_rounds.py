@@ -14,6 +14,7 @@ from scaled_rope.advice.probing import LEAST_PROMPTS, SHARE
 from scaled_rope.advice.rounds import FINALISTS, Material
 from scaled_rope.errors import ConfigError
 from scaled_rope.results import read_rows
+from tests.helpers import advice
 from tests.helpers.advice import (
     GROUPS,
     HEAD_DIM,
@@ -225,6 +226,13 @@ def test_the_probe_finds_the_groups_within_its_share(tmp_path: Path) -> None:
     assert rounds.budget.spent <= 60 * minutes
     assert FOUND in specs_of(found) and "dpe" not in found.left_out
     assert FOUND in [one.candidate.spec for one in found.finalists]
+
+
+def test_a_probe_that_finds_the_model_as_it_is_adds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(advice, "GROUPS", (1,) * len(GROUPS))
+    found = halving(tmp_path, Scripted(), 30, probing=dpe_probing()).run()
+    assert found.left_out["dpe"] == "its probe found g = 1 best for every group, the model as it is"
+    assert found.probe is None and not any(spec.startswith("dpe") for spec in specs_of(found))
 
 
 def test_no_probe_where_the_time_is_for_the_others(tmp_path: Path) -> None:

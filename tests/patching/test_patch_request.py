@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from scaled_rope import ConfigError, RopeScaling
+from scaled_rope.patching.loading import resolve_plan
 from scaled_rope.patching.patch import patch_model
-from scaled_rope.scaling.record import LayerPlan
+from scaled_rope.scaling.record import LayerPlan, RopeSettings
 from tests.helpers.caches import refused
 from tests.helpers.families import logits
 from tests.helpers.models import Make
@@ -28,11 +29,25 @@ def test_layers_that_do_not_exist_are_refused(tiny_model: Make, tokens: Tensor) 
     for wrong in ([2], [-1], [0, 9]):
         with pytest.raises(ConfigError, match="drop_layers=.*0 to 1"):
             patch_model(model, "yarn:4", drop_layers=wrong)
+    for none, shown in (("1", "'1'"), (["1"], "'1'"), (1, "1"), ([0.5], "0.5"), ([True], "True"), (None, "None")):
+        with pytest.raises(ConfigError, match=rf"drop_layers={shown}: must be .* ind.*, 0 to 1"):
+            patch_model(model, "yarn:4", drop_layers=none)  # type: ignore[arg-type]
+        if none is not None:
+            with pytest.raises(ConfigError, match=rf"drop_layers={shown}: must be .* ind.*, 0 to 1"):
+                resolve_plan(RopeSettings(model.config), drop_layers=none)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no layer types"):
         patch_model(model, {"full_attention": "yarn:4"})
     with pytest.raises(ConfigError, match="unknown layer type 'global'"):
         patch_model(tiny_model("gemma3_text"), {"global": "yarn:4"})
     assert torch.equal(logits(model, tokens), before)
+
+
+def test_more_groups_than_pairs_are_refused(tiny_model: Make) -> None:
+    model = tiny_model()
+    half = model.config.hidden_size // model.config.num_attention_heads // 2
+    patch_model(model, f"dpe,groups={'+'.join(['4'] * half)},window=8")
+    with pytest.raises(ConfigError, match=f"groups holds {half + 1} numbers: must be at most {half}, as many as pairs"):
+        patch_model(model, f"dpe,groups={'+'.join(['4'] * (half + 1))},window=8")
 
 
 def test_layer_types_without_rotary_embedding_cannot_be_scaled(tiny_model: Make, tokens: Tensor) -> None:

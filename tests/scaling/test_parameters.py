@@ -49,6 +49,7 @@ def test_params_are_canonical():
         ("dpe,groups=4,window=8", "groups=4: must be a list with a number for each group of pairs"),
         ("dpe,groups=4+0,window=8", "groups holds 0: must be whole numbers, at least 1"),
         ("dpe,groups=4+1.5,window=8", "groups holds 1.5: must be whole numbers, at least 1"),
+        ("dpe,groups=1+1,window=8", r"groups=\[1, 1\]: must hold a number above 1"),
         ("dpe,groups=4+2,window=32", "window=32: must be below the trained length, 32 tokens"),
         ("dual-chunk,chunk=32", "chunk=32: must be below the trained length, 32 tokens"),
         ("dynamic-rerope,window=8", "method 'rerope' has no dynamic form"),

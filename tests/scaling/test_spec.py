@@ -102,6 +102,8 @@ def test_specs_and_labels(spec, wanted, label):
         ("dynamic-dynamic-ntk", "method 'dynamic-ntk' has no dynamic form, it is one already"),
         ("yarn:8,factor=4", "factor is given twice"),
         ("cope,clip=3,clip=4", "clip is given twice"),
+        ("dynamic-yarn:8,dynamic=false", "scaling 'dynamic-yarn:8,dynamic=false': dynamic is given twice"),
+        ("dynamic-yarn,dynamic=true", "dynamic is given twice"),
         ("abf", "theta is missing"),
         ("longrope,short_factor=1+2,long_factor=1+2", "factor is missing; write for example 'longrope:8'"),
         (

@@ -64,7 +64,8 @@ def test_log_is_the_quotient_of_logarithms() -> None:
 def test_changes_nothing_within_the_trained_length(spec: str) -> None:
     scaling = record(spec)
     if scaling.attention_temperature == "constant":  # follows s, not the position
-        scaling = replace(scaling, factor=1.0)
+        scaling = at_length(replace(scaling, factor=1.0, dynamic=True), L)
+        assert not scaling.dynamic and scaling.factor == 1
     within = L - 1 if scaling.attention_temperature == "llama4" else L  # its i + 1 reaches L one token earlier
     found = compute_temperature(scaling, torch.arange(-3, within))
     assert torch.equal(found, torch.ones(3 + within, dtype=torch.float64))
@@ -121,6 +122,11 @@ def test_logn_is_another_name_of_log() -> None:
         ("yarn:4,attention_temperature=constant", "temperature_slope is missing: attention_temperature 'constant'"),
         ("default,attention_temperature=constant,temperature_slope=1", "method 'default' has no factor s"),
         ("dynamic-ntk:4,attention_temperature=constant,temperature_slope=1", "method 'dynamic-ntk' has no factor s"),
+        (
+            "drope,attention_temperature=constant,temperature_slope=0.9",
+            "factor=1: attention_temperature 'constant' is 1 +",
+        ),
+        ("yarn:1,attention_temperature=constant,temperature_slope=0.9", "must be above 1, as in 'yarn:8'"),
         ("rerope,window=8,logn=true,attention_temperature=ministral", "logn=True: is attention_temperature 'log', not"),
     ],
 )
@@ -128,6 +134,15 @@ def test_what_cannot_be_is_refused(spec: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as error:
         record(spec)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "spec", ["drope,temperature_slope=0", "dynamic-yarn,temperature_slope=0.4", "drope:2,temperature_slope=0.4"]
+)
+def test_a_constant_that_is_1_may_grow_or_be_meant(spec: str) -> None:
+    """Slope 0 is a search's method without a temperature; under a dynamic form s is 1 for short texts alone."""
+    scaling = record(f"{spec},attention_temperature=constant")
+    assert RopeScaling.from_config(scaling.to_config()) == scaling
 
 
 def test_the_trained_length_is_needed() -> None:

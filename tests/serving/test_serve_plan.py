@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from scaled_rope.checkpoint import DEFAULT_MODEL
+from scaled_rope import patch_model
+from scaled_rope.checkpoint import DEFAULT_MODEL, load_config
 from scaled_rope.cli import main
 from scaled_rope.errors import ConfigError
 from scaled_rope.serving.serve_plan import plan_serving
@@ -70,6 +72,24 @@ def test_says_what_no_server_computes() -> None:
         notes = plan_serving(config(), spec, 8192, 80e9).notes
         assert any("no server computes this scaling" in note and why in note for note in notes)
     assert not plan_serving(config(), "yarn:2", 8192, 80e9).notes
+
+
+@pytest.mark.parametrize("spec", ["yarn:4", "rerope,window=8"])
+def test_a_checkpoint_that_transformers_refuses_to_build(
+    spec: str, tiny_model: Callable[..., PreTrainedModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`rope_type: scaled-rope` says nothing about sizes."""
+    model = tiny_model()
+    numbers = sum(value.numel() for value in model.parameters())
+    patch_model(model, spec, drop_layers=[1] if spec == "yarn:4" else ())
+    model.save_pretrained(tmp_path / "saved")
+    assert "scaled-rope" in (tmp_path / "saved" / "config.json").read_text()
+    length = str(model.config.max_position_embeddings)
+    capsys.readouterr()  # saving a model imports programs that print
+    assert main(["plan", "--serve", str(tmp_path / "saved"), "--gpu-memory", "1", "--length", length, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["weights"] == 2 * numbers and found["scaling"].startswith(spec[:4])
+    assert plan_serving(load_config(str(tmp_path / "saved")), "yarn:8").scaling == "yarn x8"
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,17 @@ import finetune
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loss import IGNORE
+from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.texts.packed import PackedWriter, open_packed
 from scaled_rope.texts.tables import ColumnDataset
-from scaled_rope.training.batches import DocumentBorders, check_lengths, collate, step_batches, step_rows
+from scaled_rope.training.batches import (
+    DocumentBorders,
+    check_lengths,
+    collate,
+    short_rows_note,
+    step_batches,
+    step_rows,
+)
 from scaled_rope.training.engine import accumulation
 from tests.helpers.runs import LENGTH
 from tests.helpers.training_recipes import recipe
@@ -48,6 +56,39 @@ def test_ranks_together_see_the_rows_of_one_rank(workspace, ranks, batch_size):
         return sorted(tuple(tokens.tolist()) for batch in batches for tokens, _ in batch)
 
     assert seen(alone) == seen([batch for batches in split for batch in batches])
+
+
+@pytest.mark.parametrize(
+    ("spec", "fields", "longest", "said"),
+    [
+        (
+            "yarn:3",
+            {},
+            16,
+            "rows have at most 16 tokens, not more than the original length, 16; the model is to be for 48",
+        ),
+        ("yarn:3", {"truncate": 12}, LENGTH, "rows have at most 12 tokens"),
+        ("default", {"max_position_embeddings": 32}, 16, "the model is to be for 32 (unscaled)"),
+        ("yarn:3", {}, 17, ""),
+        ("default", {}, 16, ""),
+        ("dynamic-yarn", {}, 16, ""),
+        ("dynamic-ntk:4", {}, 16, ""),
+        ("drope:3", {}, 16, ""),
+        ("yarn:3", {"positions": "pose", "sequence_length": 16}, 16, ""),
+    ],
+)
+def test_rows_that_leave_the_longer_positions_untrained_are_told_of(spec, fields, longest, said):
+    scaling = RopeScaling.from_spec(spec, RopeScaling("default", original_max_position_embeddings=16))
+    note = short_rows_note(recipe(**fields), scaling, longest)
+    assert note.startswith("note: ") == bool(said) and said in note and "\n" not in note
+
+
+def test_a_run_on_short_rows_says_so_once(workspace, tmp_path, capsys):
+    arguments = [str(workspace / "recipe.yaml"), "--max-train-steps", "2"]
+    assert finetune.main([*arguments, "--truncate", "16", "--output-dir", str(tmp_path / "short")]) == 0
+    assert capsys.readouterr().out.count("and nothing beyond 16 is trained") == 1
+    assert finetune.main([*arguments, "--output-dir", str(tmp_path / "long")]) == 0
+    assert "is trained" not in capsys.readouterr().out
 
 
 def test_rows_longer_than_the_recipe_says_are_refused_unless_cut(workspace):

@@ -138,6 +138,15 @@ def test_recipes_that_cannot(fields: dict[str, object], said: str) -> None:
         Recipe(**{**given, "model": "m", "loss_weights": "long_ce", **fields})  # type: ignore[arg-type]
 
 
+def test_rows_that_are_too_short_are_refused(workspace: Path, tmp_path: Path) -> None:
+    """`sequence_length` is only the longest row that is accepted: the rows themselves may leave nothing to weigh."""
+    extra = ("--sequence-length", "96", "--loss-weights", "long_ce", "--long-ce-context", str(LENGTH))
+    said = f"loss_weights long_ce is not possible: rows have at most {LENGTH} tokens, fewer than the {LENGTH + 1} that "
+    with pytest.raises(ConfigError, match=f"{said}long_ce_context {LENGTH} and long_ce_step 1 need"):
+        finetune.main(command(workspace, tmp_path / "run", (*extra, "--long-ce-step", "1")))
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
 def test_the_card_says_so(workspace: Path, tmp_path: Path) -> None:
     assert (
         finetune.main(command(workspace, tmp_path / "run", (*FLAGS, "--max-train-steps", "1", "--warmup-steps", "1")))

@@ -120,6 +120,8 @@ def test_static_scalings(spec: str) -> None:
     [
         ("dynamic-yarn", {}, "positions: pose is not possible with dynamic-yarn.*: the scale follows the length"),
         ("rerope,window=16", {}, "positions: pose is not possible with .*: attention looks at places"),
+        ("drope:8", {}, "positions: pose is not possible with drope x8: without rotary embedding no layer has a use"),
+        ("drope:8,attention_temperature=constant,temperature_slope=0.1", {}, "no layer has a use for position ids"),
         ("default", {}, "needs a target beyond sequence_length 64; unscaled is for 64"),
         ("yarn:8", {"sequence_length": 512}, "needs a target beyond sequence_length 512; yarn x8 is for 512"),
     ],
@@ -127,6 +129,13 @@ def test_static_scalings(spec: str) -> None:
 def test_scalings_that_cannot(spec: str, fields: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         skip_wise(recipe(**fields), RopeScaling.from_spec(spec, BASE))
+
+
+def test_without_rotary_embedding_something_else_must_follow_positions() -> None:
+    by_position = RopeScaling.from_spec("drope:8,attention_temperature=log", BASE)
+    assert skip_wise(recipe(), by_position) == SkipWise(64, 512, 2, True, 42)
+    dropped = RopeScaling.from_spec("drope:8", BASE)
+    assert skip_wise(recipe(), dropped, [dropped, BASE]) == SkipWise(64, 512, 2, True, 42)  # windows still rotate
 
 
 @pytest.mark.parametrize(

@@ -326,6 +326,8 @@ def test_a_finished_search_reads_no_weights(
         (["--slope", "default"], "factor=2.0: not for method 'default'"),
         (["--slope", "drope", "--temperature", "logs"], "unknown attention_temperature 'logs'"),
         (["--slope", "drope", "--factors", "1"], "above 1, where a temperature acts"),
+        (["--slope", "dynamic-ntk", "--temperature", "log"], "no window would be longer than the original length, 32"),
+        (["--slope", "drope", "--factors", "1.001"], "--slope drope is not allowed with factor 1.001; no window would"),
         (["--slope", "drope", "--fields", "temperature_slope=2"], "are what the search sets"),
         (["--grid", "1,1.1"], "at least 3"),
         (["--factors", "0.5"], "factor=0.5"),
