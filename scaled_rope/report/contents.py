@@ -119,7 +119,7 @@ def lead(report: Report) -> str:
         return "The numbers that the paper prints. Nothing was measured."
     names = list(dict.fromkeys(display_name(series.model) for series in report.results.series))
     what = ", ".join(names) if len(names) <= 3 else f"{len(names)} models"
-    labels = len({series.label for series in report.results.series})
+    labels = len({series.label.removesuffix(series.words) for series in report.results.series})
     dates = sorted(row["provenance"]["date"][:10] for row in report.results.rows)
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     count = f"{labels} scaling{'s' if labels != 1 else ''}"
