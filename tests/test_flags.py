@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import fnmatch
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -142,6 +144,44 @@ def test_lists_need_no_torch(line: str) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     imported = {text.rpartition("|")[2].strip() for text in done.stderr.splitlines()}
     assert done.returncode == 0 and done.stdout and not imported & {"torch", "transformers"}
+
+
+def parsed(*argv: str, texts: bool = False) -> argparse.Namespace:
+    """The flags of an evaluator, checked."""
+    parser = Parser("some script")
+    flags.add_model_arguments(parser)
+    if texts:
+        flags.add_text_arguments(parser)
+    args = parser.parse_args(list(argv))
+    flags.check_model_arguments(args)
+    if texts:
+        flags.check_text_arguments(args)
+    return args
+
+
+def test_two_models_that_rows_would_record_alike_are_refused(tmp_path: Path) -> None:
+    first, second = (tmp_path / run / "out" / "model" for run in ("x", "y"))
+    for folder in (first, second):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    said = f"-m {first} and -m {second} are both recorded as 'out/model'; rename a folder"
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
+        parsed("-m", str(first), "-m", str(second))
+    parsed("-m", str(first), "-m", f"{first}/")  # one and the same
+    other = second.rename(second.with_name("other"))
+    parsed("-m", str(first), "-m", str(other))
+
+
+def test_two_texts_that_rows_would_record_alike_are_refused(tmp_path: Path) -> None:
+    first, second = (tmp_path / folder / "book.txt" for folder in ("A", "B"))
+    for file in (first, second):
+        file.parent.mkdir()
+        file.write_text("text")
+    for flag in ("-d", "--tokenized"):
+        said = f"{flag} {first} and {flag} {second} are both recorded as 'book.txt'; rename a file or folder"
+        with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
+            parsed(flag, str(first), flag, str(second), texts=True)
+    parsed("-d", str(first), "-d", f"{tmp_path}/A/../A/book.txt", texts=True)
 
 
 def test_grids() -> None:
