@@ -92,6 +92,7 @@ MISTAKES = {
     "truncate.py 5 docs --dataset x": "output docs exists and is no packed set; remove it or choose another folder",
     "-m scaled_rope.recipes tble2 --shell --also table2": "unknown recipe 'tble2'; did you mean 'table2'? known: "
     + ", ".join(sorted([*available(), "table2"])),
+    "tokenization.py --dataset x --output out/x --seed -1": "--seed -1 is not allowed; at least 0",
     "tokenization.py --dataset x": "--output is missing: name the folder to create",
     "eval/perplexity.py --dataset data/nothing": "dataset data/nothing does not exist",
     "eval/quality.py --dataset nothing.jsonl": "dataset nothing.jsonl does not exist",
