@@ -185,12 +185,24 @@ PARAMETERS = ("window", "group", "chunk", "k", "logn")
 
 
 def requested_specs(args: argparse.Namespace) -> list[str]:
-    """The scalings that the flags ask for, with `--factor`, `--finetuned` and parameters written into them."""
+    """The scalings that the flags ask for, with `--factor`, `--finetuned` and parameters written into them.
+
+    Raises:
+        ConfigError: a text that is no scaling; one of these flags where it is for none of the scalings.
+    """
     specs = []
     unused = {name for name in PARAMETERS if getattr(args, name) is not None}
+    without_effect = {
+        "factor": "a scaling that takes a factor and names none, none of these does",
+        "finetuned": "a dynamic scaling that names no factor, none of these is one",
+    }
+    without_effect = {name: why for name, why in without_effect.items() if getattr(args, name)}
     for text in args.scaling or ["checkpoint"]:
         spec = Spec.parse(text)
         if spec.factor is None and spec.method not in ("default", "none"):
+            without_effect.pop("factor", None)
+            if spec.method.startswith("dynamic-"):  # it starts from the factor, as --finetuned says, also from --factor
+                without_effect.pop("finetuned", None)
             if args.factor is not None:
                 spec = replace(spec, factor=args.factor)
             elif args.finetuned and spec.method.startswith("dynamic-"):
@@ -203,6 +215,8 @@ def requested_specs(args: argparse.Namespace) -> list[str]:
         specs.append(str(spec))
     if unused:
         raise ConfigError(f"flag --{min(unused)}: is for a scaling that takes {min(unused)}, none of these does")
+    for name, why in without_effect.items():
+        raise ConfigError(f"flag --{name}: is for {why}")
     return list(dict.fromkeys(specs))
 
 

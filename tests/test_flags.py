@@ -185,6 +185,21 @@ def test_two_texts_that_rows_would_record_alike_are_refused(tmp_path: Path) -> N
     parsed("-d", str(first), "-d", f"{tmp_path}/A/../A/book.txt", texts=True)
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--scaling", "yarn:2", "--factor", "4"], "--factor: is for a scaling that takes a factor and names none"),
+        (["--scaling", "default", "--factor", "4"], "--factor: is for a scaling that takes a factor and names none"),
+        (["--scaling", "dynamic-yarn:2", "--finetuned"], "--finetuned: is for a dynamic scaling that names no factor"),
+        (["--yarn", "2", "--finetuned"], "--finetuned: is for a dynamic scaling that names no factor"),
+        (["--finetuned"], "--finetuned: is for a dynamic scaling that names no factor"),
+    ],
+)
+def test_a_flag_that_no_scaling_heeds_is_refused(argv: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^flag {said}, none of these "):
+        parsed(*argv)
+
+
 def test_grids() -> None:
     assert flags.parse_grid("1.0:1.3:0.05") == (1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3)  # the end is in, without noise
     assert flags.parse_grid("2,1, 1.5,2") == (1.0, 1.5, 2.0)
