@@ -46,7 +46,7 @@ rows=${OUTPUT:-out/paper/rows.jsonl} # of the paper's tables
 tables=() failed=()
 
 recipe() { # NAME
-    local trained rows spec code name=$1
+    local trained rows spec code name=$1 whose=()
     read_recipe "$1" table{1..6} figure{1,5,6}
     if [[ ${#perplexity[@]} -eq 0 && ${#passkey[@]} -eq 0 ]]; then
         echo "error: recipe '$1' has no \`evaluate\` section in configs/$1.yaml" >&2
@@ -65,10 +65,12 @@ recipe() { # NAME
         [[ ${#flags[@]} -gt 0 ]] || return 0
         if [[ $evaluator == passkey ]]; then what=passkeys; fi
         if [[ ${#scalings[@]} -gt 0 ]]; then
+            whose=(--base "$model")
             begin_step "$what before training"
             attended ${LAUNCH:-python} "eval/$evaluator.py" -m "$model" "${scalings[@]}" "$@" "${flags[@]}" "${extra[@]}" --output "$rows"
         fi
         if [[ ${#others_scalings[@]} -gt 0 ]]; then
+            whose=(--base "$model")
             begin_step "$what of scalings without training"
             attended ${LAUNCH:-python} "eval/$evaluator.py" -m "$model" "${others_scalings[@]}" "${others[@]}" "${extra[@]}" --output "$rows"
         fi
@@ -84,8 +86,9 @@ recipe() { # NAME
     if [[ -f "$output_dir/train_log.jsonl" ]]; then report+=(--train-log "$output_dir/train_log.jsonl"); fi
     # A verdict that does not hold fails this script in the end: then the page is there, and other recipes are measured.
     rm -f "$output_dir/report.html"
-    if [[ -n "$model" ]]; then report+=(--base "$model"); fi # there is none where training began with random weights
-    attended python eval/report.py "$rows" --finetuned "$trained" --output "$output_dir" "${report[@]}" ||
+    # What was not measured is not named: a base where training began with random weights, a model before its training.
+    if [[ -d "$trained" ]]; then whose+=(--finetuned "$trained"); fi
+    attended python eval/report.py "$rows" "${whose[@]}" --output "$output_dir" "${report[@]}" ||
         { code=$? && [[ $code -eq 1 && "${report[*]}" == *--verdict* && -f "$output_dir/report.html" ]] || exit "$code"
           failed+=("$name: the verdict, see $output_dir/report.html"); }
 }
@@ -111,7 +114,7 @@ paper() { # NAME
 }
 
 long() { # MODEL ...
-    local models=("$@") embedded=models/tiny-llama-256 rows model lengths tasks limit under report=()
+    local models=("$@") embedded=models/tiny-llama-256 rows model lengths tasks limit under report=() measured=" "
     if [[ ${#models[@]} -eq 0 && -n "${MODELS:-}" ]]; then read -r -d '' -a models <<<"$MODELS" || true; fi
     [[ ${#models[@]} -gt 0 ]] || models=("$embedded")
     rows=${OUTPUT:-out/long/rows.jsonl}
@@ -136,7 +139,7 @@ long() { # MODEL ...
             code=0
             attended python "eval/$evaluator.py" -m "$model" "${as[@]}" "$@" --output "$rows" || code=$?
             if [[ $code -eq 2 ]]; then exit 2; fi # bad input, which has been said
-            [[ $code -eq 0 ]] || check "long: $evaluator of $model" "$code"
+            if [[ $code -eq 0 ]]; then measured+="$model "; else check "long: $evaluator of $model" "$code"; fi
         done
     }
     if [[ " ${extra[*]} " == *" --plan "* ]]; then
@@ -147,8 +150,8 @@ long() { # MODEL ...
     measure passkey --lengths "$lengths" --iterations "${ITERATIONS:-20}"
     measure harness --tasks "$tasks" --lengths "$lengths" --limit "$limit" "${extra[@]}"
     [[ -f "$rows" ]] || return 0
-    report=(--base "${models[0]}")
-    if [[ ${#models[@]} -eq 2 ]]; then report+=(--finetuned "${models[1]}"); fi
+    if [[ "$measured" == *" ${models[0]} "* ]]; then report=(--base "${models[0]}"); fi
+    if [[ ${#models[@]} -eq 2 && "$measured" == *" ${models[1]} "* ]]; then report+=(--finetuned "${models[1]}"); fi
     attended python eval/report.py "$rows" "${report[@]}" --title "Long texts" --output "$(dirname "$rows")"
 }
 

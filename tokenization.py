@@ -91,6 +91,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ConfigError(f"--sequence-length {args.sequence_length} is not allowed; at least 2 tokens")
     if args.num_proc < 1:
         raise ConfigError(f"--num-proc {args.num_proc} is not allowed; at least 1")
+    if args.seed < 0:
+        raise ConfigError(f"--seed {args.seed} is not allowed; at least 0")
     return args
 
 

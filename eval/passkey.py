@@ -84,8 +84,10 @@ def seeds_of(args: argparse.Namespace) -> list[int]:
     """The seeds that the flags name.
 
     Raises:
-        ConfigError: both flags, something that is no whole number, or one of them twice.
+        ConfigError: both flags, something that is no whole number of at least 0, or one of them twice.
     """
+    if args.seed is not None and args.seed < 0:
+        raise ConfigError(f"--seed {args.seed} is not allowed; at least 0")
     if args.seeds is None:
         return [SEED if args.seed is None else args.seed]
     if args.seed is not None:
@@ -94,6 +96,8 @@ def seeds_of(args: argparse.Namespace) -> list[int]:
         seeds = [int(text) for text in args.seeds.split(",")]
     except ValueError:
         raise ConfigError(f"--seeds {args.seeds} is not allowed; whole numbers, separated by commas") from None
+    if min(seeds) < 0:
+        raise ConfigError(f"--seeds {args.seeds} is not allowed; each at least 0")
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"--seeds {args.seeds} is not allowed; each seed once")
     return seeds

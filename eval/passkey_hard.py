@@ -100,9 +100,9 @@ def check_arguments(args: argparse.Namespace) -> list[int]:
     check_model_arguments(args)
     check_server_arguments(args)
     check_there(args.dataset)
-    for name in ("iterations", "num_keys"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
+    for name, least in (("iterations", 1), ("num_keys", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least {least}")
     return lengths_of(args)
 
 

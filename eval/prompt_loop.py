@@ -50,6 +50,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         ("temperature", lambda t: t >= 0, "at least 0"),
         ("top_k", lambda k: k >= 1, "at least 1"),
         ("repetition_penalty", lambda p: p > 0, "more than 0"),
+        ("seed", lambda n: 0 <= n < 2**64, "0 to 18446744073709551615"),
     ):
         value = getattr(args, name)
         if value is not None and not fits(value):

@@ -11,20 +11,22 @@ import argparse
 import dataclasses
 import glob
 import math
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from scaled_rope.checkpoint import DEFAULT_MODEL, check_local
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.recipes import read_recipe
-from scaled_rope.results import check_writable, package_version
+from scaled_rope.results import check_writable, package_version, portable_model
 from scaled_rope.scaling.record import check_spec
 from scaled_rope.scaling.registry import METHODS
 from scaled_rope.scaling.spec import Spec
 from scaled_rope.texts.corpora import CORPORA
 from scaled_rope.texts.documents import check_there
+from scaled_rope.texts.token_documents import TokenSource
 
 # Names that belong to modules which import torch; `tests/test_flags.py` holds the two to each other.
 ATTENTIONS = (
@@ -119,6 +121,7 @@ def check_model_arguments(args: argparse.Namespace) -> None:
     """Refuse mistakes in an evaluator's flags that show in names and paths alone."""
     for name in args.model or ():
         check_local(name)
+    _check_recorded("-m", args.model or (), portable_model, "folder")
     for spec in requested_specs(args):
         check_spec(spec)
     if args.device_map is not None and not args.device_map.endswith(".json") and args.device_map not in DEVICE_MAPS:
@@ -134,6 +137,25 @@ def check_model_arguments(args: argparse.Namespace) -> None:
     for name in ("output", "output_file", "heatmap"):
         if (path := getattr(args, name, None)) is not None:
             check_writable(path)
+
+
+def _check_recorded(flag: str, names: Sequence[str], recorded: Callable[[str], str], what: str) -> None:
+    """Refuse two names of one flag that rows would record alike: reports took one for a newer state of the other.
+
+    Args:
+        recorded: what rows record of a name.
+        what: what can be renamed.
+
+    Raises:
+        ConfigError: two such names.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(recorded(name), name)
+        if other != name and os.path.realpath(other) != os.path.realpath(name):
+            raise ConfigError(
+                f"{flag} {other} and {flag} {name} are both recorded as {recorded(name)!r}; rename a {what}"
+            )
 
 
 _GPU_FILES = ("/dev/nvidia*", "/dev/nvgpu*", "/dev/nvhost*", "/dev/dxg", "/dev/kfd")
@@ -163,12 +185,24 @@ PARAMETERS = ("window", "group", "chunk", "k", "logn")
 
 
 def requested_specs(args: argparse.Namespace) -> list[str]:
-    """The scalings that the flags ask for, with `--factor`, `--finetuned` and parameters written into them."""
+    """The scalings that the flags ask for, with `--factor`, `--finetuned` and parameters written into them.
+
+    Raises:
+        ConfigError: a text that is no scaling; one of these flags where it is for none of the scalings.
+    """
     specs = []
     unused = {name for name in PARAMETERS if getattr(args, name) is not None}
+    without_effect = {
+        "factor": "a scaling that takes a factor and names none, none of these does",
+        "finetuned": "a dynamic scaling that names no factor, none of these is one",
+    }
+    without_effect = {name: why for name, why in without_effect.items() if getattr(args, name)}
     for text in args.scaling or ["checkpoint"]:
         spec = Spec.parse(text)
         if spec.factor is None and spec.method not in ("default", "none"):
+            without_effect.pop("factor", None)
+            if spec.method.startswith("dynamic-"):  # it starts from the factor, as --finetuned says, also from --factor
+                without_effect.pop("finetuned", None)
             if args.factor is not None:
                 spec = replace(spec, factor=args.factor)
             elif args.finetuned and spec.method.startswith("dynamic-"):
@@ -181,6 +215,8 @@ def requested_specs(args: argparse.Namespace) -> list[str]:
         specs.append(str(spec))
     if unused:
         raise ConfigError(f"flag --{min(unused)}: is for a scaling that takes {min(unused)}, none of these does")
+    for name, why in without_effect.items():
+        raise ConfigError(f"flag --{name}: is for {why}")
     return list(dict.fromkeys(specs))
 
 
@@ -219,7 +255,7 @@ def check_text_arguments(args: argparse.Namespace) -> None:
     """Refuse mistakes in the flags of `add_text_arguments` that show in names and numbers alone.
 
     Raises:
-        ConfigError: such a mistake.
+        ConfigError: such a mistake, or two texts that rows would record under one name.
     """
     if bool(args.dataset) == bool(args.tokenized):
         raise ConfigError("give either --dataset or --tokenized")
@@ -228,6 +264,8 @@ def check_text_arguments(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
     for name in args.dataset or ():
         check_there(name)
+    for flag, names in (("-d", args.dataset), ("--tokenized", args.tokenized)):
+        _check_recorded(flag, names or (), lambda name: TokenSource(name).title, "file or folder")
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:

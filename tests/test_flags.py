@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import fnmatch
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -90,6 +92,7 @@ MISTAKES = {
     "truncate.py 5 docs --dataset x": "output docs exists and is no packed set; remove it or choose another folder",
     "-m scaled_rope.recipes tble2 --shell --also table2": "unknown recipe 'tble2'; did you mean 'table2'? known: "
     + ", ".join(sorted([*available(), "table2"])),
+    "tokenization.py --dataset x --output out/x --seed -1": "--seed -1 is not allowed; at least 0",
     "tokenization.py --dataset x": "--output is missing: name the folder to create",
     "eval/perplexity.py --dataset data/nothing": "dataset data/nothing does not exist",
     "eval/quality.py --dataset nothing.jsonl": "dataset nothing.jsonl does not exist",
@@ -142,6 +145,59 @@ def test_lists_need_no_torch(line: str) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     imported = {text.rpartition("|")[2].strip() for text in done.stderr.splitlines()}
     assert done.returncode == 0 and done.stdout and not imported & {"torch", "transformers"}
+
+
+def parsed(*argv: str, texts: bool = False) -> argparse.Namespace:
+    """The flags of an evaluator, checked."""
+    parser = Parser("some script")
+    flags.add_model_arguments(parser)
+    if texts:
+        flags.add_text_arguments(parser)
+    args = parser.parse_args(list(argv))
+    flags.check_model_arguments(args)
+    if texts:
+        flags.check_text_arguments(args)
+    return args
+
+
+def test_two_models_that_rows_would_record_alike_are_refused(tmp_path: Path) -> None:
+    first, second = (tmp_path / run / "out" / "model" for run in ("x", "y"))
+    for folder in (first, second):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    said = f"-m {first} and -m {second} are both recorded as 'out/model'; rename a folder"
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
+        parsed("-m", str(first), "-m", str(second))
+    parsed("-m", str(first), "-m", f"{first}/")  # one and the same
+    other = second.rename(second.with_name("other"))
+    parsed("-m", str(first), "-m", str(other))
+
+
+def test_two_texts_that_rows_would_record_alike_are_refused(tmp_path: Path) -> None:
+    first, second = (tmp_path / folder / "book.txt" for folder in ("A", "B"))
+    for file in (first, second):
+        file.parent.mkdir()
+        file.write_text("text")
+    for flag in ("-d", "--tokenized"):
+        said = f"{flag} {first} and {flag} {second} are both recorded as 'book.txt'; rename a file or folder"
+        with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
+            parsed(flag, str(first), flag, str(second), texts=True)
+    parsed("-d", str(first), "-d", f"{tmp_path}/A/../A/book.txt", texts=True)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--scaling", "yarn:2", "--factor", "4"], "--factor: is for a scaling that takes a factor and names none"),
+        (["--scaling", "default", "--factor", "4"], "--factor: is for a scaling that takes a factor and names none"),
+        (["--scaling", "dynamic-yarn:2", "--finetuned"], "--finetuned: is for a dynamic scaling that names no factor"),
+        (["--yarn", "2", "--finetuned"], "--finetuned: is for a dynamic scaling that names no factor"),
+        (["--finetuned"], "--finetuned: is for a dynamic scaling that names no factor"),
+    ],
+)
+def test_a_flag_that_no_scaling_heeds_is_refused(argv: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^flag {said}, none of these "):
+        parsed(*argv)
 
 
 def test_grids() -> None:

@@ -206,6 +206,8 @@ def test_eval_sh_measures_a_recipe_with_the_control(tmp_path):
         command = ["./eval.sh", str(recipe)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
+        told = next(line for line in done.stdout.splitlines() if line.startswith("eval/report.py"))
+        assert "--base m " in told and "--finetuned" not in told  # nothing has been trained yet
         return next(line for line in done.stdout.splitlines() if line.startswith("eval/perplexity.py"))
 
     assert "--control trained --dataset x --output" in measured("--dataset x")
@@ -234,6 +236,7 @@ def test_eval_sh_measures_what_began_with_random_weights(tmp_path):
     lines = [line for line in done.stdout.splitlines() if line.startswith("eval/")]
     assert [line.split()[0] for line in lines] == ["eval/perplexity.py", "eval/passkey.py", "eval/report.py"]
     assert all(f"-m {tmp_path}/model" in line for line in lines[:2]) and "--base" not in lines[2]
+    assert f"--finetuned {tmp_path}/model" in lines[2]
     done = evaluate("scalings: [default], ")
     assert done.returncode == 2 and "scalings = ['default'] is not allowed; leave it out" in done.stderr
     (tmp_path / "model").rmdir()
@@ -283,7 +286,7 @@ def test_eval_sh_long_measures_a_base_and_what_became_of_it(tmp_path):
         if [[ "$1" != eval/* ]]; then exec {sys.executable} "$@"; fi
         echo "$@" >> {log}
         echo '{{}}' >> {rows}
-        [[ "$*" != *"harness.py -m tuned"* ]] || exit 1
+        [[ "$*" != *"harness.py -m tuned"* && "$*" != *"-m broken"* ]] || exit 1
         """
     )
     python.chmod(python.stat().st_mode | stat.S_IEXEC)
@@ -308,6 +311,9 @@ def test_eval_sh_long_measures_a_base_and_what_became_of_it(tmp_path):
         f"eval/report.py {rows} --base base --finetuned tuned --title Long texts --output {tmp_path}",
     ]
     assert done.returncode == 1 and done.stderr.splitlines() == ["failed: long: harness of tuned"]
+    for models, named in (("broken tuned", "--finetuned tuned"), ("base broken", "--base base")):
+        done, lines = run(MODELS=models, LENGTHS="64,128")  # the report knows a model that was measured
+        assert lines[-1] == f"eval/report.py {rows} {named} --title Long texts --output {tmp_path}"
     done, lines = run("--", "--plan")  # the embedded model
     both = "-m models/tiny-llama-256 --scaling default --scaling yarn:4"
     asked = f"--tasks ruler-offline --lengths 256,512,1024 --limit 10 --plan --output {rows}"

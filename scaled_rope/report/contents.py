@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scaled_rope.checkpoint import display_name
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.report import paper
 from scaled_rope.report.context_use import all_tables, is_control
 from scaled_rope.report.figures import figure_of, loss_figure, paper_figure, wavelength_figure
@@ -119,7 +119,7 @@ def lead(report: Report) -> str:
         return "The numbers that the paper prints. Nothing was measured."
     names = list(dict.fromkeys(display_name(series.model) for series in report.results.series))
     what = ", ".join(names) if len(names) <= 3 else f"{len(names)} models"
-    labels = len({series.label for series in report.results.series})
+    labels = len({series.label.removesuffix(series.words) for series in report.results.series})
     dates = sorted(row["provenance"]["date"][:10] for row in report.results.rows)
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     count = f"{labels} scaling{'s' if labels != 1 else ''}"
@@ -162,9 +162,13 @@ def read_report(
         base: the model without fine-tuning (default: the one with unscaled rows).
 
     Raises:
-        ConfigError: a file that cannot be read, or an unknown table.
+        ConfigError: a file that cannot be read, an unknown table, or a model that no row is about.
     """
     results = load_results(files, finetuned) if files else None
+    for flag, name in (("base", base), ("finetuned", finetuned)) if results else ():
+        models = {series.model for series in results.series} if results else set()
+        if name is not None and portable_model(name) not in models:
+            raise unknown(f"{flag} model", portable_model(name), models)
     rows = results.rows if results else []
     compared = paper.compare(rows, tables)
     if results is not None and not (whole_paper or tables):

@@ -38,10 +38,23 @@ class ContextUse:
 
 
 def base_of(section: Section, series: Series, base: str | None = None) -> Series | None:
-    """The unscaled series to compare with: that of the model `base`, of the same model, or the only one."""
+    """The unscaled series to compare with: that of the model `base`, of the same model, or the only one.
+
+    Of several of one model, the one counts that was loaded as `series` was, or else plainly, and then the one in its
+    precision.
+    """
     unscaled = [one for one in section.rows if one.scaling.method == "default" and base in (None, one.model)]
     same = [one for one in unscaled if one.model == series.model]
-    return (same or unscaled)[0] if len(same or unscaled) == 1 else None
+    found = same or unscaled
+    if len({one.model for one in found}) == 1:
+        alike = [one for one in found if one.loading == series.loading] or [one for one in found if not one.loading]
+        found = alike if same else alike or found
+        found = [one for one in found if _dtypes(section, one) & _dtypes(section, series)] or found
+    return found[0] if len(found) == 1 else None
+
+
+def _dtypes(section: Section, series: Series) -> set[str]:
+    return {row["dtype"] for row in section.rows.get(series, {}).values()}
 
 
 def context_use(section: Section, series: Series, base: str | None = None) -> ContextUse | None:

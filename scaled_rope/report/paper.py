@@ -25,6 +25,7 @@ from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.evaluation.formatting import format_table
 from scaled_rope.evaluation.paper_benchmarks import PAPER
+from scaled_rope.report.loading import Loading
 from scaled_rope.results import OUT_OF_MEMORY, Row
 from scaled_rope.scaling.record import RopeScaling
 
@@ -150,7 +151,8 @@ def compare(rows: Sequence[Row], tables: Sequence[str] | None = None) -> list[Pa
 
     A row belongs to a cell when it has the model (by hub name, or a folder of that name), the model's own scaling (or
     the one that the table names), the data set by name, the protocol, the number of documents and the length. Of
-    several, the last one counts.
+    several, the last one counts, but none with an adapter, fewer bits, another window or other layers beside one
+    without.
 
     Args:
         tables: "1" to "6" and "figure5"; default: all.
@@ -199,7 +201,9 @@ def _rows_of(line: Mapping[str, Any], table: Mapping[str, Any], rows: Sequence[R
         found = [row for row in found if row.get("label") == wanted.label]
     else:
         found = [row for row in found if row.get("carried")]
-    return [row for row in found if _same_protocol(row, table["protocol"])]
+    found = [row for row in found if _same_protocol(row, table["protocol"])]
+    # Of several the last one counts: of a model that was loaded plainly, where there is one.
+    return sorted(found, key=lambda row: not Loading.of(row))
 
 
 def _same_model(measured: str, published: str) -> bool:

@@ -15,6 +15,7 @@ from scaled_rope.errors import is_number
 from scaled_rope.evaluation.controls import CONTROL, Control
 from scaled_rope.evaluation.formatting import format_perplexity, format_table
 from scaled_rope.evaluation.pooled_seeds import pooled
+from scaled_rope.report.loading import Loading, SeriesWords, origin
 from scaled_rope.report.row_files import newest, read_row_files, row_date
 from scaled_rope.results import OUT_OF_MEMORY, Row, portable_model
 from scaled_rope.scaling.record import RopeScaling
@@ -41,6 +42,7 @@ _NUMBERS = (
 )
 _POOLED = ("passkey", "passkey_hard")
 _MOST_COLUMNS = 12  # in the terminal
+_IN_WORDS = 3  # series that a note on replaced rows names
 
 
 @dataclass(eq=False)
@@ -63,6 +65,11 @@ class Series:
     dashed: bool = False
     aside: bool = False
     """Whether it is no series but something beside one, as its control; it is never the best of a column."""
+    words: str = ""
+    """The end of the label, which tells it from series of the same model and scaling that were loaded otherwise."""
+    loading: Loading = Loading()
+    dtype: str = ""
+    """The precision, where the model was measured in several."""
 
     @property
     def full_name(self) -> str:
@@ -200,31 +207,49 @@ def column_of(row: Row) -> Column:
     return int(row["length"]), "{}-{}".format(*row["bucket"]) if "bucket" in row else ""
 
 
-def _origin(row: Row) -> tuple[Any, ...]:
-    """The model and metric of a row, and the server that was asked, if any."""
-    server = row.get("server") or {}
-    return row["model"], row["metric"], server.get("url"), server.get("name")
-
-
 def current_rows(rows: Sequence[Row]) -> list[Row]:
     """Leave out rows that newer ones have replaced.
 
-    A file that is appended to keeps rows from before the weights, the dtype or a text changed. For each model and
-    metric, rows with the weights and dtype of the newest one are kept, and of these, for each series, the rows over the
-    text that it last saw under a name.
+    A file that is appended to keeps rows from before the weights or a text changed. For each model and metric, and each
+    way in which the model was loaded, rows with the weights of the newest one are kept, and of these, for each series,
+    the rows over the text that it last saw under a name.
     """
-    by_date = sorted(rows, key=row_date)
-    weights = {_origin(row): (row["model_fingerprint"], row["dtype"]) for row in by_date}
-    kept = [row for row in rows if weights[_origin(row)] == (row["model_fingerprint"], row["dtype"])]
+    weights = {origin(row): row["model_fingerprint"] for row in sorted(rows, key=row_date)}
+    kept = [row for row in rows if weights[origin(row)] == row["model_fingerprint"]]
 
     def named(row: Row) -> tuple[Any, ...]:
         topic = topic_of(row)
         # Windows of another length are another measurement, not a newer one.
         window = str(row["data"].get("window_tokens"))
-        return row["model"], row["label"], topic.metric, topic.data, topic.protocol, window
+        series = row["model"], row["label"], Loading.of(row), row["dtype"]
+        return *series, topic.metric, topic.data, topic.protocol, window
 
     texts = {named(row): topic_of(row).text for row in sorted(kept, key=row_date)}
     return [row for row in kept if texts[named(row)] == topic_of(row).text]
+
+
+def _replaced(known: Sequence[Row], kept: Sequence[Row]) -> str | None:
+    """The note on rows that `current_rows` left out: of what, and what about them is older; None if there are none."""
+    weights = {(origin(row), row["model_fingerprint"]) for row in kept}
+    ids = {id(row) for row in kept}
+    left = [row for row in known if id(row) not in ids]
+    groups: dict[str, list[Row]] = {}
+    for row in left:
+        older = "text" if (origin(row), row["model_fingerprint"]) in weights else "weights"
+        name = str(row["data"].get("name") or "")
+        title = row["metric"] if name in ("", row["metric"]) else f"{row['metric']} {name}"
+        words = Loading.of(row).words
+        series = f"{row['model']}, {row['label']}{f', {words}' if words else ''}, {row['dtype']}"
+        groups.setdefault(f"{title} of {series} (older {older})", []).append(row)
+    if not left:
+        return None
+    said = []
+    for title, some in list(groups.items())[:_IN_WORDS]:
+        lengths = sorted({row["length"] for row in some if row.get("length") is not None})
+        said.append(f"{title}{' at ' if lengths else ''}{', '.join(map(str, lengths))}")
+    more = f"; and {len(groups) - _IN_WORDS} more" if len(groups) > _IN_WORDS else ""
+    count = f"{len(left)} rows of older weights or texts are" if len(left) > 1 else "1 row of older weights or texts is"
+    return f"{count} left out: {'; '.join(said)}{more}"
 
 
 @dataclass
@@ -253,15 +278,19 @@ def load_results(paths: Sequence[str], finetuned: str | None = None) -> ReportRo
     finetuned = None if finetuned is None else portable_model(finetuned)
     known, notes = read_row_files(paths, _NUMBERS)
     rows = current_rows(known)
-    if len(rows) < len(known):
-        notes.append(f"{len(known) - len(rows)} rows of older weights or texts are left out")
+    if note := _replaced(known, rows):
+        notes.append(note)
+    words_of = SeriesWords(rows)
     series: dict[tuple[str, str], Series] = {}
     sections: dict[Topic, Section] = {}
     drawn: dict[tuple[int, Column], list[Row]] = {}  # of several seeds
     for row in rows:
         label = row["label"].replace("(checkpoint)", "(fine-tuned)") if row["model"] == finetuned else row["label"]
+        words = words_of(row)
+        label += words
         scaling = RopeScaling.from_dict(row["scaling"])
-        new = Series(row["model"], label, scaling, row["carried"], row["head_dim"])
+        new = Series(row["model"], label, scaling, row["carried"], row["head_dim"], words=words)
+        new.loading, new.dtype = Loading.of(row), words_of.precision(row)
         one = series.setdefault((row["model"], label), new)
         section = sections.setdefault(topic_of(row), Section(topic_of(row)))
         control, column = control_of(row), column_of(row)
@@ -295,7 +324,7 @@ def _style(series: Sequence[Series]) -> None:
     for one in series:
         one.method_name = _method_name(one.scaling, [other.scaling for other in series])
     names = [_named(one) for one in series]
-    static: dict[tuple[str, str], int] = {}
+    static: dict[tuple[str, str, str], int] = {}
     taken = 0
     for one in sorted(series, key=lambda one: one.scaling.dynamic or one.scaling.method.startswith("dynamic-")):
         name = _named(one)
@@ -304,7 +333,7 @@ def _style(series: Sequence[Series]) -> None:
         one.dashed = one.scaling.dynamic or one.scaling.method.startswith("dynamic-")
         if one.scaling.method == "default":
             continue
-        method = (one.model, one.scaling.method.removeprefix("dynamic-"))
+        method = (one.model, one.words, one.scaling.method.removeprefix("dynamic-"))
         if one.dashed and method in static:
             one.color = static.pop(method)
         else:

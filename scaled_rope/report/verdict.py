@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from scaled_rope.checkpoint import display_name
 from scaled_rope.errors import ConfigError
 from scaled_rope.report.context_use import ContextUse, context_use
+from scaled_rope.report.row_files import row_date
 from scaled_rope.report.summary import FOUND, retrieval
 from scaled_rope.report.tables import ReportRows, Section, Series
 from scaled_rope.results import portable_model
@@ -81,9 +83,9 @@ def demo_verdict(results: ReportRows, base: str | None = None, finetuned: str | 
         raise ConfigError("verdict: there are no perplexities")
     scored = [series for series in results.series if any(series in section.rows for section in sections)]
     unscaled = [one for one in scored if one.scaling.method == "default" and base in (None, one.model)]
-    reference = _only("the unscaled base", unscaled)
+    reference = _only("the unscaled base", unscaled, sections)
     carried = [one for one in scored if one.tuned and finetuned in (None, one.model)]
-    tuned = _only("the fine-tuned model under its own scaling", carried)
+    tuned = _only("the fine-tuned model under its own scaling", carried, sections)
     trained, target = tuned.scaling.original_max_position_embeddings, tuned.scaling.max_position_embeddings
     if trained is None or target is None or target <= trained:
         raise ConfigError(f"verdict: {tuned.name} does not say to which length it was extended")
@@ -100,11 +102,20 @@ def demo_verdict(results: ReportRows, base: str | None = None, finetuned: str | 
     return Verdict(word == "PASS", line, tuned, reference, trained, target, texts, parts[1].holds, parts[0].holds)
 
 
-def _only(what: str, candidates: Sequence[Series]) -> Series:
+def _only(what: str, candidates: Sequence[Series], sections: Sequence[Section]) -> Series:
+    """The only candidate; of several, the only one that was loaded plainly, and of precisions the one measured last."""
+    candidates = [one for one in candidates if not one.loading] or candidates
+    if candidates and all(one.dtype for one in candidates) and len({one.model for one in candidates}) == 1:
+        if len({one.dtype for one in candidates}) == len(candidates):
+            candidates = [max(candidates, key=lambda one: _measured_last(one, sections))]
     if len(candidates) != 1:
         names = ", ".join(f"{display_name(one.model)} {one.label}" for one in candidates) or "none"
         raise ConfigError(f"verdict: exactly one series must be {what}; found: {names} (see --base, --finetuned)")
     return candidates[0]
+
+
+def _measured_last(series: Series, sections: Sequence[Section]) -> datetime:
+    return max(row_date(row) for section in sections for row in section.rows.get(series, {}).values())
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,8 @@ class TokenSource:
     def title(self) -> str:
         """The last part of the name; with the one before it where the last says only which part of a data set it is."""
         parts = Path(self.name).parts
+        if parts in ((), ("..",)):  # a folder that is named by where it is
+            parts = Path(self.name).resolve().parts
         return "-".join(parts[-2:]) if parts[-1].lower() in _PARTS_OF_SETS else parts[-1]
 
     def documents(self, tokenizer: Any) -> Iterator[IntArray]:

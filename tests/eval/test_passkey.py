@@ -93,6 +93,8 @@ def test_wordings_and_seeds_in_one_run(
         (["--seeds", "1,2", "--seed", "3"], "give either --seed or --seeds"),
         (["--seeds", "1,x"], "--seeds 1,x is not allowed; whole numbers, separated by commas"),
         (["--seeds", "1,1"], "--seeds 1,1 is not allowed; each seed once"),
+        (["--seeds", "1,-2"], "--seeds 1,-2 is not allowed; each at least 0"),
+        (["--seed", "-1"], "--seed -1 is not allowed; at least 0"),
     ],
 )
 def test_wordings_and_seeds_that_are_refused(flags: list[str], message: str) -> None:

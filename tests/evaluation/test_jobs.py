@@ -53,6 +53,8 @@ def test_flags_for_layers(sliding: Path, checkpoint: Path) -> None:
         (["--yarn", "8", "--linear", "4", "--ntk", "2"], ["yarn x8", "linear x4", "ntk x2"]),
         (["--dynamic-linear", "--dynamic-yarn"], ["dynamic-linear", "dynamic-yarn"]),
         (["--dynamic-yarn", "--factor", "4"], ["dynamic-yarn x4"]),
+        (["--dynamic-yarn", "--factor", "4", "--finetuned"], ["dynamic-yarn x4"]),
+        (["--scaling", "yarn:2", "--scaling", "linear", "--factor", "4"], ["yarn x2", "linear x4"]),
         (["--scaling", "default", "--scaling", "yarn:8", "--yarn", "8"], ["unscaled", "yarn x8"]),
     ],
 )

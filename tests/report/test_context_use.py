@@ -8,7 +8,7 @@ import pytest
 
 import eval.report as report
 from scaled_rope.evaluation.controls import Control
-from scaled_rope.report.context_use import all_tables, context_use, control_table, is_control, short_loss
+from scaled_rope.report.context_use import all_tables, base_of, context_use, control_table, is_control, short_loss
 from scaled_rope.report.tables import ReportRows, Section, Series, load_results
 from scaled_rope.results import Row, read_rows
 from tests.helpers.report_rows import passkeys, with_controls, write, write_rows
@@ -42,6 +42,28 @@ def test_a_series_beside_its_control_and_its_bases(tmp_path: Path) -> None:
     loss = short_loss(section, series["yarn x4 (checkpoint)"], 64)
     assert loss is not None and loss.share == pytest.approx(38 / 40 - 1)
     assert short_loss(section, series["unscaled"], 64) is None
+
+
+def test_the_base_is_the_one_that_was_loaded_alike(tmp_path: Path) -> None:
+    rows = with_controls(read_rows(write_rows(tmp_path / "rows")), {"run/model": -0.03})
+    record = {**rows[0]["provenance"], "arguments": {"load_in_4bit": True}}
+    packed = [
+        {**row, "model_fingerprint": "packed", "provenance": record}
+        for row in rows
+        if row["label"] in ("unscaled", "yarn x4")
+    ]
+    _, section, series = load(tmp_path, [*rows, *packed])
+    for name, base in (
+        ("yarn x4", "unscaled"),
+        ("yarn x4, 4 bits", "unscaled, 4 bits"),
+        ("unscaled, 4 bits", "unscaled, 4 bits"),
+        ("yarn x4 (checkpoint)", "unscaled"),  # another model
+    ):
+        assert base_of(section, series[name]) is series[base]
+    halved = [{**row, "dtype": "bfloat16"} for row in rows if row["label"] == "unscaled"]
+    _, section, series = load(tmp_path, [*rows, *halved])
+    assert base_of(section, series["yarn x4, float32"]) is series["unscaled, float32"]
+    assert base_of(section, series["yarn x4 (checkpoint)"]) is series["unscaled, float32"]
 
 
 def test_it_works_up_to_the_first_bucket_that_is_above(tmp_path: Path) -> None:

@@ -117,6 +117,13 @@ def test_a_local_copy_of_a_model_and_the_exact_value_count():
     assert statuses([perplexity(10240, 6.025, model="emozilla/Yarn-Llama-2-7b-8k")], "1", "YaRN s=2")[-1] == DIFFERS
 
 
+def test_a_model_that_was_loaded_plainly_counts_before_others():
+    packed = perplexity(8192, 4.0, provenance={"arguments": {"load_in_4bit": True}})
+    for rows in ([perplexity(8192, 3.51), packed], [packed, perplexity(8192, 3.51)]):
+        assert statuses(rows, "2", "7B YaRN s=16, 64k")[0] == REPRODUCED
+    assert statuses([packed], "2", "7B YaRN s=16, 64k")[0] == DIFFERS
+
+
 def test_the_weighting_of_windows_matters_where_windows_slide():
     row = perplexity(32768, 3.59, data={"name": "govreport-test-tokenized", "documents": 50})
     for protocol, status in (

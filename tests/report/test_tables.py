@@ -11,8 +11,8 @@ import eval.report as report
 from scaled_rope import RopeScaling
 from scaled_rope.report import tables
 from scaled_rope.report.tables import load_results
-from scaled_rope.results import append_row, read_rows
-from tests.helpers.report_rows import perplexities, write, write_rows
+from scaled_rope.results import Row, append_row, read_rows
+from tests.helpers.report_rows import new_row, perplexities, write, write_rows
 
 pytest.importorskip("matplotlib")
 
@@ -30,14 +30,65 @@ def test_rows_of_older_weights_or_texts_do_not_share_a_line_with_new_ones(tmp_pa
         stale = {**row, "perplexity_bucket": 1.0, "length": row["length"] + 1}
         append_row(renewed, {**stale, "model_fingerprint": "older"})
         append_row(renewed, {**stale, "data": {**row["data"], "fingerprint": "older"}})
-        append_row(renewed, {**stale, "dtype": "bfloat16"})
     for row in read_rows(path):
         append_row(renewed, row)
     after = load_results([str(renewed)])
     assert contents(after) == contents(before)
-    assert after.notes == [f"{3 * len(rows)} rows of older weights or texts are left out"]
+    (note,) = after.notes
+    assert note.startswith(f"{2 * len(rows)} rows of older weights or texts are left out: ")
+    assert "; and " in note  # each series under its name, with what is older and where
+    assert "perplexity text of base, unscaled, float32 (older weights) at 65, 129, 257, 513; " in note
+    assert "perplexity text of base, unscaled, float32 (older text) at 65, 129, 257, 513; " in note
     named = load_results([path], finetuned="run/model")
     assert [one.label for one in named.series][-1] == "yarn x4 (fine-tuned)"
+
+
+def loaded(rows: list[Row], weights: str, **arguments: Any) -> list[Row]:
+    """Rows with a command's options in their record, and the fingerprint that these give."""
+    record = {"provenance": {**rows[0]["provenance"], "arguments": arguments}}
+    dtype = arguments.get("dtype", "float32")
+    return [{**row, "model_fingerprint": weights, "dtype": dtype, **record} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "names"),
+    [
+        ({}, {"adapter": "runs/a/adapter"}, ["yarn x4", "yarn x4, adapter a/adapter"]),
+        ({"adapter": "a"}, {"adapter": "b"}, ["yarn x4, adapter a", "yarn x4, adapter b"]),
+        ({}, {"load_in_4bit": True}, ["yarn x4", "yarn x4, 4 bits"]),
+        ({"load_in_8bit": True}, {"load_in_4bit": True}, ["yarn x4, 8 bits", "yarn x4, 4 bits"]),
+        ({}, {"sliding_window_attention": 32}, ["yarn x4", "yarn x4, attention window 32"]),
+        ({"dtype": "float32"}, {"dtype": "bfloat16"}, ["yarn x4, float32", "yarn x4, bfloat16"]),
+    ],
+)
+def test_models_that_were_loaded_otherwise_are_series_of_their_own(
+    first: dict[str, Any], second: dict[str, Any], names: list[str], tmp_path: Path
+) -> None:
+    rows = perplexities("yarn:4", "t", {64: 30})
+    both = [
+        row
+        for weights, arguments in (("f", first), ("f" if "dtype" in second else "g", second))
+        for row in loaded(rows, weights, **arguments)
+    ]
+    results = load_results([write(tmp_path / "rows", both)])
+    assert [one.name for one in results.series] == names and results.notes == []
+    assert [len(section.rows) for section in results.sections] == [2]
+    alone = load_results([write(tmp_path / "alone", both[1:])])  # then nothing has to be told apart
+    assert [one.name for one in alone.series] == ["yarn x4"]
+
+
+def test_layers_that_were_chosen_are_no_newer_weights(tmp_path: Path) -> None:
+    rows = perplexities("default", "t", {64: 30})
+    chosen = [{**row, "label": "unscaled, without RoPE in 3"} for row in loaded(rows, "g", drop_layers=[3])]
+    results = load_results([write(tmp_path / "rows", [*rows, *chosen])])
+    assert [one.name for one in results.series] == ["unscaled", "unscaled, without RoPE in 3"] and not results.notes
+
+
+def test_one_precision_for_each_metric_is_one_series(tmp_path: Path) -> None:
+    found = {"n": 3, "right": 1, "accuracy": 1 / 3, "interval": [0.06, 0.79]}
+    keys = new_row("passkey", 64, dtype="bfloat16", protocol={"iterations": 3}, **found)
+    results = load_results([write(tmp_path / "rows", [*perplexities("default", "t", {64: 30}), keys])])
+    assert [one.name for one in results.series] == ["unscaled"]
 
 
 def test_windows_of_another_length_are_another_section(tmp_path: Path) -> None:

@@ -122,6 +122,22 @@ def test_committed_rows_with_a_control() -> None:
     )
 
 
+def test_models_that_were_loaded_otherwise_beside_those_of_the_claim(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path / "rows")
+    expected = demo_verdict(load_results([write(tmp_path / "all", rows)]))
+    assert expected.holds
+    record = {**rows[0]["provenance"], "arguments": {"drop_layers": [3]}}
+    chosen = [
+        {**row, "label": f"{row['label']}, without RoPE in 3", "model_fingerprint": "other", "provenance": record}
+        for row in rows
+    ]
+    assert demo_verdict(load_results([write(tmp_path / "chosen", [*rows, *chosen])])).line == expected.line
+    later = {**rows[0]["provenance"], "date": "2030-02-01"}
+    halved = [{**row, "dtype": "bfloat16", "provenance": later} for row in rows]
+    verdict = demo_verdict(load_results([write(tmp_path / "halved", [*rows, *halved])]))
+    assert verdict.holds and verdict.tuned.dtype == verdict.base.dtype == "bfloat16"
+
+
 @pytest.mark.parametrize("gone", ["unscaled", "yarn x4 (checkpoint)"])
 def test_verdict_without_its_models_is_an_error(tmp_path: Path, gone: str) -> None:
     path = write_rows(tmp_path / "rows.jsonl")

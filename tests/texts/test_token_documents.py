@@ -92,3 +92,9 @@ def test_saved_tables_with_splits_and_padding_are_documents(tmp_path: Path) -> N
 )
 def test_titles_tell_data_sets_apart(name: str, title: str) -> None:
     assert TokenSource(name).title == title
+
+
+def test_a_folder_that_is_named_by_where_it_is_has_a_title(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "essays" / "old").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "essays" / "old")
+    assert TokenSource(".").title == "old" and TokenSource("..").title == "essays"
