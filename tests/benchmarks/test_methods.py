@@ -85,3 +85,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, said in ((["--factors", "3"], "unknown factor '3'"), (["--model", "x"], "unknown model 'x'")):
         assert run_cli(lambda arguments=arguments: methods.main(arguments)) == 2
         assert said in capsys.readouterr().err
+
+
+def test_the_page_is_what_the_rows_say() -> None:
+    assert methods_report.main(["--check"]) == 0, "run python benchmarks/methods_report.py"
