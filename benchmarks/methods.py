@@ -59,16 +59,20 @@ class Study:
         group = math.ceil((target - window) / (length - window))  # its furthest position is L
         base = 10_000.0 if self.original == 256 else 100_000.0
         theta = base * (self.theta / base) ** (math.log(factor) / math.log(8))
+        changed = (
+            f"rerope,window={half}", f"leaky-rerope,window={half},k={4 * factor}",
+            f"self-extend,group={group},window={window}", f"dpe,groups=1+{factor}+{group}+{group},window={window}",
+            f"dual-chunk,chunk={chunk}",
+        )  # fmt: skip
+        tempered = (f"yarn:{factor}", f"ntk-by-parts:{factor}", "dynamic-yarn", *changed)
         return (
             "default", f"linear:{factor}", f"ntk:{factor}", f"part-ntk:{factor}", f"ntk-by-parts:{factor}",
             f"yarn:{factor}", f"yarn:{factor},ramp=rotations", f"yarn:{factor},resonance=true", f"llama3:{factor}",
             f"ntk-mixed:{factor}", f"abf:{factor},theta={round(theta, -3):.0f}", f"proportional:{factor},fraction=0.75",
-            "cope", "hardclip", f"drope:{factor}", f"yarn:{factor},attention_temperature=log",
+            "cope", "hardclip", f"drope:{factor}",
             "dynamic-linear", "dynamic-ntk", "dynamic-part-ntk", "dynamic-ntk-by-parts",
-            "dynamic-yarn", "dynamic-llama3", "dynamic-ntk-mixed", f"rerope,window={half}",
-            f"rerope,window={half},attention_temperature=log",
-            f"leaky-rerope,window={half},k={4 * factor}", f"self-extend,group={group},window={window}",
-            f"dpe,groups=1+{factor}+{group}+{group},window={window}", f"dual-chunk,chunk={chunk}",
+            "dynamic-yarn", "dynamic-llama3", "dynamic-ntk-mixed", *changed,
+            *(f"{spec},attention_temperature=log" for spec in tempered),
         )  # fmt: skip
 
     def commands(self, factor: int, rows: str) -> list[list[str]]:
