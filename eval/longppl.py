@@ -110,9 +110,12 @@ from scaled_rope.results import Row
 
 
 def evaluator_arguments(args: argparse.Namespace) -> argparse.Namespace:
-    """The flags of the evaluator: its own model and scaling, and none that change the tested models."""
+    """The flags of the evaluator: its own model and scaling, and none that change the tested models.
+
+    Precision and quantisation are those of the tested models, since all have to fit into the same memory.
+    """
     given = {"model": [args.evaluator], "scaling": [args.evaluator_scaling], "adapter": None, "no_effect": None}
-    apart = {"layers": None, "drop_layers": None, "factor": None, "finetuned": False}
+    apart = {"layers": None, "drop_layers": None, "factor": None, "finetuned": False, "sliding_window_attention": None}
     parameters = dict.fromkeys(("window", "group", "chunk", "k", "logn", "original_max_position_embeddings"))
     return argparse.Namespace(**{**vars(args), **given, **apart, **parameters})
 

@@ -25,9 +25,11 @@ import yaml
 
 from scaled_rope.bundled import bundled
 from scaled_rope.command_line import Parser, run_cli
-from scaled_rope.errors import ConfigError, check_name, is_number, unknown
+from scaled_rope.errors import ConfigError, check_name, is_number, suggestion, unknown
 from scaled_rope.results import read_rows
 from scaled_rope.scaling.record import check_spec
+from scaled_rope.scaling.registry import METHODS
+from scaled_rope.scaling.spec import Spec
 
 CONFIGS = bundled("configs")
 LR_SCHEDULES = ("linear", "constant", "cosine", "wsd")
@@ -45,6 +47,35 @@ POSITIONS = ("consecutive", "pose")
 LOSSES = ("auto", "chunked", "fused", "whole")
 LOSS_WEIGHTS = ("data", "long_ce")
 EVALUATE_FIELDS = ("scalings", "perplexity", "perplexity_zero_shot", "passkey", "passkey_zero_shot", "report")
+
+_FOR_MODELS = """
+    -m --model --scaling --yarn --linear --ntk --part-ntk --dynamic-ntk --rerope --dynamic-linear --dynamic-part-ntk
+    --dynamic-yarn --method --window --group --chunk --k --logn --layers --drop-layers --factor --finetuned
+    --original-max-position-embeddings --dtype --device --device-map --max-memory --offload-folder --attention
+    --flash-attention --kernel --sliding-window-attention --adapter --load-in-8bit --load-in-4bit --custom-model
+    --custom-model-together --custom-model-mistral --gpt-neox-max-length --max-position-embeddings --no-use-cache
+    --server --served-name --server-timeout --lengths --min-tokens --max-tokens --tokens-step --batch-size --output
+    --retry-oom --output-file --hide-progress
+"""
+_FOR_TEXTS = """
+    -d --dataset --tokenized -s --subset -f --feature --split --dataset-min-tokens --samples --windows --prefill-chunk
+    --save-tokenized --protocol --stride --weighting --truncate --sliding-window --control --save-nll
+    --aggressive-memory
+"""
+_FOR_PROMPTS = """
+    --iterations --depths --shared-prefill --wording --seed --seeds --fixed-length --length-step --chat-template
+    --heatmap
+"""
+_FOR_REPORTS = "--output --title --paper --table --published --verdict --base --finetuned --train-log"
+EVALUATE_FLAGS = {
+    "perplexity": tuple(f"{_FOR_MODELS} {_FOR_TEXTS}".split()),
+    "passkey": tuple(f"{_FOR_MODELS} {_FOR_PROMPTS}".split()),
+    "report": tuple(_FOR_REPORTS.split()),
+}
+"""The flags of eval/NAME.py, whose parsers import what imports recipes; `tests/test_recipes.py` holds the two to each
+other."""
+_COMPLETING = ("--factor", "--finetuned", "--window", "--group", "--chunk", "--k", "--logn")
+"""Flags that add to scalings what their texts leave open."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +143,7 @@ class Recipe:
         evaluate: settings of eval.sh for the result: `scalings` (specs under which the base is read without training),
             and the flags of `perplexity`, `passkey` and `report`. `perplexity_zero_shot` and `passkey_zero_shot` are
             the flags where the base is scaled, in place of the evaluator's others, for example with fewer prompts.
+            Scalings and the names of flags are checked when the recipe is read, values of flags by the evaluators.
     """
 
     name: str
@@ -311,19 +343,35 @@ class Recipe:
         """Steps of the decay of `lr_schedule: wsd`; at least one."""
         return max(1, round(self.lr_decay_share * self.max_train_steps))
 
+    def _check_scalings(self) -> None:
+        """Refuse scalings of `evaluate` that no evaluator reads, before hours are spent on training."""
+        words = [word for name in EVALUATE_FIELDS[1:] for word in shlex.split(self.evaluate.get(name, ""))]
+        completed = any(word.partition("=")[0] in _COMPLETING for word in words)
+        for spec in self.evaluate.get("scalings", ()):
+            try:
+                method = Spec.parse(spec).method.removeprefix("dynamic-")
+                if not completed or method not in METHODS:
+                    check_spec(spec)
+            except ConfigError as error:
+                raise ConfigError(f"recipe {self.name!r}: evaluate: scalings: {error}") from None
+
     def _check_evaluate(self) -> None:
         for name, value in self.evaluate.items():
             if name not in EVALUATE_FIELDS:
                 raise unknown(f"field of `evaluate` in recipe {self.name!r}", name, EVALUATE_FIELDS)
+            said = f"recipe {self.name!r}: evaluate: {name} = {value!r}"
             try:
                 if name == "scalings":
                     _bring(value, tuple[str, ...])
-                else:
-                    shlex.split(_bring(value, str))
+                    continue
+                words = shlex.split(_bring(value, str))
             except ValueError:
                 allowed = "a list of scalings" if name == "scalings" else "flags, in one text as a shell splits it"
-                said = f"recipe {self.name!r}: evaluate: {name} = {value!r}"
                 raise ConfigError(f"{said} is not allowed; {allowed}") from None
+            if (flag := _unknown_flag(words, script := name.removesuffix("_zero_shot"))) is not None:
+                near = suggestion(flag, EVALUATE_FLAGS[script])
+                raise ConfigError(f"{said} is not allowed: unknown flag {flag}; {near}(see eval/{script}.py --help)")
+        self._check_scalings()
         if self.model is None and self.evaluate.get("scalings"):
             raise ConfigError(
                 f"recipe {self.name!r}: evaluate: scalings = {self.evaluate['scalings']!r} is not allowed; leave it "
@@ -429,6 +477,19 @@ def _check_events(text: str, path: Path) -> None:
             depth -= 1
         elif isinstance(event, yaml.ScalarEvent) and event.style is None and _LONG_NUMBER.fullmatch(event.value):
             raise ConfigError(f"{path}, line {line}: a number of {len(event.value)} digits is not allowed")
+
+
+def _unknown_flag(words: Sequence[str], script: str) -> str | None:
+    """The first of the words that looks like a flag and is none of eval/`script`.py; None if all are."""
+    for word in words:
+        if not word.startswith("-") or re.fullmatch(
+            r"-|-\d.*", word, re.DOTALL
+        ):  # a value, a negative number among them
+            continue
+        flag = word.partition("=")[0] if word.startswith("--") else word[:2]  # as in -dNAME
+        if flag not in EVALUATE_FLAGS[script]:
+            return flag
+    return None
 
 
 def _check_keys(node: yaml.Node | None, path: Path) -> None:

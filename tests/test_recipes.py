@@ -16,7 +16,7 @@ import truncate
 from scaled_rope import compute_rope, recipes
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.recipes import available, is_finished, pending, read_recipe, starts_from
+from scaled_rope.recipes import EVALUATE_FLAGS, available, is_finished, make_recipe, pending, read_recipe, starts_from
 from scaled_rope.scaling.record import RopeSettings
 from scaled_rope.training.engine import accumulation, check_sequence_parallel
 from scaled_rope.training.loop import learning_rate
@@ -310,6 +310,34 @@ def test_the_evaluators_take_the_flags_of_a_recipe(name):
         assert args.model == ["model"]
 
 
+def test_flags_that_recipes_restate_are_those_of_the_scripts():
+    import eval.passkey
+    import eval.perplexity
+    import eval.report
+
+    scripts = {"perplexity": eval.perplexity, "passkey": eval.passkey, "report": eval.report}
+    assert list(scripts) == list(EVALUATE_FLAGS)
+    for name, script in scripts.items():
+        taken = {flag for action in script.build_parser()._actions for flag in action.option_strings}
+        assert set(EVALUATE_FLAGS[name]) == taken - {"-h", "--help"}
+
+
+def test_flags_may_complete_scalings():
+    fields = {
+        "name": "a",
+        "output_dir": "o",
+        "dataset": "d",
+        "sequence_length": 8,
+        "global_batch_size": 1,
+        "model": "m",
+    }
+    evaluate = {"scalings": ["linear", "rerope"], "passkey": "--factor 4 --window=8 -1 --lengths 64"}
+    assert make_recipe(fields | {"evaluate": evaluate}, "a").evaluate == evaluate
+    evaluate["scalings"] = ["linaer"]
+    with pytest.raises(ConfigError, match="unknown method 'linaer'"):
+        make_recipe(fields | {"evaluate": evaluate}, "a")
+
+
 #: the two sizes share their tokens
 LLAMA_TOKENS = {("NousResearch/Llama-2-7b-hf", "NousResearch/Llama-2-13b-hf")}
 
@@ -389,6 +417,20 @@ def test_what_is_pending_of_a_file_is_the_file(tmp_path, monkeypatch, capsys):
             "evaluate: passkey_zero_shot without passkey is not allowed",
         ),
         ("evaluate: {scalings: yarn:8}\n", "evaluate: scalings = 'yarn:8' is not allowed; a list of scalings"),
+        (
+            'evaluate: {scalings: [default, "yran:4"]}\n',
+            "recipe 'a': evaluate: scalings: unknown method 'yran'; did you mean 'yarn'?",
+        ),
+        ("evaluate: {scalings: [yarn]}\n", "recipe 'a': evaluate: scalings: scaling 'yarn': factor is missing"),
+        (
+            "evaluate: {passkey: --lenghts 128}\n",
+            "evaluate: passkey = '--lenghts 128' is not allowed: unknown flag --lenghts; did you mean '--lengths'",
+        ),
+        (
+            "evaluate: {perplexity: -d x, perplexity_zero_shot: --dataset=x -x y}\n",
+            "unknown flag -x; ",
+        ),
+        ("evaluate: {report: --verdit demo}\n", "unknown flag --verdit; did you mean '--verdict'?"),
         ("evaluate: {report: '--title \"x'}\n", "is not allowed; flags, in one text as a shell splits it"),
     ],
 )

@@ -103,7 +103,8 @@ def test_names_are_only_names_to_the_scripts(tmp_path):
     recipe = folder / f"{strange}.yaml"
     fields = {"model": strange, "dataset": strange, "output_dir": f"out/{strange}", "sequence_length": 8,
               "global_batch_size": 1, "description": strange,
-              "evaluate": {"scalings": [strange], "report": f"--title {shlex.quote(strange)}"}}  # fmt: skip
+              "evaluate": {"perplexity": f"--dataset {shlex.quote(strange)}",
+                           "report": f"--title {shlex.quote(strange)}"}}  # fmt: skip
     recipe.write_text(yaml.safe_dump(fields))
     record = "import json, sys; print('ARGS', json.dumps(sys.argv[1:]))"
     (tmp_path / "finetune.py").write_text(record)
@@ -116,6 +117,9 @@ def test_names_are_only_names_to_the_scripts(tmp_path):
         ["bash", "train.sh", "a\nb.yaml"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 2 and "error: recipe 'a\\nb.yaml' is not allowed" in done.stderr
+    recipe.write_text(yaml.safe_dump(fields | {"evaluate": {"scalings": [strange]}}))
+    done = subprocess.run(["bash", "train.sh", relative], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "evaluate: scalings: unknown method" in done.stderr
     assert not (tmp_path / "ran").exists()
 
 

@@ -50,6 +50,8 @@ def kernel_backend(device: torch.device | str | None = None, backend: str = "aut
     source = f"kernel backend {backend!r}"
     if backend == "auto" and (forced := os.environ.get(VARIABLE) or "none") != "none":
         backend, source = forced, f"{VARIABLE}={forced}"
+    if backend not in BACKENDS and source.startswith(VARIABLE):  # which may also say none
+        raise ConfigError(f"{source}: {unknown('kernel backend', backend, (*BACKENDS, 'none'))}")
     if backend not in BACKENDS:
         raise unknown("kernel backend", backend, BACKENDS)
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else torch.device(device).type

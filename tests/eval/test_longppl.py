@@ -140,6 +140,17 @@ def test_a_length_dependent_scaling(checkpoint: str, texts: str, tmp_path: Path)
     assert both[0]["longppl"] == pytest.approx(alone[0]["longppl"], rel=1e-6)
 
 
+def test_windows_of_the_tested_models_are_not_those_of_the_evaluator(checkpoint: str, texts: str) -> None:
+    flags = ["--evaluator", checkpoint, "-m", checkpoint, "-d", texts, *LENGTHS]
+    parse = longppl.build_parser().parse_args
+    cut = parse([*flags, "--sliding-window-attention", "8"])
+    (plain,) = longppl.model_jobs(parse(flags))
+    (tested,) = longppl.model_jobs(cut)
+    own = longppl.evaluator_arguments(cut)
+    (judge,) = longppl.model_jobs(own)
+    assert judge.fingerprint == plain.fingerprint != tested.fingerprint and own.sliding_window_attention is None
+
+
 def test_another_tokenizer_is_refused(
     checkpoint: str, texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

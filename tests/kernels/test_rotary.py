@@ -294,8 +294,11 @@ def test_backend_is_chosen_and_said_once(monkeypatch: pytest.MonkeyPatch, caplog
             kernel_backend("cpu", backend)
     assert kernel_backend("cpu", "torch") == "torch"  # what is asked for by name goes before the environment
     monkeypatch.setenv("SCALED_ROPE_KERNEL", "cuda")
-    with pytest.raises(ConfigError, match="unknown kernel backend 'cuda'"):
+    said = "SCALED_ROPE_KERNEL=cuda: unknown kernel backend 'cuda'; known: auto, none, torch, triton"
+    with pytest.raises(ConfigError, match=f"^{said}$"):
         kernel_backend("cpu")
+    with pytest.raises(ConfigError, match="^unknown kernel backend 'cuda'; known: auto, torch, triton$"):
+        kernel_backend("cpu", "cuda")
 
 
 def test_phases_are_fractions_of_a_turn() -> None:
