@@ -206,7 +206,8 @@ def token_nll(
             the scale of the whole text, so only rounding differs.
         separate: `position_ids` start anew with each packed document, and attention stays within documents.
         loss: "chunked"; "fused", by Liger's kernel; "whole", all logits at once, as in transformers. They differ in
-            rounding only: "fused" applies the factor of Cohere's logits before the projection.
+            rounding only: "fused" applies the factor of Cohere's logits before the projection. "outlined" is for
+            tensors without values: it holds what "chunked" holds, and passes over most of a long sequence.
 
     Raises:
         ConfigError: not a causal language model.
@@ -240,17 +241,46 @@ def _score(model: nn.Module, hidden: Tensor, targets: Tensor, chunk: int | None,
         return piece(hidden.flatten(0, 1), targets.flatten()).view(targets.shape)
     if chunk is None:
         chunk = positions_per_chunk(model)
-    parts = zip(torch.split(hidden.flatten(0, 1), chunk), torch.split(targets.flatten(), chunk), strict=True)
+    sizes = _piece_sizes(targets.numel(), chunk, outlined=loss == "outlined")
+    parts = zip(torch.split(hidden.flatten(0, 1), sizes), torch.split(targets.flatten(), sizes), strict=True)
     *earlier, last = parts
     pieces = []
     for part, wanted in earlier:
-        if torch.is_grad_enabled() and part.requires_grad:
+        if len(part) > chunk:
+            pieces.append(cast(Tensor, _Outline.apply(part)))  # type: ignore[no-untyped-call]
+        elif torch.is_grad_enabled() and part.requires_grad:
             pieces.append(cast(Tensor, checkpoint(piece, part, wanted, use_reentrant=False)))
         else:
             pieces.append(piece(part, wanted))
     # The backward pass begins with the last piece, and would compute it again for the same memory.
     pieces.append(piece(*last))
     return torch.cat(pieces).view(targets.shape)
+
+
+_SHOWN = 4
+"""Pieces at each end of a sequence that an outlined loss computes. What is held grows from one piece to the next, so it
+is most at an end; the first few are the ones in which gradients of the projection begin to be summed."""
+
+
+def _piece_sizes(positions: int, chunk: int, outlined: bool) -> list[int]:
+    """How many positions each piece of a loss has; outlined: those between the ends are one, which is larger."""
+    sizes = [min(chunk, positions - first) for first in range(0, positions, chunk)] or [positions]
+    if not outlined or len(sizes) < 2 * _SHOWN + 2:
+        return sizes
+    return [*sizes[:_SHOWN], sum(sizes[_SHOWN:-_SHOWN]), *sizes[-_SHOWN:]]
+
+
+class _Outline(torch.autograd.Function):
+    """Stands for losses [N] of hidden states [N, H], after and before what was held to compute them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
+        return hidden.new_zeros(len(hidden), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.new_zeros(ctx.shape, dtype=ctx.dtype)
 
 
 def _fused(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.flags import H100_TFLOPS, check_plan_arguments
 from scaled_rope.patching.loading import auto_class
 from scaled_rope.patching.loss import logits_bytes
+from scaled_rope.progress import Progress
 from scaled_rope.recipes import Recipe, read_recipe, starts_from
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.training.costs import Flops, ModelCost
@@ -179,6 +180,7 @@ class Planner:
         self.recipe, self.on_gpu = recipe, on_gpu
         self._config = base_config(recipe)
         self._traces: dict[tuple[Any, ...], tuple[Trace, Counts]] = {}
+        self._flops: dict[bool, Flops] = {}
         self._ring: tuple[Any, RopeScaling] | None = None
         text = self._config.get_text_config()
         self.heads = text.num_attention_heads
@@ -186,13 +188,16 @@ class Planner:
 
     def flops(self, lora: bool | None = None) -> Flops:
         """FLOPs of one optimizer step over the global batch of full rows."""
-        recipe = self.recipe if lora is None else replace(self.recipe, lora=lora, quantization=None)
-        cost, length = ModelCost.of(self._build(recipe, torch.float32)), _length(recipe)
-        whole = cost.sequence(length)
-        if recipe.loss_weights == "long_ce":
-            for first, _, end in near_windows(length, recipe.long_ce_context, recipe.long_ce_step):
-                whole += cost.reading(end - first)
-        return whole * recipe.global_batch_size
+        adapters = self.recipe.lora if lora is None else lora
+        if adapters not in self._flops:
+            recipe = replace(self.recipe, lora=adapters, quantization=None)
+            cost, length = ModelCost.of(self._build(recipe, torch.float32)), _length(recipe)
+            whole = cost.sequence(length)
+            if recipe.loss_weights == "long_ce":
+                for first, _, end in near_windows(length, recipe.long_ce_context, recipe.long_ce_step):
+                    whole += cost.reading(end - first)
+            self._flops[adapters] = whole * recipe.global_batch_size
+        return self._flops[adapters]
 
     def seconds(self, options: Options, peak: float, utilisation: float) -> float:
         """Seconds of one optimizer step, where `utilisation` of the ranks' `peak` FLOP/s is model FLOPs."""
@@ -316,7 +321,7 @@ class Planner:
                     set_sliding_window(model, min(recipe.sliding_window_attention_schedule))
                 counts = Counts.of(model)
                 # There is no trace of a fused loss, whose pieces can be larger (docs/training.md).
-                module = SummedLoss(model, loss="whole" if recipe.loss == "whole" else "chunked")
+                module = SummedLoss(model, loss="whole" if recipe.loss == "whole" else "outlined")
                 autocast = recipe.compute_dtype == "bfloat16" and not cast
                 base = model.get_base_model() if recipe.lora else model
                 self._traces[key] = (
@@ -432,7 +437,8 @@ def run(args: argparse.Namespace) -> int:
     recipe = read_recipe(args.recipe)
     planner, room = Planner(recipe), args.gpu_memory * (1 - _MARGIN)
     found, refused = [], []
-    for options in planner.alternatives(args.gpus):
+    ways = planner.alternatives(args.gpus)
+    for options in Progress(ways, desc=f"plan of {recipe.name}", unit="way", leave=False):
         try:
             terms = planner.memory(options).terms()
         except ConfigError as error:

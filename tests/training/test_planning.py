@@ -11,6 +11,7 @@ import torch
 
 from scaled_rope import cli
 from scaled_rope.errors import ConfigError
+from scaled_rope.patching import loss
 from scaled_rope.recipes import read_recipe
 from scaled_rope.training.model import build_model
 from scaled_rope.training.planning import Options, Planner
@@ -155,6 +156,15 @@ def test_layers_with_windows_can_be_planned():
     }  # fmt: skip
     planner = Planner(replace(small(), init=init, layers="full_attention"), on_gpu=False)
     assert planner.memory(Options()).activations > 0
+
+
+def test_a_large_vocabulary_takes_no_longer(monkeypatch):
+    """Of the pieces that the loss of a long sequence is computed in, only those at its ends are traced."""
+    inner, pieces = loss.project, []
+    monkeypatch.setattr(loss, "_LOGITS_PER_CHUNK", 8 * 512)
+    monkeypatch.setattr(loss, "project", lambda *given: (pieces.append(1), inner(*given))[1])
+    Planner(small(), on_gpu=False).memory(Options())
+    assert len(pieces) == 2 * 8 - 1  # of 64 pieces
 
 
 def test_windows_of_long_ce_are_counted():

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from scaled_rope.patching import loss
 from scaled_rope.training.model import SummedLoss, add_lora, enable_checkpointing
 from scaled_rope.training.traced_memory import LiveBytes, layers_alike, to_cpu, trace_pass
 from tests.helpers.planning import small
@@ -70,6 +71,40 @@ def test_a_few_layers_tell_what_many_hold(checkpointing, lora, length, precision
         told = few.with_layers(3, more, 4, 6)
         assert (told.peak, told.kept) == (all_.peak, all_.kept)
         assert few.peak < more.peak < all_.peak
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "lora"),
+    [("fp32", False), ("bf16", False), ("bf16", True), pytest.param("fp32", True, marks=pytest.mark.slow)],
+)
+def test_a_few_pieces_of_the_loss_tell_what_many_hold(checkpointing, precision, lora, monkeypatch):
+    """To the byte, for a sequence of 32 pieces."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    recipe = small(gradient_checkpointing=checkpointing)
+    fields = dict(recipe.init)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    monkeypatch.setattr(loss, "_LOGITS_PER_CHUNK", 16 * config.vocab_size)
+    inner, pieces = loss.project, []
+    monkeypatch.setattr(loss, "project", lambda *given: (pieces.append(1), inner(*given))[1])
+
+    def trace(kind, accumulating):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+            model = add_lora(model, False) if lora else model
+        with FakeTensorMode():
+            to_cpu(model)
+            enable_checkpointing(model, recipe)
+            pieces.clear()
+            found = trace_pass(SummedLoss(model, loss=kind), 2, 255, precision == "bf16", accumulating)
+            return found, len(pieces)
+
+    for accumulating in (False, True):
+        (outlined, few), (whole, many) = (trace(kind, accumulating) for kind in ("outlined", "chunked"))
+        assert outlined == whole
+        assert (few, many) == (2 * 8 - 1, 2 * 32 - 1)  # all but the last run twice
 
 
 def test_layers_that_differ_are_seen():
