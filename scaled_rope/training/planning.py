@@ -23,11 +23,12 @@ from scaled_rope.bundled import bundled
 from scaled_rope.checkpoint import load_config, without_custom_rope
 from scaled_rope.errors import ConfigError
 from scaled_rope.flags import H100_TFLOPS, check_plan_arguments
-from scaled_rope.patching.loading import auto_class
+from scaled_rope.patching.loading import auto_class, build_unscaled
 from scaled_rope.patching.loss import logits_bytes
+from scaled_rope.patching.patch import PatchReport, patch_as_read
 from scaled_rope.progress import Progress
 from scaled_rope.recipes import Recipe, read_recipe, starts_from
-from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.scaling.record import RopeScaling, RopeSettings, with_primary
 from scaled_rope.training.costs import Flops, ModelCost
 from scaled_rope.training.engine import accumulation, allowed_sequence_parallel
 from scaled_rope.training.long_ce import near_windows
@@ -84,10 +85,26 @@ def meta_model(recipe: Recipe) -> Any:
         ConfigError: what `base_config` and `install_scaling` raise, or an `init` that is no model.
     """
     config = base_config(recipe)
+    settings = _unscaled(config)
     with building(recipe), torch.device("meta"):
         model = auto_class(config).from_config(config, dtype=torch.float32)
-    install_scaling(model, recipe)
+    _install(model, recipe, settings)
     return model
+
+
+def _unscaled(config: Any) -> RopeSettings | None:
+    """Change a config with our rope_type, which transformers cannot build, to the unscaled one; what it said, if so."""
+    settings = RopeSettings(config)
+    return settings if build_unscaled(config) else None
+
+
+def _install(model: Any, recipe: Recipe, settings: RopeSettings | None) -> PatchReport | None:
+    """`install_scaling`; the checkpoint's own scaling, from `_unscaled`, where the recipe keeps it."""
+    report = install_scaling(model, recipe, settings)
+    if report is not None or settings is None:
+        return report
+    plan, own = settings.plan, settings.scaling
+    return patch_as_read(model, settings, with_primary(plan.layers, own) or own, plan.drop_layers)
 
 
 # -------------------------------------------------------------------------------------------------------- the plan
@@ -179,6 +196,7 @@ class Planner:
     def __init__(self, recipe: Recipe, on_gpu: bool = True) -> None:
         self.recipe, self.on_gpu = recipe, on_gpu
         self._config = base_config(recipe)
+        self._settings = _unscaled(self._config)
         self._traces: dict[tuple[Any, ...], tuple[Trace, Counts]] = {}
         self._flops: dict[bool, Flops] = {}
         self._ring: tuple[Any, RopeScaling] | None = None
@@ -275,7 +293,7 @@ class Planner:
             return
         if self._ring is None:
             model = self._build(recipe, torch.float32)
-            report = install_scaling(model, recipe)
+            report = _install(model, recipe, self._settings)
             self._ring = model, RopeScaling.from_config(model.config) if report is None else report.scaling
         model, scaling = self._ring
         check_context_parallel(recipe, model.config, scaling, attention_for(self._config, "sdpa"))
@@ -313,7 +331,7 @@ class Planner:
             with FakeTensorMode(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 to_cpu(model)
-                install_scaling(model.get_base_model() if recipe.lora else model, recipe)
+                _install(model.get_base_model() if recipe.lora else model, recipe, self._settings)
                 enable_checkpointing(model, recipe)
                 tile_mlps(model, recipe.mlp_tiles)
                 model.config.get_text_config(decoder=True).use_cache = False

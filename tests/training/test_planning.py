@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from scaled_rope import cli
+from scaled_rope import cli, patch_model
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching import loss
 from scaled_rope.recipes import read_recipe
@@ -145,6 +145,22 @@ def test_every_scaling_can_be_planned(scaling):
     """Models are planned on tensors without values, which remarks on the scaling must not ask for."""
     planner = Planner(replace(small(), scaling=scaling), on_gpu=False)
     assert planner.memory(Options()).total > 0
+
+
+@pytest.mark.parametrize("scaling", [None, "yarn:8"])
+def test_a_checkpoint_in_our_own_words_can_be_planned(scaling, tiny_model, tmp_path):
+    """transformers cannot build its rope_type; the plan is that of the same model in transformers' words."""
+    memory = []
+    for name, changes in (("plain", {}), ("ours", {"drop_layers": [1]})):
+        model = tiny_model()
+        patch_model(model, "yarn:4", **changes)
+        model.save_pretrained(tmp_path / name)
+        recipe = replace(small(), init=None, model=str(tmp_path / name), scaling=scaling)
+        memory.append(Planner(recipe, on_gpu=False).memory(Options()))
+    assert '"scaled-rope"' in (tmp_path / "ours" / "config.json").read_text()
+    plain, ours = memory
+    assert (ours.weights, ours.optimizer) == (plain.weights, plain.optimizer)
+    assert ours.activations == pytest.approx(plain.activations, rel=0.2)
 
 
 def test_layers_with_windows_can_be_planned():
