@@ -34,6 +34,11 @@ class Candidate:
     scaling: RopeScaling
 
     @property
+    def of_tables(self) -> bool:
+        """Whether it is one table of frequencies for all lengths: what servers can be told, and what can be trained."""
+        return not (self.scaling.beyond_tables or self.scaling.is_length_dependent)
+
+    @property
     def changes_attention(self) -> bool:
         """Whether it changes attention itself, which no server computes."""
         return self.scaling.changes_attention

@@ -398,8 +398,7 @@ def _training(use: Judged, judged: Sequence[Judged]) -> Judged | None:
     """The scaling to train with: the one to use, or the best that is static and of tables alone, as servers know."""
     able = []
     for one in judged:
-        scaling = one.measured.candidate.scaling
-        if not (scaling.beyond_tables or scaling.is_length_dependent or one.spec in AS_IT_IS):
+        if one.measured.candidate.of_tables and one.spec not in AS_IT_IS:
             able.append(one)
     if use in able:
         return use

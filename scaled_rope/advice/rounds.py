@@ -5,9 +5,9 @@
    prompt of each length beyond L.
 2. The better two fifths, on other windows and prompts, where there is time for it; beside the best three of them that
    have no attention factor, the same with attention temperatures.
-3. The best three, the static form of one that follows the length (which costs little more), the model as it is and the
-   control, on the windows and prompts that have chosen nothing: these results are the ones that count. At least three
-   units, then more as long as there is time.
+3. The best three, the static form of one that follows the length (which costs little more), where servers can be told
+   none of these the best that they can, the model as it is and the control, on the windows and prompts that have chosen
+   nothing: these results are the ones that count. At least three units, then more as long as there is time.
 
 A round goes unit by unit through all its candidates, so they are compared on the same windows and prompts whenever it
 ends. "Best" are those with the lowest loss beyond L and those with the best retrieval, in turn.
@@ -123,6 +123,8 @@ class Halving:
     temperatures: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
     _courses: list[Row] = field(default_factory=list)
+    _orders: list[list[Candidate]] = field(default_factory=list)
+    """What each round that screened has measured, best first."""
     _probe: Row | None = None
 
     @property
@@ -247,7 +249,8 @@ class Halving:
         if count == 0:
             return chosen
         screened.update({one.candidate.spec: one for one in measured})
-        return [one.candidate for one in best_of(measured, wanted)]
+        self._orders.append([one.candidate for one in best_of(measured, len(measured))])
+        return self._orders[-1][:wanted]
 
     def _affordable(
         self, number: int, alive: list[Candidate], unit: Unit, left: float | None = None
@@ -310,13 +313,18 @@ class Halving:
     def _with_static(self, chosen: Sequence[Candidate]) -> list[Candidate]:
         """Finalists, and for each that follows the length the static form that computes the same at the target.
 
-        Servers know static forms only, and what is measured at the target is the same pass.
+        Servers know static forms only, and what is measured at the target is the same pass. Where servers can be told
+        none of these, the best that they can joins them, from the last round that had one.
         """
         target, at = self.trials.target, self.trials.passes.at
         followed = [at(one.scaling, target) for one in chosen if one.scaling.is_length_dependent]
         static = [one for one in self.candidates if at(one.scaling, target) in followed and one not in chosen]
         static = [one for one in static if not one.scaling.is_length_dependent and one.spec not in self.left_out]
-        return [*chosen, *static]
+        found = [*chosen, *static]
+        if not any(one.of_tables for one in found):
+            ranked = (one for order in reversed(self._orders) for one in order)
+            found += [one for one in ranked if one.of_tables and one.spec not in self.left_out][:1]
+        return found
 
     def _measure(
         self,

@@ -281,6 +281,14 @@ def test_a_probe_that_becomes_slow_ends(tmp_path: Path) -> None:
     assert len(model.read) == before
 
 
+def test_the_best_that_servers_know_is_judged_too(tmp_path: Path) -> None:
+    model = Scripted({"dual-chunk": 0.01, "rerope": 0.02, "self-extend": 0.03, "leaky-rerope": 0.04, "yarn": 0.3})
+    found = halving(tmp_path, model, 30).run()
+    *best, last = [one.candidate for one in found.finalists]
+    assert len(best) == FINALISTS and not any(one.of_tables for one in best)
+    assert last.of_tables and last.spec.startswith("yarn")
+
+
 def test_temperatures_come_in_the_second_round(tmp_path: Path) -> None:
     model = Scripted({"dual-chunk": 0.02, "yarn": 0.05, "ntk": 0.1, "ntk-by-parts": 0.04, "rerope": 0.03})
     model.tempered = -0.01
