@@ -135,17 +135,27 @@ def test_the_evaluator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(read_rows(output)) == 4  # resumed: nothing is measured twice
 
 
-def test_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def own_recipe(tmp_path: Path) -> Path:
     (text,) = blocks("Add a recipe", "yaml")
     first, _, rest = text.partition("\n")
     path = tmp_path / Path(first.removeprefix("# ")).name
     path.write_text(rest)
     shutil.copy(ROOT / "configs" / "llama-2-7b-64k.yaml", tmp_path)
+    return path
+
+
+def test_the_recipe(own_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = own_recipe
     recipe, base = read_recipe(str(path)), read_recipe("llama-2-7b-64k")
     assert (recipe.scaling, recipe.truncate, recipe.learning_rate) == ("yarn:8", 32768, base.learning_rate)
     assert recipe.model == base.model and recipe.dataset == base.dataset
     assert finetune.main([str(path), "--print"]) in (None, 0) and "truncate: 32768" in capsys.readouterr().out
-    assert cli.main(["plan", str(path)]) == 0 and "llama-2-7b-32k" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_recipe_can_be_planned(own_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(own_recipe)]) == 0 and "llama-2-7b-32k" in capsys.readouterr().out
 
 
 def test_the_server(monkeypatch: pytest.MonkeyPatch) -> None:

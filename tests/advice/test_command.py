@@ -112,6 +112,7 @@ def test_the_command_end_to_end(
     assert again == summary
 
 
+@pytest.mark.slow  # test_rounds.py does it with a scripted model
 def test_the_probe_of_dpe_makes_a_candidate(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
