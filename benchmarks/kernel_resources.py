@@ -124,7 +124,7 @@ class Compiler:
 
 
 def resources(compiled: Any) -> Row:
-    """What a kernel was compiled for, its shared memory, registers per thread, bytes spilled of a thread, and warps."""
+    """The target of a compiled kernel, its shared memory, registers and bytes spilled per thread, and its warps."""
     found = {"shared_bytes": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]

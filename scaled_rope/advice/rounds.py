@@ -124,7 +124,7 @@ class Halving:
     left_out: dict[str, str] = field(default_factory=dict)
     _courses: list[Row] = field(default_factory=list)
     _orders: list[list[Candidate]] = field(default_factory=list)
-    """What each round that screened has measured, best first."""
+    """The candidates that each screening round has measured, best first."""
     _probe: Row | None = None
 
     @property

@@ -274,7 +274,7 @@ class _Run:
         return found
 
     def _angle_noise(self, reference: Reference, claim: Hypothesis) -> dict[int, float]:
-        """What rounding of frequencies does, by length."""
+        """The effect of rounded frequencies, by length."""
         self.advance("rounding of angles")
         longest = max(self.observed)
         one, other = reference.angle_pair(claim.scaling, longest)

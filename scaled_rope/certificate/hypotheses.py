@@ -1,4 +1,4 @@
-"""What a server may compute instead of the scaling that it is to run: the known faults, and other readings of a config.
+"""The scalings that a server may compute instead of its own: known faults, and other readings of a config.
 
 A hypothesis is a scaling, with a window if attention may be cut off. Two that compute the same numbers are one.
 """

@@ -33,7 +33,7 @@ SAME = 1e-5
 
 @dataclass
 class Ledger:
-    """What is known of one hypothesis, by length."""
+    """The evidence on one hypothesis, by length."""
 
     minor: bool = False
     """Whether the claim is right as well where both are within the noise of each other."""

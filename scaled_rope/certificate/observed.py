@@ -29,7 +29,7 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """What a model said after one prompt.
+    """The answer of a model after one prompt.
 
     Attributes:
         ids: the token ids of the prompt.

@@ -53,7 +53,7 @@ class ModelJob:
 
     @property
     def as_saved(self) -> RopeScaling | None:
-        """What the config itself says, without corrections by flags; None where it has not been read."""
+        """The scaling that the config itself says, without corrections by flags; None where it has not been read."""
         return None if self.checkpoint is None else self.checkpoint.settings.scaling
 
     @property

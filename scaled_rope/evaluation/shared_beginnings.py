@@ -25,7 +25,7 @@ _LEAST = 32
 _LAYERS = {"full_attention", "sliding_attention"}
 """Types of layers whose cache can go back to an earlier position."""
 _CPU_TOKENS = 48
-"""What a pass costs beyond its tokens, in tokens, on a processor. For SmolLM2-135M in float32 on two cores a pass of 8
+"""The cost of a pass beyond its tokens, in tokens, on a processor. For SmolLM2-135M in float32 on two cores a pass of 8
 tokens takes 78 ms, each token more 1.7."""
 _GPU_FLOPS = 8e12
 """The same on a GPU, in FLOP: 20 ms for a pass of few tokens at 400 TFLOP/s. Estimated, not measured."""
