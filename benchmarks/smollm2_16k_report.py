@@ -256,7 +256,8 @@ def block(study: Study, figures: Sequence[str] = ()) -> str:
         return NOTHING
     verdicts = [[one.claim, one.evidence, f"**{one.verdict}** ({one.why})"] for one in findings(study)]
     parts = [
-        f"{progress(study)} {_origin(study)}",
+        progress(study),
+        _origin(study),
         markdown(["claim", "measured", "verdict"], verdicts),
         "Of perplexities the estimate is the mean over texts of the log ratio at positions 8192 to 16384, with "
         "Student's interval over the texts; of keys and questions the difference over the same prompts, with a paired "
