@@ -482,10 +482,8 @@ def _check_events(text: str, path: Path) -> None:
 def _unknown_flag(words: Sequence[str], script: str) -> str | None:
     """The first of the words that looks like a flag and is none of eval/`script`.py; None if all are."""
     for word in words:
-        if not word.startswith("-") or re.fullmatch(
-            r"-|-\d.*", word, re.DOTALL
-        ):  # a value, a negative number among them
-            continue
+        if not word.startswith("-") or re.fullmatch(r"-|-\d.*", word, re.DOTALL):
+            continue  # a value, a negative number among them
         flag = word.partition("=")[0] if word.startswith("--") else word[:2]  # as in -dNAME
         if flag not in EVALUATE_FLAGS[script]:
             return flag

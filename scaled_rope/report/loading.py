@@ -47,7 +47,7 @@ class Loading:
 
     @property
     def words(self) -> str:
-        """What labels do not say, in words; "" where that is nothing."""
+        """The part that labels do not say, in words; "" where that is nothing."""
         said = [f"adapter {_short(self.adapter)}"] if self.adapter else []
         said += [f"attention window {self.window}"] if self.window else []
         said += [f"{self.bits} bits"] if self.bits else []
