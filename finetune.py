@@ -87,6 +87,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="with --lora: keep the frozen matrices in 4 bits (QLoRA)")  # fmt: skip
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None,
                         help="compute activations twice instead of keeping them (default: on)")  # fmt: skip
+    parser.add_argument("--keep-attention", action="store_const", const=True,
+                        help="with gradient checkpointing: compute all but attention again")  # fmt: skip
     parser.add_argument("--loss", choices=LOSSES, help="logits: some at a time, fused with the loss (Liger), or whole")
     parser.add_argument("--mlp-tiles", type=int, metavar="N",
                         help="stretches of a sequence that MLPs work on one after another (default: 1)")  # fmt: skip
@@ -143,7 +145,7 @@ def overrides(args: argparse.Namespace, base: Recipe, ranks: int) -> dict[str, A
             "original_max_position_embeddings", "max_position_embeddings", "batch_size", "global_batch_size",
             "max_train_steps", "warmup_steps", "learning_rate", "lr_schedule", "grad_norm", "seed", "precision", "lora",
             "checkpointing_steps", "kept_checkpoints", "continue_from", "lora_embeddings_and_norms",
-            "quantization", "gradient_checkpointing", "stop_after",
+            "quantization", "gradient_checkpointing", "keep_attention", "stop_after",
             "offload_activations", "loss", "sequence_parallel", "attention", "documents", "heldout", "heldout_steps",
             "context_parallel",
             "positions", "pose_chunks", "skip_text", "mlp_tiles", "lr_floor", "lr_decay_share", "lr_decay",

@@ -31,6 +31,7 @@ LENGTHS = (1024, 2048, 4096, 8192)
 #: name -> (recipe fields, ranks, engine)
 OPTIONS: dict[str, tuple[dict[str, Any], int, str]] = {
     "defaults": ({}, 1, "plain"),
+    "attention kept": ({"keep_attention": True}, 1, "plain"),
     "no gradient checkpointing": ({"gradient_checkpointing": False}, 1, "plain"),
     "whole logits": ({"loss": "whole"}, 1, "plain"),
     "neither": ({"gradient_checkpointing": False, "loss": "whole"}, 1, "plain"),

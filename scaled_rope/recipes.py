@@ -127,6 +127,8 @@ class Recipe:
             that far context adds to a token, min(p(token | all) / p(token | near), long_ce_cap).
         long_ce_context, long_ce_step: "near" are the last `long_ce_context` tokens and up to `long_ce_step` - 1 more.
         gradient_checkpointing: keep only the input of every layer and compute the rest again in the backward pass.
+        keep_attention: with `gradient_checkpointing`: keep what the attention of a layer returns too, as large as the
+            layer's input, and compute all but attention again.
         mlp_tiles: stretches of a sequence that an MLP works on one after another, so that its inner activations are
             there for one at a time; 1: the whole sequence at once.
         offload_activations: keep activations for the backward pass in CPU memory.
@@ -181,6 +183,7 @@ class Recipe:
     attention: str = "auto"
     loss: str = "auto"
     gradient_checkpointing: bool = True
+    keep_attention: bool = False
     mlp_tiles: int = 1
     offload_activations: bool = False
     sequence_parallel: int = 1
@@ -261,6 +264,14 @@ class Recipe:
             "offload_activations",
             "it needs gradient_checkpointing: true",
         )
+        require(
+            self.gradient_checkpointing or not self.keep_attention,
+            "keep_attention", "false without gradient_checkpointing, which keeps everything",
+        )  # fmt: skip
+        require(
+            not (self.keep_attention and self.offload_activations),
+            "keep_attention", "false with offload_activations: what attention returned would stay on the device",
+        )  # fmt: skip
         require(self.lora or not self.lora_embeddings_and_norms, "lora_embeddings_and_norms", "it is for lora: true")
         require(
             self.quantization in (None, *QUANTIZATIONS), "quantization", f"one of: {', '.join(QUANTIZATIONS)}, or none"
@@ -331,6 +342,7 @@ class Recipe:
             "sliding_window_attention_schedule", "none with context_parallel: ring attention has no windows",
         )  # fmt: skip
         require(self.attention in ("auto", "sdpa"), "attention", "auto or sdpa, with context_parallel")
+        require(not self.keep_attention, "keep_attention", "false with context_parallel, which computes it in parts")
         require(self.quantization is None, "quantization", "none with context_parallel, which needs FSDP2")
         name = "sequence_length" if self.truncate is None else "truncate"
         require(

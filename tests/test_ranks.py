@@ -120,9 +120,10 @@ def test_adapters_of_two_ranks_are_merged_like_those_of_one(workspace, tmp_path,
     ("ranks", "size"), [pytest.param(2, 2, marks=pytest.mark.slow), (4, 2), pytest.param(4, 4, marks=pytest.mark.slow)]
 )
 def test_ranks_that_share_sequences_train_like_one(workspace, straight, tmp_path, ranks, size):
-    """4 heads and 2 key/value heads: over 4 ranks each key/value head is copied."""
+    """4 heads and 2 key/value heads: over 4 ranks each key/value head is copied. What attention returned is kept."""
     need_deepspeed()
-    Ranks(workspace, tmp_path / "sp", ranks, "zero3", ("--sequence-parallel", str(size))).succeed()
+    extra = ("--sequence-parallel", str(size), "--keep-attention")
+    Ranks(workspace, tmp_path / "sp", ranks, "zero3", extra).succeed()
     assert_trained_alike(straight, tmp_path / "sp")
 
 
@@ -146,10 +147,10 @@ def test_windows_whose_positions_jump_are_the_same_on_two_ranks(workspace, tmp_p
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
-def test_tiled_mlps_train_like_whole_ones(workspace, straight, tmp_path, engine):
+def test_tiled_mlps_and_kept_attention_train_alike(workspace, straight, tmp_path, engine):
     if engine == "zero3":
         need_deepspeed()
-    Ranks(workspace, tmp_path / "two", 2, engine, ("--mlp-tiles", "3")).succeed()
+    Ranks(workspace, tmp_path / "two", 2, engine, ("--mlp-tiles", "3", "--keep-attention")).succeed()
     assert_trained_alike(straight, tmp_path / "two")
 
 

@@ -27,6 +27,7 @@ TRAINED = (8192, 16384, 32768, 65536, 131072)
 STOCK = "transformers Trainer"
 OURS: dict[str, Row] = {
     "ours": {},
+    "ours, attention kept": {"keep_attention": True},
     "ours, no gradient checkpointing": {"gradient_checkpointing": False},
     "ours, whole logits": {"loss": "whole"},
     "ours, chunked logits": {"loss": "chunked"},

@@ -28,6 +28,7 @@ from scaled_rope.recipes import Recipe
 from scaled_rope.scaling.dialects import write_both_dialects
 from scaled_rope.scaling.record import RopeScaling, RopeSettings, with_primary
 from scaled_rope.scaling.switching import original_up_to_l
+from scaled_rope.training.kept_attention import KeptAttention
 from scaled_rope.training.long_ce import gain_weights
 
 
@@ -292,11 +293,24 @@ def _text(model: Any) -> Any:
 
 
 def enable_checkpointing(model: Any, recipe: Recipe) -> None:
-    """Switch gradient checkpointing on where the recipe says so."""
-    if recipe.gradient_checkpointing:
-        # The method was renamed in transformers 5.23.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+    """Switch gradient checkpointing on where the recipe says so.
+
+    With `keep_attention` the first forward pass raises a ConfigError if there was nothing to keep.
+    """
+    if not recipe.gradient_checkpointing:
+        return
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if recipe.keep_attention:
+        settings["context_fn"] = kept = KeptAttention()
+        kept.check_first_pass(decoder_of(_whole(model)), model.config._attn_implementation)
+    # The method was renamed in transformers 5.23.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(settings)
+
+
+def _whole(model: Any) -> Any:
+    """The model that adapters were added to, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 _MLPS = ("mlp", "feed_forward", "ffn")
@@ -318,7 +332,7 @@ def tile_mlps(model: Any, tiles: int) -> None:
     """
     if tiles == 1:
         return
-    layers = decoder_of(model.get_base_model() if hasattr(model, "get_base_model") else model).layers
+    layers = decoder_of(_whole(model)).layers
     found = [getattr(layer, name) for layer in layers for name in _MLPS if hasattr(layer, name)]
     if len(found) != len(layers):
         family = model.config.model_type

@@ -126,6 +126,7 @@ class Options:
     ranks: int = 1
     engine: str = "plain"
     gradient_checkpointing: bool = True
+    keep_attention: bool = False
     offload_activations: bool = False
     sequence_parallel: int = 1
     context_parallel: int = 1
@@ -135,6 +136,7 @@ class Options:
     def __str__(self) -> str:
         words = [self.engine]
         words += [] if self.gradient_checkpointing else ["no gradient checkpointing"]
+        words += ["attention kept"] if self.keep_attention else []
         words += ["activations offloaded"] if self.offload_activations else []
         words += [f"{self.sequence_parallel} ranks to a sequence"] if self.sequence_parallel > 1 else []
         words += [f"{self.context_parallel} ranks to a ring"] if self.context_parallel > 1 else []
@@ -146,6 +148,7 @@ class Options:
         """The command line that runs a recipe, by its name, with these options."""
         parts = ["finetune.py", name]
         parts += [] if self.gradient_checkpointing else ["--no-gradient-checkpointing"]
+        parts += ["--keep-attention"] if self.keep_attention else []
         parts += ["--offload-activations"] if self.offload_activations else []
         for field in ("sequence_parallel", "context_parallel"):
             if (size := getattr(self, field)) != getattr(recipe, field):
@@ -226,6 +229,7 @@ class Planner:
         return replace(
             self.recipe,
             gradient_checkpointing=options.gradient_checkpointing,
+            keep_attention=options.keep_attention,
             sequence_parallel=options.sequence_parallel,
             context_parallel=options.context_parallel,
             lora=options.lora,
@@ -325,7 +329,8 @@ class Planner:
             return add_lora(model, recipe.lora_embeddings_and_norms) if recipe.lora else model
 
     def _trace(self, recipe: Recipe, length: int, cast: bool, accumulating: bool) -> tuple[Trace, Counts]:
-        key = (length, recipe.gradient_checkpointing, recipe.mlp_tiles, recipe.lora, cast, accumulating)
+        kept = recipe.gradient_checkpointing, recipe.keep_attention, recipe.mlp_tiles
+        key = (length, *kept, recipe.lora, cast, accumulating)
         if key not in self._traces:
             model = self._build(recipe, torch.bfloat16 if cast else torch.float32).train()
             with FakeTensorMode(), warnings.catch_warnings():
@@ -352,15 +357,18 @@ class Planner:
         """Ways to run the recipe on so many ranks, from the fastest and largest to the slowest and smallest."""
         first = Options(ranks, "plain", False)
         checkpointed = replace(first, gradient_checkpointing=True)
-        ways = [first, checkpointed]
-        if ranks > 1:
-            ways += [replace(checkpointed, engine="zero2"), replace(checkpointed, engine="zero3")]
+        ways = [first, replace(checkpointed, keep_attention=True), checkpointed]
+        for engine in ("zero2", "zero3") if ranks > 1 else ():
+            sharded = replace(checkpointed, engine=engine)
+            ways += [replace(sharded, keep_attention=True), sharded]
         sharded = ways[-1]
         shared = ranks > 1 and self.recipe.documents == "joined"  # what check_sequence_parallel allows
         for size in allowed_sequence_parallel(self.heads, self.kv_heads) if shared else ():
             if size > 1 and ranks % size == 0:
                 ways.append(replace(sharded, sequence_parallel=size))
         smallest = ways[-1]
+        if smallest != sharded:
+            ways.insert(-1, replace(smallest, keep_attention=True))
         ways.append(replace(smallest, offload_activations=True))
         ways += self._rings(replace(checkpointed, engine="fsdp2"))
         if ranks > 1:

@@ -68,6 +68,7 @@ def sync(path: Path) -> None:
 _FREE_FIELDS = {
     "name", "description", "output_dir", "prepare", "rebuild", "evaluate", "batch_size", "checkpointing_steps",
     "save_dtype", "stop_after", "kept_checkpoints", "offload_activations", "gradient_checkpointing", "loss",
+    "keep_attention",
     "sequence_parallel", "context_parallel", "heldout", "heldout_lengths", "heldout_steps", "heldout_rows",
 }  # fmt: skip
 

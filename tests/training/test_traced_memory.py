@@ -13,14 +13,20 @@ from scaled_rope.training.traced_memory import LiveBytes, layers_alike, to_cpu, 
 from tests.helpers.planning import small
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+def _recipe(checkpointing, precision="fp32"):
+    """`checkpointing`: whether, or "attention kept"."""
+    kept = checkpointing == "attention kept"
+    return replace(small(gradient_checkpointing=bool(checkpointing), keep_attention=kept), precision=precision)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True, "attention kept"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("accumulating", [False, True])
 def test_a_traced_pass_holds_what_a_real_one_holds(checkpointing, precision, accumulating):
     """The same counter over real tensors. Without data an operator cannot tell a sparse case: none is there."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    recipe = replace(small(gradient_checkpointing=checkpointing), precision=precision)
+    recipe = _recipe(checkpointing, precision)
     fields = dict(recipe.init)
     peaks = []
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -40,7 +46,7 @@ def test_a_traced_pass_holds_what_a_real_one_holds(checkpointing, precision, acc
     assert peaks[0].peak == pytest.approx(peaks[1].peak, rel=0.01)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "attention kept"])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize(
     ("length", "precision"), [(2, "bf16"), pytest.param(16, "bf16", marks=pytest.mark.slow), (256, "fp32")]
@@ -50,7 +56,7 @@ def test_a_few_layers_tell_what_many_hold(checkpointing, lora, length, precision
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    recipe = replace(small(gradient_checkpointing=checkpointing), precision=precision)
+    recipe = _recipe(checkpointing, precision)
     fields = {**recipe.init, "num_hidden_layers": 6}
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
 
