@@ -114,7 +114,7 @@ paper() { # NAME
 }
 
 long() { # MODEL ...
-    local models=("$@") embedded=models/tiny-llama-256 rows model lengths tasks limit under report=() measured=" "
+    local models=("$@") embedded=models/tiny-llama-256 launch=${LAUNCH:-python} rows model lengths tasks limit under report=() measured=" "
     if [[ ${#models[@]} -eq 0 && -n "${MODELS:-}" ]]; then read -r -d '' -a models <<<"$MODELS" || true; fi
     [[ ${#models[@]} -gt 0 ]] || models=("$embedded")
     rows=${OUTPUT:-out/long/rows.jsonl}
@@ -137,12 +137,13 @@ long() { # MODEL ...
             if [[ ${#models[@]} -gt 1 && "$model" == "${models[0]}" ]]; then as=(--scaling default); fi
             echo "long: $evaluator of $model"
             code=0
-            attended python "eval/$evaluator.py" -m "$model" "${as[@]}" "$@" --output "$rows" || code=$?
+            attended $launch "eval/$evaluator.py" -m "$model" "${as[@]}" "$@" --output "$rows" || code=$?
             if [[ $code -eq 2 ]]; then exit 2; fi # bad input, which has been said
             if [[ $code -eq 0 ]]; then measured+="$model "; else check "long: $evaluator of $model" "$code"; fi
         done
     }
     if [[ " ${extra[*]} " == *" --plan "* ]]; then
+        launch=python
         measure harness --tasks "$tasks" --lengths "$lengths" --limit "$limit" "${extra[@]}"
         return
     fi
@@ -168,7 +169,15 @@ fi
 for name in "${names[@]}"; do # all names are read before anything is measured
     case $name in
         table[0-9]* | figure[0-9]*) python -m scaled_rope.report.paper "$name" --shell >/dev/null ;;
-        *) python -m scaled_rope.recipes "$name" --shell --also table{1..6} figure{1,5,6} >/dev/null ;;
+        *)
+            python -m scaled_rope.recipes "$name" --shell --also table{1..6} figure{1,5,6} >/dev/null
+            for given in MODELS DATASET OUTPUT; do
+                if [[ -n "${!given:-}" ]]; then
+                    echo "error: $given=${!given} is not allowed with recipe '$name', which says it itself" >&2
+                    exit 2
+                fi
+            done
+            ;;
     esac
 done
 for name in "${names[@]}"; do

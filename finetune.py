@@ -80,19 +80,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--grad-norm", type=float, help="clip the gradient's norm to this")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--precision", choices=PRECISIONS)
-    parser.add_argument("--lora", action="store_const", const=True, help="train low-rank adapters only")
-    parser.add_argument("--lora-embeddings-and-norms", action="store_const", const=True,
+    choice: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": None}
+    parser.add_argument("--lora", **choice, help="train low-rank adapters only")
+    parser.add_argument("--lora-embeddings-and-norms", **choice,
                         help="with --lora: train embeddings, output projection and norms in full as well")  # fmt: skip
-    parser.add_argument("--quantization", choices=QUANTIZATIONS,
+    parser.add_argument("--quantization", choices=(*QUANTIZATIONS, "none"),
                         help="with --lora: keep the frozen matrices in 4 bits (QLoRA)")  # fmt: skip
-    parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None,
+    parser.add_argument("--gradient-checkpointing", **choice,
                         help="compute activations twice instead of keeping them (default: on)")  # fmt: skip
-    parser.add_argument("--keep-attention", action="store_const", const=True,
+    parser.add_argument("--keep-attention", **choice,
                         help="with gradient checkpointing: compute all but attention again")  # fmt: skip
     parser.add_argument("--loss", choices=LOSSES, help="logits: some at a time, fused with the loss (Liger), or whole")
     parser.add_argument("--mlp-tiles", type=int, metavar="N",
                         help="stretches of a sequence that MLPs work on one after another (default: 1)")  # fmt: skip
-    parser.add_argument("--offload-activations", action="store_const", const=True,
+    parser.add_argument("--offload-activations", **choice,
                         help="keep the inputs of checkpointed layers in CPU memory")  # fmt: skip
     parser.add_argument("--sequence-parallel", type=int, metavar="N",
                         help="ranks that share one sequence (Ulysses, under DeepSpeed ZeRO-3)")  # fmt: skip
@@ -110,7 +111,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--long-ce-cap", type=float, metavar="X", help="the largest weight of long_ce (default: 5)")
     parser.add_argument("--long-ce-context", type=int, metavar="N", help="tokens that count as near (default: 4096)")
     parser.add_argument("--long-ce-step", type=int, metavar="N", help="targets per such window (default: 1024)")
-    parser.add_argument("--skip-text", action=argparse.BooleanOptionalAction, default=None,
+    parser.add_argument("--skip-text", **choice,
                         help="with pose: text jumps too, in rows longer than a window (default: on)")  # fmt: skip
     parser.add_argument(
         "--sliding-window-attention-schedule", metavar="A,B,C", help="window at step i is entry i mod n"
@@ -153,6 +154,8 @@ def overrides(args: argparse.Namespace, base: Recipe, ranks: int) -> dict[str, A
         )
         if getattr(args, name) is not None
     }  # fmt: skip
+    if args.quantization == "none":
+        fields["quantization"] = None
     if args.scaling_type is not None or args.scaling_factor is not None:
         if args.scaling is not None:
             raise ConfigError("--scaling and --scaling-type/--scaling-factor exclude each other")

@@ -7,8 +7,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
 import sys
 import time
@@ -25,10 +23,11 @@ from scaled_rope.texts.mixtures import Mixture, Reader, Source, in_order, mixed,
 from scaled_rope.texts.packed import PackedWriter, is_part, open_packed, remove_half_made
 from scaled_rope.texts.packing import BOOKENDS, PACKINGS, pack
 from scaled_rope.texts.tokenizing import Tokenizers
+from scaled_rope.texts.vocabulary import base_vocabulary_hash, vocabulary_hash
 
 
 def push_to_hub(output: Path, name: str) -> None:
-    """Upload a packed set as a `datasets` table with `input_ids`."""
+    """Upload a packed set as a `datasets` table with `input_ids`, and with `loss_weights` where it has any."""
     try:
         import datasets
     except ImportError:
@@ -39,12 +38,8 @@ def push_to_hub(output: Path, name: str) -> None:
 def _records(path: str) -> Iterator[dict[str, list[int]]]:
     packed = open_packed(path)
     for index in range(len(packed)):
-        yield {"input_ids": packed.row(index)[0].tolist()}
-
-
-def vocabulary_hash(tokenizer: Any) -> str:
-    """Short hash of all tokens and their ids, so that another tokenizer under the same path is noticed."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+        tokens, weights = packed.row(index)
+        yield {"input_ids": tokens.tolist()} | ({"loss_weights": weights.tolist()} if packed.weighted else {})
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -59,7 +54,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--packing", choices=PACKINGS, default="concatenate",
                         help="best-fit cuts no document that fits into a sequence, and pads")  # fmt: skip
-    parser.add_argument("--feature", default="text", help="field with the text")
+    parser.add_argument("--feature", help="field with the text (default: text)")
     parser.add_argument("--messages", metavar="FIELD", help="field with a conversation, for the chat template;"
                         " only the assistant's tokens are learnt")  # fmt: skip
     parser.add_argument("--prompt", metavar="FIELD", help="field with a prompt, which is not learnt")
@@ -67,10 +62,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--chat-template", type=Path, metavar="FILE", help="instead of the tokenizer's own")
     parser.add_argument("--skip-refused", action="store_true",
                         help="leave out chats that cannot be used, and count them")  # fmt: skip
-    parser.add_argument("--split", default="train")
+    parser.add_argument("--split", help="split of a hub dataset (default: train)")
     parser.add_argument("--output", type=Path, help="folder to create")
     parser.add_argument("--push-to-hub", metavar="NAME")
-    parser.add_argument("--seed", type=int, default=42, help="which documents a FRACTION keeps")
+    parser.add_argument("--seed", type=int, help="which documents a FRACTION keeps (default: 42)")
     parser.add_argument("--json", action="store_true", help="read files as JSON whatever their suffix")
     parser.add_argument("--replace-surrogates", action="store_true",
                         help="put U+FFFD in the place of lone surrogates, which are refused otherwise")  # fmt: skip
@@ -91,6 +86,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ConfigError(f"--sequence-length {args.sequence_length} is not allowed; at least 2 tokens")
     if args.num_proc < 1:
         raise ConfigError(f"--num-proc {args.num_proc} is not allowed; at least 1")
+    if args.mixture is not None:
+        for name in ("messages", "prompt", "completion", "feature", "split", "seed"):
+            if getattr(args, name) is not None:
+                raise ConfigError(f"--{name} is not allowed with --mixture, whose file says it")
+    if args.feature is not None and (chat := [n for n in ("messages", "prompt", "completion") if getattr(args, n)]):
+        raise ConfigError(f"--feature is not allowed with --{chat[0]}: it is for texts")
+    defaults = {"feature": "text", "split": "train", "seed": 42}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.seed < 0:
         raise ConfigError(f"--seed {args.seed} is not allowed; at least 0")
     return args
@@ -99,8 +104,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def sources_of(args: argparse.Namespace) -> tuple[tuple[Source, ...], Mixture | None]:
     """The sources that the flags name, and the mixture if they name one."""
     if args.mixture is not None:
-        if given := [name for name in ("messages", "prompt", "completion") if getattr(args, name) is not None]:
-            raise ConfigError(f"--{given[0]} is not allowed with --mixture, whose sources name their fields")
         mixture = read_mixture(args.mixture)
         return mixture.sources, mixture
     chat = {name: getattr(args, name) for name in ("messages", "prompt", "completion")}
@@ -114,6 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     sources, mixture = sources_of(args)
     chats = [source for source in sources if source.chat is not None]
+    for name in ("chat_template", "skip_refused"):
+        if getattr(args, name) and not chats:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} is for chats; name their field with --messages, --prompt or a mixture")
     if chats and args.bookend == "chunk":
         raise ConfigError("--bookend chunk is not allowed with chats, whose templates write BOS and EOS; document")
     if args.packing == "best-fit" and args.bookend == "chunk":
@@ -138,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "replace_surrogates": args.replace_surrogates or None,  # as in sets that were made before there was the flag
         "special_tokens": "read" if args.allow_special_tokens else "text",
         "packing": args.packing, "mixture": None if mixture is None else mixture.to_dict(), "chat": None,
+        "json": args.json or None,  # likewise
     }  # fmt: skip
     if chats:
         check_chat(tokenizer, args.tokenizer)
@@ -195,7 +203,8 @@ def make(
         with Progress(made, desc="documents", unit="doc") as documents:
             counts = pack(documents, writer, bos, eos, args.bookend, args.packing, pad, len(sources))
         rows = record_of(readers, counts.sources)
-        more = {"per_source": rows} | ({"refused": refusals.count} if recipe["chat"] else {})
+        more = {"per_source": rows, "base_vocabulary_hash": base_vocabulary_hash(tokenizer)}
+        more |= {"refused": refusals.count} if recipe["chat"] else {}
         writer.close(recipe | counts.meta() | more)
     if refusals.count:
         print(f"note: {refusals.count} records are left out; the first: {refusals.first}", file=sys.stderr)

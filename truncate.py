@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.texts.packed import open_packed, open_rows
-from scaled_rope.texts.packing import recut
+from scaled_rope.texts.packed import is_part, open_packed, open_rows, remove_half_made
+from scaled_rope.texts.packing import hashes_of, recut
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -25,17 +25,25 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", required=True, help="packed set, saved datasets folder or hub name")
     parser.add_argument("--num-proc", type=int, default=1, help="accepted for old scripts; one process is enough")
     args = parser.parse_args(argv)
-    if args.output.exists() and not (args.output / "meta.json").is_file():
+    if args.output.exists() and not (args.output / "meta.json").is_file() and not is_part(args.output):
         raise ConfigError(f"output {args.output} exists and is no packed set; remove it or choose another folder")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    if (fault := remove_half_made(args.output)) is not None:
+        print(f"note: {fault}; it is made again", file=sys.stderr)
     if args.output.exists():
         done = open_packed(args.output)
-        if (done.meta.get("recut", {}).get("dataset"), done.sequence_length) != (args.dataset, args.length):
+        made = done.meta.get("recut", {})
+        if (made.get("dataset"), done.sequence_length) != (args.dataset, args.length):
             raise ConfigError(f"output {args.output} holds a set made otherwise; remove it or choose another folder")
+        if made.get("hashes") not in (None, hashes_of(open_rows(args.dataset))):
+            raise ConfigError(
+                f"output {args.output} was cut from other rows than {args.dataset} has now; remove it or choose another"
+                " folder"
+            )
         print(f"{args.output}: already there, {len(done)} sequences of {args.length} tokens")
         return 0
     source = open_rows(args.dataset)

@@ -707,12 +707,20 @@ FITNESSES = ("both", "perplexity", "needles")
 WITHIN = ("unscaled", "same")
 
 
+EVOLUTION: dict[str, float] = {
+    "population": 64, "rounds": 40, "mutants": 16, "crossed": 16, "parents": 32, "mutation_rate": 0.3,
+}  # fmt: skip
+"""Numbers of evolution, the first strategy of `scaled-rope search`, by default."""
+SEARCH_PROMPTS = 3
+"""Prompts per length of `scaled-rope search`, by default."""
+
+
 def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `scaled-rope search`."""
     add = _add_model_and_text(parser)
     add("--windows", type=int, default=5, metavar="N", help="windows that a candidate reads (default %(default)s)")
-    add("--prompts", type=int, default=3, metavar="N",
-        help="hidden facts that it is asked for at each length beyond L (default %(default)s)")  # fmt: skip
+    add("--prompts", type=int, metavar="N",
+        help=f"hidden facts that it is asked for at each length beyond L (default {SEARCH_PROMPTS})")  # fmt: skip
     add("--held-back", type=int, default=4, metavar="N",
         help="windows, and prompts per length, that only judge the best (default %(default)s)")  # fmt: skip
     add = parser.add_argument_group("search").add_argument
@@ -727,15 +735,16 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         help="of evolution's candidates: longrope (√(1 + ln s / ln L)), a number, or search")  # fmt: skip
     add("--within", default=WITHIN[0], metavar="NAME",
         help="texts of up to L tokens are read unscaled (default), or with the same divisors")  # fmt: skip
-    for name, default, said in (
-        ("population", 64, "candidates of the first round"),
-        ("rounds", 40, "rounds after the first"),
-        ("mutants", 16, "mutants per round"),
-        ("crossed", 16, "crossed candidates per round"),
-        ("parents", 32, "the best so far, from which these are made"),
+    for name, said in (
+        ("population", "candidates of the first round"),
+        ("rounds", "rounds after the first"),
+        ("mutants", "mutants per round"),
+        ("crossed", "crossed candidates per round"),
+        ("parents", "the best so far, from which these are made"),
     ):
-        add(f"--{name}", type=int, default=default, metavar="N", help=f"evolution: {said} (default %(default)s)")
-    add("--mutation-rate", type=float, default=0.3, metavar="P",
+        add(f"--{name}", type=int, default=EVOLUTION[name], metavar="N",
+            help=f"evolution: {said} (default %(default)s)")  # fmt: skip
+    add("--mutation-rate", type=float, default=EVOLUTION["mutation_rate"], metavar="P",
         help="evolution: probability that a mutant's divisor is drawn anew (default %(default)s)")  # fmt: skip
     add("--seed", type=int, default=0, help="of the search, its windows and prompts (default %(default)s)")
     add = parser.add_argument_group("output").add_argument
@@ -778,13 +787,17 @@ def check_search_arguments(args: argparse.Namespace) -> None:
         raise unknown("within", args.within, WITHIN)
     if args.windows == 0 and args.fitness != "needles":
         raise ConfigError(f"--windows 0 is not allowed with --fitness {args.fitness}; at least 1")
+    if args.fitness == "perplexity" and args.prompts not in (None, 0):
+        raise ConfigError(f"--prompts {args.prompts} is not allowed with --fitness perplexity, which asks none")
+    if args.prompts is None:
+        args.prompts = SEARCH_PROMPTS
     if args.prompts == 0 and args.fitness != "perplexity":
         raise ConfigError(f"--prompts 0 is not allowed with --fitness {args.fitness}; at least 1")
     if not 0 < args.mutation_rate <= 1:
         raise ConfigError(f"--mutation-rate {args.mutation_rate:g} is not allowed; above 0, at most 1")
     search_attention(args.attention_factor)
     if args.strategy != SEARCH_STRATEGIES[0]:
-        for name, usual in (("start", None), ("attention_factor", "longrope")):
+        for name, usual in (("start", None), ("attention_factor", "longrope"), *EVOLUTION.items()):
             if getattr(args, name) != usual:
                 raise ConfigError(
                     f"--{name.replace('_', '-')} is not allowed with --strategy {args.strategy}: it is for evolution"

@@ -127,8 +127,8 @@ class Recipe:
             that far context adds to a token, min(p(token | all) / p(token | near), long_ce_cap).
         long_ce_context, long_ce_step: "near" are the last `long_ce_context` tokens and up to `long_ce_step` - 1 more.
         gradient_checkpointing: keep only the input of every layer and compute the rest again in the backward pass.
-        keep_attention: with `gradient_checkpointing`: keep what the attention of a layer returns too, as large as the
-            layer's input, and compute all but attention again.
+        keep_attention: with `gradient_checkpointing`: keep what the attention of a layer returns too, head_dim numbers
+            for each head and token, and compute all but attention again.
         mlp_tiles: stretches of a sequence that an MLP works on one after another, so that its inner activations are
             there for one at a time; 1: the whole sequence at once.
         offload_activations: keep activations for the backward pass in CPU memory.

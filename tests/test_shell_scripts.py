@@ -326,6 +326,32 @@ def test_eval_sh_long_measures_a_base_and_what_became_of_it(tmp_path):
     assert (done.returncode, lines) == (2, []) and "error: LIMIT=0 is not allowed" in done.stderr
 
 
+def test_eval_sh_long_is_started_by_a_launcher(tmp_path):
+    python, launcher = tmp_path / "python", tmp_path / "launcher"
+    python.write_text(f'#!/usr/bin/env bash\n[[ "$1" == eval/* ]] || exec {sys.executable} "$@"\necho "alone $1"\n')
+    launcher.write_text('#!/usr/bin/env bash\necho "launched $1"\n')
+    for program in (python, launcher):
+        program.chmod(program.stat().st_mode | stat.S_IEXEC)
+    environment = os.environ | {"PYTHON": str(python), "PYTHONPATH": str(ROOT), "OUTPUT": str(tmp_path / "rows")}
+    environment |= {"LAUNCH": str(launcher), "MODELS": "a b", "LENGTHS": "64"}
+    evaluators = [f"launched eval/{name}.py" for name in ("perplexity", "passkey", "harness") for _ in range(2)]
+    for more, expected in (([], evaluators), (["--", "--plan"], ["alone eval/harness.py"] * 2)):
+        command = ["./eval.sh", "long", *more]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        lines = [line for line in done.stdout.splitlines() if line.startswith(("launched", "alone"))]
+        assert lines == expected, done.stderr
+
+
+@pytest.mark.parametrize("name", ["MODELS", "DATASET", "OUTPUT"])
+def test_eval_sh_refuses_variables_that_recipes_do_not_read(name):
+    done = subprocess.run(
+        ["bash", "eval.sh", "demo"], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PYTHON": sys.executable, name: "x"},
+    )  # fmt: skip
+    said = f"error: {name}=x is not allowed with recipe 'demo', which says it itself\n"
+    assert (done.returncode, done.stderr, done.stdout) == (2, said, "")
+
+
 @pytest.mark.parametrize(
     ("page", "ends", "code"), [("written", 0, 0), ("written", 1, 1), ("missing", 1, 1), ("written", 2, 2)]
 )

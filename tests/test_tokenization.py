@@ -125,6 +125,43 @@ def test_pushing_to_the_hub_hands_over_every_row(tmp_path, monkeypatch):
     assert pushed["someone/set"]["input_ids"][:] == data.tokens.tolist()
 
 
+def test_pushing_to_the_hub_hands_over_what_is_learnt(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    with PackedWriter(tmp_path / "set", 4, 10, weighted=True) as writer:
+        writer.append([1, 2, 3, 4], [0, 0, 1, 1])
+        writer.close({})
+    pushed = {}
+    monkeypatch.setattr(datasets.Dataset, "push_to_hub", lambda self, name: pushed.update({name: self}))
+    tokenization.push_to_hub(tmp_path / "set", "someone/set")
+    assert pushed["someone/set"][:] == {"input_ids": [[1, 2, 3, 4]], "loss_weights": [[0, 0, 1, 1]]}
+
+
+@pytest.mark.parametrize("flags", [("--feature", "body"), ("--split", "test"), ("--seed", 7), ("--messages", "m")])
+def test_a_mixture_says_its_fields_itself(tmp_path, tokenizer_dir, capsys, flags):
+    write_corpus(tmp_path)
+    (tmp_path / "mix.yaml").write_text(f"sources:\n  - {{dataset: {tmp_path}/txt, fraction: 1.0}}\n")
+    common = ("--mixture", tmp_path / "mix.yaml", "--tokenizer", tokenizer_dir, "--sequence-length", 32)
+    assert tokenize(*common, *flags, "--output", tmp_path / "set") == 2
+    assert capsys.readouterr().err == f"error: {flags[0]} is not allowed with --mixture, whose file says it\n"
+
+
+def test_flags_for_other_data_are_refused(tmp_path, tokenizer_dir, capsys):
+    write_corpus(tmp_path)
+    common = ("--dataset", tmp_path / "txt", "--tokenizer", tokenizer_dir, "--sequence-length", 32, "--num-proc", 1,
+              "--output", tmp_path / "set")  # fmt: skip
+    for flags, said in (
+        (("--skip-refused",), "--skip-refused is for chats"),
+        (("--chat-template", tmp_path / "lines.jsonl"), "--chat-template is for chats"),
+        (("--messages", "m", "--feature", "text"), "--feature is not allowed with --messages: it is for texts"),
+    ):
+        assert tokenize(*common, *flags) == 2
+        assert said in capsys.readouterr().err
+    data = ("--dataset", tmp_path / "lines.jsonl", "--feature", "body", *common[2:])
+    assert tokenize(*data) == 0
+    assert tokenize(*data, "--json") == 2  # files are read otherwise
+    assert "holds a set made otherwise" in capsys.readouterr().err
+
+
 def test_lone_surrogates_are_replaced_on_demand_and_on_record(tmp_path, tokenizer_dir, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": "Find it and memorize \\ud83d them."}\n' * 9)
     (tmp_path / "b.txt").write_text("Find it and memorize \ufffd them.")

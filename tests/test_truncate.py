@@ -23,6 +23,15 @@ def test_truncate_command(tmp_path, tokenizer_dir, capsys):
     assert (tmp_path / "short" / "tokens.bin").stat().st_mtime_ns == written
     assert run_cli(lambda: truncate.main(["16", str(tmp_path / "short"), "--dataset", str(source)])) == 2
     assert "made otherwise" in capsys.readouterr().err
+    tokenize("--dataset", tmp_path / "lines.jsonl", "--feature", "body", "--tokenizer", tokenizer_dir,
+             "--sequence-length", 96, "--num-proc", 1, "--output", tmp_path / "other")  # fmt: skip
+    for file in source.iterdir():
+        file.write_bytes((tmp_path / "other" / file.name).read_bytes())
+    assert run_cli(lambda: truncate.main(["32", str(tmp_path / "short"), "--dataset", str(source)])) == 2
+    assert "was cut from other rows than" in capsys.readouterr().err
+    (tmp_path / "short" / "meta.json").unlink()
+    assert run_cli(lambda: truncate.main(["32", str(tmp_path / "short"), "--dataset", str(source)])) == 0
+    assert "it is made again" in capsys.readouterr().err
     assert run_cli(lambda: truncate.main(["97", str(tmp_path / "no"), "--dataset", str(source)])) == 2
     assert "97" in capsys.readouterr().err
 

@@ -12,6 +12,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.recipes import Recipe, read_recipe
 from scaled_rope.results import write_atomic
 from scaled_rope.texts.corpora import CORPORA
+from scaled_rope.texts.packed import open_rows
 from scaled_rope.texts.token_documents import is_tokenized
 
 _SIZES: tuple[tuple[float, dict[str, Any]], ...] = (
@@ -54,11 +55,10 @@ def write_recipe(
     folder = path.parent
     if is_tokenized(dataset):
         prepared, prepare = dataset, []
+        cut = {"truncate": target} if open_rows(dataset).longest > target else {}
     else:
-        prepared, prepare = (
-            f"{folder}/rows-{target}",
-            _prepare(dataset, feature, model, target, f"{folder}/rows-{target}"),
-        )
+        prepared, cut = f"{folder}/rows-{target}", {}
+        prepare = _prepare(dataset, feature, model, target, prepared)
     fields = {
         "description": f"{Path(model).name} to {target} tokens, under the scaling that scaled-rope advise chose",
         "model": model,
@@ -67,6 +67,7 @@ def write_recipe(
         **({"prepare": prepare} if prepare else {}),
         "dataset": prepared,
         "sequence_length": target,
+        **cut,
         **settings,
         "lr_schedule": "linear",
         "grad_norm": 1.0,

@@ -196,6 +196,18 @@ def _modeling(text: Any) -> ModuleType | None:
         return None
 
 
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+"""Names of the dropout of attention weights in configs."""
+
+
+def attention_dropout(text: Any) -> str | None:
+    """The name and the rate of the dropout of attention weights in the config of a model of text; None without it."""
+    for name in _DROPOUTS:
+        if rate := getattr(text, name, 0.0):
+            return f"{name} {rate}"
+    return None
+
+
 def has_window(config: Any) -> bool:
     """Whether any layer of a model has a sliding window."""
     if getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True):

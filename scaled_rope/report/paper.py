@@ -215,7 +215,9 @@ def _same_protocol(row: Row, wanted: Mapping[str, Any]) -> bool:
     protocol, data = row.get("protocol", {}), row.get("data", {})
     # A truncated document is one window, so both weightings are the same number.
     found = {"weighting": "token", **protocol, "documents": data.get("documents")}
-    if any(found.get(name) != wanted[name] for name in _COMPARED if name in wanted) or "wording" in protocol:
+    if any(found.get(name) != wanted[name] for name in _COMPARED if name in wanted):
+        return False
+    if "wording" in protocol or protocol.get("chat_template"):
         return False  # other words than the released ones are another test
     if "dataset" in wanted and Path(data.get("name", "")).name.lower() != wanted["dataset"].rpartition("/")[2].lower():
         return False
@@ -239,9 +241,9 @@ def _find(metric: str, column: Any, rows: Sequence[Row]) -> Row | None:
 
 
 def _is_whole(row: Row, task: str) -> bool:
-    """Whether a row is of all documents of a task, with the paper's number of examples."""
+    """Whether a row is of all documents of a task, with the paper's number of examples and no chat template."""
     protocol = row["protocol"]
-    if protocol.get("task") != task or protocol.get("limit") is not None:
+    if protocol.get("task") != task or protocol.get("limit") is not None or protocol.get("chat_template"):
         return False
     partial = str(row.get("data", {}).get("source", "")).endswith("partial")
     return not partial and protocol.get("num_fewshot") == PAPER[task].num_fewshot

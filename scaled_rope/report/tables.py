@@ -201,7 +201,8 @@ def column_of(row: Row) -> Column:
     if row["metric"] == "benchmark" and row["length"] is None:
         protocol = row["protocol"]
         limit = "" if protocol.get("limit") is None else f", first {protocol['limit']}"
-        return (0, f"{protocol['task']}, {protocol['num_fewshot']}-shot {protocol['metric']}{limit}")
+        asked = ", chat template" if protocol.get("chat_template") else ""
+        return (0, f"{protocol['task']}, {protocol['num_fewshot']}-shot {protocol['metric']}{limit}{asked}")
     if row["metric"].endswith("_context"):
         return 0, ""
     return int(row["length"]), "{}-{}".format(*row["bucket"]) if "bucket" in row else ""

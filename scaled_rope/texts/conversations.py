@@ -21,7 +21,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.texts.documents import (
     JSON_SUFFIXES,
     check_there,
-    files_of,
+    chosen_files,
     has_half_a_pair,
     is_local,
     read_json,
@@ -341,10 +341,7 @@ def read_records(source: str, split: str = "train", as_json: bool = False) -> It
     """
     path = Path(source)
     if path.is_dir():
-        files = [file for file in files_of(path)[0] if suffix_of(file) in (*JSON_SUFFIXES, ".parquet")]
-        if not files:
-            raise ConfigError(f"dataset {source} is a folder without .jsonl or .parquet files")
-        for file in files:
+        for file in chosen_files(path, (*JSON_SUFFIXES, ".parquet"), ".jsonl or .parquet"):
             yield from read_records(str(file), split, as_json)
     elif path.is_file():
         suffix = suffix_of(path)

@@ -15,7 +15,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +118,34 @@ def files_of(folder: str | Path) -> tuple[list[Path], list[Path]]:
 
 
 _NAMED = 5  # files that the note on what is not read names
+
+
+def chosen_files(folder: Path, suffixes: Collection[str] | None = None, readable: str = READABLE) -> list[Path]:
+    """The files of a folder to read, of those of `files_of`; the others are named on stderr, once.
+
+    Args:
+        suffixes: results of `suffix_of` to read; None: all.
+        readable: their names in an error.
+
+    Raises:
+        ConfigError: there is none, or a file is there beside its compressed copy.
+    """
+    files, others = files_of(folder)
+    if suffixes is not None:
+        others = sorted([*others, *(file for file in files if suffix_of(file) not in suffixes)])
+        files = [file for file in files if suffix_of(file) in suffixes]
+    if not files:
+        there = f"; it has {', '.join(each.name for each in others[:_NAMED])}" if others else ""
+        raise ConfigError(f"dataset {folder} is a folder without {readable} files{there}")
+    for file in files:
+        if file.suffix.lower() in COMPRESSED and (same := file.with_suffix("")) in files:
+            raise ConfigError(
+                f"dataset {folder} holds {same.relative_to(folder)} and {file.relative_to(folder)}, which are one text"
+                f" by their names; remove one"
+            )
+    if others:
+        _tell_others(str(folder), tuple(others), len(files))
+    return files
 
 
 @functools.cache
@@ -326,19 +354,7 @@ def _read(
     """Yield the texts of a source, empty ones as well."""
     path = Path(source)
     if path.is_dir():
-        files, others = files_of(path)
-        if not files:
-            there = f"; it has {', '.join(each.name for each in others[:_NAMED])}" if others else ""
-            raise ConfigError(f"dataset {source} is a folder without {READABLE} files{there}")
-        for file in files:
-            if file.suffix.lower() in COMPRESSED and (same := file.with_suffix("")) in files:
-                raise ConfigError(
-                    f"dataset {source} holds {same.relative_to(path)} and {file.relative_to(path)}, which are one text"
-                    f" by their names; remove one"
-                )
-        if others:
-            _tell_others(str(path), tuple(others), len(files))
-        for file in files:
+        for file in chosen_files(path):
             yield from _read(str(file), feature, split, as_json, None, replace_surrogates)
     elif path.is_file():
         if as_json or suffix_of(path) in JSON_SUFFIXES:

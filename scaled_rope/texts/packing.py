@@ -302,6 +302,12 @@ class _BestFit:
         self.padding += free
 
 
+def hashes_of(source: TokenRows) -> dict[str, str] | None:
+    """The hashes of a packed set's files; None of other data, and of sets made before there were any."""
+    found: dict[str, str] | None = getattr(source, "meta", {}).get("hashes")
+    return found
+
+
 def recut(
     source: TokenRows, output: str | Path, sequence_length: int, progress: Callable[[int], object], name: str = ""
 ) -> Path:
@@ -333,6 +339,7 @@ def recut(
         meta.pop("cut_documents", None)  # no longer true
         meta["recut"] = {
             "dataset": name,
+            "hashes": hashes_of(source),
             "rows": len(source),
             "sequence_length": meta.get("sequence_length"),
             "dropped_tokens": stream.size,

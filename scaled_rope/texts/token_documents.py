@@ -19,6 +19,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.results import scratch_path
 from scaled_rope.texts.documents import read_documents
 from scaled_rope.texts.packed import IntArray, open_rows
+from scaled_rope.texts.vocabulary import check_tokenizer
 
 
 def is_tokenized(name: str) -> bool:
@@ -60,13 +61,14 @@ class TokenSource:
     def documents(self, tokenizer: Any) -> Iterator[IntArray]:
         """Yield the token ids of each document.
 
-        tokenizer: a transformers tokenizer, for texts.
+        tokenizer: a transformers tokenizer, the model's.
 
         Raises:
-            ConfigError: no such source, or it cannot be read.
+            ConfigError: no such source, it cannot be read, or its ids are those of another tokenizer.
         """
         if self.tokenized or is_tokenized(self.name):
             rows = open_rows(self.name, self.split, self.subset)
+            check_tokenizer(rows, self.name, tokenizer, "the model")
             for index in range(len(rows)):
                 yield rows.row(index)[0]
             return

@@ -32,6 +32,7 @@ from scaled_rope.results import Row, provenance, write_atomic
 from scaled_rope.scaling.record import LayerPlan, RopeScaling
 from scaled_rope.texts.packed import IntArray, TokenRows, open_rows
 from scaled_rope.texts.tables import check_ids
+from scaled_rope.texts.vocabulary import check_tokenizer
 from scaled_rope.training.batches import (
     DocumentBorders,
     LoadedRow,
@@ -202,17 +203,21 @@ class Trainer:
         check_context_parallel(recipe, model.config, scaling, model.config._attn_implementation)
         check_ring_layers(recipe, model)
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
-        largest = (
-            vocabulary_size(load_tokenizer(recipe.tokenizer or str(recipe.model))) - 1
-        )  # refused now, not at the end
+        name = recipe.tokenizer or str(recipe.model)
+        tokenizer = load_tokenizer(name)  # refused now, not at the end
+        largest = vocabulary_size(tokenizer) - 1
         if largest >= vocabulary:
             accelerator.print(
-                f"note: tokenizer {recipe.tokenizer or recipe.model} has ids up to {largest}, the model's vocabulary"
-                f" ends at {vocabulary - 1}; the model cannot read texts with ids beyond it"
+                f"note: tokenizer {name} has ids up to {largest}, the model's vocabulary ends at {vocabulary - 1}; the"
+                " model cannot read texts with ids beyond it"
             )
         rows.check(vocabulary)
+        notes = [check_tokenizer(rows, recipe.dataset, tokenizer, name)]
         if heldout is not None:
             heldout.check(vocabulary)
+            notes.append(check_tokenizer(heldout.rows, str(recipe.heldout), tokenizer, name))
+        for note in filter(None, notes):
+            accelerator.print(f"note: {note}")
         plan = LayerPlan.from_config(model.config) if report is None else report.plan
         windows = skip_wise(recipe, scaling, plan.layers.values())
         original = scaling.original_max_position_embeddings
@@ -539,7 +544,8 @@ class Heldout:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        rows, longest = open_rows(str(recipe.heldout)), max(recipe.heldout_lengths)
+        self.rows = rows = open_rows(str(recipe.heldout))
+        longest = max(recipe.heldout_lengths)
         if len(rows) < recipe.heldout_rows:
             raise ConfigError(f"heldout {recipe.heldout} has {len(rows)} rows; heldout_rows is {recipe.heldout_rows}")
         self._rows = [rows.row(index)[0][:longest] for index in range(recipe.heldout_rows)]

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from scaled_rope.attention.backends import attention_for
+from scaled_rope.attention.backends import attention_dropout, attention_for
 from scaled_rope.checkpoint import first_line, load_tokenizer, open_checkpoint
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.families import head_dim_of
@@ -296,11 +296,19 @@ def enable_checkpointing(model: Any, recipe: Recipe) -> None:
     """Switch gradient checkpointing on where the recipe says so.
 
     With `keep_attention` the first forward pass raises a ConfigError if there was nothing to keep.
+
+    Raises:
+        ConfigError: `keep_attention`, and the model has dropout of attention.
     """
     if not recipe.gradient_checkpointing:
         return
     settings: dict[str, Any] = {"use_reentrant": False}
     if recipe.keep_attention:
+        if dropout := attention_dropout(_text(model)):
+            raise ConfigError(
+                f"keep_attention true is not allowed with {dropout}: dropout in the rest of a layer would draw other"
+                " numbers in the backward pass"
+            )
         settings["context_fn"] = kept = KeptAttention()
         kept.check_first_pass(decoder_of(_whole(model)), model.config._attn_implementation)
     # The method was renamed in transformers 5.23.

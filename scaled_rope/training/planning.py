@@ -116,6 +116,11 @@ _TRACED_LAYERS = (3, 4)  # of a model whose layers are alike
 _BUCKETS = 4 * 5e8  # elements of ZeRO-2's buckets: gradients and weights, each twice so that they overlap with work
 _NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
 """Bytes per weight in NF4: four bits, a scale of one byte for 64 weights, a float32 scale of 256 of those."""
+_FIELDS = (
+    "gradient_checkpointing", "keep_attention", "offload_activations", "sequence_parallel", "context_parallel", "lora",
+    "lora_embeddings_and_norms", "quantization",
+)  # fmt: skip
+"""Fields of a recipe that `Options` set."""
 _DEFAULT_PEAK = H100_TFLOPS * 1e12
 
 
@@ -144,17 +149,28 @@ class Options:
         words += [f"{self.quantization} base"] if self.quantization else []
         return ", ".join(words)
 
+    def applied_to(self, recipe: Recipe) -> Recipe:
+        """The recipe with these options."""
+        return replace(
+            recipe,
+            gradient_checkpointing=self.gradient_checkpointing,
+            keep_attention=self.keep_attention,
+            sequence_parallel=self.sequence_parallel,
+            context_parallel=self.context_parallel,
+            lora=self.lora,
+            quantization=self.quantization,
+            lora_embeddings_and_norms=self.lora and recipe.lora_embeddings_and_norms,
+            offload_activations=self.offload_activations,
+        )
+
     def command(self, name: str, recipe: Recipe) -> str:
         """The command line that runs a recipe, by its name, with these options."""
-        parts = ["finetune.py", name]
-        parts += [] if self.gradient_checkpointing else ["--no-gradient-checkpointing"]
-        parts += ["--keep-attention"] if self.keep_attention else []
-        parts += ["--offload-activations"] if self.offload_activations else []
-        for field in ("sequence_parallel", "context_parallel"):
-            if (size := getattr(self, field)) != getattr(recipe, field):
-                parts.append(f"--{field.replace('_', '-')} {size}")
-        parts += ["--lora"] if self.lora else []
-        parts += [f"--quantization {self.quantization}"] if self.quantization else []
+        parts, wanted = ["finetune.py", name], self.applied_to(recipe)
+        for field in _FIELDS:
+            if (value := getattr(wanted, field)) != getattr(recipe, field):
+                flag = field.replace("_", "-")
+                plain = {True: f"--{flag}", False: f"--no-{flag}", None: f"--{flag} none"}
+                parts.append(plain[value] if value is None or isinstance(value, bool) else f"--{flag} {value}")
         if self.engine != "plain":
             return " ".join(["accelerate launch --config_file", f"configs/accelerate/{self.engine}.yaml", *parts])
         return " ".join([f"torchrun --nproc_per_node {self.ranks}" if self.ranks > 1 else "python", *parts])
@@ -224,27 +240,13 @@ class Planner:
         """Seconds of one optimizer step, where `utilisation` of the ranks' `peak` FLOP/s is model FLOPs."""
         return self.flops(options.lora).total / (options.ranks * peak * utilisation)
 
-    def _under(self, options: Options) -> Recipe:
-        """The recipe with these options."""
-        return replace(
-            self.recipe,
-            gradient_checkpointing=options.gradient_checkpointing,
-            keep_attention=options.keep_attention,
-            sequence_parallel=options.sequence_parallel,
-            context_parallel=options.context_parallel,
-            lora=options.lora,
-            quantization=options.quantization,
-            lora_embeddings_and_norms=options.lora and self.recipe.lora_embeddings_and_norms,
-            offload_activations=options.offload_activations,
-        )
-
     def memory(self, options: Options) -> Memory:
         """Memory per rank.
 
         Raises:
             ConfigError: a batch or a sequence that the ranks cannot share.
         """
-        recipe = self._under(options)
+        recipe = options.applied_to(self.recipe)
         passes = accumulation(recipe, options.ranks)
         self._check_ring(recipe)
         shards = 1 if options.engine == "plain" else options.ranks
@@ -386,7 +388,7 @@ class Planner:
         ways, possible = [replace(sharded, context_parallel=size) for size in sizes], []
         for options in ways:
             try:
-                self._check_ring(self._under(options))
+                self._check_ring(options.applied_to(self.recipe))
             except ConfigError:
                 continue
             possible.append(options)

@@ -16,15 +16,12 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from scaled_rope.attention.backends import FLASH_HEAD_DIM, has_window
+from scaled_rope.attention.backends import FLASH_HEAD_DIM, attention_dropout, has_window
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.output_head import decoder_of
 from scaled_rope.recipes import Recipe
 from scaled_rope.scaling.hf_config import config_head_dim
 from scaled_rope.scaling.record import RopeScaling
-
-_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-"""Names of the dropout of attention weights in configs."""
 
 
 def check_context_parallel(recipe: Recipe, config: Any, scaling: RopeScaling, attention: str) -> None:
@@ -63,9 +60,8 @@ def check_context_parallel(recipe: Recipe, config: Any, scaling: RopeScaling, at
             f"{head} head_dim {keys} of keys and {values} of values: its kernel takes one of at most {FLASH_HEAD_DIM}"
             f" for both"
         )
-    for name in _DROPOUTS:
-        if rate := getattr(text, name, 0.0):
-            raise ConfigError(f"{head} {name} {rate}: in the backward pass ring attention would draw other numbers")
+    if dropout := attention_dropout(text):
+        raise ConfigError(f"{head} {dropout}: in the backward pass ring attention would draw other numbers")
 
 
 def head_dims(text: Any) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from scaled_rope.texts.corpora import CORPORA, fetch
 from scaled_rope.texts.documents import read_documents
 from scaled_rope.texts.packed import open_rows
 from scaled_rope.texts.token_documents import is_tokenized
+from scaled_rope.texts.vocabulary import check_tokenizer
 from scaled_rope.tuning.curves import Floats, segment_sums
 
 Tokens = npt.NDArray[np.int64]
@@ -65,6 +66,7 @@ def documents(args: argparse.Namespace, tokenizer: Any, unused: bool) -> Iterato
         source = str(fetch(source, Path("data/cache") / source) / part)
     if is_tokenized(source):
         rows = open_rows(source, args.split)
+        check_tokenizer(rows, source, tokenizer, "the model")
         for index in range(len(rows)):
             yield rows.row(index)[0]
     else:

@@ -9,6 +9,8 @@ import pytest
 from scaled_rope import ConfigError
 from scaled_rope.advice.recipe import write_recipe
 from scaled_rope.recipes import read_recipe
+from scaled_rope.texts.packed import PackedWriter, open_rows
+from scaled_rope.training.batches import check_lengths
 
 
 @pytest.mark.parametrize(("parameters", "steps"), [(5_000_000, 60), (135_000_000, 100), (7_000_000_000, 400)])
@@ -32,10 +34,15 @@ def test_texts_that_come_with_the_project_are_fetched(tmp_path: Path, monkeypatc
 
 
 def test_a_packed_set_is_trained_on_as_it_is(tmp_path: Path) -> None:
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "meta.json").write_text("{}")
-    recipe = write_recipe(tmp_path / "recipe.yaml", "some/model", 1, "yarn:8", 2048, str(tmp_path / "set"), [256])
-    assert recipe.prepare == () and recipe.dataset == str(tmp_path / "set")
+    """Where its rows are longer than the target they are cut: finetune.py refuses longer ones."""
+    for length, cut in ((2048, None), (4096, 2048)):
+        place = tmp_path / f"set-{length}"
+        with PackedWriter(place, length, 10) as writer:
+            writer.append([1] * length)
+            writer.close({})
+        recipe = write_recipe(tmp_path / "recipe.yaml", "some/model", 1, "yarn:8", 2048, str(place), [256])
+        assert (recipe.prepare, recipe.dataset, recipe.truncate) == ((), str(place), cut)
+        check_lengths(open_rows(recipe.dataset), recipe)
 
 
 def test_what_is_no_scaling_is_refused(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_benchmarks_and_passkeys():
     benchmark = base | {"metric": "benchmark", "value": 51.5, "protocol": said}
     label = "7B YaRN s=32, 128k"
     assert statuses([benchmark], "3", label)[:2] == [REPRODUCED, NOT_RUN]
-    for other in ({"limit": 100}, {"num_fewshot": 0}):
+    for other in ({"limit": 100}, {"num_fewshot": 0}, {"chat_template": "9f2c"}):
         assert statuses([benchmark | {"protocol": said | other}], "3", label)[0] == NOT_RUN
     assert statuses([benchmark | {"data": {"source": "bigbench 1.0.0, partial"}}], "3", label)[0] == NOT_RUN
 
@@ -151,7 +151,8 @@ def test_benchmarks_and_passkeys():
     assert statuses([found | {"context": 65536, "accuracy": 0.9}], "5", label) == [DIFFERS] * 2
     # Fewer lengths or prompts are another measurement: a context of 128k can't be found among lengths to 64k.
     assert statuses([found | {"data": {"lengths": tried[:8]}}], "5", label) == [NOT_RUN] * 2
-    assert statuses([found | {"protocol": {"iterations": 5}}], "5", label) == [NOT_RUN] * 2
+    for other in ({"iterations": 5}, {"iterations": 10, "chat_template": "9f2c"}):
+        assert statuses([found | {"protocol": other}], "5", label) == [NOT_RUN] * 2
 
 
 def llama(length: int, label: str, value: float) -> dict[str, object]:

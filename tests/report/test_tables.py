@@ -43,6 +43,14 @@ def test_rows_of_older_weights_or_texts_do_not_share_a_line_with_new_ones(tmp_pa
     assert [one.label for one in named.series][-1] == "yarn x4 (fine-tuned)"
 
 
+def test_prompts_in_a_chat_template_are_a_column_of_their_own() -> None:
+    protocol = {"name": "lm-eval", "task": "arc_easy", "num_fewshot": 0, "metric": "acc", "limit": 100}
+    row = {"metric": "benchmark", "length": None, "data": {}, "protocol": protocol}
+    asked = {**row, "protocol": {**protocol, "chat_template": "9f2c"}}
+    assert tables.column_of(row)[1] == "arc_easy, 0-shot acc, first 100"
+    assert tables.column_of(asked)[1] == "arc_easy, 0-shot acc, first 100, chat template"
+
+
 def loaded(rows: list[Row], weights: str, **arguments: Any) -> list[Row]:
     """Rows with a command's options in their record, and the fingerprint that these give."""
     record = {"provenance": {**rows[0]["provenance"], "arguments": arguments}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from itertools import groupby
 from pathlib import Path
@@ -188,7 +189,15 @@ def test_fields_that_do_not_go_together_are_refused():
             ChatFields(**fields)
 
 
-def test_records_come_from_json_lines_and_parquet(tmp_path):
+def test_a_copy_of_a_file_is_not_read_beside_it(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write("{}\n")
+    with pytest.raises(ConfigError, match=r"holds a.jsonl and a.jsonl.gz, which are one text by their names"):
+        list(read_records(str(tmp_path)))
+
+
+def test_records_come_from_json_lines_and_parquet(tmp_path, capsys):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -199,6 +208,8 @@ def test_records_come_from_json_lines_and_parquet(tmp_path):
     assert [record for record, _ in found] == records * 2
     assert found[1][1] == f"{tmp_path / 'a.jsonl'} line 2" and found[4][1] == f"{tmp_path / 'b.parquet'} record 2"
     (tmp_path / "c.txt").write_text("no records")
+    assert len(list(read_records(str(tmp_path)))) == 2 * len(records)
+    assert f"note: dataset {tmp_path}: 1 of 3 files are not read (1 .txt): c.txt" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"c.txt has no records; .jsonl, .jsonl.gz or .parquet"):
         list(read_records(str(tmp_path / "c.txt")))
 

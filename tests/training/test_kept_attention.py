@@ -119,3 +119,10 @@ def test_attention_kernels_are_told_by_their_names() -> None:
 def test_what_it_cannot_go_with_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"keep_attention = True is not allowed; {message}"):
         recipe(keep_attention=True, **fields)
+
+
+def test_dropout_of_attention_is_refused(tiny_model: Make) -> None:
+    """Attention that does not run again draws no numbers, and what comes after it in the layer would draw others."""
+    model = tiny_model(attention_dropout=0.1).train()
+    with pytest.raises(ConfigError, match="keep_attention true is not allowed with attention_dropout 0.1: dropout in"):
+        enable_checkpointing(model, recipe(gradient_checkpointing=True, keep_attention=True))

@@ -15,7 +15,7 @@ import finetune
 from scaled_rope import RopeScaling, patch_model
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.texts.packed import open_packed
+from scaled_rope.texts.packed import PackedWriter, open_packed
 from scaled_rope.training import loop
 from scaled_rope.training.batches import collate
 from scaled_rope.training.model import SummedLoss, build_model, enable_checkpointing, tile_mlps
@@ -65,6 +65,19 @@ def test_a_tokenizer_with_more_ids_than_embeddings_is_noted_and_one_that_is_none
     arguments[-1] = str(tmp_path / "other")
     assert run_cli(lambda: finetune.main([*arguments, "--tokenizer", str(tmp_path / "none")])) == 2
     assert "holds no config.json" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("flag", ["--dataset", "--heldout"])
+def test_a_set_of_another_tokenizer_is_refused(workspace, tmp_path, capsys, flag):
+    """Its ids fit the model, so nothing else would tell."""
+    with PackedWriter(tmp_path / "set", LENGTH, 64) as writer:
+        for _ in range(4):
+            writer.append([3] * LENGTH)
+        writer.close({"tokenizer": "other", "tokenizer_hash": "1", "base_vocabulary_hash": "2"})
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), flag, str(tmp_path / "set")]
+    assert run_cli(lambda: finetune.main(arguments)) == 2
+    said = f"error: dataset {tmp_path / 'set'} was made with tokenizer other, whose ids stand for other tokens than"
+    assert said in capsys.readouterr().err and not (tmp_path / "out" / "model").exists()
 
 
 def test_recipes_choose_layers():

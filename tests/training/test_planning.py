@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from dataclasses import replace
@@ -9,10 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+import finetune
 from scaled_rope import cli, patch_model
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching import loss
-from scaled_rope.recipes import read_recipe
+from scaled_rope.recipes import available, read_recipe
 from scaled_rope.training.model import build_model
 from scaled_rope.training.planning import Options, Planner
 from tests.helpers import ROOT
@@ -189,3 +191,24 @@ def test_windows_of_long_ce_are_counted():
     # Windows of 64 + 96 - 1 positions from 96, and of what is left, 64, from 192; a forward pass is a third.
     assert weighed.linear / plain.linear == pytest.approx(1 + (159 + 64) / 256 / 3)
     assert weighed.attention > plain.attention
+
+
+@pytest.mark.parametrize("name", sorted(available()))
+def test_the_command_of_a_plan_runs_what_was_planned(name):
+    """For every recipe, whatever it sets itself."""
+    recipe = read_recipe(name)
+    ways = itertools.product(
+        (False, True), (False, True), (False, True), (1, 2), ((False, None), (True, None), (True, "nf4"))
+    )
+    resolved = 0
+    for checkpointing, keep, offload, ranks, (lora, quantization) in ways:
+        options = Options(2, "plain", checkpointing, keep, offload, ranks, 1, lora, quantization)
+        try:
+            wanted = options.applied_to(recipe)
+        except ConfigError:
+            continue
+        _, _, words = options.command(name, recipe).partition("finetune.py ")
+        found = finetune.resolve(finetune.parse_args(words.split()), 2)
+        assert replace(found, name=wanted.name) == wanted, words
+        resolved += 1
+    assert resolved >= 8

@@ -55,8 +55,13 @@ def arguments(*argv: object) -> argparse.Namespace:
     return parser.parse_args([*map(str, argv), "--device", "cpu", "--hide-progress"])
 
 
+_OTHERS = {"coordinate", "grid", "cma-es"}  # strategies that have no population
+
+
 def usual(checkpoint: Path, texts: Path, output: Path, *more: object) -> list[object]:
-    small = ["--windows", 2, "--prompts", 1, "--held-back", 2, "--population", 5, "--mutants", 2, "--crossed", 2]
+    small: list[object] = ["--windows", 2, "--held-back", 2]
+    small += [] if "perplexity" in more else ["--prompts", 1]
+    small += ["--population", 5, "--mutants", 2, "--crossed", 2] if not set(more) & _OTHERS else []
     return [checkpoint, "--target", TARGET, "--dataset", texts, "--output", output, *small, "--evaluations", 9, *more]
 
 
@@ -98,8 +103,8 @@ def test_the_command_end_to_end(
 
 
 def test_the_spec_says_a_corrected_length(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
-    flags = usual(checkpoint, texts, tmp_path / "out", "--original-max-position-embeddings", 64)
-    assert search(*flags, "--fitness", "perplexity", "--hide-progress") == 0
+    more = ["--original-max-position-embeddings", 64, "--fitness", "perplexity", "--hide-progress"]
+    assert search(*usual(checkpoint, texts, tmp_path / "out", *more)) == 0
     found = json.loads((tmp_path / "out" / "best.json").read_text())
     base = RopeScaling("default", original_max_position_embeddings=L)
     scaling = RopeScaling.from_spec(found["spec"], base)
@@ -193,6 +198,9 @@ def test_an_interrupted_command_continues(
             ["--strategy", "grid", "--start", "yarn:2"],
             "--start is not allowed with --strategy grid: it is for evolution",
         ),
+        (["--strategy", "cma-es", "--mutation-rate", 0.5], "--mutation-rate is not allowed with --strategy cma-es"),
+        (["--strategy", "grid", "--population", 9], "--population is not allowed with --strategy grid"),
+        (["--fitness", "perplexity", "--prompts", 9], "--prompts 9 is not allowed with --fitness perplexity"),
         (["--original-max-position-embeddings", 300], "so more than 300"),
     ],
 )
