@@ -103,7 +103,7 @@ def evaluations(name: str) -> dict[str, list[str]]:
         f"perplexity-{text}": ["eval/perplexity.py", *flags, "--lengths", _list(LENGTHS), "--control", control]
         for text, flags in TEXTS.items()
     }
-    keys = ["eval/passkey.py", "--iterations", str(KEY_PROMPTS), "--wording", _list(WORDINGS)]
+    keys = ["eval/passkey.py", "--iterations", str(KEY_PROMPTS), "--wording", _list(WORDINGS), "--shared-prefill"]
     found["passkey"] = [*keys, "--lengths", _list(KEY_LENGTHS)]
     harness = ["eval/harness.py", "--offline", "--tasks"]
     at = ["--lengths", _list(RULER_LENGTHS), "--limit", str(RULER_PROMPTS)]
