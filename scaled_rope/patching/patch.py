@@ -149,13 +149,13 @@ def patch_as_read(
     rotaries = [_rotary_for(request, unpatched, place, base) for place in unpatched.places]
     said = state.config if state else _fields_of(base.config)
     fields = config_fields(request, unpatched, base.config, said)
+    if state is None and base is not model:
+        detach_config(model, base)
     # Nothing is refused from here on, and whatever else goes wrong leaves the model as it was.
     replaced, shown = [place.current(base) for place in unpatched.places], _fields_of(base.config)
     names = tuple(name for name, module in model.named_modules() if any(module is each for each in replaced))
     if state:
         _restore(base, state)
-    elif base is not model:
-        detach_config(model, base)
     try:
         _install(base, unpatched, request, rotaries)
         write_config(base.config, fields)

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from scaled_rope.errors import ConfigError
 from scaled_rope.patching.base_model import tables_of_text
 from scaled_rope.patching.class_exchange import exchange_class
 from scaled_rope.patching.patch_request import PatchRequest, Unpatched
@@ -165,15 +166,47 @@ class _Unvalidated:
 
 
 def detach_config(model: nn.Module, base: PreTrainedModel) -> Any:
-    """Give every part of `model` that uses the base model's config one private copy of it."""
+    """Give every part of `model` that uses the base model's config one private copy of it.
+
+    Configs that hold it, at any depth, are copied as well, and only these: parts that shared a config still do.
+
+    Raises:
+        ConfigError: the config that is saved with the model does not hold the base model's. Nothing is changed then.
+    """
     shared = base.config
+    whole = next(part for part in model.modules() if isinstance(part, PreTrainedModel) and base in set(part.modules()))
+    if not _holds(whole.config, shared):
+        raise ConfigError(
+            f"architecture {whole.config.model_type!r}: its config does not hold that of its {type(base).__name__}, so "
+            "a saved model would lose the scaling; patch that part alone"
+        )
     private = copy.deepcopy(shared)
+    copies = {id(shared): (shared, private)}
     for module in model.modules():
         own: Any = vars(module).get("config")  # vars: wrappers forward attributes that they do not have
-        if own is shared:
-            module.config = private
-        elif getattr(own, "text_config", None) is shared:
-            whole: Any = copy.copy(own)  # the config of a multimodal model holds it as a part
-            whole.text_config = private
-            module.config = whole
+        if isinstance(own, PreTrainedConfig) and (copied := _with_copies(own, copies)) is not own:
+            module.config = copied
     return private
+
+
+def _parts(config: Any) -> dict[str, Any]:
+    return {name: part for name, part in vars(config).items() if isinstance(part, PreTrainedConfig)}
+
+
+def _holds(config: Any, part: Any) -> bool:
+    return config is part or any(_holds(each, part) for each in _parts(config).values())
+
+
+def _with_copies(config: Any, copies: dict[int, tuple[Any, Any]]) -> Any:
+    """The config itself, or, where it holds one that has a copy, a copy of it that holds that one's copy.
+
+    copies: identity of a config -> the config, so that it lives on, and its copy or itself; added to.
+    """
+    if id(config) not in copies:
+        parts = _parts(config)
+        changed = {name: new for name, part in parts.items() if (new := _with_copies(part, copies)) is not part}
+        found = copy.copy(config) if changed else config
+        for name, part in changed.items():
+            setattr(found, name, part)
+        copies[id(config)] = (config, found)
+    return copies[id(config)][1]
