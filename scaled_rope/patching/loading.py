@@ -26,6 +26,7 @@ from scaled_rope.patching.device_maps import Placement, is_offloaded
 from scaled_rope.patching.families import ADAPTERS
 from scaled_rope.patching.patch import (
     computes,
+    lost_part,
     patch_as_read,
     patched_kernel,
     patched_plan,
@@ -89,9 +90,12 @@ def apply_scaling(
     kernel: the implementation that rotates queries and keys, see `patch_model`; by default the present one, or "auto".
     settings: the RoPE settings in the config of an unpatched model, if they have been read already.
 
-    A model whose config has this scaling and that computes it is left untouched, so any architecture can be read with
-    its own scaling. The exception is a kernel: it is installed if it is asked for by name, or if "auto" selects it for
-    a family in `ADAPTERS`.
+    A model whose config has this scaling and that computes it is left untouched, so an architecture that is not
+    understood can be read unscaled. The exception is a kernel: it is installed if it is asked for by name, or if "auto"
+    selects it for a family in `ADAPTERS`.
+
+    Raises:
+        ConfigError: as `patch_model`, and a scaling in the config of a model that has no rotary module for it.
     """
     if kernel is None:
         kernel = patched_kernel(model) or "auto"
@@ -100,7 +104,7 @@ def apply_scaling(
     layers = with_primary(plan.layers, scaling)
     backend = resolve_kernel(kernel)
     if patched_scaling(model) == scaling and current == LayerPlan(layers, plan.drop_layers):
-        if kernel == "auto" or patched_kernel(model) == backend:
+        if (kernel == "auto" or patched_kernel(model) == backend) and not lost_part(model):
             return
     if patched_scaling(model) is not None:
         settings = settings_without_patch(model)

@@ -76,6 +76,12 @@ def original(module: nn.Module, name: str) -> Any:
     return globals_[name]
 
 
+def is_rebound(module: nn.Module, name: str) -> bool:
+    """Whether the module's forward, as it is now, finds another object under the global `name` than its source file
+    has."""
+    return calls(module, name) and bound(module, name) is not original(module, name)
+
+
 def rebind(module: nn.Module, name: str, function: Any) -> Any:
     """Make the module's forward, and nothing else, find `function` under the global `name`.
 

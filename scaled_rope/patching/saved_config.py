@@ -90,7 +90,7 @@ def _is_understood(
                     whole.rope_parameters = {**whole.rope_parameters, "rope_theta": theta}
                 rotary = type(place.module)(config=whole)
                 for name, one in scalings.items():
-                    if not _agrees(rotary, name, unpatched.scaling_at(place, one), unpatched):
+                    if not agrees(rotary, name, unpatched.scaling_at(place, one), unpatched):
                         return False
         except Exception:  # each family has its own ways to refuse
             return False
@@ -108,7 +108,7 @@ def _silent_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def _agrees(rotary: Any, layer_type: str, scaling: RopeScaling, unpatched: Unpatched) -> bool:
+def agrees(rotary: Any, layer_type: str, scaling: RopeScaling, unpatched: Unpatched) -> bool:
     """Whether a rotary module of transformers has the frequencies of a scaling, for short texts and beyond L."""
     prefix, more = (f"{layer_type}_", (layer_type,)) if layer_type else ("", ())
     original = scaling.original_max_position_embeddings or 1
