@@ -179,14 +179,44 @@ def former_names() -> Iterator[None]:
 
 
 def merge_adapter(model: nn.Module, adapter: str) -> nn.Module:
-    """The model with a LoRA adapter merged into its weights. Raises ConfigError: no PEFT, or no such adapter."""
+    """The model with a LoRA adapter merged into its weights.
+
+    Raises:
+        ConfigError: no PEFT, no such adapter, or one whose weights aren't those that its config asks for in this model.
+    """
     try:
         import peft
     except ImportError as error:
         raise ConfigError("an adapter needs peft: pip install 'scaled-rope[train]'") from error
     with reading("adapter", adapter), former_names():
-        merged: nn.Module = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)  # refused below
+            wrapped: Any = peft.PeftModel.from_pretrained(model, adapter)
+        _check_complete(wrapped, adapter)
+        merged: nn.Module = wrapped.merge_and_unload()
     return merged
+
+
+def _check_complete(wrapped: Any, adapter: str) -> None:
+    """Raise a ConfigError that names the weights of an adapter that it lacks for this model, and those that no module
+    takes. PEFT leaves the former at values that change nothing, and the latter out; modules that are saved whole it
+    misses by itself."""
+    import peft
+
+    mapping = getattr(wrapped.get_base_model(), "_checkpoint_conversion_mapping", {})  # as PEFT reads it
+    weights = peft.utils.load_peft_weights(adapter, device="cpu", key_mapping=mapping)
+    result = peft.set_peft_model_state_dict(wrapped, weights, adapter_name="default")
+    prefix = getattr(wrapped.base_model, "prefix", "lora_")
+    missing = [name for name in result.missing_keys if prefix in name and "default" in name.split(".")]
+    said = [("it holds no", missing), ("no module takes its", result.unexpected_keys)]
+    if found := [f"{what} {_listed(names)}" for what, names in said if names]:
+        kind = type(wrapped.get_base_model()).__name__
+        raise ConfigError(f"adapter {adapter!r} does not fit this {kind}: {'; '.join(found)}")
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 @torch.no_grad()
@@ -202,8 +232,7 @@ def check_finite(model: nn.Module, what: str) -> None:
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 bad.append(f"{name} ({int((~torch.isfinite(weight)).sum())} of {weight.numel()})")
     if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise ConfigError(f"{what} has weights that are NaN or infinite: {', '.join(bad[:3])}{more}")
+        raise ConfigError(f"{what} has weights that are NaN or infinite: {_listed(bad)}")
 
 
 def load_model(

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -178,6 +179,53 @@ def test_apply_scaling_goes_anywhere_and_back(tiny_model: Make, tokens: torch.Te
     apply_scaling(model, own)
     assert patched_scaling(model) is None
     assert torch.equal(logits(model, tokens), before)
+
+
+@pytest.fixture
+def adapter(tiny_model: Make, tmp_path: Path) -> Path:
+    """A LoRA adapter of the tiny model, with weights that change something and a module that is saved whole."""
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(tiny_model(), settings)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_is_merged(checkpoint: Path, adapter: Path, tokens: torch.Tensor) -> None:  # noqa: F811
+    plain, adapted = load_model(str(checkpoint)), load_model(str(checkpoint), adapter=str(adapter))
+    assert not torch.allclose(logits(adapted, tokens), logits(plain, tokens), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("rename", "says"),
+    [
+        (
+            lambda key: key.replace("model.layers", "model.blocks"),
+            "does not fit this LlamaForCausalLM: it holds no .*layers.0.*; no module takes its .*blocks",
+        ),
+        (
+            lambda key: key if "layers.1." not in key else None,
+            "does not fit this LlamaForCausalLM: it holds no .*layers.1.*lora_A",
+        ),
+        (lambda key: key if "lm_head" not in key else None, "cannot be read: .*lm_head"),
+        (
+            lambda key: key.replace("q_proj", "o_proj") if "layers.1." in key else key,
+            "does not fit this LlamaForCausalLM: it holds no .*layers.1.*; no module takes its .*o_proj",
+        ),
+    ],
+    ids=["renamed", "one layer", "module that is saved whole", "another target"],
+)
+def test_an_adapter_that_does_not_fit_is_refused(checkpoint: Path, adapter: Path, rename: Any, says: str) -> None:  # noqa: F811
+    file = adapter / "adapter_model.safetensors"
+    kept = {new: value for key, value in load_file(file).items() if (new := rename(key)) is not None}
+    save_file(kept, file)
+    with pytest.raises(ConfigError, match=says) as error:
+        load_model(str(checkpoint), adapter=str(adapter))
+    assert "\n" not in str(error.value)
 
 
 def test_unknown_architecture_can_be_read_but_not_scaled(tmp_path: Path) -> None:
