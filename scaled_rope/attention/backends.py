@@ -201,7 +201,24 @@ def has_window(config: Any) -> bool:
     if getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True):
         return False
     types = getattr(config, "layer_types", None)
-    return not types or "sliding_attention" in types
+    return not types or any("sliding" in kind for kind in types)
+
+
+def set_window(config: Any, window: int) -> None:
+    """Set the sliding window of a config of text, in tokens.
+
+    Raises:
+        ConfigError: no layer has one, so that nothing would change. The config is then unchanged.
+    """
+    former = getattr(config, "sliding_window", None)
+    if hasattr(config, "sliding_window"):
+        config.sliding_window = window
+        if has_window(config):
+            return
+        config.sliding_window = former
+    raise ConfigError(
+        f"sliding_window={window}: no layer of this {config.model_type!r} model has a sliding window; leave it out"
+    )
 
 
 def _lacks(name: str, device: torch.device, dtype: str) -> str:

@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch import nn
 
-from scaled_rope.attention.backends import attention_for, check_attention, resolve_attention
+from scaled_rope.attention.backends import attention_for, check_attention, resolve_attention, set_window
 from scaled_rope.checkpoint import Checkpoint, first_line, open_checkpoint, reading, without_custom_rope
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.patching.device_maps import Placement, is_offloaded
@@ -262,7 +262,7 @@ def load_model(
         device: default: the first GPU when there is one.
         attn_implementation: "auto" chooses one that can run here and suits the architecture (`attention.backends`).
         adapter: a LoRA adapter that is merged into the weights.
-        sliding_window: replaces the configuration's attention window (tokens), for architectures that have one.
+        sliding_window: replaces the configuration's attention window (tokens), for models of which a layer has one.
         layers, drop_layers: which layers are scaled and which lose their rotary embedding, see `resolve_plan`.
         kernel: the implementation that rotates queries and keys, see `patch_model`.
         placement: how the model is split over devices, instead of `device`; None: it is not.
@@ -283,9 +283,7 @@ def load_model(
     if build_unscaled(config):
         settings = RopeSettings(config)
     if sliding_window is not None:
-        if not hasattr(config, "sliding_window"):
-            raise ConfigError(f"model_type {config.model_type!r} has no sliding window; leave sliding_window out")
-        config.sliding_window = sliding_window
+        set_window(config.get_text_config(decoder=True), sliding_window)
     if attn_implementation == "auto":
         attention = attention_for(config, attention, device)
     else:

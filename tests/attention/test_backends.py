@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from scaled_rope.attention.backends import (
     attention_for,
     blocked_sdpa,
     check_attention,
+    has_window,
     refusal,
     resolve_attention,
 )
@@ -322,3 +324,16 @@ def test_the_table_in_the_docs_says_what_the_code_does() -> None:
         assert not row.capability or f"({row.capability}.0)" in needs
         assert (windows == "yes", documents == "yes", softcap == "yes") == (row.windows, row.documents, row.softcap)
         assert matrix == row.matrix
+
+
+@pytest.mark.parametrize(
+    ("types", "found"),
+    [
+        (["full_attention"] * 2, False),
+        (["full_attention", "sliding_attention"], True),
+        (["hybrid", "hybrid_sliding"], True),
+    ],
+)
+def test_a_window_counts_where_a_layer_has_it(types: list[str], found: bool) -> None:
+    assert has_window(SimpleNamespace(sliding_window=16, layer_types=types)) == found
+    assert not has_window(SimpleNamespace(sliding_window=None, layer_types=types))

@@ -169,6 +169,17 @@ def test_sliding_window_is_replaced(tiny_model: Make, tmp_path: Path, tokens: to
     assert not torch.allclose(logits(narrow, tokens), logits(whole, tokens), atol=1e-2)
 
 
+def test_a_sliding_window_that_no_layer_has_is_refused(tiny_model: Make, tmp_path: Path, tokens: torch.Tensor) -> None:
+    full = ["full_attention", "full_attention"]
+    for name, settings in {"off": {"use_sliding_window": False}, "full": {"layer_types": full}}.items():
+        tiny_model("qwen2", **{"layer_types": full, **settings}).save_pretrained(tmp_path / name)
+        with pytest.raises(ConfigError, match="sliding_window=8: no layer of this 'qwen2' model has a sliding window"):
+            load_model(str(tmp_path / name), sliding_window=8)
+    tiny_model("qwen2").save_pretrained(tmp_path / "some")
+    plain, narrow = load_model(str(tmp_path / "some")), load_model(str(tmp_path / "some"), sliding_window=8)
+    assert not torch.allclose(logits(narrow, tokens), logits(plain, tokens), atol=1e-2)
+
+
 def test_apply_scaling_goes_anywhere_and_back(tiny_model: Make, tokens: torch.Tensor) -> None:
     model = tiny_model()
     own = RopeScaling.from_config(model.config)

@@ -162,6 +162,26 @@ def test_mistral_window_schedule_sets_the_window_of_each_step(tiny_model):
     torch.testing.assert_close(wide, reference)
 
 
+def test_a_window_schedule_is_for_the_layers_that_slide(tiny_model):
+    from scaled_rope.training.model import set_sliding_window
+
+    types = {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}
+    tokens = torch.arange(1, 41)[None]
+    for attention in ("sdpa", "sdpa_blocked"):  # of masks, and of what layers say
+        model = tiny_model("qwen2", sliding_window=64, attn_implementation=attention, **types)
+        set_sliding_window(model, 8)
+        other = tiny_model("qwen2", sliding_window=8, attn_implementation=attention, **types)
+        torch.testing.assert_close(model(input_ids=tokens).logits, other(input_ids=tokens).logits)
+        assert model.model.layers[1].self_attn.sliding_window is None
+    for family in ("qwen2", "qwen3", "llama"):
+        model = tiny_model(family, **({} if family == "llama" else {"layer_types": ["full_attention"] * 2}))
+        with pytest.raises(
+            ConfigError, match=f"schedule is not allowed: .* no layer of this '{family}' model has a slid"
+        ):
+            set_sliding_window(model, 4)
+        assert getattr(model.config, "sliding_window", None) != 4
+
+
 # ------------------------------------------------------------------------------------------------------- tiled MLPs
 
 
