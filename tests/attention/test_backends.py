@@ -310,6 +310,11 @@ def test_unusual_calls_are_refused(tiny_model: Make, long_tokens: Tensor) -> Non
     for more in ({"softcap": 50.0}, {"s_aux": torch.zeros(2)}, {"is_causal": False}):
         with pytest.raises(ConfigError, match="'sdpa_blocked'"):
             blocked_sdpa(module, x, x, x, None, position_ids=torch.arange(4)[None], **more)  # type: ignore[arg-type]
+    for shape in ((1, 1, 4, 4), (4,)):
+        with pytest.raises(ConfigError, match="'sdpa_blocked': attention_mask of shape .* is not allowed"):
+            blocked_sdpa(module, x, x, x, torch.ones(shape), position_ids=torch.arange(4)[None])
+    with pytest.raises(ConfigError, match="attention_mask: row 0 leaves out tokens between 0 and 3"):
+        blocked_sdpa(module, x, x, x, torch.tensor([[1, 0, 1, 1]]), position_ids=torch.arange(4)[None])
     model = tiny_model("persimmon")
     with pytest.raises(ConfigError, match="gets no position_ids"):
         logits(model, "sdpa_blocked", long_tokens)
