@@ -30,7 +30,8 @@ class ABSENT:
 def config_fields(request: PatchRequest, unpatched: Unpatched, config: Any, before: dict[str, Any]) -> dict[str, Any]:
     """Return the config's new values by field, `ABSENT` for a field to delete. before: its values without a patch."""
     adapter, scaling, plan = unpatched.adapter, request.scaling, request.plan
-    context = 0 if before["max_position_embeddings"] is ABSENT else before["max_position_embeddings"]
+    given = before["max_position_embeddings"]
+    context = max(given if isinstance(given, int) else 0, scaling.max_position_embeddings or 0)
     # In a family with a default share of its own, leaving out a share of 1 would mean that default.
     says_share = "partial_rotary_factor" in str(before["rope_parameters"])
     form = unpatched.form(unpatched.places[0])
@@ -52,7 +53,7 @@ def config_fields(request: PatchRequest, unpatched: Unpatched, config: Any, befo
             by_type = {name: by_type.get(name) for name in before["rope_parameters"]}
         return {
             "rope_parameters": by_type if adapter.per_layer_type else words(scaling, rope_types),
-            "max_position_embeddings": max(context, scaling.max_position_embeddings or 0),
+            "max_position_embeddings": context or given,  # not all families say one
         }
 
     # transformers cannot express such a plan, and so must refuse to build the model.
@@ -82,7 +83,7 @@ def _is_understood(
     for place in unpatched.places:
         if not type(place.module).__module__.startswith("transformers."):
             continue  # somebody's own module: there is nothing to ask
-        said = {**copy.deepcopy(config.to_dict()), **copy.deepcopy(fields)}
+        said = {**copy.deepcopy(config.to_dict()), **copy.deepcopy(_present(fields))}
         try:
             with _silent_transformers(), torch.device("cpu"):  # models may be built under a default device of "meta"
                 whole = type(config).from_dict(said)
@@ -127,7 +128,7 @@ def agrees(rotary: Any, layer_type: str, scaling: RopeScaling, unpatched: Unpatc
 
 def _record(scaling: RopeScaling, plan: LayerPlan, fields: dict[str, Any], config: Any, layers: dict[str, Any]) -> Any:
     """The record as a dictionary if the written `rope_parameters` would be read back as another one; else ABSENT."""
-    said = {"model_type": config.model_type, **{name: fields[name] for name in CONFIG_FIELDS[:2]}}
+    said = {"model_type": config.model_type, **_present({name: fields[name] for name in CONFIG_FIELDS[:2]})}
     if hasattr(config, "original_max_position_embeddings"):
         said["original_max_position_embeddings"] = config.original_max_position_embeddings
     with warnings.catch_warnings():
@@ -136,6 +137,10 @@ def _record(scaling: RopeScaling, plan: LayerPlan, fields: dict[str, Any], confi
             same = all(RopeScaling.from_config(said, name) == one for name, one in plan.layers.items())
             return ABSENT if same else {"layers": layers}
         return ABSENT if RopeScaling.from_config(said) == scaling else scaling.to_dict()
+
+
+def _present(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not ABSENT}
 
 
 def write_config(config: Any, fields: dict[str, Any]) -> None:

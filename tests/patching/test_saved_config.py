@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,17 @@ def test_a_config_that_would_lose_the_scaling_is_refused() -> None:
         patch_model(model, "yarn:4")
     assert patched_scaling(model) is None and model.config.to_dict() == before
     assert patch_model(base_model(model), "yarn:4").native
+
+
+@pytest.mark.parametrize(
+    ("spec", "length"), [("yarn:4,original_max_position_embeddings=32", 128), ("abf,theta=1e6", None)]
+)
+def test_a_family_that_says_no_length(spec: str, length: int | None, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": 61, "lru_width": 32}
+    model = transformers.RecurrentGemmaForCausalLM(transformers.RecurrentGemmaConfig(num_hidden_layers=3, **sizes))
+    patch_model(model, spec)
+    model.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert raw.get("max_position_embeddings") == length and RopeScaling.from_config(raw) == patched_scaling(model)
+    unpatch_model(model)
+    assert not hasattr(model.config, "max_position_embeddings")
