@@ -22,6 +22,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.perplexity_evaluator import score_windows
 from scaled_rope.evaluation.perplexity_rows import prefix_sums, truncated_row
 from scaled_rope.evaluation.windows import SEED, Losses, Texts, batches, select, truncated, windows_fingerprint
+from scaled_rope.patching.adapter_scaling import save_adapter_scaling
 from scaled_rope.patching.patch import computes, lost_part, patched_plan, patched_scaling
 from scaled_rope.results import Row, append_row, provenance, write_atomic
 from scaled_rope.scaling.record import RopeScaling, RopeSettings
@@ -34,8 +35,8 @@ class ContextCallback(TrainerCallback):  # type: ignore[misc]
     """Held-out perplexity by length, before training, during it and at its end; a row each, and a card at the end.
 
     Rows go to `context.jsonl` in the trainer's output folder, in the format of eval/perplexity.py, which eval/report.py
-    shows; each names its step. The trainer's own log gets `context/LENGTH`. Of several processes all
-    measure, which sharded weights need, and the first writes.
+    shows; each names its step. Checkpoints of an adapter get the scaling beside it. The trainer's own log gets
+    `context/LENGTH`. Of several processes all measure, which sharded weights need, and the first writes.
 
     Args:
         texts: held-out texts, as eval/perplexity.py takes them, or a packed set.
@@ -93,6 +94,11 @@ class ContextCallback(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         if self.every is None:
             self._measure(args, state, model)
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and (folder / "adapter_config.json").is_file():
+            save_adapter_scaling(_inner(model), folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         self._measure(args, state, model)

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import re
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ import finetune
 from scaled_rope import RopeScaling, patch_model
 from scaled_rope.errors import ConfigError
 from scaled_rope.integrations import ContextCallback, card, check_scaling
-from scaled_rope.patching.loading import apply_scaling
+from scaled_rope.patching.loading import apply_scaling, load_model
 from scaled_rope.patching.loss import token_nll
 from scaled_rope.patching.patch import patched_plan, patched_scaling
 from scaled_rope.results import read_rows
@@ -224,6 +224,18 @@ def test_a_patch_that_was_undone_in_part_is_noticed(checkpoint: str, spec: str, 
         assert check_scaling(one) == patched_scaling(model) and not check_model(one)
     apply_scaling(model, check_scaling(whole), patched_plan(whole))
     assert check_scaling(model) == check_scaling(whole)
+
+
+def test_a_checkpoint_of_an_adapter_says_its_scaling(checkpoint: str, texts: str, tmp_path: Path) -> None:  # noqa: F811
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    patch_model(model, "yarn:4")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "checkpoint-5")
+    where, state = SimpleNamespace(output_dir=tmp_path), SimpleNamespace(global_step=5, is_world_process_zero=True)
+    ContextCallback(texts, [16]).on_save(where, state, None, model=adapted)
+    loaded = load_model(checkpoint, adapter=str(tmp_path / "checkpoint-5"))
+    assert check_scaling(loaded) == check_scaling(model) and check_scaling(model).label == "yarn x4"
 
 
 def test_layers_without_rotary_embedding_are_not_counted_as_scaled(checkpoint: str) -> None:  # noqa: F811

@@ -22,6 +22,7 @@ from torch import nn
 from scaled_rope.attention.backends import attention_for, check_attention, resolve_attention, set_window
 from scaled_rope.checkpoint import Checkpoint, first_line, open_checkpoint, reading, without_custom_rope
 from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.patching.adapter_scaling import adapter_scaling
 from scaled_rope.patching.device_maps import Placement, is_offloaded
 from scaled_rope.patching.families import ADAPTERS
 from scaled_rope.patching.patch import (
@@ -257,7 +258,8 @@ def load_model(
     Args:
         name: directory or hub name, or a checkpoint whose config has been read. Only safetensors are read, never
             pickles.
-        scaling: None or "checkpoint": as the checkpoint says; otherwise a record or a spec (`resolve_scaling`).
+        scaling: a record or a spec (`resolve_scaling`); None: the one that the adapter was trained under, where its
+            folder says one (`adapter_scaling`), else "checkpoint": as the checkpoint says.
         dtype: float32, bfloat16, float16, or "auto" (bfloat16 on a GPU). Frequencies stay in float32 in any case.
         device: default: the first GPU when there is one.
         attn_implementation: "auto" chooses one that can run here and suits the architecture (`attention.backends`).
@@ -275,10 +277,16 @@ def load_model(
     checkpoint = name if isinstance(name, Checkpoint) else open_checkpoint(name, trust_remote_code)
     attention = resolve_attention(attn_implementation, device, dtype)
     settings = checkpoint.settings
-    wanted = scaling if isinstance(scaling, RopeScaling) else resolve_scaling(scaling or "checkpoint", settings.scaling)
+    trained = adapter_scaling(adapter) if adapter is not None and scaling is None else None
+    if trained is not None:
+        wanted = trained[0]
+    elif isinstance(scaling, RopeScaling):
+        wanted = scaling
+    else:
+        wanted = resolve_scaling(scaling or "checkpoint", settings.scaling)
     if wanted.changes_attention:
         check_carrier(wanted.method, attn_implementation)
-    plan = resolve_plan(settings, layers, drop_layers)
+    plan = resolve_plan(settings, layers, drop_layers, None if trained is None else trained[1])
     config = copy.deepcopy(checkpoint.config)
     if build_unscaled(config):
         settings = RopeSettings(config)

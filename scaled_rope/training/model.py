@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from scaled_rope.attention.backends import attention_for, set_window
 from scaled_rope.checkpoint import first_line, load_tokenizer, open_checkpoint
 from scaled_rope.errors import ConfigError
+from scaled_rope.patching.adapter_scaling import save_adapter_scaling
 from scaled_rope.patching.families import head_dim_of
 from scaled_rope.patching.loading import check_tied, former_names, load_model, merge_adapter, resolve_plan
 from scaled_rope.patching.loss import token_nll
@@ -437,6 +438,7 @@ def save_model(
     dtype = recipe.save_dtype or recipe.compute_dtype
     if recipe.lora:
         model.save_pretrained(staged / "adapter", state_dict=state)
+        save_adapter_scaling(model, staged / "adapter")
         if recipe.quantization is None:
             model = model.merge_and_unload()
         else:  # merged into the weights as they were, since merging into 4 bits would round the adapters away

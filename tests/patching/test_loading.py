@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from scaled_rope import RopeScaling, patch_model
 from scaled_rope.checkpoint import load_config, load_tokenizer
 from scaled_rope.errors import ConfigError
+from scaled_rope.patching.adapter_scaling import save_adapter_scaling
 from scaled_rope.patching.loading import apply_scaling, load_model
 from scaled_rope.patching.patch import patched_plan, patched_scaling
 from scaled_rope.scaling.frequencies import at_length
 from tests.helpers.checkpoints import (
     _truncate,
+    adapter,  # noqa: F401
     checkpoint,  # noqa: F401
     logits,
     sliding,  # noqa: F401
@@ -192,20 +194,6 @@ def test_apply_scaling_goes_anywhere_and_back(tiny_model: Make, tokens: torch.Te
     assert torch.equal(logits(model, tokens), before)
 
 
-@pytest.fixture
-def adapter(tiny_model: Make, tmp_path: Path) -> Path:
-    """A LoRA adapter of the tiny model, with weights that change something and a module that is saved whole."""
-    peft = pytest.importorskip("peft")
-    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
-    adapted = peft.get_peft_model(tiny_model(), settings)
-    with torch.no_grad():
-        for name, weight in adapted.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.5)
-    adapted.save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
 def test_an_adapter_is_merged(checkpoint: Path, adapter: Path, tokens: torch.Tensor) -> None:  # noqa: F811
     plain, adapted = load_model(str(checkpoint)), load_model(str(checkpoint), adapter=str(adapter))
     assert not torch.allclose(logits(adapted, tokens), logits(plain, tokens), atol=1e-2)
@@ -237,6 +225,28 @@ def test_an_adapter_that_does_not_fit_is_refused(checkpoint: Path, adapter: Path
     with pytest.raises(ConfigError, match=says) as error:
         load_model(str(checkpoint), adapter=str(adapter))
     assert "\n" not in str(error.value)
+
+
+def test_an_adapter_brings_its_scaling(
+    checkpoint: Path,  # noqa: F811
+    adapter: Path,  # noqa: F811
+    tiny_model: Make,
+) -> None:
+    model = tiny_model()
+    patch_model(model, "yarn:4", drop_layers=[1])
+    save_adapter_scaling(model, adapter)
+    base = str(checkpoint)
+    loaded = load_model(base, adapter=str(adapter))
+    assert patched_scaling(loaded) == patched_scaling(model) and patched_plan(loaded) == patched_plan(model)
+    assert patched_scaling(load_model(base, adapter=str(adapter), scaling="default")) is None
+    (adapter / "scaled_rope.json").write_text('{"scaling": {"method": "yarm"}}')
+    with pytest.raises(ConfigError, match="yarm"):
+        load_model(base, adapter=str(adapter))
+    (adapter / "scaled_rope.json").write_text("[]")
+    with pytest.raises(ConfigError, match="its scaled_rope.json cannot be read"):
+        load_model(base, adapter=str(adapter))
+    with pytest.raises(ConfigError, match="holds no adapter_config.json"):
+        save_adapter_scaling(model, checkpoint)
 
 
 def test_unknown_architecture_can_be_read_but_not_scaled(tmp_path: Path) -> None:

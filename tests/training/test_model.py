@@ -15,6 +15,7 @@ import finetune
 from scaled_rope import RopeScaling, patch_model
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
+from scaled_rope.patching.patch import patched_scaling
 from scaled_rope.texts.packed import open_packed
 from scaled_rope.training import loop
 from scaled_rope.training.batches import collate
@@ -89,13 +90,26 @@ def test_recipes_choose_layers():
 
 def test_lora_trains_adapters_and_saves_merged_weights(workspace, tmp_path):
     pytest.importorskip("peft")
+    from scaled_rope.patching.loading import load_model
+
     arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path), "--lora", "--max-train-steps", "2"]
     assert finetune.main(arguments) == 0
     before, after = load_file(workspace / "model" / "model.safetensors"), weights(tmp_path)
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("proj" in name for name in changed)
-    assert (tmp_path / "model" / "adapter" / "adapter_model.safetensors").exists()
+    adapter = tmp_path / "model" / "adapter"
+    assert (adapter / "adapter_model.safetensors").exists()
+    # It says the scaling that it was trained under.
+    merged, base = load_model(str(tmp_path / "model")), str(workspace / "model")
+    adapted = load_model(base, adapter=str(adapter))
+    assert (
+        patched_scaling(adapted) == RopeScaling.from_config(merged.config)
+        and patched_scaling(adapted).label == "yarn x3"
+    )
+    ids = torch.arange(2, 42)[None]
+    torch.testing.assert_close(adapted(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    assert patched_scaling(load_model(base, adapter=str(adapter), scaling="checkpoint")) is None
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
