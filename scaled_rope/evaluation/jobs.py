@@ -158,20 +158,16 @@ def _job(
     Raises:
         ConfigError: they don't fit together.
     """
-    own = base = checkpoint.settings.scaling
     trained = adapter_scaling(args.adapter) if args.adapter else None
+    own, present = (checkpoint.settings.scaling, None) if trained is None else trained
+    base = own
     if args.original_max_position_embeddings is not None:
         base = replace(own, original_max_position_embeddings=args.original_max_position_embeddings)
-    scaling, present = resolve_scaling(spec, base), None
-    unasked = not args.scaling and spec == "checkpoint" and args.original_max_position_embeddings is None
-    if trained is not None and unasked:
-        scaling, present = trained
-        spec, own = "", scaling
-        note = f"note: {args.adapter} was trained under {scaling.label}, which is used; --scaling chooses another"
-        print(note, file=sys.stderr)
-    elif trained is not None and trained[0] != scaling:
-        note = f"note: {args.adapter} was trained under {trained[0].label} and is read under {scaling.label}"
-        print(note, file=sys.stderr)
+    scaling = resolve_scaling(spec, base)
+    if trained is not None and scaling != own:
+        print(f"note: {args.adapter} was trained under {own.label}, and is read under {scaling.label}", file=sys.stderr)
+    elif trained is not None and not args.scaling:
+        print(f"note: {args.adapter} was trained under {own.label}, which is used", file=sys.stderr)
     plan = resolve_plan(checkpoint.settings, args.layers, args.drop_layers, present)
     choice = [f"{args.layers} layers only"] if args.layers is not None else []
     choice += [f"without RoPE in {','.join(map(str, args.drop_layers))}"] if args.drop_layers else []

@@ -19,7 +19,7 @@ FILE = "scaled_rope.json"
 def save_adapter_scaling(model: nn.Module, folder: str | Path) -> None:
     """Write the scaling that a model computes with into the folder of an adapter that was trained in it.
 
-    `load_model` and the evaluators then read the adapter under that scaling where none is asked for.
+    To `load_model` and the evaluators that is then the checkpoint's own scaling, in place of the base's.
 
     Args:
         model: with the adapter or without.

@@ -258,8 +258,8 @@ def load_model(
     Args:
         name: directory or hub name, or a checkpoint whose config has been read. Only safetensors are read, never
             pickles.
-        scaling: a record or a spec (`resolve_scaling`); None: the one that the adapter was trained under, where its
-            folder says one (`adapter_scaling`), else "checkpoint": as the checkpoint says.
+        scaling: None or "checkpoint": as the checkpoint says, or in its place the adapter (`adapter_scaling`);
+            otherwise a record or a spec (`resolve_scaling`).
         dtype: float32, bfloat16, float16, or "auto" (bfloat16 on a GPU). Frequencies stay in float32 in any case.
         device: default: the first GPU when there is one.
         attn_implementation: "auto" chooses one that can run here and suits the architecture (`attention.backends`).
@@ -277,16 +277,12 @@ def load_model(
     checkpoint = name if isinstance(name, Checkpoint) else open_checkpoint(name, trust_remote_code)
     attention = resolve_attention(attn_implementation, device, dtype)
     settings = checkpoint.settings
-    trained = adapter_scaling(adapter) if adapter is not None and scaling is None else None
-    if trained is not None:
-        wanted = trained[0]
-    elif isinstance(scaling, RopeScaling):
-        wanted = scaling
-    else:
-        wanted = resolve_scaling(scaling or "checkpoint", settings.scaling)
+    trained = None if adapter is None else adapter_scaling(adapter)
+    own, present = (settings.scaling, None) if trained is None else trained
+    wanted = scaling if isinstance(scaling, RopeScaling) else resolve_scaling(scaling or "checkpoint", own)
     if wanted.changes_attention:
         check_carrier(wanted.method, attn_implementation)
-    plan = resolve_plan(settings, layers, drop_layers, None if trained is None else trained[1])
+    plan = resolve_plan(settings, layers, drop_layers, present)
     config = copy.deepcopy(checkpoint.config)
     if build_unscaled(config):
         settings = RopeSettings(config)

@@ -238,7 +238,8 @@ def test_an_adapter_brings_its_scaling(
     base = str(checkpoint)
     loaded = load_model(base, adapter=str(adapter))
     assert patched_scaling(loaded) == patched_scaling(model) and patched_plan(loaded) == patched_plan(model)
-    assert patched_scaling(load_model(base, adapter=str(adapter), scaling="default")) is None
+    other = load_model(base, adapter=str(adapter), scaling="yarn:2")
+    assert patched_scaling(other).label == "yarn x2" and patched_plan(other) == patched_plan(model)
     (adapter / "scaled_rope.json").write_text('{"scaling": {"method": "yarm"}}')
     with pytest.raises(ConfigError, match="yarm"):
         load_model(base, adapter=str(adapter))
@@ -255,6 +256,10 @@ def test_unknown_architecture_can_be_read_but_not_scaled(tmp_path: Path) -> None
     assert load_model(str(tmp_path), device="cpu").config.model_type == "gpt2"
     with pytest.raises(ConfigError, match="'gpt2': has no rotary module, so there is nothing to scale"):
         load_model(str(tmp_path), scaling="yarn:4", device="cpu")
+    # Nor is it believed to have what its config says.
+    _edit_config(tmp_path, rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32})
+    with pytest.raises(ConfigError, match="'gpt2': has no rotary module, so there is nothing to scale"):
+        load_model(str(tmp_path), device="cpu")
 
 
 @pytest.mark.parametrize(("factor", "length"), [(1.0, 20), (1.0, 48), (2.0, 48), (2.0, 100)])

@@ -109,7 +109,8 @@ def test_lora_trains_adapters_and_saves_merged_weights(workspace, tmp_path):
     )
     ids = torch.arange(2, 42)[None]
     torch.testing.assert_close(adapted(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
-    assert patched_scaling(load_model(base, adapter=str(adapter), scaling="checkpoint")) is None
+    assert patched_scaling(load_model(base, adapter=str(adapter), scaling="checkpoint")) == patched_scaling(adapted)
+    assert patched_scaling(load_model(base, adapter=str(adapter), scaling="default")) is None
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
