@@ -22,7 +22,8 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.perplexity_evaluator import score_windows
 from scaled_rope.evaluation.perplexity_rows import prefix_sums, truncated_row
 from scaled_rope.evaluation.windows import SEED, Losses, Texts, batches, select, truncated, windows_fingerprint
-from scaled_rope.patching.patch import computes, patched_scaling
+from scaled_rope.patching.adapter_scaling import save_adapter_scaling
+from scaled_rope.patching.patch import computes, lost_part, patched_plan, patched_scaling
 from scaled_rope.results import Row, append_row, provenance, write_atomic
 from scaled_rope.scaling.record import RopeScaling, RopeSettings
 from scaled_rope.texts.token_documents import TokenSource
@@ -34,8 +35,8 @@ class ContextCallback(TrainerCallback):  # type: ignore[misc]
     """Held-out perplexity by length, before training, during it and at its end; a row each, and a card at the end.
 
     Rows go to `context.jsonl` in the trainer's output folder, in the format of eval/perplexity.py, which eval/report.py
-    shows; each names its step. The trainer's own log gets `context/LENGTH`. Of several processes all
-    measure, which sharded weights need, and the first writes.
+    shows; each names its step. Checkpoints of an adapter get the scaling beside it. The trainer's own log gets
+    `context/LENGTH`. Of several processes all measure, which sharded weights need, and the first writes.
 
     Args:
         texts: held-out texts, as eval/perplexity.py takes them, or a packed set.
@@ -93,6 +94,11 @@ class ContextCallback(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         if self.every is None:
             self._measure(args, state, model)
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and (folder / "adapter_config.json").is_file():
+            save_adapter_scaling(_inner(model), folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         self._measure(args, state, model)
@@ -168,11 +174,12 @@ def check_scaling(model: Any, wanted: RopeScaling | None = None) -> RopeScaling:
 
     Args:
         model: a model of transformers, patched or not.
-        wanted: the scaling that it should compute with; None: the one in its config.
+        wanted: the scaling that it should compute with, where layer types differ that of the full-attention layers, and
+            in all layers that have RoPE; None: the one in its config.
 
     Raises:
-        ConfigError: it computes with another one. A `rope_scaling` that a trainer's YAML sets but the family does not
-            read is found here.
+        ConfigError: it computes with another one, or its rotary modules cannot tell. A `rope_scaling` that a trainer's
+            YAML sets but the family does not read is found here.
     """
     patched = patched_scaling(model)
     settings = RopeSettings(model.config)
@@ -180,12 +187,20 @@ def check_scaling(model: Any, wanted: RopeScaling | None = None) -> RopeScaling:
     if patched is not None:
         if patched != expected and wanted is not None:
             raise ConfigError(f"the model computes with {patched.label}, not with {expected.label}; patch it with that")
+        if lost := lost_part(model):
+            raise ConfigError(f"the model was patched with {patched.label} and lost it: {lost}; patch it again")
+        dropped = patched_plan(model).drop_layers
+        if dropped and wanted is not None:
+            layers = ", ".join(map(str, dropped))
+            raise ConfigError(
+                f"the model computes with {patched.label}, but layers {layers} have no rotary embedding (drop_layers)"
+            )
         return patched
-    if expected.is_length_dependent:  # of transformers' own, which has no table to hold against
-        if settings.scaling != expected:
-            raise ConfigError(f"the model's config says {settings.scaling.label}, not {expected.label}; patch_model it")
-        return expected
-    if not computes(model, expected):
+    try:
+        confirmed = computes(model, expected, settings, by_length=True)
+    except ConfigError as error:
+        raise ConfigError(f"whether the model computes with {expected.label} cannot be told: {error}") from error
+    if not confirmed:
         raise ConfigError(
             f"the model does not compute with {expected.label}: its rotary tables are others. Patch it before training:"
             f" scaled_rope.patch_model(model, ...)"

@@ -120,7 +120,7 @@ class Recipe:
         short_share: the share of the steps that read their rows as windows of the original length with the original
             frequencies, for mixed training (LongRoPE2, arXiv 2502.20082); the result changes its frequencies at that
             length, as `longrope`.
-        sliding_window_attention_schedule: window at step i is entry i mod n (Mistral); None leaves the model's own.
+        sliding_window_attention_schedule: window at step i is entry i mod n, in layers with one; None: the model's own.
         loss: how it is computed from hidden states: "chunked", some logits at a time; "fused", by Liger's kernel on a
             GPU; "whole", all logits at once; "auto": fused where it can run, else chunked.
         loss_weights: "data": those of the data, else 1; "long_ce" (LongCE, arXiv 2410.23771): times the probability

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 import re
 from pathlib import Path
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, GPTJForCausalLM, Trainer, TrainingArguments
 
 import eval.report as report
 import finetune
 from scaled_rope import RopeScaling, patch_model
 from scaled_rope.errors import ConfigError
 from scaled_rope.integrations import ContextCallback, card, check_scaling
+from scaled_rope.patching.loading import apply_scaling, load_model
 from scaled_rope.patching.loss import token_nll
+from scaled_rope.patching.patch import patched_plan, patched_scaling
 from scaled_rope.results import read_rows
+from scaled_rope.serving.inspect_model import check_model
 from tests.helpers import ROOT
 from tests.helpers.number_texts import (
     TRAINED,
@@ -135,6 +140,110 @@ def test_a_checkpoint_that_carries_its_scaling(checkpoint: str, tmp_path: Path) 
     patch_model(model, "yarn:4")
     model.save_pretrained(tmp_path / "saved")
     assert check_scaling(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")).label == "yarn x4"
+
+
+@pytest.mark.parametrize("make", [GPT2LMHeadModel, GPTJForCausalLM])
+def test_a_model_that_cannot_have_a_scaling_confirms_none(make: Any) -> None:
+    said = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+    small = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    model = make(make.config_class(**small, rotary_dim=16, rope_parameters=said))
+    wanted = RopeScaling.from_config(model.config)
+    assert wanted.label == "yarn x4"
+    for given in (None, wanted):
+        with pytest.raises(ConfigError, match="whether the model computes with yarn x4 cannot be told: architecture"):
+            check_scaling(model, given)
+    assert check_scaling(make(make.config_class(**small, rotary_dim=16))).method == "default"
+
+
+def test_scalings_by_length_are_held_against_the_rotary_module(checkpoint: str) -> None:  # noqa: F811
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    built = AutoModelForCausalLM.from_pretrained(checkpoint, rope_parameters=dict(rope))
+    own = check_scaling(built)
+    assert own.label == "dynamic-ntk x4"
+    built(torch.ones(1, 3 * TRAINED, dtype=torch.long))  # which its rotary module remembers
+    assert check_scaling(built) == check_scaling(built, own) == own
+    edited = AutoModelForCausalLM.from_pretrained(checkpoint)
+    edited.config.rope_parameters |= rope
+    for given in (None, own):
+        with pytest.raises(ConfigError, match="does not compute with dynamic-ntk x4"):
+            check_scaling(edited, given)
+    built.config.rope_parameters = edited.config.rope_parameters | {"factor": 2.0}
+    with pytest.raises(ConfigError, match="does not compute with yarn x4"):
+        check_scaling(built, RopeScaling("yarn", 4.0, TRAINED))
+
+
+def _swapped(model: Any, before: Any) -> None:
+    model.model.rotary_emb = before.model.rotary_emb
+
+
+def _other_factor(model: Any, before: Any) -> None:
+    model.model.rotary_emb.attention_scaling = 1.0
+
+
+def _other_frequencies(model: Any, before: Any) -> None:
+    model.model.rotary_emb.inv_freq = before.model.rotary_emb.inv_freq
+
+
+def _own_forward(model: Any, before: Any) -> None:
+    attention = model.model.layers[0].self_attn
+    attention.forward = MethodType(type(attention).forward, attention)
+
+
+def _other_layer(model: Any, before: Any) -> None:
+    model.model.layers[1] = before.model.layers[1]
+
+
+def _no_hooks(model: Any, before: Any) -> None:
+    for layer in model.model.layers:
+        layer._forward_pre_hooks.clear()
+
+
+@pytest.mark.parametrize(
+    ("spec", "undo", "said"),
+    [
+        ("yarn:4", _swapped, "rotary_emb is a LlamaRotaryEmbedding"),
+        ("yarn:4", _other_factor, "rotary_emb holds another attention factor"),
+        ("yarn:4", _other_frequencies, "rotary_emb holds other frequencies"),
+        ("yarn:4,attention_temperature=log", _own_forward, "LlamaAttention does not call the ALL_ATTENTION_FUNCTIONS"),
+        ("dynamic-yarn:4", _other_layer, "LlamaAttention does not call the apply_rotary_pos_emb"),
+        ("self-extend,group=4,window=8", _own_forward, "LlamaAttention does not call the apply_rotary_pos_emb"),
+        ("yarn:4", _no_hooks, "a hook of the patch is gone"),
+    ],
+)
+def test_a_patch_that_was_undone_in_part_is_noticed(checkpoint: str, spec: str, undo: Any, said: str) -> None:  # noqa: F811
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    before = copy.deepcopy(model)
+    patch_model(model, spec, drop_layers=[0] if undo is _no_hooks else [])
+    whole = copy.deepcopy(model)
+    undo(model, before)
+    with pytest.raises(ConfigError, match=f"was patched with .* and lost it: {said}"):
+        check_scaling(model)
+    (finding,) = check_model(model)
+    assert finding.code == "patch-undone" and said in finding.text
+    for one in (whole, whole.to(torch.bfloat16), copy.deepcopy(whole)):  # these have it all
+        assert check_scaling(one) == patched_scaling(model) and not check_model(one)
+    apply_scaling(model, check_scaling(whole), patched_plan(whole))
+    assert check_scaling(model) == check_scaling(whole)
+
+
+def test_a_checkpoint_of_an_adapter_says_its_scaling(checkpoint: str, texts: str, tmp_path: Path) -> None:  # noqa: F811
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    patch_model(model, "yarn:4")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "checkpoint-5")
+    where, state = SimpleNamespace(output_dir=tmp_path), SimpleNamespace(global_step=5, is_world_process_zero=True)
+    ContextCallback(texts, [16]).on_save(where, state, None, model=adapted)
+    loaded = load_model(checkpoint, adapter=str(tmp_path / "checkpoint-5"))
+    assert check_scaling(loaded) == check_scaling(model) and check_scaling(model).label == "yarn x4"
+
+
+def test_layers_without_rotary_embedding_are_not_counted_as_scaled(checkpoint: str) -> None:  # noqa: F811
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    patch_model(model, "yarn:4", drop_layers=range(model.config.num_hidden_layers))
+    wanted = check_scaling(model)
+    with pytest.raises(ConfigError, match="computes with yarn x4, but layers 0.* have no rotary embedding"):
+        check_scaling(model, wanted)
 
 
 @pytest.mark.parametrize(

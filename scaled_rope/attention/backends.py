@@ -213,7 +213,24 @@ def has_window(config: Any) -> bool:
     if getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True):
         return False
     types = getattr(config, "layer_types", None)
-    return not types or "sliding_attention" in types
+    return not types or any("sliding" in kind for kind in types)
+
+
+def set_window(config: Any, window: int) -> None:
+    """Set the sliding window of a config of text, in tokens.
+
+    Raises:
+        ConfigError: no layer has one, so that nothing would change. The config is then unchanged.
+    """
+    former = getattr(config, "sliding_window", None)
+    if hasattr(config, "sliding_window"):
+        config.sliding_window = window
+        if has_window(config):
+            return
+        config.sliding_window = former
+    raise ConfigError(
+        f"sliding_window={window}: no layer of this {config.model_type!r} model has a sliding window; leave it out"
+    )
 
 
 def _lacks(name: str, device: torch.device, dtype: str) -> str:
@@ -261,13 +278,18 @@ def blocked_sdpa(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         [B, T, H, D] and None. Rows of padding are zero.
 
     Raises:
-        ConfigError: soft caps, sinks and biases; a module that does not pass positions on.
+        ConfigError: soft caps, sinks and biases; a mask of another form; a module that does not pass positions on.
     """
     if name := call.has("softcap", "s_aux", "position_bias", "cache"):
         raise ConfigError(f"attention 'sdpa_blocked': has no {name}")
     if call.may_see_later_keys:
         raise ConfigError("attention 'sdpa_blocked': is causal, use 'sdpa'")
     module, query, key, value, mask = call.module, call.query, call.key, call.value, call.attention_mask
+    if mask is not None and mask.dim() != 2:
+        raise ConfigError(
+            f"attention 'sdpa_blocked': attention_mask of shape {list(mask.shape)} is not allowed; [rows, tokens], or "
+            "another attention implementation, such as 'sdpa'"
+        )
     window: int | None = call.options.get("sliding_window")
     given = {"dropout": call.dropout, "scaling": call.options.get("scaling")}
     # One query of each row, as in decoding: its rows need not be attended to one by one.
@@ -316,14 +338,26 @@ def by_stretch(attend: Callable[[Tensor, Tensor, Tensor], Tensor], call: Attenti
 def _stretches(
     mask: Tensor | None, position_ids: Tensor | None, cu_seqlens: Tensor | None, query: Tensor, keys: int
 ) -> list[tuple[int, int, int]] | None:
-    """List (row, first key, end) of each text that attends only to itself; None when every row is a single text."""
+    """List (row, first key, end) of each text that attends only to itself; None when every row is a single text.
+
+    Raises:
+        ConfigError: a mask that leaves out keys inside a text; positions that are not there to tell packed texts.
+    """
     batch, _, tokens, _ = query.shape
     if mask is not None and mask.shape[1] == 0:
         return None
     if mask is not None:
-        # argmax gives the first of equal values, so where padding on the left ends.
-        starts, counts = mask.int().argmax(dim=1).tolist(), mask.sum(dim=1).tolist()
-        return [(row, start, start + n) for row, (start, n) in enumerate(zip(starts, counts, strict=True))]
+        seen = mask.long()
+        # argmax gives the first of equal values, so where padding on the left ends. Read at once: a GPU waits for it.
+        last = (seen * torch.arange(mask.shape[1], device=mask.device)).amax(dim=1)
+        found = torch.stack((seen.argmax(dim=1), seen.sum(dim=1), last), dim=1).tolist()
+        for row, (start, count, end) in enumerate(found):
+            if count and end != start + count - 1:
+                raise ConfigError(
+                    f"attention_mask: row {row} leaves out tokens between {start} and {end}, which needs 'sdpa' or "
+                    "'eager' and a method that computes no attention itself; pad on the left or on the right"
+                )
+        return [(row, start, start + count) for row, (start, count, _) in enumerate(found)]
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         return [(0, start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
@@ -342,11 +376,11 @@ def _stretches(
         return None
     jumps = jumps.expand(batch, -1)
     places = jumps.nonzero().tolist()
-    found = []
+    apart = []
     for row in range(batch):
         bounds = [0, *(place + 1 for at, place in places if at == row), tokens]
-        found += [(row, start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
-    return found
+        apart += [(row, start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return apart
 
 
 def _causal(

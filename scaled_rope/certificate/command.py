@@ -49,8 +49,10 @@ def run(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     tokenizer = load_tokenizer(args.model)
     text = long_text() if args.text is None else Path(args.text).read_text(encoding="utf-8", errors="replace")
-    target = served_length(claim, _text_config(checkpoint.config))
     asked = sorted(set(parse_lengths(args.lengths))) if args.lengths else []
+    config = _text_config(checkpoint.config)
+    without_length = getattr(config, "max_position_embeddings", None) is None and claim.max_position_embeddings is None
+    target = asked[-1] if asked and without_length else served_length(claim, config, "--lengths")
     limit = _GPU_LIMIT if device.type == "cuda" else _CPU_LIMIT
     ids = encode_text(tokenizer, text, max(asked[-1] if asked else 0, min(target, limit)))
     if len(ids) < _PROBE:
@@ -107,7 +109,8 @@ def _default_lengths(
 ) -> tuple[list[int], list[str]]:
     """Below L, at L, and up to the target, as far as server, memory and time allow; and what to say about that."""
     text = _text_config(config)
-    original = int(claim.original_max_position_embeddings or text.max_position_embeddings)
+    # Where the config says no length, the scaling does, or `served_length` would have refused.
+    original = int(claim.original_max_position_embeddings or getattr(text, "max_position_embeddings", None) or target)
     notes = []
     if served is not None and served - 1 < min(limit, target):
         notes.append(f"prompts end at {served - 1} tokens: the server takes {served}, and the scaling is for {target}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -64,13 +65,29 @@ class Reference:
         ids = torch.tensor([observed.ids], device=device)
         places = torch.tensor(observed.positions, device=device)
         options: dict[str, Any] = {"use_cache": False}
-        if window is not None and window < len(observed.ids):
+        own_mask = window is not None and window < len(observed.ids)
+        if own_mask:
+            assert window is not None
             options["attention_mask"] = self._window_mask(len(observed.ids), window)
-        if self._keeps:
-            logits: Tensor = self.model(ids, logits_to_keep=places, **options).logits[0]
-        else:
-            logits = self.model(ids, **options).logits[0, places]
+        with self._masked() if own_mask else contextlib.nullcontext():
+            if self._keeps:
+                logits: Tensor = self.model(ids, logits_to_keep=places, **options).logits[0]
+            else:
+                logits = self.model(ids, **options).logits[0, places]
         return logits.float().cpu()
+
+    @contextlib.contextmanager
+    def _masked(self) -> Iterator[None]:
+        """Within this context the model's attention takes a mask [1, 1, T, T]: "sdpa_blocked" takes none."""
+        former = self.config._attn_implementation
+        if former != "sdpa_blocked":
+            yield
+            return
+        self.model.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(former)
 
     def _window_mask(self, length: int, window: int) -> Any:
         """A mask that lets every position see the last `window` tokens, itself among them."""

@@ -17,6 +17,7 @@ from scaled_rope.evaluation.failures import Failure, failing_alone, raise_if_sam
 from scaled_rope.evaluation.ranks import current
 from scaled_rope.evaluation.served_model import ServedModel
 from scaled_rope.flags import NO_EFFECT, check_model_arguments, requested_specs
+from scaled_rope.patching.adapter_scaling import adapter_scaling
 from scaled_rope.patching.device_maps import Placement
 from scaled_rope.patching.loading import apply_scaling, load_model, resolve_device, resolve_dtype, resolve_plan
 from scaled_rope.patching.region_attention import check_carrier
@@ -157,13 +158,19 @@ def _job(
     Raises:
         ConfigError: they don't fit together.
     """
-    own = base = checkpoint.settings.scaling
+    trained = adapter_scaling(args.adapter) if args.adapter else None
+    own, present = (checkpoint.settings.scaling, None) if trained is None else trained
+    base = own
     if args.original_max_position_embeddings is not None:
         base = replace(own, original_max_position_embeddings=args.original_max_position_embeddings)
-    plan = resolve_plan(checkpoint.settings, args.layers, args.drop_layers)
+    scaling = resolve_scaling(spec, base)
+    if trained is not None and scaling != own:
+        print(f"note: {args.adapter} was trained under {own.label}, and is read under {scaling.label}", file=sys.stderr)
+    elif trained is not None and not args.scaling:
+        print(f"note: {args.adapter} was trained under {own.label}, which is used", file=sys.stderr)
+    plan = resolve_plan(checkpoint.settings, args.layers, args.drop_layers, present)
     choice = [f"{args.layers} layers only"] if args.layers is not None else []
     choice += [f"without RoPE in {','.join(map(str, args.drop_layers))}"] if args.drop_layers else []
-    scaling = resolve_scaling(spec, base)
     if scaling.changes_attention:
         check_carrier(scaling.method, args.attention)
     head_dim, words = checkpoint.settings.head_dim, ", ".join(choice)

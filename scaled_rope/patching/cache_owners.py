@@ -21,6 +21,7 @@ from scaled_rope.patching.class_exchange import exchange_class
 from scaled_rope.patching.forward_pass import current_pass
 
 _CONTENTS = "_scaled_rope_contents"
+NO_SHIFT = torch.iinfo(torch.int64).min
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class CacheContents:
     """The tokens, where they are kept, in pieces [B, T, ...], each with the name of the argument that it came as."""
     scale: Tensor | None = None
     """[B or 1]: the scale that the keys were rotated with, where it can change."""
+    shift: Tensor | None = None
+    """[B or 1]: by how much positions exceed the number of tokens before them, where attention counts tokens itself;
+    `NO_SHIFT` for rows of which no token came yet. None: no positions were given."""
 
     def _rows(self, change: Any) -> None:
         def of(rows: Tensor) -> Tensor:
@@ -54,6 +58,7 @@ class CacheContents:
 
         self.offset = None if self.offset is None else of(self.offset)
         self.scale = None if self.scale is None else of(self.scale)
+        self.shift = None if self.shift is None else of(self.shift)
         self.inputs = [(name, change(rows)) for name, rows in self.inputs]
 
     def reorder(self, rows: Tensor) -> None:

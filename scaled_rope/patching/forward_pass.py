@@ -26,6 +26,8 @@ class ForwardPass:
     """The hooks that began the pass and end it; None where no pass has begun."""
     positions: Tensor | None = None
     """[B or 1, Q]: the positions of its queries, where frequencies depend on the length or temperatures on them."""
+    shift: Tensor | None = None
+    """[B or 1]: see `cache_owners.CacheContents`."""
     cache: Any = None
     """The cache that the pass was given, if any."""
     contents: Any = None

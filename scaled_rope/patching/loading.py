@@ -19,13 +19,15 @@ import torch
 import transformers
 from torch import nn
 
-from scaled_rope.attention.backends import attention_for, check_attention, resolve_attention
+from scaled_rope.attention.backends import attention_for, check_attention, resolve_attention, set_window
 from scaled_rope.checkpoint import Checkpoint, first_line, open_checkpoint, reading, without_custom_rope
 from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.patching.adapter_scaling import adapter_scaling
 from scaled_rope.patching.device_maps import Placement, is_offloaded
 from scaled_rope.patching.families import ADAPTERS
 from scaled_rope.patching.patch import (
     computes,
+    lost_part,
     patch_as_read,
     patched_kernel,
     patched_plan,
@@ -89,9 +91,12 @@ def apply_scaling(
     kernel: the implementation that rotates queries and keys, see `patch_model`; by default the present one, or "auto".
     settings: the RoPE settings in the config of an unpatched model, if they have been read already.
 
-    A model whose config has this scaling and that computes it is left untouched, so any architecture can be read with
-    its own scaling. The exception is a kernel: it is installed if it is asked for by name, or if "auto" selects it for
-    a family in `ADAPTERS`.
+    A model whose config has this scaling and that computes it is left untouched, so an architecture that is not
+    understood can be read unscaled. The exception is a kernel: it is installed if it is asked for by name, or if "auto"
+    selects it for a family in `ADAPTERS`.
+
+    Raises:
+        ConfigError: as `patch_model`, and a scaling in the config of a model that has no rotary module for it.
     """
     if kernel is None:
         kernel = patched_kernel(model) or "auto"
@@ -100,7 +105,7 @@ def apply_scaling(
     layers = with_primary(plan.layers, scaling)
     backend = resolve_kernel(kernel)
     if patched_scaling(model) == scaling and current == LayerPlan(layers, plan.drop_layers):
-        if kernel == "auto" or patched_kernel(model) == backend:
+        if (kernel == "auto" or patched_kernel(model) == backend) and not lost_part(model):
             return
     if patched_scaling(model) is not None:
         settings = settings_without_patch(model)
@@ -175,14 +180,44 @@ def former_names() -> Iterator[None]:
 
 
 def merge_adapter(model: nn.Module, adapter: str) -> nn.Module:
-    """The model with a LoRA adapter merged into its weights. Raises ConfigError: no PEFT, or no such adapter."""
+    """The model with a LoRA adapter merged into its weights.
+
+    Raises:
+        ConfigError: no PEFT, no such adapter, or one whose weights aren't those that its config asks for in this model.
+    """
     try:
         import peft
     except ImportError as error:
         raise ConfigError("an adapter needs peft: pip install 'scaled-rope[train]'") from error
     with reading("adapter", adapter), former_names():
-        merged: nn.Module = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)  # refused below
+            wrapped: Any = peft.PeftModel.from_pretrained(model, adapter)
+        _check_complete(wrapped, adapter)
+        merged: nn.Module = wrapped.merge_and_unload()
     return merged
+
+
+def _check_complete(wrapped: Any, adapter: str) -> None:
+    """Raise a ConfigError that names the weights of an adapter that it lacks for this model, and those that no module
+    takes. PEFT leaves the former at values that change nothing, and the latter out; modules that are saved whole it
+    misses by itself."""
+    import peft
+
+    mapping = getattr(wrapped.get_base_model(), "_checkpoint_conversion_mapping", {})  # as PEFT reads it
+    weights = peft.utils.load_peft_weights(adapter, device="cpu", key_mapping=mapping)
+    result = peft.set_peft_model_state_dict(wrapped, weights, adapter_name="default")
+    prefix = getattr(wrapped.base_model, "prefix", "lora_")
+    missing = [name for name in result.missing_keys if prefix in name and "default" in name.split(".")]
+    said = [("it holds no", missing), ("no module takes its", result.unexpected_keys)]
+    if found := [f"{what} {_listed(names)}" for what, names in said if names]:
+        kind = type(wrapped.get_base_model()).__name__
+        raise ConfigError(f"adapter {adapter!r} does not fit this {kind}: {'; '.join(found)}")
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 @torch.no_grad()
@@ -198,8 +233,7 @@ def check_finite(model: nn.Module, what: str) -> None:
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 bad.append(f"{name} ({int((~torch.isfinite(weight)).sum())} of {weight.numel()})")
     if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise ConfigError(f"{what} has weights that are NaN or infinite: {', '.join(bad[:3])}{more}")
+        raise ConfigError(f"{what} has weights that are NaN or infinite: {_listed(bad)}")
 
 
 def load_model(
@@ -224,12 +258,13 @@ def load_model(
     Args:
         name: directory or hub name, or a checkpoint whose config has been read. Only safetensors are read, never
             pickles.
-        scaling: None or "checkpoint": as the checkpoint says; otherwise a record or a spec (`resolve_scaling`).
+        scaling: None or "checkpoint": as the checkpoint says, or in its place the adapter (`adapter_scaling`);
+            otherwise a record or a spec (`resolve_scaling`).
         dtype: float32, bfloat16, float16, or "auto" (bfloat16 on a GPU). Frequencies stay in float32 in any case.
         device: default: the first GPU when there is one.
         attn_implementation: "auto" chooses one that can run here and suits the architecture (`attention.backends`).
         adapter: a LoRA adapter that is merged into the weights.
-        sliding_window: replaces the configuration's attention window (tokens), for architectures that have one.
+        sliding_window: replaces the configuration's attention window (tokens), for models of which a layer has one.
         layers, drop_layers: which layers are scaled and which lose their rotary embedding, see `resolve_plan`.
         kernel: the implementation that rotates queries and keys, see `patch_model`.
         placement: how the model is split over devices, instead of `device`; None: it is not.
@@ -242,17 +277,17 @@ def load_model(
     checkpoint = name if isinstance(name, Checkpoint) else open_checkpoint(name, trust_remote_code)
     attention = resolve_attention(attn_implementation, device, dtype)
     settings = checkpoint.settings
-    wanted = scaling if isinstance(scaling, RopeScaling) else resolve_scaling(scaling or "checkpoint", settings.scaling)
+    trained = None if adapter is None else adapter_scaling(adapter)
+    own, present = (settings.scaling, None) if trained is None else trained
+    wanted = scaling if isinstance(scaling, RopeScaling) else resolve_scaling(scaling or "checkpoint", own)
     if wanted.changes_attention:
         check_carrier(wanted.method, attn_implementation)
-    plan = resolve_plan(settings, layers, drop_layers)
+    plan = resolve_plan(settings, layers, drop_layers, present)
     config = copy.deepcopy(checkpoint.config)
     if build_unscaled(config):
         settings = RopeSettings(config)
     if sliding_window is not None:
-        if not hasattr(config, "sliding_window"):
-            raise ConfigError(f"model_type {config.model_type!r} has no sliding window; leave sliding_window out")
-        config.sliding_window = sliding_window
+        set_window(config.get_text_config(decoder=True), sliding_window)
     if attn_implementation == "auto":
         attention = attention_for(config, attention, device)
     else:

@@ -19,8 +19,10 @@ from transformers import Cache
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching import forward_pass
+from scaled_rope.patching.base_model import has_values
 from scaled_rope.patching.cache_argument import cache_name, empty, given_cache, returned_cache
 from scaled_rope.patching.cache_owners import (
+    NO_SHIFT,
     CacheContents,
     CacheOwner,
     check_device,
@@ -106,10 +108,10 @@ class Passes:
             self._check_readable(module, cache, contents)
         if start and self.unrotated:
             require_contents(cache, contents)
-        positions = given.get("position_ids")
-        if self.unrotated and isinstance(positions, Tensor) and positions.dim() == 3:
-            _positions(given, given[name], start)  # refuses axes that differ: distances are counted in tokens here
         current = ForwardPass(hooks=self, cache=cache, contents=contents, inputs=(name, given[name]))
+        if self.unrotated:  # distances are counted in tokens here
+            before = contents.shift if start and contents is not None else None
+            current.shift = _shift(given, given[name], start, cache, before)
         if self.positional and not self.length_dependent:
             current.positions, changed = _positions(given, given[name], start)
             forward_pass.begin(current)
@@ -158,6 +160,7 @@ class Passes:
             contents.offset = current.deferred.offset
         elif current.positions is not None:
             contents.offset = offset_of(current.positions, start)
+        contents.shift = current.shift
         if self.stepped:
             assert current.positions is not None
             contents.scale = self._scale(current.positions)
@@ -253,6 +256,43 @@ def _wants_cache(module: nn.Module, given: dict[str, Any]) -> bool:
     current, former = "is_activation_checkpointing", "is_gradient_checkpointing"  # renamed in transformers 5.23
     recomputed = module.training and getattr(module, current if hasattr(module, current) else former, False)
     return bool(wanted) and not recomputed
+
+
+def _shift(given: dict[str, Any], tokens: Tensor, start: int, cache: Any, before: Tensor | None) -> Tensor | None:
+    """Check the positions of a pass whose attention counts distances in tokens; return `CacheContents.shift`.
+
+    Without a mask and a cache positions that do not rise by one begin a new text, which attention sees to. A single
+    token on a GPU is not looked at, since the GPU would have to be waited for in each step of decoding.
+
+    Args:
+        before: that of the tokens in the cache.
+
+    Raises:
+        ConfigError: positions with gaps, or along axes that differ.
+    """
+    if not isinstance(given.get("position_ids"), Tensor):
+        return before
+    positions, _ = _positions(given, tokens, start)
+    mask, count = given.get("attention_mask"), tokens.shape[1]
+    unseen = not has_values(positions) or (count == 1 and positions.device.type != "cpu")
+    if unseen or (mask is None and cache is None):
+        return before
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= start + count:
+        here = mask[:, start : start + count].long()
+        counted, real = mask[:, :start].sum(dim=1, keepdim=True) + here.cumsum(dim=1) - 1, here != 0
+    else:
+        counted = torch.arange(start, start + count, device=positions.device)[None]
+        real = torch.ones_like(counted, dtype=torch.bool)
+    shifts, real = torch.broadcast_tensors(positions - counted, real)  # type: ignore[no-untyped-call]
+    some = real.any(dim=1)
+    former = torch.full_like(some, NO_SHIFT, dtype=torch.long) if before is None else before.to(shifts.device)
+    shift = torch.where(former != NO_SHIFT, former, shifts.gather(1, real.int().argmax(dim=1, keepdim=True))[:, 0])
+    if not bool(((shifts == shift[:, None]) | ~real).all()):
+        raise ConfigError(
+            "position_ids: must rise by one from token to token, those in a cache included, because this method counts "
+            "distances in tokens; leave position_ids out"
+        )
+    return torch.where(some | (former != NO_SHIFT), shift, NO_SHIFT)
 
 
 def _positions(given: dict[str, Any], tokens: Tensor, start: int) -> tuple[Tensor, bool]:

@@ -8,28 +8,33 @@ of their family's function.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from scaled_rope.attention.methods import attention_regions
 from scaled_rope.errors import ConfigError
-from scaled_rope.patching.base_model import Place, base_model, device_of
+from scaled_rope.patching.base_model import Place, base_model, device_of, has_values, on_cpu
 from scaled_rope.patching.cache_owners import CacheOwner
 from scaled_rope.patching.deferred_rotation import defer_rotation, rotate_before_cache
 from scaled_rope.patching.layer_tables import build_rotary, hook_layers
 from scaled_rope.patching.pass_hooks import Passes
 from scaled_rope.patching.patch_request import PatchRequest, RequestedScaling, Unpatched, read_request, remarks
+from scaled_rope.patching.rebind import APPLY, INTERFACE, callers, is_rebound
 from scaled_rope.patching.region_attention import install_region_attention, remove_region_attention
+from scaled_rope.patching.rotary import LayeredRotaryEmbedding, ScaledRotaryEmbedding
 from scaled_rope.patching.rotary_kernel import bind_rotation, unbind_rotation
 from scaled_rope.patching.saved_config import (
     ABSENT,
     CONFIG_FIELDS,
+    agrees,
     config_fields,
     detach_config,
     let_save,
@@ -149,13 +154,13 @@ def patch_as_read(
     rotaries = [_rotary_for(request, unpatched, place, base) for place in unpatched.places]
     said = state.config if state else _fields_of(base.config)
     fields = config_fields(request, unpatched, base.config, said)
+    if state is None and base is not model:
+        detach_config(model, base)
     # Nothing is refused from here on, and whatever else goes wrong leaves the model as it was.
     replaced, shown = [place.current(base) for place in unpatched.places], _fields_of(base.config)
     names = tuple(name for name, module in model.named_modules() if any(module is each for each in replaced))
     if state:
         _restore(base, state)
-    elif base is not model:
-        detach_config(model, base)
     try:
         _install(base, unpatched, request, rotaries)
         write_config(base.config, fields)
@@ -334,20 +339,96 @@ def _state_of(model: nn.Module) -> _State | None:
     return next((vars(module)[_STATE] for module in model.modules() if _STATE in vars(module)), None)
 
 
-def computes(model: nn.Module, scaling: RopeScaling, settings: RopeSettings | None = None) -> bool:
-    """Whether an unpatched model computes with a static scaling already, judged by the numbers in its rotary module.
+def lost_part(model: nn.Module) -> str:
+    """Say in a few words which part of a patch a model has no more, as its modules show; "" where all of it is there,
+    and for a model that is not patched.
 
-    The config is not trusted, because families drop, rewrite or ignore parts of it. Only models whose rotary module is
-    not understood are judged by their config.
+    A rotary module may have been exchanged since, or a layer; another program may have given attention a forward of
+    its own, and pickling loses those that a patch binds.
+    """
+    base = next((module for module in model.modules() if _STATE in vars(module)), None)
+    if base is None:
+        return ""
+    assert isinstance(base, PreTrainedModel)
+    state: _State = vars(base)[_STATE]
+    request, unpatched, inside = state.request, state.unpatched, set(base.modules())
+    for place in unpatched.places:
+        try:
+            rotary = place.current(base)
+        except AttributeError:
+            return f"{place.path} is gone"
+        with _disable_current_modes():
+            if difference := _other_tables(rotary, _rotary_for(request, unpatched, place, base)):
+                return f"{place.path} {difference}"
+    bound_names = [(state.rotating, APPLY), (state.deferred, APPLY), (state.deferred, INTERFACE)]
+    bound_names.append((state.tempered, INTERFACE))
+    if request.scaling.changes_attention:
+        attention = callers(base, INTERFACE)
+        if not attention:
+            return "attention does not use transformers' attention interface"
+        bound_names += [(attention, APPLY), (attention, INTERFACE)]
+    for modules, name in bound_names:
+        for module in modules:
+            if module not in inside or not is_rebound(module, name):
+                return f"{type(module).__name__} does not call the {name} of the patch"
+    for path, plain in unpatched.attention.items():
+        if not math.isclose(base.get_submodule(path).scaling, plain * request.softmax_factor, rel_tol=1e-6):
+            return f"{path} has another softmax scale"
+    hooks = [id(hooks) for module in inside for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+    for handle in state.hooks:
+        held = handle.hooks_dict_ref()
+        if held is None or handle.id not in held or id(held) not in hooks:
+            return "a hook of the patch is gone"
+    return ""
 
-    settings: the RoPE settings in its config, if they have been read already.
+
+def _other_tables(found: nn.Module, wanted: nn.Module) -> str:
+    """How a rotary module differs from the one that a patch made, in a few words; "" where it makes the same tables."""
+    if type(found) is not type(wanted):
+        return f"is a {type(found).__name__}"
+    if isinstance(found, LayeredRotaryEmbedding) and isinstance(wanted, LayeredRotaryEmbedding):
+        if list(found.by_type) != list(wanted.by_type):
+            return f"has tables for {', '.join(found.by_type)}"
+        pairs = zip(found.by_type.values(), wanted.by_type.values(), strict=True)
+        return next((text for one, other in pairs if (text := _other_tables(one, other))), "")
+    assert isinstance(found, ScaledRotaryEmbedding) and isinstance(wanted, ScaledRotaryEmbedding)
+    if found.scaling != wanted.scaling:
+        return f"computes {found.scaling.label}"
+    if (found.head_dim, found.layout, found.float32_tables) != (wanted.head_dim, wanted.layout, wanted.float32_tables):
+        return "lays out its tables in another way"
+    frequencies, others = found.inv_freq, wanted.inv_freq
+    if has_values(frequencies) and has_values(others):
+        same = frequencies.shape == others.shape and frequencies.dtype == others.dtype
+        if not same or not torch.allclose(frequencies, others.to(frequencies.device), rtol=1e-6, atol=0):
+            return "holds other frequencies"
+    return "" if found.attention_scaling == wanted.attention_scaling else "holds another attention factor"
+
+
+def computes(
+    model: nn.Module, scaling: RopeScaling, settings: RopeSettings | None = None, by_length: bool = False
+) -> bool:
+    """Whether an unpatched model computes with a scaling already, judged by the numbers in its rotary modules.
+
+    The config is not trusted, because families drop, rewrite or ignore parts of it. Only an unscaled model whose rotary
+    module is not understood is judged by its config, and one that has no numbers yet.
+
+    Args:
+        settings: the RoPE settings in its config, if they have been read already.
+        by_length: whether a scaling that depends on the length is looked for as well, by running copies of the modules
+            at several lengths. Otherwise no model is said to compute it, since a module of transformers remembers
+            lengths.
+
+    Raises:
+        ConfigError: the scaling is one that the model has no rotary module for, or none that is understood.
     """
     try:
         base = base_model(model)
         unpatched = Unpatched.of(base, settings or RopeSettings(base.config), strict=False)
     except ConfigError:
+        if scaling.method != "default":
+            raise
         return (settings or RopeSettings(getattr(model, "config", {}))).scaling == scaling
-    if scaling.beyond_tables or scaling.is_length_dependent:
+    if scaling.beyond_tables or (scaling.is_length_dependent and not by_length):
         return False
     wanted = {name: unpatched.own_of(name) for name in unpatched.types} or {"": scaling}
     if unpatched.types:
@@ -361,17 +442,23 @@ def computes(model: nn.Module, scaling: RopeScaling, settings: RopeSettings | No
 
 def _module_computes(unpatched: Unpatched, place: Place, layer_type: str, scaling: RopeScaling) -> bool:
     rotary: Any = place.module
+    if scaling.is_length_dependent:
+        try:
+            return agrees(on_cpu(rotary), layer_type, scaling, unpatched)
+        except Exception:  # each family has its own ways to refuse
+            return False
     kind = getattr(rotary, "rope_type", "")
     kind = str(kind.get(layer_type, "") if isinstance(kind, dict) else kind)
     if "dynamic" in kind or "longrope" in kind:
         return False
     prefix = f"{layer_type}_" if layer_type else ""
     inv_freq, factor = getattr(rotary, f"{prefix}inv_freq", None), getattr(rotary, f"{prefix}attention_scaling", None)
-    if inv_freq is None or factor is None or inv_freq.is_meta:
-        return unpatched.scaling_at(place, unpatched.own_of(layer_type)) == scaling
+    said = unpatched.scaling_at(place, unpatched.own_of(layer_type)) == scaling
+    if inv_freq is None or inv_freq.is_meta:
+        return said
     wanted, wanted_factor = unpatched.form(place).frequencies(scaling, layer_type)
     if inv_freq.shape != wanted.shape:
         return False
     # transformers computes in float32 throughout: its frequencies are off by up to some ln(b) units of 6e-8.
     close = torch.allclose(inv_freq.float().cpu(), wanted, rtol=5e-6, atol=0)
-    return close and abs(float(factor) - wanted_factor) < 1e-6
+    return close and (said if factor is None else abs(float(factor) - wanted_factor) < 1e-6)

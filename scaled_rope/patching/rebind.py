@@ -9,11 +9,12 @@ A forward may be decorated (transformers 5.24 does so to rename arguments); its 
 
 The copy is bound to the module, as its attribute `forward`. So a deep copy of the module binds its own; activation
 checkpointing, engines and hooks call it as they call any forward; torch.compile traces through it; state dicts do not
-contain it. Pickling a whole module, which this package never does, would lose it.
+contain it. A pickle of the module would lose it, and is refused.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import types
@@ -37,6 +38,20 @@ class _Rebound:
     """The module's own attribute `forward` before; None when it had only that of its class."""
     functions: dict[str, Any] = field(default_factory=dict)
     """Global name -> the object in its place."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Rebound:
+        return _Rebound(copy.deepcopy(self.before, memo), copy.deepcopy(self.functions, memo))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled, and so its module: an unpickled one would have the forward of its class again.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "a model whose attention a patch has changed cannot be pickled, it would lose that; use save_pretrained, "
+            "and load_model to read it"
+        )
 
 
 def calls(module: nn.Module, name: str) -> bool:
@@ -74,6 +89,12 @@ def original(module: nn.Module, name: str) -> Any:
     forward = record.before if record.before is not None else type(module).forward
     globals_: dict[str, Any] = inspect.unwrap(getattr(forward, "__func__", forward)).__globals__
     return globals_[name]
+
+
+def is_rebound(module: nn.Module, name: str) -> bool:
+    """Whether the module's forward, as it is now, finds another object under the global `name` than its source file
+    has."""
+    return calls(module, name) and bound(module, name) is not original(module, name)
 
 
 def rebind(module: nn.Module, name: str, function: Any) -> Any:
@@ -119,11 +140,11 @@ def _install(module: nn.Module, record: _Rebound) -> None:
     # Without a __name__ torch.compile looks names up in this dictionary and not in the source file of that name.
     names = {key: value for key, value in function.__globals__.items() if key != "__name__"} | record.functions
     # Its own code object too: torch.compile caches by code object, and expects one dictionary of globals for each.
-    copy = types.FunctionType(function.__code__.replace(), names, None, function.__defaults__, function.__closure__)
-    functools.update_wrapper(copy, function)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    del copy.__dict__["__wrapped__"]  # it replaces the original instead of wrapping it
-    setattr(module, slot, types.MethodType(_wrapped_as(wrapped, copy), module))
+    other = types.FunctionType(function.__code__.replace(), names, None, function.__defaults__, function.__closure__)
+    functools.update_wrapper(other, function)
+    other.__kwdefaults__ = function.__kwdefaults__
+    del other.__dict__["__wrapped__"]  # it replaces the original instead of wrapping it
+    setattr(module, slot, types.MethodType(_wrapped_as(wrapped, other), module))
 
 
 def _wrapped_as(wrapped: types.FunctionType, inner: types.FunctionType) -> types.FunctionType:
@@ -132,10 +153,10 @@ def _wrapped_as(wrapped: types.FunctionType, inner: types.FunctionType) -> types
         return inner
     new, cells = _wrapped_as(wrapped.__wrapped__, inner), wrapped.__closure__ or ()
     closure = tuple(types.CellType(new) if cell.cell_contents is wrapped.__wrapped__ else cell for cell in cells)
-    copy = types.FunctionType(wrapped.__code__, wrapped.__globals__, None, wrapped.__defaults__, closure)
-    functools.update_wrapper(copy, new)
-    copy.__kwdefaults__ = wrapped.__kwdefaults__
-    return copy
+    other = types.FunctionType(wrapped.__code__, wrapped.__globals__, None, wrapped.__defaults__, closure)
+    functools.update_wrapper(other, new)
+    other.__kwdefaults__ = wrapped.__kwdefaults__
+    return other
 
 
 def _calls_wrapped(function: Any) -> bool:

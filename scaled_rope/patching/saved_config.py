@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from scaled_rope.errors import ConfigError
 from scaled_rope.patching.base_model import tables_of_text
 from scaled_rope.patching.class_exchange import exchange_class
 from scaled_rope.patching.patch_request import PatchRequest, Unpatched
@@ -29,7 +30,8 @@ class ABSENT:
 def config_fields(request: PatchRequest, unpatched: Unpatched, config: Any, before: dict[str, Any]) -> dict[str, Any]:
     """Return the config's new values by field, `ABSENT` for a field to delete. before: its values without a patch."""
     adapter, scaling, plan = unpatched.adapter, request.scaling, request.plan
-    context = 0 if before["max_position_embeddings"] is ABSENT else before["max_position_embeddings"]
+    given = before["max_position_embeddings"]
+    context = max(given if isinstance(given, int) else 0, scaling.max_position_embeddings or 0)
     # In a family with a default share of its own, leaving out a share of 1 would mean that default.
     says_share = "partial_rotary_factor" in str(before["rope_parameters"])
     form = unpatched.form(unpatched.places[0])
@@ -51,7 +53,7 @@ def config_fields(request: PatchRequest, unpatched: Unpatched, config: Any, befo
             by_type = {name: by_type.get(name) for name in before["rope_parameters"]}
         return {
             "rope_parameters": by_type if adapter.per_layer_type else words(scaling, rope_types),
-            "max_position_embeddings": max(context, scaling.max_position_embeddings or 0),
+            "max_position_embeddings": context or given,  # not all families say one
         }
 
     # transformers cannot express such a plan, and so must refuse to build the model.
@@ -81,7 +83,7 @@ def _is_understood(
     for place in unpatched.places:
         if not type(place.module).__module__.startswith("transformers."):
             continue  # somebody's own module: there is nothing to ask
-        said = {**copy.deepcopy(config.to_dict()), **copy.deepcopy(fields)}
+        said = {**copy.deepcopy(config.to_dict()), **copy.deepcopy(_present(fields))}
         try:
             with _silent_transformers(), torch.device("cpu"):  # models may be built under a default device of "meta"
                 whole = type(config).from_dict(said)
@@ -89,7 +91,7 @@ def _is_understood(
                     whole.rope_parameters = {**whole.rope_parameters, "rope_theta": theta}
                 rotary = type(place.module)(config=whole)
                 for name, one in scalings.items():
-                    if not _agrees(rotary, name, unpatched.scaling_at(place, one), unpatched):
+                    if not agrees(rotary, name, unpatched.scaling_at(place, one), unpatched):
                         return False
         except Exception:  # each family has its own ways to refuse
             return False
@@ -107,7 +109,7 @@ def _silent_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def _agrees(rotary: Any, layer_type: str, scaling: RopeScaling, unpatched: Unpatched) -> bool:
+def agrees(rotary: Any, layer_type: str, scaling: RopeScaling, unpatched: Unpatched) -> bool:
     """Whether a rotary module of transformers has the frequencies of a scaling, for short texts and beyond L."""
     prefix, more = (f"{layer_type}_", (layer_type,)) if layer_type else ("", ())
     original = scaling.original_max_position_embeddings or 1
@@ -126,7 +128,7 @@ def _agrees(rotary: Any, layer_type: str, scaling: RopeScaling, unpatched: Unpat
 
 def _record(scaling: RopeScaling, plan: LayerPlan, fields: dict[str, Any], config: Any, layers: dict[str, Any]) -> Any:
     """The record as a dictionary if the written `rope_parameters` would be read back as another one; else ABSENT."""
-    said = {"model_type": config.model_type, **{name: fields[name] for name in CONFIG_FIELDS[:2]}}
+    said = {"model_type": config.model_type, **_present({name: fields[name] for name in CONFIG_FIELDS[:2]})}
     if hasattr(config, "original_max_position_embeddings"):
         said["original_max_position_embeddings"] = config.original_max_position_embeddings
     with warnings.catch_warnings():
@@ -135,6 +137,10 @@ def _record(scaling: RopeScaling, plan: LayerPlan, fields: dict[str, Any], confi
             same = all(RopeScaling.from_config(said, name) == one for name, one in plan.layers.items())
             return ABSENT if same else {"layers": layers}
         return ABSENT if RopeScaling.from_config(said) == scaling else scaling.to_dict()
+
+
+def _present(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not ABSENT}
 
 
 def write_config(config: Any, fields: dict[str, Any]) -> None:
@@ -165,15 +171,47 @@ class _Unvalidated:
 
 
 def detach_config(model: nn.Module, base: PreTrainedModel) -> Any:
-    """Give every part of `model` that uses the base model's config one private copy of it."""
+    """Give every part of `model` that uses the base model's config one private copy of it.
+
+    Configs that hold it, at any depth, are copied as well, and only these: parts that shared a config still do.
+
+    Raises:
+        ConfigError: the config that is saved with the model does not hold the base model's. Nothing is changed then.
+    """
     shared = base.config
+    whole = next(part for part in model.modules() if isinstance(part, PreTrainedModel) and base in set(part.modules()))
+    if not _holds(whole.config, shared):
+        raise ConfigError(
+            f"architecture {whole.config.model_type!r}: its config does not hold that of its {type(base).__name__}, so "
+            "a saved model would lose the scaling; patch that part alone"
+        )
     private = copy.deepcopy(shared)
+    copies = {id(shared): (shared, private)}
     for module in model.modules():
         own: Any = vars(module).get("config")  # vars: wrappers forward attributes that they do not have
-        if own is shared:
-            module.config = private
-        elif getattr(own, "text_config", None) is shared:
-            whole: Any = copy.copy(own)  # the config of a multimodal model holds it as a part
-            whole.text_config = private
-            module.config = whole
+        if isinstance(own, PreTrainedConfig) and (copied := _with_copies(own, copies)) is not own:
+            module.config = copied
     return private
+
+
+def _parts(config: Any) -> dict[str, Any]:
+    return {name: part for name, part in vars(config).items() if isinstance(part, PreTrainedConfig)}
+
+
+def _holds(config: Any, part: Any) -> bool:
+    return config is part or any(_holds(each, part) for each in _parts(config).values())
+
+
+def _with_copies(config: Any, copies: dict[int, tuple[Any, Any]]) -> Any:
+    """The config itself, or, where it holds one that has a copy, a copy of it that holds that one's copy.
+
+    copies: identity of a config -> the config, so that it lives on, and its copy or itself; added to.
+    """
+    if id(config) not in copies:
+        parts = _parts(config)
+        changed = {name: new for name, part in parts.items() if (new := _with_copies(part, copies)) is not part}
+        found = copy.copy(config) if changed else config
+        for name, part in changed.items():
+            setattr(found, name, part)
+        copies[id(config)] = (config, found)
+    return copies[id(config)][1]

@@ -120,6 +120,7 @@ def softmax_scale_from_mscale(facts: ConfigFacts) -> Iterator[Finding]:
         "info",
         f"Models of type {facts.model_type} multiply the softmax scale by (0.1·mscale_all_dim·ln s + 1)² = "
         f"{value:.4g} in their attention; the attention factor of cos and sin here is only the ratio of both "
-        "mscales. That scale is fixed when the model is built.",
-        "To change the scaling edit config.json: patch_model refuses to leave that scale behind.",
+        "mscales.",
+        "To change the scaling use patch_model: it carries that scale to the factor of another YaRN, and takes it out "
+        "under any other method.",
     )

@@ -45,10 +45,18 @@ from scaled_rope.serving.targets.common import (
 from scaled_rope.serving.targets.registry import TARGETS
 
 
-def served_length(scaling: RopeScaling, config: Any) -> int:
-    """N where nothing is said: the factor's length, or what the checkpoint claims when it carries the scaling."""
-    claimed = int(config.max_position_embeddings)
+def served_length(scaling: RopeScaling, config: Any, flag: str = "--length") -> int:
+    """N where nothing is said: the factor's length, or what the checkpoint claims when it carries the scaling.
+
+    flag: where a caller may say it.
+
+    Raises:
+        ConfigError: neither says one.
+    """
+    claimed = int(getattr(config, "max_position_embeddings", None) or 0)
     extended = scaling.max_position_embeddings or 0
+    if not claimed and not extended:
+        raise ConfigError(f"{flag} is needed: the config of this {config.model_type!r} model says no length")
     return extended if scaling.factor > 1 and scaling != RopeScaling.from_config(config) else max(claimed, extended)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.families import ADAPTERS
-from scaled_rope.patching.patch import patched_plan, patched_scaling
+from scaled_rope.patching.patch import lost_part, patched_plan, patched_scaling
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import config_head_dim, nested_types
 from scaled_rope.scaling.record import RopeScaling
@@ -22,12 +22,24 @@ from scaled_rope.serving.inspect_report import Finding, describe_difference, qui
 def check_model(model: nn.Module) -> list[Finding]:
     """Compare what a loaded model computes with what its config says.
 
-    Finds configs that were edited after loading, frequencies that lost float32, dynamic modules that remember longer
-    inputs, and models whose own code differs from their config. Models without a rotary module give no findings.
+    Finds configs that were edited after loading, patches of which a part was undone, frequencies that lost float32,
+    dynamic modules that remember longer inputs, and models whose own code differs from their config. Models without a
+    rotary module give no findings.
     """
     findings: list[Finding] = []
     for base, rotary in _rotary_modules(model):
         findings += _check_rotary(model, base, rotary)
+    if lost := lost_part(model):
+        installed = patched_scaling(model)
+        assert installed is not None
+        findings.append(
+            Finding(
+                "patch-undone",
+                "error",
+                f"The model was patched with {installed.label} and lost a part of that: {lost}.",
+                "Call patch_model again, after whatever else changes the model.",
+            )
+        )
     return list(dict.fromkeys(findings))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from scaled_rope.checkpoint import load_config
+from scaled_rope.checkpoint import first_line, load_config
 from scaled_rope.errors import ConfigError, is_positive_whole
 from scaled_rope.flags import check_plan_arguments
 from scaled_rope.patching.loading import auto_class, build_unscaled
@@ -121,13 +121,13 @@ def plan_serving(
     if isinstance(scaling, str):
         scaling = resolve_scaling(scaling, RopeScaling.from_config(text))
     length = length or served_length(scaling, text)
-    heads = int(text.num_attention_heads)
+    heads = _whole(text, "num_attention_heads")
     if heads % gpus:
         raise ConfigError(f"--gpus {gpus} is not allowed; {heads} attention heads must be shared out evenly")
     notes = []
     if scaling.beyond_tables:
         notes.append(f"no server computes this scaling, which {scaling.beyond_tables}: see scaled-rope export")
-    extended = scaling.max_position_embeddings or int(text.max_position_embeddings)
+    extended = scaling.max_position_embeddings or _whole(text, "max_position_embeddings", length)
     if length > extended and not scaling.dynamic:
         notes.append(f"{length} tokens are beyond the {extended} that {scaling.label} is for")
     size, wide = _BYTES[kv_dtype], _wide(text)
@@ -138,7 +138,8 @@ def plan_serving(
     # A window that begins inside of a block keeps one block more.
     short = min(blocks, (math.ceil(window / _BLOCK) + 1) * _BLOCK) if window else blocks
     tokens = kinds["full"] * blocks + kinds["window"] * short
-    hidden, inner = int(text.hidden_size), int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+    hidden = _whole(text, "hidden_size")
+    inner = _whole(text, "intermediate_size", 4 * hidden)
     weights = _parameters(config) * 2 / gpus
     if getattr(config, "quantization_config", None) is not None:
         notes.append("the checkpoint is quantised: its weights take less than is said here")
@@ -167,10 +168,51 @@ def _per_token(text: Any, gpus: int) -> int:
     """Numbers per token and layer on each GPU."""
     if _wide(text):  # every GPU holds the whole of it
         return int(text.kv_lora_rank) + int(text.qk_rope_head_dim)
-    heads = int(text.num_attention_heads)
-    shared = int(getattr(text, "num_key_value_heads", None) or (1 if getattr(text, "multi_query", False) else heads))
-    width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    return 2 * width * max(1, math.ceil(shared / gpus))
+    heads = _whole(text, "num_attention_heads")
+    width = _whole(text, "head_dim", 0) or _whole(text, "hidden_size") // heads
+    return 2 * width * max(1, math.ceil(_key_heads(text, heads) / gpus))
+
+
+def _key_heads(text: Any, heads: int) -> int:
+    """Heads of keys and values. transformers' cache of a Falcon with the new architecture repeats them for all heads,
+    servers do not.
+
+    Raises:
+        ConfigError: the config says them under another name.
+    """
+    if (found := _whole(text, "num_key_value_heads", 0)) > 0:
+        return found
+    one = bool(getattr(text, "multi_query", False)) and not getattr(text, "new_decoder_architecture", False)
+    if one or (found := _whole(text, "num_kv_heads", 0)) > 0:
+        return 1 if one else found
+    for name, value in vars(text).items():
+        if is_positive_whole(value) and any(part in name for part in ("kv_", "_kv", "key_value", "query_group")):
+            if "head" in name or "group" in name:
+                raise ConfigError(f"num_key_value_heads is missing; whether {name}={value} means it is not known")
+    return heads
+
+
+def _whole(text: Any, name: str, default: int | None = None) -> int:
+    """A whole number of a config.
+
+    Raises:
+        ConfigError: it is missing and there is no default, or it differs between layers.
+    """
+    try:
+        value: Any = getattr(text, name, None)
+    except Exception as error:  # transformers' own for settings that differ between layers
+        raise ConfigError(
+            f"{name} differs between the layers of this {text.model_type!r} model: its cache is not known"
+        ) from error
+    if isinstance(value, list | tuple) and len(set(value)) == 1:
+        value = value[0]
+    if value is None and default is not None:
+        return default
+    if not is_positive_whole(value):
+        raise ConfigError(
+            f"{name}={value!r}: must be a whole number for the cache of this {text.model_type!r} model to be known"
+        )
+    return int(value)
 
 
 def _kinds(text: Any) -> Counter[str]:
@@ -201,7 +243,7 @@ def _parameters(config: Any) -> int:
         with torch.device("meta"):
             model = auto_class(config).from_config(config)
     except (TypeError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"model_type {config.model_type!r}: cannot be built: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"model_type {config.model_type!r}: cannot be built: {first_line(error)}") from error
     return sum(value.numel() for value in model.parameters())
 
 

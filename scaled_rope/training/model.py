@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from scaled_rope.attention.backends import attention_dropout, attention_for
+from scaled_rope.attention.backends import attention_dropout, attention_for, set_window
 from scaled_rope.checkpoint import first_line, load_tokenizer, open_checkpoint
 from scaled_rope.errors import ConfigError
+from scaled_rope.patching.adapter_scaling import save_adapter_scaling
 from scaled_rope.patching.families import head_dim_of
 from scaled_rope.patching.loading import check_tied, former_names, load_model, merge_adapter, resolve_plan
 from scaled_rope.patching.loss import token_nll
@@ -445,6 +446,7 @@ def save_model(
     dtype = recipe.save_dtype or recipe.compute_dtype
     if recipe.lora:
         model.save_pretrained(staged / "adapter", state_dict=state)
+        save_adapter_scaling(model, staged / "adapter")
         if recipe.quantization is None:
             model = model.merge_and_unload()
         else:  # merged into the weights as they were, since merging into 4 bits would round the adapters away
@@ -477,15 +479,19 @@ def merged_unquantised(recipe: Recipe, adapter: str) -> Any:
 
 
 def set_sliding_window(model: Any, window: int) -> None:
-    """Make every attention layer of a model with sliding windows (Mistral) use `window` tokens.
+    """Make every attention layer of a model that has a sliding window use `window` tokens; others see all.
 
     Raises:
-        ConfigError: the model has no sliding window.
+        ConfigError: no layer of the model has one.
     """
     config = _text(model)
-    if not hasattr(config, "sliding_window"):
-        raise ConfigError(f"sliding_window_attention_schedule is not allowed for {config.model_type}; Mistral only")
-    config.sliding_window = window
+    try:
+        set_window(config, window)
+    except ConfigError as error:
+        raise ConfigError(f"sliding_window_attention_schedule is not allowed: {error}") from error
+    types = getattr(config, "layer_types", None)
     for layer in model.modules():
         if hasattr(layer, "sliding_window"):
-            layer.sliding_window = window
+            index = getattr(layer, "layer_idx", None)
+            if not types or (layer.sliding_window is not None if index is None else "sliding" in types[index]):
+                layer.sliding_window = window

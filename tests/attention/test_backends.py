@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from scaled_rope.attention.backends import (
     attention_for,
     blocked_sdpa,
     check_attention,
+    has_window,
     refusal,
     resolve_attention,
 )
@@ -308,6 +310,11 @@ def test_unusual_calls_are_refused(tiny_model: Make, long_tokens: Tensor) -> Non
     for more in ({"softcap": 50.0}, {"s_aux": torch.zeros(2)}, {"is_causal": False}):
         with pytest.raises(ConfigError, match="'sdpa_blocked'"):
             blocked_sdpa(module, x, x, x, None, position_ids=torch.arange(4)[None], **more)  # type: ignore[arg-type]
+    for shape in ((1, 1, 4, 4), (4,)):
+        with pytest.raises(ConfigError, match="'sdpa_blocked': attention_mask of shape .* is not allowed"):
+            blocked_sdpa(module, x, x, x, torch.ones(shape), position_ids=torch.arange(4)[None])
+    with pytest.raises(ConfigError, match="attention_mask: row 0 leaves out tokens between 0 and 3"):
+        blocked_sdpa(module, x, x, x, torch.tensor([[1, 0, 1, 1]]), position_ids=torch.arange(4)[None])
     model = tiny_model("persimmon")
     with pytest.raises(ConfigError, match="gets no position_ids"):
         logits(model, "sdpa_blocked", long_tokens)
@@ -322,3 +329,16 @@ def test_the_table_in_the_docs_says_what_the_code_does() -> None:
         assert not row.capability or f"({row.capability}.0)" in needs
         assert (windows == "yes", documents == "yes", softcap == "yes") == (row.windows, row.documents, row.softcap)
         assert matrix == row.matrix
+
+
+@pytest.mark.parametrize(
+    ("types", "found"),
+    [
+        (["full_attention"] * 2, False),
+        (["full_attention", "sliding_attention"], True),
+        (["hybrid", "hybrid_sliding"], True),
+    ],
+)
+def test_a_window_counts_where_a_layer_has_it(types: list[str], found: bool) -> None:
+    assert has_window(SimpleNamespace(sliding_window=16, layer_types=types)) == found
+    assert not has_window(SimpleNamespace(sliding_window=None, layer_types=types))

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from scaled_rope.certificate.hypotheses import Hypothesis, hypotheses
 from scaled_rope.certificate.observed import Callables, Observed
 from scaled_rope.certificate.reference import Predicted, Reference
 from scaled_rope.errors import ConfigError
-from scaled_rope.patching.loading import apply_scaling
+from scaled_rope.patching.loading import apply_scaling, load_model
 from scaled_rope.scaling.record import RopeScaling
+from tests.helpers.models import Make
 
 L, N, VOCABULARY = 32, 96, 61
 
@@ -124,6 +126,21 @@ def test_a_window_in_all_layers_is_named(ids: list[int]) -> None:
     assert found.verdict == "other" and "window of 32 tokens" in found.names[0]
     short = certify(scaled(make(), "yarn:4"), served, ids, (8, 24), raw={})
     assert short.verdict == "right" and "window of 32 tokens" in " ".join(short.notes)  # nobody can tell
+
+
+@pytest.mark.parametrize("types", [None, ["sliding_attention", "full_attention"]])
+def test_a_model_with_sliding_windows_is_the_reference(
+    types: list[str] | None, ids: list[int], tiny_model: Make, tmp_path: Path
+) -> None:
+    """Which `load_model` gives an attention that takes no mask of the window hypothesis."""
+    if types is None:
+        tiny_model("mistral", sliding_window=40).save_pretrained(tmp_path)
+    else:
+        tiny_model("qwen2", sliding_window=40, layer_types=types).save_pretrained(tmp_path)
+    reference, served = load_model(str(tmp_path)), load_model(str(tmp_path), attn_implementation="eager")
+    assert reference.config._attn_implementation == "sdpa_blocked"
+    found = certify(reference, served, ids, (24, N))
+    assert found.verdict == "right" and reference.config._attn_implementation == "sdpa_blocked"
 
 
 def test_a_scaling_that_is_no_candidate_is_not_called_right(ids: list[int]) -> None:

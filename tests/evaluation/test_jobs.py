@@ -15,9 +15,11 @@ from scaled_rope import LayerPlan, patch_model
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.jobs import ModelLoader, model_jobs
 from scaled_rope.flags import add_model_arguments
-from scaled_rope.patching.patch import patched_plan
+from scaled_rope.patching.adapter_scaling import save_adapter_scaling
+from scaled_rope.patching.patch import patched_plan, patched_scaling
 from tests.helpers.checkpoints import (
     _truncate,
+    adapter,  # noqa: F401
     checkpoint,  # noqa: F401
     logits,
     sliding,  # noqa: F401
@@ -150,3 +152,23 @@ def test_flags(tiny_model: Make, tmp_path: Path) -> None:
         labels("--method", "yarn:2", "--window", "8")
     with pytest.raises(ConfigError, match="attention 'eager': cannot carry method 'rerope'"):
         labels("--rerope", "8", "--attention", "eager")
+
+
+def test_an_adapter_brings_its_scaling(
+    checkpoint: Path,  # noqa: F811
+    adapter: Path,  # noqa: F811
+    tiny_model: Make,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = tiny_model()
+    patch_model(model, "yarn:4", drop_layers=[1])
+    flags = ["-m", str(checkpoint), "--adapter", str(adapter)]
+    (job,) = model_jobs(parse(*flags))
+    assert job.scaling.method == "default" and not capsys.readouterr().err
+    save_adapter_scaling(model, adapter)
+    (job,) = model_jobs(parse(*flags))
+    assert (job.scaling, job.plan, job.carried) == (patched_scaling(model), patched_plan(model), True)
+    assert job.label == "yarn x4 (checkpoint)" and "was trained under yarn x4, which is used" in capsys.readouterr().err
+    (job,) = model_jobs(parse(*flags, "--scaling", "yarn:2"))
+    assert job.scaling.factor == 2 and not job.carried and job.plan.drop_layers == (1,)  # as of the merged model
+    assert "was trained under yarn x4, and is read under yarn x2" in capsys.readouterr().err

@@ -17,6 +17,20 @@ def checkpoint(tiny_model: Make, tmp_path: Path) -> Path:
     return tmp_path / "tiny"
 
 
+@pytest.fixture
+def adapter(tiny_model: Make, tmp_path: Path) -> Path:
+    """A LoRA adapter of the tiny model, with weights that change something and a module that is saved whole."""
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(tiny_model(), settings)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
 def logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
         return model(tokens, use_cache=False).logits

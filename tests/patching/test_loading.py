@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from scaled_rope import RopeScaling, patch_model
 from scaled_rope.checkpoint import load_config, load_tokenizer
 from scaled_rope.errors import ConfigError
+from scaled_rope.patching.adapter_scaling import save_adapter_scaling
 from scaled_rope.patching.loading import apply_scaling, load_model
 from scaled_rope.patching.patch import patched_plan, patched_scaling
 from scaled_rope.scaling.frequencies import at_length
 from tests.helpers.checkpoints import (
     _truncate,
+    adapter,  # noqa: F401
     checkpoint,  # noqa: F401
     logits,
     sliding,  # noqa: F401
@@ -168,6 +171,17 @@ def test_sliding_window_is_replaced(tiny_model: Make, tmp_path: Path, tokens: to
     assert not torch.allclose(logits(narrow, tokens), logits(whole, tokens), atol=1e-2)
 
 
+def test_a_sliding_window_that_no_layer_has_is_refused(tiny_model: Make, tmp_path: Path, tokens: torch.Tensor) -> None:
+    full = ["full_attention", "full_attention"]
+    for name, settings in {"off": {"use_sliding_window": False}, "full": {"layer_types": full}}.items():
+        tiny_model("qwen2", **{"layer_types": full, **settings}).save_pretrained(tmp_path / name)
+        with pytest.raises(ConfigError, match="sliding_window=8: no layer of this 'qwen2' model has a sliding window"):
+            load_model(str(tmp_path / name), sliding_window=8)
+    tiny_model("qwen2").save_pretrained(tmp_path / "some")
+    plain, narrow = load_model(str(tmp_path / "some")), load_model(str(tmp_path / "some"), sliding_window=8)
+    assert not torch.allclose(logits(narrow, tokens), logits(plain, tokens), atol=1e-2)
+
+
 def test_apply_scaling_goes_anywhere_and_back(tiny_model: Make, tokens: torch.Tensor) -> None:
     model = tiny_model()
     own = RopeScaling.from_config(model.config)
@@ -180,12 +194,72 @@ def test_apply_scaling_goes_anywhere_and_back(tiny_model: Make, tokens: torch.Te
     assert torch.equal(logits(model, tokens), before)
 
 
+def test_an_adapter_is_merged(checkpoint: Path, adapter: Path, tokens: torch.Tensor) -> None:  # noqa: F811
+    plain, adapted = load_model(str(checkpoint)), load_model(str(checkpoint), adapter=str(adapter))
+    assert not torch.allclose(logits(adapted, tokens), logits(plain, tokens), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("rename", "says"),
+    [
+        (
+            lambda key: key.replace("model.layers", "model.blocks"),
+            "does not fit this LlamaForCausalLM: it holds no .*layers.0.*; no module takes its .*blocks",
+        ),
+        (
+            lambda key: key if "layers.1." not in key else None,
+            "does not fit this LlamaForCausalLM: it holds no .*layers.1.*lora_A",
+        ),
+        (lambda key: key if "lm_head" not in key else None, "cannot be read: .*lm_head"),
+        (
+            lambda key: key.replace("q_proj", "o_proj") if "layers.1." in key else key,
+            "does not fit this LlamaForCausalLM: it holds no .*layers.1.*; no module takes its .*o_proj",
+        ),
+    ],
+    ids=["renamed", "one layer", "module that is saved whole", "another target"],
+)
+def test_an_adapter_that_does_not_fit_is_refused(checkpoint: Path, adapter: Path, rename: Any, says: str) -> None:  # noqa: F811
+    file = adapter / "adapter_model.safetensors"
+    kept = {new: value for key, value in load_file(file).items() if (new := rename(key)) is not None}
+    save_file(kept, file)
+    with pytest.raises(ConfigError, match=says) as error:
+        load_model(str(checkpoint), adapter=str(adapter))
+    assert "\n" not in str(error.value)
+
+
+def test_an_adapter_brings_its_scaling(
+    checkpoint: Path,  # noqa: F811
+    adapter: Path,  # noqa: F811
+    tiny_model: Make,
+) -> None:
+    model = tiny_model()
+    patch_model(model, "yarn:4", drop_layers=[1])
+    save_adapter_scaling(model, adapter)
+    base = str(checkpoint)
+    loaded = load_model(base, adapter=str(adapter))
+    assert patched_scaling(loaded) == patched_scaling(model) and patched_plan(loaded) == patched_plan(model)
+    other = load_model(base, adapter=str(adapter), scaling="yarn:2")
+    assert patched_scaling(other).label == "yarn x2" and patched_plan(other) == patched_plan(model)
+    (adapter / "scaled_rope.json").write_text('{"scaling": {"method": "yarm"}}')
+    with pytest.raises(ConfigError, match="yarm"):
+        load_model(base, adapter=str(adapter))
+    (adapter / "scaled_rope.json").write_text("[]")
+    with pytest.raises(ConfigError, match="its scaled_rope.json cannot be read"):
+        load_model(base, adapter=str(adapter))
+    with pytest.raises(ConfigError, match="holds no adapter_config.json"):
+        save_adapter_scaling(model, checkpoint)
+
+
 def test_unknown_architecture_can_be_read_but_not_scaled(tmp_path: Path) -> None:
     config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=61, n_positions=32)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     assert load_model(str(tmp_path), device="cpu").config.model_type == "gpt2"
     with pytest.raises(ConfigError, match="'gpt2': has no rotary module, so there is nothing to scale"):
         load_model(str(tmp_path), scaling="yarn:4", device="cpu")
+    # Nor is it believed to have what its config says.
+    _edit_config(tmp_path, rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32})
+    with pytest.raises(ConfigError, match="'gpt2': has no rotary module, so there is nothing to scale"):
+        load_model(str(tmp_path), device="cpu")
 
 
 @pytest.mark.parametrize(("factor", "length"), [(1.0, 20), (1.0, 48), (2.0, 48), (2.0, 100)])

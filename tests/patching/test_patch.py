@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -323,3 +325,19 @@ def test_what_is_no_scaling_and_what_is_no_model(tiny_model):
             patch_model(tiny_model(), wrong)
     with pytest.raises(ConfigError, match="model of type str: must be a model of transformers"):
         patch_model("hello", "yarn:8")
+
+
+@pytest.mark.parametrize("spec", ["yarn:4,attention_temperature=log", "dynamic-yarn:2", "rerope,window=8", "yarn:4"])
+def test_a_pickle_keeps_the_patch_or_is_refused(spec, tiny_model, tokens):
+    model = tiny_model()
+    patch_model(model, spec, drop_layers=[0] if spec == "yarn:4" else [])
+    wanted = logits(model, tokens)
+    if spec == "yarn:4":
+        assert torch.equal(logits(pickle.loads(pickle.dumps(model)), tokens), wanted)
+        return
+    for save in (pickle.dumps, lambda whole: torch.save(whole, io.BytesIO())):
+        with pytest.raises(ConfigError, match="cannot be pickled, it would lose that; use save_pretrained"):
+            save(model)
+    assert torch.equal(logits(copy.deepcopy(model), tokens), wanted)
+    unpatch_model(model)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model)), tokens), logits(model, tokens))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from scaled_rope import RopeScaling, patch_model
-from scaled_rope.patching.patch import computes
+from scaled_rope.patching.base_model import base_model
+from scaled_rope.patching.patch import _state_of, computes, lost_part
 from tests.helpers.families import ALL, CHANGED, SAME, WITHOUT_WORDS, distance, logits, record, vanilla_settings
 from tests.helpers.models import LAYER_TYPES, PLAIN, Make
 from tests.helpers.optional import nested_parameters
@@ -97,3 +98,18 @@ def test_truncate_counts_outside_the_layer_types_only(tiny_model: Make, tokens: 
             read = RopeScaling.from_config({**model.config.to_dict(), "rope_parameters": rope})
         assert (read.truncate is False) == (computed is unrounded)
         assert any("has no effect" in str(one.message) for one in caught) == (computed is rounded)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_a_patch_is_whole_in_every_family_and_copy(tiny_model: Make, family: str) -> None:
+    for spec in ("yarn:4", "dynamic-yarn:2"):
+        model = tiny_model(family)
+        assert lost_part(model) == ""
+        patch_model(model, spec)
+        for one in (model, copy.deepcopy(model), copy.deepcopy(model).to(torch.bfloat16), model.to("meta")):
+            assert lost_part(one) == ""
+        state = _state_of(model)
+        assert state is not None
+        place = state.unpatched.places[0]
+        place.put(base_model(model), place.module)
+        assert place.path in lost_part(model)

@@ -113,6 +113,49 @@ def test_packed_documents_are_apart(tiny_model: Make, tokens: Tensor) -> None:
     assert (found - apart).abs().max() < NOISE
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_positions_with_a_gap_are_refused(cached: bool, tiny_model: Make, tokens: Tensor) -> None:
+    model = tiny_model()
+    patch_model(model, SPECS[0])
+    mask, ids = torch.ones(2, 40, dtype=torch.long), tokens[:, :40]
+    mask[0, :5] = 0
+    counted = (mask.cumsum(1) - 1).clamp(min=0)
+    gap = counted + 400 * (torch.arange(40) > 19)
+    wanted = full(model, ids, attention_mask=mask)
+    for positions in (counted, counted + 7):  # only distances count
+        assert torch.equal(full(model, ids, attention_mask=mask, position_ids=positions), wanted)
+    if not cached:
+        with pytest.raises(ConfigError, match="position_ids: must rise by one from token to token"):
+            model(ids, attention_mask=mask, position_ids=gap)
+        return
+
+    def piece(begin: int, end: int, positions: Tensor, cache: Any) -> Any:
+        with torch.no_grad():
+            return model(ids[:, begin:end], attention_mask=mask[:, :end], position_ids=positions[:, begin:end],
+                         past_key_values=cache, use_cache=True)  # fmt: skip
+
+    out, found = None, []
+    for begin, end in ((0, 4), (4, 20), (20, 21), (21, 40)):  # the first piece is all padding in one row
+        out = piece(begin, end, counted, None if out is None else out.past_key_values)
+        found.append(out.logits)
+    assert ((torch.cat(found, dim=1) - wanted).abs().amax(-1) * mask).max() < NOISE
+    for end in (21, 30):  # of a single token, and of several
+        cache = piece(0, 20, counted, None).past_key_values
+        with pytest.raises(ConfigError, match="must rise by one from token to token, those in a cache included"):
+            piece(20, end, gap, cache)
+    with pytest.raises(ConfigError, match="must rise by one"):
+        model(ids, position_ids=gap, past_key_values=DynamicCache(config=model.config))
+
+
+def test_a_mask_with_holes_is_refused(tiny_model: Make, tokens: Tensor) -> None:
+    model = tiny_model()
+    patch_model(model, SPECS[0])
+    mask = torch.ones_like(tokens)
+    mask[1, 10:12] = 0
+    with pytest.raises(ConfigError, match="attention_mask: row 1 leaves out tokens between 0 and 47"):
+        model(tokens, attention_mask=mask)
+
+
 @pytest.mark.parametrize("family", ["llama", "cohere", "gpt_neox", "qwen3_moe", "olmo2", "phi", "stablelm"])
 def test_families_keep_their_own_rotation(family: str, tiny_model: Make, tokens: Tensor) -> None:
     model = tiny_model(family)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from scaled_rope import RopeScaling, patch_model, unpatch_model
+from scaled_rope import ConfigError, RopeScaling, patch_model, unpatch_model
+from scaled_rope.patching.base_model import base_model
 from scaled_rope.patching.patch import patched_plan, patched_scaling
 from scaled_rope.scaling.record import LayerPlan
 from tests.helpers.families import (
@@ -21,6 +23,7 @@ from tests.helpers.families import (
     PLANS,
     REFUSALS,
     SAME,
+    TINY,
     WITHOUT_WORDS,
     assert_vanilla_is_right_or_refuses,
     distance,
@@ -124,3 +127,52 @@ def test_an_unpatched_copy_is_saved_as_the_model_was(tiny_model: Make, tmp_path:
     unpatch_model(again)
     again.save_pretrained(tmp_path / "after")
     assert (tmp_path / "after/config.json").read_text() == (tmp_path / "before/config.json").read_text()
+
+
+def _retriever() -> Any:
+    """A model whose config holds that of its text part two levels deep."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vlm = transformers.PaliGemmaConfig(
+        text_config={"model_type": "gemma", "head_dim": 16, **TINY},
+        vision_config={"model_type": "siglip_vision_model", "image_size": 8, "patch_size": 4, **vision},
+        projection_dim=16,
+    )
+    with torch.device("meta"):
+        return transformers.ColPaliForRetrieval(transformers.ColPaliConfig(vlm_config=vlm.to_dict()))
+
+
+def test_a_config_that_lies_deeper_carries_the_scaling() -> None:
+    model: Any = _retriever()
+    inner, before, other = model.vlm, model.config.to_dict(), copy.deepcopy(model.config)
+    assert inner.config is model.config.vlm_config
+    assert patch_model(model, "yarn:4").native
+    text = model.config.to_dict()["vlm_config"]["text_config"]
+    assert text["rope_parameters"]["rope_type"] == "yarn" and text["max_position_embeddings"] == 128
+    assert inner.config is model.config.vlm_config and inner.config.text_config is inner.language_model.config
+    assert RopeScaling.from_config(type(other).from_dict(model.config.to_dict())).label == "yarn x4"
+    unpatch_model(model)
+    assert model.config.to_dict() == before
+
+
+def test_a_config_that_would_lose_the_scaling_is_refused() -> None:
+    model = _retriever()
+    model.config.vlm_config = copy.deepcopy(model.config.vlm_config)
+    before = model.config.to_dict()
+    with pytest.raises(ConfigError, match="'colpali': its config does not hold that of its GemmaModel, so a saved"):
+        patch_model(model, "yarn:4")
+    assert patched_scaling(model) is None and model.config.to_dict() == before
+    assert patch_model(base_model(model), "yarn:4").native
+
+
+@pytest.mark.parametrize(
+    ("spec", "length"), [("yarn:4,original_max_position_embeddings=32", 128), ("abf,theta=1e6", None)]
+)
+def test_a_family_that_says_no_length(spec: str, length: int | None, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": 61, "lru_width": 32}
+    model = transformers.RecurrentGemmaForCausalLM(transformers.RecurrentGemmaConfig(num_hidden_layers=3, **sizes))
+    patch_model(model, spec)
+    model.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert raw.get("max_position_embeddings") == length and RopeScaling.from_config(raw) == patched_scaling(model)
+    unpatch_model(model)
+    assert not hasattr(model.config, "max_position_embeddings")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from scaled_rope import RopeScaling
+from scaled_rope import RopeScaling, patch_model
 from scaled_rope.serving.checks_use import (
     cached_keys_of_dynamic_ntk,
     cached_keys_of_dynamic_scaling,
@@ -76,6 +78,19 @@ def test_a_softmax_scale_that_attention_takes_from_mscale_all_dim() -> None:
     finding = only(softmax_scale_from_mscale, scaling=scaling, model_type="deepseek_v3", rope=MSCALES)
     assert (finding.code, finding.level) == ("mscale-softmax", "info")
     assert "= 1.874 in their attention" in finding.text  # (0.1·ln 40 + 1)²
+    assert "fixed" not in finding.text and "patch_model: it carries that scale to the factor" in finding.remedy
+
+
+def test_what_is_said_of_the_softmax_scale_is_what_patching_does() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+             "vocab_size": 61, "num_key_value_heads": 2, "first_k_dense_replace": 1}  # fmt: skip
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32, **MSCALES}
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, rope_parameters=rope, max_position_embeddings=128))
+    attention = model.model.layers[0].self_attn
+    for spec, factor in (("yarn:8", (0.1 * math.log(8) + 1) ** 2), ("ntk:8", 1.0)):
+        patch_model(model, spec)
+        assert attention.scaling == pytest.approx(16**-0.5 * factor)
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,17 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, folder: str) 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_config_that_says_no_length(target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "recurrent_gemma", "num_hidden_layers": 3}')
+    arguments = [str(tmp_path), "--for", target, "--scaling"]
+    ended = run_cli(command_line(*arguments, "yarn:4,original_max_position_embeddings=2048")[1])
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") if ended == 2 else "yarn x4 for" in said.out
+    assert run_cli(command_line(*arguments, "default")[1]) == 2
+    assert "--length is needed: the config of this 'recurrent_gemma' model says no length" in capsys.readouterr().err
+
+
 def test_scalings_per_layer_type_and_unknown_architectures_are_refused(config: LlamaConfig) -> None:
     nested = make_config()
     nested.rope_parameters = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}

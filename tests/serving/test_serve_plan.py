@@ -67,6 +67,37 @@ def test_windows_shared_caches_and_compressed_ones() -> None:
     assert plan.per_token == 2 * 576 * 2 and "MLA" in plan.kv_dtype  # not shared out
 
 
+@pytest.mark.parametrize(
+    ("heads", "numbers"),
+    [
+        ({"num_kv_heads": 4, "new_decoder_architecture": True}, 2 * 4 * 8),
+        ({"multi_query": True}, 2 * 8),
+        ({"multi_query": False}, 2 * 8 * 8),
+    ],
+)
+def test_the_key_heads_of_falcon(heads: dict[str, Any], numbers: int) -> None:
+    falcon = AutoConfig.for_model("falcon", hidden_size=64, num_attention_heads=8, num_hidden_layers=2, **heads)
+    assert plan_serving(falcon, "default", 16, 1e9).per_token == 2 * 2 * numbers
+
+
+def test_caches_that_are_not_known_are_refused() -> None:
+    other = AutoConfig.for_model("gpt_neox", hidden_size=64, num_attention_heads=8, num_hidden_layers=2)
+    assert plan_serving(other, "default", 16, 1e9).per_token == 2 * 2 * 2 * 64  # all heads have keys of their own
+    other.multi_query_group_num = 2
+    with pytest.raises(ConfigError, match="num_key_value_heads is missing; whether multi_query_group_num=2 means it"):
+        plan_serving(other, "default", 16, 1e9)
+    with pytest.raises(ConfigError, match="head_dim differs between the layers of this 'gemma4_text' model"):
+        plan_serving(AutoConfig.for_model("gemma4_text"), "default", 16, 1e9)
+    with pytest.raises(
+        ConfigError, match="num_attention_heads=None: must be a whole number for the cache of this 'rwkv'"
+    ):
+        plan_serving(AutoConfig.for_model("rwkv", context_length=16), "default", 16, 1e9)
+    with pytest.raises(
+        ConfigError, match="--length is needed: the config of this 'recurrent_gemma' model says no length"
+    ):
+        plan_serving(AutoConfig.for_model("recurrent_gemma"), "default", None, 1e9)
+
+
 def test_says_what_no_server_computes() -> None:
     for spec, why in (("rerope,window=64", "changes attention"), ("yarn:2,attention_temperature=log", "multiplies q")):
         notes = plan_serving(config(), spec, 8192, 80e9).notes

@@ -15,6 +15,7 @@ import finetune
 from scaled_rope import RopeScaling, patch_model
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
+from scaled_rope.patching.patch import patched_scaling
 from scaled_rope.texts.packed import PackedWriter, open_packed
 from scaled_rope.training import loop
 from scaled_rope.training.batches import collate
@@ -102,13 +103,27 @@ def test_recipes_choose_layers():
 
 def test_lora_trains_adapters_and_saves_merged_weights(workspace, tmp_path):
     pytest.importorskip("peft")
+    from scaled_rope.patching.loading import load_model
+
     arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path), "--lora", "--max-train-steps", "2"]
     assert finetune.main(arguments) == 0
     before, after = load_file(workspace / "model" / "model.safetensors"), weights(tmp_path)
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("proj" in name for name in changed)
-    assert (tmp_path / "model" / "adapter" / "adapter_model.safetensors").exists()
+    adapter = tmp_path / "model" / "adapter"
+    assert (adapter / "adapter_model.safetensors").exists()
+    # It says the scaling that it was trained under.
+    merged, base = load_model(str(tmp_path / "model")), str(workspace / "model")
+    adapted = load_model(base, adapter=str(adapter))
+    assert (
+        patched_scaling(adapted) == RopeScaling.from_config(merged.config)
+        and patched_scaling(adapted).label == "yarn x3"
+    )
+    ids = torch.arange(2, 42)[None]
+    torch.testing.assert_close(adapted(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    assert patched_scaling(load_model(base, adapter=str(adapter), scaling="checkpoint")) == patched_scaling(adapted)
+    assert patched_scaling(load_model(base, adapter=str(adapter), scaling="default")) is None
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -173,6 +188,26 @@ def test_mistral_window_schedule_sets_the_window_of_each_step(tiny_model):
     reference = tiny_model("mistral", sliding_window=None)(input_ids=tokens).logits
     assert not torch.allclose(narrow, wide)
     torch.testing.assert_close(wide, reference)
+
+
+def test_a_window_schedule_is_for_the_layers_that_slide(tiny_model):
+    from scaled_rope.training.model import set_sliding_window
+
+    types = {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}
+    tokens = torch.arange(1, 41)[None]
+    for attention in ("sdpa", "sdpa_blocked"):  # of masks, and of what layers say
+        model = tiny_model("qwen2", sliding_window=64, attn_implementation=attention, **types)
+        set_sliding_window(model, 8)
+        other = tiny_model("qwen2", sliding_window=8, attn_implementation=attention, **types)
+        torch.testing.assert_close(model(input_ids=tokens).logits, other(input_ids=tokens).logits)
+        assert model.model.layers[1].self_attn.sliding_window is None
+    for family in ("qwen2", "qwen3", "llama"):
+        model = tiny_model(family, **({} if family == "llama" else {"layer_types": ["full_attention"] * 2}))
+        with pytest.raises(
+            ConfigError, match=f"schedule is not allowed: .* no layer of this '{family}' model has a slid"
+        ):
+            set_sliding_window(model, 4)
+        assert getattr(model.config, "sliding_window", None) != 4
 
 
 # ------------------------------------------------------------------------------------------------------- tiled MLPs

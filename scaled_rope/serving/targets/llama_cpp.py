@@ -133,7 +133,9 @@ def _longer_context(request: ServedModel, arch: str, given: dict[str, Any]) -> l
 
     `tools/server/server-context.cpp`, `n_ctx_slot`. With YaRN's flags it takes scale · L instead, see `restate`.
     """
-    if given["scaling"] == "yarn" or request.length <= int(request.config.max_position_embeddings):
+    if given["scaling"] == "yarn" or request.length <= int(
+        getattr(request.config, "max_position_embeddings", None) or 0
+    ):
         return []
     return ["--override-kv", f"{arch}.context_length=int:{request.length}"]
 
