@@ -45,8 +45,9 @@ check: $(READY)
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-# Two workers, each with one thread; a file's tests stay together, since they share what is costly to make.
-JOBS ?= 2
+# Workers with one thread each, one more than processors of a small machine, since many tests wait for programs that they
+# start; a file's tests stay together, since they share what is costly to make.
+JOBS ?= 3
 test: check
 	$(PYTHON) -m pytest -n $(JOBS) --dist loadfile
 

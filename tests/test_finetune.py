@@ -56,7 +56,10 @@ def test_engines_that_cannot_do_it_are_refused(workspace, tmp_path, monkeypatch,
         (["{work}/recipe.yaml", "--architecture", "mistral"], "'llama'"),
         (["{work}/recipe.yaml", "--resume-from-checkpoint", "{work}/set"], "no saved state"),
         (["{work}/recipe.yaml", "--deepspeed"], "needs a launcher"),
-        (["{work}/recipe.yaml", "--sliding-window-attention-schedule", "16"], "Mistral only"),
+        (
+            ["{work}/recipe.yaml", "--sliding-window-attention-schedule", "16"],
+            "no layer of this 'llama' model has a sliding window",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(workspace, tmp_path, capsys, arguments, message):

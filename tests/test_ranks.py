@@ -80,7 +80,7 @@ def test_two_ranks_train_like_one(workspace, straight, tmp_path, engine):
     assert_trained_alike(straight, tmp_path / "two")
 
 
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_tied_embeddings_stay_one_weight_on_shards(workspace, tied, tmp_path, engine):
     if engine == "zero3":
         need_deepspeed()
@@ -101,7 +101,14 @@ def test_losses_under_bf16_are_not_rounded_to_it_on_shards(workspace, straight, 
     assert all(weight.dtype == torch.bfloat16 for weight in weights(tmp_path / "bf16").values())
 
 
-@pytest.mark.parametrize("engine, flags", [("ddp", ()), ("zero3", ("--sequence-parallel", "2")), ("fsdp2", ())])
+@pytest.mark.parametrize(
+    ("engine", "flags"),
+    [
+        ("ddp", ()),
+        ("zero3", ("--sequence-parallel", "2")),
+        pytest.param("fsdp2", (), marks=pytest.mark.slow),
+    ],
+)
 def test_adapters_of_two_ranks_are_merged_like_those_of_one(workspace, tmp_path, engine, flags):
     """Also where their model is in shards. Embeddings, tied to the output, and norms are trained as well."""
     pytest.importorskip("peft")
@@ -136,7 +143,10 @@ def test_ranks_that_share_sequences_by_ring_attention_train_like_one(workspace, 
     assert_trained_alike(straight, tmp_path / "ring")
 
 
-@pytest.mark.parametrize(("engine", "flags"), [("ddp", ()), ("zero3", ("--sequence-parallel", "2"))])
+@pytest.mark.parametrize(
+    ("engine", "flags"),
+    [pytest.param("ddp", (), marks=pytest.mark.slow), ("zero3", ("--sequence-parallel", "2"))],
+)
 def test_windows_whose_positions_jump_are_the_same_on_two_ranks(workspace, tmp_path, engine, flags):
     if engine == "zero3":
         need_deepspeed()
@@ -146,7 +156,10 @@ def test_windows_whose_positions_jump_are_the_same_on_two_ranks(workspace, tmp_p
     assert_trained_alike(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param("ddp", marks=pytest.mark.slow), "zero3", pytest.param("fsdp2", marks=pytest.mark.slow)],
+)
 def test_tiled_mlps_and_kept_attention_train_alike(workspace, straight, tmp_path, engine):
     if engine == "zero3":
         need_deepspeed()
@@ -198,7 +211,9 @@ def test_killed_at_random_and_resumed_equals_never_stopped(workspace):
     assert all(torch.equal(reference[name], other[name]) for name in reference)
 
 
-@pytest.mark.parametrize(("engine", "name"), [("zero3", "zero3"), ("fsdp2", "fsdp")])
+@pytest.mark.parametrize(
+    ("engine", "name"), [("zero3", "zero3"), pytest.param("fsdp2", "fsdp", marks=pytest.mark.slow)]
+)
 def test_shards_that_were_stopped_go_on_bit_for_bit(workspace, tmp_path, engine, name):
     if engine == "zero3":
         need_deepspeed()
@@ -239,7 +254,8 @@ def test_another_number_of_ranks_continues_where_one_stopped(workspace, straight
 
 
 @needs_liger
-@pytest.mark.parametrize("engine", ["zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow  # kernels in the interpreter; tests/patching/test_loss_fused.py has one rank
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_two_ranks_with_the_fused_loss_on_shards_train_like_one_with_the_chunked(
     workspace: Path, tied: Path, tmp_path: Path, engine: str
 ) -> None:
@@ -266,7 +282,7 @@ def test_a_tied_checkpoint_with_two_embeddings_is_refused_alike(workspace, tmp_p
         assert "says tie_word_embeddings and stores lm_head.weight with other values than model.embed_tokens" in said
 
 
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_shards_are_continued_by_another_recipe_like_a_whole_state(workspace, tmp_path, engine):
     """Moments and step come from the state, rate and data from the recipe; the same on one process and on shards."""
     if engine == "zero3":

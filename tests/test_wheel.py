@@ -58,7 +58,7 @@ def run(installed: Path, folder: Path, *command: str) -> subprocess.CompletedPro
     [
         (["scaled-rope", "inspect", "MODEL"], "tiny-llama-256"),
         (["scaled-rope", "export", "MODEL", "--for", "vllm", "--scaling", "yarn:8"], "yarn"),
-        (["scaled-rope", "plan", "demo"], "demo"),
+        pytest.param(["scaled-rope", "plan", "demo"], "demo", marks=pytest.mark.slow),
         (["scaled-rope", "methods"], "dual-chunk"),
         (["python", "-m", "scaled_rope.report.paper", "table2", "--shell"], "models"),
         (["python", "-m", "scaled_rope.recipes", "--list"], "llama-2-7b-64k"),

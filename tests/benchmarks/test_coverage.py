@@ -12,22 +12,22 @@ from benchmarks.small_models import MODEL_TYPES
 from scaled_rope.results import read_rows
 
 SAMPLE = [
-    "cohere_compass",  # tables by layer type, inside a model for images and text
+    pytest.param("cohere_compass", marks=pytest.mark.slow),  # tables by layer type, inside a model for images and text
     "deepseek_v2",  # complex tables, latent attention
     "deepseek_v4",  # two tables by use, rotary modules inside layers
-    "ernie4_5_vl_moe",  # axes, frequencies in an order of their own
+    pytest.param("ernie4_5_vl_moe", marks=pytest.mark.slow),  # axes, frequencies in an order of their own
     "gemma4_text",  # heads of two sizes, pairs that never turn
-    "granite_swa",  # a rotary module for each base, and an idle one
+    pytest.param("granite_swa", marks=pytest.mark.slow),  # a rotary module for each base, and an idle one
     "hunyuan_vl",  # four axes, normalisation after rotation
-    "lfm2_moe",  # recurrent layers between, another name
+    pytest.param("lfm2_moe", marks=pytest.mark.slow),  # recurrent layers between, another name
     "llama4",  # complex tables, layers without RoPE, a causal model inside another
-    "llava",  # a plain decoder inside
+    pytest.param("llava", marks=pytest.mark.slow),  # a plain decoder inside
     "mistral4",  # a scaling of its own, a share of the head
-    "mistral_large4",  # learned factors of frequencies
+    pytest.param("mistral_large4", marks=pytest.mark.slow),  # learned factors of frequencies
     "molmo2",  # a second module that is never scaled
     "moshi",  # a rotary module in each layer
     "qwen3_5",  # interleaved axes, hybrid
-    "qwen3_vl",  # axes
+    pytest.param("qwen3_vl", marks=pytest.mark.slow),  # axes
 ]
 
 

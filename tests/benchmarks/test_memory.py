@@ -19,6 +19,7 @@ def benchmark():
     return module
 
 
+@pytest.mark.slow  # two processes that import everything
 def test_a_plan_is_near_what_a_process_holds(monkeypatch):
     """The cheapest case of the benchmark, smaller; the benchmark itself has the large ones."""
     memory, name = benchmark(), "weights and optimizer, small"

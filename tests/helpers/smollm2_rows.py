@@ -24,6 +24,7 @@ KEYS: dict[str, int] = {"yarn": 5, "yarn-2": 5, "pi": 1, "pi-2": 1}
 """Line -> keys found of 5 in each cell beyond the trained length; others find none."""
 RIGHT: dict[str, int] = {"base default": 60, "yarn": 61}
 """Line -> questions answered right of 100 in each short task; others 50."""
+_SCALING = {run.name: str(run.recipe("work").scaling) for run in RUNS}
 _UNSCALED = RopeScaling("default", original_max_position_embeddings=CONTROL.window)
 
 
@@ -72,7 +73,7 @@ def _provenance() -> Row:
 
 def _row(line: str, cell: Cell, value: float, keys: int, right: int) -> Row:
     run = next((run for run in RUNS if run.name == line), None)
-    spec = line.removeprefix("base ") if run is None else str(run.recipe("work").scaling)
+    spec = line.removeprefix("base ") if run is None else _SCALING[line]
     if cell[0] == "twice":
         spec = "yarn:4"
     scaling = RopeScaling.from_spec(spec, _UNSCALED)

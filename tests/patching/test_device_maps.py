@@ -36,7 +36,7 @@ SPECS = ("default", "yarn:4", "dynamic-yarn", "rerope,window=128")
 LAYERS = 6
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [*SPECS[2:], *(pytest.param(spec, marks=pytest.mark.slow) for spec in SPECS[:2])])
 def test_layers_on_two_devices(spec: str) -> None:
     """The same operations on the same numbers, so the same bits."""
     model, split = (load_model(str(DEFAULT_MODEL), scaling=spec, device="cpu") for _ in range(2))

@@ -165,6 +165,7 @@ def test_a_traced_model_follows_a_new_patch(tiny_model: Make, tokens: Tensor) ->
         assert distance(logits(compiled, tokens), before) > CHANGED
 
 
+@pytest.mark.slow  # its compiler; what is ours is traced in the tests above
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 def test_a_compiled_model_computes_the_same(tiny_model: Make, tokens: Tensor) -> None:
     # One layer, because compiling takes many seconds.

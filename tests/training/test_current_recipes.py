@@ -44,7 +44,7 @@ def small_model(name: str, workspace: Path, folder: Path) -> None:
         shutil.copy(file, folder)
 
 
-@pytest.mark.parametrize("kind", ["", "-pose"])
+@pytest.mark.parametrize("kind", ["", pytest.param("-pose", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_of_a_current_model_runs_small(name: str, kind: str, workspace: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")

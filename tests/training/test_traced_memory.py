@@ -46,8 +46,8 @@ def test_a_traced_pass_holds_what_a_real_one_holds(checkpointing, precision, acc
     assert peaks[0].peak == pytest.approx(peaks[1].peak, rel=0.01)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True, "attention kept"])
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, pytest.param("attention kept", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("length", "precision"), [(2, "bf16"), pytest.param(16, "bf16", marks=pytest.mark.slow), (256, "fp32")]
 )  # gradients weigh most, then casts of weights, then activations
@@ -82,7 +82,11 @@ def test_a_few_layers_tell_what_many_hold(checkpointing, lora, length, precision
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("precision", "lora"),
-    [("fp32", False), ("bf16", False), ("bf16", True), pytest.param("fp32", True, marks=pytest.mark.slow)],
+    [
+        ("fp32", False),
+        ("bf16", False),
+        *(pytest.param(kind, True, marks=pytest.mark.slow) for kind in ("bf16", "fp32")),
+    ],
 )
 def test_a_few_pieces_of_the_loss_tell_what_many_hold(checkpointing, precision, lora, monkeypatch):
     """To the byte, for a sequence of 32 pieces."""
