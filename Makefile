@@ -22,7 +22,7 @@ help:
 	@echo "make test-slow   the few tests that take more than a minute each, which make test leaves out"
 	@echo "make check       lint and types only"
 	@echo "make smollm2     evaluate a real model, SmolLM2-135M, under the scalings, without training (under 20 minutes)"
-	@echo "make smollm2-16k train it from 8k to 16k by YaRN, PI and others, and measure all (about 13 hours on 2 cores)"
+	@echo "make smollm2-16k train it from 8k to 16k by YaRN, PI and others, and measure all (about 20 hours on 2 cores)"
 	@echo "make paper-mini  test the paper's claims on the embedded model, with seeds (two hours on 2 busy cores)"
 	@echo "make base        train the embedded model again, from random weights (100 minutes on 2 cores)"
 	@echo "make clean       remove out/ (runs and reports); .venv and downloaded data stay"

@@ -88,8 +88,8 @@ KEY_LENGTHS, KEY_PROMPTS, KEY_SEED, OTHER_SEED = (4096, 8192, 12288, LONG), 5, 4
 WORDINGS = ("passkey", "needle")
 RULER_TASKS, RULER_LENGTHS, RULER_PROMPTS = ("niah_single_1", "ruler_vt"), (8192, LONG), 5
 SHORT_TASKS, QUESTIONS = ("arc_easy", "hellaswag"), 100
-HOURS = 13
-"""How long all of it takes on two cores of an EPYC without AMX, by the rates of single steps and passes."""
+HOURS = 20
+"""How long all of it takes on two cores of an EPYC without AMX, by the rates of a training and of single passes."""
 
 
 def _list(values: Iterable[object]) -> str:

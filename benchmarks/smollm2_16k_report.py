@@ -9,6 +9,7 @@ Any part of the rows will do: what is not there is shown as not measured, and cl
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -351,8 +352,14 @@ def _style(line: str) -> dict[str, object]:
     return {"color": color, "ls": ":" if line.startswith("base ") else "--" if line != name else "-"}
 
 
+_HIGHEST = 3
+
+
 def _draw_positions(study: Study, path: Path) -> None:
-    """A panel per text: perplexity by position, and the base's control as a grey band's edge."""
+    """A panel per text: perplexity by position, and the base's control in black.
+
+    Curves that rise above `_HIGHEST` times the control leave their panel: they would press the others together.
+    """
     with drawing() as pyplot:
         figure, grid = pyplot.subplots(2, 2, figsize=(8.5, 6.2), sharex=True)
         middles = {end: (start + end) / 2 for start, end in zip([0, *LENGTHS], LENGTHS, strict=False)}
@@ -371,12 +378,16 @@ def _draw_positions(study: Study, path: Path) -> None:
                 handles.setdefault("the base, last 8192 tokens only", curve)
             axes.axvline(TRAINED_LENGTH, color=GREY[0], lw=0.8, ls=":")
             axes.set(title=TEXT_NAMES[text], yscale="log")
+            highest = _HIGHEST * max((value for _, value in points), default=math.inf)
+            if axes.get_ylim()[1] > highest:
+                axes.set_ylim(top=highest)
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}")
             if not axes.lines[:-1]:
                 axes.text(0.5, 0.5, NOT_MEASURED, transform=axes.transAxes, ha="center")
                 axes.set(yscale="linear", yticks=[])
-        figure.supxlabel("position (middle of the range, tokens)", fontsize=9)
+        for axes in grid[-1]:  # a label of the figure would stand in the legend
+            axes.set_xlabel("position (middle of the range, tokens)")
         figure.supylabel("perplexity", fontsize=9)
         if handles:
             figure.legend(handles.values(), handles, loc="outside lower center", ncol=3)
