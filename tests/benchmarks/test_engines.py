@@ -195,6 +195,7 @@ def get_rope(head_size, rotary_dim, max_position, base, is_neox_style, rope_scal
 """
 
 
+@pytest.mark.slow  # the next one certifies logits
 def test_tables_of_an_engine_are_certified_in_a_model_of_transformers(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -241,7 +241,7 @@ class _Kept(Reference):
         return self.rounded_ones[dtype]
 
 
-@pytest.mark.parametrize("pairs", [30, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pairs", [60, pytest.param(200, marks=pytest.mark.slow)])
 def test_random_pairs_of_served_and_claimed(pairs: int) -> None:
     """Those further apart than five times the noise are all named right, nearer ones right or unclear, never wrong."""
     draw = random.Random(0)

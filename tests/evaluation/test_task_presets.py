@@ -22,6 +22,7 @@ def test_doubles_of_the_trained_length() -> None:
     assert doubled(256, 256) == doubled(256, None) == doubled(256, 100) == [256]
 
 
+@pytest.mark.slow  # lm-eval reads some thousand files
 def test_lm_eval_has_every_task_of_the_presets() -> None:
     pytest.importorskip("lm_eval")
     from scaled_rope.evaluation.lm_eval_tasks import Catalogue

@@ -52,6 +52,7 @@ def test_every_method_has_a_section_and_a_figure():
         assert ("no dynamic form" in parts[name]) == bool(row.no_dynamic), name
 
 
+@pytest.mark.slow
 def test_the_figures_can_be_drawn_again(tmp_path: Path):
     command = re.search(r"^scaled-rope methods --figures docs/images/methods(.*)$", DOCS.read_text(), re.MULTILINE)
     assert command is not None

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 
 import finetune
 from scaled_rope import cli, patch_model
@@ -103,8 +104,15 @@ def test_matrices_in_four_bits_are_planned_as_they_are_built(workspace):
 
 
 def test_a_plan_says_what_fits_and_how_long_it_takes(capsys, tmp_path):
-    recipe = tmp_path / "demo.yaml"
-    recipe.write_text((ROOT / "configs" / "demo.yaml").read_text().replace("batch_size: 1\n", "batch_size: 2\n", 1))
+    fields = small().to_dict() | {
+        "global_batch_size": 2,
+        "batch_size": 1,
+        "model": None,
+        "evaluate": {},
+        "heldout": None,
+    }
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(yaml.safe_dump(fields | {"heldout_lengths": []}))
     arguments = ["plan", str(recipe), "--gpus", "2", "--gpu-memory", "1", "--json"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
@@ -121,9 +129,9 @@ def test_a_plan_says_what_fits_and_how_long_it_takes(capsys, tmp_path):
     assert all(
         (ROOT / word).exists() for command in commands for word in command.split() if word.startswith("configs/")
     )
-    assert cli.main(["plan", "demo", "--gpus", "1", "--gpu-memory", "1"]) == 0
+    assert cli.main(arguments[:-1]) == 0
     text = capsys.readouterr().out
-    assert "first that fits: python finetune.py demo" in text and "GPU-hours" in text
+    assert "first that fits: torchrun --nproc_per_node 2 finetune.py" in text and "GPU-hours" in text
 
 
 @pytest.mark.parametrize(

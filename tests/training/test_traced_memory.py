@@ -49,7 +49,8 @@ def test_a_traced_pass_holds_what_a_real_one_holds(checkpointing, precision, acc
 @pytest.mark.parametrize("checkpointing", [False, True, pytest.param("attention kept", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("length", "precision"), [(2, "bf16"), pytest.param(16, "bf16", marks=pytest.mark.slow), (256, "fp32")]
+    ("length", "precision"),
+    [*(pytest.param(length, "bf16", marks=pytest.mark.slow) for length in (2, 16)), (256, "fp32")],
 )  # gradients weigh most, then casts of weights, then activations
 def test_a_few_layers_tell_what_many_hold(checkpointing, lora, length, precision):
     """To the byte."""
