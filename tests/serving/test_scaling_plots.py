@@ -7,6 +7,8 @@ import math
 import re
 from pathlib import Path
 
+import pytest
+
 from scaled_rope import METHODS
 from scaled_rope.cli import main
 from scaled_rope.serving.scaling_plots import regimes
