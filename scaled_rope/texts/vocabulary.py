@@ -50,4 +50,6 @@ def check_tokenizer(rows: Any, name: str, tokenizer: Any, model: str) -> str | N
         return f"{by}, whose vocabulary is not that of {model}; the set does not say in what they differ"
     if base == base_vocabulary_hash(tokenizer):
         return f"{by}, which has other added tokens than that of {model}"
-    raise ConfigError(f"{by}, whose ids stand for other tokens than those of {model}; make the set with that one")
+    raise ConfigError(
+        f"{by}, whose ids stand for other tokens than those of {model}; make it with the tokenizer of {model}"
+    )
