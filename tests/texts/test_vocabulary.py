@@ -42,8 +42,8 @@ def test_what_differs_decides() -> None:
         with pytest.raises(ConfigError) as refused:
             check_tokenizer(rows, "set", Words(words, "<s>"), "mine")
         assert str(refused.value) == (
-            "dataset set was made with tokenizer other, whose ids stand for other tokens than those of mine; make it with"
-            " the tokenizer of mine"
+            "dataset set was made with tokenizer other, whose ids stand for other tokens than those of mine; make it "
+            "with the tokenizer of mine"
         )
 
 
