@@ -59,7 +59,7 @@ from scaled_rope.training.engine import (
     restore_heads,
     settle_precision,
 )
-from scaled_rope.training.host_memory import keep_host_memory
+from scaled_rope.training.host_memory import keep_host_memory, use_huge_pages
 from scaled_rope.training.long_ce import check_rows_for_long_ce, near_losses, near_windows
 from scaled_rope.training.mixed_lengths import cut_into_windows, is_short_step, short_steps_note
 from scaled_rope.training.model import (
@@ -150,7 +150,7 @@ class Trainer:
     ) -> None:
         self.recipe = recipe = settle_precision(recipe)
         if resolve_device(None).type == "cpu":
-            keep_host_memory()
+            use_huge_pages()
         self.output = Path(recipe.output_dir)
         self._trackers = (wandb_project, tensorboard)
         check_same_run(recipe, self.output)
@@ -198,6 +198,9 @@ class Trainer:
         self._continued = continuation(recipe, self._resume)
         resolve_loss(recipe.loss, accelerator.device)  # refuses before a model is read
         model, report = build_model(recipe, attention, accelerator.device)
+        if accelerator.device.type == "cpu":
+            tokens = recipe.batch_size * (recipe.truncate or recipe.sequence_length)
+            keep_host_memory(4 * tokens * model.config.get_text_config(decoder=True).hidden_size)
         scaling = RopeScaling.from_config(model.config) if report is None else report.scaling
         check_sequence_parallel(recipe, model.config, scaling, model.config._attn_implementation)
         check_context_parallel(recipe, model.config, scaling, model.config._attn_implementation)
