@@ -19,11 +19,24 @@ from scaled_rope.errors import ConfigError, check_name
 from scaled_rope.progress import Progress
 from scaled_rope.texts.conversations import Refusals, check_chat, template_hash, template_of
 from scaled_rope.texts.documents import TextSource, check_there
-from scaled_rope.texts.mixtures import Mixture, Reader, Source, in_order, mixed, read_mixture, record_of, table
+from scaled_rope.texts.mixtures import (
+    CHAT_FIELDS,
+    Mixture,
+    Reader,
+    Source,
+    in_order,
+    mixed,
+    read_mixture,
+    record_of,
+    table,
+)
 from scaled_rope.texts.packed import PackedWriter, is_part, open_packed, remove_half_made
 from scaled_rope.texts.packing import BOOKENDS, PACKINGS, pack
 from scaled_rope.texts.tokenizing import Tokenizers
 from scaled_rope.texts.vocabulary import base_vocabulary_hash, vocabulary_hash
+
+_DEFAULTS = {"feature": "text", "split": "train", "seed": 42}
+"""Of flags that a mixture says itself, so that they are known to be given."""
 
 
 def push_to_hub(output: Path, name: str) -> None:
@@ -87,13 +100,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.num_proc < 1:
         raise ConfigError(f"--num-proc {args.num_proc} is not allowed; at least 1")
     if args.mixture is not None:
-        for name in ("messages", "prompt", "completion", "feature", "split", "seed"):
+        for name in (*CHAT_FIELDS, *_DEFAULTS):
             if getattr(args, name) is not None:
                 raise ConfigError(f"--{name} is not allowed with --mixture, whose file says it")
-    if args.feature is not None and (chat := [n for n in ("messages", "prompt", "completion") if getattr(args, n)]):
+    if args.feature is not None and (chat := [n for n in CHAT_FIELDS if getattr(args, n)]):
         raise ConfigError(f"--feature is not allowed with --{chat[0]}: it is for texts")
-    defaults = {"feature": "text", "split": "train", "seed": 42}
-    for name, value in defaults.items():
+    for name, value in _DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.seed < 0:
@@ -106,7 +118,7 @@ def sources_of(args: argparse.Namespace) -> tuple[tuple[Source, ...], Mixture | 
     if args.mixture is not None:
         mixture = read_mixture(args.mixture)
         return mixture.sources, mixture
-    chat = {name: getattr(args, name) for name in ("messages", "prompt", "completion")}
+    chat = {name: getattr(args, name) for name in CHAT_FIELDS}
     texts = [TextSource.parse(text) for text in args.dataset]
     return tuple(
         Source(text.path, feature=args.feature, split=args.split, keep=text.fraction, **chat) for text in texts
@@ -142,17 +154,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sources": [[source.dataset, source.keep] for source in sources], "feature": args.feature,
         "split": args.split, "seed": args.seed, "bookend": args.bookend,
         "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id,
-        "replace_surrogates": args.replace_surrogates or None,  # as in sets that were made before there was the flag
+        # As in sets that were made before there were the flags.
+        "replace_surrogates": args.replace_surrogates or None, "json": args.json or None,
         "special_tokens": "read" if args.allow_special_tokens else "text",
         "packing": args.packing, "mixture": None if mixture is None else mixture.to_dict(), "chat": None,
-        "json": args.json or None,  # likewise
     }  # fmt: skip
     if chats:
         check_chat(tokenizer, args.tokenizer)
         if template is None and any(source.messages is not None for source in chats):
             template_of(tokenizer, args.tokenizer)
         own = template or getattr(tokenizer, "chat_template", None)
-        recipe["chat"] = {name: getattr(args, name) for name in ("messages", "prompt", "completion")}
+        recipe["chat"] = {name: getattr(args, name) for name in CHAT_FIELDS}
         recipe["chat"] |= {"template_hash": None if own is None else template_hash(str(own))}
     if (fault := remove_half_made(args.output)) is not None:
         print(f"note: {fault}; it is made again", file=sys.stderr)

@@ -25,6 +25,9 @@ from scaled_rope.texts.documents import is_sampled, read_documents
 from scaled_rope.texts.packing import Document, PackCounts
 from scaled_rope.texts.tokenizing import Tokenizers, tokenized
 
+CHAT_FIELDS = ("messages", "prompt", "completion")
+"""Names of the fields of chats, in mixtures and as flags."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -133,7 +136,7 @@ def _source(entry: Any, where: str) -> Source:
 
     values = dict(entry)
     require(isinstance(values.get("dataset"), str) and bool(values["dataset"]), "dataset", "a path or a hub name")
-    for name in ("feature", "split", "messages", "prompt", "completion"):
+    for name in ("feature", "split", *CHAT_FIELDS):
         if name in values:
             require(isinstance(values[name], str), name, "the name of a field" if name != "split" else "a split")
     require(_is_share(values.get("fraction")), "fraction", "a share of the tokens: above 0, up to 1;"
@@ -152,7 +155,7 @@ def _source(entry: Any, where: str) -> Source:
     if "repeats" in values:
         require(is_positive_whole(values["repeats"]), "repeats", "a whole number, at least 1")
     require(_is_share(values.get("keep", 1.0)), "keep", "above 0, up to 1")
-    chat = [name for name in ("messages", "prompt", "completion") if values.get(name) is not None]
+    chat = [name for name in CHAT_FIELDS if values.get(name) is not None]
     require(not (chat and "feature" in values), "feature", f"it is for texts, and this source has {', '.join(chat)}")
     try:
         source = Source(**values)

@@ -118,9 +118,9 @@ _NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
 """Bytes per weight in NF4: four bits, a scale of one byte for 64 weights, a float32 scale of 256 of those."""
 _FIELDS = (
     "gradient_checkpointing", "keep_attention", "offload_activations", "sequence_parallel", "context_parallel", "lora",
-    "lora_embeddings_and_norms", "quantization",
+    "quantization",
 )  # fmt: skip
-"""Fields of a recipe that `Options` set."""
+"""Fields that `Options` and recipes share."""
 _DEFAULT_PEAK = H100_TFLOPS * 1e12
 
 
@@ -151,22 +151,13 @@ class Options:
 
     def applied_to(self, recipe: Recipe) -> Recipe:
         """The recipe with these options."""
-        return replace(
-            recipe,
-            gradient_checkpointing=self.gradient_checkpointing,
-            keep_attention=self.keep_attention,
-            sequence_parallel=self.sequence_parallel,
-            context_parallel=self.context_parallel,
-            lora=self.lora,
-            quantization=self.quantization,
-            lora_embeddings_and_norms=self.lora and recipe.lora_embeddings_and_norms,
-            offload_activations=self.offload_activations,
-        )
+        fields = {name: getattr(self, name) for name in _FIELDS}
+        return replace(recipe, **fields, lora_embeddings_and_norms=self.lora and recipe.lora_embeddings_and_norms)
 
     def command(self, name: str, recipe: Recipe) -> str:
         """The command line that runs a recipe, by its name, with these options."""
         parts, wanted = ["finetune.py", name], self.applied_to(recipe)
-        for field in _FIELDS:
+        for field in (*_FIELDS, "lora_embeddings_and_norms"):
             if (value := getattr(wanted, field)) != getattr(recipe, field):
                 flag = field.replace("_", "-")
                 plain = {True: f"--{flag}", False: f"--no-{flag}", None: f"--{flag} none"}
