@@ -14,7 +14,7 @@ endif
 endif
 export PYTHON
 
-.PHONY: help demo test test-slow check base smollm2 smollm2-16k paper-mini clean stale
+.PHONY: help demo test test-slow check lint types units base smollm2 smollm2-16k paper-mini clean stale
 
 help:
 	@echo "make demo        extend the embedded model from 256 to 2048 tokens, evaluate it, write out/demo/report.html"
@@ -32,7 +32,10 @@ help:
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: python3 is $$(python3 -V 2>&1); Python 3.11 or newer is needed"; exit 2; }
 	@test -x .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1 || python3 -m venv --clear .venv
-	.venv/bin/python -m pip install --progress-bar off --disable-pip-version-check -c constraints.txt -e '.[train,eval,dev]'
+	.venv/bin/python -m pip install --progress-bar off --disable-pip-version-check --no-compile -c constraints.txt \
+		-e '.[train,eval,dev]'
+	@# Bytecode by all processors, as pip would make it by one. Templates that are no Python stay as they are.
+	-@.venv/bin/python -m compileall -qq -j 0 .venv/lib >/dev/null
 	-.venv/bin/python -m scaled_rope.texts.corpora fetch demo --output data/cache/demo # the demo then needs no network
 	@touch $@
 
@@ -40,19 +43,27 @@ demo: $(READY)
 	./train.sh demo
 	./eval.sh demo
 
-check: $(READY)
+check: lint types
+
+lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+
+types: $(READY)
 	$(PYTHON) -m mypy
 
 # Workers with one thread each, one more than processors of a small machine, since many tests wait for programs that they
 # start; a file's tests stay together, since they share what is costly to make.
 JOBS ?= 3
-test: check
-	$(PYTHON) -m pytest -n $(JOBS) --dist loadfile
+PYTEST = $(PYTHON) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+test: lint
+	@$(MAKE) --no-print-directory -j 2 types units # mypy uses one processor
+
+units: $(READY)
+	$(PYTEST)
 
 test-slow: $(READY)
-	$(PYTHON) -m pytest -n $(JOBS) --dist loadfile --slow -m slow
+	$(PYTEST) --slow -m slow
 
 base: $(READY)
 	./train.sh tiny-base-text

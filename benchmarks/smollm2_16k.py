@@ -30,7 +30,7 @@ from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.controls import Control
 from scaled_rope.recipes import Recipe, is_finished, read_recipe
-from scaled_rope.results import append_row, portable_model, rows_so_far
+from scaled_rope.results import append_row, rows_so_far
 
 RECIPE = "smollm2-135m-16k-cpu"
 BASE = "models/smollm2-135m"
@@ -140,7 +140,7 @@ def parts(work: str, rows: str, training: str, recipe: str = RECIPE) -> dict[str
         command = ("finetune.py", recipe, *run.flags(work))
         train[run.name] = Part(f"train-{run.name}", command, partial(_steps, resolved, training))
     models["again"] = models[RUNS[0].name]
-    measured = {name: _measured(name, *model, rows) for name, model in models.items()}
+    measured = {name: _measured(name, *model, rows, training) for name, model in models.items()}
     found: list[Part] = []
     for stage in STAGES:
         for name, kinds in measured.items():
@@ -150,10 +150,10 @@ def parts(work: str, rows: str, training: str, recipe: str = RECIPE) -> dict[str
     return {part.name: part for part in found}
 
 
-def _measured(name: str, model: str, under: Sequence[str], rows: str) -> dict[str, Part]:
+def _measured(name: str, model: str, under: Sequence[str], rows: str, training: str) -> dict[str, Part]:
     found = {}
     for kind, command in evaluations(name).items():
-        progress = partial(_count, rows, model, kind)
+        progress = partial(_count, rows, training, name, kind)
         found[kind] = Part(f"{kind}-{name}", (*command, "-m", model, *under, "--output", rows), progress)
     return found
 
@@ -198,13 +198,12 @@ def record(recipe: Recipe, log: Sequence[dict[str, Any]], training: str) -> None
     append_row(training, row)
 
 
-_METRICS = {"short": "benchmark", "ruler": "benchmark", "passkey": "passkey", "longppl": "longppl"}
+def _count(rows: str, training: str, name: str, kind: str) -> str:
+    """How many of the planned rows of one measurement of a model are there."""
+    from benchmarks.smollm2_16k_rows import count  # which imports the plan from here
 
-
-def _count(path: str, model: str, kind: str) -> str:
-    metric = _METRICS.get(kind, "perplexity")
-    rows = rows_so_far(path)
-    return f"{sum(row['model'] == portable_model(model) and row['metric'] == metric for row in rows)} {metric} rows"
+    there, failed, planned = count(rows, training, name, kind)
+    return f"{there} of {planned} rows" + (f", {failed} failed" if failed else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

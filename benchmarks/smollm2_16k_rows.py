@@ -210,6 +210,17 @@ def read_study(rows: str | Path, training: str | Path) -> Study:
     return study
 
 
+def count(rows: str | Path, training: str | Path, name: str, kind: str) -> tuple[int, int, int]:
+    """How many rows there are of one kind of measurement of a model, how many that failed, and how many are planned.
+
+    name: a run's, "base" (its scalings together), or "again" for the keys of another seed.
+    """
+    study = read_study(rows, training)
+    lines = {"base": [line for line in LINES if line.startswith("base ")], "again": [RUNS[0].name]}.get(name, [name])
+    wanted = [(line, cell) for line in lines for cell in (AGAIN if name == "again" else cells(kind))]
+    return sum(one in study.cells for one in wanted), sum(one in study.failed for one in wanted), len(wanted)
+
+
 def _read_runs(path: str | Path) -> dict[str, Row]:
     found: dict[str, Row] = {}
     for row in rows_so_far(path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that take most of a minute or more, too")
 
 
+# Files in the order of how long they take, for `--dist loadfile --no-loadscope-reorder`: a worker that got one of these
+# last would go on alone for minutes. The others follow, those with most tests first.
+LONGEST = (
+    "test_ranks.py", "training/test_planning.py", "patching/test_patch_families.py", "training/test_run_state.py",
+    "training/test_traced_memory.py", "evaluation/test_ranks.py", "test_shell_scripts.py",
+    "benchmarks/test_engines.py", "training/test_loop.py", "certificate/test_certify.py",
+    "tuning/test_divisor_search.py", "patching/test_device_maps.py", "evaluation/test_generated_prompts.py",
+    "advice/test_rounds.py", "test_fuzz.py", "benchmarks/test_smollm2_32k.py", "test_wheel.py",
+    "evaluation/test_runner.py", "patching/test_loss_fused.py", "benchmarks/test_gpu.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("numprocesses", None) is not None or hasattr(config, "workerinput"):
+        tests = Counter(item.path for item in items)
+        first = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+        assert all(path.exists() for path in first), first
+        items.sort(key=lambda item: (first.get(item.path, len(first)), -tests[item.path], item.path))
     if not config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import smollm2_16k_report as report
+from benchmarks.smollm2_16k import parts
 from benchmarks.smollm2_16k_claims import (
     FAILS,
     HOLDS,
@@ -108,6 +109,20 @@ def test_what_is_missing_is_not_zero(tmp_path: Path) -> None:
         UNKNOWN,
         "the noise of seeds is not measured",
     )
+
+
+def test_the_list_of_parts_counts_each_text_and_measurement_by_itself(tmp_path: Path) -> None:
+    rows = [
+        row for row in study_rows() if row["data"]["fingerprint"] == "perplexity novel" or row["metric"] == "passkey"
+    ]
+    lost = next(row for row in rows if row["model"].endswith("pi/model") and row["length"] == 4096)
+    lost.update(perplexity=None, perplexity_bucket=None, error="out of memory")
+    paths = write_study(tmp_path, rows, training_rows())
+    said = {part.name: part.progress() for part in parts("out/smollm2-16k", *map(str, paths)).values()}
+    assert said["perplexity-novel-base"] == "33 of 33 rows" and said["perplexity-recent-base"] == "0 of 33 rows"
+    assert said["perplexity-novel-pi"] == "10 of 11 rows, 1 failed" and said["twice-yarn"] == "0 of 3 rows"
+    assert said["passkey-yarn"] == "8 of 8 rows" and said["passkey-again"] == "2 of 2 rows"
+    assert said["ruler-base"] == "0 of 12 rows" and said["short-none"] == "0 of 2 rows"
 
 
 def test_seeds_that_contradict_each_other_decide_nothing(tmp_path: Path) -> None:
