@@ -113,12 +113,16 @@ def portable_command(words: Iterable[str]) -> str:
     )
 
 
-def _portable_values(value: Any) -> Any:
+_MODELS = ("model", "adapter", "evaluator")
+"""Arguments that are a model's folder, of which rows keep two names."""
+
+
+def _portable_values(value: Any, parts: int = 1) -> Any:
     if isinstance(value, Mapping):
-        return {name: _portable_values(entry) for name, entry in value.items()}
+        return {name: _portable_values(entry, 2 if name in _MODELS else 1) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_portable_values(entry) for entry in value]
-    return portable(str(value)) if isinstance(value, (str, Path)) else value
+        return [_portable_values(entry, parts) for entry in value]
+    return portable(str(value), parts) if isinstance(value, (str, Path)) else value
 
 
 def provenance(device: object, seed: int | None, arguments: Mapping[str, Any]) -> dict[str, Any]:

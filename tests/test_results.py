@@ -192,6 +192,10 @@ def test_rows_name_no_path_of_this_machine(tmp_path: Path) -> None:
     given = {"output": tmp_path / "rows.jsonl", "model": [str(root / "out"), "org/name"], "lengths": "5", "factor": 2.5}
     record = provenance("cpu", None, given)["arguments"]
     assert record == {"output": "rows.jsonl", "model": ["out", "org/name"], "lengths": "5", "factor": 2.5}
+    # Folders of models keep two names: the last is often the same for all.
+    given = {"adapter": "/scratch/me/long/adapter", "model": ["/scratch/me/run/model"], "evaluator": None}
+    record = provenance("cpu", None, given)["arguments"]
+    assert record == {"adapter": "long/adapter", "model": ["run/model"], "evaluator": None}
 
 
 def test_a_place_where_no_file_can_be_made_is_told_from_one_where_it_can(tmp_path: Path) -> None:

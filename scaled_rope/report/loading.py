@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from scaled_rope.results import Row
+from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.scaling.spec import shown
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,18 @@ def origin(row: Row) -> tuple[Any, ...]:
     return row["model"], row["metric"], Loading.of(row), server.get("url"), server.get("name")
 
 
+_PRETRAINED = {
+    "original_max_position_embeddings": "L", "rope_theta": "theta", "partial_rotary_factor": "rotary share",
+    "turning_fraction": "turning share",
+}  # fmt: skip
+"""Fields of a scaling that say how a model was pre-trained, which labels do not have, and their short names."""
+
+
+def _pretrained(row: Row) -> tuple[tuple[str, Any], ...]:
+    scaling = RopeScaling.from_dict(row["scaling"])
+    return tuple((name, getattr(scaling, name)) for name in _PRETRAINED)
+
+
 class SeriesWords:
     """The words by which series of one model and one label are told apart."""
 
@@ -72,7 +86,9 @@ class SeriesWords:
         """rows: all that a report shows."""
         loaded: dict[str, set[str]] = {}
         precisions: dict[tuple[Any, ...], set[str]] = {}
+        self._corrected: dict[tuple[str, str], set[tuple[str, Any]]] = {}
         for row in rows:
+            self._corrected.setdefault((row["model"], row["label"]), set()).update(_pretrained(row))
             loaded.setdefault(row["model"], set()).add(Loading.of(row).words)
             precisions.setdefault(origin(row), set()).add(row["dtype"])
         self._loaded = {model for model, words in loaded.items() if len(words) > 1}
@@ -86,4 +102,13 @@ class SeriesWords:
     def __call__(self, row: Row) -> str:
         """The words for the series of a row, to be appended to its label; "" where the label is enough."""
         loaded = Loading.of(row).words if row["model"] in self._loaded else ""
-        return "".join(f", {words}" for words in (loaded, self.precision(row)) if words)
+        return "".join(f", {words}" for words in (loaded, self._correction(row), self.precision(row)) if words)
+
+    def _correction(self, row: Row) -> str:
+        """What this row's scaling takes the model to be pre-trained with, where others of its label take it otherwise."""
+        known = [name for name, _ in self._corrected[row["model"], row["label"]]]
+        return ", ".join(
+            f"{_PRETRAINED[name]} {'unknown' if value is None else shown(value)}"
+            for name, value in _pretrained(row)
+            if known.count(name) > 1
+        )

@@ -85,6 +85,17 @@ def test_models_that_were_loaded_otherwise_are_series_of_their_own(
     assert [one.name for one in alone.series] == ["yarn x4"]
 
 
+def test_a_corrected_description_of_the_model_is_a_series_of_its_own(tmp_path: Path) -> None:
+    rows = perplexities("yarn:4", "t", {64: 30})
+    corrected = [{**row, "scaling": row["scaling"] | {"original_max_position_embeddings": 512}} for row in rows]
+    results = load_results([write(tmp_path / "rows", [*rows, *corrected])])
+    trained = rows[0]["scaling"]["original_max_position_embeddings"]
+    assert [one.name for one in results.series] == [f"yarn x4, L {trained}", "yarn x4, L 512"]
+    assert [len(section.rows) for section in results.sections] == [2] and results.notes == []
+    alone = load_results([write(tmp_path / "alone", corrected)])
+    assert [one.name for one in alone.series] == ["yarn x4"]
+
+
 def test_layers_that_were_chosen_are_no_newer_weights(tmp_path: Path) -> None:
     rows = perplexities("default", "t", {64: 30})
     chosen = [{**row, "label": "unscaled, without RoPE in 3"} for row in loaded(rows, "g", drop_layers=[3])]
