@@ -105,7 +105,7 @@ class SeriesWords:
         return "".join(f", {words}" for words in (loaded, self._correction(row), self.precision(row)) if words)
 
     def _correction(self, row: Row) -> str:
-        """What this row's scaling takes the model to be pre-trained with, where others of its label take it otherwise."""
+        """How this row's scaling says that the model was trained, where others of its label say otherwise."""
         known = [name for name, _ in self._corrected[row["model"], row["label"]]]
         return ", ".join(
             f"{_PRETRAINED[name]} {'unknown' if value is None else shown(value)}"
