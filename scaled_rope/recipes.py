@@ -324,8 +324,9 @@ class Recipe:
             return
         require(self.long_ce_cap >= 1, "long_ce_cap", "at least 1, the weight of a token that far context leaves alone")
         longest = self.truncate or self.sequence_length
-        require(2 <= self.long_ce_context < longest, "long_ce_context", f"2 to {longest - 1}, below the rows' length")
-        most = longest - self.long_ce_context
+        most = longest - 2  # the first window is a step away from the beginning; the last token predicts nothing
+        require(2 <= self.long_ce_context <= most, "long_ce_context", f"2 to {most}, below the rows' length")
+        most = longest - self.long_ce_context - 1
         require(1 <= self.long_ce_step <= most, "long_ce_step", f"1 to {most}, or no window is left to weigh")
         require(self.documents == "joined", "documents", "joined, with loss_weights: long_ce")
         require(self.positions == "consecutive", "positions", "consecutive, with loss_weights: long_ce")

@@ -23,9 +23,10 @@ def check_rows_for_long_ce(recipe: Recipe, longest: int) -> None:
     longest: tokens of the data's longest row.
 
     Raises:
-        ConfigError: no row has `long_ce_context` + `long_ce_step` tokens, so a window from the beginning sees all.
+        ConfigError: no row has more than `long_ce_context` + `long_ce_step` tokens, so a window from the beginning sees
+            all, but for what predicts the token after the row.
     """
-    rows, needed = min(longest, recipe.truncate or longest), recipe.long_ce_context + recipe.long_ce_step
+    rows, needed = min(longest, recipe.truncate or longest), recipe.long_ce_context + recipe.long_ce_step + 1
     if recipe.loss_weights == "long_ce" and rows < needed:
         raise ConfigError(
             f"loss_weights {recipe.loss_weights} is not possible: rows have at most {rows} tokens, fewer than the"

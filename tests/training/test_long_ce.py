@@ -124,12 +124,12 @@ def test_two_ranks_weigh_like_one(workspace: Path, tmp_path: Path, engine: str) 
         ({"loss_weights": "long"}, "loss_weights = 'long' is not allowed; one of: data, long_ce"),
         ({"loss_weights": "data", "long_ce_cap": 3.0}, "long_ce_cap = 3.0 is not allowed; it is for loss_weights"),
         ({"long_ce_cap": 0.5}, "long_ce_cap = 0.5 is not allowed; at least 1"),
-        ({"long_ce_context": 8192}, "long_ce_context = 8192 is not allowed; 2 to 8191"),
-        ({"long_ce_step": 4097}, "long_ce_step = 4097 is not allowed; 1 to 4096, or no window"),
+        ({"long_ce_context": 8192}, "long_ce_context = 8192 is not allowed; 2 to 8190"),
+        ({"long_ce_step": 4096}, "long_ce_step = 4096 is not allowed; 1 to 4095, or no window"),
         ({"documents": "separate"}, "documents = 'separate' is not allowed; joined"),
         ({"positions": "pose"}, "positions = 'pose' is not allowed; consecutive"),
         ({"sequence_parallel": 2}, "sequence_parallel = 2 is not allowed; 1 with"),
-        ({"truncate": 2048}, "long_ce_context = 4096 is not allowed; 2 to 2047"),
+        ({"truncate": 2048}, "long_ce_context = 4096 is not allowed; 2 to 2046"),
     ],
 )
 def test_recipes_that_cannot(fields: dict[str, object], said: str) -> None:
@@ -140,9 +140,9 @@ def test_recipes_that_cannot(fields: dict[str, object], said: str) -> None:
 
 def test_rows_that_are_too_short_are_refused(workspace: Path, tmp_path: Path) -> None:
     """`sequence_length` is only the longest row that is accepted: the rows themselves may leave nothing to weigh."""
-    extra = ("--sequence-length", "96", "--loss-weights", "long_ce", "--long-ce-context", str(LENGTH))
+    extra = ("--sequence-length", "96", "--loss-weights", "long_ce", "--long-ce-context", str(LENGTH - 1))
     said = f"loss_weights long_ce is not possible: rows have at most {LENGTH} tokens, fewer than the {LENGTH + 1} that "
-    with pytest.raises(ConfigError, match=f"{said}long_ce_context {LENGTH} and long_ce_step 1 need"):
+    with pytest.raises(ConfigError, match=f"{said}long_ce_context {LENGTH - 1} and long_ce_step 1 need"):
         finetune.main(command(workspace, tmp_path / "run", (*extra, "--long-ce-step", "1")))
     assert not (tmp_path / "run" / "recipe.yaml").exists()
 
