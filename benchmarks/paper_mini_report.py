@@ -280,7 +280,7 @@ class Results:
 
     def differences(self, text: str, length: int, reference: str, others: Sequence[str]) -> str:
         """A table of the base's change in perplexity up to `length` against `reference`, in percent. 95 % intervals are
-        from a paired bootstrap, see `compare`: each window is read under both scalings."""
+        paired, see `compare`: each window is read under both scalings."""
         per: dict[str | None, dict[int, Row]] = {}
         for row in self.rows:
             if row["metric"] == "perplexity" and row["data"]["name"] == text and not is_control(row):

@@ -126,7 +126,7 @@ def verdict(rows: Sequence[Row]) -> str:
     sentences = []
     outcome = ""
     for name, other in (("the grid's best", others), ("YaRN as it is", yarn)):
-        loss, right = paired_difference(mine[0], other[0]), paired_difference(mine[1], other[1])
+        loss, right = paired_difference(mine[0], other[0], shares=False), paired_difference(mine[1], other[1])
         sentences.append(
             f"Against {name} the evolution's best changes the loss beyond L by {_said(loss, 1, 3)} nats per token and "
             f"passkeys by {_said(right, 100, 1)} points."

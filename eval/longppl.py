@@ -27,7 +27,7 @@ from pathlib import Path
 from scaled_rope.checkpoint import check_local
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.evaluation.windows import SEED
+from scaled_rope.evaluation.statistics import SEED
 from scaled_rope.flags import (
     add_evaluation_arguments,
     add_model_arguments,

@@ -37,7 +37,8 @@ from pathlib import Path
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.controls import ControlRequest
-from scaled_rope.evaluation.windows import SEED, WEIGHTINGS
+from scaled_rope.evaluation.statistics import SEED
+from scaled_rope.evaluation.windows import WEIGHTINGS
 from scaled_rope.flags import (
     add_evaluation_arguments,
     add_model_arguments,

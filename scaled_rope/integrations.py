@@ -21,7 +21,8 @@ from scaled_rope.checkpoint import load_tokenizer
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.perplexity_evaluator import score_windows
 from scaled_rope.evaluation.perplexity_rows import prefix_sums, truncated_row
-from scaled_rope.evaluation.windows import SEED, Losses, Texts, batches, select, truncated, windows_fingerprint
+from scaled_rope.evaluation.statistics import SEED
+from scaled_rope.evaluation.windows import Losses, Texts, batches, select, truncated, windows_fingerprint
 from scaled_rope.patching.adapter_scaling import save_adapter_scaling
 from scaled_rope.patching.patch import computes, lost_part, patched_plan, patched_scaling
 from scaled_rope.results import Row, append_row, provenance, write_atomic

@@ -144,7 +144,7 @@ def judge(
 
 def loss_difference(one: Measured, other: Measured) -> Difference:
     """Nats per token beyond L that one candidate is above another, paired over windows."""
-    return paired_difference({"": list(one.beyond)}, {"": list(other.beyond)})
+    return paired_difference({"": list(one.beyond)}, {"": list(other.beyond)}, shares=False)
 
 
 def retrieval_difference(one: Measured, other: Measured) -> Difference | None:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.evaluation.windows import Nats, resampled_ratio
+from scaled_rope.evaluation.statistics import ratio_interval
+from scaled_rope.evaluation.windows import Nats
 from scaled_rope.results import Row
 
 CONTROL = "last-tokens"
@@ -159,7 +160,7 @@ def compare(pairs: Sequence[tuple[Row, Row]]) -> Change | None:
         return None
     if any(_value(row) is None for row, _ in pairs):
         return Change(math.inf, None, 0, "documents")
-    if not all("bucket_nats" in row or _is_sliding(row) for pair in pairs for row in pair):
+    if not all(_units(row) for pair in pairs for row in pair):
         logs = [math.log(_value(row) / _value(control)) for row, control in pairs]
         weights = [row.get("bucket_targets") or row["targets"] for row, _ in pairs]
         return Change(math.expm1(float(np.average(logs, weights=weights))), None, 0, "documents")
@@ -167,9 +168,9 @@ def compare(pairs: Sequence[tuple[Row, Row]]) -> Change | None:
     above, below = (np.sum([term[side] for term in terms], axis=0) for side in (0, 1))
     interval = None
     if len(above) > 1:
-        low, high = resampled_ratio(above, below)
+        low, high = ratio_interval(above, below)
         interval = math.expm1(low), math.expm1(high)
-    of = "windows" if len(pairs[0][0].get("bucket_nats") or pairs[0][0]["document_nats"]) == 1 else "documents"
+    of = "windows" if _documents(pairs[0][0]) == 1 else "documents"
     return Change(math.expm1(above.sum() / below.sum()), interval, len(above), of)
 
 
@@ -178,27 +179,32 @@ def _value(row: Row) -> Any:
     return row["perplexity_bucket"] if "perplexity_bucket" in row else row["perplexity"]
 
 
-def _is_sliding(row: Row) -> bool:
-    """Whether a row is about sliding windows and lists its documents."""
-    return "perplexity_bucket" not in row and "document_nats" in row
+def _units(row: Row) -> str:
+    """The start of the names of the fields with a row's sums by document, window or run of them; "" without any."""
+    kinds = ("bucket", "bucket_block") if "perplexity_bucket" in row else ("block", "document")
+    return next((kind for kind in kinds if f"{kind}_nats" in row), "")
 
 
-def _sliding_terms(row: Row, control: Row) -> tuple[Nats, Nats]:
-    units = "block" if "block_nats" in row else "document"
-    if row[f"{units}_targets"] != control.get(f"{units}_targets"):
-        raise ConfigError(f"the rows of {row['model']} and its control at {row['length']} have other windows")
-    differences = np.subtract(row[f"{units}_nats"], control[f"{units}_nats"])
-    return differences, np.array(row[f"{units}_targets"], dtype=np.float64)
+def _layout(row: Row, units: str) -> list[int]:
+    """The targets of each unit, or where all windows have as many, the windows of each document."""
+    return [len(document) for document in row["bucket_nats"]] if units == "bucket" else list(row[f"{units}_targets"])
+
+
+def _documents(row: Row) -> int:
+    """The number of a row's documents."""
+    listed = row.get("bucket_nats") or row.get("document_nats")
+    return len(listed) if listed else int(row["data"]["documents"])
 
 
 def _terms(row: Row, control: Row) -> tuple[Nats, Nats]:
     """Nats of a row above those of its control, and tokens, by document, or by window of the only document."""
-    if _is_sliding(row):
-        return _sliding_terms(row, control)
-    mine, others = row["bucket_nats"], control["bucket_nats"]
-    windows = [len(document) for document in mine]
-    if windows != [len(document) for document in others]:
+    units = _units(row)
+    if _units(control) != units or _layout(row, units) != _layout(control, units):
         raise ConfigError(f"the rows of {row['model']} and its control at {row['length']} have other windows")
+    mine, others = row[f"{units}_nats"], control[f"{units}_nats"]
+    if units != "bucket":
+        return np.subtract(mine, others), np.array(row[f"{units}_targets"], dtype=np.float64)
+    windows = [len(document) for document in mine]
     each = row["bucket_targets"] / sum(windows)
     differences = [np.subtract(one, other) for one, other in zip(mine, others, strict=True)]
     if len(windows) == 1:

@@ -22,7 +22,7 @@ from scaled_rope.evaluation.controls import Control
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader
 from scaled_rope.evaluation.perplexity_evaluator import Perplexity
 from scaled_rope.evaluation.ranks import current
-from scaled_rope.evaluation.windows import Losses, Nats, bootstrap, perplexity
+from scaled_rope.evaluation.windows import Losses, Nats, interval_of, perplexity
 from scaled_rope.results import Row, row_key
 
 METRIC = "longppl"
@@ -134,7 +134,7 @@ def key_row(losses: Sequence[Losses], masks: Sequence[Mask], documents: Sequence
     seen = below > 0  # a text without key tokens says nothing about them
     return {
         METRIC: perplexity(float(nats.sum()), float(counts.sum())),
-        "interval": bootstrap(above[seen], below[seen]),
+        "interval": interval_of(above[seen], below[seen]),
         "key_tokens": int(counts.sum()),
         "tokens": judged * len(losses),
         "perplexity_of_others": perplexity(rest, others),

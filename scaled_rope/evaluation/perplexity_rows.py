@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from scaled_rope.evaluation.windows import Losses, Nats, Window, bootstrap, cumulate, perplexity, terms
+from scaled_rope.evaluation.windows import Losses, Nats, Window, cumulate, interval_of, perplexity, terms
 from scaled_rope.results import Row
 
 DOCUMENTS_IN_ROW = 200
-"""The most documents for which a row lists the sum of each, and the most windows whose nats in the bucket it lists."""
+"""The most documents for which a row lists the sum of each, and the most windows whose nats in the bucket it lists. Of
+more it lists the sums over so many runs of neighbours."""
 
 BLOCKS_IN_ROW = 50
 """The most runs of neighbouring sliding windows whose sums a row of a single document lists."""
@@ -67,7 +68,10 @@ def truncated_row(sums: Mapping[int, Sums], length: int, start: int, weighting: 
     bucket_targets = [np.full(len(one), float(length - max(start, 1))) for one in nats]
     value, interval = _estimate(nats, targets, weighting)
     bucket_value, bucket_interval = _estimate(bucket, bucket_targets, weighting)
-    by_window = {"bucket_nats": [[_finite(float(one)) for one in document] for document in bucket]}
+    if sum(len(one) for one in nats) <= DOCUMENTS_IN_ROW:
+        parts: Row = {"bucket_nats": [[_finite(float(one)) for one in document] for document in bucket]}
+    else:
+        parts = {f"bucket_{name}": sums for name, sums in _runs(bucket, bucket_targets).items()}
     return {
         "perplexity": value,
         "interval": interval,
@@ -76,7 +80,7 @@ def truncated_row(sums: Mapping[int, Sums], length: int, start: int, weighting: 
         "perplexity_bucket": bucket_value,
         "interval_bucket": bucket_interval,
         "bucket_targets": _total(bucket_targets),
-        **(by_window if sum(len(one) for one in nats) <= DOCUMENTS_IN_ROW else {}),
+        **parts,
         **_documents(nats, targets),
     }
 
@@ -99,13 +103,21 @@ def sliding_row(sums: Mapping[int, Sums], windows: Mapping[int, Sequence[Window]
         "targets": _total(targets),
         "windows": sum(len(one) for one in targets),
         **_documents(nats, targets),
-        **(_blocks(nats[0], targets[0]) if len(nats) == 1 else {}),
+        **(_blocks(nats[0], targets[0], BLOCKS_IN_ROW) if len(nats) == 1 else {}),
+        **(_runs(nats, targets) if len(nats) > DOCUMENTS_IN_ROW else {}),
     }
 
 
-def _blocks(nats: Nats, targets: Nats) -> Row:
-    """Sums over runs of a document's windows: the units of an interval where there is one document only."""
-    runs = np.array_split(np.arange(len(nats)), min(len(nats), BLOCKS_IN_ROW))
+def _runs(nats: Sequence[Nats], targets: Sequence[Nats]) -> Row:
+    """Sums over runs of neighbouring documents, or of the windows of the only one."""
+    if len(nats) == 1:
+        return _blocks(nats[0], targets[0], DOCUMENTS_IN_ROW)
+    return _blocks(np.array([one.sum() for one in nats]), np.array([one.sum() for one in targets]), DOCUMENTS_IN_ROW)
+
+
+def _blocks(nats: Nats, targets: Nats, most: int) -> Row:
+    """Sums over at most `most` runs of neighbours: the units of an interval where those themselves are too many."""
+    runs = np.array_split(np.arange(len(nats)), min(len(nats), most))
     return {
         "block_nats": [_finite(float(nats[run].sum())) for run in runs],
         "block_targets": [int(targets[run].sum()) for run in runs],
@@ -127,7 +139,7 @@ def _estimate(
 ) -> tuple[float | None, list[float | None] | None]:
     """Perplexity and its 95 % interval."""
     above, below = terms(nats, targets, weighting)
-    return perplexity(above.sum(), below.sum()), bootstrap(above, below)
+    return perplexity(above.sum(), below.sum()), interval_of(above, below)
 
 
 def _total(targets: Sequence[Nats]) -> int:

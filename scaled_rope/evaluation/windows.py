@@ -22,6 +22,7 @@ import safetensors.numpy
 
 from scaled_rope.content_hash import record_hash
 from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.statistics import ratio_interval
 from scaled_rope.results import write_atomic
 
 Tokens = npt.NDArray[np.int64]
@@ -29,10 +30,6 @@ Nats = npt.NDArray[np.float64]
 Losses = npt.NDArray[np.float32]
 
 WEIGHTINGS = ("token", "window")
-SEED = 0
-"""Seed of the bootstrap's resamples."""
-
-_RESAMPLES = 2000
 
 
 # ------------------------------------------------------------------------------------------------------- documents
@@ -222,23 +219,15 @@ def terms(nats: Sequence[Nats], targets: Sequence[Nats], weighting: str = "token
     return np.array([np.sum(sums) for sums in nats]), np.array([float(np.sum(counts)) for counts in targets])
 
 
-def bootstrap(above: Nats, below: Nats, seed: int = SEED) -> list[float | None] | None:
-    """95 % interval of a perplexity: percentiles over resamples of whole documents, drawn with replacement.
+def interval_of(above: Nats, below: Nats) -> list[float | None] | None:
+    """95 % interval of a perplexity over documents, see `ratio_interval`; None with fewer than two of them.
 
-    None with fewer than two documents. It says how much the value depends on which documents were taken, which is far
-    more than the number of tokens suggests; with a handful of documents it is too narrow.
+    It says how much the value depends on which documents were taken, which is far more than the number of tokens
+    suggests.
     """
     if len(above) < 2:
         return None
-    return [perplexity(bound, 1) for bound in resampled_ratio(above, below, seed)]
-
-
-def resampled_ratio(above: Nats, below: Nats, seed: int = SEED) -> tuple[float, float]:
-    """2.5th and 97.5th percentile of Σ above / Σ below over resamples of the documents, drawn with replacement."""
-    count = len(above)
-    draws = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=_RESAMPLES)
-    low, high = np.percentile((draws @ above) / (draws @ below), [2.5, 97.5])
-    return float(low), float(high)
+    return [perplexity(bound, 1) for bound in ratio_interval(above, below)]
 
 
 def cumulate(losses: Losses, counts: Sequence[int]) -> list[float]:

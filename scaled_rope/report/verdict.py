@@ -8,6 +8,7 @@ from datetime import datetime
 
 from scaled_rope.checkpoint import display_name
 from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.controls import NEGLIGIBLE
 from scaled_rope.report.context_use import ContextUse, context_use
 from scaled_rope.report.row_files import row_date
 from scaled_rope.report.summary import FOUND, retrieval
@@ -147,6 +148,8 @@ def _on_text(section: Section, tuned: Series, reference: Series, target: int) ->
     # The one that decides: the worst of those that fail, or else the closest.
     column, whose, change = max(above or compared, key=lambda one: float("inf") if one[2] is None else one[2].share)
     place = f"{change if change is not None else 'no value'} at positions {column[1]} against {whose}"
+    if above and all(one is not None and one.interval is None and one.share < -NEGLIGIBLE for _, _, one in above):
+        return TextControl(name, use, None, f"no interval: {place}, from one window or rows without sums of each")
     if above:
         return TextControl(name, use, False, f"not below both in every bucket: {place}")
     return TextControl(name, use, True, f"closest: {place}")

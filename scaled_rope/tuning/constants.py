@@ -13,7 +13,7 @@ the search goes in rounds, of which the first three read one window in four and 
 Rounds 1 to 3 pass on those with the lowest loss and those with the best retrieval, in turn. The rule at the end: among
 the candidates whose retrieval is not shown to be below the best one's, the lowest loss beyond L. If the paper's
 constants are among these candidates and their loss is not shown to be higher, they are kept. "Shown" means that the
-95 % interval of a paired bootstrap, over windows or over prompts, leaves out 0.
+paired 95 % interval, over windows or over prompts, leaves out 0.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def best_of(results: Sequence[Compared], count: int) -> list[Compared]:
 
 def loss_difference(one: Result, other: Result) -> Difference:
     """Nats per token beyond L that one candidate is above another, paired over windows."""
-    return paired_difference({"": list(one.beyond)}, {"": list(other.beyond)})
+    return paired_difference({"": list(one.beyond)}, {"": list(other.beyond)}, shares=False)
 
 
 def retrieval_difference(one: Result, other: Result) -> Difference | None:

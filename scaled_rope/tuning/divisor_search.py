@@ -257,7 +257,7 @@ def _judge(best: Evaluated, first: Evaluated, measure: Measure) -> Row:
     }
     for name, (one, other) in pairs.items():
         if any(one.values()):
-            gain = paired_difference(one, other)
+            gain = paired_difference(one, other, shares=False)
             said[f"{name}_above_start"] = {"value": gain.value, "interval": gain.interval and list(gain.interval)}
     return said
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
+from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation import perplexity_rows
+from scaled_rope.evaluation.controls import compare
 from scaled_rope.evaluation.perplexity_rows import (
     PassResult,
     cost_fields,
@@ -62,6 +65,36 @@ def test_what_is_not_finite_is_no_number() -> None:
 def test_many_documents_are_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perplexity_rows, "DOCUMENTS_IN_ROW", 1)
     assert "document_nats" not in truncated_row({0: {"5": [1.0]}, 1: {"5": [4.0]}}, 5, 0, "token")
+
+
+@pytest.mark.parametrize("documents", [[3], [1, 1, 1], [2, 1]])
+@pytest.mark.parametrize("sliding", [False, True])
+def test_what_is_too_much_to_be_listed_has_an_interval_by_runs(
+    documents: list[int], sliding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three windows, of which two runs are listed: neighbouring documents, or windows of the only one."""
+    monkeypatch.setattr(perplexity_rows, "DOCUMENTS_IN_ROW", 2)
+    monkeypatch.setattr(perplexity_rows, "BLOCKS_IN_ROW", 2)
+    each = iter([4.0, 5.0, 6.0])
+    nats = [[next(each) for _ in range(count)] for count in documents]
+
+    def made(gain: float) -> dict[str, Any]:
+        of = {place: {"5": [one - gain for one in some]} for place, some in enumerate(nats)}
+        if sliding:
+            windows = {place: [Window(place, 0, 5, 4)] * len(some) for place, some in enumerate(nats)}
+            found = sliding_row(of, windows, 5, "token")
+        else:
+            found = truncated_row(of, 5, 0, "token")
+        return found | {"model": "m", "length": 5, "data": {"documents": len(documents)}}
+
+    change = compare([(made(0.2), made(0.0))])
+    assert change is not None and change.interval is not None
+    assert (change.units, change.of) == (2, "documents" if len(documents) > 1 else "windows")
+    assert change.share == pytest.approx(math.expm1(-0.2 / 4)) and change.interval[1] == pytest.approx(change.share)
+    other = made(0.0) | {name: [5, 7] for name in made(0.0) if name.endswith(("block_targets", "document_targets"))}
+    if "bucket_nats" not in other:
+        with pytest.raises(ConfigError, match="other windows"):
+            compare([(made(0.2), other)])
 
 
 def test_costs_add_up() -> None:

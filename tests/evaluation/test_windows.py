@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.evaluation.windows import Document, Texts, bootstrap, cumulate, select, sliding, terms, truncated
+from scaled_rope.evaluation.windows import Document, Texts, cumulate, interval_of, select, sliding, terms, truncated
 from tests.helpers.number_texts import (
     SIZES,
     bodies,  # noqa: F401
@@ -57,16 +57,16 @@ def test_sliding_scores_every_token_once() -> None:
 def test_bootstrap_is_that_of_resampled_documents() -> None:
     rng = np.random.default_rng(3)
     nats, targets = rng.normal(300, 20, 12), rng.integers(90, 110, 12).astype(float)
-    interval = bootstrap(nats, targets)
+    interval = interval_of(nats, targets)
     picks = np.random.default_rng(9).integers(0, 12, (20000, 12))
     expected = np.exp(np.percentile(nats[picks].sum(1) / targets[picks].sum(1), [2.5, 97.5]))
     # Two independent sets of thousands of resamples: their percentiles differ by some 2 % of the width.
     np.testing.assert_allclose(interval, expected, atol=0.08 * (expected[1] - expected[0]))
-    assert bootstrap(nats, targets) == interval
-    assert bootstrap(nats[:1], targets[:1]) is None
-    equal = bootstrap(np.full(5, 20.0), np.full(5, 10.0))
+    assert interval_of(nats, targets) == interval
+    assert interval_of(nats[:1], targets[:1]) is None
+    equal = interval_of(np.full(5, 20.0), np.full(5, 10.0))
     assert equal == pytest.approx([math.e**2] * 2)  # documents that do not differ leave no doubt
-    assert bootstrap(np.array([np.nan, 1.0]), np.ones(2)) == [None, None]
+    assert interval_of(np.array([np.nan, 1.0]), np.ones(2)) == [None, None]
 
 
 def test_terms_and_sums() -> None:

@@ -95,6 +95,12 @@ def test_buckets_between_once_and_twice_the_window_do_not_decide(tmp_path: Path)
     assert demo_verdict(load_results([write(tmp_path / "all", changed)])).holds
 
 
+def test_a_gain_without_an_interval_decides_nothing(tmp_path: Path) -> None:
+    rows = [{name: value for name, value in row.items() if name != "bucket_nats"} for row in rows_of(tmp_path / "rows")]
+    verdict = demo_verdict(load_results([write(tmp_path / "sumless", rows)]))
+    assert not verdict.holds and verdict.line.startswith("UNDECIDED: ") and "no interval: −" in verdict.line
+
+
 def test_what_was_not_measured_is_said_and_decides_nothing(tmp_path: Path) -> None:
     rows = rows_of(tmp_path / "rows")
     keyless = [row for row in rows if row["metric"] != "passkey" or row["length"] == 64]
