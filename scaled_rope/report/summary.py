@@ -78,7 +78,7 @@ class Retrieval:
 def retrieval(results: ReportRows, series: Series, wording: str | None = None) -> Retrieval | None:
     """The passkeys that a series finds; None without any.
 
-    Of several sets of prompts, the one that was measured last counts.
+    Of several sets of prompts, the one with most prompts counts; of those, the one that was measured last.
 
     wording: of the prompts; None: the released one, another where there is none, or numbered keys where there are no
         plain ones.
@@ -88,7 +88,11 @@ def retrieval(results: ReportRows, series: Series, wording: str | None = None) -
     sections = [one for one in wanted or (sections if wording is None else []) if series in one.rows]
     if not sections:
         return None
-    rows = {length: row for length, row in sections[-1].lengths(series).items() if not row.get("error")}
+    sets = [
+        {length: row for length, row in one.lengths(series).items() if not row.get("error")}
+        for one in reversed(sections)
+    ]
+    rows = max(sets, key=lambda some: sum(row["n"] for row in some.values()))
     if not rows:
         return None
     works_to = None

@@ -14,6 +14,7 @@ from scaled_rope.checkpoint import display_name
 from scaled_rope.errors import is_number
 from scaled_rope.evaluation.controls import CONTROL, Control
 from scaled_rope.evaluation.formatting import format_perplexity, format_table
+from scaled_rope.evaluation.passkey_context import passkey_context
 from scaled_rope.evaluation.pooled_seeds import pooled
 from scaled_rope.report.loading import Loading, SeriesWords, origin
 from scaled_rope.report.row_files import newest, read_row_files, row_date
@@ -306,6 +307,7 @@ def load_results(paths: Sequence[str], finetuned: str | None = None) -> ReportRo
             continue
         # Of a benchmark's rows over other documents, too, the newest is shown.
         cells[column] = newest([cells[column], row]) if column in cells else row
+    _retell_contexts(list(sections.values()))
     alone = [sections.pop(topic) for topic in list(sections) if not sections[topic].rows]
     if count := sum(len(cells) for one in alone for found in one.controls.values() for cells in found.values()):
         notes.append(f"{count} rows of controls without the measurement that they control are left out")
@@ -315,6 +317,26 @@ def load_results(paths: Sequence[str], finetuned: str | None = None) -> ReportRo
     ordered = sorted(sections.values(), key=lambda one: bases.index(one.topic.base))
     ordered.sort(key=lambda one: _NUMBERS.index(one.topic.base[0]))
     return ReportRows(list(series.values()), ordered, rows, notes)
+
+
+def _retell_contexts(sections: Sequence[Section]) -> None:
+    """Compute passkey contexts from all keys of a series: each run of the evaluator writes that of its own lengths."""
+    for section in sections:
+        asked = section.topic.metric.removesuffix("_context")
+        keys = [one for one in sections if (one.topic.metric, one.topic.base) == (asked, section.topic.base)]
+        for series, cells in section.rows.items() if asked != section.topic.metric else ():
+            found = {length: row for one in keys for length, row in one.lengths(series).items() if not row.get("error")}
+            for column, row in cells.items():
+                if found.keys() >= set(row["data"].get("lengths") or [row["length"]]):
+                    context, accuracy = passkey_context({length: found[length]["accuracy"] for length in sorted(found)})
+                    data = {**row["data"], "lengths": sorted(found)}
+                    cells[column] = {
+                        **row,
+                        "data": data,
+                        "length": max(found),
+                        "context": context,
+                        "accuracy": accuracy,
+                    }
 
 
 def _style(series: Sequence[Series]) -> None:

@@ -9,7 +9,9 @@ import pytest
 
 import eval.report as report
 from scaled_rope import RopeScaling
+from scaled_rope.evaluation.passkey_context import passkey_context
 from scaled_rope.report import tables
+from scaled_rope.report.summary import retrieval
 from scaled_rope.report.tables import load_results
 from scaled_rope.results import Row, append_row, read_rows
 from tests.helpers.report_rows import new_row, perplexities, write, write_rows
@@ -204,3 +206,37 @@ def test_a_corpus_s_own_folder_is_not_taken_for_a_stand_in(tmp_path: Path) -> No
         page = report.main([str(write(tmp_path / f"{name}.jsonl", named)), "--output", str(tmp_path / "page")])
         assert page == 0
         assert ("partly recall" in (tmp_path / "page" / "report.html").read_text()) is said
+
+
+def keys_at(found: dict[int, tuple[int, int]], date: str) -> list[Row]:
+    """What one run of the passkey evaluator writes: length -> (right, n), and the context that follows from these."""
+    rows, protocol = [], {"name": "teacher-forced", "iterations": max(n for _, n in found.values())}
+    for length, (right, n) in found.items():
+        share = {"right": right, "n": n, "accuracy": right / n, "interval": [0.0, 1.0], "prompts": []}
+        data = {"name": "passkey", "fingerprint": f"{n} at {length}"}
+        rows.append(new_row("passkey", length, "yarn:4", data=data, protocol=protocol, **share))
+    context, accuracy = passkey_context({length: right / n for length, (right, n) in found.items()})
+    data = {"name": "passkey", "fingerprint": str(sorted(found)), "lengths": sorted(found)}
+    said = {"context": context, "accuracy": accuracy, "protocol": {**protocol, "passed": 0.8}, "data": data}
+    rows.append(new_row("passkey_context", max(found), "yarn:4", **said))
+    return [row | {"provenance": row["provenance"] | {"date": date}} for row in rows]
+
+
+@pytest.mark.parametrize("first", [{128: (4, 4), 256: (4, 4), 512: (1, 4)}, {512: (1, 4)}])
+@pytest.mark.parametrize("second", [{128: (4, 4)}, {256: (4, 4), 128: (4, 4)}])
+def test_the_passkey_context_follows_from_all_keys(
+    first: dict[int, tuple[int, int]], second: dict[int, tuple[int, int]], tmp_path: Path
+) -> None:
+    rows = [*keys_at(first, "2030-01-01"), *keys_at(second, "2030-01-02")]
+    (series,) = (results := load_results([write(tmp_path / "rows", rows)])).series
+    (section,) = results.of("passkey_context")
+    (row,) = section.rows[series].values()
+    assert (row["context"], row["accuracy"]) == (max({*first, *second} - {512}), 1.0)
+    assert row["data"]["lengths"] == sorted({*first, *second})
+
+
+def test_most_prompts_decide_how_far_a_model_finds_its_keys(tmp_path: Path) -> None:
+    rows = [*keys_at({128: (50, 50), 256: (0, 50)}, "2030-01-01"), *keys_at({256: (1, 1)}, "2030-01-02")]
+    results = load_results([write(tmp_path / "rows", rows)])
+    found = retrieval(results, results.series[0])
+    assert found is not None and (found.works_to, found.measured_to) == (128, 256)
