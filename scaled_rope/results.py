@@ -113,13 +113,13 @@ def portable_command(words: Iterable[str]) -> str:
     )
 
 
-_MODELS = ("model", "adapter", "evaluator")
-"""Arguments that are a model's folder, of which rows keep two names."""
+_FOLDERS = ("model", "adapter", "evaluator", "dataset")
+"""Arguments that are often folders of one name, of which rows keep two."""
 
 
 def _portable_values(value: Any, parts: int = 1) -> Any:
     if isinstance(value, Mapping):
-        return {name: _portable_values(entry, 2 if name in _MODELS else 1) for name, entry in value.items()}
+        return {name: _portable_values(entry, 2 if name in _FOLDERS else 1) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_portable_values(entry, parts) for entry in value]
     return portable(str(value), parts) if isinstance(value, (str, Path)) else value

@@ -21,6 +21,7 @@ from scaled_rope.report.row_files import newest, read_row_files, row_date
 from scaled_rope.results import OUT_OF_MEMORY, Row, portable_model
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.texts.corpora import CORPORA, STANDIN, STANDINS
+from scaled_rope.texts.token_documents import TokenSource
 
 Column = tuple[int, str]
 """The key of a table's column: a context length in tokens (0 for none), and a text that tells columns of one length
@@ -114,6 +115,8 @@ class Section:
     rows: dict[Series, dict[Column, Row]] = field(default_factory=dict)
     controls: dict[Series, dict[Control, dict[Column, Row]]] = field(default_factory=dict)
     """The same tokens after the last few only, where that was measured."""
+    words: str = ""
+    """What tells the text from another of its name, where there is one."""
 
     @property
     def columns(self) -> list[Column]:
@@ -209,12 +212,27 @@ def column_of(row: Row) -> Column:
     return int(row["length"]), "{}-{}".format(*row["bucket"]) if "bucket" in row else ""
 
 
+_AMOUNTS = {"documents": "documents", "windows": "windows", "window_tokens": "tokens a window"}
+"""Fields of a row's data, and their words."""
+
+
+def text_read(row: Row) -> dict[str, Any]:
+    """How a row's text was read: where it is, and the flags that choose a part of it, as far as the row says."""
+    given = row.get("provenance", {}).get("arguments")
+    found = given if isinstance(given, Mapping) else {}
+    named = found.get("dataset")
+    names = [str(name) for name in (named if isinstance(named, list) else [named]) if name]
+    mine = [name for name in names if TokenSource(name).title == row["data"].get("name")]
+    flags = {name: found.get(name) for name in ("split", "feature", "samples")}
+    return {"": mine[0] if mine else None, "subset": row["data"].get("subset"), **flags}
+
+
 def current_rows(rows: Sequence[Row]) -> list[Row]:
     """Leave out rows that newer ones have replaced.
 
     A file that is appended to keeps rows from before the weights or a text changed. For each model and metric, and each
     way in which the model was loaded, rows with the weights of the newest one are kept, and of these, for each series,
-    the rows over the text that it last saw under a name.
+    the rows over the text that it last saw under a name, of those that were read in the same way (`text_read`).
     """
     weights = {origin(row): row["model_fingerprint"] for row in sorted(rows, key=row_date)}
     kept = [row for row in rows if weights[origin(row)] == row["model_fingerprint"]]
@@ -224,7 +242,7 @@ def current_rows(rows: Sequence[Row]) -> list[Row]:
         # Windows of another length are another measurement, not a newer one.
         window = str(row["data"].get("window_tokens"))
         series = row["model"], row["label"], Loading.of(row), row["dtype"]
-        return *series, topic.metric, topic.data, topic.protocol, window
+        return *series, topic.metric, topic.data, topic.protocol, window, *text_read(row).items()
 
     texts = {named(row): topic_of(row).text for row in sorted(kept, key=row_date)}
     return [row for row in kept if texts[named(row)] == topic_of(row).text]
@@ -311,12 +329,29 @@ def load_results(paths: Sequence[str], finetuned: str | None = None) -> ReportRo
     alone = [sections.pop(topic) for topic in list(sections) if not sections[topic].rows]
     if count := sum(len(cells) for one in alone for found in one.controls.values() for cells in found.values()):
         notes.append(f"{count} rows of controls without the measurement that they control are left out")
+    _tell_texts_apart(list(sections.values()))
     _style(list(series.values()))
     # By metric, then as they appeared; topics with one base stay together.
     bases = list(dict.fromkeys(topic.base for topic in sections))
     ordered = sorted(sections.values(), key=lambda one: bases.index(one.topic.base))
     ordered.sort(key=lambda one: _NUMBERS.index(one.topic.base[0]))
     return ReportRows(list(series.values()), ordered, rows, notes)
+
+
+def _tell_texts_apart(sections: Sequence[Section]) -> None:
+    """Give sections of one title words for what differs in how their texts were read, or in how much was."""
+    groups: dict[str, list[Section]] = {}
+    for section in sections:
+        if section.topic.text:
+            groups.setdefault(title_of(section), []).append(section)
+    for some in groups.values():
+        rows = [next(row for cells in one.rows.values() for row in cells.values()) for one in some]
+        read = [text_read(row) | {name: row["data"].get(name) for name in _AMOUNTS} for row in rows]
+        differing = [name for name in read[0] if len({str(one[name]) for one in read}) > 1]
+        for section, one in zip(some, read, strict=True):
+            known = [name for name in differing if one[name] is not None]
+            said = [f"{one[name]} {_AMOUNTS[name]}" if name in _AMOUNTS else f"{name} {one[name]}" for name in known]
+            section.words = f" ({', '.join(word.strip() for word in said)})" if said else ""
 
 
 def _retell_contexts(sections: Sequence[Section]) -> None:
@@ -611,14 +646,14 @@ def title_of(section: Section) -> str:
     topic = section.topic
     if topic.metric == "perplexity":
         where = " in sliding windows" if topic.setting("name") == "sliding" else ""
-        return f"Perplexity{where}, {topic.data or 'text'}"
+        return f"Perplexity{where}, {topic.data or 'text'}{section.words}"
     if topic.metric == "longppl":
-        return f"LongPPL, {topic.data or 'text'}"
+        return f"LongPPL, {topic.data or 'text'}{section.words}"
     title = _TITLES[topic.metric]
     if topic.setting("wording") is not None:
         title += f", {topic.setting('wording')} wording"
     plain = topic.data in ("", topic.metric, "passkey") or topic.metric.startswith("passkey_hard")
-    return title if plain else f"{title}, {topic.data}"
+    return title + section.words if plain else f"{title}, {topic.data}{section.words}"
 
 
 def tables_of(section: Section) -> list[Table]:

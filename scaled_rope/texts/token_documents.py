@@ -29,7 +29,7 @@ def is_tokenized(name: str) -> bool:
 
 
 _PARTS_OF_SETS = frozenset("train training test testing validation valid dev eval heldout".split())
-"""Names that folders of different data sets share: reports would take one set for a newer state of the other."""
+"""Names that folders and files of different data sets share: reports could not tell one set from the other."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class TokenSource:
         parts = Path(self.name).parts
         if parts in ((), ("..",)):  # a folder that is named by where it is
             parts = Path(self.name).resolve().parts
-        return "-".join(parts[-2:]) if parts[-1].lower() in _PARTS_OF_SETS else parts[-1]
+        shared = parts[-1].partition(".")[0].lower() in _PARTS_OF_SETS
+        return "-".join(parts[-2:]) if shared else parts[-1]
 
     def documents(self, tokenizer: Any) -> Iterator[IntArray]:
         """Yield the token ids of each document.

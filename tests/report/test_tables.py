@@ -45,6 +45,35 @@ def test_rows_of_older_weights_or_texts_do_not_share_a_line_with_new_ones(tmp_pa
     assert [one.label for one in named.series][-1] == "yarn x4 (fine-tuned)"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "data", "titles"),
+    [
+        ([{"dataset": ["a/text"]}, {"dataset": ["b/text", "c"]}], [{}, {}], ["text (a/text)", "text (b/text)"]),
+        ([{}, {}], [{"subset": "en"}, {"subset": "de"}], ["text (subset en)", "text (subset de)"]),
+        ([{"split": "test"}, {"split": "dev"}], [{}, {}], ["text (split test)", "text (split dev)"]),
+        ([{"samples": 2}, {"samples": 3}], [{"documents": 2}, {"documents": 3}],
+         ["text (samples 2, 2 documents)", "text (samples 3, 3 documents)"]),
+    ],
+)  # fmt: skip
+def test_texts_of_one_name_that_were_read_otherwise_are_tables_of_their_own(
+    arguments: list[dict[str, Any]], data: list[dict[str, Any]], titles: list[str], tmp_path: Path
+) -> None:
+    rows = [
+        row | {"data": row["data"] | more | {"fingerprint": str(number)},
+               "provenance": row["provenance"] | {"arguments": given, "date": f"2030-01-0{number + 1}"}}
+        for number, (given, more) in enumerate(zip(arguments, data, strict=True))
+        for row in perplexities("yarn:4", "text", {64: 30})
+    ]  # fmt: skip
+    results = load_results([write(tmp_path / "rows", rows)])
+    assert results.notes == [] and [tables.title_of(one) for one in results.sections] == [
+        f"Perplexity, {title}" for title in titles
+    ]
+    older = [row | {"provenance": row["provenance"] | {"arguments": arguments[0]}} for row in rows]
+    older = [row | {"data": row["data"] | data[0]} for row in older]
+    (note,) = load_results([write(tmp_path / "older", older)]).notes  # the same text, which has changed
+    assert "older text" in note
+
+
 def test_prompts_in_a_chat_template_are_a_column_of_their_own() -> None:
     protocol = {"name": "lm-eval", "task": "arc_easy", "num_fewshot": 0, "metric": "acc", "limit": 100}
     row = {"metric": "benchmark", "length": None, "data": {}, "protocol": protocol}
