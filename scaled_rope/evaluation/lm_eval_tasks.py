@@ -191,7 +191,7 @@ class Unit:
         """
         evaluator = _lm_eval("evaluator")
         self.prepare()
-        lm.truncated = 0
+        lm.asked = lm.truncated = 0
         lengths = self.lengths if lengths is None else lengths
         everything = {name: len(task.eval_docs) for name, task in self.tasks.items()}
         chosen = {name: indices for name, indices in self._of(lengths).items() if len(indices) < everything[name]}
@@ -205,7 +205,7 @@ class Unit:
                 confirm_run_unsafe_code=True,  # a task that needs it was built only where that is allowed
             )
         rows = measured_rows(results, self.metric, lengths)
-        return {length: {**row, "truncated": lm.truncated} for length, row in rows.items()}
+        return {length: {**row, "requests": lm.asked, "truncated": lm.truncated} for length, row in rows.items()}
 
     def _of(self, lengths: Sequence[int | None]) -> dict[str, list[int]]:
         """Those of `documents` that have one of the lengths."""
