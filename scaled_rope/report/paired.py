@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from scaled_rope.evaluation.statistics import Difference, paired_difference
-from scaled_rope.report.context_use import base_of
+from scaled_rope.report.context_use import base_of, precision_remarks, precisions
 from scaled_rope.report.tables import Cell, Column, ReportRows, Section, Series, Table, cut_words, title_of
 from scaled_rope.results import Row
 
@@ -73,6 +73,8 @@ def paired_table(section: Section, base: str | None = None) -> Table | None:
         name = f"{series.name}, against the base"
         lines.append((replace(series, name=name, aside=True), cells))
     left = tuple(f"Not compared: {', '.join(where)}, since {why}." for why, where in reasons.items())
+    compared = [one for one, each in found.items() if any(isinstance(change, Difference) for change in each.values())]
+    left += precision_remarks({one.name: precisions(section, one, base_of(section, one, base)) for one in compared})
     note = (
         "Percentage points by which a model answers the same questions better (+) or worse (−) than the unscaled base, "
         "with the 95 % interval over resampled questions."
@@ -84,14 +86,18 @@ def paired_table(section: Section, base: str | None = None) -> Table | None:
 
 
 def short_costs(results: ReportRows, series: Series, base: str | None = None) -> list[tuple[str, Difference]]:
-    """Task -> difference to the base, of the benchmarks that were compared; a task says whether prompts were cut."""
+    """Task -> difference to the base, of the benchmarks that were compared.
+
+    A task's name says whether prompts were cut, and how the two differ in precision.
+    """
     found = []
     for section in results.of("benchmark"):
         if section.topic.by_length or series not in section.rows:
             continue
+        differ = precisions(section, series, base_of(section, series, base))
         for column, change in differences(section, series, base).items():
             if isinstance(change, Difference):
                 row = section.rows[series][column]
-                cut = " (prompts cut)" if cut_words(row) else ""
-                found.append((f"{row['protocol']['task']}{cut}", change))
+                more = ", ".join(filter(None, ["prompts cut" if cut_words(row) else "", differ]))
+                found.append((f"{row['protocol']['task']}{f' ({more})' if more else ''}", change))
     return found

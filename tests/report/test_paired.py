@@ -104,6 +104,16 @@ def test_how_many_prompts_were_cut() -> None:
     assert cut_words(quality) == "5 of 200 prompts were cut to fit 2048 tokens"
 
 
+def test_a_base_in_another_precision_is_told(tmp_path: Path) -> None:
+    rows = [row("default", [1, 2], dtype="bfloat16", model="base"), row("yarn:4", [1], carried=True)]
+    results = load_results([write(tmp_path / "rows", rows)])
+    (section,) = results.of("benchmark")
+    table, said = paired_table(section), "base in bfloat16, model in float32"
+    assert table is not None and len(table.remarks) == 1 and said in table.remarks[0] and said in table.text()
+    tuned = next(one for one in results.series if one.model == "m/tiny")
+    assert [task for task, _ in short_costs(results, tuned)] == [f"arc_easy ({said})"]
+
+
 def test_no_base(tmp_path: Path) -> None:
     (section,) = load_results([write(tmp_path / "rows", [row("yarn:4", [1])])]).of("benchmark")
     assert paired_table(section) is None
