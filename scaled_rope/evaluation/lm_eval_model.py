@@ -136,8 +136,6 @@ class ScaledRopeLM(HFLM):  # type: ignore[misc]
         self._model: Any = None  # set by lm-eval
         self.truncated = 0
         """Number of requests that were cut since this was last set to 0."""
-        self.asked = 0
-        """Number of all requests since this was last set to 0; a question with four endings is four."""
         self._hide_progress = hide_progress
         if isinstance(tokenizer, str):
             tokenizer = load_tokenizer(tokenizer, trust_remote_code, passed_on.get("add_bos_token"))
@@ -156,7 +154,6 @@ class ScaledRopeLM(HFLM):  # type: ignore[misc]
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         pairs = [Continuation(context, continuation) for _, context, continuation in requests]
-        self.asked += len(pairs)
         self.truncated += sum(len(pair.context) + len(pair.continuation) > self.max_length + 1 for pair in pairs)
         hide = disable_tqdm or self._hide_progress
         answers = score(self.model, self.scaling, pairs, self.max_length, self._rows, hide)
@@ -173,14 +170,12 @@ class ScaledRopeLM(HFLM):  # type: ignore[misc]
         def answer(share: list[Any]) -> list[str]:
             return list(generate(share, disable_tqdm=hide)) if share else []
 
-        asked, cut, found = self.asked, self.truncated, ranks.spread(requests, answer)
-        more = ranks.gather(lambda: (self.asked - asked, self.truncated - cut))
-        self.asked, self.truncated = asked + sum(one for one, _ in more), cut + sum(one for _, one in more)
+        before, found = self.truncated, ranks.spread(requests, answer)
+        self.truncated = before + sum(ranks.gather(lambda: self.truncated - before))
         return found
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         if (limit := options.get("left_truncate_len")) is not None:
-            self.asked += len(strings)
             self.truncated += sum(len(self.tok_encode(text)) > limit for text in strings)
         tokens: tuple[Tensor, Tensor] = super().tok_batch_encode(strings, *args, **options)
         return tokens
