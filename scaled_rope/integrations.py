@@ -22,7 +22,15 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.perplexity_evaluator import score_windows
 from scaled_rope.evaluation.perplexity_rows import prefix_sums, truncated_row
 from scaled_rope.evaluation.statistics import SEED
-from scaled_rope.evaluation.windows import Losses, Texts, batches, select, truncated, windows_fingerprint
+from scaled_rope.evaluation.windows import (
+    Losses,
+    Texts,
+    batches,
+    select,
+    tell_copies,
+    truncated,
+    windows_fingerprint,
+)
 from scaled_rope.patching.adapter_scaling import save_adapter_scaling
 from scaled_rope.patching.patch import computes, lost_part, patched_plan, patched_scaling
 from scaled_rope.results import Row, append_row, provenance, write_atomic
@@ -86,6 +94,8 @@ class ContextCallback(TrainerCallback):  # type: ignore[misc]
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor of texts and images
         documents = self.source.documents(tokenizer)
         self._texts = select(documents, tokenizer.bos_token_id, self.lengths[-1], samples=self.samples)
+        if state.is_world_process_zero:
+            tell_copies(self.source.name, self._texts.copies)
         self._measure(args, state, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:

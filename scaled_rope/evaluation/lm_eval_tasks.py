@@ -205,7 +205,8 @@ class Unit:
                 confirm_run_unsafe_code=True,  # a task that needs it was built only where that is allowed
             )
         rows = measured_rows(results, self.metric, lengths)
-        return {length: {**row, "truncated": lm.truncated} for length, row in rows.items()}
+        asked = {length: _requests(results["samples"], length) for length in rows}
+        return {length: {**row, "requests": asked[length], "truncated": lm.truncated} for length, row in rows.items()}
 
     def _of(self, lengths: Sequence[int | None]) -> dict[str, list[int]]:
         """Those of `documents` that have one of the lengths."""
@@ -329,6 +330,17 @@ def _length_row(samples: Mapping[str, Sequence[Mapping[str, Any]]], length: int 
     error = math.sqrt(sum((value - mean) ** 2 for value in found) / (n - 1) / n) if n > 1 else None
     outcomes = {name: [round(float(value), 6) for value in values] for name, values in by_task.items()}
     return _row(mean, error, n, share=True) | {"outcomes": outcomes} | _score_interval(found)
+
+
+def _requests(samples: Mapping[str, Sequence[Mapping[str, Any]]], length: int | None) -> int:
+    """The requests that the documents of a length were, of all documents where it is None; four endings are four."""
+    return sum(
+        len(answers)
+        for of in samples.values()
+        for sample in of
+        if sample["filter"] == of[0]["filter"] and length in (None, sample["doc"].get("max_length"))
+        for answers in sample["resps"]
+    )
 
 
 def _score_interval(outcomes: Sequence[Any]) -> Row:

@@ -27,6 +27,7 @@ from scaled_rope.evaluation.windows import (
     Window,
     batches,
     select,
+    tell_copies,
     truncated,
     windows_fingerprint,
 )
@@ -92,6 +93,8 @@ class Perplexity:
             largest = max(texts.bos or 0, *(int(document.tokens.max()) for document in texts.documents))
             if largest >= vocabulary:
                 raise ConfigError(f"token id {largest} does not fit model {model!r} with a vocabulary of {vocabulary}")
+            if current().is_first:
+                tell_copies(self.source.name, texts.copies)
             self._prepared[model] = texts, self._describe(texts)
         return self._prepared[model]
 

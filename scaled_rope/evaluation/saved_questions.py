@@ -208,7 +208,7 @@ class SavedUnit:
         }
         (row,) = measured_rows(results, self.header["metric"], [None]).values()
         cut = sum(len(request.context) + len(request.continuation) > limit + 1 for request in requests)
-        return {None: {**row, "truncated": cut}}
+        return {None: {**row, "requests": len(requests), "truncated": cut}}
 
 
 def _summary(judged: Sequence[Mapping[str, float]]) -> Row:

@@ -8,9 +8,11 @@ models.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +54,9 @@ class Texts:
 
     documents: list[Document]
     bos: int | None
+    copies: tuple[tuple[int, int], ...] = ()
+    """Documents that were left out because their tokens are those of an earlier one: the number of each in the source,
+    counted from 1, and that of the earlier one."""
 
     @property
     def head(self) -> int:
@@ -75,7 +80,7 @@ def select(
     min_tokens: int = 0,
     samples: int | None = None,
 ) -> Texts:
-    """Select the first `samples` documents that are long enough; all of them by default.
+    """Select the first `samples` documents that are long enough and no copies of earlier ones; all of them by default.
 
     Args:
         source: the tokens of each document. A BOS at its start (packed rows have one) is removed.
@@ -92,6 +97,8 @@ def select(
     # A whole document needs one token to score: with a BOS any token is one, without it the first has no context.
     body = 2 - head if length is None else length - head
     documents: list[Document] = []
+    seen: dict[str, int] = {}  # digest -> number of the document
+    copies: list[tuple[int, int]] = []
     read = 0
     for tokens in source:
         read += 1
@@ -100,6 +107,10 @@ def select(
         if len(tokens) < max(min_tokens, body):
             continue
         digest = hashlib.sha256(f"{bos}".encode() + tokens.astype(np.int64).tobytes()).hexdigest()[:24]
+        if digest in seen:  # it would count as a second witness, and narrow the interval
+            copies.append((read, seen[digest]))
+            continue
+        seen[digest] = read
         begins: tuple[int, ...] = (0,)
         if length is not None:
             count = min(windows, len(tokens) // body)
@@ -113,8 +124,22 @@ def select(
         asked = "at least 1 is needed" if samples is None else f"--samples asks for {samples}"
         need = max(min_tokens, body if length is None else length)
         hint = "are there texts in it?" if length is None else "ask for shorter --lengths or fewer --samples"
-        raise ConfigError(f"only {len(documents)} of {read} documents have {need} tokens; {asked}: {hint}")
-    return Texts(documents, bos)
+        which = f"only {len(documents)} of {read} documents have {need} tokens"
+        if copies:
+            which += f" and are no copies of others ({len(copies)} {'is' if len(copies) == 1 else 'are'})"
+        raise ConfigError(f"{which}; {asked}: {hint}")
+    return Texts(documents, bos, tuple(copies))
+
+
+@functools.cache
+def tell_copies(name: str, copies: tuple[tuple[int, int], ...]) -> None:
+    """Say on stderr, once, that documents of a data set were left out as copies. copies: those of `Texts`."""
+    if not copies:
+        return
+    (number, earlier), count = copies[0], len(copies)
+    which = f"document {number} has the tokens of document {earlier}"
+    said = f"{which} and is" if count == 1 else f"{count} copies of other documents (the first: {which}) are"
+    print(f"note: dataset {name}: {said} left out", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------------- windows

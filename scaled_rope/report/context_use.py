@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 from scaled_rope.evaluation.controls import Change, Control, compare, counted
 from scaled_rope.report.tables import Cell, Column, Section, Series, Table, beside, tables_of, title_of
 from scaled_rope.results import Row
 
 _HEADING = "against the last tokens only"
+
+
+@dataclass(frozen=True)
+class AcrossPrecisions(Change):
+    """A change against a base that was computed in another precision, as its text says."""
+
+    precisions: str = ""
+    """See `precisions`."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} ({self.precisions})"
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,7 @@ class ContextUse:
         works_to: the end of the last bucket up to which the perplexity, as measured, is at or below that of the same
             weights reading the last tokens only; the control's window if it is above in the first one.
         measured_to: the end of the last bucket.
+        precisions: how the base differs in precision, see `precisions`.
     """
 
     series: Series
@@ -35,13 +47,14 @@ class ContextUse:
     against_base: Change | None
     works_to: int
     measured_to: int
+    precisions: str = ""
 
 
 def base_of(section: Section, series: Series, base: str | None = None) -> Series | None:
     """The unscaled series to compare with: that of the model `base`, of the same model, or the only one.
 
     Of several of one model, the one counts that was loaded as `series` was, or else plainly, and then the one in its
-    precision.
+    precision. Where there is none in its precision, one in another counts; `precisions` says so.
     """
     unscaled = [one for one in section.rows if one.scaling.method == "default" and base in (None, one.model)]
     same = [one for one in unscaled if one.model == series.model]
@@ -55,6 +68,21 @@ def base_of(section: Section, series: Series, base: str | None = None) -> Series
 
 def _dtypes(section: Section, series: Series) -> set[str]:
     return {row["dtype"] for row in section.rows.get(series, {}).values()}
+
+
+def precisions(section: Section, series: Series, reference: Series | None) -> str:
+    """How a base and a model differ in precision: "base in bfloat16, model in float32"; "" where they don't."""
+    mine, others = _dtypes(section, series), set() if reference is None else _dtypes(section, reference)
+    if not others or mine & others:
+        return ""
+    return f"base in {' and '.join(sorted(others))}, model in {' and '.join(sorted(mine))}"
+
+
+def _told(change: Change | None, words: str) -> Change | None:
+    """A change against a base, which says in its text how the two differ in precision, if they do."""
+    if change is None or not words:
+        return change
+    return AcrossPrecisions(**{one.name: getattr(change, one.name) for one in fields(change)}, precisions=words)
 
 
 def context_use(section: Section, series: Series, base: str | None = None) -> ContextUse | None:
@@ -82,6 +110,7 @@ def context_use(section: Section, series: Series, base: str | None = None) -> Co
     reference = base_of(section, series, base)
     base_cut = section.controls.get(reference, {}).get(control, {}) if reference else {}
     common = [column for column in columns if column in base_cut]
+    differ = precisions(section, series, reference) if common else ""
 
     def against(found: dict[Column, Row], chosen: Sequence[Column]) -> Change | None:
         return compare([(rows[column], found[column]) for column in chosen])
@@ -97,10 +126,11 @@ def context_use(section: Section, series: Series, base: str | None = None) -> Co
         control,
         buckets,
         against(cut, within),
-        {column: against(base_cut, [column]) for column in common},
-        against(base_cut, within) if set(within) <= set(common) else None,
+        {column: _told(against(base_cut, [column]), differ) for column in common},
+        _told(against(base_cut, within), differ) if set(within) <= set(common) else None,
         works_to,
         columns[-1][0],
+        differ,
     )
 
 
@@ -110,7 +140,8 @@ def short_loss(section: Section, series: Series, window: int, base: str | None =
     if reference is None or reference is series:
         return None
     mine, others = section.rows[series], section.rows[reference]
-    return compare([(mine[one], others[one]) for one in mine if one[0] <= window and one in others])
+    change = compare([(mine[one], others[one]) for one in mine if one[0] <= window and one in others])
+    return _told(change, precisions(section, series, reference))
 
 
 def control_table(section: Section) -> Table | None:
@@ -138,7 +169,8 @@ def control_table(section: Section) -> Table | None:
                 continue
             cells = [cell(use.series, column, changes[column]) if column in changes else Cell() for column in columns]
             whole = cell(use.series, last, total)
-            lines.append((_named(use, name), [*cells, Cell(str(total or "–"), whole.row, whole.value, whole.interval)]))
+            said = "–" if total is None else Change.__str__(total)  # a remark says how precisions differ
+            lines.append((_named(use, name), [*cells, Cell(said, whole.row, whole.value, whole.interval)]))
     windows = sorted({(use.control.window, use.control.stride) for use in found})
     how = "; ".join(f"{window - stride} to {window - 1} tokens before each" for window, stride in windows)
     sliding = section.topic.setting("name") == "sliding"
@@ -150,7 +182,20 @@ def control_table(section: Section) -> Table | None:
         "that the scaling is for, with the 95 % interval over documents, or over windows where there is one document."
     )
     heads = [*(span or str(length) for length, span in columns), "all"]
-    return Table(f"{title_of(section)}, {_HEADING}", note, section, heads, lines)
+    told = precision_remarks({use.series.name: use.precisions for use in found})
+    return Table(f"{title_of(section)}, {_HEADING}", note, section, heads, lines, None, told)
+
+
+def precision_remarks(found: Mapping[str, str]) -> tuple[str, ...]:
+    """Remarks on comparisons across precisions. found: name of a series -> `precisions`."""
+    where: dict[str, list[str]] = {}
+    for name, words in found.items():
+        if words:
+            where.setdefault(words, []).append(name)
+    return tuple(
+        f"Against the base: {words} ({', '.join(names)}), so a part of the change may be rounding."
+        for words, names in where.items()
+    )
 
 
 def _named(use: ContextUse, name: str) -> Series:

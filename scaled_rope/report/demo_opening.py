@@ -57,7 +57,8 @@ def _changed(change: Change | None, judged: bool) -> Said:
     if change is None:
         return Said("not measured", "unsure")
     tone = ("good" if change.lower else "bad" if change.higher else "unsure") if judged else ""
-    return Said(change.short, tone, str(change).removeprefix(change.short).strip(" []"))
+    more = str(change).removeprefix(change.short).strip()
+    return Said(change.short, tone, more.removeprefix("[").replace("]", ""))
 
 
 def _sentence(verdict: Verdict, keys: _Keys | None, uses: _Uses) -> str:

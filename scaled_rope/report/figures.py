@@ -438,6 +438,9 @@ def benchmark_figure(section: Section, name: str, keys: Mapping[Series, str]) ->
 
     height = (0.75 + 0.21 * len(everyone)) * math.ceil(len(tasks) / _PANELS) + 0.1
     caption = "Score of each scaling with its 95 % interval; where intervals overlap a difference may be chance."
+    cells = {(series, task): share_cell(row) for series in everyone for task, row in section.rows[series].items()}
+    if cut := [f"{series.name}, {task[1]}" for (series, task), cell in cells.items() if cell.cut]:
+        caption += f" Prompts were cut: {'; '.join(cut)}."
     return Figure(name, "Benchmarks", caption, draw, height)
 
 

@@ -244,10 +244,10 @@ def table_html(table: Table, folded: bool = False) -> str:
             tip = about(series.full_name, cell, f"{table.title}, {column}")
             small = f"{cell.interval[0]:.1f}–{cell.interval[1]:.1f}" if whiskers and cell.interval else ""
             shade = cell.share if table.section.topic.by_length else None
-            line += cell_html(tip, cell.text, kind, small, shade, first)
+            line += cell_html(tip, cell.marked, kind, small, shade, first)
             first = False
         body.append(f"<tr>{line}</tr>")
-    inner = f"<p class=note>{html.escape(' '.join([table.note, *table.remarks]))}</p>{rows_html(table.columns, body)}"
+    inner = f"<p class=note>{html.escape(' '.join([table.note, *table.told]))}</p>{rows_html(table.columns, body)}"
     if folded:
         return f"<details><summary>{html.escape(table.heading)}</summary>{inner}</details>"
     # A table with the heading of its part needs none of its own.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from scaled_rope.evaluation.statistics import Difference, paired_difference
-from scaled_rope.report.context_use import base_of
-from scaled_rope.report.tables import Cell, Column, ReportRows, Section, Series, Table, title_of
+from scaled_rope.report.context_use import base_of, precision_remarks, precisions
+from scaled_rope.report.tables import Cell, Column, ReportRows, Section, Series, Table, cut_words, title_of
 from scaled_rope.results import Row
 
 _SETTINGS = ("max_length",)  # differ between a model and its base
@@ -63,7 +63,8 @@ def paired_table(section: Section, base: str | None = None) -> Table | None:
             row = section.rows[series].get(column)
             if isinstance(change, Difference):
                 bounds = None if change.interval is None else (100 * change.interval[0], 100 * change.interval[1])
-                cells.append(Cell(change.points, row, 100 * change.value, bounds))
+                cut = "" if row is None else cut_words(row)  # the base's prompts are the same, cut likewise
+                cells.append(Cell(change.points, row, 100 * change.value, bounds, cut=cut))
             elif change is not None:
                 cells.append(Cell("–", row))
                 reasons.setdefault(change, []).append(f"{series.name} on {column[1]}")
@@ -72,6 +73,8 @@ def paired_table(section: Section, base: str | None = None) -> Table | None:
         name = f"{series.name}, against the base"
         lines.append((replace(series, name=name, aside=True), cells))
     left = tuple(f"Not compared: {', '.join(where)}, since {why}." for why, where in reasons.items())
+    compared = [one for one, each in found.items() if any(isinstance(change, Difference) for change in each.values())]
+    left += precision_remarks({one.name: precisions(section, one, base_of(section, one, base)) for one in compared})
     note = (
         "Percentage points by which a model answers the same questions better (+) or worse (−) than the unscaled base, "
         "with the 95 % interval over resampled questions."
@@ -83,12 +86,18 @@ def paired_table(section: Section, base: str | None = None) -> Table | None:
 
 
 def short_costs(results: ReportRows, series: Series, base: str | None = None) -> list[tuple[str, Difference]]:
-    """Task -> difference to the base, of the benchmarks that were compared."""
+    """Task -> difference to the base, of the benchmarks that were compared.
+
+    A task's name says whether prompts were cut, and how the two differ in precision.
+    """
     found = []
     for section in results.of("benchmark"):
         if section.topic.by_length or series not in section.rows:
             continue
+        differ = precisions(section, series, base_of(section, series, base))
         for column, change in differences(section, series, base).items():
             if isinstance(change, Difference):
-                found.append((section.rows[series][column]["protocol"]["task"], change))
+                row = section.rows[series][column]
+                more = ", ".join(filter(None, ["prompts cut" if cut_words(row) else "", differ]))
+                found.append((f"{row['protocol']['task']}{f' ({more})' if more else ''}", change))
     return found

@@ -26,6 +26,7 @@ from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.evaluation.formatting import format_table
 from scaled_rope.evaluation.paper_benchmarks import PAPER
 from scaled_rope.report.loading import Loading
+from scaled_rope.report.tables import cut_words
 from scaled_rope.results import OUT_OF_MEMORY, Row
 from scaled_rope.scaling.record import RopeScaling
 
@@ -241,12 +242,12 @@ def _find(metric: str, column: Any, rows: Sequence[Row]) -> Row | None:
 
 
 def _is_whole(row: Row, task: str) -> bool:
-    """Whether a row is of all documents of a task, with the paper's number of examples and no chat template."""
+    """Whether a row is of all documents of a task, uncut, with the paper's number of examples and no chat template."""
     protocol = row["protocol"]
     if protocol.get("task") != task or protocol.get("limit") is not None or protocol.get("chat_template"):
         return False
     partial = str(row.get("data", {}).get("source", "")).endswith("partial")
-    return not partial and protocol.get("num_fewshot") == PAPER[task].num_fewshot
+    return not partial and not cut_words(row) and protocol.get("num_fewshot") == PAPER[task].num_fewshot
 
 
 def _measured(row: Row, metric: str, column: Any) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from scaled_rope.evaluation.effective_length import KEPT, THRESHOLDS, EffectiveLength, effective_length
 from scaled_rope.evaluation.task_presets import RULER
-from scaled_rope.report.tables import UNSCALED, Cell, ReportRows, Section, Series, Table, Topic, share_cell
+from scaled_rope.report.tables import UNSCALED, Cell, ReportRows, Section, Series, Table, Topic, cut_words, share_cell
 from scaled_rope.results import Row
 
 _PER_TASK = ("task", "version", "num_fewshot")  # settings that differ between tasks of one measurement
@@ -41,12 +41,29 @@ class RulerScores:
 
     @property
     def standing(self) -> str:
+        """The tasks that the effective length stands on, in words, and how many of their prompts were cut."""
+        return "; ".join(filter(None, [self.tasks, self.cut]))
+
+    @property
+    def tasks(self) -> str:
         """The tasks that the effective length stands on, in words."""
         assert self.effective is not None
         tasks = self.effective.tasks
         if len(tasks) == len(RULER):
             return f"all {len(RULER)} tasks"
         return f"{len(tasks)} of {len(RULER)} tasks: {', '.join(tasks)}"
+
+    @property
+    def cut(self) -> str:
+        """How many of the prompts that the effective length stands on were cut; "" where none was."""
+        assert self.effective is not None
+        return "; ".join(filter(None, dict.fromkeys(self.cut_at(length) for length in self.effective.scores)))
+
+    def cut_at(self, length: int) -> str:
+        """The same, of the prompts of one length in tokens."""
+        assert self.effective is not None
+        rows = [self.rows[task].get(length) for task in self.effective.tasks]
+        return cut_words(*(row for row in rows if row is not None))
 
 
 def ruler_scores(results: ReportRows, series: Series) -> RulerScores | None:
@@ -102,11 +119,11 @@ def _effective_table(section: Section, found: Sequence[RulerScores]) -> Table:
             continue
         low_high = "" if found_length.interval is None else "{} to {}".format(*found_length.interval)
         cells = [
-            Cell(_length(found_length), row, found_length.length),
+            Cell(_length(found_length), row, found_length.length, cut=scores.cut),
             Cell(low_high, row),
             Cell(f"{100 * found_length.scores[found_length.trained]:.1f}", row),
             *(Cell(_above(found_length, threshold), row) for threshold in THRESHOLDS.values()),
-            Cell(scores.standing, row),
+            Cell(scores.tasks, row),
         ]
         lines.append((scores.series, cells))
     heads = ["length (tokens)", "95 % interval", "mean at the trained length (%)"]
@@ -148,10 +165,9 @@ def _scores_table(section: Section, scores: RulerScores) -> Table:
     if effective is not None:
         of = {length: scores.rows[effective.tasks[0]][length] for length in effective.scores}
         count = f"mean of {len(effective.tasks)}"
+        shares = {one: 100 * effective.scores[one] for one in of}
         means = [
-            Cell(f"{100 * effective.scores[one]:.1f}", of[one], 100 * effective.scores[one], None, "%")
-            if one in of
-            else Cell()
+            Cell(f"{shares[one]:.1f}", of[one], shares[one], None, "%", scores.cut_at(one)) if one in of else Cell()
             for one in lengths
         ]
         lines.append((line(count), means))

@@ -443,6 +443,10 @@ def common_contexts(series: Iterable[Series]) -> tuple[int | None, int | None]:
 # ----------------------------------------------------------------------------------------------------------- tables
 
 
+CUT_MARK = "†"
+"""Stands behind a number some of whose prompts were cut."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One number of a table."""
@@ -453,6 +457,13 @@ class Cell:
     interval: tuple[float, float] | None = None
     """The 95 % interval."""
     unit: str = ""
+    cut: str = ""
+    """How many of its prompts were cut, see `cut_words`."""
+
+    @property
+    def marked(self) -> str:
+        """The text, with a mark where prompts were cut."""
+        return f"{self.text}{CUT_MARK}" if self.cut else self.text
 
     @property
     def share(self) -> float | None:
@@ -481,6 +492,17 @@ class Table:
         return short[:1].upper() + short[1:]
 
     @property
+    def told(self) -> tuple[str, ...]:
+        """The remarks, and one on prompts that were cut, where a cell has that mark."""
+        where: dict[str, list[str]] = {}
+        for series, cells in self.lines:
+            for column, cell in zip(self.columns, cells, strict=True):
+                if cell.cut:
+                    where.setdefault(cell.cut, []).append(f"{series.name}, {column}")
+        said = "; ".join(f"{words} ({'; '.join(places)})" for words, places in where.items())
+        return (*self.remarks, f"{CUT_MARK} {said}.") if said else self.remarks
+
+    @property
     def best(self) -> list[set[str]]:
         """For each column, the texts of the best values (as they are shown, so that ties are ties)."""
         found: list[set[str]] = []
@@ -500,10 +522,10 @@ class Table:
         count = len(self.columns)
         step = -(-count // _MOST_COLUMNS)
         shown = range((count - 1) % step, count, step)
-        lines = [[series.name, *(cells[index].text for index in shown)] for series, cells in self.lines]
+        lines = [[series.name, *(cells[index].marked for index in shown)] for series, cells in self.lines]
         some = f" (every {step}th of {count} columns)" if step > 1 else ""
         table = format_table(["", *(self.columns[index] for index in shown)], lines)
-        return "\n".join([f"{self.title}{some}", table, *unmeasured(self.section), *self.remarks])
+        return "\n".join([f"{self.title}{some}", table, *unmeasured(self.section), *self.told])
 
 
 def _interval(row: Row, name: str = "interval", scale: float = 1.0) -> tuple[float, float] | None:
@@ -536,11 +558,37 @@ def share_cell(row: Row) -> Cell:
         return Cell(_error(row), row)
     if row["metric"] == "benchmark":
         unit = row.get("unit") or ""
-        return Cell(f"{row['value']:.1f}", row, row["value"], _interval(row), unit)
+        return Cell(f"{row['value']:.1f}", row, row["value"], _interval(row), unit, cut_words(row))
     percent = 100 * row["right"] / row["n"]
     counted = row["n"] < 100 or row["metric"].startswith("passkey")
     text = f"{row['right']}/{row['n']}" if counted else f"{percent:.1f}"
-    return Cell(text, row, percent, _interval(row, scale=100), "%")
+    return Cell(text, row, percent, _interval(row, scale=100), "%", cut_words(row))
+
+
+def cut_words(*rows: Row) -> str:
+    """How many of the prompts of some rows were cut, and to what; "" where none was.
+
+    A question with four endings is four prompts. Rows that don't say how many they have are counted by questions.
+    """
+    cut = [row for row in rows if _cut_prompts(row)]
+    if not cut:
+        return ""
+    count = sum(map(_cut_prompts, cut))
+    asked: list[Any] = [row.get("n" if row["metric"] == "quality" else "requests") for row in rows]
+    limits = {row["protocol"].get("max_tokens" if row["metric"] == "quality" else "max_length") for row in cut}
+    fit = " or ".join(str(limit) for limit in sorted(filter(is_number, limits)))
+    if all(map(is_number, asked)):
+        some = f"{count:,} of {sum(asked):,} prompts"
+    else:
+        questions = sum(row.get("n") or 0 for row in rows)
+        some = f"{count:,} {'prompt' if count == 1 else 'prompts'} of {questions:,} questions"
+    return f"{some} {'was' if count == 1 else 'were'} cut{f' to fit {fit} tokens' if fit else ''}"
+
+
+def _cut_prompts(row: Row) -> int:
+    """The number of a row's prompts that were cut, as far as it says so."""
+    count: Any = row.get("cut" if row["metric"] == "quality" else "truncated")
+    return int(count) if is_number(count) else 0
 
 
 def _error(row: Row) -> str:
@@ -567,6 +615,7 @@ def about(title: str, cell: Cell, what: str) -> str:
         title,
         f"{what}: {value}",
         ", ".join(counted),
+        cell.cut or cut_words(row),
         ", ".join([f"weights {row['model_fingerprint']}", row["dtype"], *cost]),
         f"commit {(record['commit'] or 'unknown')[:12]}, torch {versions.get('torch', 'unknown')}, {record['device']}, "
         f"{record['date']}",
@@ -772,7 +821,7 @@ def to_csv(tables: Iterable[Table]) -> list[list[str]]:
                 value = cell.row.get("error", cell.text) if cell.value is None else repr(cell.value)
                 where = [table.title, series.model, series.label, column]
                 numbers = ["", value, str(low), str(high), str(cell.row.get("n") or cell.row.get("targets") or "")]
-                lines.append([*where, *numbers, "", record.get("commit") or "", record.get("date") or ""])
+                lines.append([*where, *numbers, cell.cut, record.get("commit") or "", record.get("date") or ""])
     return lines
 
 

@@ -30,6 +30,8 @@ Array = npt.NDArray[Any]
 
 ROPE_TENSOR = "rope_freqs.weight"
 """llama.cpp's tensor [D/2]: what each frequency b^(-2d/D) is divided by."""
+_ROPE_TENSORS = (ROPE_TENSOR, "rope_factors_long.weight", "rope_factors_short.weight")
+"""All tensors of divisors; llama.cpp reads those for which `rope.scaling.type` is, and refuses a file with others."""
 
 _LAYER_TENSORS = {
     "input_layernorm": "attn_norm",
@@ -134,8 +136,11 @@ def _llama_metadata(config: Any, name: str) -> dict[str, Any]:
 def add_rope(source: str | Path, path: str | Path, rope: GgufRope) -> None:
     """Copy a GGUF, of any quantisation, with another rotary part. Weights and all other metadata are as they were.
 
+    Of the source's own scaling nothing is left: neither `rope.scaling` keys that `rope` does not say, nor divisors.
+
     Raises:
-        ConfigError: not a GGUF, or both paths are the same file.
+        ConfigError: not a GGUF, one part of several, big-endian, no model, or of a model with other heads; both paths
+            are the same file.
     """
     gguf = _gguf()
     source, path = Path(source), Path(path)
@@ -151,25 +156,63 @@ def add_rope(source: str | Path, path: str | Path, rope: GgufRope) -> None:
     for key in rope.metadata:
         if not key.startswith(f"{architecture}."):
             raise ConfigError(f"GGUF {str(source)!r} is of architecture {architecture!r}, but the scaling says {key}")
+    _check_model(reader, source, architecture, rope)
+    left = ("GGUF.", "split.", f"{architecture}.rope.scaling.", f"{architecture}.rope.scale_linear")
     with _copying(source), _writing(path) as scratch:
         writer = gguf.GGUFWriter(str(scratch), architecture)
+        writer.data_alignment = reader.alignment
         for name, entry in reader.fields.items():
-            if name.startswith("GGUF.") or name == "general.architecture" or name in rope.metadata:
+            if name.startswith(left) or name == "general.architecture" or name in rope.metadata:
                 continue
             item = entry.types[-1] if entry.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(name, entry.contents(), entry.types[0], sub_type=item)
         for key, value in rope.metadata.items():
             _add(writer, key, value)
         for tensor in reader.tensors:
-            if tensor.name != ROPE_TENSOR:
+            if tensor.name not in _ROPE_TENSORS:
                 writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
         if rope.divisors is not None:
             writer.add_tensor(ROPE_TENSOR, np.asarray(rope.divisors, dtype=np.float32))
         _finish(writer)
 
 
+def _check_model(reader: Any, source: Path, architecture: str, rope: GgufRope) -> None:
+    """Refuse what would be copied into a file that llama.cpp cannot load, or that computes something else."""
+    with _copying(source):
+        said = {name: entry.contents() for name, entry in reader.fields.items() if not name.startswith("tokenizer.")}
+    kind = said.get("general.type", "model")
+    if kind != "model":
+        raise ConfigError(f"GGUF {str(source)!r} has general.type {kind!r}: must be 'model', which is what rotates")
+    if reader.byte_order == "S":
+        raise ConfigError(f"GGUF {str(source)!r} is in big-endian byte order: only little-endian files are copied")
+    if not any(tensor.name not in _ROPE_TENSORS for tensor in reader.tensors):
+        raise ConfigError(f"GGUF {str(source)!r} holds no weights: name one of a whole model")
+    rotated = _rotated_dims(said, architecture)
+    if rope.divisors is not None and rotated not in (None, 2 * len(rope.divisors)):
+        raise ConfigError(
+            f"GGUF {str(source)!r} rotates {rotated} dimensions of a head, but the scaling is for "
+            f"{2 * len(rope.divisors)}: name a GGUF of the same model"
+        )
+
+
+def _rotated_dims(said: Mapping[str, Any], architecture: str) -> int | None:
+    """The dimensions of a head that llama.cpp rotates, by the metadata of a GGUF; None where that does not say it."""
+    count, length, width, heads = (
+        said.get(f"{architecture}.{name}")
+        for name in ("rope.dimension_count", "attention.key_length", "embedding_length", "attention.head_count")
+    )
+    for told in (count, length):
+        if isinstance(told, int):
+            return told
+    return width // heads if isinstance(width, int) and isinstance(heads, int) and heads else None
+
+
 def read_gguf_rope(path: str | Path) -> GgufRope:
-    """The RoPE settings of a GGUF."""
+    """The RoPE settings of a GGUF.
+
+    Raises:
+        ConfigError: not a GGUF, or one part of several.
+    """
     reader = _read(Path(path))
     metadata = {name: entry.contents() for name, entry in reader.fields.items() if ".rope." in name}
     divisors = [tensor.data for tensor in reader.tensors if tensor.name == ROPE_TENSOR]
@@ -180,14 +223,21 @@ def _read(path: Path) -> Any:
     """A reader of a GGUF, whose counts were held against the size of the file before.
 
     Raises:
-        ConfigError: it is none, or damaged.
+        ConfigError: it is none, damaged, or one part of several.
     """
     gguf = _gguf()
     try:
         check_counts(path)
-        return gguf.GGUFReader(str(path))
+        reader = gguf.GGUFReader(str(path))
+        parts = reader.fields["split.count"].contents() if "split.count" in reader.fields else 1
     except Exception as error:  # the reader raises whatever its parsing stumbles over
         raise ConfigError(f"GGUF {str(path)!r} cannot be read: {error}") from error
+    if parts not in (0, 1):  # 0: the parts were merged
+        raise ConfigError(
+            f"GGUF {str(path)!r} is one of {parts} parts (split.count): must be a whole model; "
+            "llama-gguf-split --merge FIRST_PART OUTPUT joins them"
+        )
+    return reader
 
 
 @contextmanager

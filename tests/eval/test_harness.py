@@ -91,6 +91,7 @@ def test_rows_and_resuming(checkpoint: str, own_tasks: Path, capsys: pytest.Capt
     ]
     # 8 to 68 words and 1 or 2 of the answer: those from 38 on are cut, twice each, unless the scale follows the length.
     assert [row["truncated"] for row in rows] == [8, 8, 0]
+    assert [row["requests"] for row in rows] == [14, 14, 14]
     assert "8 cut" in capsys.readouterr().out
     assert run(checkpoint, own_tasks, *more) == rows  # nothing is measured again
     assert len(run(checkpoint, own_tasks, "--limit", "3")) == 4  # other documents, another row

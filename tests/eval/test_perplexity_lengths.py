@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -197,3 +198,26 @@ def test_packed_sets_are_documents(checkpoint: str, tmp_path: Path) -> None:
         )
         assert rows[1]["targets"] == 3 * 39
         assert rows[1]["data"]["windows"] == 3
+
+
+@pytest.mark.parametrize("protocol", ["--truncate", "--sliding-window=32"])
+def test_copies_of_a_text_are_one_document(
+    protocol: str, checkpoint: str, texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once, copied = tmp_path / "once", tmp_path / "copied"
+    for folder in (once, copied):
+        folder.mkdir()
+        shutil.copy(Path(texts) / "a.txt", folder / "a.txt")
+    argv = ("-m", checkpoint, "--lengths", "64", protocol)
+    (row,) = evaluate(perplexity.main, tmp_path / "once.jsonl", *argv, "--dataset", str(once))
+    assert "left out" not in capsys.readouterr().err
+    shutil.copy(Path(texts) / "a.txt", copied / "b.txt")
+    (again,) = evaluate(perplexity.main, tmp_path / "copied.jsonl", *argv, "--dataset", str(copied))
+    assert again["data"] == {**row["data"], "name": "copied"} and again["data"]["documents"] == 1
+    assert again["interval"] == row["interval"] and again["perplexity"] == row["perplexity"]
+    assert f"note: dataset {copied}: document 2 has the tokens of document 1 and is left out" in capsys.readouterr().err
+    # The limit counts distinct documents.
+    shutil.copy(Path(texts) / "b.txt", copied / "c.txt")
+    argv = (*argv, "--dataset", str(copied), "--samples", "2")
+    (both,) = evaluate(perplexity.main, tmp_path / "both.jsonl", *argv)
+    assert both["data"]["documents"] == 2 and both["interval"][0] < both["interval"][1]

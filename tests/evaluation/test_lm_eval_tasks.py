@@ -157,6 +157,7 @@ def test_a_length_by_itself_is_what_it_is_among_others() -> None:
     lm = model_class()(pretrained=str(DEFAULT_MODEL), device="cpu", hide_progress=True)
     together = unit.measure(lm)
     assert list(together) == [128, 200] and all(len(row["outcomes"]["passkey"]) == 3 for row in together.values())
+    assert [row["requests"] for row in together.values()] == [3, 3]
     for length in (200, 128):
         assert unit.measure(lm, [length]) == {length: together[length]}
 

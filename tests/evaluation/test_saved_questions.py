@@ -46,7 +46,7 @@ def test_saved_requests_give_the_rows_of_lm_eval(
         for row, other in zip(found, expected, strict=True):
             assert row_key(row) == row_key(other)
             assert row["provenance"]["versions"]["lm-eval"] == other["provenance"]["versions"]["lm-eval"] is not None
-            for name in ("n", "unit", "truncated", "length"):
+            for name in ("n", "unit", "requests", "truncated", "length"):
                 assert row[name] == other[name]
             assert row["outcomes"].keys() == other["outcomes"].keys()
             for task, answers in row["outcomes"].items():  # rounded to 6 places

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.evaluation.windows import Document, Texts, cumulate, interval_of, select, sliding, terms, truncated
+from scaled_rope.evaluation.windows import (
+    Document,
+    Texts,
+    cumulate,
+    interval_of,
+    select,
+    sliding,
+    tell_copies,
+    terms,
+    truncated,
+    windows_fingerprint,
+)
 from tests.helpers.number_texts import (
     SIZES,
     bodies,  # noqa: F401
@@ -38,6 +50,27 @@ def test_windows_are_chosen_by_rule() -> None:
         cut(min_tokens=30, samples=3)
     with pytest.raises(ConfigError, match="only 0 of 4"):
         cut(length=1000)
+
+
+def test_a_copy_of_a_document_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    one, two, short = np.arange(1, 31), np.arange(2, 40), np.arange(3)
+    source = [one, short, short, np.concatenate([[0], one]), two, one, one[:-1]]  # the fourth has a BOS in front
+    found = select(iter(source), 0, 10)
+    assert [len(document.tokens) for document in found.documents] == [9, 9, 9] and found.copies == ((4, 1), (6, 1))
+    plain = select(iter([one, two, one[:-1]]), 0, 10)
+    assert windows_fingerprint(found, 10) == windows_fingerprint(plain, 10) and plain.copies == ()
+    assert len(select(iter(source), 0, None).documents) == 4  # one of the short ones
+    assert [len(document.tokens) for document in select(iter(source), 0, None, samples=3).documents] == [30, 2, 38]
+    said = "only 3 of 7 documents have 10 tokens and are no copies of others (2 are); --samples asks for 4"
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        select(iter(source), 0, 10, samples=4)
+    for copies in (found.copies, found.copies, ((2, 1),), ()):
+        tell_copies("folder", copies)
+    assert capsys.readouterr().err.splitlines() == [
+        "note: dataset folder: 2 copies of other documents (the first: document 4 has the tokens of document 1) are"
+        " left out",
+        "note: dataset folder: document 2 has the tokens of document 1 and is left out",
+    ]
 
 
 def test_sliding_scores_every_token_once() -> None:

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 import eval.report as report
-from scaled_rope.evaluation.controls import Control
+from scaled_rope.evaluation.controls import Change, Control
 from scaled_rope.report.context_use import all_tables, base_of, context_use, control_table, is_control, short_loss
+from scaled_rope.report.demo_opening import demo_opening
+from scaled_rope.report.summary import summarize
 from scaled_rope.report.tables import ReportRows, Section, Series, load_results
+from scaled_rope.report.verdict import demo_verdict
 from scaled_rope.results import Row, read_rows
 from tests.helpers.report_rows import passkeys, with_controls, write, write_rows
 
@@ -64,6 +67,42 @@ def test_the_base_is_the_one_that_was_loaded_alike(tmp_path: Path) -> None:
     _, section, series = load(tmp_path, [*rows, *halved])
     assert base_of(section, series["yarn x4, float32"]) is series["unscaled, float32"]
     assert base_of(section, series["yarn x4 (checkpoint)"]) is series["unscaled, float32"]
+
+
+def test_a_base_in_another_precision_is_compared_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = with_controls(read_rows(write_rows(tmp_path / "rows")), {"run/model": -0.03, "base": 0.5})
+    rows += passkeys(rows, "run/model", {64: 10, 256: 10})
+    moved = [{**row, "dtype": "bfloat16"} if row["model"] == "base" else row for row in rows]
+    said = "base in bfloat16, model in float32"
+    results, section, series = load(tmp_path, moved)
+    use = context_use(section, series["yarn x4 (checkpoint)"])
+    assert use is not None and use.precisions == said
+    assert f"{use.against_base}".endswith(f"] ({said})") and said not in f"{use.total}"
+    loss = short_loss(section, series["yarn x4 (checkpoint)"], 64)
+    assert f"{loss}".endswith(f" ({said})")
+    table = control_table(section)
+    assert table is not None and table.remarks == (
+        f"Against the base: {said} (yarn x4 (checkpoint)), so a part of the change may be rounding.",
+    )
+    assert not any(said in cell.text for _, cells in table.lines for cell in cells)
+    summary = summarize(results, "base")
+    assert summary is not None
+    for question in ("better than its base cut short", "price within the trained length"):
+        assert said in summary.lines[question][0].more
+    assert said not in summary.lines["uses what stands further back"][0].more
+    verdict = demo_verdict(results)
+    opening = demo_opening(results, verdict)
+    (line,) = (line for head, line in opening.lines.items() if "against the base" in head)
+    assert line[-1].more.endswith(f" ({said})") and not set("[]") & set(line[-1].more)
+    assert report.main([write(tmp_path / "all", moved), "--output", str(tmp_path / "out")]) == 0
+    assert (
+        table.remarks[0] in capsys.readouterr().out and table.remarks[0] in (tmp_path / "out/report.html").read_text()
+    )
+    results, section, series = load(tmp_path, rows)  # in one precision nothing is said
+    again = control_table(section)
+    assert again is not None and again.remarks == () and "float32" not in f"{summarize(results)}"
+    use = context_use(section, series["yarn x4 (checkpoint)"])
+    assert use is not None and use.precisions == "" and type(use.against_base) is Change
 
 
 def test_it_works_up_to_the_first_bucket_that_is_above(tmp_path: Path) -> None:

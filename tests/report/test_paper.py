@@ -143,6 +143,8 @@ def test_benchmarks_and_passkeys():
     for other in ({"limit": 100}, {"num_fewshot": 0}, {"chat_template": "9f2c"}):
         assert statuses([benchmark | {"protocol": said | other}], "3", label)[0] == NOT_RUN
     assert statuses([benchmark | {"data": {"source": "bigbench 1.0.0, partial"}}], "3", label)[0] == NOT_RUN
+    assert statuses([benchmark | {"truncated": 0}], "3", label)[0] == REPRODUCED
+    assert statuses([benchmark | {"truncated": 1, "n": 1172}], "3", label)[0] == NOT_RUN  # prompts were cut
 
     tried = list(range(8192, 131073, 8192))
     found = base | {"metric": "passkey_context", "context": 131072, "accuracy": 0.95, "data": {"lengths": tried}}

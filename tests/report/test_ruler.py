@@ -93,3 +93,24 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = (tmp_path / "out/report.html").read_text()
     assert "<h3>Effective length</h3>" in page and "works to, by RULER" in page
     assert "Benchmarks, RULER, effective length" in (tmp_path / "out/report.csv").read_text()
+
+
+def test_prompts_that_were_cut_are_told_of_the_mean_and_of_the_effective_length(tmp_path: Path) -> None:
+    tasks = ("niah_single_1", "ruler_vt")
+    rows = [
+        ruler_row(task, length, 10, requests=10, truncated=4 * (length == 128 and task == "ruler_vt"))
+        for task in tasks
+        for length in (64, 128)
+    ]
+    for one in rows:
+        one["protocol"]["max_length"] = 100
+    results = results_of(tmp_path, rows)
+    lengths, by_length = ruler_tables(results)
+    told = {series.name: [cell.marked for cell in cells] for series, cells in by_length.lines}
+    assert told["ruler_vt"] == ["100.0", "100.0†"] and told["niah_single_1"] == ["100.0", "100.0"]
+    assert told["mean of 2"] == ["100.0", "100.0†"]
+    assert "4 of 10 prompts were cut to fit 100 tokens (ruler_vt, 128)" in by_length.text()
+    said = "4 of 20 prompts were cut to fit 100 tokens"
+    assert lengths.lines[0][1][0].marked.endswith("†") and f"† {said} (" in lengths.text()
+    summary = summarize(results)
+    assert summary is not None and summary.lines["works to, by RULER"][0].more.endswith(f"ruler_vt; {said}")

@@ -116,6 +116,83 @@ def test_gguf_refusals(plain_gguf: Path, tmp_path: Path, tiny_model: Callable[..
     assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "a.gguf").exists()
 
 
+def written(path: Path, said: dict[str, Any], tensors: tuple[str, ...] = ("output.weight",), **how: Any) -> Path:
+    """A GGUF of the Llama architecture with heads of 8 dimensions, one row of numbers per tensor."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(str(path), "llama", **how)
+    if "general.alignment" in said:
+        writer.add_custom_alignment(said["general.alignment"])
+    for name, value in ({"llama.rope.dimension_count": 8} | said).items():
+        kind = gguf.GGUFValueType.UINT16 if name.startswith("split.") else gguf.GGUFValueType.get_type(value)
+        if name != "general.alignment":
+            writer.add_key_value(name, value, kind)
+    for number, name in enumerate(tensors):
+        writer.add_tensor(name, np.arange(4, dtype=np.float32) + 10 * number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+FOUR = GgufRope({"llama.rope.freq_base": 1e4}, (1.0, 2.0, 3.0, 4.0))
+
+
+def test_one_part_of_a_split_gguf_is_refused(tmp_path: Path) -> None:
+    written(tmp_path / "m.gguf", {}, ("a.weight", "b.weight", "c.weight"), split_max_tensors=2)
+    parts = sorted(tmp_path.glob("m-*.gguf"))
+    assert [part.name for part in parts] == ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
+    said = r"m-00001-of-00002.gguf' is one of 2 parts \(split.count\).*llama-gguf-split --merge"
+    with pytest.raises(ConfigError, match=said):
+        read_gguf_rope(parts[0])
+    arguments = ["--for", "llama.cpp", "--scaling", "yarn:8,ramp=rotations", "--gguf", str(parts[0])]
+    _, run = command_line(str(DEFAULT_MODEL), *arguments, "--output", str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match=said):
+        run()
+    assert not (tmp_path / "out").exists()
+    for count in (0, 1):  # merged, and never more than one
+        whole = written(tmp_path / f"{count}.gguf", {"split.count": count, "split.no": 0})
+        add_rope(whole, tmp_path / "copy.gguf", FOUR)
+        assert read_gguf_rope(tmp_path / "copy.gguf").divisors == FOUR.divisors
+
+
+def test_a_gguf_that_is_no_model_here_is_refused(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    big = {"endianess": gguf.GGUFEndian.BIG}
+    for name, path, said in (
+        ("adapter", written(tmp_path / "a.gguf", {"general.type": "adapter"}), "general.type 'adapter': must be 'mod"),
+        ("projector", written(tmp_path / "p.gguf", {"general.type": "mmproj"}), "general.type 'mmproj': must be 'mode"),
+        ("big-endian", written(tmp_path / "b.gguf", {}, **big), "b.gguf' is in big-endian byte order"),
+        ("vocabulary", written(tmp_path / "v.gguf", {}, ()), "v.gguf' holds no weights"),
+        ("other heads", written(tmp_path / "h.gguf", {"llama.rope.dimension_count": 16}), "rotates 16 dimensions of a"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            add_rope(path, tmp_path / "out.gguf", FOUR)
+        assert not (tmp_path / "out.gguf").exists(), name
+
+
+def test_a_copy_holds_nothing_of_the_scaling_that_the_source_had(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    own = {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.attn_factor": 1.2, "llama.rope.freq_base": 5e5}
+    tensors = ("output.weight", "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+    source = written(tmp_path / "a.gguf", own, tensors)
+    add_rope(source, tmp_path / "b.gguf", FOUR)
+    assert read_gguf_rope(tmp_path / "b.gguf") == GgufRope(
+        {"llama.rope.dimension_count": 8, "llama.rope.freq_base": 1e4}, FOUR.divisors
+    )
+    assert [one.name for one in gguf.GGUFReader(tmp_path / "b.gguf").tensors] == ["output.weight", "rope_freqs.weight"]
+    add_rope(tmp_path / "b.gguf", tmp_path / "c.gguf", GgufRope({"llama.rope.scaling.type": "none"}))
+    assert read_gguf_rope(tmp_path / "c.gguf").divisors is None
+
+
+def test_a_copy_keeps_the_alignment_of_its_source(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    source = written(tmp_path / "a.gguf", {"general.alignment": 256}, ("a.weight", "b.weight"))
+    add_rope(source, tmp_path / "b.gguf", FOUR)
+    found = {tensor.name: tensor.data.tolist() for tensor in gguf.GGUFReader(tmp_path / "b.gguf").tensors}
+    assert found == {"a.weight": [0, 1, 2, 3], "b.weight": [10, 11, 12, 13], "rope_freqs.weight": [1, 2, 3, 4]}
+
+
 def header(*keys: bytes, tensors: int = 0, count: int | None = None) -> bytes:
     """The bytes of a GGUF, version 3, of keys alone."""
     return b"GGUF" + struct.pack("<IQQ", 3, tensors, len(keys) if count is None else count) + b"".join(keys)
