@@ -21,6 +21,7 @@ from scaled_rope.checkpoint import encode, load_config, load_tokenizer
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader
 from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt
+from scaled_rope.evaluation.windows import tell_copies
 from scaled_rope.patching.loss import IGNORE, hidden_states, project, token_nll
 from scaled_rope.results import Row, append_row, row_key, rows_so_far
 from scaled_rope.scaling.record import RopeScaling
@@ -82,12 +83,14 @@ def cut_windows(
     each: int,
     hint: str = "smaller --factors need less",
     most: int | None = None,
+    name: str = "",
 ) -> list[ScoredWindow]:
     """Cut windows of `length` tokens from the first `wanted` documents that are long enough; None: from all.
 
     A document yields at most `each` windows, which do not overlap and begin at equal distances, the first at its start.
     Their starts depend on `length` only if there is no room for so many, so a rerun with other factors mostly reuses
-    earlier results.
+    earlier results. A document that is a copy of an earlier one is left out, and `tell_copies` says so of the data set
+    `name`.
 
     hint: what a user can do about documents that are too short; most: windows after which no more are read.
 
@@ -98,11 +101,16 @@ def cut_windows(
     head = [] if bos is None else [bos]
     body = length - len(head)
     used = read = 0
+    seen: dict[bytes, int] = {}
+    copies: list[tuple[int, int]] = []
     for tokens in source:
         read += 1
         if len(tokens) and tokens[0] == bos:  # a packed row brings its own BOS; every window gets one
             tokens = tokens[1:]
         if len(tokens) < body:
+            continue
+        if (earlier := seen.setdefault(hashlib.sha256(tokens.astype(np.int64).tobytes()).digest(), read)) != read:
+            copies.append((read, earlier))
             continue
         count = min(each, len(tokens) // body)
         for start in [index * (len(tokens) // count) for index in range(count)]:
@@ -111,6 +119,7 @@ def cut_windows(
         used += 1
         if used == wanted or (most is not None and len(windows) >= most):
             break
+    tell_copies(name, tuple(copies))
     if not used or (wanted is not None and used < wanted):
         asked = "at least 1 is needed" if wanted is None else f"--documents asks for {wanted}"
         raise ConfigError(f"only {used} of {read} documents have {length} tokens; {asked}: {hint}")
@@ -129,7 +138,9 @@ def read_windows(
     """
     tokenizer = load_tokenizer(job.model)
     source = documents(args, tokenizer, unused)
-    windows = cut_windows(source, length, tokenizer.bos_token_id, args.documents, args.windows, **more)
+    windows = cut_windows(
+        source, length, tokenizer.bos_token_id, args.documents, args.windows, name=args.dataset or "", **more
+    )
     vocabulary = load_config(job.model).get_text_config().vocab_size
     if (largest := max(window.tokens.max() for window in windows)) >= vocabulary:
         raise ConfigError(f"token id {largest} does not fit model {job.model!r} with a vocabulary of {vocabulary}")

@@ -23,7 +23,7 @@ from tests.helpers.models import Make
 from tests.helpers.tuning import IDENTITY, start
 
 
-def test_windows() -> None:
+def test_windows(capsys: pytest.CaptureFixture[str]) -> None:
     texts = [np.arange(1, 9), np.arange(100, 125), np.concatenate([[0], np.arange(200, 230)]), np.arange(300, 400)]
 
     def cut(length: int, **changes: Any) -> list[tuple[int, int, list[int]]]:
@@ -42,6 +42,10 @@ def test_windows() -> None:
     assert cut(11, bos=None, each=1)[0] == (1, 0, [*range(100, 111)])
     assert len(cut(11, wanted=None)) == 6
     assert len(cut(11, wanted=None, most=3)) == 4  # a document's windows are not parted
+    texts[3:3] = [texts[2][1:].copy()]  # the same without its BOS
+    assert [document for document, _, _ in cut(11, wanted=3, each=1)] == [1, 2, 4]
+    assert "document 4 has the tokens of document 3 and is left out" in capsys.readouterr().err
+    del texts[3]
     with pytest.raises(ConfigError, match="only 3 of 4 documents have 11 tokens; --documents asks for 4"):
         cut(11, wanted=4)
     with pytest.raises(ConfigError, match="only 0 of 4 documents have 200 tokens; at least 1"):
