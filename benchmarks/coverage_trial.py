@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from benchmarks.small_models import CAUSAL_TYPES, TRAINED, small_model
+from benchmarks.small_models import CAUSAL_TYPES, TRAINED, small_config, small_model
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.cache_argument import cache_name, returned_cache
 from scaled_rope.patching.forward_pass import lengths
@@ -64,6 +64,7 @@ def try_type(model_type: str) -> Trial:
         short = _logits(model, ids[:, : TRAINED - 1])
         trial["roundtrip"] = _tried(lambda: _roundtrip(model, ids, before))
         trial["scalings"] = {spec: _try_scaling(model, spec, ids, before, short) for spec in SCALINGS}
+        trial["follows"] = _tried(lambda: _followed(model_type, ids))
     return trial
 
 
@@ -170,6 +171,40 @@ def _cached(model: Any, ids: Tensor, whole: Tensor) -> float:
     return worst
 
 
+def _followed(model_type: str, ids: Tensor) -> float | str:
+    """How far logits behind a cache are from those of one pass over all, where each pass has the scale of its own
+    length. That is exact for models of one layer alone, whose keys don't depend on earlier scales but by rotation."""
+    for model in _one_layer(model_type):
+        before = _logits(model, ids)
+        patch_model(model, "dynamic-yarn", kernel="none")
+        whole = _logits(model, ids)
+        if _distance(whole, before) < CHANGED:
+            continue  # a layer without rotation
+        if obstacle := cache_obstacle(model):
+            return f"refused: {obstacle}"
+        with torch.no_grad():
+            output = model(input_ids=ids[:, : TRAINED - 4], use_cache=True)
+            if (cache := returned_cache(output)) is None:
+                return "no cache"
+            rest = model(input_ids=ids[:, TRAINED - 4 :], use_cache=True, **{cache_name(model): cache})
+        return _distance(rest.logits, whole[:, TRAINED - 4 :])
+    return "no model of one layer"
+
+
+def _one_layer(model_type: str) -> Iterator[PreTrainedModel]:
+    """Small models with a single layer, of each of the types of layers in turn; those that cannot be built are left
+    out."""
+    text = small_config(model_type).get_text_config(decoder=True)
+    for kind in dict.fromkeys(getattr(text, "layer_types", None) or [""]):
+        settings: dict[str, Any] = {"num_hidden_layers": 1} | ({"layer_types": [kind]} if kind else {})
+        try:
+            model = small_model(model_type, **settings)
+            _logits(model, _text())
+        except Exception:
+            continue
+        yield model
+
+
 def judge(trial: Trial) -> list[str]:
     """The faults of a type: missing effects, tracebacks, numbers that differ. Empty when all is right."""
     wrong = []
@@ -180,6 +215,9 @@ def judge(trial: Trial) -> list[str]:
     if isinstance(trial["loss"], str) or trial["loss"] > 1e-4:
         wrong.append(f"loss: {trial['loss']}")
     noise = trial["cache_noise"] if isinstance(trial["cache_noise"], float) else None
+    follows = trial.get("follows")
+    if isinstance(follows, float) and noise is not None and follows > SAME + 10 * noise:
+        wrong.append(f"dynamic-yarn: one layer behind a cache, {follows}")
     for spec, found in trial["scalings"].items():
         if "refused" in found:
             continue

@@ -249,6 +249,15 @@ def layers_without_rope(config: Any) -> list[int]:
     return []
 
 
+def rotating_layers(config: Any) -> tuple[int, ...] | None:
+    """Indices of the layers that have rotary embedding in a family's own design; None for a family without a row in
+    `ADAPTERS`, of which it is not known."""
+    if config.model_type not in ADAPTERS:
+        return None
+    without = set(layers_without_rope(config))
+    return tuple(index for index in range(config.num_hidden_layers) if index not in without)
+
+
 def rope_layer_type(config: Any, adapter: Adapter) -> str:
     """The only layer type that uses RoPE in this model; empty when all do."""
     everywhere = adapter.rope_window and getattr(config, adapter.rope_window, None) is None

@@ -31,7 +31,7 @@ from scaled_rope.patching.cache_owners import (
     length_of,
     require_contents,
 )
-from scaled_rope.patching.deferred_rotation import begin_deferred, offset_of
+from scaled_rope.patching.deferred_rotation import begin_deferred, check_rotated_late, offset_of
 from scaled_rope.patching.forward_pass import ForwardPass, lengths, row_lengths
 from scaled_rope.progress import Progress
 from scaled_rope.scaling.frequencies import compute_scale
@@ -62,6 +62,8 @@ class Passes:
     dropped: tuple[int, ...] = ()
     layers: tuple[int, ...] = ()
     """The indices of the layers whose attention can rotate cached keys."""
+    rotating: tuple[int, ...] | None = None
+    """The indices of the layers that rotate; None where it is not known."""
     rotary_path: str = field(default="rotary_emb", repr=False)
 
     def hook(self, base: nn.Module) -> list[RemovableHandle]:
@@ -82,7 +84,11 @@ class Passes:
         return None if self._skipped() else self._begin(module, args, kwargs)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Forward hook, called after a pass that failed as well."""
+        """Forward hook, called after a pass that failed as well.
+
+        Raises:
+            ConfigError: keys were to be rotated when they are read, and were not.
+        """
         if not self._skipped():
             self._end(output)
 
@@ -144,6 +150,8 @@ class Passes:
         current = forward_pass.end(self)
         if current is None:
             return
+        if current.deferred is not None and output is not None:
+            check_rotated_late(current.deferred, self.rotating)
         cache = current.cache if current.cache is not None else returned_cache(output)
         if output is None or not isinstance(cache, Cache):
             return

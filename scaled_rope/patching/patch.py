@@ -24,13 +24,14 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.patching.base_model import Place, base_model, device_of, has_values, on_cpu
 from scaled_rope.patching.cache_owners import CacheOwner
 from scaled_rope.patching.deferred_rotation import defer_rotation, rotate_before_cache
+from scaled_rope.patching.families import rotating_layers
 from scaled_rope.patching.layer_tables import build_rotary, hook_layers
 from scaled_rope.patching.pass_hooks import Passes
 from scaled_rope.patching.patch_request import PatchRequest, RequestedScaling, Unpatched, read_request, remarks
 from scaled_rope.patching.rebind import APPLY, INTERFACE, callers, is_rebound
 from scaled_rope.patching.region_attention import install_region_attention, remove_region_attention
 from scaled_rope.patching.rotary import LayeredRotaryEmbedding, ScaledRotaryEmbedding
-from scaled_rope.patching.rotary_kernel import bind_rotation, unbind_rotation
+from scaled_rope.patching.rotary_kernel import bind_rotation, rotations, unbind_rotation
 from scaled_rope.patching.saved_config import (
     ABSENT,
     CONFIG_FIELDS,
@@ -243,6 +244,7 @@ def _watch_passes(base: PreTrainedModel, state: _State) -> list[RemovableHandle]
         positional=needs_positions(request.scalings),
         dropped=request.plan.drop_layers,
         unrotated=request.scaling.changes_attention,
+        rotating=rotating_layers(base.config),
         rotary_path=state.unpatched.places[0].path,
     )
     if dependent and not passes.stepped and (obstacle := _obstacle(state.unpatched)):
@@ -360,7 +362,8 @@ def lost_part(model: nn.Module) -> str:
         with _disable_current_modes():
             if difference := _other_tables(rotary, _rotary_for(request, unpatched, place, base)):
                 return f"{place.path} {difference}"
-    bound_names = [(state.rotating, APPLY), (state.deferred, APPLY), (state.deferred, INTERFACE)]
+    bound_names = [(state.rotating, APPLY), (state.deferred, INTERFACE)]
+    bound_names += [([module], name) for module in state.deferred for name in rotations(module)]
     bound_names.append((state.tempered, INTERFACE))
     if request.scaling.changes_attention:
         attention = callers(base, INTERFACE)
