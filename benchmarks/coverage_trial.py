@@ -65,6 +65,7 @@ def try_type(model_type: str) -> Trial:
         trial["roundtrip"] = _tried(lambda: _roundtrip(model, ids, before))
         trial["scalings"] = {spec: _try_scaling(model, spec, ids, before, short) for spec in SCALINGS}
         trial["follows"] = _tried(lambda: _followed(model_type, ids))
+        trial["regions"] = _tried(lambda: _within_a_window(model, ids[:, : TRAINED - 16]))
     return trial
 
 
@@ -171,6 +172,25 @@ def _cached(model: Any, ids: Tensor, whole: Tensor) -> float:
     return worst
 
 
+def _within_a_window(model: PreTrainedModel, ids: Tensor) -> float:
+    """How far logits are under a method that changes attention beyond a window only, for a text within that window.
+
+    Weights of normalisations are made unequal first: where they are all 1 a normalisation and a rotation may change
+    places. To be called last, since they stay.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1 and "norm" in name:
+                weight.add_(0.5 * torch.randn(weight.shape, generator=generator))
+    before = _logits(model, ids)
+    patch_model(model, f"rerope,window={ids.shape[1]}", kernel="none")
+    try:
+        return _distance(_logits(model, ids), before)
+    finally:
+        unpatch_model(model)
+
+
 def _followed(model_type: str, ids: Tensor) -> float | str:
     """How far logits behind a cache are from those of one pass over all, where each pass has the scale of its own
     length. That is exact for models of one layer alone, whose keys don't depend on earlier scales but by rotation."""
@@ -218,6 +238,9 @@ def judge(trial: Trial) -> list[str]:
     follows = trial.get("follows")
     if isinstance(follows, float) and noise is not None and follows > SAME + 10 * noise:
         wrong.append(f"dynamic-yarn: one layer behind a cache, {follows}")
+    regions = trial.get("regions", 0.0)
+    if regions != 0.0 and not (isinstance(regions, float) and regions <= SAME) and not _is_refusal(regions):
+        wrong.append(f"rerope: changes a text within its window, {regions}")
     for spec, found in trial["scalings"].items():
         if "refused" in found:
             continue
@@ -242,6 +265,10 @@ def judge(trial: Trial) -> list[str]:
         elif isinstance(cached, float) and noise is not None and cached > SAME + 10 * noise:
             wrong.append(f"{spec}: cached, {cached} where the unpatched model has {noise}")
     return wrong
+
+
+def _is_refusal(result: Any) -> bool:
+    return isinstance(result, str) and result.startswith("refused")
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from scaled_rope.attention.interface import AttentionCall, AttentionFunction, attention_function
 from scaled_rope.errors import ConfigError
 from scaled_rope.kernels import DecodeAngles, rotary_decode, rotate
+from scaled_rope.patching.base_model import has_values
 from scaled_rope.patching.cache_owners import CacheContents
 from scaled_rope.patching.forward_pass import current_pass, row_lengths
 from scaled_rope.patching.rebind import APPLY, INTERFACE, bound, callers, calls, rebind
@@ -443,34 +444,41 @@ def check_rotated_late(current: DeferredPass, rotating: tuple[int, ...] | None) 
 
 
 def _check_untouched(module: nn.Module, handed: Tensor, arrived: Tensor, last: bool) -> None:
-    """Raise a ConfigError if a module changes heads between rotation and attention by more than a factor per token.
+    """Raise a ConfigError if a module changes heads between rotation and attention; see `is_untouched`.
 
-    last: whether what was rotated comes last in each head. One head may serve several, as in latent attention.
-
-    Rotating after such a change would give other results. A factor is fine unless it comes from a normalisation, which
-    takes an attention factor out again. Only the last token is looked at, in the first pass of each cache, which costs
+    Rotating after such a change would give other results. Only the first pass of each cache is looked at, which costs
     next to nothing.
     """
-    if arrived.is_meta:
-        return
-    width, count = handed.shape[-1], arrived.shape[1]
-    arrived = arrived[..., -width:] if last else arrived[..., :width]
-    one, other = (x[:1, :, -1:].detach().float() for x in (handed, arrived))
-    one = one.expand(-1, count, -1, -1) if last and one.shape[1] == 1 else one
-    changed = one.shape != other.shape
-    if not changed:
-        lengths, arrived_lengths = one.norm(dim=-1).flatten(), other.norm(dim=-1).flatten()
-        turned = (one * other).sum(-1).flatten() < _ALIKE * lengths * arrived_lengths
-        factors = arrived_lengths / lengths.clamp(min=1e-30)
-        # A temperature multiplies all heads alike; a normalisation those that are shorter by more.
-        changed = bool(turned.any()) or bool(
-            (factors - factors.mean()).abs().max() > (1 - _ALIKE) * 10 * factors.mean()
-        )
-    if changed:
+    if not is_untouched(handed, arrived, last):
         raise ConfigError(
             f"cache: {type(module).__name__} changes queries or keys between rotation and attention, so they "
             "cannot be cached before rotation; pass use_cache=False"
         )
+
+
+def is_untouched(handed: Tensor, arrived: Tensor, last: bool = False) -> bool:
+    """Whether attention gets heads [B, H, T, D] as they were handed to the rotation but for a factor per token, by the
+    last token of the first row; true for tensors without numbers.
+
+    A factor is fine unless it comes from a normalisation, which takes an attention factor out again.
+
+    Args:
+        last: whether what was rotated comes last in each head. One head may then serve several, as in latent attention.
+    """
+    if not has_values(arrived):
+        return True
+    width, count = handed.shape[-1], arrived.shape[1]
+    arrived = arrived[..., -width:] if last else arrived[..., :width]
+    one, other = (x[:1, :, -1:].detach().float() for x in (handed, arrived))
+    one = one.expand(-1, count, -1, -1) if last and one.shape[1] == 1 else one
+    if one.shape != other.shape:
+        return False
+    lengths, arrived_lengths = one.norm(dim=-1).flatten(), other.norm(dim=-1).flatten()
+    turned = (one * other).sum(-1).flatten() < _ALIKE * lengths * arrived_lengths
+    factors = arrived_lengths / lengths.clamp(min=1e-30)
+    # A temperature multiplies all heads alike; a normalisation those that are shorter by more.
+    uneven = (factors - factors.mean()).abs().max() > (1 - _ALIKE) * 10 * factors.mean()
+    return not (bool(turned.any()) or bool(uneven))
 
 
 def _index(module: nn.Module) -> int:

@@ -59,6 +59,10 @@ def test_faults_are_seen() -> None:
     assert "changes a text of L" in judge({**trial, "scalings": {"dynamic-yarn": good | {"within": 0.5}}})[0]
     assert "one layer behind a cache, 0.5" in judge({**trial, "scalings": {}, "follows": 0.5})[0]
     assert judge({**trial, "scalings": {}, "follows": "refused: no"}) == []
+    for result in (0.5, "error: KeyError in forward"):
+        assert "within its window" in judge({**trial, "scalings": {}, "regions": result})[0]
+    for result in (1e-6, "refused: a window"):
+        assert judge({**trial, "scalings": {}, "regions": result}) == []
     assert "loss" in judge({**trial, "loss": 0.5, "scalings": {}})[0]
     assert "inspect" in judge({"inspect": "differs: all layers"})[0]
     refused = {"refused": "no rotary module"}
