@@ -20,7 +20,7 @@ from transformers import Cache
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching import forward_pass
 from scaled_rope.patching.base_model import has_values
-from scaled_rope.patching.cache_argument import cache_name, empty, given_cache, returned_cache
+from scaled_rope.patching.cache_argument import cache_name, empty, given_cache, returned_cache, unknown_cache
 from scaled_rope.patching.cache_owners import (
     NO_SHIFT,
     CacheContents,
@@ -93,11 +93,12 @@ class Passes:
             self._end(output)
 
     def _skipped(self) -> bool:
-        """Whether the hooks do nothing: in a compiled pass, unless frequencies or temperatures depend on positions.
+        """Whether the hooks do nothing: in a compiled pass, unless frequencies or temperatures depend on positions, or
+        attention is to learn from a mask which part of a cache of fixed size has been written.
 
         They would only check caches there, and tracing them would break the graph in two.
         """
-        return torch.compiler.is_compiling() and not (self.length_dependent or self.positional)
+        return torch.compiler.is_compiling() and not (self.length_dependent or self.positional or self.unrotated)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -106,6 +107,11 @@ class Passes:
         if given.get(name) is None:
             return None
         cache = given_cache(given)
+        if (self.length_dependent or self.unrotated) and (unknown := unknown_cache(given)) is not None:
+            raise ConfigError(
+                f"cache: {self.owner.label} cannot be used with a {type(unknown).__name__}, as in continuous batching "
+                "(generate_batch), which mixes the tokens of several texts in a row; use generate, or a static scaling"
+            )
         check_device(cache, given[name].device)
         start = 0 if cache is None else length_of(cache)
         contents = check_owner(cache, self.owner) if start else None
