@@ -22,7 +22,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.integrations import ContextCallback, card, check_scaling
 from scaled_rope.patching.loading import apply_scaling, load_model
 from scaled_rope.patching.loss import token_nll
-from scaled_rope.patching.patch import patched_plan, patched_scaling
+from scaled_rope.patching.patch import lost_part, patched_plan, patched_scaling
 from scaled_rope.results import read_rows
 from scaled_rope.serving.inspect_model import check_model
 from tests.helpers import ROOT
@@ -196,6 +196,22 @@ def _other_layer(model: Any, before: Any) -> None:
 def _no_hooks(model: Any, before: Any) -> None:
     for layer in model.model.layers:
         layer._forward_pre_hooks.clear()
+
+
+@pytest.mark.parametrize("spec", ["yarn:4", "dynamic-yarn:4", "ntk:4", "rerope,window=8"])
+def test_a_config_that_was_edited_after_the_patch_is_noticed(checkpoint: str, spec: str) -> None:  # noqa: F811
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    patch_model(model, spec)
+    wanted = model.config.rope_parameters
+    model.config.rope_parameters = {**wanted, "partial_rotary_factor": 1.0}  # says the same
+    assert check_scaling(model) == patched_scaling(model)
+    model.config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(ConfigError, match="lost it: the rope_parameters of its config were edited and say linear x2"):
+        check_scaling(model)
+    model.config.rope_parameters = {"rope_type": "yarn", "factor": "two", "rope_theta": 1e4}
+    assert "its config was edited and cannot be read, " in lost_part(model) and not lost_part(model, of_modules=True)
+    patch_model(model, spec)
+    assert model.config.rope_parameters == wanted and check_scaling(model) == patched_scaling(model)
 
 
 @pytest.mark.parametrize(
