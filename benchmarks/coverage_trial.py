@@ -196,7 +196,10 @@ def _followed(model_type: str, ids: Tensor) -> float | str:
     length. That is exact for models of one layer alone, whose keys don't depend on earlier scales but by rotation."""
     for model in _one_layer(model_type):
         before = _logits(model, ids)
-        patch_model(model, "dynamic-yarn", kernel="none")
+        try:
+            patch_model(model, "dynamic-yarn", kernel="none")
+        except ConfigError:
+            continue  # rotary modules of another layer
         whole = _logits(model, ids)
         if _distance(whole, before) < CHANGED:
             continue  # a layer without rotation

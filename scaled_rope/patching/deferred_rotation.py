@@ -463,19 +463,25 @@ def is_untouched(handed: Tensor, arrived: Tensor, last: bool = False) -> bool:
     A factor is fine unless it comes from a normalisation, which takes an attention factor out again.
 
     Args:
-        last: whether what was rotated comes last in each head. One head may then serve several, as in latent attention.
+        last: whether what was rotated comes last in each head. Heads may have been repeated in between, since repeated
+            heads are rotated alike.
     """
     if not has_values(arrived):
         return True
-    width, count = handed.shape[-1], arrived.shape[1]
+    width, times = handed.shape[-1], max(1, arrived.shape[1] // handed.shape[1])
     arrived = arrived[..., -width:] if last else arrived[..., :width]
     one, other = (x[:1, :, -1:].detach().float() for x in (handed, arrived))
-    one = one.expand(-1, count, -1, -1) if last and one.shape[1] == 1 else one
+    repeated = [one.repeat(1, times, 1, 1), one.repeat_interleave(times, dim=1)] if times > 1 else [one]
+    return any(_differ_by_a_factor(each, other) for each in repeated)
+
+
+def _differ_by_a_factor(one: Tensor, other: Tensor) -> bool:
+    """Whether heads [1, H, 1, D] are the same but for one factor."""
     if one.shape != other.shape:
         return False
-    lengths, arrived_lengths = one.norm(dim=-1).flatten(), other.norm(dim=-1).flatten()
-    turned = (one * other).sum(-1).flatten() < _ALIKE * lengths * arrived_lengths
-    factors = arrived_lengths / lengths.clamp(min=1e-30)
+    lengths, other_lengths = one.norm(dim=-1).flatten(), other.norm(dim=-1).flatten()
+    turned = (one * other).sum(-1).flatten() < _ALIKE * lengths * other_lengths
+    factors = other_lengths / lengths.clamp(min=1e-30)
     # A temperature multiplies all heads alike; a normalisation those that are shorter by more.
     uneven = (factors - factors.mean()).abs().max() > (1 - _ALIKE) * 10 * factors.mean()
     return not (bool(turned.any()) or bool(uneven))

@@ -102,10 +102,16 @@ def test_one_layer_reproduces_a_whole_pass(tiny_model: Make, text: Tensor, famil
 
 @pytest.mark.parametrize(
     ("family", "more"),
-    [("deepseek_v3", {}), ("deepseek_v3", {"rope_interleave": False}), ("mistral4", {}), ("minicpm3", {})],
-    ids=["deepseek_v3", "halves", "mistral4", "minicpm3"],
+    [
+        ("deepseek_v3", {}),
+        ("deepseek_v3", {"rope_interleave": False}),
+        ("mistral4", {}),
+        ("minicpm3", {}),
+        ("jetmoe", {}),
+    ],
+    ids=["deepseek_v3", "halves", "mistral4", "minicpm3", "repeated heads"],
 )
-def test_latent_attention_reproduces_a_whole_pass(family: str, more: dict[str, Any]) -> None:
+def test_latent_attention_and_repeated_heads_reproduce_a_whole_pass(family: str, more: dict[str, Any]) -> None:
     if family not in MODEL_TYPES:
         pytest.skip("a release of transformers without this family")
     model = small_model(family, num_hidden_layers=1, **more)

@@ -229,6 +229,13 @@ def test_attention_that_does_not_fit_is_named(family: str, more: dict[str, Any],
         patch_model(small_model(family, num_hidden_layers=2, **more), "rerope,window=10")
 
 
+def test_heads_may_be_repeated_after_the_rotation(tokens: Tensor) -> None:
+    model = small_model("jetmoe", num_hidden_layers=2)
+    plain = full(model, tokens)
+    patch_model(model, "rerope,window=48")
+    assert (full(model, tokens) - plain).abs().max() < NOISE
+
+
 @pytest.mark.skipif("minicpm3" not in MODEL_TYPES, reason="a release of transformers without this family")
 def test_what_attention_is_given_must_be_what_was_to_be_rotated(
     tokens: Tensor, monkeypatch: pytest.MonkeyPatch
