@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, GPTJForCausalLM, Trainer, TrainingArguments
 
@@ -302,6 +303,31 @@ def test_the_examples_run(
     assert {row["label"] for row in rows} == {"yarn x4, step 0", "yarn x4, step 2"}
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert check_scaling(saved).label == "yarn x4"
+
+
+def test_the_reference_model_of_dpo(
+    checkpoint: str,
+    bodies: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+) -> None:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    add_end(checkpoint, tmp_path / "model")
+    model, tokenizer = (
+        made.from_pretrained(tmp_path / "model") for made in (AutoModelForCausalLM, transformers.AutoTokenizer)
+    )
+    tokenizer.pad_token = tokenizer.eos_token
+    patch_model(model, "yarn:4")
+    words = [" ".join(map(str, body[:8])) for body in bodies]
+    pairs = datasets.Dataset.from_dict({"prompt": words, "chosen": words, "rejected": words[::-1]})
+    given = {"OUTPUT": str(tmp_path / "out"), "LENGTHS": LENGTHS, "STEPS": 1, "PAIRS": pairs}
+    given |= {"model": model, "tokenizer": tokenizer}
+    code = blocks("python")[2].replace("report_to=[]", "report_to=[], use_cpu=True, bf16=False")
+    exec(compile(code, "docs/integrations.md", "exec"), given)
+    own = trl.DPOTrainer(model, args=given["arguments"], train_dataset=pairs, processing_class=tokenizer)
+    with pytest.raises(ConfigError, match="does not compute with yarn x4"):  # as the page says
+        check_scaling(own.ref_model, check_scaling(model))
 
 
 def add_end(model: str, folder: Path) -> None:
