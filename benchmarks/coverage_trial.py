@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from benchmarks.small_models import CAUSAL_TYPES, TRAINED, small_model
+from benchmarks.small_models import CAUSAL_TYPES, TRAINED, small_config, small_model
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.cache_argument import cache_name, returned_cache
 from scaled_rope.patching.forward_pass import lengths
@@ -64,6 +64,8 @@ def try_type(model_type: str) -> Trial:
         short = _logits(model, ids[:, : TRAINED - 1])
         trial["roundtrip"] = _tried(lambda: _roundtrip(model, ids, before))
         trial["scalings"] = {spec: _try_scaling(model, spec, ids, before, short) for spec in SCALINGS}
+        trial["follows"] = _tried(lambda: _followed(model_type, ids))
+        trial["regions"] = _tried(lambda: _within_a_window(model, ids[:, : TRAINED - 16]))
     return trial
 
 
@@ -170,6 +172,62 @@ def _cached(model: Any, ids: Tensor, whole: Tensor) -> float:
     return worst
 
 
+def _within_a_window(model: PreTrainedModel, ids: Tensor) -> float:
+    """How far logits are under a method that changes attention beyond a window only, for a text within that window.
+
+    Weights of normalisations are made unequal first: where they are all 1 a normalisation and a rotation may change
+    places. To be called last, since they stay.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1 and "norm" in name:
+                weight.add_(0.5 * torch.randn(weight.shape, generator=generator))
+    before = _logits(model, ids)
+    patch_model(model, f"rerope,window={ids.shape[1]}", kernel="none")
+    try:
+        return _distance(_logits(model, ids), before)
+    finally:
+        unpatch_model(model)
+
+
+def _followed(model_type: str, ids: Tensor) -> float | str:
+    """How far logits behind a cache are from those of one pass over all, where each pass has the scale of its own
+    length. That is exact for models of one layer alone, whose keys don't depend on earlier scales but by rotation."""
+    for model in _one_layer(model_type):
+        before = _logits(model, ids)
+        try:
+            patch_model(model, "dynamic-yarn", kernel="none")
+        except ConfigError:
+            continue  # rotary modules of another layer
+        whole = _logits(model, ids)
+        if _distance(whole, before) < CHANGED:
+            continue  # a layer without rotation
+        if obstacle := cache_obstacle(model):
+            return f"refused: {obstacle}"
+        with torch.no_grad():
+            output = model(input_ids=ids[:, : TRAINED - 4], use_cache=True)
+            if (cache := returned_cache(output)) is None:
+                return "no cache"
+            rest = model(input_ids=ids[:, TRAINED - 4 :], use_cache=True, **{cache_name(model): cache})
+        return _distance(rest.logits, whole[:, TRAINED - 4 :])
+    return "no model of one layer"
+
+
+def _one_layer(model_type: str) -> Iterator[PreTrainedModel]:
+    """Small models with a single layer, of each of the types of layers in turn; those that cannot be built are left
+    out."""
+    text = small_config(model_type).get_text_config(decoder=True)
+    for kind in dict.fromkeys(getattr(text, "layer_types", None) or [""]):
+        settings: dict[str, Any] = {"num_hidden_layers": 1} | ({"layer_types": [kind]} if kind else {})
+        try:
+            model = small_model(model_type, **settings)
+            _logits(model, _text())
+        except Exception:
+            continue
+        yield model
+
+
 def judge(trial: Trial) -> list[str]:
     """The faults of a type: missing effects, tracebacks, numbers that differ. Empty when all is right."""
     wrong = []
@@ -180,6 +238,12 @@ def judge(trial: Trial) -> list[str]:
     if isinstance(trial["loss"], str) or trial["loss"] > 1e-4:
         wrong.append(f"loss: {trial['loss']}")
     noise = trial["cache_noise"] if isinstance(trial["cache_noise"], float) else None
+    follows = trial.get("follows")
+    if isinstance(follows, float) and noise is not None and follows > SAME + 10 * noise:
+        wrong.append(f"dynamic-yarn: one layer behind a cache, {follows}")
+    regions = trial.get("regions", 0.0)
+    if regions != 0.0 and not (isinstance(regions, float) and regions <= SAME) and not _is_refusal(regions):
+        wrong.append(f"rerope: changes a text within its window, {regions}")
     for spec, found in trial["scalings"].items():
         if "refused" in found:
             continue
@@ -204,6 +268,10 @@ def judge(trial: Trial) -> list[str]:
         elif isinstance(cached, float) and noise is not None and cached > SAME + 10 * noise:
             wrong.append(f"{spec}: cached, {cached} where the unpatched model has {noise}")
     return wrong
+
+
+def _is_refusal(result: Any) -> bool:
+    return isinstance(result, str) and result.startswith("refused")
 
 
 @contextmanager

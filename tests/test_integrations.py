@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, GPTJForCausalLM, Trainer, TrainingArguments
 
@@ -22,7 +23,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.integrations import ContextCallback, card, check_scaling
 from scaled_rope.patching.loading import apply_scaling, load_model
 from scaled_rope.patching.loss import token_nll
-from scaled_rope.patching.patch import patched_plan, patched_scaling
+from scaled_rope.patching.patch import lost_part, patched_plan, patched_scaling
 from scaled_rope.results import read_rows
 from scaled_rope.serving.inspect_model import check_model
 from tests.helpers import ROOT
@@ -198,6 +199,22 @@ def _no_hooks(model: Any, before: Any) -> None:
         layer._forward_pre_hooks.clear()
 
 
+@pytest.mark.parametrize("spec", ["yarn:4", "dynamic-yarn:4", "ntk:4", "rerope,window=8"])
+def test_a_config_that_was_edited_after_the_patch_is_noticed(checkpoint: str, spec: str) -> None:  # noqa: F811
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    patch_model(model, spec)
+    wanted = model.config.rope_parameters
+    model.config.rope_parameters = {**wanted, "partial_rotary_factor": 1.0}  # says the same
+    assert check_scaling(model) == patched_scaling(model)
+    model.config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(ConfigError, match="lost it: the rope_parameters of its config were edited and say linear x2"):
+        check_scaling(model)
+    model.config.rope_parameters = {"rope_type": "yarn", "factor": "two", "rope_theta": 1e4}
+    assert "its config was edited and cannot be read, " in lost_part(model) and not lost_part(model, of_modules=True)
+    patch_model(model, spec)
+    assert model.config.rope_parameters == wanted and check_scaling(model) == patched_scaling(model)
+
+
 @pytest.mark.parametrize(
     ("spec", "undo", "said"),
     [
@@ -286,6 +303,31 @@ def test_the_examples_run(
     assert {row["label"] for row in rows} == {"yarn x4, step 0", "yarn x4, step 2"}
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert check_scaling(saved).label == "yarn x4"
+
+
+def test_the_reference_model_of_dpo(
+    checkpoint: str,
+    bodies: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+) -> None:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    add_end(checkpoint, tmp_path / "model")
+    model, tokenizer = (
+        made.from_pretrained(tmp_path / "model") for made in (AutoModelForCausalLM, transformers.AutoTokenizer)
+    )
+    tokenizer.pad_token = tokenizer.eos_token
+    patch_model(model, "yarn:4")
+    words = [" ".join(map(str, body[:8])) for body in bodies]
+    pairs = datasets.Dataset.from_dict({"prompt": words, "chosen": words, "rejected": words[::-1]})
+    given = {"OUTPUT": str(tmp_path / "out"), "LENGTHS": LENGTHS, "STEPS": 1, "PAIRS": pairs}
+    given |= {"model": model, "tokenizer": tokenizer}
+    code = blocks("python")[2].replace("report_to=[]", "report_to=[], use_cpu=True, bf16=False")
+    exec(compile(code, "docs/integrations.md", "exec"), given)
+    own = trl.DPOTrainer(model, args=given["arguments"], train_dataset=pairs, processing_class=tokenizer)
+    with pytest.raises(ConfigError, match="does not compute with yarn x4"):  # as the page says
+        check_scaling(own.ref_model, check_scaling(model))
 
 
 def add_end(model: str, folder: Path) -> None:

@@ -29,6 +29,14 @@ def given_cache(arguments: Mapping[str, Any]) -> Any:
     return next(iter([*caches, *like_caches]), None)
 
 
+def unknown_cache(arguments: Mapping[str, Any]) -> Any:
+    """The object among the bound arguments of a forward pass that takes a cache's place and does not say how many
+    tokens it holds, as that of continuous batching; None without one."""
+    given = {**arguments, **arguments.get("kwargs", {})}
+    found = [given[name] for name in NAMES if given.get(name) is not None]
+    return next((one for one in found if not isinstance(one, Cache) and not hasattr(one, "get_seq_length")), None)
+
+
 def returned_cache(output: Any) -> Any:
     """The cache in the output of a forward pass, a `ModelOutput` or a tuple; None without one."""
     if isinstance(output, tuple):

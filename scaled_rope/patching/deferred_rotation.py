@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from scaled_rope.attention.interface import AttentionCall, AttentionFunction, attention_function
 from scaled_rope.errors import ConfigError
 from scaled_rope.kernels import DecodeAngles, rotary_decode, rotate
+from scaled_rope.patching.base_model import has_values
 from scaled_rope.patching.cache_owners import CacheContents
 from scaled_rope.patching.forward_pass import current_pass, row_lengths
 from scaled_rope.patching.rebind import APPLY, INTERFACE, bound, callers, calls, rebind
 from scaled_rope.patching.rotary import LayeredRotaryEmbedding, Layout, ScaledRotaryEmbedding
-from scaled_rope.patching.rotary_kernel import pairing_of
+from scaled_rope.patching.rotary_kernel import pairings_of, rotated_last, rotations
 
 
 def rotate_both(call: AttentionCall, layer: LayerRotation, backend: AttentionFunction) -> tuple[Tensor, Tensor | None]:
@@ -66,7 +67,12 @@ def _decodable(call: AttentionCall, layer: LayerRotation) -> tuple[Tensor | None
     """
     config: Any = getattr(call.module, "config", None)
     mask, count, keys = call.attention_mask, call.query.shape[2], call.key.shape[2]
-    if layer.first_key is None or count > FEW or getattr(config, "_attn_implementation", None) not in _FUSED:
+    if (
+        layer.first_key is None
+        or layer.last
+        or count > FEW
+        or getattr(config, "_attn_implementation", None) not in _FUSED
+    ):
         return None
     if torch.is_grad_enabled() and (call.query.requires_grad or call.key.requires_grad):
         return None
@@ -111,6 +117,8 @@ class LayerRotation:
     """Index of the first key among the tokens of a row."""
     first_key: Tensor | None = None
     """[B] or [1]: the position of the first key, from which the others follow one by one; None in a first pass."""
+    last: bool = False
+    """Whether the rotated dimensions are the last of each head instead of the first."""
     length: int = 0
     """Number of keys up to the last token of a row, without the unwritten end of a buffer of fixed size."""
 
@@ -119,10 +127,12 @@ class LayerRotation:
         return self.tables_of(self.rotary, positions, self.seq_len)
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotate the first R dimensions of heads [B, H, T, D] by positions [B or 1, T]."""
+        """Rotate the first, or the last, R dimensions of heads [B, H, T, D] by positions [B or 1, T]."""
         cos, sin = self.tables(positions)
         wanted = torch.promote_types(x.dtype, torch.float32)
-        return rotate(x, cos.to(wanted), sin.to(wanted), interleaved=self.interleaved)
+        unturned = x.shape[-1] - 2 * cos.shape[-1] if self.last else 0
+        turned = rotate(x[..., unturned:], cos.to(wanted), sin.to(wanted), interleaved=self.interleaved)
+        return torch.cat((x[..., :unturned], turned), dim=-1) if unturned else turned
 
 
 @dataclass
@@ -143,8 +153,12 @@ class DeferredPass:
     """Indices of layers that work without rotation."""
     seq_len: Tensor = field(init=False)
     """[B] or [1]: l', the length of each row after this pass."""
-    pending: tuple[Tensor, Tensor] | None = None
-    """Queries and keys that the next call of attention has to rotate."""
+    pending: tuple[Tensor, Tensor, bool] | None = None
+    """Queries and keys that the next call of attention has to rotate, and whether it has to pair neighbours."""
+    late: set[int] = field(default_factory=set)
+    """The indices of the layers in which attention has rotated them."""
+    early: set[int] = field(default_factory=set)
+    """The indices of the layers whose attention got no such queries and keys."""
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Layer -> the number of keys that the cache will return in this pass, and the index of the first among the tokens
     of a row. Asked before the pass, since each layer changes the answer."""
@@ -314,8 +328,8 @@ def defer_rotation(base: nn.Module, layout: Layout, half: int) -> tuple[list[nn.
     Returns:
         The modules and "", or an empty list and the reason, in a few words, why the family's attention cannot do it.
     """
-    interleaved, reason = pairing_of(base, layout, half)
-    if interleaved is None:
+    pairings, reason = pairings_of(base, layout, half)
+    if reason:
         return [], reason
     modules = callers(base, APPLY)
     for module in modules:
@@ -325,24 +339,26 @@ def defer_rotation(base: nn.Module, layout: Layout, half: int) -> tuple[list[nn.
         if not hasattr(module, "layer_idx"):
             return [], f"{name} does not know its layer"
     for module in modules:
-        rebind(module, APPLY, _deferring(bound(module, APPLY)))
-        rebind(module, INTERFACE, _Interface(bound(module, INTERFACE), interleaved))
+        for name in rotations(module):
+            rebind(module, name, _deferring(bound(module, name), pairings[name]))
+        rebind(module, INTERFACE, _Interface(bound(module, INTERFACE), _index(module)))
     return modules, ""
 
 
 def rotate_before_cache(modules: list[nn.Module]) -> None:
-    """Undo `defer_rotation`, and any other binding of `APPLY`."""
+    """Undo `defer_rotation`, and any other binding of the functions that rotate."""
     for module in modules:
-        rebind(module, APPLY, None)
+        for name in rotations(module):
+            rebind(module, name, None)
         rebind(module, INTERFACE, None)
 
 
-def _deferring(now: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+def _deferring(now: Callable[..., tuple[Tensor, Tensor]], interleaved: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, *tables: Any, **options: Any) -> tuple[Tensor, Tensor]:
         current = _current()
         if current is None:
             return now(q, k, *tables, **options)
-        current.pending = q, k
+        current.pending = q, k, interleaved
         return q, k
 
     return apply_rotary_pos_emb
@@ -351,27 +367,30 @@ def _deferring(now: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple
 class _Interface:
     """Stands in for transformers' registry of attention backends in one attention module."""
 
-    def __init__(self, functions: Any, interleaved: bool) -> None:
+    def __init__(self, functions: Any, layer: int) -> None:
         self.functions = functions
-        self.interleaved = interleaved
+        self.layer = layer
 
     def get_interface(self, name: str, default: AttentionFunction) -> AttentionFunction:
         """Return the backend of that name or, if queries and keys wait for rotation, a function that rotates first."""
         backend: AttentionFunction = self.functions.get_interface(name, default)
         current = _current()
-        if current is None or current.pending is None:
+        if current is None:
+            return backend
+        if current.pending is None:
+            current.early.add(self.layer)
             return backend
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         @attention_function
         def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-            return _attend(call, self.interleaved, backend)
+            return _attend(call, backend)
 
         function: AttentionFunction = attend
         return function
 
 
-def _attend(call: AttentionCall, interleaved: bool, backend: AttentionFunction) -> tuple[Tensor, Tensor | None]:
+def _attend(call: AttentionCall, backend: AttentionFunction) -> tuple[Tensor, Tensor | None]:
     current = _current()
     assert current is not None
     if current.pending is None:
@@ -379,15 +398,16 @@ def _attend(call: AttentionCall, interleaved: bool, backend: AttentionFunction) 
             f"cache: {type(call.module).__name__} attends several times to keys that it rotated once, so they cannot "
             "be cached before rotation; pass use_cache=False"
         )
-    (q, k), current.pending = current.pending, None
+    (q, k, interleaved), current.pending = current.pending, None
     current = current.on(call.query.device)
-    index = _index(call.module)
+    index, last = _index(call.module), rotated_last(call.module)
+    current.late.add(index)
     if index in current.dropped:
         return call.handed_to(backend)
     key_positions = current.key_positions(index, call.key.shape[2])
     if current.start == 0:
-        _check_untouched(call.module, q, call.query)
-        _check_untouched(call.module, k, call.key[:, :, : k.shape[2]])
+        _check_untouched(call.module, q, call.query, last)
+        _check_untouched(call.module, k, call.key[:, :, : k.shape[2]], last)
     first = current.sizes[index][1] if index in current.sizes else 0
     layer = LayerRotation(
         current.positions,
@@ -399,6 +419,7 @@ def _attend(call: AttentionCall, interleaved: bool, backend: AttentionFunction) 
         current.angles,
         first=first,
         first_key=current.offset + first if current.start and current.offset is not None else None,
+        last=last,
         length=current.start + current.tokens - first,
     )
     return rotate_both(call, layer, backend)
@@ -408,30 +429,62 @@ _ALIKE = 0.998
 """Least cosine between a head before rotation and as attention gets it. 8-bit floats lower it from 1 by under 0.001."""
 
 
-def _check_untouched(module: nn.Module, handed: Tensor, arrived: Tensor) -> None:
-    """Raise a ConfigError if a module changes heads between rotation and attention by more than a factor per token.
+def check_rotated_late(current: DeferredPass, rotating: tuple[int, ...] | None) -> None:
+    """Raise a ConfigError if a layer has rotated its keys before they were cached, in a way that is not known here: the
+    cache holds them at the scale of this pass, and they cannot follow it.
 
-    Rotating after such a change would give other results. A factor is fine unless it comes from a normalisation, which
-    takes an attention factor out again. Only the last token is looked at, in the first pass of each cache, which costs
+    rotating: the indices of the layers that rotate; None: of this family it is not known, some layers may not.
+    """
+    early = current.early if rotating is None else current.early.intersection(rotating)
+    if early and (rotating is not None or not current.late):
+        raise ConfigError(
+            f"cache: layer {min(early)} rotates its keys before they are cached, in a way that is not known, so they "
+            "cannot follow a scale that grows with the text; pass use_cache=False"
+        )
+
+
+def _check_untouched(module: nn.Module, handed: Tensor, arrived: Tensor, last: bool) -> None:
+    """Raise a ConfigError if a module changes heads between rotation and attention; see `is_untouched`.
+
+    Rotating after such a change would give other results. Only the first pass of each cache is looked at, which costs
     next to nothing.
     """
-    if arrived.is_meta:
-        return
-    one, other = (x[:1, :, -1:, : handed.shape[-1]].detach().float() for x in (handed, arrived))
-    changed = one.shape != other.shape
-    if not changed:
-        lengths, arrived_lengths = one.norm(dim=-1).flatten(), other.norm(dim=-1).flatten()
-        turned = (one * other).sum(-1).flatten() < _ALIKE * lengths * arrived_lengths
-        factors = arrived_lengths / lengths.clamp(min=1e-30)
-        # A temperature multiplies all heads alike; a normalisation those that are shorter by more.
-        changed = bool(turned.any()) or bool(
-            (factors - factors.mean()).abs().max() > (1 - _ALIKE) * 10 * factors.mean()
-        )
-    if changed:
+    if not is_untouched(handed, arrived, last):
         raise ConfigError(
             f"cache: {type(module).__name__} changes queries or keys between rotation and attention, so they "
             "cannot be cached before rotation; pass use_cache=False"
         )
+
+
+def is_untouched(handed: Tensor, arrived: Tensor, last: bool = False) -> bool:
+    """Whether attention gets heads [B, H, T, D] as they were handed to the rotation but for a factor per token, by the
+    last token of the first row; true for tensors without numbers.
+
+    A factor is fine unless it comes from a normalisation, which takes an attention factor out again.
+
+    Args:
+        last: whether what was rotated comes last in each head. Heads may have been repeated in between, since repeated
+            heads are rotated alike.
+    """
+    if not has_values(arrived):
+        return True
+    width, times = handed.shape[-1], max(1, arrived.shape[1] // handed.shape[1])
+    arrived = arrived[..., -width:] if last else arrived[..., :width]
+    one, other = (x[:1, :, -1:].detach().float() for x in (handed, arrived))
+    repeated = [one.repeat(1, times, 1, 1), one.repeat_interleave(times, dim=1)] if times > 1 else [one]
+    return any(_differ_by_a_factor(each, other) for each in repeated)
+
+
+def _differ_by_a_factor(one: Tensor, other: Tensor) -> bool:
+    """Whether heads [1, H, 1, D] are the same but for one factor."""
+    if one.shape != other.shape:
+        return False
+    lengths, other_lengths = one.norm(dim=-1).flatten(), other.norm(dim=-1).flatten()
+    turned = (one * other).sum(-1).flatten() < _ALIKE * lengths * other_lengths
+    factors = other_lengths / lengths.clamp(min=1e-30)
+    # A temperature multiplies all heads alike; a normalisation those that are shorter by more.
+    uneven = (factors - factors.mean()).abs().max() > (1 - _ALIKE) * 10 * factors.mean()
+    return not (bool(turned.any()) or bool(uneven))
 
 
 def _index(module: nn.Module) -> int:

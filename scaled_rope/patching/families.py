@@ -81,6 +81,10 @@ ADAPTERS: dict[str, Adapter] = {
 """Supported families by `config.model_type`. Others are recognised by what their rotary module returns."""
 
 
+_WITHOUT_ROPE = {"kolibri1": _EXAONE, "llama4_text": Adapter(rope_flags="no_rope_layers")}
+"""Families that are recognised by their rotary module, some of whose layers have no RoPE. Only that is read here."""
+
+
 UNSCALED = {"molmo2_text": "rotary_emb_unscaled"}
 """Model type -> path of a second rotary module, for layers that the family leaves unscaled whatever its config says."""
 
@@ -241,12 +245,21 @@ def flat_tables(tables: Any) -> Tensor:
 
 def layers_without_rope(config: Any) -> list[int]:
     """Indices of the layers that have no rotary embedding in a family's own design."""
-    adapter = ADAPTERS.get(config.model_type, Adapter())
+    adapter = ADAPTERS.get(config.model_type) or _WITHOUT_ROPE.get(config.model_type, Adapter())
     if adapter.rope_flags:
         return [index for index, used in enumerate(getattr(config, adapter.rope_flags) or ()) if not used]
     if rotated := rope_layer_type(config, adapter):
         return [index for index, kind in enumerate(config.layer_types or ()) if kind != rotated]
     return []
+
+
+def rotating_layers(config: Any) -> tuple[int, ...] | None:
+    """Indices of the layers that have rotary embedding in a family's own design; None for a family without a row in
+    `ADAPTERS`, of which it is not known."""
+    if config.model_type not in ADAPTERS:
+        return None
+    without = set(layers_without_rope(config))
+    return tuple(index for index in range(config.num_hidden_layers) if index not in without)
 
 
 def rope_layer_type(config: Any, adapter: Adapter) -> str:

@@ -36,6 +36,8 @@ class ForwardPass:
     """The name of the argument that holds the tokens, and its value: ids [B, Q] or embeddings [B, Q, H]."""
     deferred: Any = None
     """The `deferred_rotation.DeferredPass` of a pass that rotates keys when they are read; None for others."""
+    handed: tuple[Tensor, Tensor] | None = None
+    """Queries and keys that a layer was to rotate and left to attention, see `region_attention`."""
     temperatures: dict[Any, Tensor] = field(default_factory=dict)
     """(scaling, window) -> the temperatures [B or 1, Q] of its queries, see `patching.temperature`."""
     outer: ForwardPass | None = None

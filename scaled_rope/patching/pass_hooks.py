@@ -20,7 +20,7 @@ from transformers import Cache
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching import forward_pass
 from scaled_rope.patching.base_model import has_values
-from scaled_rope.patching.cache_argument import cache_name, empty, given_cache, returned_cache
+from scaled_rope.patching.cache_argument import cache_name, empty, given_cache, returned_cache, unknown_cache
 from scaled_rope.patching.cache_owners import (
     NO_SHIFT,
     CacheContents,
@@ -31,7 +31,7 @@ from scaled_rope.patching.cache_owners import (
     length_of,
     require_contents,
 )
-from scaled_rope.patching.deferred_rotation import begin_deferred, offset_of
+from scaled_rope.patching.deferred_rotation import begin_deferred, check_rotated_late, offset_of
 from scaled_rope.patching.forward_pass import ForwardPass, lengths, row_lengths
 from scaled_rope.progress import Progress
 from scaled_rope.scaling.frequencies import compute_scale
@@ -62,6 +62,8 @@ class Passes:
     dropped: tuple[int, ...] = ()
     layers: tuple[int, ...] = ()
     """The indices of the layers whose attention can rotate cached keys."""
+    rotating: tuple[int, ...] | None = None
+    """The indices of the layers that rotate; None where it is not known."""
     rotary_path: str = field(default="rotary_emb", repr=False)
 
     def hook(self, base: nn.Module) -> list[RemovableHandle]:
@@ -82,16 +84,21 @@ class Passes:
         return None if self._skipped() else self._begin(module, args, kwargs)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Forward hook, called after a pass that failed as well."""
+        """Forward hook, called after a pass that failed as well.
+
+        Raises:
+            ConfigError: keys were to be rotated when they are read, and were not.
+        """
         if not self._skipped():
             self._end(output)
 
     def _skipped(self) -> bool:
-        """Whether the hooks do nothing: in a compiled pass, unless frequencies or temperatures depend on positions.
+        """Whether the hooks do nothing: in a compiled pass, unless frequencies or temperatures depend on positions, or
+        attention is to learn from a mask which part of a cache of fixed size has been written.
 
         They would only check caches there, and tracing them would break the graph in two.
         """
-        return torch.compiler.is_compiling() and not (self.length_dependent or self.positional)
+        return torch.compiler.is_compiling() and not (self.length_dependent or self.positional or self.unrotated)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -100,6 +107,11 @@ class Passes:
         if given.get(name) is None:
             return None
         cache = given_cache(given)
+        if (self.length_dependent or self.unrotated) and (unknown := unknown_cache(given)) is not None:
+            raise ConfigError(
+                f"cache: {self.owner.label} cannot be used with a {type(unknown).__name__}, as in continuous batching "
+                "(generate_batch), which mixes the tokens of several texts in a row; use generate, or a static scaling"
+            )
         check_device(cache, given[name].device)
         start = 0 if cache is None else length_of(cache)
         contents = check_owner(cache, self.owner) if start else None
@@ -144,6 +156,8 @@ class Passes:
         current = forward_pass.end(self)
         if current is None:
             return
+        if current.deferred is not None and output is not None:
+            check_rotated_late(current.deferred, self.rotating)
         cache = current.cache if current.cache is not None else returned_cache(output)
         if output is None or not isinstance(cache, Cache):
             return

@@ -8,7 +8,9 @@ of their family's function.
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,13 +26,14 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.patching.base_model import Place, base_model, device_of, has_values, on_cpu
 from scaled_rope.patching.cache_owners import CacheOwner
 from scaled_rope.patching.deferred_rotation import defer_rotation, rotate_before_cache
+from scaled_rope.patching.families import rotating_layers
 from scaled_rope.patching.layer_tables import build_rotary, hook_layers
 from scaled_rope.patching.pass_hooks import Passes
 from scaled_rope.patching.patch_request import PatchRequest, RequestedScaling, Unpatched, read_request, remarks
 from scaled_rope.patching.rebind import APPLY, INTERFACE, callers, is_rebound
 from scaled_rope.patching.region_attention import install_region_attention, remove_region_attention
 from scaled_rope.patching.rotary import LayeredRotaryEmbedding, ScaledRotaryEmbedding
-from scaled_rope.patching.rotary_kernel import bind_rotation, unbind_rotation
+from scaled_rope.patching.rotary_kernel import bind_rotation, rotations, unbind_rotation
 from scaled_rope.patching.saved_config import (
     ABSENT,
     CONFIG_FIELDS,
@@ -42,10 +45,12 @@ from scaled_rope.patching.saved_config import (
 )
 from scaled_rope.patching.temperature import install_temperature, needs_positions, remove_temperature
 from scaled_rope.scaling.frequencies import compute_rope
-from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, primary_type
+from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, RECORD_KEY, primary_type
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings
 
 _STATE = "_scaled_rope_state"
+_SAYS_SCALING = ("rope_parameters", RECORD_KEY)
+"""The fields of a config that say the scaling."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ class _State:
     config: dict[str, Any]
     """The config's values before the patch, of the fields that it changes."""
     config_class: type[Any]
+    written: dict[str, Any] = field(default_factory=dict)
+    """The values that the patch gave those fields."""
     attention: str | None = None
     """The attention implementation before the patch, if the patch set another one."""
     hooks: list[RemovableHandle] = field(default_factory=list)
@@ -165,6 +172,7 @@ def patch_as_read(
         _install(base, unpatched, request, rotaries)
         write_config(base.config, fields)
         let_save(base.config)
+        getattr(base, _STATE).written = copy.deepcopy(fields)
         notes = remarks(unpatched, request, base) + request.notes
     except BaseException:
         if (half := getattr(base, _STATE, None)) is not None:
@@ -173,6 +181,7 @@ def patch_as_read(
             _install(base, unpatched, state.request, replaced)
             write_config(base.config, shown)
             let_save(base.config)
+            getattr(base, _STATE).written = state.written
         raise
     return PatchReport(
         model_type=base.config.model_type,
@@ -243,6 +252,7 @@ def _watch_passes(base: PreTrainedModel, state: _State) -> list[RemovableHandle]
         positional=needs_positions(request.scalings),
         dropped=request.plan.drop_layers,
         unrotated=request.scaling.changes_attention,
+        rotating=rotating_layers(base.config),
         rotary_path=state.unpatched.places[0].path,
     )
     if dependent and not passes.stepped and (obstacle := _obstacle(state.unpatched)):
@@ -339,12 +349,15 @@ def _state_of(model: nn.Module) -> _State | None:
     return next((vars(module)[_STATE] for module in model.modules() if _STATE in vars(module)), None)
 
 
-def lost_part(model: nn.Module) -> str:
-    """Say in a few words which part of a patch a model has no more, as its modules show; "" where all of it is there,
-    and for a model that is not patched.
+def lost_part(model: nn.Module, of_modules: bool = False) -> str:
+    """Say in a few words which part of a patch a model has no more, as its modules and its config show; "" where all of
+    it is there, and for a model that is not patched.
 
     A rotary module may have been exchanged since, or a layer; another program may have given attention a forward of
-    its own, and pickling loses those that a patch binds.
+    its own, and pickling loses those that a patch binds. The config may have been edited: the model does not follow it,
+    and would be saved with it.
+
+    of_modules: whether to leave the config aside.
     """
     base = next((module for module in model.modules() if _STATE in vars(module)), None)
     if base is None:
@@ -360,7 +373,9 @@ def lost_part(model: nn.Module) -> str:
         with _disable_current_modes():
             if difference := _other_tables(rotary, _rotary_for(request, unpatched, place, base)):
                 return f"{place.path} {difference}"
-    bound_names = [(state.rotating, APPLY), (state.deferred, APPLY), (state.deferred, INTERFACE)]
+    bound_names = [(state.rotating, APPLY)]
+    for module in state.deferred:
+        bound_names += [([module], name) for name in (*(rotations(module) or [APPLY]), INTERFACE)]
     bound_names.append((state.tempered, INTERFACE))
     if request.scaling.changes_attention:
         attention = callers(base, INTERFACE)
@@ -379,7 +394,26 @@ def lost_part(model: nn.Module) -> str:
         held = handle.hooks_dict_ref()
         if held is None or handle.id not in held or id(held) not in hooks:
             return "a hook of the patch is gone"
-    return ""
+    return "" if of_modules else _other_config(base.config, state.written)
+
+
+def _other_config(config: Any, written: dict[str, Any]) -> str:
+    """How a config differs from what a patch wrote into it, in a few words; "" where it says the same scaling."""
+    now = _fields_of(config)
+    if all(now[name] == written.get(name, now[name]) for name in _SAYS_SCALING):
+        return ""
+    before = copy.deepcopy(config)
+    write_config(before, {name: written[name] for name in _SAYS_SCALING})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found, wanted = RopeSettings(config), RopeSettings(before)
+            alike = found.scaling == wanted.scaling and found.plan == wanted.plan
+            said = found.scaling.label
+    except ConfigError as error:
+        return f"its config was edited and cannot be read, {error}"
+    # Words may have been added that say the same, as transformers does itself.
+    return "" if alike else f"the rope_parameters of its config were edited and say {said}"
 
 
 def _other_tables(found: nn.Module, wanted: nn.Module) -> str:

@@ -467,10 +467,45 @@ def remarks(unpatched: Unpatched, request: PatchRequest, base: PreTrainedModel) 
         window = context = 0  # no numbers, so nothing to compare
     if 0 < window < context and getattr(config, "use_sliding_window", True) and all_slide:
         notes.append(f"sliding_window={window} is shorter than the context of {context} tokens")
+    notes += _in_windows(unpatched, request, config)
     if without := layers_without_rope(config):
         shown = ", ".join(map(str, without[:4])) + (", …" if len(without) > 4 else "")
         notes.append(f"{len(without)} of {config.num_hidden_layers} layers have no rotary embedding ({shown})")
     return tuple(notes)
+
+
+def _in_windows(unpatched: Unpatched, request: PatchRequest, config: Any) -> Iterator[str]:
+    """Say if a scaling acts in no layer but those that see less than the text that it is for."""
+    types, plan = list(getattr(config, "layer_types", None) or ()), request.plan
+    original = unpatched.own.original_max_position_embeddings
+    if len(set(types)) < 2 or len(types) != config.num_hidden_layers or original is None:
+        return
+    without = {*layers_without_rope(config), *plan.drop_layers}
+    acting: dict[str, RopeScaling] = {}
+    for index, name in enumerate(types):
+        own = plan.layers.get(name, request.scaling)
+        changed = not plan.layers or own != unpatched.own_of(name)
+        if index not in without and changed and not any(word in name for word in _NO_ATTENTION):
+            acting[name] = own
+    windows = {name: _window_of(config, name) for name in acting}
+    for name, window in windows.items():
+        if None in windows.values() or window is None or window >= original * acting[name].factor:
+            return
+    if seen := [window for window in windows.values() if window is not None]:
+        label = next(iter(acting.values())).label
+        yield f"{label} acts only in layers that see {max(seen)} tokens; L = {original}"
+
+
+_NO_ATTENTION = ("linear", "conv", "mamba", "recurrent", "mlp")
+"""Parts of the names of types of layers that have no attention to rotate for."""
+
+
+def _window_of(config: Any, layer_type: str) -> int | None:
+    """The tokens that layers of a type see at most; None where they see all, or where it is not known."""
+    field = {"sliding": "sliding_window", "chunked": "attention_chunk_size"}
+    name = next((field[word] for word in field if word in layer_type), "")
+    window = getattr(config, name, None) if name else None
+    return window if isinstance(window, int) else None
 
 
 def _without_effect(unpatched: Unpatched, request: PatchRequest, base: PreTrainedModel) -> Iterator[str]:

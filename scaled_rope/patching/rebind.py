@@ -60,6 +60,13 @@ def calls(module: nn.Module, name: str) -> bool:
     return function is not None and name in function.__code__.co_names and name in function.__globals__
 
 
+def globals_of(module: nn.Module) -> list[str]:
+    """The global names that the module's forward looks up."""
+    function = _function(module)
+    names = () if function is None else function.__code__.co_names
+    return [name for name in names if function is not None and name in function.__globals__]
+
+
 def callers(root: nn.Module, name: str) -> list[nn.Module]:
     """The modules in `root` whose forward looks up the global `name`, in the order of `root.modules()`."""
     return [module for module in root.modules() if calls(module, name)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from scaled_rope.attention.backends import by_stretch, has_window, refusal
@@ -16,9 +17,11 @@ from scaled_rope.attention.composed import composed_attention, flash, is_composa
 from scaled_rope.attention.interface import AttentionCall, AttentionFunction, attention_function
 from scaled_rope.attention.regions import Regions, region_attention
 from scaled_rope.errors import ConfigError
+from scaled_rope.patching.deferred_rotation import is_untouched
+from scaled_rope.patching.forward_pass import current_pass
 from scaled_rope.patching.rebind import APPLY, INTERFACE, callers, rebind
 from scaled_rope.patching.rotary import Layout
-from scaled_rope.patching.rotary_kernel import pairing_of
+from scaled_rope.patching.rotary_kernel import normalising, pairing_of, rotated_last
 
 MASKS_OF = "sdpa_blocked"
 """The attention implementation that is set on a patched model, so that masks come in its form."""
@@ -52,6 +55,13 @@ def pairing(base: nn.Module, method: str, layout: Layout, half: int) -> bool:
     reason = refusal(config, MASKS_OF)
     if not reason and has_window(config):
         reason = "whose layers have a sliding window"
+    if not reason and (normaliser := normalising(base)):
+        reason = f"{normaliser} normalises queries and keys after it has rotated them"
+    attention = callers(base, INTERFACE)
+    if not reason and any(map(rotated_last, attention)):
+        reason = "whose latent attention rotates the last dimensions of each head"
+    if not reason and not (getattr(config, "is_causal", True) and all(map(_is_causal, attention))):
+        reason = "whose queries attend to later keys"
     interleaved = None
     if not reason:
         interleaved, reason = pairing_of(base, layout, half)
@@ -60,6 +70,10 @@ def pairing(base: nn.Module, method: str, layout: Layout, half: int) -> bool:
     if interleaved is None:
         raise ConfigError(f"method {method!r}: cannot be used with {config.model_type} models, {reason}")
     return interleaved
+
+
+def _is_causal(module: nn.Module) -> bool:
+    return bool(getattr(module, "is_causal", True))
 
 
 class _Only:
@@ -84,6 +98,14 @@ def install_region_attention(base: nn.Module, regions: Regions, inv_freq: Tensor
     def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         if call.dropout:
             raise ConfigError(f"attention_dropout={call.dropout:g}: must be 0 for a method that changes attention")
+        if name := call.has("softcap", "s_aux", "position_bias"):
+            raise ConfigError(f"{name}: {type(call.module).__name__} uses it, a method that changes attention has none")
+        if call.may_see_later_keys:
+            raise ConfigError(
+                f"is_causal=False: {type(call.module).__name__} attends to keys that come after the query, it must be "
+                "True for a method that changes attention"
+            )
+        _check_untouched(call)
         mask: Tensor | None = call.attention_mask
         if mask is not None and mask.dim() != 2:
             raise ConfigError(f"attention_mask of shape {list(mask.shape)}: must be [rows, tokens]")
@@ -110,4 +132,22 @@ def remove_region_attention(base: nn.Module) -> None:
 
 
 def _as_they_are(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    if not torch.compiler.is_compiling() and (current := current_pass()) is not None:
+        current.handed = q, k
     return q, k
+
+
+def _check_untouched(call: AttentionCall) -> None:
+    """Raise a ConfigError if a module changes queries or keys after the place where it was to rotate them, since they
+    are rotated only now. Passes behind a cache are not looked at, and compiled ones."""
+    if torch.compiler.is_compiling() or (current := current_pass()) is None:
+        return
+    handed, current.handed = current.handed, None
+    if current.contents is not None or handed is None:
+        return
+    q, k = handed
+    if not (is_untouched(q, call.query) and is_untouched(k, call.key[:, :, : k.shape[2]])):
+        raise ConfigError(
+            f"{type(call.module).__name__} changes queries or keys between rotation and attention, so a method that "
+            "changes attention cannot be used with it"
+        )

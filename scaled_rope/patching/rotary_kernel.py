@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from scaled_rope.errors import unknown
 from scaled_rope.kernels import apply_rotary, kernel_backend
 from scaled_rope.kernels.rotary import BACKENDS, VARIABLE
-from scaled_rope.patching.rebind import APPLY, callers, original, rebind
+from scaled_rope.patching.rebind import APPLY, callers, globals_of, original, rebind
 from scaled_rope.patching.rotary import Layout, lay_out
 
 KERNELS = (*BACKENDS, "none")
@@ -71,15 +71,48 @@ def pairing_of(base: nn.Module, layout: Layout, half: int) -> tuple[bool | None,
     Returns:
         Whether pairs are neighbours (True) or halves (False), and ""; or None and, in a few words, why it is neither.
     """
+    pairings, reason = pairings_of(base, layout, half)
+    if others := [name for name in pairings if name != APPLY]:
+        return None, f"its attention may call {others[0]} in place of {APPLY}"
+    return pairings.get(APPLY), reason
+
+
+def pairings_of(base: nn.Module, layout: Layout, half: int) -> tuple[dict[str, bool], str]:
+    """Find which dimensions each of the functions rotates together that the attention of a base model may call.
+
+    Args:
+        layout, half: as in `fused_rotation`.
+
+    Returns:
+        Name of the function -> as in `pairing_of`, and ""; or an empty dictionary and, in a few words, why there is a
+        function of which it is not known. A function of another name than `APPLY` may return neighbours apart, all
+        first ones before all second ones.
+    """
     modules = callers(base, APPLY)
     if not modules:
-        return None, f"its attention calls no {APPLY}"
+        return {}, f"its attention calls no {APPLY}"
     if others := [type(module).__name__ for module in users_of_tables(base) if module not in modules]:
-        return None, f"{others[0]} rotates in its own way"
-    pairings = {_pairing(original(module, APPLY), layout, half) for module in modules}
-    if len(pairings) != 1 or (interleaved := pairings.pop()) is None:
-        return None, f"its {APPLY} is not the common one"
-    return interleaved, ""
+        return {}, f"{others[0]} rotates in its own way"
+    found: dict[str, bool] = {}
+    for name in dict.fromkeys(name for module in modules for name in rotations(module)):
+        users = [module for module in modules if name in rotations(module)]
+        pairings = {_pairing(original(module, name), layout, half, apart=name != APPLY) for module in users}
+        if len(pairings) != 1 or (interleaved := pairings.pop()) is None:
+            return {}, f"its {name} is not the common one"
+        found[name] = interleaved
+    return found, ""
+
+
+def rotations(module: nn.Module) -> list[str]:
+    """The global names of the functions that rotate queries and keys in a module's forward, `APPLY` first. Which of
+    them is called may depend on the config (`rope_interleave` of multi-head latent attention)."""
+    return sorted((name for name in globals_of(module) if "apply_rotary" in name), key=lambda name: name != APPLY)
+
+
+def rotated_last(module: nn.Module) -> bool:
+    """Whether an attention module rotates the last dimensions of its heads: in multi-head latent attention the part
+    without rotation, which comes from the latent vector, goes before the part with it."""
+    return hasattr(module, "qk_rope_head_dim") and hasattr(module, "qk_nope_head_dim")
 
 
 def bind_rotation(base: nn.Module, rotation: Rotation) -> list[nn.Module]:
@@ -140,8 +173,11 @@ def _has(module: nn.Module, name: str) -> bool:
 
 
 @unset_fake_temporarily()  # a trial with numbers, also while a model is planned on tensors without any
-def _pairing(apply: Callable[..., Any], layout: Layout, half: int) -> bool | None:
-    """Whether a family's function pairs neighbours (True), halves (False), or does something else (None)."""
+def _pairing(apply: Callable[..., Any], layout: Layout, half: int, apart: bool = False) -> bool | None:
+    """Whether a family's function pairs neighbours (True), halves (False), or does something else (None).
+
+    apart: whether it may return all first neighbours before all second ones.
+    """
     generator = torch.Generator().manual_seed(0)  # its own, so that the global random state stays
     plain: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
     q, k = (torch.randn(1, heads, 3, 2 * half, **plain) for heads in (2, 1))
@@ -153,9 +189,11 @@ def _pairing(apply: Callable[..., Any], layout: Layout, half: int) -> bool | Non
         return None  # whatever it wants, it is not the common form
     for interleaved in (False, True):
         wanted = apply_rotary(q, k, cos, sin, interleaved=interleaved, backend="torch")
-        if all(
-            isinstance(one, Tensor) and one.shape == right.shape and torch.allclose(one, right, rtol=0, atol=1e-5)
-            for one, right in zip(found, wanted, strict=True)
-        ):
-            return interleaved
+        separate = tuple(torch.cat((one[..., 0::2], one[..., 1::2]), dim=-1) for one in wanted)
+        for heads in (wanted, separate) if apart and interleaved else (wanted,):
+            if all(
+                isinstance(one, Tensor) and one.shape == right.shape and torch.allclose(one, right, rtol=0, atol=1e-5)
+                for one, right in zip(found, heads, strict=True)
+            ):
+                return interleaved
     return None

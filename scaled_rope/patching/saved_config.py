@@ -74,6 +74,8 @@ def _is_understood(
 ) -> bool:
     """Whether transformers, reading a config with these fields, computes the scaling in every rotary module.
 
+    Somebody's own class of rotary modules is asked alike; one that cannot be built from a config alone may do anything.
+
     It may not: config classes reject or rewrite rope types and take lengths from elsewhere, and some formulas fail on
     some families. So the family's own rotary modules are built from the config and their frequencies are compared.
     """
@@ -81,8 +83,6 @@ def _is_understood(
         return False
     scalings = plan.layers if unpatched.adapter.per_layer_type else {"": scaling}
     for place in unpatched.places:
-        if not type(place.module).__module__.startswith("transformers."):
-            continue  # somebody's own module: there is nothing to ask
         said = {**copy.deepcopy(config.to_dict()), **copy.deepcopy(_present(fields))}
         try:
             with _silent_transformers(), torch.device("cpu"):  # models may be built under a default device of "meta"

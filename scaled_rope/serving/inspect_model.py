@@ -29,7 +29,7 @@ def check_model(model: nn.Module) -> list[Finding]:
     findings: list[Finding] = []
     for base, rotary in _rotary_modules(model):
         findings += _check_rotary(model, base, rotary)
-    if lost := lost_part(model):
+    if lost := lost_part(model, of_modules=True):
         installed = patched_scaling(model)
         assert installed is not None
         findings.append(

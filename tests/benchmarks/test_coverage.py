@@ -14,6 +14,7 @@ from scaled_rope.results import read_rows
 SAMPLE = [
     pytest.param("cohere_compass", marks=pytest.mark.slow),  # tables by layer type, inside a model for images and text
     "deepseek_v2",  # complex tables, latent attention
+    pytest.param("deepseek_v3", marks=pytest.mark.slow),  # latent attention, neighbours rotated together
     "deepseek_v4",  # two tables by use, rotary modules inside layers
     pytest.param("ernie4_5_vl_moe", marks=pytest.mark.slow),  # axes, frequencies in an order of their own
     "gemma4_text",  # heads of two sizes, pairs that never turn
@@ -56,6 +57,12 @@ def test_faults_are_seen() -> None:
     for changed, wanted in faults:
         assert wanted in judge({**trial, "scalings": {"yarn:4": good | changed}})[0]
     assert "changes a text of L" in judge({**trial, "scalings": {"dynamic-yarn": good | {"within": 0.5}}})[0]
+    assert "one layer behind a cache, 0.5" in judge({**trial, "scalings": {}, "follows": 0.5})[0]
+    assert judge({**trial, "scalings": {}, "follows": "refused: no"}) == []
+    for result in (0.5, "error: KeyError in forward"):
+        assert "within its window" in judge({**trial, "scalings": {}, "regions": result})[0]
+    for result in (1e-6, "refused: a window"):
+        assert judge({**trial, "scalings": {}, "regions": result}) == []
     assert "loss" in judge({**trial, "loss": 0.5, "scalings": {}})[0]
     assert "inspect" in judge({"inspect": "differs: all layers"})[0]
     refused = {"refused": "no rotary module"}

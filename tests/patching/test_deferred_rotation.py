@@ -14,12 +14,14 @@ from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache, S
 from transformers.cache_utils import QuantizedLayer
 
 import scaled_rope.patching.deferred_rotation
+from benchmarks.small_models import MODEL_TYPES, small_model
 from scaled_rope.kernels import rotary_decode
 from scaled_rope.patching.loss import token_nll
-from scaled_rope.patching.patch import patch_model, unpatch_model
+from scaled_rope.patching.patch import lost_part, patch_model, unpatch_model
+from scaled_rope.patching.rebind import APPLY, callers, original, rebind
 from scaled_rope.scaling.record import RopeScaling
 from tests.helpers import reference
-from tests.helpers.caches import ORIGINAL, SAME, distance, one_layer, through_cache, whole
+from tests.helpers.caches import ORIGINAL, SAME, distance, one_layer, refused, through_cache, whole
 from tests.helpers.models import DETECTED, FAMILIES, VOCABULARY, Make
 from tests.helpers.optional import fp8_caches
 
@@ -96,6 +98,41 @@ def test_one_layer_reproduces_a_whole_pass(tiny_model: Make, text: Tensor, famil
     for ends in ([20, 30, 47, 48], [48]):
         found = through_cache(model, text[:, :48], ends)
         assert distance(found[:, -1], whole(model, text[:, :48])[:, -1]) < SAME
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("deepseek_v3", {}),
+        ("deepseek_v3", {"rope_interleave": False}),
+        ("mistral4", {}),
+        ("minicpm3", {}),
+        ("jetmoe", {}),
+    ],
+    ids=["deepseek_v3", "halves", "mistral4", "minicpm3", "repeated heads"],
+)
+def test_latent_attention_and_repeated_heads_reproduce_a_whole_pass(family: str, more: dict[str, Any]) -> None:
+    if family not in MODEL_TYPES:
+        pytest.skip("a release of transformers without this family")
+    model = small_model(family, num_hidden_layers=1, **more)
+    text = torch.randint(3, 200, (2, 150), generator=torch.Generator().manual_seed(0))
+    before = whole(model, text)
+    patch_model(model, "dynamic-yarn")
+    wanted = whole(model, text)
+    for ends in ([60, 149, 150], [60, 150]):
+        assert distance(through_cache(model, text, ends)[:, -1], wanted[:, -1]) < SAME
+    assert lost_part(model) == ""
+    unpatch_model(model)
+    assert torch.equal(whole(model, text), before)
+
+
+def test_a_model_that_rotates_in_an_unknown_way_is_refused(tiny_model: Make, text: Tensor) -> None:
+    model = tiny_model()
+    patch_model(model, "dynamic-yarn")
+    module = callers(model, APPLY)[1]
+    rebind(module, APPLY, original(module, APPLY))
+    whole(model, text)
+    refused(lambda: model(text, use_cache=True), "cache: layer 1 rotates its keys before they are cached", "use_cache")
 
 
 @pytest.mark.parametrize("spec", ["dynamic-linear", "dynamic-ntk", "dynamic-ntk:2", "dynamic-llama3", "longrope"])

@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import StaticCache
 
+from scaled_rope.patching.cache_argument import NAMES
+from scaled_rope.patching.pass_hooks import Passes
 from scaled_rope.patching.patch import patch_model
 from tests.helpers.caches import ORIGINAL, SAME, distance, one_layer, refused, through_cache, whole
 from tests.helpers.models import VOCABULARY, Make
@@ -103,3 +106,39 @@ def test_steps_read_any_cache_until_the_scale_changes(tiny_model: Make, text: Te
         found: Any = model(text[:, t : t + 1], past_key_values=foreign)
         assert distance(found.logits[:, 0], wanted[:, t]) < SAME
     refused(lambda: model(text[:, 32:33], past_key_values=foreign), "from scale 1 to 2", "DynamicCache")
+
+
+class Paged:
+    """Like the cache of continuous batching, which does not say how many tokens it holds."""
+
+
+@pytest.mark.parametrize("spec", ["dynamic-yarn", "dynamic-yarn,dynamic_step=2", "rerope,window=10"])
+def test_continuous_batching_is_refused(tiny_model: Make, text: Tensor, spec: str) -> None:
+    model = tiny_model()
+    patch_model(model, spec)
+    for name in NAMES:
+        refused(lambda name=name: model.base_model(text, **{name: Paged()}), "cannot be used with a Paged", "generate")
+
+
+def test_a_static_scaling_leaves_continuous_batching_alone(tiny_model: Make, text: Tensor) -> None:
+    model = tiny_model()
+    patch_model(model, "yarn:2")
+    with pytest.raises(AttributeError, match="Paged"):  # from the model, which asks this one for more
+        model.base_model(text, past_key_values=Paged())
+
+
+def test_compiled_passes_learn_what_is_written(tiny_model: Make, text: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    patch_model(model, "rerope,window=10")
+    wanted = whole(model, text[:, :20])
+    passes = next(iter(model.base_model._forward_pre_hooks.values())).__self__
+    assert isinstance(passes, Passes)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not passes._skipped()
+    monkeypatch.undo()
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    assert distance(through_cache(model, text[:, :20], [12, 13, 20], cache), wanted) < SAME
+    patch_model(model, "yarn:2")
+    passes = next(iter(model.base_model._forward_pre_hooks.values())).__self__
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert passes._skipped()

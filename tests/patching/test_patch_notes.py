@@ -54,3 +54,31 @@ def test_layers_that_a_family_never_scales() -> None:
     assert patch_model(some, "yarn:4").modules == ("model.language_model.rotary_emb",)
     with pytest.raises(ConfigError, match="all its layers take their angles from rotary_emb_unscaled"):
         patch_model(small_model("molmo2", rope_scaling_layers=[]), "yarn:4")
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "spec", "window"),
+    [
+        ("cohere2", {}, "yarn:4", 16),
+        ("exaone4", {}, "dynamic-yarn", 16),
+        ("afmoe", {}, "ntk:4", 16),
+        ("kolibri1", {}, "yarn:4", 16),
+        ("llama4_text", {"attention_chunk_size": 32}, "yarn:4", 32),
+        ("llama4_text", {"attention_chunk_size": 128}, "yarn:4", 128),
+        ("llama4_text", {"attention_chunk_size": 256}, "yarn:4", None),  # as long as the text is to be
+        ("gemma3_text", {}, {"sliding_attention": "yarn:4"}, 16),
+        ("gemma3_text", {}, "yarn:4", None),
+        ("gpt_oss", {}, "yarn:4", None),  # its full attention rotates as well
+        ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}, "yarn:4", None),
+        ("qwen3", {}, "yarn:4", None),
+    ],
+)
+def test_a_scaling_that_acts_within_windows_alone_is_told(
+    family: str, more: dict[str, Any], spec: Any, window: int | None
+) -> None:
+    if family not in MODEL_TYPES:
+        pytest.skip("a release of transformers without this family")
+    notes = patch_model(small_model(family, **more), spec, kernel="none").notes
+    found = [note for note in notes if "acts only in layers" in note]
+    assert len(found) == (window is not None)
+    assert not found or re.search(rf" acts only in layers that see {window} tokens; L = 64$", found[0])

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from benchmarks.small_models import MODEL_TYPES, small_model
 from scaled_rope import RopeScaling, load_model, patch_model, unpatch_model
 from scaled_rope.errors import ConfigError
+from scaled_rope.patching import region_attention
 from tests.helpers.models import Make
 
 # The tiny models have 32 positions; texts have 48 tokens.
@@ -208,6 +210,50 @@ def test_families_that_do_not_fit_are_named(
     with pytest.raises(ConfigError, match=said):
         patch_model(model, "rerope,window=10")
     assert torch.equal(full(model, tokens), plain)
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "said"),
+    [
+        ("deepseek_v3", {}, "latent attention rotates the last dimensions of each head"),
+        ("minicpm3", {}, "latent attention rotates the last dimensions of each head"),
+        ("hunyuan_v1_dense", {}, "HunYuanDenseV1Attention normalises queries and keys after it has rotated them"),
+        ("llama", {"is_causal": False}, "llama models, whose queries attend to later keys"),
+        ("gemma", {"use_bidirectional_attention": True}, "gemma models, whose queries attend to later keys"),
+    ],
+)
+def test_attention_that_does_not_fit_is_named(family: str, more: dict[str, Any], said: str) -> None:
+    if family not in MODEL_TYPES:
+        pytest.skip("a release of transformers without this family")
+    with pytest.raises(ConfigError, match=f"'rerope': cannot be used with .*{said}"):
+        patch_model(small_model(family, num_hidden_layers=2, **more), "rerope,window=10")
+
+
+def test_heads_may_be_repeated_after_the_rotation(tokens: Tensor) -> None:
+    model = small_model("jetmoe", num_hidden_layers=2)
+    plain = full(model, tokens)
+    patch_model(model, "rerope,window=48")
+    assert (full(model, tokens) - plain).abs().max() < NOISE
+
+
+@pytest.mark.skipif("minicpm3" not in MODEL_TYPES, reason="a release of transformers without this family")
+def test_what_attention_is_given_must_be_what_was_to_be_rotated(
+    tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model("minicpm3", num_hidden_layers=2)
+    monkeypatch.setattr(region_attention, "rotated_last", lambda module: False)  # as if it were not known
+    patch_model(model, "rerope,window=48")
+    with pytest.raises(ConfigError, match="Attention changes queries or keys between rotation and attention"):
+        full(model, tokens)
+
+
+def test_calls_that_regions_cannot_compute_are_refused(tiny_model: Make, tokens: Tensor) -> None:
+    model = tiny_model()
+    patch_model(model, SPECS[0])
+    with pytest.raises(ConfigError, match="is_causal=False: LlamaAttention attends to keys that come after the query"):
+        full(model, tokens, is_causal=False)
+    with pytest.raises(ConfigError, match="softcap: LlamaAttention uses it, a method that changes attention has none"):
+        full(model, tokens, softcap=30.0)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.small_models import MODEL_TYPES, small_model
 from scaled_rope import ConfigError, RopeScaling, patch_model, unpatch_model
 from scaled_rope.patching.families import ADAPTERS
 from scaled_rope.patching.loading import apply_scaling
@@ -163,6 +164,19 @@ def test_a_function_that_computes_something_else_stays(tiny_model: Make, tokens:
     with pytest.raises(ConfigError, match="kernel='torch': not for this llama model, its apply_rotary_pos_emb is not"):
         patch_model(model, "yarn:4", kernel="torch")
     assert torch.equal(logits(model, tokens), other)
+
+
+@pytest.mark.skipif("deepseek_v3" not in MODEL_TYPES, reason="a release of transformers without this family")
+def test_attention_that_may_call_another_function_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = small_model("deepseek_v3", num_hidden_layers=1), torch.arange(3, 43)[None]
+    with pytest.raises(ConfigError, match="this deepseek_v3 model, its attention may call apply_rotary_pos_emb_inter"):
+        patch_model(model, "yarn:4", kernel="torch")
+    patch_model(model, "yarn:4", kernel="none")
+    wanted = logits(model, ids)
+    monkeypatch.setenv("SCALED_ROPE_KERNEL", "torch")
+    report = patch_model(model, "yarn:4")
+    assert report.kernel is None and "apply_rotary_pos_emb_interleave" in report.notes[-1]
+    assert torch.equal(logits(model, ids), wanted)
 
 
 def test_scalings_change_and_the_kernel_stays(tiny_model: Make) -> None:

@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from scaled_rope import ConfigError, RopeScaling, patch_model, unpatch_model
 from scaled_rope.patching.base_model import base_model
@@ -176,3 +177,34 @@ def test_a_family_that_says_no_length(spec: str, length: int | None, tmp_path: P
     assert raw.get("max_position_embeddings") == length and RopeScaling.from_config(raw) == patched_scaling(model)
     unpatch_model(model)
     assert not hasattr(model.config, "max_position_embeddings")
+
+
+class _Own(LlamaRotaryEmbedding):
+    """Somebody's own class, which leaves reading the config to transformers."""
+
+
+class _Unscaled(LlamaRotaryEmbedding):
+    """One that computes the same frequencies whatever its config says."""
+
+    def __init__(self, config: Any) -> None:
+        config = copy.deepcopy(config)
+        config.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
+        super().__init__(config)
+
+
+class _NeedsMore(_Unscaled):
+    """One that needs more than a config to be built."""
+
+    def __init__(self, config: Any, more: int) -> None:
+        super().__init__(config)
+
+
+@pytest.mark.parametrize("own", [_Own, _Unscaled, _NeedsMore])
+def test_a_rotary_module_of_somebodys_own_is_asked(tiny_model: Make, own: type[Any], tmp_path: Path) -> None:
+    model = tiny_model()
+    model.model.rotary_emb = own(model.config, 1) if own is _NeedsMore else own(model.config)
+    report = patch_model(model, "yarn:4")
+    assert report.native == (own is _Own)
+    assert model.config.rope_parameters["rope_type"] == ("yarn" if own is _Own else "scaled-rope")
+    model.save_pretrained(tmp_path)
+    assert RopeScaling.from_config(json.loads((tmp_path / "config.json").read_text())) == report.scaling
