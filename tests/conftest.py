@@ -39,14 +39,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # Files in the order of how long they take, for `--dist loadfile --no-loadscope-reorder`: a worker that got one of these
-# last would go on alone for minutes. The others follow, those with most tests first.
+# last would go on alone for minutes. Those that start many programs stand apart. The others follow, most tests first.
 LONGEST = (
     "test_ranks.py", "training/test_planning.py", "patching/test_patch_families.py", "training/test_run_state.py",
-    "training/test_traced_memory.py", "evaluation/test_ranks.py", "test_shell_scripts.py",
-    "benchmarks/test_engines.py", "training/test_loop.py", "certificate/test_certify.py",
-    "tuning/test_divisor_search.py", "patching/test_device_maps.py", "evaluation/test_generated_prompts.py",
-    "advice/test_rounds.py", "test_fuzz.py", "benchmarks/test_smollm2_32k.py", "test_wheel.py",
-    "evaluation/test_runner.py", "patching/test_loss_fused.py", "benchmarks/test_gpu.py",
+    "training/test_traced_memory.py", "certificate/test_certify.py", "benchmarks/test_engines.py",
+    "training/test_loop.py", "tuning/test_divisor_search.py", "evaluation/test_ranks.py",
+    "patching/test_device_maps.py", "evaluation/test_generated_prompts.py", "advice/test_rounds.py", "test_fuzz.py",
+    "test_shell_scripts.py", "benchmarks/test_smollm2_32k.py", "test_wheel.py", "evaluation/test_runner.py",
+    "patching/test_loss_fused.py", "benchmarks/test_gpu.py",
 )  # fmt: skip
 
 

@@ -484,6 +484,8 @@ def _in_windows(unpatched: Unpatched, request: PatchRequest, config: Any) -> Ite
     acting: dict[str, RopeScaling] = {}
     for index, name in enumerate(types):
         own = plan.layers.get(name, request.scaling)
+        if plan.layers and name not in plan.layers and unpatched.adapter.per_layer_type:
+            return  # the types of attention are not those of the tables
         changed = not plan.layers or own != unpatched.own_of(name)
         if index not in without and changed and not any(word in name for word in _NO_ATTENTION):
             acting[name] = own

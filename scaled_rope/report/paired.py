@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from scaled_rope.evaluation.statistics import Difference, paired_difference
 from scaled_rope.report.context_use import base_of, precision_remarks, precisions
-from scaled_rope.report.tables import Cell, Column, ReportRows, Section, Series, Table, cut_words, title_of
+from scaled_rope.report.cut_prompts import cut_words
+from scaled_rope.report.tables import Cell, Column, ReportRows, Section, Series, Table, title_of
 from scaled_rope.results import Row
 
 _SETTINGS = ("max_length",)  # differ between a model and its base

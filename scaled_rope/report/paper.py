@@ -25,8 +25,8 @@ from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.evaluation.formatting import format_table
 from scaled_rope.evaluation.paper_benchmarks import PAPER
+from scaled_rope.report.cut_prompts import cut_words
 from scaled_rope.report.loading import Loading
-from scaled_rope.report.tables import cut_words
 from scaled_rope.results import OUT_OF_MEMORY, Row
 from scaled_rope.scaling.record import RopeScaling
 

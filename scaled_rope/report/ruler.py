@@ -8,7 +8,8 @@ from typing import Any
 
 from scaled_rope.evaluation.effective_length import KEPT, THRESHOLDS, EffectiveLength, effective_length
 from scaled_rope.evaluation.task_presets import RULER
-from scaled_rope.report.tables import UNSCALED, Cell, ReportRows, Section, Series, Table, Topic, cut_words, share_cell
+from scaled_rope.report.cut_prompts import cut_words
+from scaled_rope.report.tables import UNSCALED, Cell, ReportRows, Section, Series, Table, Topic, share_cell
 from scaled_rope.results import Row
 
 _PER_TASK = ("task", "version", "num_fewshot")  # settings that differ between tasks of one measurement

@@ -16,6 +16,7 @@ from scaled_rope.evaluation.controls import CONTROL, Control
 from scaled_rope.evaluation.formatting import format_perplexity, format_table
 from scaled_rope.evaluation.passkey_context import passkey_context
 from scaled_rope.evaluation.pooled_seeds import pooled
+from scaled_rope.report.cut_prompts import CUT_MARK, cut_words
 from scaled_rope.report.loading import Loading, SeriesWords, origin
 from scaled_rope.report.row_files import newest, read_row_files, row_date
 from scaled_rope.results import OUT_OF_MEMORY, Row, portable_model
@@ -443,10 +444,6 @@ def common_contexts(series: Iterable[Series]) -> tuple[int | None, int | None]:
 # ----------------------------------------------------------------------------------------------------------- tables
 
 
-CUT_MARK = "†"
-"""Stands behind a number some of whose prompts were cut."""
-
-
 @dataclass(frozen=True)
 class Cell:
     """One number of a table."""
@@ -563,32 +560,6 @@ def share_cell(row: Row) -> Cell:
     counted = row["n"] < 100 or row["metric"].startswith("passkey")
     text = f"{row['right']}/{row['n']}" if counted else f"{percent:.1f}"
     return Cell(text, row, percent, _interval(row, scale=100), "%", cut_words(row))
-
-
-def cut_words(*rows: Row) -> str:
-    """How many of the prompts of some rows were cut, and to what; "" where none was.
-
-    A question with four endings is four prompts. Rows that don't say how many they have are counted by questions.
-    """
-    cut = [row for row in rows if _cut_prompts(row)]
-    if not cut:
-        return ""
-    count = sum(map(_cut_prompts, cut))
-    asked: list[Any] = [row.get("n" if row["metric"] == "quality" else "requests") for row in rows]
-    limits = {row["protocol"].get("max_tokens" if row["metric"] == "quality" else "max_length") for row in cut}
-    fit = " or ".join(str(limit) for limit in sorted(filter(is_number, limits)))
-    if all(map(is_number, asked)):
-        some = f"{count:,} of {sum(asked):,} prompts"
-    else:
-        questions = sum(row.get("n") or 0 for row in rows)
-        some = f"{count:,} {'prompt' if count == 1 else 'prompts'} of {questions:,} questions"
-    return f"{some} {'was' if count == 1 else 'were'} cut{f' to fit {fit} tokens' if fit else ''}"
-
-
-def _cut_prompts(row: Row) -> int:
-    """The number of a row's prompts that were cut, as far as it says so."""
-    count: Any = row.get("cut" if row["metric"] == "quality" else "truncated")
-    return int(count) if is_number(count) else 0
 
 
 def _error(row: Row) -> str:

@@ -303,7 +303,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], str, set[str]]] = {
     "Cohere2": (COHERE2, "unscaled", {"layers-without-rope"}),
     "Pythia": (PYTHIA, "unscaled", set()),
     "Ministral-3": (MINISTRAL3, "yarn x16 (attention_factor=1, beta_fast=32, beta_slow=1)", {"attention-key"}),
-    "Llama-4-Scout": (LLAMA4, "llama3 x16 (high_freq_factor=1)", set()),
+    "Llama-4-Scout": (LLAMA4, "llama3 x16 (high_freq_factor=1)", {"layers-without-rope"}),
     "EXAONE-4.0-32B": (EXAONE4, "llama3 x16", {"layers-without-rope"}),
     "Falcon": (FALCON, "unscaled", {"family-theta"}),
 }

@@ -15,7 +15,7 @@ from scaled_rope.recipes import Recipe, read_recipe
 from scaled_rope.texts.packed import open_packed
 from scaled_rope.training.batches import step_batches
 from scaled_rope.training.long_ce import gain_weights, near_losses, near_windows
-from tests.helpers.runs import LENGTH, Ranks, command, log, same, weights
+from tests.helpers.runs import LENGTH, Ranks, command, log, same
 
 CONTEXT, STEP, CAP = 20, 7, 1.5
 FLAGS = (
@@ -94,16 +94,6 @@ def test_the_first_step_is_the_definition(workspace: Path, tmp_path: Path) -> No
     assert first["loss"] == pytest.approx(total / count, rel=3e-5)
     assert first["unweighted_loss"] == pytest.approx(plain / count, rel=1e-5)
     assert abs(first["loss"] - first["unweighted_loss"]) > 1e-3
-
-
-def test_one_late_window_without_gain_is_plain_training(workspace: Path, tmp_path: Path) -> None:
-    """Only the last position is scored from fewer tokens, and it predicts nothing: all weights are 1."""
-    extra = ("--max-train-steps", "2", "--loss-weights", "long_ce", "--long-ce-context", str(LENGTH - 1))
-    assert finetune.main(command(workspace, tmp_path / "long", (*extra, "--long-ce-step", "1"))) == 0
-    assert finetune.main(command(workspace, tmp_path / "plain", ("--max-train-steps", "2"))) == 0
-    assert [row["loss"] for row in log(tmp_path / "long")] == [row["loss"] for row in log(tmp_path / "plain")]
-    one, two = weights(tmp_path / "long"), weights(tmp_path / "plain")
-    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize(
