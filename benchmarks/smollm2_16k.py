@@ -138,7 +138,7 @@ def parts(work: str, rows: str, training: str, recipe: str = RECIPE) -> dict[str
         resolved = run.recipe(work, recipe)
         models[run.name] = f"{resolved.output_dir}/model", []
         command = ("finetune.py", recipe, *run.flags(work))
-        train[run.name] = Part(f"train-{run.name}", command, partial(_steps, resolved, training))
+        train[run.name] = Part(f"train-{run.name}", command, partial(_steps, resolved))
     models["again"] = models[RUNS[0].name]
     measured = {name: _measured(name, *model, rows, training) for name, model in models.items()}
     found: list[Part] = []
@@ -158,11 +158,10 @@ def _measured(name: str, model: str, under: Sequence[str], rows: str, training: 
     return found
 
 
-def _steps(recipe: Recipe, training: str) -> str:
-    """The progress of a run; one that has come to its end is kept as a row of `training`."""
+def _steps(recipe: Recipe) -> str:
+    """The progress of a run."""
     log = rows_so_far(Path(recipe.output_dir) / "train_log.jsonl")
     if is_finished(recipe):
-        record(recipe, log, training)
         return f"{recipe.max_train_steps} of {recipe.max_train_steps} steps, finished"
     return f"{log[-1]['step'] if log else 0} of {recipe.max_train_steps} steps"
 
@@ -176,14 +175,15 @@ HASHES = ("model_hash", "dataset_hash")
 """Likewise from what the run recorded: the content of the base and of the training set."""
 
 
-def record(recipe: Recipe, log: Sequence[dict[str, Any]], training: str) -> None:
-    """Append a row about a finished run, once; its provenance is the one that the run itself wrote.
+def record(recipe: Recipe, training: str) -> None:
+    """Append a row about a run to `training`, once and if it is finished; its provenance is that which the run wrote.
 
     "weights" is the `model_fingerprint` that rows about its model have.
     """
     name, output = Path(recipe.output_dir).name, Path(recipe.output_dir)
-    if any(row["run"] == name for row in rows_so_far(training)):
+    if not is_finished(recipe) or any(row["run"] == name for row in rows_so_far(training)):
         return
+    log = rows_so_far(output / "train_log.jsonl")
     from scaled_rope.evaluation.jobs import fingerprint_of  # imports torch, which listing the parts need not wait for
 
     recorded = yaml.safe_load((output / "recipe.yaml").read_text())
@@ -226,7 +226,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     run_prepare_commands(RECIPE)
     run_all(wanted, args.minutes)
-    show(wanted)  # keeps the rows of finished runs as well
+    for run in RUNS:
+        record(run.recipe(args.work), args.training)
+    show(wanted)
     return 0
 
 

@@ -69,7 +69,11 @@ def test_no_text_is_trained_on_and_measured() -> None:
 def test_a_finished_run_is_kept_as_one_row(tmp_path: Path) -> None:
     recipe = replace(smollm2_16k.RUNS[1].recipe(str(tmp_path)), max_train_steps=2)
     output = Path(recipe.output_dir)
-    progress = lambda: smollm2_16k._steps(recipe, str(tmp_path / "training.jsonl"))  # noqa: E731
+
+    def progress() -> str:
+        smollm2_16k.record(recipe, str(tmp_path / "training.jsonl"))
+        return smollm2_16k._steps(recipe)
+
     assert progress() == "0 of 2 steps"
     (output / "model").mkdir(parents=True)
     log = [
