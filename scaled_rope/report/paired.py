@@ -1,4 +1,4 @@
-"""What an extension costs on benchmarks: the same questions asked of a model and of its base, compared in pairs."""
+"""The cost of an extension on benchmarks: the same questions asked of a model and of its base, compared in pairs."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class Section:
     controls: dict[Series, dict[Control, dict[Column, Row]]] = field(default_factory=dict)
     """The same tokens after the last few only, where that was measured."""
     words: str = ""
-    """What tells the text from another of its name, where there is one."""
+    """Words that tell the text from another of its name, where there is one."""
 
     @property
     def columns(self) -> list[Column]:
