@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, check_name
 from scaled_rope.progress import Progress
 from scaled_rope.texts.conversations import Refusals, check_chat, template_hash, template_of
-from scaled_rope.texts.documents import TextSource, check_there
+from scaled_rope.texts.documents import TextSource, check_there, files_hash
 from scaled_rope.texts.mixtures import (
     CHAT_FIELDS,
     Mixture,
@@ -158,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "replace_surrogates": args.replace_surrogates or None, "json": args.json or None,
         "special_tokens": "read" if args.allow_special_tokens else "text",
         "packing": args.packing, "mixture": None if mixture is None else mixture.to_dict(), "chat": None,
+        "source_hashes": [files_hash(source.dataset) for source in sources],
     }  # fmt: skip
     if chats:
         check_chat(tokenizer, args.tokenizer)
@@ -169,20 +170,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (fault := remove_half_made(args.output)) is not None:
         print(f"note: {fault}; it is made again", file=sys.stderr)
     if args.output.exists():
-        done = open_packed(args.output).meta
-        # A set that was made before these fields existed is still used; it is not what would be made now.
-        earlier = {} if "borders" in done else {"special_tokens": recipe["special_tokens"], "packing": "concatenate"}
-        wanted = recipe | {"sequence_length": args.sequence_length}
-        if all((earlier | done).get(key) == value for key, value in wanted.items()):
-            said = ", made by an earlier version, without a record of its documents" if earlier else ""
-            print(f"{args.output}: already there, {done['rows']} sequences of {done['sequence_length']} tokens{said}")
-        else:
-            raise ConfigError(f"--output {args.output} holds a set made otherwise; remove it or choose another folder")
+        use(args.output, recipe | {"sequence_length": args.sequence_length})
     else:
         make(args, sources, mixture, tokenizer, recipe, template)
     if args.push_to_hub:
         push_to_hub(args.output, args.push_to_hub)
     return 0
+
+
+def use(output: Path, wanted: Mapping[str, Any]) -> None:
+    """Say that a set is there already.
+
+    Raises:
+        ConfigError: it was made otherwise, or its sources hold something else by now.
+    """
+    done = open_packed(output).meta
+    said, earlier = "", {name: wanted[name] for name in ("source_hashes",) if name not in done}
+    if earlier:  # it is still used, though it is not what would be made now
+        said = ", made by an earlier version, which did not record what its sources held"
+    if "borders" not in done:
+        earlier |= {"special_tokens": wanted["special_tokens"], "packing": "concatenate"}
+        said = ", made by an earlier version, without a record of its documents"
+    differing = [name for name, value in wanted.items() if (earlier | done).get(name) != value]
+    if differing == ["source_hashes"]:
+        pairs = zip(wanted["sources"], done["source_hashes"], wanted["source_hashes"], strict=True)
+        changed = ", ".join(path for (path, _), before, now in pairs if before != now)
+        raise ConfigError(
+            f"--output {output} was made from {changed}, which holds other texts now; remove it, and it is made again"
+        )
+    if differing:
+        raise ConfigError(
+            f"--output {output} holds a set made otherwise ({', '.join(differing)}); remove it or choose another folder"
+        )
+    print(f"{output}: already there, {done['rows']} sequences of {done['sequence_length']} tokens{said}")
 
 
 def make(

@@ -204,7 +204,10 @@ def display_name(model: str) -> str:
 
 
 def weights_hash(folder: str | Path) -> str:
-    """A short hash of all the weights, packed tokens and JSON files in a local folder."""
-    paths = sorted(path for pattern in ("*.safetensors", "*.bin", "*.json") for path in Path(folder).glob(pattern))
-    files = [(path.name, kept_hash(path)) for path in paths]
+    """A short hash of all the weights, packed tokens and JSON files in a local folder, and of the Arrow files of saved
+    `datasets` tables, one or several splits, but not of those that `datasets` keeps beside them for itself."""
+    place = Path(folder)
+    paths = sorted(path for pattern in ("*.safetensors", "*.bin", "*.json") for path in place.glob(pattern))
+    paths += sorted(path for path in place.rglob("*.arrow") if not path.name.startswith(("cache-", "tmp")))
+    files = [(path.relative_to(place).as_posix(), kept_hash(path)) for path in paths]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]

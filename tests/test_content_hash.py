@@ -29,6 +29,23 @@ def test_every_byte_of_a_checkpoint_counts(tmp_path: Path) -> None:
     assert weights_hash(tmp_path) != before
 
 
+@pytest.mark.parametrize("part", ["", "train"])
+def test_the_rows_of_a_saved_table_count(tmp_path: Path, part: str) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def saved(rows: list[list[int]]) -> str:
+        table = datasets.Dataset.from_dict({"input_ids": rows})
+        if part:
+            table = datasets.DatasetDict({part: table})
+        table.save_to_disk(tmp_path / "table")
+        return weights_hash(tmp_path / "table")
+
+    first, other = saved([[1, 2, 3]]), saved([[1, 2, 4]])
+    assert first != other
+    (tmp_path / "table" / part / "cache-0123456789abcdef.arrow").write_bytes(b"what map() keeps")
+    assert weights_hash(tmp_path / "table") == other
+
+
 def test_a_large_files_hash_is_kept_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCALED_ROPE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(content_hash, "_KEPT", 1000)

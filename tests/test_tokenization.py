@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,6 +40,23 @@ def test_tokenization_does_not_depend_on_processes_and_records_provenance(tmp_pa
     assert tokenize(*source, "--num-proc", 1, "--output", tmp_path / "by1") == 0
     assert "already there" in capsys.readouterr().out
     assert (tmp_path / "by1" / "tokens.bin").stat().st_mtime_ns == before
+
+
+def test_a_set_of_other_texts_is_not_taken_for_this_one(tmp_path, tokenizer_dir, capsys, monkeypatch):
+    write_corpus(tmp_path)
+    source = ("--dataset", tmp_path / "txt", "--tokenizer", tokenizer_dir, "--sequence-length", 64, "--num-proc", 1)
+    assert tokenize(*source, "--output", tmp_path / "set") == 0
+    (tmp_path / "txt" / "LICENSE").write_text("not read")
+    assert tokenize(*source, "--output", tmp_path / "set") == 0
+    (tmp_path / "txt" / "more.txt").write_text("A document that came later. " * 30)
+    capsys.readouterr()
+    assert tokenize(*source, "--output", tmp_path / "set") == 2
+    said = capsys.readouterr().err
+    assert f"set was made from {tmp_path / 'txt'}, which holds other texts now; remove it" in said
+    meta = {name: value for name, value in open_packed(tmp_path / "set").meta.items() if name != "source_hashes"}
+    monkeypatch.setattr(tokenization, "open_packed", lambda output: SimpleNamespace(meta=meta))
+    assert tokenize(*source, "--output", tmp_path / "set") == 0
+    assert "already there" in (said := capsys.readouterr().out) and "did not record what its sources held" in said
 
 
 def test_mixing_and_json_flags(tmp_path, tokenizer_dir):

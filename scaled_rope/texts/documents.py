@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from scaled_rope.content_hash import kept_hash, record_hash
 from scaled_rope.errors import ConfigError
 from scaled_rope.texts.archives import MARK
 from scaled_rope.texts.corpora import STANDIN, standin
@@ -115,6 +116,16 @@ def files_of(folder: str | Path) -> tuple[list[Path], list[Path]]:
         for path in (Path(place, name) for name in [*names, *linked] if not name.startswith(".") and name != MARK):
             (read if suffix_of(path) and path.is_file() and not _is_about_data(path) else others).append(path)
     return sorted(read), sorted(others)
+
+
+def files_hash(source: str) -> str | None:
+    """A hash of all that a local source holds and that is read: names and content of its files; None for the hub's."""
+    path = standin(source) if source.startswith(STANDIN) else Path(source)
+    if path.is_file():
+        return kept_hash(path)
+    if not path.is_dir():
+        return None
+    return record_hash({file.relative_to(path).as_posix(): kept_hash(file) for file in files_of(path)[0]})
 
 
 _NAMED = 5  # files that the note on what is not read names
