@@ -602,9 +602,14 @@ def is_finished(recipe: Recipe) -> bool:
 
     With `stop_after`: whether the state of that step is there.
     """
-    output = Path(recipe.output_dir)
     if recipe.stop_after is not None:
         return (stopping_state(recipe) / "state.json").exists()
+    return has_model(recipe)
+
+
+def has_model(recipe: Recipe) -> bool:
+    """Whether the model that the recipe's last step ends with is saved, whatever `stop_after` says."""
+    output = Path(recipe.output_dir)
     if not (output / "model" / "config.json").exists() or not (output / "train_log.jsonl").exists():
         return False
     log = read_rows(output / "train_log.jsonl")

@@ -389,9 +389,22 @@ def save_state(accelerator: Any, recipe: Recipe, step: int) -> Path:
         write_manifest(staged, facts, files)
         shutil.rmtree(final, ignore_errors=True)  # there when an older state was resumed
         os.rename(staged, final)
+        _put_aside(accelerator, folder, final.name)
         for old in sorted(folder.glob("step-*"))[: -recipe.kept_checkpoints]:
             shutil.rmtree(old)
     return final
+
+
+def _put_aside(accelerator: Any, folder: Path, newest: str) -> None:
+    """Rename the states of later steps than the one just saved: a run that was resumed at an older state has left them.
+
+    Otherwise they would count as the newest, and those that follow now as the oldest, which are deleted.
+    """
+    for left in sorted(path for path in folder.glob("step-*") if path.name > newest):
+        aside = left.with_name(f"before-resuming-{left.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(left, aside)
+        accelerator.print(f"state {left} is of the course before this run was resumed; it is kept as {aside.name}")
 
 
 def sound_state(accelerator: Any, recipe: Recipe, state: Path | None, named: bool) -> Path | None:

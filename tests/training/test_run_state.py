@@ -112,6 +112,30 @@ def test_a_refused_run_leaves_the_way_free_and_older_states_can_be_resumed(works
     assert all(torch.equal(reference[name], tensor) for name, tensor in weights(tmp_path / "out").items())
 
 
+def test_states_of_before_resuming_do_not_outlive_the_new_ones(workspace, tmp_path, capsys):
+    """They have later steps, so they would be kept as the newest, and the new ones deleted when they are saved."""
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), "--kept-checkpoints", "1"]
+    arguments += ["--checkpointing-steps", "2"]
+    assert finetune.main([*arguments, "--stop-after", "2"]) == 0
+    shutil.copytree(tmp_path / "out" / "checkpoints" / "step-000002", tmp_path / "copy" / "step-000002")
+    assert finetune.main([*arguments, "--stop-after", "6"]) == 0
+    capsys.readouterr()
+    resumed = ["--resume", str(tmp_path / "copy" / "step-000002")]
+    assert finetune.main([*arguments, "--stop-after", "4", *resumed]) == 0
+    left = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
+    assert left == ["before-resuming-step-000006", "step-000004"]
+    assert "step-000006 is of the course before this run was resumed" in capsys.readouterr().out
+    assert finetune.main([*arguments, "--stop-after", "5"]) == 0  # goes on from the new state
+    assert len(log(tmp_path / "out")) == 5
+
+
+def test_a_finished_run_is_not_begun_again_by_stop_after(workspace, straight, capsys):
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(straight), "--stop-after", "4"]
+    said = refusal(capsys, *arguments)
+    assert f"stop_after 4 is not possible: the run in {straight} is finished, and its states are deleted" in said
+    assert len(log(straight)) == 8 and (straight / "model").is_dir()
+
+
 def test_an_output_of_another_run_is_not_mixed_up(workspace, straight, capsys):
     arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(straight)]
     assert run_cli(lambda: finetune.main([*arguments, "--learning-rate", "1"])) == 2
