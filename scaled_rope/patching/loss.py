@@ -101,8 +101,24 @@ def hidden_states(
     base = decoder_of(_causal_lm(model))
     # Without a mask transformers takes any jump in positions for a border between packed sequences.
     mask = None if position_ids is None or separate else torch.ones_like(input_ids)
-    output = base(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
+    borders = _documents(position_ids) if separate and position_ids is not None and _is_flash(base) else {}
+    output = base(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False, **borders)
     return cast(Tensor, output.last_hidden_state)
+
+
+def _is_flash(base: Any) -> bool:
+    return "flash" in str(base.config._attn_implementation)
+
+
+def _documents(position_ids: Tensor) -> dict[str, Any]:
+    """Where the documents of packed rows [B, T] begin and end, in the rows one after another, for FlashAttention.
+
+    By itself transformers looks for them in batches of one row alone, and lets them see each other in larger ones.
+    """
+    places = position_ids.reshape(-1)
+    starts = torch.cat([(places == 0).nonzero()[:, 0], places.new_tensor([len(places)])]).to(torch.int32)
+    longest = int(starts.diff().max())
+    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
 
 
 def _hidden_pieces(

@@ -23,7 +23,7 @@ def collate(rows: Sequence[LoadedRow], length: int) -> dict[str, torch.Tensor]:
     """Turn rows of tokens and weights into `input_ids`, `targets` (next token or -100) and `weights` (of the target).
 
     All are [B, T], padded on the right to T = `length`; a causal model does not see padding from any position that
-    counts.
+    counts. A scaling that follows the length does see it, unless position ids end before (`padded_positions`).
     """
     input_ids = np.zeros((len(rows), length), np.int64)
     targets = np.full((len(rows), length), IGNORE, np.int64)
@@ -107,9 +107,16 @@ def places(recipe: Recipe, micro: int, rank: int, ranks: int) -> range:
     return range(first, first + recipe.batch_size)
 
 
-def padded_positions(positions: Sequence[IntArray], length: int) -> IntArray:
-    """Position ids of rows [t], each continued to `length` positions; [B, length]."""
-    return np.stack([np.concatenate([row, row[-1] + 1 + np.arange(length - len(row))]) for row in positions])
+def padded_positions(positions: Sequence[IntArray], length: int, hold: bool = False) -> IntArray:
+    """Position ids of rows [t], each continued to `length` positions; [B, length].
+
+    hold: repeat the row's largest one instead, so that it still tells the row's length.
+    """
+    rows = []
+    for row in positions:
+        more = np.arange(length - len(row))
+        rows.append(np.concatenate([row, np.full_like(more, row.max()) if hold else row[-1] + 1 + more]))
+    return np.stack(rows)
 
 
 class DocumentBorders:

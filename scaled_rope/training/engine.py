@@ -124,6 +124,12 @@ def check_sequence_parallel(recipe: Recipe, config: Any, scaling: RopeScaling, a
         raise ConfigError(
             f"sequence_parallel {size} is not allowed with {scaling.label}: {why} needs the whole sequence"
         )
+    kinds = {str(kind) for kind in getattr(text, "layer_types", None) or ()}
+    if others := kinds - {"full_attention", "sliding_attention"}:
+        raise ConfigError(
+            f"sequence_parallel {size} is not allowed with layers of type {', '.join(sorted(others))}: a rank would"
+            f" compute them from its own part of a sequence, or attend to all of it"
+        )
     windows = recipe.sliding_window_attention_schedule or (getattr(text, "sliding_window", None),)
     longest = recipe.truncate or recipe.sequence_length
     if any(window is not None and window < longest for window in windows):

@@ -27,7 +27,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loading import resolve_device
 from scaled_rope.patching.loss import resolve_loss
 from scaled_rope.progress import Progress
-from scaled_rope.recipes import Recipe, is_finished, stopping_state
+from scaled_rope.recipes import Recipe, has_model, is_finished, stopping_state
 from scaled_rope.results import Row, provenance, write_atomic
 from scaled_rope.scaling.record import LayerPlan, RopeScaling
 from scaled_rope.texts.packed import IntArray, TokenRows, open_rows
@@ -73,7 +73,7 @@ from scaled_rope.training.model import (
 )
 from scaled_rope.training.pose import SkipWise, skip_wise
 from scaled_rope.training.random_state import RandomState
-from scaled_rope.training.ring import check_context_parallel, check_ring_layers, ring_attention
+from scaled_rope.training.ring import check_context_parallel, check_shared_layers, ring_attention
 from scaled_rope.training.run_state import (
     check_same_run,
     check_space,
@@ -90,6 +90,7 @@ from scaled_rope.training.run_state import (
     save_state,
     sound_state,
 )
+from scaled_rope.training.separation import check_separation
 from scaled_rope.training.tracking import RunLog, peak_memory, plot_losses, write_records
 
 
@@ -154,6 +155,11 @@ class Trainer:
         self.output = Path(recipe.output_dir)
         self._trackers = (wandb_project, tensorboard)
         check_same_run(recipe, self.output)
+        if recipe.stop_after is not None and not is_finished(recipe) and has_model(recipe):
+            raise ConfigError(
+                f"stop_after {recipe.stop_after} is not possible: the run in {self.output} is finished, and its states"
+                f" are deleted; choose another --output-dir"
+            )
         self._resume = None if is_finished(recipe) else find_state(recipe, self.output, resume)
         self._named = resume != "auto"
         self._continued: dict[str, Any] | None = None
@@ -204,7 +210,7 @@ class Trainer:
         scaling = RopeScaling.from_config(model.config) if report is None else report.scaling
         check_sequence_parallel(recipe, model.config, scaling, model.config._attn_implementation)
         check_context_parallel(recipe, model.config, scaling, model.config._attn_implementation)
-        check_ring_layers(recipe, model)
+        check_shared_layers(recipe, model)
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         name = recipe.tokenizer or str(recipe.model)
         tokenizer = load_tokenizer(name)  # refused now, not at the end
@@ -218,12 +224,12 @@ class Trainer:
         notes = [check_tokenizer(rows, recipe.dataset, tokenizer, name)]
         if heldout is not None:
             heldout.check(vocabulary)
+            notes += [heldout.note]
             notes.append(check_tokenizer(heldout.rows, str(recipe.heldout), tokenizer, name))
         for note in filter(None, notes):
             accelerator.print(f"note: {note}")
         plan = LayerPlan.from_config(model.config) if report is None else report.plan
         windows = skip_wise(recipe, scaling, plan.layers.values())
-        original = scaling.original_max_position_embeddings
         if recipe.short_share:
             accelerator.print(short_steps_note(recipe, scaling, rows.longest))
         elif note := short_rows_note(recipe, scaling, rows.longest):
@@ -250,6 +256,8 @@ class Trainer:
         optimizer = make_optimizer(recipe, module)
         module, optimizer = accelerator.prepare(module, optimizer)
         place_tables(module, accelerator.device)
+        if recipe.documents == "separate":
+            check_separation(accelerator, module, recipe.batch_size)
         facts = provenance(str(accelerator.device), recipe.seed, {"ranks": accelerator.num_processes})
         if self._continued is not None:
             facts["continued_from"] = self._continued
@@ -261,7 +269,9 @@ class Trainer:
                 record = recipe.to_dict() | fingerprint(recipe)
                 write_atomic(self.output / "recipe.yaml", yaml.safe_dump(record, sort_keys=False))
                 write_atomic(self.output / "provenance.json", json.dumps(facts, indent=2) + "\n")
-        loop = Loop(recipe, accelerator, module, optimizer, rows, cost, heldout, stop, windows, original)
+        loop = Loop(
+            recipe, accelerator, module, optimizer, rows, cost, heldout, stop, windows, scaling, report is not None
+        )
         start = load_state(accelerator, self._resume, self.output)
         restore_settings(optimizer, recipe)
         losses = loop.run(start, self._trackers, self._continued)
@@ -312,7 +322,8 @@ class Loop:
         heldout: Heldout | None,
         stop: StopSignal,
         windows: SkipWise | None = None,
-        original: int | None = None,
+        scaling: RopeScaling | None = None,
+        patched: bool = True,
     ) -> None:
         self.recipe, self.accelerator, self.module, self.optimizer = recipe, accelerator, module, optimizer
         self.rows, self.cost, self.heldout, self.stop = rows, cost, heldout, stop
@@ -322,7 +333,14 @@ class Loop:
         self.documents = None if recipe.documents == "joined" else DocumentBorders.of(rows, recipe.dataset)
         if self.documents is not None and self.documents.note:
             accelerator.print(self.documents.note)
-        self.windows, self.original = windows, original
+        self.windows, self.scaling = windows, scaling
+        self._follows_length = scaling is not None and scaling.is_length_dependent
+        self._one_length = self._follows_length and not patched
+        """Whether the model takes one length for all rows of a batch, as transformers' own modules do."""
+        if scaling is not None and self._follows_length and self.documents is not None:
+            self.accelerator.print(
+                f"note: {scaling.label} follows the length: all documents of a row get the frequencies of the longest"
+            )
         self.stopped = self.interrupted = False
 
     def run(
@@ -411,10 +429,13 @@ class Loop:
         vocabulary = inner.config.get_text_config(decoder=True).vocab_size
         batches = step_batches(self.rows, recipe, step, layout.data_rank, layout.data_ranks, vocabulary)
         if is_short_step(recipe.short_share, step):
-            assert self.original is not None  # `original_up_to_l` refuses a model without
-            batches = [cut_into_windows(batch, self.original) for batch in batches]
+            # `original_up_to_l` refuses a model without
+            assert self.scaling is not None and self.scaling.original_max_position_embeddings is not None
+            batches = [cut_into_windows(batch, self.scaling.original_max_position_embeddings) for batch in batches]
         positions = self._draw(batches, step) if self.documents is None else self._separate(batches, step)
         weight, tokens, flops, length = self._sizes([row for batch in batches for row in batch])
+        if self._follows_length and any(len(tokens) < length for batch in batches for tokens, _ in batch):
+            positions = self._own_lengths(batches, positions)
         if weight == 0:
             chosen = step_rows(len(self.rows), recipe.global_batch_size, step, recipe.seed)
             shown = ", ".join(map(str, chosen[:_NAMED])) + (", ..." if len(chosen) > _NAMED else "")
@@ -430,7 +451,9 @@ class Loop:
             with last_pass(accelerator, self.module, number == len(batches)):
                 tensors = collate(batch, length)
                 if positions is not None:
-                    tensors["position_ids"] = torch.from_numpy(padded_positions(positions[number - 1], length))
+                    tensors["position_ids"] = torch.from_numpy(
+                        padded_positions(positions[number - 1], length, self._follows_length)
+                    )
                 elif layout.shared > 1:
                     tensors["position_ids"] = torch.arange(length).expand(len(batch), length)
                 tensors = {name: value.to(accelerator.device) for name, value in layout.shard(tensors).items()}
@@ -479,6 +502,26 @@ class Loop:
             batch[:] = [row for row, _ in found]
             positions.append([ids for _, ids in found])
         return positions
+
+    def _own_lengths(
+        self, batches: list[list[LoadedRow]], positions: list[list[IntArray]] | None
+    ) -> list[list[IntArray]]:
+        """The position ids of each row, which tell a scaling that follows the length how long it is without padding.
+
+        Raises:
+            ConfigError: rows of several lengths in a batch of a model that takes one for all of them.
+        """
+        found = positions or [[np.arange(len(tokens)) for tokens, _ in batch] for batch in batches]
+        for batch in found if self._one_length else ():
+            sizes = sorted({int(ids.max()) + 1 for ids in batch})
+            if len(sizes) > 1:
+                assert self.scaling is not None
+                raise ConfigError(
+                    f"batch_size {self.recipe.batch_size} is not allowed with rows of {sizes[0]} and {sizes[-1]}"
+                    f" tokens: {self.scaling.label} follows the length, and transformers' own code takes the longest"
+                    f" of a batch for all its rows; 1"
+                )
+        return found
 
     def _draw(self, batches: list[list[LoadedRow]], step: int) -> list[list[IntArray]] | None:
         """Replace the rows of `batches` by windows of them; return the position ids of each. None without windows."""
@@ -551,19 +594,41 @@ class Heldout:
         longest = max(recipe.heldout_lengths)
         if len(rows) < recipe.heldout_rows:
             raise ConfigError(f"heldout {recipe.heldout} has {len(rows)} rows; heldout_rows is {recipe.heldout_rows}")
-        self._rows = [rows.row(index)[0][:longest] for index in range(recipe.heldout_rows)]
-        for index, tokens in enumerate(self._rows):
-            if len(tokens) < longest:
-                raise ConfigError(f"heldout {recipe.heldout}, row {index}: {len(tokens)} tokens, fewer than {longest}")
         self._lengths, self._name = recipe.heldout_lengths, str(recipe.heldout)
+        self._rows: list[LoadedRow] = []
+        self._positions: list[IntArray] | None = None
+        self.note, borders = "", None
+        if recipe.documents != "joined":
+            try:
+                borders, self._positions = DocumentBorders.of(rows, self._name), []
+            except ConfigError:
+                self.note = f"heldout {self._name} does not say where its documents begin; a row is read as one"
+        for index in range(recipe.heldout_rows):
+            row = rows.row(index)
+            if len(row[0]) < longest:
+                raise ConfigError(f"heldout {self._name}, row {index}: {len(row[0])} tokens, fewer than {longest}")
+            row = row[0][:longest], row[1][:longest]
+            if borders is not None and self._positions is not None:
+                row, ids = borders.separate(index, row)
+                self._positions.append(ids)
+            self._rows.append(row)
+        self._weights = [sum(float(weight[1:n].sum()) for _, weight in self._rows) for n in self._lengths]
+        for n, weight in zip(self._lengths, self._weights, strict=True):
+            if not weight:
+                raise ConfigError(
+                    f"heldout_lengths {n} is not allowed: the first {n} tokens of heldout {self._name} have no targets"
+                )
 
     def check(self, vocabulary: int) -> None:
         """Raise a ConfigError for a token id that is not below `vocabulary`, the number of the model's embeddings."""
-        for index, tokens in enumerate(self._rows):
+        for index, (tokens, _) in enumerate(self._rows):
             check_ids(tokens, vocabulary, index, f"heldout {self._name}")
 
     def perplexity(self, accelerator: Any, module: Any) -> dict[str, float]:
-        """exp of the mean loss of all targets within each length. Every rank must call this."""
+        """exp of the mean loss of all targets within each length, weighted as in training. Every rank must call this.
+
+        Padding and what is not to be learnt do not count; packed documents are read apart if they are trained apart.
+        """
         rank, ranks, rows = accelerator.process_index, accelerator.num_processes, self._rows
         sums = torch.zeros(len(self._lengths), device=accelerator.device)
         module.eval()
@@ -571,14 +636,16 @@ class Heldout:
         with torch.no_grad():
             for first in range(0, len(rows), ranks):  # equally many passes on every rank, as ZeRO-3 needs
                 mine = first + rank
-                tokens = rows[min(mine, len(rows) - 1)]
-                batch = collate([(tokens, np.ones_like(tokens))], len(tokens))
+                place = min(mine, len(rows) - 1)
+                batch = collate([rows[place]], len(rows[place][0]))
+                if self._positions is not None:
+                    batch["position_ids"] = torch.from_numpy(self._positions[place][None])
                 tensors = {name: value.to(accelerator.device) for name, value in batch.items()}
-                nll = module(**tensors, reduce=False)[0]
+                nll = module(**tensors, separate=self._positions is not None, reduce=False)[0] * tensors["weights"][0]
                 if mine < len(rows):
                     sums += torch.stack([nll[: length - 1].sum() for length in self._lengths])
         module.train()
         totals = accelerator.reduce(sums, "sum").tolist()
         # 700 below: exp overflows float64 above 709.
-        means = [total / (len(rows) * (n - 1)) for total, n in zip(totals, self._lengths, strict=True)]
+        means = [total / weight for total, weight in zip(totals, self._weights, strict=True)]
         return {str(n): round(math.exp(min(mean, 700.0)), 4) for n, mean in zip(self._lengths, means, strict=True)}

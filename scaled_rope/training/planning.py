@@ -42,7 +42,7 @@ from scaled_rope.training.model import (
     set_sliding_window,
     tile_mlps,
 )
-from scaled_rope.training.ring import check_context_parallel, check_ring_layers, head_dims
+from scaled_rope.training.ring import check_context_parallel, check_shared_layers, head_dims
 from scaled_rope.training.traced_memory import Trace, layers_alike, to_cpu, trace_pass
 
 ARCHITECTURES = bundled("data/architectures.json")
@@ -294,7 +294,7 @@ class Planner:
             self._ring = model, RopeScaling.from_config(model.config) if report is None else report.scaling
         model, scaling = self._ring
         check_context_parallel(recipe, model.config, scaling, attention_for(self._config, "sdpa"))
-        check_ring_layers(recipe, model)
+        check_shared_layers(recipe, model)
 
     def _ring_buffers(self, recipe: Recipe, length: int, width: int) -> float:
         """Bytes of ring attention over `length` tokens per rank beyond those of attention, for the layer at work.

@@ -27,7 +27,7 @@ from scaled_rope.scaling.record import RopeScaling
 def check_context_parallel(recipe: Recipe, config: Any, scaling: RopeScaling, attention: str) -> None:
     """Raise an error for settings that would go wrong, or crash, with `recipe.context_parallel` ranks to a sequence.
 
-    What the recipe alone shows is refused by `Recipe`, and what the layers show by `check_ring_layers`.
+    What the recipe alone shows is refused by `Recipe`, and what the layers show by `check_shared_layers`.
 
     Args:
         config: of the model.
@@ -73,23 +73,24 @@ def head_dims(text: Any) -> tuple[int, int]:
     return keys, int(getattr(text, "v_head_dim", None) or keys)
 
 
-def check_ring_layers(recipe: Recipe, model: nn.Module) -> None:
-    """Raise an error for a model in which tokens meet elsewhere than in attention modules that accelerate knows.
+def check_shared_layers(recipe: Recipe, model: nn.Module) -> None:
+    """Raise an error for a model in which tokens of a sequence that ranks share meet elsewhere than in attention.
 
     Raises:
-        ConfigError: a layer without `self_attn`, where accelerate leaves out masks, or with a convolution.
+        ConfigError: a layer with a convolution; with ring attention also one without `self_attn`, where accelerate
+            leaves out masks.
     """
-    if recipe.context_parallel == 1:
+    name = "context_parallel" if recipe.context_parallel > 1 else "sequence_parallel"
+    if getattr(recipe, name) == 1:
         return
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     decoder: Any = decoder_of(base)
-    family = base.config.model_type
-    head = f"context_parallel {recipe.context_parallel} is not possible for {family} models:"
-    for layer in decoder.layers:
+    head = f"{name} {getattr(recipe, name)} is not possible for {base.config.model_type} models:"
+    for layer in decoder.layers if name == "context_parallel" else ():
         if not hasattr(layer, "self_attn"):
             raise ConfigError(f"{head} a layer of them has no module self_attn")
-        if any(isinstance(module, nn.Conv1d) for module in layer.modules()):
-            raise ConfigError(f"{head} a layer of them has a convolution along the sequence")
+    if any(isinstance(module, nn.Conv1d) for module in decoder.modules()):
+        raise ConfigError(f"{head} a layer of them has a convolution along the sequence")
 
 
 def check_machine(recipe: Recipe) -> None:

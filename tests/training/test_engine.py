@@ -50,6 +50,8 @@ def test_heads_decide_over_how_many_ranks_a_sequence_can_go(heads, kv_heads, all
         ({"sequence_parallel": 2}, {"num_attention_heads": 9, "num_key_value_heads": 3}, "one of: 1, 3, 9"),
         ({"scaling": "dynamic-yarn"}, {}, "no rank sees the length"),
         ({}, {"sliding_window": 16}, "sliding window below 48 tokens"),
+        ({}, {"layer_types": ["full_attention", "chunked_attention"]}, "layers of type chunked_attention"),
+        ({}, {"layer_types": ["linear_attention", "full_attention"]}, "layers of type linear_attention"),
         ({"sliding_window_attention_schedule": (64, 32)}, {"sliding_window": 128}, "sliding window below 48 tokens"),
         ({"documents": "separate"}, {}, "documents: separate"),
         ({"attention": "eager"}, {}, "eager attention"),

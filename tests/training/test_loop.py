@@ -150,13 +150,73 @@ def test_heldout_perplexity_is_that_of_the_model_at_each_length(workspace, strai
     model = AutoModelForCausalLM.from_pretrained(straight / "model", dtype=torch.float32)
     data = open_packed(workspace / "set")
     for length in (16, 48):
-        losses = []
+        losses: list[float] = []
+        counted: list[int] = []
         for index in range(3):
-            ids = torch.from_numpy(data.row(index)[0])[None, :length]
+            tokens, weight = data.row(index)
+            ids = torch.from_numpy(tokens)[None, :length]
             scores = model(input_ids=ids).logits.double().log_softmax(-1)[0, :-1]
             losses += (-scores.gather(1, ids[0, 1:, None])[:, 0]).tolist()
+            counted += weight[1:length].tolist()
         # float32 logits: as for the first loss; four decimals are logged
-        assert rows[-1]["heldout"][str(length)] == pytest.approx(float(np.exp(np.mean(losses))), rel=1e-4)
+        expected = float(np.exp(np.average(losses, weights=counted)))
+        assert rows[-1]["heldout"][str(length)] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("documents", ["joined", "separate"])
+def test_heldout_perplexity_leaves_out_padding_and_reads_documents_as_training_does(workspace, tmp_path, documents):
+    from transformers import AutoModelForCausalLM
+
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(2, 60, size).tolist() for size in (20, 23, 31, 40)]
+    with PackedWriter(tmp_path / "set", LENGTH, 64, weighted=True) as writer:
+        pack(texts, writer, 0, 1, "document", "best-fit", 1, 1)
+        writer.close({"bookend": "document", "bos": 0, "eos": 1})
+    held = open_packed(tmp_path / "set")
+    assert any((held.row(index)[1] == 0).any() for index in range(len(held)))
+    resolved = replace(
+        resolved_recipe(workspace), heldout=str(tmp_path / "set"), heldout_lengths=(LENGTH,), heldout_steps=2,
+        dataset=str(tmp_path / "set"), heldout_rows=len(held), documents=documents, max_train_steps=2, warmup_steps=0,
+        output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+    loop.Trainer(resolved).run()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model", dtype=torch.float32)
+    losses = []
+    for index in range(len(held)):
+        tokens, weight = held.row(index)
+        cuts = [*held.document_starts(index), LENGTH] if documents == "separate" else [0, LENGTH]
+        for first, end in zip(cuts, cuts[1:], strict=False):
+            ids = torch.from_numpy(tokens[None, first:end])
+            scores = model(input_ids=ids).logits.detach().double().log_softmax(-1)[0, :-1]
+            nll = -scores.gather(1, ids[0, 1:, None])[:, 0]
+            losses += nll[torch.from_numpy(weight[first + 1 : end] > 0)].tolist()
+    # float32 logits, and four decimals of what is logged
+    assert log(tmp_path / "out")[-1]["heldout"][str(LENGTH)] == pytest.approx(float(np.exp(np.mean(losses))), rel=1e-4)
+
+
+@pytest.mark.parametrize("scaling", ["dynamic-yarn", "dynamic-ntk:4", "yarn:3"])
+def test_rows_of_different_length_have_their_own_scale(workspace, tmp_path, scaling):
+    """A scaling that follows the length would take padding for tokens."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(2, 60, size).tolist() for size in (20, LENGTH, 30, 17)]
+    Dataset.from_dict({"input_ids": rows}).save_to_disk(tmp_path / "table")
+    resolved = replace(
+        resolved_recipe(workspace), dataset=str(tmp_path / "table"), scaling=scaling, max_train_steps=1,
+        warmup_steps=0, global_batch_size=4, batch_size=2, heldout=None, heldout_lengths=(),
+        output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+    (loss,) = loop.Trainer(resolved).run()
+    model = AutoModelForCausalLM.from_pretrained(workspace / "model", dtype=torch.float32)
+    patch_model(model, scaling)
+    total = 0.0
+    for row in rows:
+        ids = torch.tensor([row])
+        scores = model(input_ids=ids).logits.detach().double().log_softmax(-1)[0, :-1]
+        total -= float(scores.gather(1, ids[0, 1:, None]).sum())
+    assert loss == pytest.approx(total / sum(len(row) - 1 for row in rows), rel=1e-5)  # float32 forward, as above
 
 
 @pytest.mark.parametrize(("bos", "eos"), [(0, 1), (0, 0), (0, None), (None, 1), (None, None)])

@@ -17,7 +17,7 @@ from scaled_rope.training.engine import Layout, accumulation
 from scaled_rope.training.ring import (
     check_context_parallel,
     check_machine,
-    check_ring_layers,
+    check_shared_layers,
     head_dims,
     ring_attention,
     ring_parallelism,
@@ -105,11 +105,11 @@ def test_models_in_which_tokens_meet_elsewhere_are_refused(workspace, family, mo
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     if message is None:
-        check_ring_layers(shared(workspace), model)
+        check_shared_layers(shared(workspace), model)
         model.model.layers[0].mixer = nn.Conv1d(16, 16, 4)
         message = "has a convolution along the sequence"
     with pytest.raises(ConfigError, match=message):
-        check_ring_layers(shared(workspace), model)
+        check_shared_layers(shared(workspace), model)
 
 
 def test_machines_and_launchers_that_do_not_suit_are_refused(workspace, monkeypatch):
