@@ -165,7 +165,8 @@ def overrides(args: argparse.Namespace, base: Recipe, ranks: int) -> dict[str, A
     if args.gradient_accumulate_every is not None:
         if args.global_batch_size is not None:
             raise ConfigError("--gradient-accumulate-every and --global-batch-size exclude each other")
-        fields["global_batch_size"] = args.gradient_accumulate_every * (args.batch_size or base.batch_size) * ranks
+        apart = _ranks_apart(args, base, ranks)
+        fields["global_batch_size"] = args.gradient_accumulate_every * (args.batch_size or base.batch_size) * apart
     for name in ("sliding_window_attention_schedule", "heldout_lengths"):
         if (text := getattr(args, name)) is not None:
             try:
@@ -176,6 +177,15 @@ def overrides(args: argparse.Namespace, base: Recipe, ranks: int) -> dict[str, A
     return fields
 
 
+def _ranks_apart(args: argparse.Namespace, base: Recipe | None, ranks: int) -> int:
+    """How many ranks work on rows of their own, where several may share one."""
+    shared = 1
+    for name in ("sequence_parallel", "context_parallel"):
+        given = getattr(args, name)
+        shared *= max(1, getattr(base, name, 1) if given is None else given)
+    return max(1, ranks // shared)
+
+
 def resolve(args: argparse.Namespace, ranks: int) -> Recipe:
     """The recipe to run: a named one or the released defaults, with the command line's changes."""
     if args.recipe is not None:
@@ -183,7 +193,7 @@ def resolve(args: argparse.Namespace, ranks: int) -> Recipe:
     elif args.output_dir is None:
         raise ConfigError("--output-dir is missing: name a recipe or a folder to write to")
     else:
-        batch = RELEASED_ACCUMULATION * (args.batch_size or 1) * ranks
+        batch = RELEASED_ACCUMULATION * (args.batch_size or 1) * _ranks_apart(args, None, ranks)
         base = make_recipe(RELEASED_DEFAULTS | {"output_dir": args.output_dir, "global_batch_size": batch}, "defaults")
     return make_recipe(base.to_dict() | overrides(args, base, ranks), "command line")
 

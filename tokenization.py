@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "replace_surrogates": args.replace_surrogates or None, "json": args.json or None,
         "special_tokens": "read" if args.allow_special_tokens else "text",
         "packing": args.packing, "mixture": None if mixture is None else mixture.to_dict(), "chat": None,
-        "source_hashes": [files_hash(source.dataset) for source in sources],
+        "source_hashes": [files_hash(source.dataset) for source in sources], "chat_template": template,
     }  # fmt: skip
     if chats:
         check_chat(tokenizer, args.tokenizer)
@@ -185,8 +185,8 @@ def use(output: Path, wanted: Mapping[str, Any]) -> None:
         ConfigError: it was made otherwise, or its sources hold something else by now.
     """
     done = open_packed(output).meta
-    said, earlier = "", {name: wanted[name] for name in ("source_hashes",) if name not in done}
-    if earlier:  # it is still used, though it is not what would be made now
+    said, earlier = "", {name: wanted[name] for name in ("source_hashes", "chat_template") if name not in done}
+    if "source_hashes" in earlier:  # it is still used, though it is not what would be made now
         said = ", made by an earlier version, which did not record what its sources held"
     if "borders" not in done:
         earlier |= {"special_tokens": wanted["special_tokens"], "packing": "concatenate"}

@@ -9,6 +9,7 @@ Knows nothing of our own training.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ from scaled_rope.evaluation.windows import (
 )
 from scaled_rope.patching.adapter_scaling import save_adapter_scaling
 from scaled_rope.patching.patch import computes, lost_part, patched_plan, patched_scaling
-from scaled_rope.results import Row, append_row, provenance, write_atomic
+from scaled_rope.results import Row, append_row, provenance, rows_so_far, write_atomic
 from scaled_rope.scaling.record import RopeScaling, RopeSettings
 from scaled_rope.texts.token_documents import TokenSource
 
@@ -75,7 +76,7 @@ class ContextCallback(TrainerCallback):  # type: ignore[misc]
         self.source, self.lengths, self.samples = TokenSource(texts), sorted(set(lengths)), samples
         self.every, self.scaling = every, scaling
         self.rows: list[Row] = []
-        """The rows that were measured in this process."""
+        """The rows that were measured in this process, and before them those of the run that it resumes."""
         self._tokenizer = tokenizer
         self._texts: Texts | None = None
         self._measured = -1
@@ -96,6 +97,10 @@ class ContextCallback(TrainerCallback):  # type: ignore[misc]
         self._texts = select(documents, tokenizer.bos_token_id, self.lengths[-1], samples=self.samples)
         if state.is_world_process_zero:
             tell_copies(self.source.name, self._texts.copies)
+            if state.global_step:  # resumed: what was measured from here on is measured again
+                path = Path(args.output_dir) / "context.jsonl"
+                self.rows = [row for row in rows_so_far(path) if _step(row) < state.global_step]
+                write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._measure(args, state, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
@@ -162,6 +167,10 @@ class ContextCallback(TrainerCallback):  # type: ignore[misc]
             if state.is_world_process_zero:
                 append_row(Path(args.output_dir) / "context.jsonl", row)
         state.log_history.append({**found, "step": state.global_step})
+
+
+def _step(row: Row) -> int:
+    return int(row["model_fingerprint"].removeprefix("step "))
 
 
 def _inner(model: Any) -> Any:

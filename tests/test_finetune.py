@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from safetensors.torch import load_file
 import finetune
 from scaled_rope.command_line import run_cli
 from scaled_rope.recipes import Recipe
+from tests.helpers import ROOT
 
 
 @pytest.mark.parametrize(
@@ -104,6 +108,32 @@ def test_another_factor_keeps_the_other_fields_of_the_scaling_and_another_method
 
 def test_accumulation_counts_the_recipes_own_batch_size():
     assert resolved("tiny-base", "--gradient-accumulate-every", "4").global_batch_size == 4 * 16 * 2
+
+
+def test_ranks_that_share_a_sequence_count_once_in_accumulation():
+    """Passes per step are what the flag says, however many ranks work on one row."""
+    args = finetune.parse_args(["qwen3-4b-128k", "--gradient-accumulate-every", "2"])
+    shared = finetune.resolve(args, ranks=8)
+    assert shared.sequence_parallel == 8 and shared.global_batch_size == 2 * shared.batch_size
+    apart = finetune.parse_args(["qwen3-4b-128k", "--gradient-accumulate-every", "2", "--sequence-parallel", "2"])
+    assert finetune.resolve(apart, ranks=8).global_batch_size == 2 * shared.batch_size * 4
+    released = finetune.parse_args(["--output-dir", "o", "--context-parallel", "4"])
+    assert finetune.resolve(released, ranks=8).global_batch_size == 8 * 2
+
+
+def test_a_job_of_slurm_ends_with_the_code_of_a_recipe_that_is_refused(tmp_path):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho here\n")
+    (tmp_path / "srun").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "started"}\nexit 7\n')
+    for tool in ("scontrol", "srun"):
+        (tmp_path / tool).chmod(0o755)
+    environment = dict(os.environ, SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_NODELIST="here", PYTHON=sys.executable)
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    job = ["bash", str(ROOT / "configs" / "slurm" / "train.sbatch")]
+    wrong = subprocess.run([*job, "llama-2-7b-128"], env=environment, capture_output=True, text=True, timeout=60)
+    assert wrong.returncode == 2 and "unknown recipe 'llama-2-7b-128'" in wrong.stderr
+    assert not (tmp_path / "started").exists()
+    done = subprocess.run([*job, "llama-2-7b-64k"], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 7 and (tmp_path / "started").read_text().rstrip().endswith("finetune llama-2-7b-64k")
 
 
 @pytest.mark.parametrize("flags", [["--save-only"], []])

@@ -51,17 +51,17 @@ def rows_of(bodies: list[list[int]], size: int = 40) -> list[dict[str, list[int]
 def trained(checkpoint: str, texts: str, bodies: list[list[int]], tmp_path: Path) -> Any:  # noqa: F811
     """A function that trains two steps with a callback and returns the trainer."""
 
-    def train(model: Any, callback: ContextCallback, steps: int = 2, **more: Any) -> Trainer:
+    def train(model: Any, callback: ContextCallback, steps: int = 2, resume: str | None = None, **more: Any) -> Trainer:
         from transformers import AutoTokenizer
 
         arguments = TrainingArguments(
             str(tmp_path / "out"), max_steps=steps, per_device_train_batch_size=1, report_to=[], use_cpu=True,
-            learning_rate=5e-2, save_strategy="no", disable_tqdm=True, **more,
+            learning_rate=5e-2, disable_tqdm=True, **{"save_strategy": "no", **more},
         )  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, pad_token="<unk>")
         trainer = Trainer(model, arguments, train_dataset=rows_of(bodies), eval_dataset=rows_of(bodies)[:1],
                           processing_class=tokenizer, callbacks=[callback])  # fmt: skip
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume)
         return trainer
 
     return train
@@ -104,6 +104,24 @@ def test_perplexity_before_during_and_after(
     assert report.main([str(tmp_path / "out" / "context.jsonl")]) == 0
     table = (tmp_path / "out" / "context.md").read_text()
     assert table == card(rows, RopeScaling.from_dict(rows[0]["scaling"])) and "| 3 | " in table
+
+
+def test_a_run_that_is_resumed_keeps_what_it_measured_before(
+    trained: Any, checkpoint: str, texts: str, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    def run(steps: int, **more: Any) -> None:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        patch_model(model, "yarn:4")
+        trained(
+            model, ContextCallback(texts, [16, 40], every=1), steps=steps, save_strategy="steps", save_steps=2, **more
+        )
+
+    run(3)
+    run(4, resume=str(tmp_path / "out" / "checkpoint-2"))
+    steps = [row["model_fingerprint"] for row in read_rows(tmp_path / "out" / "context.jsonl")]
+    assert steps == [f"step {step}" for step in (0, 0, 1, 1, 2, 2, 3, 3, 4, 4)]
+    table = (tmp_path / "out" / "context.md").read_text().splitlines()
+    assert [line.split(" ")[1] for line in table if line.startswith("| ")][1:] == ["0", "1", "2", "3", "4"]
 
 
 def test_whenever_the_trainer_evaluates(trained: Any, checkpoint: str, texts: str) -> None:  # noqa: F811

@@ -117,6 +117,24 @@ def template_hash(template: str) -> str:
     return hashlib.sha256(template.encode()).hexdigest()[:16]
 
 
+def template_note(rows: Any, name: str, tokenizer: Any, model: str) -> str | None:
+    """A note where a set of chats was made with another template than the one that a model's tokenizer has; else None.
+
+    rows: a result of `open_rows`; name: of the set; model: the tokenizer's name.
+    """
+    meta = getattr(rows, "meta", {})
+    made = (meta.get("chat") or {}).get("template_hash")
+    own = getattr(tokenizer, "chat_template", None)
+    if made is None or (own is not None and made == template_hash(str(own))):
+        return None
+    if meta.get("chat_template") is not None:
+        return f"the chat template of dataset {name} takes the place of {model}'s own in the tokenizer that is saved"
+    return (
+        f"dataset {name} was made with another chat template than that of {model}, which is saved with the model; the"
+        f" set does not hold it"
+    )
+
+
 def _marks_answers(template: str) -> bool:
     return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 

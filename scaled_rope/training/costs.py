@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from scaled_rope.training.ring import head_dims
+
 #: dense bf16 FLOP/s without sparsity, by a part of the device's name; vendors' data sheets
 _PEAKS = {
     "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12,
@@ -50,7 +52,9 @@ class ModelCost:
     Attributes:
         multiplied: number of weights that every token is multiplied by (matrices; of experts, the active share).
         trained: number of those that get a gradient.
-        heads_width: query heads times head_dim, summed over layers of one kind: {window or None: width}.
+        heads_width: query heads times head_dim (the mean of that of keys and of values), summed over layers of one
+            kind: {window or None: width}. Layers of another kind than attention have none, and what their state costs
+            is left out; chunks of Llama 4 count as windows of half their size, which sees as many pairs in long texts.
     """
 
     multiplied: float
@@ -73,10 +77,11 @@ class ModelCost:
                 size *= active if ".experts." in name else 1.0
                 multiplied += size
                 trained += size if parameter.requires_grad else 0.0
-        heads = config.num_attention_heads
-        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        width = config.num_attention_heads * sum(head_dims(config)) // 2
         layers: dict[int | None, int] = {}
         for index in range(config.num_hidden_layers):
+            if not _attends(config, index):
+                continue
             window = _window(config, index)
             layers[window] = layers.get(window, 0) + width
         return cls(multiplied, trained, layers)
@@ -106,15 +111,27 @@ def _pairs(length: int, window: int | None) -> float:
 
 def _active_share(config: Any) -> float:
     """The share of a mixture of experts that is active for a token; 1 without experts."""
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    chosen = getattr(config, "num_experts_per_tok", None)
+
+    def first(*names: str) -> int | None:
+        return next((number for name in names if (number := getattr(config, name, None))), None)
+
+    experts = first("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    chosen = first("num_experts_per_tok", "moe_k")
     return chosen / experts if experts and chosen else 1.0
+
+
+def _attends(config: Any, layer: int) -> bool:
+    """Whether a layer has attention, as far as the config says of what type its layers are."""
+    types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    return types is None or not any(part in str(types[layer]) for part in ("linear", "mamba", "conv", "recurrent"))
 
 
 def _window(config: Any, layer: int) -> int | None:
     """The attention window of a layer in tokens; None: no window."""
     window: int | None = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
+    if types is not None and types[layer] == "chunked_attention":
+        return max(1, int(config.attention_chunk_size) // 2)
     if types is not None and types[layer] != "sliding_attention":
         return None
     if getattr(config, "use_sliding_window", True) is False:

@@ -30,6 +30,7 @@ from scaled_rope.progress import Progress
 from scaled_rope.recipes import Recipe, has_model, is_finished, stopping_state
 from scaled_rope.results import Row, provenance, write_atomic
 from scaled_rope.scaling.record import LayerPlan, RopeScaling
+from scaled_rope.texts.conversations import template_note
 from scaled_rope.texts.packed import IntArray, TokenRows, open_rows
 from scaled_rope.texts.tables import check_ids
 from scaled_rope.texts.vocabulary import check_tokenizer
@@ -64,6 +65,7 @@ from scaled_rope.training.long_ce import check_rows_for_long_ce, near_losses, ne
 from scaled_rope.training.mixed_lengths import cut_into_windows, is_short_step, short_steps_note
 from scaled_rope.training.model import (
     SummedLoss,
+    adapted_share_note,
     build_model,
     enable_checkpointing,
     make_whole,
@@ -226,8 +228,12 @@ class Trainer:
             heldout.check(vocabulary)
             notes += [heldout.note]
             notes.append(check_tokenizer(heldout.rows, str(recipe.heldout), tokenizer, name))
+        chat_template = getattr(rows, "meta", {}).get("chat_template")
+        notes.append(template_note(rows, recipe.dataset, tokenizer, name))
         for note in filter(None, notes):
             accelerator.print(f"note: {note}")
+        if recipe.lora and (note := adapted_share_note(model)):
+            accelerator.print(note)
         plan = LayerPlan.from_config(model.config) if report is None else report.plan
         windows = skip_wise(recipe, scaling, plan.layers.values())
         if recipe.short_share:
@@ -296,7 +302,7 @@ class Trainer:
                     check_there(self.output)
 
                 with naming_a_lost_disk(place, size):
-                    save_model(inner, state, recipe, place, write)
+                    save_model(inner, state, recipe, place, write, chat_template)
                 self._finish()
                 print(f"{self.output / 'model'}: saved")
         accelerator.wait_for_everyone()

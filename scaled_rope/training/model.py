@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import functools
 import os
+import re
 import shutil
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -415,10 +417,33 @@ def add_lora(model: Any, embeddings_and_norms: bool = False) -> Any:
         r=16, lora_alpha=64, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM",
         modules_to_save=full, ensure_weight_tying=embeddings_and_norms and tied,
     )  # fmt: skip
-    with former_names():
-        adapted = get_peft_model(model, settings)
+    try:
+        with former_names():
+            adapted = get_peft_model(model, settings)
+    except ValueError as error:
+        raise ConfigError(f"lora is not possible for {model.config.model_type} models: {first_line(error)}") from None
     adapted.enable_input_require_grads()  # checkpointed layers need an input with a gradient
     return adapted
+
+
+def adapted_share_note(model: Any) -> str:
+    """A line that says which matrices of a model's layers have no adapter, if those are a tenth or more; else "".
+
+    Experts that one tensor holds together are no linear layers, and get none.
+    """
+    base = decoder_of(model.get_base_model())
+    sizes, bare = 0, Counter[str]()
+    for name, parameter in base.layers.named_parameters():
+        if "lora_" in name or name.endswith("bias") or len(getattr(parameter, "ds_shape", parameter.shape)) < 2:
+            continue
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        sizes += size
+        if ".base_layer." not in f".{name}" and not parameter.requires_grad:
+            bare[re.sub(r"^\d+\.|(?<=\.)\d+\.", "", name)] += size
+    if not sizes or (without := bare.total() / sizes) < 0.1:
+        return ""
+    named = ", ".join(name for name, _ in bare.most_common(3))
+    return f"note: {without:.0%} of the layers' weights have no adapter and are not trained: {named}"
 
 
 def make_whole(model: Any, state: dict[str, torch.Tensor]) -> None:
@@ -435,11 +460,19 @@ def make_whole(model: Any, state: dict[str, torch.Tensor]) -> None:
 
 
 def save_model(
-    model: Any, state: dict[str, torch.Tensor], recipe: Recipe, output: Path, records: Callable[[Path], None]
+    model: Any,
+    state: dict[str, torch.Tensor],
+    recipe: Recipe,
+    output: Path,
+    records: Callable[[Path], None],
+    chat_template: str | None = None,
 ) -> None:
     """Write checkpoint and tokenizer to `output` in one rename; adapters are merged, and also kept in `adapter/`.
 
+    Parameters get the recipe's dtype. Buffers, and parameters that the architecture keeps in float32, stay as they are.
+
     records: writes the other files of the folder.
+    chat_template: the one that the model was trained on, in place of the tokenizer's own.
     """
     staged = output.with_name(f".{output.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
@@ -456,18 +489,35 @@ def save_model(
     for name, weight in model.named_parameters(remove_duplicate=False):
         state[name] = state[names.setdefault(id(weight), name)]
     cast: dict[int, torch.Tensor] = {}  # by address, so that tied weights stay one tensor and are written once
-    state = {k: cast.setdefault(v.data_ptr(), v.to(getattr(torch, dtype)).contiguous()) for k, v in state.items()}
+    own = _kept_precise(model, dtype)
+    for name, value in state.items():
+        wanted = value if name in own else value.to(getattr(torch, dtype))
+        state[name] = cast.setdefault(value.data_ptr(), wanted.contiguous())
     model.config.dtype = dtype
     _text(model).use_cache = True
     model.save_pretrained(staged, state_dict=state)
     write_both_dialects(staged)
     tokenizer = load_tokenizer(recipe.tokenizer or str(recipe.model))
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     if (length := getattr(_text(model), "max_position_embeddings", None)) is not None:
         tokenizer.model_max_length = length  # programs cut texts there, and the model's own may be the shorter one
     tokenizer.save_pretrained(staged)
     records(staged)
     shutil.rmtree(output, ignore_errors=True)
     os.rename(staged, output)
+
+
+def _kept_precise(model: Any, dtype: str) -> set[str]:
+    """Names in a model's state that are not rounded to `dtype`: transformers loads them in float32 in any case."""
+    patterns = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == "float16":
+        patterns += getattr(model, "_keep_in_fp32_modules", None) or ()
+    names = {name for name, _ in model.named_buffers()}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if any(re.search(rf"(^|\.){pattern}($|\.)", name) for pattern in patterns):
+            names.add(name)
+    return names
 
 
 def merged_unquantised(recipe: Recipe, adapter: str) -> Any:

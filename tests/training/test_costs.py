@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from scaled_rope.recipes import read_recipe
 from scaled_rope.training.costs import ModelCost, peak_flops
@@ -44,6 +45,23 @@ def test_attention_sees_the_keys_in_its_window(tiny_model):
     assert narrow.sequence(10).attention == 3 * 4 * width * (1 + 2 + 3 + 4 * 7)
     half = ModelCost.of(tiny_model("gemma2", sliding_window=4))  # one layer of each kind
     assert half.sequence(10).attention == (full.sequence(10).attention + narrow.sequence(10).attention) / 2
+
+
+def test_layers_without_attention_have_none_and_latent_attention_has_two_widths():
+    def widths(family: str, **settings: object) -> dict[int | None, int]:
+        shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4}
+        config = AutoConfig.for_model(family, **shape | settings)
+        with torch.device("meta"):
+            return ModelCost.of(AutoModelForCausalLM.from_config(config)).heads_width
+
+    kinds = ["linear_attention"] * 3 + ["full_attention"]
+    assert widths("qwen3_next", layer_types=kinds, head_dim=16, num_experts=2) == {None: 4 * 16}
+    assert widths("lfm2", layer_types=["conv", "full_attention"] * 2) == {None: 2 * 32}
+    latent = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "q_lora_rank": 8, "kv_lora_rank": 8}
+    assert widths("deepseek_v3", **latent) == {None: 4 * 4 * (12 + 6) // 2}
+    chunked = {"layer_types": ["chunked_attention"] * 3 + ["full_attention"], "attention_chunk_size": 64}
+    found = widths("llama4_text", **chunked, head_dim=8, num_local_experts=1, intermediate_size_mlp=32)
+    assert found == {32: 3 * 4 * 8, None: 4 * 8}
 
 
 def test_experts_count_by_the_share_that_is_active(tiny_model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,13 +14,14 @@ from safetensors.torch import load_file
 
 import finetune
 from scaled_rope import RopeScaling, patch_model
+from scaled_rope.checkpoint import load_tokenizer
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.patch import patched_scaling
 from scaled_rope.texts.packed import PackedWriter, open_packed
 from scaled_rope.training import loop
 from scaled_rope.training.batches import collate
-from scaled_rope.training.model import SummedLoss, build_model, enable_checkpointing, tile_mlps
+from scaled_rope.training.model import SummedLoss, build_model, enable_checkpointing, save_model, tile_mlps
 from tests.helpers.models import Make
 from tests.helpers.runs import ENVIRONMENT, LENGTH, weights
 from tests.helpers.training_recipes import recipe, resolved_recipe
@@ -124,6 +126,52 @@ def test_lora_trains_adapters_and_saves_merged_weights(workspace, tmp_path):
     torch.testing.assert_close(adapted(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
     assert patched_scaling(load_model(base, adapter=str(adapter), scaling="checkpoint")) == patched_scaling(adapted)
     assert patched_scaling(load_model(base, adapter=str(adapter), scaling="default")) is None
+
+
+EXPERTS = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 16,
+}  # fmt: skip
+
+
+def test_weights_without_an_adapter_are_named(workspace):
+    pytest.importorskip("peft")
+    from scaled_rope.training.model import adapted_share_note, add_lora
+
+    dense, _ = build_model(replace(resolved_recipe(workspace), lora=True))
+    assert adapted_share_note(dense) == ""
+    fields = {"model": None, "init": {"model_type": "gpt_oss", "head_dim": 16, **EXPERTS}, "scaling": None}
+    mixture, _ = build_model(replace(resolved_recipe(workspace), tokenizer=str(workspace / "model"), **fields))
+    note = adapted_share_note(add_lora(mixture))
+    assert re.match(r"note: 8\d% of the layers' weights have no adapter and are not trained: mlp.experts.gate_up", note)
+
+
+def test_experts_that_adapters_cannot_take_are_one_line(workspace):
+    pytest.importorskip("peft")
+    init = {"model_type": "mixtral", **EXPERTS}
+    recipe = replace(resolved_recipe(workspace), model=None, init=init, tokenizer=str(workspace / "model"), lora=True)
+    with pytest.raises(ConfigError, match="lora is not possible for mixtral models: lora.ParamWrapper does not work"):
+        build_model(replace(recipe, scaling=None))
+
+
+def test_buffers_are_not_rounded_when_a_model_is_saved(workspace, tmp_path):
+    """DeepSeek's experts are chosen by scores plus a float32 buffer, whose steps are finer than bfloat16."""
+    latent = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "q_lora_rank": None, "kv_lora_rank": 8}
+    routed = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 16, "n_shared_experts": 1}
+    init = {"model_type": "deepseek_v3", **EXPERTS, **latent, **routed, "first_k_dense_replace": 0}
+    init["num_key_value_heads"] = 2
+    recipe = replace(
+        resolved_recipe(workspace), model=None, init=init, tokenizer=str(workspace / "model"), scaling=None,
+        precision="bf16", save_dtype=None,
+    )  # fmt: skip
+    model, _ = build_model(recipe)
+    name = "model.layers.0.mlp.gate.e_score_correction_bias"
+    model.get_buffer(name).copy_(5 + torch.arange(4) * 0.01)
+    save_model(model, model.state_dict(), recipe, tmp_path / "model", lambda folder: None, "a {{ template }}")
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert saved[name].dtype == torch.float32 and torch.equal(saved[name], model.get_buffer(name))
+    assert saved["model.layers.0.self_attn.o_proj.weight"].dtype == torch.bfloat16
+    assert load_tokenizer(str(tmp_path / "model")).chat_template == "a {{ template }}"
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
