@@ -35,7 +35,7 @@ help:
 	.venv/bin/python -m pip install --progress-bar off --disable-pip-version-check --no-compile -c constraints.txt \
 		-e '.[train,eval,dev]'
 	@# Bytecode by all processors, as pip would make it by one. Templates that are no Python stay as they are.
-	-@.venv/bin/python -m compileall -qq -j 0 .venv/lib >/dev/null
+	-@.venv/bin/python -m compileall -qq -j 0 -x '/tests?/' .venv/lib >/dev/null
 	-.venv/bin/python -m scaled_rope.texts.corpora fetch demo --output data/cache/demo # the demo then needs no network
 	@touch $@
 

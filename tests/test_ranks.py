@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 import finetune
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
+from scaled_rope.texts.packed import PackedWriter
+from scaled_rope.texts.packing import pack
 from scaled_rope.training import loop
 from scaled_rope.training.engine import check_can_build
 from scaled_rope.training.run_state import latest_state
@@ -27,7 +29,7 @@ from tests.helpers.rank_worker import (
     small_pieces_of_logits,
     without_dropout,
 )
-from tests.helpers.runs import Ranks, free_port, launch, log, reversed_set, same, weights
+from tests.helpers.runs import LENGTH, Ranks, free_port, launch, log, reversed_set, same, weights
 
 ZERO3 = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/zero3.yaml", "--num_processes", "2")
 
@@ -78,6 +80,23 @@ def test_two_ranks_train_like_one(workspace, straight, tmp_path, engine):
         need_deepspeed()
     Ranks(workspace, tmp_path / "two", 2, engine).succeed()
     assert_trained_alike(straight, tmp_path / "two")
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_two_ranks_keep_documents_apart_and_give_rows_their_own_scale(workspace, tmp_path, engine):
+    """Packed documents in rows that end in padding, under a scaling that follows the length."""
+    if engine == "zero3":
+        need_deepspeed()
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(2, 60, size).tolist() for size in (20, 23, 31, 40, 44, 11, 38)]
+    with PackedWriter(tmp_path / "set", LENGTH, 64, weighted=True) as writer:
+        pack(documents, writer, 0, 1, packing="best-fit", pad=1)
+        writer.close({"bookend": "document", "bos": 0, "eos": 1})
+    extra = ("--dataset", str(tmp_path / "set"), "--documents", "separate", "--scaling", "dynamic-yarn")
+    extra += ("--max-train-steps", "4", "--heldout-steps", "4")
+    Ranks(workspace, tmp_path / "one", 1, "ddp", extra).succeed()
+    Ranks(workspace, tmp_path / "two", 2, engine, extra).succeed()
+    assert_trained_alike(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize("engine", ["zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
