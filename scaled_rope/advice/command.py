@@ -57,7 +57,6 @@ from scaled_rope.flags import (
 )
 from scaled_rope.progress import Progress, duration
 from scaled_rope.results import Row, portable_command, provenance, write_atomic
-from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.serving.export import export
 from scaled_rope.texts.token_documents import TokenSource
 from scaled_rope.tuning.constants import LEAST_FOUND
@@ -92,9 +91,10 @@ def _loading_arguments(args: argparse.Namespace) -> argparse.Namespace:
     return flags
 
 
-def _trained(own: RopeScaling) -> int | None:
+def _trained(job: ModelJob) -> int | None:
     """The length in tokens to which a model works with the scaling that it carries."""
-    return own.original_max_position_embeddings if own.method == "default" else own.max_position_embeddings
+    own = job.scaling
+    return own.original_max_position_embeddings if own.method == "default" else job.made_for
 
 
 def _segment(original: int) -> int:
@@ -171,7 +171,7 @@ def run(args: argparse.Namespace, clock: Clock = time.monotonic) -> int:
     flags = _loading_arguments(args)
     job = model_jobs(flags)[0]
     own = job.scaling
-    original = check_target(_trained(own), args.target, display_name(args.model))
+    original = check_target(_trained(job), args.target, display_name(args.model))
     baseline = Candidate("default" if own.method == "default" else "checkpoint", own)
     listed = short_list(own, original, args.target, job.head_dim, args.scaling or (), only=args.only)
     if not listed:
@@ -316,19 +316,21 @@ def _answer(
     recipe = None
     if training is not None and args.adapter is None:
         recipe = folder / "recipe.yaml"
-        scaling = training.measured.candidate.scaling.to_spec()
+        scaling = training.measured.candidate.scaling
+        claimed = max(scaling.max_position_embeddings or 0, job.checkpoint.settings.max_position_embeddings or 0)
         before = outcome.baseline.candidate.spec
         write_recipe(
             recipe,
             args.model,
             parameters,
-            scaling,
+            scaling.to_spec(),
             trials.target,
             args.dataset,
             list(ends),
             before,
             feature=args.feature,
             original=args.original_max_position_embeddings,
+            context=trials.target if claimed < trials.target else None,
         )
     else:
         (folder / "recipe.yaml").unlink(missing_ok=True)  # one of an earlier run, which is not advised any more

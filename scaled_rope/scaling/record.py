@@ -179,7 +179,7 @@ class RopeScaling:
         if kind == "constant":
             if slope is None:
                 raise ConfigError("temperature_slope is missing: attention_temperature 'constant' is 1 + slope·ln s")
-            if "factor" not in row.fields or self.method == "dynamic-ntk":
+            if "factor" not in row.fields or row.factor_times_original == "nothing":
                 raise ConfigError(
                     f"attention_temperature='constant': is 1 + slope·ln s, and method {self.method!r} has no factor s "
                     "that is a ratio of lengths"
@@ -284,9 +284,12 @@ class RopeScaling:
 
     @property
     def max_position_embeddings(self) -> int | None:
-        """L' = factor·L in tokens, or None when L is not known. L for "dynamic-ntk", whose factor is no length."""
+        """L' = factor·L in tokens, or None when L is not known. L for "dynamic-ntk", whose factor is no length.
+
+        A checkpoint that carries "llama3" may be for more, see `RopeSettings.length_for`.
+        """
         length = self.original_max_position_embeddings
-        if length is None or self.method == "dynamic-ntk":
+        if length is None or METHODS[self.method].factor_times_original == "nothing":
             return length
         return int(self.factor * length)
 
@@ -483,6 +486,25 @@ class RopeSettings:
         """The longest text that the model is for, in tokens; None when the config doesn't say."""
         length = self._model.get("max_position_embeddings")
         return length if is_positive_whole(length) else None
+
+    def length_for(self, scaling: RopeScaling) -> int | None:
+        """The length in tokens that the model is for under a scaling; None when L is not known.
+
+        Where factor·L is the least only ("llama3"), the config counts: under the scaling that it carries the model is
+        for at least what it claims, under the same with k times the factor for k times as much.
+
+        Raises:
+            ConfigError: as `RopeScaling.from_config`.
+        """
+        length, own = scaling.max_position_embeddings, self.scaling
+        if length is None or METHODS[scaling.method].factor_times_original != "least":
+            return length
+        as_carried = replace(
+            scaling, factor=own.factor, original_max_position_embeddings=own.original_max_position_embeddings
+        )
+        if as_carried != own:
+            return length
+        return max(length, int((self.max_position_embeddings or 0) * scaling.factor / own.factor))
 
     @property
     def num_hidden_layers(self) -> int:

@@ -61,6 +61,12 @@ def test_a_model_with_a_scaling_is_tried_under_its_own() -> None:
     assert short_list(rerope, 256, 4096, 64) == []
 
 
+def test_a_factor_that_does_not_say_the_length_grows_with_it() -> None:
+    """Llama 3.1 works to 131072 tokens at a factor of 8 and L = 8192: twice as many take 16, and 16 is not dynamic."""
+    own = RopeScaling("llama3", 8, 8192)
+    assert [one.spec for one in short_list(own, 131072, 262144, 64)] == ["checkpoint:16"]
+
+
 def test_temperatures_are_near_their_own_and_only_where_there_is_none() -> None:
     found = {one.spec: sharper(one, 2048) for one in short_list(EMBEDDED, 256, 2048, 64)}
     assert [spec for spec, some in found.items() if not some] == [

@@ -191,6 +191,7 @@ def test_a_model_that_carries_a_scaling_is_tried_under_its_own(
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=128, rope_parameters=rope)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
+    capsys.readouterr()  # saving a model imports programs that print
     flags = [tmp_path / "model", "--target", 256, "--dataset", texts, "--output", tmp_path / "out", "--no-retrieval"]
     assert command.run(arguments(*flags, "--json"), Ticking(0.5)) == 0
     told = json.loads(capsys.readouterr().out)
@@ -199,6 +200,25 @@ def test_a_model_that_carries_a_scaling_is_tried_under_its_own(
     assert told["train_with"] == "checkpoint:4"
     recipe = read_recipe(told["recipe"])
     assert recipe.scaling.startswith("yarn:4") and recipe.evaluate["scalings"][0] == "checkpoint"
+
+
+def test_a_model_of_llama_3_1_works_to_what_its_config_claims(
+    tiny_model: Make, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_tokenizer(str(DEFAULT_MODEL))
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=128, rope_parameters=rope)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = [tmp_path / "model", "--dataset", texts, "--output", tmp_path / "out", "--no-retrieval", "--json"]
+    assert run_cli(lambda: command.run(arguments(*flags, "--target", 128), Ticking(0.5))) == 2
+    assert " reads 128 tokens as it is, so more than 128" in capsys.readouterr().err
+    assert command.run(arguments(*flags, "--target", 256), Ticking(0.5)) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {one["spec"] for one in told["last_round"]} == {"checkpoint:4", "checkpoint"}
+    assert told["original_max_position_embeddings"] == 128
+    assert read_recipe(told["recipe"]).max_position_embeddings == 256
 
 
 @pytest.mark.parametrize(

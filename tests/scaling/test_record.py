@@ -15,7 +15,8 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from scaled_rope import ConfigError, RopeScaling
 from scaled_rope.scaling.hf_config import config_head_dim
-from scaled_rope.scaling.record import resolve_scaling
+from scaled_rope.scaling.record import RopeSettings, resolve_scaling
+from tests.helpers.published_configs import LLAMA3
 from tests.helpers.records import BASE, LISTS, ROUND_TRIPS, one_line
 
 
@@ -231,3 +232,19 @@ def test_what_a_spec_means(spec: str, own: RopeScaling, expected: RopeScaling | 
 def test_bad_checkpoint_spec(spec: str) -> None:
     with pytest.raises(ConfigError, match="checkpoint"):
         resolve_scaling(spec, TUNED)
+
+
+def test_a_factor_that_does_not_say_the_length() -> None:
+    """Llama 3.1 is for 131072 tokens at a factor of 8 and L = 8192."""
+    settings = RopeSettings(LLAMA3)
+    own = settings.scaling
+    assert own.max_position_embeddings == 65536 and settings.length_for(own) == 131072
+    assert settings.length_for(replace(own, original_max_position_embeddings=4096)) == 131072  # L corrected
+    assert settings.length_for(resolve_scaling("checkpoint:16", own)) == 262144
+    assert settings.length_for(resolve_scaling("llama3:4,high_freq_factor=8", own)) == 32768  # not what it carries
+    assert settings.length_for(resolve_scaling("yarn:4", own)) == 32768
+    assert settings.length_for(resolve_scaling("dynamic-ntk:2", own)) == 8192
+    assert RopeSettings(LLAMA3 | {"max_position_embeddings": None}).length_for(own) == 65536
+    base = RopeSettings({"max_position_embeddings": 8192})
+    assert base.length_for(resolve_scaling("llama3:8", base.scaling)) == 65536
+    assert base.length_for(RopeScaling("linear", 8)) is None
