@@ -113,8 +113,16 @@ def _of_extended(own: RopeScaling, original: int, target: int) -> Iterator[str]:
     # Llama 3.1 works to 131072 tokens at 8 times 8192: for twice as many its factor is doubled.
     yield f"checkpoint:{factor_for(target, trained if by_ratio else original / own.factor)}"
     if by_ratio and not row.no_dynamic and not own.dynamic:
-        fields = own.to_spec().partition(",")[2]
+        fields = _with_law(own).to_spec().partition(",")[2]
         yield f"dynamic-{own.method}:{number(own.factor)}" + (f",{fields}" if fields else "")
+
+
+def _with_law(own: RopeScaling) -> RopeScaling:
+    """YaRN with the `mscale` that gives its attention factor at its own factor, since a number would not follow s."""
+    known = own.attention_factor
+    if own.method != "yarn" or known is None or known < 1 or own.factor == 1:
+        return own
+    return replace(own, attention_factor=None, mscale=float(f"{(known - 1) / (0.1 * math.log(own.factor)):.10g}"))
 
 
 def _attention_methods(original: int, target: int) -> Iterator[str]:

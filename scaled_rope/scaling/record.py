@@ -679,10 +679,11 @@ def resolve_scaling(spec: str, own: RopeScaling) -> RopeScaling:
     """Return the scaling that `spec` stands for, given a checkpoint whose own scaling is `own`.
 
     Beyond `RopeScaling.from_spec`: "checkpoint" is `own`, "checkpoint:FACTOR" is `own` read with another factor, and
-    "METHOD:checkpoint" takes over the factor of `own`.
+    "METHOD:checkpoint" takes over the factor of `own`. A number for YaRN's attention factor goes with the factor.
 
     Raises:
-        ConfigError: not a scaling, or a new factor for a checkpoint that carries none.
+        ConfigError: not a scaling, or a new factor for a checkpoint that carries none, or one that is for its own
+            factor alone.
     """
     parts = Spec.parse(spec)
     if parts.method != "checkpoint":
@@ -699,7 +700,33 @@ def resolve_scaling(spec: str, own: RopeScaling) -> RopeScaling:
         factor = float(parts.factor)
     except ValueError as error:
         raise ConfigError(f"scaling {spec!r} is not allowed; factor {parts.factor!r} is not a number") from error
-    return replace(own, factor=factor)
+    return _with_factor(own, factor, spec)
+
+
+def _with_factor(own: RopeScaling, factor: float, spec: str) -> RopeScaling:
+    """A checkpoint's scaling with another factor, which `spec` has asked for.
+
+    YaRN's attention factor A follows its law 1 + c·ln s, whose c is that of A at the old factor.
+
+    Raises:
+        ConfigError: numbers that were made for the old factor, and from which those for another do not follow.
+    """
+    made, known = replace(own, factor=factor), own.attention_factor
+    if factor == own.factor:
+        return own
+    if own.method == "longrope":
+        raise ConfigError(
+            f"scaling {spec!r} is not allowed; the checkpoint's lists of divisors are for its own factor, "
+            f"{own.factor:g}: name another method, or longrope:{factor:g} with lists for it"
+        )
+    if own.method != "yarn" or known is None or known == 1 or own.dynamic:
+        return made
+    if own.factor == 1:
+        raise ConfigError(
+            f"scaling {spec!r} is not allowed; the checkpoint's attention factor, {known:g} at factor 1, does not say "
+            f"the one at {factor:g}: name it, as in yarn:{factor:g},attention_factor={known:g}"
+        )
+    return replace(made, attention_factor=1 + (known - 1) * math.log(factor) / math.log(own.factor))
 
 
 def check_spec(text: str) -> None:
