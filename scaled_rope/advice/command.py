@@ -57,6 +57,7 @@ from scaled_rope.flags import (
 )
 from scaled_rope.progress import Progress, duration
 from scaled_rope.results import Row, portable_command, provenance, write_atomic
+from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.serving.export import export
 from scaled_rope.texts.token_documents import TokenSource
 from scaled_rope.tuning.constants import LEAST_FOUND
@@ -338,7 +339,7 @@ def _answer(
             notes.append(
                 "No recipe: it would train the model without the adapter. Merge the adapter into the weights first"
             )
-    commands = _commands(args, advice, recipe)
+    commands = _commands(args, advice, recipe, job.as_saved)
     rows = result_rows(
         job,
         [(one.measured, one.measured is outcome.baseline) for one in judged],
@@ -419,13 +420,17 @@ def _remarks(outcome: Outcome) -> list[str]:
     return notes
 
 
-def _commands(args: argparse.Namespace, advice: Advice, recipe: Path | None) -> list[str]:
-    """The commands that carry the advice out."""
+def _commands(args: argparse.Namespace, advice: Advice, recipe: Path | None, model: RopeScaling | None) -> list[str]:
+    """The commands that carry the advice out.
+
+    model: what the config of the checkpoint says.
+    """
     spec, lengths = advice.use.spec, ",".join(map(str, sorted(advice.use.buckets)))
     served, length = advice.served or advice.use, str(args.target)
     corrected, told, adapted = args.original_max_position_embeddings, served.spec, list[str]()
-    if corrected is not None:  # or the commands would count from what the config says
-        told += f",original_max_position_embeddings={corrected}"
+    if corrected is not None or args.adapter is not None:  # an export counts from what the config says
+        told = served.measured.candidate.scaling.to_spec(model)
+    if corrected is not None:
         adapted += ["--original-max-position-embeddings", str(corrected)]
     if args.adapter is not None:
         adapted += ["--adapter", args.adapter]

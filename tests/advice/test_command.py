@@ -6,13 +6,19 @@ import argparse
 import html
 import json
 import re
+import shlex
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from scaled_rope import RopeScaling
 from scaled_rope.advice import command, probing
+from scaled_rope.advice.candidates import Candidate, short_list
 from scaled_rope.checkpoint import DEFAULT_MODEL, load_tokenizer
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.evaluation.jobs import ModelLoader
@@ -20,6 +26,7 @@ from scaled_rope.flags import add_advise_arguments
 from scaled_rope.recipes import read_recipe
 from scaled_rope.report.tables import load_results
 from scaled_rope.results import read_rows
+from scaled_rope.scaling.record import resolve_scaling
 from tests.helpers.models import Make
 
 
@@ -219,6 +226,34 @@ def test_a_model_of_llama_3_1_works_to_what_its_config_claims(
     assert {one["spec"] for one in told["last_round"]} == {"checkpoint:4", "checkpoint"}
     assert told["original_max_position_embeddings"] == 128
     assert read_recipe(told["recipe"]).max_position_embeddings == 256
+
+
+@pytest.mark.parametrize("corrected", [None, 64])
+@pytest.mark.parametrize("adapter", [None, "an/adapter"])
+@pytest.mark.parametrize("carried", [None, RopeScaling("yarn", 2.0, 32, beta_fast=8.0)])
+def test_the_commands_have_scalings_that_parse(
+    corrected: int | None, adapter: str | None, carried: RopeScaling | None
+) -> None:
+    """Those of every candidate mean what was measured, on the model as its config describes it."""
+    saved = RopeScaling("default", original_max_position_embeddings=32) if carried is None or adapter else carried
+    own = saved if carried is None else carried
+    if corrected is not None:
+        own = replace(own, original_max_position_embeddings=corrected)
+    length = own.max_position_embeddings or 0
+    listed = short_list(own, length, 4 * length, 64)
+    args = argparse.Namespace(
+        model="m", target=4 * length, original_max_position_embeddings=corrected, adapter=adapter, output="out"
+    )
+    for one in [*listed, Candidate("default" if own.method == "default" else "checkpoint", own)]:
+        judged: Any = SimpleNamespace(
+            spec=one.spec, measured=SimpleNamespace(candidate=one), served_by=["vllm", "llama.cpp"], buckets={1: 0}
+        )
+        advice: Any = SimpleNamespace(use=judged, served=None)
+        *exports, check = (line.split(" --scaling ")[1] for line in command._commands(args, advice, None, saved))
+        assert len(exports) == 2
+        for export in exports:
+            assert resolve_scaling(shlex.split(export)[0], saved) == one.scaling, export
+        assert resolve_scaling(shlex.split(check)[0], own) == one.scaling  # which is told L and the adapter by flags
 
 
 @pytest.mark.parametrize(
