@@ -319,16 +319,17 @@ def _answer(
         recipe = folder / "recipe.yaml"
         scaling = training.measured.candidate.scaling
         claimed = max(scaling.max_position_embeddings or 0, job.checkpoint.settings.max_position_embeddings or 0)
-        before = outcome.baseline.candidate.spec
+        before = outcome.baseline.candidate
+        corrected = before.scaling.method != "default" and before.scaling != job.as_saved
         write_recipe(
             recipe,
             args.model,
             parameters,
-            scaling.to_spec(),
+            scaling.to_spec(job.as_saved),
             trials.target,
             args.dataset,
             list(ends),
-            before,
+            before.scaling.to_spec(job.as_saved) if corrected else before.spec,
             feature=args.feature,
             original=args.original_max_position_embeddings,
             context=trials.target if claimed < trials.target else None,

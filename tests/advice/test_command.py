@@ -183,6 +183,7 @@ def test_what_is_handed_out_asks_the_same_question(
     assert any("passkey.py" in one and "--original-max-position-embeddings 64" in one for one in told["commands"])
     recipe = read_recipe(told["recipe"])
     assert recipe.original_max_position_embeddings == 64 and "--feature body" in recipe.prepare[-1]
+    assert recipe.evaluate["scalings"] == ["default", "yarn:4,original_max_position_embeddings=64"]
 
     # Another question in the same folder, whose answer has no recipe, leaves none there.
     assert command.run(arguments(*flags, "--scaling", "dynamic-yarn", "--json"), Ticking(0.1)) == 0
@@ -207,6 +208,13 @@ def test_a_model_that_carries_a_scaling_is_tried_under_its_own(
     assert told["train_with"] == "checkpoint:4"
     recipe = read_recipe(told["recipe"])
     assert recipe.scaling.startswith("yarn:4") and recipe.evaluate["scalings"][0] == "checkpoint"
+
+    assert command.run(arguments(*flags, "--original-max-position-embeddings", 32, "--json"), Ticking(0.5)) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["original_max_position_embeddings"] == 64
+    assert read_recipe(told["recipe"]).evaluate["scalings"][0] == "yarn:2,original_max_position_embeddings=32"
+    exports = [shlex.split(one)[6] for one in told["commands"] if one.startswith("scaled-rope export")]
+    assert exports and all(one.endswith("original_max_position_embeddings=32") for one in exports)
 
 
 def test_a_model_of_llama_3_1_works_to_what_its_config_claims(
