@@ -181,7 +181,7 @@ def print_controls(
             print(f"{job.name}: no length is beyond its {control.window} tokens")
             continue
         measured = rows.get(job, {})
-        ends = counted(list(cells), control.window, job.scaling.max_position_embeddings)
+        ends = counted(list(cells), control.window, job.made_for)
         if sliding:
             ends = ends[-1:]  # each length scores all tokens
         change = compare([(measured[length], cells[length]) for length in ends if length in measured])

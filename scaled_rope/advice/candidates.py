@@ -64,7 +64,9 @@ def short_list(
     Raises:
         ConfigError: a spec that is no scaling for this model.
     """
-    listed = _of_extended(own, target) if own.method != "default" else _of_base(own, original, target, head_dim)
+    listed = (
+        _of_extended(own, original, target) if own.method != "default" else _of_base(own, original, target, head_dim)
+    )
     specs = list(also) if only else [*also, *listed]
     found: dict[tuple[Any, ...], Candidate] = {}
     for spec in specs:
@@ -102,16 +104,25 @@ def _of_base(own: RopeScaling, original: int, target: int, head_dim: int) -> Ite
     yield f"linear:{factor}"
 
 
-def _of_extended(own: RopeScaling, target: int) -> Iterator[str]:
+def _of_extended(own: RopeScaling, original: int, target: int) -> Iterator[str]:
     """Specs for a model that was trained under a scaling: its own, for a longer text."""
     row, trained = METHODS[own.method], own.original_max_position_embeddings
     if "factor" not in row.fields or trained is None or row.kind != "frequency" or row.length_dependent:
         return
-    factor = factor_for(target, trained)
-    yield f"checkpoint:{factor}"
-    if not row.no_dynamic and not own.dynamic:
-        fields = own.to_spec().partition(",")[2]
+    by_ratio = row.factor_times_original == "length"
+    # Llama 3.1 works to 131072 tokens at 8 times 8192: for twice as many its factor is doubled.
+    yield f"checkpoint:{factor_for(target, trained if by_ratio else original / own.factor)}"
+    if by_ratio and not row.no_dynamic and not own.dynamic:
+        fields = _with_law(own).to_spec().partition(",")[2]
         yield f"dynamic-{own.method}:{number(own.factor)}" + (f",{fields}" if fields else "")
+
+
+def _with_law(own: RopeScaling) -> RopeScaling:
+    """YaRN with the `mscale` that gives its attention factor at its own factor, since a number would not follow s."""
+    known = own.attention_factor
+    if own.method != "yarn" or known is None or known < 1 or own.factor == 1:
+        return own
+    return replace(own, attention_factor=None, mscale=float(f"{(known - 1) / (0.1 * math.log(own.factor)):.10g}"))
 
 
 def _attention_methods(original: int, target: int) -> Iterator[str]:
@@ -150,7 +161,7 @@ def sharper(candidate: Candidate, target: int) -> list[Candidate]:
     return found
 
 
-def factor_for(target: int, original: int) -> str:
+def factor_for(target: int, original: float) -> str:
     """s for a target as specs have it: exact where a few digits are, else rounded up, never short of the target."""
     factor = target / original
     exact = f"{factor:.8g}"

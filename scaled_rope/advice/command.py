@@ -92,9 +92,10 @@ def _loading_arguments(args: argparse.Namespace) -> argparse.Namespace:
     return flags
 
 
-def _trained(own: RopeScaling) -> int | None:
+def _trained(job: ModelJob) -> int | None:
     """The length in tokens to which a model works with the scaling that it carries."""
-    return own.original_max_position_embeddings if own.method == "default" else own.max_position_embeddings
+    own = job.scaling
+    return own.original_max_position_embeddings if own.method == "default" else job.made_for
 
 
 def _segment(original: int) -> int:
@@ -171,7 +172,7 @@ def run(args: argparse.Namespace, clock: Clock = time.monotonic) -> int:
     flags = _loading_arguments(args)
     job = model_jobs(flags)[0]
     own = job.scaling
-    original = check_target(_trained(own), args.target, display_name(args.model))
+    original = check_target(_trained(job), args.target, display_name(args.model))
     baseline = Candidate("default" if own.method == "default" else "checkpoint", own)
     listed = short_list(own, original, args.target, job.head_dim, args.scaling or (), only=args.only)
     if not listed:
@@ -316,19 +317,22 @@ def _answer(
     recipe = None
     if training is not None and args.adapter is None:
         recipe = folder / "recipe.yaml"
-        scaling = training.measured.candidate.scaling.to_spec()
-        before = outcome.baseline.candidate.spec
+        scaling = training.measured.candidate.scaling
+        claimed = max(scaling.max_position_embeddings or 0, job.checkpoint.settings.max_position_embeddings or 0)
+        before = outcome.baseline.candidate
+        corrected = before.scaling.method != "default" and before.scaling != job.as_saved
         write_recipe(
             recipe,
             args.model,
             parameters,
-            scaling,
+            scaling.to_spec(job.as_saved),
             trials.target,
             args.dataset,
             list(ends),
-            before,
+            before.scaling.to_spec(job.as_saved) if corrected else before.spec,
             feature=args.feature,
             original=args.original_max_position_embeddings,
+            context=trials.target if claimed < trials.target else None,
         )
     else:
         (folder / "recipe.yaml").unlink(missing_ok=True)  # one of an earlier run, which is not advised any more
@@ -336,7 +340,7 @@ def _answer(
             notes.append(
                 "No recipe: it would train the model without the adapter. Merge the adapter into the weights first"
             )
-    commands = _commands(args, advice, recipe)
+    commands = _commands(args, advice, recipe, job.as_saved)
     rows = result_rows(
         job,
         [(one.measured, one.measured is outcome.baseline) for one in judged],
@@ -417,13 +421,17 @@ def _remarks(outcome: Outcome) -> list[str]:
     return notes
 
 
-def _commands(args: argparse.Namespace, advice: Advice, recipe: Path | None) -> list[str]:
-    """The commands that carry the advice out."""
+def _commands(args: argparse.Namespace, advice: Advice, recipe: Path | None, model: RopeScaling | None) -> list[str]:
+    """The commands that carry the advice out.
+
+    model: what the config of the checkpoint says.
+    """
     spec, lengths = advice.use.spec, ",".join(map(str, sorted(advice.use.buckets)))
     served, length = advice.served or advice.use, str(args.target)
     corrected, told, adapted = args.original_max_position_embeddings, served.spec, list[str]()
-    if corrected is not None:  # or the commands would count from what the config says
-        told += f",original_max_position_embeddings={corrected}"
+    if corrected is not None or args.adapter is not None:  # an export counts from what the config says
+        told = served.measured.candidate.scaling.to_spec(model)
+    if corrected is not None:
         adapted += ["--original-max-position-embeddings", str(corrected)]
     if args.adapter is not None:
         adapted += ["--adapter", args.adapter]

@@ -35,6 +35,7 @@ def write_recipe(
     before: str = "default",
     feature: str = "text",
     original: int | None = None,
+    context: int | None = None,
 ) -> Recipe:
     """Write the recipe, and read it back as train.sh will.
 
@@ -47,6 +48,7 @@ def write_recipe(
         before: the scaling of the model as it is, which is evaluated beside it.
         feature: the field of the texts that was read.
         original: L in tokens where what the config says was corrected.
+        context: tokens that the trained config is to claim, where its scaling does not say them; None: it does.
 
     Raises:
         ConfigError: what was written is no recipe.
@@ -64,6 +66,7 @@ def write_recipe(
         "model": model,
         "scaling": spec,
         **({} if original is None else {"original_max_position_embeddings": original}),
+        **({} if context is None else {"max_position_embeddings": context}),
         **({"prepare": prepare} if prepare else {}),
         "dataset": prepared,
         "sequence_length": target,

@@ -242,7 +242,7 @@ class Halving:
             if len(chosen) < 2:  # the last round takes as many as it has time for
                 chosen, units = alive, []
         for one in alive:
-            if one not in chosen:
+            if one not in chosen and one.spec not in screened:
                 self.left_out.setdefault(one.spec, "not measured, for lack of time")
         measured, count = self._measure(number, chosen, units, share, last=False)
         self._keep(number, chosen, count)

@@ -335,6 +335,9 @@ def _level(one: Judged, original: int, target: int) -> str:
         return f"level to {target} ({one.total} against the last {original} tokens only)"
     if one.level_to > original:
         return f"level to {one.level_to} ({one.total} against the last {original} tokens only, over all)"
+    if holds(one.total):  # over all it is no worse: what comes after makes up for the bucket that fails
+        end, failed = next((end, change) for end, change in one.buckets.items() if not holds(change))
+        return f"worse than the last {original} tokens only up to {end} ({failed}; {one.total} over all)"
     return f"worse than the last {original} tokens only ({one.total})"
 
 

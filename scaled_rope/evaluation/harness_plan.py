@@ -23,12 +23,12 @@ def doubled_lengths(job: ModelJob) -> list[int]:
     trained = job.scaling.original_max_position_embeddings
     if trained is None:
         raise ConfigError(f"lengths: the trained length of {job.name} is unknown; say --lengths L1,L2,...")
-    return doubled(trained, None if job.scaling.is_length_dependent else job.scaling.max_position_embeddings)
+    return doubled(trained, None if job.scaling.is_length_dependent else job.made_for)
 
 
 def lengths_note(job: ModelJob, lengths: Sequence[int]) -> str | None:
     """A remark on lengths beyond the one that a job's model is for; None where there are none."""
-    claimed = job.scaling.max_position_embeddings or job.scaling.original_max_position_embeddings
+    claimed = job.made_for or job.scaling.original_max_position_embeddings
     beyond = [str(length) for length in lengths if claimed is not None and length > claimed]
     if not beyond or job.scaling.is_length_dependent:
         return None

@@ -58,6 +58,13 @@ class ModelJob:
         return None if self.checkpoint is None else self.checkpoint.settings.scaling
 
     @property
+    def made_for(self) -> int | None:
+        """The length in tokens that the model is for under the scaling; None when L is not known."""
+        if self.checkpoint is None:
+            return self.scaling.max_position_embeddings
+        return self.checkpoint.settings.length_for(self.scaling)
+
+    @property
     def label(self) -> str:
         """The scaling in a few words: "unscaled", "yarn x8", "yarn x8 (checkpoint)" for a model's own."""
         own = Spec.parse(self.spec).method == "checkpoint" and self.scaling.method != "default"

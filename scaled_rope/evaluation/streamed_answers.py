@@ -60,7 +60,7 @@ def context_of(job: ModelJob) -> int | None:
     """The context in tokens that the scaling is made for; None where it grows with the text."""
     if job.scaling.is_length_dependent and job.scaling.method != "longrope":
         return None
-    return job.scaling.max_position_embeddings
+    return job.made_for
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, chat_template: bool = False) -> list[int]:

@@ -103,7 +103,7 @@ def context_use(section: Section, series: Series, base: str | None = None) -> Co
     columns = [column for column in line if column in cut]
     if not columns:
         return None
-    ends = counted([length for length, _ in columns], control.window, series.scaling.max_position_embeddings)
+    ends = counted([length for length, _ in columns], control.window, series.made_for)
     within = [column for column in columns if column[0] in ends]
     if sliding:
         within = within[-1:]  # each length of windows scores all tokens

@@ -143,7 +143,7 @@ def summarize(results: ReportRows, base: str | None = None) -> Summary | None:
         return None
     lines: dict[str, list[Said]] = {
         "trained on": [Said(_tokens(one.scaling.original_max_position_embeddings)) for one in models],
-        "made for": [Said(_tokens(_claimed(one)) if _claimed(one) else "no fixed length") for one in models],
+        "made for": [Said("no fixed length" if _follows(one) else _tokens(_claimed(one))) for one in models],
         "works to, by perplexity": [_by_perplexity(results, one, base) for one in models],
         "works to, by retrieval": [_by_retrieval(results, one) for one in models],
         "works to, by RULER": [_by_ruler(results, one) for one in models],
@@ -173,9 +173,13 @@ def _tokens(length: int | None) -> str:
 
 
 def _claimed(series: Series) -> int | None:
-    """The length in tokens that a scaling is for; None for one that follows the length of the text."""
-    dynamic = series.scaling.dynamic or series.scaling.method.startswith("dynamic-")
-    return None if dynamic else series.scaling.max_position_embeddings
+    """The length in tokens that a scaling is for; None for one that follows the length of the text, or not known."""
+    return None if _follows(series) else series.made_for
+
+
+def _follows(series: Series) -> bool:
+    """Whether a scaling has no fixed length, but follows that of the text."""
+    return series.scaling.dynamic or series.scaling.method.startswith("dynamic-")
 
 
 def _sentence(series: Series, said: dict[str, Said]) -> str:

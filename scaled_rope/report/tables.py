@@ -21,6 +21,7 @@ from scaled_rope.report.loading import Loading, SeriesWords, origin
 from scaled_rope.report.row_files import newest, read_row_files, row_date
 from scaled_rope.results import OUT_OF_MEMORY, Row, portable_model
 from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.scaling.registry import METHODS
 from scaled_rope.texts.corpora import CORPORA, STANDIN, STANDINS
 from scaled_rope.texts.token_documents import TokenSource
 
@@ -83,6 +84,14 @@ class Series:
     def tuned(self) -> bool:
         """Whether the checkpoint carries a scaling of its own."""
         return self.carried and self.scaling.method != "default"
+
+    @property
+    def made_for(self) -> int | None:
+        """The length in tokens that the scaling is for; None where L is not known, or where rows don't say it: a
+        checkpoint's own factor may be the least only, as Llama 3.1's."""
+        if self.carried and METHODS[self.scaling.method].factor_times_original == "least":
+            return None
+        return self.scaling.max_position_embeddings
 
 
 @dataclass(frozen=True)
@@ -437,7 +446,7 @@ def common_contexts(series: Iterable[Series]) -> tuple[int | None, int | None]:
     """The trained and the extended context length (tokens) that the series have in common, None where they differ."""
     known = list(series)
     trained = {one.scaling.original_max_position_embeddings for one in known}
-    extended = {one.scaling.max_position_embeddings for one in known if one.scaling.factor > 1}
+    extended = {one.made_for for one in known if one.scaling.factor > 1}
     return (trained.pop() if len(trained) == 1 else None, extended.pop() if len(extended) == 1 else None)
 
 

@@ -179,7 +179,7 @@ class RopeScaling:
         if kind == "constant":
             if slope is None:
                 raise ConfigError("temperature_slope is missing: attention_temperature 'constant' is 1 + slope·ln s")
-            if "factor" not in row.fields or self.method == "dynamic-ntk":
+            if "factor" not in row.fields or row.factor_times_original == "nothing":
                 raise ConfigError(
                     f"attention_temperature='constant': is 1 + slope·ln s, and method {self.method!r} has no factor s "
                     "that is a ratio of lengths"
@@ -284,9 +284,12 @@ class RopeScaling:
 
     @property
     def max_position_embeddings(self) -> int | None:
-        """L' = factor·L in tokens, or None when L is not known. L for "dynamic-ntk", whose factor is no length."""
+        """L' = factor·L in tokens, or None when L is not known. L for "dynamic-ntk", whose factor is no length.
+
+        A checkpoint that carries "llama3" may be for more, see `RopeSettings.length_for`.
+        """
         length = self.original_max_position_embeddings
-        if length is None or self.method == "dynamic-ntk":
+        if length is None or METHODS[self.method].factor_times_original == "nothing":
             return length
         return int(self.factor * length)
 
@@ -484,6 +487,25 @@ class RopeSettings:
         length = self._model.get("max_position_embeddings")
         return length if is_positive_whole(length) else None
 
+    def length_for(self, scaling: RopeScaling) -> int | None:
+        """The length in tokens that the model is for under a scaling; None when L is not known.
+
+        Where factor·L is the least only ("llama3"), the config counts: under the scaling that it carries the model is
+        for at least what it claims, under the same with k times the factor for k times as much.
+
+        Raises:
+            ConfigError: as `RopeScaling.from_config`.
+        """
+        length, own = scaling.max_position_embeddings, self.scaling
+        if length is None or METHODS[scaling.method].factor_times_original != "least":
+            return length
+        as_carried = replace(
+            scaling, factor=own.factor, original_max_position_embeddings=own.original_max_position_embeddings
+        )
+        if as_carried != own:
+            return length
+        return max(length, int((self.max_position_embeddings or 0) * scaling.factor / own.factor))
+
     @property
     def num_hidden_layers(self) -> int:
         return int(self._model["num_hidden_layers"])
@@ -657,10 +679,11 @@ def resolve_scaling(spec: str, own: RopeScaling) -> RopeScaling:
     """Return the scaling that `spec` stands for, given a checkpoint whose own scaling is `own`.
 
     Beyond `RopeScaling.from_spec`: "checkpoint" is `own`, "checkpoint:FACTOR" is `own` read with another factor, and
-    "METHOD:checkpoint" takes over the factor of `own`.
+    "METHOD:checkpoint" takes over the factor of `own`. A number for YaRN's attention factor goes with the factor.
 
     Raises:
-        ConfigError: not a scaling, or a new factor for a checkpoint that carries none.
+        ConfigError: not a scaling, or a new factor for a checkpoint that carries none, or one that is for its own
+            factor alone.
     """
     parts = Spec.parse(spec)
     if parts.method != "checkpoint":
@@ -677,7 +700,33 @@ def resolve_scaling(spec: str, own: RopeScaling) -> RopeScaling:
         factor = float(parts.factor)
     except ValueError as error:
         raise ConfigError(f"scaling {spec!r} is not allowed; factor {parts.factor!r} is not a number") from error
-    return replace(own, factor=factor)
+    return _with_factor(own, factor, spec)
+
+
+def _with_factor(own: RopeScaling, factor: float, spec: str) -> RopeScaling:
+    """A checkpoint's scaling with another factor, which `spec` has asked for.
+
+    YaRN's attention factor A follows its law 1 + c·ln s, whose c is that of A at the old factor.
+
+    Raises:
+        ConfigError: numbers that were made for the old factor, and from which those for another do not follow.
+    """
+    made, known = replace(own, factor=factor), own.attention_factor
+    if factor == own.factor:
+        return own
+    if own.method == "longrope":
+        raise ConfigError(
+            f"scaling {spec!r} is not allowed; the checkpoint's lists of divisors are for its own factor, "
+            f"{own.factor:g}: name another method, or longrope:{factor:g} with lists for it"
+        )
+    if own.method != "yarn" or known is None or known == 1 or own.dynamic:
+        return made
+    if own.factor == 1:
+        raise ConfigError(
+            f"scaling {spec!r} is not allowed; the checkpoint's attention factor, {known:g} at factor 1, does not say "
+            f"the one at {factor:g}: name it, as in yarn:{factor:g},attention_factor={known:g}"
+        )
+    return replace(made, attention_factor=1 + (known - 1) * math.log(factor) / math.log(own.factor))
 
 
 def check_spec(text: str) -> None:

@@ -57,6 +57,9 @@ class Method:
     """Whether frequencies depend on the sequence length even without `dynamic`."""
     needs_original: bool = False
     """Whether the formula contains L, that is `original_max_position_embeddings`."""
+    factor_times_original: Literal["length", "least", "nothing"] = "length"
+    """What factor·L is: "length", the length that the scaling is for; "least", a length that it is for at least, since
+    checkpoints are trained beyond it (Llama 3.1: 8·8192 tokens, and 131072 in its config); "nothing"."""
     factor_optional: bool = False
     """Whether a spec may leave the factor out: it only says for which length the scaling is meant, or is often 1."""
     no_dynamic: str = ""
@@ -152,6 +155,7 @@ _ROWS = (
         summary="a ramp in rotations from 1 to 4, no attention factor",
         params_type=Llama3Params,
         needs_original=True,
+        factor_times_original="least",
     ),
     _frequency(
         "longrope",
@@ -180,6 +184,7 @@ _ROWS = (
         summary="a base that grows with the length, s = α·l'/L - (α-1)",
         needs_original=True,
         length_dependent=True,
+        factor_times_original="nothing",
         no_dynamic="it is one already",
     ),
     _frequency(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from scaled_rope.patching.families import ADAPTERS
 from scaled_rope.scaling.hf_config import has_rope
+from scaled_rope.scaling.registry import METHODS
 from scaled_rope.serving.config_facts import ConfigFacts, keys_that_nothing_reads
 from scaled_rope.serving.inspect_report import Finding
 
@@ -34,7 +35,8 @@ def window_shorter_than_context(facts: ConfigFacts) -> Iterator[Finding]:
     scaling, window, types = facts.scaling, facts.window, facts.layer_types
     if scaling is None:
         return
-    extended = scaling.max_position_embeddings if scaling.method != "llama3" else None
+    told = METHODS[scaling.method].factor_times_original != "least"
+    extended = scaling.max_position_embeddings if told else None
     context = extended or facts.context
     slides = not types or set(types) == {"sliding_attention"}
     if window is not None and context is not None and window < context and slides:

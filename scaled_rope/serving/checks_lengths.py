@@ -8,9 +8,6 @@ from scaled_rope.scaling.registry import METHODS
 from scaled_rope.serving.config_facts import ConfigFacts
 from scaled_rope.serving.inspect_report import Finding
 
-_FACTOR_IS_NO_RATIO = ("llama3", "dynamic-ntk")
-"""Methods that need L and whose factor is no ratio of two lengths."""
-
 
 def unsaid_original_length(facts: ConfigFacts) -> Iterator[Finding]:
     """Scalings that work without L leave open which length max_position_embeddings is."""
@@ -70,7 +67,8 @@ def _lengths_apart(facts: ConfigFacts) -> tuple[int, int, float] | None:
     if own is None or facts.spec is not None or context is None or not facts.original_is_written:
         return None
     original, factor = own.original_max_position_embeddings, own.factor
-    by_length = METHODS[own.method].needs_original and own.method not in _FACTOR_IS_NO_RATIO
+    row = METHODS[own.method]
+    by_length = row.needs_original and row.factor_times_original == "length"
     if not by_length or factor <= 1 or original is None:
         return None
     together = abs(context - factor * original) <= 1e-3 * (factor * original)

@@ -130,7 +130,8 @@ def _of_attention(facts: ConfigFacts, scaling: RopeScaling) -> Iterator[Number]:
 def lengths_in_effect(facts: ConfigFacts, codes: Collection[str]) -> dict[str, int | None]:
     """`Inspection.lengths`. codes: those of the findings."""
     scaling = facts.scaling
-    extends = scaling is not None and scaling.factor > 1 and scaling.method != "llama3"
+    extends = scaling is not None and scaling.factor > 1
+    extends = extends and scaling is not None and METHODS[scaling.method].factor_times_original != "least"
     extends = extends and "unknown-original" not in codes
     return {
         "original": scaling.original_max_position_embeddings if scaling is not None else None,

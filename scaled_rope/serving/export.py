@@ -29,7 +29,8 @@ from scaled_rope.results import scratch_path, write_atomic
 from scaled_rope.scaling.dialects import older_keys
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import SOFTMAX_MSCALE_FAMILIES, has_rope, nested_types
-from scaled_rope.scaling.record import LayerPlan, RopeScaling, resolve_scaling
+from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings, resolve_scaling
+from scaled_rope.scaling.registry import METHODS
 from scaled_rope.serving.config_facts import text_part
 from scaled_rope.serving.export_report import Comparison, ExportReport
 from scaled_rope.serving.gguf import add_rope
@@ -209,13 +210,13 @@ def _notes(request: ServedModel, target: Target, words: Expressed) -> list[str]:
     scaling, notes = request.scaling, []
     if target.static and scaling.method != "default" and scaling.factor > 1 and not scaling.is_length_dependent:
         notes.append(f"{target.title} scales short prompts as well: it computes one table for all lengths")
-    made_for = scaling.max_position_embeddings
+    made_for = RopeSettings(request.config).length_for(scaling)
     if made_for is not None and request.length > made_for and not scaling.is_length_dependent:
-        reaches = request.length / (scaling.original_max_position_embeddings or made_for)
-        notes.append(
-            f"length={request.length} is beyond the {made_for} tokens that {scaling.label!r} is for; "
-            f"a factor of {reaches:.4g} reaches it"
-        )
+        note = f"length={request.length} is beyond the {made_for} tokens that {scaling.label!r} is for"
+        if METHODS[scaling.method].factor_times_original == "length":
+            reaches = request.length / (scaling.original_max_position_embeddings or made_for)
+            note += f"; a factor of {reaches:.4g} reaches it"
+        notes.append(note)
     if not target.static and scaling.is_length_dependent:
         notes.append(
             "exact for one pass over a sequence; cached keys keep the rotation of the length they were made at"

@@ -20,7 +20,7 @@ from scaled_rope.checkpoint import first_line, load_config
 from scaled_rope.errors import ConfigError, is_positive_whole
 from scaled_rope.flags import check_plan_arguments
 from scaled_rope.patching.loading import auto_class, build_unscaled
-from scaled_rope.scaling.record import RopeScaling, resolve_scaling
+from scaled_rope.scaling.record import RopeScaling, RopeSettings, resolve_scaling
 from scaled_rope.serving.export import served_length
 
 GB = 1e9
@@ -127,7 +127,7 @@ def plan_serving(
     notes = []
     if scaling.beyond_tables:
         notes.append(f"no server computes this scaling, which {scaling.beyond_tables}: see scaled-rope export")
-    extended = scaling.max_position_embeddings or _whole(text, "max_position_embeddings", length)
+    extended = RopeSettings(text).length_for(scaling) or _whole(text, "max_position_embeddings", length)
     if length > extended and not scaling.dynamic:
         notes.append(f"{length} tokens are beyond the {extended} that {scaling.label} is for")
     size, wide = _BYTES[kv_dtype], _wide(text)

@@ -184,9 +184,9 @@ def run(args: argparse.Namespace) -> int:
         question["evaluations"] = budget  # which decides how fine the grid is
     score, ask = model_score(load, job), model_ask(load, job)
     trace = Trace(folder / "trace.jsonl", question, record)
-    notes = []
-    if texts.search.prompts and not trace.kept:
-        notes += _doubts(args, job, space, load)
+    if trace.notes is None:
+        trace.notes = _doubts(args, job, space, load) if texts.search.prompts else []
+    notes = list(trace.notes)
     made = _search(args, strategy, space, trace, measure_on(texts.search, space.original, score, ask), budget)
     best = min(made, key=lambda one: (one.fitness, one.number))
     starts = [one for one in made if one.origin["kind"] == "start"]
@@ -199,7 +199,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if texts.judge.passes and best is not first:
         judged = _judge(best, first, measure_on(texts.judge, space.original, score, ask))
-    summary = {**head, **_summary(made, best, first, starts, texts, judged, space, job.as_saved)}
+    summary = {**head, **_summary(made, best, first, starts, texts, judged, space, job.as_saved), "notes": notes}
     write_atomic(folder / "best.json", json.dumps({**summary, "provenance": record}, indent=2) + "\n")
     write_search_figures(made, best, space, display_name(args.model), folder)
     if args.json:
@@ -278,7 +278,7 @@ def _summary(
     space: Space,
     model: RopeScaling | None,
 ) -> Row:
-    course, lowest = [], math.inf
+    course, lowest, yarn = [], math.inf, _as_yarn(best, space, model)
     for one in made:
         if one.fitness < lowest:
             lowest = one.fitness
@@ -290,13 +290,18 @@ def _summary(
         "spec": best.scaling.to_spec(model),
         "scaling": best.scaling.to_dict(),
         "rope_parameters": best.scaling.to_config(),
-        "yarn": _as_yarn(best, space, model),
+        "yarn": yarn,
+        "yarn_note": None if yarn is None or space.same_within else _SCALED_WITHIN,
         "best": _described(best),
         "starts": [_described(one) for one in starts],
         "best_start": first.origin["name"],
         "course": course,
         "held_back": judged,
     }
+
+
+_SCALED_WITHIN = "the same beyond L; texts up to L are scaled too"
+"""What YaRN's words for a record do that leaves texts of up to L tokens unscaled: YaRN has one table."""
 
 
 def _as_yarn(best: Evaluated, space: Space, model: RopeScaling | None) -> str | None:
@@ -351,6 +356,6 @@ def _report(args: argparse.Namespace, summary: Row, folder: Path) -> str:
     elif summary["best_start"] == best["origin"].get("name"):
         text.append(f"\nnothing that was tried is better than {named(summary['best_start'])}")
     if summary["yarn"] is not None:
-        text.append(f"the same in YaRN's words: {summary['yarn']}")
+        text.append(f"in YaRN's words ({summary['yarn_note'] or 'the same'}): {summary['yarn']}")
     text.append(f"\nthe scaling to use: {folder / 'best.json'}")
     return "\n".join(text)

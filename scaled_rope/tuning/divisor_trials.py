@@ -153,7 +153,12 @@ class Evaluated:
 
 
 class Trace:
-    """The file of evaluations, in the order in which they were made. Its first row says what is searched, and how."""
+    """The file of evaluations, in the order in which they were made. Its first row says what is searched, and how.
+
+    Attributes:
+        notes: warnings about the search, which belong to its result whenever that is shown: those of the first row, or
+            what the caller sets before the first evaluation, which writes that row. None: not known.
+    """
 
     def __init__(self, path: Path, settings: Row, record: Row) -> None:
         """settings: everything that the course of the search follows from, fit for JSON; record: the provenance.
@@ -165,8 +170,10 @@ class Trace:
         self._settings: Row = json.loads(json.dumps(settings))
         rows = rows_so_far(path)
         self._rows = rows[1:]
+        self.notes: list[str] | None = None
         if rows:
             self._check(rows[0])
+            self.notes = rows[0].get("notes")
         self._is_new = not rows
 
     def _check(self, head: Row) -> None:
@@ -205,7 +212,8 @@ class Trace:
             begin = time.monotonic()
             found = measure(scaling).fields()
             if self._is_new:  # only now is it known that the model can be read under such a scaling
-                append_row(self.path, {"metric": SETTINGS, "settings": self._settings, "provenance": self._record})
+                head = {"metric": SETTINGS, "settings": self._settings, "notes": self.notes or []}
+                append_row(self.path, {**head, "provenance": self._record})
                 self._is_new = False
             row = {
                 "metric": METRIC,

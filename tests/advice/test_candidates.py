@@ -61,6 +61,23 @@ def test_a_model_with_a_scaling_is_tried_under_its_own() -> None:
     assert short_list(rerope, 256, 4096, 64) == []
 
 
+def test_a_factor_that_does_not_say_the_length_grows_with_it() -> None:
+    """Llama 3.1 works to 131072 tokens at a factor of 8 and L = 8192: twice as many take 16, and 16 is not dynamic."""
+    own = RopeScaling("llama3", 8, 8192)
+    assert [one.spec for one in short_list(own, 131072, 262144, 64)] == ["checkpoint:16"]
+
+
+def test_an_attention_factor_follows_the_length_as_well() -> None:
+    own = RopeScaling("yarn", 4, 256, attention_factor=RopeScaling("yarn", 4, 256, mscale=0.7).static_attention_factor)
+    static, following = short_list(own, 1024, 2048, 64)
+    assert static.spec == "checkpoint:8" and following.spec == "dynamic-yarn:4,mscale=0.7"
+    assert static.scaling.static_attention_factor == pytest.approx(1 + 0.07 * math.log(8))
+    assert identity(static.scaling, 2048, 64) == identity(following.scaling, 2048, 64)
+    assert identity(own, 1024, 64) == identity(following.scaling, 1024, 64)
+    below = short_list(RopeScaling("yarn", 4, 256, attention_factor=0.9), 1024, 2048, 64)
+    assert below[1].spec == "dynamic-yarn:4,attention_factor=0.9"  # no mscale gives less than 1
+
+
 def test_temperatures_are_near_their_own_and_only_where_there_is_none() -> None:
     found = {one.spec: sharper(one, 2048) for one in short_list(EMBEDDED, 256, 2048, 64)}
     assert [spec for spec, some in found.items() if not some] == [

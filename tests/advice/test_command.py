@@ -6,13 +6,19 @@ import argparse
 import html
 import json
 import re
+import shlex
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from scaled_rope import RopeScaling
 from scaled_rope.advice import command, probing
+from scaled_rope.advice.candidates import Candidate, short_list
 from scaled_rope.checkpoint import DEFAULT_MODEL, load_tokenizer
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.evaluation.jobs import ModelLoader
@@ -20,6 +26,7 @@ from scaled_rope.flags import add_advise_arguments
 from scaled_rope.recipes import read_recipe
 from scaled_rope.report.tables import load_results
 from scaled_rope.results import read_rows
+from scaled_rope.scaling.record import resolve_scaling
 from tests.helpers.models import Make
 
 
@@ -176,6 +183,7 @@ def test_what_is_handed_out_asks_the_same_question(
     assert any("passkey.py" in one and "--original-max-position-embeddings 64" in one for one in told["commands"])
     recipe = read_recipe(told["recipe"])
     assert recipe.original_max_position_embeddings == 64 and "--feature body" in recipe.prepare[-1]
+    assert recipe.evaluate["scalings"] == ["default", "yarn:4,original_max_position_embeddings=64"]
 
     # Another question in the same folder, whose answer has no recipe, leaves none there.
     assert command.run(arguments(*flags, "--scaling", "dynamic-yarn", "--json"), Ticking(0.1)) == 0
@@ -191,6 +199,7 @@ def test_a_model_that_carries_a_scaling_is_tried_under_its_own(
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=128, rope_parameters=rope)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
+    capsys.readouterr()  # saving a model imports programs that print
     flags = [tmp_path / "model", "--target", 256, "--dataset", texts, "--output", tmp_path / "out", "--no-retrieval"]
     assert command.run(arguments(*flags, "--json"), Ticking(0.5)) == 0
     told = json.loads(capsys.readouterr().out)
@@ -199,6 +208,60 @@ def test_a_model_that_carries_a_scaling_is_tried_under_its_own(
     assert told["train_with"] == "checkpoint:4"
     recipe = read_recipe(told["recipe"])
     assert recipe.scaling.startswith("yarn:4") and recipe.evaluate["scalings"][0] == "checkpoint"
+
+    assert command.run(arguments(*flags, "--original-max-position-embeddings", 32, "--json"), Ticking(0.5)) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["original_max_position_embeddings"] == 64
+    assert read_recipe(told["recipe"]).evaluate["scalings"][0] == "yarn:2,original_max_position_embeddings=32"
+    exports = [shlex.split(one)[6] for one in told["commands"] if one.startswith("scaled-rope export")]
+    assert exports and all(one.endswith("original_max_position_embeddings=32") for one in exports)
+
+
+def test_a_model_of_llama_3_1_works_to_what_its_config_claims(
+    tiny_model: Make, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_tokenizer(str(DEFAULT_MODEL))
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=128, rope_parameters=rope)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = [tmp_path / "model", "--dataset", texts, "--output", tmp_path / "out", "--no-retrieval", "--json"]
+    assert run_cli(lambda: command.run(arguments(*flags, "--target", 128), Ticking(0.5))) == 2
+    assert " reads 128 tokens as it is, so more than 128" in capsys.readouterr().err
+    assert command.run(arguments(*flags, "--target", 256), Ticking(0.5)) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {one["spec"] for one in told["last_round"]} == {"checkpoint:4", "checkpoint"}
+    assert told["original_max_position_embeddings"] == 128
+    assert read_recipe(told["recipe"]).max_position_embeddings == 256
+
+
+@pytest.mark.parametrize("corrected", [None, 64])
+@pytest.mark.parametrize("adapter", [None, "an/adapter"])
+@pytest.mark.parametrize("carried", [None, RopeScaling("yarn", 2.0, 32, beta_fast=8.0)])
+def test_the_commands_have_scalings_that_parse(
+    corrected: int | None, adapter: str | None, carried: RopeScaling | None
+) -> None:
+    """Those of every candidate mean what was measured, on the model as its config describes it."""
+    saved = RopeScaling("default", original_max_position_embeddings=32) if carried is None or adapter else carried
+    own = saved if carried is None else carried
+    if corrected is not None:
+        own = replace(own, original_max_position_embeddings=corrected)
+    length = own.max_position_embeddings or 0
+    listed = short_list(own, length, 4 * length, 64)
+    args = argparse.Namespace(
+        model="m", target=4 * length, original_max_position_embeddings=corrected, adapter=adapter, output="out"
+    )
+    for one in [*listed, Candidate("default" if own.method == "default" else "checkpoint", own)]:
+        judged: Any = SimpleNamespace(
+            spec=one.spec, measured=SimpleNamespace(candidate=one), served_by=["vllm", "llama.cpp"], buckets={1: 0}
+        )
+        advice: Any = SimpleNamespace(use=judged, served=None)
+        *exports, check = (line.split(" --scaling ")[1] for line in command._commands(args, advice, None, saved))
+        assert len(exports) == 2
+        for export in exports:
+            assert resolve_scaling(shlex.split(export)[0], saved) == one.scaling, export
+        assert resolve_scaling(shlex.split(check)[0], own) == one.scaling  # which is told L and the adapter by flags
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,13 @@ def test_it_reads_back_and_fits_the_size(tmp_path: Path, parameters: int, steps:
     assert recipe.evaluate["scalings"] == ["default", spec] and "--lengths 256,2048" in recipe.evaluate["passkey"]
 
 
+def test_it_claims_a_length_that_its_scaling_does_not_say(tmp_path: Path) -> None:
+    place = tmp_path / "recipe.yaml"
+    assert write_recipe(place, "some/model", 1, "llama3:16", 2048, "my", [256]).max_position_embeddings is None
+    recipe = write_recipe(place, "some/model", 1, "llama3:16", 2048, "my", [256], context=2048)
+    assert recipe.max_position_embeddings == 2048
+
+
 def test_texts_that_come_with_the_project_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = write_recipe(tmp_path / "recipe.yaml", "some/model", 1, "yarn:8", 2048, "books", [256])

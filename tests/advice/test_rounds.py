@@ -11,7 +11,7 @@ import pytest
 from scaled_rope import RopeScaling
 from scaled_rope.advice.candidates import sharper, short_list
 from scaled_rope.advice.probing import LEAST_PROMPTS, SHARE
-from scaled_rope.advice.rounds import FINALISTS, Material
+from scaled_rope.advice.rounds import FINALISTS, Halving, Material
 from scaled_rope.errors import ConfigError
 from scaled_rope.results import read_rows
 from tests.helpers import advice
@@ -196,6 +196,22 @@ def test_one_that_follows_the_length_brings_its_static_form(tmp_path: Path) -> N
     specs = [one.candidate.spec for one in found.finalists]
     assert "dynamic-yarn" in specs and "yarn:8" in specs
     assert "dynamic-yarn" in specs[:FINALISTS]
+
+
+def test_what_the_second_round_has_no_time_for_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Halving._affordable
+
+    def scarce(self: Halving, number: int, alive: Any, unit: Any, left: float | None = None) -> Any:
+        chosen, share = real(self, number, alive, unit, left)
+        return chosen if number == 0 else chosen[:2], share
+
+    monkeypatch.setattr(Halving, "_affordable", scarce)
+    model = Scripted({"dual-chunk": 0.0, "self-extend": 0.0, "yarn": 0.3})  # what servers know is no finalist
+    found = halving(tmp_path, model, 10).run()
+    first, second, _ = (set(one["candidates"]) for one in found.rounds)
+    assert len(second) == 2 and second < first and not found.left_out
+    assert set(specs_of(found)) == first  # each is among the last or was screened, with its numbers
+    assert any(one.candidate.spec == "yarn:8" for one in found.finalists)  # the best that servers can be told
 
 
 def test_without_retrieval_perplexity_decides(tmp_path: Path) -> None:

@@ -108,6 +108,16 @@ def test_none_of_these_works() -> None:
     assert said.tuning == "beyond 64 tokens nothing untrained works: fine-tune with `linear:8`"
 
 
+def test_the_bucket_that_fails_is_named() -> None:
+    """One that is no worse over all, but not level either: the first bucket is above the control's."""
+    one = judged(measured("yarn:8", steps(0, 0.05, -0.1, -0.1), ALL))
+    assert one.works_to == L and one.total.lower
+    assert (
+        "worse than the last 64 tokens only up to 128 (+5.1 % [+5.1, +5.1]; −7.6 % [−7.6, −7.6] over all)"
+        in advice(one).verdict
+    )
+
+
 def test_perplexity_that_overflows_is_no_level() -> None:
     one = judged(measured("linear:8", steps(0, 800, 800, 800), {}))
     assert one.level_to == L and one.total.share == math.inf

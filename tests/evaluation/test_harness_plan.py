@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from scaled_rope import RopeScaling
-from scaled_rope.checkpoint import DEFAULT_MODEL
+from scaled_rope.checkpoint import DEFAULT_MODEL, Checkpoint
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation import default_lengths
 from scaled_rope.evaluation.harness_plan import doubled_lengths, lengths_note, measured_already, plan_text
@@ -16,6 +16,8 @@ from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.lm_eval_tasks import TaskFacts
 from scaled_rope.patching.loading import load_model
 from scaled_rope.results import Row
+from scaled_rope.scaling.record import RopeSettings
+from tests.helpers.published_configs import LLAMA3
 
 JOB = ModelJob(str(DEFAULT_MODEL), "yarn:4", RopeScaling("yarn", 4.0, 256), False, 16, "float32", "f")
 TASKS = [TaskFacts("ruler_vt", None, True, 4, False), TaskFacts("longbench2_table", "a/b", False, 0, False)]
@@ -41,6 +43,14 @@ def test_lengths_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert lengths_note(JOB, [1024, 2048]) == "tiny-llama-256, yarn x4 is for 1024 tokens; 2048 is beyond that"
     flags = ["--model", str(DEFAULT_MODEL), "--scaling", "default", "--scaling", "yarn:2"]
     assert default_lengths.main(flags) == 0 and capsys.readouterr().out == "256,512\n"
+
+
+def test_lengths_of_a_model_whose_factor_does_not_say_them() -> None:
+    settings = RopeSettings(LLAMA3)
+    job = replace(JOB, scaling=settings.scaling, checkpoint=Checkpoint("llama", None, settings))
+    assert doubled_lengths(job) == [8192, 16384, 32768, 65536, 131072]
+    assert lengths_note(job, [131072]) is None
+    assert str(lengths_note(job, [262144])).endswith("llama3 x8 is for 131072 tokens; 262144 is beyond that")
 
 
 def test_what_is_measured_already() -> None:

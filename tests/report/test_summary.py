@@ -8,7 +8,7 @@ import pytest
 
 import eval.report as report
 from scaled_rope.report.summary import NOT_MEASURED, Summary, retrieval, summarize
-from scaled_rope.report.tables import load_results
+from scaled_rope.report.tables import common_contexts, load_results
 from scaled_rope.results import Row, read_rows
 from tests.helpers import ROOT
 from tests.helpers.report_rows import new_row, passkeys, with_controls, write, write_rows
@@ -108,3 +108,20 @@ def test_the_page_and_the_terminal_open_with_it(tmp_path: Path, capsys: pytest.C
     assert page.index("<div class='summary narrow'>") < page.index("<p class=verdict") < page.index("<section")
     assert page.index("<p class=verdict") < page.index("yarn x4 (checkpoint) was trained on 64 tokens")
     assert "<td class=good>yes<small>−3.0 % [−3.0, −3.0]</small></td>" in page
+
+
+def test_a_checkpoint_whose_factor_does_not_say_its_length(tmp_path: Path) -> None:
+    """Llama 3.1 is for more than its factor times L, and rows do not say for how much."""
+    rows = all_rows(tmp_path, -0.03, {64: 10, 128: 9, 256: 9})
+    for row in rows:
+        if row["carried"] and row["scaling"]["method"] == "yarn":
+            scaling = {"method": "llama3", "factor": 2.0, "original_max_position_embeddings": 64}
+            row |= {"scaling": scaling, "label": "llama3 x2 (checkpoint)"}
+    summary = summary_of(tmp_path, rows)
+    assert summary.lines["made for"][0].text == "unknown"
+    assert summary.sentence.startswith("llama3 x2 (checkpoint) was trained on 64 tokens: by perplexity it works to 512")
+    results = load_results([write(tmp_path / "all", rows)])
+    (own,) = [one for one in results.series if one.tuned]
+    assert common_contexts([own]) == (64, None)
+    own.carried = False  # as "llama3:2" for another model it is for twice its trained length
+    assert common_contexts([own]) == (64, 128)

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from scaled_rope import ConfigError, RopeScaling
 from scaled_rope.scaling.hf_config import config_head_dim
-from scaled_rope.scaling.record import resolve_scaling
+from scaled_rope.scaling.record import RopeSettings, resolve_scaling
+from tests.helpers.published_configs import LLAMA3
 from tests.helpers.records import BASE, LISTS, ROUND_TRIPS, one_line
 
 
@@ -231,3 +232,49 @@ def test_what_a_spec_means(spec: str, own: RopeScaling, expected: RopeScaling | 
 def test_bad_checkpoint_spec(spec: str) -> None:
     with pytest.raises(ConfigError, match="checkpoint"):
         resolve_scaling(spec, TUNED)
+
+
+def test_another_factor_takes_the_attention_factor_along() -> None:
+    """What a config says as a number is 1 + c·ln s at its own s."""
+    own = RopeScaling(
+        "yarn", 4.0, 32, attention_factor=RopeScaling("yarn", 4.0, 32, mscale=0.7).static_attention_factor
+    )
+    for factor in (1.0, 2.0, 8.0):
+        found = resolve_scaling(f"checkpoint:{factor:g}", own)
+        expected = RopeScaling("yarn", factor, 32, mscale=0.7)
+        assert found.static_attention_factor == pytest.approx(expected.static_attention_factor, rel=1e-12)
+        assert replace(found, attention_factor=None, mscale=0.7) == expected
+    assert resolve_scaling("checkpoint:4", own) == own
+    below = resolve_scaling("checkpoint:16", replace(own, attention_factor=0.95))
+    assert below.attention_factor == pytest.approx(0.9)
+    assert resolve_scaling("checkpoint:8", replace(own, attention_factor=1.0)).attention_factor == 1  # NTK-by-parts
+    follows = replace(own, dynamic=True)
+    assert resolve_scaling("checkpoint:8", follows) == replace(follows, factor=8.0)  # one number for all lengths
+    assert resolve_scaling("checkpoint:8", replace(own, attention_factor=None)).attention_factor is None
+
+
+def test_a_factor_for_which_a_checkpoint_has_no_numbers() -> None:
+    lists = {"short_factor": [1.0, 1.0], "long_factor": [2.0, 4.0]}
+    longrope = RopeScaling("longrope", 32.0, 4096, params=lists)
+    assert resolve_scaling("checkpoint:32", longrope) == longrope
+    said = "scaling 'checkpoint:64' is not allowed; the checkpoint's lists of divisors are for its own factor, 32"
+    with pytest.raises(ConfigError, match=said):
+        resolve_scaling("checkpoint:64", longrope)
+    with pytest.raises(ConfigError, match=r"1\.2 at factor 1, does not say the one at 8: name it, as in yarn:8,"):
+        resolve_scaling("checkpoint:8", RopeScaling("yarn", 1.0, 32, attention_factor=1.2))
+
+
+def test_a_factor_that_does_not_say_the_length() -> None:
+    """Llama 3.1 is for 131072 tokens at a factor of 8 and L = 8192."""
+    settings = RopeSettings(LLAMA3)
+    own = settings.scaling
+    assert own.max_position_embeddings == 65536 and settings.length_for(own) == 131072
+    assert settings.length_for(replace(own, original_max_position_embeddings=4096)) == 131072  # L corrected
+    assert settings.length_for(resolve_scaling("checkpoint:16", own)) == 262144
+    assert settings.length_for(resolve_scaling("llama3:4,high_freq_factor=8", own)) == 32768  # not what it carries
+    assert settings.length_for(resolve_scaling("yarn:4", own)) == 32768
+    assert settings.length_for(resolve_scaling("dynamic-ntk:2", own)) == 8192
+    assert RopeSettings(LLAMA3 | {"max_position_embeddings": None}).length_for(own) == 65536
+    base = RopeSettings({"max_position_embeddings": 8192})
+    assert base.length_for(resolve_scaling("llama3:8", base.scaling)) == 65536
+    assert base.length_for(RopeScaling("linear", 8)) is None

@@ -28,6 +28,7 @@ from scaled_rope.serving.targets import hf
 from scaled_rope.serving.targets.common import TOLERANCE
 from scaled_rope.serving.targets.registry import TARGETS
 from tests.helpers.exports import HEAD_DIM, command_line, make_config
+from tests.helpers.published_configs import LLAMA3
 
 SHORT, LONG = "+".join(["1.0"] * 8), "+".join(["1.0"] * 4 + ["2.0"] * 2 + ["6.5"] * 2)
 LONGROPE = f"longrope:4,short_factor={SHORT},long_factor={LONG}"
@@ -636,3 +637,14 @@ def test_phi_3_5_moe_gets_the_factor_that_its_tables_are_multiplied_by() -> None
     rope = report.config["rope_parameters"]
     assert report.status == "exact" and rope["short_mscale"] == rope["long_mscale"] == rope["attention_factor"]
     assert RopeScaling.from_config({"model_type": "phimoe", **report.config}).label == "yarn x4"
+
+
+@pytest.mark.parametrize("length", [None, 131072, 200000])
+def test_a_factor_that_does_not_say_the_length_is_not_advised_on(length: int | None) -> None:
+    """Llama 3.1 is for 131072 tokens, and its factor of 8 is right for them: 16 would break it."""
+    config = LlamaConfig(**{name: value for name, value in LLAMA3.items() if name != "model_type"})
+    notes = [note for note in export("checkpoint", config, "vllm", length).notes if "is beyond" in note]
+    expected = "length=200000 is beyond the 131072 tokens that 'llama3 x8' is for"
+    assert notes == ([expected] if length == 200000 else [])
+    (note,) = (note for note in export("yarn:4", config, "vllm", 65536).notes if "is beyond" in note)
+    assert note == "length=65536 is beyond the 32768 tokens that 'yarn x4' is for; a factor of 8 reaches it"

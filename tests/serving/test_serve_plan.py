@@ -16,6 +16,7 @@ from scaled_rope.checkpoint import DEFAULT_MODEL, load_config
 from scaled_rope.cli import main
 from scaled_rope.errors import ConfigError
 from scaled_rope.serving.serve_plan import plan_serving
+from tests.helpers.published_configs import LLAMA3
 
 LLAMA_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -121,6 +122,14 @@ def test_a_checkpoint_that_transformers_refuses_to_build(
     found = json.loads(capsys.readouterr().out)
     assert found["weights"] == 2 * numbers and found["scaling"].startswith(spec[:4])
     assert plan_serving(load_config(str(tmp_path / "saved")), "yarn:8").scaling == "yarn x8"
+
+
+def test_what_llama_3_is_for() -> None:
+    """Its factor times L is 65536."""
+    llama = config(**LLAMA3)
+    plan = plan_serving(llama)
+    assert plan.length == 131072 and plan.notes == ()
+    assert plan_serving(llama, length=262144).notes == ("262144 tokens are beyond the 131072 that llama3 x8 is for",)
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from scaled_rope import RopeScaling, patch_model
+from scaled_rope import RopeScaling, compute_rope, patch_model
 from scaled_rope.checkpoint import DEFAULT_MODEL, load_tokenizer
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
@@ -79,6 +79,7 @@ def test_the_command_end_to_end(
     assert "does not find what it is asked for under any scaling" in told.err  # its weights are random
     best = json.loads((tmp_path / "out" / "best.json").read_text())
     head, *rows = read_rows(tmp_path / "out" / "trace.jsonl")
+    assert head["notes"] == best["notes"] and f"warning: {head['notes'][0]}\n" == told.err[told.err.index("warning") :]
     assert len(rows) == best["evaluations"] == 9 and {"commit", "command", "seed"} <= set(head["provenance"])
     assert best["best"]["fitness"] == min(row["fitness"] for row in rows)
     assert len(best["starts"]) == 4 and best["tokens_per_evaluation"] == 3 * TARGET
@@ -98,8 +99,28 @@ def test_the_command_end_to_end(
 
     monkeypatch.setattr(ModelLoader, "__call__", refuse)
     assert search(*flags, "--held-back", 0, "--json", "--evaluations", 9) == 0
-    again = json.loads(capsys.readouterr().out)
+    told = capsys.readouterr()
+    again = json.loads(told.out)
+    assert "does not find what it is asked for under any scaling" in told.err  # whenever the result is shown
     assert {**again, "held_back": 0, "provenance": 0} == {**best, "held_back": 0, "provenance": 0}
+
+
+@pytest.mark.parametrize("within", ["unscaled", "same"])
+def test_what_the_words_of_yarn_are_the_same_as(
+    checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], within: str
+) -> None:
+    """YaRN has one table, so beside a record that leaves texts up to L alone it is the same beyond L only."""
+    flags = ["--strategy", "grid", "--fitness", "perplexity", "--evaluations", 3, "--within", within]
+    assert search(*usual(checkpoint, texts, tmp_path / "out", *flags)) == 0
+    best = json.loads((tmp_path / "out" / "best.json").read_text())
+    own = RopeScaling("default", original_max_position_embeddings=L)
+    scaling, yarn = RopeScaling.from_dict(best["scaling"]), RopeScaling.from_spec(best["yarn"], own)
+    for length, equal in ((TARGET, True), (L, within == "same")):
+        one, other = (compute_rope(each, 16, length)[0] for each in (scaling, yarn))
+        assert torch.allclose(one, other, rtol=1e-5, atol=0) == equal
+    note = "the same" if within == "same" else "the same beyond L; texts up to L are scaled too"
+    assert f"\nin YaRN's words ({note}): {best['yarn']}\n" in capsys.readouterr().out
+    assert best["yarn_note"] == (None if within == "same" else note)
 
 
 def test_the_spec_says_a_corrected_length(checkpoint: Path, texts: Path, tmp_path: Path) -> None:

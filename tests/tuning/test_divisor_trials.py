@@ -113,6 +113,20 @@ def test_windows_are_of_many_documents_and_follow_from_the_seed() -> None:
     assert len(choose_windows(some, 99, 0)) == 12
 
 
+def test_notes_stay_with_the_trace(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    trace = Trace(path, SETTINGS, {"seed": 0})
+    assert trace.notes is None
+    trace.notes = ["this means nothing"]
+    drive(strategy(), lambda one: SPACE.record(one.genome), trace, MEASURE, 2)
+    assert read_rows(path)[0]["notes"] == Trace(path, SETTINGS, {"seed": 0}).notes == ["this means nothing"]
+    head, *rows = path.read_text().splitlines()
+    older = json.loads(head)
+    del older["notes"]
+    path.write_text("\n".join([json.dumps(older), *rows]) + "\n")
+    assert Trace(path, SETTINGS, {"seed": 0}).notes is None  # of a version that did not keep them
+
+
 @pytest.mark.parametrize("budget", [1, 3, 10, 1000])
 def test_the_budget_is_kept(tmp_path: Path, budget: int) -> None:
     calls = 0
