@@ -51,7 +51,7 @@ def check_lengths(rows: TokenRows, recipe: Recipe) -> None:
         )
 
 
-def short_rows_note(recipe: Recipe, scaling: RopeScaling, longest: int) -> str:
+def short_rows_note(recipe: Recipe, scaling: RopeScaling, longest: int, made_for: int | None = None) -> str:
     """A line that says that no row reaches beyond the original length of a scaling for longer texts; "" where one does.
 
     There is none for what is trained at the original length on purpose: position ids that jump, and DroPE, whose
@@ -60,9 +60,10 @@ def short_rows_note(recipe: Recipe, scaling: RopeScaling, longest: int) -> str:
     Args:
         scaling: the model's.
         longest: tokens of the data's longest row.
+        made_for: the length that the model is for under it, where it is not factor·L.
     """
     original, rows = scaling.original_max_position_embeddings, min(longest, recipe.truncate or longest)
-    target = recipe.max_position_embeddings or scaling.max_position_embeddings
+    target = recipe.max_position_embeddings or made_for or scaling.max_position_embeddings
     if original is None or target is None or not rows <= original < target:
         return ""
     if recipe.positions != "consecutive" or scaling.method == "drope":

@@ -29,7 +29,7 @@ from scaled_rope.patching.loss import resolve_loss
 from scaled_rope.progress import Progress
 from scaled_rope.recipes import Recipe, has_model, is_finished, stopping_state
 from scaled_rope.results import Row, provenance, write_atomic
-from scaled_rope.scaling.record import LayerPlan, RopeScaling
+from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings
 from scaled_rope.texts.conversations import template_note
 from scaled_rope.texts.packed import IntArray, TokenRows, open_rows
 from scaled_rope.texts.tables import check_ids
@@ -235,10 +235,11 @@ class Trainer:
         if recipe.lora and (note := adapted_share_note(model)):
             accelerator.print(note)
         plan = LayerPlan.from_config(model.config) if report is None else report.plan
-        windows = skip_wise(recipe, scaling, plan.layers.values())
+        made_for = RopeSettings(model.config).length_for(scaling)
+        windows = skip_wise(recipe, scaling, plan.layers.values(), made_for)
         if recipe.short_share:
             accelerator.print(short_steps_note(recipe, scaling, rows.longest))
-        elif note := short_rows_note(recipe, scaling, rows.longest):
+        elif note := short_rows_note(recipe, scaling, rows.longest, made_for):
             accelerator.print(note)
         loss = resolve_loss(recipe.loss, accelerator.device, model)
         cost = ModelCost.of(model)

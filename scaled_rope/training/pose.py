@@ -72,10 +72,13 @@ class SkipWise:
         return np.array(skips)
 
 
-def skip_wise(recipe: Recipe, scaling: RopeScaling, others: Iterable[RopeScaling] = ()) -> SkipWise | None:
+def skip_wise(
+    recipe: Recipe, scaling: RopeScaling, others: Iterable[RopeScaling] = (), made_for: int | None = None
+) -> SkipWise | None:
     """The windows of a recipe, for a model under `scaling`; None where positions are consecutive.
 
     others: the scalings of all layer types, where they differ.
+    made_for: the length that the model is for under `scaling`, where it is not factor·L.
 
     Raises:
         ConfigError: a scaling that depends on the length or changes attention, one under which positions act in no
@@ -89,7 +92,7 @@ def skip_wise(recipe: Recipe, scaling: RopeScaling, others: Iterable[RopeScaling
     if scaling.is_length_dependent or scaling.changes_attention:
         why = "the scale follows the length" if scaling.is_length_dependent else "attention looks at places, not at ids"
         raise ConfigError(f"positions: pose is not possible with {scaling.label}: {why}")
-    target = recipe.max_position_embeddings or scaling.max_position_embeddings
+    target = recipe.max_position_embeddings or made_for or scaling.max_position_embeddings
     if target is None or target <= recipe.sequence_length:
         raise ConfigError(
             f"positions: pose needs a target beyond sequence_length {recipe.sequence_length}; {scaling.label} is for"

@@ -133,6 +133,8 @@ def test_scalings_that_cannot(spec: str, fields: dict[str, object], message: str
 
 def test_without_rotary_embedding_something_else_must_follow_positions() -> None:
     by_position = RopeScaling.from_spec("drope:8,attention_temperature=log", BASE)
+    # Llama 3.1 is for 131072 tokens at 8 times 8192, as its config says.
+    assert skip_wise(recipe(), RopeScaling.from_spec("llama3:8", BASE), (), 1024) == SkipWise(64, 1024, 2, True, 42)
     assert skip_wise(recipe(), by_position) == SkipWise(64, 512, 2, True, 42)
     dropped = RopeScaling.from_spec("drope:8", BASE)
     assert skip_wise(recipe(), dropped, [dropped, BASE]) == SkipWise(64, 512, 2, True, 42)  # windows still rotate
