@@ -39,6 +39,7 @@ from scaled_rope.serving.checks_transformers import (
     other_numbers_in_transformers,
     rope_type_that_phi3_has_not,
     rope_type_that_transformers_has_not,
+    rotary_module_that_transformers_cannot_build,
     theta_dropped_with_rope_parameters,
 )
 from scaled_rope.serving.checks_use import (
@@ -82,6 +83,7 @@ CHECKS: tuple[Check, ...] = (
     theta_dropped_with_rope_parameters,
     rope_type_that_transformers_has_not,
     other_numbers_in_transformers,
+    rotary_module_that_transformers_cannot_build,
     long_list_that_transformers_does_not_use,
     finetuned_flag,
     code_in_the_checkpoint,
