@@ -21,6 +21,7 @@ from scaled_rope.serving.checks_layers import (
 )
 from scaled_rope.serving.checks_lengths import (
     length_other_than_factor_times_original,
+    scaling_shorter_than_the_checkpoint,
     undeclared_extended_length,
     unsaid_original_length,
 )
@@ -67,6 +68,7 @@ CHECKS: tuple[Check, ...] = (
     unsaid_original_length,
     undeclared_extended_length,
     length_other_than_factor_times_original,
+    scaling_shorter_than_the_checkpoint,
     cached_keys_of_dynamic_ntk,
     cached_keys_of_dynamic_scaling,
     longrope_switches_tables,

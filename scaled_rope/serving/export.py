@@ -19,9 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import transformers
-
-from scaled_rope.checkpoint import load_config
+from scaled_rope.checkpoint import load_config, raw_config
 from scaled_rope.errors import ConfigError, check_name, unknown
 from scaled_rope.flags import check_export_arguments
 from scaled_rope.patching.families import head_dim_of
@@ -29,8 +27,10 @@ from scaled_rope.results import scratch_path, write_atomic
 from scaled_rope.scaling.dialects import older_keys
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import SOFTMAX_MSCALE_FAMILIES, has_rope, nested_types
-from scaled_rope.scaling.record import LayerPlan, RopeScaling, resolve_scaling
+from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings, resolve_scaling
+from scaled_rope.serving.checks_lengths import shortening
 from scaled_rope.serving.config_facts import text_part
+from scaled_rope.serving.config_remarks import config_remarks
 from scaled_rope.serving.export_report import Comparison, ExportReport
 from scaled_rope.serving.gguf import add_rope
 from scaled_rope.serving.targets.common import (
@@ -43,6 +43,9 @@ from scaled_rope.serving.targets.common import (
     without_older,
 )
 from scaled_rope.serving.targets.registry import TARGETS
+
+_SAID_BY_EXPORT = ("sliding-window", "not-native", "shortened")
+"""Findings about a config.json that a report has in its own words, or mends."""
 
 
 def served_length(scaling: RopeScaling, config: Any, flag: str = "--length") -> int:
@@ -57,7 +60,7 @@ def served_length(scaling: RopeScaling, config: Any, flag: str = "--length") -> 
     extended = scaling.max_position_embeddings or 0
     if not claimed and not extended:
         raise ConfigError(f"{flag} is needed: the config of this {config.model_type!r} model says no length")
-    return extended if scaling.factor > 1 and scaling != RopeScaling.from_config(config) else max(claimed, extended)
+    return extended if scaling.factor > 1 and scaling != RopeSettings(config).scaling else max(claimed, extended)
 
 
 def export(
@@ -138,8 +141,9 @@ def _request(scaling: RopeScaling | str, whole: Any, length: int | None, raw: Ma
     config, path = text_part(whole)
     if not has_rope(config):
         raise ConfigError(f"transformers takes no RoPE parameters for model_type {config.model_type!r}")
-    if isinstance(scaling, str):
-        scaling = resolve_scaling(scaling, RopeScaling.from_config(config))
+    if isinstance(scaling, str):  # remarks on a config.json are for the caller who has it
+        own = RopeScaling.from_config(config) if raw is None else RopeSettings(config).scaling
+        scaling = resolve_scaling(scaling, own)
     if length is not None and length < 1:
         raise ConfigError(f"length={length}: must be a positive number of tokens")
     raw = whole.to_dict() if raw is None else raw
@@ -209,6 +213,9 @@ def _notes(request: ServedModel, target: Target, words: Expressed) -> list[str]:
     scaling, notes = request.scaling, []
     if target.static and scaling.method != "default" and scaling.factor > 1 and not scaling.is_length_dependent:
         notes.append(f"{target.title} scales short prompts as well: it computes one table for all lengths")
+    context = int(getattr(request.config, "max_position_embeddings", None) or 0)
+    if shorter := shortening(scaling, RopeSettings(request.config).scaling, context):
+        notes.append(shorter)
     made_for = scaling.max_position_embeddings
     if made_for is not None and request.length > made_for and not scaling.is_length_dependent:
         reaches = request.length / (scaling.original_max_position_embeddings or made_for)
@@ -301,8 +308,10 @@ def run(args: argparse.Namespace) -> int:
     check_export_arguments(args)
     path = Path(args.model)
     name = str(path.parent) if path.name == "config.json" and path.is_file() else args.model
-    config, raw = load_config(name), _raw_config(name)
+    config, raw = load_config(name), raw_config(name)
+    remarks = config_remarks(raw, args.model, args.scaling, without=_SAID_BY_EXPORT)
     report = export(args.scaling, config, args.target, args.length, raw)
+    report = dataclasses.replace(report, notes=(*remarks, *report.notes))
     if report.gguf is not None and not args.gguf and not report.converts and report.exit_code != 2:
         reason = (
             f"it has no flags for {report.scaling.label!r}, only a tensor in the GGUF: "
@@ -324,13 +333,6 @@ def run(args: argparse.Namespace) -> int:
         for file in written:
             print(f"wrote {file}")
     return report.exit_code
-
-
-def _raw_config(name: str) -> dict[str, Any]:
-    """The config.json of a checkpoint that has been read already."""
-    raw, _ = transformers.PreTrainedConfig.get_config_dict(name)
-    raw.pop("_commit_hash", None)
-    return dict(raw)
 
 
 def _write(folder: Path, raw: Mapping[str, Any], report: ExportReport, gguf: str | None) -> list[Path]:
