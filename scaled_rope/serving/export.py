@@ -26,7 +26,7 @@ from scaled_rope.patching.families import head_dim_of
 from scaled_rope.results import scratch_path, write_atomic
 from scaled_rope.scaling.dialects import older_keys
 from scaled_rope.scaling.frequencies import compute_rope
-from scaled_rope.scaling.hf_config import SOFTMAX_MSCALE_FAMILIES, has_rope, nested_types
+from scaled_rope.scaling.hf_config import RECORD_KEY, SOFTMAX_MSCALE_FAMILIES, has_rope, nested_types
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings, resolve_scaling
 from scaled_rope.serving.checks_lengths import shortening
 from scaled_rope.serving.config_facts import text_part
@@ -105,7 +105,7 @@ def export(
         scaling=request.scaling,
         target=name,
         status=_status(matches, target.known(request)),
-        config=nest(words.config, request.written_path),
+        config=nest(words.config | _record(request, words.config), request.written_path),
         flags=words.flags,
         command=target.command.format(flags=shlex.join(words.flags)).strip(),
         gguf=words.gguf,
@@ -116,6 +116,21 @@ def export(
         basis=target.basis,
         config_place=target.config_place,
     )
+
+
+def _record(request: ServedModel, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our record to go beside keys that would be read back as another scaling, such as NTK-aware as a larger base.
+
+    Nothing where these keys are no form of the record (a table of frequencies): it would count as out of date.
+    """
+    said = {"model_type": request.model_type, "head_dim": request.head_dim, **config}
+    record = {RECORD_KEY: request.scaling.to_dict()}
+    try:
+        if RopeSettings(said).scaling == request.scaling or RopeSettings(said | record).scaling != request.scaling:
+            return {}
+    except ConfigError:  # keys for one program alone
+        return {}
+    return record
 
 
 def _difference(comparison: Comparison, target: Target) -> str:

@@ -300,6 +300,26 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
         assert [path.name for path in tmp_path.iterdir()] == ["text.gguf"]
 
 
+@pytest.mark.parametrize("spec", ["ntk:4", "abf:4,theta=500000", "yarn:4"])
+@pytest.mark.parametrize("target", ["transformers", "vllm", "sglang", "mlx"])
+def test_what_is_written_reads_back_as_the_scaling(spec: str, target: str, folder: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    _, run = command_line(folder, "--for", target, "--scaling", spec, "--output", str(out))
+    assert run() == 0
+    written = json.loads((out / "config.json").read_text())
+    own = RopeScaling("default", original_max_position_embeddings=512)
+    read, wanted = RopeScaling.read_config(written)[0], resolve_scaling(spec, own)
+    assert read == wanted or (target == "sglang" and read.method == "yarn")  # which is told the defaults as well
+    assert ("scaled_rope" in written) == (spec != "yarn:4")
+    # A scaling on top begins at the model without one.
+    again = export("yarn:2", AutoConfig.from_pretrained(out), "transformers", raw=written)
+    assert again.scaling == resolve_scaling("yarn:2", own)
+
+
+def test_a_table_is_written_without_a_record_that_would_be_out_of_date(config: LlamaConfig) -> None:
+    assert "scaled_rope" not in export("yarn:4,resonance=true", config, "transformers").config
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_printed_config_can_be_copied(target: str, config: LlamaConfig) -> None:
     for spec in ("yarn:4", "ntk-mixed:4"):
