@@ -32,7 +32,7 @@ from scaled_rope.serving.checks_lengths import shortening
 from scaled_rope.serving.config_facts import text_part
 from scaled_rope.serving.config_remarks import config_remarks
 from scaled_rope.serving.export_report import Comparison, ExportReport
-from scaled_rope.serving.gguf import add_rope
+from scaled_rope.serving.gguf import GgufRope, add_rope, held_scaling
 from scaled_rope.serving.targets.common import (
     TOLERANCE,
     Expressed,
@@ -334,7 +334,7 @@ def run(args: argparse.Namespace) -> int:
         )
         report = dataclasses.replace(report, status="refused", reason=reason)
     if args.gguf and report.gguf is None and report.exit_code != 2:
-        raise ConfigError(f"flag --gguf is not needed: llama.cpp has words for {report.scaling.label!r}")
+        report = _with_copy(report, args.gguf)
     written = []
     if args.output and report.exit_code != 2:
         check_name(args.output, "--output")
@@ -348,6 +348,21 @@ def run(args: argparse.Namespace) -> int:
         for file in written:
             print(f"wrote {file}")
     return report.exit_code
+
+
+def _with_copy(report: ExportReport, gguf: str) -> ExportReport:
+    """The report for a GGUF of which flags say the whole scaling: a copy without the one that the file holds.
+
+    Raises:
+        ConfigError: it holds none, so that no copy is needed; not a GGUF.
+    """
+    held = held_scaling(gguf)
+    if not held:
+        raise ConfigError(
+            f"flag --gguf is not needed: llama.cpp has words for {report.scaling.label!r}, and {gguf} holds no scaling"
+        )
+    note = f"{gguf} holds a scaling ({', '.join(held)}), which flags would come on top of: the copy is without it"
+    return dataclasses.replace(report, gguf=GgufRope(), notes=(*report.notes, note))
 
 
 def _write(folder: Path, raw: Mapping[str, Any], report: ExportReport, gguf: str | None) -> list[Path]:

@@ -225,7 +225,10 @@ def test_refusals_are_one_line_and_exit_code_2(
         (["--for", "vllm", "--gguf", "a.gguf"], "--for llama.cpp or ollama, and --output"),
         (["--for", "vllm", "--force"], "--force goes with --output"),
         (["--for", "vllm", "--scaling", "yarn:4", "--output", __file__], "--output .*test_export.py is a file"),
-        (["--for", "llama.cpp", "--scaling", "yarn:4", "--gguf", "a.gguf", "--output", "out"], "is not needed"),
+        (
+            ["--for", "llama.cpp", "--scaling", "yarn:4", "--gguf", "a.gguf", "--output", "out"],
+            "'a.gguf' does not exist",
+        ),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str, folder: str) -> None:
@@ -548,6 +551,32 @@ def test_llama3_for_an_existing_gguf_is_a_copy_with_the_tensor(tmp_path: Path) -
     assert command_line(*arguments, str(out))[1]() == 0
     divisors = read_gguf_rope(out / "tiny.gguf").divisors
     assert divisors is not None and divisors[0] == 1 and divisors[-1] == pytest.approx(8)
+
+
+def test_an_earlier_copy_is_cleaned_for_a_scaling_that_flags_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The divisors and the attention factor in it would be multiplied with those of the flags."""
+    pytest.importorskip("gguf")
+    plain, first, second = tmp_path / "tiny.gguf", tmp_path / "first", tmp_path / "second"
+    write_checkpoint(DEFAULT_MODEL, plain, GgufRope())
+    with pytest.raises(ConfigError, match=r"--gguf is not needed: .* 'yarn x8', and .*tiny.gguf holds no scaling"):
+        copy_of("yarn:8", plain, first)
+    copy_of("yarn:8,ramp=rotations", plain, first)
+    held = read_gguf_rope(first / "tiny.gguf")
+    assert held.divisors is not None and "llama.rope.scaling.attn_factor" in held.metadata
+    capsys.readouterr()
+    copy_of("yarn:8", first / "tiny.gguf", second)
+    told = capsys.readouterr().out
+    assert "holds a scaling (llama.rope.scaling.type, llama.rope.scaling.attn_factor, tensor rope_freqs.weight)" in told
+    assert "no rope.scaling keys and no divisors" in told and "--rope-scaling yarn" in told
+    copied = read_gguf_rope(second / "tiny.gguf")
+    assert copied.divisors is None and not any("scaling" in key for key in copied.metadata)
+
+
+def copy_of(spec: str, gguf: Path, out: Path) -> None:
+    arguments = [str(DEFAULT_MODEL), "--for", "llama.cpp", "--scaling", spec, "--gguf", str(gguf)]
+    assert command_line(*arguments, "--output", str(out))[1]() == 0
 
 
 @pytest.mark.parametrize("target", TARGETS)
