@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from scaled_rope import patch_model
 from scaled_rope.checkpoint import DEFAULT_MODEL
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
@@ -262,6 +264,54 @@ def test_scalings_per_layer_type_and_unknown_architectures_are_refused(config: L
     for spec in ("yarn:4,truncate=false", "ntk-mixed:4"):
         report = export(spec, config, "llama.cpp")
         assert report.status == "refused" and "tensor of divisors" in report.reason
+
+
+def gemma3(**settings: Any) -> Any:
+    sizes = {"num_hidden_layers": 6, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 64}
+    theta = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "max_position_embeddings": 4096}
+    return build("gemma3_text", **{**TEXT, **sizes, **theta, **settings})
+
+
+def test_a_scaling_per_layer_type_is_compared_in_transformers() -> None:
+    report = export("yarn:4", gemma3(), "transformers")
+    assert report.status == "exact" and {one.layer_type for one in report.comparisons} == {
+        "full_attention",
+        "sliding_attention",
+    }
+    rope = report.config["rope_parameters"]
+    assert rope["full_attention"]["factor"] == 4.0 and rope["sliding_attention"]["rope_type"] == "default"
+    assert report.config["max_position_embeddings"] == 16384
+    for target in ("vllm", "llama.cpp"):  # nobody told them yet
+        other = export("yarn:4", gemma3(), target)
+        assert other.status == "refused" and "export --for transformers" in other.reason
+    for spec in ("yarn:4,ramp=rotations", "yarn:4,truncate=false"):
+        assert export(spec, gemma3(), "transformers").status == "refused"
+
+
+def test_a_patched_model_with_a_scaling_per_layer_type_is_served_as_it_is(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(gemma3())
+    patch_model(model, "yarn:4")
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    report = export("checkpoint", config, "transformers")
+    assert report.status == "exact" and "serve this folder as it is" in report.notes[0]
+    report = export("checkpoint", config, "vllm")
+    assert report.status == "unknown" and report.comparisons == () and "not compared with ours" in str(report)
+    assert report.notes[0].startswith("serve this folder as it is")
+    assert report.notes[1].startswith("numbers not compared for vLLM") and "full_attention" in report.notes[1]
+    report = export("checkpoint", config, "ollama")
+    assert report.status == "refused" and "converter" in report.reason
+    _, run = command_line(str(tmp_path), "--for", "transformers", "--output", str(tmp_path / "out"))
+    assert run() == 0
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["rope_parameters"] == json.loads((tmp_path / "config.json").read_text())["rope_parameters"]
+
+
+def test_a_scaling_per_layer_type_that_transformers_computes_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    untruncated = compute_rope(RopeScaling("yarn", 8.0, 4096, rope_theta=1e6), 16)
+    monkeypatch.setitem(ROPE_INIT_FUNCTIONS, "yarn", lambda *args, **kwargs: untruncated)
+    report = export("yarn:4", gemma3(), "transformers")
+    assert report.status == "refused" and report.reason.startswith("in full_attention layers, from what can be told")
 
 
 def test_an_export_replaces_another_only_when_told_to(folder: str, tmp_path: Path) -> None:
