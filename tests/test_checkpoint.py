@@ -10,6 +10,7 @@ import pytest
 
 from scaled_rope.checkpoint import DEFAULT_MODEL, display_name, first_line, load_config, open_checkpoint
 from scaled_rope.errors import ConfigError
+from scaled_rope.scaling.record import RopeSettings
 
 
 def test_display_names() -> None:
@@ -69,6 +70,14 @@ def test_warnings_are_about_the_config_as_it_is_written(
         settings = open_checkpoint(str(tmp_path)).settings
     assert settings.scaling.original_max_position_embeddings == original
     assert len(caught) == bool(words) and all(words in str(one.message) for one in caught)
+
+
+def test_a_config_json_that_is_none_leaves_the_remarks_on_the_object(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"rope_scaling": YARN}))
+    config = load_config(str(tmp_path))
+    own = RopeSettings(config).notes()
+    for written in ({"model_type": "llama", "rope_scaling": "yarn"}, {"model_type": "qwen2"}):
+        assert RopeSettings(config, written).notes() == own
 
 
 def test_a_base_beside_the_text_part_is_warned_about(tmp_path: Path) -> None:

@@ -488,7 +488,10 @@ class RopeSettings:
     def _as_written(self, written: Mapping[str, Any]) -> RopeSettings | None:
         """The settings of a config.json, with the sizes that the class of the family fills in; None for another
         model's."""
-        text, _ = split_config(written)
+        try:
+            text, _ = split_config(written)
+        except ConfigError:  # transformers leaves out what cannot be read
+            return None
         if text.get("model_type") not in (None, self._model.get("model_type")):
             return None
         said = {name: value for name, value in text.items() if value is not None}

@@ -72,7 +72,7 @@ def scaling_shorter_than_the_checkpoint(facts: ConfigFacts) -> Iterator[Finding]
         return
     if text := shortening(facts.scaling, facts.own, facts.context or 0):
         remedy = "A factor counts from the original length, whatever the checkpoint carries."
-        yield Finding("shortened", "warning", f"{text[:1].upper()}{text[1:]}.", remedy)
+        yield Finding("shortened", "warning", f"{text}.", remedy)
 
 
 def shortening(scaling: RopeScaling, own: RopeScaling, context: int) -> str:
@@ -88,9 +88,11 @@ def shortening(scaling: RopeScaling, own: RopeScaling, context: int) -> str:
         return ""
     if original is None or made_for is None or made_for >= reached or scaling.method == "dynamic-ntk":
         return ""
+    factor = f"{math.ceil(1e3 * reached / original) / 1e3:g}"
+    reaching = f"a factor of {factor}" if scaling.params else f"{scaling.method}:{factor}"
     return (
         f"{scaling.label} replaces {own.label}: it is for {made_for} tokens, and the checkpoint reached {reached}; "
-        f"{scaling.method}:{math.ceil(1e3 * reached / original) / 1e3:g} reaches that"
+        f"{reaching} reaches that"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from scaled_rope import RopeScaling
 from scaled_rope.serving.checks_lengths import (
     length_other_than_factor_times_original,
     scaling_shorter_than_the_checkpoint,
+    shortening,
     undeclared_extended_length,
     unsaid_original_length,
 )
@@ -99,6 +101,13 @@ def test_a_scaling_that_ends_before_the_checkpoint_did(own: RopeScaling, context
     said = [finding.text for finding in scaling_shorter_than_the_checkpoint(ConfigFacts(**facts))]
     assert words in "".join(said) and len(said) == bool(words)
     assert found(scaling_shorter_than_the_checkpoint, **facts | {"spec": None, "scaling": own}) == []
+
+
+def test_a_method_with_parameters_of_its_own_is_not_named_without_them() -> None:
+    lists = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+    own = RopeScaling("longrope", 32.0, 4096, params=lists)
+    text = shortening(replace(own, factor=16.0), own, 131072)
+    assert text.endswith("it is for 65536 tokens, and the checkpoint reached 131072; a factor of 32 reaches that")
 
 
 def test_either_of_the_two_is_found() -> None:
