@@ -143,6 +143,21 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
         return config
 
 
+def raw_config(name: str) -> dict[str, Any]:
+    """The config.json of a checkpoint (directory or hub name) as its author wrote it.
+
+    Raises:
+        ConfigError: no such checkpoint, or no JSON.
+    """
+    check_local(name)
+    import transformers
+
+    with reading("model", name):
+        raw, _ = transformers.PreTrainedConfig.get_config_dict(name)
+    raw.pop("_commit_hash", None)
+    return dict(raw)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose config has been read, and the RoPE settings in it."""
@@ -161,7 +176,7 @@ def open_checkpoint(name: str, trust_remote_code: bool = False) -> Checkpoint:
         ConfigError: as `load_config`; RoPE parameters that cannot be read.
     """
     config = load_config(name, trust_remote_code)
-    settings = RopeSettings(config)
+    settings = RopeSettings(config, raw_config(name))
     settings.warn()
     return Checkpoint(name, config, settings)
 

@@ -41,7 +41,7 @@ from scaled_rope.advice.verdict import (
     judge,
     screened_as_json,
 )
-from scaled_rope.checkpoint import display_name, load_tokenizer
+from scaled_rope.checkpoint import display_name, load_tokenizer, raw_config
 from scaled_rope.command_line import Parser
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.controls import Control
@@ -58,6 +58,7 @@ from scaled_rope.flags import (
 from scaled_rope.progress import Progress, duration
 from scaled_rope.results import Row, portable_command, provenance, write_atomic
 from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.serving.config_remarks import config_remarks
 from scaled_rope.serving.export import export
 from scaled_rope.texts.token_documents import TokenSource
 from scaled_rope.tuning.constants import LEAST_FOUND
@@ -170,6 +171,8 @@ def run(args: argparse.Namespace, clock: Clock = time.monotonic) -> int:
     share, most = _RESERVE
     budget.reserve = min(share * budget.seconds, most)
     flags = _loading_arguments(args)
+    decided = bool(args.scaling) or args.original_max_position_embeddings is not None
+    remarks = config_remarks(raw_config(args.model), args.model, decided=decided)
     job = model_jobs(flags)[0]
     own = job.scaling
     original = check_target(_trained(job), args.target, display_name(args.model))
@@ -227,7 +230,7 @@ def run(args: argparse.Namespace, clock: Clock = time.monotonic) -> int:
             costs,
             shown.advance,
         )
-        notes: list[str] = []
+        notes = list(remarks)
         used, reference = _retrieves(trials, baseline, prompts, original)
         if not used:
             prompts = {}

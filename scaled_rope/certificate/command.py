@@ -25,6 +25,7 @@ from scaled_rope.flags import check_certify_arguments, parse_lengths
 from scaled_rope.patching.loading import load_model, resolve_device, stored_tensors
 from scaled_rope.scaling.record import RopeScaling, resolve_scaling
 from scaled_rope.serving.config_file import read_config_file
+from scaled_rope.serving.config_remarks import config_remarks
 from scaled_rope.serving.export import served_length
 
 _CPU_LIMIT, _GPU_LIMIT = 4096, 32768
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: bad input, or a server that does not answer as it should.
     """
     check_certify_arguments(args)
+    raw = read_config_file(args.model)
+    remarks = config_remarks(raw, args.model, args.scaling)
     checkpoint = open_checkpoint(args.model)
     own = checkpoint.settings.scaling
     claim = resolve_scaling(args.scaling, own)
@@ -72,13 +75,13 @@ def run(args: argparse.Namespace) -> int:
         ids,
         lengths,
         claim,
-        read_config_file(args.model),
+        raw,
         dtype=args.dtype,
         first=tokenizer.bos_token_id,
         length=target,
         advance=_Progress(),
     )
-    certificate = certificate.with_notes(notes)
+    certificate = certificate.with_notes([*remarks, *notes])
     if args.html is not None:
         write_page(Path(args.html), certificate, args.model)
     if args.json:

@@ -18,6 +18,7 @@ from scaled_rope.scaling.hf_config import (
     NATIVE,
     RECORD_KEY,
     ConfigNote,
+    comparable,
     config_head_dim,
     nested_types,
     primary_type,
@@ -458,6 +459,14 @@ class LayerPlan:
         return RopeSettings(config).plan
 
 
+_L = "original_max_position_embeddings"
+_SIZES = (
+    *("model_type", "head_dim", "qk_rope_head_dim", "hidden_size", "num_attention_heads", "num_hidden_layers"),
+    *("layer_types", "rotary_dim", "max_position_embeddings"),
+)
+"""What the class of a family fills in where a config.json does not say it."""
+
+
 class RopeSettings:
     """The settings of the rotary embedding in a model's config, which is read once, when this object is made.
 
@@ -466,11 +475,44 @@ class RopeSettings:
             `RopeScaling.from_config`.
     """
 
-    def __init__(self, config: Any) -> None:
-        """config: as for `RopeScaling.from_config`."""
+    def __init__(self, config: Any, written: Mapping[str, Any] | None = None) -> None:
+        """Read a config.
+
+        config: as for `RopeScaling.from_config`.
+        written: the config.json that an object of transformers was made from. Remarks are about this one, because
+            transformers fills in values that it does not say.
+        """
         self._model, self._rope = split_config(config)
         self._unread = unread_keys(config) if isinstance(config, Mapping) else {}
+        self._filled_in = not isinstance(config, Mapping)
+        self._written = None if written is None else self._as_written(written)
         self._read: dict[str | None, tuple[RopeScaling, list[ConfigNote]]] = {}
+
+    def _as_written(self, written: Mapping[str, Any]) -> RopeSettings | None:
+        """The settings of a config.json, with the sizes that the class of the family fills in; None for another
+        model's."""
+        try:
+            text, _ = split_config(written)
+        except ConfigError:  # transformers leaves out what cannot be read
+            return None
+        if text.get("model_type") not in (None, self._model.get("model_type")):
+            return None
+        said = {name: value for name, value in text.items() if value is not None}
+        settings = RopeSettings({name: v for name, v in self._model.items() if name in _SIZES and v is not None} | said)
+        for name, place in unread_keys(written).items():  # some classes of older families hand it on
+            outer: Any = written
+            for part in ("", *place.split(".")):
+                outer = outer[part] if part else outer
+                value = outer.get(name)
+                if value is not None and not self._has(name, value):
+                    settings._unread[name] = place
+        return settings
+
+    def _has(self, name: str, value: Any) -> bool:
+        """Whether the RoPE dictionary says what a key of a config.json says."""
+        said = {name: value} if name == "rope_theta" else comparable(value)
+        here = comparable(self._rope) | {"rope_theta": self._rope.get("rope_theta")}
+        return isinstance(said, Mapping) and all(here.get(key) == one for key, one in said.items())
 
     @property
     def model_type(self) -> str:
@@ -529,7 +571,15 @@ class RopeSettings:
 
     def notes(self, layer_type: str | None = None) -> list[ConfigNote]:
         """Remarks on the config, among them what had to be assumed."""
-        return self._reading(layer_type)[1]
+        own = self._reading(layer_type)[1]
+        try:
+            said = [] if self._written is None else self._written.notes(layer_type)
+        except ConfigError:  # transformers reads something in it that we do not
+            return own
+        if self._written is None:
+            return own
+        # The class of a family may have a base that is not known here.
+        return [note for note in said if note.code not in ("no-theta", "family-theta") or note in own]
 
     def warn(self, layer_type: str | None = None) -> None:
         """Issue a Python warning for each remark of level "warning": an assumption that may be wrong."""
@@ -557,6 +607,9 @@ class RopeSettings:
     def _reading(self, layer_type: str | None) -> tuple[RopeScaling, list[ConfigNote]]:
         if layer_type not in self._read:
             reading = read_rope(self._model, self._rope, layer_type)
+            if self._filled_in:  # max_position_embeddings in the place of an L that is on the top level alone
+                filled = f"{_L}={self._model.get('max_position_embeddings')!r} in the RoPE dictionary is ignored"
+                reading.notes = [note for note in reading.notes if not note.text.startswith(filled)]
             for name, place in self._unread.items():
                 reading.note(
                     "outside-text", f"{name} outside of {place} is read by nobody: the model's text part counts"

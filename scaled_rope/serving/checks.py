@@ -21,6 +21,7 @@ from scaled_rope.serving.checks_layers import (
 )
 from scaled_rope.serving.checks_lengths import (
     length_other_than_factor_times_original,
+    scaling_shorter_than_the_checkpoint,
     undeclared_extended_length,
     unsaid_original_length,
 )
@@ -39,6 +40,7 @@ from scaled_rope.serving.checks_transformers import (
     other_numbers_in_transformers,
     rope_type_that_phi3_has_not,
     rope_type_that_transformers_has_not,
+    rotary_module_that_transformers_cannot_build,
     theta_dropped_with_rope_parameters,
 )
 from scaled_rope.serving.checks_use import (
@@ -66,6 +68,7 @@ CHECKS: tuple[Check, ...] = (
     unsaid_original_length,
     undeclared_extended_length,
     length_other_than_factor_times_original,
+    scaling_shorter_than_the_checkpoint,
     cached_keys_of_dynamic_ntk,
     cached_keys_of_dynamic_scaling,
     longrope_switches_tables,
@@ -82,6 +85,7 @@ CHECKS: tuple[Check, ...] = (
     theta_dropped_with_rope_parameters,
     rope_type_that_transformers_has_not,
     other_numbers_in_transformers,
+    rotary_module_that_transformers_cannot_build,
     long_list_that_transformers_does_not_use,
     finetuned_flag,
     code_in_the_checkpoint,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
+from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.scaling.registry import METHODS
 from scaled_rope.serving.config_facts import ConfigFacts
 from scaled_rope.serving.inspect_report import Finding
@@ -58,6 +60,36 @@ def length_other_than_factor_times_original(facts: ConfigFacts) -> Iterator[Find
         + ("stop early." if context < extended else "go where the scaling does not reach."),
         f"Write max_position_embeddings={extended:.0f}, or the factor {context / original:g} if the model was "
         "trained so.",
+    )
+
+
+def scaling_shorter_than_the_checkpoint(facts: ConfigFacts) -> Iterator[Finding]:
+    """A scaling in place of one by which the model reached further."""
+    if facts.spec is None or facts.own is None or facts.scaling is None:
+        return
+    if text := shortening(facts.scaling, facts.own, facts.context or 0):
+        remedy = "A factor counts from the original length, whatever the checkpoint carries."
+        yield Finding("shortened", "warning", f"{text}.", remedy)
+
+
+def shortening(scaling: RopeScaling, own: RopeScaling, context: int) -> str:
+    """That `scaling` ends before the checkpoint did with its own one, in words; empty where it does not.
+
+    context: max_position_embeddings of the checkpoint's config, in tokens; 0: it says none.
+    """
+    original, made_for = scaling.original_max_position_embeddings, scaling.max_position_embeddings
+    reached = context
+    if original == own.original_max_position_embeddings:  # another one corrects what the config says
+        reached = max(reached, own.max_position_embeddings or 0)
+    if own.method == "default" or scaling == own or scaling.factor <= 1 or scaling.dynamic:
+        return ""
+    if original is None or made_for is None or made_for >= reached or scaling.method == "dynamic-ntk":
+        return ""
+    factor = f"{math.ceil(1e3 * reached / original) / 1e3:g}"
+    reaching = f"a factor of {factor}" if scaling.params else f"{scaling.method}:{factor}"
+    return (
+        f"{scaling.label} replaces {own.label}: it is for {made_for} tokens, and the checkpoint reached {reached}; "
+        f"{reaching} reaches that"
     )
 
 

@@ -24,8 +24,8 @@ from scaled_rope.scaling.hf_config import (
 )
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.serving.config_facts import RELEASED_TYPES, ConfigFacts
-from scaled_rope.serving.inspect_report import Finding, describe_difference, quiet
-from scaled_rope.serving.rotary_module import build_rotary_module, rotary_numbers
+from scaled_rope.serving.inspect_report import Finding, describe_difference, one_line, quiet
+from scaled_rope.serving.rotary_module import build_rotary_module, rotary_numbers, shares_one_table
 
 PHI3_TYPES = ("default", "longrope")
 """The rope types that the config class of Phi-3 accepts."""
@@ -118,7 +118,9 @@ def other_numbers_in_transformers(facts: ConfigFacts) -> Iterator[Finding]:
     if any(note.code in ("mistral-constants", "stale-record") for note in facts.notes):
         return  # these notes say so
     difference = difference_from_transformers(facts)
-    if difference:
+    if difference and facts.nested and shares_one_table(facts.built):
+        yield _nested_for_one_table(facts, f"reads none of the entries{difference}")
+    elif difference:
         yield Finding(
             "computes-otherwise",
             "error",
@@ -126,6 +128,51 @@ def other_numbers_in_transformers(facts: ConfigFacts) -> Iterator[Finding]:
             f"says{difference}.",
             "Load it with scaled_rope.load_model, or write what is meant in other words (`scaled-rope export`).",
         )
+
+
+def rotary_module_that_transformers_cannot_build(facts: ConfigFacts) -> Iterator[Finding]:
+    """A config that its class accepts, and the model's own rotary module does not."""
+    if not _is_accepted(facts) or facts.rope_type in (CUSTOM_ROPE_TYPE, *RELEASED_TYPES) or facts.dimensions_error:
+        return
+    if any(finding.code == "not-native" for finding in rope_type_that_transformers_has_not(facts)):
+        return  # the same in other words
+    try:
+        if facts.built is not None:
+            build_rotary_module(facts.built)
+    except Exception as error:  # whatever the family's code raises for a config that it cannot use
+        if facts.nested and shares_one_table(facts.built):
+            yield _nested_for_one_table(facts, f"cannot build this ({_raised(error)})")
+        elif shares_one_table(facts.built) or _builds_by_default(facts.built):
+            yield Finding(
+                "transformers-refuses",
+                "error",
+                f"transformers {transformers.__version__} cannot build this: the rotary module of "
+                f"{facts.model_type!r} models raises {_raised(error)}.",
+                "Use a scaling that the family has, or load it with scaled_rope.load_model.",
+            )
+
+
+def _nested_for_one_table(facts: ConfigFacts, what: str) -> Finding:
+    """The finding about entries per layer type in a family that has one table. what: what transformers does of it."""
+    return Finding(
+        "nested-parameters",
+        "error",
+        f"The RoPE dictionary has entries for {', '.join(facts.nested)}, but all layers of {facts.model_type!r} models "
+        f"share one table, and transformers {transformers.__version__} {what}.",
+        "Write the entry itself in place of the dictionary of entries; `scaled-rope repair` does.",
+    )
+
+
+def _raised(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def _builds_by_default(config: Any) -> bool:
+    """Whether the rotary module of a family can be built from the config that its class makes when told nothing."""
+    try:
+        return build_rotary_module(type(config)()) is not None
+    except Exception:  # some defaults make no model
+        return False
 
 
 def long_list_that_transformers_does_not_use(facts: ConfigFacts) -> Iterator[Finding]:
@@ -179,6 +226,8 @@ def _their_rope(config: Any, layer_type: str | None) -> tuple[Tensor, float]:
     if rotary is not None:
         nested = nested_types(config.rope_parameters)
         numbers = rotary_numbers(rotary, (layer_type or PRIMARY_LAYER_TYPE) if nested else None)
+        if numbers is None and nested:  # entries of a family whose layers share one table
+            numbers = rotary_numbers(rotary)
         if numbers is not None:
             return numbers
     return _vanilla_rope(config, layer_type)

@@ -21,29 +21,49 @@ from typing import Any
 
 import transformers
 
-from scaled_rope.checkpoint import load_config
+from scaled_rope.checkpoint import load_config, raw_config
 from scaled_rope.errors import ConfigError, check_name, unknown
 from scaled_rope.flags import check_export_arguments
 from scaled_rope.patching.families import head_dim_of
 from scaled_rope.results import scratch_path, write_atomic
 from scaled_rope.scaling.dialects import older_keys
 from scaled_rope.scaling.frequencies import compute_rope
-from scaled_rope.scaling.hf_config import SOFTMAX_MSCALE_FAMILIES, has_rope, nested_types
-from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings, resolve_scaling
+from scaled_rope.scaling.hf_config import (
+    RECORD_KEY,
+    SOFTMAX_MSCALE_FAMILIES,
+    has_rope,
+    nested_types,
+    primary_type,
+    read_by_attention,
+)
+from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings, resolve_scaling, with_primary
 from scaled_rope.scaling.registry import METHODS
+from scaled_rope.serving.checks_lengths import shortening
 from scaled_rope.serving.config_facts import text_part
+from scaled_rope.serving.config_remarks import config_remarks
 from scaled_rope.serving.export_report import Comparison, ExportReport
-from scaled_rope.serving.gguf import add_rope
+from scaled_rope.serving.gguf import GgufRope, add_rope, held_scaling
+from scaled_rope.serving.rotary_module import shares_one_table
 from scaled_rope.serving.targets.common import (
     TOLERANCE,
     Expressed,
+    Restated,
     ServedModel,
     Target,
     build_patched,
+    config_of,
+    native_keys,
     nest,
     without_older,
 )
+from scaled_rope.serving.targets.hf import numbers_in_transformers
 from scaled_rope.serving.targets.registry import TARGETS
+
+_SAID_BY_EXPORT = ("sliding-window", "not-native", "shortened")
+"""Findings about a config.json that a report has in its own words, or mends."""
+
+_CONVERTED = ("llama.cpp", "ollama")
+"""Targets that read no config.json but a file that is converted from one."""
 
 
 def served_length(scaling: RopeScaling, config: Any, flag: str = "--length") -> int:
@@ -58,7 +78,7 @@ def served_length(scaling: RopeScaling, config: Any, flag: str = "--length") -> 
     extended = scaling.max_position_embeddings or 0
     if not claimed and not extended:
         raise ConfigError(f"{flag} is needed: the config of this {config.model_type!r} model says no length")
-    return extended if scaling.factor > 1 and scaling != RopeScaling.from_config(config) else max(claimed, extended)
+    return extended if scaling.factor > 1 and scaling != RopeSettings(config).scaling else max(claimed, extended)
 
 
 def export(
@@ -90,6 +110,8 @@ def export(
     request = _request(scaling, config, length, raw)
     name = f"{target.title} {target.version}"
     reason = _no_words(request, target)
+    if nested_types(request.carried) and not reason:
+        return _per_layer_type(request, target, name)
     best, failure = (None, "") if reason else _nearest_words(request, target)
     reason = reason or failure
     if best is None:
@@ -103,7 +125,7 @@ def export(
         scaling=request.scaling,
         target=name,
         status=_status(matches, target.known(request)),
-        config=nest(words.config, request.written_path),
+        config=nest(words.config | _record(request, words.config), request.written_path),
         flags=words.flags,
         command=target.command.format(flags=shlex.join(words.flags)).strip(),
         gguf=words.gguf,
@@ -114,6 +136,21 @@ def export(
         basis=target.basis,
         config_place=target.config_place,
     )
+
+
+def _record(request: ServedModel, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our record to go beside keys that would be read back as another scaling, such as NTK-aware as a larger base.
+
+    Nothing where these keys are no form of the record (a table of frequencies): it would count as out of date.
+    """
+    said = {"model_type": request.model_type, "head_dim": request.head_dim, **config}
+    record = {RECORD_KEY: request.scaling.to_dict()}
+    try:
+        if RopeSettings(said).scaling == request.scaling or RopeSettings(said | record).scaling != request.scaling:
+            return {}
+    except ConfigError:  # keys for one program alone
+        return {}
+    return record
 
 
 def _difference(comparison: Comparison, target: Target) -> str:
@@ -139,8 +176,9 @@ def _request(scaling: RopeScaling | str, whole: Any, length: int | None, raw: Ma
     config, path = text_part(whole)
     if not has_rope(config):
         raise ConfigError(f"transformers takes no RoPE parameters for model_type {config.model_type!r}")
-    if isinstance(scaling, str):
-        scaling = resolve_scaling(scaling, RopeScaling.from_config(config))
+    if isinstance(scaling, str):  # remarks on a config.json are for the caller who has it
+        own = RopeScaling.from_config(config) if raw is None else RopeSettings(config).scaling
+        scaling = resolve_scaling(scaling, own)
     if length is not None and length < 1:
         raise ConfigError(f"length={length}: must be a positive number of tokens")
     raw = whole.to_dict() if raw is None else raw
@@ -172,15 +210,19 @@ def _no_words(request: ServedModel, target: Target) -> str:
     scaling = request.scaling
     if scaling.beyond_tables:
         return f"{scaling.method!r} {scaling.beyond_tables}; no server computes it: use patch_model of this package"
-    if nested_types(request.carried):
-        return "the config has a scaling per layer type: save the model that patch_model made instead"
+    nested = nested_types(request.carried)
+    if nested and shares_one_table(request.config):
+        return (
+            f"the config has entries per layer type ({', '.join(nested)}), and all layers of {request.model_type!r} "
+            "models share one table: `scaled-rope repair` writes the entry that is meant"
+        )
     plan = LayerPlan.from_config(request.config)
     if plan.drop_layers:
         dropped = ", ".join(map(str, plan.drop_layers))
         return (
             f"layers {dropped} of this checkpoint have no rotary embedding, which no server can be told: use load_model"
         )
-    if len(set(map(repr, plan.layers.values()))) > 1:
+    if not nested and len(set(map(repr, plan.layers.values()))) > 1:
         return (
             f"layers of type {', '.join(plan.layers)} of this checkpoint have scalings of their own, which no server "
             "can be told: use load_model"
@@ -205,11 +247,89 @@ def _no_words(request: ServedModel, target: Target) -> str:
     return ""
 
 
+def _per_layer_type(request: ServedModel, target: Target, name: str) -> ExportReport:
+    """The report on a family with a table per layer type: transformers builds each of them, others are not restated.
+
+    Only the layers of the primary type are scaled, as by `patch_model`.
+    """
+    scaling, carried = request.scaling, LayerPlan.from_config(request.config).layers
+    wanted = with_primary(carried, scaling)
+    as_it_is = wanted == carried
+    types = RopeSettings(request.config).layer_types  # small models may have layers of one type alone
+    present = {kind: one for kind, one in wanted.items() if kind in types} or wanted
+    if target.name != "transformers" and not as_it_is:
+        reason = (
+            f"the config has a scaling per layer type, for which {target.title} has no words here: write it by "
+            "`scaled-rope export --for transformers`, or save the model that patch_model made, and serve that folder"
+        )
+        return ExportReport(scaling, name, "refused", reason)
+    if target.name in _CONVERTED:
+        reason = "the config has a scaling per layer type, and what its converter makes of that was not read"
+        return ExportReport(scaling, name, "refused", reason)
+    rope, raw = request.carried, dict(request.raw)
+    words = Expressed({}, config_of(request, rope, request.length))
+    if not as_it_is:
+        entry = native_keys(request)
+        if entry is None:
+            reason = f"it has no words for {scaling.label!r} per layer type: use load_model of this package"
+            return ExportReport(scaling, name, "refused", reason)
+        kind = primary_type(nested_types(rope))
+        words = Expressed({}, config_of(request, {**rope, kind: read_by_attention(rope[kind]) | entry}, request.length))
+        raw = build_patched(raw, words.config, request.written_path)
+    try:
+        comparisons = tuple(_compare_layers(request, raw, present))
+    except ConfigError as error:
+        return ExportReport(scaling, name, "refused", f"{error}; use load_model of this package")
+    off = next((one for one in comparisons if not one.matches), None)
+    if off is not None:
+        reason = f"in {off.layer_type} layers, {_difference(off, TARGETS['transformers'])}"
+        return ExportReport(scaling, name, "refused", reason, comparisons=comparisons)
+    notes, in_transformers = [], target.name == "transformers"
+    if as_it_is:
+        notes.append("serve this folder as it is: its config.json says this scaling, layer type by layer type")
+    if in_transformers:
+        notes += _notes(request, target, words)
+    else:
+        notes.append(
+            f"numbers not compared for {target.title}, whose reading of a scaling per layer type is not restated here; "
+            f"transformers {transformers.__version__} computes ours in layers of each type ({', '.join(present)}). "
+            "Check a running server with scaled-rope certify"
+        )
+    return ExportReport(
+        scaling=scaling,
+        target=name,
+        status="exact" if in_transformers else "unknown",
+        config=nest(words.config | _record(request, words.config), request.written_path),
+        command=target.command.format(flags="").strip(),
+        notes=tuple(notes),
+        comparisons=comparisons if in_transformers else (),
+        basis=target.basis if in_transformers else "",
+        config_place=target.config_place if in_transformers else "in config.json",
+    )
+
+
+def _compare_layers(
+    request: ServedModel, raw: dict[str, Any], layers: Mapping[str, RopeScaling]
+) -> Iterator[Comparison]:
+    """What transformers computes from a whole config.json in layers of each type, against ours.
+
+    Raises:
+        ConfigError: it cannot build the model, or has other tables.
+    """
+    for layer_type, scaling in layers.items():
+        for length in _lengths(scaling, request.length, static=False):
+            theirs = Restated(*numbers_in_transformers(request, raw, length, layer_type))
+            yield replace(_against(scaling, request.head_dim, length, theirs), layer_type=layer_type)
+
+
 def _notes(request: ServedModel, target: Target, words: Expressed) -> list[str]:
     """Notes that hold for every target."""
     scaling, notes = request.scaling, []
     if target.static and scaling.method != "default" and scaling.factor > 1 and not scaling.is_length_dependent:
         notes.append(f"{target.title} scales short prompts as well: it computes one table for all lengths")
+    context = int(getattr(request.config, "max_position_embeddings", None) or 0)
+    if shorter := shortening(scaling, RopeSettings(request.config).scaling, context):
+        notes.append(shorter)
     made_for = RopeSettings(request.config).length_for(scaling)
     if made_for is not None and request.length > made_for and not scaling.is_length_dependent:
         note = f"length={request.length} is beyond the {made_for} tokens that {scaling.label!r} is for"
@@ -274,22 +394,31 @@ def _worst(request: ServedModel, target: Target, words: Expressed) -> Iterator[C
 
 def _compare(request: ServedModel, target: Target, words: Expressed) -> Iterator[Comparison]:
     """The target's numbers against ours, at every length where ours may differ."""
-    scaling = request.scaling
-    lengths = {request.length}
-    if scaling.is_length_dependent:
-        original = int(scaling.original_max_position_embeddings or request.length)
-        lengths |= {min(original, request.length)} | (set() if target.static else {2 * original})
-    for length in sorted(lengths):
-        ours, factor = compute_rope(scaling, request.head_dim, length)
+    for length in _lengths(request.scaling, request.length, bool(target.static)):
         theirs = target.restate(request, words, length)
         if theirs.rows is not None and theirs.rows < request.length:
             raise ConfigError(f"length={request.length}: its table of these words ends at {theirs.rows} positions")
-        if len(theirs.inv_freq) != len(ours):
-            raise ConfigError(f"it makes {len(theirs.inv_freq)} frequencies of it, and the scaling has {len(ours)}")
-        # Below 1e-12 (a turn in 6e12 tokens) a frequency is 0 for all purposes.
-        off = [abs(a - b) / max(b, 1e-12) for a, b in zip(theirs.inv_freq, ours.tolist(), strict=True)]
-        worst = max(range(len(off)), key=off.__getitem__)
-        yield Comparison(length, off[worst], worst, theirs.attention_factor, factor)
+        yield _against(request.scaling, request.head_dim, length, theirs)
+
+
+def _lengths(scaling: RopeScaling, length: int, static: bool) -> list[int]:
+    """Sequence lengths at which our numbers may differ, up to `length` and, unless `static`, beyond it."""
+    lengths = {length}
+    if scaling.is_length_dependent:
+        original = int(scaling.original_max_position_embeddings or length)
+        lengths |= {min(original, length)} | (set() if static else {2 * original})
+    return sorted(lengths)
+
+
+def _against(scaling: RopeScaling, head_dim: int, length: int, theirs: Restated) -> Comparison:
+    """A target's numbers for one length against ours."""
+    ours, factor = compute_rope(scaling, head_dim, length)
+    if len(theirs.inv_freq) != len(ours):
+        raise ConfigError(f"it makes {len(theirs.inv_freq)} frequencies of it, and the scaling has {len(ours)}")
+    # Below 1e-12 (a turn in 6e12 tokens) a frequency is 0 for all purposes.
+    off = [abs(a - b) / max(b, 1e-12) for a, b in zip(theirs.inv_freq, ours.tolist(), strict=True)]
+    worst = max(range(len(off)), key=off.__getitem__)
+    return Comparison(length, off[worst], worst, theirs.attention_factor, factor)
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -302,8 +431,10 @@ def run(args: argparse.Namespace) -> int:
     check_export_arguments(args)
     path = Path(args.model)
     name = str(path.parent) if path.name == "config.json" and path.is_file() else args.model
-    config, raw = load_config(name), _raw_config(name)
+    config, raw = load_config(name), raw_config(name)
+    remarks = config_remarks(raw, args.model, args.scaling, without=_SAID_BY_EXPORT)
     report = export(args.scaling, config, args.target, args.length, raw)
+    report = dataclasses.replace(report, notes=(*remarks, *report.notes))
     if report.gguf is not None and not args.gguf and not report.converts and report.exit_code != 2:
         reason = (
             f"it has no flags for {report.scaling.label!r}, only a tensor in the GGUF: "
@@ -311,7 +442,7 @@ def run(args: argparse.Namespace) -> int:
         )
         report = dataclasses.replace(report, status="refused", reason=reason)
     if args.gguf and report.gguf is None and report.exit_code != 2:
-        raise ConfigError(f"flag --gguf is not needed: llama.cpp has words for {report.scaling.label!r}")
+        report = _with_copy(report, args.gguf)
     written = []
     if args.output and report.exit_code != 2:
         check_name(args.output, "--output")
@@ -327,11 +458,19 @@ def run(args: argparse.Namespace) -> int:
     return report.exit_code
 
 
-def _raw_config(name: str) -> dict[str, Any]:
-    """The config.json of a checkpoint that has been read already."""
-    raw, _ = transformers.PreTrainedConfig.get_config_dict(name)
-    raw.pop("_commit_hash", None)
-    return dict(raw)
+def _with_copy(report: ExportReport, gguf: str) -> ExportReport:
+    """The report for a GGUF of which flags say the whole scaling: a copy without the one that the file holds.
+
+    Raises:
+        ConfigError: it holds none, so that no copy is needed; not a GGUF.
+    """
+    held = held_scaling(gguf)
+    if not held:
+        raise ConfigError(
+            f"flag --gguf is not needed: llama.cpp has words for {report.scaling.label!r}, and {gguf} holds no scaling"
+        )
+    note = f"{gguf} holds a scaling ({', '.join(held)}), which flags would come on top of: the copy is without it"
+    return dataclasses.replace(report, gguf=GgufRope(), notes=(*report.notes, note))
 
 
 def _write(folder: Path, raw: Mapping[str, Any], report: ExportReport, gguf: str | None) -> list[Path]:

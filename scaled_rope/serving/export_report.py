@@ -25,6 +25,8 @@ class Comparison:
     attention_factor: float
     ours: float
     """Our attention factor."""
+    layer_type: str = ""
+    """The layers that these are the numbers of; empty for all."""
 
     @property
     def attention_difference(self) -> float:
@@ -89,7 +91,7 @@ class ExportReport:
             lines += [f"{name}:", *(f"  {line}" for line in text.splitlines()), ""]
         if self.gguf is not None:
             lines += ["in the GGUF:", f"  {self.gguf}", ""]
-        lines.append(f"what {self.target} makes of it, against ours:")
+        lines += [f"what {self.target} makes of it, against ours:"] if self.comparisons else ["not compared with ours"]
         for comparison in self.comparisons:
             lines += _lay_out_comparison(comparison)
         if self.basis:
@@ -98,8 +100,9 @@ class ExportReport:
 
 
 def _lay_out_comparison(c: Comparison) -> list[str]:
+    layers = f", {c.layer_type} layers" if c.layer_type else ""
     return [
-        f"  up to {c.length} tokens: {'same' if c.matches else 'DIFFERENT'}",
+        f"  up to {c.length} tokens{layers}: {'same' if c.matches else 'DIFFERENT'}",
         f"    frequencies       off by at most {c.max_relative_difference:.1e} (relative; dimension "
         f"{c.worst_dimension})",
         f"    attention factor  {c.attention_factor:.6g}, ours {c.ours:.6g} ({c.attention_difference:+.1e})",

@@ -32,6 +32,8 @@ ROPE_TENSOR = "rope_freqs.weight"
 """llama.cpp's tensor [D/2]: what each frequency b^(-2d/D) is divided by."""
 _ROPE_TENSORS = (ROPE_TENSOR, "rope_factors_long.weight", "rope_factors_short.weight")
 """All tensors of divisors; llama.cpp reads those for which `rope.scaling.type` is, and refuses a file with others."""
+_SCALING_KEYS = ("rope.scaling.", "rope.scale_linear")
+"""How keys of a scaling begin, after the architecture."""
 
 _LAYER_TENSORS = {
     "input_layernorm": "attn_norm",
@@ -60,7 +62,7 @@ class GgufRope:
         parts = [f"{key}={f'{v:.9g}' if isinstance(v, float) else v}" for key, v in self.metadata.items()]
         if self.divisors is not None:
             parts.append(f"tensor {ROPE_TENSOR} of {len(self.divisors)} divisors")
-        return ", ".join(parts)
+        return ", ".join(parts) or "no rope.scaling keys and no divisors"
 
 
 def interleave(weight: Array, heads: int) -> Array:
@@ -157,7 +159,7 @@ def add_rope(source: str | Path, path: str | Path, rope: GgufRope) -> None:
         if not key.startswith(f"{architecture}."):
             raise ConfigError(f"GGUF {str(source)!r} is of architecture {architecture!r}, but the scaling says {key}")
     _check_model(reader, source, architecture, rope)
-    left = ("GGUF.", "split.", f"{architecture}.rope.scaling.", f"{architecture}.rope.scale_linear")
+    left = ("GGUF.", "split.", *(f"{architecture}.{name}" for name in _SCALING_KEYS))
     with _copying(source), _writing(path) as scratch:
         writer = gguf.GGUFWriter(str(scratch), architecture)
         writer.data_alignment = reader.alignment
@@ -205,6 +207,19 @@ def _rotated_dims(said: Mapping[str, Any], architecture: str) -> int | None:
         if isinstance(told, int):
             return told
     return width // heads if isinstance(width, int) and isinstance(heads, int) and heads else None
+
+
+def held_scaling(path: str | Path) -> list[str]:
+    """The keys and tensors of a GGUF by which it scales, whatever flags say.
+
+    Raises:
+        ConfigError: there is none, not a GGUF, or one part of several.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"GGUF {str(path)!r} does not exist")
+    reader = _read(Path(path))
+    keys = [name for name in reader.fields if name.partition(".")[2].startswith(_SCALING_KEYS)]
+    return keys + [f"tensor {tensor.name}" for tensor in reader.tensors if tensor.name in _ROPE_TENSORS]
 
 
 def read_gguf_rope(path: str | Path) -> GgufRope:

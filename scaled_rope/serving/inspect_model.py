@@ -176,8 +176,10 @@ def _check_vanilla(config: Any, rotary: Any) -> Iterator[Finding]:
         )
         return
     layer_types: list[str | None] = [*nested_types(config.rope_parameters)] or [None]
-    for layer_type in layer_types:
-        tables = _tables_of(config, rotary, fresh, layer_type)
+    found = [_tables_of(config, rotary, fresh, layer_type) for layer_type in layer_types]
+    if not any(found):  # entries of a family whose layers share one table
+        found = [_tables_of(config, rotary, fresh, None)]
+    for tables in found:
         if tables is None:
             continue
         edited = list(_check_edited(tables))

@@ -41,6 +41,7 @@ from scaled_rope.serving.config_facts import ConfigFacts, known_keys, read_facts
 from scaled_rope.serving.config_file import config_as_dictionary, read_config_file
 from scaled_rope.serving.inspect_config import inspect
 from scaled_rope.serving.inspect_report import Inspection
+from scaled_rope.serving.rotary_module import shares_one_table
 
 
 class _ABSENT:
@@ -333,6 +334,30 @@ def _nest_per_layer_type(draft: _Draft, facts: ConfigFacts) -> None:
     draft.set(text, prefix, "rope_parameters", value, f"{facts.model_type} drops a flat dictionary")
 
 
+def _flatten_for_one_table(draft: _Draft, facts: ConfigFacts) -> None:
+    """Entries per layer type of a family whose layers share one table: transformers reads none of them."""
+    text, prefix = draft.text(facts)
+    place = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
+    rope = text.get(place)
+    if not isinstance(rope, dict) or facts.built is None or facts.model_type in NESTED_FAMILIES:
+        return
+    entries = {name: rope[name] for name in nested_types(rope)}
+    if not entries or not shares_one_table(facts.built):
+        return
+    beside = {key: value for key, value in rope.items() if key not in entries and key not in ("rope_type", "type")}
+    flat = {name: beside | entry for name, entry in entries.items()}
+    first = next(iter(flat))
+    of_layers = set(facts.layer_types) or set(entries)
+    if of_layers <= {first} or (of_layers <= set(flat) and all(flat[name] == flat[first] for name in of_layers)):
+        chosen: str | None = first
+    elif len(of_layers) == 1 and of_layers <= set(flat):
+        chosen = next(iter(of_layers))
+    else:
+        chosen = draft.choose(place, {name: f"{_shown(entry)} for all layers" for name, entry in flat.items()})
+    if chosen is not None:
+        draft.set(text, prefix, place, flat[chosen], f"all layers of {facts.model_type} models share one table")
+
+
 def _correct_keys(draft: _Draft, facts: ConfigFacts) -> None:
     """Keys that the rope_type does not have: misspelt ones, those of another type, and those that say nothing."""
     found = draft.entry(facts)
@@ -529,6 +554,7 @@ _REPAIRS: tuple[Callable[[_Draft, ConfigFacts], None], ...] = (
     _rename_misspelt_keys,
     _move_into_the_text_part,
     _choose_a_dialect,
+    _flatten_for_one_table,
     _correct_the_type,
     _nest_per_layer_type,
     _correct_keys,

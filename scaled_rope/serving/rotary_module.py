@@ -95,6 +95,18 @@ def build_rotary_module(config: Any) -> nn.Module | None:
         return kind(config=copy.deepcopy(config))
 
 
+def shares_one_table(config: Any) -> bool:
+    """Whether the family's rotary module holds one table for all layers, whatever `config` says; False where it is not
+    known."""
+    flat = copy.deepcopy(config)
+    try:
+        flat.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
+        rotary = build_rotary_module(flat)
+        return rotary is not None and rotary_numbers(rotary) is not None
+    except Exception:  # a family that wants an entry per layer type
+        return False
+
+
 def rotary_numbers(rotary: Any, layer_type: str | None = None, length: int | None = None) -> RotaryNumbers | None:
     """The numbers of a rotary module of transformers; None where it holds none under the usual names.
 

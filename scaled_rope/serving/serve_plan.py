@@ -11,16 +11,18 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from scaled_rope.checkpoint import first_line, load_config
+from scaled_rope.checkpoint import first_line, load_config, raw_config
 from scaled_rope.errors import ConfigError, is_positive_whole
 from scaled_rope.flags import check_plan_arguments
 from scaled_rope.patching.loading import auto_class, build_unscaled
 from scaled_rope.scaling.record import RopeScaling, RopeSettings, resolve_scaling
+from scaled_rope.serving.checks_lengths import shortening
+from scaled_rope.serving.config_remarks import config_remarks
 from scaled_rope.serving.export import served_length
 
 GB = 1e9
@@ -125,6 +127,8 @@ def plan_serving(
     if heads % gpus:
         raise ConfigError(f"--gpus {gpus} is not allowed; {heads} attention heads must be shared out evenly")
     notes = []
+    if shorter := shortening(scaling, RopeSettings(text).scaling, _whole(text, "max_position_embeddings", 0)):
+        notes.append(shorter)
     if scaling.beyond_tables:
         notes.append(f"no server computes this scaling, which {scaling.beyond_tables}: see scaled-rope export")
     extended = RopeSettings(text).length_for(scaling) or _whole(text, "max_position_embeddings", length)
@@ -256,6 +260,10 @@ def run(args: argparse.Namespace) -> int:
     check_plan_arguments(args)
     config = load_config(args.serve)
     memory, gpus = args.gpu_memory * GB, args.gpus or 1
-    plan = plan_serving(config, args.scaling, args.length, memory, gpus, args.kv_dtype, args.serve)
+    remarks = config_remarks(raw_config(args.serve), args.serve, args.scaling, without=("shortened",))
+    own = RopeSettings(config.get_text_config(decoder=True)).scaling
+    scaling = resolve_scaling(args.scaling, own)
+    plan = plan_serving(config, scaling, args.length, memory, gpus, args.kv_dtype, args.serve)
+    plan = replace(plan, notes=(*remarks, *plan.notes))
     print(json.dumps(plan.to_dict(), indent=1) if args.json else "\n".join(plan.lay_out()))
     return plan.exit_code

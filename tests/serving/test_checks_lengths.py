@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,12 @@ import pytest
 from scaled_rope import RopeScaling
 from scaled_rope.serving.checks_lengths import (
     length_other_than_factor_times_original,
+    scaling_shorter_than_the_checkpoint,
+    shortening,
     undeclared_extended_length,
     unsaid_original_length,
 )
+from scaled_rope.serving.config_facts import ConfigFacts
 from tests.helpers.facts import YARN, found, only
 
 LINEAR = RopeScaling("linear", 8.0, 4096)
@@ -78,6 +82,32 @@ FITTING = [
 def test_lengths_that_go_together_or_say_nothing(facts: dict[str, Any]) -> None:
     assert found(undeclared_extended_length, **facts) == []
     assert found(length_other_than_factor_times_original, **facts) == []
+
+
+@pytest.mark.parametrize(
+    ("own", "context", "words"),
+    [
+        (RopeScaling("llama3", 8.0, 8192), 131072, "replaces llama3 x8: it is for 32768 tokens, and the checkpoint"),
+        (RopeScaling("yarn", 8.0, 8192), None, "reached 65536; yarn:8 reaches that"),
+        (RopeScaling("yarn", 2.0, 8192), 16384, ""),
+        (RopeScaling("yarn", 4.0, 131072), 32768, ""),  # the spec corrects L
+        (RopeScaling("default", original_max_position_embeddings=131072), 131072, ""),
+    ],
+)
+def test_a_scaling_that_ends_before_the_checkpoint_did(own: RopeScaling, context: int | None, words: str) -> None:
+    asked = RopeScaling("yarn", 4.0, 8192)
+    text = {} if context is None else {"max_position_embeddings": context}
+    facts: dict[str, Any] = {"own": own, "scaling": asked, "spec": "yarn:4", "complete": text}
+    said = [finding.text for finding in scaling_shorter_than_the_checkpoint(ConfigFacts(**facts))]
+    assert words in "".join(said) and len(said) == bool(words)
+    assert found(scaling_shorter_than_the_checkpoint, **facts | {"spec": None, "scaling": own}) == []
+
+
+def test_a_method_with_parameters_of_its_own_is_not_named_without_them() -> None:
+    lists = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+    own = RopeScaling("longrope", 32.0, 4096, params=lists)
+    text = shortening(replace(own, factor=16.0), own, 131072)
+    assert text.endswith("it is for 65536 tokens, and the checkpoint reached 131072; a factor of 32 reaches that")
 
 
 def test_either_of_the_two_is_found() -> None:

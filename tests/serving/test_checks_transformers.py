@@ -15,6 +15,7 @@ from scaled_rope.serving.checks_transformers import (
     other_numbers_in_transformers,
     rope_type_that_phi3_has_not,
     rope_type_that_transformers_has_not,
+    rotary_module_that_transformers_cannot_build,
     theta_dropped_with_rope_parameters,
 )
 from scaled_rope.serving.config_facts import ConfigFacts, read_facts
@@ -117,6 +118,38 @@ def test_other_numbers_in_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
         explained = vars(facts) | {"notes": (ConfigNote(code, "says so"),)}
         assert found(other_numbers_in_transformers, **explained) == []
     assert found(other_numbers_in_transformers, **vars(facts) | {"rope": {"rope_type": "scaled-rope"}}) == []
+
+
+NESTED = {"rope_parameters": {"full_attention": YARN_ROPE | {"rope_theta": 1e4}}}
+QWEN2 = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 4}
+
+
+def test_entries_per_layer_type_where_layers_share_one_table() -> None:
+    facts = read_facts(LLAMA | NESTED)
+    (finding,) = other_numbers_in_transformers(facts)
+    assert (finding.code, finding.level) == ("nested-parameters", "error")
+    assert "reads none of the entries: frequencies up to 8.00 times off" in finding.text
+    unscaled = {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}
+    assert list(other_numbers_in_transformers(read_facts(LLAMA | unscaled))) == []  # which come to the same
+
+
+def test_a_rotary_module_that_cannot_be_built() -> None:
+    facts = read_facts(QWEN2 | NESTED)
+    assert facts.built is not None and not facts.refusal
+    (finding,) = rotary_module_that_transformers_cannot_build(facts)
+    assert (finding.code, finding.level) == ("nested-parameters", "error")
+    assert "cannot build this (KeyError: " in finding.text
+    assert list(rotary_module_that_transformers_cannot_build(read_facts(QWEN2 | {"rope_scaling": YARN_ROPE}))) == []
+
+
+def test_what_the_rotary_module_raises_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("no such thing")
+
+    monkeypatch.setitem(ROPE_INIT_FUNCTIONS, "yarn", fail)
+    (finding,) = rotary_module_that_transformers_cannot_build(read_facts(LLAMA | {"rope_scaling": YARN_ROPE}))
+    assert (finding.code, finding.level) == ("transformers-refuses", "error")
+    assert "cannot build this: the rotary module of 'llama' models raises ValueError: no such thing." in finding.text
 
 
 def test_the_difference_is_put_into_words() -> None:

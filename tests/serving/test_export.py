@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from scaled_rope import patch_model
 from scaled_rope.checkpoint import DEFAULT_MODEL
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
@@ -226,7 +228,10 @@ def test_refusals_are_one_line_and_exit_code_2(
         (["--for", "vllm", "--gguf", "a.gguf"], "--for llama.cpp or ollama, and --output"),
         (["--for", "vllm", "--force"], "--force goes with --output"),
         (["--for", "vllm", "--scaling", "yarn:4", "--output", __file__], "--output .*test_export.py is a file"),
-        (["--for", "llama.cpp", "--scaling", "yarn:4", "--gguf", "a.gguf", "--output", "out"], "is not needed"),
+        (
+            ["--for", "llama.cpp", "--scaling", "yarn:4", "--gguf", "a.gguf", "--output", "out"],
+            "'a.gguf' does not exist",
+        ),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str, folder: str) -> None:
@@ -260,6 +265,54 @@ def test_scalings_per_layer_type_and_unknown_architectures_are_refused(config: L
     for spec in ("yarn:4,truncate=false", "ntk-mixed:4"):
         report = export(spec, config, "llama.cpp")
         assert report.status == "refused" and "tensor of divisors" in report.reason
+
+
+def gemma3(**settings: Any) -> Any:
+    sizes = {"num_hidden_layers": 6, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 64}
+    theta = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "max_position_embeddings": 4096}
+    return build("gemma3_text", **{**TEXT, **sizes, **theta, **settings})
+
+
+def test_a_scaling_per_layer_type_is_compared_in_transformers() -> None:
+    report = export("yarn:4", gemma3(), "transformers")
+    assert report.status == "exact" and {one.layer_type for one in report.comparisons} == {
+        "full_attention",
+        "sliding_attention",
+    }
+    rope = report.config["rope_parameters"]
+    assert rope["full_attention"]["factor"] == 4.0 and rope["sliding_attention"]["rope_type"] == "default"
+    assert report.config["max_position_embeddings"] == 16384
+    for target in ("vllm", "llama.cpp"):  # nobody told them yet
+        other = export("yarn:4", gemma3(), target)
+        assert other.status == "refused" and "export --for transformers" in other.reason
+    for spec in ("yarn:4,ramp=rotations", "yarn:4,truncate=false"):
+        assert export(spec, gemma3(), "transformers").status == "refused"
+
+
+def test_a_patched_model_with_a_scaling_per_layer_type_is_served_as_it_is(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(gemma3())
+    patch_model(model, "yarn:4")
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    report = export("checkpoint", config, "transformers")
+    assert report.status == "exact" and "serve this folder as it is" in report.notes[0]
+    report = export("checkpoint", config, "vllm")
+    assert report.status == "unknown" and report.comparisons == () and "not compared with ours" in str(report)
+    assert report.notes[0].startswith("serve this folder as it is")
+    assert report.notes[1].startswith("numbers not compared for vLLM") and "full_attention" in report.notes[1]
+    report = export("checkpoint", config, "ollama")
+    assert report.status == "refused" and "converter" in report.reason
+    _, run = command_line(str(tmp_path), "--for", "transformers", "--output", str(tmp_path / "out"))
+    assert run() == 0
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["rope_parameters"] == json.loads((tmp_path / "config.json").read_text())["rope_parameters"]
+
+
+def test_a_scaling_per_layer_type_that_transformers_computes_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    untruncated = compute_rope(RopeScaling("yarn", 8.0, 4096, rope_theta=1e6), 16)
+    monkeypatch.setitem(ROPE_INIT_FUNCTIONS, "yarn", lambda *args, **kwargs: untruncated)
+    report = export("yarn:4", gemma3(), "transformers")
+    assert report.status == "refused" and report.reason.startswith("in full_attention layers, from what can be told")
 
 
 def test_an_export_replaces_another_only_when_told_to(folder: str, tmp_path: Path) -> None:
@@ -299,6 +352,26 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             command_line(*arguments, str(out), "--gguf", gguf, "--force")[1]()
         assert [path.name for path in tmp_path.iterdir()] == ["text.gguf"]
+
+
+@pytest.mark.parametrize("spec", ["ntk:4", "abf:4,theta=500000", "yarn:4"])
+@pytest.mark.parametrize("target", ["transformers", "vllm", "sglang", "mlx"])
+def test_what_is_written_reads_back_as_the_scaling(spec: str, target: str, folder: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    _, run = command_line(folder, "--for", target, "--scaling", spec, "--output", str(out))
+    assert run() == 0
+    written = json.loads((out / "config.json").read_text())
+    own = RopeScaling("default", original_max_position_embeddings=512)
+    read, wanted = RopeScaling.read_config(written)[0], resolve_scaling(spec, own)
+    assert read == wanted or (target == "sglang" and read.method == "yarn")  # which is told the defaults as well
+    assert ("scaled_rope" in written) == (spec != "yarn:4")
+    # A scaling on top begins at the model without one.
+    again = export("yarn:2", AutoConfig.from_pretrained(out), "transformers", raw=written)
+    assert again.scaling == resolve_scaling("yarn:2", own)
+
+
+def test_a_table_is_written_without_a_record_that_would_be_out_of_date(config: LlamaConfig) -> None:
+    assert "scaled_rope" not in export("yarn:4,resonance=true", config, "transformers").config
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -529,6 +602,32 @@ def test_llama3_for_an_existing_gguf_is_a_copy_with_the_tensor(tmp_path: Path) -
     assert command_line(*arguments, str(out))[1]() == 0
     divisors = read_gguf_rope(out / "tiny.gguf").divisors
     assert divisors is not None and divisors[0] == 1 and divisors[-1] == pytest.approx(8)
+
+
+def test_an_earlier_copy_is_cleaned_for_a_scaling_that_flags_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The divisors and the attention factor in it would be multiplied with those of the flags."""
+    pytest.importorskip("gguf")
+    plain, first, second = tmp_path / "tiny.gguf", tmp_path / "first", tmp_path / "second"
+    write_checkpoint(DEFAULT_MODEL, plain, GgufRope())
+    with pytest.raises(ConfigError, match=r"--gguf is not needed: .* 'yarn x8', and .*tiny.gguf holds no scaling"):
+        copy_of("yarn:8", plain, first)
+    copy_of("yarn:8,ramp=rotations", plain, first)
+    held = read_gguf_rope(first / "tiny.gguf")
+    assert held.divisors is not None and "llama.rope.scaling.attn_factor" in held.metadata
+    capsys.readouterr()
+    copy_of("yarn:8", first / "tiny.gguf", second)
+    told = capsys.readouterr().out
+    assert "holds a scaling (llama.rope.scaling.type, llama.rope.scaling.attn_factor, tensor rope_freqs.weight)" in told
+    assert "no rope.scaling keys and no divisors" in told and "--rope-scaling yarn" in told
+    copied = read_gguf_rope(second / "tiny.gguf")
+    assert copied.divisors is None and not any("scaling" in key for key in copied.metadata)
+
+
+def copy_of(spec: str, gguf: Path, out: Path) -> None:
+    arguments = [str(DEFAULT_MODEL), "--for", "llama.cpp", "--scaling", spec, "--gguf", str(gguf)]
+    assert command_line(*arguments, "--output", str(out))[1]() == 0
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -79,6 +79,11 @@ def test_a_model_whose_code_has_other_constants(tiny_model):
     assert codes(model) == ["computes-otherwise"]
 
 
+def test_entries_per_layer_type_where_layers_share_one_table(tiny_model):
+    model = tiny_model(rope_parameters={"full_attention": dict(YARN)})
+    assert codes(model) == ["computes-otherwise"]
+
+
 def test_a_rotary_module_that_is_not_used():
     config = FalconConfig(
         vocab_size=61, hidden_size=32, num_attention_heads=2, num_hidden_layers=1, alibi=True, ffn_hidden_size=48

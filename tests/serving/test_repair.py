@@ -38,6 +38,10 @@ FLAT_OLMO3 = {key: value for key, value in OLMO3.items() if key != "rope_scaling
     "rope_parameters": OLMO3["rope_scaling"]
 }
 LONE = DEEPSEEK | {"rope_scaling": {k: v for k, v in DEEPSEEK["rope_scaling"].items() if k != "mscale"}}
+NESTED = {
+    "full_attention": YARN_8 | {"rope_theta": 5e5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 LISTS = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
 MSCALES = LONG | {"rope_scaling": {"type": "longrope", "factor": 8.0, **LISTS, "short_mscale": 1.5, "long_mscale": 1.5}}
 MSCALES["rope_scaling"]["original_max_position_embeddings"] = 4096
@@ -146,6 +150,26 @@ MENDED: dict[str, tuple[dict[str, Any], dict[str, str], str, list[str]]] = {
         ["rope_scaling.type"],
     ),
     "flat parameters of a family that nests them": (FLAT_OLMO3, {}, "yarn x8 (beta_fast=32", ["rope_parameters"]),
+    "an entry per layer type where layers share one table": (
+        NO_THETA | {"rope_parameters": {"full_attention": YARN_8 | {"rope_theta": 5e5}}},
+        {},
+        "yarn x8",
+        ["rope_parameters"],
+    ),
+    "an entry for layers that the model has not": (
+        QWEN
+        | {"rope_scaling": {"full_attention": yarn(4.0, 32768), "sliding_attention": {"rope_type": "default"}}}
+        | {"max_position_embeddings": 131072},
+        {},
+        "yarn x4",
+        ["rope_scaling"],
+    ),
+    "two entries where layers share one table": (
+        NO_THETA | {"rope_parameters": NESTED},
+        {"rope_parameters": "full_attention"},
+        "yarn x8",
+        ["rope_parameters"],
+    ),
     "attn_factor as SGLang reads it": (
         R1_QWEN3,
         {"attention_factor": "1"},

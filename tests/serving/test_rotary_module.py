@@ -8,7 +8,13 @@ import transformers
 from torch import nn
 
 from scaled_rope import RopeScaling, compute_rope
-from scaled_rope.serving.rotary_module import build_rotary_module, rotary_class, rotary_numbers, rotates_images
+from scaled_rope.serving.rotary_module import (
+    build_rotary_module,
+    rotary_class,
+    rotary_numbers,
+    rotates_images,
+    shares_one_table,
+)
 
 
 def config_of(model_type: str, **settings: object) -> transformers.PreTrainedConfig:
@@ -71,6 +77,11 @@ def test_numbers_per_layer_type() -> None:
         wanted = compute_rope(RopeScaling("default", rope_theta=theta), 256)[0]
         assert torch.allclose(numbers.inv_freq, wanted, rtol=1e-5, atol=0)
     assert rotary_numbers(rotary, "chunked_attention") is None
+
+
+def test_whether_all_layers_share_one_table() -> None:
+    assert shares_one_table(config_of("llama")) and shares_one_table(config_of("qwen2"))
+    assert not shares_one_table(config_of("gemma3_text")) and not shares_one_table(config_of("gpt2"))
 
 
 def test_axes_are_put_in_order() -> None:

@@ -52,8 +52,12 @@ def restate(request: ServedModel, words: Expressed, length: int) -> Restated:
     return Restated(*numbers_in_transformers(request, words.given, length))
 
 
-def numbers_in_transformers(request: ServedModel, raw: dict[str, Any], length: int) -> tuple[list[float], float]:
+def numbers_in_transformers(
+    request: ServedModel, raw: dict[str, Any], length: int, layer_type: str | None = None
+) -> tuple[list[float], float]:
     """Frequencies and attention factor that the installed transformers computes from a whole config.json.
+
+    layer_type: of these layers, where the rotary module has a table per layer type.
 
     Raises:
         ConfigError: it cannot build a config or a rotary module from it.
@@ -66,7 +70,7 @@ def numbers_in_transformers(request: ServedModel, raw: dict[str, Any], length: i
             for name in request.path:
                 config = getattr(config, name)
             rotary = build_rotary_module(config)
-            numbers = None if rotary is None else rotary_numbers(rotary, None, length)
+            numbers = None if rotary is None else rotary_numbers(rotary, layer_type, length)
             if numbers is None:  # a family whose modules are called otherwise
                 rotary = _rotary_of_a_model(config)
                 rotary(torch.zeros(1), torch.tensor([[length - 1]]))

@@ -1,0 +1,61 @@
+"""What `inspect` finds in a config.json, as notes for commands that go on with it, and what they do not go on with."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from scaled_rope.errors import ConfigError
+from scaled_rope.serving.checks import run_checks
+from scaled_rope.serving.config_facts import ConfigFacts, read_facts
+
+_L = "original_max_position_embeddings"
+
+
+def config_remarks(
+    raw: Mapping[str, Any],
+    name: str,
+    scaling: str = "checkpoint",
+    decided: bool = False,
+    without: Collection[str] = (),
+) -> list[str]:
+    """The errors and warnings about a config.json, one line each.
+
+    Args:
+        raw: the config as it is written: the object that transformers makes of it says more than its author did.
+        name: of the model, for messages.
+        scaling: the spec that was asked for.
+        decided: whether the caller was told what counts where it is open which scaling the config carries.
+        without: codes of findings that the caller says itself.
+
+    Raises:
+        ConfigError: it is open which scaling the config carries, `scaling` depends on that, and nothing was decided; a
+            bad spec, or a config that says nothing of a model.
+    """
+    carried = is_carried(scaling)
+    facts = read_facts(dict(raw), name, spec=None if carried else scaling)
+    remarks = []
+    for finding in run_checks(facts):
+        if finding.level == "info" or finding.code in without:
+            continue
+        if finding.code == "factor-twice" and f"{_L}=" in scaling:
+            continue  # the spec says it
+        if carried and not decided and (instead := _instead(facts, finding.code)):
+            raise ConfigError(
+                f"model {name!r}: [{finding.code}] {finding.text} {finding.remedy} `scaled-rope repair {name}` writes "
+                f"what is meant; or go on with {instead}"
+            )
+        remarks.append(f"config.json, {finding.level} [{finding.code}]: {finding.text} {finding.remedy}".strip())
+    return remarks
+
+
+def is_carried(scaling: str) -> bool:
+    """Whether a spec depends on the scaling that the checkpoint carries."""
+    return scaling.partition(",")[0].partition(":")[0] == "checkpoint" or ":checkpoint" in scaling
+
+
+def _instead(facts: ConfigFacts, code: str) -> str:
+    """The flag that decides what a finding leaves open; empty for a finding that leaves nothing open."""
+    if code == "factor-twice" and facts.own is not None:
+        return f"--scaling {facts.own.method}:{facts.own.factor:g},{_L}=TOKENS"
+    return "--scaling METHOD:FACTOR, or --scaling default" if code == "misspelt-key" else ""
