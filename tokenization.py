@@ -141,6 +141,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     for source in sources:
         check_there(source.dataset)
+        if Path(source.dataset).is_dir() and args.output.resolve().is_relative_to(Path(source.dataset).resolve()):
+            raise ConfigError(
+                f"--output {args.output} is inside dataset {source.dataset}, which would then hold the set as well;"
+                f" choose another folder"
+            )
     template = None
     if args.chat_template is not None:
         if not args.chat_template.is_file():
@@ -192,9 +197,12 @@ def use(output: Path, wanted: Mapping[str, Any]) -> None:
         earlier |= {"special_tokens": wanted["special_tokens"], "packing": "concatenate"}
         said = ", made by an earlier version, without a record of its documents"
     differing = [name for name, value in wanted.items() if (earlier | done).get(name) != value]
+    same = [keep for _, keep in done["sources"]] == [keep for _, keep in wanted["sources"]]
+    if differing == ["sources"] and same and all(wanted["source_hashes"]):
+        differing = []  # the same texts, by other paths
     if differing == ["source_hashes"]:
         pairs = zip(wanted["sources"], done["source_hashes"], wanted["source_hashes"], strict=True)
-        changed = ", ".join(path for (path, _), before, now in pairs if before != now)
+        changed = ", ".join(dict.fromkeys(path for (path, _), before, now in pairs if before != now))
         raise ConfigError(
             f"--output {output} was made from {changed}, which holds other texts now; remove it, and it is made again"
         )

@@ -48,6 +48,11 @@ def test_a_set_of_other_texts_is_not_taken_for_this_one(tmp_path, tokenizer_dir,
     assert tokenize(*source, "--output", tmp_path / "set") == 0
     (tmp_path / "txt" / "LICENSE").write_text("not read")
     assert tokenize(*source, "--output", tmp_path / "set") == 0
+    for same in (f"{tmp_path / 'txt'}/", str(tmp_path / "here" / ".." / "txt")):
+        (tmp_path / "here").mkdir(exist_ok=True)
+        assert tokenize("--dataset", same, *source[2:], "--output", tmp_path / "set") == 0
+    assert tokenize(*source, "--output", tmp_path / "txt" / "set") == 2
+    assert f"set is inside dataset {tmp_path / 'txt'}, which would then hold the set" in capsys.readouterr().err
     (tmp_path / "txt" / "more.txt").write_text("A document that came later. " * 30)
     capsys.readouterr()
     assert tokenize(*source, "--output", tmp_path / "set") == 2

@@ -20,7 +20,7 @@ from scaled_rope.patching.patch_request import PatchRequest, Unpatched
 from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, NATIVE, RECORD_KEY, read_by_attention
 from scaled_rope.scaling.record import LayerPlan, RopeScaling
 
-CONFIG_FIELDS = ("rope_parameters", "max_position_embeddings", RECORD_KEY)
+CONFIG_FIELDS = ("rope_parameters", "max_position_embeddings", RECORD_KEY, "head_dim")
 
 
 class ABSENT:
@@ -47,20 +47,24 @@ def config_fields(request: PatchRequest, unpatched: Unpatched, config: Any, befo
         rope = before["rope_parameters"]
         return read_by_attention(rope.get(name, rope)) | values
 
-    def said(rope_types: Iterable[str]) -> dict[str, Any]:
+    def said(rope_types: Iterable[str], head_dim: int | None = None) -> dict[str, Any]:
         by_type: dict[str, Any] = {name: words(one, rope_types, name) for name, one in plan.layers.items()}
         if adapter.per_layer_type:  # an entry of null says that layers of a type have no RoPE
             by_type = {name: by_type.get(name) for name in before["rope_parameters"]}
         return {
             "rope_parameters": by_type if adapter.per_layer_type else words(scaling, rope_types),
             "max_position_embeddings": context or given,  # not all families say one
+            **({"head_dim": head_dim} if before["head_dim"] is None else {}),
         }
 
     # transformers cannot express such a plan, and so must refuse to build the model.
     beyond_words = bool(plan.drop_layers) or (bool(plan.layers) and not adapter.per_layer_type)
     fields = said(() if beyond_words else NATIVE)
     if not beyond_words and not _is_understood(fields, scaling, plan, unpatched, config):
-        fields = said(())
+        # Some formulas of transformers read a head_dim that the config leaves open, as that of Mixtral 8x7B does.
+        fields = said(NATIVE, form.head_dim("")) if before["head_dim"] is None else said(())
+        if before["head_dim"] is None and not _is_understood(fields, scaling, plan, unpatched, config):
+            fields = said(())
     layers = {name: one.to_dict() for name, one in plan.layers.items()}
     if beyond_words:
         fields[RECORD_KEY] = {"layers": layers, "drop_layers": list(plan.drop_layers)}

@@ -467,6 +467,17 @@ _SIZES = (
 """What the class of a family fills in where a config.json does not say it."""
 
 
+def length_made_for(scaling: RopeScaling, own: RopeScaling, context: int | None) -> int | None:
+    """`RopeSettings.length_for`, of a model whose config says the scaling `own` and the length `context` in tokens."""
+    length = scaling.max_position_embeddings
+    if length is None or METHODS[scaling.method].factor_times_original != "least":
+        return length
+    as_carried = replace(
+        scaling, factor=own.factor, original_max_position_embeddings=own.original_max_position_embeddings
+    )
+    return length if as_carried != own else max(length, int((context or 0) * scaling.factor / own.factor))
+
+
 class RopeSettings:
     """The settings of the rotary embedding in a model's config, which is read once, when this object is made.
 
@@ -538,15 +549,7 @@ class RopeSettings:
         Raises:
             ConfigError: as `RopeScaling.from_config`.
         """
-        length, own = scaling.max_position_embeddings, self.scaling
-        if length is None or METHODS[scaling.method].factor_times_original != "least":
-            return length
-        as_carried = replace(
-            scaling, factor=own.factor, original_max_position_embeddings=own.original_max_position_embeddings
-        )
-        if as_carried != own:
-            return length
-        return max(length, int((self.max_position_embeddings or 0) * scaling.factor / own.factor))
+        return length_made_for(scaling, self.scaling, self.max_position_embeddings)
 
     @property
     def num_hidden_layers(self) -> int:
@@ -779,7 +782,13 @@ def _with_factor(own: RopeScaling, factor: float, spec: str) -> RopeScaling:
             f"scaling {spec!r} is not allowed; the checkpoint's attention factor, {known:g} at factor 1, does not say "
             f"the one at {factor:g}: name it, as in yarn:{factor:g},attention_factor={known:g}"
         )
-    return replace(made, attention_factor=1 + (known - 1) * math.log(factor) / math.log(own.factor))
+    found = 1 + (known - 1) * math.log(factor) / math.log(own.factor)
+    if found <= 0:
+        raise ConfigError(
+            f"scaling {spec!r} is not allowed; the checkpoint's attention factor, {known:g} at factor {own.factor:g}, "
+            f"would be {found:g} at {factor:g} by YaRN's law: name it, as in yarn:{factor:g},attention_factor={known:g}"
+        )
+    return replace(made, attention_factor=found)
 
 
 def check_spec(text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.scaling.record import RopeScaling, length_made_for
 from scaled_rope.scaling.registry import METHODS
 from scaled_rope.serving.config_facts import ConfigFacts
 from scaled_rope.serving.inspect_report import Finding
@@ -77,20 +77,19 @@ def shortening(scaling: RopeScaling, own: RopeScaling, context: int) -> str:
 
     context: max_position_embeddings of the checkpoint's config, in tokens; 0: it says none.
     """
-    original, made_for = scaling.original_max_position_embeddings, scaling.max_position_embeddings
-    reached = context
+    original, made_for = scaling.original_max_position_embeddings, length_made_for(scaling, own, context)
+    reached, kind = context, METHODS[scaling.method].factor_times_original
     if original == own.original_max_position_embeddings:  # another one corrects what the config says
         reached = max(reached, own.max_position_embeddings or 0)
     if own.method == "default" or scaling == own or scaling.factor <= 1 or scaling.dynamic:
         return ""
-    if original is None or made_for is None or made_for >= reached or scaling.method == "dynamic-ntk":
+    if original is None or made_for is None or made_for >= reached or kind == "nothing":
         return ""
+    text = f"{scaling.label} replaces {own.label}: it is for {made_for} tokens, and the checkpoint reached {reached}"
+    if kind == "least":
+        return text
     factor = f"{math.ceil(1e3 * reached / original) / 1e3:g}"
-    reaching = f"a factor of {factor}" if scaling.params else f"{scaling.method}:{factor}"
-    return (
-        f"{scaling.label} replaces {own.label}: it is for {made_for} tokens, and the checkpoint reached {reached}; "
-        f"{reaching} reaches that"
-    )
+    return f"{text}; {f'a factor of {factor}' if scaling.params else f'{scaling.method}:{factor}'} reaches that"
 
 
 def _lengths_apart(facts: ConfigFacts) -> tuple[int, int, float] | None:

@@ -128,11 +128,12 @@ def template_note(rows: Any, name: str, tokenizer: Any, model: str) -> str | Non
     if made is None or (own is not None and made == template_hash(str(own))):
         return None
     if meta.get("chat_template") is not None:
-        return f"the chat template of dataset {name} takes the place of {model}'s own in the tokenizer that is saved"
-    return (
-        f"dataset {name} was made with another chat template than that of {model}, which is saved with the model; the"
-        f" set does not hold it"
+        place = f"takes the place of {model}'s own in" if own is not None else f"is added, since {model} has none, to"
+        return f"the chat template of dataset {name} {place} the tokenizer that is saved"
+    other = (
+        f"another chat template than that of {model}" if own is not None else f"a chat template, and {model} has none"
     )
+    return f"dataset {name} was made with {other}; the set does not hold it, so the model is saved without it"
 
 
 def _marks_answers(template: str) -> bool:

@@ -120,6 +120,21 @@ def padded_positions(positions: Sequence[IntArray], length: int, hold: bool = Fa
     return np.stack(rows)
 
 
+def own_positions(row: LoadedRow, positions: IntArray | None = None) -> IntArray:
+    """Position ids [t] of a row by which a scaling that follows the length sees what counts, and no padding behind it.
+
+    They end with the last target: the ids behind it repeat the largest one up to there.
+
+    positions: those that the row has otherwise; None: 0, 1, 2, ….
+    """
+    tokens, weights = row
+    ids = np.arange(len(tokens)) if positions is None else positions.copy()
+    targets = np.flatnonzero(weights)
+    end = int(targets[-1]) + 1 if len(targets) else 1
+    ids[end:] = ids[:end].max()
+    return ids
+
+
 class DocumentBorders:
     """Where documents begin in packed rows: by the set's own record, or by token ids where a set has none.
 

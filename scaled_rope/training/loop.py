@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from torch import nn
@@ -39,6 +38,7 @@ from scaled_rope.training.batches import (
     LoadedRow,
     check_lengths,
     collate,
+    own_positions,
     padded_positions,
     places,
     short_rows_note,
@@ -226,6 +226,8 @@ class Trainer:
         notes = [check_tokenizer(rows, recipe.dataset, tokenizer, name)]
         if heldout is not None:
             heldout.check(vocabulary)
+            if scaling.is_length_dependent:
+                heldout.follow_lengths()
             notes += [heldout.note]
             notes.append(check_tokenizer(heldout.rows, str(recipe.heldout), tokenizer, name))
         chat_template = getattr(rows, "meta", {}).get("chat_template")
@@ -441,8 +443,8 @@ class Loop:
             batches = [cut_into_windows(batch, self.scaling.original_max_position_embeddings) for batch in batches]
         positions = self._draw(batches, step) if self.documents is None else self._separate(batches, step)
         weight, tokens, flops, length = self._sizes([row for batch in batches for row in batch])
-        if self._follows_length and any(len(tokens) < length for batch in batches for tokens, _ in batch):
-            positions = self._own_lengths(batches, positions)
+        if self._follows_length:
+            positions = self._own_lengths(batches, positions, length)
         if weight == 0:
             chosen = step_rows(len(self.rows), recipe.global_batch_size, step, recipe.seed)
             shown = ", ".join(map(str, chosen[:_NAMED])) + (", ..." if len(chosen) > _NAMED else "")
@@ -511,14 +513,23 @@ class Loop:
         return positions
 
     def _own_lengths(
-        self, batches: list[list[LoadedRow]], positions: list[list[IntArray]] | None
-    ) -> list[list[IntArray]]:
-        """The position ids of each row, which tell a scaling that follows the length how long it is without padding.
+        self, batches: list[list[LoadedRow]], positions: list[list[IntArray]] | None, length: int
+    ) -> list[list[IntArray]] | None:
+        """The position ids of each row that is padded to `length`, so that a scaling that follows the length sees how
+        long it is; `positions` where no row has padding, of its own or from here.
 
         Raises:
             ConfigError: rows of several lengths in a batch of a model that takes one for all of them.
         """
-        found = positions or [[np.arange(len(tokens)) for tokens, _ in batch] for batch in batches]
+        if all(len(tokens) == length and weights[-1] for batch in batches for tokens, weights in batch):
+            return positions
+        found = [
+            [
+                own_positions(row, None if positions is None else positions[number][place])
+                for place, row in enumerate(batch)
+            ]
+            for number, batch in enumerate(batches)
+        ]
         for batch in found if self._one_length else ():
             sizes = sorted({int(ids.max()) + 1 for ids in batch})
             if len(sizes) > 1:
@@ -619,12 +630,21 @@ class Heldout:
                 row, ids = borders.separate(index, row)
                 self._positions.append(ids)
             self._rows.append(row)
+        self._separate = borders is not None
         self._weights = [sum(float(weight[1:n].sum()) for _, weight in self._rows) for n in self._lengths]
         for n, weight in zip(self._lengths, self._weights, strict=True):
             if not weight:
                 raise ConfigError(
                     f"heldout_lengths {n} is not allowed: the first {n} tokens of heldout {self._name} have no targets"
                 )
+
+    def follow_lengths(self) -> None:
+        """Let padding be no part of a row's length, for a model whose scaling follows the length."""
+        if any(not weights[-1] for _, weights in self._rows):
+            self._positions = [
+                own_positions(row, None if self._positions is None else self._positions[place])
+                for place, row in enumerate(self._rows)
+            ]
 
     def check(self, vocabulary: int) -> None:
         """Raise a ConfigError for a token id that is not below `vocabulary`, the number of the model's embeddings."""
@@ -648,7 +668,7 @@ class Heldout:
                 if self._positions is not None:
                     batch["position_ids"] = torch.from_numpy(self._positions[place][None])
                 tensors = {name: value.to(accelerator.device) for name, value in batch.items()}
-                nll = module(**tensors, separate=self._positions is not None, reduce=False)[0] * tensors["weights"][0]
+                nll = module(**tensors, separate=self._separate, reduce=False)[0] * tensors["weights"][0]
                 if mine < len(rows):
                     sums += torch.stack([nll[: length - 1].sum() for length in self._lengths])
         module.train()

@@ -421,7 +421,9 @@ def add_lora(model: Any, embeddings_and_norms: bool = False) -> Any:
         with former_names():
             adapted = get_peft_model(model, settings)
     except ValueError as error:
-        raise ConfigError(f"lora is not possible for {model.config.model_type} models: {first_line(error)}") from None
+        raise ConfigError(
+            f"lora is not possible for {model.config.model_type} models; PEFT says: {first_line(error)}"
+        ) from None
     adapted.enable_input_require_grads()  # checkpointed layers need an input with a gradient
     return adapted
 

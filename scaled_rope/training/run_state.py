@@ -389,14 +389,14 @@ def save_state(accelerator: Any, recipe: Recipe, step: int) -> Path:
         write_manifest(staged, facts, files)
         shutil.rmtree(final, ignore_errors=True)  # there when an older state was resumed
         os.rename(staged, final)
-        _put_aside(accelerator, folder, final.name)
+        put_aside(accelerator, folder, final.name)
         for old in sorted(folder.glob("step-*"))[: -recipe.kept_checkpoints]:
             shutil.rmtree(old)
     return final
 
 
-def _put_aside(accelerator: Any, folder: Path, newest: str) -> None:
-    """Rename the states of later steps than the one just saved: a run that was resumed at an older state has left them.
+def put_aside(accelerator: Any, folder: Path, newest: str) -> None:
+    """Rename the states of later steps than `newest`: a run that was resumed at an older state has left them.
 
     Otherwise they would count as the newest, and those that follow now as the oldest, which are deleted.
     """
@@ -404,7 +404,9 @@ def _put_aside(accelerator: Any, folder: Path, newest: str) -> None:
         aside = left.with_name(f"before-resuming-{left.name}")
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(left, aside)
-        accelerator.print(f"state {left} is of the course before this run was resumed; it is kept as {aside.name}")
+        accelerator.print(
+            f"state {left} is of the course before this run was resumed; it is called {aside.name} until the run ends"
+        )
 
 
 def sound_state(accelerator: Any, recipe: Recipe, state: Path | None, named: bool) -> Path | None:
@@ -465,6 +467,8 @@ def load_state(accelerator: Any, state: Path | None, output: Path) -> int:
         if (place := state / _random_name(accelerator.process_index)).exists():
             RandomState.load(place).restore()
         step, log = saved["step"], _beside(state, "train_log.jsonl") or log
+        if accelerator.is_main_process and state.parent.resolve() == (output / "checkpoints").resolve():
+            put_aside(accelerator, state.parent, state.name)  # or a run that ends before it saves would go back to them
         accelerator.print(f"resuming after step {step} from {state}")
     kept = steps_of(log, step)
     if accelerator.is_main_process:

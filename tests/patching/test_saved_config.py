@@ -36,6 +36,24 @@ from tests.helpers.families import (
 from tests.helpers.models import PLAIN, Make
 
 
+@pytest.mark.parametrize("spec", ["yarn:4", "llama3:4"])
+def test_a_head_dim_that_the_config_leaves_open_is_said_where_a_formula_reads_it(
+    tiny_model: Make, tmp_path: Path, spec: str
+) -> None:
+    """As in Mixtral 8x7B, whose config has none."""
+    model = tiny_model("mixtral", head_dim=None)
+    assert patch_model(model, "dynamic-yarn").native is False
+    assert model.config.head_dim is None
+    assert patch_model(model, spec).native
+    assert model.config.head_dim == (16 if spec == "yarn:4" else None)
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokens = torch.arange(1, 33)[None]
+    assert distance(logits(loaded, tokens), logits(model, tokens)) < SAME
+    unpatch_model(model)
+    assert model.config.head_dim is None
+
+
 @pytest.mark.parametrize("spec", ["yarn:4", "ntk:4", "yarn:4,ramp=rotations", "dynamic-yarn:2"])
 @pytest.mark.parametrize("family", ALL)
 def test_a_saved_model_carries_its_scaling(
@@ -45,7 +63,8 @@ def test_a_saved_model_carries_its_scaling(
     report = patch_model(model, spec)
     wanted = logits(model, tokens)
     model.save_pretrained(tmp_path)
-    assert report.native == (spec in ("yarn:4", "ntk:4") and not (family in WITHOUT_WORDS and spec == "yarn:4"))
+    words = spec == "ntk:4" or (spec == "yarn:4" and (family == "mixtral" or family not in WITHOUT_WORDS))
+    assert report.native == words  # that of Mixtral says the head_dim as well
     raw = transformers.PreTrainedConfig.get_config_dict(tmp_path)[0]
     for config in (raw, model.config):
         assert RopeScaling.from_config(config) == report.scaling

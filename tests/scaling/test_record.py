@@ -247,6 +247,8 @@ def test_another_factor_takes_the_attention_factor_along() -> None:
     assert resolve_scaling("checkpoint:4", own) == own
     below = resolve_scaling("checkpoint:16", replace(own, attention_factor=0.95))
     assert below.attention_factor == pytest.approx(0.9)
+    with pytest.raises(ConfigError, match=r"0\.4 at factor 4, would be -0\.2 at 16 by YaRN's law: name it"):
+        resolve_scaling("checkpoint:16", replace(own, attention_factor=0.4))
     assert resolve_scaling("checkpoint:8", replace(own, attention_factor=1.0)).attention_factor == 1  # NTK-by-parts
     follows = replace(own, dynamic=True)
     assert resolve_scaling("checkpoint:8", follows) == replace(follows, factor=8.0)  # one number for all lengths

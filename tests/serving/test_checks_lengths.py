@@ -110,6 +110,14 @@ def test_a_method_with_parameters_of_its_own_is_not_named_without_them() -> None
     assert text.endswith("it is for 65536 tokens, and the checkpoint reached 131072; a factor of 32 reaches that")
 
 
+def test_a_factor_of_llama_3_1_is_no_ratio_of_lengths() -> None:
+    own = RopeScaling("llama3", 8.0, 8192, rope_theta=5e5)
+    assert shortening(replace(own, factor=16.0), own, 131072) == ""  # for twice as much
+    text = shortening(replace(own, factor=4.0), own, 131072)
+    assert text.endswith("llama3 x4 replaces llama3 x8: it is for 65536 tokens, and the checkpoint reached 131072")
+    assert shortening(RopeScaling("dynamic-ntk", 2.0, 8192), own, 131072) == ""
+
+
 def test_either_of_the_two_is_found() -> None:
     assert found(length_other_than_factor_times_original, **lengths(YARN, 4096)) == []
     assert found(undeclared_extended_length, **lengths(YARN, 16384)) == []

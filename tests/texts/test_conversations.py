@@ -242,11 +242,15 @@ def test_the_command_packs_chats_with_weights_and_borders(tmp_path, chat_dir, ca
     }  # fmt: skip
     assert tokenize(*marked) == 0 and "already there" in capsys.readouterr().out
     assert data.meta["chat_template"] == MARKED  # so that the trained model is saved with it
+    assert "of dataset set is added, since MODEL has none, to the" in template_note(data, "set", tokenizer, "MODEL")
+    tokenizer.chat_template = CHATML
     assert "of dataset set takes the place of MODEL's own" in template_note(data, "set", tokenizer, "MODEL")
     tokenizer.chat_template = MARKED
     assert template_note(data, "set", tokenizer, "MODEL") is None
     data.meta["chat_template"], tokenizer.chat_template = None, CHATML
     assert "made with another chat template than that of MODEL" in template_note(data, "set", tokenizer, "MODEL")
+    tokenizer.chat_template = None
+    assert "made with a chat template, and MODEL has none" in template_note(data, "set", tokenizer, "MODEL")
     (tmp_path / "template.jinja").write_text(CHATML)
     assert tokenize(*marked) == 2 and "made otherwise" in capsys.readouterr().err
     assert tokenize(*marked[:-1], tmp_path / "chunk", "--bookend", "chunk") == 2

@@ -16,6 +16,7 @@ from scaled_rope.training.batches import (
     DocumentBorders,
     check_lengths,
     collate,
+    own_positions,
     short_rows_note,
     step_batches,
     step_rows,
@@ -111,6 +112,13 @@ def test_rows_longer_than_the_recipe_says_are_refused_unless_cut(workspace):
 def test_tokens_outside_the_vocabulary_are_refused(workspace):
     with pytest.raises(ConfigError, match="vocabulary ends at 39; tokenize with the model's own tokenizer"):
         step_batches(open_packed(workspace / "set"), recipe(), 0, 0, 1, vocabulary=40)
+
+
+def test_position_ids_end_with_the_last_target():
+    tokens, weights = np.arange(6), np.array([1, 1, 0, 1, 0, 0])
+    assert own_positions((tokens, weights)).tolist() == [0, 1, 2, 3, 3, 3]
+    assert own_positions((tokens, weights), np.array([0, 1, 2, 0, 0, 1])).tolist() == [0, 1, 2, 0, 2, 2]
+    assert own_positions((tokens, np.ones(6))).tolist() == list(range(6))
 
 
 def test_separate_documents_need_their_borders(workspace, tmp_path, capsys):

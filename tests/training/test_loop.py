@@ -195,18 +195,27 @@ def test_heldout_perplexity_leaves_out_padding_and_reads_documents_as_training_d
 
 
 @pytest.mark.parametrize("scaling", ["dynamic-yarn", "dynamic-ntk:4", "yarn:3"])
-def test_rows_of_different_length_have_their_own_scale(workspace, tmp_path, scaling):
+@pytest.mark.parametrize("packed", [False, True], ids=["table", "packed"])
+def test_rows_of_different_length_have_their_own_scale(workspace, tmp_path, scaling, packed):
     """A scaling that follows the length would take padding for tokens."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
 
     rng = np.random.default_rng(0)
     rows = [rng.integers(2, 60, size).tolist() for size in (20, LENGTH, 30, 17)]
-    Dataset.from_dict({"input_ids": rows}).save_to_disk(tmp_path / "table")
+    if packed:
+        with PackedWriter(tmp_path / "data", LENGTH, 64, weighted=True) as writer:
+            for row in rows:
+                pad = [1] * (LENGTH - len(row))
+                writer.append(np.array(row + pad), np.array([1] * len(row) + [0] * len(pad)))
+            writer.close({})
+    else:
+        Dataset.from_dict({"input_ids": rows}).save_to_disk(tmp_path / "data")
+    held = {"heldout": str(tmp_path / "data"), "heldout_lengths": (LENGTH,), "heldout_rows": 4, "heldout_steps": 1}
     resolved = replace(
-        resolved_recipe(workspace), dataset=str(tmp_path / "table"), scaling=scaling, max_train_steps=1,
-        warmup_steps=0, global_batch_size=4, batch_size=2, heldout=None, heldout_lengths=(),
-        output_dir=str(tmp_path / "out"),
+        resolved_recipe(workspace), dataset=str(tmp_path / "data"), scaling=scaling, max_train_steps=1,
+        warmup_steps=0, global_batch_size=4, batch_size=2, learning_rate=1e-12, output_dir=str(tmp_path / "out"),
+        **(held if packed else {"heldout": None, "heldout_lengths": ()}),
     )  # fmt: skip
     (loss,) = loop.Trainer(resolved).run()
     model = AutoModelForCausalLM.from_pretrained(workspace / "model", dtype=torch.float32)
@@ -216,7 +225,10 @@ def test_rows_of_different_length_have_their_own_scale(workspace, tmp_path, scal
         ids = torch.tensor([row])
         scores = model(input_ids=ids).logits.detach().double().log_softmax(-1)[0, :-1]
         total -= float(scores.gather(1, ids[0, 1:, None]).sum())
-    assert loss == pytest.approx(total / sum(len(row) - 1 for row in rows), rel=1e-5)  # float32 forward, as above
+    mean = total / sum(len(row) - 1 for row in rows)
+    assert loss == pytest.approx(mean, rel=1e-5)  # float32 forward, as above
+    if packed:  # the step changed nothing
+        assert log(tmp_path / "out")[0]["heldout"][str(LENGTH)] == pytest.approx(float(np.exp(mean)), rel=1e-4)
 
 
 @pytest.mark.parametrize(("bos", "eos"), [(0, 1), (0, 0), (0, None), (None, 1), (None, None)])

@@ -124,9 +124,25 @@ def test_states_of_before_resuming_do_not_outlive_the_new_ones(workspace, tmp_pa
     assert finetune.main([*arguments, "--stop-after", "4", *resumed]) == 0
     left = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
     assert left == ["before-resuming-step-000006", "step-000004"]
-    assert "step-000006 is of the course before this run was resumed" in capsys.readouterr().out
+    assert (
+        "step-000006 is of the course before this run was resumed; it is called before-resuming-step-000006"
+        in capsys.readouterr().out
+    )
     assert finetune.main([*arguments, "--stop-after", "5"]) == 0  # goes on from the new state
     assert len(log(tmp_path / "out")) == 5
+
+
+def test_a_resumed_run_that_ends_before_it_saves_does_not_go_back(workspace, tmp_path, monkeypatch, capsys):
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), "--checkpointing-steps", "2"]
+    assert finetune.main([*arguments, "--stop-after", "6"]) == 0
+    states = tmp_path / "out" / "checkpoints"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "_save", lambda self, step: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            finetune.main([*arguments, "--stop-after", "7", "--resume", str(states / "step-000004")])
+    capsys.readouterr()
+    assert finetune.main([*arguments, "--stop-after", "5"]) == 0
+    assert f"resuming after step 4 from {states / 'step-000004'}" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_not_begun_again_by_stop_after(workspace, straight, capsys):
