@@ -35,11 +35,10 @@ from scaled_rope.patching.region_attention import install_region_attention, remo
 from scaled_rope.patching.rotary import LayeredRotaryEmbedding, ScaledRotaryEmbedding
 from scaled_rope.patching.rotary_kernel import bind_rotation, rotations, unbind_rotation
 from scaled_rope.patching.saved_config import (
-    ABSENT,
-    CONFIG_FIELDS,
     agrees,
     config_fields,
     detach_config,
+    fields_of,
     let_save,
     write_config,
 )
@@ -159,12 +158,14 @@ def patch_as_read(
     before = state.request.scaling if state else unpatched.own
     request = read_request(base, unpatched, scaling, drop_layers, kernel, attn)
     rotaries = [_rotary_for(request, unpatched, place, base) for place in unpatched.places]
-    said = state.config if state else _fields_of(base.config)
+    said = state.config if state else fields_of(base.config)
     fields = config_fields(request, unpatched, base.config, said)
     if state is None and base is not model:
         detach_config(model, base)
     # Nothing is refused from here on, and whatever else goes wrong leaves the model as it was.
-    replaced, shown = [place.current(base) for place in unpatched.places], _fields_of(base.config)
+    replaced, shown = [place.current(base) for place in unpatched.places], fields_of(base.config)
+    if "head_dim" in said:
+        shown["head_dim"] = base.config.head_dim  # an earlier patch may have said it
     names = tuple(name for name, module in model.named_modules() if any(module is each for each in replaced))
     if state:
         _restore(base, state)
@@ -210,14 +211,10 @@ def _rotary_for(request: PatchRequest, unpatched: Unpatched, place: Place, base:
     return rotary
 
 
-def _fields_of(config: Any) -> dict[str, Any]:
-    return {name: getattr(config, name, ABSENT) for name in CONFIG_FIELDS}
-
-
 def _install(base: PreTrainedModel, unpatched: Unpatched, request: PatchRequest, rotaries: list[Any]) -> None:
     """Apply a request to an unpatched base model, all but the config."""
     config: Any = base.config
-    state = _State(unpatched, request, _fields_of(config), type(config))
+    state = _State(unpatched, request, fields_of(config), type(config))
     setattr(base, _STATE, state)  # first, so that a half-made patch can be undone
     if request.rotation is not None:
         state.rotating = bind_rotation(base, request.rotation)
@@ -399,7 +396,7 @@ def lost_part(model: nn.Module, of_modules: bool = False) -> str:
 
 def _other_config(config: Any, written: dict[str, Any]) -> str:
     """How a config differs from what a patch wrote into it, in a few words; "" where it says the same scaling."""
-    now = _fields_of(config)
+    now = fields_of(config)
     if all(now[name] == written.get(name, now[name]) for name in _SAYS_SCALING):
         return ""
     before = copy.deepcopy(config)

@@ -20,11 +20,18 @@ from scaled_rope.patching.patch_request import PatchRequest, Unpatched
 from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, NATIVE, RECORD_KEY, read_by_attention
 from scaled_rope.scaling.record import LayerPlan, RopeScaling
 
-CONFIG_FIELDS = ("rope_parameters", "max_position_embeddings", RECORD_KEY, "head_dim")
+CONFIG_FIELDS = ("rope_parameters", "max_position_embeddings", RECORD_KEY)
 
 
 class ABSENT:
     """Stands for a field that a config does not have. A class, so that copies of a model keep its identity."""
+
+
+def fields_of(config: Any) -> dict[str, Any]:
+    """The values of the fields that a patch may write, `ABSENT` for those that a config does not have; `head_dim` only
+    where it is one of them because it is left open."""
+    found = {name: getattr(config, name, ABSENT) for name in CONFIG_FIELDS}
+    return found | ({"head_dim": None} if vars(config).get("head_dim", ABSENT) is None else {})
 
 
 def config_fields(request: PatchRequest, unpatched: Unpatched, config: Any, before: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +61,7 @@ def config_fields(request: PatchRequest, unpatched: Unpatched, config: Any, befo
         return {
             "rope_parameters": by_type if adapter.per_layer_type else words(scaling, rope_types),
             "max_position_embeddings": context or given,  # not all families say one
-            **({"head_dim": head_dim} if before["head_dim"] is None else {}),
+            **({"head_dim": head_dim} if before.get("head_dim", ABSENT) is None else {}),
         }
 
     # transformers cannot express such a plan, and so must refuse to build the model.
@@ -62,8 +69,8 @@ def config_fields(request: PatchRequest, unpatched: Unpatched, config: Any, befo
     fields = said(() if beyond_words else NATIVE)
     if not beyond_words and not _is_understood(fields, scaling, plan, unpatched, config):
         # Some formulas of transformers read a head_dim that the config leaves open, as that of Mixtral 8x7B does.
-        fields = said(NATIVE, form.head_dim("")) if before["head_dim"] is None else said(())
-        if before["head_dim"] is None and not _is_understood(fields, scaling, plan, unpatched, config):
+        fields = said(NATIVE, form.head_dim("")) if before.get("head_dim", ABSENT) is None else said(())
+        if before.get("head_dim", ABSENT) is None and not _is_understood(fields, scaling, plan, unpatched, config):
             fields = said(())
     layers = {name: one.to_dict() for name, one in plan.layers.items()}
     if beyond_words:
