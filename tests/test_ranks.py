@@ -82,7 +82,7 @@ def test_two_ranks_train_like_one(workspace, straight, tmp_path, engine):
     assert_trained_alike(straight, tmp_path / "two")
 
 
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_ranks_keep_documents_apart_and_give_rows_their_own_scale(workspace, tmp_path, engine):
     """Packed documents in rows that end in padding, under a scaling that follows the length."""
     if engine == "zero3":
