@@ -194,6 +194,10 @@ def _findings(study: Study) -> Iterator[Finding]:
     two = noise_bound(seeds, 2)
     yield _lower("After equal training YaRN is ahead of PI (table 1)", over_texts(study.log_ratios("yarn", "pi")), two)
     yield _lower("… and of training without scaling", over_texts(study.log_ratios("yarn", "none")), two)
+    yield _lower(
+        "… also where that reads the last 8k tokens only, so that what any training teaches doesn't count",
+        over_texts(study.log_ratios("yarn", "none", control=True)), two,
+    )  # fmt: skip
     yield _half_the_steps(study)
     yield _keys_found(study)
     more = paired_answers(study, "yarn", "pi", BEYOND_TRAINED)

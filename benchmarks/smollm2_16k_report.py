@@ -141,10 +141,15 @@ def over_texts_table(study: Study) -> str:
         values = [
             said(over_texts(study.log_ratios(line, line, control=True))),
             said(over_texts(study.log_ratios(line, BASE_LINE, control=True))),
-            NO_VALUE if line == "none" else said(over_texts(study.log_ratios(line, "none"))),
+        ]
+        values += [
+            NO_VALUE if line == "none" else said(over_texts(study.log_ratios(line, "none", control=cut)))
+            for cut in (False, True)
         ]
         lines.append((line, values))
-    return _table(["", "against itself, cut", "against the base, cut", "against training without scaling"], lines)
+    unscaled = "training without scaling"
+    head = ["", "against itself, cut", "against the base, cut", f"against {unscaled}", f"against {unscaled}, cut"]
+    return _table(head, lines)
 
 
 def keys_table(study: Study) -> str:

@@ -56,6 +56,7 @@ def test_all_rows_give_all_tables(tmp_path: Path) -> None:
         HOLDS,  # and that of the base
         HOLDS,  # ahead of PI
         HOLDS,  # and of no scaling
+        HOLDS,  # and of its last tokens
         HOLDS,  # after half the steps
         HOLDS,  # 20 of 20 keys, of which Wilson's interval begins at 84 %
         HOLDS,  # more keys than PI
