@@ -36,12 +36,12 @@ from benchmarks.smollm2_16k import (
 )
 from benchmarks.smollm2_16k_claims import (
     NOT_MEASURED,
-    Estimate,
     findings,
     heldout,
     noise_lines,
     over_texts,
     paired_questions,
+    signed,
 )
 from benchmarks.smollm2_16k_rows import (
     AGAIN,
@@ -130,21 +130,25 @@ def control_table(study: Study, text: str, other: str | None) -> str:
     return _table(["", *heads, "all"], ((line, [change(line, group) for group in groups]) for line in lines))
 
 
+_TEXTS_OF_AN_INTERVAL = 3
+"""Student's interval of two values says nothing: it reaches a dozen times as far as they lie apart."""
+
+
 def over_texts_table(study: Study) -> str:
     """The change beyond the trained length over all texts, against three others."""
 
-    def said(found: Estimate | None) -> str:
-        return NOT_MEASURED if found is None else found.percent()
+    def said(ratios: dict[str, float]) -> str:
+        found = over_texts(ratios)
+        if found is None or len(ratios) >= _TEXTS_OF_AN_INTERVAL:
+            return NOT_MEASURED if found is None else found.percent()
+        return ", ".join(f"{signed(100 * math.expm1(ratio))} % ({text})" for text, ratio in ratios.items())
 
     lines = []
     for line in LINES:
+        against = [(line, True), (BASE_LINE, True), ("none", False), ("none", True)]
         values = [
-            said(over_texts(study.log_ratios(line, line, control=True))),
-            said(over_texts(study.log_ratios(line, BASE_LINE, control=True))),
-        ]
-        values += [
-            NO_VALUE if line == "none" else said(over_texts(study.log_ratios(line, "none", control=cut)))
-            for cut in (False, True)
+            NO_VALUE if line == other == "none" and place > 1 else said(study.log_ratios(line, other, control=cut))
+            for place, (other, cut) in enumerate(against)
         ]
         lines.append((line, values))
     unscaled = "training without scaling"
@@ -274,7 +278,7 @@ def block(study: Study, figures: Sequence[str] = ()) -> str:
         "On one window of the novel, 16384 tokens. The start is the base under the run's scaling.",
         training_table(study),
         "### Perplexity beyond 8192 positions",
-        "Change over all texts at positions 8192 to 16384, against the same tokens predicted from the last 8192 only.",
+        "Change over all texts at positions 8192 to 16384; “cut” is the same tokens predicted from the last 8192 only.",
         over_texts_table(study),
         *(part for text in TEXTS for part in _text_parts(study, text)),
         "### Passkeys and needles",
