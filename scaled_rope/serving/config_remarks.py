@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -41,9 +42,10 @@ def config_remarks(
         if finding.code == "factor-twice" and f"{_L}=" in scaling:
             continue  # the spec says it
         if carried and not decided and (instead := _instead(facts, finding.code)):
+            repair = f"scaled-rope repair {shlex.quote(name)}"
             raise ConfigError(
-                f"model {name!r}: [{finding.code}] {finding.text} {finding.remedy} `scaled-rope repair {name}` writes "
-                f"what is meant; or go on with {instead}"
+                f"model {name!r}: [{finding.code}] {finding.text} {finding.remedy} `{repair}` writes what is meant; "
+                f"or go on with {instead}"
             )
         remarks.append(f"config.json, {finding.level} [{finding.code}]: {finding.text} {finding.remedy}".strip())
     return remarks
