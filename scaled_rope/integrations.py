@@ -99,8 +99,9 @@ class ContextCallback(TrainerCallback):  # type: ignore[misc]
             tell_copies(self.source.name, self._texts.copies)
             if state.global_step:  # resumed: what was measured from here on is measured again
                 path = Path(args.output_dir) / "context.jsonl"
-                self.rows = [row for row in rows_so_far(path) if _step(row) < state.global_step]
-                write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+                kept = [row for row in rows_so_far(path) if (_step(row) or 0) < state.global_step]
+                self.rows = [row for row in kept if _step(row) is not None]
+                write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._measure(args, state, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
@@ -169,8 +170,10 @@ class ContextCallback(TrainerCallback):  # type: ignore[misc]
         state.log_history.append({**found, "step": state.global_step})
 
 
-def _step(row: Row) -> int:
-    return int(row["model_fingerprint"].removeprefix("step "))
+def _step(row: Row) -> int | None:
+    """The step that a row was measured at; None for a row of another program."""
+    word, _, number = str(row.get("model_fingerprint")).partition(" ")
+    return int(number) if word == "step" else None
 
 
 def _inner(model: Any) -> Any:

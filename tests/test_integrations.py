@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import math
 import re
 from pathlib import Path
@@ -117,8 +118,13 @@ def test_a_run_that_is_resumed_keeps_what_it_measured_before(
         )
 
     run(3)
+    other = {"metric": "perplexity", "model_fingerprint": "0123456789abcdef"}  # of another program, in the same file
+    with (tmp_path / "out" / "context.jsonl").open("a") as file:
+        file.write(json.dumps(other) + "\n")
     run(4, resume=str(tmp_path / "out" / "checkpoint-2"))
-    steps = [row["model_fingerprint"] for row in read_rows(tmp_path / "out" / "context.jsonl")]
+    rows = read_rows(tmp_path / "out" / "context.jsonl")
+    assert other in rows
+    steps = [row["model_fingerprint"] for row in rows if row != other]
     assert steps == [f"step {step}" for step in (0, 0, 1, 1, 2, 2, 3, 3, 4, 4)]
     table = (tmp_path / "out" / "context.md").read_text().splitlines()
     assert [line.split(" ")[1] for line in table if line.startswith("| ")][1:] == ["0", "1", "2", "3", "4"]

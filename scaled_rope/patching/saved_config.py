@@ -42,6 +42,7 @@ def config_fields(request: PatchRequest, unpatched: Unpatched, config: Any, befo
     # In a family with a default share of its own, leaving out a share of 1 would mean that default.
     says_share = "partial_rotary_factor" in str(before["rope_parameters"])
     form = unpatched.form(unpatched.places[0])
+    is_open = before.get("head_dim", ABSENT) is None
 
     def words(one: RopeScaling, rope_types: Iterable[str], name: str = "") -> dict[str, Any]:
         # Inside a layer type transformers does not see `truncate`.
@@ -61,17 +62,16 @@ def config_fields(request: PatchRequest, unpatched: Unpatched, config: Any, befo
         return {
             "rope_parameters": by_type if adapter.per_layer_type else words(scaling, rope_types),
             "max_position_embeddings": context or given,  # not all families say one
-            **({"head_dim": head_dim} if before.get("head_dim", ABSENT) is None else {}),
+            **({"head_dim": head_dim} if is_open else {}),
         }
 
     # transformers cannot express such a plan, and so must refuse to build the model.
     beyond_words = bool(plan.drop_layers) or (bool(plan.layers) and not adapter.per_layer_type)
-    fields = said(() if beyond_words else NATIVE)
-    if not beyond_words and not _is_understood(fields, scaling, plan, unpatched, config):
-        # Some formulas of transformers read a head_dim that the config leaves open, as that of Mixtral 8x7B does.
-        fields = said(NATIVE, form.head_dim("")) if before.get("head_dim", ABSENT) is None else said(())
-        if before.get("head_dim", ABSENT) is None and not _is_understood(fields, scaling, plan, unpatched, config):
-            fields = said(())
+    # Some formulas of transformers read a head_dim that the config leaves open, as that of Mixtral 8x7B does.
+    sizes = () if beyond_words else (None, form.head_dim("")) if is_open else (None,)
+    ways = (said(NATIVE, size) for size in sizes)
+    understood = (way for way in ways if _is_understood(way, scaling, plan, unpatched, config))
+    fields = next(understood, None) or said(())
     layers = {name: one.to_dict() for name, one in plan.layers.items()}
     if beyond_words:
         fields[RECORD_KEY] = {"layers": layers, "drop_layers": list(plan.drop_layers)}

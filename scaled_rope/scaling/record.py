@@ -464,7 +464,7 @@ _SIZES = (
     *("model_type", "head_dim", "qk_rope_head_dim", "hidden_size", "num_attention_heads", "num_hidden_layers"),
     *("layer_types", "rotary_dim", "max_position_embeddings"),
 )
-"""What the class of a family fills in where a config.json does not say it."""
+"""Sizes that the class of a family fills in where a config.json does not say them."""
 
 
 def length_made_for(scaling: RopeScaling, own: RopeScaling, context: int | None) -> int | None:

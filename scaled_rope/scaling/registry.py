@@ -58,7 +58,7 @@ class Method:
     needs_original: bool = False
     """Whether the formula contains L, that is `original_max_position_embeddings`."""
     factor_times_original: Literal["length", "least", "nothing"] = "length"
-    """What factor·L is: "length", the length that the scaling is for; "least", a length that it is for at least, since
+    """The meaning of factor·L: "length", the length that the scaling is for; "least", one that it is for at least, as
     checkpoints are trained beyond it (Llama 3.1: 8·8192 tokens, and 131072 in its config); "nothing"."""
     factor_optional: bool = False
     """Whether a spec may leave the factor out: it only says for which length the scaling is meant, or is often 1."""

@@ -1,4 +1,4 @@
-"""What `inspect` finds in a config.json, as notes for commands that go on with it, and what they do not go on with."""
+"""The findings of `inspect` on a config.json: notes of commands that go on with it, or the reason why they do not."""
 
 from __future__ import annotations
 

@@ -330,9 +330,9 @@ class Loop:
         cost: ModelCost,
         heldout: Heldout | None,
         stop: StopSignal,
-        windows: SkipWise | None = None,
-        scaling: RopeScaling | None = None,
-        patched: bool = True,
+        windows: SkipWise | None,
+        scaling: RopeScaling,
+        patched: bool,
     ) -> None:
         self.recipe, self.accelerator, self.module, self.optimizer = recipe, accelerator, module, optimizer
         self.rows, self.cost, self.heldout, self.stop = rows, cost, heldout, stop
@@ -343,11 +343,11 @@ class Loop:
         if self.documents is not None and self.documents.note:
             accelerator.print(self.documents.note)
         self.windows, self.scaling = windows, scaling
-        self._follows_length = scaling is not None and scaling.is_length_dependent
+        self._follows_length = scaling.is_length_dependent
         self._one_length = self._follows_length and not patched
         """Whether the model takes one length for all rows of a batch, as transformers' own modules do."""
-        if scaling is not None and self._follows_length and self.documents is not None:
-            self.accelerator.print(
+        if self._follows_length and self.documents is not None:
+            accelerator.print(
                 f"note: {scaling.label} follows the length: all documents of a row get the frequencies of the longest"
             )
         self.stopped = self.interrupted = False
@@ -438,9 +438,9 @@ class Loop:
         vocabulary = inner.config.get_text_config(decoder=True).vocab_size
         batches = step_batches(self.rows, recipe, step, layout.data_rank, layout.data_ranks, vocabulary)
         if is_short_step(recipe.short_share, step):
-            # `original_up_to_l` refuses a model without
-            assert self.scaling is not None and self.scaling.original_max_position_embeddings is not None
-            batches = [cut_into_windows(batch, self.scaling.original_max_position_embeddings) for batch in batches]
+            original = self.scaling.original_max_position_embeddings
+            assert original is not None  # `original_up_to_l` refuses a model without
+            batches = [cut_into_windows(batch, original) for batch in batches]
         positions = self._draw(batches, step) if self.documents is None else self._separate(batches, step)
         weight, tokens, flops, length = self._sizes([row for batch in batches for row in batch])
         if self._follows_length:
@@ -533,7 +533,6 @@ class Loop:
         for batch in found if self._one_length else ():
             sizes = sorted({int(ids.max()) + 1 for ids in batch})
             if len(sizes) > 1:
-                assert self.scaling is not None
                 raise ConfigError(
                     f"batch_size {self.recipe.batch_size} is not allowed with rows of {sizes[0]} and {sizes[-1]}"
                     f" tokens: {self.scaling.label} follows the length, and transformers' own code takes the longest"

@@ -12,6 +12,7 @@ from scaled_rope.cli import main
 from scaled_rope.errors import ConfigError
 from scaled_rope.serving.config_remarks import config_remarks, is_carried
 from tests.helpers.facts import LLAMA
+from tests.helpers.published_configs import LLAMA3
 
 QWEN: dict[str, Any] = {
     "model_type": "qwen2",
@@ -27,15 +28,7 @@ QWEN: dict[str, Any] = {
 TWICE = QWEN | {"rope_scaling": {"type": "yarn", "factor": 4.0}}
 MISSPELT = QWEN | {"rope_scalling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}
 TWO_BASES = QWEN | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
-LONG = QWEN | {
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-}
+LONG = QWEN | {"rope_scaling": LLAMA3["rope_scaling"]}
 
 
 def folder_of(path: Path, config: dict[str, Any]) -> str:
