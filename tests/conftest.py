@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +13,10 @@ from typing import Any
 # One thread, also in the programs that tests start: their tensors are tiny, so threads cost more than they give, and on
 # busy cores they wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Torch, transformers and the tests are millions of objects that stay. Python's rates were chosen for small programs: a
+# fifth of the time of these imports and a tenth of that of small tests went into looking through all that is there.
+gc.set_threshold(50_000, 20, 20)
 
 import pytest
 import torch
@@ -60,6 +65,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow; --slow runs it"))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what was imported stays
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
 import subprocess
@@ -52,7 +53,9 @@ def _imports(module: str) -> set[str]:
     return found - {module}
 
 
-IMPORTS = {module: _imports(module) for module in MODULES}
+@functools.cache
+def _all_imports() -> dict[str, set[str]]:
+    return {module: _imports(module) for module in MODULES}
 
 
 def _room(module: str) -> str:
@@ -68,14 +71,14 @@ def test_imports_point_down(module: str) -> None:
     mine = LEVELS[_room(module)]
     up = {
         other
-        for other in IMPORTS[module]
+        for other in _all_imports()[module]
         if _room(other) != _room(module) and LEVELS[_room(other)] >= mine
     }  # fmt: skip
     assert not up, f"{module} imports {sorted(up)}, which stand above it or beside it in ORDER"
 
 
 def test_no_circles() -> None:
-    left = {module: set(others) for module, others in IMPORTS.items()}
+    left = {module: set(others) for module, others in _all_imports().items()}
     while free := [module for module, others in left.items() if not others & left.keys()]:
         for module in free:
             del left[module]

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel, GPTJForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, GPTJForCausalLM
 
 import eval.report as report
 import finetune
@@ -52,8 +52,8 @@ def rows_of(bodies: list[list[int]], size: int = 40) -> list[dict[str, list[int]
 def trained(checkpoint: str, texts: str, bodies: list[list[int]], tmp_path: Path) -> Any:  # noqa: F811
     """A function that trains two steps with a callback and returns the trainer."""
 
-    def train(model: Any, callback: ContextCallback, steps: int = 2, resume: str | None = None, **more: Any) -> Trainer:
-        from transformers import AutoTokenizer
+    def train(model: Any, callback: ContextCallback, steps: int = 2, resume: str | None = None, **more: Any) -> Any:
+        from transformers import AutoTokenizer, Trainer, TrainingArguments
 
         arguments = TrainingArguments(
             str(tmp_path / "out"), max_steps=steps, per_device_train_batch_size=1, report_to=[], use_cpu=True,
