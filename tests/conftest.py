@@ -72,6 +72,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()  # what was imported stays
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # extension modules complain of what is never freed
+
+
 @pytest.fixture
 def tiny_model() -> Callable[..., PreTrainedModel]:
     """make(family="llama", seed=0, **config): a random model with 2 layers, head_dim 16 and 32 positions.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
 from blake3 import blake3
 
-from scaled_rope import content_hash
+from scaled_rope import blake3_numpy, content_hash
 from scaled_rope.checkpoint import weights_hash
 
 
@@ -16,6 +17,17 @@ def test_the_hash_of_a_file(tmp_path: Path) -> None:
     for size in (0, 1, 5000):
         (tmp_path / "file").write_bytes(bytes(range(250)) * size)
         assert content_hash.content_hash(tmp_path / "file") == blake3(bytes(range(250)) * size).hexdigest()
+
+
+@pytest.mark.parametrize("size", [0, 1, 64, 65, 1023, 1024, 1025, 2049, 3 * 1024, 31 * 1024 + 5, 2**16 + 1])
+def test_without_the_package_hashes_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """One block, one chunk, trees of every shape, and several subtrees, of which the last is whole or not."""
+    monkeypatch.setattr(content_hash, "blake3", None)
+    monkeypatch.setattr(blake3_numpy, "_TOGETHER", 4)
+    data = random.Random(size).randbytes(size)
+    (tmp_path / "file").write_bytes(data)
+    assert content_hash.content_hash(tmp_path / "file") == blake3(data).hexdigest()
+    assert content_hash.record_hash({"b": size, "a": 1}) == blake3(f'{{"a": 1, "b": {size}}}'.encode()).hexdigest()
 
 
 def test_every_byte_of_a_checkpoint_counts(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ PACKAGE = ROOT / "scaled_rope"
 
 # Low to high. A module may import what stands further left, and the modules of its own package.
 ORDER = """
-moved bundled content_hash | errors | versions | results command_line progress | scaling | kernels | recipes
-| checkpoint | attention | patching | texts | flags | training | evaluation | report | integrations tuning
+moved bundled blake3_numpy | content_hash | errors | versions | results command_line progress | scaling | kernels
+| recipes | checkpoint | attention | patching | texts | flags | training | evaluation | report | integrations tuning
 | serving | certificate advice | cli
 """
 LEVELS = {name: level for level, names in enumerate(ORDER.replace("\n", " ").split("|")) for name in names.split()}

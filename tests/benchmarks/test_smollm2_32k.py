@@ -34,7 +34,7 @@ from tests.helpers import ROOT
 from tests.helpers.runs import ENVIRONMENT
 from tests.helpers.smollm2 import prepare
 
-ABSENT = ("deepspeed", "datasets", "lm_eval", "liger_kernel", "flash_attn", "wandb", "gguf")
+ABSENT = ("deepspeed", "datasets", "lm_eval", "liger_kernel", "flash_attn", "wandb", "gguf", "blake3", "lz4")
 """What the GPU machine does not have."""
 
 _BLOCKER = f"""
