@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.recipes import read_recipe
@@ -36,6 +37,20 @@ def run_prepare_commands(recipe: str) -> None:
     environment = os.environ | {"PYTHON": sys.executable}
     if subprocess.run(["bash", "-euo", "pipefail", "-c", script], env=environment, cwd=ROOT).returncode:
         raise ConfigError(f"the prepare commands of recipe {read_recipe(recipe).name!r} failed")
+
+
+def gpu_is_lost(error: BaseException) -> bool:
+    """Whether an error, such as an illegal memory access, ends all use of the GPU by this process."""
+    from scaled_rope.evaluation.memory_meter import is_out_of_memory
+
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not is_out_of_memory(error)
+
+
+def start_again(arguments: Iterable[str]) -> NoReturn:
+    """Replace this process by one that runs the same script with other arguments, with nothing of the GPU's state."""
+    sys.stdout.flush()
+    os.closerange(3, 4096)  # the driver's files, which hold the memory
+    os.execv(sys.executable, [sys.executable, sys.argv[0], *arguments])
 
 
 def resident_bytes(process: int | str = "self") -> tuple[int, int]:

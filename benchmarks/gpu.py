@@ -7,12 +7,15 @@
     python benchmarks/gpu.py --interpret                # correctness alone, on the CPU, in Triton's interpreter
     python benchmarks/gpu_report.py                     # tables and plots for docs/performance.md from the rows
 
-Needs torch, triton and transformers; Liger and flash-attn are measured where they can be imported.
+Needs torch, triton, transformers and einops; Liger and flash-attn are measured where they can be imported.
 
 Every variant is first compared with float64 on fresh random inputs, its outputs landing in memory that was filled with
 NaN; one that is wrong is not timed. Timings rotate among buffers of more than the L2 cache, in a CUDA graph where a
 call is short, and are medians with quartiles. Bandwidth counts q and k, read once and written once, whatever else a
 variant moves, and stands beside a device-to-device copy of as many bytes, timed in the same way in the same run.
+
+A run that is repeated measures what is missing, and again what failed of ours. After an error by which this process
+loses the GPU, as an illegal memory access, a new one goes on with the next case.
 
 Exit code 1 when a variant of ours is wrong or fails, 2 without a GPU.
 """
@@ -28,13 +31,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a GPU image need not have the package installed
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.results import OUT_OF_MEMORY, Row, append_row, provenance, rows_so_far
+from scaled_rope.results import Row, append_row, provenance, rows_so_far
 
 PARTS = ("correctness", "copies", "rotary", "rotary-backward", "decode", "attention", "prefill", "train", "sweep")
 PLANS = ("first", "second")
@@ -51,6 +55,9 @@ def build_parser() -> Parser:
     parser.add_argument("--dry", action="store_true", help="on the CPU, in the interpreter, at tiny sizes")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="rows are appended here (default: %(default)s)")
     parser.add_argument("--commit", help="what to note as the commit where the source is no repository")
+    # What a run that lost the GPU says to the one that it starts in its place.
+    parser.add_argument("--again", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--without", action="append", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--interpret", action="store_true", help="correctness alone, on the CPU, in the interpreter")
     return parser
 
@@ -77,8 +84,9 @@ def measure(args: argparse.Namespace) -> int:
     """Measure the parts that were asked for, a row at a time. Returns 1 when a variant of ours is wrong or fails."""
     import torch
 
+    from benchmarks.common import gpu_is_lost
     from benchmarks.gpu_parts import dry
-    from benchmarks.gpu_parts.rows import KNOWN, NO_TIME, key, known_rows, machine, show
+    from benchmarks.gpu_parts.rows import KNOWN, NO_TIME, GpuLost, is_bad, key, known_rows, machine, show, source_hash
     from benchmarks.gpu_parts.timing import DEVICE, Clock
 
     # Compiled backward passes that give their buffers away can run once only.
@@ -92,9 +100,12 @@ def measure(args: argparse.Namespace) -> int:
         torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot be captured
         about = provenance(DEVICE, 0, vars(args)) | machine()
     about["commit"] = about["commit"] or args.commit
-    done = known_rows(rows_so_far(args.output), about)
-    bad = 0
+    about["source"] = source_hash()
+    done = known_rows(rows_so_far(args.output), about, args.again)
+    bad = int(args.again)
     for name, limit, rows in parts_of(args):
+        if name in args.without:
+            continue
         clock = Clock(limit(), done)
         print(f"# {name}: {clock.left:.0f} s", flush=True)
         try:
@@ -102,21 +113,35 @@ def measure(args: argparse.Namespace) -> int:
                 # A part without time must not hide what was measured before.
                 if row.get("skipped") == KNOWN or (row.get("skipped") == NO_TIME and key(row) in done):
                     continue
-                bad += "skipped" in row and row["skipped"] not in (NO_TIME, OUT_OF_MEMORY) and is_ours(row)
+                bad += is_bad(row)
                 print(show(row), flush=True)
                 append_row(args.output, row | about)
                 if row.get("skipped") != NO_TIME:
                     done.add(key(row))
+        except GpuLost as lost:
+            print(show(lost.row), flush=True)
+            append_row(args.output, lost.row | about)
+            _begin_again(args, None)
         except Exception as problem:  # a part that breaks off must not take those after it along
             bad += 1
             said = [*str(problem).splitlines(), ""][0][:200]
             print(f"# {name}: broke off, {type(problem).__name__}: {said}", flush=True)
+            if gpu_is_lost(problem):
+                _begin_again(args, name)
     print(f"# {time.monotonic() - STARTED:.0f} s in all", flush=True)
     return int(bad > 0)
 
 
-def is_ours(row: Row) -> bool:
-    return str(row.get("variant", "ours")).startswith("ours")
+def _begin_again(args: argparse.Namespace, part: str | None) -> NoReturn:
+    """Go on in a new process after the GPU was lost, without a part that broke off outside of its cases."""
+    from benchmarks.common import start_again
+
+    left = max(0.0, STARTED + args.seconds - time.monotonic())
+    without = args.without if part is None else [*args.without, part]
+    print(f"# the GPU is lost to this process; a new one goes on, {left:.0f} s", flush=True)
+    start_again(build_parser().repeat(argparse.Namespace(**{
+        **vars(args), "seconds": left, "again": True, "without": without,
+    }))[1:])  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,6 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("--dry needs triton: pip install 'scaled-rope[kernels]'")
         os.environ["TRITON_INTERPRET"] = "1"
         return measure(args)
+    # On one GPU: the Trainer of transformers would take all there are.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     import torch
 
     if not torch.cuda.is_available():

@@ -11,9 +11,10 @@ itself when it is over: a training saves a state, an evaluation keeps the rows t
 continues. What is measured is never measured again. The first part trains two steps to see how fast the machine is, and
 sets the number of steps that fit for all three trainings alike, in WORK/budget.json (--steps sets it by hand).
 
-Needs torch, transformers and accelerate, and what the preparation wrote. On a machine that keeps nothing, rows and
-logs in WORK are what to carry away, and a model is measured where it was trained. Where the source is no git
-repository, SCALED_ROPE_COMMIT says for the rows which commit it is.
+Needs torch, transformers, accelerate and einops, and what the preparation wrote. On a machine that keeps nothing, rows
+and logs in WORK are what to carry away, and a model is measured where it was trained. Where the source is no git
+repository, SCALED_ROPE_COMMIT says for the rows which commit it is. After an error by which this process loses the
+GPU, a new one goes on with the next part.
 
 Exit code 1 when a part failed.
 """
@@ -40,7 +41,7 @@ from typing import Any
 STARTED = time.monotonic()
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import check_names
+from benchmarks.common import check_names, gpu_is_lost, start_again
 from benchmarks.smollm2_32k_bundle import assemble
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
@@ -56,6 +57,7 @@ QUESTION_TOKENS = 0.15e6  # of all questions with their answers; a guess
 STARTING = 25.0, 6.0
 """Seconds for importing and unpacking, and for what each part loads and saves: guesses."""
 PACE_STEPS = 2
+_FAILED = "SMOLLM2_32K_FAILED"  # how many parts failed in processes that lost the GPU
 SURE = 0.85
 """Of the time that a training has, what its steps are planned to take."""
 UTILISATIONS = 0.15, 0.40
@@ -144,8 +146,11 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def run_all(parts: Sequence[Part], end: float) -> int:
-    """Run parts in order until the time `end`, as `time.monotonic` counts; return how many failed."""
+def run_all(parts: Sequence[Part], end: float, go_on: Callable[[Sequence[Part]], object] | None = None) -> int:
+    """Run parts in order until the time `end`, as `time.monotonic` counts; return how many failed.
+
+    go_on: called with the parts that are left when this process has lost the GPU.
+    """
     failed = 0
     for index, part in enumerate(parts):
         left = end - time.monotonic()
@@ -165,6 +170,9 @@ def run_all(parts: Sequence[Part], end: float) -> int:
             failed += 1
             said = [*str(problem).splitlines(), ""][0][:300]
             print(f"# {part.name}: failed, {type(problem).__name__}: {said}", flush=True)
+            if go_on is not None and gpu_is_lost(problem):
+                go_on(parts[index + 1 :])
+                break
         release()
     return failed
 
@@ -574,16 +582,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_names("part", args.part, known)
         show(study, [known[name] for name in args.part or known])
         return 0
-    return _run(study, args.part, STARTED + args.seconds)
+    repeated = [word for recipe in args.recipe or () for word in ("--recipe", recipe)] + ["--work", args.work]
+    repeated += [] if args.steps is None else ["--steps", str(args.steps)]
+    return _run(study, args.part, STARTED + args.seconds, repeated)
 
 
-def _run(study: Study, names: Sequence[str] | None, end: float) -> int:
+def _run(study: Study, names: Sequence[str] | None, end: float, repeated: Sequence[str] = ()) -> int:
+    """repeated: the flags of a process that goes on, but for parts and seconds."""
     known = parts_of(study)
     check_names("part", names, known)
     study.budget()  # refused before anything is computed
     assemble(study.bundle, Path(str(study.first.model)))
     wanted = [known[name] for name in names or known]
-    failed = run_all(wanted, end)
+
+    def go_on(parts: Sequence[Part]) -> None:
+        if parts:
+            print("# the GPU is lost to this process; a new one goes on", flush=True)
+            os.environ[_FAILED] = str(int(os.environ.get(_FAILED, 0)) + 1)
+            more = [word for part in parts for word in ("--part", part.name)]
+            seconds = f"{max(1.0, end - time.monotonic()):.0f}"
+            start_again([*repeated, *more, "--seconds", seconds])
+
+    failed = int(os.environ.get(_FAILED, 0)) + run_all(wanted, end, go_on)
     for part in wanted:
         print(f"{part.name:<22} {part.progress()}")
     print(f"# {time.monotonic() - STARTED:.0f} s in all, {failed} parts failed")

@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import ROOT, gpu_is_lost
 from benchmarks.gpu_parts import timing
+from scaled_rope.content_hash import content_hash, record_hash
 from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.memory_meter import is_out_of_memory
 from scaled_rope.results import OUT_OF_MEMORY, Row, package_version
 
 NO_TIME = "no time left"
@@ -26,6 +29,30 @@ product have about twice that, three times with sums. A wrong angle makes 1e-1 a
 """
 
 
+class GpuLost(Exception):
+    """An error after which this process cannot use the GPU any more. `row` says which case it was."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row["skipped"])
+        self.row = row
+
+
+def source_hash() -> str:
+    """A hash of the code that is measured and of that which measures, whether it is committed or not."""
+    folders = (ROOT / "scaled_rope", ROOT / "benchmarks" / "gpu_parts")
+    files = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    return record_hash({path.relative_to(ROOT).as_posix(): content_hash(path) for path in files})[:16]
+
+
+def is_ours(row: Row) -> bool:
+    return str(row.get("variant", "ours")).startswith("ours")
+
+
+def is_bad(row: Row) -> bool:
+    """Whether a row says that a variant of ours is wrong or fails."""
+    return "skipped" in row and row["skipped"] not in (NO_TIME, OUT_OF_MEMORY, KNOWN) and is_ours(row)
+
+
 def relative_difference(out: Any, wanted: Any) -> float:
     """‖out - wanted‖ / ‖wanted‖ in float64."""
     return float((out.double() - wanted.double()).norm() / wanted.double().norm())
@@ -37,12 +64,16 @@ def key(row: Row) -> tuple[Any, ...]:
     return *(row.get(name) for name in IDENTITY), None if "variant" in row else row.get("attention")
 
 
-def known_rows(rows: Iterable[Row], about: Row) -> set[tuple[Any, ...]]:
-    """Keys of the rows that this code has measured on this GPU: all but those for which no time was left."""
-    same = ("commit", "device", "driver")
+def known_rows(rows: Iterable[Row], about: Row, failed: bool = False) -> set[tuple[Any, ...]]:
+    """Keys of the rows that need not be measured again, by the same code on the same GPU.
+
+    Those for which no time was left are measured again, and so is what failed of ours, unless `failed`.
+    """
+    same = ("source", "device", "driver")
     return {
         key(row) for row in rows
-        if row.get("skipped") != NO_TIME and all(row.get(name) == about.get(name) for name in same)
+        if row.get("skipped") != NO_TIME and (failed or not is_bad(row))
+        and all(row.get(name) == about.get(name) for name in same)
     }  # fmt: skip
 
 
@@ -64,6 +95,9 @@ def complete(
         time_it: measures, and returns the fields to add to the row.
         check: returns the variant's error. A variant whose error is not below `limit` (NaN is not) is not timed.
         refusals: exceptions by which a variant says that it cannot run here; running out of memory always is one.
+
+    Raises:
+        GpuLost: an error of CUDA.
     """
     if key(row) in clock.done:
         return row | {"skipped": KNOWN}
@@ -74,17 +108,22 @@ def complete(
     try:
         if check is not None:
             row["error"] = check()
-            if not row["error"] < limit:
-                return row | {"skipped": WRONG}
-        row |= time_it()
-    except torch.OutOfMemoryError:
-        row["skipped"] = OUT_OF_MEMORY
-    except refusals as problem:
+        if check is not None and not row["error"] < limit:
+            row["skipped"] = WRONG
+        else:
+            row |= time_it()
+    except Exception as problem:
         said = str(problem) if isinstance(problem, ConfigError) else [*str(problem).splitlines(), ""][0][:120]
-        row["skipped"] = said or type(problem).__name__
-    finally:
-        timing.free()
-        clock.took(kind, time.monotonic() - started)
+        if gpu_is_lost(problem):
+            raise GpuLost(row | {"skipped": said}) from problem
+        if is_out_of_memory(problem):
+            row["skipped"] = OUT_OF_MEMORY
+        elif isinstance(problem, refusals):
+            row["skipped"] = said or type(problem).__name__
+        else:
+            raise
+    timing.free()
+    clock.took(kind, time.monotonic() - started)
     return row
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,8 +29,10 @@ from benchmarks.gpu_parts import (
     timing,
     train,
 )
-from benchmarks.gpu_parts.rows import KNOWN, NO_TIME, TOLERANCE, complete, key, known_rows, show
-from tests.helpers import ROOT
+from benchmarks.gpu_parts import rows as rows_module
+from benchmarks.gpu_parts.rows import KNOWN, NO_TIME, TOLERANCE, WRONG, complete, key, known_rows, show, source_hash
+from scaled_rope.results import read_rows
+from tests.helpers import ROOT, bare_container
 
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -245,14 +248,79 @@ def test_training_part_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_rows_of_other_code_are_measured_again() -> None:
-    about = {"commit": "a", "device": "b", "driver": "c"}
+    about = {"source": "a", "device": "b", "driver": "c"}
     row = {"metric": "decode", "shape": "s", "tokens": 8, "variant": "ours"}
-    for other in ({"commit": "other"}, {"device": "other"}, {"skipped": NO_TIME}):
+    for other in ({"source": "other"}, {"device": "other"}, {"skipped": NO_TIME}, {"skipped": WRONG}):
         assert known_rows([row | about | other], about) == set()
-    for same in ({"seconds": 1.0}, {"skipped": "out of memory"}):
+    for same in ({"seconds": 1.0}, {"skipped": "out of memory"}, {"skipped": WRONG, "variant": "liger"}):
         done = known_rows([row | about | same], about)
-        assert complete(dict(row), timing.Clock(600, done), 0, lambda: {}) == row | {"skipped": KNOWN}
-        assert complete(row | {"tokens": 9}, timing.Clock(600, done), 0, lambda: {}) == row | {"tokens": 9}
+        case = row | {"variant": same.get("variant", "ours")}
+        assert complete(dict(case), timing.Clock(600, done), 0, lambda: {}) == case | {"skipped": KNOWN}
+        assert complete(case | {"tokens": 9}, timing.Clock(600, done), 0, lambda: {}) == case | {"tokens": 9}
+    assert known_rows([row | about | {"skipped": WRONG}], about, failed=True) == {key(row)}
+
+
+def test_the_source_is_what_a_row_was_measured_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = source_hash()
+    for folder in ("scaled_rope", "benchmarks/gpu_parts"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(rows_module, "ROOT", tmp_path)
+    assert source_hash() == before
+    with (tmp_path / "scaled_rope" / "kernels" / "rotary_triton.py").open("a") as file:
+        file.write("# mended\n")
+    assert source_hash() != before
+
+
+def test_a_gpu_that_is_lost_costs_one_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An illegal access in one case, and then one outside of all cases, each ending all use of the GPU by a process."""
+    names = {"fine": None, "breaks": None, "later": None}
+    faults = {"breaks": torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore")}
+
+    def part(clock: timing.Clock) -> Any:
+        for name in names:
+
+            def time_it(name: str = name) -> dict[str, Any]:
+                if name in faults:
+                    raise faults[name]
+                return {"seconds": 1.0, "bytes_per_second": 1e9}
+
+            yield complete({"metric": "m", "tokens": 1, "variant": f"ours, {name}"}, clock, 0, time_it)
+        if "outside" in faults:
+            raise faults["outside"]
+
+    def last(clock: timing.Clock) -> Any:
+        yield complete({"metric": "n", "tokens": 1, "variant": "ours"}, clock, 0, lambda: {"seconds": 1.0, "mfu": None})
+
+    parts = [("one", lambda: 600.0, part), ("two", lambda: 600.0, last)]
+    monkeypatch.setattr(gpu, "parts_of", lambda args: parts)
+    monkeypatch.setattr(dry, "stand_in", lambda: None)
+    monkeypatch.setattr(dry, "shrink", lambda: None)
+    monkeypatch.setattr(rows_module, "show", lambda row: row["variant"])
+    monkeypatch.setattr("os.closerange", lambda *_: None)
+    begun: list[list[str]] = []
+
+    def execute(program: str, words: list[str]) -> None:
+        begun.append(words[2:])
+        raise SystemExit
+
+    monkeypatch.setattr("os.execv", execute)
+    output = tmp_path / "rows.jsonl"
+    words = ["--dry", "--plan", "first", "--output", str(output), "--seconds", "10000"]
+    with pytest.raises(SystemExit):
+        gpu.main(words)
+    assert [row["variant"] for row in read_rows(output)] == ["ours, fine", "ours, breaks"]
+    assert "illegal memory access" in read_rows(output)[-1]["skipped"]
+    faults["outside"] = faults["breaks"]
+    with pytest.raises(SystemExit):
+        gpu.main(begun[0])
+    assert gpu.main(begun[1]) == 1
+    assert [row["metric"] + row["variant"] for row in read_rows(output)[2:]] == ["mours, later", "nours"]
+    assert begun[1][begun[1].index("--without") + 1] == "one" and float(begun[1][begun[1].index("--seconds") + 1]) > 5e3
+    del faults["breaks"], faults["outside"]
+    assert gpu.main(words) == 0  # a run of its own tries again what failed
+    assert [row["variant"] for row in read_rows(output)[4:]] == ["ours, breaks"]
 
 
 def test_a_part_expects_the_next_case_to_take_as_long_as_the_last() -> None:
@@ -264,6 +332,14 @@ def test_a_part_expects_the_next_case_to_take_as_long_as_the_last() -> None:
     assert clock.needed("a", 5) == 5
 
 
+@needs_triton
+def test_all_parts_can_be_imported_where_little_is_installed(tmp_path: Path) -> None:
+    code = "from benchmarks import gpu, gpu_report; from benchmarks.gpu_parts import plan; print(plan.PLANS['first']())"
+    environment = os.environ | bare_container.variables(tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "rotary" in done.stdout, done.stderr
+
+
 @pytest.mark.slow
 @needs_no_gpu
 @needs_triton
@@ -271,6 +347,7 @@ def test_dry_run_of_the_first_script(tmp_path: Path) -> None:
     """Every part, in one process that has no GPU; a second run measures nothing again."""
     command = ["bash", "benchmarks/gpu_first.sh", str(tmp_path), "--dry"]
     environment = os.environ | {"PYTHON": sys.executable, "SECONDS_AT_MOST": "3000", "COMMIT": "abc"}
+    environment |= bare_container.variables(tmp_path / "site")
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]

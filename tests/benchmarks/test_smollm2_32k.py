@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import signal
@@ -31,30 +30,17 @@ from scaled_rope.results import read_rows
 from scaled_rope.texts.corpora import CORPORA
 from scaled_rope.training.costs import ModelCost
 from tests.helpers import ROOT
+from tests.helpers.bare_container import absent, variables
 from tests.helpers.runs import ENVIRONMENT
 from tests.helpers.smollm2 import prepare
-
-ABSENT = ("deepspeed", "datasets", "lm_eval", "liger_kernel", "flash_attn", "wandb", "gguf", "blake3", "lz4")
-"""What the GPU machine does not have."""
-
-_BLOCKER = f"""
-import importlib.machinery
-find = importlib.machinery.PathFinder.find_spec
-def find_spec(name, path=None, target=None):
-    return None if name.partition(".")[0] in {ABSENT} else find(name, path, target)
-importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)
-"""
 
 
 def on_gpu_machine(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the GPU's script where what that machine lacks cannot be imported."""
-    (folder / "site").mkdir(exist_ok=True)
-    (folder / "site" / "sitecustomize.py").write_text(_BLOCKER)
-    paths = os.pathsep.join(filter(None, [str(folder / "site"), str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [sys.executable, "benchmarks/smollm2_32k.py", *arguments],
         cwd=ROOT,
-        env=ENVIRONMENT | {"PYTHONPATH": paths, "TMPDIR": str(folder)},
+        env=ENVIRONMENT | variables(folder / "site") | {"TMPDIR": str(folder)},
         capture_output=True,
         text=True,
         timeout=200,
@@ -114,13 +100,11 @@ def test_from_texts_to_rows(prepared: Path, monkeypatch: pytest.MonkeyPatch, cap
 
 def test_the_blocker_blocks(tmp_path: Path) -> None:
     """What the dry run relies on."""
-    (tmp_path / "sitecustomize.py").write_text(_BLOCKER)
     code = "import importlib.util as u, sys; print([n for n in sys.argv[1:] if u.find_spec(n) is not None])"
-    names = [*ABSENT, "torch", "transformers"]
-    paths = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-c", code, *names], env=ENVIRONMENT | {"PYTHONPATH": paths}, capture_output=True, text=True
-    )
+    hidden = absent()
+    assert "blake3" in hidden
+    words = [sys.executable, "-c", code, *hidden, "torch", "transformers"]
+    done = subprocess.run(words, env=ENVIRONMENT | variables(tmp_path), capture_output=True, text=True)
     assert done.stdout.strip() == "['torch', 'transformers']", done.stderr
 
 
@@ -250,6 +234,32 @@ def test_parts_share_the_time_and_fail_alone(capsys: pytest.CaptureFixture[str])
     assert "# c: failed, ConfigError: no such text" in said
     assert run_all(parts, time.monotonic() + 0.5) == 0
     assert "the time is over before a" in capsys.readouterr().out
+
+
+def test_a_process_that_lost_the_gpu_hands_over_what_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def access(seconds: float) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore")
+
+    parts = {one.name: one for one in (_part("a", None, access), _part("b", None, None), _part("c", None, None))}
+    monkeypatch.setattr(smollm2_32k, "parts_of", lambda study: parts)
+    monkeypatch.setattr(smollm2_32k, "assemble", lambda *_: None)
+    monkeypatch.delenv("SMOLLM2_32K_FAILED", raising=False)
+    begun: list[list[str]] = []
+
+    def execute(program: str, words: list[str]) -> None:
+        begun.append(words[2:])
+        raise SystemExit
+
+    monkeypatch.setattr("os.closerange", lambda *_: None)
+    monkeypatch.setattr("os.execv", execute)
+    with pytest.raises(SystemExit):
+        smollm2_32k.main(["--work", str(tmp_path), "--steps", "3", "--seconds", "10000"])
+    (words,) = begun
+    assert words[:-1] == ["--work", str(tmp_path), "--steps", "3", "--part", "b", "--part", "c", "--seconds"]
+    assert 5000 < int(words[-1]) <= 10000
+    for name in parts:
+        parts[name] = _part(name, None, lambda seconds: None)
+    assert smollm2_32k.main(words) == 1  # one part had failed before
 
 
 def test_time_ends_an_evaluation_and_tells_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
