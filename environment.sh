@@ -28,9 +28,11 @@ usage() {
 # attended COMMAND...: runs a program so that no signal to this script leaves it behind. By itself bash would die of a
 # SIGTERM and the program go on. It gets a process group of its own; SIGTERM, SIGINT and SIGHUP are passed on to all of
 # the group, and once that is gone the script ends with 128 + the signal's number, whatever the program made of it.
-# Otherwise the exit code is the program's.
+# Otherwise the exit code is the program's. torch's launchers kill their workers 30 seconds after a signal, which is not
+# enough to save the state of a large model.
 attended() {
     local group="" signal="" code=0 name
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-1800}
     [[ $1 != python ]] || set -- "$PYTHON" "${@:2}"
     pass_on() { signal=$1 && [[ -z $group ]] || kill -s "$1" -- "-$group" 2>/dev/null || true; }
     for name in TERM INT HUP; do trap "pass_on $name" "$name"; done

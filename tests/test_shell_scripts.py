@@ -58,7 +58,8 @@ def test_a_signal_to_train_sh_alone_ends_every_process_and_lets_them_save(tmp_pa
     (tmp_path / "worker.py").write_text(
         "import signal, sys, time\nfrom pathlib import Path\n\n"
         "def save(*_):\n    time.sleep(0.5)\n    Path('saved').touch()\n    sys.exit(0)\n\n"
-        f"signal.signal({int(number)}, save)\nPath('begun').touch()\ntime.sleep(60)\n"
+        f"signal.signal({int(number)}, save)\n"
+        "import os\nPath('begun').write_text(os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT'])\ntime.sleep(60)\n"
     )
     (tmp_path / "launcher.py").write_text(
         "import signal, subprocess, sys\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\n"
@@ -77,6 +78,7 @@ def test_a_signal_to_train_sh_alone_ends_every_process_and_lets_them_save(tmp_pa
     script.communicate(timeout=120)  # to the end of its output, which the worker holds as well
     assert script.returncode == code
     assert (tmp_path / "saved").exists()
+    assert (tmp_path / "begun").read_text() == "1800"  # seconds that torch's own launcher gives it to save
 
 
 def test_train_sh_does_not_go_on_after_a_run_that_was_stopped(tmp_path):

@@ -18,6 +18,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -142,11 +143,26 @@ def check_sequence_parallel(recipe: Recipe, config: Any, scaling: RopeScaling, a
         raise ConfigError(f"sequence_parallel {size} is not allowed with eager attention; use sdpa or flash attention")
 
 
+PATIENCE = timedelta(hours=2)
+"""How long a rank waits for the others. NCCL's own ten minutes are over while rank 0 alone hashes a base or writes the
+finished model to a slow disk, and then it ends them all."""
+
 _GROUPS: list[object] = []
 """Process groups, held until the process ends. Where DDP's reducer is the last to let go of a group, torch joins the
 group's thread while it holds Python's lock, and that thread may wait for this lock: runs hung after their end.
 Python's own reference lets go of the lock first."""
 atexit.register(_GROUPS.clear)
+
+
+def check_gpus() -> None:
+    """Refuse more processes on this machine than it has GPUs: NCCL lets two share one only to fail.
+
+    Raises:
+        ConfigError: there are.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if torch.cuda.is_available() and here > (there := torch.cuda.device_count()):
+        raise ConfigError(f"{here} processes on this machine are not allowed, it has {there} GPUs; start so many")
 
 
 def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
@@ -185,9 +201,11 @@ def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
         check_can_build("deepspeed_shm_comm")
     # On CPU accelerate 1.15 needs both the gloo backend and cpu=True, or launched processes train without each other.
     on_cpu = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
-    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
-    if on_cpu:
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    check_gpus()
+    handlers: list[Any] = [
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        InitProcessGroupKwargs(backend="gloo" if on_cpu else None, timeout=PATIENCE),
+    ]
     options: dict[str, Any] = {}
     if recipe.sequence_parallel > 1:
         options["parallelism_config"] = _ulysses(recipe, launched, attention_name)
@@ -371,12 +389,17 @@ def last_pass(accelerator: Any, module: Any, last: bool) -> Iterator[None]:
         yield
 
 
-_LOST = re.compile(r"gloo/|NCCL|connection (closed|reset) by peer|broken pipe|Connection refused", re.IGNORECASE)
+_LOST = re.compile(
+    r"gloo/|ncclRemoteError|remote process exited|NCCL communicator (was|has been) aborted|collective operation timeout"
+    r"|connection (closed|reset) by peer|broken pipe|connection refused|socket timeout",
+    re.IGNORECASE,
+)
 
 
 @contextlib.contextmanager
 def naming_a_lost_rank() -> Iterator[None]:
-    """Report that another rank of this run has ended, which gloo and NCCL raise as errors of many lines, in one.
+    """Report that another rank of this run has ended, which gloo and NCCL raise as errors of many lines, in one; of
+    NCCL's other errors the line says what NCCL gives as the cause.
 
     Raises:
         ConfigError: in place of such an error.
@@ -384,12 +407,19 @@ def naming_a_lost_rank() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _LOST.search(str(error)) is None:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
-        raise ConfigError(
-            f"rank {os.environ.get('RANK', '0')} lost the connection to another process of this run, which has ended or"
-            f" cannot be reached ({first_line(error)}); the same command continues from the last state"
-        ) from error
+        rank, said = os.environ.get("RANK", "0"), str(error)
+        if _LOST.search(said) is not None:
+            raise ConfigError(
+                f"rank {rank} lost the connection to another process of this run, which has ended or"
+                f" cannot be reached ({first_line(error)}); the same command continues from the last state"
+            ) from error
+        if re.search(r"\bNCCL error|\bnccl[A-Z]", said) is None:
+            raise
+        _, _, cause = said.partition("Last error:")
+        facts = [line.strip() for line in (cause or said).splitlines() if line.strip()]
+        raise ConfigError(f"rank {rank}: NCCL failed: {' '.join(facts)}; NCCL_DEBUG=WARN tells more") from error
 
 
 class StopSignal:

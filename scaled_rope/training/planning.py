@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -274,8 +275,10 @@ class Planner:
                 host, weights, gradients, optimizer = weights + gradients + optimizer, 0.0, 0.0, 0.0
         inside = trace.peak if passes > 1 or options.engine != "plain" else max(0.0, trace.peak - gradients)
         if options.offload_activations:
-            moved = counts.layer_inputs(recipe, length, 2 if cast else 4)
-            inside, host = max(0.0, inside - moved), host + moved
+            moved = counts.layer_input(recipe, length, 2 if cast else 4)
+            inside = max(0.0, inside - counts.layers * moved)
+            # Of memory that a GPU copies from, torch takes a power of two for each tensor.
+            host += counts.layers * (2.0 ** math.ceil(math.log2(moved)) if self.on_gpu else moved)
         logits = 3 * 4 * recipe.batch_size * length * counts.vocabulary
         logits = logits if recipe.loss == "whole" else min(logits_bytes(), logits)
         # AdamW makes a list of square roots as large as the weights at once on a GPU, one by one on a CPU.
@@ -441,9 +444,9 @@ class Counts:
         return cls(sum(sizes), sum(trained), max(trained), layer, head, layers, config.hidden_size,
                    config.vocab_size, sum(matrices), max(matrices, default=0))  # fmt: skip
 
-    def layer_inputs(self, recipe: Recipe, length: int, width: int) -> float:
-        """Bytes of the inputs of all layers, which gradient checkpointing keeps."""
-        return float(self.layers * recipe.batch_size * length * self.hidden * width)
+    def layer_input(self, recipe: Recipe, length: int, width: int) -> float:
+        """Bytes of the input of a layer, which gradient checkpointing keeps."""
+        return float(recipe.batch_size * length * self.hidden * width)
 
 
 def _length(recipe: Recipe) -> int:

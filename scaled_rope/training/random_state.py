@@ -13,7 +13,7 @@ import torch
 from scaled_rope.errors import ConfigError
 from scaled_rope.results import write_atomic
 
-_DEVICES = ("cuda", "xpu")  # those of torch whose modules save the states of all their devices
+_DEVICES = ("cuda", "xpu")
 
 
 def _devices() -> dict[str, Any]:
@@ -22,13 +22,13 @@ def _devices() -> dict[str, Any]:
 
 
 class RandomState:
-    """A snapshot of the generators of this process; `restore` sets them back."""
+    """A snapshot of the generators of this process, of GPUs that of its current one; `restore` sets them back."""
 
     def __init__(self) -> None:
         self._python = random.getstate()
         self._numpy: Any = np.random.get_state()
         self._torch = torch.get_rng_state()
-        self._devices = {name: module.get_rng_state_all() for name, module in _devices().items()}
+        self._devices = {name: [module.get_rng_state()] for name, module in _devices().items()}
 
     def restore(self) -> None:
         random.setstate(self._python)
@@ -36,7 +36,10 @@ class RandomState:
         torch.set_rng_state(self._torch)
         for name, states in self._devices.items():
             if (module := _devices().get(name)) is not None:
-                module.set_rng_state_all(states)
+                # States of earlier versions hold those of all devices of the machine that saved them.
+                place = 0 if len(states) == 1 else module.current_device()
+                if place < len(states):
+                    module.set_rng_state(states[place])
 
     def save(self, path: Path) -> None:
         """Write it as JSON: whole numbers, and bytes as hexadecimal digits."""

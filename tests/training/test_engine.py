@@ -13,6 +13,7 @@ import torch
 from scaled_rope import RopeScaling
 from scaled_rope.errors import ConfigError
 from scaled_rope.recipes import read_recipe
+from scaled_rope.training import engine
 from scaled_rope.training.engine import (
     Layout,
     accumulation,
@@ -123,3 +124,64 @@ def test_which_processors_are_slow_in_bfloat16(monkeypatch, machine, capability,
     assert settle_precision(recipe(precision="bf16")).precision == "bf16"
     monkeypatch.setattr("scaled_rope.training.engine.resolve_device", lambda device: torch.device("cuda"))
     assert settle_precision(recipe(precision="auto")).precision == "bf16"
+
+
+def test_ranks_wait_for_the_first_one_longer_than_nccl_would(monkeypatch):
+    """It alone hashes a base and writes the finished model."""
+    given = {}
+
+    class Stop(Exception):
+        pass
+
+    def accelerator(**options):
+        given.update(options)
+        raise Stop
+
+    monkeypatch.setattr("accelerate.Accelerator", accelerator)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with pytest.raises(Stop):
+        engine.make_accelerator(read_recipe("tiny-base"))
+    (group,) = [one for one in given["kwargs_handlers"] if type(one).__name__ == "InitProcessGroupKwargs"]
+    assert group.timeout.total_seconds() >= 3600 and group.backend is None  # accelerate takes NCCL on a GPU
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ConfigError, match="8 processes on this machine are not allowed, it has 4 GPUs"):
+        engine.make_accelerator(read_recipe("tiny-base"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    engine.check_gpus()
+
+
+NCCL = "NCCL error in: NCCLUtils.hpp:94, {}, NCCL version 2.27.5\n{}: A call failed.\nLast error:\n{}\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        (NCCL.format("remote process exited or there was a network error", "ncclRemoteError", "socket closed"),
+         "rank 3 lost the connection to another process"),
+        ("NCCL communicator was aborted on rank 3.", "rank 3 lost the connection"),
+        ("[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=9)", "rank 3 lost the connection"),
+        (NCCL.format("invalid usage", "ncclInvalidUsage", "Duplicate GPU detected : rank 3 and rank 7"),
+         "rank 3: NCCL failed: Duplicate GPU detected : rank 3 and rank 7; NCCL_DEBUG=WARN tells more"),
+        ("NCCL error: unhandled cuda error\nncclUnhandledCudaError: Call to CUDA failed.",
+         "rank 3: NCCL failed: NCCL error: unhandled cuda error ncclUnhandledCudaError: Call to CUDA failed.;"),
+    ],
+)  # fmt: skip
+def test_what_nccl_says_is_not_taken_for_a_lost_rank(monkeypatch, said, line):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(ConfigError) as found, engine.naming_a_lost_rank():
+        raise RuntimeError(said)
+    assert str(found.value).startswith(line) and "\n" not in str(found.value)
+
+
+def test_errors_of_one_process_and_others_pass(monkeypatch):
+    for size, said in (("1", "NCCL error: ncclInvalidUsage"), ("8", "shape mismatch")):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with pytest.raises(RuntimeError, match=said), engine.naming_a_lost_rank():
+            raise RuntimeError(said)

@@ -48,6 +48,9 @@ def test_static_memory_of_llama_2_7b_by_engine():
     tiled = Planner(replace(planner.recipe, mlp_tiles=16)).memory(Options(8, "zero3"))
     # Of what a layer holds while it is computed again, most is inside the MLP: gate, up and their product in bfloat16.
     assert zero3.activations - tiled.activations > 2 * 65536 * 11008 * 2
+    # torch takes a power of two for each tensor that a GPU copies from.
+    planner.recipe = replace(planner.recipe, sequence_length=48 * 1024)
+    assert planner.memory(Options(8, "zero3", offload_activations=True)).host == hosted.host
 
 
 def test_memory_of_ranks_that_share_sequences_by_ring_attention():

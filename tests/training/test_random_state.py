@@ -36,6 +36,49 @@ def test_generators_go_on_where_they_were_saved(tmp_path: Path) -> None:
         assert draws() == expected
 
 
+class Gpus:
+    """torch.cuda of a machine with some GPUs, of which this process uses one."""
+
+    def __init__(self, count: int, mine: int) -> None:
+        self.states = [torch.full((16,), 10 * place, dtype=torch.uint8) for place in range(count)]
+        self.mine = mine
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> int:
+        return self.mine
+
+    def get_rng_state(self) -> torch.Tensor:
+        return self.states[self.mine].clone()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        self.states[self.mine] = state.clone()
+
+
+def test_a_gpu_takes_the_state_of_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved by rank 5 of a machine with 8 GPUs, resumed where it has the first of two."""
+    monkeypatch.setattr(torch, "cuda", Gpus(8, 5))
+    RandomState().save(tmp_path / "state.json")
+    there = Gpus(2, 0)
+    monkeypatch.setattr(torch, "cuda", there)
+    RandomState.load(tmp_path / "state.json").restore()
+    assert [int(state[0]) for state in there.states] == [50, 10]
+    # An earlier version saved the states of all eight.
+    record = json.loads((tmp_path / "state.json").read_text())
+    record["cuda"] = [bytes([place] * 16).hex() for place in range(8)]
+    (tmp_path / "state.json").write_text(json.dumps(record))
+    for mine, wanted in ((1, [0, 1]), (0, [0, 10])):
+        there = Gpus(2, mine)
+        monkeypatch.setattr(torch, "cuda", there)
+        RandomState.load(tmp_path / "state.json").restore()
+        assert [int(state[0]) for state in there.states] == wanted
+    there = Gpus(9, 8)
+    monkeypatch.setattr(torch, "cuda", there)
+    RandomState.load(tmp_path / "state.json").restore()
+    assert int(there.states[8][0]) == 80  # none was saved for it
+
+
 @pytest.mark.parametrize(
     "change",
     [{"python": [3, [1, 2], None]}, {"python": None}, {"numpy": ["MT19937", [-1], 0, 0, 0.0]}, {"torch": "abc"},
