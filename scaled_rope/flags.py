@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from scaled_rope.checkpoint import DEFAULT_MODEL, check_local
+from scaled_rope.checkpoint import check_local
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.recipes import read_recipe
 from scaled_rope.results import check_writable, package_version, portable_model
@@ -307,8 +307,7 @@ def check_server_arguments(args: argparse.Namespace) -> None:
             if getattr(args, name) is not None:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} goes with --server")
         return
-    if args.server_timeout is not None and not args.server_timeout > 0:
-        raise ConfigError(f"--server-timeout {args.server_timeout:g} is not allowed; above 0 seconds")
+    _check_positive(args, "server_timeout", 1e6, "seconds")
     if len(args.model or ()) != 1:
         raise ConfigError(f"--server {args.server} takes one -m, with the config and tokenizer of its model")
     unlike = {"dtype": "auto", "attention": "auto", "kernel": "auto"}
@@ -367,8 +366,14 @@ def batch_size(args: argparse.Namespace, length: int) -> int:
 
 
 def _check_length(args: argparse.Namespace) -> None:
-    if args.length is not None and args.length < 1:
-        raise ConfigError(f"--length {args.length} is not allowed; at least 1 token")
+    if args.length is not None and not 1 <= args.length < 2**31:
+        raise ConfigError(f"--length {args.length} is not allowed; at least 1 token, below 2^31")
+
+
+def _check_positive(args: argparse.Namespace, name: str, most: float, unit: str) -> None:
+    """Refuse a flag's number that is not above 0 and at most `most`; infinity and NaN are not."""
+    if (value := getattr(args, name)) is not None and not 0 < value <= most:
+        raise ConfigError(f"--{name.replace('_', '-')} {value:g} is not allowed; above 0, at most {most:g} {unit}")
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -432,7 +437,7 @@ def parse_assumptions(texts: list[str] | None) -> dict[str, str]:
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `scaled-rope export`."""
     add = parser.add_argument
-    add("model", nargs="?", default=str(DEFAULT_MODEL), help="folder, its config.json, or hub name")
+    add("model", help="folder, its config.json, or hub name")
     add("--for", dest="target", required=True, metavar="TARGET", help=", ".join(TARGETS))
     add("--scaling", default="checkpoint", metavar="SPEC", help='default: what the checkpoint carries; e.g. "yarn:8"')
     add("--length", type=int, metavar="TOKENS", help="longest sequence to serve; default: factor times original length")
@@ -507,8 +512,7 @@ def check_certify_arguments(args: argparse.Namespace) -> None:
     check_spec(args.scaling)
     if args.protocol not in PROTOCOLS:
         raise unknown("protocol", args.protocol, PROTOCOLS)
-    if not args.server_timeout > 0:
-        raise ConfigError(f"--server-timeout {args.server_timeout:g} is not allowed; above 0 seconds")
+    _check_positive(args, "server_timeout", 1e6, "seconds")
     if args.lengths is not None and (lengths := parse_lengths(args.lengths)) and min(lengths) < 2:
         raise ConfigError(f"--lengths {min(lengths)} is not allowed; at least 2 tokens")
     if args.text is not None and not Path(args.text).is_file():
@@ -531,9 +535,9 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kv-dtype", default="auto", metavar="D", help=f"with --serve, of the cache: {', '.join(KV_DTYPES)}")
     add("--gpus", type=int, metavar="N", help="ranks (default 8; with --serve 1)")
     add("--gpu-memory", type=float, default=80.0, metavar="GB", help="of each (default %(default)s)")
-    add("--peak-tflops", type=float, default=H100_TFLOPS, metavar="T",
-        help="dense bf16 rate of one GPU (default %(default)s: H100 SXM)")  # fmt: skip
-    add("--utilisation", type=float, default=0.4, metavar="SHARE", help="model FLOPs over peak (default %(default)s)")
+    add("--peak-tflops", type=float, metavar="T",
+        help=f"of a recipe: dense bf16 rate of one GPU (default {H100_TFLOPS}: H100 SXM)")  # fmt: skip
+    add("--utilisation", type=float, metavar="SHARE", help="of a recipe: model FLOPs over peak (default 0.4)")
     add("--json", action="store_true", help="print a JSON object")
 
 
@@ -543,15 +547,20 @@ def check_plan_arguments(args: argparse.Namespace) -> None:
         raise ConfigError("give a recipe, or --serve MODEL")
     if args.serve is None:
         args.gpus = 8 if args.gpus is None else args.gpus
+        args.peak_tflops = H100_TFLOPS if args.peak_tflops is None else args.peak_tflops
+        args.utilisation = 0.4 if args.utilisation is None else args.utilisation
         for name, default in (("scaling", "checkpoint"), ("length", None), ("kv_dtype", "auto")):
             if getattr(args, name) != default:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} goes with --serve")
+    else:
+        for name in ("peak_tflops", "utilisation"):
+            if getattr(args, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name):g} goes with a recipe")
     if args.gpus is not None and args.gpus < 1:
         raise ConfigError(f"--gpus {args.gpus} is not allowed; at least 1")
-    for name in ("gpu_memory", "peak_tflops"):
-        if not getattr(args, name) > 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; above 0")
-    if not 0 < args.utilisation <= 1:
+    _check_positive(args, "gpu_memory", 1e6, "GB")
+    _check_positive(args, "peak_tflops", 1e9, "TFLOP/s")
+    if args.utilisation is not None and not 0 < args.utilisation <= 1:
         raise ConfigError(f"--utilisation {args.utilisation} is not allowed; above 0, at most 1")
     if args.serve is None:
         read_recipe(args.recipe)

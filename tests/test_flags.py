@@ -14,6 +14,8 @@ import pytest
 
 from scaled_rope import flags
 from scaled_rope.attention import backends
+from scaled_rope.checkpoint import DEFAULT_MODEL
+from scaled_rope.cli import main
 from scaled_rope.command_line import Parser
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching import loading, rotary_kernel
@@ -117,6 +119,29 @@ def test_a_script_explains_itself_without_any_package(script: str) -> None:
         ["bash", script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=10, env={"PATH": "/usr/bin:/bin"}
     )
     assert (done.returncode, done.stderr) == (0, "") and f"./{script}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("plan demo --gpu-memory inf", "--gpu-memory inf is not allowed; above 0, at most 1e+06 GB"),
+        ("plan --serve MODEL --gpu-memory 1e300", "--gpu-memory 1e+300 is not allowed; above 0, at most 1e+06 GB"),
+        ("plan demo --peak-tflops nan", "--peak-tflops nan is not allowed; above 0, at most 1e+09 TFLOP/s"),
+        ("plan demo --utilisation 1.5", "--utilisation 1.5 is not allowed; above 0, at most 1"),
+        ("plan --serve MODEL --peak-tflops 3", "--peak-tflops 3 goes with a recipe"),
+        ("plan --serve MODEL --utilisation 0.1", "--utilisation 0.1 goes with a recipe"),
+        ("plan --serve MODEL --length 99999999999999999999", "--length 99999999999999999999 is not allowed; at least 1"
+         " token, below 2^31"),
+        ("export MODEL --for vllm --length 0", "--length 0 is not allowed; at least 1 token, below 2^31"),
+        ("export --for vllm --scaling yarn:4", "the following arguments are required: model (see scaled-rope export"
+         " --help)"),
+        ("certify MODEL --server http://127.0.0.1:9/v1 --server-timeout inf", "--server-timeout inf is not allowed;"
+         " above 0, at most 1e+06 seconds"),
+    ],
+)  # fmt: skip
+def test_numbers_that_mean_nothing_are_refused(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(DEFAULT_MODEL) if word == "MODEL" else word for word in line.split()]) == 2
+    assert capsys.readouterr().err == f"error: {said}\n"
 
 
 @pytest.mark.parametrize("line", MISTAKES)

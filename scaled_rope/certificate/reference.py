@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from scaled_rope.certificate.hypotheses import Hypothesis, spelled_out
 from scaled_rope.certificate.observed import Numbers, Observed, logits_of
+from scaled_rope.errors import ConfigError
 from scaled_rope.patching.families import head_dim_of
 from scaled_rope.patching.loading import DTYPES, apply_scaling
 from scaled_rope.scaling.record import RopeScaling, RopeSettings
@@ -164,7 +165,17 @@ class CallableReference:
 
 
 def chosen(logits: Tensor, observed: Observed) -> Predicted:
-    """The log-probabilities of the observed tokens in logits [P, V] at the observed positions."""
+    """The log-probabilities of the observed tokens in logits [P, V] at the observed positions.
+
+    Raises:
+        ConfigError: a token that is none of V.
+    """
+    for tokens in observed.tokens:
+        if (strange := tokens[(tokens < 0) | (tokens >= logits.shape[-1])]).size:
+            raise ConfigError(
+                f"what is served gives token {strange[0]} a probability, and this model has tokens 0 to"
+                f" {logits.shape[-1] - 1}: it is another model, or one with another vocabulary"
+            )
     logs = logits.double().log_softmax(-1).numpy()
     return [np.asarray(row[tokens]) for row, tokens in zip(logs, observed.tokens, strict=True)]
 

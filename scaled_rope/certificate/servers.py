@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from scaled_rope.certificate.observed import TOP, Observed
-from scaled_rope.errors import ConfigError, is_number, unknown
+from scaled_rope.errors import ConfigError, is_number, shortened, unknown
 from scaled_rope.evaluation.served_model import Address, ServedModel, Unsuitable, ask_json
 from scaled_rope.flags import PROTOCOLS
 from scaled_rope.results import Row
@@ -83,6 +83,8 @@ def _observed(model: ServedModel, ids: Sequence[int], rows: Mapping[int, Row_]) 
     for position, (tokens, logs) in sorted(rows.items()):
         if not all(is_number(value) and value < 1e-3 for value in logs):
             raise Unsuitable(model.address, f"what it says after token {position} are no log-probabilities")
+        if (strange := next((token for token in tokens if not 0 <= token < 2**31), None)) is not None:
+            raise Unsuitable(model.address, f"it names token {shortened(str(strange), 40)}, which no model has")
         pairs = {token: value for token, value in zip(tokens, logs, strict=True) if value > _LOWEST}
         if pairs:
             kept[position] = list(pairs), list(pairs.values())
@@ -174,7 +176,8 @@ class OpenAiSource:
         if isinstance(logs.get("content"), list):
             return [_of_entries(one) for one in logs["content"]]
         tops = logs.get("top_logprobs")
-        named = list(zip(logs.get("tokens") or (), logs.get("token_logprobs") or (), strict=False))
+        texts, values = logs.get("tokens"), logs.get("token_logprobs")
+        named = list(zip(texts, values, strict=False)) if isinstance(texts, list) and isinstance(values, list) else []
         if not isinstance(tops, list):
             tops = [None] * len(named)
         rows = []
@@ -196,7 +199,7 @@ class _Texts:
         self._ids: dict[str, int | None] | None = None
 
     def token(self, text: str) -> int | None:
-        if text.startswith("token_id:") and text[9:].isdigit():
+        if text.startswith("token_id:") and _is_number(text[9:]):
             return int(text[9:])
         if self._tokenizer is None:
             return None
@@ -214,9 +217,14 @@ def _by_id(entry: Any) -> Row_:
     found: dict[int, Any] = {
         int(token): one.get("logprob")
         for token, one in (entry.items() if isinstance(entry, dict) else ())
-        if token.isdigit() and isinstance(one, dict)
+        if _is_number(token) and isinstance(one, dict)
     }
     return list(found), list(found.values())
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is a token id: of digits, and not of more than Python turns into a number."""
+    return text.isascii() and text.isdecimal() and len(text) < 100
 
 
 class SglangSource:

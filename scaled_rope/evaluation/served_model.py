@@ -349,7 +349,7 @@ def ask_json(
         raise ConfigError(f"server {address}: fails at {what} (status {status}){_said(content)}")
     try:
         return json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ConfigError(f"server {address}: the answer at {address.path}{path} is not JSON") from None
 
 
@@ -360,7 +360,7 @@ def _said(content: bytes) -> str:
         while isinstance(found, dict):
             found = found.get("error") or found.get("message") or found.get("detail")
         text = str(found or "")
-    except ValueError:
+    except (ValueError, RecursionError):
         text = ""
     line = " ".join(text.split())[:300]
     if key := os.environ.get(KEY):
@@ -385,6 +385,6 @@ def _version(address: Address, software: str | None, seconds: float) -> str | No
     try:
         status, content = address.request("GET", address.path.removesuffix("/v1") + place[0], None, seconds)
         found = json.loads(content).get(place[1]) if status == 200 else None
-    except (ConfigError, ValueError, AttributeError):
+    except (ConfigError, ValueError, AttributeError, RecursionError):
         return None
     return found if isinstance(found, str) else None

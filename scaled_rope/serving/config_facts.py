@@ -14,7 +14,7 @@ from typing import Any
 
 import transformers
 
-from scaled_rope.errors import ConfigError, is_number
+from scaled_rope.errors import ConfigError, is_number, shortened
 from scaled_rope.patching.families import ADAPTERS, layers_without_rope
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import (
@@ -201,6 +201,9 @@ def _read_views(raw: dict[str, Any], source: str, layer_type: str | None) -> Con
         # A RoPE dictionary that is none: the rest can still be looked at.
         text, rope = {k: v for k, v in part.items() if k not in ("rope_parameters", "rope_scaling")}, {}
         rope_error = str(error)
+    for kind in (raw.get("model_type"), text.get("model_type")):
+        if not isinstance(kind, str | None):
+            raise ConfigError(f"config {source!r}: model_type {shortened(repr(kind), 80)} is not allowed; a text")
     kind = text.get("model_type") or getattr(built, "model_type", None)
     model_type = kind if isinstance(kind, str) else None
     if model_type is None and not rope and not text.keys() & set(TOP_LEVEL_KEYS) and not rope_error:

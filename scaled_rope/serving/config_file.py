@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 
 from scaled_rope.checkpoint import no_config
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, shortened
 from scaled_rope.serving.inspect_report import one_line, quiet
 
 _MAX_CONFIG_BYTES = 16 << 20
@@ -21,7 +21,7 @@ def read_config_file(source: str | Path) -> dict[str, Any]:
     """The config.json of a folder, of a path or of a hub name, as its author wrote it.
 
     Raises:
-        ConfigError: nothing there, not JSON, not a dictionary, or a hub that cannot be reached.
+        ConfigError: nothing there, not JSON, not a dictionary, two values for one key, or a hub that cannot be reached.
     """
     path = Path(source)
     if not str(source):
@@ -63,9 +63,27 @@ def _parse(path: Path) -> dict[str, Any]:
     if len(data) > _MAX_CONFIG_BYTES:
         raise ConfigError(f"config {str(path)!r} is larger than {_MAX_CONFIG_BYTES >> 20} MiB, which no config.json is")
     try:
-        raw = json.loads(data)
+        text = data.decode("utf-8")  # json.loads would read more than the programs that have to read the file
     except UnicodeDecodeError as error:
-        raise ConfigError(f"config {str(path)!r} is not JSON, and not text") from error
+        raise ConfigError(f"config {str(path)!r} is not JSON, and not text in UTF-8") from error
+    if text.startswith("\ufeff"):
+        raise ConfigError(
+            f"config {str(path)!r} begins with a byte order mark, so transformers cannot read it; save it as UTF-8"
+            " without one"
+        )
+
+    def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if found.setdefault(key, value) != value:
+                raise ConfigError(
+                    f"config {str(path)!r} says {shortened(key, 80)!r} twice, {shortened(repr(found[key]), 80)} and"
+                    f" {shortened(repr(value), 80)}: readers differ in which one they take; remove one"
+                )
+        return found
+
+    try:
+        raw = json.loads(text, object_pairs_hook=unambiguous)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"config {str(path)!r} is not JSON: {one_line(error)}") from error
     if not isinstance(raw, dict):

@@ -8,12 +8,16 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from scaled_rope.certificate.observed import Observed
 from scaled_rope.certificate.page import page
+from scaled_rope.certificate.reference import chosen
 from scaled_rope.checkpoint import DEFAULT_MODEL
 from scaled_rope.cli import main
+from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.served_model import KEY
 from scaled_rope.patching.loading import apply_scaling
 from scaled_rope.scaling.record import RopeScaling
@@ -127,7 +131,11 @@ def test_bfloat16(server: CompletionsServer, capsys: pytest.CaptureFixture[str])
     [
         ("broken", (), "fails at a prompt of 6 tokens (status 500): out of memory with Bearer [key]"),
         ("not JSON", (), "the answer at /v1/completions is not JSON"),
+        ("deep", (), "the answer at /v1/completions is not JSON"),
         ("no log-probabilities", (), "gives no log-probabilities of the next token"),
+        ("numbers", (), "gives no log-probabilities of the next token"),
+        ("another vocabulary", (), "gives token 123456 a probability, and this model has tokens 0 to "),
+        ("endless", (), "it names token 999"),
         ("adds a token", (), "read 7 tokens where 6 were sent; it adds or drops some"),
         ("elsewhere", (), "sends us elsewhere (status 302), which is not followed"),
         ("slow", ("--server-timeout", "0.3"), "no answer within 0.3 s (--server-timeout)"),
@@ -144,6 +152,15 @@ def test_what_goes_wrong_is_one_line(
     assert main(asked(server, *argv)) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1 and message in said.err and "a-secret" not in said.err
+
+
+def test_tokens_that_no_model_has() -> None:
+    """Negative ones would be counted from the end."""
+    logits = torch.zeros(1, 8)
+    for token in (-1, 8):
+        seen = Observed((1, 2), (1,), (np.array([3, token]),), (np.zeros(2),))
+        with pytest.raises(ConfigError, match=rf"gives token {token} a probability, .* tokens 0 to 7: it is another"):
+            chosen(logits, seen)
 
 
 def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,6 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._completion(body)
         elif fault == "not JSON":
             self._send(200, b"<html>a proxy</html>")
+        elif fault == "deep":
+            self._send(200, b'{"choices": ' + b"[" * 100_000)
         elif fault == "broken":
             self._send(500, {"error": {"message": f"out of memory\nwith {self.headers.get('Authorization')}"}})
         elif fault == "no choice":
@@ -162,6 +164,12 @@ class _Handler(BaseHTTPRequestHandler):
             choice["logprobs"] = {"tokens": names, "token_logprobs": chosen, "top_logprobs": tops}
             if self.server.fault == "no log-probabilities":
                 choice["logprobs"] = None
+            if self.server.fault == "numbers":
+                choice["logprobs"] = {"tokens": 5, "token_logprobs": 5}
+            if self.server.fault == "another vocabulary":
+                tops[-1]["token_id:123456"] = -3.0
+            if self.server.fault == "endless":
+                tops[-1]["token_id:" + "9" * 50] = -3.0
         if body.get("prompt_logprobs") is not None and "prompt" in self.server.ways:
             choice["prompt_logprobs"] = [None] + [
                 {str(token): {"logprob": float(row[token])} for token in self._best(row, body, ids[at])}

@@ -497,6 +497,27 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "Probably meant: 'beta_fast'." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'\xef\xbb\xbf{"model_type": "llama"}', "begins with a byte order mark, so transformers cannot read it"),
+        ('{"model_type": "llama"}'.encode("utf-16"), "is not JSON, and not text in UTF-8"),
+        (b'{"model_type": ["llama"], "max_position_embeddings": 4096}', "model_type ['llama'] is not allowed; a text"),
+        (b'{"model_type": "llava", "text_config": {"model_type": 3}}', "model_type 3 is not allowed; a text"),
+        (b'{"rope_theta": 1e4, "model_type": "llama", "rope_theta": 5e5}',
+         "says 'rope_theta' twice, 10000.0 and 500000.0: readers differ in which one they take"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["inspect", "repair"])
+def test_what_others_cannot_read_or_read_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, said: str, command: str
+) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    assert main([command, str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and said in error
+
+
 def test_numbers_that_attention_takes_from_the_rope_dictionary() -> None:
     numbers = {number.name: number.value for number in inspect({"model_type": "mistral4"}).numbers}
     assert numbers["softmax scale times"] == pytest.approx((0.1 * math.log(128) + 1) ** 2)
