@@ -74,7 +74,7 @@ def time_passes(model: Any, lengths: Sequence[int]) -> list[float]:
 def _drawn(model: Any, length: int, generator: torch.Generator) -> torch.Tensor:
     """A text of random tokens."""
     vocabulary = model.config.get_text_config().vocab_size
-    return torch.randint(vocabulary, (1, length), generator=generator).to(model.device)
+    return torch.randint(vocabulary, (1, length), generator=generator, device="cpu").to(model.device)
 
 
 @torch.inference_mode()

@@ -184,7 +184,8 @@ def _pairing(apply: Callable[..., Any], layout: Layout, half: int, apart: bool =
     angles = torch.randn(1, 3, half, **plain)
     cos, sin = angles.cos(), angles.sin()
     try:
-        found = apply(q, k, lay_out(cos, layout), lay_out(sin, layout))
+        with torch.device("cpu"):  # whatever the default device is
+            found = apply(q, k, lay_out(cos, layout), lay_out(sin, layout))
     except Exception:
         return None  # whatever it wants, it is not the common form
     for interleaved in (False, True):

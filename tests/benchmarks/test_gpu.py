@@ -29,6 +29,7 @@ from benchmarks.gpu_parts import (
     train,
 )
 from benchmarks.gpu_parts.rows import KNOWN, NO_TIME, TOLERANCE, complete, key, known_rows, show
+from scaled_rope.patching.patch import patched_scaling
 from tests.helpers import ROOT
 
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton")
@@ -242,6 +243,16 @@ def test_training_part_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch,
     module, _, _ = train.training_module(train.training_recipe("small", 24, scaling="yarn:4"))
     found = train.first_gradient(train.summed_loss(module, torch.arange(16)[None]), module.model)
     assert (found - stock[0]).norm() > models.NOISE * stock[1] * stock[0].norm(), "another scaling is not noise"
+
+
+def test_a_model_for_training_is_built_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its patch, which looks at numbers on the CPU, is made under that default device."""
+    monkeypatch.setattr(timing, "DEVICE", "meta")
+    monkeypatch.setattr(models, "MODELS", SMALL)
+    module, _, _ = train.training_module(train.training_recipe("small", 24), "none")
+    scaling = patched_scaling(module.model)
+    assert scaling is not None and (scaling.method, scaling.factor) == ("yarn", 32)
+    assert all(weight.is_meta for weight in module.parameters())
 
 
 def test_rows_of_other_code_are_measured_again() -> None:
