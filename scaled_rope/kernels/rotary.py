@@ -195,7 +195,9 @@ def _apply(
     if offset or (cos is not None and position_ids is None and cos.dim() == 2):
         _check_offset(q, cos, position_ids, offset, heads_first)
     cos, sin = (None if table is None else table.contiguous() for table in (cos, sin))
-    more = (cos, sin, phases, position_ids, offset, attention_factor, heads_first, interleaved, inverse, backend)
+    # A float: Triton would compile the integer 1 into the kernel, which then serves other factors too.
+    factor = float(attention_factor)
+    more = (cos, sin, phases, position_ids, offset, factor, heads_first, interleaved, inverse, backend)
     wants_gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     if direct and not wants_gradients:
         if inplace:

@@ -104,7 +104,7 @@ def _rotate_heads(
 
 
 # Numbers that change from call to call must not make new versions of the kernel.
-@triton.jit(do_not_specialize=["tokens", "seq_len", "offset", "table_rows"])
+@triton.jit(do_not_specialize=["tokens", "seq_len", "offset", "table_rows", "attention_factor"])
 def rotary_kernel(
     q,
     k,
