@@ -194,7 +194,7 @@ def _apply(
         _check(*given, heads_first)
     if offset or (cos is not None and position_ids is None and cos.dim() == 2):
         _check_offset(q, cos, position_ids, offset, heads_first)
-    cos, sin = (None if table is None else table.contiguous() for table in (cos, sin))
+    cos, sin, phases = (None if table is None else table.contiguous() for table in (cos, sin, phases))
     # A float: Triton would compile the integer 1 into the kernel, which then serves other factors too.
     factor = float(attention_factor)
     more = (cos, sin, phases, position_ids, offset, factor, heads_first, interleaved, inverse, backend)

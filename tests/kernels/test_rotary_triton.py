@@ -91,7 +91,8 @@ with torch.no_grad():
         apply_rotary_from_frequencies(q, k, phases, ids, attention_factor=factor)
 (other,) = (found for found in module._GEOMETRIES.values())
 # All but the seventh, which is made for each launch, for profilers.
-print(json.dumps([[described(arguments[:6] + arguments[7:]) for arguments in launched], len(one.compiled), len(other.compiled)]))
+given = [described(arguments[:6] + arguments[7:]) for arguments in launched]
+print(json.dumps([given, len(one.compiled), len(other.compiled)]))
 """
 
 
