@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.gpu_parts import timing
 from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.memory_meter import is_out_of_memory
 from scaled_rope.results import OUT_OF_MEMORY, Row, package_version
 
 NO_TIME = "no time left"
@@ -77,11 +78,11 @@ def complete(
             if not row["error"] < limit:
                 return row | {"skipped": WRONG}
         row |= time_it()
-    except torch.OutOfMemoryError:
-        row["skipped"] = OUT_OF_MEMORY
-    except refusals as problem:
+    except Exception as problem:
+        if not (full := is_out_of_memory(problem)) and not isinstance(problem, refusals):
+            raise
         said = str(problem) if isinstance(problem, ConfigError) else [*str(problem).splitlines(), ""][0][:120]
-        row["skipped"] = said or type(problem).__name__
+        row["skipped"] = OUT_OF_MEMORY if full else said or type(problem).__name__
     finally:
         timing.free()
         clock.took(kind, time.monotonic() - started)

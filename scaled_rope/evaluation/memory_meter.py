@@ -14,10 +14,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory was not enough, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    # The CPU's allocator has no exception of its own.
-    return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("can't allocate memory", "out of memory", "not enough memory")
-    )
+    # The CPU's allocator has no exception of its own, nor have libraries that take memory past PyTorch's, as cuBLAS and
+    # cuDNN do for their workspaces (CUBLAS_STATUS_ALLOC_FAILED).
+    said = ("can't allocate memory", "out of memory", "not enough memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def release_memory() -> None:

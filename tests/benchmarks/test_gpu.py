@@ -266,6 +266,23 @@ def test_rows_of_other_code_are_measured_again() -> None:
         assert complete(row | {"tokens": 9}, timing.Clock(600, done), 0, lambda: {}) == row | {"tokens": 9}
 
 
+@pytest.mark.parametrize("refusals", [(), (Exception,)])
+def test_a_case_that_memory_is_not_enough_for_is_skipped(refusals: tuple[type[Exception], ...]) -> None:
+    """Also where it is a library's own memory, of which PyTorch makes an error of the common kind."""
+    row = {"metric": "decode", "shape": "s", "tokens": 8, "variant": "ours"}
+
+    def fail(error: Exception) -> Any:
+        raise error
+
+    cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    for error in (cublas, torch.OutOfMemoryError("CUDA out of memory")):
+        found = complete(dict(row), timing.Clock(600), 0, lambda error=error: fail(error), refusals=refusals)
+        assert found["skipped"] == "out of memory"
+    if not refusals:
+        with pytest.raises(RuntimeError, match="of another kind"):
+            complete(dict(row), timing.Clock(600), 0, lambda: fail(RuntimeError("of another kind")))
+
+
 def test_a_part_expects_the_next_case_to_take_as_long_as_the_last() -> None:
     clock = timing.Clock(600)
     assert clock.needed("a", 5) == 5
