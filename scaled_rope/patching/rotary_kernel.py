@@ -31,8 +31,8 @@ def resolve_kernel(kernel: str) -> str | None:
     """The backend to install: None leaves the model's own function.
 
     Args:
-        kernel: "auto": the Triton kernel on a machine with a GPU, or what `SCALED_ROPE_KERNEL` says; elsewhere there is
-            nothing to gain, so None. "triton", "torch": that one. "none": None.
+        kernel: "auto": the Triton kernel on a machine with a GPU where Triton runs, or what `SCALED_ROPE_KERNEL` says;
+            elsewhere there is nothing to gain, so None. "triton", "torch": that one. "none": None.
 
     Raises:
         ConfigError: unknown name, or triton where it cannot run.
