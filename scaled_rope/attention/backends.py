@@ -29,6 +29,7 @@ from transformers.utils import import_utils
 from scaled_rope.attention import blockwise
 from scaled_rope.attention.interface import AttentionCall, attention_function
 from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.kernels import triton_lacks
 from scaled_rope.scaling.hf_config import config_head_dim
 
 FLASH_HEAD_DIM = 256
@@ -108,8 +109,8 @@ def attention_for(config: Any, attention: str, device: torch.device | None = Non
     """Return the implementation that a family uses under "auto", given the one that "auto" resolved to.
 
     FlashAttention and PyTorch's own stay where the family can use them. Otherwise, and for windows, one that makes no
-    T x T mask takes their place: "sdpa_blocked" for windows, "flex_attention" on a GPU for families with soft caps or
-    sinks, or else "eager".
+    T x T mask takes their place: "sdpa_blocked" for windows, "flex_attention" on a GPU where Triton runs for families
+    with soft caps or sinks, or else "eager".
 
     Args:
         config: a config of transformers.
@@ -126,7 +127,9 @@ def attention_for(config: Any, attention: str, device: torch.device | None = Non
         text = config.get_text_config()
         return "sdpa_blocked" if has_window(text) and not refusal(config, "sdpa_blocked") else "sdpa"
     gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
-    return "flex_attention" if gpu and not refusal(config, "flex_attention") else "eager"
+    # It is compiled into a kernel of Triton's.
+    flex = gpu and not refusal(config, "flex_attention") and not triton_lacks(device)
+    return "flex_attention" if flex else "eager"
 
 
 def check_attention(config: Any, name: str, device: torch.device, dtype: str) -> None:

@@ -136,7 +136,7 @@ class BenchmarkRun:
             scorer: Any = Scorer(model, job.scaling, limit, self.batch_size, self.hide_progress)
         else:
             scorer = model_of_job(model, job, limit, self.batch_size, self.hide_progress)
-        with Meter(self.load.device) as meter, silence() if self.hide_progress else contextlib.nullcontext():
+        with Meter(*self.load.devices) as meter, silence() if self.hide_progress else contextlib.nullcontext():
             row = unit.measure(scorer, [length])[length]
         return {**row, "seconds": round(meter.seconds, 1), "peak_memory": meter.peak_memory}
 

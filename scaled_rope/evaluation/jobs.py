@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from scaled_rope.attention.backends import resolve_attention
 from scaled_rope.checkpoint import DEFAULT_MODEL, Checkpoint, display_name, open_checkpoint, weights_hash
 from scaled_rope.errors import ConfigError
@@ -18,7 +20,7 @@ from scaled_rope.evaluation.ranks import current
 from scaled_rope.evaluation.served_model import ServedModel
 from scaled_rope.flags import NO_EFFECT, check_model_arguments, requested_specs
 from scaled_rope.patching.adapter_scaling import adapter_scaling
-from scaled_rope.patching.device_maps import Placement
+from scaled_rope.patching.device_maps import Placement, computing_devices
 from scaled_rope.patching.loading import apply_scaling, load_model, resolve_device, resolve_dtype, resolve_plan
 from scaled_rope.patching.region_attention import check_carrier
 from scaled_rope.patching.rotary_kernel import resolve_kernel
@@ -208,6 +210,11 @@ class ModelLoader:
         self._args = args
         self._name: str | None = None
         self._model: Any = None
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """The devices on which the model that is loaded computes, several where it is split; `device` where none is."""
+        return (self.device,) if self._model is None else computing_devices(self._model)
 
     def __call__(self, job: ModelJob) -> Any:
         """Return the job's model, on the device, in eval mode, computing with the job's scaling; or its server."""

@@ -14,10 +14,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory was not enough, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    # The CPU's allocator has no exception of its own.
-    return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("can't allocate memory", "out of memory", "not enough memory")
-    )
+    # The CPU's allocator has no exception of its own, nor have libraries that take memory past PyTorch's, as cuBLAS and
+    # cuDNN do for their workspaces (CUBLAS_STATUS_ALLOC_FAILED).
+    said = ("can't allocate memory", "out of memory", "not enough memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def release_memory() -> None:
@@ -30,18 +30,22 @@ def release_memory() -> None:
 class Meter:
     """Wall-clock time and peak memory of a `with` block: `seconds` and `peak_memory` (bytes).
 
-    Memory is what PyTorch allocated on a GPU; elsewhere the process's resident set, of which the model is a part.
+    Memory is what PyTorch allocated on GPUs, of several the sum of their peaks, which need not have been at the same
+    time; elsewhere the process's resident set, of which the model is a part.
+
+    Args:
+        devices: those that compute in the block.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, *devices: torch.device) -> None:
+        self._gpus = [device for device in devices if device.type == "cuda"]
         self.seconds = 0.0
         self.peak_memory = 0
 
     def __enter__(self) -> Meter:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
+        for gpu in self._gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
+        if not self._gpus:
             try:  # "5" resets the peak (VmHWM) on Linux; elsewhere it stays that of the whole process
                 Path("/proc/self/clear_refs").write_text("5")
             except OSError:
@@ -50,12 +54,11 @@ class Meter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # kernels are only queued when a call returns
+        for gpu in self._gpus:
+            torch.cuda.synchronize(gpu)  # kernels are only queued when a call returns
         self.seconds = time.perf_counter() - self._start
-        self.peak_memory = (
-            int(torch.cuda.max_memory_allocated(self.device)) if self.device.type == "cuda" else _peak_resident()
-        )
+        peaks = [int(torch.cuda.max_memory_allocated(gpu)) for gpu in self._gpus] or [_peak_resident()]
+        self.peak_memory = sum(peaks)
 
 
 def _peak_resident() -> int:

@@ -31,7 +31,7 @@ from scaled_rope.evaluation.windows import (
     truncated,
     windows_fingerprint,
 )
-from scaled_rope.patching.device_maps import input_device
+from scaled_rope.patching.device_maps import computing_devices, input_device
 from scaled_rope.patching.loss import IGNORE, token_nll
 from scaled_rope.results import Row, row_key
 from scaled_rope.scaling.frequencies import at_length
@@ -311,7 +311,7 @@ class Perplexity:
             wanted = [window.document in losses for window in batch]
             if any(wanted):
                 served = isinstance(model, ServedModel)
-                with Meter(model.device if served else input_device(model)) as meter:
+                with Meter(*((model.device,) if served else computing_devices(model))) as meter:
                     limit, scored = score_windows(model, texts, batch, limit, self.prefill_chunk)
                 finished: dict[int, Sums] = {}
                 for window, keep, nll in zip(batch, wanted, scored, strict=True):

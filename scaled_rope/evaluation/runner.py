@@ -310,7 +310,7 @@ def _measure(
         exhausted = False
         while True:
             try:
-                with Meter(load.device) as meter:
+                with Meter(*load.devices) as meter:
                     item = next(stream, None)
             except Exception as error:
                 if not is_out_of_memory(error):

@@ -18,6 +18,7 @@ import torch
 from scaled_rope.evaluation.formatting import format_table
 from scaled_rope.evaluation.lm_eval_tasks import TaskFacts
 from scaled_rope.evaluation.task_presets import RULER, SAMPLES
+from scaled_rope.patching.device_maps import computing_devices, input_device
 from scaled_rope.patching.loss import hidden_states, project
 from scaled_rope.patching.patch import cache_obstacle
 
@@ -68,13 +69,13 @@ def time_passes(model: Any, lengths: Sequence[int]) -> list[float]:
         project(model, hidden_states(model, ids)[:, -1:])
 
     generator = torch.Generator().manual_seed(0)
-    return [_seconds(functools.partial(one_pass, _drawn(model, n, generator)), model.device) for n in lengths]
+    return [_seconds(functools.partial(one_pass, _drawn(model, n, generator)), model) for n in lengths]
 
 
 def _drawn(model: Any, length: int, generator: torch.Generator) -> torch.Tensor:
     """A text of random tokens."""
     vocabulary = model.config.get_text_config().vocab_size
-    return torch.randint(vocabulary, (1, length), generator=generator).to(model.device)
+    return torch.randint(vocabulary, (1, length), generator=generator, device="cpu").to(input_device(model))
 
 
 @torch.inference_mode()
@@ -91,27 +92,29 @@ def measure_pace(model: Any, lengths: tuple[int, int]) -> Pace:
             more = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
             model.generate(ids, attention_mask=mask, use_cache=cached, **more)
 
-        alone = _seconds(functools.partial(decode, 1), model.device)
-        several = _seconds(functools.partial(decode, 1 + _DECODED), model.device)
+        alone = _seconds(functools.partial(decode, 1), model)
+        several = _seconds(functools.partial(decode, 1 + _DECODED), model)
         steps.append(max(0.0, several - alone) / _DECODED)
     return Pace(lengths, (passes[0], passes[1]), (steps[0], steps[1]))
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The shorter of two runs, in seconds."""
+def _seconds(run: Callable[[], object], model: Any) -> float:
+    """The shorter of two runs of a model, in seconds."""
     found = []
     for _ in range(2):
-        _finish(device)
+        _finish(model)
         begin = time.perf_counter()
         run()
-        _finish(device)
+        _finish(model)
         found.append(time.perf_counter() - begin)
     return min(found)
 
 
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _finish(model: Any) -> None:
+    """Wait for all GPUs on which a model computes."""
+    for device in computing_devices(model):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from scaled_rope.kernels.rotary import (
     kernel_backend,
     packed_position_ids,
     rotate,
+    triton_lacks,
 )
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "packed_position_ids",
     "rotary_decode",
     "rotate",
+    "triton_lacks",
 ]

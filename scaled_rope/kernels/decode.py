@@ -44,7 +44,7 @@ class DecodeAngles:
     ) -> None:
         if inv_freq.dim() != 2:
             raise ConfigError(f"inv_freq {list(inv_freq.shape)}: must be [B or 1, R/2]")
-        self.phases = frequency_phases(inv_freq)
+        self.phases = frequency_phases(inv_freq).contiguous()
         self.query_positions = query_positions
         self.first_key = first_key
         self.factors = torch.as_tensor(attention_factor, device=inv_freq.device).float().reshape(-1) ** 2

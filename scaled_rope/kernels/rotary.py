@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from scaled_rope.errors import ConfigError, unknown
 
@@ -41,7 +42,7 @@ def kernel_backend(device: torch.device | str | None = None, backend: str = "aut
     Args:
         device: None: the first GPU when there is one, else the CPU.
         backend: "torch" or "triton" to insist; "auto": the one that `SCALED_ROPE_KERNEL` names, or else triton on a
-            GPU where it is installed, or else torch.
+            GPU where it runs (see `triton_lacks`), or else torch.
 
     Raises:
         ConfigError: unknown name, or triton where it cannot run (it runs on a GPU, and on the CPU with
@@ -55,16 +56,59 @@ def kernel_backend(device: torch.device | str | None = None, backend: str = "aut
     if backend not in BACKENDS:
         raise unknown("kernel backend", backend, BACKENDS)
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else torch.device(device).type
-    installed = _triton_is_installed()
     if backend == "auto":
-        backend = "triton" if kind == "cuda" and installed else "torch"
+        backend = "triton" if kind == "cuda" and not triton_lacks(device) else "torch"
     elif backend == "triton":
-        if not installed:
+        if not _triton_is_installed():
             raise ConfigError(f"{source} needs: pip install 'scaled-rope[kernels]'")
         if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ConfigError(f"{source} needs a GPU, not {kind!r} (or TRITON_INTERPRET=1, which is slow)")
     _log_once(backend, kind)
     return backend
+
+
+_LACKS: dict[torch.device, str] = {}
+"""What `triton_lacks` found, by GPU."""
+
+
+def triton_lacks(device: torch.device | str | None = None) -> str:
+    """Why Triton runs no kernel on a GPU, in one line; "" where it runs, or where that is not known yet.
+
+    That it is installed says little: torch for CUDA always brings it, and at its first use it compiles code for the
+    driver, with a C compiler and Python's headers that many images of containers have not. So where it is not asked for
+    by name, a kernel of one number is run first, once for each GPU, and a warning says what went wrong. A process that
+    has not used a GPU yet does not begin to here, since it could not be forked any more.
+
+    Args:
+        device: a GPU; None: the current one.
+    """
+    if isinstance(device, torch.device) and (known := _LACKS.get(device)) is not None:
+        return known
+    if not _triton_is_installed():
+        return "triton is not installed"
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return ""
+    if torch.cuda.is_current_stream_capturing():  # the graph would hold the kernel
+        return ""
+    device = torch.device("cuda" if device is None else device)
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device not in _LACKS:
+        _LACKS[device] = _try_triton(device)
+    return _LACKS[device]
+
+
+def _try_triton(device: torch.device) -> str:
+    try:
+        with _disable_current_modes():  # a caller may be tracing a pass, with tensors that hold no numbers
+            from scaled_rope.kernels.rotary_triton import try_out
+
+            try_out(device)
+    except Exception as error:  # of a driver, a compiler, the loader of libraries
+        reason = f"{type(error).__name__}: {[*str(error).splitlines(), ''][0]}"
+        _LOG.warning("triton is installed but runs no kernel on %s, so others take its place: %s", device, reason)
+        return reason
+    return ""
 
 
 @functools.cache
@@ -194,8 +238,10 @@ def _apply(
         _check(*given, heads_first)
     if offset or (cos is not None and position_ids is None and cos.dim() == 2):
         _check_offset(q, cos, position_ids, offset, heads_first)
-    cos, sin = (None if table is None else table.contiguous() for table in (cos, sin))
-    more = (cos, sin, phases, position_ids, offset, attention_factor, heads_first, interleaved, inverse, backend)
+    cos, sin, phases = (None if table is None else table.contiguous() for table in (cos, sin, phases))
+    # A float: Triton would compile the integer 1 into the kernel, which then serves other factors too.
+    factor = float(attention_factor)
+    more = (cos, sin, phases, position_ids, offset, factor, heads_first, interleaved, inverse, backend)
     wants_gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     if direct and not wants_gradients:
         if inplace:

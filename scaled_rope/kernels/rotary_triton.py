@@ -31,6 +31,23 @@ PROGRAMS = 1024
 
 
 @triton.jit
+def trial_kernel(out):
+    """Grid: (1,). Writes one number."""
+    tl.store(out, 1)
+
+
+def try_out(device: torch.device) -> None:
+    """Compile and launch a kernel on a GPU.
+
+    Raises:
+        Exception: whatever Triton, a compiler or the driver raises where no kernel runs.
+    """
+    out = torch.zeros(1, dtype=torch.int32, device=device)
+    with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
+        trial_kernel[(1,)](out)
+
+
+@triton.jit
 def angle_tables(phases, positions, attention_factor, j, in_half):
     """cos and sin [BLOCK_T, HALF] from 64-bit fractions of a turn; `tables_from_phases` in torch."""
     phase = tl.load(phases + j, mask=in_half, other=0)
@@ -104,7 +121,7 @@ def _rotate_heads(
 
 
 # Numbers that change from call to call must not make new versions of the kernel.
-@triton.jit(do_not_specialize=["tokens", "seq_len", "offset", "table_rows"])
+@triton.jit(do_not_specialize=["tokens", "seq_len", "offset", "table_rows", "attention_factor"])
 def rotary_kernel(
     q,
     k,

@@ -107,10 +107,23 @@ def input_device(model: Any) -> torch.device:
     for one in getattr(hook, "hooks", (hook,)):
         place = getattr(one, "execution_device", None)
         if place is not None:
-            return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+            return _device(place)
     weight: Any = next(embedding.parameters(), None)
     device: torch.device = model.device if weight is None else weight.device
     return device
+
+
+def computing_devices(model: Any) -> tuple[torch.device, ...]:
+    """The devices on which a model computes: of a split one all of its GPUs, to which parts on the CPU or on disk are
+    brought when they are used."""
+    places = (getattr(model, "hf_device_map", None) or {}).values()
+    gpus = {device for place in places if place != "disk" and (device := _device(place)).type == "cuda"}
+    return tuple(sorted(gpus, key=str)) or (input_device(model),)
+
+
+def _device(place: Any) -> torch.device:
+    """A device as accelerate names it, where a number is a GPU."""
+    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
 
 
 def is_offloaded(model: nn.Module) -> bool:

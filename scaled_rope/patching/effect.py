@@ -77,8 +77,14 @@ def follow_tables(base: PreTrainedModel, places: list[Place]) -> TableUse:
             use = TableUse({path: set(layers) for path, layers in inside.items()})
             left = {name for name, _ in _layers(lists)}
             try:
-                # Without modes: a caller may be tracing a pass, with tensors that hold no numbers.
-                with _disable_current_modes(), torch.no_grad(), _stand_ins(base, places, lists, use, left, as_tuple):
+                # Without modes: a caller may be tracing a pass, with tensors that hold no numbers. A default device
+                # that a caller has set is no such mode, and may be another than the CPU.
+                with (
+                    _disable_current_modes(),
+                    torch.device("cpu"),
+                    torch.no_grad(),
+                    _stand_ins(base, places, lists, use, left, as_tuple),
+                ):
                     # The class's own function, without hooks and whatever a library has put around it.
                     type(base).forward(base, **inputs(), use_cache=False)
                 return use
@@ -128,7 +134,7 @@ def _inputs(base: PreTrainedModel) -> list[Callable[[], dict[str, Any]]]:
     weight = getattr(embedding, "weight", None)
     width = int(getattr(embedding, "embedding_dim", 0) or base.config.hidden_size)
     device = weight.device if isinstance(weight, Tensor) else torch.device("cpu")
-    ids = torch.zeros(1, _TOKENS, dtype=torch.long)
+    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="cpu")
     return [
         lambda: {"inputs_embeds": torch.zeros(1, _TOKENS, width, device="cpu")},
         lambda: {"input_ids": ids.to(device)},
@@ -187,7 +193,7 @@ def _constant_tables(rotary: nn.Module, number: float) -> Callable[..., Any]:
     copied._forward_pre_hooks.clear()
 
     def forward(x: Tensor, position_ids: Tensor, *more: Any, **options: Any) -> Any:
-        like = torch.zeros(1, 1, 1, dtype=x.dtype)
+        like = torch.zeros(1, 1, 1, dtype=x.dtype, device="cpu")
         return _filled(copied(like, position_ids.to("cpu"), *more, **options), number)
 
     return forward

@@ -127,7 +127,7 @@ def detect_adapter(config: Any, rotary: nn.Module) -> Adapter | None:
             probe = on_cpu(rotary)
     except Exception:
         return None
-    with _disable_current_modes():
+    with _disable_current_modes(), torch.device("cpu"):  # whatever the default device is
         return _fitting(config, rotary, probe)
 
 

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.kernels import triton_lacks
 from scaled_rope.patching.cache_argument import cache_name, returned_cache
 from scaled_rope.patching.forward_pass import lengths
 from scaled_rope.patching.output_head import decoder_of, output_head, own_logits
@@ -46,7 +47,8 @@ def resolve_loss(name: str, device: torch.device, model: nn.Module | None = None
     """Return the way in which the loss called `name` is computed here: "chunked", "fused" or "whole".
 
     Args:
-        name: one of `recipes.LOSSES`; "auto" is "fused" where that is possible on a GPU, else "chunked".
+        name: one of `recipes.LOSSES`; "auto" is "fused" where that is possible on a GPU on which Triton runs, else
+            "chunked".
         model: checked too, if it is given.
 
     Raises:
@@ -54,7 +56,7 @@ def resolve_loss(name: str, device: torch.device, model: nn.Module | None = None
     """
     lack = _fused_lacks(device, model)
     if name == "auto":
-        return "fused" if device.type == "cuda" and not lack else "chunked"
+        return "fused" if device.type == "cuda" and not lack and not triton_lacks(device) else "chunked"
     if name == "fused" and lack:
         raise ConfigError(f"loss 'fused' needs {lack}; use chunked")
     return name

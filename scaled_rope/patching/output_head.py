@@ -52,7 +52,8 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, OutputHead] = weakref.WeakKeyDictio
 def output_head(model: PreTrainedModel) -> OutputHead:
     """Measure what a causal language model does around its output projection; once for each model."""
     if model not in _KNOWN:
-        with _disable_current_modes():  # a caller may be tracing a pass, with tensors that hold no numbers
+        # A caller may be tracing a pass, with tensors that hold no numbers, or have set another default device.
+        with _disable_current_modes(), torch.device("cpu"):
             _KNOWN[model] = _measure(model)
     return _KNOWN[model]
 

@@ -31,8 +31,8 @@ def resolve_kernel(kernel: str) -> str | None:
     """The backend to install: None leaves the model's own function.
 
     Args:
-        kernel: "auto": the Triton kernel on a machine with a GPU, or what `SCALED_ROPE_KERNEL` says; elsewhere there is
-            nothing to gain, so None. "triton", "torch": that one. "none": None.
+        kernel: "auto": the Triton kernel on a machine with a GPU where Triton runs, or what `SCALED_ROPE_KERNEL` says;
+            elsewhere there is nothing to gain, so None. "triton", "torch": that one. "none": None.
 
     Raises:
         ConfigError: unknown name, or triton where it cannot run.
@@ -184,7 +184,8 @@ def _pairing(apply: Callable[..., Any], layout: Layout, half: int, apart: bool =
     angles = torch.randn(1, 3, half, **plain)
     cos, sin = angles.cos(), angles.sin()
     try:
-        found = apply(q, k, lay_out(cos, layout), lay_out(sin, layout))
+        with torch.device("cpu"):  # whatever the default device is
+            found = apply(q, k, lay_out(cos, layout), lay_out(sin, layout))
     except Exception:
         return None  # whatever it wants, it is not the common form
     for interleaved in (False, True):

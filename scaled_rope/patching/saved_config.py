@@ -121,12 +121,13 @@ def _silent_transformers() -> Iterator[None]:
 
 
 def agrees(rotary: Any, layer_type: str, scaling: RopeScaling, unpatched: Unpatched) -> bool:
-    """Whether a rotary module of transformers has the frequencies of a scaling, for short texts and beyond L."""
+    """Whether a rotary module of transformers has a scaling's frequencies, for short texts and beyond L; on the CPU."""
     prefix, more = (f"{layer_type}_", (layer_type,)) if layer_type else ("", ())
     original = scaling.original_max_position_embeddings or 1
     form = unpatched.form(unpatched.places[0])
     for length in (1, original, 3 * original + 1) if scaling.is_length_dependent else (1,):
-        tables_of_text(rotary, torch.zeros(1, 1, 1), torch.tensor([[length - 1]]), *more)
+        with torch.device("cpu"):  # whatever the default device is
+            tables_of_text(rotary, torch.zeros(1, 1, 1), torch.tensor([[length - 1]]), *more)
         wanted, factor = form.frequencies(scaling, layer_type, length)
         inv_freq = getattr(rotary, f"{prefix}inv_freq")
         # Computed in float32, off by some ln(b) + 3·s units of 6e-8.

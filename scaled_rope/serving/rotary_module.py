@@ -132,7 +132,8 @@ def _measured_factor(rotary: Any, length: int, more: tuple[str, ...]) -> float |
     Phi-3.5-MoE multiplies its tables by another number than `attention_scaling`.
     """
     try:
-        tables = rotary(torch.zeros(1), torch.tensor([[length - 1]]), *more)
+        with torch.device("cpu"):  # whatever the default device is
+            tables = rotary(torch.zeros(1), torch.tensor([[length - 1]]), *more)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
         return None  # called in another way
     if not isinstance(tables, tuple) or len(tables) != 2 or not all(isinstance(table, Tensor) for table in tables):

@@ -379,7 +379,8 @@ def _gathered(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
 def _check_tokenwise(mlp: Any, config: Any, tiles: int) -> None:
     """Raise a ConfigError unless the output for some tokens is that for these tokens alone."""
     weight = next(mlp.parameters())
-    hidden = torch.randn(1, 6, config.get_text_config().hidden_size, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 6, config.get_text_config().hidden_size, generator=generator, device="cpu")
     hidden = hidden.to(weight.device, weight.dtype)
     try:
         whole, part = mlp(hidden), mlp(hidden[:, 4:])

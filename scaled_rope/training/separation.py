@@ -55,8 +55,9 @@ def _share(accelerator: Any, model: nn.Module) -> float:
 def _effect(accelerator: Any, module: Any, batch_size: int, separate: bool) -> float:
     """The largest change of a loss in the second document when the first one is another; the largest of all ranks."""
     vocabulary = accelerator.unwrap_model(module).config.get_text_config(decoder=True).vocab_size
-    drawn = torch.randint(vocabulary, (3, batch_size, _LENGTH), generator=torch.Generator().manual_seed(0))
-    starting = torch.arange(_LENGTH).repeat(2).expand(batch_size, -1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(vocabulary, (3, batch_size, _LENGTH), generator=generator, device="cpu")
+    starting = torch.arange(_LENGTH, device="cpu").repeat(2).expand(batch_size, -1)
     losses: list[Tensor] = []
     for first in drawn[:2]:
         ids = torch.cat([first, drawn[2]], dim=1)

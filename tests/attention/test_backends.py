@@ -242,7 +242,8 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("family", CHOICES)
-def test_auto_suits_the_architecture(family: str) -> None:
+def test_auto_suits_the_architecture(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends_module, "triton_lacks", lambda device: "")
     window = {"sliding_window": 64} if family == "mistral" else {}
     config = CONFIG_MAPPING[family](num_hidden_layers=2, **copy.deepcopy(FAMILIES[family] | window))
     asked = (("flash_attention_2", GPU), ("sdpa", GPU), ("sdpa", CPU))
@@ -250,6 +251,8 @@ def test_auto_suits_the_architecture(family: str) -> None:
     assert found == list(CHOICES[family])
     # What is chosen is never what is refused.
     assert not any(refusal(config, name) for name in found)
+    monkeypatch.setattr(backends_module, "triton_lacks", lambda device: "a C compiler" if device == GPU else "")
+    assert "flex_attention" not in [attention_for(config, name, device) for name, device in asked]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from benchmarks.gpu_parts import (
 )
 from benchmarks.gpu_parts import rows as rows_module
 from benchmarks.gpu_parts.rows import KNOWN, NO_TIME, TOLERANCE, WRONG, complete, key, known_rows, show, source_hash
+from scaled_rope.patching.patch import patched_scaling
 from scaled_rope.results import read_rows
 from tests.helpers import ROOT, bare_container
 
@@ -247,6 +248,16 @@ def test_training_part_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch,
     assert (found - stock[0]).norm() > models.NOISE * stock[1] * stock[0].norm(), "another scaling is not noise"
 
 
+def test_a_model_for_training_is_built_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its patch, which looks at numbers on the CPU, is made under that default device."""
+    monkeypatch.setattr(timing, "DEVICE", "meta")
+    monkeypatch.setattr(models, "MODELS", SMALL)
+    module, _, _ = train.training_module(train.training_recipe("small", 24), "none")
+    scaling = patched_scaling(module.model)
+    assert scaling is not None and (scaling.method, scaling.factor) == ("yarn", 32)
+    assert all(weight.is_meta for weight in module.parameters())
+
+
 def test_rows_of_other_code_are_measured_again() -> None:
     about = {"source": "a", "device": "b", "driver": "c"}
     row = {"metric": "decode", "shape": "s", "tokens": 8, "variant": "ours"}
@@ -321,6 +332,23 @@ def test_a_gpu_that_is_lost_costs_one_case(
     del faults["breaks"], faults["outside"]
     assert gpu.main(words) == 0  # a run of its own tries again what failed
     assert [row["variant"] for row in read_rows(output)[4:]] == ["ours, breaks"]
+
+
+@pytest.mark.parametrize("refusals", [(), (Exception,)])
+def test_a_case_that_memory_is_not_enough_for_is_skipped(refusals: tuple[type[Exception], ...]) -> None:
+    """Also where it is a library's own memory, of which PyTorch makes an error of the common kind."""
+    row = {"metric": "decode", "shape": "s", "tokens": 8, "variant": "ours"}
+
+    def fail(error: Exception) -> Any:
+        raise error
+
+    cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    for error in (cublas, torch.OutOfMemoryError("CUDA out of memory")):
+        found = complete(dict(row), timing.Clock(600), 0, lambda error=error: fail(error), refusals=refusals)
+        assert found["skipped"] == "out of memory"
+    if not refusals:
+        with pytest.raises(RuntimeError, match="of another kind"):
+            complete(dict(row), timing.Clock(600), 0, lambda: fail(RuntimeError("of another kind")))
 
 
 def test_a_part_expects_the_next_case_to_take_as_long_as_the_last() -> None:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from scaled_rope.checkpoint import DEFAULT_MODEL
 from scaled_rope.evaluation.lm_eval_tasks import TaskFacts
-from scaled_rope.evaluation.time_estimate import Pace, duration, estimate, measure_pace, plan_table, timed_lengths
+from scaled_rope.evaluation.time_estimate import (
+    Pace,
+    duration,
+    estimate,
+    measure_pace,
+    plan_table,
+    time_passes,
+    timed_lengths,
+)
 from scaled_rope.patching.loading import load_model
 
 PACE = Pace((100, 200), (3.0, 8.0), (0.1, 0.2))  # 0.02 n + 1e-4 n², and 1e-3 n
@@ -61,6 +70,9 @@ def test_lengths_that_are_timed() -> None:
 
 
 def test_a_model_is_timed() -> None:
-    pace = measure_pace(load_model(str(DEFAULT_MODEL), device="cpu"), (16, 256))
+    model = load_model(str(DEFAULT_MODEL), device="cpu")
+    with torch.device("meta"):  # texts are drawn on the CPU, whatever the default device is
+        assert all(seconds > 0 for seconds in time_passes(model, [16, 32]))
+    pace = measure_pace(model, (16, 256))
     assert 0 < pace.passes[0] < pace.passes[1]
     assert pace.steps[1] < pace.passes[1]  # with a cache a step is no whole pass

@@ -119,6 +119,9 @@ def test_strides_and_float64(backend: str) -> None:
     found = rotary_decode(query, key, value, angles, backend=backend)
     copied = rotary_decode(*(x.contiguous() for x in (query, key, value)), angles, backend=backend)
     torch.testing.assert_close(found, copied, rtol=0, atol=1e-6)
+    transposed = DecodeAngles(inv_freq.expand(2, -1).t().contiguous().t(), at.to(DEVICE), first.to(DEVICE))
+    pair = [torch.cat((x, x)) for x in (query, key, value)]
+    torch.testing.assert_close(rotary_decode(*pair, transposed, backend=backend)[:1], found, rtol=0, atol=1e-6)
     if backend == "torch":
         seen = (torch.arange(40)[None] <= at[0][:, None])[None, None]
         wanted = by_definition(query, key, value, inv_freq, at, first, seen, torch.ones(1), False)

@@ -142,6 +142,8 @@ def test_positions_beyond_a_million(backend: str) -> None:
     out, _ = apply_rotary_from_frequencies(x, x[:, :0], phases, positions, backend=backend)
     # In float64 an angle of 2^31 is known to 5e-7.
     assert (out.double() - reference(x, positions, half, factor=1.0)).abs().max() < 4e-6
+    apart = torch.stack((phases, phases), dim=1)[:, 0]  # every second number in memory
+    assert torch.equal(apply_rotary_from_frequencies(x, x[:, :0], apart, positions, backend=backend)[0], out)
     naive = positions[..., None].float() * frequencies(half).float()
     exact = positions[..., None].double() * frequencies(half)
     assert (naive.cos() - exact.cos())[:, 3:-1].abs().max() > 1e-3

@@ -78,16 +78,32 @@ for offset in (0, 0, 2**40, 2**40):
 shifted = torch.zeros(1 * 4 * 8 * 64 + 1)[1:].view(1, 4, 8, 64)
 for _ in range(2):
     module._launch_known(one, (shifted, k, *out, table, table, None, ids), (one.tokens, one.seq_len, 0, 8, 1.0))
+# Factors as a caller writes them, by the way of a tensor that is on a GPU.
+from types import FunctionType
+
+from scaled_rope.kernels import apply_rotary_from_frequencies, rotary
+
+module.launch = FunctionType(module.launch.__code__, vars(module) | {"_launch": module._launch_known})
+rotary.kernel_backend = lambda device=None, backend="auto": "triton"
+phases = torch.zeros(32, dtype=torch.int64)
+with torch.no_grad():
+    for factor in (1, 1.25, 1.25, 1):
+        apply_rotary_from_frequencies(q, k, phases, ids, attention_factor=factor)
+(other,) = (found for found in module._GEOMETRIES.values())
 # All but the seventh, which is made for each launch, for profilers.
-print(json.dumps([[described(arguments[:6] + arguments[7:]) for arguments in launched], len(one.compiled)]))
+given = [described(arguments[:6] + arguments[7:]) for arguments in launched]
+print(json.dumps([given, len(one.compiled), len(other.compiled)]))
 """
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton")
 def test_a_known_kernel_gets_what_triton_would_give_it() -> None:
     """Past Triton's own search: the same arguments, and another kernel for pointers or offsets that need one."""
-    launched, compiled_kernels = compiled("scaled_rope.kernels.rotary_triton", "rotary_kernel", LAUNCHED_TWICE)
-    assert len(launched) == 6 and compiled_kernels == 3
+    launched, *compiled_kernels = compiled("scaled_rope.kernels.rotary_triton", "rotary_kernel", LAUNCHED_TWICE)
+    assert len(launched) == 10 and compiled_kernels == [3, 1]
+    launched, by_factor = launched[:6], launched[6:]
+    assert ["1.0" in arguments for arguments in by_factor] == [True, False, False, True]
+    assert ["1.25" in arguments for arguments in by_factor] == [False, True, True, False]
     for first, again in zip(launched[::2], launched[1::2], strict=True):
         assert first == again
     assert len({str(arguments) for arguments in launched}) == 2, "by their offsets"

@@ -3,6 +3,7 @@ mix, and with weights that are offloaded to disk."""
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from scaled_rope.evaluation import jobs
 from scaled_rope.evaluation.continuations import Continuation, score
 from scaled_rope.evaluation.decoding import decode_numbers
 from scaled_rope.evaluation.ranks import Ranks
-from scaled_rope.patching.device_maps import DEVICE_MAPS, Placement, input_device, is_offloaded
+from scaled_rope.evaluation.time_estimate import time_passes
+from scaled_rope.patching.device_maps import DEVICE_MAPS, Placement, computing_devices, input_device, is_offloaded
 from scaled_rope.patching.loading import load_model
 from scaled_rope.patching.loss import token_nll
 from scaled_rope.patching.patch import patched_scaling
@@ -121,6 +123,46 @@ def test_an_offloaded_model(offloaded: tuple[str, ...]) -> None:
     assert is_offloaded(model) and input_device(model).type == "cpu"
     whole = load_model(str(DEFAULT_MODEL), scaling="yarn:4", device="cpu")
     assert not is_offloaded(whole) and input_device(whole).type == "cpu"
+
+
+def test_the_devices_on_which_a_model_computes() -> None:
+    model = load_model(str(DEFAULT_MODEL), device="cpu")
+    assert computing_devices(model) == (torch.device("cpu"),)
+    model.hf_device_map = {"model.embed_tokens": 1, "model.layers.0": "cuda:0", "model.norm": "cpu", "lm_head": "disk"}
+    assert computing_devices(model) == (torch.device("cuda", 0), torch.device("cuda", 1))
+    model.hf_device_map = {"model": "cpu", "lm_head": "disk"}
+    assert computing_devices(model) == (torch.device("cpu"),)
+
+
+def test_time_and_memory_are_those_of_all_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that says it is on two GPUs, which are not there."""
+    asked: set[tuple[str, torch.device]] = set()
+
+    def answer(name: str, device: torch.device) -> int:
+        asked.add((name, device))
+        return 1000 * (1 + device.index)
+
+    for name in ("reset_peak_memory_stats", "synchronize", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, functools.partial(answer, name))
+    wanted = {
+        (name, torch.device("cuda", index))
+        for name in ("reset_peak_memory_stats", "synchronize", "max_memory_allocated") for index in (0, 1)
+    }  # fmt: skip
+
+    def load(*given: Any, **more: Any) -> Any:
+        model = load_model(*given, **more)
+        model.hf_device_map = {"model": 0, "lm_head": 1}
+        return model
+
+    monkeypatch.setattr(jobs, "load_model", load)
+    text = tmp_path / "text.txt"
+    text.write_text("the house by the river was dark and the stone was cold . " * 60)
+    for main, argv in ((passkey.main, ("--iterations", "1")), (perplexity.main, ("-d", str(text)))):
+        rows = evaluate(main, tmp_path / main.__module__, "-m", str(DEFAULT_MODEL), "--lengths", "128", *argv)
+        assert {row["peak_memory"] for row in rows if "seconds" in row} == {3000} and asked == wanted
+        asked.clear()
+    time_passes(load(str(DEFAULT_MODEL), device="cpu"), [16])
+    assert {device.index for name, device in asked if name == "synchronize"} == {0, 1}
 
 
 def test_memory_decides(tmp_path: Path) -> None:

@@ -147,6 +147,9 @@ def test_what_cannot_be_fused_is_refused_and_auto_takes_another(
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(loss, "package_version", lambda name: "0.8.5")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(loss, "triton_lacks", lambda device: "a C compiler")
+    assert resolve_loss("auto", gpu) == "chunked" and resolve_loss("fused", gpu) == "fused"
+    monkeypatch.setattr(loss, "triton_lacks", lambda device: "")
     assert resolve_loss("auto", gpu) == "fused" and resolve_loss("auto", cpu) == "chunked"
     assert resolve_loss("auto", gpu, tiny_model()) == "fused"
     assert [resolve_loss(name, gpu) for name in ("chunked", "whole")] == ["chunked", "whole"]
