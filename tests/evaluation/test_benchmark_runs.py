@@ -26,7 +26,7 @@ RECORD = {"command": "python eval/harness.py", "versions": {"torch": "2"}}
 class NoModels:
     """Gives out nothing, and counts."""
 
-    device = torch.device("cpu")
+    devices = (torch.device("cpu"),)
     asked = 0
 
     def __call__(self, job: ModelJob) -> None:
