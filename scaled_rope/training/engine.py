@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -281,6 +282,18 @@ def check_can_build(operation: str) -> None:
             f"DeepSpeed has to compile {operation} and finds no {' and no '.join(missing)}: install ninja (pip) and a"
             f" C++ compiler, or launch DDP"
         )
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in [*root.glob(f"{operation}/lock"), *root.glob(f"*/{operation}/lock")]:
+        minutes = (time.time() - lock.stat().st_mtime) / 60
+        if minutes > 2:  # ranks of one run begin within seconds, and a compiler needs a minute
+            print(
+                f"{lock} is {minutes:.0f} minutes old: another run compiles {operation}, or one was killed while it"
+                f" did; this run waits until the file is gone, so remove it if nothing compiles",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def configure_fsdp(plugin: Any, recipe: Recipe) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -81,6 +84,25 @@ def test_deepspeed_without_a_compiler_is_refused_with_what_is_missing(tmp_path, 
         tool.parent.mkdir(exist_ok=True)
         tool.touch(0o755)
     check_can_build("cpu_adam")
+
+
+def test_a_lock_that_a_killed_compilation_left_is_told(tmp_path, monkeypatch, capsys):
+    """torch would wait for it without a word and without an end."""
+    monkeypatch.setitem(
+        sys.modules, "deepspeed.git_version_info", SimpleNamespace(installed_ops={"cpu_adam": False, "other": False})
+    )
+    monkeypatch.setattr(shutil, "which", lambda tool: tool)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "cpu_adam" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    check_can_build("cpu_adam")
+    assert capsys.readouterr().err == ""  # a rank that began a moment earlier
+    os.utime(lock, (time.time() - 600,) * 2)
+    check_can_build("other")
+    assert capsys.readouterr().err == ""
+    check_can_build("cpu_adam")
+    assert f"{lock} is 10 minutes old: another run compiles cpu_adam, or one was killed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
