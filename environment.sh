@@ -25,6 +25,35 @@ usage() {
     exit 2
 }
 
+# refuse_flag WORD ALLOWED: ends where a name is a flag; ALLOWED says where flags are allowed.
+refuse_flag() {
+    [[ "$1" == -* ]] || return 0
+    echo "error: flag $1 is not allowed here; $2" >&2
+    exit 2
+}
+
+# refuse_empty WHAT NAME...: ends where a name is empty or has blanks alone.
+refuse_empty() {
+    local what=$1 name
+    for name in "${@:2}"; do
+        [[ ! "$name" =~ [^[:space:]] ]] || continue
+        echo "error: $what ${name@Q} is not allowed; the name is empty" >&2
+        exit 2
+    done
+}
+
+# refuse_blank VARIABLE...: ends where a variable of the environment holds blanks alone, which would count as none, or where
+# the list MODELS or TASKS is set and empty: after MODELS=$(command) that failed, all models were measured.
+refuse_blank() {
+    local name
+    for name in "$@"; do
+        [[ -v $name && ! "${!name}" =~ [^[:space:]] ]] || continue
+        [[ -n "${!name}" || $name == MODELS || $name == TASKS ]] || continue
+        echo "error: $name=${!name@Q} is not allowed; at least one word, or unset it" >&2
+        exit 2
+    done
+}
+
 # attended COMMAND...: runs a program so that no signal to this script leaves it behind. By itself bash would die of a
 # SIGTERM and the program go on. It gets a process group of its own; SIGTERM, SIGINT and SIGHUP are passed on to all of
 # the group, and once that is gone the script ends with 128 + the signal's number, whatever the program made of it.
@@ -85,7 +114,7 @@ begin_step() {
 # meant.
 read_recipe() {
     local assignments command
-    assignments=$(python -m scaled_rope.recipes "$1" --shell --also "${@:2}")
+    assignments=$(python -m scaled_rope.recipes --shell --also "${@:2}" -- "$1")
     eval "$assignments"
     unset work_done work_now script_began
     # Where the model is trained, its texts are there.

@@ -7,9 +7,12 @@
 #                                              with flags of eval/harness.py
 #   ./eval-harness.sh --list                   models and tasks
 #
-# MODELS, TASKS and OUTPUT may also be set in the environment, as lists separated by blanks.
+# MODELS, TASKS and OUTPUT may also be set in the environment, as lists separated by blanks; a list without a word is
+# refused. A model or task that fails leaves the others their results; bad input (exit code 2) ends the script.
 set -euo pipefail
 cd "$(dirname "$0")"
+source ./environment.sh
+refuse_blank MODELS TASKS OUTPUT LAUNCH
 
 TASKS=${TASKS:-"arc_challenge hellaswag mmlu truthfulqa_mc2"}
 OUTPUT=${OUTPUT:-out/eval-harness/rows.jsonl}
@@ -19,15 +22,17 @@ while [[ $# -gt 0 && "$1" != -- ]]; do
     case $1 in
         --list) list=yes ;;
         -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
-        -*) echo "error: flag $1 is not allowed here; flags of eval/harness.py follow after --" >&2; exit 2 ;;
-        *) given+=("$1") ;;
+        *)
+            refuse_flag "$1" "flags of eval/harness.py follow after --"
+            refuse_empty model "$1"
+            given+=("$1")
+            ;;
     esac
     shift
 done
 [[ $# -eq 0 ]] || shift
 flags=("$@")
 set --
-source ./environment.sh
 find_python
 models=("${given[@]}")
 if [[ ${#models[@]} -eq 0 && -n "${MODELS:-}" ]]; then read -r -d '' -a models <<<"$MODELS" || true; fi
@@ -48,7 +53,9 @@ for model in "${models[@]}"; do
     for task in "${tasks[@]}"; do
         echo "$model: $task"
         attended ${LAUNCH:-python} eval/harness.py -m "$model" --tasks "$task" --output "$OUTPUT" "${flags[@]}" || {
-            [[ $? -ne 130 ]] || exit 130 # interrupted
+            code=$?
+            [[ $code -ne 130 ]] || exit 130 # interrupted
+            [[ $code -ne 2 ]] || exit 2 # bad input, which has been said
             failed+=("$model: $task")
         }
     done

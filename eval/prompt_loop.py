@@ -47,9 +47,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     for name, fits, allowed in (
         ("max_new_tokens", lambda n: n >= 1, "at least 1"),
-        ("temperature", lambda t: t >= 0, "at least 0"),
+        ("temperature", lambda t: t == 0 or 1e-3 <= t <= 1e3, "0, or 0.001 to 1000"),
         ("top_k", lambda k: k >= 1, "at least 1"),
-        ("repetition_penalty", lambda p: p > 0, "more than 0"),
+        ("repetition_penalty", lambda p: 1e-3 <= p <= 1e3, "0.001 to 1000"),
         ("seed", lambda n: 0 <= n < 2**64, "0 to 18446744073709551615"),
     ):
         value = getattr(args, name)

@@ -45,6 +45,8 @@ DEFAULT_MODEL = bundled("models/tiny-llama-256")
 
 def check_local(name: str) -> None:
     """Raise a ConfigError for a name that can only be a local path and is no checkpoint, instead of asking the hub."""
+    if not name.strip():  # the path '' is the folder that we are in
+        raise ConfigError(f"model {name!r} is not allowed; the name is empty")
     path = Path(name)
     if path.is_file():
         raise ConfigError(f"model {name!r} is a file; give the folder that holds config.json")

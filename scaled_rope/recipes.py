@@ -723,6 +723,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shell", action="store_true", help="assignments for a shell script to eval")
     parser.add_argument("--also", nargs="*", default=[], metavar="NAME", help="no recipes, but known to who asks")
     args = parser.parse_args(argv)
+    if args.shell and args.list:
+        raise ConfigError("--list is not allowed with --shell, whose output a script runs")
     if args.list:
         for name in available():
             print(f"{name:<24} {read_recipe(name).description}")

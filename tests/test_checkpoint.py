@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scaled_rope.checkpoint import DEFAULT_MODEL, display_name, first_line, load_config, open_checkpoint
+from scaled_rope.checkpoint import DEFAULT_MODEL, check_local, display_name, first_line, load_config, open_checkpoint
 from scaled_rope.errors import ConfigError
 from scaled_rope.scaling.record import RopeSettings
 
@@ -26,6 +26,12 @@ def test_a_message_that_only_announces_another_line_is_given_with_it() -> None:
         "Validation error for field 'x': must be a dictionary"
     )
     assert first_line(KeyError()) == "KeyError"
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_not_the_folder_that_we_are_in(name: str) -> None:
+    with pytest.raises(ConfigError, match="is not allowed; the name is empty"):
+        check_local(name)
 
 
 @pytest.mark.parametrize("value", [5, "x", [1], {"rope_theta": 1e4}, list(range(10_000))])

@@ -542,3 +542,11 @@ def test_files_that_only_look_small_are_refused_at_once(tmp_path, text, said):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ConfigError, match=re.escape(said)):
         read_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_assignments_for_a_shell_are_never_a_listing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="--list is not allowed with --shell"):
+        recipes.main(["demo", "--shell", "--list"])
+    with pytest.raises(ConfigError, match="unknown recipe '--list'"):
+        recipes.main(["--shell", "--also", "table1", "--", "--list"])
+    assert capsys.readouterr().out == ""

@@ -174,6 +174,53 @@ def test_an_empty_name_is_not_the_demo():
         assert done.returncode == 2 and "unknown recipe ''" in done.stderr
 
 
+def refusal(script: str, *words: str, **variables: str) -> str:
+    """What a script says that refuses its words or variables, having begun nothing; it may print no more than that."""
+    environment = os.environ | {"PYTHON": sys.executable} | variables
+    command = ["bash", script, *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done
+    return done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--list", "--help"])
+@pytest.mark.parametrize("words", [("eval.sh", "demo"), ("eval.sh", "long"), ("train.sh", "demo")])
+def test_a_flag_among_the_names_is_refused(words: tuple[str, ...], flag: str) -> None:
+    """It would make what is evaluated as assignments a listing."""
+    assert refusal(*words, flag).startswith(f"error: flag {flag} is not allowed here; flags ")
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "value"),
+    [
+        ("eval-harness.sh", "TASKS", " "), ("eval-harness.sh", "MODELS", " "), ("eval-harness.sh", "MODELS", ""),
+        ("eval.sh", "MODELS", " \n"), ("eval.sh", "DATASET", "\t"), ("train.sh", "LAUNCH", " "),
+    ],
+)  # fmt: skip
+def test_a_variable_without_a_word_is_not_taken_for_none(script: str, name: str, value: str) -> None:
+    said = refusal(script, **{name: value})
+    assert said.startswith(f"error: {name}=") and said.endswith(" is not allowed; at least one word, or unset it\n")
+
+
+@pytest.mark.parametrize("words", [("eval-harness.sh", "", "--", "--limit", "1"), ("eval.sh", "long", "m", "")])
+def test_an_empty_model_is_refused(words: tuple[str, ...]) -> None:
+    assert refusal(*words) == "error: model '' is not allowed; the name is empty\n"
+
+
+def test_eval_harness_sh_ends_with_bad_input(tmp_path):
+    """With an interpreter that writes the evaluators' command lines down and refuses them."""
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(
+        f'#!/usr/bin/env bash\n[[ "$1" == eval/* ]] || exec {sys.executable} "$@"\necho "$@" >> {log}\nexit 2\n'
+    )
+    python.chmod(python.stat().st_mode | stat.S_IEXEC)
+    environment = os.environ | {"PYTHON": str(python), "OUTPUT": "rows"}
+    command = ["./eval-harness.sh", "a", "b", "--", "--limit", "0"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2 and done.stderr == ""
+    assert log.read_text().splitlines() == ["eval/harness.py -m a --tasks arc_challenge --output rows --limit 0"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"), [(["--bogus", "1"], "flag --bogus"), (["nothere"], "unknown recipe 'nothere'")]
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import subprocess
 import sys
 import time
@@ -241,3 +242,39 @@ def test_no_worker_outlives_its_parent(tmp_path, tokenizer_dir):
     begun.kill()
     begun.communicate(timeout=60)
     until(lambda: not group())
+
+
+def test_a_dataset_that_is_given_twice_is_refused(tmp_path, tokenizer_dir, capsys):
+    write_corpus(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "txt")
+    common = ("--tokenizer", tokenizer_dir, "--sequence-length", 32, "--num-proc", 1, "--output", tmp_path / "set")
+    for first, second in (("txt", "txt"), ("txt", "link"), ("txt,0.5", "txt,0.5"), ("txt", "./txt,1")):
+        flags = ("--dataset", f"{tmp_path}/{first}", "--dataset", f"{tmp_path}/{second}")
+        assert tokenize(*flags, *common) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: --dataset ") and "is given twice; to read texts several times" in said
+        assert said.count("\n") == 1 and str(tmp_path / "txt") in said
+    assert not (tmp_path / "set").exists()
+
+
+def test_copies_of_documents_are_told_and_recorded(tmp_path, tokenizer_dir, capsys):
+    texts = ["one text " * 50, "another text " * 50, "one text " * 50]
+    common = ("--tokenizer", tokenizer_dir, "--sequence-length", 32, "--num-proc", 1)
+
+    def told(name: str, texts: list[str]) -> str:
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        assert tokenize("--dataset", tmp_path / f"{name}.jsonl", *common, "--output", tmp_path / name) == 0
+        assert open_packed(tmp_path / name).meta["copies"] == len(texts) - len(set(texts))
+        return capsys.readouterr().err
+
+    assert "note:" not in told("none", texts[:2])
+    assert "note: document 3 has the tokens of document 1 and is packed as well\n" in told("one", texts)
+    said = "2 copies of other documents (the first: document 3 has the tokens of document 2) are packed as well"
+    assert f"note: {said}\n" in told("two", [texts[0], texts[1], texts[1], texts[0]])
+    # A mixture that reads a source twice has asked for it.
+    (tmp_path / "mixture.yaml").write_text(
+        f"tokens: 3000\nsources: [{{dataset: {tmp_path}/none.jsonl, fraction: 1, repeats: 9}}]\n"
+    )
+    assert tokenize("--mixture", tmp_path / "mixture.yaml", *common, "--output", tmp_path / "again") == 0
+    meta = open_packed(tmp_path / "again").meta
+    assert meta["documents"] > 2 and meta["copies"] == 0 and "copies" not in capsys.readouterr().err

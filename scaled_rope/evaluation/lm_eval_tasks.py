@@ -536,6 +536,7 @@ class TaskFacts:
         takes_lengths: whether its prompts are made for given lengths.
         answer_tokens: longest answer in tokens that the model is asked to generate; 0 where choices are scored.
         unsafe: whether its answers are run as a program.
+        own_shots: the number of examples that its definition puts into a prompt, if it says one. 0 always holds.
     """
 
     name: str
@@ -543,6 +544,7 @@ class TaskFacts:
     takes_lengths: bool
     answer_tokens: int
     unsafe: bool
+    own_shots: int | None = None
 
 
 class _Reader:
@@ -569,6 +571,7 @@ class _Reader:
                 takes_lengths(config.get("custom_dataset")),
                 answer,
                 bool(config.get("unsafe_code")),
+                config.get("num_fewshot"),
             ),
         )
         return _Unbuilt(name, "", config, False)

@@ -450,6 +450,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shell", action="store_true", help="assignments for a shell script to eval")
     args = parser.parse_args(argv)
     known = runs()
+    if args.shell and (args.list or args.name is None):
+        raise ConfigError("--shell is not allowed without a name or with --list; it is for one table or figure")
     if args.list or args.name is None:
         for name, run in known.items():
             same = "" if name == run.name else f" (the runs of {run.name})"

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from scaled_rope.errors import ConfigError, is_number, is_positive_whole
+from scaled_rope.evaluation.controls import CONTROL
 from scaled_rope.results import Row, row_key
 from scaled_rope.scaling.record import RopeScaling
 
 _PROVENANCE = ("command", "commit", "versions", "device", "cpu_count", "date", "seed")
+_LARGEST = 1e100
+"""The largest perplexity that is believed: a mean loss of 230 nats."""
 _IN_WORDS = 3  # measurements that a note names, of those that were made several times
 
 
@@ -20,11 +24,23 @@ _IN_WORDS = 3  # measurements that a note names, of those that were made several
 
 
 def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(bound is None or is_number(bound) for bound in value)
+    if not (isinstance(value, list) and len(value) == 2 and all(bound is None or is_number(bound) for bound in value)):
+        return False
+    return None in value or value[0] <= value[1]
 
 
 def _is_span(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(end, int) and end >= 0 for end in value)
+    if not (isinstance(value, list) and len(value) == 2 and all(isinstance(end, int) and end >= 0 for end in value)):
+        return False
+    return bool(value[0] < value[1])
+
+
+def _is_perplexity(value: Any) -> bool:
+    return value is None or (is_number(value) and 0.999 <= value <= _LARGEST)  # 1, but for rounding
+
+
+def _are_perplexities(value: Any) -> bool:
+    return value is None or (_is_pair(value) and all(map(_is_perplexity, value)))
 
 
 def _is_count(value: Any) -> bool:
@@ -32,7 +48,9 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_prompt(value: Any) -> bool:
-    return isinstance(value, dict) and is_number(value.get("depth")) and isinstance(value.get("right"), bool)
+    if not (isinstance(value, dict) and is_number(value.get("depth")) and isinstance(value.get("right"), bool)):
+        return False
+    return 0 <= value["depth"] <= 1 and is_number(value.get("distance", 0))
 
 
 def _are_outcomes(value: Any) -> bool:
@@ -50,9 +68,15 @@ _COUNT: _Check = (_is_count, "a whole number")
 _COUNT_OR_NONE: _Check = (lambda value: value is None or _is_count(value), "a whole number or null")
 _NUMBER: _Check = (is_number, "a number")
 _NUMBER_OR_NONE: _Check = (lambda value: value is None or is_number(value), "a number or null")
-_INTERVAL: _Check = (lambda value: value is None or _is_pair(value), "two numbers, or null")
+_PERPLEXITY: _Check = (_is_perplexity, "a number or null; a perplexity is 1 to 1e100")
+_INTERVAL: _Check = (lambda value: value is None or _is_pair(value), "two numbers, or null; the larger comes last")
+_PERPLEXITIES: _Check = (_are_perplexities, "two numbers, or null; perplexities of 1 to 1e100, the larger last")
 _TRUTH: _Check = (lambda value: isinstance(value, bool), "true or false")
-_SPAN: _Check = (_is_span, "two positions")
+_SPAN: _Check = (_is_span, "two positions, the first before the second")
+_WHOLES: _Check = (
+    lambda value: isinstance(value, list) and bool(value) and all(map(is_positive_whole, value)),
+    "a list of whole numbers of at least 1",
+)
 _PROMPTS: _Check = (lambda value: isinstance(value, list) and all(map(_is_prompt, value)), "a list of prompts")
 
 _EVERY: Mapping[str, _Check] = {
@@ -70,14 +94,14 @@ _EVERY: Mapping[str, _Check] = {
 _FOUND: Mapping[str, _Check] = {"right": _COUNT, "n": _WHOLE}
 _CONTEXT: Mapping[str, _Check] = {"context": _COUNT_OR_NONE, "accuracy": _NUMBER_OR_NONE}
 _MEASURED: Mapping[str, Mapping[str, _Check]] = {
-    "perplexity": {"perplexity": _NUMBER_OR_NONE, "perplexity_bucket": _NUMBER_OR_NONE, "bucket": _SPAN},
+    "perplexity": {"perplexity": _PERPLEXITY, "perplexity_bucket": _PERPLEXITY, "bucket": _SPAN},
     "passkey": _FOUND,
     "passkey_hard": _FOUND,
     "quality": _FOUND,
     "passkey_context": _CONTEXT,
     "passkey_hard_context": _CONTEXT,
     "benchmark": {"value": _NUMBER, "n": _COUNT},
-    "longppl": {"longppl": _NUMBER_OR_NONE, "key_tokens": _COUNT, "tokens": _COUNT},
+    "longppl": {"longppl": _PERPLEXITY, "key_tokens": _COUNT, "tokens": _COUNT},
 }
 """Metric -> the fields that a row with a measurement has."""
 _OPTIONAL: Mapping[str, _Check] = {
@@ -91,6 +115,7 @@ _OPTIONAL: Mapping[str, _Check] = {
     "peak_memory": _NUMBER_OR_NONE,
     "prompts": _PROMPTS,
     "outcomes": (_are_outcomes, "a list of numbers for each task"),
+    "server": _OBJECT,
 }
 _INSIDE: Mapping[str, Mapping[str, Mapping[str, _Check]]] = {
     "perplexity": {"data": {"fingerprint": _TEXT}},
@@ -99,6 +124,26 @@ _INSIDE: Mapping[str, Mapping[str, Mapping[str, _Check]]] = {
     "benchmark": {"protocol": {"task": _TEXT, "num_fewshot": _COUNT, "metric": _TEXT}},
 }
 """Metric -> object -> fields in it that are read."""
+_INSIDE_OPTIONAL: Mapping[str, Mapping[str, _Check]] = {
+    "data": {"documents": _WHOLE, "lengths": _WHOLES},
+    "protocol": {
+        "seed": _COUNT_OR_NONE,
+        "max_length": _COUNT_OR_NONE,
+        "max_tokens": _COUNT_OR_NONE,
+        "passed": _NUMBER,
+        "seeds": (lambda value: isinstance(value, list) and all(map(_is_count, value)), "a list of whole numbers"),
+    },
+    "server": {"url": _TEXT_OR_NONE, "name": _TEXT_OR_NONE},
+}
+"""Object -> fields in it that rows of every metric may have."""
+_CONTROLLED: Mapping[str, _Check] = {"window": _WHOLE, "stride": _WHOLE}
+_SUMS = {
+    "bucket": "perplexity_bucket",
+    "bucket_block": "perplexity_bucket",
+    "block": "perplexity",
+    "document": "perplexity",
+}
+"""What rows of perplexity list as NAME_nats, with NAME_targets, and the perplexity that follows from it."""
 _RECORD: Mapping[str, _Check] = {
     "command": _TEXT,
     "commit": _TEXT_OR_NONE,
@@ -124,7 +169,13 @@ def damage(row: Row) -> str | None:
         return _told("length", length, "a whole number of at least 1")
     for name, fields in _INSIDE.get(metric, {}).items():
         told.append(_problem(row[name], fields, f"{name}."))
-    told.append(_problem({"seed": None} | row["protocol"], {"seed": _COUNT_OR_NONE}, "protocol."))
+    for name, fields in _INSIDE_OPTIONAL.items():
+        inner = row.get(name, {})
+        told.append(_problem(inner, {one: check for one, check in fields.items() if one in inner}, f"{name}."))
+    if row["protocol"].get("name") == CONTROL:
+        told.append(_problem(row["protocol"], _CONTROLLED, "protocol."))
+    if row["protocol"].get("name") == "sliding":
+        told.append(_problem(row["protocol"], {"stride": _WHOLE}, "protocol."))
     told.append(
         _problem(row["provenance"], {name: _RECORD.get(name, _ANYTHING) for name in _PROVENANCE}, "provenance.")
     )
@@ -137,6 +188,10 @@ def damage(row: Row) -> str | None:
             told.append(_told("right", row["right"], f"at most n, {row['n']}"))
     elif metric == "perplexity" and not is_sliding(row):
         told.append(_problem(row, {"bucket": _SPAN}))
+    if not any(told) and metric in ("perplexity", "longppl"):
+        told.append(_problem(row, {name: _PERPLEXITIES for name in ("interval", "interval_bucket") if name in row}))
+    if not any(told) and metric == "perplexity":
+        told.append(_sums_problem(row))
     if any(told):
         return next(filter(None, told))
     try:
@@ -156,6 +211,39 @@ def _problem(row: Mapping[str, Any], fields: Mapping[str, _Check], inside: str =
             return f"there is no field {inside + name!r}"
         if not holds(row[name]):
             return _told(inside + name, row[name], allowed)
+    return None
+
+
+def _sums_problem(row: Row) -> str | None:
+    """Why the sums that a row of perplexity lists cannot be compared with those of another."""
+    if "bucket_targets" in row and not is_positive_whole(row["bucket_targets"]):
+        return _told("bucket_targets", row["bucket_targets"], _WHOLE[1])
+    for units, value in _SUMS.items():
+        name = f"{units}_nats"
+        if name not in row:
+            continue
+        listed = row[name]
+        if units == "bucket":
+            if not (isinstance(listed, list) and listed and all(isinstance(one, list) and one for one in listed)):
+                return _told(name, listed, "a list of numbers for each document")
+            sums = [one for document in listed for one in document]
+            if why := _problem(row, {"bucket_targets": _WHOLE}):
+                return why
+            targets = [row["bucket_targets"] / len(sums)] * len(sums)
+        else:
+            if why := _problem(row, {f"{units}_targets": _WHOLES}):
+                return why
+            sums, targets = listed, row[f"{units}_targets"]
+            if not (isinstance(sums, list) and len(sums) == len(targets)):
+                return _told(name, sums, f"a list of as many numbers as {units}_targets, {len(targets)}")
+        # A sum that overflowed is null, and so is the perplexity then.
+        nothing, most = row.get(value) is None, math.log(_LARGEST)
+        for one, count in zip(sums, targets, strict=True):
+            if not (nothing if one is None else is_number(one) and -0.001 * count <= one <= most * count):
+                null = f"; null only where {value} is null" if one is None else ""
+                return _told(name, one, f"numbers, 0 to {most:.0f} for each target{null}")
+        if "block" in units and (why := _problem(row["data"], {"documents": _WHOLE}, "data.")):
+            return why
     return None
 
 
@@ -254,4 +342,9 @@ def _parsed(line: bytes) -> tuple[Row | None, str | None]:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None, "it is not JSON"
+    if b"\\ud" in line.lower():
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return None, "it has half of a surrogate pair, which is no text"
     return (row, None) if isinstance(row, dict) else (None, "it is not a JSON object")

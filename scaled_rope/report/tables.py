@@ -204,10 +204,15 @@ def control_of(row: Row) -> Control | None:
 def _frozen(protocol: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """The entries that say something, hashable; a list or an object among them as its JSON."""
     return tuple(
-        (name, json.dumps(value, sort_keys=True) if isinstance(value, list | dict) else value)
+        (name, _hashable(value))
         for name, value in sorted(protocol.items(), key=lambda entry: entry[0])
         if value is not None
     )
+
+
+def _hashable(value: Any) -> Any:
+    """A value of a row; a list or an object as its JSON."""
+    return json.dumps(value, sort_keys=True) if isinstance(value, list | dict) else value
 
 
 def column_of(row: Row) -> Column:
@@ -233,8 +238,8 @@ def text_read(row: Row) -> dict[str, Any]:
     named = found.get("dataset")
     names = [str(name) for name in (named if isinstance(named, list) else [named]) if name]
     mine = [name for name in names if TokenSource(name).title == row["data"].get("name")]
-    flags = {name: found.get(name) for name in ("split", "feature", "samples")}
-    return {"": mine[0] if mine else None, "subset": row["data"].get("subset"), **flags}
+    said = {"subset": row["data"].get("subset"), **{name: found.get(name) for name in ("split", "feature", "samples")}}
+    return {"": mine[0] if mine else None, **{name: _hashable(value) for name, value in said.items()}}
 
 
 def current_rows(rows: Sequence[Row]) -> list[Row]:

@@ -144,7 +144,7 @@ class LeakyReRopeParams(ReRopeParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _store(self, "k", above=1)
+        _store(self, "k", above=1, at_most=1e9)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,16 @@ def has_half_a_pair(text: str) -> bool:
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
+_CONTROL = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f]")
+_LOOKED_AT = 2**16  # characters of a text in which control characters are counted
+
+
+def _is_binary(text: str) -> bool:
+    """Whether more than half of a text's beginning is control characters, tabs and line ends not counted."""
+    start = text[:_LOOKED_AT]
+    return 2 * len(_CONTROL.findall(start)) > len(start)
+
+
 def _text_of(record: Any, feature: str, where: str, replace_surrogates: bool = False) -> str:
     text = record.get(feature) if isinstance(record, dict) else None
     if not isinstance(text, str):
@@ -333,7 +343,7 @@ def read_documents(
     hold records; all of these may be compressed (.jsonl.zst, and .gz, .xz, .bz2). A folder is read with its
     sub-folders, see `files_of`; other files in it are named on stderr. Only one text and a buffer are in memory, but a
     file of JSON that is not one record per line is read as a whole. Texts that are empty or blank are left out, and
-    counted on stderr.
+    counted on stderr, and so are those that begin with more control characters than others, which are no text.
 
     Args:
         source: local path, hub name, or standin:NAME; NAME:FOLDER for one folder of a hub dataset's repository.
@@ -349,14 +359,19 @@ def read_documents(
     """
     check_subset(source, subset)
     name = str(standin(source)) if source.startswith(STANDIN) else source
-    empty = 0
+    empty = binary = 0
     for text in _read(name, feature, split, as_json, subset, replace_surrogates):
-        if text and not text.isspace():
-            yield text
-        else:
+        if not text or text.isspace():
             empty += 1
+        elif _is_binary(text):
+            binary += 1
+        else:
+            yield text
     if empty:
         print(f"note: dataset {source}: {empty} empty documents are left out", file=sys.stderr)
+    if binary:
+        said = f"{binary} documents are left out: most of their characters are control characters"
+        print(f"note: dataset {source}: {said}", file=sys.stderr)
 
 
 def _read(

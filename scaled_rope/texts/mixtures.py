@@ -12,11 +12,15 @@ source that is furthest behind its share, so the shares hold at every point of t
 
 from __future__ import annotations
 
+import hashlib
 import math
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from scaled_rope.errors import ConfigError, is_number, is_positive_whole, unknown
 from scaled_rope.recipes import read_yaml
@@ -168,6 +172,30 @@ def _source(entry: Any, where: str) -> Source:
 # ------------------------------------------------------------------------------------------------------- documents
 
 
+class Copies:
+    """Finds documents that have the tokens and weights of an earlier one, by a hash of 8 bytes each."""
+
+    def __init__(self) -> None:
+        self._hashes = array("Q")
+
+    def add(self, document: Document) -> None:
+        """Take note of the next document."""
+        digest = hashlib.blake2b(np.asarray(document.ids, np.int64).tobytes(), digest_size=8)
+        if document.weights is not None:
+            digest.update(document.weights.tobytes())
+        self._hashes.append(int.from_bytes(digest.digest(), "big"))
+
+    def found(self) -> tuple[int, int, int]:
+        """How many there are; and of the first, its number and that of the earlier one, both from 1 on (0: none)."""
+        hashes = np.array(self._hashes, np.uint64)
+        repeated = np.ones(len(hashes), bool)
+        repeated[np.unique(hashes, return_index=True)[1]] = False
+        if not repeated.any():
+            return 0, 0, 0
+        first = int(repeated.argmax())
+        return int(repeated.sum()), first + 1, int((hashes == hashes[first]).argmax()) + 1
+
+
 class Reader:
     """Reads the documents of one source and counts what it leaves out.
 
@@ -176,6 +204,7 @@ class Reader:
         around: tokens that packing puts around a text.
         as_json: read files as JSON whatever their suffix.
         replace_surrogates: as for `read_documents`.
+        copies: takes note of the documents that are read for the first time.
     """
 
     def __init__(
@@ -187,10 +216,11 @@ class Reader:
         refusals: Refusals,
         as_json: bool = False,
         replace_surrogates: bool = False,
+        copies: Copies | None = None,
     ) -> None:
         self.source, self._number, self._seed, self._as_json = source, number, seed, as_json
         self._replace_surrogates = replace_surrogates
-        self._around, self._refusals = around, refusals
+        self._around, self._refusals, self._copies = around, refusals, copies
         self.passes = self.too_short = self.too_long = self.tokens = 0
 
     def documents(self, tokenizers: Tokenizers) -> Iterator[Document]:
@@ -207,6 +237,8 @@ class Reader:
                     self.too_long += not repeat
                 else:
                     self.tokens += size + (0 if document.bare else self._around)
+                    if self._copies is not None and not repeat:
+                        self._copies.add(document)
                     yield document
             if self.tokens == before:
                 return  # nothing in it; reading it again will not help

@@ -115,11 +115,32 @@ def test_values_follow_from_scores(checkpoint: str, own_tasks: Path, tiny_model:
     assert row["value"] == 100 * right / 8
 
 
+def test_examples_are_asked_for_in_vain(checkpoint: str, own_tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lm_eval")
+    flags = ["--num-fewshot", "3", "--limit", "1"]
+    with pytest.raises(ConfigError, match="num_fewshot=3: has no effect on tiny_choice: prompts of a task with"):
+        run(checkpoint, own_tasks, *flags)
+    settings = json.loads((own_tasks / "tiny_choice.yaml").read_text()) | {"task": "tiny_shots", "num_fewshot": None}
+    settings |= {"fewshot_split": "test"}
+    (own_tasks / "tiny_shots.yaml").write_text(json.dumps(settings))
+    rows = run(checkpoint, own_tasks, *flags, "--tasks", "tiny_choice,tiny_shots")
+    assert [row["protocol"]["num_fewshot"] for row in rows] == [0, 3]
+    said = capsys.readouterr().err
+    assert said.startswith("note: --num-fewshot 3 has no effect on tiny_choice: prompts") and "tiny_shots" not in said
+    run(checkpoint, own_tasks, "--num-fewshot", "0", "--limit", "1")
+    assert "no effect" not in capsys.readouterr().err
+
+
 def test_bad_input_is_one_line(
     checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["-m", checkpoint]
     for more, message in (
+        (["--include-path", "/nowhere"], "include_path='/nowhere': must be a folder with task files"),
+        (["--include-path", checkpoint], "must be a folder with task files"),
+        (["--prompt-seconds", "inf"], r"prompt_seconds=inf: must be a positive number of seconds, at most 1e\+07"),
+        (["--prompt-seconds", "nan"], "prompt_seconds=nan"),
+        (["--prompt-seconds", "1e300"], r"prompt_seconds=1e\+300"),
         (["--tasks", ","], "tasks=','"),
         (["--lengths", "8,x"], "lengths='8,x'"),
         (["--limit", "0"], "limit=0"),

@@ -44,6 +44,14 @@ from tests.helpers.retrieval import (
         (prompt_loop.main, ["--penalty-alpha", "0.6"], "contrastive search"),
         (prompt_loop.main, ["--max-new-tokens", "0"], "max-new-tokens"),
         (prompt_loop.main, ["--temperature", "-1"], "temperature"),
+        *(
+            (prompt_loop.main, ["--temperature", text], "is not allowed; 0, or 0.001 to 1000")
+            for text in ("inf", "nan", "1e300", "1e-300")
+        ),
+        *(
+            (prompt_loop.main, ["--repetition-penalty", text], "is not allowed; 0.001 to 1000")
+            for text in ("inf", "nan", "1e300", "1e-300")
+        ),
         (prompt_loop.main, ["--top-k", "0"], "top-k"),
         (prompt_loop.main, ["--repetition-penalty", "0"], "repetition-penalty"),
         (prompt_loop.main, ["--seed", str(2**64)], f"--seed {2**64} is not allowed; 0 to {2**64 - 1}"),

@@ -13,6 +13,7 @@ import eval.harness as harness
 import eval.passkey as passkey
 import eval.perplexity as perplexity_script
 import eval.report as report
+import scaled_rope.report.paper as paper
 from scaled_rope.errors import ConfigError
 from scaled_rope.report.paper import (
     DIFFERS,
@@ -275,3 +276,10 @@ def test_commands_measure_what_the_tables_compare(name):
 def test_released_models_that_the_paper_does_not_have_are_left_out():
     assert len(runs()["table3"].models) == 9 and "NousResearch/Yarn-Llama-2-70b-32k" not in runs()["table3"].models
     assert runs()["figure1"] == runs()["table2"] and runs()["figure6"] == runs()["table6"]
+
+
+@pytest.mark.parametrize("words", [["--shell"], ["--shell", "table2", "--list"]])
+def test_assignments_for_a_shell_are_never_a_listing(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="--shell is not allowed without a name or with --list"):
+        paper.main(words)
+    assert capsys.readouterr().out == ""

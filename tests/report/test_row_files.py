@@ -14,6 +14,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.report.row_files import damage, newest, read_row_files
 from scaled_rope.report.tables import load_results
 from scaled_rope.results import Row
+from tests.helpers import ROOT
 from tests.helpers.report_rows import every_kind, new_row, perplexities, write
 
 METRICS = ("perplexity", "passkey", "passkey_hard", "passkey_context", "passkey_hard_context", "benchmark", "quality")
@@ -37,6 +38,42 @@ def of(metric: str, task: str = "") -> Row:
     return next(row for row in every_kind() if row["metric"] == metric and task in str(row["protocol"]))
 
 
+def with_sums(**fields: Any) -> Row:
+    """A row of perplexity over two documents that lists the sums of each; `fields` replace some."""
+    sums = {"bucket_targets": 40, "bucket_nats": [[30.0], [20.0, 20.0]]}
+    sums |= {"document_targets": [20, 20], "document_nats": [30.0, 20.0]}
+    return of("perplexity") | sums | fields
+
+
+TWO = [1, 2]
+SUMS: list[tuple[dict[str, Any], str]] = [
+    ({"bucket_nats": 1e308}, "field 'bucket_nats' is 1e+308; must be a list of numbers for each document"),
+    ({"bucket_nats": [[]]}, "field 'bucket_nats' is [[]]; must be a list of numbers for each document"),
+    ({"bucket_nats": ["aaa"]}, "field 'bucket_nats' is [\"aaa\"]; must be a list of numbers for each document"),
+    ({"bucket_nats": [["a"]]}, "field 'bucket_nats' is \"a\"; must be numbers, 0 to 230 for each target"),
+    ({"bucket_nats": [[None]]}, "field 'bucket_nats' is null; must be numbers, 0 to 230 for each target; null only"),
+    ({"bucket_nats": [[1e308]]}, "field 'bucket_nats' is 1e+308; must be numbers, 0 to 230 for each target"),
+    ({"bucket_nats": [[-3.0]]}, "field 'bucket_nats' is -3.0; must be numbers, 0 to 230 for each target"),
+    ({"bucket_targets": None}, "field 'bucket_targets' is null; must be a whole number of at least 1"),
+    ({"bucket_targets": [0]}, "field 'bucket_targets' is [0]; must be a whole number of at least 1"),
+    ({"document_targets": [0, 9]}, "field 'document_targets' is [0, 9]; must be a list of whole numbers of at least 1"),
+    (
+        {"document_nats": [1.0]},
+        "field 'document_nats' is [1.0]; must be a list of as many numbers as document_targets, 2",
+    ),
+    ({"document_nats": "a"}, "field 'document_nats' is \"a\"; must be a list of as many numbers as document_targets"),
+    ({"block_nats": TWO}, "there is no field 'block_targets'"),
+    ({"block_nats": [1, []], "block_targets": TWO}, "field 'block_nats' is []; must be numbers, 0 to 230"),
+    (
+        {"bucket_block_nats": TWO, "bucket_block_targets": [5, -5]},
+        "field 'bucket_block_targets' is [5, -5]; must be a list",
+    ),
+    (
+        {"bucket_block_nats": TWO, "bucket_block_targets": [5]},
+        "field 'bucket_block_nats' is [1, 2]; must be a list of as",
+    ),
+]
+
 DAMAGED = [
     (changed(of("passkey"), "metric", KeyError), "there is no field 'metric'"),
     (changed(of("passkey"), "metric", 3), "field 'metric' is 3; must be text"),
@@ -50,6 +87,33 @@ DAMAGED = [
     (changed(of("perplexity"), "perplexity_bucket", KeyError), "there is no field 'perplexity_bucket'"),
     (changed(of("perplexity"), "bucket", [0]), "field 'bucket' is [0]; must be two positions"),
     (changed(of("perplexity"), "interval", [1, "x"]), "field 'interval' is [1, \"x\"]; must be two numbers, or null"),
+    *(
+        (
+            changed(of("perplexity"), name, value),
+            f"field '{name}' is {value}; must be a number or null; a perplexity is 1",
+        )
+        for name in ("perplexity", "perplexity_bucket")
+        for value in (-5.0, 0, 0.5, 1e308)
+    ),
+    (
+        changed(of("perplexity"), "interval", [9, 3]),
+        "field 'interval' is [9, 3]; must be two numbers, or null; the larger",
+    ),
+    (changed(of("perplexity"), "interval_bucket", [-1, 3]), "field 'interval_bucket' is [-1, 3]; must be two numbers"),
+    (changed(of("perplexity"), "bucket", [512, 256]), "field 'bucket' is [512, 256]; must be two positions, the first"),
+    (changed(of("passkey"), "prompts", [{"depth": 2, "right": True}]), "field 'prompts' is "),
+    (changed(of("passkey"), "prompts", [{"depth": 1, "right": True, "distance": "x"}]), "field 'prompts' is "),
+    (changed(of("quality"), "data.lengths", [[1]]), "field 'data.lengths' is [[1]]; must be a list of whole numbers"),
+    (changed(of("benchmark"), "protocol.max_length", []), "field 'protocol.max_length' is []; must be a whole number"),
+    (changed(of("passkey_context"), "protocol.passed", "x"), "field 'protocol.passed' is \"x\"; must be a number"),
+    (changed(of("perplexity"), "protocol", {"name": "sliding"}), "there is no field 'protocol.stride'"),
+    (changed(of("quality"), "server", "x"), "field 'server' is \"x\"; must be an object"),
+    (changed(of("quality"), "server", {"url": [1]}), "field 'server.url' is [1]; must be text or null"),
+    (
+        changed(of("perplexity"), "protocol", {"name": "last-tokens", "window": 4}),
+        "there is no field 'protocol.stride'",
+    ),
+    *((with_sums(**fields), message) for fields, message in SUMS),
     (changed(of("perplexity"), "data.fingerprint", KeyError), "there is no field 'data.fingerprint'"),
     (changed(of("perplexity"), "length", None), "field 'length' is null"),
     (changed(of("benchmark"), "value", None), "field 'value' is null; must be a number"),
@@ -81,6 +145,29 @@ def test_rows_of_every_evaluator_are_whole() -> None:
     assert [damage(row) for row in every_kind()] == [None] * len(every_kind())
 
 
+def test_sums_that_overflowed_are_null_where_the_perplexity_is() -> None:
+    blocks = {"block_nats": TWO, "block_targets": TWO, "bucket_block_nats": TWO, "bucket_block_targets": TWO}
+    assert damage(with_sums()) is damage(with_sums(**blocks)) is None
+    lost = {"perplexity": None, "perplexity_bucket": None, "bucket_nats": [[None, 1.0]], "document_nats": [None, 1.0]}
+    assert damage(with_sums(**lost)) is None
+
+
+@pytest.mark.parametrize("name", ["feature", "split", "samples", "dataset"])
+@pytest.mark.parametrize("value", [["a"], {"a": [1]}])
+def test_any_recorded_argument_tells_texts_apart(name: str, value: Any, tmp_path: Path) -> None:
+    rows = [changed(row, "provenance.arguments", {name: value}) for row in perplexities("default", "t", {64: 30})]
+    rows += [changed(row, "data.subset", value) for row in rows]
+    rows += perplexities("default", "t", {128: 31})
+    assert load_results([write(tmp_path / "rows", rows)]).notes == []
+
+
+def test_every_committed_row_is_whole() -> None:
+    files = [file for folder in ("data", "benchmarks") for file in (ROOT / folder).rglob("*_rows.jsonl")]
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    measured = [row for row in rows if row.get("metric") in METRICS and "provenance" in row]
+    assert len(measured) > 2000 and not list(filter(None, map(damage, measured)))
+
+
 def test_broken_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.jsonl"
     lines = ["not json", json.dumps(of("passkey")), "", "[1]", "\xff", '{"metric": "other"}', '{"metric": NaN}']
@@ -103,6 +190,14 @@ def test_broken_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         load_results([str(path)])
     with pytest.raises(ConfigError, match="cannot be used"):
         load_results([str(tmp_path / "absent")])
+
+
+def test_half_of_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows", [of("passkey"), changed(of("quality"), "model", "\ud800"),
+                                     changed(of("quality"), "model", "\U0001f600")])  # fmt: skip
+    rows, notes = read_row_files([path], METRICS)
+    assert notes == [f"{path}, line 2: it has half of a surrogate pair, which is no text; the row is left out"]
+    assert [row["metric"] for row in rows] == ["passkey", "quality"]
 
 
 def test_of_two_measurements_the_newer_is_shown_and_both_are_told(

@@ -45,6 +45,7 @@ def test_params_are_canonical():
         ("rerope,window=32", "window=32: must be below the trained length, 32 tokens"),
         ("rerope,window=8,logn=2", "logn=2: must be true or false"),
         ("leaky-rerope,window=8,k=1", "k=1: must be a finite number above 1"),
+        ("leaky-rerope,window=8,k=1e300", r"k=1e\+300: must be a finite number above 1 and at most 1e\+09"),
         ("self-extend,group=1,window=8", "group=1: must be a whole number, at least 2"),
         ("dpe,groups=4,window=8", "groups=4: must be a list with a number for each group of pairs"),
         ("dpe,groups=4+0,window=8", "groups holds 0: must be whole numbers, at least 1"),

@@ -321,6 +321,17 @@ def test_empty_documents_are_left_out_and_counted(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().err == f"note: dataset {tmp_path}: 4 empty documents are left out\n"
 
 
+def test_documents_of_control_characters_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = ["a\x00b", "one\n\n\n\n\n\n", "\t\t\t1\t2\r\n", "page\f"]
+    texts = ["\x00" * 5000, *kept, "P\x89\x1a\x00\x7f"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert list(read_documents(str(tmp_path))) == kept
+    said = "2 documents are left out: most of their characters are control characters"
+    assert capsys.readouterr().err == f"note: dataset {tmp_path}: {said}\n"
+
+
 def test_a_file_of_another_kind_that_is_named_is_one_text_and_said_to_be(tmp_path: Path, capsys: Any) -> None:
     for name in ("a.csv", "a.jsonl.bak", "a"):
         (tmp_path / name).write_text("x,y")
