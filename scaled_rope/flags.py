@@ -692,8 +692,7 @@ def check_advise_arguments(args: argparse.Namespace) -> None:
     for name, least in (("target", 2), ("documents", 1), ("windows", 1), ("seed", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ConfigError(f"--{name} {getattr(args, name)} is not allowed; at least {least}")
-    if not (math.isfinite(args.minutes) and args.minutes > 0):
-        raise ConfigError(f"--minutes {args.minutes:g} is not allowed; a number above 0")
+    _check_positive(args, "minutes", 1e6, "minutes")
     if args.attention not in ATTENTIONS:
         raise unknown("attention", args.attention, ATTENTIONS)
     _check_numbers_and_device(args)

@@ -58,7 +58,7 @@ MISTAKES = {
     "-m scaled_rope plan": "give a recipe, or --serve MODEL",
     "-m scaled_rope plan demo --gpus 0": "--gpus 0 is not allowed; at least 1",
     "-m scaled_rope advise nothere --target 5": "model 'nothere' does not exist, and a hub name is OWNER/NAME",
-    "-m scaled_rope advise . --target 9 --minutes 0": "--minutes 0 is not allowed; a number above 0",
+    "-m scaled_rope advise . --target 9 --minutes 0": "--minutes 0 is not allowed; above 0, at most 1e+06 minutes",
     "-m scaled_rope search nothere --target 5": "model 'nothere' does not exist, and a hub name is OWNER/NAME",
     "-m scaled_rope search . --target 9 --strategy evoluton": "unknown strategy 'evoluton'; did you mean 'evolution'? "
     "known: cma-es, coordinate, evolution, grid",

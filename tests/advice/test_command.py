@@ -272,7 +272,7 @@ def test_the_commands_have_scalings_that_parse(
         (["--target", "4096"], "documents have 4096 tokens; at least 1 is needed: a smaller --target needs less"),
         (["--documents", "2", "--windows", "1"], "2 windows of 256 tokens are not enough; at least 4"),
         (["--documents", "60"], "--documents asks for 60"),
-        (["--minutes", "0"], "--minutes 0 is not allowed; a number above 0"),
+        (["--minutes", "0"], "--minutes 0 is not allowed; above 0, at most 1e+06 minutes"),
         (["--minutes", "0.001"], "--minutes 0.001 is not enough for one candidate: 3 windows of 256 tokens"),
         (["--scaling", "yan:2"], "unknown method 'yan'"),
         (["--only"], "--only is not allowed without --scaling"),
