@@ -158,11 +158,13 @@ atexit.register(_GROUPS.clear)
 def check_gpus() -> None:
     """Refuse more processes on this machine than it has GPUs: NCCL lets two share one only to fail.
 
+    A process that sees one GPU may have been given its own by a scheduler, so of these nothing is known.
+
     Raises:
         ConfigError: there are.
     """
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if torch.cuda.is_available() and here > (there := torch.cuda.device_count()):
+    if torch.cuda.is_available() and here > (there := torch.cuda.device_count()) > 1:
         raise ConfigError(f"{here} processes on this machine are not allowed, it has {there} GPUs; start so many")
 
 

@@ -176,6 +176,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         engine.make_accelerator(read_recipe("tiny-base"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     engine.check_gpus()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # each is given one, as by srun --gpus-per-task=1
+    engine.check_gpus()
 
 
 NCCL = "NCCL error in: NCCLUtils.hpp:94, {}, NCCL version 2.27.5\n{}: A call failed.\nLast error:\n{}\n"
