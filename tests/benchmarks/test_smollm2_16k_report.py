@@ -21,6 +21,7 @@ from benchmarks.smollm2_16k_claims import (
     findings,
     judge,
     noise_bound,
+    over_all_texts,
 )
 from benchmarks.smollm2_16k_rows import Study, planned, read_study
 from scaled_rope.command_line import run_cli
@@ -172,6 +173,8 @@ def test_the_rule_of_verdicts() -> None:
     assert noise_bound([0.1, -0.2], 1) == pytest.approx(4.303 * math.sqrt(0.0125))
     assert noise_bound([0.1, -0.2], 2) == pytest.approx(4.303 * math.sqrt(0.025))
     assert noise_bound([], 1) is None
+    # Seed 1 ahead on one text and behind on the other is no proof that seeds do nothing.
+    assert over_all_texts([0.1, -0.1]) == pytest.approx(0.1) and over_all_texts([0.3]) == pytest.approx(0.3)
 
 
 def _changed(rows: list[Row], which: int, **fields: Any) -> list[Row]:
