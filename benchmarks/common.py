@@ -40,10 +40,19 @@ def run_prepare_commands(recipe: str) -> None:
 
 
 def gpu_is_lost(error: BaseException) -> bool:
-    """Whether an error, such as an illegal memory access, ends all use of the GPU by this process."""
+    """Whether an error, such as an illegal memory access, ends all use of the GPU by this process: it is tried out."""
+    import torch
+
     from scaled_rope.evaluation.memory_meter import is_out_of_memory
 
-    return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not is_out_of_memory(error)
+    if not isinstance(error, RuntimeError) or is_out_of_memory(error) or not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+        torch.ones(1, device="cuda").item()
+    except RuntimeError as problem:
+        return not is_out_of_memory(problem)
+    return False
 
 
 def start_again(arguments: Iterable[str]) -> NoReturn:

@@ -56,7 +56,7 @@ def build_parser() -> Parser:
     parser.add_argument("--output", type=Path, default=OUTPUT, help="rows are appended here (default: %(default)s)")
     parser.add_argument("--commit", help="what to note as the commit where the source is no repository")
     # What a run that lost the GPU says to the one that it starts in its place.
-    parser.add_argument("--again", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--failed", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--without", action="append", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--interpret", action="store_true", help="correctness alone, on the CPU, in the interpreter")
     return parser
@@ -101,8 +101,8 @@ def measure(args: argparse.Namespace) -> int:
         about = provenance(DEVICE, 0, vars(args)) | machine()
     about["commit"] = about["commit"] or args.commit
     about["source"] = source_hash()
-    done = known_rows(rows_so_far(args.output), about, args.again)
-    bad = int(args.again)
+    done = known_rows(rows_so_far(args.output), about, args.failed is not None)
+    bad = args.failed or 0
     for name, limit, rows in parts_of(args):
         if name in args.without:
             continue
@@ -121,26 +121,29 @@ def measure(args: argparse.Namespace) -> int:
         except GpuLost as lost:
             print(show(lost.row), flush=True)
             append_row(args.output, lost.row | about)
-            _begin_again(args, None)
+            _begin_again(args, None, bad + is_bad(lost.row))
         except Exception as problem:  # a part that breaks off must not take those after it along
             bad += 1
             said = [*str(problem).splitlines(), ""][0][:200]
             print(f"# {name}: broke off, {type(problem).__name__}: {said}", flush=True)
             if gpu_is_lost(problem):
-                _begin_again(args, name)
+                _begin_again(args, name, bad)
     print(f"# {time.monotonic() - STARTED:.0f} s in all", flush=True)
     return int(bad > 0)
 
 
-def _begin_again(args: argparse.Namespace, part: str | None) -> NoReturn:
-    """Go on in a new process after the GPU was lost, without a part that broke off outside of its cases."""
+def _begin_again(args: argparse.Namespace, part: str | None, bad: int) -> NoReturn:
+    """Go on in a new process after the GPU was lost, without a part that broke off outside of its cases.
+
+    bad: how many variants of ours have been wrong or failed so far.
+    """
     from benchmarks.common import start_again
 
     left = max(0.0, STARTED + args.seconds - time.monotonic())
     without = args.without if part is None else [*args.without, part]
     print(f"# the GPU is lost to this process; a new one goes on, {left:.0f} s", flush=True)
     start_again(build_parser().repeat(argparse.Namespace(**{
-        **vars(args), "seconds": left, "again": True, "without": without,
+        **vars(args), "seconds": left, "failed": bad, "without": without,
     }))[1:])  # fmt: skip
 
 

@@ -146,22 +146,12 @@ from scaled_rope.evaluation.runner import command_line, given_arguments
 from scaled_rope.evaluation.saved_questions import SavedUnit, read_requests
 
 
-def check_shots(asked: int | None, catalogue: Catalogue, names: Sequence[str]) -> None:
-    """Name the tasks on which --num-fewshot has no effect on stderr: those whose own number is 0.
-
-    Raises:
-        ConfigError: it has none on any of the tasks.
-    """
-    if not asked:
-        return
-    facts = catalogue.facts(names)
-    fixed = [task.name for task in facts if task.own_shots == 0]
-    if not fixed:
-        return
-    said = f"has no effect on {', '.join(fixed)}: prompts of a task with num_fewshot 0 have no examples in front"
-    if len(fixed) == len(facts):
-        raise ConfigError(f"num_fewshot={asked}: {said}")
-    print(f"note: --num-fewshot {asked} {said}", file=sys.stderr)
+def tell_shots(asked: int | None, catalogue: Catalogue, names: Sequence[str]) -> None:
+    """Name the tasks on which --num-fewshot has no effect on stderr: those whose own number is 0."""
+    fixed = [task.name for task in catalogue.facts(names) if task.own_shots == 0] if asked else []
+    if fixed:
+        said = f"has no effect on {', '.join(fixed)}: prompts of a task with num_fewshot 0 have no examples in front"
+        print(f"note: --num-fewshot {asked} {said}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -190,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.requests is None:
         model_class()  # raises the error at once if lm-eval is not installed
         catalogue_of(tuple(lengths or ()) or None).check(names)
-        check_shots(args.num_fewshot, catalogue_of(tuple(lengths or ()) or None), names)
+        tell_shots(args.num_fewshot, catalogue_of(tuple(lengths or ()) or None), names)
     load = ModelLoader(args)
     ranks = current()
     if args.save_requests is not None:

@@ -207,20 +207,6 @@ def test_an_empty_model_is_refused(words: tuple[str, ...]) -> None:
     assert refusal(*words) == "error: model '' is not allowed; the name is empty\n"
 
 
-def test_eval_harness_sh_ends_with_bad_input(tmp_path):
-    """With an interpreter that writes the evaluators' command lines down and refuses them."""
-    python, log = tmp_path / "python", tmp_path / "log"
-    python.write_text(
-        f'#!/usr/bin/env bash\n[[ "$1" == eval/* ]] || exec {sys.executable} "$@"\necho "$@" >> {log}\nexit 2\n'
-    )
-    python.chmod(python.stat().st_mode | stat.S_IEXEC)
-    environment = os.environ | {"PYTHON": str(python), "OUTPUT": "rows"}
-    command = ["./eval-harness.sh", "a", "b", "--", "--limit", "0"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 2 and done.stderr == ""
-    assert log.read_text().splitlines() == ["eval/harness.py -m a --tasks arc_challenge --output rows --limit 0"]
-
-
 @pytest.mark.parametrize(
     ("words", "said"), [(["--bogus", "1"], "flag --bogus"), (["nothere"], "unknown recipe 'nothere'")]
 )

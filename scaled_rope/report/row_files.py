@@ -39,8 +39,9 @@ def _is_perplexity(value: Any) -> bool:
     return value is None or (is_number(value) and 0.999 <= value <= _LARGEST)  # 1, but for rounding
 
 
-def _are_perplexities(value: Any) -> bool:
-    return value is None or (_is_pair(value) and all(map(_is_perplexity, value)))
+def _is_interval_of_perplexity(value: Any) -> bool:
+    # Student's interval of two documents is wide, and its lower end can be below 1.
+    return value is None or (_is_pair(value) and all(bound is None or bound > 0 for bound in value))
 
 
 def _is_count(value: Any) -> bool:
@@ -70,7 +71,7 @@ _NUMBER: _Check = (is_number, "a number")
 _NUMBER_OR_NONE: _Check = (lambda value: value is None or is_number(value), "a number or null")
 _PERPLEXITY: _Check = (_is_perplexity, "a number or null; a perplexity is 1 to 1e100")
 _INTERVAL: _Check = (lambda value: value is None or _is_pair(value), "two numbers, or null; the larger comes last")
-_PERPLEXITIES: _Check = (_are_perplexities, "two numbers, or null; perplexities of 1 to 1e100, the larger last")
+_PERPLEXITIES: _Check = (_is_interval_of_perplexity, "two numbers above 0, or null; the larger comes last")
 _TRUTH: _Check = (lambda value: isinstance(value, bool), "true or false")
 _SPAN: _Check = (_is_span, "two positions, the first before the second")
 _WHOLES: _Check = (

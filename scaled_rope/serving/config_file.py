@@ -75,15 +75,18 @@ def _parse(path: Path) -> dict[str, Any]:
     def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
-            if found.setdefault(key, value) != value:
+            if key in found and repr(found[key]) != repr(value):
                 raise ConfigError(
                     f"config {str(path)!r} says {shortened(key, 80)!r} twice, {shortened(repr(found[key]), 80)} and"
                     f" {shortened(repr(value), 80)}: readers differ in which one they take; remove one"
                 )
+            found[key] = value
         return found
 
     try:
         raw = json.loads(text, object_pairs_hook=unambiguous)
+    except ConfigError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"config {str(path)!r} is not JSON: {one_line(error)}") from error
     if not isinstance(raw, dict):

@@ -47,14 +47,15 @@ def has_half_a_pair(text: str) -> bool:
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-_CONTROL = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f]")
+_CONTROL = re.compile("[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 _LOOKED_AT = 2**16  # characters of a text in which control characters are counted
 
 
 def _is_binary(text: str) -> bool:
-    """Whether more than half of a text's beginning is control characters, tabs and line ends not counted."""
+    """Whether more than half of a text's beginning is control characters, tabs and line ends not counted, or almost
+    half NUL, as where UTF-16 was read as something else."""
     start = text[:_LOOKED_AT]
-    return 2 * len(_CONTROL.findall(start)) > len(start)
+    return 2 * len(_CONTROL.findall(start)) > len(start) or 5 * start.count("\0") > 2 * len(start)
 
 
 def _text_of(record: Any, feature: str, where: str, replace_surrogates: bool = False) -> str:

@@ -163,7 +163,8 @@ def check_gpus() -> None:
     Raises:
         ConfigError: there are.
     """
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    said = os.environ.get("LOCAL_WORLD_SIZE", "")
+    here = int(said) if said.isdecimal() else 1
     if torch.cuda.is_available() and here > (there := torch.cuda.device_count()) > 1:
         raise ConfigError(f"{here} processes on this machine are not allowed, it has {there} GPUs; start so many")
 
@@ -406,9 +407,11 @@ def last_pass(accelerator: Any, module: Any, last: bool) -> Iterator[None]:
 
 _LOST = re.compile(
     r"gloo/|ncclRemoteError|remote process exited|NCCL communicator (was|has been) aborted|collective operation timeout"
-    r"|connection (closed|reset) by peer|broken pipe|connection refused|socket timeout",
+    r"|connection (closed|reset) by peer|connection was likely closed|failed to recv|broken pipe|connection refused"
+    r"|socket timeout|wait timeout after",
     re.IGNORECASE,
 )
+_NCCL = re.compile(r"\bNCCL error|\bncclUniqueId|\bnccl\w*(Error|InvalidUsage|InvalidArgument)\b")
 
 
 @contextlib.contextmanager
@@ -430,10 +433,11 @@ def naming_a_lost_rank() -> Iterator[None]:
                 f"rank {rank} lost the connection to another process of this run, which has ended or"
                 f" cannot be reached ({first_line(error)}); the same command continues from the last state"
             ) from error
-        if re.search(r"\bNCCL error|\bnccl[A-Z]", said) is None:
+        if _NCCL.search(said) is None:
             raise
-        _, _, cause = said.partition("Last error:")
-        facts = [line.strip() for line in (cause or said).splitlines() if line.strip()]
+        said = said.partition("Exception raised from")[0]  # frames of C++ follow
+        before, _, cause = said.partition("Last error:")
+        facts = [line.strip() for line in (cause if cause.strip() else before).splitlines() if line.strip()]
         raise ConfigError(f"rank {rank}: NCCL failed: {' '.join(facts)}; NCCL_DEBUG=WARN tells more") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class RandomState:
         for name, states in self._devices.items():
             if (module := _devices().get(name)) is not None:
                 # States of earlier versions hold those of all devices of the machine that saved them.
-                place = 0 if len(states) == 1 else module.current_device()
+                place = 0 if len(states) == 1 else _place(module)
                 if place < len(states):
                     module.set_rng_state(states[place])
 
@@ -75,6 +76,13 @@ class RandomState:
         except (OSError, AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise ConfigError(f"{path} does not hold the states of random generators") from error
         return state
+
+
+def _place(module: Any) -> int:
+    """The number of this process's device on its machine, which it may see as its only one."""
+    rank = os.environ.get("LOCAL_RANK", "")
+    alone = module.device_count() == 1 and rank.isdecimal()
+    return int(rank) if alone else int(module.current_device())
 
 
 def _hexadecimal(state: torch.Tensor) -> str:

@@ -304,11 +304,17 @@ def test_a_gpu_that_is_lost_costs_one_case(
     def last(clock: timing.Clock) -> Any:
         yield complete({"metric": "n", "tokens": 1, "variant": "ours"}, clock, 0, lambda: {"seconds": 1.0, "mfu": None})
 
+    def lost() -> None:
+        if faults:
+            raise faults["breaks"]
+
     parts = [("one", lambda: 600.0, part), ("two", lambda: 600.0, last)]
     monkeypatch.setattr(gpu, "parts_of", lambda args: parts)
     monkeypatch.setattr(dry, "stand_in", lambda: None)
     monkeypatch.setattr(dry, "shrink", lambda: None)
     monkeypatch.setattr(rows_module, "show", lambda row: row["variant"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: lost())
     monkeypatch.setattr("os.closerange", lambda *_: None)
     begun: list[list[str]] = []
 

@@ -244,6 +244,7 @@ def test_a_process_that_lost_the_gpu_hands_over_what_is_left(monkeypatch: pytest
     monkeypatch.setattr(smollm2_32k, "parts_of", lambda study: parts)
     monkeypatch.setattr(smollm2_32k, "assemble", lambda *_: None)
     monkeypatch.delenv("SMOLLM2_32K_FAILED", raising=False)
+    monkeypatch.setattr(smollm2_32k, "gpu_is_lost", lambda error: isinstance(error, torch.AcceleratorError))
     begun: list[list[str]] = []
 
     def execute(program: str, words: list[str]) -> None:

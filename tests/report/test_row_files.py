@@ -145,6 +145,12 @@ def test_rows_of_every_evaluator_are_whole() -> None:
     assert [damage(row) for row in every_kind()] == [None] * len(every_kind())
 
 
+def test_intervals_of_two_documents_are_wide() -> None:
+    """Student's, of losses of 1.0 and 1.3 nats and of 4.0 and 4.9."""
+    for interval in ([0.47, 21.2], [0.28, 26048.0], [0.9, None]):
+        assert damage(changed(of("perplexity"), "interval", interval)) is None
+
+
 def test_sums_that_overflowed_are_null_where_the_perplexity_is() -> None:
     blocks = {"block_nats": TWO, "block_targets": TWO, "bucket_block_nats": TWO, "bucket_block_targets": TWO}
     assert damage(with_sums()) is damage(with_sums(**blocks)) is None

@@ -325,10 +325,10 @@ def test_documents_of_control_characters_are_left_out_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = ["a\x00b", "one\n\n\n\n\n\n", "\t\t\t1\t2\r\n", "page\f"]
-    texts = ["\x00" * 5000, *kept, "P\x89\x1a\x00\x7f"]
+    texts = ["\x00" * 5000, *kept, "P\x89\x1a\x00\x7f", "U\x00T\x00F\x00-\x001\x006\x00"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     assert list(read_documents(str(tmp_path))) == kept
-    said = "2 documents are left out: most of their characters are control characters"
+    said = "3 documents are left out: most of their characters are control characters"
     assert capsys.readouterr().err == f"note: dataset {tmp_path}: {said}\n"
 
 

@@ -179,6 +179,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # each is given one, as by srun --gpus-per-task=1
     engine.check_gpus()
+    for said in ("", "8(x2)"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", said)
+        engine.check_gpus()
 
 
 NCCL = "NCCL error in: NCCLUtils.hpp:94, {}, NCCL version 2.27.5\n{}: A call failed.\nLast error:\n{}\n"
@@ -193,6 +196,11 @@ NCCL = "NCCL error in: NCCLUtils.hpp:94, {}, NCCL version 2.27.5\n{}: A call fai
         ("[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=9)", "rank 3 lost the connection"),
         (NCCL.format("invalid usage", "ncclInvalidUsage", "Duplicate GPU detected : rank 3 and rank 7"),
          "rank 3: NCCL failed: Duplicate GPU detected : rank 3 and rank 7; NCCL_DEBUG=WARN tells more"),
+        ("retrieving ncclUniqueId from [0] via c10d key-value store, but store->get('0') got error: failed to recv, got"
+         " 0 bytes. Connection was likely closed. Did the remote server crash?", "rank 3 lost the connection"),
+        (NCCL.format("internal error", "ncclInternalError", "") + "Exception raised from run at x.cpp:1\nframe #0: y",
+         "rank 3: NCCL failed: NCCL error in: NCCLUtils.hpp:94, internal error, NCCL version 2.27.5 ncclInternalError:"
+         " A call failed.; NCCL_DEBUG=WARN tells more"),
         ("NCCL error: unhandled cuda error\nncclUnhandledCudaError: Call to CUDA failed.",
          "rank 3: NCCL failed: NCCL error: unhandled cuda error ncclUnhandledCudaError: Call to CUDA failed.;"),
     ],
@@ -206,7 +214,11 @@ def test_what_nccl_says_is_not_taken_for_a_lost_rank(monkeypatch, said, line):
 
 
 def test_errors_of_one_process_and_others_pass(monkeypatch):
-    for size, said in (("1", "NCCL error: ncclInvalidUsage"), ("8", "shape mismatch")):
+    for size, said in (
+        ("1", "NCCL error: ncclInvalidUsage"),
+        ("8", "shape mismatch"),
+        ("8", "no file ncclConfig.json"),
+    ):
         monkeypatch.setenv("WORLD_SIZE", size)
         with pytest.raises(RuntimeError, match=said), engine.naming_a_lost_rank():
             raise RuntimeError(said)

@@ -50,6 +50,9 @@ class Gpus:
     def current_device(self) -> int:
         return self.mine
 
+    def device_count(self) -> int:
+        return len(self.states)
+
     def get_rng_state(self) -> torch.Tensor:
         return self.states[self.mine].clone()
 
@@ -74,6 +77,11 @@ def test_a_gpu_takes_the_state_of_its_process(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(torch, "cuda", there)
         RandomState.load(tmp_path / "state.json").restore()
         assert [int(state[0]) for state in there.states] == wanted
+    there = Gpus(1, 0)  # all that rank 3 of its machine sees
+    monkeypatch.setattr(torch, "cuda", there)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    RandomState.load(tmp_path / "state.json").restore()
+    assert int(there.states[0][0]) == 3
     there = Gpus(9, 8)
     monkeypatch.setattr(torch, "cuda", there)
     RandomState.load(tmp_path / "state.json").restore()
