@@ -145,7 +145,7 @@ def test_a_plan_says_what_fits_and_how_long_it_takes(capsys, tmp_path, monkeypat
     [
         (["demo", "--gpus", "0"], "--gpus 0"),
         (["demo", "--gpus", "3"], "cannot run on 3 ranks: global_batch_size 1"),
-        (["demo", "--gpu-memory", "0"], "--gpu-memory 0.0"),
+        (["demo", "--gpu-memory", "0"], "--gpu-memory 0 is not allowed; above 0, at most 1e+06 GB"),
         (["demo", "--utilisation", "1.5"], "--utilisation 1.5"),
         (["dmo"], "did you mean 'demo'"),
     ],
