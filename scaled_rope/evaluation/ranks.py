@@ -125,8 +125,10 @@ class Ranks:
             raise ConfigError(f"--device {name} is not allowed with {self.count} processes, each needs its own; cuda")
         if name is not None and name != "cuda":
             return name
-        if self.local >= torch.cuda.device_count():
-            there = torch.cuda.device_count()
+        there = torch.cuda.device_count()
+        if there == 1 and "SLURM_GPUS_PER_TASK" in os.environ:  # each process sees its own as the only one
+            return "cuda:0"
+        if self.local >= there:
             raise ConfigError(f"process {self.rank} has no GPU of its own, this machine has {there}; start so many")
         return f"cuda:{self.local}"
 

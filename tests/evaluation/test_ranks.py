@@ -241,6 +241,11 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         second.device("cuda:0")
     with pytest.raises(ConfigError, match="process 2 has no GPU of its own, this machine has 2"):
         Ranks(2, 4, 2).device(None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="process 1 has no GPU of its own, this machine has 1"):
+        second.device(None)
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    assert second.device(None) == second.device("cuda") == "cuda:0"
 
 
 def test_ranks_that_found_other_things(monkeypatch: pytest.MonkeyPatch) -> None:
