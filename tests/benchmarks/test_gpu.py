@@ -366,6 +366,7 @@ def test_a_part_expects_the_next_case_to_take_as_long_as_the_last() -> None:
     assert clock.needed("a", 5) == 5
 
 
+@pytest.mark.slow  # the dry run of the training study imports most of it, in the same way
 @needs_triton
 def test_all_parts_can_be_imported_where_little_is_installed(tmp_path: Path) -> None:
     code = "from benchmarks import gpu, gpu_report; from benchmarks.gpu_parts import plan; print(plan.PLANS['first']())"
