@@ -37,7 +37,7 @@ DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 KERNELS = ("auto", "torch", "triton", "none")
 TARGETS = ("transformers", "vllm", "sglang", "llama.cpp", "mlx", "exllamav3", "ollama", "trl", "verl")
 EXPORT_FILES = {"ollama": "Modelfile", "trl": "trl.yaml", "verl": "verl.yaml"}
-"""What `scaled-rope export` writes beside config.json, by target."""
+"""The file that `scaled-rope export` writes beside config.json, by target."""
 KV_DTYPES = ("auto", "bfloat16", "float16", "fp8")
 PROTOCOLS = ("auto", "openai", "sglang", "llama.cpp")
 DTYPES = ("auto", "float32", "bfloat16", "float16")

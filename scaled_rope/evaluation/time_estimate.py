@@ -119,7 +119,7 @@ def _finish(model: Any) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """What measuring one task takes.
+    """The cost of measuring one task.
 
     Attributes:
         prompts: number of prompts, of all lengths; None: as many as its data set has, which is not read yet.

@@ -68,7 +68,7 @@ def kernel_backend(device: torch.device | str | None = None, backend: str = "aut
 
 
 _LACKS: dict[torch.device, str] = {}
-"""What `triton_lacks` found, by GPU."""
+"""The answers of `triton_lacks`, by GPU."""
 
 
 def triton_lacks(device: torch.device | str | None = None) -> str:

@@ -226,7 +226,7 @@ def blocks(tokens: int, q_heads: int, k_heads: int, half: int, heads_first: bool
 
 @dataclass(frozen=True)
 class Geometry:
-    """What follows from the shapes, strides and flags of a call: kept, since working it out takes as long as a call."""
+    """A call's launch, by its shapes, strides and flags: kept, since working it out takes as long as a call."""
 
     grid: tuple[int, int, int]
     tokens: int

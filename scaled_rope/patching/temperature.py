@@ -115,7 +115,7 @@ class _Tempered:
     """Stands in for transformers' registry of attention backends in one attention module."""
 
     functions: Any
-    """What stood there before."""
+    """The registry that stood there before."""
     scaling: RopeScaling
 
     def get_interface(self, name: str, default: AttentionFunction) -> AttentionFunction:

@@ -144,7 +144,7 @@ _SUMS = {
     "block": "perplexity",
     "document": "perplexity",
 }
-"""What rows of perplexity list as NAME_nats, with NAME_targets, and the perplexity that follows from it."""
+"""Sums that rows of perplexity list as NAME_nats, with NAME_targets -> the perplexity that follows from them."""
 _RECORD: Mapping[str, _Check] = {
     "command": _TEXT,
     "commit": _TEXT_OR_NONE,

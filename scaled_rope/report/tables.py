@@ -494,7 +494,7 @@ class Table:
     lower_is_better: bool | None = None
     """None: no value is marked as the best."""
     remarks: tuple[str, ...] = ()
-    """What is left out of it and why, shown wherever it is."""
+    """Notes on rows that are left out and why, shown wherever the table is."""
 
     @property
     def heading(self) -> str:

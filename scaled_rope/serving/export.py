@@ -311,7 +311,7 @@ def _per_layer_type(request: ServedModel, target: Target, name: str) -> ExportRe
 def _compare_layers(
     request: ServedModel, raw: dict[str, Any], layers: Mapping[str, RopeScaling]
 ) -> Iterator[Comparison]:
-    """What transformers computes from a whole config.json in layers of each type, against ours.
+    """Compare what transformers computes from a whole config.json, in layers of each type, with ours.
 
     Raises:
         ConfigError: it cannot build the model, or has other tables.
