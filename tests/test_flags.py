@@ -87,7 +87,7 @@ MISTAKES = {
     "'--sequence-length' or '--sequence-parallel'? (see finetune.py --help)",
     "finetune.py demo --attention sdap": "unknown attention 'sdap'; did you mean 'sdpa'? known: "
     + ", ".join(sorted(flags.ATTENTIONS)),
-    "finetune.py demo --dataset x --model ./nothere": "model './nothere' does not exist",
+    "finetune.py demo --dataset x --model ./nothere --output-dir out/nothere": "model './nothere' does not exist",
     "finetune.py demo --output-dir README.md": "output_dir README.md is a file; name a folder with --output-dir",
     "tokenization.py --dataset x --output docs": "--output docs exists and is no packed set; remove it or "
     "choose another folder",
