@@ -7,10 +7,10 @@
 #
 # OUT gets four files: gpu.jsonl, gpu-first.log, gpu_report.md, gpu-roofline.png. A script that is run again, also from
 # a copy of gpu.jsonl, measures what is missing. Needs Python with torch, triton, transformers, einops and matplotlib, and
-# nothing else that the image of a GPU machine may lack. Liger's rotary is measured if its wheel lies in .whl/ (pip download --no-deps
-# -d .whl liger-kernel: 0.9 MB; installed into a temporary folder, nothing is fetched) or if it can be imported.
-# COMMIT=HASH says which commit this is where there is no git repository; PYTHON names the interpreter; SECONDS_AT_MOST
-# (285) is the time limit.
+# nothing else that the image of a GPU machine may lack. Liger's rotary is measured if its wheel lies in .whl/ (pip
+# download --no-deps -d .whl liger-kernel: 0.9 MB; installed into a temporary folder, nothing is fetched) or if it can be
+# imported. COMMIT=HASH says which commit this is where there is no git repository; PYTHON names the interpreter;
+# SECONDS_AT_MOST (285) is the time limit.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 plan=${PLAN:-first}
