@@ -202,7 +202,7 @@ def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
     check_machine(recipe)
     passes = accumulation(recipe, launched)
     if deepspeed and not torch.cuda.is_available():
-        check_can_build("deepspeed_shm_comm")
+        leave_out_collective_of_inference()
     # On CPU accelerate 1.15 needs both the gloo backend and cpu=True, or launched processes train without each other.
     on_cpu = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
     check_gpus()
@@ -265,6 +265,25 @@ def check_fsdp() -> None:
         )
 
 
+_NO_DEEPSPEED = "DeepSpeed is not installed: pip install 'scaled-rope[train]'"
+
+
+def leave_out_collective_of_inference() -> None:
+    """Keep DeepSpeed from compiling `deepspeed_shm_comm`, as it does on machines without a GPU before the first step.
+
+    A compiler needs a minute for it, and training never calls it: DeepSpeed 0.19.8 has it for `inference_all_reduce`
+    (deepspeed/comm/torch.py), for inference under tensor parallelism.
+
+    Raises:
+        ConfigError: DeepSpeed is not installed.
+    """
+    try:
+        from deepspeed import ops
+    except ImportError:
+        raise ConfigError(_NO_DEEPSPEED) from None
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def check_can_build(operation: str) -> None:
     """Raise an error if DeepSpeed cannot compile `operation`, which it does on first use.
 
@@ -274,7 +293,7 @@ def check_can_build(operation: str) -> None:
     try:
         from deepspeed.git_version_info import installed_ops
     except ImportError:
-        raise ConfigError("DeepSpeed is not installed: pip install 'scaled-rope[train]'") from None
+        raise ConfigError(_NO_DEEPSPEED) from None
     if installed_ops.get(operation):
         return
     if shutil.which("ninja") is None:  # pip puts it beside Python, where PATH leads in an activated environment only

@@ -155,6 +155,8 @@ class Ranks:
                 "ACCELERATE_USE_DEEPSPEED": "true",
                 "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"deepspeed/{engine}.json",
             }
+            if "offload" not in engine:  # the others compile nothing
+                environment |= {"CXX": "no-compiler"}
         if ranks > 1:
             meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
             environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)} | meeting
