@@ -58,7 +58,11 @@ def config_fields(request: PatchRequest, unpatched: Unpatched, config: Any, befo
     def said(rope_types: Iterable[str], head_dim: int | None = None) -> dict[str, Any]:
         by_type: dict[str, Any] = {name: words(one, rope_types, name) for name, one in plan.layers.items()}
         if adapter.per_layer_type:  # an entry of null says that layers of a type have no RoPE
-            by_type = {name: by_type.get(name) for name in before["rope_parameters"]}
+            present = unpatched.settings.layer_types
+            unused = {
+                name: entry for name, entry in before["rope_parameters"].items() if present and name not in present
+            }
+            by_type = {name: by_type.get(name) for name in before["rope_parameters"]} | unused
         return {
             "rope_parameters": by_type if adapter.per_layer_type else words(scaling, rope_types),
             "max_position_embeddings": context or given,  # not all families say one

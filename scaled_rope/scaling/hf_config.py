@@ -178,7 +178,17 @@ def split_config(config: Any) -> tuple[dict[str, Any], Any]:
         if model.get(name) is not None and not isinstance(model[name], Mapping):
             raise ConfigError(f"{name}={model[name]!r}: must be a dictionary")
     rope = model.get("rope_scaling") or model.get("rope_parameters") or {}
-    return model, {str(key): value for key, value in rope.items()}
+    return model, _of_present_layers({str(key): value for key, value in rope.items()}, model.get("layer_types"))
+
+
+def _of_present_layers(rope: dict[str, Any], layer_types: Any) -> dict[str, Any]:
+    """A RoPE dictionary without entries of layer types that no layer has: nothing computes them.
+
+    transformers' classes write them all the same: Gemma 3's one for full attention where the few layers all slide.
+    """
+    present = [name for name in nested_types(rope) if isinstance(layer_types, list | tuple) and name in layer_types]
+    absent = set(nested_types(rope)) - set(present) if present else set()
+    return {key: value for key, value in rope.items() if key not in absent}
 
 
 def comparable(rope: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ from scaled_rope.patching.loss import token_nll
 from scaled_rope.patching.output_head import decoder_of
 from scaled_rope.patching.patch import PatchReport, patch_as_read, patched_plan
 from scaled_rope.recipes import Recipe
+from scaled_rope.results import write_atomic
 from scaled_rope.scaling.dialects import write_both_dialects
 from scaled_rope.scaling.record import RopeScaling, RopeSettings, with_primary
 from scaled_rope.scaling.switching import original_up_to_l
@@ -496,9 +498,9 @@ def save_model(
     for name, value in state.items():
         wanted = value if name in own else value.to(getattr(torch, dtype))
         state[name] = cast.setdefault(value.data_ptr(), wanted.contiguous())
-    model.config.dtype = dtype
     _text(model).use_cache = True
     model.save_pretrained(staged, state_dict=state)
+    _record_dtype(staged / "config.json", dtype)
     write_both_dialects(staged)
     tokenizer = load_tokenizer(recipe.tokenizer or str(recipe.model))
     if chat_template is not None:
@@ -509,6 +511,15 @@ def save_model(
     records(staged)
     shutil.rmtree(output, ignore_errors=True)
     os.rename(staged, output)
+
+
+def _record_dtype(file: Path, dtype: str) -> None:
+    """Have a saved config say `dtype`, its nested configs too: transformers writes that of the weights in memory."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if part is config or "dtype" in part:
+            part["dtype"] = dtype
+    write_atomic(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _kept_precise(model: Any, dtype: str) -> set[str]:

@@ -18,6 +18,7 @@ from scaled_rope import ConfigError, RopeScaling, patch_model, unpatch_model
 from scaled_rope.patching.base_model import base_model
 from scaled_rope.patching.patch import patched_plan, patched_scaling
 from scaled_rope.scaling.record import LayerPlan
+from scaled_rope.serving.inspect_config import inspect
 from tests.helpers.families import (
     ALL,
     CHANGED,
@@ -136,6 +137,25 @@ def test_a_saved_plan_is_loaded(
     else:
         with pytest.raises(REFUSALS, match="rope"):
             AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo3"])
+@pytest.mark.parametrize("kind", ["sliding_attention", "full_attention"])
+def test_types_that_no_layer_has_say_nothing(
+    tiny_model: Make, tokens: Tensor, tmp_path: Path, family: str, kind: str
+) -> None:
+    """As those of a Gemma 3 of five layers or fewer, whose config has an entry for full attention all the same."""
+    model = tiny_model(family, layer_types=[kind] * 2)
+    assert len(model.config.rope_parameters) == 2
+    report = patch_model(model, "yarn:4")
+    wanted = logits(model, tokens)
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert distance(logits(loaded, tokens), wanted) < SAME
+    assert RopeScaling.from_config(loaded.config) == report.scaling
+    vanilla = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert distance(logits(vanilla, tokens), wanted) < SAME
+    assert not [finding.code for finding in inspect(tmp_path).findings if finding.level == "error"]
 
 
 @pytest.mark.parametrize("spec", ["linear:2", "yarn:2", "dynamic-yarn"])

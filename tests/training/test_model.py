@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 import finetune
 from scaled_rope import RopeScaling, patch_model
@@ -171,6 +172,7 @@ def test_buffers_are_not_rounded_when_a_model_is_saved(workspace, tmp_path):
     saved = load_file(tmp_path / "model" / "model.safetensors")
     assert saved[name].dtype == torch.float32 and torch.equal(saved[name], model.get_buffer(name))
     assert saved["model.layers.0.self_attn.o_proj.weight"].dtype == torch.bfloat16
+    assert AutoConfig.from_pretrained(tmp_path / "model").dtype == torch.bfloat16  # what it is loaded in by default
     assert load_tokenizer(str(tmp_path / "model")).chat_template == "a {{ template }}"
 
 
