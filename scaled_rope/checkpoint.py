@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -171,12 +172,15 @@ class Checkpoint:
     settings: RopeSettings
 
 
-def open_checkpoint(name: str, trust_remote_code: bool = False) -> Checkpoint:
+def open_checkpoint(name: str | os.PathLike[str], trust_remote_code: bool = False) -> Checkpoint:
     """Read the config of a checkpoint, and warn of what had to be assumed about its RoPE.
 
     Raises:
         ConfigError: as `load_config`; RoPE parameters that cannot be read.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise ConfigError(f"model {shortened(repr(name), 80)} is not allowed; a folder or a hub name")
+    name = os.fspath(name)
     config = load_config(name, trust_remote_code)
     settings = RopeSettings(config, raw_config(name))
     settings.warn()

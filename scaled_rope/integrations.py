@@ -19,7 +19,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from scaled_rope.checkpoint import load_tokenizer
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, is_positive_whole, shortened
 from scaled_rope.evaluation.perplexity_evaluator import score_windows
 from scaled_rope.evaluation.perplexity_rows import prefix_sums, truncated_row
 from scaled_rope.evaluation.statistics import SEED
@@ -69,10 +69,13 @@ class ContextCallback(TrainerCallback):  # type: ignore[misc]
         every: int | None = None,
         scaling: RopeScaling | str | None = None,
     ) -> None:
-        if not lengths or min(lengths) < 2:
-            raise ConfigError(f"lengths {list(lengths)} are not allowed; at least one, of at least 2 tokens")
-        if every is not None and every < 1:
-            raise ConfigError(f"every {every} is not allowed; at least 1 step")
+        whole = isinstance(lengths, Sequence) and all(map(is_positive_whole, lengths))
+        if not whole or not lengths or min(lengths) < 2:
+            raise ConfigError(f"lengths {lengths!r} are not allowed; a list of whole numbers of at least 2 tokens")
+        for name, value in {"samples": samples, "every": every}.items():
+            if value is not None and not is_positive_whole(value):
+                raise ConfigError(f"{name} {value!r} is not allowed; a whole number of at least 1")
+        _check_spec(scaling)
         self.source, self.lengths, self.samples = TokenSource(texts), sorted(set(lengths)), samples
         self.every, self.scaling = every, scaling
         self.rows: list[Row] = []
@@ -83,10 +86,7 @@ class ContextCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         inner = _inner(model)
-        wanted = self.scaling
-        if isinstance(wanted, str):
-            wanted = RopeScaling.from_spec(wanted, RopeSettings(inner.config).scaling)
-        self.scaling = check_scaling(inner, wanted)
+        self.scaling = check_scaling(inner, self.scaling)
         tokenizer = self._tokenizer or more.get("processing_class")
         if tokenizer is None:
             raise ConfigError("ContextCallback: the trainer has no tokenizer; give one (tokenizer=)")
@@ -192,20 +192,30 @@ def _losses(model: Any, texts: Texts, length: int) -> list[Losses]:
     return found
 
 
-def check_scaling(model: Any, wanted: RopeScaling | None = None) -> RopeScaling:
+def _check_spec(scaling: Any) -> None:
+    if not isinstance(scaling, RopeScaling | str | None):
+        raise ConfigError(
+            f"scaling {shortened(repr(scaling), 80)} is not allowed; a RopeScaling or a text such as 'yarn:8'"
+        )
+
+
+def check_scaling(model: Any, wanted: RopeScaling | str | None = None) -> RopeScaling:
     """Return the scaling that a loaded model computes with, as its rotary modules show.
 
     Args:
         model: a model of transformers, patched or not.
-        wanted: the scaling that it should compute with, where layer types differ that of the full-attention layers, and
-            in all layers that have RoPE; None: the one in its config.
+        wanted: the scaling that it should compute with, as record or text, where layer types differ that of the
+            full-attention layers, and in all layers that have RoPE; None: the one in its config.
 
     Raises:
-        ConfigError: it computes with another one, or its rotary modules cannot tell. A `rope_scaling` that a trainer's
-            YAML sets but the family does not read is found here.
+        ConfigError: `wanted` is no scaling; the model computes with another one, or its rotary modules cannot tell. A
+            `rope_scaling` that a trainer's YAML sets but the family does not read is found here.
     """
+    _check_spec(wanted)
     patched = patched_scaling(model)
     settings = RopeSettings(model.config)
+    if isinstance(wanted, str):
+        wanted = RopeScaling.from_spec(wanted, settings.scaling)
     expected = settings.scaling if wanted is None else wanted
     if patched is not None:
         if patched != expected and wanted is not None:

@@ -289,11 +289,29 @@ def test_layers_without_rotary_embedding_are_not_counted_as_scaled(checkpoint: s
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({"lengths": []}, "lengths"), ({"lengths": [1, 8]}, "at least 2"), ({"lengths": [8], "every": 0}, "every 0")],
+    [
+        ({"lengths": []}, "lengths"),
+        ({"lengths": [1, 8]}, "at least 2"),
+        ({"lengths": 64}, "lengths 64 are not allowed; a list of whole numbers"),
+        ({"lengths": ["64"]}, "lengths"),
+        ({"lengths": [8], "every": 0}, "every 0"),
+        ({"lengths": [8], "samples": 0}, "samples 0 is not allowed; a whole number of at least 1"),
+        ({"lengths": [8], "scaling": 3}, "scaling 3 is not allowed; a RopeScaling or a text such as 'yarn:8'"),
+    ],
 )
 def test_refusals(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ContextCallback("texts", **given)
+
+
+def test_a_scaling_is_checked_by_its_text(checkpoint: str) -> None:  # noqa: F811
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    scaling = patch_model(model, "yarn:4").scaling
+    assert check_scaling(model, "yarn:4") == scaling
+    with pytest.raises(ConfigError, match="computes with yarn x4, not with yarn x8"):
+        check_scaling(model, "yarn:8")
+    with pytest.raises(ConfigError, match=r"scaling \{\} is not allowed"):
+        check_scaling(model, {})  # type: ignore[arg-type]
 
 
 def test_texts_that_are_too_short(trained: Any, checkpoint: str, texts: str) -> None:  # noqa: F811

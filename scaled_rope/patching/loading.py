@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from torch import nn
 
 from scaled_rope.attention.backends import attention_for, check_attention, resolve_attention, set_window
 from scaled_rope.checkpoint import Checkpoint, first_line, open_checkpoint, reading, without_custom_rope
-from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.errors import ConfigError, shortened, unknown
 from scaled_rope.patching.adapter_scaling import adapter_scaling
 from scaled_rope.patching.device_maps import Placement, is_offloaded
 from scaled_rope.patching.families import ADAPTERS
@@ -237,7 +238,7 @@ def check_finite(model: nn.Module, what: str) -> None:
 
 
 def load_model(
-    name: str | Checkpoint,
+    name: str | os.PathLike[str] | Checkpoint,
     *,
     scaling: RopeScaling | str | None = None,
     dtype: str = "float32",
@@ -272,6 +273,13 @@ def load_model(
     Raises:
         ConfigError: no such checkpoint, damaged files, weights of another architecture, an option that cannot be met.
     """
+    if not isinstance(scaling, RopeScaling | str | None):
+        raise ConfigError(
+            f"scaling={shortened(repr(scaling), 80)}: must be a RopeScaling or a text such as 'yarn:8'; patch_model"
+            f" takes one for each layer type"
+        )
+    if load_in_8bit and load_in_4bit:
+        raise ConfigError("load_in_8bit with load_in_4bit is not allowed; one of them")
     device = resolve_device(None if device is None else str(device))
     dtype = resolve_dtype(dtype, device)
     checkpoint = name if isinstance(name, Checkpoint) else open_checkpoint(name, trust_remote_code)

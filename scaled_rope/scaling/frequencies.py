@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, is_number, shortened
 from scaled_rope.scaling.formulas import attention_factor_of, dynamic_ntk_scale, ntk_theta
 from scaled_rope.scaling.parameters import (
     ClipParams,
@@ -260,8 +260,8 @@ def compute_rope(
     """
     length = None
     if seq_len is not None:
-        if not 0 < seq_len < math.inf:
-            raise ConfigError(f"seq_len={seq_len!r}: must be a positive number of tokens")
+        if not is_number(seq_len) or not 0 < seq_len < math.inf:
+            raise ConfigError(f"seq_len={shortened(repr(seq_len), 80)}: must be a positive number of tokens")
         # An explicit device, because models are built under a default device of "meta".
         length = torch.tensor(float(seq_len), dtype=torch.float64, device="cpu")
     factor = torch.tensor(scaling.factor, dtype=torch.float64, device="cpu")

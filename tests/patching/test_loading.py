@@ -162,6 +162,18 @@ def test_half_precision_keeps_frequencies(checkpoint: Path) -> None:
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
+def test_arguments_of_other_types_are_refused(checkpoint: Path) -> None:  # noqa: F811
+    assert load_model(checkpoint, device="cpu").config.model_type == "llama"  # a path is fine
+    for name in (None, 3, b"x"):
+        with pytest.raises(ConfigError, match="is not allowed; a folder or a hub name"):
+            load_model(name)  # type: ignore[arg-type]
+    for scaling in (3, {}, {"full_attention": "yarn:4"}):
+        with pytest.raises(ConfigError, match="must be a RopeScaling or a text such as 'yarn:8'"):
+            load_model(checkpoint, scaling=scaling)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="load_in_8bit with load_in_4bit is not allowed"):
+        load_model(checkpoint, load_in_8bit=True, load_in_4bit=True)
+
+
 def test_sliding_window_is_replaced(tiny_model: Make, tmp_path: Path, tokens: torch.Tensor) -> None:
     tiny_model("mistral", sliding_window=4).save_pretrained(tmp_path)
     wide = load_model(str(tmp_path), device="cpu", sliding_window=1000)

@@ -337,6 +337,12 @@ def test_static_methods_ignore_the_length(variant):
     assert same == (not scaling.is_length_dependent)
 
 
+@pytest.mark.parametrize("length", ["64", 0, -1, True, math.inf, math.nan, torch.tensor([5000, 9000])])
+def test_a_length_that_is_none_is_refused(length):
+    with pytest.raises(ConfigError, match="must be a positive number of tokens"):
+        compute_rope(RopeScaling("yarn", 4.0, 2048, dynamic=True), 64, seq_len=length)
+
+
 @pytest.mark.parametrize("resonance", [False, True], ids=["", "resonance"])
 @pytest.mark.parametrize("variant", ALL, ids=name_of)
 def test_frequencies_fall_and_are_never_raised(variant, resonance):
