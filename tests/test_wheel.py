@@ -56,7 +56,7 @@ def run(installed: Path, folder: Path, *command: str) -> subprocess.CompletedPro
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["scaled-rope", "inspect", "MODEL"], "tiny-llama-256"),
+        pytest.param(["scaled-rope", "inspect", "MODEL"], "tiny-llama-256", marks=pytest.mark.slow),
         (["scaled-rope", "export", "MODEL", "--for", "vllm", "--scaling", "yarn:8"], "yarn"),
         pytest.param(["scaled-rope", "plan", "demo"], "demo", marks=pytest.mark.slow),
         (["scaled-rope", "methods"], "dual-chunk"),

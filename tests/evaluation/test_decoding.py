@@ -14,6 +14,7 @@ from scaled_rope import patch_model
 from scaled_rope.checkpoint import encode
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.decoding import decode_numbers, judge, number_tokens
+from tests.helpers.cases import in_turn
 from tests.helpers.retrieval import (
     TOKENIZERS,
     TRAINED,
@@ -66,16 +67,15 @@ def test_number_tokens_are_digits_blanks_and_the_end(tokenizers: dict[str, PreTr
         assert any(len(token.strip("Ġ")) > 1 and allowed[i] for token, i in tokenizer.get_vocab().items() if i > 1)
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-@pytest.mark.parametrize(
-    ("spec", "cached"),
-    [("default", False), ("yarn:4", False), ("dynamic-yarn", False), ("dynamic-yarn", True)],
-)
+WAYS = [("default", False), ("yarn:4", False), ("dynamic-yarn", False), ("dynamic-yarn", True)]
+
+
+@pytest.mark.parametrize(("name", "way"), in_turn(list(TOKENIZERS), WAYS, each=2))
 @pytest.mark.parametrize("restricted", [True, False])
 def test_decoding_agrees_with_generate(
-    tokenizers: dict[str, PreTrainedTokenizerFast], name: str, spec: str, cached: bool, restricted: bool
+    tokenizers: dict[str, PreTrainedTokenizerFast], name: str, way: tuple[str, bool], restricted: bool
 ) -> None:
-    tokenizer, steps = tokenizers[name], 6
+    (spec, cached), tokenizer, steps = way, tokenizers[name], 6
     model = new_model(len(tokenizer), seed=3)
     scaling = patch_model(model, spec).scaling
     numeric = number_tokens(tokenizer, len(tokenizer), [1])

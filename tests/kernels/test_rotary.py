@@ -21,6 +21,7 @@ from scaled_rope.kernels import (
     rotate,
 )
 from scaled_rope.kernels import rotary as rotary_module
+from tests.helpers.cases import in_turn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton"))
@@ -74,9 +75,11 @@ def make(shape: tuple[int, ...], order: str, dtype: torch.dtype = torch.float32)
 SHAPES = [(2, 4, 2, 5, 16, 16), (1, 9, 3, 7, 24, 24), (3, 2, 2, 3, 20, 6), (1, 8, 8, 1, 8, 8), (2, 1, 1, 33, 4, 2)]
 
 
+ORDERS = ["bhtd", "bthd", "tbhd", "bthd+", "dbth"]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("order", ["bhtd", "bthd", "tbhd", "bthd+", "dbth"])
+@pytest.mark.parametrize(("shape", "order"), in_turn(SHAPES, ORDERS, each=3))
 def test_equals_float64_in_every_layout(backend: str, shape: tuple[int, ...], order: str) -> None:
     b, heads, kv_heads, t, d, rotated = shape
     torch.manual_seed(0)

@@ -19,6 +19,7 @@ from scaled_rope.patching.base_model import base_model
 from scaled_rope.patching.patch import patched_plan, patched_scaling
 from scaled_rope.scaling.record import LayerPlan
 from scaled_rope.serving.inspect_config import inspect
+from tests.helpers.cases import in_turn
 from tests.helpers.families import (
     ALL,
     CHANGED,
@@ -55,8 +56,9 @@ def test_a_head_dim_that_the_config_leaves_open_is_said_where_a_formula_reads_it
     assert model.config.head_dim is None
 
 
-@pytest.mark.parametrize("spec", ["yarn:4", "ntk:4", "yarn:4,ramp=rotations", "dynamic-yarn:2"])
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize(
+    ("family", "spec"), in_turn(ALL, ["yarn:4", "ntk:4", "yarn:4,ramp=rotations", "dynamic-yarn:2"], each=2)
+)
 def test_a_saved_model_carries_its_scaling(
     tiny_model: Make, tokens: Tensor, tmp_path: Path, family: str, spec: str
 ) -> None:
