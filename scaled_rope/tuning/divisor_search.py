@@ -33,7 +33,7 @@ from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
 from scaled_rope.evaluation.ranks import refuse_several
 from scaled_rope.evaluation.runner import given_arguments
 from scaled_rope.evaluation.statistics import paired_difference
-from scaled_rope.flags import add_search_arguments, check_search_arguments, search_attention
+from scaled_rope.flags import add_search_arguments, check_search_arguments, search_attention, search_prompts
 from scaled_rope.progress import Progress
 from scaled_rope.results import Row, portable_command, provenance, write_atomic
 from scaled_rope.scaling.record import RopeScaling
@@ -128,7 +128,7 @@ def _read_texts(args: argparse.Namespace, job: ModelJob, space: Space) -> _Texts
 
     def material(some: list[ScoredWindow], count: int, seed: int) -> Material:
         prompts = {}
-        if args.fitness != "perplexity" and count:
+        if search_prompts(args) and count:
             filler = [one.tokens[1:].tolist() for one in (some or windows)]
             lengths = retrieval_lengths(space.original, args.target)[1:]
             prompts = {length: fact_prompts(tokenizer, length, count, seed, filler) for length in lengths}
@@ -136,7 +136,7 @@ def _read_texts(args: argparse.Namespace, job: ModelJob, space: Space) -> _Texts
 
     # What chooses must not depend on how much judges, so that more can be held back later.
     return _Texts(
-        material(chosen[: args.windows], args.prompts, args.seed),
+        material(chosen[: args.windows], search_prompts(args), args.seed),
         material(chosen[args.windows :], args.held_back, args.seed + _HELD_BACK),
         len(chosen) - args.windows,
     )

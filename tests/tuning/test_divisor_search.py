@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from scaled_rope import RopeScaling, compute_rope, patch_model
+from scaled_rope import RopeScaling, cli, compute_rope, patch_model
 from scaled_rope.checkpoint import DEFAULT_MODEL, load_tokenizer
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
@@ -130,6 +130,14 @@ def test_the_spec_says_a_corrected_length(checkpoint: Path, texts: Path, tmp_pat
     base = RopeScaling("default", original_max_position_embeddings=L)
     scaling = RopeScaling.from_spec(found["spec"], base)
     assert scaling.original_max_position_embeddings == 64 and scaling.to_dict() == found["scaling"]
+
+
+def test_the_console_script_searches_by_perplexity_alone(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    """It checks the flags and so does the command: what they leave out stays left out."""
+    argv = usual(checkpoint, texts, tmp_path / "out", "--fitness", "perplexity", "--evaluations", 1)
+    assert cli.main(["search", *map(str, argv), "--device", "cpu", "--hide-progress"]) == 0
+    best = json.loads((tmp_path / "out" / "best.json").read_text())
+    assert best["passes_per_evaluation"] == 2 and best["best"]["needles"] is None  # windows and no prompts
 
 
 def test_too_little_text_to_judge_by_is_said(
