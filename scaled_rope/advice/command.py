@@ -62,7 +62,7 @@ from scaled_rope.serving.config_remarks import config_remarks
 from scaled_rope.serving.export import export
 from scaled_rope.texts.token_documents import TokenSource
 from scaled_rope.tuning.constants import LEAST_FOUND
-from scaled_rope.tuning.measurement import ScoredWindow, check_target, model_ask, model_score, read_windows
+from scaled_rope.tuning.measurement import ScoredWindow, check_target, model_ask, model_score_under, read_windows
 from scaled_rope.tuning.prompts import fact_prompts, retrieval_lengths
 
 _TIMED = 2048
@@ -224,7 +224,7 @@ def run(args: argparse.Namespace, clock: Clock = time.monotonic) -> int:
             ends,
             _segment(original),
             control,
-            model_score(load, job),
+            model_score_under(load, job),
             model_ask(load, job),
             model_control(load, job, control, tokenizer.bos_token_id),
             costs,
@@ -425,12 +425,13 @@ def _remarks(outcome: Outcome) -> list[str]:
 
 
 def _commands(args: argparse.Namespace, advice: Advice, recipe: Path | None, model: RopeScaling | None) -> list[str]:
-    """The commands that carry the advice out.
+    """The commands that carry the advice out: exports for the length to which what they export works.
 
     model: what the config of the checkpoint says.
     """
     spec, lengths = advice.use.spec, ",".join(map(str, sorted(advice.use.buckets)))
-    served, length = advice.served or advice.use, str(args.target)
+    served = advice.served or advice.use
+    length, programs = str(served.works_to), served.served_by if served.works_to > advice.original else []
     corrected, told, adapted = args.original_max_position_embeddings, served.spec, list[str]()
     if corrected is not None or args.adapter is not None:  # an export counts from what the config says
         told = served.measured.candidate.scaling.to_spec(model)
@@ -440,7 +441,7 @@ def _commands(args: argparse.Namespace, advice: Advice, recipe: Path | None, mod
         adapted += ["--adapter", args.adapter]
     commands = [
         shlex.join(["scaled-rope", "export", args.model, "--for", name, "--scaling", told, "--length", length])
-        for name in served.served_by
+        for name in programs
     ]
     check = ["python", "eval/passkey.py", "-m", args.model, *adapted, "--scaling", spec, "--lengths", lengths]
     commands.append(shlex.join([*check, "--output", f"{args.output}/check.jsonl"]))

@@ -254,14 +254,38 @@ def test_the_commands_have_scalings_that_parse(
     )
     for one in [*listed, Candidate("default" if own.method == "default" else "checkpoint", own)]:
         judged: Any = SimpleNamespace(
-            spec=one.spec, measured=SimpleNamespace(candidate=one), served_by=["vllm", "llama.cpp"], buckets={1: 0}
+            spec=one.spec,
+            measured=SimpleNamespace(candidate=one),
+            served_by=["vllm", "llama.cpp"],
+            buckets={1: 0},
+            works_to=4 * length,
         )
-        advice: Any = SimpleNamespace(use=judged, served=None)
+        advice: Any = SimpleNamespace(use=judged, served=None, original=length)
         *exports, check = (line.split(" --scaling ")[1] for line in command._commands(args, advice, None, saved))
         assert len(exports) == 2
         for export in exports:
             assert resolve_scaling(shlex.split(export)[0], saved) == one.scaling, export
         assert resolve_scaling(shlex.split(check)[0], own) == one.scaling  # which is told L and the adapter by flags
+
+
+@pytest.mark.parametrize(("works_to", "told"), [(512, "512"), (256, "256"), (64, None)])
+def test_exports_are_for_the_length_to_which_it_works(works_to: int, told: str | None) -> None:
+    """None of what does not work beyond L; the check asks at all lengths in any case."""
+    own = RopeScaling("default", original_max_position_embeddings=64)
+    judged: Any = SimpleNamespace(
+        spec="yarn:8",
+        measured=SimpleNamespace(candidate=Candidate("yarn:8", RopeScaling.from_spec("yarn:8", own))),
+        served_by=["vllm", "llama.cpp"],
+        buckets={128: 0, 256: 0, 512: 0},
+        works_to=works_to,
+    )
+    args = argparse.Namespace(
+        model="m", target=512, original_max_position_embeddings=None, adapter=None, output="out"
+    )
+    advice: Any = SimpleNamespace(use=judged, served=None, original=64)
+    *exports, check = command._commands(args, advice, None, own)
+    assert [one.split(" --length ")[1] for one in exports] == ([] if told is None else [told, told])
+    assert "--lengths 128,256,512 " in check
 
 
 @pytest.mark.parametrize(
