@@ -317,32 +317,7 @@ def _answer(
     notes += _remarks(outcome)
     judged.sort(key=lambda one: (one is not use, one.measured.loss))
     advice = Advice(use, equal, judged, ends[0], trials.target, trials.control, training, notes)
-    recipe = None
-    if training is not None and args.adapter is None:
-        recipe = folder / "recipe.yaml"
-        scaling = training.measured.candidate.scaling
-        claimed = max(scaling.max_position_embeddings or 0, job.checkpoint.settings.max_position_embeddings or 0)
-        before = outcome.baseline.candidate
-        corrected = before.scaling.method != "default" and before.scaling != job.as_saved
-        write_recipe(
-            recipe,
-            args.model,
-            parameters,
-            scaling.to_spec(job.as_saved),
-            trials.target,
-            args.dataset,
-            list(ends),
-            before.scaling.to_spec(job.as_saved) if corrected else before.spec,
-            feature=args.feature,
-            original=args.original_max_position_embeddings,
-            context=trials.target if claimed < trials.target else None,
-        )
-    else:
-        (folder / "recipe.yaml").unlink(missing_ok=True)  # one of an earlier run, which is not advised any more
-        if training is not None:
-            notes.append(
-                "No recipe: it would train the model without the adapter. Merge the adapter into the weights first"
-            )
+    recipe = _recipe(args, job, outcome, training, parameters, ends, notes)
     commands = _commands(args, advice, recipe, job.as_saved)
     rows = result_rows(
         job,
@@ -399,6 +374,53 @@ def _answer(
     for note in [*notes, *(f"{spec} left out: {why}" for spec, why in outcome.left_out.items())]:
         print(f"note: {note}", file=sys.stderr)
     return 0
+
+
+def _recipe(
+    args: argparse.Namespace,
+    job: ModelJob,
+    outcome: Outcome,
+    training: Judged | None,
+    parameters: int,
+    ends: Sequence[int],
+    notes: list[str],
+) -> Path | None:
+    """Write the recipe that trains with the advised scaling. Where there can be none, a note says why.
+
+    One of an earlier run, which is not advised any more, is removed.
+    """
+    path = Path(args.output) / "recipe.yaml"
+    path.unlink(missing_ok=True)
+    if training is None:
+        return None
+    if args.adapter is not None:
+        notes.append(
+            "No recipe: it would train the model without the adapter. Merge the adapter into the weights first"
+        )
+        return None
+    assert job.checkpoint is not None  # model_jobs has read it
+    scaling, target, before = training.measured.candidate.scaling, ends[-1], outcome.baseline.candidate
+    claimed = max(scaling.max_position_embeddings or 0, job.checkpoint.settings.max_position_embeddings or 0)
+    corrected = before.scaling.method != "default" and before.scaling != job.as_saved
+    try:
+        write_recipe(
+            path,
+            args.model,
+            parameters,
+            scaling.to_spec(job.as_saved),
+            target,
+            args.dataset,
+            list(ends),
+            before.scaling.to_spec(job.as_saved) if corrected else before.spec,
+            feature=args.feature,
+            split=args.split,
+            original=args.original_max_position_embeddings,
+            context=target if claimed < target else None,
+        )
+    except ConfigError as error:  # what was measured is not lost for it
+        notes.append(f"No recipe: {error}")
+        return None
+    return path
 
 
 def _training(use: Judged, judged: Sequence[Judged]) -> Judged | None:

@@ -356,7 +356,7 @@ class Trials:
                     nats[part] = means[part]
                 if length == self.target:
                     # Rows of earlier versions have only the time of the whole measurement.
-                    into.seconds.append(row.get("pass_seconds", row.get("seconds", 0.0)))
+                    into.seconds.append(row["pass_seconds"] if "pass_seconds" in row else row.get("seconds", 0.0))
             into.nats.append(nats)
             into.windows.append(unit.window)
         for length, prompt in unit.prompts.items():

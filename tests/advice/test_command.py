@@ -21,6 +21,7 @@ from scaled_rope.advice import command, probing
 from scaled_rope.advice.candidates import Candidate, short_list
 from scaled_rope.checkpoint import DEFAULT_MODEL, load_tokenizer
 from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.jobs import ModelLoader
 from scaled_rope.flags import add_advise_arguments
 from scaled_rope.recipes import read_recipe
@@ -268,6 +269,22 @@ def test_the_commands_have_scalings_that_parse(
         assert resolve_scaling(shlex.split(check)[0], own) == one.scaling  # which is told L and the adapter by flags
 
 
+def test_an_answer_outlives_a_recipe_that_cannot_be_made(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **more: object) -> None:
+        assert more["split"] == "validation"
+        raise ConfigError("unknown split 'train'")
+
+    monkeypatch.setattr(command, "write_recipe", fail)
+    flags = [checkpoint, "--target", 256, "--dataset", texts, "--split", "validation", "--output", tmp_path / "out"]
+    flags += ["--no-retrieval", "--only", "--scaling", "yarn:2", "--minutes", 0.3]
+    assert command.run(arguments(*flags), Ticking(0.1)) == 0
+    told = capsys.readouterr()
+    assert "note: No recipe: unknown split 'train'\n" in told.err and "train.sh" not in told.out
+    assert json.loads((tmp_path / "out" / "advice.json").read_text())["recipe"] is None
+
+
 @pytest.mark.parametrize(("works_to", "told"), [(512, "512"), (256, "256"), (64, None)])
 def test_exports_are_for_the_length_to_which_it_works(works_to: int, told: str | None) -> None:
     """None of what does not work beyond L; the check asks at all lengths in any case."""
@@ -279,9 +296,7 @@ def test_exports_are_for_the_length_to_which_it_works(works_to: int, told: str |
         buckets={128: 0, 256: 0, 512: 0},
         works_to=works_to,
     )
-    args = argparse.Namespace(
-        model="m", target=512, original_max_position_embeddings=None, adapter=None, output="out"
-    )
+    args = argparse.Namespace(model="m", target=512, original_max_position_embeddings=None, adapter=None, output="out")
     advice: Any = SimpleNamespace(use=judged, served=None, original=64)
     *exports, check = command._commands(args, advice, None, own)
     assert [one.split(" --length ")[1] for one in exports] == ([] if told is None else [told, told])
