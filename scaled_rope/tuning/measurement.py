@@ -28,7 +28,7 @@ from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.texts.corpora import CORPORA, fetch
 from scaled_rope.texts.documents import read_documents
 from scaled_rope.texts.packed import open_rows
-from scaled_rope.texts.token_documents import is_tokenized
+from scaled_rope.texts.token_documents import is_tokenized, row_documents
 from scaled_rope.texts.vocabulary import check_tokenizer
 from scaled_rope.tuning.curves import Floats, segment_sums
 
@@ -59,7 +59,7 @@ class ScoredWindow:
 
 
 def documents(args: argparse.Namespace, tokenizer: Any, unused: bool) -> Iterator[Tokens]:
-    """Yield the token ids of each document, without special tokens; of packed sets, each row as it is.
+    """Yield the token ids of each document, without special tokens; of packed sets, each row without padding.
 
     unused: take the part of a corpus that no test uses, that for training; else the first one that is held out.
     """
@@ -70,8 +70,7 @@ def documents(args: argparse.Namespace, tokenizer: Any, unused: bool) -> Iterato
     if is_tokenized(source):
         rows = open_rows(source, args.split)
         check_tokenizer(rows, source, tokenizer, "the model")
-        for index in range(len(rows)):
-            yield rows.row(index)[0]
+        yield from row_documents(rows, source)
     else:
         for text in read_documents(source, args.feature, args.split):
             yield np.asarray(encode(tokenizer, text), dtype=np.int64)
