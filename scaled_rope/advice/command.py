@@ -56,7 +56,7 @@ from scaled_rope.flags import (
     check_advise_arguments,
 )
 from scaled_rope.progress import Progress, duration
-from scaled_rope.results import Row, portable_command, provenance, write_atomic
+from scaled_rope.results import Row, folder_lock, portable_command, provenance, write_atomic
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.serving.config_remarks import config_remarks
 from scaled_rope.serving.export import export
@@ -158,15 +158,21 @@ class _Shown:
 
 
 def run(args: argparse.Namespace, clock: Clock = time.monotonic) -> int:
-    """Carry out `scaled-rope advise`.
+    """Carry out `scaled-rope advise`, one at a time in a folder: each decides by the rows and times that are there.
 
     clock: tells the time that the budget is kept by.
 
     Raises:
-        ConfigError: bad input, before weights are read where that is possible; a budget that is too small.
+        ConfigError: bad input, before weights are read where that is possible; a budget that is too small; another run
+            writes to the folder.
     """
     check_advise_arguments(args)
     refuse_several("scaled-rope advise")
+    with folder_lock(Path(args.output)):
+        return _run(args, clock)
+
+
+def _run(args: argparse.Namespace, clock: Clock) -> int:
     budget = Budget(60 * args.minutes, clock)
     share, most = _RESERVE
     budget.reserve = min(share * budget.seconds, most)

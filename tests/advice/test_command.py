@@ -26,7 +26,7 @@ from scaled_rope.evaluation.jobs import ModelLoader
 from scaled_rope.flags import add_advise_arguments
 from scaled_rope.recipes import read_recipe
 from scaled_rope.report.tables import load_results
-from scaled_rope.results import read_rows
+from scaled_rope.results import folder_lock, read_rows
 from scaled_rope.scaling.record import resolve_scaling
 from tests.helpers.models import Make
 
@@ -283,6 +283,15 @@ def test_an_answer_outlives_a_recipe_that_cannot_be_made(
     told = capsys.readouterr()
     assert "note: No recipe: unknown split 'train'\n" in told.err and "train.sh" not in told.out
     assert json.loads((tmp_path / "out" / "advice.json").read_text())["recipe"] is None
+
+
+def test_a_second_run_on_the_folder_is_refused(
+    checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [checkpoint, "--target", 256, "--dataset", texts, "--output", tmp_path / "out"]
+    with folder_lock(tmp_path / "out"):
+        assert run_cli(lambda: command.run(arguments(*flags), Ticking(0.1))) == 2
+    assert f"--output {tmp_path / 'out'} is being written by another run, process " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("works_to", "told"), [(512, "512"), (256, "256"), (64, None)])
