@@ -35,7 +35,7 @@ from scaled_rope.evaluation.runner import given_arguments
 from scaled_rope.evaluation.statistics import paired_difference
 from scaled_rope.flags import add_search_arguments, check_search_arguments, search_attention, search_prompts
 from scaled_rope.progress import Progress
-from scaled_rope.results import Row, portable_command, provenance, write_atomic
+from scaled_rope.results import Row, folder_lock, portable_command, provenance, write_atomic
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.texts.token_documents import TokenSource
 from scaled_rope.tuning.constants import LEAST_FOUND, factor_grid
@@ -143,13 +143,18 @@ def _read_texts(args: argparse.Namespace, job: ModelJob, space: Space) -> _Texts
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out `scaled-rope search`.
+    """Carry out `scaled-rope search`, one at a time in a folder: what a row of the trace is follows from those before.
 
     Raises:
-        ConfigError: bad input, before weights are read where that is possible.
+        ConfigError: bad input, before weights are read where that is possible; another run writes to the folder.
     """
     check_search_arguments(args)
     refuse_several("scaled-rope search")
+    with folder_lock(Path(args.output)):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     if args.strategy == "cma-es":
         load_cmaes()
     flags = loading_arguments(args)
@@ -188,6 +193,10 @@ def run(args: argparse.Namespace) -> int:
         trace.notes = _doubts(args, job, space, load) if texts.search.prompts else []
     notes = list(trace.notes)
     made = _search(args, strategy, space, trace, measure_on(texts.search, space.original, score, ask), budget)
+    if kept := trace.others(len(made)):  # more than are asked for now: what they found is not given up
+        print(f"note: {folder} keeps {trace.kept} evaluations, {len(kept)} more than are asked for now; all count",
+              file=sys.stderr)  # fmt: skip
+        made = [*made, *kept]
     best = min(made, key=lambda one: (one.fitness, one.number))
     starts = [one for one in made if one.origin["kind"] == "start"]
     first = min(starts, key=lambda one: one.fitness)
@@ -353,6 +362,8 @@ def _report(args: argparse.Namespace, summary: Row, folder: Path) -> str:
                 text.append(
                     f"{said} of the best against {named(judged['start_name'])}: {gain['value']:+.3f}{ends} nats"
                 )
+    elif summary["evaluations"] == 1:
+        text.append(f"\nnothing but {named(summary['best_start'])} was tried; more --evaluations try others")
     elif summary["best_start"] == best["origin"].get("name"):
         text.append(f"\nnothing that was tried is better than {named(summary['best_start'])}")
     if summary["yarn"] is not None:

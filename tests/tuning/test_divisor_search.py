@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from scaled_rope.evaluation.jobs import ModelLoader
 from scaled_rope.flags import add_search_arguments
 from scaled_rope.patching.loading import load_model
 from scaled_rope.patching.loss import IGNORE, token_nll
-from scaled_rope.results import read_rows
+from scaled_rope.results import folder_lock, read_rows
 from scaled_rope.tuning import divisor_search, divisor_trials
 from tests.helpers.models import Make
 
@@ -110,7 +111,7 @@ def test_what_the_words_of_yarn_are_the_same_as(
     checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], within: str
 ) -> None:
     """YaRN has one table, so beside a record that leaves texts up to L alone it is the same beyond L only."""
-    flags = ["--strategy", "grid", "--fitness", "perplexity", "--evaluations", 3, "--within", within]
+    flags = ["--strategy", "grid", "--fitness", "perplexity", "--evaluations", 9, "--within", within]
     assert search(*usual(checkpoint, texts, tmp_path / "out", *flags)) == 0
     best = json.loads((tmp_path / "out" / "best.json").read_text())
     own = RopeScaling("default", original_max_position_embeddings=L)
@@ -217,6 +218,7 @@ def test_an_interrupted_command_continues(
         (["--windows", 99], "--windows asks for 99"),
         (["--population", 2], "--population 2 is not allowed; at least 3, what the search begins with"),
         (["--mutation-rate", 0], "--mutation-rate 0 is not allowed"),
+        (["--strategy", "grid", "--evaluations", 5], "--evaluations 5 is not allowed with --strategy grid; at least 9"),
         (["--strategy", "annealing"], "unknown strategy 'annealing'"),
         (["--fitness", "loss"], "unknown fitness 'loss'"),
         (["--within", "L"], "unknown within 'L'"),
@@ -245,6 +247,36 @@ def test_bad_input_is_one_line(
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and printed.count("\n") == 1 and complaint in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_a_second_run_on_the_folder_is_refused(
+    checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with folder_lock(out):
+        assert run_cli(lambda: search(*usual(checkpoint, texts, out, "--fitness", "perplexity"))) == 2
+        said = f"error: --output {out} is being written by another run, process {os.getpid()} on "
+        printed = capsys.readouterr().err
+        assert printed.startswith(said) and printed.endswith("; choose another --output\n")
+        assert [path.name for path in out.iterdir()] == [".lock"]
+
+
+def test_fewer_evaluations_keep_the_best_of_all_that_are_there(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = ["--fitness", "perplexity", "--held-back", 0]
+    flags = usual(checkpoint, texts, tmp_path / "out", *quick)
+    assert search(*flags, "--evaluations", 1) == 0  # the first is PI
+    assert "\nnothing but divisors of linear:2 was tried; more --evaluations try others\n" in capsys.readouterr().out
+    assert search(*flags) == 0
+    best = json.loads((tmp_path / "out" / "best.json").read_text())
+    for fewer in (["--evaluations", 1], ["--evaluations", 9, "--rounds", 0]):
+        capsys.readouterr()
+        assert search(*flags, *fewer) == 0
+        told = capsys.readouterr()
+        assert f"note: {tmp_path / 'out'} keeps 9 evaluations, " in told.err and "9 candidates of 2 passes" in told.out
+        again = json.loads((tmp_path / "out" / "best.json").read_text())
+        assert {**again, "provenance": 0} == {**best, "provenance": 0}
 
 
 def test_another_search_in_the_folder_is_refused(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
