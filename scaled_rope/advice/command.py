@@ -63,7 +63,7 @@ from scaled_rope.serving.export import export
 from scaled_rope.texts.token_documents import TokenSource
 from scaled_rope.tuning.constants import LEAST_FOUND
 from scaled_rope.tuning.measurement import ScoredWindow, check_target, model_ask, model_score_under, read_windows
-from scaled_rope.tuning.prompts import fact_prompts, retrieval_lengths
+from scaled_rope.tuning.prompts import TooShort, fact_prompts, retrieval_lengths
 
 _TIMED = 2048
 """The longest pass, in tokens, that is timed before the budget is planned."""
@@ -202,7 +202,15 @@ def _run(args: argparse.Namespace, clock: Clock) -> int:
     ends = retrieval_lengths(original, args.target)
     tokenizer, texts = load_tokenizer(job.model), [one.tokens[1:].tolist() for one in windows]
     asked = [] if args.no_retrieval else ends
-    prompts = {length: fact_prompts(tokenizer, length, PROMPTS, args.seed, texts) for length in asked}
+    notes = list(remarks)
+    try:
+        prompts = {length: fact_prompts(tokenizer, length, PROMPTS, args.seed, texts) for length in asked}
+    except TooShort as error:
+        prompts = {}
+        notes.append(
+            f"Retrieval is left out: a hidden fact and its question take at least {error.least} tokens, and L is "
+            f"{original}. Perplexity alone has chosen."
+        )
 
     folder, load = Path(args.output), ModelLoader(flags)
     record = {"command": _command(args), **provenance(load.device, args.seed, given_arguments(args))}
@@ -236,7 +244,6 @@ def _run(args: argparse.Namespace, clock: Clock) -> int:
             costs,
             shown.advance,
         )
-        notes = list(remarks)
         used, reference = _retrieves(trials, baseline, prompts, original)
         if not used:
             prompts = {}

@@ -30,6 +30,7 @@ from scaled_rope.command_line import Parser
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.formatting import format_table
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
+from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt
 from scaled_rope.evaluation.ranks import refuse_several
 from scaled_rope.evaluation.runner import given_arguments
 from scaled_rope.evaluation.statistics import paired_difference
@@ -50,8 +51,8 @@ from scaled_rope.tuning.divisor_trials import (
     measure_on,
 )
 from scaled_rope.tuning.divisors import Space
-from scaled_rope.tuning.measurement import ScoredWindow, check_target, model_ask, model_score, read_windows
-from scaled_rope.tuning.prompts import fact_prompts, retrieval_lengths
+from scaled_rope.tuning.measurement import Ask, ScoredWindow, check_target, model_ask, model_score, read_windows
+from scaled_rope.tuning.prompts import fact_prompts, naming_original, retrieval_lengths
 from scaled_rope.tuning.search import loading_arguments
 from scaled_rope.tuning.strategies import Evolution, Strategy, YarnSpace, cma_es, coordinate, evolve, grid, load_cmaes
 
@@ -168,7 +169,9 @@ def _run(args: argparse.Namespace) -> int:
             f"note: the checkpoint's own scaling, {job.scaling.label}, is replaced by each that is tried",
             file=sys.stderr,
         )
-    texts = _read_texts(args, job, space)
+    with naming_original(space.original, "--fitness perplexity asks none"):
+        references = _references(args, job, space) if search_prompts(args) else []
+        texts = _read_texts(args, job, space)
     folder, load = Path(args.output), ModelLoader(flags)
     record = {"command": _command(args), **provenance(load.device, args.seed, given_arguments(args))}
     head: Row = {
@@ -190,7 +193,7 @@ def _run(args: argparse.Namespace) -> int:
     score, ask = model_score(load, job), model_ask(load, job)
     trace = Trace(folder / "trace.jsonl", question, record)
     if trace.notes is None:
-        trace.notes = _doubts(args, job, space, load) if texts.search.prompts else []
+        trace.notes = _doubts(references, space, ask) if texts.search.prompts else []
     notes = list(trace.notes)
     made = _search(args, strategy, space, trace, measure_on(texts.search, space.original, score, ask), budget)
     if kept := trace.others(len(made)):  # more than are asked for now: what they found is not given up
@@ -220,13 +223,19 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _doubts(args: argparse.Namespace, job: ModelJob, space: Space, load: ModelLoader) -> list[str]:
-    """A warning where the model, unscaled and within L, does not find what it is asked for."""
-    tokenizer = load_tokenizer(job.model)
+def _references(args: argparse.Namespace, job: ModelJob, space: Space) -> list[PasskeyPrompt]:
+    """Prompts within L, in plain sentences.
+
+    Raises:
+        TooShort: L has no room for them.
+    """
     filler = [list(range(3, 3 + min(space.original, 200)))]
-    prompts = fact_prompts(tokenizer, space.original, 2 * _REFERENCES, args.seed, filler)[1::2]  # in plain sentences
-    ask = model_ask(load, job)
-    found = [math.exp(-ask(space.base, one)[0] / len(one.answer_ids)) for one in prompts]
+    return fact_prompts(load_tokenizer(job.model), space.original, 2 * _REFERENCES, args.seed, filler)[1::2]
+
+
+def _doubts(references: Sequence[PasskeyPrompt], space: Space, ask: Ask) -> list[str]:
+    """A warning where the model, unscaled and within L, does not find what it is asked for."""
+    found = [math.exp(-ask(space.base, one)[0] / len(one.answer_ids)) for one in references]
     mean = sum(found) / len(found)
     if mean >= LEAST_FOUND:
         return []

@@ -233,6 +233,10 @@ def test_an_interrupted_command_continues(
         (["--strategy", "grid", "--population", 9], "--population is not allowed with --strategy grid"),
         (["--fitness", "perplexity", "--prompts", 9], "--prompts 9 is not allowed with --fitness perplexity"),
         (["--original-max-position-embeddings", 300], "so more than 300"),
+        (
+            ["--original-max-position-embeddings", 32],
+            "original_max_position_embeddings=32 is too short for hidden facts, which take at least ",
+        ),
     ],
 )
 def test_bad_input_is_one_line(
