@@ -320,10 +320,6 @@ def test_a_finished_search_reads_no_weights(
     ("flags", "complaint"),
     [
         (["--grid", "1:2"], "START:END:STEP"),
-        (
-            ["--constants", "--factors", "2", "--windows", "3"],
-            "original_max_position_embeddings=32 is too short for hidden facts, which take at least ",
-        ),
         (["--temperature", "log"], "not allowed without --slope"),
         (["--slope", "drope", "--constants"], "--constants is not allowed with --slope"),
         (["--slope", "drop"], "unknown method 'drop'"),
