@@ -204,6 +204,11 @@ def use(output: Path, wanted: Mapping[str, Any]) -> None:
         ConfigError: it was made otherwise, or its sources hold something else by now.
     """
     done = open_packed(output).meta
+    if (cut := done.get("recut")) is not None:  # a part of its tokens in other rows, whatever else its record says
+        raise ConfigError(
+            f"--output {output} holds a set that truncate.py cut from {cut['dataset']}; remove it or choose another"
+            " folder"
+        )
     said, earlier = "", {name: wanted[name] for name in ("source_hashes", "chat_template") if name not in done}
     if "source_hashes" in earlier:  # it is still used, though it is not what would be made now
         said = ", made by an earlier version, which did not record what its sources held"

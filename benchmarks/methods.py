@@ -25,7 +25,7 @@ from benchmarks.common import ROOT, check_names
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
 
-ROWS = "data/methods_rows.jsonl"
+ROWS = ROOT / "data" / "methods_rows.jsonl"
 FACTORS = (2, 4, 8)
 
 
@@ -121,13 +121,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", default="tiny-llama-256", metavar="NAME", help=f"{', '.join(STUDIES)} (default %(default)s)")
     add("--factors", default="2,4,8", metavar="A,B", help="of 2, 4, 8 (default %(default)s)")
-    add("--output", default=ROWS, metavar="FILE", help="rows are appended here (default %(default)s)")
+    add("--output", type=Path, default=ROWS, metavar="FILE",
+        help=f"rows are appended here (default {ROWS.relative_to(ROOT)})")  # fmt: skip
     args = parser.parse_args(argv)
     check_names("model", [args.model], STUDIES)
     chosen = args.factors.split(",")
     check_names("factor", chosen, [str(factor) for factor in FACTORS])
     for factor in chosen:
-        for command in STUDIES[args.model].commands(int(factor), args.output):
+        # The evaluators run elsewhere than this script may.
+        for command in STUDIES[args.model].commands(int(factor), str(args.output.resolve())):
             run(command)
     return 0
 

@@ -20,7 +20,7 @@ from benchmarks.methods import FACTORS, STUDIES, Study
 from scaled_rope.checkpoint import load_config
 from scaled_rope.command_line import run_cli
 from scaled_rope.evaluation.controls import CONTROL, Change, compare
-from scaled_rope.report.page_blocks import with_block
+from scaled_rope.report.page_blocks import only_check, with_block
 from scaled_rope.results import read_rows, write_atomic
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.serving.export import export
@@ -152,10 +152,11 @@ def rewritten(page: str, rows: Sequence[Row]) -> str:
     return with_block(page, BEGIN, END, f"\n{page_part(rows)}\n", PAGE.name)
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    check = only_check("benchmarks/methods_report.py", __doc__, argv)
     page = PAGE.read_text(encoding="utf-8")
     new = rewritten(page, read_rows(ROWS))
-    if "--check" in arguments:
+    if check:
         if new != page:
             print(f"{PAGE} has other tables than {ROWS}; run python benchmarks/methods_report.py")
             return 1
@@ -165,4 +166,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(lambda: main(sys.argv[1:])))
+    sys.exit(run_cli(main))

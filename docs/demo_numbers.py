@@ -16,10 +16,11 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from scaled_rope.command_line import run_cli
 from scaled_rope.report.context_use import control_table
 from scaled_rope.report.demo_opening import demo_opening
 from scaled_rope.report.figures import perplexity_figure
-from scaled_rope.report.page_blocks import with_block
+from scaled_rope.report.page_blocks import only_check, with_block
 from scaled_rope.report.summary import Said
 from scaled_rope.report.tables import Cell, ReportRows, Section, Table, load_results, tables_of
 from scaled_rope.report.verdict import Verdict, demo_verdict
@@ -172,7 +173,7 @@ def stale() -> list[str]:
 
 
 def main() -> int:
-    if "--check" in sys.argv:
+    if only_check("docs/demo_numbers.py", __doc__):
         for name in (found := stale()):
             print(f"{name} shows other rows than {ROWS.relative_to(ROOT)}; run python docs/demo_numbers.py")
         return int(bool(found))
@@ -184,4 +185,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_cli(main))

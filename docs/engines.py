@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from scaled_rope.report.page_blocks import with_block
+from scaled_rope.command_line import run_cli
+from scaled_rope.report.page_blocks import only_check, with_block
 from scaled_rope.results import read_rows, write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,13 +132,14 @@ def page_with_block(page: str, rows: Sequence[Row]) -> str:
 
 
 def main() -> int:
+    check = only_check("docs/engines.py", __doc__)
     page = PAGE.read_text(encoding="utf-8")
     wanted = page_with_block(page, read_rows(ROWS))
-    if "--check" in sys.argv:
+    if check:
         return int(page != wanted)
     write_atomic(PAGE, wanted)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_cli(main))

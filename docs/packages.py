@@ -11,6 +11,9 @@ import re
 import sys
 from pathlib import Path
 
+from scaled_rope.command_line import run_cli
+from scaled_rope.report.page_blocks import only_check
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- packages: python docs/packages.py -->\n", "<!-- end of packages -->\n"
@@ -50,13 +53,14 @@ def page_with_table(page: str) -> str:
 
 
 def main() -> int:
+    check = only_check("docs/packages.py", __doc__)
     page = PAGE.read_text(encoding="utf-8")
     wanted = page_with_table(page)
-    if "--check" in sys.argv:
+    if check:
         return int(page != wanted)
     PAGE.write_text(wanted, encoding="utf-8")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_cli(main))

@@ -779,6 +779,13 @@ def search_attention(text: str) -> float | None:
     return value
 
 
+def search_prompts(args: argparse.Namespace) -> int:
+    """The prompts of each length that a candidate of `scaled-rope search` is asked: 0 where it goes by loss alone."""
+    if args.fitness == "perplexity":
+        return 0
+    return SEARCH_PROMPTS if args.prompts is None else int(args.prompts)
+
+
 def check_search_arguments(args: argparse.Namespace) -> None:
     """Refuse what `scaled-rope search` cannot do, as far as numbers, names and paths show it."""
     for name, least in (
@@ -797,8 +804,6 @@ def check_search_arguments(args: argparse.Namespace) -> None:
         raise ConfigError(f"--windows 0 is not allowed with --fitness {args.fitness}; at least 1")
     if args.fitness == "perplexity" and args.prompts not in (None, 0):
         raise ConfigError(f"--prompts {args.prompts} is not allowed with --fitness perplexity, which asks none")
-    if args.prompts is None:
-        args.prompts = SEARCH_PROMPTS
     if args.prompts == 0 and args.fitness != "perplexity":
         raise ConfigError(f"--prompts 0 is not allowed with --fitness {args.fitness}; at least 1")
     if not 0 < args.mutation_rate <= 1:

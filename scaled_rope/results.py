@@ -361,5 +361,46 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
             scratch.unlink(missing_ok=True)
 
 
+@contextmanager
+def folder_lock(folder: Path, name: str = "--output", flag: str = "--output") -> Iterator[None]:
+    """Lock a folder against other runs while this context lasts; it is created if it is missing.
+
+    The kernel releases the lock when the process ends, for whatever reason; the file `.lock` may stay. A run that is
+    refused before it has written anything leaves no folder behind.
+
+    name: of the folder in errors; flag: the one that chooses another.
+
+    Raises:
+        ConfigError: another process holds it, or the folder cannot be written to.
+    """
+    path, is_new = folder / ".lock", not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise ConfigError(f"{name} {folder} cannot be written to: {error.strerror or error}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise ConfigError(f"{name} {folder} cannot be locked: {error.strerror or error}") from None
+            file.seek(0)
+            holder = " ".join(file.read().split()) or "unknown"
+            raise ConfigError(
+                f"{name} {folder} is being written by another run, process {holder}; choose another {flag}"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}\n")
+        file.flush()
+        try:
+            yield
+        except ConfigError:
+            if is_new and folder.is_dir() and list(folder.iterdir()) == [path]:
+                path.unlink()
+                folder.rmdir()
+            raise
+
+
 OUT_OF_MEMORY = "out of memory"
 """The `error` field of a row whose measurement ran out of memory."""

@@ -29,6 +29,10 @@ def test_truncate_command(tmp_path, tokenizer_dir, capsys):
         file.write_bytes((tmp_path / "other" / file.name).read_bytes())
     assert run_cli(lambda: truncate.main(["32", str(tmp_path / "short"), "--dataset", str(source)])) == 2
     assert "was cut from other rows than" in capsys.readouterr().err
+    # Nor does tokenization.py take it for a set of its own, though texts and length are what it was asked for.
+    assert tokenize("--dataset", tmp_path / "txt", "--tokenizer", tokenizer_dir, "--sequence-length", 32,
+                    "--num-proc", 1, "--output", tmp_path / "short") == 2  # fmt: skip
+    assert f"short holds a set that truncate.py cut from {source}; remove it" in capsys.readouterr().err
     (tmp_path / "short" / "meta.json").unlink()
     assert run_cli(lambda: truncate.main(["32", str(tmp_path / "short"), "--dataset", str(source)])) == 0
     assert "it is made again" in capsys.readouterr().err

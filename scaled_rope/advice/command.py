@@ -56,14 +56,14 @@ from scaled_rope.flags import (
     check_advise_arguments,
 )
 from scaled_rope.progress import Progress, duration
-from scaled_rope.results import Row, portable_command, provenance, write_atomic
+from scaled_rope.results import Row, folder_lock, portable_command, provenance, write_atomic
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.serving.config_remarks import config_remarks
 from scaled_rope.serving.export import export
 from scaled_rope.texts.token_documents import TokenSource
 from scaled_rope.tuning.constants import LEAST_FOUND
-from scaled_rope.tuning.measurement import ScoredWindow, check_target, model_ask, model_score, read_windows
-from scaled_rope.tuning.prompts import fact_prompts, retrieval_lengths
+from scaled_rope.tuning.measurement import ScoredWindow, check_target, model_ask, model_score_under, read_windows
+from scaled_rope.tuning.prompts import TooShort, fact_prompts, retrieval_lengths
 
 _TIMED = 2048
 """The longest pass, in tokens, that is timed before the budget is planned."""
@@ -158,15 +158,21 @@ class _Shown:
 
 
 def run(args: argparse.Namespace, clock: Clock = time.monotonic) -> int:
-    """Carry out `scaled-rope advise`.
+    """Carry out `scaled-rope advise`, one at a time in a folder: each decides by the rows and times that are there.
 
     clock: tells the time that the budget is kept by.
 
     Raises:
-        ConfigError: bad input, before weights are read where that is possible; a budget that is too small.
+        ConfigError: bad input, before weights are read where that is possible; a budget that is too small; another run
+            writes to the folder.
     """
     check_advise_arguments(args)
     refuse_several("scaled-rope advise")
+    with folder_lock(Path(args.output)):
+        return _run(args, clock)
+
+
+def _run(args: argparse.Namespace, clock: Clock) -> int:
     budget = Budget(60 * args.minutes, clock)
     share, most = _RESERVE
     budget.reserve = min(share * budget.seconds, most)
@@ -196,7 +202,15 @@ def run(args: argparse.Namespace, clock: Clock = time.monotonic) -> int:
     ends = retrieval_lengths(original, args.target)
     tokenizer, texts = load_tokenizer(job.model), [one.tokens[1:].tolist() for one in windows]
     asked = [] if args.no_retrieval else ends
-    prompts = {length: fact_prompts(tokenizer, length, PROMPTS, args.seed, texts) for length in asked}
+    notes = list(remarks)
+    try:
+        prompts = {length: fact_prompts(tokenizer, length, PROMPTS, args.seed, texts) for length in asked}
+    except TooShort as error:
+        prompts = {}
+        notes.append(
+            f"Retrieval is left out: a hidden fact and its question take at least {error.least} tokens, and L is "
+            f"{original}. Perplexity alone has chosen."
+        )
 
     folder, load = Path(args.output), ModelLoader(flags)
     record = {"command": _command(args), **provenance(load.device, args.seed, given_arguments(args))}
@@ -224,13 +238,12 @@ def run(args: argparse.Namespace, clock: Clock = time.monotonic) -> int:
             ends,
             _segment(original),
             control,
-            model_score(load, job),
+            model_score_under(load, job),
             model_ask(load, job),
             model_control(load, job, control, tokenizer.bos_token_id),
             costs,
             shown.advance,
         )
-        notes = list(remarks)
         used, reference = _retrieves(trials, baseline, prompts, original)
         if not used:
             prompts = {}
@@ -317,32 +330,7 @@ def _answer(
     notes += _remarks(outcome)
     judged.sort(key=lambda one: (one is not use, one.measured.loss))
     advice = Advice(use, equal, judged, ends[0], trials.target, trials.control, training, notes)
-    recipe = None
-    if training is not None and args.adapter is None:
-        recipe = folder / "recipe.yaml"
-        scaling = training.measured.candidate.scaling
-        claimed = max(scaling.max_position_embeddings or 0, job.checkpoint.settings.max_position_embeddings or 0)
-        before = outcome.baseline.candidate
-        corrected = before.scaling.method != "default" and before.scaling != job.as_saved
-        write_recipe(
-            recipe,
-            args.model,
-            parameters,
-            scaling.to_spec(job.as_saved),
-            trials.target,
-            args.dataset,
-            list(ends),
-            before.scaling.to_spec(job.as_saved) if corrected else before.spec,
-            feature=args.feature,
-            original=args.original_max_position_embeddings,
-            context=trials.target if claimed < trials.target else None,
-        )
-    else:
-        (folder / "recipe.yaml").unlink(missing_ok=True)  # one of an earlier run, which is not advised any more
-        if training is not None:
-            notes.append(
-                "No recipe: it would train the model without the adapter. Merge the adapter into the weights first"
-            )
+    recipe = _recipe(args, job, outcome, training, parameters, ends, notes)
     commands = _commands(args, advice, recipe, job.as_saved)
     rows = result_rows(
         job,
@@ -401,6 +389,53 @@ def _answer(
     return 0
 
 
+def _recipe(
+    args: argparse.Namespace,
+    job: ModelJob,
+    outcome: Outcome,
+    training: Judged | None,
+    parameters: int,
+    ends: Sequence[int],
+    notes: list[str],
+) -> Path | None:
+    """Write the recipe that trains with the advised scaling. Where there can be none, a note says why.
+
+    One of an earlier run, which is not advised any more, is removed.
+    """
+    path = Path(args.output) / "recipe.yaml"
+    path.unlink(missing_ok=True)
+    if training is None:
+        return None
+    if args.adapter is not None:
+        notes.append(
+            "No recipe: it would train the model without the adapter. Merge the adapter into the weights first"
+        )
+        return None
+    assert job.checkpoint is not None  # model_jobs has read it
+    scaling, target, before = training.measured.candidate.scaling, ends[-1], outcome.baseline.candidate
+    claimed = max(scaling.max_position_embeddings or 0, job.checkpoint.settings.max_position_embeddings or 0)
+    corrected = before.scaling.method != "default" and before.scaling != job.as_saved
+    try:
+        write_recipe(
+            path,
+            args.model,
+            parameters,
+            scaling.to_spec(job.as_saved),
+            target,
+            args.dataset,
+            list(ends),
+            before.scaling.to_spec(job.as_saved) if corrected else before.spec,
+            feature=args.feature,
+            split=args.split,
+            original=args.original_max_position_embeddings,
+            context=target if claimed < target else None,
+        )
+    except ConfigError as error:  # what was measured is not lost for it
+        notes.append(f"No recipe: {error}")
+        return None
+    return path
+
+
 def _training(use: Judged, judged: Sequence[Judged]) -> Judged | None:
     """The scaling to train with: the one to use, or the best that is static and of tables alone, as servers know."""
     able = []
@@ -425,12 +460,13 @@ def _remarks(outcome: Outcome) -> list[str]:
 
 
 def _commands(args: argparse.Namespace, advice: Advice, recipe: Path | None, model: RopeScaling | None) -> list[str]:
-    """The commands that carry the advice out.
+    """The commands that carry the advice out: exports for the length to which what they export works.
 
     model: what the config of the checkpoint says.
     """
     spec, lengths = advice.use.spec, ",".join(map(str, sorted(advice.use.buckets)))
-    served, length = advice.served or advice.use, str(args.target)
+    served = advice.served or advice.use
+    length, programs = str(served.works_to), served.served_by if served.works_to > advice.original else []
     corrected, told, adapted = args.original_max_position_embeddings, served.spec, list[str]()
     if corrected is not None or args.adapter is not None:  # an export counts from what the config says
         told = served.measured.candidate.scaling.to_spec(model)
@@ -440,7 +476,7 @@ def _commands(args: argparse.Namespace, advice: Advice, recipe: Path | None, mod
         adapted += ["--adapter", args.adapter]
     commands = [
         shlex.join(["scaled-rope", "export", args.model, "--for", name, "--scaling", told, "--length", length])
-        for name in served.served_by
+        for name in programs
     ]
     check = ["python", "eval/passkey.py", "-m", args.model, *adapted, "--scaling", spec, "--lengths", lengths]
     commands.append(shlex.join([*check, "--output", f"{args.output}/check.jsonl"]))

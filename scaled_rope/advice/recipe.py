@@ -12,6 +12,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.recipes import Recipe, read_recipe
 from scaled_rope.results import write_atomic
 from scaled_rope.texts.corpora import CORPORA
+from scaled_rope.texts.documents import is_local
 from scaled_rope.texts.packed import open_rows
 from scaled_rope.texts.token_documents import is_tokenized
 
@@ -34,6 +35,7 @@ def write_recipe(
     lengths: list[int],
     before: str = "default",
     feature: str = "text",
+    split: str = "train",
     original: int | None = None,
     context: int | None = None,
 ) -> Recipe:
@@ -47,20 +49,22 @@ def write_recipe(
         lengths: to evaluate at, in tokens.
         before: the scaling of the model as it is, which is evaluated beside it.
         feature: the field of the texts that was read.
+        split: the split that was read, of a hub data set or of a saved one that has several.
         original: L in tokens where what the config says was corrected.
         context: tokens that the trained config is to claim, where its scaling does not say them; None: it does.
 
     Raises:
-        ConfigError: what was written is no recipe.
+        ConfigError: what was written is no recipe, or the data set cannot be opened; no file is left then.
     """
     settings = next(values for most, values in _SIZES if parameters < most)
     folder = path.parent
     if is_tokenized(dataset):
-        prepared, prepare = dataset, []
-        cut = {"truncate": target} if open_rows(dataset).longest > target else {}
+        # The folder of a split is a saved table itself, and training reads no split by name.
+        prepared = f"{dataset.rstrip('/')}/{split}" if (Path(dataset) / "dataset_dict.json").is_file() else dataset
+        prepare, cut = [], {"truncate": target} if open_rows(prepared).longest > target else {}
     else:
         prepared, cut = f"{folder}/rows-{target}", {}
-        prepare = _prepare(dataset, feature, model, target, prepared)
+        prepare = _prepare(dataset, feature, split, model, target, prepared)
     fields = {
         "description": f"{Path(model).name} to {target} tokens, under the scaling that scaled-rope advise chose",
         "model": model,
@@ -82,13 +86,17 @@ def write_recipe(
         },
     }
     write_atomic(path, yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
-    recipe = read_recipe(str(path))
-    if recipe.scaling != spec or recipe.sequence_length != target:
-        raise ConfigError(f"recipe {path} does not read back as it was written")
+    try:
+        recipe = read_recipe(str(path))
+        if recipe.scaling != spec or recipe.sequence_length != target:
+            raise ConfigError(f"recipe {path} does not read back as it was written")
+    except ConfigError:
+        path.unlink()
+        raise
     return recipe
 
 
-def _prepare(dataset: str, feature: str, model: str, target: int, output: str) -> list[str]:
+def _prepare(dataset: str, feature: str, split: str, model: str, target: int, output: str) -> list[str]:
     """The commands that turn texts into sequences."""
     commands, source = [], dataset
     if dataset in CORPORA and not Path(dataset).exists():
@@ -97,5 +105,7 @@ def _prepare(dataset: str, feature: str, model: str, target: int, output: str) -
         source = f"{place}/train"
     words = ["python", "tokenization.py", "--dataset", source, "--tokenizer", model]
     words += [] if feature == "text" else ["--feature", feature]
+    of_hub = source == dataset and not is_local(dataset)
+    words += ["--split", split] if of_hub and split != "train" else []
     words += ["--sequence-length", str(target), "--bookend", "chunk", "--output", output]
     return [*commands, shlex.join(words)]

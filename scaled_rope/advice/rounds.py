@@ -297,18 +297,18 @@ class Halving:
                 self.left_out.setdefault(one.spec, "not measured, for lack of time")
         baseline, control = (self.trials.nothing_yet(self.baseline) for _ in range(2))
         measured, count = self._measure(2, chosen, units, None, True, baseline, control)
+        if not measured:  # more time would not help
+            reasons = dict.fromkeys(self.left_out[one.spec] for one in chosen)
+            raise ConfigError(f"no candidate can be measured: {'; '.join(reasons)}")
         if count < min(LEAST_TRIALS, len(units)):
             raise ConfigError(
                 f"--minutes {self.budget.seconds / 60:g} ended in the last round, after {count} of its "
                 f"{LEAST_TRIALS} least units; run it again with more minutes: what is measured is kept"
             )
         self._keep(2, chosen, count)
-        finalists = [one for one in measured if one.candidate.spec not in self.left_out]
-        if not finalists:
-            raise ConfigError(f"no candidate can be measured: {'; '.join(dict.fromkeys(self.left_out.values()))}")
-        specs = {one.candidate.spec for one in finalists}
+        specs = {one.candidate.spec for one in measured}
         others = [one for spec, one in screened.items() if spec not in specs]
-        return Outcome(baseline, control, finalists, others, self.left_out, self._courses, self._probe)
+        return Outcome(baseline, control, measured, others, self.left_out, self._courses, self._probe)
 
     def _with_static(self, chosen: Sequence[Candidate]) -> list[Candidate]:
         """Finalists, and for each that follows the length the static form that computes the same at the target.

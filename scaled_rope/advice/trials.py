@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from scaled_rope.tuning.measurement import (
     RowStore,
     Score,
     ScoredWindow,
+    ScoreUnder,
     Sweep,
     Tokens,
 )
@@ -35,6 +36,7 @@ Clock = Callable[[], float]
 """Seconds, as `time.monotonic` counts."""
 ControlScore = Callable[[Tokens], Any]
 """Nats of tokens 1 … n-1 of a window of n tokens, each read after the last few only."""
+Found = TypeVar("Found")
 
 
 class OutOfTime(Exception):
@@ -80,12 +82,23 @@ class Budget:
 
 
 class TimedStore(RowStore):
-    """A store whose rows say how many seconds they took; rows of earlier runs are charged to the budget once."""
+    """A store whose rows say how many seconds they took; rows of earlier runs are charged to the budget once.
+
+    "seconds" are those of the whole measurement; "pass_seconds", where `timed_pass` made it, those of the pass alone.
+    """
 
     def __init__(self, *args: Any, budget: Budget) -> None:
         super().__init__(*args)
         self.budget = budget
         self._charged: set[str] = set()
+        self._pass_seconds: float | None = None
+
+    def timed_pass(self, run: Callable[[], Found]) -> Found:
+        """What `run` gives; the row that is being measured says how long it took."""
+        begin = self.budget.clock()
+        found = run()
+        self._pass_seconds = round(self.budget.clock() - begin, 4)
+        return found
 
     def get(self, cell: Row, title: str, measure: Callable[[], Row]) -> Row:
         key, known = row_key(cell), self.find(cell)
@@ -94,9 +107,11 @@ class TimedStore(RowStore):
         self._charged.add(key)
 
         def timed() -> Row:
+            self._pass_seconds = None
             begin = self.budget.clock()
             row = measure()
-            return {**row, "seconds": round(self.budget.clock() - begin, 4)}
+            seconds = {"seconds": round(self.budget.clock() - begin, 4)}
+            return {**row, **seconds} | ({} if self._pass_seconds is None else {"pass_seconds": self._pass_seconds})
 
         return super().get(cell, title, timed)
 
@@ -171,7 +186,7 @@ class Measured:
         candidate: the candidate.
         nats, windows: per window, nats per token of each segment [segments]; NaN where a segment was not asked for.
         answers: by length of the prompts.
-        seconds: of each pass over a whole window.
+        seconds: of each pass over a whole window, without what bringing the scaling into the model takes.
     """
 
     candidate: Candidate
@@ -233,7 +248,8 @@ class Trials:
         ends: ends of position buckets, the first is L, the last is the target; in tokens.
         segment: tokens of a segment, of which L is a multiple.
         control: its windows.
-        score, ask, control_score: how the model is read.
+        score_under: brings a scaling into the model; gives what scores a window then, which alone is timed as a pass.
+        ask, control_score: how the model is read otherwise.
         costs: what passes take.
         advance: is told what was measured.
     """
@@ -245,7 +261,7 @@ class Trials:
     ends: Sequence[int]
     segment: int
     control: Control
-    score: Score
+    score_under: ScoreUnder
     ask: Ask
     control_score: ControlScore
     costs: Costs
@@ -339,7 +355,8 @@ class Trials:
                     part = slice(before // self.segment, -(-end // self.segment))
                     nats[part] = means[part]
                 if length == self.target:
-                    into.seconds.append(row.get("seconds", 0.0))
+                    # Rows of earlier versions have only the time of the whole measurement.
+                    into.seconds.append(row["pass_seconds"] if "pass_seconds" in row else row.get("seconds", 0.0))
             into.nats.append(nats)
             into.windows.append(unit.window)
         for length, prompt in unit.prompts.items():
@@ -403,7 +420,11 @@ class Trials:
         return self.passes.at(self.own, self.ends[0])
 
     def _sweep(self, length: int) -> Sweep:
-        return Sweep(self.store, [], self.segment, self.identity, self.score, length)
+        return Sweep(self.store, [], self.segment, self.identity, self._score_timed, length)
+
+    def _score_timed(self, scaling: RopeScaling, tokens: Tokens) -> Any:
+        score = self.score_under(scaling)
+        return self.store.timed_pass(lambda: score(tokens))
 
     def _control_sweep(self) -> Sweep:
         protocol = {"name": CONTROL, **self.control.fields()}

@@ -167,8 +167,9 @@ def _falls_behind(one: Measured, other: Measured) -> bool:
 def choose(judged: Sequence[Judged]) -> tuple[Judged, list[Judged]]:
     """The candidate to use, and all that are as good.
 
-    Among those whose retrieval is not shown to be below the best one's, those whose loss beyond L is not shown to be
-    above the lowest. Of these the one that works furthest, then the one that most programs serve, then the lowest loss.
+    First come those that work furthest, so that what is said of the best holds for all. Among these, those whose
+    retrieval is not shown to be below the best one's; of them, those whose loss beyond L is not shown to be above the
+    lowest. Of these the one that most programs serve, then the lowest loss.
     """
 
     def retrieval(one: Judged) -> float:
@@ -176,8 +177,10 @@ def choose(judged: Sequence[Judged]) -> tuple[Judged, list[Judged]]:
         means = [np.mean([answer.probability for answer in one.measured.answers[n]]) for n in lengths]
         return float(np.mean(means)) if means else 0.0
 
-    best = max(judged, key=retrieval)
-    able = [one for one in judged if one is best or not _falls_behind(one.measured, best.measured)]
+    furthest = max(one.works_to for one in judged)
+    reaching = [one for one in judged if one.works_to == furthest]
+    best = max(reaching, key=retrieval)
+    able = [one for one in reaching if one is best or not _falls_behind(one.measured, best.measured)]
     lowest = min(able, key=lambda one: one.measured.loss)
 
     def as_low(one: Judged) -> bool:
@@ -185,7 +188,7 @@ def choose(judged: Sequence[Judged]) -> tuple[Judged, list[Judged]]:
         return not (gain.shown and gain.value > NEGLIGIBLE)
 
     equal = [one for one in able if one is lowest or as_low(one)]
-    first = min(equal, key=lambda one: (-one.works_to, -len(one.served_by), one.measured.loss))
+    first = min(equal, key=lambda one: (-len(one.served_by), one.measured.loss))
     return first, equal
 
 
@@ -256,6 +259,12 @@ class Advice:
         mine = self.use.measured
         gain, loss = retrieval_difference(one.measured, mine), loss_difference(one.measured, mine)
         said = []
+        if one.works_to < self.use.works_to:
+            said.append(
+                f"works to {one.works_to} tokens only"
+                if one.works_to > self.original
+                else f"does not work beyond {self.original} tokens"
+            )
         right, n = one.right(self.original)
         if gain is not None:
             how = "as well" if not gain.shown else "better" if gain.value > 0 else "worse"

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from scaled_rope.command_line import Parser
 from scaled_rope.errors import ConfigError
 from scaled_rope.results import write_atomic
 
@@ -28,8 +29,21 @@ def with_block(page: str, begin: str, end: str, text: str, name: str) -> str:
     return f"{before}{begin}{text}{end}{after}"
 
 
-def rewrite(page: Path, begin: str, end: str, text: str, rows: Path, command: str, argv: Sequence[str]) -> int:
-    """Write a block into its page, or with --check compare; return the exit code, 1 where the page has another one.
+def only_check(prog: str, description: str | None, argv: Sequence[str] | None = None) -> bool:
+    """Whether a script that writes pages is only to compare them, by its one flag, --check.
+
+    argv: the words after the script's name; None: those of the process.
+
+    Raises:
+        ConfigError: other words.
+    """
+    parser = Parser(prog, description)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a page shows other ones")
+    return bool(parser.parse_args(argv).check)
+
+
+def rewrite(page: Path, begin: str, end: str, text: str, rows: Path, command: str, check: bool) -> int:
+    """Write a block into its page, or compare; return the exit code, 1 where the page has another one.
 
     rows: the file that the block is made from; command: what makes it, both for what is said then.
 
@@ -38,7 +52,7 @@ def rewrite(page: Path, begin: str, end: str, text: str, rows: Path, command: st
     """
     old = page.read_text(encoding="utf-8")
     new = with_block(old, begin, end, text, page.name)
-    if "--check" not in argv:
+    if not check:
         write_atomic(page, new)
     elif new != old:
         print(f"{page.name} shows other rows than {rows.name}; run {command}", file=sys.stderr)

@@ -315,7 +315,8 @@ def recut(
 
     A set made with `bookend="chunk"` gets its BOS and EOS at the new borders instead of the old ones. Other data is one
     stream, whatever tokens stand at the borders of its rows. The places where documents begin go along, where the
-    source knows them.
+    source knows them. The record of the new set has under "recut" what it was cut from, with the counts of the source's
+    packing and, as "dropped_tokens", what found no row now.
 
     Args:
         progress: called with 1 for each row of the source.
@@ -336,12 +337,18 @@ def recut(
             if starts is not None:
                 starts = np.maximum(starts - len(head), 0)
             stream.add_row(tokens[inner], weights[inner], starts)
-        meta.pop("cut_documents", None)  # no longer true
+        # Counts of the packing are true of the source's rows, not of these.
+        counts = {count: meta.pop(count) for count in vars(Packing()) if count in meta}
+        if "per_source" in meta:
+            lost = ("cut_documents", "dropped_tokens")
+            rows = [{key: value for key, value in row.items() if key not in lost} for row in meta["per_source"]]
+            meta["per_source"] = rows
         meta["recut"] = {
             "dataset": name,
             "hashes": hashes_of(source),
             "rows": len(source),
             "sequence_length": meta.get("sequence_length"),
             "dropped_tokens": stream.size,
+            "counts": counts,
         }
         return writer.close(meta)

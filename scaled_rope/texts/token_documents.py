@@ -1,24 +1,28 @@
 """Read documents as token ids, from texts or from tokenized sets; write tokenized sets.
 
-Token ids are int64 arrays [tokens] without special tokens; rows of packed sets come as they are.
+Token ids are int64 arrays [tokens] without special tokens; rows of packed sets come as they are, without their padding.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from scaled_rope.checkpoint import encode
 from scaled_rope.errors import ConfigError
 from scaled_rope.results import scratch_path
 from scaled_rope.texts.documents import read_documents
-from scaled_rope.texts.packed import IntArray, open_rows
+from scaled_rope.texts.packed import IntArray, TokenRows, open_rows
 from scaled_rope.texts.vocabulary import check_tokenizer
 
 
@@ -70,11 +74,62 @@ class TokenSource:
         if self.tokenized or is_tokenized(self.name):
             rows = open_rows(self.name, self.split, self.subset)
             check_tokenizer(rows, self.name, tokenizer, "the model")
-            for index in range(len(rows)):
-                yield rows.row(index)[0]
+            yield from row_documents(rows, self.name)
             return
         for text in read_documents(self.name, self.feature, self.split, subset=self.subset):
             yield np.asarray(encode(tokenizer, text), dtype=np.int64)
+
+
+def row_documents(rows: TokenRows, name: str) -> Iterator[IntArray]:
+    """Yield the text of each row of a tokenized set; a row with padding inside gives the text before and after it.
+
+    Padding is left out, and counted on stderr: it is no text, and training does not count it either. Other tokens of
+    weight 0, such as the prompts of conversations, stay: they are text that the model reads, only not learnt.
+
+    name: the set's name in the note.
+    """
+    padding = padded = 0
+    # Only best-fit pads; rows that are not from here may be padded where they say so by weights alone.
+    pads = rows.weighted and getattr(rows, "meta", {}).get("packing") != "concatenate"
+    starts_of = getattr(rows, "document_starts", lambda index: None)
+    try:
+        for index in range(len(rows)):
+            tokens, weights = rows.row(index)
+            is_padding = _padding(tokens, weights, starts_of(index)) if pads else np.zeros(len(tokens), bool)
+            if not is_padding.any():
+                yield tokens
+                continue
+            padding, padded = padding + int(is_padding.sum()), padded + 1
+            borders = np.flatnonzero(np.diff(is_padding)) + 1
+            for first, end in itertools.pairwise([0, *borders.tolist(), len(tokens)]):
+                if not is_padding[first]:
+                    yield tokens[first:end]
+    finally:  # a reader that has enough ends this early
+        _tell_padding(name, padding, padded)
+
+
+def _padding(tokens: IntArray, weights: IntArray, starts: IntArray | None) -> npt.NDArray[np.bool_]:
+    """Which tokens of a row are padding: one token again and again, of weight 0, from where documents begin to where
+    the next one does. Where it is not known where documents begin, two tokens or more at the end of the row."""
+    found = np.zeros(len(tokens), bool)
+    if not len(tokens):
+        return found
+    if starts is None:
+        same = (weights == 0) & (tokens == tokens[-1])
+        end = int(np.append(-1, np.flatnonzero(~same))[-1]) + 1
+        found[end:] = len(tokens) - end > 1  # one alone may be what a chat ends with
+        return found
+    for first, end in itertools.pairwise(sorted({0, *starts.tolist(), len(tokens)})):
+        found[first:end] = not weights[first:end].any() and (tokens[first:end] == tokens[first]).all()
+    return found
+
+
+@functools.cache
+def _tell_padding(name: str, padding: int, rows: int) -> None:
+    """Say on stderr, once and from the first rank, how much padding was left out."""
+    if padding and int(os.environ.get("RANK", "0")) == 0:
+        among = "1 row" if rows == 1 else f"{rows} rows"
+        print(f"note: dataset {name}: {padding} tokens of padding in {among} are left out", file=sys.stderr)
 
 
 def first_tokens(name: str, tokenizer: Any, count: int, feature: str = "text", split: str = "train") -> IntArray:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
-import platform
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,7 +18,7 @@ import yaml
 from scaled_rope.checkpoint import first_line, weights_hash
 from scaled_rope.errors import ConfigError
 from scaled_rope.recipes import Recipe
-from scaled_rope.results import Row, rows_so_far, write_atomic
+from scaled_rope.results import Row, folder_lock, rows_so_far, write_atomic
 from scaled_rope.training.engine import engine_name
 from scaled_rope.training.manifest import entries, fault, read_facts, state_files, write_manifest
 from scaled_rope.training.random_state import RandomState
@@ -77,8 +75,7 @@ _FREE_FIELDS = {
 def run_lock(output: Path) -> Iterator[None]:
     """Lock a run's output folder against other runs while this context lasts; the folder is created if it is missing.
 
-    Only the first rank takes the lock. The kernel releases it when that process ends, for whatever reason. A run that
-    is refused before it has written anything leaves no folder behind.
+    Only the first rank takes the lock; see `folder_lock`.
 
     Raises:
         ConfigError: another process holds it, or the folder cannot be written to.
@@ -86,33 +83,8 @@ def run_lock(output: Path) -> Iterator[None]:
     if int(os.environ.get("RANK", "0")) > 0:
         yield
         return
-    path, is_new = output / ".lock", not output.exists()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
-    except OSError as error:
-        raise ConfigError(f"output_dir {output} cannot be written to: {error.strerror or error}") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise ConfigError(f"output_dir {output} cannot be locked: {error.strerror or error}") from None
-            file.seek(0)
-            holder = " ".join(file.read().split()) or "unknown"
-            raise ConfigError(
-                f"output_dir {output} is being written by another run, process {holder}; choose another --output-dir"
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {platform.node()}\n")
-        file.flush()
-        try:
-            yield
-        except ConfigError:
-            if is_new and output.is_dir() and list(output.iterdir()) == [path]:
-                path.unlink()
-                output.rmdir()
-            raise
+    with folder_lock(output, "output_dir", "--output-dir"):
+        yield
 
 
 def fingerprint(recipe: Recipe) -> dict[str, Any]:

@@ -30,12 +30,13 @@ from scaled_rope.command_line import Parser
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.formatting import format_table
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
+from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt
 from scaled_rope.evaluation.ranks import refuse_several
 from scaled_rope.evaluation.runner import given_arguments
 from scaled_rope.evaluation.statistics import paired_difference
-from scaled_rope.flags import add_search_arguments, check_search_arguments, search_attention
+from scaled_rope.flags import add_search_arguments, check_search_arguments, search_attention, search_prompts
 from scaled_rope.progress import Progress
-from scaled_rope.results import Row, portable_command, provenance, write_atomic
+from scaled_rope.results import Row, folder_lock, portable_command, provenance, write_atomic
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.texts.token_documents import TokenSource
 from scaled_rope.tuning.constants import LEAST_FOUND, factor_grid
@@ -50,8 +51,8 @@ from scaled_rope.tuning.divisor_trials import (
     measure_on,
 )
 from scaled_rope.tuning.divisors import Space
-from scaled_rope.tuning.measurement import ScoredWindow, check_target, model_ask, model_score, read_windows
-from scaled_rope.tuning.prompts import fact_prompts, retrieval_lengths
+from scaled_rope.tuning.measurement import Ask, ScoredWindow, check_target, model_ask, model_score, read_windows
+from scaled_rope.tuning.prompts import fact_prompts, naming_original, retrieval_lengths
 from scaled_rope.tuning.search import loading_arguments
 from scaled_rope.tuning.strategies import Evolution, Strategy, YarnSpace, cma_es, coordinate, evolve, grid, load_cmaes
 
@@ -128,7 +129,7 @@ def _read_texts(args: argparse.Namespace, job: ModelJob, space: Space) -> _Texts
 
     def material(some: list[ScoredWindow], count: int, seed: int) -> Material:
         prompts = {}
-        if args.fitness != "perplexity" and count:
+        if search_prompts(args) and count:
             filler = [one.tokens[1:].tolist() for one in (some or windows)]
             lengths = retrieval_lengths(space.original, args.target)[1:]
             prompts = {length: fact_prompts(tokenizer, length, count, seed, filler) for length in lengths}
@@ -136,20 +137,25 @@ def _read_texts(args: argparse.Namespace, job: ModelJob, space: Space) -> _Texts
 
     # What chooses must not depend on how much judges, so that more can be held back later.
     return _Texts(
-        material(chosen[: args.windows], args.prompts, args.seed),
+        material(chosen[: args.windows], search_prompts(args), args.seed),
         material(chosen[args.windows :], args.held_back, args.seed + _HELD_BACK),
         len(chosen) - args.windows,
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out `scaled-rope search`.
+    """Carry out `scaled-rope search`, one at a time in a folder: what a row of the trace is follows from those before.
 
     Raises:
-        ConfigError: bad input, before weights are read where that is possible.
+        ConfigError: bad input, before weights are read where that is possible; another run writes to the folder.
     """
     check_search_arguments(args)
     refuse_several("scaled-rope search")
+    with folder_lock(Path(args.output)):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     if args.strategy == "cma-es":
         load_cmaes()
     flags = loading_arguments(args)
@@ -163,7 +169,9 @@ def run(args: argparse.Namespace) -> int:
             f"note: the checkpoint's own scaling, {job.scaling.label}, is replaced by each that is tried",
             file=sys.stderr,
         )
-    texts = _read_texts(args, job, space)
+    with naming_original(space.original, "--fitness perplexity asks none"):
+        references = _references(args, job, space) if search_prompts(args) else []
+        texts = _read_texts(args, job, space)
     folder, load = Path(args.output), ModelLoader(flags)
     record = {"command": _command(args), **provenance(load.device, args.seed, given_arguments(args))}
     head: Row = {
@@ -185,9 +193,13 @@ def run(args: argparse.Namespace) -> int:
     score, ask = model_score(load, job), model_ask(load, job)
     trace = Trace(folder / "trace.jsonl", question, record)
     if trace.notes is None:
-        trace.notes = _doubts(args, job, space, load) if texts.search.prompts else []
+        trace.notes = _doubts(references, space, ask) if texts.search.prompts else []
     notes = list(trace.notes)
     made = _search(args, strategy, space, trace, measure_on(texts.search, space.original, score, ask), budget)
+    if kept := trace.others(len(made)):  # more than are asked for now: what they found is not given up
+        print(f"note: {folder} keeps {trace.kept} evaluations, {len(kept)} more than are asked for now; all count",
+              file=sys.stderr)  # fmt: skip
+        made = [*made, *kept]
     best = min(made, key=lambda one: (one.fitness, one.number))
     starts = [one for one in made if one.origin["kind"] == "start"]
     first = min(starts, key=lambda one: one.fitness)
@@ -211,13 +223,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _doubts(args: argparse.Namespace, job: ModelJob, space: Space, load: ModelLoader) -> list[str]:
-    """A warning where the model, unscaled and within L, does not find what it is asked for."""
-    tokenizer = load_tokenizer(job.model)
+def _references(args: argparse.Namespace, job: ModelJob, space: Space) -> list[PasskeyPrompt]:
+    """Prompts within L, in plain sentences.
+
+    Raises:
+        TooShort: L has no room for them.
+    """
     filler = [list(range(3, 3 + min(space.original, 200)))]
-    prompts = fact_prompts(tokenizer, space.original, 2 * _REFERENCES, args.seed, filler)[1::2]  # in plain sentences
-    ask = model_ask(load, job)
-    found = [math.exp(-ask(space.base, one)[0] / len(one.answer_ids)) for one in prompts]
+    return fact_prompts(load_tokenizer(job.model), space.original, 2 * _REFERENCES, args.seed, filler)[1::2]
+
+
+def _doubts(references: Sequence[PasskeyPrompt], space: Space, ask: Ask) -> list[str]:
+    """A warning where the model, unscaled and within L, does not find what it is asked for."""
+    found = [math.exp(-ask(space.base, one)[0] / len(one.answer_ids)) for one in references]
     mean = sum(found) / len(found)
     if mean >= LEAST_FOUND:
         return []
@@ -353,6 +371,8 @@ def _report(args: argparse.Namespace, summary: Row, folder: Path) -> str:
                 text.append(
                     f"{said} of the best against {named(judged['start_name'])}: {gain['value']:+.3f}{ends} nats"
                 )
+    elif summary["evaluations"] == 1:
+        text.append(f"\nnothing but {named(summary['best_start'])} was tried; more --evaluations try others")
     elif summary["best_start"] == best["origin"].get("name"):
         text.append(f"\nnothing that was tried is better than {named(summary['best_start'])}")
     if summary["yarn"] is not None:

@@ -192,6 +192,26 @@ class Trace:
         """Evaluations that earlier runs have left."""
         return len(self._rows)
 
+    def others(self, first: int) -> list[Evaluated]:
+        """The evaluations that are kept from this number on, as they were measured.
+
+        Raises:
+            ConfigError: the file has something else there.
+        """
+        found = []
+        for number, row in enumerate(self._rows[first:], first):
+            if row.get("metric") != METRIC or row.get("evaluation") != number:
+                raise self._changed(number)
+            scaling = RopeScaling.from_dict(row["scaling"])
+            found.append(Evaluated(number, row["generation"], scaling, row["origin"], Measured.of_row(row)))
+        return found
+
+    def _changed(self, number: int) -> ConfigError:
+        return ConfigError(
+            f"file {str(self.path)!r}: its evaluation {number} is not the one that this search makes; the file "
+            "was changed, or is another version's: name another --output"
+        )
+
     def evaluate(
         self, number: int, generation: int, proposal: Proposal, scaling: RopeScaling, measure: Measure
     ) -> Evaluated:
@@ -204,10 +224,7 @@ class Trace:
         if number < len(self._rows):
             row = self._rows[number]
             if row.get("metric") != METRIC or row.get("evaluation") != number or row.get("scaling") != said:
-                raise ConfigError(
-                    f"file {str(self.path)!r}: its evaluation {number} is not the one that this search makes; the file "
-                    "was changed, or is another version's: name another --output"
-                )
+                raise self._changed(number)
         else:
             begin = time.monotonic()
             found = measure(scaling).fields()

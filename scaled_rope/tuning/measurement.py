@@ -28,13 +28,15 @@ from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.texts.corpora import CORPORA, fetch
 from scaled_rope.texts.documents import read_documents
 from scaled_rope.texts.packed import open_rows
-from scaled_rope.texts.token_documents import is_tokenized
+from scaled_rope.texts.token_documents import is_tokenized, row_documents
 from scaled_rope.texts.vocabulary import check_tokenizer
 from scaled_rope.tuning.curves import Floats, segment_sums
 
 Tokens = npt.NDArray[np.int64]
 Score = Callable[[RopeScaling, Tokens], npt.NDArray[Any]]
 """Nats of tokens 1 … n-1 of a window of n tokens under a scaling."""
+ScoreUnder = Callable[[RopeScaling], Callable[[Tokens], npt.NDArray[Any]]]
+"""A `Score` in two steps: bring a scaling into the model, then score windows under it."""
 Ask = Callable[[RopeScaling, PasskeyPrompt], tuple[float, bool]]
 """Nats of the right answer to a prompt under a scaling, and whether greedy decoding would give it."""
 METRIC = "segment_nll"
@@ -57,7 +59,7 @@ class ScoredWindow:
 
 
 def documents(args: argparse.Namespace, tokenizer: Any, unused: bool) -> Iterator[Tokens]:
-    """Yield the token ids of each document, without special tokens; of packed sets, each row as it is.
+    """Yield the token ids of each document, without special tokens; of packed sets, each row without padding.
 
     unused: take the part of a corpus that no test uses, that for training; else the first one that is held out.
     """
@@ -68,8 +70,7 @@ def documents(args: argparse.Namespace, tokenizer: Any, unused: bool) -> Iterato
     if is_tokenized(source):
         rows = open_rows(source, args.split)
         check_tokenizer(rows, source, tokenizer, "the model")
-        for index in range(len(rows)):
-            yield rows.row(index)[0]
+        yield from row_documents(rows, source)
     else:
         for text in read_documents(source, args.feature, args.split):
             yield np.asarray(encode(tokenizer, text), dtype=np.int64)
@@ -338,16 +339,27 @@ def _scaled(load: ModelLoader, job: ModelJob, scaling: RopeScaling) -> Any:
 def model_score(load: ModelLoader, job: ModelJob) -> Score:
     """A `Score` by forward passes of a model."""
 
-    def score(scaling: RopeScaling, tokens: Tokens) -> npt.NDArray[Any]:
-        model = _scaled(load, job, scaling)
-        ids = torch.from_numpy(tokens)[None].to(model.device)
-        targets = torch.full_like(ids, IGNORE)
-        targets[:, :-1] = ids[:, 1:]
-        with torch.inference_mode():
-            nll: npt.NDArray[Any] = token_nll(model, ids, targets)[0, :-1].cpu().numpy()
-        return nll
+    under = model_score_under(load, job)
+    return lambda scaling, tokens: under(scaling)(tokens)
 
-    return score
+
+def model_score_under(load: ModelLoader, job: ModelJob) -> ScoreUnder:
+    """A `ScoreUnder` by forward passes of a model."""
+
+    def under(scaling: RopeScaling) -> Callable[[Tokens], npt.NDArray[Any]]:
+        model = _scaled(load, job, scaling)
+
+        def score(tokens: Tokens) -> npt.NDArray[Any]:
+            ids = torch.from_numpy(tokens)[None].to(model.device)
+            targets = torch.full_like(ids, IGNORE)
+            targets[:, :-1] = ids[:, 1:]
+            with torch.inference_mode():
+                nll: npt.NDArray[Any] = token_nll(model, ids, targets)[0, :-1].cpu().numpy()
+            return nll
+
+        return score
+
+    return under
 
 
 def model_ask(load: ModelLoader, job: ModelJob) -> Ask:

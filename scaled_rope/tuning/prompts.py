@@ -7,7 +7,8 @@ the seeds have a namespace of their own, so nothing is fitted to the test.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,13 +53,39 @@ KEYS = (100_000, 999_999)
 """Six digits."""
 
 
+class TooShort(ConfigError):
+    """A length has no room for a hidden fact and its question, which need at least `least` tokens."""
+
+    def __init__(self, length: int, least: int) -> None:
+        super().__init__(f"length {length} is too short for a prompt; this tokenizer needs at least {least} tokens")
+        self.length, self.least = length, least
+
+
+@contextmanager
+def naming_original(original: int, instead: str) -> Iterator[None]:
+    """Say of a length that is too short for a prompt that it follows from L, which is what a user knows.
+
+    instead: the flag that does without prompts, and what it does.
+
+    Raises:
+        ConfigError: in place of `TooShort`.
+    """
+    try:
+        yield
+    except TooShort as error:
+        raise ConfigError(
+            f"original_max_position_embeddings={original} is too short for hidden facts, which take at least "
+            f"{error.least} tokens with their questions; {instead}"
+        ) from None
+
+
 def fact_prompt(
     tokenizer: Any, length: int, depth: float, key: int, wording: Wording, filler_ids: Sequence[int]
 ) -> PasskeyPrompt:
     """Build a prompt of exactly `length` tokens, answer included; arguments as for `passkey_prompts.build_prompt`.
 
     Raises:
-        ConfigError: `length` leaves no room for the fixed text.
+        TooShort: `length` leaves no room for the fixed text.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     opening = bos + encode(tokenizer, wording.opening)
@@ -71,9 +98,7 @@ def fact_prompt(
     question, answer = whole[:shared], whole[shared:]
     room = length - len(opening) - len(line) - len(question) - len(answer)
     if room < 0:
-        raise ConfigError(
-            f"length {length} is too short for a prompt; this tokenizer needs at least {length - room} tokens"
-        )
+        raise TooShort(length, length - room)
     filler = (list(filler_ids) * (room // len(filler_ids) + 1))[:room]
     before = round(room * depth)
     input_ids = opening + filler[:before] + line + filler[before:] + question
@@ -91,17 +116,23 @@ def fact_prompts(
         purpose: prompts of another purpose are others.
 
     Raises:
-        ConfigError: the length is too short for a prompt.
+        TooShort: the length is too short for a prompt.
     """
     sentences = encode(tokenizer, FILLER)
-    prompts = []
+    prompts: list[PasskeyPrompt] = []
+    least = 0
     for index in range(count):
         rng = random.Random(f"{purpose}/{seed}/{length}/{index}")
         key, jitter, text = rng.randint(*KEYS), rng.random(), rng.choice(texts)
         filler = sentences if index % 2 else text
         # Steps of the golden ratio spread any part of the prompts evenly over depths.
         depth = (index * 0.618034 + jitter / max(count, 1)) % 1
-        prompts.append(fact_prompt(tokenizer, length, depth, key, WORDINGS[index % len(WORDINGS)], filler))
+        try:
+            prompts.append(fact_prompt(tokenizer, length, depth, key, WORDINGS[index % len(WORDINGS)], filler))
+        except TooShort as error:  # others may need more
+            least = max(least, error.least)
+    if least:
+        raise TooShort(length, least)
     return prompts
 
 

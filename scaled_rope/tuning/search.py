@@ -95,7 +95,7 @@ from scaled_rope.tuning.measurement import (
     model_score,
     read_windows,
 )
-from scaled_rope.tuning.prompts import fact_prompts, retrieval_lengths
+from scaled_rope.tuning.prompts import fact_prompts, naming_original, retrieval_lengths
 from scaled_rope.tuning.slopes import measure_slopes, slopes_remarks, slopes_report, summarise_slopes
 
 
@@ -483,9 +483,11 @@ def _prepare_constants(args: argparse.Namespace, job: ModelJob, starts: Sequence
         tokenizer, texts = load_tokenizer(job.model), [one.tokens[1:].tolist() for one in opened.windows]
         count = 8 if args.prompts is None else args.prompts
         lengths = [_retrieval_lengths(start) if count else [] for start in starts]
-        prompts = {
-            length: fact_prompts(tokenizer, length, count, args.seed, texts) for length in sorted({*chain(*lengths)})
-        }
+        with naming_original(opened.segment, "--prompts 0 goes by loss alone"):
+            prompts = {
+                length: fact_prompts(tokenizer, length, count, args.seed, texts)
+                for length in sorted({*chain(*lengths)})
+            }
         with _bar(args) as bar:
             store = RowStore(opened.folder / "rows.jsonl", opened.record, bar)
             answers = Answers(store, opened.identity, model_ask(opened.load, job))

@@ -242,19 +242,29 @@ def grid(space: Space, budget: int, seed: int) -> Strategy:
     """YaRN as it is, and every combination of betas and attention factor, as fine as the budget allows.
 
     The order is random. Combinations that compute the same are one candidate. The base is the model's.
+
+    Raises:
+        ConfigError: the budget is below the coarsest grid, of two values each.
     """
     yarn, sizes = YarnSpace(space), [2, 2]
-    points = [yarn.first()]
-    grew = True
+    points, grew = _grid(yarn, *sizes), True
+    if len(points) > budget:
+        raise ConfigError(
+            f"--evaluations {budget} is not allowed with --strategy grid; at least {len(points)}, the coarsest grid"
+        )
     while grew:
         grew = False
-        for axis in (0, 1):  # the betas, then the attention factor
-            finer = [size + (place == axis) for place, size in enumerate(sizes)] if len(points) > 1 else sizes
+        for axis in (1, 0):  # the attention factor, then the betas
+            finer = [size + (place == axis) for place, size in enumerate(sizes)]
             found = _grid(yarn, *finer)
             if len(found) <= budget:
                 points, sizes, grew = found, finer, True
     order = np.random.default_rng(seed).permutation(len(points) - 1) + 1
-    yield [points[0], *(points[index] for index in order)]
+    return _at_once([points[0], *(points[index] for index in order)])
+
+
+def _at_once(proposals: list[Proposal]) -> Strategy:
+    yield proposals
 
 
 def _grid(yarn: YarnSpace, betas: int, factors: int) -> list[Proposal]:

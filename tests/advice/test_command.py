@@ -21,11 +21,12 @@ from scaled_rope.advice import command, probing
 from scaled_rope.advice.candidates import Candidate, short_list
 from scaled_rope.checkpoint import DEFAULT_MODEL, load_tokenizer
 from scaled_rope.command_line import Parser, run_cli
+from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.jobs import ModelLoader
 from scaled_rope.flags import add_advise_arguments
 from scaled_rope.recipes import read_recipe
 from scaled_rope.report.tables import load_results
-from scaled_rope.results import read_rows
+from scaled_rope.results import folder_lock, read_rows
 from scaled_rope.scaling.record import resolve_scaling
 from tests.helpers.models import Make
 
@@ -167,6 +168,17 @@ def test_a_model_that_does_not_retrieve_is_judged_by_perplexity(
     assert {row["metric"] for row in read_rows(tmp_path / "out" / "results.jsonl")} == {"perplexity"}
 
 
+def test_a_length_without_room_for_facts_is_judged_by_perplexity(
+    checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [checkpoint, "--target", 64, "--original-max-position-embeddings", 32, "--dataset", texts, "--only"]
+    flags += ["--minutes", 0.3, "--output", tmp_path / "out", "--scaling", "yarn:2"]
+    assert command.run(arguments(*flags), Ticking(0.1)) == 0
+    told = capsys.readouterr()
+    said = re.search(r"Retrieval is left out: a hidden fact and its question take at least (\d+) tokens", told.err)
+    assert said is not None and int(said[1]) > 32 and "and L is 32" in told.err and "retrieval" not in told.out
+
+
 def test_what_is_handed_out_asks_the_same_question(
     checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,14 +266,61 @@ def test_the_commands_have_scalings_that_parse(
     )
     for one in [*listed, Candidate("default" if own.method == "default" else "checkpoint", own)]:
         judged: Any = SimpleNamespace(
-            spec=one.spec, measured=SimpleNamespace(candidate=one), served_by=["vllm", "llama.cpp"], buckets={1: 0}
+            spec=one.spec,
+            measured=SimpleNamespace(candidate=one),
+            served_by=["vllm", "llama.cpp"],
+            buckets={1: 0},
+            works_to=4 * length,
         )
-        advice: Any = SimpleNamespace(use=judged, served=None)
+        advice: Any = SimpleNamespace(use=judged, served=None, original=length)
         *exports, check = (line.split(" --scaling ")[1] for line in command._commands(args, advice, None, saved))
         assert len(exports) == 2
         for export in exports:
             assert resolve_scaling(shlex.split(export)[0], saved) == one.scaling, export
         assert resolve_scaling(shlex.split(check)[0], own) == one.scaling  # which is told L and the adapter by flags
+
+
+def test_an_answer_outlives_a_recipe_that_cannot_be_made(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **more: object) -> None:
+        assert more["split"] == "validation"
+        raise ConfigError("unknown split 'train'")
+
+    monkeypatch.setattr(command, "write_recipe", fail)
+    flags = [checkpoint, "--target", 256, "--dataset", texts, "--split", "validation", "--output", tmp_path / "out"]
+    flags += ["--no-retrieval", "--only", "--scaling", "yarn:2", "--minutes", 0.3]
+    assert command.run(arguments(*flags), Ticking(0.1)) == 0
+    told = capsys.readouterr()
+    assert "note: No recipe: unknown split 'train'\n" in told.err and "train.sh" not in told.out
+    assert json.loads((tmp_path / "out" / "advice.json").read_text())["recipe"] is None
+
+
+def test_a_second_run_on_the_folder_is_refused(
+    checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [checkpoint, "--target", 256, "--dataset", texts, "--output", tmp_path / "out"]
+    with folder_lock(tmp_path / "out"):
+        assert run_cli(lambda: command.run(arguments(*flags), Ticking(0.1))) == 2
+    assert f"--output {tmp_path / 'out'} is being written by another run, process " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("works_to", "told"), [(512, "512"), (256, "256"), (64, None)])
+def test_exports_are_for_the_length_to_which_it_works(works_to: int, told: str | None) -> None:
+    """None of what does not work beyond L; the check asks at all lengths in any case."""
+    own = RopeScaling("default", original_max_position_embeddings=64)
+    judged: Any = SimpleNamespace(
+        spec="yarn:8",
+        measured=SimpleNamespace(candidate=Candidate("yarn:8", RopeScaling.from_spec("yarn:8", own))),
+        served_by=["vllm", "llama.cpp"],
+        buckets={128: 0, 256: 0, 512: 0},
+        works_to=works_to,
+    )
+    args = argparse.Namespace(model="m", target=512, original_max_position_embeddings=None, adapter=None, output="out")
+    advice: Any = SimpleNamespace(use=judged, served=None, original=64)
+    *exports, check = command._commands(args, advice, None, own)
+    assert [one.split(" --length ")[1] for one in exports] == ([] if told is None else [told, told])
+    assert "--lengths 128,256,512 " in check
 
 
 @pytest.mark.parametrize(
@@ -280,7 +339,6 @@ def test_the_commands_have_scalings_that_parse(
         (["--dtype", "float17"], "float17"),
         (["--dataset", "/no/such.txt"], "does not exist"),
         (["--feature", "body"], "body"),
-        (["--original-max-position-embeddings", "30"], "length 30 is too short for a prompt"),
         (["--adapter", "/no/adapter"], "holds no adapter_config.json"),
     ],
 )

@@ -52,6 +52,22 @@ def test_a_packed_set_is_trained_on_as_it_is(tmp_path: Path) -> None:
         check_lengths(open_rows(recipe.dataset), recipe)
 
 
+def test_the_split_that_was_read_is_trained_on(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    splits = {"test": [[1] * 40], "train": [[1] * 20]}
+    tables = {name: datasets.Dataset.from_dict({"input_ids": rows}) for name, rows in splits.items()}
+    datasets.DatasetDict(tables).save_to_disk(tmp_path / "saved")
+    place, saved = tmp_path / "recipe.yaml", str(tmp_path / "saved")
+    recipe = write_recipe(place, "some/model", 1, "yarn:8", 32, saved, [4], split="test")
+    assert (recipe.prepare, recipe.dataset, recipe.truncate) == ((), f"{saved}/test", 32)
+    assert open_rows(recipe.dataset).longest == 40
+    # Texts: the split of a hub data set; files and what comes with the project have none.
+    for dataset, said in (("some/texts", True), (str(tmp_path), False), ("books", False)):
+        recipe = write_recipe(place, "some/model", 1, "yarn:8", 32, dataset, [4], split="test")
+        assert ("--split test" in recipe.prepare[-1]) == said
+
+
 def test_what_is_no_scaling_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="yan"):
         write_recipe(tmp_path / "recipe.yaml", "some/model", 1, "yan:8", 2048, "texts", [256])
+    assert not (tmp_path / "recipe.yaml").exists()

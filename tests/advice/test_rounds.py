@@ -125,6 +125,10 @@ def test_a_candidate_that_cannot_be_read_is_left_out_with_the_reason(tmp_path: P
     model.refuses = refuse_all
     with pytest.raises(ConfigError, match="no candidate can be measured: nothing works"):
         halving(tmp_path / "other", model, 10).run()
+    # So few that there is nothing to screen: the reason is the same, and not that the time was too short.
+    few = short_list(OWN, L, TARGET, HEAD_DIM, ["linear:8", "ntk:8"], only=True)
+    with pytest.raises(ConfigError, match=r"^no candidate can be measured: nothing works$"):
+        halving(tmp_path / "few", model, 10, candidates=few).run()
 
 
 def test_mistakes_of_ours_are_not_swallowed(tmp_path: Path) -> None:

@@ -46,6 +46,19 @@ def test_what_earlier_runs_measured_is_charged_once(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "rows.jsonl")[0]["seconds"] == 1.0
 
 
+def test_a_pass_is_timed_without_what_comes_before_it(tmp_path: Path) -> None:
+    """Bringing a scaling into the model costs of the budget and is no cost of the scaling."""
+    model = Scripted()
+    model.patching = 3.0
+    for _ in range(2):  # from the row, too
+        trials = halving(tmp_path, model, 5).trials
+        found = trials.nothing_yet(Candidate("yarn:8", YARN))
+        trials.measure(found.candidate, Unit(windows(1)[0], {}), True, found)
+        assert found.seconds == [1.0] and trials.store.budget.spent == pytest.approx(4.0)
+    (row,) = read_rows(tmp_path / "rows.jsonl")
+    assert (row["seconds"], row["pass_seconds"]) == (4.0, 1.0)
+
+
 def test_a_pass_that_would_not_fit_is_not_begun(tmp_path: Path) -> None:
     model = Scripted()
     trials = halving(tmp_path, model, 1 / 120).trials  # half a second

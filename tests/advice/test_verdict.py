@@ -157,6 +157,21 @@ def test_the_choice() -> None:
     assert "retrieves worse (3/30)" in other and "2.0 % below" in other
 
 
+def test_what_works_furthest_comes_before_the_lowest_loss() -> None:
+    """Whatever is shown of the losses: else the answer would be that nothing works, beside one that does."""
+    lower = judged(measured("yarn:8", steps(0, -0.08, -0.08, -0.08), {64: 10, 128: 9, 256: 9, 512: 7}))
+    further = judged(measured("ntk:8", steps(0, -0.07, -0.07, -0.07), ALL))
+    assert (lower.works_to, further.works_to) == (256, TARGET)
+    use, equal = choose([lower, further])
+    assert use is further and equal == [further]
+    said = advice(lower, further)
+    assert said.works and said.verdict.startswith("USE: `ntk:8`: ")
+    (other,) = said.others()
+    assert other.startswith("`yarn:8`: works to 256 tokens only, retrieves")
+    none = judged(measured("linear:8", steps(0, 0.1, 0.1, 0.1), ALL))
+    assert advice(none, further).others()[0].startswith("`linear:8`: does not work beyond 64 tokens, ")
+
+
 def test_without_retrieval_and_without_times() -> None:
     one = judged(measured("yarn:8", steps(0, -0.05, -0.05, -0.05), {}, seconds=0))
     assert one.retrieves_to is None and one.works_to == 512 and one.cost is None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import methods_report
+from benchmarks import methods, methods_report
 from benchmarks.methods import FACTORS, STUDIES
 from eval import passkey, perplexity
 from scaled_rope.command_line import run_cli
@@ -80,11 +81,20 @@ def test_the_part_between_the_marks_is_replaced() -> None:
 
 
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    from benchmarks import methods
-
     for arguments, said in ((["--factors", "3"], "unknown factor '3'"), (["--model", "x"], "unknown model 'x'")):
         assert run_cli(lambda arguments=arguments: methods.main(arguments)) == 2
         assert said in capsys.readouterr().err
+
+
+def test_rows_go_where_the_caller_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The evaluators are run in another folder."""
+    asked: list[Any] = []
+    monkeypatch.setattr(methods, "run", asked.append)
+    monkeypatch.chdir(tmp_path)
+    for output, wanted in ((["--output", "rows.jsonl"], tmp_path / "rows.jsonl"), ([], methods_report.ROWS)):
+        asked.clear()
+        assert methods.main(["--factors", "2", *output]) == 0 and len(asked) == 3
+        assert {command[command.index("--output") + 1] for command in asked} == {str(wanted)}
 
 
 def test_the_page_is_what_the_rows_say() -> None:

@@ -54,6 +54,8 @@ class Scripted:
         self.tempered = 0.02
         """Nats per token that an attention temperature costs."""
         self.refuses: Callable[[RopeScaling], None] = lambda scaling: None
+        self.patching = 0.0
+        """Seconds that it takes to bring a scaling into the model before a window is read."""
 
     def penalty(self, scaling: RopeScaling) -> float:
         """Nats per token beyond L above the best."""
@@ -75,6 +77,11 @@ class Scripted:
         text = 2 + 0.3 * np.sin(np.cumsum(tokens)[1:]) + (0.01 if scaling.method != "default" else 0.0)
         text[L - 1 :] += self.penalty(scaling) - self.known
         return text
+
+    def under(self, scaling: RopeScaling) -> Callable[[Any], Any]:
+        if scaling.method != "default":
+            self.clock.now += self.patching
+        return lambda tokens: self.score(scaling, tokens)
 
     def control(self, tokens: Any) -> Any:
         self.clock.now += self.slow * 4 * len(tokens) / 512
@@ -123,7 +130,7 @@ def halving(
         ends,
         L // 4,
         Control(L, L // 4),
-        model.score,
+        model.under,
         model.ask,
         model.control,
         Costs(lambda length: length / 512),

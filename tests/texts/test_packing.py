@@ -48,6 +48,20 @@ def test_recutting_equals_packing_at_the_shorter_length(tmp_path, bookend):
     np.testing.assert_array_equal(result.tokens, direct.tokens[: len(result)])
 
 
+def test_recutting_keeps_the_counts_of_the_source_apart(tmp_path):
+    counts = {"documents": 3, "tokens": 70, "cut_documents": 2, "dropped_tokens": 6, "padding_tokens": 0}
+    with PackedWriter(tmp_path / "long", 32, 100) as writer:
+        for _ in range(2):
+            writer.append([5] * 32)
+        per_source = [{"dataset": "a", "documents": 3, "tokens": 70, "cut_documents": 2, "dropped_tokens": 6}]
+        writer.close({"tokenizer": "t", "per_source": per_source, **counts})
+    recut(open_packed(tmp_path / "long"), tmp_path / "short", 12, lambda n: None, "long")
+    meta = open_packed(tmp_path / "short").meta
+    assert not counts.keys() & meta.keys() and meta["tokenizer"] == "t"
+    assert meta["per_source"] == [{"dataset": "a", "documents": 3, "tokens": 70}]
+    assert meta["recut"]["counts"] == counts and meta["recut"]["dropped_tokens"] == 64 % 12
+
+
 def test_recutting_keeps_loss_weights_beside_their_tokens(tmp_path):
     rng = np.random.default_rng(0)
     tokens, weights = rng.integers(2, 90, (6, 32)), rng.integers(0, 9, (6, 32))

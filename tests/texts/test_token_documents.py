@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.texts.packed import PackedWriter
+from scaled_rope.texts.packed import PackedWriter, open_packed
+from scaled_rope.texts.packing import Document, pack, recut
 from scaled_rope.texts.token_documents import TokenSource, first_tokens, save_token_documents
 
 
@@ -53,6 +54,41 @@ def test_rows_of_a_packed_set_come_as_they_are(tmp_path: Path) -> None:
         writer.append([7, 1, 0])
         writer.close({})
     assert read(TokenSource(str(tmp_path / "set"))) == [[0, 5, 6], [7, 1, 0]]
+
+
+def test_padding_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of what best-fit packs as much is scored as training counts; prompts that are not learnt are text."""
+    masked = Document([5, 5, 7, 8], np.asarray([0, 0, 1, 1], np.uint8), bare=True)
+    with PackedWriter(tmp_path / "set", 8, 100, weighted=True) as writer:
+        counts = pack([[11, 12, 13, 14, 15], masked, [*range(20, 36)]], writer, None, None, packing="best-fit", pad=5)
+        writer.close({"packing": "best-fit"})
+    rows = open_packed(tmp_path / "set")
+    found = read(TokenSource(str(tmp_path / "set")))
+    assert sorted(found) == [[5, 5, 7, 8], [11, 12, 13, 14, 15], [*range(20, 28)], [*range(28, 36)]]
+    assert sum(map(len, found)) == int((rows.loss_weight != 0).sum()) + 2 == counts.tokens
+    assert "set: 7 tokens of padding in 2 rows are left out\n" in capsys.readouterr().err
+
+    # Cut anew, padding lies in the middle of rows and at their beginnings.
+    recut(rows, tmp_path / "cut", 16, lambda count: None)
+    assert sorted(read(TokenSource(str(tmp_path / "cut")))) == sorted(
+        [[*range(20, 36)], [11, 12, 13, 14, 15], [5, 5, 7, 8]]
+    )
+    # Chats one after another have no padding, whatever a row ends with.
+    with PackedWriter(tmp_path / "chats", 3, 100, weighted=True) as writer:
+        pack([masked, masked], writer, None, None)
+        writer.close({"packing": "concatenate"})
+    assert read(TokenSource(str(tmp_path / "chats"))) == [[5, 5, 7], [8, 5, 5]]
+
+
+def test_a_table_that_says_its_padding_by_labels_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    datasets = pytest.importorskip("datasets")
+    table = {"input_ids": [[5, 6, 9, 9], [9, 9, 5, 9]], "labels": [[-100, 6, -100, -100], [-100, -100, 5, -100]]}
+    datasets.Dataset.from_dict(table).save_to_disk(tmp_path / "table")
+    capsys.readouterr()
+    source = TokenSource(str(tmp_path / "table")).documents(letters)
+    assert next(source).tolist() == [5, 6] and next(source).tolist() == [9, 9, 5, 9]
+    source.close()  # type: ignore[attr-defined]  # one that has enough
+    assert capsys.readouterr().err == f"note: dataset {tmp_path / 'table'}: 2 tokens of padding in 1 row are left out\n"
 
 
 def test_what_is_announced_as_tokenized_must_be(texts: str) -> None:

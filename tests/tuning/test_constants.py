@@ -286,7 +286,10 @@ def test_the_command_end_to_end(
         (["--documents", "2"], "2 windows are not enough for --constants; at least 3"),
         (["--grid", "0"], "grid '0'"),
         (["--beta-slow", "x"], "beta-slow 'x'"),
-        (["--original-max-position-embeddings", "30"], "length 30 is too short for a prompt"),
+        (
+            ["--original-max-position-embeddings", "30"],
+            "original_max_position_embeddings=30 is too short for hidden facts, which take at least ",
+        ),
     ],
 )
 def test_bad_input_is_one_line(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from scaled_rope import RopeScaling, compute_rope, patch_model
+from scaled_rope import RopeScaling, cli, compute_rope, patch_model
 from scaled_rope.checkpoint import DEFAULT_MODEL, load_tokenizer
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
@@ -21,7 +22,7 @@ from scaled_rope.evaluation.jobs import ModelLoader
 from scaled_rope.flags import add_search_arguments
 from scaled_rope.patching.loading import load_model
 from scaled_rope.patching.loss import IGNORE, token_nll
-from scaled_rope.results import read_rows
+from scaled_rope.results import folder_lock, read_rows
 from scaled_rope.tuning import divisor_search, divisor_trials
 from tests.helpers.models import Make
 
@@ -110,7 +111,7 @@ def test_what_the_words_of_yarn_are_the_same_as(
     checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], within: str
 ) -> None:
     """YaRN has one table, so beside a record that leaves texts up to L alone it is the same beyond L only."""
-    flags = ["--strategy", "grid", "--fitness", "perplexity", "--evaluations", 3, "--within", within]
+    flags = ["--strategy", "grid", "--fitness", "perplexity", "--evaluations", 9, "--within", within]
     assert search(*usual(checkpoint, texts, tmp_path / "out", *flags)) == 0
     best = json.loads((tmp_path / "out" / "best.json").read_text())
     own = RopeScaling("default", original_max_position_embeddings=L)
@@ -130,6 +131,14 @@ def test_the_spec_says_a_corrected_length(checkpoint: Path, texts: Path, tmp_pat
     base = RopeScaling("default", original_max_position_embeddings=L)
     scaling = RopeScaling.from_spec(found["spec"], base)
     assert scaling.original_max_position_embeddings == 64 and scaling.to_dict() == found["scaling"]
+
+
+def test_the_console_script_searches_by_perplexity_alone(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    """It checks the flags and so does the command: what they leave out stays left out."""
+    argv = usual(checkpoint, texts, tmp_path / "out", "--fitness", "perplexity", "--evaluations", 1)
+    assert cli.main(["search", *map(str, argv), "--device", "cpu", "--hide-progress"]) == 0
+    best = json.loads((tmp_path / "out" / "best.json").read_text())
+    assert best["passes_per_evaluation"] == 2 and best["best"]["needles"] is None  # windows and no prompts
 
 
 def test_too_little_text_to_judge_by_is_said(
@@ -209,6 +218,7 @@ def test_an_interrupted_command_continues(
         (["--windows", 99], "--windows asks for 99"),
         (["--population", 2], "--population 2 is not allowed; at least 3, what the search begins with"),
         (["--mutation-rate", 0], "--mutation-rate 0 is not allowed"),
+        (["--strategy", "grid", "--evaluations", 5], "--evaluations 5 is not allowed with --strategy grid; at least 9"),
         (["--strategy", "annealing"], "unknown strategy 'annealing'"),
         (["--fitness", "loss"], "unknown fitness 'loss'"),
         (["--within", "L"], "unknown within 'L'"),
@@ -223,6 +233,10 @@ def test_an_interrupted_command_continues(
         (["--strategy", "grid", "--population", 9], "--population is not allowed with --strategy grid"),
         (["--fitness", "perplexity", "--prompts", 9], "--prompts 9 is not allowed with --fitness perplexity"),
         (["--original-max-position-embeddings", 300], "so more than 300"),
+        (
+            ["--original-max-position-embeddings", 32],
+            "original_max_position_embeddings=32 is too short for hidden facts, which take at least ",
+        ),
     ],
 )
 def test_bad_input_is_one_line(
@@ -237,6 +251,36 @@ def test_bad_input_is_one_line(
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and printed.count("\n") == 1 and complaint in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_a_second_run_on_the_folder_is_refused(
+    checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with folder_lock(out):
+        assert run_cli(lambda: search(*usual(checkpoint, texts, out, "--fitness", "perplexity"))) == 2
+        said = f"error: --output {out} is being written by another run, process {os.getpid()} on "
+        printed = capsys.readouterr().err
+        assert printed.startswith(said) and printed.endswith("; choose another --output\n")
+        assert [path.name for path in out.iterdir()] == [".lock"]
+
+
+def test_fewer_evaluations_keep_the_best_of_all_that_are_there(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = ["--fitness", "perplexity", "--held-back", 0]
+    flags = usual(checkpoint, texts, tmp_path / "out", *quick)
+    assert search(*flags, "--evaluations", 1) == 0  # the first is PI
+    assert "\nnothing but divisors of linear:2 was tried; more --evaluations try others\n" in capsys.readouterr().out
+    assert search(*flags) == 0
+    best = json.loads((tmp_path / "out" / "best.json").read_text())
+    for fewer in (["--evaluations", 1], ["--evaluations", 9, "--rounds", 0]):
+        capsys.readouterr()
+        assert search(*flags, *fewer) == 0
+        told = capsys.readouterr()
+        assert f"note: {tmp_path / 'out'} keeps 9 evaluations, " in told.err and "9 candidates of 2 passes" in told.out
+        again = json.loads((tmp_path / "out" / "best.json").read_text())
+        assert {**again, "provenance": 0} == {**best, "provenance": 0}
 
 
 def test_another_search_in_the_folder_is_refused(checkpoint: Path, texts: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt
 from scaled_rope.results import read_rows
+from scaled_rope.texts.packed import PackedWriter
 from scaled_rope.tuning import measurement
 from scaled_rope.tuning.measurement import Answers, RowStore, check_target, cut_windows
 from tests.helpers.models import Make
@@ -66,6 +67,19 @@ def test_the_part_of_a_corpus(unused: bool, word: str, tmp_path: Path, monkeypat
     args = argparse.Namespace(dataset="books", feature="text", split="test")
     (found,) = measurement.documents(args, None, unused)
     assert bytes(found.tolist()).decode() == word
+
+
+def test_windows_hold_no_padding(tmp_path: Path) -> None:
+    with PackedWriter(tmp_path / "set", 8, 100, weighted=True) as writer:
+        for first, size in ((10, 8), (20, 5)):
+            weights = [int(place < size) for place in range(8)]
+            writer.append(
+                [first + place if place < size else 2 for place in range(8)], weights, [0, size][: 1 + (size < 8)]
+            )
+        writer.close({"packing": "best-fit"})
+    args = argparse.Namespace(dataset=str(tmp_path / "set"), feature="text", split="test")
+    found = cut_windows(measurement.documents(args, None, True), 6, None, None, 1)
+    assert [one.tokens.tolist() for one in found] == [[*range(10, 16)]]  # the other row is too short without it
 
 
 def prompt(seed: int, answer: int = 3) -> PasskeyPrompt:

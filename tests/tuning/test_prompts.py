@@ -7,7 +7,7 @@ import pytest
 from scaled_rope.checkpoint import DEFAULT_MODEL, load_tokenizer
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation import passkey_prompts
-from scaled_rope.tuning.prompts import FILLER, WORDINGS, fact_prompts, retrieval_lengths
+from scaled_rope.tuning.prompts import FILLER, WORDINGS, TooShort, fact_prompts, naming_original, retrieval_lengths
 
 TEXTS = [list(range(300, 330)), list(range(400, 430))]
 
@@ -44,5 +44,14 @@ def test_lengths() -> None:
     assert retrieval_lengths(256, 2048) == [256, 512, 1024, 2048]
     assert retrieval_lengths(256, 1500) == [256, 512, 1024, 1500]
     assert retrieval_lengths(256, 320) == [256, 320]
-    with pytest.raises(ConfigError, match="length 10 is too short for a prompt; this tokenizer needs at least"):
-        fact_prompts(load_tokenizer(str(DEFAULT_MODEL)), 10, 1, 0, TEXTS)
+
+
+def test_a_length_that_is_too_short_is_told_with_what_all_prompts_need() -> None:
+    tokenizer = load_tokenizer(str(DEFAULT_MODEL))
+    with pytest.raises(TooShort, match="length 10 is too short for a prompt; this tokenizer needs at least") as caught:
+        fact_prompts(tokenizer, 10, 12, 0, TEXTS)
+    assert len(fact_prompts(tokenizer, caught.value.least + 3, 12, 0, TEXTS)) == 12  # whose numbers are others
+    said = "original_max_position_embeddings=10 is too short for hidden facts, which take at least"
+    with pytest.raises(ConfigError, match=f"^{said} {caught.value.least} tokens with their questions; --prompts 0$"):
+        with naming_original(10, "--prompts 0"):
+            fact_prompts(tokenizer, 10, 12, 0, TEXTS)

@@ -125,10 +125,16 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         next(cma_es(SPACE, 0))
 
 
-@pytest.mark.parametrize("budget", [1, 8, 60, 400])
+def test_a_grid_that_is_coarser_than_the_coarsest_is_refused() -> None:
+    """It would be YaRN as it is and nothing else."""
+    with pytest.raises(ConfigError, match="--evaluations 8 is not allowed with --strategy grid; at least 9"):
+        grid(SPACE, 8, 0)
+
+
+@pytest.mark.parametrize("budget", [9, 20, 60, 400])
 def test_a_grid_is_as_fine_as_the_budget_allows(budget: int) -> None:
     made = follow(grid(SPACE, budget, 0), 10_000)
-    assert 0 < len(made) <= budget and len({one.genome for one in made}) == len(made)
+    assert 9 <= len(made) <= budget and len({one.genome for one in made}) == len(made)
     assert made[0].origin["name"] == "yarn:8"
     assert {one.origin["numbers"]["rope_theta"] for one in made} == {BASE.rope_theta}
     if budget == 400:
