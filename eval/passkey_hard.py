@@ -34,6 +34,7 @@ from scaled_rope.flags import (
     add_server_arguments,
     batch_size,
     check_model_arguments,
+    check_output_apart,
     check_server_arguments,
     context_lengths,
 )
@@ -100,6 +101,7 @@ def check_arguments(args: argparse.Namespace) -> list[int]:
     check_model_arguments(args)
     check_server_arguments(args)
     check_there(args.dataset)
+    check_output_apart(args, [args.dataset])
     for name, least in (("iterations", 1), ("num_keys", 1), ("seed", 0)):
         if getattr(args, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least {least}")

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.flags import add_model_arguments, check_model_arguments
+from scaled_rope.flags import add_model_arguments, check_model_arguments, check_output_apart
 from scaled_rope.texts.documents import check_there
 
 TOO_LONG = ("cut", "drop")
@@ -55,6 +55,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
     check_there(args.dataset)
+    check_output_apart(args, [args.dataset])
 
 
 if __name__ == "__main__":

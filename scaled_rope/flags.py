@@ -25,7 +25,7 @@ from scaled_rope.scaling.record import check_spec
 from scaled_rope.scaling.registry import METHODS
 from scaled_rope.scaling.spec import Spec
 from scaled_rope.texts.corpora import CORPORA
-from scaled_rope.texts.documents import check_there
+from scaled_rope.texts.documents import check_there, suffix_of
 from scaled_rope.texts.token_documents import TokenSource
 
 # Names that belong to modules which import torch; `tests/test_flags.py` holds the two to each other.
@@ -264,8 +264,26 @@ def check_text_arguments(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
     for name in args.dataset or ():
         check_there(name)
+    check_output_apart(args, [*(args.dataset or ()), *(args.tokenized or ())])
     for flag, names in (("-d", args.dataset), ("--tokenized", args.tokenized)):
         _check_recorded(flag, names or (), lambda name: TokenSource(name).title, "file or folder")
+
+
+def check_output_apart(args: argparse.Namespace, texts: Sequence[str]) -> None:
+    """Refuse an output that is one of the texts that are read, or a file of one that is a folder.
+
+    Raises:
+        ConfigError: such an output, which would be written over or into the text.
+    """
+    for flag in ("output", "output_file"):
+        path = getattr(args, flag, None)
+        if path is None or not os.path.exists(path):
+            continue
+        place = Path(os.path.realpath(path))
+        for text in texts:
+            read = Path(os.path.realpath(text))
+            if place == read or (suffix_of(place) and read.is_dir() and place.is_relative_to(read)):
+                raise ConfigError(f"--{flag.replace('_', '-')} {path} is of dataset {text}; name another file")
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:

@@ -64,6 +64,7 @@ MISTAKES = {
     "known: cma-es, coordinate, evolution, grid",
     "-m scaled_rope search . --target 9 --evaluations 0": "--evaluations 0 is not allowed; at least 1",
     "-m scaled_rope tune --dataset x --output README.md": "--output README.md is a file; name a folder",
+    "eval/quality.py -d README.md --output README.md": "--output README.md is of dataset README.md; name another file",
     "eval/quality.py --output docs": "--output docs is a folder; name a file for the rows",
     "eval/perplexity.py --dataset x --dtype int3": "unknown dtype 'int3'; known: auto, bfloat16, float16, float32",
     "-m scaled_rope tune --dataset x --dtype flaot32": "unknown dtype 'flaot32'; did you mean 'float32'? "
@@ -279,3 +280,14 @@ def test_a_gpu_that_is_not_there(version: str, files: list[str], said: str, monk
     monkeypatch.setattr(flags, "package_version", lambda _: "2.13.0")
     files.append("/dev/nvidiactl")
     check("cuda")  # torch has to say more
+
+
+def test_no_output_is_one_of_the_texts_or_in_one(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "word"}\n')
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    given = argparse.Namespace(output=str(tmp_path / "link.jsonl"), output_file=None)
+    for text in (tmp_path, tmp_path / "a.jsonl"):
+        with pytest.raises(ConfigError, match=r"--output .*link.jsonl is of dataset .*; name another file"):
+            flags.check_output_apart(given, ["some/set", str(text)])
+    given = argparse.Namespace(output=str(tmp_path / "rows"), output_file=str(tmp_path / "new.csv"))
+    flags.check_output_apart(given, [str(tmp_path), str(tmp_path / "a.jsonl")])
