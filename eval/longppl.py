@@ -33,6 +33,7 @@ from scaled_rope.flags import (
     add_model_arguments,
     add_text_arguments,
     batch_size,
+    check_losses_folder,
     check_model_arguments,
     check_text_arguments,
     context_lengths,
@@ -86,8 +87,7 @@ def check_arguments(args: argparse.Namespace) -> list[TokenSource]:
         raise ConfigError(
             f"--key-floor {args.key_floor} is not allowed; below 0, the logarithm of certainty, {-_MOST:g} or more"
         )
-    if args.save_nll is not None and Path(args.save_nll).is_file():
-        raise ConfigError(f"--save-nll {args.save_nll} is a file; name a folder")
+    check_losses_folder(args.save_nll)
     if args.figure is not None:
         check_writable(args.figure)
     names = dict.fromkeys(args.dataset or args.tokenized)

@@ -32,7 +32,6 @@ import argparse
 import functools
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
@@ -45,6 +44,7 @@ from scaled_rope.flags import (
     add_server_arguments,
     add_text_arguments,
     batch_size,
+    check_losses_folder,
     check_model_arguments,
     check_server_arguments,
     check_text_arguments,
@@ -89,8 +89,7 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[TokenSource], int | 
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
     ControlRequest.parse(args.control)
-    if args.save_nll is not None and Path(args.save_nll).is_file():
-        raise ConfigError(f"--save-nll {args.save_nll} is a file; name a folder")
+    check_losses_folder(args.save_nll)
     sources = [
         TokenSource(name, bool(args.tokenized), args.feature, args.split, args.subset)
         for name in dict.fromkeys(args.dataset or args.tokenized)

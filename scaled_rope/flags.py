@@ -286,6 +286,18 @@ def check_output_apart(args: argparse.Namespace, texts: Sequence[str]) -> None:
                 raise ConfigError(f"--{flag.replace('_', '-')} {path} is of dataset {text}; name another file")
 
 
+def check_losses_folder(path: str | None) -> None:
+    """Refuse a `--save-nll` in which no file can be made.
+
+    Raises:
+        ConfigError: it is a file, or a place where no folder can be made.
+    """
+    if path is not None and Path(path).is_file():
+        raise ConfigError(f"--save-nll {path} is a file; name a folder")
+    if path is not None and not Path(path).exists():
+        check_writable(path)
+
+
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags for context lengths, output and progress."""
     add = parser.add_argument_group("lengths and output").add_argument

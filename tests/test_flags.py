@@ -291,3 +291,13 @@ def test_no_output_is_one_of_the_texts_or_in_one(tmp_path: Path) -> None:
             flags.check_output_apart(given, ["some/set", str(text)])
     given = argparse.Namespace(output=str(tmp_path / "rows"), output_file=str(tmp_path / "new.csv"))
     flags.check_output_apart(given, [str(tmp_path), str(tmp_path / "a.jsonl")])
+
+
+def test_losses_are_not_kept_where_no_folder_can_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--save-nll .*file is a file; name a folder"):
+        flags.check_losses_folder(str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="file is no folder that can be written to"):
+        flags.check_losses_folder(str(tmp_path / "file" / "losses"))
+    for good in (None, str(tmp_path), str(tmp_path / "new" / "losses")):
+        flags.check_losses_folder(good)
