@@ -8,6 +8,7 @@ Knows nothing of what is measured.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -22,7 +23,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -184,7 +184,7 @@ def finished_keys(path: str | Path) -> set[str]:
     return {row_key(row) for row in rows_so_far(path)}
 
 
-@contextmanager
+@contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Report an unusable path as bad input. A full disk keeps its own error, which entry scripts already report."""
     try:
@@ -328,14 +328,29 @@ def _keys_in(descriptor: int, size: int) -> set[str]:
 _tidied: set[str] = set()  # folders in which this process has looked for leftovers
 
 
+@functools.cache
+def _process_place() -> str:
+    """The machine's name, and a hash of its running system and of the container that this process is in.
+
+    Processes of which this is the same see each other by their ids. Containers may share a name, ids and a folder.
+    """
+    known = []
+    with contextlib.suppress(OSError):  # not Linux
+        known.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        known.append(os.readlink("/proc/self/ns/pid"))
+    return f"{platform.node()}-{hashlib.sha256(' '.join(known).encode()).hexdigest()[:8]}"
+
+
 def scratch_path(path: Path, ending: str) -> Path:
     """A name beside `path` for what this process writes there until it is whole; it says which process that is.
 
-    What processes of this machine that have ended left in that folder under such names is removed first.
+    What processes that have ended left in that folder under such names is removed first, if they were in the same
+    container, or on the same machine outside of any, since it was started. Of others nobody here can tell whether they
+    are still at work.
 
     ending: "tmp" for files, "partial" for folders.
     """
-    mark = f"{platform.node()}-"
+    mark = f"{_process_place()}-"
     if (parent := os.path.abspath(path.parent)) not in _tidied:
         _tidied.add(parent)
         form = re.compile(rf"\..+\.{re.escape(mark)}(\d+)\.(tmp|partial)", re.DOTALL)

@@ -267,11 +267,13 @@ def test_names_that_would_be_traps_are_refused(name: str) -> None:
 
 def test_what_dead_processes_left_is_removed_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "_tidied", set())
-    node, dead = platform.node(), 2**22 + 5  # beyond the largest process id
+    node, dead = results._process_place(), 2**22 + 5  # beyond the largest process id
+    other = f".set.{platform.node()}-0123abcd-{dead}.partial"  # of a container whose name is the same
+    (tmp_path / other).mkdir()
     for name in (f".a.json.{node}-{dead}.tmp", f".a.json.{node}-{os.getppid()}.tmp", f".a.json.other-{dead}.tmp", "b"):
         (tmp_path / name).write_text("x")
     (tmp_path / f".set.{node}-{dead}.partial").mkdir()
     (tmp_path / f".set.{node}-{dead}.partial" / "tokens.bin").write_text("x")
     write_atomic(tmp_path / "a.json", "whole")
-    left = {f".a.json.{node}-{os.getppid()}.tmp", f".a.json.other-{dead}.tmp", "a.json", "b"}
+    left = {f".a.json.{node}-{os.getppid()}.tmp", f".a.json.other-{dead}.tmp", "a.json", "b", other}
     assert {path.name for path in tmp_path.iterdir()} == left

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
 
 import pytest
 
+from scaled_rope import results
 from scaled_rope.errors import ConfigError
 from scaled_rope.texts.packed import PackedWriter, open_packed, open_rows
 from scaled_rope.texts.tables import ColumnDataset
@@ -123,9 +123,10 @@ def test_changed_tokens_are_found_and_old_sets_are_read(tmp_path):
 def test_leftovers_of_processes_that_ended_are_removed(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
+    here = results._process_place()
     gone, ours, other = (
         tmp_path / f".set.{place}.partial"
-        for place in (f"{platform.node()}-{ended.pid}", f"{platform.node()}-{os.getppid()}", f"another-{ended.pid}")
+        for place in (f"{here}-{ended.pid}", f"{here}-{os.getppid()}", f"another-{ended.pid}")
     )
     for folder in (gone, ours, other):
         folder.mkdir()
