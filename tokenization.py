@@ -18,7 +18,7 @@ from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, check_name
 from scaled_rope.progress import Progress
 from scaled_rope.texts.conversations import Refusals, check_chat, template_hash, template_of
-from scaled_rope.texts.documents import TextSource, check_there, files_hash
+from scaled_rope.texts.documents import TextSource, check_feature, check_split, check_there, files_hash
 from scaled_rope.texts.mixtures import (
     CHAT_FIELDS,
     Copies,
@@ -106,6 +106,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                 raise ConfigError(f"--{name} is not allowed with --mixture, whose file says it")
     if args.feature is not None and (chat := [n for n in CHAT_FIELDS if getattr(args, n)]):
         raise ConfigError(f"--feature is not allowed with --{chat[0]}: it is for texts")
+    for text in args.dataset or ():
+        check_split(TextSource.parse(text).path, args.split)
     for name, value in _DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -155,6 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     for source in sources:
         check_there(source.dataset)
+        if source.chat is None:
+            check_feature(source.dataset, source.feature, args.json)
         if Path(source.dataset).is_dir() and args.output.resolve().is_relative_to(Path(source.dataset).resolve()):
             raise ConfigError(
                 f"--output {args.output} is inside dataset {source.dataset}, which would then hold the set as well;"

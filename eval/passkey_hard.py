@@ -29,6 +29,7 @@ from typing import Any
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.flags import (
+    Unsaid,
     add_evaluation_arguments,
     add_model_arguments,
     add_server_arguments,
@@ -37,9 +38,10 @@ from scaled_rope.flags import (
     check_output_apart,
     check_server_arguments,
     context_lengths,
+    said,
 )
 from scaled_rope.results import write_atomic
-from scaled_rope.texts.documents import check_there
+from scaled_rope.texts.documents import check_feature, check_split, check_there, expanded
 
 FIXED_LENGTH = 8192
 RED_PAJAMA = "togethercomputer/RedPajama-Data-1T-Sample"
@@ -63,9 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_server_arguments(parser)
     add = parser.add_argument_group("text").add_argument
     source = "a .txt, .jsonl or .parquet file, a folder of these, a hub name or standin:NAME"
-    add("-d", "--dataset", default=RED_PAJAMA, metavar="NAME", help=f"{source} (default %(default)s)")
+    add("-d", "--dataset", default=RED_PAJAMA, type=expanded, metavar="NAME", help=f"{source} (default %(default)s)")
     add("-f", "--feature", default="text", help="field that holds the text (default %(default)s)")
-    add("--split", default="train", help="split of a hub dataset (default %(default)s)")
+    add("--split", default=Unsaid("train"), help="split of a hub dataset (default %(default)s)")
     add = parser.add_argument_group("prompts").add_argument
     add("--num-keys", type=int, default=1, metavar="N", help="keys per prompt (default %(default)s)")
     add("--iterations", type=int, default=20, metavar="N", help="prompts per length (default %(default)s)")
@@ -101,6 +103,8 @@ def check_arguments(args: argparse.Namespace) -> list[int]:
     check_model_arguments(args)
     check_server_arguments(args)
     check_there(args.dataset)
+    check_split(args.dataset, said(args.split))
+    check_feature(args.dataset, args.feature)
     check_output_apart(args, [args.dataset])
     for name, least in (("iterations", 1), ("num_keys", 1), ("seed", 0)):
         if getattr(args, name) < least:

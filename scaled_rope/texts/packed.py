@@ -21,7 +21,7 @@ import numpy.typing as npt
 from scaled_rope.content_hash import content_hash, kept_hash, record_hash
 from scaled_rope.errors import ConfigError, check_name, shortened, unknown
 from scaled_rope.results import scratch_path
-from scaled_rope.texts.documents import check_subset, is_local
+from scaled_rope.texts.documents import check_subset, expanded, is_local
 from scaled_rope.texts.hub import import_datasets, load_hub
 from scaled_rope.texts.tables import ColumnDataset, check_ids
 
@@ -310,6 +310,7 @@ def open_rows(name: str, split: str = "train", subset: str | None = None) -> Tok
         ConfigError: no such data, no `input_ids`, or a subset of local data.
     """
     check_subset(name, subset)
+    name = expanded(name)
     path = Path(name)
     if (path / "meta.json").is_file():
         return PackedDataset(path)
