@@ -17,6 +17,7 @@ from typing import Any
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, check_name
 from scaled_rope.progress import Progress
+from scaled_rope.results import check_writable
 from scaled_rope.texts.conversations import Refusals, check_chat, template_hash, template_of
 from scaled_rope.texts.documents import TextSource, check_feature, check_split, check_there, files_hash
 from scaled_rope.texts.mixtures import (
@@ -96,6 +97,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     check_name(args.output, "--output")
     if args.output.exists() and not (args.output / "meta.json").is_file() and not is_part(args.output):
         raise ConfigError(f"--output {args.output} exists and is no packed set; remove it or choose another folder")
+    if not args.output.exists():
+        check_writable(args.output)
     if args.sequence_length < 2:
         raise ConfigError(f"--sequence-length {args.sequence_length} is not allowed; at least 2 tokens")
     if args.num_proc < 1:

@@ -122,7 +122,7 @@ from scaled_rope.evaluation.hard_passkey_evaluator import HardPasskey
 from scaled_rope.evaluation.jobs import model_jobs
 from scaled_rope.evaluation.passkey_trials import run_trials
 from scaled_rope.evaluation.ranks import current, on_ranks
-from scaled_rope.evaluation.runner import command_line, given_arguments
+from scaled_rope.evaluation.runner import command_line, given_arguments, print_output
 from scaled_rope.evaluation.statistics import format_share
 from scaled_rope.report.drawing import check_format
 from scaled_rope.report.heatmap import Panel, save_heatmap
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = [{**row, "name": job.name} for job, cells in rows.items() for row in cells.values()]
         write_atomic(answers_file, json.dumps(found, indent=1) + "\n")
         print(f"\nanswers: {answers_file}")
-    print(f"\nrows: {args.output}")
+    print_output(args.output)
     return code
 
 

@@ -122,7 +122,7 @@ from scaled_rope.evaluation.formatting import format_perplexity
 from scaled_rope.evaluation.jobs import ModelJob, model_jobs
 from scaled_rope.evaluation.perplexity_evaluator import Perplexity
 from scaled_rope.evaluation.ranks import current, on_ranks
-from scaled_rope.evaluation.runner import Parts, command_line, print_summary, run_all
+from scaled_rope.evaluation.runner import Parts, command_line, print_output, print_summary, run_all
 from scaled_rope.results import Row
 
 CONTROL_NAME = "last tokens only"
@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_summary(title + on, rows, lambda row: format_perplexity(row["perplexity_bucket"]))
     for name, title in controls.items():
         print_controls(f" on {name}" if name else "", found[name], found[title], evaluators[title])
-    print(f"\nrows: {args.output}")
+    print_output(args.output)
     return code
 
 

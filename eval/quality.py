@@ -69,7 +69,7 @@ from scaled_rope.evaluation.failures import Failure, report_failures
 from scaled_rope.evaluation.jobs import model_jobs
 from scaled_rope.evaluation.quality_evaluator import Quality, describe_choices, write_accuracies
 from scaled_rope.evaluation.ranks import current, on_ranks
-from scaled_rope.evaluation.runner import command_line, print_summary, run
+from scaled_rope.evaluation.runner import command_line, print_output, print_summary, run
 from scaled_rope.evaluation.statistics import format_share
 
 
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if table is not None and current().is_first:
         write_accuracies(table, jobs, rows)
     print_summary("QuALITY answers right, with 95 % intervals, by longest prompt (tokens)", rows, format_share)
-    print(f"\nrows: {args.output}")
+    print_output(args.output)
     return code
 
 

@@ -260,17 +260,15 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     """Open a file's bytes, decompressed bit by bit if its name ends in a suffix of `COMPRESSED`.
 
     Raises:
-        ConfigError: pyarrow is missing, or the compressed file is truncated or something else.
+        ConfigError: the file cannot be read, pyarrow is missing, or a compressed file is truncated or something else.
     """
     kind = path.suffix.lower()
-    if kind not in COMPRESSED:
-        with path.open("rb") as file:
-            yield file
-        return
     try:
-        with _OPEN[kind](path) as file:
+        with path.open("rb") if kind not in COMPRESSED else _OPEN[kind](path) as file:
             yield file
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        if kind not in COMPRESSED or isinstance(error, PermissionError):
+            raise ConfigError(f"dataset {path} cannot be read: {getattr(error, 'strerror', error)}") from None
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(f"dataset {path} is not a whole {COMPRESSED[kind]} file: {why}") from None
 
