@@ -37,6 +37,7 @@ from scaled_rope.recipes import (
     read_recipe,
     starts_from,
 )
+from scaled_rope.results import check_writable
 from scaled_rope.scaling.spec import rescale
 
 #: defaults of a run without a recipe, besides the recipe's own: those of the released script
@@ -206,7 +207,7 @@ def save_scaled(recipe: Recipe) -> None:
     """
     from scaled_rope.results import provenance
     from scaled_rope.training.model import build_model, save_model
-    from scaled_rope.training.run_state import run_lock
+    from scaled_rope.training.run_state import naming_a_lost_disk, run_lock
     from scaled_rope.training.tracking import write_records
 
     folder = Path(recipe.output_dir)
@@ -221,7 +222,9 @@ def save_scaled(recipe: Recipe) -> None:
         facts = provenance("cpu", recipe.seed, {})
         label = "the checkpoint's own" if report is None else report.scaling.label
         records = functools.partial(write_records, recipe=recipe, facts=facts, log=[], scaling=label)
-        save_model(model, model.state_dict(), recipe, folder / "model", records)
+        state = model.state_dict()
+        with naming_a_lost_disk(folder / "model", 4.0 * sum(tensor.numel() for tensor in state.values())):
+            save_model(model, state, recipe, folder / "model", records)
     print(f"{folder / 'model'}: saved without training")
 
 
@@ -240,6 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("--deepspeed needs a launcher: accelerate launch --config_file configs/accelerate/zero3.yaml")
     if args.log_loss is not None and not args.log_loss.parent.is_dir():
         raise ConfigError(f"--log-loss {args.log_loss} is not allowed; folder {args.log_loss.parent} does not exist")
+    if args.log_loss is not None:
+        check_writable(args.log_loss)
     if args.architecture is not None and recipe.model is not None:
         from scaled_rope.checkpoint import load_config
 

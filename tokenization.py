@@ -17,8 +17,9 @@ from typing import Any
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, check_name
 from scaled_rope.progress import Progress
+from scaled_rope.results import check_writable
 from scaled_rope.texts.conversations import Refusals, check_chat, template_hash, template_of
-from scaled_rope.texts.documents import TextSource, check_there, files_hash
+from scaled_rope.texts.documents import TextSource, check_feature, check_split, check_there, files_hash
 from scaled_rope.texts.mixtures import (
     CHAT_FIELDS,
     Copies,
@@ -96,6 +97,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     check_name(args.output, "--output")
     if args.output.exists() and not (args.output / "meta.json").is_file() and not is_part(args.output):
         raise ConfigError(f"--output {args.output} exists and is no packed set; remove it or choose another folder")
+    if not args.output.exists():
+        check_writable(args.output)
     if args.sequence_length < 2:
         raise ConfigError(f"--sequence-length {args.sequence_length} is not allowed; at least 2 tokens")
     if args.num_proc < 1:
@@ -106,6 +109,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                 raise ConfigError(f"--{name} is not allowed with --mixture, whose file says it")
     if args.feature is not None and (chat := [n for n in CHAT_FIELDS if getattr(args, n)]):
         raise ConfigError(f"--feature is not allowed with --{chat[0]}: it is for texts")
+    for text in args.dataset or ():
+        check_split(TextSource.parse(text).path, args.split)
     for name, value in _DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -155,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     for source in sources:
         check_there(source.dataset)
+        if source.chat is None:
+            check_feature(source.dataset, source.feature, args.json)
         if Path(source.dataset).is_dir() and args.output.resolve().is_relative_to(Path(source.dataset).resolve()):
             raise ConfigError(
                 f"--output {args.output} is inside dataset {source.dataset}, which would then hold the set as well;"

@@ -6,6 +6,7 @@ python truncate.py 8192 data/pg19-8k --dataset data/pg19-64k
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
+from scaled_rope.texts.documents import expanded
 from scaled_rope.texts.packed import is_part, open_packed, open_rows, remove_half_made
 from scaled_rope.texts.packing import hashes_of, recut
 
@@ -37,9 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output.exists():
         done = open_packed(args.output)
         made = done.meta.get("recut", {})
-        if (made.get("dataset"), done.sequence_length) != (args.dataset, args.length):
+        # Hashes say more than names: a folder has several, and another may hold the same rows.
+        named, hashes, same = made.get("dataset"), made.get("hashes"), False
+        if named is not None and done.sequence_length == args.length:
+            same = hashes is not None and hashes == hashes_of(open_rows(args.dataset))
+            if not same and os.path.realpath(named) != os.path.realpath(expanded(args.dataset)):
+                named = None
+        if named is None or done.sequence_length != args.length:
             raise ConfigError(f"output {args.output} holds a set made otherwise; remove it or choose another folder")
-        if made.get("hashes") not in (None, hashes_of(open_rows(args.dataset))):
+        if hashes is not None and not same:
             raise ConfigError(
                 f"output {args.output} was cut from other rows than {args.dataset} has now; remove it or choose another"
                 " folder"

@@ -10,6 +10,7 @@ stands twice or more often. Texts that are held out (`is_heldout`) are in none o
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -145,7 +146,11 @@ class Stretches:
         return sum(map(len, self.texts))
 
     def next(self, size: int) -> list[int]:
-        """The next stretch of `size` tokens, always the same size."""
+        """The next stretch of `size` tokens, always the same size.
+
+        Raises:
+            ConfigError: no text is longer than that.
+        """
         if not self._left:
             self.rounds += 1
             for index, text in enumerate(self.texts):
@@ -158,8 +163,15 @@ class Stretches:
         return list(self.texts[index][start : start + size])
 
     def anywhere(self, rng: random.Random, size: int) -> list[int]:
-        """A stretch from anywhere, as filler."""
-        text = rng.choice([text for text in self.texts if len(text) > size])
+        """A stretch from anywhere, as filler.
+
+        Raises:
+            ConfigError: no text is longer than that.
+        """
+        long = [text for text in self.texts if len(text) > size]
+        if not long:
+            raise ConfigError(f"no text has more than {size} tokens")
+        text = rng.choice(long)
         start = rng.randrange(len(text) - size)
         return list(text[start : start + size])
 
@@ -247,12 +259,24 @@ def build_rows(
         return writer.close(record | {"archives": archives})
 
 
+def check_numbers(args: argparse.Namespace) -> None:
+    """Refuse a number of rows below 1 and a seed below 0.
+
+    Raises:
+        ConfigError: one of these.
+    """
+    for name, least in (("rows", 1), ("seed", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise ConfigError(f"--{name} {getattr(args, name)} is not allowed; at least {least}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("data/build_base.py", __doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for the tokenizer and the rows")
     parser.add_argument("--rows", type=int, help="rows of every set, for a trial (default: as in SETS)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    check_numbers(args)
     from scaled_rope.checkpoint import load_tokenizer
 
     args.output.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.build_base import Stretches
+from data.build_base import Stretches, check_numbers
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.texts.needles import needle_document
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    check_numbers(args)
     from scaled_rope.checkpoint import load_tokenizer
 
     if args.output.exists():
@@ -70,7 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = load_tokenizer(args.tokenizer)
     texts = [file.read_text(encoding="utf-8") for file in files]
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    output = build(tokenizer, [one for one in ids if len(one) > LENGTH], args.output, args.rows, args.seed)
+    long = [one for one in ids if len(one) > LENGTH]
+    if not long:
+        raise ConfigError(f"--texts {args.texts}: no text has more than {LENGTH} tokens, those of a row")
+    output = build(tokenizer, long, args.output, args.rows, args.seed)
     print(f"{output}: {args.rows} rows")
     return 0
 

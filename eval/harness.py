@@ -142,7 +142,7 @@ from scaled_rope.evaluation.harness_plan import doubled_lengths, lengths_note, p
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
 from scaled_rope.evaluation.lm_eval_tasks import Catalogue, UnbuiltUnit, Unit, model_class
 from scaled_rope.evaluation.ranks import current, on_ranks
-from scaled_rope.evaluation.runner import command_line, given_arguments
+from scaled_rope.evaluation.runner import command_line, given_arguments, print_output
 from scaled_rope.evaluation.saved_questions import SavedUnit, read_requests
 
 
@@ -228,7 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What has rows that say so is not refused as a whole.
     written = any(isinstance(failure.error, Unmeasurable) for failure in failures)
     code = report_failures(failures, jobs, ("any task",) if written else ())
-    print(f"\n{ranks.first(lambda: benchmark_table(args.output, wanted))}\n\nrows: {args.output}")
+    print(f"\n{ranks.first(lambda: benchmark_table(args.output, wanted))}")
+    print_output(args.output)
     return code
 
 

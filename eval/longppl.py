@@ -33,6 +33,7 @@ from scaled_rope.flags import (
     add_model_arguments,
     add_text_arguments,
     batch_size,
+    check_losses_folder,
     check_model_arguments,
     check_text_arguments,
     context_lengths,
@@ -86,8 +87,7 @@ def check_arguments(args: argparse.Namespace) -> list[TokenSource]:
         raise ConfigError(
             f"--key-floor {args.key_floor} is not allowed; below 0, the logarithm of certainty, {-_MOST:g} or more"
         )
-    if args.save_nll is not None and Path(args.save_nll).is_file():
-        raise ConfigError(f"--save-nll {args.save_nll} is a file; name a folder")
+    check_losses_folder(args.save_nll)
     if args.figure is not None:
         check_writable(args.figure)
     names = dict.fromkeys(args.dataset or args.tokenized)
@@ -107,7 +107,7 @@ from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
 from scaled_rope.evaluation.long_perplexity import METRIC, KeyRule, KeyTokens, LongPerplexity
 from scaled_rope.evaluation.perplexity_evaluator import Perplexity
 from scaled_rope.evaluation.ranks import current, on_ranks
-from scaled_rope.evaluation.runner import Parts, command_line, print_summary, run_all
+from scaled_rope.evaluation.runner import Parts, command_line, print_output, print_summary, run_all
 from scaled_rope.progress import Progress
 from scaled_rope.report.drawing import check_format
 from scaled_rope.report.gains import excerpts, save_gains, strips
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.figure is not None and current().is_first:
         save_gains(args.figure, [strip for one in keys.values() for strip in strips(one, longest)])
         print(f"\nfigure: {args.figure}")
-    print(f"\nrows: {args.output}")
+    print_output(args.output)
     return code
 
 

@@ -128,7 +128,7 @@ from scaled_rope.evaluation.jobs import model_jobs
 from scaled_rope.evaluation.passkey_evaluator import Passkey
 from scaled_rope.evaluation.passkey_trials import run_trials
 from scaled_rope.evaluation.ranks import current, on_ranks
-from scaled_rope.evaluation.runner import command_line, given_arguments
+from scaled_rope.evaluation.runner import command_line, given_arguments, print_output
 from scaled_rope.report.drawing import check_format
 from scaled_rope.report.heatmap import Panel, save_heatmap
 
@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
         save_heatmap(args.heatmap, panels)
         print(f"\nheat map: {args.heatmap}")
-    print(f"\nrows: {args.output}")
+    print_output(args.output)
     return code
 
 

@@ -29,16 +29,19 @@ from typing import Any
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.flags import (
+    Unsaid,
     add_evaluation_arguments,
     add_model_arguments,
     add_server_arguments,
     batch_size,
     check_model_arguments,
+    check_output_apart,
     check_server_arguments,
     context_lengths,
+    said,
 )
 from scaled_rope.results import write_atomic
-from scaled_rope.texts.documents import check_there
+from scaled_rope.texts.documents import check_feature, check_split, check_there, expanded
 
 FIXED_LENGTH = 8192
 RED_PAJAMA = "togethercomputer/RedPajama-Data-1T-Sample"
@@ -62,9 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_server_arguments(parser)
     add = parser.add_argument_group("text").add_argument
     source = "a .txt, .jsonl or .parquet file, a folder of these, a hub name or standin:NAME"
-    add("-d", "--dataset", default=RED_PAJAMA, metavar="NAME", help=f"{source} (default %(default)s)")
+    add("-d", "--dataset", default=RED_PAJAMA, type=expanded, metavar="NAME", help=f"{source} (default %(default)s)")
     add("-f", "--feature", default="text", help="field that holds the text (default %(default)s)")
-    add("--split", default="train", help="split of a hub dataset (default %(default)s)")
+    add("--split", default=Unsaid("train"), help="split of a hub dataset (default %(default)s)")
     add = parser.add_argument_group("prompts").add_argument
     add("--num-keys", type=int, default=1, metavar="N", help="keys per prompt (default %(default)s)")
     add("--iterations", type=int, default=20, metavar="N", help="prompts per length (default %(default)s)")
@@ -100,6 +103,9 @@ def check_arguments(args: argparse.Namespace) -> list[int]:
     check_model_arguments(args)
     check_server_arguments(args)
     check_there(args.dataset)
+    check_split(args.dataset, said(args.split))
+    check_feature(args.dataset, args.feature)
+    check_output_apart(args, [args.dataset])
     for name, least in (("iterations", 1), ("num_keys", 1), ("seed", 0)):
         if getattr(args, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least {least}")
@@ -116,7 +122,7 @@ from scaled_rope.evaluation.hard_passkey_evaluator import HardPasskey
 from scaled_rope.evaluation.jobs import model_jobs
 from scaled_rope.evaluation.passkey_trials import run_trials
 from scaled_rope.evaluation.ranks import current, on_ranks
-from scaled_rope.evaluation.runner import command_line, given_arguments
+from scaled_rope.evaluation.runner import command_line, given_arguments, print_output
 from scaled_rope.evaluation.statistics import format_share
 from scaled_rope.report.drawing import check_format
 from scaled_rope.report.heatmap import Panel, save_heatmap
@@ -165,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = [{**row, "name": job.name} for job, cells in rows.items() for row in cells.values()]
         write_atomic(answers_file, json.dumps(found, indent=1) + "\n")
         print(f"\nanswers: {answers_file}")
-    print(f"\nrows: {args.output}")
+    print_output(args.output)
     return code
 
 

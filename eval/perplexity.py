@@ -32,7 +32,6 @@ import argparse
 import functools
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
@@ -45,6 +44,7 @@ from scaled_rope.flags import (
     add_server_arguments,
     add_text_arguments,
     batch_size,
+    check_losses_folder,
     check_model_arguments,
     check_server_arguments,
     check_text_arguments,
@@ -89,8 +89,7 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[TokenSource], int | 
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
     ControlRequest.parse(args.control)
-    if args.save_nll is not None and Path(args.save_nll).is_file():
-        raise ConfigError(f"--save-nll {args.save_nll} is a file; name a folder")
+    check_losses_folder(args.save_nll)
     sources = [
         TokenSource(name, bool(args.tokenized), args.feature, args.split, args.subset)
         for name in dict.fromkeys(args.dataset or args.tokenized)
@@ -123,7 +122,7 @@ from scaled_rope.evaluation.formatting import format_perplexity
 from scaled_rope.evaluation.jobs import ModelJob, model_jobs
 from scaled_rope.evaluation.perplexity_evaluator import Perplexity
 from scaled_rope.evaluation.ranks import current, on_ranks
-from scaled_rope.evaluation.runner import Parts, command_line, print_summary, run_all
+from scaled_rope.evaluation.runner import Parts, command_line, print_output, print_summary, run_all
 from scaled_rope.results import Row
 
 CONTROL_NAME = "last tokens only"
@@ -227,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_summary(title + on, rows, lambda row: format_perplexity(row["perplexity_bucket"]))
     for name, title in controls.items():
         print_controls(f" on {name}" if name else "", found[name], found[title], evaluators[title])
-    print(f"\nrows: {args.output}")
+    print_output(args.output)
     return code
 
 

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.flags import add_model_arguments, check_model_arguments
-from scaled_rope.texts.documents import check_there
+from scaled_rope.flags import Unsaid, add_model_arguments, check_model_arguments, check_output_apart, said
+from scaled_rope.texts.documents import check_split, check_there, expanded
 
 TOO_LONG = ("cut", "drop")
 
@@ -33,8 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser)
     add = parser.add_argument_group("questions").add_argument
     source = "a .jsonl file or a hub name"
-    add("-d", "--dataset", default="emozilla/quality", metavar="NAME", help=f"{source} (default %(default)s)")
-    add("--split", default="validation", help="split of a hub dataset (default %(default)s)")
+    add("-d", "--dataset", default="emozilla/quality", type=expanded, metavar="NAME",
+        help=f"{source} (default %(default)s)")  # fmt: skip
+    add("--split", default=Unsaid("validation"), help="split of a hub dataset (default %(default)s)")
     add("--limit", type=int, metavar="N", help="the first N questions (default: all)")
     add("--max-tokens", type=int, metavar="N", help="longest prompt in tokens, letter included (default: no limit)")
     add("--too-long", choices=TOO_LONG, default="cut", help="what to do with a longer one (default %(default)s)")
@@ -55,6 +56,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
     check_there(args.dataset)
+    check_split(args.dataset, said(args.split))
+    check_output_apart(args, [args.dataset])
 
 
 if __name__ == "__main__":
@@ -66,7 +69,7 @@ from scaled_rope.evaluation.failures import Failure, report_failures
 from scaled_rope.evaluation.jobs import model_jobs
 from scaled_rope.evaluation.quality_evaluator import Quality, describe_choices, write_accuracies
 from scaled_rope.evaluation.ranks import current, on_ranks
-from scaled_rope.evaluation.runner import command_line, print_summary, run
+from scaled_rope.evaluation.runner import command_line, print_output, print_summary, run
 from scaled_rope.evaluation.statistics import format_share
 
 
@@ -94,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if table is not None and current().is_first:
         write_accuracies(table, jobs, rows)
     print_summary("QuALITY answers right, with 95 % intervals, by longest prompt (tokens)", rows, format_share)
-    print(f"\nrows: {args.output}")
+    print_output(args.output)
     return code
 
 

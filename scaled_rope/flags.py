@@ -24,9 +24,9 @@ from scaled_rope.results import check_writable, package_version, portable_model
 from scaled_rope.scaling.record import check_spec
 from scaled_rope.scaling.registry import METHODS
 from scaled_rope.scaling.spec import Spec
-from scaled_rope.texts.corpora import CORPORA
-from scaled_rope.texts.documents import check_there
-from scaled_rope.texts.token_documents import TokenSource
+from scaled_rope.texts.corpora import CORPORA, STANDIN
+from scaled_rope.texts.documents import check_feature, check_split, check_there, expanded, suffix_of
+from scaled_rope.texts.token_documents import TokenSource, is_tokenized
 
 # Names that belong to modules which import torch; `tests/test_flags.py` holds the two to each other.
 ATTENTIONS = (
@@ -237,14 +237,25 @@ def _indices(text: str) -> list[int]:
         raise ConfigError(f"{text!r} is not allowed; indices of layers, as 3,7") from None
 
 
+class Unsaid(str):
+    """The type of a default, which tells it apart from the same word given by the user."""
+
+
+def said(word: str) -> str | None:
+    """The value of a flag whose default is `Unsaid`; None where it was not given."""
+    return None if isinstance(word, Unsaid) else word
+
+
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags for the documents that perplexities are measured on."""
     add = parser.add_argument_group("text").add_argument
-    add("-d", "--dataset", action="append", metavar="NAME", help="texts, or a packed set (see above); repeatable")
-    add("--tokenized", action="append", metavar="NAME", help="a tokenized set (column input_ids); repeatable")
+    add("-d", "--dataset", action="append", type=expanded, metavar="NAME",
+        help="texts, or a packed set (see above); repeatable")  # fmt: skip
+    add("--tokenized", action="append", type=expanded, metavar="NAME",
+        help="a tokenized set (column input_ids); repeatable")  # fmt: skip
     add("-s", "--subset", metavar="NAME", help="configuration of a hub dataset")
     add("-f", "--feature", default="text", help="field that holds the text (default %(default)s)")
-    add("--split", default="test", help="split of a hub dataset (default %(default)s)")
+    add("--split", default=Unsaid("test"), help="split of a hub dataset, or a saved one (default %(default)s)")
     add("--dataset-min-tokens", type=int, metavar="N", help="documents must have N tokens")
     add("--samples", type=int, metavar="N", help="the first N documents that are long enough (default: all)")
     add("--windows", type=int, metavar="N", help="truncate N windows per document, evenly spaced (default: its start)")
@@ -255,7 +266,8 @@ def check_text_arguments(args: argparse.Namespace) -> None:
     """Refuse mistakes in the flags of `add_text_arguments` that show in names and numbers alone.
 
     Raises:
-        ConfigError: such a mistake, or two texts that rows would record under one name.
+        ConfigError: such a mistake, a split or a field of texts that have none, or two texts that rows would record
+            under one name.
     """
     if bool(args.dataset) == bool(args.tokenized):
         raise ConfigError("give either --dataset or --tokenized")
@@ -264,8 +276,41 @@ def check_text_arguments(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
     for name in args.dataset or ():
         check_there(name)
+    for name in args.dataset or args.tokenized:
+        check_split(name, said(args.split))
+        check_feature(name, args.feature, tokenized=bool(args.tokenized) or is_tokenized(name))
+    check_output_apart(args, [*(args.dataset or ()), *(args.tokenized or ())])
     for flag, names in (("-d", args.dataset), ("--tokenized", args.tokenized)):
         _check_recorded(flag, names or (), lambda name: TokenSource(name).title, "file or folder")
+
+
+def check_output_apart(args: argparse.Namespace, texts: Sequence[str]) -> None:
+    """Refuse an output that is one of the texts that are read, or a file of one that is a folder.
+
+    Raises:
+        ConfigError: such an output, which would be written over or into the text.
+    """
+    for flag in ("output", "output_file"):
+        path = getattr(args, flag, None)
+        if path is None or not os.path.exists(path):
+            continue
+        place = Path(os.path.realpath(path))
+        for text in texts:
+            read = Path(os.path.realpath(text))
+            if place == read or (suffix_of(place) and read.is_dir() and place.is_relative_to(read)):
+                raise ConfigError(f"--{flag.replace('_', '-')} {path} is of dataset {text}; name another file")
+
+
+def check_losses_folder(path: str | None) -> None:
+    """Refuse a `--save-nll` in which no file can be made.
+
+    Raises:
+        ConfigError: it is a file, or a place where no folder can be made.
+    """
+    if path is not None and Path(path).is_file():
+        raise ConfigError(f"--save-nll {path} is a file; name a folder")
+    if path is not None and not Path(path).exists():
+        check_writable(path)
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -613,9 +658,10 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     add("-m", "--model", metavar="NAME", help="directory or hub name (default: embedded)")
     _add_loading_arguments(add)
     add = parser.add_argument_group("text").add_argument
-    add("-d", "--dataset", metavar="PATH", help="file of text, JSON or Parquet, folder, hub name, packed set or corpus")
+    add("-d", "--dataset", type=expanded, metavar="PATH",
+        help="file of text, JSON or Parquet, folder, hub name, packed set or corpus")  # fmt: skip
     add("-f", "--feature", default="text", help="field that holds the text (default %(default)s)")
-    add("--split", default="test", help="split of a hub dataset (default %(default)s)")
+    add("--split", default=Unsaid("test"), help="split of a hub dataset, or a saved one (default %(default)s)")
     add("--documents", type=int, metavar="N", help="the first N documents that are long enough (default: all)")
     add("--windows", type=int, default=1, metavar="N", help="windows per document, evenly spaced (default: its start)")
     add = parser.add_argument_group("search").add_argument
@@ -661,12 +707,21 @@ def _add_model_and_text(parser: argparse.ArgumentParser) -> Callable[..., argpar
     add("--target", type=int, required=True, metavar="N", help="the length to reach, in tokens")
     _add_loading_arguments(add)
     add = parser.add_argument_group("text").add_argument
-    add("-d", "--dataset", default=ADVICE_TEXT, metavar="PATH",
+    add("-d", "--dataset", default=ADVICE_TEXT, type=expanded, metavar="PATH",
         help="file of text, JSON or Parquet, folder, hub name, packed set or corpus (default %(default)s)")  # fmt: skip
     add("-f", "--feature", default="text", help="field that holds the text (default %(default)s)")
-    add("--split", default="test", help="split of a hub dataset (default %(default)s)")
+    add("--split", default=Unsaid("test"), help="split of a hub dataset, or a saved one (default %(default)s)")
     add("--documents", type=int, metavar="N", help="the first N documents that are long enough (default: all)")
     return add
+
+
+def _check_text(args: argparse.Namespace) -> None:
+    """Refuse a text that is not there, and a split or a field of one that has none."""
+    check_there(args.dataset)
+    is_corpus = args.dataset in CORPORA and not Path(args.dataset).exists()
+    name = STANDIN + args.dataset if is_corpus else args.dataset
+    check_split(name, said(args.split))
+    check_feature(name, args.feature, tokenized=is_tokenized(name))
 
 
 def add_advise_arguments(parser: argparse.ArgumentParser) -> None:
@@ -705,7 +760,7 @@ def check_advise_arguments(args: argparse.Namespace) -> None:
     if Path(args.output).is_file():
         raise ConfigError(f"--output {args.output} is a file; name a folder")
     check_writable(Path(args.output) / "rows.jsonl")
-    check_there(args.dataset)
+    _check_text(args)
     check_local(args.model)
 
 
@@ -825,7 +880,7 @@ def check_search_arguments(args: argparse.Namespace) -> None:
     if Path(args.output).is_file():
         raise ConfigError(f"--output {args.output} is a file; name a folder")
     check_writable(Path(args.output) / "trace.jsonl")
-    check_there(args.dataset)
+    _check_text(args)
     check_local(args.model)
 
 
@@ -916,6 +971,6 @@ def check_tune_arguments(args: argparse.Namespace) -> None:
     if Path(args.output).is_file():
         raise ConfigError(f"--output {args.output} is a file; name a folder")
     check_writable(Path(args.output) / "rows.jsonl")
-    check_there(args.dataset)
+    _check_text(args)
     if args.model is not None:
         check_local(args.model)

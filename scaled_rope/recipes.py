@@ -624,6 +624,10 @@ def pending(recipe: Recipe) -> list[Recipe]:
     return [*(pending(before) if before is not None else ()), recipe]
 
 
+_PLACES = {"model", "tokenizer", "dataset", "heldout", "output_dir", "continue_from"}
+"""Fields that may be paths."""
+
+
 def make_recipe(fields: Mapping[str, Any], where: str) -> Recipe:
     """Make a recipe from plain values, each converted to its field's type; `where` names their origin in errors.
 
@@ -631,6 +635,9 @@ def make_recipe(fields: Mapping[str, Any], where: str) -> Recipe:
         ConfigError: an unknown field, a value that is not allowed, or a missing field.
     """
     values = {key: coerce(key, value) for key, value in fields.items()}
+    for key in _PLACES & values.keys():
+        if isinstance(values[key], str):
+            values[key] = os.path.expanduser(values[key])  # YAML and quotes leave "~" as it is
     required = [f.name for f in dataclasses.fields(Recipe) if f.default is f.default_factory is dataclasses.MISSING]
     for key in required:
         if key not in values:

@@ -8,6 +8,7 @@ Knows nothing of what is measured.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -22,7 +23,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -184,7 +184,7 @@ def finished_keys(path: str | Path) -> set[str]:
     return {row_key(row) for row in rows_so_far(path)}
 
 
-@contextmanager
+@contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Report an unusable path as bad input. A full disk keeps its own error, which entry scripts already report."""
     try:
@@ -208,11 +208,21 @@ def _is_row(line: bytes) -> bool:
         return False
 
 
+def _begins_a_row(fragment: bytes) -> bool:
+    """Whether a last line without its end can be what a killed process left of a row; nothing can."""
+    return b'{"'.startswith(fragment[:2])
+
+
+def _no_rows(path: str | Path, line: int) -> ConfigError:
+    return ConfigError(f"file {str(path)!r} holds no rows: its line {line} is not a JSON object")
+
+
 def read_rows(path: str | Path) -> list[Row]:
     """All rows of a file. A last line that was cut off while being written is left out.
 
     Raises:
-        ConfigError: the file cannot be read, or a line other than the last is not a JSON object.
+        ConfigError: the file cannot be read, or a line other than the last is not a JSON object, or it has no rows and
+            the last is not the beginning of one.
     """
     path = Path(path)
     with naming(path):
@@ -224,15 +234,21 @@ def read_rows(path: str | Path) -> list[Row]:
         if not line.strip():
             continue
         if not _is_row(line) and not rows:
-            raise ConfigError(f"file {str(path)!r} holds no rows: its line {number} is not a JSON object")
+            raise _no_rows(path, number)
         if not _is_row(line):
             raise ConfigError(f"file {str(path)!r}, line {number} is not a JSON object; remove that line")
         rows.append(json.loads(line))
+    if not rows and not _begins_a_row(data[end:]):
+        raise _no_rows(path, len(lines))
     return rows
 
 
-def _heal(descriptor: int) -> None:
-    """Make the file end with a newline: add one to a complete last row, cut off an incomplete one."""
+def _heal(descriptor: int, path: Path) -> None:
+    """Make the file end with a newline: add one to a complete last row, cut off an incomplete one.
+
+    Raises:
+        ConfigError: nothing in the file is a row or the beginning of one, so it is something else.
+    """
     size = os.fstat(descriptor).st_size
     if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
         return
@@ -240,6 +256,8 @@ def _heal(descriptor: int) -> None:
     end = _complete(data)
     if _is_row(data[end:]):
         os.write(descriptor, b"\n")
+    elif not _begins_a_row(data[end:]) and not any(map(_is_row, data[:end].split(b"\n"))):
+        raise _no_rows(path, data.count(b"\n") + 1)
     else:
         os.ftruncate(descriptor, end)
 
@@ -254,7 +272,8 @@ def append_row(path: str | Path, row: Mapping[str, Any], once: bool = False) -> 
     the row remains.
 
     Raises:
-        ConfigError: the path cannot be written to, or the row holds a number that is not finite.
+        ConfigError: the path cannot be written to, the row holds a number that is not finite, or the file ends in an
+            unfinished line and holds no rows.
         OSError: no space left.
     """
     path = Path(path)
@@ -267,7 +286,7 @@ def append_row(path: str | Path, row: Mapping[str, Any], once: bool = False) -> 
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)  # released on close
-            _heal(descriptor)
+            _heal(descriptor, path)
             size = os.fstat(descriptor).st_size
             if once and row_key(row) in _keys_in(descriptor, size):
                 return False
@@ -309,14 +328,29 @@ def _keys_in(descriptor: int, size: int) -> set[str]:
 _tidied: set[str] = set()  # folders in which this process has looked for leftovers
 
 
+@functools.cache
+def _process_place() -> str:
+    """The machine's name, and a hash of its running system and of the container that this process is in.
+
+    Processes of which this is the same see each other by their ids. Containers may share a name, ids and a folder.
+    """
+    known = []
+    with contextlib.suppress(OSError):  # not Linux
+        known.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        known.append(os.readlink("/proc/self/ns/pid"))
+    return f"{platform.node()}-{hashlib.sha256(' '.join(known).encode()).hexdigest()[:8]}"
+
+
 def scratch_path(path: Path, ending: str) -> Path:
     """A name beside `path` for what this process writes there until it is whole; it says which process that is.
 
-    What processes of this machine that have ended left in that folder under such names is removed first.
+    What processes that have ended left in that folder under such names is removed first, if they were in the same
+    container, or on the same machine outside of any, since it was started. Of others nobody here can tell whether they
+    are still at work.
 
     ending: "tmp" for files, "partial" for folders.
     """
-    mark = f"{platform.node()}-"
+    mark = f"{_process_place()}-"
     if (parent := os.path.abspath(path.parent)) not in _tidied:
         _tidied.add(parent)
         form = re.compile(rf"\..+\.{re.escape(mark)}(\d+)\.(tmp|partial)", re.DOTALL)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +47,7 @@ def test_engines_that_cannot_do_it_are_refused(workspace, tmp_path, monkeypatch,
         (["nothing.yaml"], "does not exist"),
         ([], "--output-dir is missing"),
         (["demo", "--learning-rate", "-1"], "learning_rate = -1.0"),
+        (["demo", "--log-loss", "{work}"], "cannot be used: Is a directory"),
         (["demo", "--warmup-steps", "121"], "warmup_steps = 121"),
         (["demo", "--scaling", "yarn:8", "--scaling-factor", "4"], "exclude each other"),
         (["{work}/recipe.yaml", "--scaling", "yarnn:8"], "did you mean 'yarn'"),
@@ -149,6 +152,18 @@ def test_a_length_below_the_original_is_refused(workspace, tmp_path, capsys, fla
     assert run_cli(lambda: finetune.main(arguments)) == 2
     assert "max_position_embeddings = 15 is not allowed; at least the original length, 16" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
+
+
+def test_save_only_on_a_full_disk_names_the_folder_and_leaves_nothing(workspace, tmp_path, monkeypatch, capsys):
+    def full(folder: Path, **_: object) -> None:
+        (folder / "README.md").write_text("the first part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("scaled_rope.training.tracking.write_records", full)
+    arguments = [str(workspace / "recipe.yaml"), "--output-dir", str(tmp_path / "new"), "--save-only"]
+    assert run_cli(lambda: finetune.main(arguments)) == 2
+    assert f"error: {tmp_path / 'new' / 'model'} cannot be written: no space left" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_save_only_writes_the_scaling_and_nothing_else(workspace, tmp_path, capsys):

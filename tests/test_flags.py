@@ -22,7 +22,7 @@ from scaled_rope.cli import main
 from scaled_rope.command_line import Parser
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching import loading, rotary_kernel
-from scaled_rope.recipes import available
+from scaled_rope.recipes import available, make_recipe
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.scaling.registry import METHODS
 from scaled_rope.serving import export
@@ -67,6 +67,7 @@ MISTAKES = {
     "known: cma-es, coordinate, evolution, grid",
     "-m scaled_rope search . --target 9 --evaluations 0": "--evaluations 0 is not allowed; at least 1",
     "-m scaled_rope tune --dataset x --output README.md": "--output README.md is a file; name a folder",
+    "eval/quality.py -d README.md --output README.md": "--output README.md is of dataset README.md; name another file",
     "eval/quality.py --output docs": "--output docs is a folder; name a file for the rows",
     "eval/perplexity.py --dataset x --dtype int3": "unknown dtype 'int3'; known: auto, bfloat16, float16, float32",
     "-m scaled_rope tune --dataset x --dtype flaot32": "unknown dtype 'flaot32'; did you mean 'float32'? "
@@ -298,3 +299,57 @@ def test_a_gpu_that_is_not_there(version: str, files: list[str], said: str, monk
     monkeypatch.setattr(flags, "package_version", lambda _: "2.13.0")
     files.append("/dev/nvidiactl")
     check("cuda")  # torch has to say more
+
+
+def test_no_output_is_one_of_the_texts_or_in_one(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "word"}\n')
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    given = argparse.Namespace(output=str(tmp_path / "link.jsonl"), output_file=None)
+    for text in (tmp_path, tmp_path / "a.jsonl"):
+        with pytest.raises(ConfigError, match=r"--output .*link.jsonl is of dataset .*; name another file"):
+            flags.check_output_apart(given, ["some/set", str(text)])
+    given = argparse.Namespace(output=str(tmp_path / "rows"), output_file=str(tmp_path / "new.csv"))
+    flags.check_output_apart(given, [str(tmp_path), str(tmp_path / "a.jsonl")])
+
+
+def test_losses_are_not_kept_where_no_folder_can_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--save-nll .*file is a file; name a folder"):
+        flags.check_losses_folder(str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="file is no folder that can be written to"):
+        flags.check_losses_folder(str(tmp_path / "file" / "losses"))
+    for good in (None, str(tmp_path), str(tmp_path / "new" / "losses")):
+        flags.check_losses_folder(good)
+
+
+def test_a_split_or_a_field_of_texts_that_have_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("word")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "meta.json").write_text("{}")
+    args = parsed("-d", str(tmp_path / "a.txt"), texts=True)
+    assert args.split == "test" and flags.said(args.split) is None
+    for given, said in (
+        (("-d", str(tmp_path / "a.txt"), "--split", "test"), "split 'test' is for hub datasets"),
+        (("--tokenized", str(tmp_path / "set"), "--split", "train"), "split 'train' is for hub datasets"),
+        (("-d", str(tmp_path / "a.txt"), "-f", "body"), "feature 'body' is for records of JSON or Parquet"),
+        (("-d", str(tmp_path / "set"), "-f", "body"), "feature 'body' is for records with text"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            parsed(*given, texts=True)
+    assert parsed("-d", "some/set", "--split", "test", "-f", "body", texts=True).split == "test"
+
+
+@pytest.mark.parametrize("line", ["tune -d books", "advise MODEL --target 512", "search MODEL --target 512"])
+def test_a_corpus_has_no_splits(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(DEFAULT_MODEL) if word == "MODEL" else word for word in line.split()]
+    assert main([*words, "--split", "test"]) == 2
+    assert "'standin:books' has no splits" in capsys.readouterr().err
+
+
+def test_the_home_folder_is_found_by_its_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("word")
+    assert parsed("-d", "~/a.txt", texts=True).dataset == [str(tmp_path / "a.txt")]
+    fields = {"output_dir": "~/out", "model": "~/m", "dataset": "~/set"}
+    recipe = make_recipe({"name": "r", "global_batch_size": 1, "sequence_length": 64, **fields}, "here")
+    assert (recipe.output_dir, recipe.dataset) == (str(tmp_path / "out"), str(tmp_path / "set"))

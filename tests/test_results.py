@@ -179,6 +179,25 @@ def test_a_file_that_holds_no_rows_is_said_to_be_none(tmp_path: Path) -> None:
             read_rows(tmp_path / "file")
 
 
+@pytest.mark.parametrize(("text", "line"), [("word " * 3000, 1), ('{\n "a": 1\n}', 3), ("\n\nword", 3)])
+def test_a_file_of_something_else_is_left_alone_also_without_its_last_newline(
+    tmp_path: Path, text: str, line: int
+) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text(text)
+    for attempt in (lambda: append_row(file, {"n": 1}), lambda: read_rows(file)):
+        with pytest.raises(ConfigError, match=r"a.txt' holds no rows: its line \d is not a JSON object"):
+            attempt()
+    assert file.read_text() == text
+    with pytest.raises(ConfigError, match=f"its line {line} "):
+        append_row(file, {"n": 1})
+    for torn in ("{", '{"met'):  # of the first row that was to be written
+        file.write_text(torn)
+        assert read_rows(file) == []
+        append_row(file, {"n": 1})
+        assert read_rows(file) == [{"n": 1}]
+
+
 def test_rows_name_no_path_of_this_machine(tmp_path: Path) -> None:
     root = Path(results.__file__).parents[1]
     assert portable(f"{root}/out/mine/model") == "out/mine/model"
@@ -248,11 +267,13 @@ def test_names_that_would_be_traps_are_refused(name: str) -> None:
 
 def test_what_dead_processes_left_is_removed_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "_tidied", set())
-    node, dead = platform.node(), 2**22 + 5  # beyond the largest process id
+    node, dead = results._process_place(), 2**22 + 5  # beyond the largest process id
+    other = f".set.{platform.node()}-0123abcd-{dead}.partial"  # of a container whose name is the same
+    (tmp_path / other).mkdir()
     for name in (f".a.json.{node}-{dead}.tmp", f".a.json.{node}-{os.getppid()}.tmp", f".a.json.other-{dead}.tmp", "b"):
         (tmp_path / name).write_text("x")
     (tmp_path / f".set.{node}-{dead}.partial").mkdir()
     (tmp_path / f".set.{node}-{dead}.partial" / "tokens.bin").write_text("x")
     write_atomic(tmp_path / "a.json", "whole")
-    left = {f".a.json.{node}-{os.getppid()}.tmp", f".a.json.other-{dead}.tmp", "a.json", "b"}
+    left = {f".a.json.{node}-{os.getppid()}.tmp", f".a.json.other-{dead}.tmp", "a.json", "b", other}
     assert {path.name for path in tmp_path.iterdir()} == left

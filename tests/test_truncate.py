@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
 
 import truncate
@@ -21,6 +24,12 @@ def test_truncate_command(tmp_path, tokenizer_dir, capsys):
     assert run_cli(lambda: truncate.main(["32", str(tmp_path / "short"), "--dataset", str(source)])) == 0
     assert "already there" in capsys.readouterr().out
     assert (tmp_path / "short" / "tokens.bin").stat().st_mtime_ns == written
+    shutil.copytree(source, tmp_path / "copy")
+    for same in (f"{source}/", os.path.relpath(source), str(tmp_path / "copy")):
+        assert run_cli(lambda: truncate.main(["32", str(tmp_path / "short"), "--dataset", same])) == 0  # noqa: B023
+        assert "already there" in capsys.readouterr().out
+    assert run_cli(lambda: truncate.main(["96", str(source), "--dataset", str(source)])) == 2  # it was not cut
+    assert "made otherwise" in capsys.readouterr().err
     assert run_cli(lambda: truncate.main(["16", str(tmp_path / "short"), "--dataset", str(source)])) == 2
     assert "made otherwise" in capsys.readouterr().err
     tokenize("--dataset", tmp_path / "lines.jsonl", "--feature", "body", "--tokenizer", tokenizer_dir,

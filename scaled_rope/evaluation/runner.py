@@ -368,13 +368,21 @@ def _write_csv(
 
 
 def print_summary(title: str, rows: Mapping[ModelJob, Mapping[int, Row]], show: Callable[[Row], str]) -> None:
-    """Print the final table: a line per job, a column per context length."""
+    """Print the final table: a line per job, a column per context length. Where nothing was measured there is none."""
     lengths = sorted({length for cells in rows.values() for length in cells})
+    if not lengths:
+        return
     lines = [
         [job.name, *(_shown(cells[length], show) if length in cells else "" for length in lengths)]
         for job, cells in rows.items()
     ]
     print(f"\n{title}\n{format_table(['', *map(str, lengths)], lines)}")
+
+
+def print_output(output: str | Path) -> None:
+    """Print where the rows are, if there are any."""
+    if Path(output).exists():
+        print(f"\nrows: {output}")
 
 
 def _shown(row: Row, show: Callable[[Row], str]) -> str:

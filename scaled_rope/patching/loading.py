@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -411,12 +412,26 @@ def _class_names(kind: Any, config: Any) -> set[str]:
     return {each.__name__ for each in (found if isinstance(found, tuple | list) else [found])}
 
 
+def _check_index(name: str) -> None:
+    """Raise ConfigError for a folder whose list of weights is empty: transformers fails on it without saying why."""
+    file = Path(name) / "model.safetensors.index.json"
+    if (Path(name) / "model.safetensors").exists():  # which is read, and no list
+        return
+    try:
+        index = json.loads(file.read_text())
+    except (OSError, ValueError):  # there is none, or transformers says what is wrong with it
+        return
+    if isinstance(index, dict) and index.get("weight_map") == {}:
+        raise ConfigError(f"model {name!r} cannot be read: weight_map of {file.name} is empty")
+
+
 def _read_weights(name: str, config: Any, **options: Any) -> Any:
     """Build the model of a checkpoint with all of its weights.
 
     Raises:
         ConfigError: damaged files; weights that are missing, too many or of another shape.
     """
+    _check_index(name)
     with reading("model", name):
         model, info = auto_class(config).from_pretrained(
             name, config=config, use_safetensors=True, output_loading_info=True, **options

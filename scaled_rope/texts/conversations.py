@@ -22,6 +22,7 @@ from scaled_rope.texts.documents import (
     JSON_SUFFIXES,
     check_there,
     chosen_files,
+    expanded,
     has_half_a_pair,
     is_local,
     read_json,
@@ -358,6 +359,7 @@ def read_records(source: str, split: str = "train", as_json: bool = False) -> It
     Raises:
         ConfigError: no such source, a file without records, or one that cannot be read.
     """
+    source = expanded(source)
     path = Path(source)
     if path.is_dir():
         for file in chosen_files(path, (*JSON_SUFFIXES, ".parquet"), ".jsonl or .parquet"):

@@ -118,10 +118,17 @@ def files_of(folder: str | Path) -> tuple[list[Path], list[Path]]:
     What tells about data, such as README.md and dataset_infos.json, is not read unless it is named itself. Hidden files
     and folders, whose names begin with a dot, are neither, nor is the record that a fetched folder has of its archives.
     Links to folders are not followed.
+
+    Raises:
+        ConfigError: one of these folders cannot be read.
     """
     read: list[Path] = []
     others: list[Path] = []
-    for place, folders, names in os.walk(folder):
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(f"dataset {folder}: folder {error.filename} cannot be read: {error.strerror or error}")
+
+    for place, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         linked = [name for name in folders if Path(place, name).is_symlink()]
         for path in (Path(place, name) for name in [*names, *linked] if not name.startswith(".") and name != MARK):
@@ -130,8 +137,12 @@ def files_of(folder: str | Path) -> tuple[list[Path], list[Path]]:
 
 
 def files_hash(source: str) -> str | None:
-    """A hash of all that a local source holds and that is read: names and content of its files; None for the hub's."""
-    path = standin(source) if source.startswith(STANDIN) else Path(source)
+    """A hash of all that a local source holds and that is read: names and content of its files; None for the hub's.
+
+    Raises:
+        ConfigError: a folder of it cannot be read.
+    """
+    path = standin(source) if source.startswith(STANDIN) else Path(expanded(source))
     if path.is_file():
         return kept_hash(path)
     if not path.is_dir():
@@ -150,7 +161,7 @@ def chosen_files(folder: Path, suffixes: Collection[str] | None = None, readable
         readable: their names in an error.
 
     Raises:
-        ConfigError: there is none, or a file is there beside its compressed copy.
+        ConfigError: there is none, a file is there beside its compressed copy, or a sub-folder cannot be read.
     """
     files, others = files_of(folder)
     if suffixes is not None:
@@ -187,8 +198,60 @@ def _open_zstd(path: Path) -> BinaryIO:
     return io.BufferedReader(_import_pyarrow(path).input_stream(str(path), compression="zstd"))
 
 
+class _Streams(io.RawIOBase):
+    """The content of a file of compressed streams, one after another.
+
+    What follows a stream and begins none is an error. `bz2.open` and `lzma.open` take it for the end of the file, and
+    with it all streams behind one that is damaged.
+
+    Args:
+        make: makes the decompressor of one stream.
+        padding: bytes that may stand between streams and after the last.
+    """
+
+    def __init__(self, path: Path, make: Callable[[], Any], padding: bytes = b"") -> None:
+        self._file, self._make, self._padding = path.open("rb"), make, padding
+        self._stream = make()
+        self._begun = True  # whether the stream has any bytes yet; there must be one
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        found = b""
+        while not found:
+            given = b""
+            if self._stream.eof:
+                given = self._stream.unused_data
+                self._stream, self._begun = self._make(), False
+            if not given and self._stream.needs_input:
+                given = self._file.read(io.DEFAULT_BUFFER_SIZE)
+                if not given and self._begun:
+                    raise EOFError("it ends within a stream")
+                if not given:
+                    return 0
+            if not self._begun:
+                given = given.lstrip(self._padding) if self._padding else given
+                self._begun = bool(given)
+            found = self._stream.decompress(given, len(buffer)) if self._begun else b""
+        buffer[: len(found)] = found
+        return len(found)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _open_bzip2(path: Path) -> BinaryIO:
+    return io.BufferedReader(_Streams(path, bz2.BZ2Decompressor))
+
+
+def _open_xz(path: Path) -> BinaryIO:
+    return io.BufferedReader(_Streams(path, lzma.LZMADecompressor, padding=b"\0"))
+
+
 _OPEN: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _open_zstd,
+    ".gz": gzip.open, ".xz": _open_xz, ".bz2": _open_bzip2, ".zst": _open_zstd,
 }  # fmt: skip
 
 
@@ -197,17 +260,15 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     """Open a file's bytes, decompressed bit by bit if its name ends in a suffix of `COMPRESSED`.
 
     Raises:
-        ConfigError: pyarrow is missing, or the compressed file is truncated or something else.
+        ConfigError: the file cannot be read, pyarrow is missing, or a compressed file is truncated or something else.
     """
     kind = path.suffix.lower()
-    if kind not in COMPRESSED:
-        with path.open("rb") as file:
-            yield file
-        return
     try:
-        with _OPEN[kind](path) as file:
+        with path.open("rb") if kind not in COMPRESSED else _OPEN[kind](path) as file:
             yield file
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        if kind not in COMPRESSED or isinstance(error, PermissionError):
+            raise ConfigError(f"dataset {path} cannot be read: {getattr(error, 'strerror', error)}") from None
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(f"dataset {path} is not a whole {COMPRESSED[kind]} file: {why}") from None
 
@@ -308,6 +369,11 @@ def _import_pyarrow(path: Path) -> Any:
     return pyarrow
 
 
+def expanded(name: str) -> str:
+    """A name with the home folder in the place of a "~" at its beginning, which shells leave in quotes as it is."""
+    return os.path.expanduser(name)
+
+
 def is_local(name: str) -> bool:
     """Whether a name means something on this disk, rather than a data set of the hub.
 
@@ -326,7 +392,7 @@ def check_there(name: str) -> None:
     Raises:
         ConfigError: there is no such file or folder.
     """
-    if is_local(name) and not name.startswith(STANDIN) and not Path(name).expanduser().exists():
+    if is_local(name) and not name.startswith(STANDIN) and not Path(expanded(name)).exists():
         raise ConfigError(f"dataset {name} does not exist")
 
 
@@ -359,7 +425,7 @@ def read_documents(
             or a subset of a local source.
     """
     check_subset(source, subset)
-    name = str(standin(source)) if source.startswith(STANDIN) else source
+    name = str(standin(source)) if source.startswith(STANDIN) else expanded(source)
     empty = binary = 0
     for text in _read(name, feature, split, as_json, subset, replace_surrogates):
         if not text or text.isspace():
@@ -405,6 +471,40 @@ def check_subset(name: str, subset: str | None) -> None:
         raise ConfigError(f"subset {subset!r} is for hub datasets; {name!r} is none")
 
 
+def _is_here(name: str) -> bool:
+    """Whether a name is that of a stand-in, or of something that exists on this disk."""
+    return name.startswith(STANDIN) or Path(expanded(name)).exists()
+
+
+def check_split(name: str, split: str | None) -> None:
+    """Raise ConfigError for a split of a source on this disk that has none; None: no split was asked for.
+
+    Of those, only a folder in which `datasets` saved several splits has any. A source that is not there is left alone.
+    """
+    if split is None or not _is_here(name) or (Path(expanded(name)) / "dataset_dict.json").is_file():
+        return
+    raise ConfigError(f"split {split!r} is for hub datasets and those that `datasets` saved; {name!r} has no splits")
+
+
+def check_feature(name: str, feature: str, as_json: bool = False, tokenized: bool = False) -> None:
+    """Raise ConfigError for a field, other than the default's "text", of a source on this disk without records.
+
+    A source that is not there is left alone.
+
+    Args:
+        as_json: files are read as JSON whatever their suffix.
+        tokenized: the source is a tokenized set, not text.
+    """
+    if feature == "text" or not _is_here(name):
+        return
+    if tokenized:
+        raise ConfigError(f"feature {feature!r} is for records with text; {name!r} is tokenized")
+    path = Path(expanded(name))
+    files = files_of(path)[0] if path.is_dir() else [path]
+    if files and not as_json and not any(suffix_of(file) in (*JSON_SUFFIXES, _PARQUET) for file in files):
+        raise ConfigError(f"feature {feature!r} is for records of JSON or Parquet; {name!r} holds none")
+
+
 @dataclass(frozen=True)
 class TextSource:
     """One part of a mixture: where the documents come from, and the share of them that is kept."""
@@ -414,20 +514,24 @@ class TextSource:
 
     @classmethod
     def parse(cls, text: str) -> TextSource:
-        """Parse `path` or `path,fraction`.
+        """Parse `path` or `path,fraction`; a text that is the name of a file or folder here is a path, comma or not.
 
         Raises:
             ConfigError: a fraction that is no number in (0, 1].
         """
+        text = expanded(text)
         path, comma, share = text.rpartition(",")
-        if not comma:
+        if not comma or os.path.lexists(text):
             return cls(text)
         try:
             fraction = float(share)
         except ValueError:
             fraction = 0.0
         if not 0.0 < fraction <= 1.0:
-            raise ConfigError(f"dataset fraction {share!r} of {path!r} is not allowed; a number in (0, 1]")
+            raise ConfigError(
+                f"dataset fraction {share!r} of {path!r} is not allowed; a number in (0, 1], or the name of a file or"
+                f" folder as a whole"
+            )
         return cls(path, fraction)
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from scaled_rope.errors import ConfigError, is_number, is_positive_whole, unknown
 from scaled_rope.recipes import read_yaml
 from scaled_rope.texts.conversations import ChatFields, Refusals, conversations, read_records
-from scaled_rope.texts.documents import is_sampled, read_documents
+from scaled_rope.texts.documents import check_split, expanded, is_sampled, read_documents
 from scaled_rope.texts.packing import Document, PackCounts
 from scaled_rope.texts.tokenizing import Tokenizers, tokenized
 
@@ -88,7 +88,8 @@ def read_mixture(path: str | Path) -> Mixture:
     """Read a mixture from a YAML file.
 
     Raises:
-        ConfigError: no such file, an unknown field, or a value that is not allowed; it names the source.
+        ConfigError: no such file, an unknown field, a value that is not allowed, or a split of a source that has none;
+            it names the source.
     """
     file = Path(path)
     if not file.is_file():
@@ -161,7 +162,9 @@ def _source(entry: Any, where: str) -> Source:
     require(_is_share(values.get("keep", 1.0)), "keep", "above 0, up to 1")
     chat = [name for name in CHAT_FIELDS if values.get(name) is not None]
     require(not (chat and "feature" in values), "feature", f"it is for texts, and this source has {', '.join(chat)}")
+    values["dataset"] = expanded(values["dataset"])
     try:
+        check_split(values["dataset"], values.get("split"))
         source = Source(**values)
         _ = source.chat
     except ConfigError as error:

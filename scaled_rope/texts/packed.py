@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from scaled_rope.content_hash import content_hash, kept_hash, record_hash
 from scaled_rope.errors import ConfigError, check_name, shortened, unknown
-from scaled_rope.results import scratch_path
-from scaled_rope.texts.documents import check_subset, is_local
+from scaled_rope.results import check_writable, naming, scratch_path
+from scaled_rope.texts.documents import check_subset, expanded, is_local
 from scaled_rope.texts.hub import import_datasets, load_hub
 from scaled_rope.texts.tables import ColumnDataset, check_ids
 
@@ -67,10 +67,12 @@ class PackedWriter:
         self.dtype = np.dtype(vocabulary_dtype(vocabulary))
         self.weighted = weighted
         self.rows = 0
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        self._staged = scratch_path(self.output, "partial")
-        shutil.rmtree(self._staged, ignore_errors=True)
-        self._staged.mkdir()
+        check_writable(self.output)
+        with naming(self.output):
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            self._staged = scratch_path(self.output, "partial")
+            shutil.rmtree(self._staged, ignore_errors=True)
+            self._staged.mkdir()
         self._tokens = (self._staged / "tokens.bin").open("wb")
         self._weights = (self._staged / "loss_weight.bin").open("wb") if weighted else None
         self._borders: BinaryIO | None = None
@@ -87,7 +89,10 @@ class PackedWriter:
         starts: the places in the row at which documents begin, ascending. A row that has none at 0 goes on with the
             document of the row before. A set none of whose rows is given any keeps no record of its documents.
         """
-        row = np.asarray(tokens, dtype=np.int64)
+        with naming(self.output):
+            self._append(np.asarray(tokens, dtype=np.int64), loss_weight, starts)
+
+    def _append(self, row: IntArray, loss_weight: npt.ArrayLike | None, starts: npt.ArrayLike | None) -> None:
         if row.shape != (self.sequence_length,):
             raise ConfigError(f"row of {row.size} tokens in a set with sequence length {self.sequence_length}")
         if row.min() < 0 or row.max() >= self.vocabulary:
@@ -108,7 +113,16 @@ class PackedWriter:
         self.rows += 1
 
     def close(self, meta: dict[str, Any]) -> Path:
-        """Write `meta.json`, and rename the folder to its final name."""
+        """Write `meta.json`, and rename the folder to its final name.
+
+        Raises:
+            ConfigError: there are no rows, or another process made the set meanwhile.
+            OSError: no space left.
+        """
+        with naming(self.output):
+            return self._close(meta)
+
+    def _close(self, meta: dict[str, Any]) -> Path:
         self._close_files()
         if not self.rows:
             shutil.rmtree(self._staged)
@@ -145,8 +159,11 @@ class PackedWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._close_files()
-        shutil.rmtree(self._staged, ignore_errors=True)  # gone already after a successful close
+        try:
+            with naming(self.output):
+                self._close_files()  # which writes what is still in memory
+        finally:
+            shutil.rmtree(self._staged, ignore_errors=True)  # gone already after a successful close
 
 
 _CHECKED_TOKENS = 2**24  # that are looked at together
@@ -310,9 +327,11 @@ def open_rows(name: str, split: str = "train", subset: str | None = None) -> Tok
         ConfigError: no such data, no `input_ids`, or a subset of local data.
     """
     check_subset(name, subset)
+    name = expanded(name)
     path = Path(name)
     if (path / "meta.json").is_file():
-        return PackedDataset(path)
+        with naming(path):
+            return PackedDataset(path)
     if is_local(name):
         if not path.exists():
             raise ConfigError(f"dataset {name} does not exist; make it with tokenization.py (prepare in a recipe)")

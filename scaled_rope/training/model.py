@@ -478,9 +478,25 @@ def save_model(
 
     records: writes the other files of the folder.
     chat_template: the one that the model was trained on, in place of the tokenizer's own.
+
+    Raises:
+        ConfigError: a weight has a number that is too large for that dtype.
     """
     staged = output.with_name(f".{output.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
+    try:
+        _write_model(model, state, recipe, staged, chat_template)
+        records(staged)
+        shutil.rmtree(output, ignore_errors=True)
+        os.rename(staged, output)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)  # gone already after a success
+
+
+def _write_model(
+    model: Any, state: dict[str, torch.Tensor], recipe: Recipe, staged: Path, chat_template: str | None
+) -> None:
+    """`save_model` without the records, under the name that the folder has until it is whole."""
     dtype = recipe.save_dtype or recipe.compute_dtype
     if recipe.lora:
         model.save_pretrained(staged / "adapter", state_dict=state)
@@ -496,7 +512,7 @@ def save_model(
     cast: dict[int, torch.Tensor] = {}  # by address, so that tied weights stay one tensor and are written once
     own = _kept_precise(model, dtype)
     for name, value in state.items():
-        wanted = value if name in own else value.to(getattr(torch, dtype))
+        wanted = value if name in own else _rounded(name, value, dtype)
         state[name] = cast.setdefault(value.data_ptr(), wanted.contiguous())
     _text(model).use_cache = True
     model.save_pretrained(staged, state_dict=state)
@@ -508,9 +524,22 @@ def save_model(
     if (length := getattr(_text(model), "max_position_embeddings", None)) is not None:
         tokenizer.model_max_length = length  # programs cut texts there, and the model's own may be the shorter one
     tokenizer.save_pretrained(staged)
-    records(staged)
-    shutil.rmtree(output, ignore_errors=True)
-    os.rename(staged, output)
+
+
+def _rounded(name: str, weight: torch.Tensor, dtype: str) -> torch.Tensor:
+    """A weight in the dtype that is saved.
+
+    Raises:
+        ConfigError: a number of it would become infinite.
+    """
+    rounded = weight.to(getattr(torch, dtype))
+    lost = weight.isfinite() & ~rounded.isfinite()
+    if lost.any():
+        raise ConfigError(
+            f"save_dtype = {dtype!r} is not allowed: weight {name} has {float(weight[lost].abs().max()):g}, and the"
+            f" largest number of {dtype} is {torch.finfo(rounded.dtype).max:g}; save_dtype: float32"
+        )
+    return rounded
 
 
 def _record_dtype(file: Path, dtype: str) -> None:
@@ -537,7 +566,9 @@ def _kept_precise(model: Any, dtype: str) -> set[str]:
 def merged_unquantised(recipe: Recipe, adapter: str) -> Any:
     """The recipe's model on the CPU, an adapter merged into the weights as the checkpoint has them."""
     checkpoint = open_checkpoint(str(recipe.model))
-    model = load_model(checkpoint, dtype=recipe.save_dtype or recipe.compute_dtype, device="cpu")
+    dtype = recipe.save_dtype or recipe.compute_dtype
+    # In float16 a number that is too large for it would be infinite already, and nobody could tell.
+    model = load_model(checkpoint, dtype="float32" if dtype == "float16" else dtype, device="cpu")
     install_scaling(model, recipe, checkpoint.settings)
     return merge_adapter(model, adapter)
 

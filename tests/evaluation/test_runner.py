@@ -286,3 +286,27 @@ def test_partial_results_that_were_changed_count_as_not_there(tmp_path: Path) ->
     old = '{"key": "a", "parts": {"2": {"32": [3.5]}}}'  # of an earlier version
     parts.path.write_text("\n".join([lines[0], lines[1].replace("2.5", "2.6"), old]) + "\n")
     assert [list(row["parts"]) for row in parts.read("a")] == [["0"], ["2"]]
+
+
+def test_a_text_that_may_not_be_read_is_refused_before_any_model_is_loaded(
+    checkpoint: str, texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_path = Path.open
+
+    def refusing(path: Path, *rest: Any, **more: Any) -> Any:
+        if path.is_relative_to(texts):
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_path(path, *rest, **more)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    monkeypatch.setattr(runner.ModelLoader, "__call__", None)
+    output = tmp_path / "rows.jsonl"
+    argv = ["-m", checkpoint, "--dataset", texts, "--lengths", "20", "--device", "cpu", "--output", str(output)]
+    assert run_cli(lambda: perplexity.main(argv)) == 2
+    assert f"dataset {texts}/0.txt cannot be read: Permission denied" in capsys.readouterr().err
+    runner.print_output(output)
+    runner.print_summary("perplexity", {}, str)
+    assert capsys.readouterr().out == ""
+    output.touch()
+    runner.print_output(output)
+    assert capsys.readouterr().out == f"\nrows: {output}\n"

@@ -308,6 +308,11 @@ def _add_bias(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def _list_no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {}}')
+
+
 def _set(**fields: object) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -323,6 +328,7 @@ def _set(**fields: object) -> Callable[[Path], None]:
         (lambda folder: (folder / "config.json").unlink(), "config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be read"),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot be read"),
+        (_list_no_weights, "cannot be read: weight_map of model.safetensors.index.json is empty"),
         (_truncate, "cannot be read"),
         (_break_header, "cannot be read"),
         (_drop_weight, "missing keys"),

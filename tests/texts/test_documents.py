@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
+import os
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,10 @@ import pytest
 from scaled_rope.errors import ConfigError
 from scaled_rope.texts.documents import (
     TextSource,
+    check_feature,
+    check_split,
+    check_there,
+    files_hash,
     files_of,
     is_local,
     is_sampled,
@@ -201,6 +207,91 @@ def test_compressed_files_with_upper_case_suffixes(tmp_path: Path) -> None:
     compressed(tmp_path / "a.TXT.ZST", b"text")
     (tmp_path / "b.Jsonl.GZ").write_bytes(gzip.compress(b'{"text": "more"}\n'))
     assert list(read_documents(str(tmp_path))) == ["text", "more"]
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".xz", lzma.compress), (".bz2", bz2.compress)])
+def test_nothing_is_lost_behind_a_damaged_stream(tmp_path: Path, suffix: str, compress: Any) -> None:
+    path = tmp_path / f"a.jsonl{suffix}"
+    first, second = (compress(json.dumps({"text": text}).encode() + b"\n") for text in ("one", "two"))
+    padding = bytes(8) if suffix == ".xz" else b""
+    path.write_bytes(first + padding + second + padding)
+    assert list(read_documents(str(path))) == ["one", "two"]
+    damaged = bytes([second[0] ^ 1]) + second[1:]
+    for content in (first + damaged, first + second + b"junk", first + second[:-1], first + second[:1], b""):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"dataset .*a.jsonl{suffix} is not a whole (xz|bzip2) file: \w"):
+            list(read_documents(str(path)))
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "sub").mkdir()
+    scan = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path) == str(tmp_path / "sub"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    for attempt in (lambda: list(read_documents(str(tmp_path))), lambda: files_hash(str(tmp_path))):
+        with pytest.raises(ConfigError, match=rf"dataset {tmp_path}: folder {tmp_path}/sub cannot be read: Permission"):
+            attempt()
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.txt.bz2"])
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / name).write_text("one")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(ConfigError, match=rf"dataset {tmp_path / name} cannot be read: Permission denied"):
+        next(read_documents(str(tmp_path / name)))
+
+
+def test_the_home_folder_is_found_by_its_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("one")
+    check_there("~/a.txt")
+    assert list(read_documents("~/a.txt")) == ["one"]
+    assert files_hash("~/a.txt") == files_hash(str(tmp_path / "a.txt")) is not None
+    assert TextSource.parse("~/a.txt,0.5") == TextSource(str(tmp_path / "a.txt"), 0.5)
+
+
+def test_a_name_with_a_comma_is_a_path_if_it_is_there(tmp_path: Path) -> None:
+    for name in ("Austen, Jane.txt", "a,0.5"):
+        text = str(tmp_path / name)
+        Path(text).write_text("one")
+        assert TextSource.parse(text) == TextSource(text)
+        assert TextSource.parse(f"{text},0.25") == TextSource(text, 0.25)
+    with pytest.raises(ConfigError, match="fraction ' Jane' of 'Dickens' is not allowed; a number in"):
+        TextSource.parse("Dickens, Jane")
+
+
+def test_splits_and_fields_are_refused_where_there_are_none(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for name in ("texts/train.txt", "texts/test.txt", "lines.jsonl"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_dict.json").write_text("{}")
+    for name in (str(tmp_path / "texts"), str(tmp_path / "lines.jsonl"), "standin:books"):
+        with pytest.raises(ConfigError, match=f"split 'test' is for hub datasets and those .*; '{name}' has no splits"):
+            check_split(name, "test")
+        check_split(name, None)
+    for name in (str(tmp_path / "saved"), "some/set", str(tmp_path / "nothing")):
+        check_split(name, "test")
+    for name in (str(tmp_path / "texts"), str(tmp_path / "texts" / "test.txt"), "standin:books"):
+        with pytest.raises(ConfigError, match=f"feature 'body' is for records of JSON or Parquet; '{name}' holds none"):
+            check_feature(name, "body")
+        check_feature(name, "text")
+    check_feature(str(tmp_path / "texts"), "body", as_json=True)
+    for name in (str(tmp_path), str(tmp_path / "lines.jsonl"), "some/set", str(tmp_path / "nothing")):
+        check_feature(name, "body")
+    with pytest.raises(ConfigError, match="feature 'body' is for records with text; .* is tokenized"):
+        check_feature(str(tmp_path / "saved"), "body", tokenized=True)
 
 
 @pytest.mark.parametrize(

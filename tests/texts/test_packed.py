@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from scaled_rope import results
 from scaled_rope.errors import ConfigError
 from scaled_rope.texts.packed import PackedWriter, open_packed, open_rows
 from scaled_rope.texts.tables import ColumnDataset
@@ -123,9 +124,10 @@ def test_changed_tokens_are_found_and_old_sets_are_read(tmp_path):
 def test_leftovers_of_processes_that_ended_are_removed(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
+    here = results._process_place()
     gone, ours, other = (
         tmp_path / f".set.{place}.partial"
-        for place in (f"{platform.node()}-{ended.pid}", f"{platform.node()}-{os.getppid()}", f"another-{ended.pid}")
+        for place in (f"{here}-{ended.pid}", f"{here}-{os.getppid()}", f"another-{ended.pid}")
     )
     for folder in (gone, ours, other):
         folder.mkdir()
@@ -144,3 +146,21 @@ def test_of_two_that_make_one_set_the_second_says_so(tmp_path):
         with pytest.raises(ConfigError, match="was made by another process meanwhile"):
             late.close({})
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file that is always full")
+def test_a_disk_that_fills_up_names_the_set_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as raised:
+        with PackedWriter(tmp_path / "set", 4, 10) as writer:
+            writer._tokens.close()
+            writer._tokens = open("/dev/full", "wb")  # which takes what fits into its buffer
+            writer.append([1, 2, 3, 4])
+            writer.close({})
+    assert raised.value.filename == str(tmp_path / "set")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder in which nobody can make files")
+def test_a_place_where_no_set_can_be_made_is_named_as_it_was_given() -> None:
+    with pytest.raises(ConfigError, match="^file '/proc/set' cannot be used: /proc is no folder that can be written"):
+        PackedWriter("/proc/set", 4, 10)

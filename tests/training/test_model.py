@@ -176,6 +176,19 @@ def test_buffers_are_not_rounded_when_a_model_is_saved(workspace, tmp_path):
     assert load_tokenizer(str(tmp_path / "model")).chat_template == "a {{ template }}"
 
 
+def test_a_weight_that_the_saved_dtype_cannot_hold_is_named(workspace, tmp_path):
+    recipe = replace(resolved_recipe(workspace), scaling=None, save_dtype="float16")
+    model, _ = build_model(recipe)
+    name = "model.layers.1.mlp.up_proj.weight"
+    model.get_parameter(name).data[3, 2] = -7e4
+    said = f"save_dtype = 'float16' is not allowed: weight {name} has 70000, and the largest number of float16 is 65504"
+    with pytest.raises(ConfigError, match=said):
+        save_model(model, model.state_dict(), recipe, tmp_path / "model", lambda folder: None)
+    assert not list(tmp_path.iterdir())
+    save_model(model, model.state_dict(), replace(recipe, save_dtype="bfloat16"), tmp_path / "model", lambda _: None)
+    assert load_file(tmp_path / "model" / "model.safetensors")[name].isfinite().all()
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_lora_with_embeddings_and_norms_saves_them_in_model_and_adapter(workspace, tmp_path, tied):
     pytest.importorskip("peft")
