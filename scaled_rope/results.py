@@ -395,7 +395,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
             scratch.unlink(missing_ok=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def folder_lock(folder: Path, name: str = "--output", flag: str = "--output") -> Iterator[None]:
     """Lock a folder against other runs while this context lasts; it is created if it is missing.
 
