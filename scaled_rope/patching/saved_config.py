@@ -17,7 +17,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.patching.base_model import tables_of_text
 from scaled_rope.patching.class_exchange import exchange_class
 from scaled_rope.patching.patch_request import PatchRequest, Unpatched
-from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, NATIVE, RECORD_KEY, read_by_attention
+from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, NATIVE, RECORD_KEY, read_by_attention, unused_types
 from scaled_rope.scaling.record import LayerPlan, RopeScaling
 
 CONFIG_FIELDS = ("rope_parameters", "max_position_embeddings", RECORD_KEY)
@@ -58,11 +58,9 @@ def config_fields(request: PatchRequest, unpatched: Unpatched, config: Any, befo
     def said(rope_types: Iterable[str], head_dim: int | None = None) -> dict[str, Any]:
         by_type: dict[str, Any] = {name: words(one, rope_types, name) for name, one in plan.layers.items()}
         if adapter.per_layer_type:  # an entry of null says that layers of a type have no RoPE
-            present = unpatched.settings.layer_types
-            unused = {
-                name: entry for name, entry in before["rope_parameters"].items() if present and name not in present
-            }
-            by_type = {name: by_type.get(name) for name in before["rope_parameters"]} | unused
+            rope = before["rope_parameters"]
+            unused = {name: rope[name] for name in unused_types(rope, unpatched.settings.layer_types)}
+            by_type = {name: by_type.get(name) for name in rope} | unused
         return {
             "rope_parameters": by_type if adapter.per_layer_type else words(scaling, rope_types),
             "max_position_embeddings": context or given,  # not all families say one

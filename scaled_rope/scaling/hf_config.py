@@ -178,17 +178,20 @@ def split_config(config: Any) -> tuple[dict[str, Any], Any]:
         if model.get(name) is not None and not isinstance(model[name], Mapping):
             raise ConfigError(f"{name}={model[name]!r}: must be a dictionary")
     rope = model.get("rope_scaling") or model.get("rope_parameters") or {}
-    return model, _of_present_layers({str(key): value for key, value in rope.items()}, model.get("layer_types"))
+    rope = {str(key): value for key, value in rope.items()}
+    unused = unused_types(rope, model.get("layer_types"))
+    return model, {key: value for key, value in rope.items() if key not in unused}
 
 
-def _of_present_layers(rope: dict[str, Any], layer_types: Any) -> dict[str, Any]:
-    """A RoPE dictionary without entries of layer types that no layer has: nothing computes them.
+def unused_types(rope: Mapping[str, Any], layer_types: Any) -> set[str]:
+    """The layer types of a RoPE dictionary that no layer has, so that nothing computes their entries.
 
     transformers' classes write them all the same: Gemma 3's one for full attention where the few layers all slide.
+    Where no layer has any of them they are no layer types, but uses of another kind, as in DeepSeek V4.
     """
-    present = [name for name in nested_types(rope) if isinstance(layer_types, list | tuple) and name in layer_types]
-    absent = set(nested_types(rope)) - set(present) if present else set()
-    return {key: value for key, value in rope.items() if key not in absent}
+    nested = nested_types(rope)
+    present = {name for name in nested if isinstance(layer_types, list | tuple) and name in layer_types}
+    return set(nested) - present if present else set()
 
 
 def comparable(rope: Any) -> Any:

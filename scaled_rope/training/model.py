@@ -533,6 +533,8 @@ def _rounded(name: str, weight: torch.Tensor, dtype: str) -> torch.Tensor:
         ConfigError: a number of it would become infinite.
     """
     rounded = weight.to(getattr(torch, dtype))
+    if torch.finfo(rounded.dtype).max >= torch.finfo(weight.dtype).max:
+        return rounded
     lost = weight.isfinite() & ~rounded.isfinite()
     if lost.any():
         raise ConfigError(

@@ -284,11 +284,11 @@ def test_an_answer_outlives_a_recipe_that_cannot_be_made(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object, **more: object) -> None:
-        assert more["split"] == "validation"
+        assert more["split"] == "test"  # the flag's default
         raise ConfigError("unknown split 'train'")
 
     monkeypatch.setattr(command, "write_recipe", fail)
-    flags = [checkpoint, "--target", 256, "--dataset", texts, "--split", "validation", "--output", tmp_path / "out"]
+    flags = [checkpoint, "--target", 256, "--dataset", texts, "--output", tmp_path / "out"]
     flags += ["--no-retrieval", "--only", "--scaling", "yarn:2", "--minutes", 0.3]
     assert command.run(arguments(*flags), Ticking(0.1)) == 0
     told = capsys.readouterr()
