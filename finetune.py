@@ -206,7 +206,7 @@ def save_scaled(recipe: Recipe) -> None:
         ConfigError: several processes, or a run or a model is in the output folder already.
     """
     from scaled_rope.results import provenance
-    from scaled_rope.training.model import build_model, save_model
+    from scaled_rope.training.model import build_model, check_save_dtype, save_model
     from scaled_rope.training.run_state import naming_a_lost_disk, run_lock
     from scaled_rope.training.tracking import write_records
 
@@ -219,6 +219,7 @@ def save_scaled(recipe: Recipe) -> None:
         raise ConfigError(f"output_dir {folder} holds a run or a model already; choose another --output-dir")
     with run_lock(folder):
         model, report = build_model(recipe)
+        check_save_dtype(model, recipe)
         facts = provenance("cpu", recipe.seed, {})
         label = "the checkpoint's own" if report is None else report.scaling.label
         records = functools.partial(write_records, recipe=recipe, facts=facts, log=[], scaling=label)

@@ -160,13 +160,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     for source in sources:
         check_there(source.dataset)
-        if source.chat is None:
-            check_feature(source.dataset, source.feature, args.json)
         if Path(source.dataset).is_dir() and args.output.resolve().is_relative_to(Path(source.dataset).resolve()):
             raise ConfigError(
                 f"--output {args.output} is inside dataset {source.dataset}, which would then hold the set as well;"
                 f" choose another folder"
             )
+    if mixture is None and not chats:
+        check_feature([source.dataset for source in sources], sources[0].feature, args.json)
     template = None
     if args.chat_template is not None:
         if not args.chat_template.is_file():

@@ -104,7 +104,7 @@ def check_arguments(args: argparse.Namespace) -> list[int]:
     check_server_arguments(args)
     check_there(args.dataset)
     check_split(args.dataset, said(args.split))
-    check_feature(args.dataset, args.feature)
+    check_feature([args.dataset], args.feature)
     check_output_apart(args, [args.dataset])
     for name, least in (("iterations", 1), ("num_keys", 1), ("seed", 0)):
         if getattr(args, name) < least:

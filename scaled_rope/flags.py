@@ -278,27 +278,38 @@ def check_text_arguments(args: argparse.Namespace) -> None:
         check_there(name)
     for name in args.dataset or args.tokenized:
         check_split(name, said(args.split))
-        check_feature(name, args.feature, tokenized=bool(args.tokenized) or is_tokenized(name))
+    check_feature(args.dataset or args.tokenized, args.feature, tokenized=bool(args.tokenized))
     check_output_apart(args, [*(args.dataset or ()), *(args.tokenized or ())])
     for flag, names in (("-d", args.dataset), ("--tokenized", args.tokenized)):
         _check_recorded(flag, names or (), lambda name: TokenSource(name).title, "file or folder")
 
 
 def check_output_apart(args: argparse.Namespace, texts: Sequence[str]) -> None:
-    """Refuse an output that is one of the texts that are read, or a file of one that is a folder.
+    """Refuse an output that is one of the texts that are read, or would be read as a file of one that is a folder.
 
     Raises:
         ConfigError: such an output, which would be written over or into the text.
     """
     for flag in ("output", "output_file"):
         path = getattr(args, flag, None)
-        if path is None or not os.path.exists(path):
+        if path is None:
             continue
         place = Path(os.path.realpath(path))
         for text in texts:
             read = Path(os.path.realpath(text))
-            if place == read or (suffix_of(place) and read.is_dir() and place.is_relative_to(read)):
+            if place == read or (read.is_dir() and place.is_relative_to(read) and _is_read(place, read)):
                 raise ConfigError(f"--{flag.replace('_', '-')} {path} is of dataset {text}; name another file")
+
+
+def _is_read(place: Path, folder: Path) -> bool:
+    """Whether a file belongs, by its name, to what is read of a folder of texts or of tokens."""
+    if is_tokenized(str(folder)):
+        return place.exists() and (place.suffix in (".bin", ".arrow") or place.name in _OF_TOKENS)
+    hidden = any(part.startswith(".") for part in place.relative_to(folder).parts)
+    return bool(suffix_of(place)) and not hidden
+
+
+_OF_TOKENS = ("meta.json", "dataset_info.json", "dataset_dict.json", "state.json")
 
 
 def check_losses_folder(path: str | None) -> None:
@@ -721,7 +732,7 @@ def _check_text(args: argparse.Namespace) -> None:
     is_corpus = args.dataset in CORPORA and not Path(args.dataset).exists()
     name = STANDIN + args.dataset if is_corpus else args.dataset
     check_split(name, said(args.split))
-    check_feature(name, args.feature, tokenized=is_tokenized(name))
+    check_feature([name], args.feature)
 
 
 def add_advise_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,20 +63,20 @@ class ContextCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(
         self,
         texts: str,
-        lengths: Sequence[int],
+        lengths: Iterable[int],
         tokenizer: Any = None,
         samples: int | None = None,
         every: int | None = None,
         scaling: RopeScaling | str | None = None,
     ) -> None:
-        whole = isinstance(lengths, Sequence) and all(map(is_positive_whole, lengths))
-        if not whole or not lengths or min(lengths) < 2:
+        given = list(lengths) if isinstance(lengths, Iterable) and not isinstance(lengths, str) else []
+        if not given or not all(map(is_positive_whole, given)) or min(given) < 2:
             raise ConfigError(f"lengths {lengths!r} are not allowed; a list of whole numbers of at least 2 tokens")
         for name, value in {"samples": samples, "every": every}.items():
             if value is not None and not is_positive_whole(value):
                 raise ConfigError(f"{name} {value!r} is not allowed; a whole number of at least 1")
         _check_spec(scaling)
-        self.source, self.lengths, self.samples = TokenSource(texts), sorted(set(lengths)), samples
+        self.source, self.lengths, self.samples = TokenSource(texts), sorted(set(given)), samples
         self.every, self.scaling = every, scaling
         self.rows: list[Row] = []
         """The rows that were measured in this process, and before them those of the run that it resumes."""

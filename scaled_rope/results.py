@@ -209,8 +209,9 @@ def _is_row(line: bytes) -> bool:
 
 
 def _begins_a_row(fragment: bytes) -> bool:
-    """Whether a last line without its end can be what a killed process left of a row; nothing can."""
-    return b'{"'.startswith(fragment[:2])
+    """Whether a last line without its end can be what a killed process left of a row; nothing can, and blanks, and the
+    NULs that a crash leaves."""
+    return b'{"'.startswith(fragment.strip(b" \t\r\0")[:2])
 
 
 def _no_rows(path: str | Path, line: int) -> ConfigError:
@@ -407,7 +408,8 @@ def folder_lock(folder: Path, name: str = "--output", flag: str = "--output") ->
     Raises:
         ConfigError: another process holds it, or the folder cannot be written to.
     """
-    path, is_new = folder / ".lock", not folder.exists()
+    path = folder / ".lock"
+    new = [place for place in (folder, *folder.absolute().parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
@@ -430,9 +432,11 @@ def folder_lock(folder: Path, name: str = "--output", flag: str = "--output") ->
         try:
             yield
         except ConfigError:
-            if is_new and folder.is_dir() and list(folder.iterdir()) == [path]:
+            if new and folder.is_dir() and list(folder.iterdir()) == [path]:
                 path.unlink()
-                folder.rmdir()
+                with contextlib.suppress(OSError):  # others write to one of them by now
+                    for place in new:
+                        place.rmdir()
             raise
 
 

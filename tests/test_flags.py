@@ -310,6 +310,15 @@ def test_no_output_is_one_of_the_texts_or_in_one(tmp_path: Path) -> None:
             flags.check_output_apart(given, ["some/set", str(text)])
     given = argparse.Namespace(output=str(tmp_path / "rows"), output_file=str(tmp_path / "new.csv"))
     flags.check_output_apart(given, [str(tmp_path), str(tmp_path / "a.jsonl")])
+    # By what would be read next time, there or not; a set of tokens reads its own files only.
+    given = argparse.Namespace(output=str(tmp_path / "rows.jsonl"), output_file=None)
+    with pytest.raises(ConfigError, match=r"--output .*rows.jsonl is of dataset"):
+        flags.check_output_apart(given, [str(tmp_path)])
+    flags.check_output_apart(argparse.Namespace(output=str(tmp_path / ".out" / "rows.jsonl")), [str(tmp_path)])
+    (tmp_path / "meta.json").write_text("{}")
+    flags.check_output_apart(given, [str(tmp_path)])
+    with pytest.raises(ConfigError, match=r"--output .*meta.json is of dataset"):
+        flags.check_output_apart(argparse.Namespace(output=str(tmp_path / "meta.json")), [str(tmp_path)])
 
 
 def test_losses_are_not_kept_where_no_folder_can_be_made(tmp_path: Path) -> None:
@@ -322,28 +331,24 @@ def test_losses_are_not_kept_where_no_folder_can_be_made(tmp_path: Path) -> None
         flags.check_losses_folder(good)
 
 
-def test_a_split_or_a_field_of_texts_that_have_none_is_refused(tmp_path: Path) -> None:
+def test_a_field_of_texts_that_have_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("word")
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "meta.json").write_text("{}")
     args = parsed("-d", str(tmp_path / "a.txt"), texts=True)
     assert args.split == "test" and flags.said(args.split) is None
-    for given, said in (
-        (("-d", str(tmp_path / "a.txt"), "--split", "test"), "split 'test' is for hub datasets"),
-        (("--tokenized", str(tmp_path / "set"), "--split", "train"), "split 'train' is for hub datasets"),
-        (("-d", str(tmp_path / "a.txt"), "-f", "body"), "feature 'body' is for records of JSON or Parquet"),
-        (("-d", str(tmp_path / "set"), "-f", "body"), "feature 'body' is for records with text"),
-    ):
-        with pytest.raises(ConfigError, match=said):
-            parsed(*given, texts=True)
-    assert parsed("-d", "some/set", "--split", "test", "-f", "body", texts=True).split == "test"
+    for given in (("-d", str(tmp_path / "a.txt")), ("--tokenized", str(tmp_path / "set"))):
+        with pytest.raises(ConfigError, match="feature 'body' is for records of JSON or Parquet"):
+            parsed(*given, "-f", "body", texts=True)
+    hub = ("-d", "some/set", "--split", "test", "-f", "body")
+    assert parsed(*hub, texts=True).split == parsed(*hub, "-d", str(tmp_path / "a.txt"), texts=True).split == "test"
 
 
-@pytest.mark.parametrize("line", ["tune -d books", "advise MODEL --target 512", "search MODEL --target 512"])
-def test_a_corpus_has_no_splits(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [str(DEFAULT_MODEL) if word == "MODEL" else word for word in line.split()]
-    assert main([*words, "--split", "test"]) == 2
-    assert "'standin:books' has no splits" in capsys.readouterr().err
+def test_a_corpus_has_no_splits(capsys: pytest.CaptureFixture[str]) -> None:
+    flags._check_text(argparse.Namespace(dataset="demo", split="validation", feature="text"))
+    assert capsys.readouterr().err == (
+        "note: dataset standin:demo has no splits: all of it is read, not 'validation' alone\n"
+    )
 
 
 def test_the_home_folder_is_found_by_its_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -294,6 +294,7 @@ def test_layers_without_rotary_embedding_are_not_counted_as_scaled(checkpoint: s
         ({"lengths": [1, 8]}, "at least 2"),
         ({"lengths": 64}, "lengths 64 are not allowed; a list of whole numbers"),
         ({"lengths": ["64"]}, "lengths"),
+        ({"lengths": [8, "64"]}, "lengths"),
         ({"lengths": [8], "every": 0}, "every 0"),
         ({"lengths": [8], "samples": 0}, "samples 0 is not allowed; a whole number of at least 1"),
         ({"lengths": [8], "scaling": 3}, "scaling 3 is not allowed; a RopeScaling or a text such as 'yarn:8'"),
@@ -302,6 +303,7 @@ def test_layers_without_rotary_embedding_are_not_counted_as_scaled(checkpoint: s
 def test_refusals(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ContextCallback("texts", **given)
+    assert ContextCallback("texts", {64, 16}).lengths == ContextCallback("texts", range(16, 65, 48)).lengths == [16, 64]
 
 
 def test_a_scaling_is_checked_by_its_text(checkpoint: str) -> None:  # noqa: F811

@@ -18,6 +18,7 @@ from scaled_rope.results import (
     append_row,
     check_writable,
     finished_keys,
+    folder_lock,
     portable,
     portable_command,
     portable_model,
@@ -48,6 +49,23 @@ def test_torn_last_line_is_ignored_then_cut_off(tmp_path: Path, keep: int) -> No
     append_row(path, {"n": 3})
     assert read_rows(path) == [{"n": 1}, {"n": 3}]
     assert torn not in path.read_bytes().splitlines()
+
+
+@pytest.mark.parametrize("left", [b"", b"  ", b"\n ", b"\0" * 40, b'{"metric": "per'])
+def test_a_file_with_no_whole_row_yet_is_continued(tmp_path: Path, left: bytes) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(left)
+    assert read_rows(path) == []
+    append_row(path, {"metric": "perplexity"})
+    assert read_rows(path) == [{"metric": "perplexity"}]
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for name in ("there/a/b/c", "there"):
+        with pytest.raises(ConfigError, match="refused"), folder_lock(tmp_path / name):
+            raise ConfigError("refused")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_dir()] == ["there"]
 
 
 def test_whole_last_line_without_newline_is_kept(tmp_path: Path) -> None:

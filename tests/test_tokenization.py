@@ -177,7 +177,6 @@ def test_flags_for_other_data_are_refused(tmp_path, tokenizer_dir, capsys):
         (("--skip-refused",), "--skip-refused is for chats"),
         (("--chat-template", tmp_path / "lines.jsonl"), "--chat-template is for chats"),
         (("--messages", "m", "--feature", "text"), "--feature is not allowed with --messages: it is for texts"),
-        (("--split", "test"), f"split 'test' is for hub datasets and those that `datasets` saved; '{tmp_path}/txt'"),
         (("--feature", "body"), f"feature 'body' is for records of JSON or Parquet; '{tmp_path}/txt' holds none"),
     ):
         assert tokenize(*common, *flags) == 2

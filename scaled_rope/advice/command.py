@@ -54,6 +54,7 @@ from scaled_rope.flags import (
     add_advise_arguments,
     add_model_arguments,
     check_advise_arguments,
+    said,
 )
 from scaled_rope.progress import Progress, duration
 from scaled_rope.results import Row, folder_lock, portable_command, provenance, write_atomic
@@ -426,7 +427,7 @@ def _recipe(
             list(ends),
             before.scaling.to_spec(job.as_saved) if corrected else before.spec,
             feature=args.feature,
-            split=args.split,
+            split=said(args.split) or "train",
             original=args.original_max_position_embeddings,
             context=target if claimed < target else None,
         )

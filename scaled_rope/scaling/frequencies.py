@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -236,6 +237,11 @@ def _rotation_ramp(scaling: RopeScaling, inv_freq: Tensor, fast: float, slow: fl
 # ------------------------------------------------------------------------------------------------- what is computed
 
 
+def _one_number(value: Any) -> Any:
+    """The number in a tensor or an array of one; anything else as it is."""
+    return value.item() if hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1 else value
+
+
 def compute_rope(
     scaling: RopeScaling,
     head_dim: int,
@@ -260,6 +266,7 @@ def compute_rope(
     """
     length = None
     if seq_len is not None:
+        seq_len = _one_number(seq_len)
         if not is_number(seq_len) or not 0 < seq_len < math.inf:
             raise ConfigError(f"seq_len={shortened(repr(seq_len), 80)}: must be a positive number of tokens")
         # An explicit device, because models are built under a default device of "meta".

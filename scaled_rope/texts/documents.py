@@ -15,7 +15,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,7 +247,10 @@ def _open_bzip2(path: Path) -> BinaryIO:
 
 
 def _open_xz(path: Path) -> BinaryIO:
-    return io.BufferedReader(_Streams(path, lzma.LZMADecompressor, padding=b"\0"))
+    with path.open("rb") as file:
+        older = file.read(1) == b"\x5d"  # the format before xz, which zeros would be taken for as well
+    form = lzma.FORMAT_ALONE if older else lzma.FORMAT_XZ
+    return io.BufferedReader(_Streams(path, lambda: lzma.LZMADecompressor(form), padding=b"\0"))
 
 
 _OPEN: dict[str, Callable[[Path], Any]] = {
@@ -476,33 +479,78 @@ def _is_here(name: str) -> bool:
     return name.startswith(STANDIN) or Path(expanded(name)).exists()
 
 
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+}
+_SPLIT_FILE = re.compile(rf"({'|'.join(_SPLIT_WORDS)})([-_.]?\d+([-_]of[-_]\d+)?)?")
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a file's name, or a folder's in its path, says, as hub data sets name theirs; None: none."""
+    words = [path.name.lower().partition(".")[0], *(part.lower() for part in path.parts[:-1])]
+    said = (_SPLIT_FILE.fullmatch(word) for word in words)
+    return next((_SPLIT_WORDS[match[1]] for match in said if match), None)
+
+
 def check_split(name: str, split: str | None) -> None:
-    """Raise ConfigError for a split of a source on this disk that has none; None: no split was asked for.
+    """Say on stderr, once, that a split chooses nothing in a source on this disk; None: no split was asked for.
 
-    Of those, only a folder in which `datasets` saved several splits has any. A source that is not there is left alone.
+    A folder in which `datasets` saved several splits has them. A source that is not there is left alone.
+
+    Raises:
+        ConfigError: files of a folder are named as another split is, and would be read as well.
     """
-    if split is None or not _is_here(name) or (Path(expanded(name)) / "dataset_dict.json").is_file():
+    path = Path(expanded(name))
+    if split is None or not _is_here(name) or (path / "dataset_dict.json").is_file():
         return
-    raise ConfigError(f"split {split!r} is for hub datasets and those that `datasets` saved; {name!r} has no splits")
+    files = (
+        [] if name.startswith(STANDIN) or not path.is_dir() else [file.relative_to(path) for file in files_of(path)[0]]
+    )
+    splits = {file: _split_of(file) for file in files}
+    wanted = _SPLIT_WORDS.get(split.partition("[")[0], split)
+    for file, of in splits.items():
+        if of not in (None, wanted):
+            raise ConfigError(
+                f"split {split!r} does not choose among files, and {name!r} holds {file} as well; name the files"
+            )
+    if not splits or None in splits.values():
+        _tell_split(name, split)
 
 
-def check_feature(name: str, feature: str, as_json: bool = False, tokenized: bool = False) -> None:
-    """Raise ConfigError for a field, other than the default's "text", of a source on this disk without records.
+@functools.cache
+def _tell_split(name: str, split: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"note: dataset {name} has no splits: all of it is read, not {split!r} alone", file=sys.stderr)
 
-    A source that is not there is left alone.
+
+def check_feature(names: Iterable[str], feature: str, as_json: bool = False, tokenized: bool = False) -> None:
+    """Raise ConfigError for a field, other than the default's "text", where none of the sources has records.
+
+    A source that is not there is left alone, since it may be one of the hub's, and so is what `datasets` saved.
 
     Args:
         as_json: files are read as JSON whatever their suffix.
-        tokenized: the source is a tokenized set, not text.
+        tokenized: the sources are tokenized sets, not text.
     """
-    if feature == "text" or not _is_here(name):
+    if feature == "text" or as_json:
         return
-    if tokenized:
-        raise ConfigError(f"feature {feature!r} is for records with text; {name!r} is tokenized")
-    path = Path(expanded(name))
-    files = files_of(path)[0] if path.is_dir() else [path]
-    if files and not as_json and not any(suffix_of(file) in (*JSON_SUFFIXES, _PARQUET) for file in files):
-        raise ConfigError(f"feature {feature!r} is for records of JSON or Parquet; {name!r} holds none")
+    names = list(names)
+    for name in names:
+        path = Path(expanded(name))
+        is_set = tokenized or (path / "meta.json").is_file()
+        saved = any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json"))
+        if not _is_here(name) or (saved and not is_set):
+            return
+        files = files_of(path)[0] if path.is_dir() else [path]
+        if not is_set and any(suffix_of(file) in (*JSON_SUFFIXES, _PARQUET) for file in files):
+            return
+    if names:
+        raise ConfigError(
+            f"feature {feature!r} is for records of JSON or Parquet; {', '.join(map(repr, names))} "
+            f"{'holds' if len(names) == 1 else 'hold'} none"
+        )
 
 
 @dataclass(frozen=True)

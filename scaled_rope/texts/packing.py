@@ -338,7 +338,7 @@ def recut(
                 starts = np.maximum(starts - len(head), 0)
             stream.add_row(tokens[inner], weights[inner], starts)
         # Counts of the packing are true of the source's rows, not of these.
-        counts = {count: meta.pop(count) for count in vars(Packing()) if count in meta}
+        counts = {count: meta.pop(count) for count in Packing().meta() if count in meta}
         if "per_source" in meta:
             lost = ("cut_documents", "dropped_tokens")
             rows = [{key: value for key, value in row.items() if key not in lost} for row in meta["per_source"]]

@@ -67,6 +67,7 @@ from scaled_rope.training.model import (
     SummedLoss,
     adapted_share_note,
     build_model,
+    check_save_dtype,
     enable_checkpointing,
     make_whole,
     save_model,
@@ -206,6 +207,7 @@ class Trainer:
         self._continued = continuation(recipe, self._resume)
         resolve_loss(recipe.loss, accelerator.device)  # refuses before a model is read
         model, report = build_model(recipe, attention, accelerator.device)
+        check_save_dtype(model, recipe)
         if accelerator.device.type == "cpu":
             tokens = recipe.batch_size * (recipe.truncate or recipe.sequence_length)
             keep_host_memory(4 * tokens * model.config.get_text_config(decoder=True).hidden_size)

@@ -9,9 +9,10 @@ import json
 import os
 import re
 import shutil
+import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -479,8 +480,7 @@ def save_model(
     records: writes the other files of the folder.
     chat_template: the one that the model was trained on, in place of the tokenizer's own.
 
-    Raises:
-        ConfigError: a weight has a number that is too large for that dtype.
+    If a weight has grown beyond what that dtype holds, the model is saved in float32, with a warning.
     """
     staged = output.with_name(f".{output.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
@@ -511,8 +511,11 @@ def _write_model(
         state[name] = state[names.setdefault(id(weight), name)]
     cast: dict[int, torch.Tensor] = {}  # by address, so that tied weights stay one tensor and are written once
     own = _kept_precise(model, dtype)
+    if (lost := _too_large({name: value for name, value in state.items() if name not in own}, dtype)) is not None:
+        print(f"warning: save_dtype {dtype!r} was not used: {lost}; saved in float32", file=sys.stderr, flush=True)
+        dtype = "float32"
     for name, value in state.items():
-        wanted = value if name in own else _rounded(name, value, dtype)
+        wanted = value if name in own else value.to(getattr(torch, dtype))
         state[name] = cast.setdefault(value.data_ptr(), wanted.contiguous())
     _text(model).use_cache = True
     model.save_pretrained(staged, state_dict=state)
@@ -526,22 +529,33 @@ def _write_model(
     tokenizer.save_pretrained(staged)
 
 
-def _rounded(name: str, weight: torch.Tensor, dtype: str) -> torch.Tensor:
-    """A weight in the dtype that is saved.
+def check_save_dtype(model: Any, recipe: Recipe) -> None:
+    """Refuse a dtype to save in that cannot hold the weights as they are before training.
 
     Raises:
-        ConfigError: a number of it would become infinite.
+        ConfigError: a weight has a number that would become infinite.
     """
-    rounded = weight.to(getattr(torch, dtype))
-    if torch.finfo(rounded.dtype).max >= torch.finfo(weight.dtype).max:
-        return rounded
-    lost = weight.isfinite() & ~rounded.isfinite()
-    if lost.any():
-        raise ConfigError(
-            f"save_dtype = {dtype!r} is not allowed: weight {name} has {float(weight[lost].abs().max()):g}, and the"
-            f" largest number of {dtype} is {torch.finfo(rounded.dtype).max:g}; save_dtype: float32"
-        )
-    return rounded
+    dtype = recipe.save_dtype or recipe.compute_dtype
+    own = _kept_precise(model, dtype)
+    if lost := _too_large({name: value for name, value in model.named_parameters() if name not in own}, dtype):
+        raise ConfigError(f"save_dtype = {dtype!r} is not allowed: {lost}; save_dtype: float32")
+
+
+def _too_large(weights: Mapping[str, torch.Tensor], dtype: str) -> str | None:
+    """Which finite number of which weight would become infinite in a dtype, in words; None if none would."""
+    if dtype != "float16":  # the others have the range of float32
+        return None
+    largest = torch.finfo(torch.float16).max
+    for name, weight in weights.items():
+        if not weight.is_floating_point() or weight.is_meta:
+            continue
+        lost = weight.isfinite() & ~weight.to(getattr(torch, dtype)).isfinite()
+        if lost.any():
+            return (
+                f"weight {name} has {weight[lost].abs().max().item():g}, and the largest number of {dtype} is"
+                f" {largest:g}"
+            )
+    return None
 
 
 def _record_dtype(file: Path, dtype: str) -> None:

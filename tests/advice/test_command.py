@@ -284,7 +284,7 @@ def test_an_answer_outlives_a_recipe_that_cannot_be_made(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object, **more: object) -> None:
-        assert more["split"] == "test"  # the flag's default
+        assert more["split"] == "train"  # not what the evaluators read
         raise ConfigError("unknown split 'train'")
 
     monkeypatch.setattr(command, "write_recipe", fail)

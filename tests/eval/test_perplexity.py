@@ -129,7 +129,7 @@ def test_weightings_differ_where_windows_do(checkpoint: str, texts: str, tmp_pat
 
 
 def test_released_flags(checkpoint: str, texts: str, tmp_path: Path) -> None:
-    argv = ("-m", checkpoint, "--lengths", "32", "-d", texts, "-f", "text", "--samples", "4")
+    argv = ("-m", checkpoint, "--lengths", "32", "-d", texts, "-f", "text", "--split", "test", "--samples", "4")
     (slid,) = evaluate(tmp_path / "a", *argv, "--sliding-window", "8", "--aggressive-memory")
     assert slid["protocol"] == {"name": "sliding", "stride": 8}
     assert slid == {**evaluate(tmp_path / "b", *argv, "--protocol", "sliding", "--stride", "8")[0], **slid}

@@ -160,7 +160,7 @@ def test_interrupted_run_continues(
 
 def test_table_has_the_released_layout(checkpoint: str, texts: str, tmp_path: Path) -> None:
     argv = ("-m", checkpoint, "--dataset", texts, "--min-tokens", "32", "--max-tokens", "96", "--tokens-step", "32")
-    released = ("--truncate", "--sliding-window", "256", "--aggressive-memory", "--samples", "2")
+    released = ("--truncate", "--sliding-window", "256", "--aggressive-memory", "--split", "test", "--samples", "2")
     table = tmp_path / "table.csv"
     rows = evaluate(perplexity.main, tmp_path / "rows.jsonl", *argv, *released, "--output-file", str(table))
     with open(table, newline="") as file:

@@ -8,6 +8,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -335,6 +336,12 @@ def test_static_methods_ignore_the_length(variant):
     scaling = make(variant, 64, 4.0, original_max_position_embeddings=256)
     same = torch.equal(compute_rope(scaling, 64, seq_len=9999)[0], compute_rope(scaling, 64)[0])
     assert same == (not scaling.is_length_dependent)
+
+
+@pytest.mark.parametrize("length", [torch.tensor(5000), torch.tensor([5000]), np.array(5000), np.int32(5000), 5e3])
+def test_a_length_may_be_a_tensor_of_one(length):
+    scaling = RopeScaling("yarn", 4.0, 2048, dynamic=True)
+    assert torch.equal(compute_rope(scaling, 64, seq_len=length)[0], compute_rope(scaling, 64, seq_len=5000)[0])
 
 
 @pytest.mark.parametrize("length", ["64", 0, -1, True, math.inf, math.nan, torch.tensor([5000, 9000])])

@@ -209,6 +209,15 @@ def test_compressed_files_with_upper_case_suffixes(tmp_path: Path) -> None:
     assert list(read_documents(str(tmp_path))) == ["text", "more"]
 
 
+def test_zeros_are_no_xz_file_and_the_older_format_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.xz"
+    path.write_bytes(bytes(100))  # as a crash leaves them
+    with pytest.raises(ConfigError, match="is not a whole xz file"):
+        list(read_documents(str(path)))
+    path.write_bytes(lzma.compress(b"A text.", lzma.FORMAT_ALONE))
+    assert list(read_documents(str(path))) == ["A text."]
+
+
 @pytest.mark.parametrize(("suffix", "compress"), [(".xz", lzma.compress), (".bz2", bz2.compress)])
 def test_nothing_is_lost_behind_a_damaged_stream(tmp_path: Path, suffix: str, compress: Any) -> None:
     path = tmp_path / f"a.jsonl{suffix}"
@@ -271,27 +280,45 @@ def test_a_name_with_a_comma_is_a_path_if_it_is_there(tmp_path: Path) -> None:
         TextSource.parse("Dickens, Jane")
 
 
-def test_splits_and_fields_are_refused_where_there_are_none(tmp_path: Path) -> None:
-    (tmp_path / "texts").mkdir()
-    for name in ("texts/train.txt", "texts/test.txt", "lines.jsonl"):
+def test_a_split_of_files_is_what_their_names_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("both/train.txt", "both/test.txt", "one/data/test-00000-of-00001.jsonl", "some/test/a.txt", "some/b.txt")
+    for name in (*names, "lines.jsonl", "saved/dataset_dict.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
-    (tmp_path / "saved").mkdir()
-    (tmp_path / "saved" / "dataset_dict.json").write_text("{}")
-    for name in (str(tmp_path / "texts"), str(tmp_path / "lines.jsonl"), "standin:books"):
-        with pytest.raises(ConfigError, match=f"split 'test' is for hub datasets and those .*; '{name}' has no splits"):
+    with pytest.raises(
+        ConfigError, match="split 'test' does not choose among files, and '.*both' holds train.txt as well"
+    ):
+        check_split(str(tmp_path / "both"), "test")
+    with pytest.raises(
+        ConfigError, match="split 'validation' does not .* holds data/test-00000-of-00001.jsonl as well"
+    ):
+        check_split(str(tmp_path / "one"), "validation")
+    for name in ("one", "saved", "nothing"):
+        check_split(str(tmp_path / name), "test[:10%]")
+    check_split("some/set", "test")
+    check_split(str(tmp_path / "lines.jsonl"), None)
+    assert capsys.readouterr().err == ""
+    for name in (str(tmp_path / "some"), str(tmp_path / "lines.jsonl"), "standin:books"):
+        for _ in range(2):  # said once
             check_split(name, "test")
-        check_split(name, None)
-    for name in (str(tmp_path / "saved"), "some/set", str(tmp_path / "nothing")):
-        check_split(name, "test")
-    for name in (str(tmp_path / "texts"), str(tmp_path / "texts" / "test.txt"), "standin:books"):
-        with pytest.raises(ConfigError, match=f"feature 'body' is for records of JSON or Parquet; '{name}' holds none"):
-            check_feature(name, "body")
-        check_feature(name, "text")
-    check_feature(str(tmp_path / "texts"), "body", as_json=True)
-    for name in (str(tmp_path), str(tmp_path / "lines.jsonl"), "some/set", str(tmp_path / "nothing")):
-        check_feature(name, "body")
-    with pytest.raises(ConfigError, match="feature 'body' is for records with text; .* is tokenized"):
-        check_feature(str(tmp_path / "saved"), "body", tokenized=True)
+        assert capsys.readouterr().err == f"note: dataset {name} has no splits: all of it is read, not 'test' alone\n"
+
+
+def test_fields_are_refused_where_no_source_has_any(tmp_path: Path) -> None:
+    for name in ("texts/a.txt", "lines.jsonl", "saved/dataset_info.json", "set/meta.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    texts, lines = str(tmp_path / "texts"), str(tmp_path / "lines.jsonl")
+    for names in ([texts], [str(tmp_path / "texts" / "a.txt")], ["standin:books"], [str(tmp_path / "set")]):
+        with pytest.raises(
+            ConfigError, match=f"feature 'body' is for records of JSON or Parquet; '{names[0]}' holds none"
+        ):
+            check_feature(names, "body")
+        check_feature(names, "text")
+        check_feature([*names, lines], "body")  # for one of them it says something
+        check_feature(names, "body", as_json=True)
+    for name in (str(tmp_path), lines, str(tmp_path / "saved"), "some/set", str(tmp_path / "nothing")):
+        check_feature([name], "body")
 
 
 @pytest.mark.parametrize(

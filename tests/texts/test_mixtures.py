@@ -217,5 +217,5 @@ def test_flags_that_do_not_go_with_a_mixture(tmp_path, tokenizer_dir, capsys):
 
 def test_a_source_on_disk_has_no_split(tmp_path: Path, tokenizer_dir, capsys) -> None:
     sources(tmp_path)
-    assert mix(tmp_path, tokenizer_dir, 100, [{"of": "short", "fraction": 1.0, "split": "test"}]) == 2
-    assert "mixture.yaml, source 1: split 'test' is for hub datasets" in capsys.readouterr().err
+    assert mix(tmp_path, tokenizer_dir, 100, [{"of": "short", "fraction": 1.0, "split": "test"}]) == 0
+    assert "short.jsonl has no splits: all of it is read, not 'test' alone" in capsys.readouterr().err

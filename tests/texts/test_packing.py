@@ -54,11 +54,12 @@ def test_recutting_keeps_the_counts_of_the_source_apart(tmp_path):
         for _ in range(2):
             writer.append([5] * 32)
         per_source = [{"dataset": "a", "documents": 3, "tokens": 70, "cut_documents": 2, "dropped_tokens": 6}]
-        writer.close({"tokenizer": "t", "per_source": per_source, **counts})
+        writer.close({"tokenizer": "t", "sources": [["a", 1.0]], "per_source": per_source, **counts})
     recut(open_packed(tmp_path / "long"), tmp_path / "short", 12, lambda n: None, "long")
     meta = open_packed(tmp_path / "short").meta
     assert not counts.keys() & meta.keys() and meta["tokenizer"] == "t"
     assert meta["per_source"] == [{"dataset": "a", "documents": 3, "tokens": 70}]
+    assert meta["sources"] == [["a", 1.0]]  # what a set was made from is true of this one as well
     assert meta["recut"]["counts"] == counts and meta["recut"]["dropped_tokens"] == 64 % 12
 
 

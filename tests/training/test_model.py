@@ -22,7 +22,14 @@ from scaled_rope.patching.patch import patched_scaling
 from scaled_rope.texts.packed import PackedWriter, open_packed
 from scaled_rope.training import loop
 from scaled_rope.training.batches import collate
-from scaled_rope.training.model import SummedLoss, build_model, enable_checkpointing, save_model, tile_mlps
+from scaled_rope.training.model import (
+    SummedLoss,
+    build_model,
+    check_save_dtype,
+    enable_checkpointing,
+    save_model,
+    tile_mlps,
+)
 from tests.helpers.models import Make
 from tests.helpers.runs import ENVIRONMENT, LENGTH, weights
 from tests.helpers.training_recipes import recipe, resolved_recipe
@@ -176,17 +183,20 @@ def test_buffers_are_not_rounded_when_a_model_is_saved(workspace, tmp_path):
     assert load_tokenizer(str(tmp_path / "model")).chat_template == "a {{ template }}"
 
 
-def test_a_weight_that_the_saved_dtype_cannot_hold_is_named(workspace, tmp_path):
+def test_a_weight_that_the_saved_dtype_cannot_hold_is_named(workspace, tmp_path, capsys):
     recipe = replace(resolved_recipe(workspace), scaling=None, save_dtype="float16")
     model, _ = build_model(recipe)
     name = "model.layers.1.mlp.up_proj.weight"
     model.get_parameter(name).data[3, 2] = -7e4
-    said = f"save_dtype = 'float16' is not allowed: weight {name} has 70000, and the largest number of float16 is 65504"
-    with pytest.raises(ConfigError, match=said):
-        save_model(model, model.state_dict(), recipe, tmp_path / "model", lambda folder: None)
-    assert not list(tmp_path.iterdir())
-    save_model(model, model.state_dict(), replace(recipe, save_dtype="bfloat16"), tmp_path / "model", lambda _: None)
-    assert load_file(tmp_path / "model" / "model.safetensors")[name].isfinite().all()
+    said = f"weight {name} has 70000, and the largest number of float16 is 65504"
+    with pytest.raises(ConfigError, match=f"save_dtype = 'float16' is not allowed: {said}; save_dtype: float32"):
+        check_save_dtype(model, recipe)
+    check_save_dtype(model, replace(recipe, save_dtype="bfloat16"))
+    # One that has grown in training is not worth losing the training for.
+    save_model(model, model.state_dict(), recipe, tmp_path / "model", lambda folder: None)
+    assert f"warning: save_dtype 'float16' was not used: {said}; saved in float32" in capsys.readouterr().err
+    assert torch.equal(load_file(tmp_path / "model" / "model.safetensors")[name], model.get_parameter(name))
+    assert AutoConfig.from_pretrained(tmp_path / "model").dtype == torch.float32
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
