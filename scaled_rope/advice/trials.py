@@ -94,7 +94,7 @@ class TimedStore(RowStore):
         self._pass_seconds: float | None = None
 
     def timed_pass(self, run: Callable[[], Found]) -> Found:
-        """What `run` gives; the row that is being measured says how long it took."""
+        """The result of `run`; the row that is being measured says how long it took."""
         begin = self.budget.clock()
         found = run()
         self._pass_seconds = round(self.budget.clock() - begin, 4)

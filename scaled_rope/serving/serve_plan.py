@@ -60,7 +60,7 @@ class ServePlan:
 
     @property
     def room(self) -> float:
-        """What is left for caches."""
+        """The memory that is left for caches."""
         return self.gpu_memory * _USED - self.weights - self.activations
 
     @property

@@ -1,4 +1,4 @@
-"""What each model class of an engine passes on to its rotary embedding, as read from the engine's source.
+"""The arguments that each model class of an engine passes on to its rotary embedding, as read from the engine's source.
 
 The data is written by `benchmarks/engines/classes.py`, which can be run again for another release.
 """
@@ -25,7 +25,7 @@ def version(engine: str) -> str:
 
 
 def passes(engine: str, model_type: str) -> str:
-    """What the class for a family passes on.
+    """The arguments that the class for a family passes on.
 
     "all": the dictionary of the config, untouched; "base": rope_theta alone; "whole base": that, cut to a whole number;
     "": it is not known, since the source could not be followed or the engine has no class of that name.

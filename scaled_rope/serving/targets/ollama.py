@@ -62,7 +62,7 @@ def _metadata(request: ServedModel, arch: str, kind: str, base: float, attention
 
 
 def _by_metadata(request: ServedModel, arch: str, rope: dict[str, Any]) -> Expressed:
-    """What the converter writes of this config.json as well, as far as the Llama architecture reads it."""
+    """The further keys that the converter writes of this config.json, as far as the Llama architecture reads them."""
     kind = {"default": "none"}.get(rope["rope_type"], rope["rope_type"])
     metadata = _metadata(request, arch, kind, rope["rope_theta"])
     if kind != "none":

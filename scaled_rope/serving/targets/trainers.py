@@ -44,7 +44,7 @@ def read(request: ServedModel, words: Expressed) -> Iterator[dict[str, Any]]:
 
 
 def restate(request: ServedModel, words: Expressed, length: int) -> Restated:
-    """What the one or the other computes; see `hf.restate` and `vllm.restate`."""
+    """The numbers that the one or the other computes; see `hf.restate` and `vllm.restate`."""
     if _TRAINER in words.given:
         return Restated(*hf.numbers_in_transformers(request, words.given[_TRAINER], length))
     rollout = Expressed(words.given[_ROLLOUT], words.config)

@@ -116,7 +116,7 @@ def read(request: ServedModel, words: Expressed) -> Iterator[dict[str, Any]]:
 
 
 def given_in_file(config: dict[str, Any]) -> dict[str, Any]:
-    """What vLLM reads in the text part of a config.json."""
+    """The entries that vLLM reads in the text part of a config.json."""
     return _given(rope_in_file(config), config)
 
 
