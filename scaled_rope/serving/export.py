@@ -373,7 +373,7 @@ def _installed_otherwise(target: Target) -> str:
 
 
 def _older_note(request: ServedModel, target: Target, words: Expressed) -> str:
-    """A sentence on releases that do not know `rope_parameters`: what they read, and whether that is written as well."""
+    """A sentence on releases that do not know `rope_parameters`, and on whether they are served as well."""
     ignored = f"{target.older} and older read rope_scaling and rope_theta instead, and ignore rope_parameters"
     keys, reason = older_keys({**without_older(words.config), "model_type": request.model_type})
     if not keys:
