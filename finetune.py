@@ -242,9 +242,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise unknown("attention", recipe.attention, ATTENTIONS)
     if args.deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
         raise ConfigError("--deepspeed needs a launcher: accelerate launch --config_file configs/accelerate/zero3.yaml")
-    if args.log_loss is not None and not args.log_loss.parent.is_dir():
-        raise ConfigError(f"--log-loss {args.log_loss} is not allowed; folder {args.log_loss.parent} does not exist")
     if args.log_loss is not None:
+        if not (folder := args.log_loss.parent).is_dir():
+            raise ConfigError(f"--log-loss {args.log_loss} is not allowed; folder {folder} does not exist")
         check_writable(args.log_loss)
     if args.architecture is not None and recipe.model is not None:
         from scaled_rope.checkpoint import load_config

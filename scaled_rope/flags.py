@@ -25,7 +25,15 @@ from scaled_rope.scaling.record import check_spec
 from scaled_rope.scaling.registry import METHODS
 from scaled_rope.scaling.spec import Spec
 from scaled_rope.texts.corpora import CORPORA, STANDIN
-from scaled_rope.texts.documents import check_feature, check_split, check_there, expanded, suffix_of
+from scaled_rope.texts.documents import (
+    PACKED_FILE,
+    SAVED_FILES,
+    check_feature,
+    check_split,
+    check_there,
+    expanded,
+    suffix_of,
+)
 from scaled_rope.texts.token_documents import TokenSource, is_tokenized
 
 # Names that belong to modules which import torch; `tests/test_flags.py` holds the two to each other.
@@ -266,8 +274,8 @@ def check_text_arguments(args: argparse.Namespace) -> None:
     """Refuse mistakes in the flags of `add_text_arguments` that show in names and numbers alone.
 
     Raises:
-        ConfigError: such a mistake, a split or a field of texts that have none, or two texts that rows would record
-            under one name.
+        ConfigError: such a mistake, a split beside files of others, a field of texts that have none, an output that is
+            one of the texts, or two texts that rows would record under one name.
     """
     if bool(args.dataset) == bool(args.tokenized):
         raise ConfigError("give either --dataset or --tokenized")
@@ -304,12 +312,10 @@ def check_output_apart(args: argparse.Namespace, texts: Sequence[str]) -> None:
 def _is_read(place: Path, folder: Path) -> bool:
     """Whether a file belongs, by its name, to what is read of a folder of texts or of tokens."""
     if is_tokenized(str(folder)):
-        return place.exists() and (place.suffix in (".bin", ".arrow") or place.name in _OF_TOKENS)
+        of_tokens = place.suffix in (".bin", ".arrow") or place.name in (PACKED_FILE, *SAVED_FILES, "state.json")
+        return of_tokens and place.exists()
     hidden = any(part.startswith(".") for part in place.relative_to(folder).parts)
     return bool(suffix_of(place)) and not hidden
-
-
-_OF_TOKENS = ("meta.json", "dataset_info.json", "dataset_dict.json", "state.json")
 
 
 def check_losses_folder(path: str | None) -> None:
@@ -727,7 +733,7 @@ def _add_model_and_text(parser: argparse.ArgumentParser) -> Callable[..., argpar
 
 
 def _check_text(args: argparse.Namespace) -> None:
-    """Refuse a text that is not there, and a split or a field of one that has none."""
+    """Refuse a text that is not there, a split beside files of others, and a field of a text that has none."""
     check_there(args.dataset)
     is_corpus = args.dataset in CORPORA and not Path(args.dataset).exists()
     name = STANDIN + args.dataset if is_corpus else args.dataset

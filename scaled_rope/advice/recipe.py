@@ -49,7 +49,7 @@ def write_recipe(
         lengths: to evaluate at, in tokens.
         before: the scaling of the model as it is, which is evaluated beside it.
         feature: the field of the texts that was read.
-        split: the split that was read, of a hub data set or of a saved one that has several.
+        split: the one to train on, of a hub data set or of a saved one that has several.
         original: L in tokens where what the config says was corrected.
         context: tokens that the trained config is to claim, where its scaling does not say them; None: it does.
 

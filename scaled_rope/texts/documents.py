@@ -525,6 +525,10 @@ def _tell_split(name: str, split: str) -> None:
         print(f"note: dataset {name} has no splits: all of it is read, not {split!r} alone", file=sys.stderr)
 
 
+PACKED_FILE, SAVED_FILES = "meta.json", ("dataset_info.json", "dataset_dict.json")
+"""Files that only the folder of a packed set has, and of what `datasets` saved: one table, or one for each split."""
+
+
 def check_feature(names: Iterable[str], feature: str, as_json: bool = False, tokenized: bool = False) -> None:
     """Raise ConfigError for a field, other than the default's "text", where none of the sources has records.
 
@@ -539,8 +543,8 @@ def check_feature(names: Iterable[str], feature: str, as_json: bool = False, tok
     names = list(names)
     for name in names:
         path = Path(expanded(name))
-        is_set = tokenized or (path / "meta.json").is_file()
-        saved = any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json"))
+        is_set = tokenized or (path / PACKED_FILE).is_file()
+        saved = any((path / file).is_file() for file in SAVED_FILES)
         if not _is_here(name) or (saved and not is_set):
             return
         files = files_of(path)[0] if path.is_dir() else [path]

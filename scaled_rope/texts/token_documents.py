@@ -21,15 +21,14 @@ import numpy.typing as npt
 from scaled_rope.checkpoint import encode
 from scaled_rope.errors import ConfigError
 from scaled_rope.results import scratch_path
-from scaled_rope.texts.documents import read_documents
+from scaled_rope.texts.documents import PACKED_FILE, SAVED_FILES, read_documents
 from scaled_rope.texts.packed import IntArray, TokenRows, open_rows
 from scaled_rope.texts.vocabulary import check_tokenizer
 
 
 def is_tokenized(name: str) -> bool:
     """Whether a name is that of a folder with tokens: a packed set, or what `datasets` saved."""
-    files = ("meta.json", "dataset_info.json", "dataset_dict.json")
-    return any((Path(name) / file).is_file() for file in files)
+    return any((Path(name) / file).is_file() for file in (PACKED_FILE, *SAVED_FILES))
 
 
 _PARTS_OF_SETS = frozenset("train training test testing validation valid dev eval heldout".split())
