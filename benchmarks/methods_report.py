@@ -1,4 +1,4 @@
-"""Write the tables of all methods into docs/methods.md, from the rows of benchmarks/methods.py.
+"""Write the tables of all methods into docs/methods.md, from the rows of benchmarks/methods.py and methods_cost.py.
 
 python benchmarks/methods_report.py            # writes the tables
 python benchmarks/methods_report.py --check    # exit code 1 when the page has other ones
@@ -29,6 +29,8 @@ ROWS = ROOT / "data" / "methods_rows.jsonl"
 PAGE = ROOT / "docs" / "methods.md"
 BEGIN, END = "<!-- methods: python benchmarks/methods_report.py -->\n", "<!-- end of methods -->\n"
 SERVERS = ("vllm", "sglang", "llama.cpp", "transformers")
+COSTS = {"seconds": "time", "seconds_per_token": "time a token", "memory": "memory"}
+"""Fields of a row about costs, and how their columns are called."""
 NAMES = {"vllm": "vLLM", "sglang": "SGLang", "llama.cpp": "llama.cpp", "transformers": "transformers"}
 
 Row = dict[str, Any]
@@ -43,6 +45,7 @@ class Line:
         short: by text, the perplexity up to L against the unscaled model.
         found, asked: passkeys at s·L.
         servers: the programs that serve it as it is.
+        cost: `COSTS` as multiples of the unscaled model's; None where one of the two was not measured.
     """
 
     spec: str
@@ -51,6 +54,7 @@ class Line:
     found: int | None
     asked: int
     servers: Sequence[str]
+    cost: Mapping[str, float | None]
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -87,6 +91,7 @@ def lines_of(rows: Sequence[Row], study: Study, factor: int) -> list[Line]:
     control = {(row["data"]["name"], row["length"]): row for row in read if is_control(row)}
     asked = {row["label"]: row for row in mine if row["metric"] == "passkey" and row["length"] == target}
     unscaled = label_of("default", study)
+    costs = {row["spec"]: row for row in mine if row["metric"] == "cost" and row["length"] == target}
     found = []
     for spec in study.specs(factor):
         label = label_of(spec, study)
@@ -109,23 +114,29 @@ def lines_of(rows: Sequence[Row], study: Study, factor: int) -> list[Line]:
                 None if key is None else key["right"],
                 0 if key is None else key["n"],
                 served_by(spec, study.model, study.original, target),
+                {key: _times(costs.get(spec), costs.get("default"), key) for key in COSTS},
             )
         )
     return sorted(found, key=lambda line: line.rank)
+
+
+def _times(row: Row | None, plain: Row | None, key: str) -> float | None:
+    return row[key] / plain[key] if row and plain else None
 
 
 def table_of(lines: Sequence[Line]) -> list[str]:
     """A table in Markdown."""
     texts = list(lines[0].beyond) if lines else []
     heads = [f"{text}, against the control" for text in texts]
-    head = ["", "passkeys", *heads, "up to L", "served by"]
+    head = ["", "passkeys", *heads, "up to L", *COSTS.values(), "served by"]
     out = [f"| {' | '.join(head)} |".replace("|  |", "| |"), "|---" * len(head) + "|"]
     for line in lines:
         keys = "not measured" if line.found is None else f"{line.found}/{line.asked}"
         beyond = ["not measured" if change is None else str(change) for change in line.beyond.values()]
         short = next(iter(line.short.values()), None)
         servers = "all" if len(line.servers) == len(SERVERS) else ", ".join(line.servers) or "none"
-        cells = [f"`{line.spec}`", keys, *beyond, "" if short is None else short.short, servers]
+        cost = ["not measured" if times is None else f"{times:.1f}×" for times in line.cost.values()]
+        cells = [f"`{line.spec}`", keys, *beyond, "" if short is None else short.short, *cost, servers]
         out.append(f"| {' | '.join(cells)} |")
     return out
 

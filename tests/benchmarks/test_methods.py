@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import methods, methods_report
-from benchmarks.methods import FACTORS, STUDIES
+from benchmarks import methods, methods_cost, methods_report
+from benchmarks.methods import FACTORS, STUDIES, Study
 from eval import passkey, perplexity
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.controls import CONTROL
+from scaled_rope.results import read_rows
 from scaled_rope.scaling.registry import METHODS
 
 TINY = STUDIES["tiny-llama-256"]
@@ -47,7 +50,8 @@ def rows() -> list[dict[str, Any]]:
         found.append(_row(label, 256, [within, within]))
         found.append(_row(label, 512, [beyond, beyond + 20.0]))
         found.append({"metric": "passkey", "model": TINY.model, "label": label, "length": 512, "right": right, "n": 50})
-    return found
+    cost = {"metric": "cost", "model": TINY.model, "length": 512, "seconds": 2.0, "seconds_per_token": 0.1, "memory": 8}
+    return [*found, cost | {"spec": "default"}, cost | {"spec": "yarn:2", "seconds": 3.0}]
 
 
 def test_a_line_says_what_was_measured_and_the_best_comes_first() -> None:
@@ -59,8 +63,8 @@ def test_a_line_says_what_was_measured_and_the_best_comes_first() -> None:
     assert short is not None and short.share == pytest.approx(2.718281828 ** (20 / 512) - 1)
     assert yarn.servers == ("vLLM", "SGLang", "llama.cpp", "transformers")
     head, _, first, second = methods_report.table_of([yarn, unscaled])
-    assert head.startswith("| | passkeys | novel, against the control | up to L |")
-    assert first.startswith("| `yarn:2` | 50/50 | −3.8 % [−3.8, −3.8] | +4.0 % | all |")
+    assert head.startswith("| | passkeys | novel, against the control | up to L | time | time a token | memory |")
+    assert first == "| `yarn:2` | 50/50 | −3.8 % [−3.8, −3.8] | +4.0 % | 1.5× | 1.0× | 1.0× | all |"
     assert second.startswith("| `default` | 1/50 | +118.4 %")
 
 
@@ -99,3 +103,42 @@ def test_rows_go_where_the_caller_says(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_page_is_what_the_rows_say() -> None:
     assert methods_report.main(["--check"]) == 0, "run python benchmarks/methods_report.py"
+
+
+def test_costs_are_measured_once_and_tell_methods_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that rotates its cached keys at each step takes longer for a token than plain attention."""
+    monkeypatch.setattr(methods_cost, "return_what_is_freed", lambda: None)  # it would make later tests slower
+    output = str(tmp_path / "rows.jsonl")
+    monkeypatch.setattr(Study, "specs", lambda self, factor: ("default", "rerope,window=128"))
+    assert methods_cost.main(["--factors", "4", "--rounds", "1", "--output", output]) == 0
+    plain, changed = read_rows(output)
+    assert (plain["spec"], plain["length"], plain["model"]) == ("default", 1024, TINY.model)
+    assert changed["seconds_per_token"] > 1.2 * plain["seconds_per_token"] > 0
+    assert min(plain["seconds"], plain["memory"]) > 0
+    assert methods_cost.main(["--factors", "4", "--rounds", "1", "--output", output]) == 0
+    assert len(read_rows(output)) == 2
+
+
+def test_what_is_freed_is_no_longer_resident() -> None:
+    """In a process of its own: without the settings, glibc keeps blocks below 128 KiB that lie under a used one."""
+    program = """
+import torch
+from benchmarks.common import resident_bytes
+from benchmarks.methods_cost import return_what_is_freed
+for settings in (lambda: None, return_what_is_freed):
+    settings()
+    held = [torch.ones(20_000) for _ in range(1000)]  # 80 KB each
+    kept = held[::10]
+    before = resident_bytes()[0]
+    del held
+    print(before - resident_bytes()[0])
+    del kept
+"""
+    run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, cwd=methods.ROOT)
+    before, after = map(int, run.stdout.split())
+    assert after > 70e6 > 10e6 > before
+
+
+def test_costs_refuse_no_rounds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(lambda: methods_cost.main(["--rounds", "0"])) == 2
+    assert "rounds 0 is not allowed; at least 1" in capsys.readouterr().err
