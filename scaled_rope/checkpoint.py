@@ -21,7 +21,7 @@ from typing import Any
 
 from scaled_rope.bundled import bundled
 from scaled_rope.content_hash import kept_hash
-from scaled_rope.errors import ConfigError, shortened
+from scaled_rope.errors import ConfigError, first_line, shortened
 from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, nested_types, read_by_attention, text_path
 from scaled_rope.scaling.record import RopeScaling, RopeSettings
 
@@ -72,12 +72,6 @@ def no_config(folder: str) -> ConfigError:
 
 
 # ---------------------------------------------------------------------------------------------- reading checkpoints
-
-
-def first_line(error: BaseException) -> str:
-    """An exception's message in one line: its first, and the next where the first only announces it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 
 @contextmanager

@@ -28,6 +28,19 @@ def suggestion(name: object, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(map(repr, near))}? " if near else ""
 
 
+def first_line(error: BaseException) -> str:
+    """An exception's message in one line: its first, and the next where the first only announces it; the exception's
+    type where it has no message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+
+
+def type_and_line(error: BaseException) -> str:
+    """An exception's type and its message in one line; the type alone where it has no message."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
+
+
 def is_number(value: object) -> bool:
     """Whether a value is a finite number that a float can hold; true and false are not numbers."""
     try:

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from scaled_rope.certificate.observed import TOP, Callables, Observed, Source
-from scaled_rope.checkpoint import first_line
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, first_line
 
 
 def as_source(candidate: Any) -> Source:

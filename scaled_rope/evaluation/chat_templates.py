@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from scaled_rope.checkpoint import first_line, load_tokenizer
-from scaled_rope.errors import ConfigError
+from scaled_rope.checkpoint import load_tokenizer
+from scaled_rope.errors import ConfigError, first_line
 
 _MESSAGE = "0message0"  # stands for the message, of which templates cut nothing off
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, first_line, type_and_line
 from scaled_rope.evaluation.memory_meter import is_out_of_memory, release_memory
 
 
@@ -31,9 +31,8 @@ class Failure:
     """The data set or benchmark; empty when there is only one, or when the model failed before any."""
 
     def __str__(self) -> str:
-        lines = str(self.error).strip().splitlines() or [""]
-        kind = "" if isinstance(self.error, ConfigError) else f"{type(self.error).__name__}: "
-        return f"{self.job}{f' on {self.task}' if self.task else ''}: {kind}{lines[0]}"
+        why = first_line(self.error) if isinstance(self.error, ConfigError) else type_and_line(self.error)
+        return f"{self.job}{f' on {self.task}' if self.task else ''}: {why}"
 
 
 def is_ours(error: Exception) -> bool:

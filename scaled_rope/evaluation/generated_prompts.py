@@ -26,8 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from scaled_rope.checkpoint import first_line
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, first_line
 
 SEED = 42
 """The seed of generated prompts."""

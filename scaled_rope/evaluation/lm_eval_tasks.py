@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from scaled_rope.bundled import bundled
-from scaled_rope.checkpoint import first_line, load_config, load_tokenizer
+from scaled_rope.checkpoint import load_config, load_tokenizer
 from scaled_rope.command_line import run_cli
-from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.errors import ConfigError, first_line, unknown
 from scaled_rope.evaluation.chat_templates import chat_template_hash
 from scaled_rope.evaluation.continuations import NO_LIMIT, context_limit
 from scaled_rope.evaluation.failures import is_ours

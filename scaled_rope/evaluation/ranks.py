@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, first_line
 from scaled_rope.evaluation.memory_meter import is_out_of_memory
 
 T = TypeVar("T")
@@ -195,8 +195,9 @@ def join() -> Ranks:
         store.set(f"came/{rank}", "1")
         store.wait([f"came/{other}" for other in range(count)], _MEETING)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
-        said = str(error).splitlines()[0]
-        raise ConfigError(f"process {rank} of {count}: the others have not come within {_MEETING}: {said}") from None
+        raise ConfigError(
+            f"process {rank} of {count}: the others have not come within {_MEETING}: {first_line(error)}"
+        ) from None
     dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=_PATIENCE)
     _store = store
     _current = Ranks(rank, count, local)

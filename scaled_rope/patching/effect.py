@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
 
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, type_and_line
 from scaled_rope.patching.base_model import Place, has_values, on_cpu
 
 _TABLES = ("position_embeddings", "freqs_cis")
@@ -94,9 +94,10 @@ def follow_tables(base: PreTrainedModel, places: list[Place]) -> TableUse:
                 failure = failure or error
     if any(inside.values()):
         return TableUse(inside)  # each layer has a rotary module of its own
+    assert failure is not None
     raise ConfigError(
         f"architecture {base.config.model_type!r}: the way of its tables to the layers cannot be followed, "
-        f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+        f"{type_and_line(failure)}"
     )
 
 

@@ -22,8 +22,8 @@ import transformers
 from torch import nn
 
 from scaled_rope.attention.backends import attention_for, check_attention, resolve_attention, set_window
-from scaled_rope.checkpoint import Checkpoint, first_line, open_checkpoint, reading, without_custom_rope
-from scaled_rope.errors import ConfigError, shortened, unknown
+from scaled_rope.checkpoint import Checkpoint, open_checkpoint, reading, without_custom_rope
+from scaled_rope.errors import ConfigError, first_line, shortened, unknown
 from scaled_rope.patching.adapter_scaling import adapter_scaling
 from scaled_rope.patching.device_maps import Placement, is_offloaded
 from scaled_rope.patching.families import ADAPTERS

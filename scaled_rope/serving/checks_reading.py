@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, first_line
 from scaled_rope.serving.config_facts import ConfigFacts
-from scaled_rope.serving.inspect_report import Finding, one_line
+from scaled_rope.serving.inspect_report import Finding
 
 
 def rope_that_is_no_dictionary(facts: ConfigFacts) -> Iterator[Finding]:
@@ -32,7 +32,7 @@ def unreadable_scaling(facts: ConfigFacts) -> Iterator[Finding]:
     if error is None or "two dimensions" in str(error):
         return  # the latter is what `rope_of_images` is for
     if not isinstance(error, ConfigError):
-        text = f"The config cannot be read: {one_line(error)}."
+        text = f"The config cannot be read: {first_line(error)}."
         yield Finding("bad-value", "error", text, "Correct the types in it.")
         return
     message = str(error)

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, type_and_line
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import (
     CUSTOM_ROPE_TYPE,
@@ -24,7 +24,7 @@ from scaled_rope.scaling.hf_config import (
 )
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.serving.config_facts import RELEASED_TYPES, ConfigFacts
-from scaled_rope.serving.inspect_report import Finding, describe_difference, one_line, quiet
+from scaled_rope.serving.inspect_report import Finding, describe_difference, quiet
 from scaled_rope.serving.rotary_module import build_rotary_module, rotary_numbers, shares_one_table
 
 PHI3_TYPES = ("default", "longrope")
@@ -141,13 +141,13 @@ def rotary_module_that_transformers_cannot_build(facts: ConfigFacts) -> Iterator
             build_rotary_module(facts.built)
     except Exception as error:  # whatever the family's code raises for a config that it cannot use
         if facts.nested and shares_one_table(facts.built):
-            yield _nested_for_one_table(facts, f"cannot build this ({_raised(error)})")
+            yield _nested_for_one_table(facts, f"cannot build this ({type_and_line(error)})")
         elif shares_one_table(facts.built) or _builds_by_default(facts.built):
             yield Finding(
                 "transformers-refuses",
                 "error",
                 f"transformers {transformers.__version__} cannot build this: the rotary module of "
-                f"{facts.model_type!r} models raises {_raised(error)}.",
+                f"{facts.model_type!r} models raises {type_and_line(error)}.",
                 "Use a scaling that the family has, or load it with scaled_rope.load_model.",
             )
 
@@ -161,10 +161,6 @@ def _nested_for_one_table(facts: ConfigFacts, what: str) -> Finding:
         f"share one table, and transformers {transformers.__version__} {what}.",
         "Write the entry itself in place of the dictionary of entries; `scaled-rope repair` does.",
     )
-
-
-def _raised(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _builds_by_default(config: Any) -> bool:

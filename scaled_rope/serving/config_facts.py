@@ -14,7 +14,7 @@ from typing import Any
 
 import transformers
 
-from scaled_rope.errors import ConfigError, is_number, shortened
+from scaled_rope.errors import ConfigError, first_line, is_number, shortened
 from scaled_rope.patching.families import ADAPTERS, layers_without_rope
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import (
@@ -34,7 +34,7 @@ from scaled_rope.scaling.hf_config import (
     usual_name,
 )
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, resolve_scaling
-from scaled_rope.serving.inspect_report import Dimension, one_line, quiet, refusal_of
+from scaled_rope.serving.inspect_report import Dimension, quiet, refusal_of
 from scaled_rope.serving.rotary_module import rotates_images
 from scaled_rope.serving.scaling_plots import regimes_of
 
@@ -453,7 +453,7 @@ def _layer_scalings(facts: ConfigFacts) -> tuple[dict[str, RopeScaling], dict[st
         try:
             found[name] = RopeScaling.read_config(config, name)[0]
         except _UNREADABLE as error:
-            errors[name] = one_line(error)
+            errors[name] = first_line(error)
     return found, errors
 
 

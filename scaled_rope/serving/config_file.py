@@ -10,8 +10,8 @@ from typing import Any
 import transformers
 
 from scaled_rope.checkpoint import no_config
-from scaled_rope.errors import ConfigError, shortened
-from scaled_rope.serving.inspect_report import one_line, quiet
+from scaled_rope.errors import ConfigError, first_line, shortened
+from scaled_rope.serving.inspect_report import quiet
 
 _MAX_CONFIG_BYTES = 16 << 20
 """Somebody who names a file of weights should not wait until it has been read."""
@@ -46,7 +46,7 @@ def _from_hub(name: str) -> dict[str, Any]:
             raw, _ = transformers.PreTrainedConfig.get_config_dict(name)
         except Exception as error:  # the hub client has a dozen types for "no such thing" and "no network"
             raise ConfigError(
-                f"model {name!r} is no folder or file here, and not on the hub: {one_line(error)}"
+                f"model {name!r} is no folder or file here, and not on the hub: {first_line(error)}"
             ) from error
     if not raw:
         raise ConfigError(f"model {name!r} is no folder or file here, and not on the hub")
@@ -88,7 +88,7 @@ def _parse(path: Path) -> dict[str, Any]:
     except ConfigError:
         raise
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"config {str(path)!r} is not JSON: {one_line(error)}") from error
+        raise ConfigError(f"config {str(path)!r} is not JSON: {first_line(error)}") from error
     if not isinstance(raw, dict):
         kind = "null" if raw is None else f"a {type(raw).__name__}"
         raise ConfigError(f"config {str(path)!r} holds {kind}: must be a dictionary")

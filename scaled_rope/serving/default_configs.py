@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import torch
 
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, first_line
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import nested_types
 from scaled_rope.serving.config_facts import build_text_config
 from scaled_rope.serving.inspect_config import inspect
-from scaled_rope.serving.inspect_report import Inspection, describe_difference, one_line
+from scaled_rope.serving.inspect_report import Inspection, describe_difference
 from scaled_rope.serving.rotary_module import RotaryNumbers, build_rotary_module, rotary_numbers
 
 Verdict = Literal["same", "no RoPE of text", "not compared", "differs", "refused"]
@@ -39,7 +39,7 @@ def inspect_default(config: Any) -> DefaultFinding:
     try:
         rotary = None if text is None else build_rotary_module(text)
     except Exception as error:  # whatever the family's code raises: some defaults make no model
-        return DefaultFinding("not compared", f"transformers builds no rotary module of it: {one_line(error)}")
+        return DefaultFinding("not compared", f"transformers builds no rotary module of it: {first_line(error)}")
     if rotary is None:
         return DefaultFinding("not compared", f"no rotary module for {type(text).__name__} was found")
     types: list[str | None] = [*nested_types(text.rope_parameters or {})] or [None]

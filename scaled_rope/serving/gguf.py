@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from einops import rearrange
 
-from scaled_rope.checkpoint import first_line, load_config
-from scaled_rope.errors import ConfigError
+from scaled_rope.checkpoint import load_config
+from scaled_rope.errors import ConfigError, first_line
 from scaled_rope.patching.families import head_dim_of
 from scaled_rope.results import scratch_path
 

@@ -114,11 +114,6 @@ class Inspection:
         return "\n".join(_lay_out(self, full))
 
 
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def refusal_of(error: BaseException) -> str:
     """Why a config class refuses a config, in one line: some wrap the reason in a headline."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]

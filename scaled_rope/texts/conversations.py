@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, first_line
 from scaled_rope.texts.documents import (
     JSON_SUFFIXES,
     check_there,
@@ -394,7 +394,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[Any, str]]:
                     number += 1
                     yield record, f"{path} record {number}"
     except pyarrow.ArrowException as error:
-        raise ConfigError(f"dataset {path} is not a whole Parquet file: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"dataset {path} is not a whole Parquet file: {first_line(error)}") from None
 
 
 def check_chat(tokenizer: Any, name: str) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from scaled_rope.content_hash import kept_hash, record_hash
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, first_line
 from scaled_rope.texts.archives import MARK
 from scaled_rope.texts.corpora import STANDIN, standin
 from scaled_rope.texts.hub import hub_records
@@ -272,8 +272,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         if kind not in COMPRESSED or isinstance(error, PermissionError):
             raise ConfigError(f"dataset {path} cannot be read: {getattr(error, 'strerror', error)}") from None
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"dataset {path} is not a whole {COMPRESSED[kind]} file: {why}") from None
+        raise ConfigError(f"dataset {path} is not a whole {COMPRESSED[kind]} file: {first_line(error)}") from None
 
 
 def _read_text(path: Path) -> str:
@@ -359,7 +358,7 @@ def _read_parquet(path: Path, feature: str) -> Iterator[str]:
                     number += 1
                     yield _text_of(record, feature, f"{path} row {number}")
     except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"dataset {path} is not a whole Parquet file: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"dataset {path} is not a whole Parquet file: {first_line(error)}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"dataset {path} after row {number} has text that is not UTF-8") from None
 

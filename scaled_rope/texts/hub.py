@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from scaled_rope.checkpoint import first_line
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, first_line
 
 
 def import_datasets(name: str) -> Any:

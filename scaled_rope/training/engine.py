@@ -26,8 +26,7 @@ from typing import Any
 
 import torch
 
-from scaled_rope.checkpoint import first_line
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, first_line
 from scaled_rope.patching.loading import resolve_device
 from scaled_rope.patching.rotary import ScaledRotaryEmbedding
 from scaled_rope.recipes import Recipe

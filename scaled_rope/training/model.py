@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from scaled_rope.attention.backends import attention_dropout, attention_for, set_window
-from scaled_rope.checkpoint import first_line, load_tokenizer, open_checkpoint
-from scaled_rope.errors import ConfigError
+from scaled_rope.checkpoint import load_tokenizer, open_checkpoint
+from scaled_rope.errors import ConfigError, first_line
 from scaled_rope.patching.adapter_scaling import save_adapter_scaling
 from scaled_rope.patching.families import head_dim_of
 from scaled_rope.patching.loading import check_tied, former_names, load_model, merge_adapter, resolve_plan

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from scaled_rope.checkpoint import first_line, weights_hash
-from scaled_rope.errors import ConfigError
+from scaled_rope.checkpoint import weights_hash
+from scaled_rope.errors import ConfigError, first_line
 from scaled_rope.recipes import Recipe
 from scaled_rope.results import Row, folder_lock, rows_so_far, write_atomic
 from scaled_rope.training.engine import engine_name
