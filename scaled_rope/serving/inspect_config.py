@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
-from scaled_rope.errors import ConfigError
+from scaled_rope.errors import ConfigError, type_and_line
 from scaled_rope.flags import check_inspect_arguments
 from scaled_rope.patching.loading import load_model
 from scaled_rope.report.drawing import check_format
@@ -26,7 +27,7 @@ from scaled_rope.serving.config_facts import read_facts
 from scaled_rope.serving.config_file import config_as_dictionary, read_config_file
 from scaled_rope.serving.config_numbers import lengths_in_effect, native_rope_type, numbers_in_effect
 from scaled_rope.serving.inspect_model import check_model
-from scaled_rope.serving.inspect_report import Inspection, quiet
+from scaled_rope.serving.inspect_report import Finding, Inspection, quiet
 from scaled_rope.serving.scaling_plots import plot_scaling
 
 
@@ -83,7 +84,11 @@ def run(args: argparse.Namespace) -> int:
         check_format(Path(args.plot))
     report = inspect(args.model, args.layer_type, args.scaling, args.length)
     if args.weights:
-        findings = [*report.findings, *check_model(_load(args.model))]
+        model, refusal = _load(args.model)
+        findings = list(report.findings)
+        if refusal is not None:
+            findings.append(_refused(refusal, "not-native" in report.codes))
+        findings += check_model(model)
         report = dataclasses.replace(report, findings=tuple(dict.fromkeys(findings)))
     if args.plot:
         if report.scaling is None or report.head_dim is None or not report.dimensions:
@@ -99,8 +104,8 @@ def run(args: argparse.Namespace) -> int:
     return report.exit_code
 
 
-def _load(name: str) -> nn.Module:
-    """The model as transformers itself loads it; where it cannot, as we do."""
+def _load(name: str) -> tuple[nn.Module, Exception | None]:
+    """The model as transformers itself loads it; where it refuses, as we load it, and the refusal."""
     path = Path(name)
     folder = str(path.parent) if path.is_file() else name
     with quiet():
@@ -108,6 +113,20 @@ def _load(name: str) -> nn.Module:
             model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", use_safetensors=True, trust_remote_code=False
             )
-        except Exception:  # its own errors are many; load_model says what is wrong in one line
-            model = load_model(folder)
-    return model
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # its own errors are many; load_model says in one line what is wrong with a file
+            return load_model(folder), error
+    return model, None
+
+
+def _refused(error: Exception, by_design: bool) -> Finding:
+    """The finding that transformers does not load a model. by_design: whether its config says a scaling that
+    transformers has no words for."""
+    return Finding(
+        "transformers-refuses",
+        "info" if by_design else "error",
+        f"transformers {transformers.__version__} does not load this model ({type_and_line(error).rstrip('.')}); the "
+        "weights were looked at as scaled_rope.load_model loads them.",
+        "" if by_design else "Load it with scaled_rope.load_model.",
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
 from scaled_rope import patch_model
 from scaled_rope.cli import main
+from scaled_rope.serving import inspect_config
 from scaled_rope.serving.inspect_model import check_model
 
 
@@ -100,3 +103,35 @@ def test_weights(tiny_model, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     patch_model(model, "yarn:4,ramp=rotations")  # transformers cannot load this one
     model.save_pretrained(tmp_path)
     assert main(["inspect", str(tmp_path), "--weights", "--json"]) == 0
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    (refused,) = [finding for finding in findings if finding["code"] == "transformers-refuses"]
+    assert refused["level"] == "info" and "does not load this model (" in refused["text"]
+
+
+def test_weights_that_transformers_itself_refuses(
+    tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    tiny_model().save_pretrained(tmp_path)
+
+    def refuse(error: Exception) -> None:
+        def from_pretrained(*args: object, **kwargs: object) -> None:
+            raise error
+
+        monkeypatch.setattr(inspect_config.transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+
+    monkeypatch.setattr(inspect_config, "load_model", lambda folder: tiny_model())
+    refuse(RuntimeError("no such layer.\nand more"))
+    assert main(["inspect", str(tmp_path), "--weights", "--json"]) == 1
+    (refused,) = json.loads(capsys.readouterr().out)["findings"]
+    assert (refused["code"], refused["level"]) == ("transformers-refuses", "error")
+    assert "does not load this model (RuntimeError: no such layer); the weights were looked at as" in refused["text"]
+    for error in (MemoryError(), torch.OutOfMemoryError()):
+        refuse(error)
+        with pytest.raises(type(error)):  # no refusal: another way to load it would need as much
+            inspect_config.run(inspect_arguments(str(tmp_path)))
+
+
+def inspect_arguments(folder: str) -> argparse.Namespace:
+    return argparse.Namespace(
+        model=folder, layer_type=None, scaling=None, length=None, weights=True, plot=None, json=True, full=False
+    )
