@@ -205,14 +205,14 @@ def _phi3_lacks_type(facts: ConfigFacts) -> bool:
 
 def difference_from_transformers(facts: ConfigFacts) -> str:
     """How transformers' numbers differ from ours, in words to go on with; empty when they don't."""
-    if facts.own is None or facts.built is None or facts.head_dim is None:
+    if facts.own is None or facts.built is None or facts.head_dim is None or facts.dimensions_error:
         return ""
     try:
         with quiet():
             theirs, their_factor = _their_rope(facts.built, facts.layer_type)
-        ours, our_factor = compute_rope(facts.own.of_frequencies, facts.head_dim)
     except Exception:  # not comparable: another finding says why, or the family computes by itself
         return ""
+    ours, our_factor = compute_rope(facts.own.of_frequencies, facts.head_dim)
     return describe_difference(theirs, their_factor, ours, our_factor, "transformers", "meant")
 
 

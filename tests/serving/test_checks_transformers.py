@@ -9,6 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from scaled_rope import RopeScaling, compute_rope
 from scaled_rope.scaling.hf_config import ConfigNote
+from scaled_rope.serving import checks_transformers
 from scaled_rope.serving.checks_transformers import (
     config_that_transformers_refuses,
     difference_from_transformers,
@@ -164,4 +165,21 @@ def test_the_difference_is_put_into_words() -> None:
 @pytest.mark.parametrize("missing", ["own", "built", "head_dim"])
 def test_nothing_to_compare(missing: str) -> None:
     facts = vars(read_facts(LLAMA)) | {"own": UNSCALED, missing: None}
+    assert difference_from_transformers(ConfigFacts(**facts)) == ""
+
+
+def test_our_own_failing_is_not_taken_for_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = read_facts(LLAMA)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError("a bug of ours")
+
+    monkeypatch.setattr(checks_transformers, "compute_rope", fail)
+    with pytest.raises(ZeroDivisionError, match="a bug of ours"):
+        difference_from_transformers(facts)
+
+
+def test_numbers_that_cannot_be_computed_are_not_compared() -> None:
+    lists = RopeScaling("longrope", 4.0, 4096, params={"short_factor": (1.0,) * 4, "long_factor": (4.0,) * 4})
+    facts = vars(read_facts(LLAMA)) | {"own": lists, "dimensions_error": "short_factor holds 4 numbers"}
     assert difference_from_transformers(ConfigFacts(**facts)) == ""
