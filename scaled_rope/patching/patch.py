@@ -475,9 +475,10 @@ def _module_computes(unpatched: Unpatched, place: Place, layer_type: str, scalin
     rotary: Any = place.module
     if scaling.is_length_dependent:
         try:
-            return agrees(on_cpu(rotary), layer_type, scaling, unpatched)
+            rotary = on_cpu(rotary)
         except Exception:  # each family has its own ways to refuse
             return False
+        return agrees(rotary, layer_type, scaling, unpatched)
     kind = getattr(rotary, "rope_type", "")
     kind = str(kind.get(layer_type, "") if isinstance(kind, dict) else kind)
     if "dynamic" in kind or "longrope" in kind:

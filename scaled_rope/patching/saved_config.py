@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -103,11 +103,11 @@ def _is_understood(
                 if (theta := unpatched.thetas.get(place.path)) is not None:  # as the model does for each of its modules
                     whole.rope_parameters = {**whole.rope_parameters, "rope_theta": theta}
                 rotary = type(place.module)(config=whole)
-                for name, one in scalings.items():
-                    if not agrees(rotary, name, unpatched.scaling_at(place, one), unpatched):
-                        return False
         except Exception:  # each family has its own ways to refuse
             return False
+        for name, one in scalings.items():
+            if not agrees(rotary, name, unpatched.scaling_at(place, one), unpatched):
+                return False
     return True
 
 
@@ -123,21 +123,34 @@ def _silent_transformers() -> Iterator[None]:
 
 
 def agrees(rotary: Any, layer_type: str, scaling: RopeScaling, unpatched: Unpatched) -> bool:
-    """Whether a rotary module of transformers has a scaling's frequencies, for short texts and beyond L; on the CPU."""
-    prefix, more = (f"{layer_type}_", (layer_type,)) if layer_type else ("", ())
+    """Whether a rotary module of transformers has a scaling's frequencies, for short texts and beyond L; on the CPU.
+
+    A module that fails has not.
+    """
     original = scaling.original_max_position_embeddings or 1
     form = unpatched.form(unpatched.places[0])
     for length in (1, original, 3 * original + 1) if scaling.is_length_dependent else (1,):
+        try:
+            inv_freq, their_factor = _their_numbers(rotary, layer_type, length)
+        except Exception:  # each family has its own ways to refuse
+            return False
         with torch.device("cpu"):  # whatever the default device is
-            tables_of_text(rotary, torch.zeros(1, 1, 1), torch.tensor([[length - 1]]), *more)
-        wanted, factor = form.frequencies(scaling, layer_type, length)
-        inv_freq = getattr(rotary, f"{prefix}inv_freq")
+            wanted, factor = form.frequencies(scaling, layer_type, length)
         # Computed in float32, off by some ln(b) + 3·s units of 6e-8.
         if inv_freq.shape != wanted.shape or not torch.allclose(inv_freq, wanted, rtol=1e-3, atol=0):
             return False
-        if abs(float(getattr(rotary, f"{prefix}attention_scaling")) - factor) > 1e-6 * factor:
+        if abs(their_factor - factor) > 1e-6 * factor:
             return False
     return True
+
+
+def _their_numbers(rotary: Any, layer_type: str, length: int) -> tuple[Tensor, float]:
+    """Frequencies [D/2] and attention factor of a rotary module of transformers after a text of `length` tokens."""
+    prefix, more = (f"{layer_type}_", (layer_type,)) if layer_type else ("", ())
+    with _silent_transformers(), torch.device("cpu"):
+        tables_of_text(rotary, torch.zeros(1, 1, 1), torch.tensor([[length - 1]]), *more)
+    inv_freq: Tensor = getattr(rotary, f"{prefix}inv_freq").float()
+    return inv_freq, float(getattr(rotary, f"{prefix}attention_scaling"))
 
 
 def _record(scaling: RopeScaling, plan: LayerPlan, fields: dict[str, Any], config: Any, layers: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scaled_rope import RopeScaling, patch_model
 from scaled_rope.patching.base_model import base_model
+from scaled_rope.patching.layer_tables import TableForm
 from scaled_rope.patching.patch import _state_of, computes, lost_part
 from tests.helpers.families import ALL, CHANGED, SAME, WITHOUT_WORDS, distance, logits, record, vanilla_settings
 from tests.helpers.models import LAYER_TYPES, PLAIN, Make
@@ -113,3 +114,16 @@ def test_a_patch_is_whole_in_every_family_and_copy(tiny_model: Make, family: str
         place = state.unpatched.places[0]
         place.put(base_model(model), place.module)
         assert place.path in lost_part(model)
+
+
+def test_our_own_failing_is_not_another_computation(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(rope_parameters={**PLAIN, "rope_type": "dynamic", "factor": 2.0})
+    own = RopeScaling.from_config(model.config)
+    assert computes(model, own, by_length=True)
+
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError("a bug of ours")
+
+    monkeypatch.setattr(TableForm, "frequencies", fail)
+    with pytest.raises(ZeroDivisionError, match="a bug of ours"):
+        computes(model, own, by_length=True)

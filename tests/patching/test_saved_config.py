@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from scaled_rope import ConfigError, RopeScaling, patch_model, unpatch_model
 from scaled_rope.patching.base_model import base_model
+from scaled_rope.patching.layer_tables import TableForm
 from scaled_rope.patching.patch import patched_plan, patched_scaling
 from scaled_rope.scaling.record import LayerPlan
 from scaled_rope.serving.inspect_config import inspect
@@ -249,3 +250,25 @@ def test_a_rotary_module_of_somebodys_own_is_asked(tiny_model: Make, own: type[A
     assert model.config.rope_parameters["rope_type"] == ("yarn" if own is _Own else "scaled-rope")
     model.save_pretrained(tmp_path)
     assert RopeScaling.from_config(json.loads((tmp_path / "config.json").read_text())) == report.scaling
+
+
+def _failing(*args: Any, **kwargs: Any) -> Any:
+    raise ZeroDivisionError("a bug of ours")
+
+
+def test_our_own_failing_does_not_make_a_checkpoint_that_only_we_can_load(
+    tiny_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    monkeypatch.setattr(TableForm, "frequencies", _failing)
+    with pytest.raises(ZeroDivisionError, match="a bug of ours"):
+        patch_model(model, "yarn:4")
+    assert patched_scaling(model) is None
+
+
+def test_a_failing_module_of_the_family_means_that_transformers_cannot_express_it(
+    tiny_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    monkeypatch.setattr("scaled_rope.patching.saved_config.tables_of_text", _failing)
+    assert patch_model(model, "yarn:4").native is False
