@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.errors import ConfigError, type_and_line, unknown
 from scaled_rope.patching.base_model import AXES, on_cpu, tables_of_text
 from scaled_rope.patching.rotary import Layout
 from scaled_rope.scaling.hf_config import config_head_dim, nested_types
@@ -104,31 +104,48 @@ def adapter_of(config: Any, rotary: nn.Module | None = None) -> Adapter:
         ConfigError: the family is not recognised, or the model does not use its rotary module.
     """
     adapter = ADAPTERS.get(config.model_type)
-    if adapter is None and rotary is not None:
-        adapter = detect_adapter(config, rotary)
-    if adapter is None and rotary is not None:
-        raise ConfigError(f"architecture {config.model_type!r}: {_why_not(config, rotary)}")
     if adapter is None:
-        raise unknown("architecture", config.model_type, ADAPTERS)
+        if rotary is None:
+            raise unknown("architecture", config.model_type, ADAPTERS)
+        adapter = detect_adapter(config, rotary)
     if adapter.alibi and getattr(config, adapter.alibi, False):
         raise ConfigError(f"architecture {config.model_type!r} with {adapter.alibi}=true uses no rotary embedding")
     return adapter
 
 
-def detect_adapter(config: Any, rotary: nn.Module) -> Adapter | None:
-    """Return the adapter that fits the tables of a rotary module of transformers, or None."""
-    if not isinstance(getattr(config, "rope_parameters", None), dict) or "RotaryEmbedding" not in type(rotary).__name__:
-        return None
+def detect_adapter(config: Any, rotary: nn.Module) -> Adapter:
+    """Return the adapter that fits the tables of a rotary module of transformers.
+
+    Raises:
+        ConfigError: none does, with the reason: its tables cannot be computed from other frequencies, or they cannot be
+            looked at.
+    """
+    name, refused = type(rotary).__name__, f"architecture {config.model_type!r}:"
+    if not isinstance(getattr(config, "rope_parameters", None), dict):
+        raise ConfigError(
+            f"{refused} its config has no rope_parameters, so {name} takes its angles from elsewhere, and cannot be "
+            "scaled"
+        )
+    if "RotaryEmbedding" not in name:
+        raise ConfigError(f"{refused} {name} is by its name no rotary module of transformers, and so not known")
     if list(inspect.signature(rotary.forward).parameters)[:2] != ["x", "position_ids"]:
-        return None
+        raise ConfigError(f"{refused} {name} is not called with positions, so what to scale in it is not known")
     try:
         # A copy: a module that remembers the longest length seen must not remember the probe's.
         with _disable_current_modes():
             probe = on_cpu(rotary)
-    except Exception:
-        return None
+    except Exception as error:  # whatever the family's code raises
+        raise ConfigError(
+            f"{refused} no copy of {name} can be made, to look at its tables ({type_and_line(error)})"
+        ) from error
     with _disable_current_modes(), torch.device("cpu"):  # whatever the default device is
-        return _fitting(config, rotary, probe)
+        adapter = _fitting(config, rotary, probe)
+    if adapter is None:
+        raise ConfigError(
+            f"{refused} the tables of {name} do not follow from position times frequency, so other frequencies cannot "
+            "be put in"
+        )
+    return adapter
 
 
 def _fitting(config: Any, rotary: nn.Module, probe: Any) -> Adapter | None:
@@ -142,16 +159,6 @@ def _fitting(config: Any, rotary: nn.Module, probe: Any) -> Adapter | None:
     if all(_turns_by_frequency(probe, name) for name in names):
         return Adapter(own_tables=True, per_layer_type=bool(types), partial_rotary=True)
     return None
-
-
-def _why_not(config: Any, rotary: nn.Module) -> str:
-    """Why the tables of a rotary module cannot be computed from other frequencies."""
-    name = type(rotary).__name__
-    if not isinstance(getattr(config, "rope_parameters", None), dict):
-        return f"its config has no rope_parameters, so {name} takes its angles from elsewhere, and cannot be scaled"
-    if list(inspect.signature(rotary.forward).parameters)[:2] != ["x", "position_ids"]:
-        return f"{name} is not called with positions, so what to scale in it is not known"
-    return f"the tables of {name} do not follow from position times frequency, so other frequencies cannot be put in"
 
 
 def table_types(config: Any, rotary: nn.Module) -> list[str]:
