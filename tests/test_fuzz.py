@@ -263,15 +263,16 @@ def write_and_read(scaling: RopeScaling) -> None:
     """What is written to a config comes back: as the record, or where transformers has words, as its numbers."""
     for dialect in ("rope_parameters", "rope_scaling"):
         for head_dim in (None, HEAD_DIM):
-            written = one_line(scaling.to_config, dialect, head_dim)
+            written = one_line(scaling.to_config, head_dim)
             if written is None:  # NTK-aware for a width that it does not fit
                 assert head_dim is not None and scaling.method == "ntk"
                 continue
-            config = {
-                dialect: json.loads(json.dumps(written)),
-                "rope_theta": written.get("rope_theta", scaling.rope_theta),
-            }
-            note(f"{dialect} {written}")
+            said = json.loads(json.dumps(written))
+            if dialect == "rope_scaling":
+                said["type"] = said["rope_type"]
+                del said["rope_theta"]
+            config = {dialect: said, "rope_theta": written["rope_theta"]}
+            note(f"{config}")
             again = RopeScaling.from_config(config)
             if written["rope_type"] == CUSTOM_ROPE_TYPE:
                 assert again == scaling

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from scaled_rope.errors import ConfigError, is_number, is_positive_whole, unknown
 from scaled_rope.scaling.formulas import attention_factor_of, longrope_attention_factor, ntk_theta
@@ -29,7 +29,6 @@ from scaled_rope.scaling.hf_config import (
 from scaled_rope.scaling.registry import METHODS, Method
 from scaled_rope.scaling.spec import Spec, shown
 
-Dialect = Literal["rope_parameters", "rope_scaling"]
 _DEFAULT_ROPE_THETA = 10000.0
 _RAMPS = ("dimension", "rotations")
 _TEMPERATURES = ("constant", "log", "llama4", "ministral")
@@ -388,14 +387,11 @@ class RopeScaling:
 
     def to_config(
         self,
-        dialect: Dialect = "rope_parameters",
         head_dim: int | None = None,
         rope_types: Container[str] = NATIVE,
     ) -> dict[str, Any]:
-        """Return the RoPE dictionary to write into a model's config.
+        """Return the dictionary to write into a model's config as `rope_parameters`.
 
-        dialect: "rope_parameters" (transformers 5) or "rope_scaling" (older, and other programs), in which
-            `rope_theta` stays outside, on the config's top level.
         head_dim: dimensions per head of the model, see `is_native`.
         rope_types: the types of transformers that may be used.
 
@@ -403,19 +399,10 @@ class RopeScaling:
         NTK-by-parts is "yarn" with attention factor 1, NTK-aware is "default" with the base b'. Everything
         else gets `rope_type` "scaled-rope", which `from_config` reads without loss and transformers refuses.
         """
-        if dialect not in ("rope_parameters", "rope_scaling"):
-            raise unknown("dialect", dialect, ("rope_parameters", "rope_scaling"))
         rope_type = native_type(self, head_dim)
-        # Another base can only be told to a reader that takes rope_theta from the same dictionary.
-        in_other_base = self.method in ("ntk", "abf") and dialect == "rope_scaling"
-        if rope_type in rope_types and rope_type is not None and not in_other_base:
-            values = native_words(self, rope_type, head_dim)
-        else:
-            values = {"rope_type": CUSTOM_ROPE_TYPE, **self.to_dict(), "rope_theta": self.rope_theta}
-        if dialect == "rope_scaling":
-            del values["rope_theta"]
-            values["type"] = values["rope_type"]
-        return values
+        if rope_type in rope_types and rope_type is not None:
+            return native_words(self, rope_type, head_dim)
+        return {"rope_type": CUSTOM_ROPE_TYPE, **self.to_dict(), "rope_theta": self.rope_theta}
 
     @classmethod
     def from_config(cls, config: Any, layer_type: str | None = None) -> RopeScaling:
