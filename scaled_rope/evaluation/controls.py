@@ -238,16 +238,3 @@ def uses_context(change: Change | None, window: int) -> str:
     if change.none:
         return f"makes no use of its context beyond {window} tokens: {said}"
     return f"not shown to use its context beyond {window} tokens: {said}"
-
-
-def worth_extending(change: Change | None, window: int) -> str:
-    """Say whether a model is better than its base cut to the last `window` tokens, from the comparison of the two."""
-    if change is None:
-        return "worth extending: not measured"
-    if not math.isfinite(change.share):
-        return "not worth extending: its perplexity overflows"
-    if change.lower:
-        return f"worth extending for this text: {change} against the base cut to its last {window} tokens"
-    if change.higher:
-        return f"not worth extending for this text: {change} against the base cut to its last {window} tokens"
-    return f"not shown to be worth extending for this text: {change} against the base cut to its last {window} tokens"

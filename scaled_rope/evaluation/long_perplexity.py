@@ -31,8 +31,6 @@ GAIN = 2.0
 FLOOR = -2.0
 """β: and is above this with the whole context."""
 
-_COST = ("pass_length", "seconds", "tokens_per_second", "peak_memory")
-
 Mask = npt.NDArray[np.bool_]
 
 

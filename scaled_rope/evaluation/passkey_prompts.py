@@ -157,7 +157,6 @@ def build_prompt(
     length: int,
     depth: float,
     key: int,
-    filler_ids: Sequence[int] | None = None,
     chat: ChatTurn | None = None,
     wording: Wording = WORDINGS[RELEASED],
 ) -> PasskeyPrompt:
@@ -168,7 +167,6 @@ def build_prompt(
         length: tokens of prompt and answer together.
         depth: share of the filler before the key line, 0 to 1.
         key: the number to retrieve.
-        filler_ids: tokens to fill with, repeated as needed; default: the sentences of the wording.
         chat: the template that the prompt is put into; its tokens count. None: plain text.
         wording: the words around the key.
 
@@ -179,8 +177,8 @@ def build_prompt(
     opening, key_line = _opening(tokenizer, wording.opening, chat), encode(tokenizer, wording.key_line.format(key=key))
     question, answer = _question_and_answer(tokenizer, (wording.question, wording.answer), key, chat)
     room = _room(length, opening, key_line, question, answer)
-    source = list(filler_ids) if filler_ids is not None else encode(tokenizer, wording.filler)
-    filler = (source * (room // len(source) + 1))[:room]
+    sentences = encode(tokenizer, wording.filler)
+    filler = (sentences * (room // len(sentences) + 1))[:room]
     before = round(room * depth)
     input_ids = opening + filler[:before] + key_line + filler[before:] + question
     distance = length - len(opening) - before

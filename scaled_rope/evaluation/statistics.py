@@ -57,7 +57,7 @@ SEED = 0
 _SEED = 42
 
 
-def ratio_interval(above: Values, below: Values, seed: int = SEED) -> tuple[float, float]:
+def ratio_interval(above: Values, below: Values) -> tuple[float, float]:
     """The 95 % interval of Σ above / Σ below over units that were drawn at random, as documents: two arrays [units].
 
     Percentiles over resamples of the units, drawn with replacement. Of few units, which those would make far too sure
@@ -73,7 +73,7 @@ def ratio_interval(above: Values, below: Values, seed: int = SEED) -> tuple[floa
         ratio = above.sum() / below.sum()
         spread = math.sqrt(count / (count - 1) * ((above - ratio * below) ** 2).sum()) / abs(below.sum())
         return float(ratio - T95[count - 1] * spread), float(ratio + T95[count - 1] * spread)
-    draws = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=_RESAMPLES)
+    draws = np.random.default_rng(SEED).multinomial(count, [1 / count] * count, size=_RESAMPLES)
     low, high = np.percentile((draws @ above) / (draws @ below), [2.5, 97.5])
     return float(low), float(high)
 

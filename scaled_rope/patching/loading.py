@@ -217,9 +217,9 @@ def _check_complete(wrapped: Any, adapter: str) -> None:
         raise ConfigError(f"adapter {adapter!r} does not fit this {kind}: {'; '.join(found)}")
 
 
-def _listed(names: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 @torch.no_grad()

@@ -252,9 +252,9 @@ def _lay_out_dimensions(report: Inspection, full: bool) -> Iterator[str]:
         yield f"  ({len(rows) - 1} of {len(report.dimensions)} dimensions; --full shows all)"
 
 
-def _selected(dimensions: Sequence[Dimension], wanted: int = 16) -> list[int]:
-    """Some `wanted` indices: the ends of up to four runs of a regime, and others evenly between."""
-    count = len(dimensions)
+def _selected(dimensions: Sequence[Dimension]) -> list[int]:
+    """Some 16 indices: the ends of up to four runs of a regime, and others evenly between."""
+    count, wanted = len(dimensions), 16
     if count <= wanted:
         return list(range(count))
     runs = spans([dimension.regime for dimension in dimensions])

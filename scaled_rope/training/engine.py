@@ -168,7 +168,7 @@ def check_gpus() -> None:
         raise ConfigError(f"{here} processes on this machine are not allowed, it has {there} GPUs; start so many")
 
 
-def make_accelerator(recipe: Recipe, attention_name: str = "sdpa") -> Any:
+def make_accelerator(recipe: Recipe, attention_name: str) -> Any:
     """Make an `Accelerator` that suits this process's launcher; DeepSpeed gets the recipe's batch and clipping.
 
     Args:

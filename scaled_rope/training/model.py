@@ -258,7 +258,7 @@ def init_config(recipe: Recipe) -> Any:
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
-def install_scaling(model: Any, recipe: Recipe, settings: RopeSettings | None = None) -> PatchReport | None:
+def install_scaling(model: Any, recipe: Recipe, settings: RopeSettings | None) -> PatchReport | None:
     """Put the recipe's scaling and context length into a model; None where it keeps the checkpoint's own.
 
     settings: the RoPE settings in the checkpoint's config; None: the model's config is read.

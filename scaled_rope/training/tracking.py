@@ -20,8 +20,6 @@ from scaled_rope.recipes import Recipe
 from scaled_rope.results import Row, naming, write_atomic
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # of Okabe and Ito's palette
-#: fields that depend on machine and moment, in rows that are otherwise the same whenever a step is done
-MEASURED = ("seconds", "tokens_per_second", "mfu", "peak_memory_gb")
 
 
 def peak_memory(device: torch.device) -> float:

@@ -140,9 +140,9 @@ def best_counts(curves: Floats) -> npt.NDArray[np.int64]:
     return np.stack([np.bincount(column, minlength=len(curves)) for column in best.T])
 
 
-def resample(windows: int, seed: int, draws: int = DRAWS) -> npt.NDArray[np.int64]:
-    """Bootstrap samples of windows, [draws, windows], drawn with replacement."""
-    return np.random.default_rng(seed).integers(0, windows, (draws, windows))
+def resample(windows: int, seed: int) -> npt.NDArray[np.int64]:
+    """Bootstrap samples of windows, [DRAWS, windows], drawn with replacement."""
+    return np.random.default_rng(seed).integers(0, windows, (DRAWS, windows))
 
 
 def bootstrap_minima(grid: Sequence[float], curves: Floats, samples: npt.NDArray[np.int64]) -> list[Minimum]:
@@ -150,9 +150,9 @@ def bootstrap_minima(grid: Sequence[float], curves: Floats, samples: npt.NDArray
     return [parabola_minimum(grid, curves[:, sample].mean(axis=1)) for sample in samples]
 
 
-def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
-    """The central range that contains the share `level` of a sample."""
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The central range that contains the share `LEVEL` of a sample."""
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 

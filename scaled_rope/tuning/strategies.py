@@ -213,7 +213,11 @@ def cma_es(space: Space, seed: int) -> Strategy:
         mean = rng.random(len(mean))
 
 
-def coordinate(space: Space, seed: int, step: float = 0.25, least: float = 1 / 256) -> Strategy:
+_FIRST_STEP, _LEAST_STEP = 0.25, 1 / 256
+"""Steps of `coordinate`, as shares of the range of each number."""
+
+
+def coordinate(space: Space, seed: int) -> Strategy:
     """A step along each of YaRN's four numbers in both directions; the best is taken, or else the step halved.
 
     It begins with the paper's constants, and again at a random point where the step has become too small.
@@ -222,8 +226,8 @@ def coordinate(space: Space, seed: int, step: float = 0.25, least: float = 1 / 2
     point, proposal = yarn.start(), yarn.first()
     while True:
         (lowest,) = yield [proposal]
-        reach = step
-        while reach >= least:
+        reach = _FIRST_STEP
+        while reach >= _LEAST_STEP:
             points = []
             for index, sign in itertools.product(range(len(point)), (-1, 1)):
                 moved = min(max(point[index] + sign * reach, 0.0), 1.0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.evaluation.controls import Control, ControlRequest, compare, counted, uses_context, worth_extending
+from scaled_rope.evaluation.controls import Control, ControlRequest, compare, counted, uses_context
 from scaled_rope.results import Row
 
 
@@ -55,10 +55,8 @@ def test_a_constant_gain_has_a_closed_form_and_no_spread() -> None:
     expected = math.expm1(-0.05)
     assert change.share == pytest.approx(expected) and change.interval == pytest.approx((expected, expected))
     assert uses_context(change, 256) == "uses its context: −4.9 % [−4.9, −4.9]"
-    assert "worth extending for this text: −4.9 %" in worth_extending(change, 256)
     worse = compare([(row(control), row(model))])
     assert worse is not None and worse.higher and "is worse for its context" in uses_context(worse, 256)
-    assert worth_extending(worse, 256).startswith("not worth extending")
 
 
 def test_documents_are_the_units_and_windows_where_there_is_one_document() -> None:
@@ -88,7 +86,7 @@ def test_what_cannot_be_compared() -> None:
     assert compare([(one, overflow)]) is None
     change = compare([(overflow, one)])
     assert change is not None and change.share == math.inf and "overflows" in uses_context(change, 8)
-    assert not (change.lower or change.at_or_below) and worth_extending(change, 8).startswith("not worth")
+    assert not (change.lower or change.at_or_below)
     with pytest.raises(ConfigError, match="other windows"):
         compare([(one, row([[1.0, 2.0]]))])
     older = {name: value for name, value in one.items() if name != "bucket_nats"}
@@ -103,7 +101,6 @@ def test_float_noise_is_no_gain() -> None:
     change = compare([(row(noisy), row(control))])
     assert change is not None and change.none and change.at_or_below
     assert uses_context(change, 16) == "makes no use of its context beyond 16 tokens: 0.0 % [0.0, 0.0]"
-    assert worth_extending(change, 16).startswith("not shown")
 
 
 def test_buckets_up_to_the_claimed_length_decide() -> None:

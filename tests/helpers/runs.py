@@ -22,10 +22,11 @@ import yaml
 from safetensors.torch import load_file
 
 from scaled_rope.texts.packed import PackedWriter, open_packed
-from scaled_rope.training.tracking import MEASURED
 from tests.helpers import ROOT, rank_worker
 
 LENGTH = 48
+MEASURED = ("seconds", "tokens_per_second", "mfu", "peak_memory_gb")
+"""Fields that depend on machine and moment, in rows that are otherwise the same whenever a step is done."""
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
 # DeepSpeed looks for an accelerator when it is imported, and imports the compiler, which would start processes. Triton
 # can interpret only what was so when it was imported; a run that does says TRITON_INTERPRET="1" as well.

@@ -163,7 +163,7 @@ def test_ranks_wait_for_the_first_one_longer_than_nccl_would(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     with pytest.raises(Stop):
-        engine.make_accelerator(read_recipe("tiny-base"))
+        engine.make_accelerator(read_recipe("tiny-base"), "sdpa")
     (group,) = [one for one in given["kwargs_handlers"] if type(one).__name__ == "InitProcessGroupKwargs"]
     assert group.timeout.total_seconds() >= 3600 and group.backend is None  # accelerate takes NCCL on a GPU
 
@@ -173,7 +173,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(ConfigError, match="8 processes on this machine are not allowed, it has 4 GPUs"):
-        engine.make_accelerator(read_recipe("tiny-base"))
+        engine.make_accelerator(read_recipe("tiny-base"), "sdpa")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     engine.check_gpus()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")

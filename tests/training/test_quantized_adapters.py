@@ -85,7 +85,7 @@ def test_under_a_sharding_engine_it_is_refused(workspace: Path, monkeypatch: pyt
         with monkeypatch.context() as patch:
             patch.setenv(variable, "true")
             with pytest.raises(ConfigError, match=f"quantization 'nf4' is not allowed under {name}"):
-                make_accelerator(recipe)
+                make_accelerator(recipe, "sdpa")
 
 
 @pytest.mark.parametrize(
