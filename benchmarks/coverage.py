@@ -28,8 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import check_names  # noqa: E402
-from benchmarks.coverage_trial import Trial, judge, quiet, try_type  # noqa: E402
+from benchmarks.coverage_trial import Trial, judge, try_type  # noqa: E402
 from benchmarks.small_models import CAUSAL_TYPES, MODEL_TYPES  # noqa: E402
+from scaled_rope.checkpoint import quiet_transformers  # noqa: E402
 from scaled_rope.command_line import Parser, run_cli  # noqa: E402
 from scaled_rope.report.page_blocks import with_block  # noqa: E402
 from scaled_rope.results import append_row, provenance, rows_so_far  # noqa: E402
@@ -104,7 +105,7 @@ def _try_in_child(model_type: str, answer: Any) -> None:
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - families warn of all kinds of things
-    with quiet():
+    with quiet_transformers(hide_bars=True):
         answer.send(try_type(model_type))
 
 

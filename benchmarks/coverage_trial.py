@@ -6,11 +6,9 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
@@ -272,15 +270,3 @@ def judge(trial: Trial) -> list[str]:
 
 def _is_refusal(result: Any) -> bool:
     return isinstance(result, str) and result.startswith("refused")
-
-
-@contextmanager
-def quiet() -> Any:
-    """Without the warnings and bars of transformers."""
-    level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.utils.logging.set_verbosity(level)

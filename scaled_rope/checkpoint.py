@@ -75,37 +75,47 @@ def no_config(folder: str) -> ConfigError:
 
 
 @contextmanager
+def quiet_transformers(hide_bars: bool = False) -> Iterator[None]:
+    """Without the logs of transformers and of the hub's client, which logs every try to reach the hub. Afterwards both
+    are as loud as they were.
+
+    hide_bars: also without transformers' progress bars.
+    """
+    from transformers.utils import logging as transformers_logging  # takes seconds; checks of flags do not need it
+
+    verbosity, hub = transformers_logging.get_verbosity(), logging.getLogger("huggingface_hub")
+    hub_level, bars = hub.level, transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    hub.setLevel(logging.CRITICAL)
+    if hide_bars:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        hub.setLevel(hub_level)
+        if hide_bars and bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
 def reading(what: str, name: str) -> Iterator[None]:
     """Report any failure to read a checkpoint as bad input in one line.
 
     transformers, tokenizers, safetensors and the hub client raise a dozen unrelated types for a broken checkpoint and
     log more, so every exception counts here and the log is silenced; the cause stays attached for debugging.
     """
-    from transformers.utils import logging as transformers_logging  # takes seconds; checks of flags do not need it
-
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    hub = logging.getLogger("huggingface_hub")  # it logs every try to reach the hub
-    hub_level = hub.level
-    hub.setLevel(logging.CRITICAL)
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    except ConfigError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    with quiet_transformers(hide_bars=not sys.stderr.isatty()):
+        try:
+            yield
+        except ConfigError:
             raise
-        raise ConfigError(f"{what} {name!r} cannot be read: {first_line(error)}") from error
-    except Exception as error:
-        raise ConfigError(f"{what} {name!r} cannot be read: {first_line(error)}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        hub.setLevel(hub_level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ConfigError(f"{what} {name!r} cannot be read: {first_line(error)}") from error
+        except Exception as error:
+            raise ConfigError(f"{what} {name!r} cannot be read: {first_line(error)}") from error
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> Any:

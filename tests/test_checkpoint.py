@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from pathlib import Path
 
 import pytest
+import transformers
 
-from scaled_rope.checkpoint import DEFAULT_MODEL, check_local, display_name, load_config, open_checkpoint
+from scaled_rope.checkpoint import (
+    DEFAULT_MODEL,
+    check_local,
+    display_name,
+    load_config,
+    open_checkpoint,
+    quiet_transformers,
+)
 from scaled_rope.errors import ConfigError
 from scaled_rope.scaling.record import RopeSettings
 
@@ -84,3 +93,24 @@ def test_a_base_beside_the_text_part_is_warned_about(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.warns(UserWarning, match="rope_theta outside of text_config is read by nobody"):
         open_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("bars", [True, False])
+def test_transformers_is_as_loud_afterwards_as_it_was(bars: bool) -> None:
+    loudness, hub = transformers.utils.logging, logging.getLogger("huggingface_hub")
+    before, level, shown = loudness.get_verbosity(), hub.level, loudness.is_progress_bar_enabled()
+    change = {True: loudness.enable_progress_bar, False: loudness.disable_progress_bar}
+    try:
+        loudness.set_verbosity(loudness.INFO)
+        hub.setLevel(logging.WARNING)
+        change[bars]()
+        with pytest.raises(KeyError), quiet_transformers(hide_bars=True):
+            assert (loudness.get_verbosity(), hub.level) == (loudness.ERROR, logging.CRITICAL)
+            assert not loudness.is_progress_bar_enabled()
+            raise KeyError
+        assert (loudness.get_verbosity(), hub.level) == (loudness.INFO, logging.WARNING)
+        assert loudness.is_progress_bar_enabled() == bars
+    finally:
+        loudness.set_verbosity(before)
+        hub.setLevel(level)
+        change[shown]()

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
+from scaled_rope.checkpoint import quiet_transformers
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.base_model import tables_of_text
 from scaled_rope.patching.class_exchange import exchange_class
@@ -98,7 +97,8 @@ def _is_understood(
     for place in unpatched.places:
         said = {**copy.deepcopy(config.to_dict()), **copy.deepcopy(_present(fields))}
         try:
-            with _silent_transformers(), torch.device("cpu"):  # models may be built under a default device of "meta"
+            # Our keys are logged, and every key that a rope_type does not use.
+            with quiet_transformers(), torch.device("cpu"):  # models may be built under a default device of "meta"
                 whole = type(config).from_dict(said)
                 if (theta := unpatched.thetas.get(place.path)) is not None:  # as the model does for each of its modules
                     whole.rope_parameters = {**whole.rope_parameters, "rope_theta": theta}
@@ -109,17 +109,6 @@ def _is_understood(
             if not agrees(rotary, name, unpatched.scaling_at(place, one), unpatched):
                 return False
     return True
-
-
-@contextmanager
-def _silent_transformers() -> Iterator[None]:
-    """Silence transformers, which logs our keys and every key that a rope_type does not use."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
 
 
 def agrees(rotary: Any, layer_type: str, scaling: RopeScaling, unpatched: Unpatched) -> bool:
@@ -147,7 +136,7 @@ def agrees(rotary: Any, layer_type: str, scaling: RopeScaling, unpatched: Unpatc
 def _their_numbers(rotary: Any, layer_type: str, length: int) -> tuple[Tensor, float]:
     """Frequencies [D/2] and attention factor of a rotary module of transformers after a text of `length` tokens."""
     prefix, more = (f"{layer_type}_", (layer_type,)) if layer_type else ("", ())
-    with _silent_transformers(), torch.device("cpu"):
+    with quiet_transformers(), torch.device("cpu"):
         tables_of_text(rotary, torch.zeros(1, 1, 1), torch.tensor([[length - 1]]), *more)
     inv_freq: Tensor = getattr(rotary, f"{prefix}inv_freq").float()
     return inv_freq, float(getattr(rotary, f"{prefix}attention_scaling"))
@@ -183,7 +172,7 @@ def let_save(config: Any) -> None:
     if CUSTOM_ROPE_TYPE not in str(config.rope_parameters):
         return
     try:
-        with _silent_transformers():
+        with quiet_transformers():
             copy.deepcopy(config).validate()  # some change what they check
     except Exception:  # each family has its own ways to refuse
         exchange_class(config, _Unvalidated)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import shutil
 import textwrap
@@ -15,8 +14,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
+from scaled_rope.checkpoint import quiet_transformers
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.serving.scaling_plots import spans
 
@@ -129,17 +128,9 @@ def shorten(value: Any) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the logs and warnings of transformers and of the hub's client."""
-    verbosity, hub = transformers_logging.get_verbosity(), logging.getLogger("huggingface_hub")
-    hub_level = hub.level
-    transformers_logging.set_verbosity_error()
-    hub.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        hub.setLevel(hub_level)
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def describe_difference(

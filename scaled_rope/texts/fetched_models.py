@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scaled_rope.checkpoint import quiet_transformers
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.texts.archives import MARK, Archive, is_there, lacks_mark, make_folders
@@ -82,21 +83,14 @@ def _convert(path: Path, output: Path) -> None:
     """Convert a GGUF file to a folder with safetensors in bfloat16, config and tokenizer."""
     import torch
     import transformers
-    from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with quiet_transformers(hide_bars=True):
         whole = transformers.GgufConfig(dequantize=True)  # packed weights could not be saved
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(path.parent), gguf_file=path.name, dtype=torch.float32, quantization_config=whole
         )
         model.to(torch.bfloat16).save_pretrained(output)
         transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(output)
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

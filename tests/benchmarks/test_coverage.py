@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from benchmarks import coverage
-from benchmarks.coverage_trial import judge, quiet, try_type
+from benchmarks.coverage_trial import judge, try_type
 from benchmarks.small_models import MODEL_TYPES
+from scaled_rope.checkpoint import quiet_transformers
 from scaled_rope.results import read_rows
 
 SAMPLE = [
@@ -34,7 +35,7 @@ SAMPLE = [
 
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_a_type_of_each_layout_is_scaled_with_effect(model_type: str) -> None:
-    with quiet():
+    with quiet_transformers(hide_bars=True):
         trial = try_type(model_type)
     assert trial["built"] and judge(trial) == []
     assert "refused" not in trial["scalings"]["yarn:4"] and "refused" not in trial["scalings"]["dynamic-yarn"]
