@@ -140,9 +140,9 @@ def our_logits(folder: str, scaling: Any, tokens: Sequence[int]) -> tuple[Any, A
     """Logits [N, V] of the patched model in float32, and of the same model in float64 throughout."""
     import torch
 
-    from scaled_rope.patching.families import head_dim_of
     from scaled_rope.patching.loading import load_model
     from scaled_rope.patching.patch import patch_model
+    from scaled_rope.scaling.hf_config import head_dim_of
 
     model = load_model(folder, dtype="float32", device=torch.device("cpu"), attn_implementation="eager")
     patch_model(model, scaling)
@@ -192,7 +192,7 @@ def make_jobs(folder: str, specs: Sequence[str], text: str, length: int, scratch
     """One job per scaling with the exported flags, and for YaRN one with the converter's metadata and no flags."""
     from scaled_rope.checkpoint import load_config, load_tokenizer
     from scaled_rope.errors import ConfigError
-    from scaled_rope.patching.families import head_dim_of
+    from scaled_rope.scaling.hf_config import head_dim_of
     from scaled_rope.scaling.record import RopeScaling, resolve_scaling
     from scaled_rope.serving.export import export
     from scaled_rope.serving.gguf import GgufRope, add_rope, write_checkpoint

@@ -41,10 +41,10 @@ from scaled_rope.evaluation.formatting import format_table
 from scaled_rope.evaluation.jobs import ModelLoader, model_jobs
 from scaled_rope.evaluation.runner import command_line
 from scaled_rope.evaluation.windows import truncated
-from scaled_rope.patching.families import head_dim_of
 from scaled_rope.patching.patch import patch_model
 from scaled_rope.patching.rotary import ScaledRotaryEmbedding
 from scaled_rope.results import append_row, provenance
+from scaled_rope.scaling.hf_config import head_dim_of
 from scaled_rope.scaling.record import RopeScaling
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from scaled_rope.certificate.hypotheses import Hypothesis, spelled_out
 from scaled_rope.certificate.observed import Numbers, Observed, logits_of
 from scaled_rope.errors import ConfigError
-from scaled_rope.patching.families import head_dim_of
 from scaled_rope.patching.loading import DTYPES, apply_scaling
+from scaled_rope.scaling.hf_config import head_dim_of
 from scaled_rope.scaling.record import RopeScaling, RopeSettings
 
 _ULPS = 5e-7

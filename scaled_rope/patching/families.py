@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from scaled_rope.errors import ConfigError, type_and_line, unknown
 from scaled_rope.patching.base_model import AXES, on_cpu, tables_of_text
 from scaled_rope.patching.rotary import Layout
-from scaled_rope.scaling.hf_config import config_head_dim, nested_types
+from scaled_rope.scaling.hf_config import nested_types
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,6 @@ _WITHOUT_ROPE = {"kolibri1": _EXAONE, "llama4_text": Adapter(rope_flags="no_rope
 
 UNSCALED = {"molmo2_text": "rotary_emb_unscaled"}
 """Model type -> path of a second rotary module, for layers that the family leaves unscaled whatever its config says."""
-
-
-def head_dim_of(config: Any) -> int:
-    """Dimensions per attention head, from a transformers config."""
-    head_dim = config_head_dim(config)
-    if head_dim is None:
-        raise ConfigError(f"model_type {config.model_type!r}: its config says neither head_dim nor hidden_size")
-    return head_dim
 
 
 def adapter_of(config: Any, rotary: nn.Module | None = None) -> Adapter:
@@ -273,8 +265,3 @@ def rope_layer_type(config: Any, adapter: Adapter) -> str:
     """The only layer type that uses RoPE in this model; empty when all do."""
     everywhere = adapter.rope_window and getattr(config, adapter.rope_window, None) is None
     return "" if everywhere else adapter.rope_layer_type
-
-
-def layer_types_of(config: Any) -> list[str]:
-    """The distinct layer types of a model, in the order of their first layers; empty when its config lists none."""
-    return list(dict.fromkeys(getattr(config, "layer_types", None) or ()))

@@ -23,7 +23,6 @@ from scaled_rope.patching.families import (
     UNSCALED,
     Adapter,
     adapter_of,
-    layer_types_of,
     layers_without_rope,
     rope_layer_type,
     table_types,
@@ -36,7 +35,7 @@ from scaled_rope.patching.softmax_scale import SoftmaxScale, scaled_attention, s
 from scaled_rope.patching.temperature import check_temperature
 from scaled_rope.scaling.constants import constants_note
 from scaled_rope.scaling.frequencies import compute_rope, rope_values
-from scaled_rope.scaling.hf_config import primary_type
+from scaled_rope.scaling.hf_config import layer_types_of, primary_type
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings
 
 RequestedScaling = RopeScaling | str | Mapping[str, RopeScaling | str | None]

@@ -271,6 +271,26 @@ def config_head_dim(config: Any) -> int | None:
     return int(hidden) // int(heads) if is_positive_whole(hidden) and is_positive_whole(heads) else None
 
 
+def head_dim_of(config: Any) -> int:
+    """Dimensions per attention head, from a model's config (object or dictionary).
+
+    Raises:
+        ConfigError: the config does not say.
+    """
+    head_dim = config_head_dim(config)
+    if head_dim is None:
+        kind = config.get("model_type") if isinstance(config, Mapping) else config.model_type
+        raise ConfigError(f"model_type {str(kind)!r}: its config says neither head_dim nor hidden_size")
+    return head_dim
+
+
+def layer_types_of(config: Any) -> list[str]:
+    """The distinct layer types of a model's config (object or dictionary), in the order of their first layers; empty
+    when it lists none."""
+    types = config.get("layer_types") if isinstance(config, Mapping) else getattr(config, "layer_types", None)
+    return list(dict.fromkeys(types or ()))
+
+
 def _rope_dictionaries(get: Callable[[str], Any]) -> list[Mapping[str, Any]]:
     """The RoPE dictionaries of a config, one per layer type where they are nested."""
     found: list[Mapping[str, Any]] = []

@@ -20,6 +20,8 @@ from scaled_rope.scaling.hf_config import (
     ConfigNote,
     comparable,
     config_head_dim,
+    head_dim_of,
+    layer_types_of,
     nested_types,
     primary_type,
     read_rope,
@@ -519,7 +521,7 @@ class RopeSettings:
     @property
     def layer_types(self) -> list[str]:
         """The distinct layer types, in the order of their first layers; empty when the config lists none."""
-        return list(dict.fromkeys(self._model.get("layer_types") or ()))
+        return layer_types_of(self._model)
 
     @property
     def max_position_embeddings(self) -> int | None:
@@ -545,10 +547,7 @@ class RopeSettings:
     @property
     def head_dim(self) -> int:
         """Dimensions per attention head. Raises ConfigError when the config doesn't say."""
-        head_dim = config_head_dim(self._model)
-        if head_dim is None:
-            raise ConfigError(f"model_type {self.model_type!r}: its config says neither head_dim nor hidden_size")
-        return head_dim
+        return head_dim_of(self._model)
 
     @property
     def scaling(self) -> RopeScaling:

@@ -13,12 +13,12 @@ import transformers
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from scaled_rope.errors import ConfigError, type_and_line
+from scaled_rope.errors import type_and_line
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import (
     CUSTOM_ROPE_TYPE,
     PRIMARY_LAYER_TYPE,
-    config_head_dim,
+    head_dim_of,
     nested_types,
     usual_name,
 )
@@ -240,7 +240,4 @@ def _vanilla_rope(config: Any, layer_type: str | None) -> tuple[Tensor, float]:
         return inv_freq, float(factor)
     partial = entry.get("partial_rotary_factor", 1.0)
     plain = RopeScaling("default", rope_theta=float(entry["rope_theta"]), partial_rotary_factor=partial)
-    head_dim = config_head_dim(config)
-    if head_dim is None:
-        raise ConfigError("head_dim is not known")
-    return compute_rope(plain, head_dim)
+    return compute_rope(plain, head_dim_of(config))

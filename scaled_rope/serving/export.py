@@ -24,7 +24,6 @@ import transformers
 from scaled_rope.checkpoint import load_config, raw_config
 from scaled_rope.errors import ConfigError, check_name, unknown
 from scaled_rope.flags import check_export_arguments
-from scaled_rope.patching.families import head_dim_of
 from scaled_rope.results import scratch_path, write_atomic
 from scaled_rope.scaling.dialects import older_keys
 from scaled_rope.scaling.frequencies import compute_rope
@@ -32,6 +31,7 @@ from scaled_rope.scaling.hf_config import (
     RECORD_KEY,
     SOFTMAX_MSCALE_FAMILIES,
     has_rope,
+    head_dim_of,
     nested_types,
     primary_type,
     read_by_attention,

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from scaled_rope import RopeScaling, patch_model, unpatch_model
-from scaled_rope.patching.families import adapter_of, head_dim_of
+from scaled_rope.patching.families import adapter_of
 from scaled_rope.patching.rotary import ScaledRotaryEmbedding
+from scaled_rope.scaling.hf_config import head_dim_of
 from tests.helpers.families import (
     ALL,
     CHANGED,
