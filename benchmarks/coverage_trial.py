@@ -19,6 +19,7 @@ from scaled_rope.patching.forward_pass import lengths
 from scaled_rope.patching.loading import auto_class, load_model
 from scaled_rope.patching.loss import hidden_states, project
 from scaled_rope.patching.patch import cache_obstacle, patch_model, unpatch_model
+from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.serving.default_configs import inspect_default
 
 LENGTH, PREFILL = 160, 144
@@ -35,7 +36,7 @@ def has_rope(model_type: str) -> bool:
     """Whether the default config of a type has RoPE parameters."""
     try:
         config = CONFIG_MAPPING[model_type]()
-        return getattr(config.get_text_config(decoder=True), "rope_parameters", None) is not None
+        return getattr(text_config(config), "rope_parameters", None) is not None
     except Exception:
         return True  # judged by building it
 
@@ -55,7 +56,7 @@ def try_type(model_type: str) -> Trial:
                 raise ValueError(f"its logits are {list(before.shape)}, for {LENGTH} tokens")
         except Exception as error:
             return trial | {"built": False, "error": _line(error)}
-        trial |= {"built": True, "text_type": model.config.get_text_config(decoder=True).model_type}
+        trial |= {"built": True, "text_type": text_config(model.config).model_type}
         trial["loss"] = _tried(lambda: _distance(project(model, hidden_states(model, ids)), before))
         trial["cache_noise"] = _tried(lambda: _cached(model, ids, before))
         # A token short of L, as PaliGemma counts from 1; and a text of its own, as its tokens see both ways.
@@ -111,7 +112,7 @@ def _inspected(model_type: str) -> str:
 
 def _try_scaling(model: PreTrainedModel, spec: str, ids: Tensor, before: Tensor, short: Tensor) -> Trial:
     found: Trial = {}
-    if getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) is None:
+    if getattr(text_config(model.config), "max_position_embeddings", None) is None:
         spec += f",original_max_position_embeddings={TRAINED}"  # RecurrentGemma does not say its own
     try:
         report = patch_model(model, spec, kernel="none")
@@ -215,7 +216,7 @@ def _followed(model_type: str, ids: Tensor) -> float | str:
 def _one_layer(model_type: str) -> Iterator[PreTrainedModel]:
     """Small models with a single layer, of each of the types of layers in turn; those that cannot be built are left
     out."""
-    text = small_config(model_type).get_text_config(decoder=True)
+    text = text_config(small_config(model_type))
     for kind in dict.fromkeys(getattr(text, "layer_types", None) or [""]):
         settings: dict[str, Any] = {"num_hidden_layers": 1} | ({"layer_types": [kind]} if kind else {})
         try:

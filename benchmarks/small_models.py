@@ -12,6 +12,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from scaled_rope.scaling.hf_config import text_config
+
 TRAINED = 64
 """L of all small models, in tokens."""
 VOCABULARY = 256
@@ -156,7 +158,7 @@ def small_config(model_type: str, **settings: Any) -> Any:
     """The config of a small model of a type; settings: more fields, for the part that computes text."""
     default = CONFIG_MAPPING[model_type]()
     values = _shrunk(default.to_dict(), model_type)
-    text = default.get_text_config(decoder=True)
+    text = text_config(default)
     name = next((name for name in values if name.endswith("_config") and vars(default).get(name) is text), None)
     (values if name is None else values[name]).update(settings)
     return type(default).from_dict(values)

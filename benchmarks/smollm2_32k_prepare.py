@@ -42,6 +42,7 @@ from scaled_rope.evaluation.windows import Tokens, select, truncated
 from scaled_rope.flags import context_lengths
 from scaled_rope.recipes import read_recipe
 from scaled_rope.results import provenance
+from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.texts.documents import read_documents
 from scaled_rope.texts.packed import PackedDataset, PackedWriter, open_packed
 
@@ -111,7 +112,7 @@ def write_windows(text: Text, model: str, length: int, output: Path) -> None:
     if text.joined:
         source = iter([np.concatenate(list(source))])
     texts = select(source, tokenizer.bos_token_id, length, text.windows, samples=text.samples)
-    vocabulary = load_config(model).get_text_config().vocab_size
+    vocabulary = text_config(load_config(model)).vocab_size
     with PackedWriter(output, length, vocabulary) as writer:
         for window in truncated(texts, length):
             writer.append(texts.ids(window))

@@ -22,7 +22,7 @@ from typing import Any
 from scaled_rope.bundled import bundled
 from scaled_rope.content_hash import kept_hash
 from scaled_rope.errors import ConfigError, first_line, shortened
-from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, nested_types, read_by_attention, text_path
+from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, nested_types, read_by_attention, text_config, text_path
 from scaled_rope.scaling.record import RopeScaling, RopeSettings
 
 
@@ -146,7 +146,7 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
         unscaled = copy.deepcopy(raw)
         functools.reduce(lambda part, key: part[key], path, unscaled)["rope_parameters"] = without_custom_rope(rope)
         config = family.from_dict(unscaled)
-        config.get_text_config(decoder=True).rope_parameters = rope
+        text_config(config).rope_parameters = rope
         return config
 
 

@@ -30,7 +30,7 @@ from scaled_rope.attention import blockwise
 from scaled_rope.attention.interface import AttentionCall, attention_function
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.kernels import triton_lacks
-from scaled_rope.scaling.hf_config import config_head_dim
+from scaled_rope.scaling.hf_config import config_head_dim, text_config
 
 FLASH_HEAD_DIM = 256
 """The widest head that FlashAttention takes."""
@@ -124,7 +124,7 @@ def attention_for(config: Any, attention: str, device: torch.device | None = Non
     if not IMPLEMENTATIONS[attention].flash and attention != "sdpa":
         return attention
     if not refusal(config, "sdpa"):
-        text = config.get_text_config()
+        text = text_config(config)
         return "sdpa_blocked" if has_window(text) and not refusal(config, "sdpa_blocked") else "sdpa"
     gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
     # It is compiled into a kernel of Triton's.
@@ -146,7 +146,7 @@ def check_attention(config: Any, name: str, device: torch.device, dtype: str) ->
 def refusal(config: Any, name: str) -> str:
     """Why an architecture cannot use an implementation, in a few words; "" when it can or is not known."""
     row = IMPLEMENTATIONS[name]
-    text = config.get_text_config()
+    text = text_config(config)
     family = _family(config)
     # Asked first: some releases of transformers let sdpa run, and leave the cap out.
     if getattr(text, "attn_logit_softcapping", None) is not None and not row.softcap:

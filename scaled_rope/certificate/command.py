@@ -23,6 +23,7 @@ from scaled_rope.checkpoint import load_tokenizer, open_checkpoint
 from scaled_rope.errors import ConfigError
 from scaled_rope.flags import check_certify_arguments, parse_lengths
 from scaled_rope.patching.loading import load_model, resolve_device, stored_tensors
+from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.scaling.record import RopeScaling, resolve_scaling
 from scaled_rope.serving.config_file import read_config_file
 from scaled_rope.serving.config_remarks import config_remarks
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.model)
     text = long_text() if args.text is None else Path(args.text).read_text(encoding="utf-8", errors="replace")
     asked = sorted(set(parse_lengths(args.lengths))) if args.lengths else []
-    config = _text_config(checkpoint.config)
+    config = text_config(checkpoint.config)
     without_length = getattr(config, "max_position_embeddings", None) is None and claim.max_position_embeddings is None
     target = asked[-1] if asked and without_length else served_length(claim, config, "--lengths")
     limit = _GPU_LIMIT if device.type == "cuda" else _CPU_LIMIT
@@ -103,15 +104,11 @@ class _Progress:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _text_config(config: Any) -> Any:
-    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-
-
 def _default_lengths(
     claim: RopeScaling, target: int, limit: int, served: int | None, config: Any
 ) -> tuple[list[int], list[str]]:
     """Below L, at L, and up to the target, as far as server, memory and time allow; and what to say about that."""
-    text = _text_config(config)
+    text = text_config(config)
     # Where the config says no length, the scaling does, or `served_length` would have refused.
     original = int(claim.original_max_position_embeddings or getattr(text, "max_position_embeddings", None) or target)
     notes = []

@@ -18,7 +18,7 @@ from scaled_rope.certificate.hypotheses import Hypothesis, spelled_out
 from scaled_rope.certificate.observed import Numbers, Observed, logits_of
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loading import DTYPES, apply_scaling
-from scaled_rope.scaling.hf_config import head_dim_of
+from scaled_rope.scaling.hf_config import head_dim_of, text_config
 from scaled_rope.scaling.record import RopeScaling, RopeSettings
 
 _ULPS = 5e-7
@@ -38,7 +38,7 @@ class Reference:
     def __init__(self, model: Any) -> None:
         self.model = model.eval()
         config = model.config
-        self.config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        self.config = text_config(config)
         self.head_dim = head_dim_of(self.config)
         self._scaling: RopeScaling | None = None
         forward = inspect.signature(model.forward).parameters

@@ -19,6 +19,7 @@ from scaled_rope.patching.device_maps import input_device
 from scaled_rope.patching.loss import hidden_states, positions_per_chunk, project, shared_hidden_states
 from scaled_rope.progress import Progress
 from scaled_rope.scaling.frequencies import at_length
+from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.scaling.record import RopeScaling
 
 NO_LIMIT = 2**31 - 1
@@ -171,5 +172,5 @@ def context_limit(config: Any, scaling: RopeScaling) -> int:
     """The longest prompt for a model, in tokens: its context, or `NO_LIMIT` where its scale follows the length."""
     if scaling.is_length_dependent:
         return NO_LIMIT
-    lengths = (getattr(config.get_text_config(), "max_position_embeddings", None), scaling.max_position_embeddings)
+    lengths = (getattr(text_config(config), "max_position_embeddings", None), scaling.max_position_embeddings)
     return max((int(length) for length in lengths if length), default=NO_LIMIT)

@@ -17,6 +17,7 @@ from scaled_rope.evaluation.passkey_trials import PasskeyTrials
 from scaled_rope.evaluation.served_model import ServedModel
 from scaled_rope.patching.patch import cache_obstacle
 from scaled_rope.results import Row
+from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.texts.packed import IntArray
 from scaled_rope.texts.token_documents import first_tokens
 
@@ -82,7 +83,7 @@ class HardPasskey(PasskeyTrials[HardPrompt]):
         tokenizer = self._tokenizer(model)
         chat = chat_turn(tokenizer) if self.chat_template else None
         tokens = first_tokens(self.dataset, tokenizer, self.iterations * max(self.lengths), self.feature, self.split)
-        vocabulary = load_config(model).get_text_config().vocab_size
+        vocabulary = text_config(load_config(model)).vocab_size
         if tokens.max() >= vocabulary:
             raise ConfigError(f"token id {tokens.max()} does not fit model {model!r} with a vocabulary of {vocabulary}")
         return {

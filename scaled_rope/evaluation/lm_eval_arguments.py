@@ -15,6 +15,7 @@ import torch
 from scaled_rope.checkpoint import check_local, reading
 from scaled_rope.errors import ConfigError, is_positive_whole, suggestion
 from scaled_rope.patching.device_maps import Placement
+from scaled_rope.scaling.hf_config import text_config
 
 _SAFETENSORS = "weights are read from safetensors files only"
 
@@ -143,7 +144,7 @@ def longest_prompt(max_length: Any, default: int) -> int:
 def dtype_name(dtype: Any, config: Any) -> str:
     """The name of a dtype; "auto" is that in the checkpoint's config, as for lm-eval's "hf", or else float32."""
     if dtype is None or dtype == "auto":
-        dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or torch.float32
+        dtype = getattr(text_config(config), "dtype", None) or getattr(config, "dtype", None) or torch.float32
     return str(dtype).removeprefix("torch.")
 
 

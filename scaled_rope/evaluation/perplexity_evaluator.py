@@ -35,6 +35,7 @@ from scaled_rope.patching.device_maps import computing_devices, input_device
 from scaled_rope.patching.loss import IGNORE, token_nll
 from scaled_rope.results import Row, row_key
 from scaled_rope.scaling.frequencies import at_length
+from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.texts.token_documents import TokenSource
 
 
@@ -89,7 +90,7 @@ class Perplexity:
         """
         if model not in self._prepared:
             texts = self._select(load_tokenizer(model))
-            vocabulary = load_config(model).get_text_config().vocab_size
+            vocabulary = text_config(load_config(model)).vocab_size
             largest = max(texts.bos or 0, *(int(document.tokens.max()) for document in texts.documents))
             if largest >= vocabulary:
                 raise ConfigError(f"token id {largest} does not fit model {model!r} with a vocabulary of {vocabulary}")

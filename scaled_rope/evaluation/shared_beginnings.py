@@ -15,6 +15,7 @@ import torch
 from scaled_rope.patching.device_maps import input_device
 from scaled_rope.patching.loss import hidden_states, shared_hidden_states
 from scaled_rope.patching.patch import cache_obstacle
+from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.scaling.record import RopeScaling
 
 Input = tuple[int, ...]
@@ -81,7 +82,7 @@ def can_share(model: Any, scaling: RopeScaling, chain: Chain) -> bool:
     """
     if scaling.is_length_dependent or scaling.changes_attention or cache_obstacle(model):
         return False
-    if not set(getattr(model.config.get_text_config(), "layer_types", None) or ()) <= _LAYERS:
+    if not set(getattr(text_config(model.config), "layer_types", None) or ()) <= _LAYERS:
         return False
     ids = [torch.tensor(each, device=input_device(model)) for each in chain[:2]]
     starts = [len(each) - 1 for each in ids]

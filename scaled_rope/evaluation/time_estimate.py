@@ -21,6 +21,7 @@ from scaled_rope.evaluation.task_presets import RULER, SAMPLES
 from scaled_rope.patching.device_maps import computing_devices, input_device
 from scaled_rope.patching.loss import hidden_states, project
 from scaled_rope.patching.patch import cache_obstacle
+from scaled_rope.scaling.hf_config import text_config
 
 _DECODED = 8  # tokens that are timed
 _LONGEST = 8192  # of the timed passes, in tokens: a longer one would take as long as what is to be measured
@@ -74,7 +75,7 @@ def time_passes(model: Any, lengths: Sequence[int]) -> list[float]:
 
 def _drawn(model: Any, length: int, generator: torch.Generator) -> torch.Tensor:
     """A text of random tokens."""
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = text_config(model.config).vocab_size
     return torch.randint(vocabulary, (1, length), generator=generator, device="cpu").to(input_device(model))
 
 

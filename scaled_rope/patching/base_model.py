@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.scaling.hf_config import text_config
 
 ROTARY = "rotary_emb"
 """The name of the rotary module on the base model, in most families."""
@@ -52,26 +53,21 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     bases = [part for part in parts if part.base_model is part]
     with_rotary = [base for base in bases if rotary_places(base)]
     if not with_rotary:
-        raise ConfigError(f"architecture {text_config(parts[0]).model_type!r}: {_why_no_rotary(parts[0])}")
+        raise ConfigError(f"architecture {text_config(parts[0].config).model_type!r}: {_why_no_rotary(parts[0])}")
     # By identity, since a part for images is a model too, and may have a config of the same class.
-    whole, wanted = set(parts[0].modules()), text_config(parts[0])
+    whole, wanted = set(parts[0].modules()), text_config(parts[0].config)
     candidates = [base for base in with_rotary if base.config is wanted and base in whole]
     others = [base for base in with_rotary if base not in whole]
     if others or not candidates:
-        candidates = [base for base in with_rotary if text_config(base) is base.config]
+        candidates = [base for base in with_rotary if text_config(base.config) is base.config]
     if len(candidates) != 1:
         names = ", ".join(str(base.config.model_type) for base in candidates or with_rotary)
         raise ConfigError(f"model of type {type(model).__name__}: contains several models with RoPE ({names})")
     return candidates[0]
 
 
-def text_config(model: PreTrainedModel) -> Any:
-    """The part of a model's config that describes its decoder of text: the config itself, where it has no parts."""
-    return model.config.get_text_config(decoder=True)
-
-
 def _why_no_rotary(model: PreTrainedModel) -> str:
-    kind = getattr(text_config(model), "position_embedding_type", "rope")
+    kind = getattr(text_config(model.config), "position_embedding_type", "rope")
     if kind != "rope":
         return f"position_embedding_type={kind!r} means no rotary embedding, so there is nothing to scale"
     for module in model.modules():

@@ -40,7 +40,7 @@ from scaled_rope.patching.patch import (
 from scaled_rope.patching.patch_request import layer_indices
 from scaled_rope.patching.region_attention import check_carrier
 from scaled_rope.patching.rotary_kernel import resolve_kernel
-from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, PRIMARY_LAYER_TYPE, RECORD_KEY
+from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, PRIMARY_LAYER_TYPE, RECORD_KEY, text_config
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings, resolve_scaling, with_primary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -296,7 +296,7 @@ def load_model(
     if build_unscaled(config):
         settings = RopeSettings(config)
     if sliding_window is not None:
-        set_window(config.get_text_config(decoder=True), sliding_window)
+        set_window(text_config(config), sliding_window)
     if attn_implementation == "auto":
         attention = attention_for(config, attention, device)
     else:
@@ -380,7 +380,7 @@ def build_unscaled(config: Any) -> bool:
 
     transformers refuses to build a rope_type that it does not know; `apply_scaling` installs the scaling later.
     """
-    text = config.get_text_config(decoder=True)
+    text = text_config(config)
     rope = getattr(text, "rope_parameters", None)
     if CUSTOM_ROPE_TYPE not in str(rope):
         return False

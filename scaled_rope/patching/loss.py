@@ -27,6 +27,7 @@ from scaled_rope.patching.cache_argument import cache_name, returned_cache
 from scaled_rope.patching.forward_pass import lengths
 from scaled_rope.patching.output_head import decoder_of, output_head, own_logits
 from scaled_rope.results import package_version
+from scaled_rope.scaling.hf_config import text_config
 
 IGNORE = -100
 """The target value of positions that are not scored."""
@@ -243,7 +244,7 @@ def token_nll(
 
 def positions_per_chunk(model: nn.Module) -> int:
     """The number of positions whose float32 logits may be in memory at once."""
-    return max(1, _LOGITS_PER_CHUNK // int(_causal_lm(model).config.get_text_config().vocab_size))
+    return max(1, _LOGITS_PER_CHUNK // int(text_config(_causal_lm(model).config).vocab_size))
 
 
 def _score(model: nn.Module, hidden: Tensor, targets: Tensor, chunk: int | None, loss: str) -> Tensor:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.effect import StandIn
+from scaled_rope.scaling.hf_config import text_config
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def output_head(model: PreTrainedModel) -> OutputHead:
 
 def _measure(model: PreTrainedModel) -> OutputHead:
     head: Any = model.get_output_embeddings()
-    vocabulary = int(head.weight.shape[0]) if _is_whole(head) else int(model.config.get_text_config().vocab_size)
+    vocabulary = int(head.weight.shape[0]) if _is_whole(head) else int(text_config(model.config).vocab_size)
     # Small numbers show the factor, large ones the cap, and those between that nothing else happens.
     given = torch.linspace(-1, 1, vocabulary) * 10.0 ** (torch.arange(vocabulary) % 7 - 3)
     hidden = torch.tensor([1.0, -2.0, 0.5, 3.0, 1.5, -1.0, 0.25, 2.0])[None, None]

@@ -150,14 +150,19 @@ class Reading:
         self.notes.append(ConfigNote(code, text, level))
 
 
+def text_config(config: Any) -> Any:
+    """The part of a model's config that describes its decoder of text; the config itself where it has no parts, or
+    is no object of transformers."""
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
 def split_config(config: Any) -> tuple[dict[str, Any], Any]:
     """Split a config (object of transformers or dictionary) into its top level, text part only, and RoPE dictionary.
 
     Raises:
         ConfigError: the config is neither of the two.
     """
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+    config = text_config(config)
     if isinstance(config, Mapping):
         model: dict[str, Any] = {str(key): value for key, value in config.items()}
         nested = bool(model) and len(nested_types(model)) == len(model) and not text_path(model)

@@ -14,7 +14,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.patching.families import ADAPTERS
 from scaled_rope.patching.patch import lost_part, patched_plan, patched_scaling
 from scaled_rope.scaling.frequencies import compute_rope
-from scaled_rope.scaling.hf_config import config_head_dim, nested_types
+from scaled_rope.scaling.hf_config import config_head_dim, nested_types, text_config
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.serving.inspect_report import Finding, describe_difference, quiet
 
@@ -53,7 +53,7 @@ def _rotary_modules(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
         rotary = parent._modules.get("rotary_emb")
         if rotary is None or config is None or not hasattr(config, "get_text_config"):
             continue
-        if config.get_text_config(decoder=True) is config and hasattr(config, "rope_parameters"):
+        if text_config(config) is config and hasattr(config, "rope_parameters"):
             yield parent, rotary
 
 

@@ -20,6 +20,7 @@ from scaled_rope.checkpoint import load_config, raw_config
 from scaled_rope.errors import ConfigError, first_line, is_positive_whole
 from scaled_rope.flags import check_plan_arguments
 from scaled_rope.patching.loading import auto_class, build_unscaled
+from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.scaling.record import RopeScaling, RopeSettings, resolve_scaling
 from scaled_rope.serving.checks_lengths import shortening
 from scaled_rope.serving.config_remarks import config_remarks
@@ -119,7 +120,7 @@ def plan_serving(
     Raises:
         ConfigError: layers whose cache is not known, or heads that cannot be shared out.
     """
-    text = config.get_text_config(decoder=True)
+    text = text_config(config)
     if isinstance(scaling, str):
         scaling = resolve_scaling(scaling, RopeScaling.from_config(text))
     length = length or served_length(scaling, text)
@@ -261,7 +262,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.serve)
     memory, gpus = args.gpu_memory * GB, args.gpus or 1
     remarks = config_remarks(raw_config(args.serve), args.serve, args.scaling, without=("shortened",))
-    own = RopeSettings(config.get_text_config(decoder=True)).scaling
+    own = RopeSettings(text_config(config)).scaling
     scaling = resolve_scaling(args.scaling, own)
     plan = plan_serving(config, scaling, args.length, memory, gpus, args.kv_dtype, args.serve)
     plan = replace(plan, notes=(*remarks, *plan.notes))

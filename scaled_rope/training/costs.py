@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.training.ring import head_dims
 
 #: dense bf16 FLOP/s without sparsity, by a part of the device's name; vendors' data sheets
@@ -65,7 +66,7 @@ class ModelCost:
     def of(cls, model: nn.Module) -> ModelCost:
         """Read the sizes off a transformers causal language model, on any device, with or without adapters."""
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        config = base.config.get_text_config()
+        config = text_config(base.config)
         active = _active_share(config)
         embedding = base.get_input_embeddings().weight
         tied = base.get_output_embeddings() is None or base.get_output_embeddings().weight is embedding

@@ -30,6 +30,7 @@ from scaled_rope.errors import ConfigError, first_line
 from scaled_rope.patching.loading import resolve_device
 from scaled_rope.patching.rotary import ScaledRotaryEmbedding
 from scaled_rope.recipes import Recipe
+from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.training.ring import check_machine, ring_parallelism
 
@@ -108,7 +109,7 @@ def check_sequence_parallel(recipe: Recipe, config: Any, scaling: RopeScaling, a
     size = recipe.sequence_parallel
     if size == 1:
         return
-    text = config.get_text_config()
+    text = text_config(config)
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     if size not in (allowed := allowed_sequence_parallel(heads, kv_heads)):
@@ -369,7 +370,7 @@ def restore_heads(model: Any) -> None:
 
     Where ranks outnumber key/value heads Ulysses changes the grouping in every training pass and does not restore it.
     """
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     for module in model.modules():
         if hasattr(module, "num_key_value_groups"):

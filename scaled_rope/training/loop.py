@@ -28,6 +28,7 @@ from scaled_rope.patching.loss import resolve_loss
 from scaled_rope.progress import Progress
 from scaled_rope.recipes import Recipe, has_model, is_finished, stopping_state
 from scaled_rope.results import Row, provenance, write_atomic
+from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings
 from scaled_rope.texts.conversations import template_note
 from scaled_rope.texts.packed import IntArray, TokenRows, open_rows
@@ -210,12 +211,12 @@ class Trainer:
         check_save_dtype(model, recipe)
         if accelerator.device.type == "cpu":
             tokens = recipe.batch_size * (recipe.truncate or recipe.sequence_length)
-            keep_host_memory(4 * tokens * model.config.get_text_config(decoder=True).hidden_size)
+            keep_host_memory(4 * tokens * text_config(model.config).hidden_size)
         scaling = RopeScaling.from_config(model.config) if report is None else report.scaling
         check_sequence_parallel(recipe, model.config, scaling, model.config._attn_implementation)
         check_context_parallel(recipe, model.config, scaling, model.config._attn_implementation)
         check_shared_layers(recipe, model)
-        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        vocabulary = text_config(model.config).vocab_size
         name = recipe.tokenizer or str(recipe.model)
         tokenizer = load_tokenizer(name)  # refused now, not at the end
         largest = vocabulary_size(tokenizer) - 1
@@ -262,7 +263,7 @@ class Trainer:
             )
         enable_checkpointing(model, recipe)
         tile_mlps(model, recipe.mlp_tiles)
-        model.config.get_text_config(decoder=True).use_cache = False
+        text_config(model.config).use_cache = False
         module = SummedLoss(model, recipe.offload_activations, loss)
         optimizer = make_optimizer(recipe, module)
         module, optimizer = accelerator.prepare(module, optimizer)
@@ -437,7 +438,7 @@ class Loop:
         inner = accelerator.unwrap_model(self.module)
         if (windows := recipe.sliding_window_attention_schedule) is not None:
             set_sliding_window(inner.model, windows[step % len(windows)])
-        vocabulary = inner.config.get_text_config(decoder=True).vocab_size
+        vocabulary = text_config(inner.config).vocab_size
         batches = step_batches(self.rows, recipe, step, layout.data_rank, layout.data_ranks, vocabulary)
         if is_short_step(recipe.short_share, step):
             original = self.scaling.original_max_position_embeddings

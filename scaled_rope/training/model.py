@@ -31,7 +31,7 @@ from scaled_rope.patching.patch import PatchReport, patch_as_read, patched_plan
 from scaled_rope.recipes import Recipe
 from scaled_rope.results import write_atomic
 from scaled_rope.scaling.dialects import write_both_dialects
-from scaled_rope.scaling.hf_config import head_dim_of
+from scaled_rope.scaling.hf_config import head_dim_of, text_config
 from scaled_rope.scaling.record import RopeScaling, RopeSettings, with_primary
 from scaled_rope.scaling.switching import original_up_to_l
 from scaled_rope.training.kept_attention import KeptAttention
@@ -286,16 +286,11 @@ def install_scaling(model: Any, recipe: Recipe, settings: RopeSettings | None) -
         )
     if recipe.scaling is not None or base != own or plan != patched_plan(model):
         if recipe.short_share:
-            scaling = original_up_to_l(scaling, head_dim_of(_text(model)))
+            scaling = original_up_to_l(scaling, head_dim_of(text_config(model.config)))
         report = patch_as_read(model, settings, with_primary(plan.layers, scaling) or scaling, plan.drop_layers)
     if wanted is not None:
-        _text(model).max_position_embeddings = wanted
+        text_config(model.config).max_position_embeddings = wanted
     return report
-
-
-def _text(model: Any) -> Any:
-    """The part of a model's config that describes its decoder of text."""
-    return model.config.get_text_config(decoder=True)
 
 
 def enable_checkpointing(model: Any, recipe: Recipe) -> None:
@@ -310,7 +305,7 @@ def enable_checkpointing(model: Any, recipe: Recipe) -> None:
         return
     settings: dict[str, Any] = {"use_reentrant": False}
     if recipe.keep_attention:
-        if dropout := attention_dropout(_text(model)):
+        if dropout := attention_dropout(text_config(model.config)):
             raise ConfigError(
                 f"keep_attention true is not allowed with {dropout}: dropout in the rest of a layer would draw other"
                 " numbers in the backward pass"
@@ -383,7 +378,7 @@ def _check_tokenwise(mlp: Any, config: Any, tiles: int) -> None:
     """Raise a ConfigError unless the output for some tokens is that for these tokens alone."""
     weight = next(mlp.parameters())
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 6, config.get_text_config().hidden_size, generator=generator, device="cpu")
+    hidden = torch.randn(1, 6, text_config(config).hidden_size, generator=generator, device="cpu")
     hidden = hidden.to(weight.device, weight.dtype)
     try:
         whole, part = mlp(hidden), mlp(hidden[:, 4:])
@@ -517,14 +512,14 @@ def _write_model(
     for name, value in state.items():
         wanted = value if name in own else value.to(getattr(torch, dtype))
         state[name] = cast.setdefault(value.data_ptr(), wanted.contiguous())
-    _text(model).use_cache = True
+    text_config(model.config).use_cache = True
     model.save_pretrained(staged, state_dict=state)
     _record_dtype(staged / "config.json", dtype)
     write_both_dialects(staged)
     tokenizer = load_tokenizer(recipe.tokenizer or str(recipe.model))
     if chat_template is not None:
         tokenizer.chat_template = chat_template
-    if (length := getattr(_text(model), "max_position_embeddings", None)) is not None:
+    if (length := getattr(text_config(model.config), "max_position_embeddings", None)) is not None:
         tokenizer.model_max_length = length  # programs cut texts there, and the model's own may be the shorter one
     tokenizer.save_pretrained(staged)
 
@@ -595,7 +590,7 @@ def set_sliding_window(model: Any, window: int) -> None:
     Raises:
         ConfigError: no layer of the model has one.
     """
-    config = _text(model)
+    config = text_config(model.config)
     try:
         set_window(config, window)
     except ConfigError as error:

@@ -29,6 +29,7 @@ from scaled_rope.patching.loss import logits_bytes
 from scaled_rope.patching.patch import PatchReport, patch_as_read
 from scaled_rope.progress import Progress
 from scaled_rope.recipes import Recipe, read_recipe, starts_from
+from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.scaling.record import RopeScaling, RopeSettings, with_primary
 from scaled_rope.training.costs import Flops, ModelCost
 from scaled_rope.training.engine import accumulation, allowed_sequence_parallel
@@ -71,7 +72,7 @@ def base_config(recipe: Recipe) -> Any:
             return AutoConfig.for_model(fields.pop("model_type"), **fields)
         if (before := starts_from(recipe)) is not None:
             config = copy.deepcopy(meta_model(before).config)
-            text = config.get_text_config(decoder=True)
+            text = text_config(config)
             # On the meta device a change of rope_theta alone is not found to be in transformers' own words.
             if text.rope_parameters.get("method") == "default":
                 text.rope_parameters = without_custom_rope(text.rope_parameters)
@@ -210,7 +211,7 @@ class Planner:
         self._traces: dict[tuple[Any, ...], tuple[Trace, Counts]] = {}
         self._flops: dict[bool, Flops] = {}
         self._ring: tuple[Any, RopeScaling] | None = None
-        text = self._config.get_text_config()
+        text = text_config(self._config)
         self.heads = text.num_attention_heads
         self.kv_heads = getattr(text, "num_key_value_heads", None) or self.heads
 
@@ -305,7 +306,7 @@ class Planner:
         part, of both), in the backward pass three float32 gradients of keys and values (summed, on their way out, in)
         and two of queries.
         """
-        one = recipe.batch_size * length * head_dims(self._config.get_text_config())[0]
+        one = recipe.batch_size * length * head_dims(text_config(self._config))[0]
         queries, both = float(one * self.heads), float(2 * one * self.kv_heads)
         return 2.0 * width * both + 4.0 * max(3 * queries, 3 * both + 2 * queries)
 
@@ -334,7 +335,7 @@ class Planner:
                 _install(model.get_base_model() if recipe.lora else model, recipe, self._settings)
                 enable_checkpointing(model, recipe)
                 tile_mlps(model, recipe.mlp_tiles)
-                model.config.get_text_config(decoder=True).use_cache = False
+                text_config(model.config).use_cache = False
                 if recipe.sliding_window_attention_schedule is not None:
                     set_sliding_window(model, min(recipe.sliding_window_attention_schedule))
                 counts = Counts.of(model)
@@ -425,7 +426,7 @@ class Counts:
 
     @classmethod
     def of(cls, model: Any) -> Counts:
-        config = model.config.get_text_config()
+        config = text_config(model.config)
         sizes = [parameter.numel() for parameter in model.parameters()]
         trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
         base = model.get_base_model() if hasattr(model, "get_base_model") else model

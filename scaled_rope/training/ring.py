@@ -20,7 +20,7 @@ from scaled_rope.attention.backends import FLASH_HEAD_DIM, attention_dropout, ha
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.output_head import decoder_of
 from scaled_rope.recipes import Recipe
-from scaled_rope.scaling.hf_config import config_head_dim
+from scaled_rope.scaling.hf_config import config_head_dim, text_config
 from scaled_rope.scaling.record import RopeScaling
 
 
@@ -40,7 +40,7 @@ def check_context_parallel(recipe: Recipe, config: Any, scaling: RopeScaling, at
     """
     if recipe.context_parallel == 1:
         return
-    head, text = f"context_parallel {recipe.context_parallel} is not allowed with", config.get_text_config()
+    head, text = f"context_parallel {recipe.context_parallel} is not allowed with", text_config(config)
     if scaling.is_length_dependent:
         raise ConfigError(f"{head} {scaling.label}: no rank sees the length of the sequence")
     if scaling.beyond_tables:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.training.engine import restore_heads
 from scaled_rope.training.run_state import refused_on_all_ranks
 
@@ -54,7 +55,7 @@ def _share(accelerator: Any, model: nn.Module) -> float:
 
 def _effect(accelerator: Any, module: Any, batch_size: int, separate: bool) -> float:
     """The largest change of a loss in the second document when the first one is another; the largest of all ranks."""
-    vocabulary = accelerator.unwrap_model(module).config.get_text_config(decoder=True).vocab_size
+    vocabulary = text_config(accelerator.unwrap_model(module).config).vocab_size
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(vocabulary, (3, batch_size, _LENGTH), generator=generator, device="cpu")
     starting = torch.arange(_LENGTH, device="cpu").repeat(2).expand(batch_size, -1)

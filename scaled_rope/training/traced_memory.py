@@ -17,6 +17,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from scaled_rope.scaling.hf_config import text_config
+
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of storages that operators have made and that are still alive; `peak` is the most at once."""
@@ -126,7 +128,7 @@ def _causal_without_mask() -> Iterator[None]:
 def layers_alike(model: nn.Module) -> tuple[nn.Module, str] | None:
     """The owner and name of a causal model's list of layers, if they are all alike: modules, and shapes of weights."""
     decoder = model.get_decoder()  # type: ignore[operator]
-    count = decoder.config.get_text_config().num_hidden_layers
+    count = text_config(decoder.config).num_hidden_layers
     lists = [
         name for name, child in decoder.named_children() if isinstance(child, nn.ModuleList) and len(child) == count
     ]

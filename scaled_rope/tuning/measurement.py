@@ -24,6 +24,7 @@ from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt
 from scaled_rope.evaluation.windows import tell_copies
 from scaled_rope.patching.loss import IGNORE, hidden_states, project, token_nll
 from scaled_rope.results import Row, append_row, row_key, rows_so_far
+from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.texts.corpora import CORPORA, fetch
 from scaled_rope.texts.documents import read_documents
@@ -142,7 +143,7 @@ def read_windows(
     windows = cut_windows(
         source, length, tokenizer.bos_token_id, args.documents, args.windows, name=args.dataset or "", **more
     )
-    vocabulary = load_config(job.model).get_text_config().vocab_size
+    vocabulary = text_config(load_config(job.model)).vocab_size
     if (largest := max(window.tokens.max() for window in windows)) >= vocabulary:
         raise ConfigError(f"token id {largest} does not fit model {job.model!r} with a vocabulary of {vocabulary}")
     return windows

@@ -54,7 +54,7 @@ def test_numbers() -> None:
 
 def test_dtypes() -> None:
     class Config(SimpleNamespace):
-        def get_text_config(self) -> Any:
+        def get_text_config(self, decoder: bool | None = None) -> Any:
             return self
 
     assert dtype_name("auto", Config(dtype=torch.bfloat16)) == "bfloat16"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig, MistralConfig, Olmo3Config, Phi3Config
+from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, MistralConfig, Olmo3Config, Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import HunYuanDenseV1RotaryEmbedding
 
@@ -25,6 +25,7 @@ from scaled_rope.scaling.hf_config import (
     NESTED_FAMILIES,
     RECORD_KEY,
     read_by_attention,
+    text_config,
 )
 from scaled_rope.scaling.record import LayerPlan
 from tests.helpers.optional import nested_parameters
@@ -74,6 +75,16 @@ def test_config_round_trip(scaling, dialect):
         assert RopeScaling.from_config(written) == replace(
             wanted, original_max_position_embeddings=written.get("original_max_position_embeddings")
         )
+
+
+def test_the_text_part_is_the_decoder_where_there_are_two():
+    assert text_config(LINEAR) is LINEAR
+    plain = LlamaConfig()
+    assert text_config(plain) is plain
+    both = CONFIG_MAPPING["musicgen"]()
+    assert text_config(both) is both.decoder
+    with pytest.raises(ValueError, match="Multiple valid text configs"):
+        both.get_text_config()  # as transformers itself answers
 
 
 def test_every_method_is_among_the_round_trips():

@@ -63,7 +63,7 @@ def test_heads_decide_over_how_many_ranks_a_sequence_can_go(heads, kv_heads, all
 )
 def test_what_would_be_wrong_over_a_shared_sequence_is_refused(workspace, fields, config, message):
     shape = SimpleNamespace(**{"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None} | config)
-    shape.get_text_config = lambda: shape
+    shape.get_text_config = lambda decoder: shape
     recipe = replace(read_recipe(str(workspace / "recipe.yaml")), **{"sequence_parallel": 2} | fields)
     base = RopeScaling(method="default", original_max_position_embeddings=16)
     with pytest.raises(ConfigError, match=message):
