@@ -107,6 +107,24 @@ def _is_rotary(module: nn.Module) -> bool:
     return hasattr(module, "inv_freq") or any(name.endswith("_inv_freq") for name, _ in module.named_buffers())
 
 
+def buffer_name(name: str, layer_type: str | None) -> str:
+    """The name of something that a rotary module of transformers holds, such as "inv_freq": with the layer type in front,
+    where each type has tables of its own."""
+    return f"{layer_type}_{name}" if layer_type else name
+
+
+def frequencies_of(rotary: nn.Module, layer_type: str | None) -> Tensor | None:
+    """The frequencies [D/2] in a rotary module of transformers; None where it holds none under the usual name."""
+    inv_freq = getattr(rotary, buffer_name("inv_freq", layer_type), None)
+    return inv_freq if isinstance(inv_freq, Tensor) and inv_freq.dim() == 1 else None
+
+
+def attention_factor_of(rotary: nn.Module, layer_type: str | None) -> float:
+    """The multiplier of cos and sin that a rotary module of transformers holds; 1 where it holds none."""
+    factor: Any = getattr(rotary, buffer_name("attention_scaling", layer_type), 1.0)
+    return float(factor)
+
+
 def device_of(rotary: nn.Module) -> torch.device:
     """The device that holds the frequencies of a rotary module, of a family or ours."""
     buffer = next(rotary.buffers(), None)

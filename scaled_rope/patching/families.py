@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from scaled_rope.errors import ConfigError, type_and_line, unknown
-from scaled_rope.patching.base_model import AXES, on_cpu, tables_of_text
+from scaled_rope.patching.base_model import (
+    AXES,
+    attention_factor_of,
+    buffer_name,
+    frequencies_of,
+    on_cpu,
+    tables_of_text,
+)
 from scaled_rope.patching.rotary import Layout
 from scaled_rope.scaling.hf_config import nested_types
 
@@ -158,15 +165,13 @@ def table_types(config: Any, rotary: nn.Module) -> list[str]:
     rope = getattr(config, "rope_parameters", None)
     if not isinstance(rope, dict):
         return []
-    return [name for name in nested_types(rope) if hasattr(rotary, f"{name}_inv_freq")]
+    return [name for name in nested_types(rope) if hasattr(rotary, buffer_name("inv_freq", name))]
 
 
 def _probe(rotary: Any, layer_type: str | None) -> Adapter | None:
     """Return the adapter that fits a rotary module's tables at positions 0, 1 and 3, or None."""
     more = () if layer_type is None else (layer_type,)
-    prefix = "" if layer_type is None else f"{layer_type}_"
-    inv_freq = getattr(rotary, f"{prefix}inv_freq", None)
-    if not isinstance(inv_freq, Tensor) or inv_freq.dim() != 1:
+    if frequencies_of(rotary, layer_type) is None:
         return None
     x = torch.zeros(2, 1, 1, dtype=torch.bfloat16)
     positions = torch.tensor([[0, 1, 3]])
@@ -177,9 +182,9 @@ def _probe(rotary: Any, layer_type: str | None) -> Adapter | None:
     if not isinstance(cos, Tensor) or not isinstance(sin, Tensor):
         return None
     # Read again after the call, which may have replaced frequencies that a longer text left behind.
-    inv_freq = getattr(rotary, f"{prefix}inv_freq")
+    inv_freq = getattr(rotary, buffer_name("inv_freq", layer_type))
     angles = positions[..., None].float() * inv_freq.float()
-    scale = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
+    scale = attention_factor_of(rotary, layer_type)
     layouts: dict[Layout, Callable[[Tensor], Tensor]] = {
         "halves": lambda table: torch.cat((table, table), dim=-1),
         "interleaved": lambda table: table.repeat_interleave(2, dim=-1),
@@ -221,15 +226,14 @@ def _turns_by_frequency(rotary: Any, layer_type: str | None) -> bool:
     Then twice the frequencies give the tables of twice the positions, and the module can compute with any others.
     """
     more = () if layer_type is None else (layer_type,)
-    name = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
-    inv_freq = getattr(rotary, name, None)
-    if not isinstance(inv_freq, Tensor) or inv_freq.dim() != 1:
+    inv_freq = frequencies_of(rotary, layer_type)
+    if inv_freq is None:
         return False
     x, positions = torch.zeros(1, 1, 1), torch.tensor([[0, 1, 3]])
     trial = copy.deepcopy(rotary)
     try:
         once, twice = (flat_tables(tables_of_text(trial, x, positions * times, *more)) for times in (1, 2))
-        setattr(trial, name, inv_freq * 2)
+        setattr(trial, buffer_name("inv_freq", layer_type), inv_freq * 2)
         doubled = flat_tables(tables_of_text(trial, x, positions, *more))
     except Exception:
         return False

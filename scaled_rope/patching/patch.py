@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from scaled_rope.attention.methods import attention_regions
 from scaled_rope.errors import ConfigError
-from scaled_rope.patching.base_model import Place, base_model, device_of, has_values, on_cpu
+from scaled_rope.patching.base_model import Place, base_model, buffer_name, device_of, has_values, on_cpu
 from scaled_rope.patching.cache_owners import CacheOwner
 from scaled_rope.patching.deferred_rotation import defer_rotation, rotate_before_cache
 from scaled_rope.patching.families import rotating_layers
@@ -483,8 +483,9 @@ def _module_computes(unpatched: Unpatched, place: Place, layer_type: str, scalin
     kind = str(kind.get(layer_type, "") if isinstance(kind, dict) else kind)
     if "dynamic" in kind or "longrope" in kind:
         return False
-    prefix = f"{layer_type}_" if layer_type else ""
-    inv_freq, factor = getattr(rotary, f"{prefix}inv_freq", None), getattr(rotary, f"{prefix}attention_scaling", None)
+    inv_freq, factor = (
+        getattr(rotary, buffer_name(name, layer_type), None) for name in ("inv_freq", "attention_scaling")
+    )
     said = unpatched.scaling_at(place, unpatched.own_of(layer_type)) == scaling
     if inv_freq is None or inv_freq.is_meta:
         return said

@@ -17,7 +17,15 @@ from transformers import PreTrainedModel
 
 from scaled_rope.attention.backends import attention_for, check_attention, resolve_attention
 from scaled_rope.errors import ConfigError, is_number, unknown
-from scaled_rope.patching.base_model import ROTARY, Place, has_values, on_cpu, rotary_places
+from scaled_rope.patching.base_model import (
+    ROTARY,
+    Place,
+    buffer_name,
+    frequencies_of,
+    has_values,
+    on_cpu,
+    rotary_places,
+)
 from scaled_rope.patching.effect import used_places
 from scaled_rope.patching.families import (
     UNSCALED,
@@ -144,15 +152,15 @@ def _hold_against_module(unpatched: Unpatched, place: Place, config: Any, strict
             family = on_cpu(family)
     for name in unpatched.types or ("",):
         own = unpatched.own_of(name) if name else unpatched.own
-        prefix = f"{name}_" if name else ""
-        inv_freq: Any = getattr(family, f"{prefix}inv_freq", None)
-        known = isinstance(inv_freq, Tensor) and inv_freq.dim() == 1 and has_values(inv_freq)
-        width = 2 * len(inv_freq) if known else None
+        inv_freq = frequencies_of(family, name)
+        if inv_freq is not None and not has_values(inv_freq):
+            inv_freq = None
+        width = None if inv_freq is None else 2 * len(inv_freq)
         head_dim = _head_dim(unpatched.settings, own, width if unpatched.types else None)
         unpatched.head_dims.setdefault(name, head_dim)
         kind = getattr(family, "rope_type", "default")
         kind = kind.get(name, "default") if isinstance(kind, dict) else kind
-        if not known or own.rotary_dim(head_dim) != width or "dynamic" in str(kind) or own.is_length_dependent:
+        if inv_freq is None or own.rotary_dim(head_dim) != width or "dynamic" in str(kind) or own.is_length_dependent:
             continue  # other widths are refused with the scaling, where the message can say more
         actual = inv_freq.detach().float().cpu()
         wanted = compute_rope(own.of_frequencies, head_dim)[0]
@@ -356,8 +364,7 @@ def _check_width(scaling: RopeScaling, layer_type: str, unpatched: Unpatched) ->
     if width != head_dim and not adapter.partial_rotary:
         share = f"{scaling.partial_rotary_factor:g}"
         raise ConfigError(f"partial_rotary_factor={share}: must be 1, {family} models rotate whole heads")
-    name = f"{layer_type}_inv_freq" if adapter.per_layer_type else "inv_freq"
-    inv_freq = getattr(unpatched.rotary, name, None)
+    inv_freq = getattr(unpatched.rotary, buffer_name("inv_freq", layer_type if adapter.per_layer_type else ""), None)
     if isinstance(inv_freq, Tensor) and 2 * inv_freq.shape[-1] != width:
         raise ConfigError(
             f"partial_rotary_factor={scaling.partial_rotary_factor:g}: gives {width} rotated dimensions of {head_dim}, "

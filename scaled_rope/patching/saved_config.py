@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from scaled_rope.checkpoint import quiet_transformers
 from scaled_rope.errors import ConfigError
-from scaled_rope.patching.base_model import tables_of_text
+from scaled_rope.patching.base_model import buffer_name, tables_of_text
 from scaled_rope.patching.class_exchange import exchange_class
 from scaled_rope.patching.patch_request import PatchRequest, Unpatched
 from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, NATIVE, RECORD_KEY, read_by_attention, unused_types
@@ -135,11 +135,11 @@ def agrees(rotary: Any, layer_type: str, scaling: RopeScaling, unpatched: Unpatc
 
 def _their_numbers(rotary: Any, layer_type: str, length: int) -> tuple[Tensor, float]:
     """Frequencies [D/2] and attention factor of a rotary module of transformers after a text of `length` tokens."""
-    prefix, more = (f"{layer_type}_", (layer_type,)) if layer_type else ("", ())
+    more = (layer_type,) if layer_type else ()
     with quiet_transformers(), torch.device("cpu"):
         tables_of_text(rotary, torch.zeros(1, 1, 1), torch.tensor([[length - 1]]), *more)
-    inv_freq: Tensor = getattr(rotary, f"{prefix}inv_freq").float()
-    return inv_freq, float(getattr(rotary, f"{prefix}attention_scaling"))
+    inv_freq, factor = (getattr(rotary, buffer_name(name, layer_type)) for name in ("inv_freq", "attention_scaling"))
+    return inv_freq.float(), float(factor)
 
 
 def _record(scaling: RopeScaling, plan: LayerPlan, fields: dict[str, Any], config: Any, layers: dict[str, Any]) -> Any:

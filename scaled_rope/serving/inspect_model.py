@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.patching.base_model import attention_factor_of, buffer_name
 from scaled_rope.patching.families import ADAPTERS
 from scaled_rope.patching.patch import lost_part, patched_plan, patched_scaling
 from scaled_rope.scaling.frequencies import compute_rope
@@ -192,9 +193,9 @@ def _check_vanilla(config: Any, rotary: Any) -> Iterator[Finding]:
 
 def _tables_of(config: Any, rotary: Any, fresh: Any, layer_type: str | None) -> _Tables | None:
     """None where the module has no frequencies of its own to look at."""
-    prefix = f"{layer_type}_" if layer_type else ""
-    live = getattr(rotary, f"{prefix}original_inv_freq", getattr(rotary, f"{prefix}inv_freq", None))
-    now = getattr(fresh, f"{prefix}inv_freq", None)
+    current = getattr(rotary, buffer_name("inv_freq", layer_type), None)
+    live = getattr(rotary, buffer_name("original_inv_freq", layer_type), current)
+    now = getattr(fresh, buffer_name("inv_freq", layer_type), None)
     if not isinstance(live, Tensor) or not isinstance(now, Tensor) or live.is_meta:
         return None
     rope = config.rope_parameters
@@ -202,10 +203,10 @@ def _tables_of(config: Any, rotary: Any, fresh: Any, layer_type: str | None) -> 
         layer_type=layer_type,
         rope_type=(rope[layer_type] if layer_type else rope).get("rope_type", "default"),
         live=live,
-        live_factor=float(getattr(rotary, f"{prefix}attention_scaling", 1.0)),
-        current=getattr(rotary, f"{prefix}inv_freq"),
+        live_factor=attention_factor_of(rotary, layer_type),
+        current=getattr(rotary, buffer_name("inv_freq", layer_type)),
         now=now,
-        now_factor=float(getattr(fresh, f"{prefix}attention_scaling", 1.0)),
+        now_factor=attention_factor_of(fresh, layer_type),
     )
 
 

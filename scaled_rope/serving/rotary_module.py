@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from scaled_rope.patching.base_model import attention_factor_of, frequencies_of
 from scaled_rope.scaling.hf_config import has_rope
 from scaled_rope.serving.inspect_report import quiet
 
@@ -113,15 +114,14 @@ def rotary_numbers(rotary: Any, layer_type: str | None = None, length: int | Non
     layer_type: which of its tables, where it has one per layer type.
     length: after a sequence of so many tokens; its forward pass is where it follows the length.
     """
-    prefix, more = (f"{layer_type}_", (layer_type,)) if layer_type else ("", ())
-    factor = _measured_factor(rotary, length or 2, more)
-    inv_freq = getattr(rotary, f"{prefix}inv_freq", None)
-    if not isinstance(inv_freq, Tensor) or inv_freq.dim() != 1:
+    factor = _measured_factor(rotary, length or 2, (layer_type,) if layer_type else ())
+    inv_freq = frequencies_of(rotary, layer_type)
+    if inv_freq is None:
         return None
     inv_freq = inv_freq.detach().float()
     if hasattr(rotary, "mrope_section"):  # ERNIE 4.5 VL holds them in the order of the axes
         inv_freq = inv_freq.sort(descending=True).values
-    said = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
+    said = attention_factor_of(rotary, layer_type)
     # What is measured is rounded to float32.
     return RotaryNumbers(inv_freq, said if factor is None or abs(factor - said) < 1e-5 * said else factor)
 
