@@ -193,7 +193,8 @@ def make_jobs(folder: str, specs: Sequence[str], text: str, length: int, scratch
     from scaled_rope.checkpoint import load_config, load_tokenizer
     from scaled_rope.errors import ConfigError
     from scaled_rope.scaling.hf_config import head_dim_of
-    from scaled_rope.scaling.record import RopeScaling, resolve_scaling
+    from scaled_rope.scaling.record import RopeScaling
+    from scaled_rope.scaling.resolve import resolve_scaling
     from scaled_rope.serving.export import export
     from scaled_rope.serving.gguf import GgufRope, add_rope, write_checkpoint
     from scaled_rope.serving.targets.common import divisors

@@ -39,7 +39,7 @@ from scaled_rope.flags import (
     context_lengths,
 )
 from scaled_rope.results import check_writable
-from scaled_rope.scaling.record import check_spec
+from scaled_rope.scaling.resolve import check_spec
 from scaled_rope.texts.token_documents import TokenSource
 
 WINDOW = 4096

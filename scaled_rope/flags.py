@@ -21,8 +21,8 @@ from scaled_rope.checkpoint import check_local
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.recipes import read_recipe
 from scaled_rope.results import check_writable, package_version, portable_model
-from scaled_rope.scaling.record import check_spec
 from scaled_rope.scaling.registry import METHODS
+from scaled_rope.scaling.resolve import check_spec
 from scaled_rope.scaling.spec import Spec
 from scaled_rope.texts.corpora import CORPORA, STANDIN
 from scaled_rope.texts.documents import (

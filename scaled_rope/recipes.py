@@ -28,8 +28,8 @@ from scaled_rope.bundled import bundled
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, check_name, is_number, suggestion, unknown
 from scaled_rope.results import read_rows
-from scaled_rope.scaling.record import check_spec
 from scaled_rope.scaling.registry import METHODS
+from scaled_rope.scaling.resolve import check_spec
 from scaled_rope.scaling.spec import Spec
 
 CONFIGS = bundled("configs")

@@ -13,8 +13,9 @@ from typing import Any
 
 from scaled_rope.scaling.constants import beta_grids, constants_note
 from scaled_rope.scaling.frequencies import at_length, rope_values
-from scaled_rope.scaling.record import RopeScaling, resolve_scaling
+from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.scaling.registry import METHODS
+from scaled_rope.scaling.resolve import resolve_scaling
 from scaled_rope.tuning.dimension_groups import WINDOW, GroupProbe
 
 _ATTENTION_STEPS = (0.5, 1.5)

@@ -35,7 +35,8 @@ from scaled_rope.certificate.judge import (
 from scaled_rope.certificate.observed import Observed, Prompt, Source, check_limit, make_prompts
 from scaled_rope.certificate.reference import CallableReference, Predicted, Reference, available_memory
 from scaled_rope.errors import ConfigError
-from scaled_rope.scaling.record import RopeScaling, resolve_scaling
+from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.scaling.resolve import resolve_scaling
 
 _FLOOR = 2e-4
 """Nats of noise that no two programs are below: they sum in another order, and print rounded numbers."""

@@ -24,7 +24,8 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.flags import check_certify_arguments, parse_lengths
 from scaled_rope.patching.loading import load_model, resolve_device, stored_tensors
 from scaled_rope.scaling.hf_config import text_config
-from scaled_rope.scaling.record import RopeScaling, resolve_scaling
+from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.scaling.resolve import resolve_scaling
 from scaled_rope.serving.config_file import read_config_file
 from scaled_rope.serving.config_remarks import config_remarks
 from scaled_rope.serving.export import served_length

@@ -41,7 +41,8 @@ from scaled_rope.patching.patch_request import layer_indices
 from scaled_rope.patching.region_attention import check_carrier
 from scaled_rope.patching.rotary_kernel import resolve_kernel
 from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, PRIMARY_LAYER_TYPE, RECORD_KEY, text_config
-from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings, resolve_scaling, with_primary
+from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings
+from scaled_rope.scaling.resolve import resolve_scaling, with_primary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}

@@ -33,7 +33,8 @@ from scaled_rope.scaling.hf_config import (
     text_path,
     usual_name,
 )
-from scaled_rope.scaling.record import LayerPlan, RopeScaling, resolve_scaling
+from scaled_rope.scaling.record import LayerPlan, RopeScaling
+from scaled_rope.scaling.resolve import resolve_scaling
 from scaled_rope.serving.inspect_report import Dimension, quiet, refusal_of
 from scaled_rope.serving.rotary_module import rotates_images
 from scaled_rope.serving.scaling_plots import regimes_of

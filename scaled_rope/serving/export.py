@@ -36,8 +36,9 @@ from scaled_rope.scaling.hf_config import (
     primary_type,
     read_by_attention,
 )
-from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings, resolve_scaling, with_primary
+from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings
 from scaled_rope.scaling.registry import METHODS
+from scaled_rope.scaling.resolve import resolve_scaling, with_primary
 from scaled_rope.serving.checks_lengths import shortening
 from scaled_rope.serving.config_facts import text_part
 from scaled_rope.serving.config_remarks import config_remarks

@@ -42,7 +42,7 @@ def inspect(
     Args:
         source: a model's folder, a config.json, a hub name, a config as a dictionary or as an object of transformers.
         layer_type: which layers, where the scaling differs between layer types; default: the full-attention ones.
-        scaling: report on the model under this scaling instead of its own, see `record.resolve_scaling`.
+        scaling: report on the model under this scaling instead of its own, see `resolve.resolve_scaling`.
         length: tokens of the sequence that the table is for, where the frequencies depend on it. Default: the longest
             that the config allows, at least twice L.
 

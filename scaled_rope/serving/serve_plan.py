@@ -21,7 +21,8 @@ from scaled_rope.errors import ConfigError, first_line, is_positive_whole
 from scaled_rope.flags import check_plan_arguments
 from scaled_rope.patching.loading import auto_class, build_unscaled
 from scaled_rope.scaling.hf_config import text_config
-from scaled_rope.scaling.record import RopeScaling, RopeSettings, resolve_scaling
+from scaled_rope.scaling.record import RopeScaling, RopeSettings
+from scaled_rope.scaling.resolve import resolve_scaling
 from scaled_rope.serving.checks_lengths import shortening
 from scaled_rope.serving.config_remarks import config_remarks
 from scaled_rope.serving.export import served_length

@@ -32,7 +32,8 @@ from scaled_rope.recipes import Recipe
 from scaled_rope.results import write_atomic
 from scaled_rope.scaling.dialects import write_both_dialects
 from scaled_rope.scaling.hf_config import head_dim_of, text_config
-from scaled_rope.scaling.record import RopeScaling, RopeSettings, with_primary
+from scaled_rope.scaling.record import RopeScaling, RopeSettings
+from scaled_rope.scaling.resolve import with_primary
 from scaled_rope.scaling.switching import original_up_to_l
 from scaled_rope.training.kept_attention import KeptAttention
 from scaled_rope.training.long_ce import gain_weights

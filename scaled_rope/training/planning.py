@@ -30,7 +30,8 @@ from scaled_rope.patching.patch import PatchReport, patch_as_read
 from scaled_rope.progress import Progress
 from scaled_rope.recipes import Recipe, read_recipe, starts_from
 from scaled_rope.scaling.hf_config import text_config
-from scaled_rope.scaling.record import RopeScaling, RopeSettings, with_primary
+from scaled_rope.scaling.record import RopeScaling, RopeSettings
+from scaled_rope.scaling.resolve import with_primary
 from scaled_rope.training.costs import Flops, ModelCost
 from scaled_rope.training.engine import accumulation, allowed_sequence_parallel
 from scaled_rope.training.long_ce import near_windows

@@ -27,7 +27,7 @@ from scaled_rope.flags import add_advise_arguments
 from scaled_rope.recipes import read_recipe
 from scaled_rope.report.tables import load_results
 from scaled_rope.results import folder_lock, read_rows
-from scaled_rope.scaling.record import resolve_scaling
+from scaled_rope.scaling.resolve import resolve_scaling
 from tests.helpers.models import Make
 
 

@@ -23,8 +23,9 @@ from scaled_rope.certificate.hypotheses import _equal, _numbers, hypotheses
 from scaled_rope.checkpoint import DEFAULT_MODEL, load_config
 from scaled_rope.errors import ConfigError
 from scaled_rope.results import read_rows
-from scaled_rope.scaling.record import RopeScaling, resolve_scaling
+from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.scaling.registry import METHODS
+from scaled_rope.scaling.resolve import resolve_scaling
 from scaled_rope.serving.export import export
 from scaled_rope.serving.targets.registry import TARGETS
 from tests.helpers.completions_server import serving

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from scaled_rope import ConfigError, RopeScaling
 from scaled_rope.scaling.hf_config import config_head_dim
-from scaled_rope.scaling.record import RopeSettings, resolve_scaling
+from scaled_rope.scaling.record import RopeSettings
+from scaled_rope.scaling.resolve import resolve_scaling
 from tests.helpers.published_configs import LLAMA3
 from tests.helpers.records import BASE, LISTS, ROUND_TRIPS, one_line
 

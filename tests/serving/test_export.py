@@ -23,7 +23,8 @@ from scaled_rope.checkpoint import DEFAULT_MODEL
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.scaling.frequencies import compute_rope
-from scaled_rope.scaling.record import RopeScaling, resolve_scaling
+from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.scaling.resolve import resolve_scaling
 from scaled_rope.serving.export import export
 from scaled_rope.serving.gguf import GgufRope, read_gguf_rope, write_checkpoint
 from scaled_rope.serving.targets import hf

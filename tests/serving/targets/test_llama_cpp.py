@@ -11,7 +11,8 @@ from transformers import LlamaConfig
 
 from benchmarks import gguf_parity
 from scaled_rope.scaling.frequencies import compute_rope
-from scaled_rope.scaling.record import RopeScaling, resolve_scaling
+from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.scaling.resolve import resolve_scaling
 from scaled_rope.serving.export import export
 from scaled_rope.serving.targets import common, llama_cpp
 from scaled_rope.serving.targets.common import Expressed

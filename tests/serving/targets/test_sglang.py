@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import transformers
 
-from scaled_rope.scaling.record import RopeScaling, resolve_scaling
+from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.scaling.resolve import resolve_scaling
 from scaled_rope.serving.export import export
 from tests.helpers.exports import flags_of, make_config
 
