@@ -62,8 +62,15 @@ from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.serving.config_remarks import config_remarks
 from scaled_rope.serving.export import export
 from scaled_rope.texts.token_documents import TokenSource
-from scaled_rope.tuning.constants import LEAST_FOUND
-from scaled_rope.tuning.measurement import ScoredWindow, check_target, model_ask, model_score_under, read_windows
+from scaled_rope.tuning.measurement import (
+    REFERENCES,
+    ScoredWindow,
+    check_target,
+    model_ask,
+    model_score_under,
+    read_windows,
+    reference_retrieval,
+)
 from scaled_rope.tuning.prompts import TooShort, fact_prompts, retrieval_lengths
 
 _TIMED = 2048
@@ -72,8 +79,6 @@ _RESERVE = 0.05, 20.0
 """The share of the budget that is kept for tables and the page, and the most seconds of it."""
 _MOST_WINDOWS = 96
 """As many windows as all rounds together can use."""
-_REFERENCES = 8
-"""Prompts within L that show whether the model retrieves at all."""
 
 
 def _command(args: argparse.Namespace) -> str:
@@ -290,12 +295,10 @@ def _retrieves(
     if not prompts:
         return False, None
     scaling = trials.passes.at(baseline.scaling, original)
-    some = prompts[original][-_REFERENCES:]
-    answers = trials.answers.measure(scaling, some)
-    probability = sum(one.probability for one in answers) / len(answers)
-    if probability >= LEAST_FOUND:
+    answers = trials.answers.measure(scaling, prompts[original][-REFERENCES:])
+    probability, right, used = reference_retrieval(answers)
+    if used:
         return True, None
-    right = sum(one.right for one in answers)
     return False, (
         f"Retrieval is left out: as it is and within {original} tokens the model gives right answers a probability of "
         f"{probability:.2f} ({right} of {len(answers)} right), so no scaling can show it. Perplexity alone has chosen."

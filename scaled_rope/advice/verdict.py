@@ -12,9 +12,10 @@ import numpy as np
 from scaled_rope.advice.trials import Measured
 from scaled_rope.evaluation.controls import NEGLIGIBLE, Change, Control, compare
 from scaled_rope.evaluation.perplexity_rows import Sums, truncated_row
-from scaled_rope.evaluation.statistics import PASSED, Difference, paired_difference, tally
+from scaled_rope.evaluation.statistics import PASSED, Difference, tally
 from scaled_rope.evaluation.windows import perplexity
 from scaled_rope.results import Row
+from scaled_rope.tuning.constants import loss_difference, retrieval_difference
 
 AS_IT_IS = ("default", "checkpoint")
 """Specs of the model as it is."""
@@ -142,25 +143,13 @@ def judge(
 # -------------------------------------------------------------------------------------------------------------- choice
 
 
-def loss_difference(one: Measured, other: Measured) -> Difference:
-    """Nats per token beyond L that one candidate is above another, paired over windows."""
-    return paired_difference({"": list(one.beyond)}, {"": list(other.beyond)}, shares=False)
-
-
-def retrieval_difference(one: Measured, other: Measured) -> Difference | None:
+def _retrieval_beyond(one: Measured, other: Measured) -> Difference | None:
     """How far one candidate's probability of answers beyond L is above another's; None where nothing was asked."""
-    lengths = sorted(one.answers)[1:]
-    if not lengths:
-        return None
-    mine, others = (
-        {str(length): [answer.probability for answer in each.answers[length]] for length in lengths}
-        for each in (one, other)
-    )
-    return paired_difference(mine, others)
+    return retrieval_difference(one, other, sorted(one.answers)[1:])
 
 
 def _falls_behind(one: Measured, other: Measured) -> bool:
-    gain = retrieval_difference(one, other)
+    gain = _retrieval_beyond(one, other)
     return gain is not None and gain.shown and gain.value < 0
 
 
@@ -257,7 +246,7 @@ class Advice:
 
     def _beside(self, one: Judged) -> str:
         mine = self.use.measured
-        gain, loss = retrieval_difference(one.measured, mine), loss_difference(one.measured, mine)
+        gain, loss = _retrieval_beyond(one.measured, mine), loss_difference(one.measured, mine)
         said = []
         if one.works_to < self.use.works_to:
             said.append(

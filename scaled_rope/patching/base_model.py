@@ -108,8 +108,8 @@ def _is_rotary(module: nn.Module) -> bool:
 
 
 def buffer_name(name: str, layer_type: str | None) -> str:
-    """The name of something that a rotary module of transformers holds, such as "inv_freq": with the layer type in front,
-    where each type has tables of its own."""
+    """The name of something that a rotary module of transformers holds, such as "inv_freq": with the layer type in
+    front, where each type has tables of its own."""
     return f"{layer_type}_{name}" if layer_type else name
 
 

@@ -40,8 +40,6 @@ RAMPS, FINALISTS, REFINED = 5, 4, 2
 REFINEMENTS = 2
 SCREENED = 4
 """One in so many windows and prompts is read in the first rounds, the others at the end."""
-LEAST_FOUND = 0.5
-"""Mean probability of answers within L, unscaled, below which retrieval is left out: the model does not retrieve."""
 _HIGHEST = 1.25
 _STEPS = 5
 
@@ -196,6 +194,9 @@ class Comparable(Protocol):
     """A candidate with what was measured of it."""
 
     @property
+    def beyond(self) -> Floats: ...
+
+    @property
     def loss(self) -> float: ...
 
     @property
@@ -217,17 +218,21 @@ def best_of(results: Sequence[Compared], count: int) -> list[Compared]:
     return list({id(one): one for one in turns}.values())[:count]
 
 
-def loss_difference(one: Result, other: Result) -> Difference:
+def loss_difference(one: Comparable, other: Comparable) -> Difference:
     """Nats per token beyond L that one candidate is above another, paired over windows."""
     return paired_difference({"": list(one.beyond)}, {"": list(other.beyond)}, shares=False)
 
 
-def retrieval_difference(one: Result, other: Result) -> Difference | None:
-    """How far one candidate's retrieval is above another's, paired over prompts; None where it is left out."""
-    if not one.answers:
+def retrieval_difference(one: Comparable, other: Comparable, lengths: Sequence[int] | None = None) -> Difference | None:
+    """How far one candidate's retrieval is above another's, paired over prompts; None where nothing was asked.
+
+    lengths: of the prompts that count; None: all of them.
+    """
+    lengths = list(one.answers) if lengths is None else lengths
+    if not lengths:
         return None
     mine, others = (
-        {str(length): [answer.probability for answer in some] for length, some in each.answers.items()}
+        {str(length): [answer.probability for answer in each.answers[length]] for length in lengths}
         for each in (one, other)
     )
     return paired_difference(mine, others)

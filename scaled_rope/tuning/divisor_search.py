@@ -39,7 +39,7 @@ from scaled_rope.progress import Progress
 from scaled_rope.results import Row, folder_lock, portable_command, provenance, write_atomic
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.texts.token_documents import TokenSource
-from scaled_rope.tuning.constants import LEAST_FOUND, factor_grid
+from scaled_rope.tuning.constants import factor_grid
 from scaled_rope.tuning.divisor_figures import write_search_figures
 from scaled_rope.tuning.divisor_trials import (
     Evaluated,
@@ -51,7 +51,17 @@ from scaled_rope.tuning.divisor_trials import (
     measure_on,
 )
 from scaled_rope.tuning.divisors import Space
-from scaled_rope.tuning.measurement import Ask, ScoredWindow, check_target, model_ask, model_score, read_windows
+from scaled_rope.tuning.measurement import (
+    REFERENCES,
+    Answer,
+    Ask,
+    ScoredWindow,
+    check_target,
+    model_ask,
+    model_score,
+    read_windows,
+    reference_retrieval,
+)
 from scaled_rope.tuning.prompts import fact_prompts, naming_original, retrieval_lengths
 from scaled_rope.tuning.search import loading_arguments
 from scaled_rope.tuning.strategies import Evolution, Strategy, YarnSpace, cma_es, coordinate, evolve, grid, load_cmaes
@@ -62,8 +72,6 @@ _MOST, _TOKENS = 96, 500_000
 """Windows, and tokens of them, after which no more text is read."""
 _HELD_BACK = 1_000_003
 """Added to the seed of prompts that only judge."""
-_REFERENCES = 8
-"""Prompts within L that show whether the model retrieves at all."""
 
 
 def _command(args: argparse.Namespace) -> str:
@@ -230,18 +238,21 @@ def _references(args: argparse.Namespace, job: ModelJob, space: Space) -> list[P
         TooShort: L has no room for them.
     """
     filler = [list(range(3, 3 + min(space.original, 200)))]
-    return fact_prompts(load_tokenizer(job.model), space.original, 2 * _REFERENCES, args.seed, filler)[1::2]
+    return fact_prompts(load_tokenizer(job.model), space.original, 2 * REFERENCES, args.seed, filler)[1::2]
 
 
 def _doubts(references: Sequence[PasskeyPrompt], space: Space, ask: Ask) -> list[str]:
     """A warning where the model, unscaled and within L, does not find what it is asked for."""
-    found = [math.exp(-ask(space.base, one)[0] / len(one.answer_ids)) for one in references]
-    mean = sum(found) / len(found)
-    if mean >= LEAST_FOUND:
+    asked = []
+    for one in references:
+        nats, right = ask(space.base, one)
+        asked.append(Answer(math.exp(-nats / len(one.answer_ids)), right))
+    probability, _, used = reference_retrieval(asked)
+    if used:
         return []
     return [
-        f"unscaled and within L the model gives answers a probability of {mean:.2f}, so it does not find what it is "
-        "asked for under any scaling; --fitness perplexity leaves that out"
+        f"unscaled and within L the model gives answers a probability of {probability:.2f}, so it does not find what "
+        "it is asked for under any scaling; --fitness perplexity leaves that out"
     ]
 
 

@@ -42,6 +42,10 @@ Ask = Callable[[RopeScaling, PasskeyPrompt], tuple[float, bool]]
 """Nats of the right answer to a prompt under a scaling, and whether greedy decoding would give it."""
 METRIC = "segment_nll"
 ANSWER_METRIC = "answer_nll"
+REFERENCES = 8
+"""Prompts within L that show whether the model retrieves at all."""
+LEAST_FOUND = 0.5
+"""Mean probability of answers within L, unscaled, below which retrieval is left out: the model does not retrieve."""
 
 
 # ------------------------------------------------------------------------------------------------------------- windows
@@ -287,6 +291,17 @@ class Answer:
     """Of a token of the right answer, their geometric mean: 1 when the model is sure of all of them."""
     right: bool
     """Whether greedy decoding would give the answer."""
+
+
+def reference_retrieval(asked: Sequence[Answer]) -> tuple[float, int, bool]:
+    """What a model's answers within L, unscaled or as it is, say of scalings beyond.
+
+    Returns:
+        The mean probability of an answer's tokens; the number of right answers; and whether the model finds what it is
+        asked for. Where it does not, retrieval can show nothing of any scaling.
+    """
+    probability = sum(one.probability for one in asked) / len(asked)
+    return probability, sum(one.right for one in asked), probability >= LEAST_FOUND
 
 
 class Answers:

@@ -58,7 +58,6 @@ from scaled_rope.flags import (
 from scaled_rope.results import Row, portable_command, provenance, write_atomic
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.tuning.constants import (
-    LEAST_FOUND,
     Axes,
     Trials,
     constants_remarks,
@@ -94,6 +93,7 @@ from scaled_rope.tuning.measurement import (
     model_ask,
     model_score,
     read_windows,
+    reference_retrieval,
 )
 from scaled_rope.tuning.prompts import fact_prompts, naming_original, retrieval_lengths
 from scaled_rope.tuning.slopes import measure_slopes, slopes_remarks, slopes_report, summarise_slopes
@@ -495,8 +495,7 @@ def _prepare_constants(args: argparse.Namespace, job: ModelJob, starts: Sequence
             if count:
                 unscaled = RopeScaling.from_spec("default", starts[0])
                 asked = answers.measure(unscaled, prompts[opened.segment])
-                probability = sum(one.probability for one in asked) / count
-                right, used = sum(one.right for one in asked), probability >= LEAST_FOUND
+                probability, right, used = reference_retrieval(asked)
                 reference = {"retrieval": probability, "right": right, "prompts": count, "used": used}
                 prompts = prompts if used else {}
             sweep = opened.sweep(store)

@@ -28,6 +28,7 @@ from scaled_rope.recipes import read_recipe
 from scaled_rope.report.tables import load_results
 from scaled_rope.results import folder_lock, read_rows
 from scaled_rope.scaling.resolve import resolve_scaling
+from scaled_rope.tuning import measurement
 from tests.helpers.models import Make
 
 
@@ -77,7 +78,7 @@ def test_the_command_end_to_end(
     for spec in ("yarn:2", "linear:2", "rerope,window=64", "dynamic-ntk"):
         flags += ["--scaling", spec]
     flags.append("--only")
-    monkeypatch.setattr(command, "LEAST_FOUND", 0.0)  # its weights are random, so it finds nothing
+    monkeypatch.setattr(measurement, "LEAST_FOUND", 0.0)  # its weights are random, so it finds nothing
     assert command.run(arguments(*flags), Ticking(0.1)) == 0
     told = capsys.readouterr()
     word = told.out.split(": ", 1)[0]
@@ -126,7 +127,7 @@ def test_the_probe_of_dpe_makes_a_candidate(
 ) -> None:
     out = tmp_path / "out"
     flags = [checkpoint, "--target", 256, "--dataset", texts, "--minutes", 0.5, "--output", out, "--json"]
-    monkeypatch.setattr(command, "LEAST_FOUND", 0.0)  # its weights are random, so it finds nothing
+    monkeypatch.setattr(measurement, "LEAST_FOUND", 0.0)  # its weights are random, so it finds nothing
     monkeypatch.setattr(command, "time_passes", lambda model, lengths: [0.005, 0.01])
     monkeypatch.setattr(probing, "SHARE", 4)  # most of this time is that of asking for the time
     assert command.run(arguments(*flags), Ticking(0.01)) == 0

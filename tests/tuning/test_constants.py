@@ -20,7 +20,7 @@ from scaled_rope.evaluation.jobs import ModelLoader
 from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt
 from scaled_rope.results import read_rows
 from scaled_rope.scaling.frequencies import rope_values
-from scaled_rope.tuning import constants, search
+from scaled_rope.tuning import constants, measurement, search
 from scaled_rope.tuning.measurement import Answers
 from tests.helpers.models import Make
 from tests.helpers.tuning import IDENTITY, start, sweep
@@ -264,8 +264,7 @@ def test_the_command_end_to_end(
     def refuse(*_: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(constants, "LEAST_FOUND", 0.0)
-    monkeypatch.setattr(search, "LEAST_FOUND", 0.0)
+    monkeypatch.setattr(measurement, "LEAST_FOUND", 0.0)
     assert search.run(arguments(*flags, "--json")) == 0  # now retrieval counts too
     printed = json.loads(capsys.readouterr().out)
     assert [list(one["paper"]["found"]) for one in printed["factors"]] == [["128", "192"], ["128", "256"]]
