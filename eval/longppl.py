@@ -33,6 +33,7 @@ from scaled_rope.flags import (
     add_model_arguments,
     add_text_arguments,
     batch_size,
+    check_least,
     check_losses_folder,
     check_model_arguments,
     check_text_arguments,
@@ -78,9 +79,7 @@ def check_arguments(args: argparse.Namespace) -> list[TokenSource]:
     context_lengths(args)
     check_local(args.evaluator)
     check_spec(args.evaluator_scaling)
-    for name, least in (("key_window", 2), ("key_stride", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least {least}")
+    check_least(args, key_window=2, key_stride=1)
     if not 0 < args.key_gain <= _MOST:  # else tokens within the cut context, whose gain is 0, were key tokens
         raise ConfigError(f"--key-gain {args.key_gain} is not allowed; above 0 nats, at most {_MOST:g}")
     if not -_MOST <= args.key_floor < 0:

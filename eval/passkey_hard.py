@@ -34,6 +34,7 @@ from scaled_rope.flags import (
     add_model_arguments,
     add_server_arguments,
     batch_size,
+    check_least,
     check_model_arguments,
     check_output_apart,
     check_server_arguments,
@@ -106,9 +107,7 @@ def check_arguments(args: argparse.Namespace) -> list[int]:
     check_split(args.dataset, said(args.split))
     check_feature([args.dataset], args.feature)
     check_output_apart(args, [args.dataset])
-    for name, least in (("iterations", 1), ("num_keys", 1), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least {least}")
+    check_least(args, iterations=1, num_keys=1, seed=0)
     return lengths_of(args)
 
 

@@ -44,6 +44,7 @@ from scaled_rope.flags import (
     add_server_arguments,
     add_text_arguments,
     batch_size,
+    check_least,
     check_losses_folder,
     check_model_arguments,
     check_server_arguments,
@@ -85,9 +86,7 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[TokenSource], int | 
     check_server_arguments(args)
     lengths = context_lengths(args)
     check_text_arguments(args)
-    for name in ("stride", "sliding_window"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
+    check_least(args, stride=1, sliding_window=1)
     ControlRequest.parse(args.control)
     check_losses_folder(args.save_nll)
     sources = [

@@ -134,12 +134,9 @@ def check_model_arguments(args: argparse.Namespace) -> None:
         check_spec(spec)
     if args.device_map is not None and not args.device_map.endswith(".json") and args.device_map not in DEVICE_MAPS:
         raise unknown("device-map", args.device_map, [*DEVICE_MAPS, "a .json file"])
-    for flag, known in (("attention", ATTENTIONS), ("kernel", KERNELS)):
-        if getattr(args, flag) not in known:
-            raise unknown(flag, getattr(args, flag), known)
-    _check_numbers_and_device(args)
-    if args.adapter and not (Path(args.adapter) / "adapter_config.json").is_file():
-        raise ConfigError(f"--adapter {args.adapter!r} holds no adapter_config.json")
+    if args.kernel not in KERNELS:
+        raise unknown("kernel", args.kernel, KERNELS)
+    check_loading(args)
     if (output := getattr(args, "output", None)) is not None and Path(output).is_dir():
         raise ConfigError(f"--output {output} is a folder; name a file for the rows")
     for name in ("output", "output_file", "heatmap"):
@@ -186,6 +183,19 @@ def _check_numbers_and_device(args: argparse.Namespace) -> None:
         raise ConfigError(f"device {args.device!r} cannot be used: torch {version} is built without CUDA")
     if sys.platform == "linux" and not any(glob.glob(pattern) for pattern in _GPU_FILES):
         raise ConfigError(f"device {args.device!r} cannot be used: there is no GPU here ({', '.join(_GPU_FILES)})")
+
+
+def check_loading(args: argparse.Namespace) -> None:
+    """Refuse what no model can be loaded with: an attention implementation, dtype, GPU or adapter that is not there.
+
+    Raises:
+        ConfigError: one of these.
+    """
+    if args.attention not in ATTENTIONS:
+        raise unknown("attention", args.attention, ATTENTIONS)
+    _check_numbers_and_device(args)
+    if args.adapter and not (Path(args.adapter) / "adapter_config.json").is_file():
+        raise ConfigError(f"--adapter {args.adapter!r} holds no adapter_config.json")
 
 
 PARAMETERS = ("window", "group", "chunk", "k", "logn")
@@ -279,9 +289,7 @@ def check_text_arguments(args: argparse.Namespace) -> None:
     """
     if bool(args.dataset) == bool(args.tokenized):
         raise ConfigError("give either --dataset or --tokenized")
-    for name in ("samples", "windows", "dataset_min_tokens", "prefill_chunk"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
+    check_least(args, samples=1, windows=1, dataset_min_tokens=1, prefill_chunk=1)
     for name in args.dataset or ():
         check_there(name)
     for name in args.dataset or args.tokenized:
@@ -324,9 +332,10 @@ def check_losses_folder(path: str | None) -> None:
     Raises:
         ConfigError: it is a file, or a place where no folder can be made.
     """
-    if path is not None and Path(path).is_file():
-        raise ConfigError(f"--save-nll {path} is a file; name a folder")
-    if path is not None and not Path(path).exists():
+    if path is None:
+        return
+    check_folder(path, "--save-nll")
+    if not Path(path).exists():
         check_writable(path)
 
 
@@ -395,8 +404,7 @@ def context_lengths(args: argparse.Namespace) -> list[int]:
     Raises:
         ConfigError: not whole numbers of at least 2 tokens, or an empty range.
     """
-    if args.batch_size is not None and args.batch_size < 1:
-        raise ConfigError(f"--batch-size {args.batch_size} is not allowed; at least 1")
+    check_least(args, batch_size=1)
     if args.lengths is not None:
         lengths = sorted(set(parse_lengths(args.lengths)))
     else:
@@ -405,8 +413,7 @@ def context_lengths(args: argparse.Namespace) -> list[int]:
             raise ConfigError(
                 f"--min-tokens {low} with --max-tokens {high} is not allowed; 2 <= min-tokens <= max-tokens"
             )
-        if step is not None and step < 1:
-            raise ConfigError(f"--tokens-step {step} is not allowed; at least 1")
+        check_least(args, tokens_step=1)
         if step is None:
             lengths = [low << doublings for doublings in range((high // low).bit_length())]
             lengths = sorted({*lengths, high})
@@ -430,6 +437,27 @@ def batch_size(args: argparse.Namespace, length: int) -> int:
 def _check_length(args: argparse.Namespace) -> None:
     if args.length is not None and not 1 <= args.length < 2**31:
         raise ConfigError(f"--length {args.length} is not allowed; at least 1 token, below 2^31")
+
+
+def check_least(args: argparse.Namespace, **least: int) -> None:
+    """Refuse a number that is below the least one of its flag; flags that were not given are left out.
+
+    Raises:
+        ConfigError: such a number.
+    """
+    for name, number in least.items():
+        if (value := getattr(args, name)) is not None and value < number:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} is not allowed; at least {number}")
+
+
+def check_folder(path: str | Path, flag: str = "--output") -> None:
+    """Refuse a file in the place of the folder that a flag names.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if Path(path).exists() and not Path(path).is_dir():
+        raise ConfigError(f"{flag} {path} is a file; name a folder")
 
 
 def _check_positive(args: argparse.Namespace, name: str, most: float, unit: str) -> None:
@@ -476,9 +504,8 @@ def check_repair_arguments(args: argparse.Namespace) -> None:
         check_local(args.model)
     if not args.output:
         return
+    check_folder(args.output)
     folder = Path(args.output)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output {folder} is a file; name a folder")
     if (folder / "config.json").exists():
         raise ConfigError(f"--output {folder} has a config.json; choose another folder")
 
@@ -537,8 +564,7 @@ def _check_export_output(folder: Path, gguf: str | None, force: bool, beside: st
         ConfigError: a file in the folder's place; without `force` a file that would be replaced; with it the GGUF that
             the copy is made from.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output {folder} is a file; name a folder")
+    check_folder(folder)
     files = [folder / "config.json", *([] if gguf is None else [folder / Path(gguf).name])]
     if gguf is not None and files[1].exists() and Path(gguf).exists() and files[1].samefile(gguf):
         raise ConfigError(f"--output {folder} is not allowed with --gguf {gguf}, which it would overwrite")
@@ -618,8 +644,7 @@ def check_plan_arguments(args: argparse.Namespace) -> None:
         for name in ("peak_tflops", "utilisation"):
             if getattr(args, name) is not None:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name):g} goes with a recipe")
-    if args.gpus is not None and args.gpus < 1:
-        raise ConfigError(f"--gpus {args.gpus} is not allowed; at least 1")
+    check_least(args, gpus=1)
     _check_positive(args, "gpu_memory", 1e6, "GB")
     _check_positive(args, "peak_tflops", 1e9, "TFLOP/s")
     if args.utilisation is not None and not 0 < args.utilisation <= 1:
@@ -677,9 +702,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("text").add_argument
     add("-d", "--dataset", type=expanded, metavar="PATH",
         help="file of text, JSON or Parquet, folder, hub name, packed set or corpus")  # fmt: skip
-    add("-f", "--feature", default="text", help="field that holds the text (default %(default)s)")
-    add("--split", default=Unsaid("test"), help="split of a hub dataset, or a saved one (default %(default)s)")
-    add("--documents", type=int, metavar="N", help="the first N documents that are long enough (default: all)")
+    _add_text_fields(add)
     add("--windows", type=int, default=1, metavar="N", help="windows per document, evenly spaced (default: its start)")
     add = parser.add_argument_group("search").add_argument
     add("--constants", action="store_true",
@@ -704,12 +727,19 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_loading_arguments(add: Callable[..., object]) -> None:
-    """The flags with which `scaled-rope tune` and `scaled-rope advise` load a model."""
+    """The flags with which `scaled-rope tune`, `search` and `advise` load a model."""
     add("--original-max-position-embeddings", type=int, metavar="N", help="trained context, if the checkpoint is wrong")
     add("--dtype", default="auto", help="float32, bfloat16, float16 or auto (bfloat16 on a GPU)")
     add("--device", help="torch device (default: the first GPU, else cpu)")
     add("--attention", default="auto", help=f"one of: {', '.join(ATTENTIONS)}")
     add("--adapter", metavar="PATH", help="LoRA adapter, merged into the weights")
+
+
+def _add_text_fields(add: Callable[..., object]) -> None:
+    """The flags of these commands that say which part of a data set is read."""
+    add("-f", "--feature", default="text", help="field that holds the text (default %(default)s)")
+    add("--split", default=Unsaid("test"), help="split of a hub dataset, or a saved one (default %(default)s)")
+    add("--documents", type=int, metavar="N", help="the first N documents that are long enough (default: all)")
 
 
 ADVICE_TEXT = "books"
@@ -726,9 +756,7 @@ def _add_model_and_text(parser: argparse.ArgumentParser) -> Callable[..., argpar
     add = parser.add_argument_group("text").add_argument
     add("-d", "--dataset", default=ADVICE_TEXT, type=expanded, metavar="PATH",
         help="file of text, JSON or Parquet, folder, hub name, packed set or corpus (default %(default)s)")  # fmt: skip
-    add("-f", "--feature", default="text", help="field that holds the text (default %(default)s)")
-    add("--split", default=Unsaid("test"), help="split of a hub dataset, or a saved one (default %(default)s)")
-    add("--documents", type=int, metavar="N", help="the first N documents that are long enough (default: all)")
+    _add_text_fields(add)
     return add
 
 
@@ -739,6 +767,15 @@ def _check_text(args: argparse.Namespace) -> None:
     name = STANDIN + args.dataset if is_corpus else args.dataset
     check_split(name, said(args.split))
     check_feature([name], args.feature)
+
+
+def _check_output_text_and_model(args: argparse.Namespace, file: str) -> None:
+    """Refuse a folder in which `file` cannot be written, a text or a model that is not there."""
+    check_folder(args.output)
+    check_writable(Path(args.output) / file)
+    _check_text(args)
+    if args.model is not None:
+        check_local(args.model)
 
 
 def add_advise_arguments(parser: argparse.ArgumentParser) -> None:
@@ -761,24 +798,14 @@ def add_advise_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_advise_arguments(args: argparse.Namespace) -> None:
     """Refuse what `scaled-rope advise` cannot do, as far as numbers, names and paths show it."""
-    for name, least in (("target", 2), ("documents", 1), ("windows", 1), ("seed", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise ConfigError(f"--{name} {getattr(args, name)} is not allowed; at least {least}")
+    check_least(args, target=2, documents=1, windows=1, seed=0)
     _check_positive(args, "minutes", 1e6, "minutes")
-    if args.attention not in ATTENTIONS:
-        raise unknown("attention", args.attention, ATTENTIONS)
-    _check_numbers_and_device(args)
+    check_loading(args)
     for spec in args.scaling or ():
         check_spec(spec)
     if args.only and not args.scaling:
         raise ConfigError("--only is not allowed without --scaling, which names what to try")
-    if args.adapter and not (Path(args.adapter) / "adapter_config.json").is_file():
-        raise ConfigError(f"--adapter {args.adapter!r} holds no adapter_config.json")
-    if Path(args.output).is_file():
-        raise ConfigError(f"--output {args.output} is a file; name a folder")
-    check_writable(Path(args.output) / "rows.jsonl")
-    _check_text(args)
-    check_local(args.model)
+    _check_output_text_and_model(args, "rows.jsonl")
 
 
 SEARCH_STRATEGIES = ("evolution", "cma-es", "coordinate", "grid")
@@ -860,12 +887,8 @@ def search_prompts(args: argparse.Namespace) -> int:
 
 def check_search_arguments(args: argparse.Namespace) -> None:
     """Refuse what `scaled-rope search` cannot do, as far as numbers, names and paths show it."""
-    for name, least in (
-        ("target", 2), ("documents", 1), ("windows", 0), ("prompts", 0), ("held_back", 0), ("evaluations", 1),
-        ("seed", 0), ("population", 2), ("rounds", 0), ("mutants", 0), ("crossed", 0), ("parents", 1),
-    ):  # fmt: skip
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least {least}")
+    check_least(args, target=2, documents=1, windows=0, prompts=0, held_back=0, evaluations=1, seed=0)
+    check_least(args, population=2, rounds=0, mutants=0, crossed=0, parents=1)
     if args.strategy not in SEARCH_STRATEGIES:
         raise unknown("strategy", args.strategy, SEARCH_STRATEGIES)
     if args.fitness not in FITNESSES:
@@ -889,16 +912,8 @@ def check_search_arguments(args: argparse.Namespace) -> None:
                 )
     for spec in args.start or ():
         check_spec(spec)
-    if args.attention not in ATTENTIONS:
-        raise unknown("attention", args.attention, ATTENTIONS)
-    _check_numbers_and_device(args)
-    if args.adapter and not (Path(args.adapter) / "adapter_config.json").is_file():
-        raise ConfigError(f"--adapter {args.adapter!r} holds no adapter_config.json")
-    if Path(args.output).is_file():
-        raise ConfigError(f"--output {args.output} is a file; name a folder")
-    check_writable(Path(args.output) / "trace.jsonl")
-    _check_text(args)
-    check_local(args.model)
+    check_loading(args)
+    _check_output_text_and_model(args, "trace.jsonl")
 
 
 TUNED = ("attention_factor", "mscale", "factor", "dynamic")
@@ -959,12 +974,8 @@ def check_tune_arguments(args: argparse.Namespace) -> None:
     """Refuse what `scaled-rope tune` cannot do, as far as numbers, names and paths show it."""
     if args.dataset is None:
         raise ConfigError(f"give --dataset: a path, a hub name or a corpus ({', '.join(CORPORA)})")
-    for name, least in (("documents", 1), ("windows", 1), ("seed", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise ConfigError(f"--{name} {getattr(args, name)} is not allowed; at least {least}")
-    if args.attention not in ATTENTIONS:
-        raise unknown("attention", args.attention, ATTENTIONS)
-    _check_numbers_and_device(args)
+    check_least(args, documents=1, windows=1, seed=0)
+    check_loading(args)
     if args.prompts is not None and not args.constants:
         raise ConfigError(f"--prompts {args.prompts} is not allowed without --constants, which asks them")
     if args.prompts is not None and args.prompts != 0 and args.prompts < LEAST_TRIALS:
@@ -985,9 +996,4 @@ def check_tune_arguments(args: argparse.Namespace) -> None:
     for name in ("beta_fast", "beta_slow"):
         if getattr(args, name):
             parse_grid(getattr(args, name), name.replace("_", "-"))
-    if Path(args.output).is_file():
-        raise ConfigError(f"--output {args.output} is a file; name a folder")
-    check_writable(Path(args.output) / "rows.jsonl")
-    _check_text(args)
-    if args.model is not None:
-        check_local(args.model)
+    _check_output_text_and_model(args, "rows.jsonl")

@@ -72,6 +72,7 @@ MISTAKES = {
     "eval/perplexity.py --dataset x --dtype int3": "unknown dtype 'int3'; known: auto, bfloat16, float16, float32",
     "-m scaled_rope tune --dataset x --dtype flaot32": "unknown dtype 'flaot32'; did you mean 'float32'? "
     "known: auto, bfloat16, float16, float32",
+    "-m scaled_rope tune --dataset README.md --adapter docs": "--adapter 'docs' holds no adapter_config.json",
     "-m scaled_rope tune --dataset x --factors 0": "factors '0' is not allowed; finite numbers above 0",
     "-m scaled_rope tune --dataset x --factors 0.5": "factor=0.5: must be a finite number at least 1 and at most 1e+09",
     "-m scaled_rope tune --dataset x --grid 1,1.1": "grid '1,1.1' is not allowed; at least 3 different values",
