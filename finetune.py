@@ -23,7 +23,7 @@ import yaml
 from scaled_rope.checkpoint import check_local
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
-from scaled_rope.flags import ATTENTIONS
+from scaled_rope.flags.shared import ATTENTIONS
 from scaled_rope.recipes import (
     DOCUMENTS,
     LOSSES,

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))  # eval/ is not part of the installed package
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.flags import check_least, parse_lengths
+from scaled_rope.flags.shared import check_least, parse_lengths
 
 ARMS = ("scaled-rope", "hf")
 TOLERANCE = 2e-3

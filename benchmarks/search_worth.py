@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import ROOT, check_names
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.flags import check_least
+from scaled_rope.flags.shared import check_least
 from scaled_rope.results import Row, append_row, read_rows
 from scaled_rope.scaling.record import RopeScaling
 

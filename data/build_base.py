@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.flags import check_least
+from scaled_rope.flags.shared import check_least
 from scaled_rope.texts.corpora import BIBLE_HELDOUT, CORPORA, STANDINS, standin
 from scaled_rope.texts.needles import list_document, needle_document
 from scaled_rope.texts.packed import PackedWriter, open_packed

@@ -32,16 +32,16 @@ from pathlib import Path
 
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError, unknown
-from scaled_rope.flags import (
+from scaled_rope.flags.evaluators import (
     add_evaluation_arguments,
     add_model_arguments,
     add_server_arguments,
     batch_size,
-    check_least,
     check_model_arguments,
     check_server_arguments,
     context_lengths,
 )
+from scaled_rope.flags.shared import check_least
 
 DEPTHS = ("grid", "random")
 WORDINGS = ("passkey", "needle")  # the keys of the evaluator's table, which is not read before flags are checked

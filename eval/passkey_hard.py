@@ -28,19 +28,17 @@ from typing import Any
 
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.flags import (
-    Unsaid,
+from scaled_rope.flags.evaluators import (
     add_evaluation_arguments,
     add_model_arguments,
     add_server_arguments,
     batch_size,
-    check_least,
     check_model_arguments,
     check_output_apart,
     check_server_arguments,
     context_lengths,
-    said,
 )
+from scaled_rope.flags.shared import Unsaid, check_least, said
 from scaled_rope.results import write_atomic
 from scaled_rope.texts.documents import check_feature, check_split, check_there, expanded
 

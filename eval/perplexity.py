@@ -38,19 +38,19 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.controls import ControlRequest
 from scaled_rope.evaluation.statistics import SEED
 from scaled_rope.evaluation.windows import WEIGHTINGS
-from scaled_rope.flags import (
+from scaled_rope.flags.evaluators import (
     add_evaluation_arguments,
     add_model_arguments,
     add_server_arguments,
     add_text_arguments,
     batch_size,
-    check_least,
     check_losses_folder,
     check_model_arguments,
     check_server_arguments,
     check_text_arguments,
     context_lengths,
 )
+from scaled_rope.flags.shared import check_least
 from scaled_rope.texts.token_documents import TokenSource, save_token_documents
 
 

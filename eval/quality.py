@@ -21,7 +21,8 @@ import sys
 from collections.abc import Sequence
 
 from scaled_rope.command_line import Parser, refuse_early, run_cli
-from scaled_rope.flags import Unsaid, add_model_arguments, check_least, check_model_arguments, check_output_apart, said
+from scaled_rope.flags.evaluators import add_model_arguments, check_model_arguments, check_output_apart
+from scaled_rope.flags.shared import Unsaid, check_least, said
 from scaled_rope.texts.documents import check_split, check_there, expanded
 
 TOO_LONG = ("cut", "drop")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import finetune
 from scaled_rope.command_line import run_cli
-from scaled_rope.flags import ATTENTIONS
+from scaled_rope.flags.shared import ATTENTIONS
 from scaled_rope.recipes import Recipe
 from tests.helpers import ROOT
 

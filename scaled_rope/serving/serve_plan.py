@@ -18,7 +18,7 @@ import torch
 
 from scaled_rope.checkpoint import first_line, load_config, raw_config
 from scaled_rope.errors import ConfigError, is_positive_whole
-from scaled_rope.flags import check_plan_arguments
+from scaled_rope.flags.serving import check_plan_arguments
 from scaled_rope.patching.loading import auto_class, build_unscaled
 from scaled_rope.scaling.record import RopeScaling, RopeSettings, resolve_scaling
 from scaled_rope.serving.checks_lengths import shortening
