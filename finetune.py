@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import os
 import signal
@@ -22,7 +23,7 @@ import yaml
 from scaled_rope.checkpoint import check_local
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
-from scaled_rope.flags import ATTENTIONS
+from scaled_rope.flags.shared import ATTENTIONS
 from scaled_rope.recipes import (
     DOCUMENTS,
     LOSSES,
@@ -49,6 +50,8 @@ RELEASED_DEFAULTS: dict[str, Any] = {
     "sequence_length": 65536,
 }
 RELEASED_ACCUMULATION = 8
+_NUMBER_LISTS = ("sliding_window_attention_schedule", "heldout_lengths")
+"""Recipe fields whose flags take numbers with commas between them."""
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -100,7 +103,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="ranks that share one sequence (Ulysses, under DeepSpeed ZeRO-3)")  # fmt: skip
     parser.add_argument("--context-parallel", type=int, metavar="N",
                         help="ranks that share one sequence by ring attention (FSDP2, GPUs)")  # fmt: skip
-    parser.add_argument("--attention", help="auto, flash_attention_2, sdpa or eager")
+    parser.add_argument("--attention", help=f"one of: {', '.join(ATTENTIONS)}")
     parser.add_argument("--documents", choices=DOCUMENTS, help="separate: packed documents do not see each other")
     parser.add_argument("--positions", choices=POSITIONS,
                         help="pose: position ids jump, so that short windows train long positions")  # fmt: skip
@@ -140,21 +143,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def overrides(args: argparse.Namespace, base: Recipe, ranks: int) -> dict[str, Any]:
     """Fields of the recipe `base` that the command line sets."""
-    fields = {
-        name: getattr(args, name)
-        for name in (
-            "model", "tokenizer", "dataset", "output_dir", "sequence_length", "truncate", "scaling", "rope_theta",
-            "original_max_position_embeddings", "max_position_embeddings", "batch_size", "global_batch_size",
-            "max_train_steps", "warmup_steps", "learning_rate", "lr_schedule", "grad_norm", "seed", "precision", "lora",
-            "checkpointing_steps", "kept_checkpoints", "continue_from", "lora_embeddings_and_norms",
-            "quantization", "gradient_checkpointing", "keep_attention", "stop_after",
-            "offload_activations", "loss", "sequence_parallel", "attention", "documents", "heldout", "heldout_steps",
-            "context_parallel",
-            "positions", "pose_chunks", "skip_text", "mlp_tiles", "lr_floor", "lr_decay_share", "lr_decay",
-            "short_share", "loss_weights", "long_ce_cap", "long_ce_context", "long_ce_step",
-        )
-        if getattr(args, name) is not None
-    }  # fmt: skip
+    names = {field.name for field in dataclasses.fields(Recipe)} - set(_NUMBER_LISTS)
+    fields = {name: value for name, value in vars(args).items() if name in names and value is not None}
     if args.quantization == "none":
         fields["quantization"] = None
     if args.scaling_type is not None or args.scaling_factor is not None:
@@ -168,7 +158,7 @@ def overrides(args: argparse.Namespace, base: Recipe, ranks: int) -> dict[str, A
             raise ConfigError("--gradient-accumulate-every and --global-batch-size exclude each other")
         apart = _ranks_apart(args, base, ranks)
         fields["global_batch_size"] = args.gradient_accumulate_every * (args.batch_size or base.batch_size) * apart
-    for name in ("sliding_window_attention_schedule", "heldout_lengths"):
+    for name in _NUMBER_LISTS:
         if (text := getattr(args, name)) is not None:
             try:
                 fields[name] = [int(entry) for entry in text.split(",")]

@@ -16,6 +16,7 @@ from typing import Any
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, check_name
+from scaled_rope.flags.shared import check_least
 from scaled_rope.progress import Progress
 from scaled_rope.results import check_writable
 from scaled_rope.texts.conversations import Refusals, check_chat, template_hash, template_of
@@ -101,8 +102,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         check_writable(args.output)
     if args.sequence_length < 2:
         raise ConfigError(f"--sequence-length {args.sequence_length} is not allowed; at least 2 tokens")
-    if args.num_proc < 1:
-        raise ConfigError(f"--num-proc {args.num_proc} is not allowed; at least 1")
+    check_least(args, num_proc=1)
     if args.mixture is not None:
         for name in (*CHAT_FIELDS, *_DEFAULTS):
             if getattr(args, name) is not None:
@@ -114,8 +114,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, value in _DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.seed < 0:
-        raise ConfigError(f"--seed {args.seed} is not allowed; at least 0")
+    check_least(args, seed=0)
     return args
 
 

@@ -31,7 +31,7 @@ from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.formatting import format_table
 from scaled_rope.evaluation.runner import command_line
-from scaled_rope.flags import parse_lengths
+from scaled_rope.flags.shared import parse_lengths
 from scaled_rope.patching import deferred_rotation
 from scaled_rope.patching.cache_owners import contents_of
 from scaled_rope.patching.patch import patch_model

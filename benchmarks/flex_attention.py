@@ -44,7 +44,7 @@ from scaled_rope.attention.regions import Regions, region_attention, rotated
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.runner import command_line
-from scaled_rope.flags import parse_lengths
+from scaled_rope.flags.shared import parse_lengths
 from scaled_rope.results import Row, append_row, provenance, read_rows
 
 ROWS = ROOT / "data" / "benchmarks" / "flex_attention_cpu.jsonl"

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))  # eval/ is not part of the installed package
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.flags import parse_lengths
+from scaled_rope.flags.shared import check_least, parse_lengths
 
 ARMS = ("scaled-rope", "hf")
 TOLERANCE = 2e-3
@@ -51,9 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_arguments(args: argparse.Namespace) -> list[int] | None:
     """Check the flags and return the lengths."""
-    for name in ("limit", "hf_batch_size"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
+    check_least(args, limit=1, hf_batch_size=1)
     return None if args.lengths is None else parse_lengths(args.lengths)
 
 

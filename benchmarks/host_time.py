@@ -34,7 +34,7 @@ from scaled_rope import RopeScaling, compute_rope
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.runner import command_line
-from scaled_rope.flags import parse_lengths
+from scaled_rope.flags.shared import parse_lengths
 from scaled_rope.kernels import apply_rotary, apply_rotary_from_frequencies, frequency_phases, rotary
 from scaled_rope.results import append_row, provenance, read_rows
 

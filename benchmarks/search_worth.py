@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import ROOT, check_names
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
+from scaled_rope.flags.shared import check_least
 from scaled_rope.results import Row, append_row, read_rows
 from scaled_rope.scaling.record import RopeScaling
 
@@ -120,8 +121,7 @@ def main() -> int:
     check_names("search", args.only, VARIANTS)
     if not all(seed.isdecimal() for seed in args.seeds.split(",")):
         raise ConfigError(f"--seeds {args.seeds} is not allowed; whole numbers separated by commas")
-    if args.evaluations < 1:
-        raise ConfigError(f"--evaluations {args.evaluations} is not allowed; at least 1")
+    check_least(args, evaluations=1)
     rows = Path(args.rows).resolve()
     base = RopeScaling("default", original_max_position_embeddings=256)
     budgets = [*(budget for budget in BUDGETS if budget < args.evaluations), args.evaluations]

@@ -39,7 +39,7 @@ from scaled_rope.checkpoint import encode, load_config, load_tokenizer
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.evaluation.windows import Tokens, select, truncated
-from scaled_rope.flags import context_lengths
+from scaled_rope.flags.evaluators import context_lengths
 from scaled_rope.recipes import read_recipe
 from scaled_rope.results import provenance
 from scaled_rope.scaling.hf_config import text_config

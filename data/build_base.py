@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
+from scaled_rope.flags.shared import check_least
 from scaled_rope.texts.corpora import BIBLE_HELDOUT, CORPORA, STANDINS, standin
 from scaled_rope.texts.needles import list_document, needle_document
 from scaled_rope.texts.packed import PackedWriter, open_packed
@@ -265,9 +266,7 @@ def check_numbers(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: one of these.
     """
-    for name, least in (("rows", 1), ("seed", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise ConfigError(f"--{name} {getattr(args, name)} is not allowed; at least {least}")
+    check_least(args, rows=1, seed=0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

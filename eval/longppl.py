@@ -28,7 +28,7 @@ from scaled_rope.checkpoint import check_local
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.statistics import SEED
-from scaled_rope.flags import (
+from scaled_rope.flags.evaluators import (
     add_evaluation_arguments,
     add_model_arguments,
     add_text_arguments,
@@ -38,6 +38,7 @@ from scaled_rope.flags import (
     check_text_arguments,
     context_lengths,
 )
+from scaled_rope.flags.shared import check_least
 from scaled_rope.results import check_writable
 from scaled_rope.scaling.resolve import check_spec
 from scaled_rope.texts.token_documents import TokenSource
@@ -78,9 +79,7 @@ def check_arguments(args: argparse.Namespace) -> list[TokenSource]:
     context_lengths(args)
     check_local(args.evaluator)
     check_spec(args.evaluator_scaling)
-    for name, least in (("key_window", 2), ("key_stride", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least {least}")
+    check_least(args, key_window=2, key_stride=1)
     if not 0 < args.key_gain <= _MOST:  # else tokens within the cut context, whose gain is 0, were key tokens
         raise ConfigError(f"--key-gain {args.key_gain} is not allowed; above 0 nats, at most {_MOST:g}")
     if not -_MOST <= args.key_floor < 0:

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError, unknown
-from scaled_rope.flags import (
+from scaled_rope.flags.evaluators import (
     add_evaluation_arguments,
     add_model_arguments,
     add_server_arguments,
@@ -41,6 +41,7 @@ from scaled_rope.flags import (
     check_server_arguments,
     context_lengths,
 )
+from scaled_rope.flags.shared import check_least
 
 DEPTHS = ("grid", "random")
 WORDINGS = ("passkey", "needle")  # the keys of the evaluator's table, which is not read before flags are checked
@@ -86,8 +87,7 @@ def seeds_of(args: argparse.Namespace) -> list[int]:
     Raises:
         ConfigError: both flags, something that is no whole number of at least 0, or one of them twice.
     """
-    if args.seed is not None and args.seed < 0:
-        raise ConfigError(f"--seed {args.seed} is not allowed; at least 0")
+    check_least(args, seed=0)
     if args.seeds is None:
         return [SEED if args.seed is None else args.seed]
     if args.seed is not None:
@@ -109,8 +109,7 @@ def check_arguments(args: argparse.Namespace) -> list[int]:
     check_server_arguments(args)
     wordings_of(args)
     seeds_of(args)
-    if args.iterations < 1:
-        raise ConfigError(f"--iterations {args.iterations} is not allowed; at least 1")
+    check_least(args, iterations=1)
     if args.fixed_length is not None:
         if args.lengths is not None:
             raise ConfigError("give either --fixed-length or --lengths")

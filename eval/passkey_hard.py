@@ -28,8 +28,7 @@ from typing import Any
 
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.flags import (
-    Unsaid,
+from scaled_rope.flags.evaluators import (
     add_evaluation_arguments,
     add_model_arguments,
     add_server_arguments,
@@ -38,8 +37,8 @@ from scaled_rope.flags import (
     check_output_apart,
     check_server_arguments,
     context_lengths,
-    said,
 )
+from scaled_rope.flags.shared import Unsaid, check_least, said
 from scaled_rope.results import write_atomic
 from scaled_rope.texts.documents import check_feature, check_split, check_there, expanded
 
@@ -106,9 +105,7 @@ def check_arguments(args: argparse.Namespace) -> list[int]:
     check_split(args.dataset, said(args.split))
     check_feature([args.dataset], args.feature)
     check_output_apart(args, [args.dataset])
-    for name, least in (("iterations", 1), ("num_keys", 1), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least {least}")
+    check_least(args, iterations=1, num_keys=1, seed=0)
     return lengths_of(args)
 
 

@@ -38,7 +38,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.controls import ControlRequest
 from scaled_rope.evaluation.statistics import SEED
 from scaled_rope.evaluation.windows import WEIGHTINGS
-from scaled_rope.flags import (
+from scaled_rope.flags.evaluators import (
     add_evaluation_arguments,
     add_model_arguments,
     add_server_arguments,
@@ -50,6 +50,7 @@ from scaled_rope.flags import (
     check_text_arguments,
     context_lengths,
 )
+from scaled_rope.flags.shared import check_least
 from scaled_rope.texts.token_documents import TokenSource, save_token_documents
 
 
@@ -85,9 +86,7 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[TokenSource], int | 
     check_server_arguments(args)
     lengths = context_lengths(args)
     check_text_arguments(args)
-    for name in ("stride", "sliding_window"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
+    check_least(args, stride=1, sliding_window=1)
     ControlRequest.parse(args.control)
     check_losses_folder(args.save_nll)
     sources = [

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.typed_prompts import prompts, read_file, typed_lines
-from scaled_rope.flags import add_model_arguments, check_model_arguments
+from scaled_rope.flags.evaluators import add_model_arguments, check_model_arguments
 
 
 def build_parser() -> argparse.ArgumentParser:

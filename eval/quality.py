@@ -21,8 +21,8 @@ import sys
 from collections.abc import Sequence
 
 from scaled_rope.command_line import Parser, refuse_early, run_cli
-from scaled_rope.errors import ConfigError
-from scaled_rope.flags import Unsaid, add_model_arguments, check_model_arguments, check_output_apart, said
+from scaled_rope.flags.evaluators import add_model_arguments, check_model_arguments, check_output_apart
+from scaled_rope.flags.shared import Unsaid, check_least, said
 from scaled_rope.texts.documents import check_split, check_there, expanded
 
 TOO_LONG = ("cut", "drop")
@@ -52,9 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 def check_arguments(args: argparse.Namespace) -> None:
     """Check the flags; raise ConfigError on those that cannot be used."""
     check_model_arguments(args)
-    for name in ("limit", "max_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; at least 1")
+    check_least(args, limit=1, max_tokens=1)
     check_there(args.dataset)
     check_split(args.dataset, said(args.split))
     check_output_apart(args, [args.dataset])

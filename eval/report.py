@@ -24,6 +24,7 @@ from pathlib import Path
 
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError, check_name
+from scaled_rope.flags.shared import check_folder
 from scaled_rope.results import write_atomic
 
 
@@ -58,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.output:
         check_name(args.output, "--output")
-    if args.output and Path(args.output).is_file():
-        raise ConfigError(f"--output {args.output} is a file; name a folder")
+        check_folder(args.output)
     if args.verdict and not args.rows:
         raise ConfigError("verdict: no row files were given")
     report = read_report(args.rows, args.finetuned, args.table, args.paper, args.published, args.train_log, args.base)

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from scaled_rope import flags
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.flags import search, serving
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,52 +181,52 @@ def method_rows() -> list[dict[str, Any]]:
 COMMANDS = {
     "inspect": Command(
         "what a model's RoPE scaling is, dimension by dimension, and what is wrong with it",
-        flags.add_inspect_arguments,
-        flags.check_inspect_arguments,
+        serving.add_inspect_arguments,
+        serving.check_inspect_arguments,
         "scaled_rope.serving.inspect_config",
     ),
     "repair": Command(
         "a config.json that says what it was meant to say, where inspect finds that it does not",
-        flags.add_repair_arguments,
-        flags.check_repair_arguments,
+        serving.add_repair_arguments,
+        serving.check_repair_arguments,
         "scaled_rope.serving.repair",
     ),
     "methods": Command("list the scaling methods, or draw what each does", _add_methods_arguments),
     "export": Command(
         "words and flags that make another program run a scaling, checked against ours",
-        flags.add_export_arguments,
-        flags.check_export_arguments,
+        serving.add_export_arguments,
+        serving.check_export_arguments,
         "scaled_rope.serving.export",
     ),
     "certify": Command(
         "which scaling a running server computes, by its log-probabilities",
-        flags.add_certify_arguments,
-        flags.check_certify_arguments,
+        serving.add_certify_arguments,
+        serving.check_certify_arguments,
         "scaled_rope.certificate.command",
     ),
     "plan": Command(
         "memory and time of a training recipe, and the flags that make it fit; or memory of serving a model",
-        flags.add_plan_arguments,
-        flags.check_plan_arguments,
+        serving.add_plan_arguments,
+        serving.check_plan_arguments,
         "scaled_rope.training.planning",
         {"serve": "scaled_rope.serving.serve_plan"},
     ),
     "tune": Command(
         "search the attention factor and the ramp that fit a model",
-        flags.add_tune_arguments,
-        flags.check_tune_arguments,
+        search.add_tune_arguments,
+        search.check_tune_arguments,
         "scaled_rope.tuning.search",
     ),
     "search": Command(
         "search one divisor per frequency for a model and a length, as LongRoPE does",
-        flags.add_search_arguments,
-        flags.check_search_arguments,
+        search.add_search_arguments,
+        search.check_search_arguments,
         "scaled_rope.tuning.divisor_search",
     ),
     "advise": Command(
         "which scaling suits a model and a length, measured on the model itself",
-        flags.add_advise_arguments,
-        flags.check_advise_arguments,
+        search.add_advise_arguments,
+        search.check_advise_arguments,
         "scaled_rope.advice.command",
     ),
 }

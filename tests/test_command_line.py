@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from scaled_rope.command_line import Parser
-from scaled_rope.flags import add_advise_arguments, add_search_arguments, add_tune_arguments
+from scaled_rope.flags.search import add_advise_arguments, add_search_arguments, add_tune_arguments
 from tests.helpers import ROOT
 
 

@@ -21,7 +21,7 @@ from scaled_rope import RopeScaling, cli, compute_rope, patch_model
 from scaled_rope.checkpoint import DEFAULT_MODEL, load_config
 from scaled_rope.evaluation.jobs import model_jobs
 from scaled_rope.evaluation.runner import run
-from scaled_rope.flags import add_evaluation_arguments, add_model_arguments
+from scaled_rope.flags.evaluators import add_evaluation_arguments, add_model_arguments
 from scaled_rope.patching.families import ADAPTERS, Adapter
 from scaled_rope.recipes import read_recipe
 from scaled_rope.results import read_rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import errno
 import json
 import os
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 
 import finetune
 from scaled_rope.command_line import run_cli
+from scaled_rope.flags.shared import ATTENTIONS
 from scaled_rope.recipes import Recipe
 from tests.helpers import ROOT
 
@@ -99,6 +102,24 @@ def test_released_flags_map_to_the_recipe():
 
 def resolved(*arguments: str) -> Recipe:
     return finetune.resolve(finetune.parse_args(list(arguments)), ranks=2)
+
+
+def test_every_flag_of_a_recipe_field_reaches_the_recipe():
+    base = resolved("demo")
+    given = vars(finetune.parse_args(["demo"]))
+    named = [field.name for field in dataclasses.fields(Recipe) if field.name in given]
+    assert len(named) > 40 and {"attention", "context_parallel", "heldout_lengths"} <= set(named)
+    for name in named:
+        lists = name in ("sliding_window_attention_schedule", "heldout_lengths")
+        args = argparse.Namespace(**{**given, name: "16,32" if lists else 3})
+        assert finetune.overrides(args, base, ranks=1) == {name: [16, 32] if lists else 3}
+    assert finetune.overrides(argparse.Namespace(**given), base, ranks=1) == {}
+
+
+def test_the_help_names_every_attention_that_is_taken(capsys):
+    with pytest.raises(SystemExit):
+        finetune.parse_args(["--help"])
+    assert ", ".join(ATTENTIONS) in " ".join(capsys.readouterr().out.split())
 
 
 def test_another_factor_keeps_the_other_fields_of_the_scaling_and_another_method_drops_them():

@@ -49,13 +49,9 @@ from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
 from scaled_rope.evaluation.ranks import refuse_several
 from scaled_rope.evaluation.runner import given_arguments
 from scaled_rope.evaluation.time_estimate import Pace, time_passes
-from scaled_rope.flags import (
-    LEAST_TRIALS,
-    add_advise_arguments,
-    add_model_arguments,
-    check_advise_arguments,
-    said,
-)
+from scaled_rope.flags.evaluators import add_model_arguments
+from scaled_rope.flags.search import LEAST_TRIALS, add_advise_arguments, check_advise_arguments
+from scaled_rope.flags.shared import said
 from scaled_rope.progress import Progress, duration
 from scaled_rope.results import Row, folder_lock, portable_command, provenance, write_atomic
 from scaled_rope.scaling.record import RopeScaling

@@ -24,7 +24,7 @@ from scaled_rope.advice.probing import NAME, Probing
 from scaled_rope.advice.trials import Budget, Measured, OutOfTime, Trials, Unit, refused
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt
-from scaled_rope.flags import LEAST_TRIALS
+from scaled_rope.flags.search import LEAST_TRIALS
 from scaled_rope.progress import duration
 from scaled_rope.results import Row
 from scaled_rope.tuning.constants import best_of

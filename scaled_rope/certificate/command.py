@@ -21,7 +21,8 @@ from scaled_rope.certificate.reference import Reference, available_memory
 from scaled_rope.certificate.servers import connect
 from scaled_rope.checkpoint import load_tokenizer, open_checkpoint
 from scaled_rope.errors import ConfigError
-from scaled_rope.flags import check_certify_arguments, parse_lengths
+from scaled_rope.flags.serving import check_certify_arguments
+from scaled_rope.flags.shared import parse_lengths
 from scaled_rope.patching.loading import load_model, resolve_device, stored_tensors
 from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.scaling.record import RopeScaling

@@ -15,7 +15,7 @@ import numpy as np
 from scaled_rope.certificate.observed import TOP, Observed
 from scaled_rope.errors import ConfigError, is_number, shortened, unknown
 from scaled_rope.evaluation.served_model import Address, ServedModel, Unsuitable, ask_json
-from scaled_rope.flags import PROTOCOLS
+from scaled_rope.flags.serving import PROTOCOLS
 from scaled_rope.results import Row
 
 _WHOLE_LIMIT = 8192

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.evaluation.harness_plan import doubled_lengths
 from scaled_rope.evaluation.jobs import model_jobs
-from scaled_rope.flags import add_model_arguments
+from scaled_rope.flags.evaluators import add_model_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:

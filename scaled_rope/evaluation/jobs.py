@@ -18,7 +18,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.failures import Failure, failing_alone, raise_if_same
 from scaled_rope.evaluation.ranks import current
 from scaled_rope.evaluation.served_model import ServedModel
-from scaled_rope.flags import NO_EFFECT, check_model_arguments, requested_specs
+from scaled_rope.flags.evaluators import NO_EFFECT, check_model_arguments, requested_specs
 from scaled_rope.patching.adapter_scaling import adapter_scaling
 from scaled_rope.patching.device_maps import Placement, computing_devices
 from scaled_rope.patching.loading import apply_scaling, load_model, resolve_device, resolve_dtype, resolve_plan

@@ -19,7 +19,7 @@ import transformers
 from torch import nn
 
 from scaled_rope.errors import ConfigError, type_and_line
-from scaled_rope.flags import check_inspect_arguments
+from scaled_rope.flags.serving import check_inspect_arguments
 from scaled_rope.patching.loading import load_model
 from scaled_rope.report.drawing import check_format
 from scaled_rope.serving.checks import run_checks

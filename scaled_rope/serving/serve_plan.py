@@ -18,7 +18,7 @@ import torch
 
 from scaled_rope.checkpoint import load_config, raw_config
 from scaled_rope.errors import ConfigError, first_line, is_positive_whole
-from scaled_rope.flags import check_plan_arguments
+from scaled_rope.flags.serving import check_plan_arguments
 from scaled_rope.patching.loading import auto_class, build_unscaled
 from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.scaling.record import RopeScaling, RopeSettings

@@ -23,7 +23,7 @@ from scaled_rope.attention.backends import attention_for
 from scaled_rope.bundled import bundled
 from scaled_rope.checkpoint import load_config, without_custom_rope
 from scaled_rope.errors import ConfigError
-from scaled_rope.flags import check_plan_arguments
+from scaled_rope.flags.serving import check_plan_arguments
 from scaled_rope.patching.loading import auto_class, build_unscaled
 from scaled_rope.patching.loss import logits_bytes
 from scaled_rope.patching.patch import PatchReport, patch_as_read

@@ -46,9 +46,9 @@ from scaled_rope.evaluation.formatting import format_perplexity, format_table
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
 from scaled_rope.evaluation.ranks import refuse_several
 from scaled_rope.evaluation.runner import given_arguments
-from scaled_rope.flags import (
+from scaled_rope.flags.evaluators import add_model_arguments
+from scaled_rope.flags.search import (
     LEAST_TRIALS,
-    add_model_arguments,
     add_tune_arguments,
     check_tune_arguments,
     parse_grid,

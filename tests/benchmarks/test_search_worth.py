@@ -12,7 +12,7 @@ import pytest
 from benchmarks import search_worth
 from scaled_rope.command_line import Parser
 from scaled_rope.errors import ConfigError
-from scaled_rope.flags import SEARCH_STRATEGIES, add_search_arguments, check_search_arguments
+from scaled_rope.flags.search import SEARCH_STRATEGIES, add_search_arguments, check_search_arguments
 from scaled_rope.scaling.record import RopeScaling
 from tests.helpers import ROOT
 

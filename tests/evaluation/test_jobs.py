@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from scaled_rope import LayerPlan, patch_model
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.jobs import ModelLoader, model_jobs
-from scaled_rope.flags import add_model_arguments
+from scaled_rope.flags.evaluators import add_model_arguments
 from scaled_rope.patching.adapter_scaling import save_adapter_scaling
 from scaled_rope.patching.patch import patched_plan, patched_scaling
 from tests.helpers.checkpoints import (

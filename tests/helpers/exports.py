@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from scaled_rope import flags
 from scaled_rope.command_line import Parser
+from scaled_rope.flags import serving
 from scaled_rope.serving import export as module
 from scaled_rope.serving.export_report import ExportReport
 
@@ -34,6 +34,6 @@ def flags_of(report: ExportReport) -> dict[str, str]:
 
 def command_line(*arguments: str) -> tuple[argparse.Namespace, Callable[[], int]]:
     parser = Parser("scaled-rope export")
-    flags.add_export_arguments(parser)
+    serving.add_export_arguments(parser)
     args = parser.parse_args(arguments)
     return args, lambda: module.run(args)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from scaled_rope.flags import parse_grid
+from scaled_rope.flags.search import parse_grid
 from scaled_rope.results import Row
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.tuning.measurement import RowStore, Score, ScoredWindow, Sweep

@@ -14,7 +14,6 @@ import torch
 import eval.passkey as passkey
 import eval.passkey_hard as passkey_hard
 import eval.perplexity as perplexity
-from scaled_rope import flags
 from scaled_rope.checkpoint import DEFAULT_MODEL
 from scaled_rope.command_line import Parser
 from scaled_rope.errors import ConfigError
@@ -23,6 +22,7 @@ from scaled_rope.evaluation.continuations import Continuation, score
 from scaled_rope.evaluation.decoding import decode_numbers
 from scaled_rope.evaluation.ranks import Ranks
 from scaled_rope.evaluation.time_estimate import time_passes
+from scaled_rope.flags import evaluators, shared
 from scaled_rope.patching.device_maps import DEVICE_MAPS, Placement, computing_devices, input_device, is_offloaded
 from scaled_rope.patching.loading import load_model
 from scaled_rope.patching.loss import token_nll
@@ -203,15 +203,15 @@ def test_maps_that_are_none(tmp_path: Path) -> None:
 
 def test_flags_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     parser = Parser("some script")
-    flags.add_model_arguments(parser)
+    evaluators.add_model_arguments(parser)
     with pytest.raises(ConfigError, match="--device cpu is not allowed with --device-map"):
         jobs.placement_of(parser.parse_args(["--device-map", "auto", "--device", "cpu"]))
     monkeypatch.setattr(jobs, "current", lambda: Ranks(0, 2))
     with pytest.raises(ConfigError, match="--device-map auto is for one process, not 2"):
         jobs.placement_of(parser.parse_args(["--device-map", "auto"]))
     with pytest.raises(ConfigError, match="unknown device-map 'atuo'"):
-        flags.check_model_arguments(parser.parse_args(["--device-map", "atuo"]))
-    assert flags.DEVICE_MAPS == DEVICE_MAPS
+        evaluators.check_model_arguments(parser.parse_args(["--device-map", "atuo"]))
+    assert shared.DEVICE_MAPS == DEVICE_MAPS
 
 
 def test_an_evaluator_without_a_map_is_as_before(tmp_path: Path) -> None:

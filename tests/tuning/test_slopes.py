@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from scaled_rope import RopeScaling
-from scaled_rope.flags import parse_grid
+from scaled_rope.flags.search import parse_grid
 from scaled_rope.tuning.slopes import measure_slopes, slopes_remarks, slopes_report, summarise_slopes
 from tests.helpers.tuning import LENGTH, sweep
 

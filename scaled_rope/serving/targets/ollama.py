@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.flags import EXPORT_FILES
+from scaled_rope.flags.serving import EXPORT_FILES
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.serving.gguf import GgufRope
 from scaled_rope.serving.targets.common import (

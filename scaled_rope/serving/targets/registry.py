@@ -1,5 +1,5 @@
 """The programs that a scaling can be exported for. A new one is a module with a `TARGET`, a row here, and its name in
-`scaled_rope.flags.TARGETS`.
+`scaled_rope.flags.serving.TARGETS`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from scaled_rope.flags import EXPORT_FILES
+from scaled_rope.flags.serving import EXPORT_FILES
 from scaled_rope.serving.targets import hf, vllm
 from scaled_rope.serving.targets.common import Expressed, Restated, ServedModel, Target
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from scaled_rope import flags
 from scaled_rope.attention import backends
 from scaled_rope.checkpoint import DEFAULT_MODEL
 from scaled_rope.cli import main
 from scaled_rope.command_line import Parser
 from scaled_rope.errors import ConfigError
+from scaled_rope.flags import evaluators, search, serving, shared
 from scaled_rope.patching import loading, rotary_kernel
 from scaled_rope.recipes import available, make_recipe
 from scaled_rope.scaling.record import RopeScaling
@@ -72,6 +72,7 @@ MISTAKES = {
     "eval/perplexity.py --dataset x --dtype int3": "unknown dtype 'int3'; known: auto, bfloat16, float16, float32",
     "-m scaled_rope tune --dataset x --dtype flaot32": "unknown dtype 'flaot32'; did you mean 'float32'? "
     "known: auto, bfloat16, float16, float32",
+    "-m scaled_rope tune --dataset README.md --adapter docs": "--adapter 'docs' holds no adapter_config.json",
     "-m scaled_rope tune --dataset x --factors 0": "factors '0' is not allowed; finite numbers above 0",
     "-m scaled_rope tune --dataset x --factors 0.5": "factor=0.5: must be a finite number at least 1 and at most 1e+09",
     "-m scaled_rope tune --dataset x --grid 1,1.1": "grid '1,1.1' is not allowed; at least 3 different values",
@@ -90,7 +91,7 @@ MISTAKES = {
     "finetune.py demo --sequence-lenght 5": "unrecognized arguments: --sequence-lenght 5; did you mean "
     "'--sequence-length' or '--sequence-parallel'? (see finetune.py --help)",
     "finetune.py demo --attention sdap": "unknown attention 'sdap'; did you mean 'sdpa'? known: "
-    + ", ".join(sorted(flags.ATTENTIONS)),
+    + ", ".join(sorted(shared.ATTENTIONS)),
     "finetune.py demo --dataset x --model ./nothere --output-dir out/nothere": "model './nothere' does not exist",
     "finetune.py demo --output-dir README.md": "output_dir README.md is a file; name a folder with --output-dir",
     "tokenization.py --dataset x --output docs": "--output docs exists and is no packed set; remove it or "
@@ -177,11 +178,11 @@ def test_heavy_imports_are_seen(light_commands: Callable[[str], dict[str, Any]])
 
 
 def test_names_that_flags_restate_are_those_of_their_modules() -> None:
-    assert flags.ATTENTIONS == backends.ATTENTIONS
-    assert flags.KERNELS == rotary_kernel.KERNELS
-    assert flags.TARGETS == tuple(export.TARGETS)
-    assert flags.DTYPES == ("auto", *loading.DTYPES)
-    assert flags.DTYPE_ALIASES == tuple(loading.DTYPE_ALIASES)
+    assert shared.ATTENTIONS == backends.ATTENTIONS
+    assert shared.KERNELS == rotary_kernel.KERNELS
+    assert serving.TARGETS == tuple(export.TARGETS)
+    assert shared.DTYPES == ("auto", *loading.DTYPES)
+    assert shared.DTYPE_ALIASES == tuple(loading.DTYPE_ALIASES)
 
 
 @pytest.mark.parametrize(
@@ -195,13 +196,13 @@ def test_lists_need_no_torch(light_commands: Callable[[str], dict[str, Any]], li
 def parsed(*argv: str, texts: bool = False) -> argparse.Namespace:
     """The flags of an evaluator, checked."""
     parser = Parser("some script")
-    flags.add_model_arguments(parser)
+    evaluators.add_model_arguments(parser)
     if texts:
-        flags.add_text_arguments(parser)
+        evaluators.add_text_arguments(parser)
     args = parser.parse_args(list(argv))
-    flags.check_model_arguments(args)
+    evaluators.check_model_arguments(args)
     if texts:
-        flags.check_text_arguments(args)
+        evaluators.check_text_arguments(args)
     return args
 
 
@@ -246,10 +247,10 @@ def test_a_flag_that_no_scaling_heeds_is_refused(argv: list[str], said: str) -> 
 
 
 def test_grids() -> None:
-    assert flags.parse_grid("1.0:1.3:0.05") == (1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3)  # the end is in, without noise
-    assert flags.parse_grid("2,1, 1.5,2") == (1.0, 1.5, 2.0)
-    assert flags.parse_grid("0.9:1.0:0.03") == (0.9, 0.93, 0.96, 0.99)
-    assert flags.parse_grid("4") == (4.0,)
+    assert search.parse_grid("1.0:1.3:0.05") == (1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3)  # the end is in, without noise
+    assert search.parse_grid("2,1, 1.5,2") == (1.0, 1.5, 2.0)
+    assert search.parse_grid("0.9:1.0:0.03") == (0.9, 0.93, 0.96, 0.99)
+    assert search.parse_grid("4") == (4.0,)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +272,7 @@ def test_grids() -> None:
 )
 def test_bad_grids(text: str, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint) as caught:
-        flags.parse_grid(text, "some grid", least=3)
+        search.parse_grid(text, "some grid", least=3)
     assert "some grid" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -283,20 +284,20 @@ def test_bad_grids(text: str, complaint: str) -> None:
     ],
 )
 def test_a_gpu_that_is_not_there(version: str, files: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flags, "package_version", lambda _: version)
-    monkeypatch.setattr(flags.sys, "platform", "linux")
-    monkeypatch.setattr(flags.glob, "glob", lambda pattern: fnmatch.filter(files, pattern))
+    monkeypatch.setattr(shared, "package_version", lambda _: version)
+    monkeypatch.setattr(shared.sys, "platform", "linux")
+    monkeypatch.setattr(shared.glob, "glob", lambda pattern: fnmatch.filter(files, pattern))
 
     def check(device: str) -> None:
         parser = Parser("some script")
-        flags.add_model_arguments(parser)
-        flags.check_model_arguments(parser.parse_args(["--device", device]))
+        evaluators.add_model_arguments(parser)
+        evaluators.check_model_arguments(parser.parse_args(["--device", device]))
 
     for device in ("cuda", "cuda:1"):
         with pytest.raises(ConfigError, match=re.escape(said)):
             check(device)
     check("cpu")
-    monkeypatch.setattr(flags, "package_version", lambda _: "2.13.0")
+    monkeypatch.setattr(shared, "package_version", lambda _: "2.13.0")
     files.append("/dev/nvidiactl")
     check("cuda")  # torch has to say more
 
@@ -307,28 +308,28 @@ def test_no_output_is_one_of_the_texts_or_in_one(tmp_path: Path) -> None:
     given = argparse.Namespace(output=str(tmp_path / "link.jsonl"), output_file=None)
     for text in (tmp_path, tmp_path / "a.jsonl"):
         with pytest.raises(ConfigError, match=r"--output .*link.jsonl is of dataset .*; name another file"):
-            flags.check_output_apart(given, ["some/set", str(text)])
+            evaluators.check_output_apart(given, ["some/set", str(text)])
     given = argparse.Namespace(output=str(tmp_path / "rows"), output_file=str(tmp_path / "new.csv"))
-    flags.check_output_apart(given, [str(tmp_path), str(tmp_path / "a.jsonl")])
+    evaluators.check_output_apart(given, [str(tmp_path), str(tmp_path / "a.jsonl")])
     # By what would be read next time, there or not; a set of tokens reads its own files only.
     given = argparse.Namespace(output=str(tmp_path / "rows.jsonl"), output_file=None)
     with pytest.raises(ConfigError, match=r"--output .*rows.jsonl is of dataset"):
-        flags.check_output_apart(given, [str(tmp_path)])
-    flags.check_output_apart(argparse.Namespace(output=str(tmp_path / ".out" / "rows.jsonl")), [str(tmp_path)])
+        evaluators.check_output_apart(given, [str(tmp_path)])
+    evaluators.check_output_apart(argparse.Namespace(output=str(tmp_path / ".out" / "rows.jsonl")), [str(tmp_path)])
     (tmp_path / "meta.json").write_text("{}")
-    flags.check_output_apart(given, [str(tmp_path)])
+    evaluators.check_output_apart(given, [str(tmp_path)])
     with pytest.raises(ConfigError, match=r"--output .*meta.json is of dataset"):
-        flags.check_output_apart(argparse.Namespace(output=str(tmp_path / "meta.json")), [str(tmp_path)])
+        evaluators.check_output_apart(argparse.Namespace(output=str(tmp_path / "meta.json")), [str(tmp_path)])
 
 
 def test_losses_are_not_kept_where_no_folder_can_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--save-nll .*file is a file; name a folder"):
-        flags.check_losses_folder(str(tmp_path / "file"))
+        evaluators.check_losses_folder(str(tmp_path / "file"))
     with pytest.raises(ConfigError, match="file is no folder that can be written to"):
-        flags.check_losses_folder(str(tmp_path / "file" / "losses"))
+        evaluators.check_losses_folder(str(tmp_path / "file" / "losses"))
     for good in (None, str(tmp_path), str(tmp_path / "new" / "losses")):
-        flags.check_losses_folder(good)
+        evaluators.check_losses_folder(good)
 
 
 def test_a_field_of_texts_that_have_none_is_refused(tmp_path: Path) -> None:
@@ -336,7 +337,7 @@ def test_a_field_of_texts_that_have_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "meta.json").write_text("{}")
     args = parsed("-d", str(tmp_path / "a.txt"), texts=True)
-    assert args.split == "test" and flags.said(args.split) is None
+    assert args.split == "test" and shared.said(args.split) is None
     for given in (("-d", str(tmp_path / "a.txt")), ("--tokenized", str(tmp_path / "set"))):
         with pytest.raises(ConfigError, match="feature 'body' is for records of JSON or Parquet"):
             parsed(*given, "-f", "body", texts=True)
@@ -345,7 +346,7 @@ def test_a_field_of_texts_that_have_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_corpus_has_no_splits(capsys: pytest.CaptureFixture[str]) -> None:
-    flags._check_text(argparse.Namespace(dataset="demo", split="validation", feature="text"))
+    search._check_text(argparse.Namespace(dataset="demo", split="validation", feature="text"))
     assert capsys.readouterr().err == (
         "note: dataset standin:demo has no splits: all of it is read, not 'validation' alone\n"
     )
