@@ -292,8 +292,8 @@ def block(study: Study, figures: Sequence[str] = ()) -> str:
         short_table(study),
         "### LongPPL",
         "On the novel; key tokens are those that the base under YaRN predicts by what stands further back than 4096 "
-        "tokens. They are chosen by its own gain, so its own number is low by the choice, and not to be compared. Where "
-        "they are few, one of them can decide.",
+        "tokens. They are chosen by its own gain, so its own number is low by the choice, and not to be compared. "
+        "Where they are few, one of them can decide.",
         longppl_table(study),
         "### What a second seed changes",
         markdown(["", "perplexity at 8192 to 16384, seed 1 over seed 2", "keys beyond 8192, seed 1 less seed 2"],
