@@ -64,16 +64,13 @@ from scaled_rope.training.engine import (
 from scaled_rope.training.host_memory import keep_host_memory, use_huge_pages
 from scaled_rope.training.long_ce import check_rows_for_long_ce, near_losses, near_windows
 from scaled_rope.training.mixed_lengths import cut_into_windows, is_short_step, short_steps_note
+from scaled_rope.training.mlp_tiles import tile_mlps
 from scaled_rope.training.model import (
     SummedLoss,
     adapted_share_note,
     build_model,
-    check_save_dtype,
     enable_checkpointing,
-    make_whole,
-    save_model,
     set_sliding_window,
-    tile_mlps,
 )
 from scaled_rope.training.pose import SkipWise, skip_wise
 from scaled_rope.training.random_state import RandomState
@@ -94,6 +91,7 @@ from scaled_rope.training.run_state import (
     save_state,
     sound_state,
 )
+from scaled_rope.training.saving import check_save_dtype, make_whole, save_model
 from scaled_rope.training.separation import check_separation
 from scaled_rope.training.tracking import RunLog, peak_memory, plot_losses, write_records
 

@@ -22,14 +22,9 @@ from scaled_rope.patching.patch import patched_scaling
 from scaled_rope.texts.packed import PackedWriter, open_packed
 from scaled_rope.training import loop
 from scaled_rope.training.batches import collate
-from scaled_rope.training.model import (
-    SummedLoss,
-    build_model,
-    check_save_dtype,
-    enable_checkpointing,
-    save_model,
-    tile_mlps,
-)
+from scaled_rope.training.mlp_tiles import tile_mlps
+from scaled_rope.training.model import SummedLoss, build_model, enable_checkpointing
+from scaled_rope.training.saving import check_save_dtype, save_model
 from tests.helpers.models import Make
 from tests.helpers.runs import ENVIRONMENT, LENGTH, weights
 from tests.helpers.training_recipes import recipe, resolved_recipe
@@ -220,7 +215,7 @@ def test_lora_with_embeddings_and_norms_saves_them_in_model_and_adapter(workspac
 
 def test_checkpointing_and_offloading_change_nothing(workspace, monkeypatch):
     """The offloading path is taken on the CPU too here, where its copies go from memory to memory."""
-    monkeypatch.setattr("scaled_rope.training.model._is_on_accelerator", lambda tensor: True)
+    monkeypatch.setattr("scaled_rope.training.offload._is_on_accelerator", lambda tensor: True)
     batch = collate([open_packed(workspace / "set").row(0)], LENGTH)
     copies, original = [], torch.empty
 
@@ -238,7 +233,7 @@ def test_checkpointing_and_offloading_change_nothing(workspace, monkeypatch):
         monkeypatch.setattr(loop.torch, "empty", counted)
         module(**batch).backward()
         monkeypatch.undo()
-        monkeypatch.setattr("scaled_rope.training.model._is_on_accelerator", lambda tensor: True)
+        monkeypatch.setattr("scaled_rope.training.offload._is_on_accelerator", lambda tensor: True)
         gradients[checkpointing, offload] = [parameter.grad for parameter in model.parameters()]
         kept[checkpointing, offload] = len(copies)
     assert kept[False, False] == kept[True, False] == 0
