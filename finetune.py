@@ -196,8 +196,9 @@ def save_scaled(recipe: Recipe) -> None:
         ConfigError: several processes, or a run or a model is in the output folder already.
     """
     from scaled_rope.results import provenance
-    from scaled_rope.training.model import build_model, check_save_dtype, save_model
+    from scaled_rope.training.model import build_model
     from scaled_rope.training.run_state import naming_a_lost_disk, run_lock
+    from scaled_rope.training.saving import check_save_dtype, save_model
     from scaled_rope.training.tracking import write_records
 
     folder = Path(recipe.output_dir)

@@ -19,8 +19,8 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.recipes import EVALUATE_FLAGS, available, is_finished, make_recipe, pending, read_recipe, starts_from
 from scaled_rope.scaling.record import RopeSettings
 from scaled_rope.training.engine import accumulation, check_sequence_parallel
-from scaled_rope.training.loop import learning_rate
 from scaled_rope.training.model import build_model
+from scaled_rope.training.optimizer import learning_rate
 from scaled_rope.training.planning import meta_model
 from scaled_rope.training.pose import skip_wise
 from tests.helpers import ROOT, reference

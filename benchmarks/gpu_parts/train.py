@@ -19,8 +19,8 @@ from scaled_rope.attention.backends import resolve_attention
 from scaled_rope.patching.loss import resolve_loss
 from scaled_rope.recipes import Recipe, make_recipe
 from scaled_rope.results import Row
-from scaled_rope.training.loop import make_optimizer
 from scaled_rope.training.model import SummedLoss, build_model, enable_checkpointing
+from scaled_rope.training.optimizer import make_optimizer
 
 METRIC = "training step"
 TRAINED = (8192, 16384, 32768, 65536, 131072)

@@ -90,6 +90,11 @@ def own_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits.reshape(*hidden.shape[:-1], -1)
 
 
+def without_adapters(model: Any) -> Any:
+    """The model that adapters were added to, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The part of a causal language model that computes hidden states.
 

@@ -71,7 +71,7 @@ class ChatFields:
 
 @dataclass
 class Refusals:
-    """What happens to records that cannot be used: an error, or with `skip` they are counted and left out."""
+    """Records that cannot be used: each is an error, or with `skip` it is counted and left out."""
 
     skip: bool = False
     count: int = 0

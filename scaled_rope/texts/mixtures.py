@@ -316,7 +316,7 @@ def _refuse_short(mixture: Mixture, reader: Reader, target: float) -> None:
 
 
 def record_of(readers: Sequence[Reader], counts: Sequence[PackCounts]) -> list[dict[str, Any]]:
-    """What became of each source, for a set's provenance; `share` is that of the tokens that were packed."""
+    """Counts of each source, for a set's provenance; `share` is that of the tokens that were packed."""
     total = sum(count.tokens for count in counts) or 1
     return [
         {"dataset": reader.source.dataset, "fraction": reader.source.fraction,

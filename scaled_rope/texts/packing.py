@@ -48,7 +48,7 @@ class Document(NamedTuple):
 
 @dataclass
 class PackCounts:
-    """What became of documents; part of a set's provenance.
+    """Counts of documents and tokens; part of a set's provenance.
 
     Attributes:
         documents, tokens: how many were packed.
@@ -64,7 +64,7 @@ class PackCounts:
 
 @dataclass
 class Packing(PackCounts):
-    """What became of all documents, and in `sources` of each source's; `padding_tokens` fill rows and never count."""
+    """Counts of all documents, and in `sources` of each source's; `padding_tokens` fill rows and never count."""
 
     padding_tokens: int = 0
     sources: tuple[PackCounts, ...] = ()

@@ -51,7 +51,7 @@ class Layout:
 
     @property
     def multiple(self) -> int:
-        """What the length of a batch must be a multiple of, to be cut into parts."""
+        """The multiple that a batch's length must be, to be cut into parts."""
         return self.sequence_parallel if self.context_parallel == 1 else 2 * self.context_parallel
 
     @property

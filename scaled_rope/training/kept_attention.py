@@ -26,7 +26,7 @@ def is_attention(operator: Any) -> bool:
 
 
 class KeptAttention:
-    """What a checkpoint of torch is given as its `context_fn`, so that results of attention kernels are kept.
+    """The `context_fn` of torch's checkpoint that keeps the results of attention kernels.
 
     `seen` counts the kernels that ran in forward passes.
     """

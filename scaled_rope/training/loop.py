@@ -13,18 +13,19 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import nn
 
 from scaled_rope.attention.backends import resolve_attention
 from scaled_rope.checkpoint import load_tokenizer, vocabulary_size
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loading import resolve_device
 from scaled_rope.patching.loss import resolve_loss
+from scaled_rope.patching.patch import PatchReport
 from scaled_rope.progress import Progress
 from scaled_rope.recipes import Recipe, has_model, is_finished, stopping_state
 from scaled_rope.results import Row, provenance, write_atomic
@@ -32,7 +33,6 @@ from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings
 from scaled_rope.texts.conversations import template_note
 from scaled_rope.texts.packed import IntArray, TokenRows, open_rows
-from scaled_rope.texts.tables import check_ids
 from scaled_rope.texts.vocabulary import check_tokenizer
 from scaled_rope.training.batches import (
     DocumentBorders,
@@ -58,23 +58,21 @@ from scaled_rope.training.engine import (
     make_accelerator,
     naming_a_lost_rank,
     place_tables,
-    restore_heads,
     settle_precision,
 )
+from scaled_rope.training.heldout import Heldout
 from scaled_rope.training.host_memory import keep_host_memory, use_huge_pages
 from scaled_rope.training.long_ce import check_rows_for_long_ce, near_losses, near_windows
 from scaled_rope.training.mixed_lengths import cut_into_windows, is_short_step, short_steps_note
+from scaled_rope.training.mlp_tiles import tile_mlps
 from scaled_rope.training.model import (
     SummedLoss,
     adapted_share_note,
     build_model,
-    check_save_dtype,
     enable_checkpointing,
-    make_whole,
-    save_model,
     set_sliding_window,
-    tile_mlps,
 )
+from scaled_rope.training.optimizer import learning_rate, make_optimizer, restore_settings
 from scaled_rope.training.pose import SkipWise, skip_wise
 from scaled_rope.training.random_state import RandomState
 from scaled_rope.training.ring import check_context_parallel, check_shared_layers, ring_attention
@@ -94,51 +92,9 @@ from scaled_rope.training.run_state import (
     save_state,
     sound_state,
 )
+from scaled_rope.training.saving import check_save_dtype, make_whole, save_model
 from scaled_rope.training.separation import check_separation
 from scaled_rope.training.tracking import RunLog, peak_memory, plot_losses, write_records
-
-
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Learning rate of optimizer step number `step`, counted from 0.
-
-    Warm-up rises linearly and reaches the peak at step `warmup_steps` - 1, so that no step is wasted on a rate of 0.
-    Then `constant` stays. `linear` and `cosine` fall to the floor, and would reach it just after the last step. `wsd`
-    (warm-up, stable, decay; arXiv 2404.06395) stays until the last `lr_decay_share` of the steps and falls in these:
-    linearly, or as 1 - sqrt(x) of the part x of them that is over (arXiv 2405.18392).
-    """
-    peak, warmup, total = recipe.learning_rate, recipe.warmup_steps, recipe.max_train_steps
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    begin = total - recipe.decay_steps if recipe.lr_schedule == "wsd" else warmup
-    if recipe.lr_schedule == "constant" or step < begin:
-        return peak
-    progress = (step - begin) / max(1, total - begin)
-    floor = recipe.lr_floor
-    if recipe.lr_schedule == "cosine":
-        floor, left = 0.1 if floor is None else floor, 0.5 * (1.0 + math.cos(math.pi * progress))
-    elif recipe.lr_schedule == "wsd" and recipe.lr_decay == "1-sqrt":
-        left = 1.0 - math.sqrt(progress)
-    else:
-        left = 1.0 - progress
-    floor = floor or 0.0
-    return peak * (floor + (1.0 - floor) * left)
-
-
-def restore_settings(optimizer: Any, recipe: Recipe) -> None:
-    """Give an optimizer the recipe's settings again; a state that was loaded brings those that it was saved with."""
-    for group in optimizer.param_groups:
-        group["betas"] = (recipe.adam_betas[0], recipe.adam_betas[1])
-        group["weight_decay"] = recipe.weight_decay
-
-
-def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
-    """AdamW over the trained parameters, with the recipe's settings."""
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    betas = (recipe.adam_betas[0], recipe.adam_betas[1])
-    return torch.optim.AdamW(trainable, lr=recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)
-
-
-# -------------------------------------------------------------------------------------------------------- the run
 
 
 class Trainer:
@@ -189,34 +145,74 @@ class Trainer:
             return self._run(stop)
 
     def _finish(self) -> None:
-        """What a run does after its model is saved, and a finished one where it was ended before that."""
+        """Delete the states and draw the losses, after the model is saved."""
         shutil.rmtree(self.output / "checkpoints", ignore_errors=True)
         if not (picture := self.output / "loss.png").exists():
             plot_losses({self.recipe.name: read_log(self.output)}, picture)
 
     def _run(self, stop: StopSignal) -> list[float]:
+        rows, heldout = self._open_data()
+        accelerator, attention = self._start_engine()
+        model, report = self._build(accelerator, attention)
+        scaling = RopeScaling.from_config(model.config) if report is None else report.scaling
+        self._check_model(model, scaling)
+        chat_template = self._check_texts(accelerator, rows, heldout, model, scaling)
+        run = self._prepare(accelerator, rows, heldout, model, report, scaling)
+        facts = self._record(accelerator, model)
+        loop = Loop(self.recipe, run, stop)
+        start = load_state(accelerator, self._resume, self.output)
+        restore_settings(run.optimizer, self.recipe)
+        losses = loop.run(start, self._trackers, self._continued)
+        self.interrupted = loop.interrupted
+        if not loop.stopped:
+            self._save(run, facts, chat_template)
+        # A rank whose process group goes while another still holds its own may wait in it for ever, and a process group
+        # that is still there when Python ends may abort the process: its threads are running.
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        return losses
+
+    def _open_data(self) -> tuple[TokenRows, Heldout | None]:
+        """The rows to train on and those to measure on, refused where they do not fit the recipe."""
         recipe = self.recipe
         rows = open_rows(recipe.dataset)
         check_lengths(rows, recipe)
         check_rows_for_long_ce(recipe, rows.longest)
-        heldout = Heldout(recipe) if recipe.heldout is not None else None
+        return rows, Heldout(recipe) if recipe.heldout is not None else None
+
+    def _start_engine(self) -> tuple[Any, str]:
+        """The accelerator, and the attention implementation to build the model with; what can be refused before a model
+        is read is refused."""
+        recipe = self.recipe
         wanted = "sdpa" if recipe.context_parallel > 1 else recipe.attention
         attention = resolve_attention(wanted, resolve_device(None), recipe.compute_dtype)
         accelerator = make_accelerator(recipe, attention)
-        engine = engine_name(accelerator)
         self._resume = sound_state(accelerator, recipe, self._resume, self._named)
         self._continued = continuation(recipe, self._resume)
-        resolve_loss(recipe.loss, accelerator.device)  # refuses before a model is read
+        resolve_loss(recipe.loss, accelerator.device)
+        return accelerator, attention
+
+    def _build(self, accelerator: Any, attention: str) -> tuple[Any, PatchReport | None]:
+        recipe = self.recipe
         model, report = build_model(recipe, attention, accelerator.device)
         check_save_dtype(model, recipe)
         if accelerator.device.type == "cpu":
             tokens = recipe.batch_size * (recipe.truncate or recipe.sequence_length)
             keep_host_memory(4 * tokens * text_config(model.config).hidden_size)
-        scaling = RopeScaling.from_config(model.config) if report is None else report.scaling
-        check_sequence_parallel(recipe, model.config, scaling, model.config._attn_implementation)
-        check_context_parallel(recipe, model.config, scaling, model.config._attn_implementation)
-        check_shared_layers(recipe, model)
-        vocabulary = text_config(model.config).vocab_size
+        return model, report
+
+    def _check_model(self, model: Any, scaling: RopeScaling) -> None:
+        """Refuse a model that ranks could not share a sequence of."""
+        attention = model.config._attn_implementation
+        check_sequence_parallel(self.recipe, model.config, scaling, attention)
+        check_context_parallel(self.recipe, model.config, scaling, attention)
+        check_shared_layers(self.recipe, model)
+
+    def _check_texts(
+        self, accelerator: Any, rows: TokenRows, heldout: Heldout | None, model: Any, scaling: RopeScaling
+    ) -> str | None:
+        """Hold rows and tokenizer against the model, and print what is remarkable; return the rows' chat template."""
+        recipe, vocabulary = self.recipe, text_config(model.config).vocab_size
         name = recipe.tokenizer or str(recipe.model)
         tokenizer = load_tokenizer(name)  # refused now, not at the end
         largest = vocabulary_size(tokenizer) - 1
@@ -233,23 +229,28 @@ class Trainer:
                 heldout.follow_lengths()
             notes += [heldout.note]
             notes.append(check_tokenizer(heldout.rows, str(recipe.heldout), tokenizer, name))
-        chat_template = getattr(rows, "meta", {}).get("chat_template")
         notes.append(template_note(rows, recipe.dataset, tokenizer, name))
         for note in filter(None, notes):
             accelerator.print(f"note: {note}")
-        if recipe.lora and (note := adapted_share_note(model)):
-            accelerator.print(note)
-        plan = LayerPlan.from_config(model.config) if report is None else report.plan
-        made_for = RopeSettings(model.config).length_for(scaling)
-        windows = skip_wise(recipe, scaling, plan.layers.values(), made_for)
-        if recipe.short_share:
-            accelerator.print(short_steps_note(recipe, scaling, rows.longest))
-        elif note := short_rows_note(recipe, scaling, rows.longest, made_for):
-            accelerator.print(note)
+        template: str | None = getattr(rows, "meta", {}).get("chat_template")
+        return template
+
+    def _prepare(
+        self,
+        accelerator: Any,
+        rows: TokenRows,
+        heldout: Heldout | None,
+        model: Any,
+        report: PatchReport | None,
+        scaling: RopeScaling,
+    ) -> PreparedRun:
+        """Wrap the model with its loss, give it to the engine with its optimizer, and print how it will be trained."""
+        recipe = self.recipe
+        windows = self._windows(accelerator, rows, model, report, scaling)
         loss = resolve_loss(recipe.loss, accelerator.device, model)
         cost = ModelCost.of(model)
         accelerator.print(
-            f"{accelerator.device}, {accelerator.num_processes} processes, engine {engine},"
+            f"{accelerator.device}, {accelerator.num_processes} processes, engine {engine_name(accelerator)},"
             f" attention {model.config._attn_implementation}, loss {loss}"
         )
         if accelerator.device.type == "cpu" and recipe.compute_dtype == "bfloat16" and has_slow_bfloat16():
@@ -270,6 +271,28 @@ class Trainer:
         place_tables(module, accelerator.device)
         if recipe.documents == "separate":
             check_separation(accelerator, module, recipe.batch_size)
+        patched = report is not None
+        return PreparedRun(accelerator, module, optimizer, rows, heldout, cost, windows, scaling, patched)
+
+    def _windows(
+        self, accelerator: Any, rows: TokenRows, model: Any, report: PatchReport | None, scaling: RopeScaling
+    ) -> SkipWise | None:
+        """The drawing of windows from rows, where the recipe wants it; prints notes on adapters, rows and lengths."""
+        recipe = self.recipe
+        if recipe.lora and (note := adapted_share_note(model)):
+            accelerator.print(note)
+        plan = LayerPlan.from_config(model.config) if report is None else report.plan
+        made_for = RopeSettings(model.config).length_for(scaling)
+        windows = skip_wise(recipe, scaling, plan.layers.values(), made_for)
+        if recipe.short_share:
+            accelerator.print(short_steps_note(recipe, scaling, rows.longest))
+        elif note := short_rows_note(recipe, scaling, rows.longest, made_for):
+            accelerator.print(note)
+        return windows
+
+    def _record(self, accelerator: Any, model: Any) -> dict[str, Any]:
+        """Write the recipe and the provenance of the run into its folder; return the provenance."""
+        recipe = self.recipe
         facts = provenance(str(accelerator.device), recipe.seed, {"ranks": accelerator.num_processes})
         if self._continued is not None:
             facts["continued_from"] = self._continued
@@ -281,40 +304,46 @@ class Trainer:
                 record = recipe.to_dict() | fingerprint(recipe)
                 write_atomic(self.output / "recipe.yaml", yaml.safe_dump(record, sort_keys=False))
                 write_atomic(self.output / "provenance.json", json.dumps(facts, indent=2) + "\n")
-        loop = Loop(
-            recipe, accelerator, module, optimizer, rows, cost, heldout, stop, windows, scaling, report is not None
-        )
-        start = load_state(accelerator, self._resume, self.output)
-        restore_settings(optimizer, recipe)
-        losses = loop.run(start, self._trackers, self._continued)
-        self.interrupted = loop.interrupted
-        if loop.stopped:
-            # A rank whose process group goes while another still holds its own may wait in it for ever.
-            accelerator.wait_for_everyone()
-            accelerator.end_training()
-            return losses
-        state = accelerator.get_state_dict(module)
+        return facts
+
+    def _save(self, run: PreparedRun, facts: dict[str, Any], chat_template: str | None) -> None:
+        """Save the trained model and its records, and finish."""
+        recipe, accelerator = self.recipe, run.accelerator
+        state = accelerator.get_state_dict(run.module)
         with refused_on_all_ranks():
-            if accelerator.is_main_process:
-                inner, log = accelerator.unwrap_model(module).model, read_log(self.output)
-                state = {k.removeprefix("model."): v for k, v in state.items()}
-                if recipe.lora and engine in ("zero3", "fsdp"):
-                    make_whole(inner, state)
-                records = (recipe, facts, log, scaling.label)
-                place, size = self.output / "model", 4.0 * sum(tensor.numel() for tensor in state.values())
+            if not accelerator.is_main_process:
+                return
+            inner, log = accelerator.unwrap_model(run.module).model, read_log(self.output)
+            state = {k.removeprefix("model."): v for k, v in state.items()}
+            if recipe.lora and engine_name(accelerator) in ("zero3", "fsdp"):
+                make_whole(inner, state)
+            place, size = self.output / "model", 4.0 * sum(tensor.numel() for tensor in state.values())
 
-                def write(folder: Path) -> None:
-                    write_records(folder, *records)
-                    check_there(self.output)
+            def write(folder: Path) -> None:
+                write_records(folder, recipe, facts, log, run.scaling.label)
+                check_there(self.output)
 
-                with naming_a_lost_disk(place, size):
-                    save_model(inner, state, recipe, place, write, chat_template)
-                self._finish()
-                print(f"{self.output / 'model'}: saved")
-        accelerator.wait_for_everyone()
-        # A process group that is still there when Python ends may abort the process: its threads are running.
-        accelerator.end_training()
-        return losses
+            with naming_a_lost_disk(place, size):
+                save_model(inner, state, recipe, place, write, chat_template)
+            self._finish()
+            print(f"{place}: saved")
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """Everything that the steps of a run work with, as the engine has prepared it."""
+
+    accelerator: Any
+    module: Any
+    """A `SummedLoss`, wrapped by the engine."""
+    optimizer: Any
+    rows: TokenRows
+    heldout: Heldout | None
+    cost: ModelCost
+    windows: SkipWise | None
+    scaling: RopeScaling
+    patched: bool
+    """Whether the model has this package's rotary module; else its own code computes the scaling."""
 
 
 _NAMED = 8  # rows that an error names
@@ -323,31 +352,20 @@ _NAMED = 8  # rows that an error names
 class Loop:
     """The steps of a run. `stopped`: it ended before the last one; `interrupted`: and that was by a signal."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        accelerator: Any,
-        module: Any,
-        optimizer: Any,
-        rows: TokenRows,
-        cost: ModelCost,
-        heldout: Heldout | None,
-        stop: StopSignal,
-        windows: SkipWise | None,
-        scaling: RopeScaling,
-        patched: bool,
-    ) -> None:
-        self.recipe, self.accelerator, self.module, self.optimizer = recipe, accelerator, module, optimizer
-        self.rows, self.cost, self.heldout, self.stop = rows, cost, heldout, stop
+    def __init__(self, recipe: Recipe, run: PreparedRun, stop: StopSignal) -> None:
+        self.recipe, self.stop = recipe, stop
+        accelerator, rows, scaling = run.accelerator, run.rows, run.scaling
+        self.accelerator, self.module, self.optimizer = accelerator, run.module, run.optimizer
+        self.rows, self.cost, self.heldout = rows, run.cost, run.heldout
         self.layout = Layout(
             accelerator.process_index, accelerator.num_processes, recipe.sequence_parallel, recipe.context_parallel
         )
         self.documents = None if recipe.documents == "joined" else DocumentBorders.of(rows, recipe.dataset)
         if self.documents is not None and self.documents.note:
             accelerator.print(self.documents.note)
-        self.windows, self.scaling = windows, scaling
+        self.windows, self.scaling = run.windows, scaling
         self._follows_length = scaling.is_length_dependent
-        self._one_length = self._follows_length and not patched
+        self._one_length = self._follows_length and not run.patched
         """Whether the model takes one length for all rows of a batch, as transformers' own modules do."""
         if self._follows_length and self.documents is not None:
             accelerator.print(
@@ -600,81 +618,3 @@ def _shown(row: Row) -> dict[str, str]:
         "tok/s": f"{row['tokens_per_second']:.0f}", "GB": f"{row['peak_memory_gb']:.1f}",
     }  # fmt: skip
     return shown | ({} if row["mfu"] is None else {"mfu": f"{row['mfu']:.2f}"})
-
-
-class Heldout:
-    """Perplexity at several lengths on rows that are not trained on: the first of the recipe's `heldout` set.
-
-    Raises:
-        ConfigError: fewer rows than asked for, or rows that are shorter than the longest length.
-    """
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.rows = rows = open_rows(str(recipe.heldout))
-        longest = max(recipe.heldout_lengths)
-        if len(rows) < recipe.heldout_rows:
-            raise ConfigError(f"heldout {recipe.heldout} has {len(rows)} rows; heldout_rows is {recipe.heldout_rows}")
-        self._lengths, self._name = recipe.heldout_lengths, str(recipe.heldout)
-        self._rows: list[LoadedRow] = []
-        self._positions: list[IntArray] | None = None
-        self.note, borders = "", None
-        if recipe.documents != "joined":
-            try:
-                borders, self._positions = DocumentBorders.of(rows, self._name), []
-            except ConfigError:
-                self.note = f"heldout {self._name} does not say where its documents begin; a row is read as one"
-        for index in range(recipe.heldout_rows):
-            row = rows.row(index)
-            if len(row[0]) < longest:
-                raise ConfigError(f"heldout {self._name}, row {index}: {len(row[0])} tokens, fewer than {longest}")
-            row = row[0][:longest], row[1][:longest]
-            if borders is not None and self._positions is not None:
-                row, ids = borders.separate(index, row)
-                self._positions.append(ids)
-            self._rows.append(row)
-        self._separate = borders is not None
-        self._weights = [sum(float(weight[1:n].sum()) for _, weight in self._rows) for n in self._lengths]
-        for n, weight in zip(self._lengths, self._weights, strict=True):
-            if not weight:
-                raise ConfigError(
-                    f"heldout_lengths {n} is not allowed: the first {n} tokens of heldout {self._name} have no targets"
-                )
-
-    def follow_lengths(self) -> None:
-        """Let padding be no part of a row's length, for a model whose scaling follows the length."""
-        if any(not weights[-1] for _, weights in self._rows):
-            self._positions = [
-                own_positions(row, None if self._positions is None else self._positions[place])
-                for place, row in enumerate(self._rows)
-            ]
-
-    def check(self, vocabulary: int) -> None:
-        """Raise a ConfigError for a token id that is not below `vocabulary`, the number of the model's embeddings."""
-        for index, (tokens, _) in enumerate(self._rows):
-            check_ids(tokens, vocabulary, index, f"heldout {self._name}")
-
-    def perplexity(self, accelerator: Any, module: Any) -> dict[str, float]:
-        """exp of the mean loss of all targets within each length, weighted as in training. Every rank must call this.
-
-        Padding and what is not to be learnt do not count; packed documents are read apart if they are trained apart.
-        """
-        rank, ranks, rows = accelerator.process_index, accelerator.num_processes, self._rows
-        sums = torch.zeros(len(self._lengths), device=accelerator.device)
-        module.eval()
-        restore_heads(accelerator.unwrap_model(module).model)
-        with torch.no_grad():
-            for first in range(0, len(rows), ranks):  # equally many passes on every rank, as ZeRO-3 needs
-                mine = first + rank
-                place = min(mine, len(rows) - 1)
-                batch = collate([rows[place]], len(rows[place][0]))
-                if self._positions is not None:
-                    batch["position_ids"] = torch.from_numpy(self._positions[place][None])
-                tensors = {name: value.to(accelerator.device) for name, value in batch.items()}
-                nll = module(**tensors, separate=self._separate, reduce=False)[0] * tensors["weights"][0]
-                if mine < len(rows):
-                    sums += torch.stack([nll[: length - 1].sum() for length in self._lengths])
-        module.train()
-        totals = accelerator.reduce(sums, "sum").tolist()
-        # 700 below: exp overflows float64 above 709.
-        means = [total / weight for total, weight in zip(totals, self._weights, strict=True)]
-        return {str(n): round(math.exp(min(mean, 700.0)), 4) for n, mean in zip(self._lengths, means, strict=True)}

@@ -51,7 +51,7 @@ def read_facts(folder: Path, field: str) -> dict[str, Any]:
 
 
 def fault(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a state; None for nothing. States of earlier versions have no manifest and pass.
+    """The fault of a state; None for none. States of earlier versions have no manifest and pass.
 
     part, parts: of several processes, each can read every `parts`-th file only.
     """

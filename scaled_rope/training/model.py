@@ -1,42 +1,32 @@
-"""Build the model that is trained, install its scaling, wrap it with its loss, and save it."""
+"""Build the model that is trained, install its scaling, and wrap it with its loss."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import json
-import os
 import re
-import shutil
-import sys
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from scaled_rope.attention.backends import attention_dropout, attention_for, set_window
-from scaled_rope.checkpoint import load_tokenizer, open_checkpoint
+from scaled_rope.checkpoint import open_checkpoint
 from scaled_rope.errors import ConfigError, first_line
-from scaled_rope.patching.adapter_scaling import save_adapter_scaling
-from scaled_rope.patching.loading import check_tied, former_names, load_model, merge_adapter, resolve_plan
+from scaled_rope.patching.loading import check_tied, former_names, load_model, resolve_plan
 from scaled_rope.patching.loss import token_nll
-from scaled_rope.patching.output_head import decoder_of
+from scaled_rope.patching.output_head import decoder_of, without_adapters
 from scaled_rope.patching.patch import PatchReport, patch_as_read, patched_plan
 from scaled_rope.recipes import Recipe
-from scaled_rope.results import write_atomic
-from scaled_rope.scaling.dialects import write_both_dialects
 from scaled_rope.scaling.hf_config import head_dim_of, text_config
 from scaled_rope.scaling.record import RopeScaling, RopeSettings
 from scaled_rope.scaling.resolve import with_primary
 from scaled_rope.scaling.switching import original_up_to_l
 from scaled_rope.training.kept_attention import KeptAttention
 from scaled_rope.training.long_ce import gain_weights
+from scaled_rope.training.offload import offloaded_activations
 
 
 class SummedLoss(nn.Module):
@@ -108,90 +98,6 @@ def _expect_trained(module: nn.Module, incompatible: Any) -> None:
     """Say of no frozen weight that a state lacks it."""
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name in trained]
-
-
-@contextlib.contextmanager
-def offloaded_activations() -> Iterator[None]:
-    """Within this context, tensors that autograd saves, except weights, stay in CPU memory until they are needed.
-
-    On a GPU they are copied on a stream of their own, both ways, while the model goes on computing. The backward pass
-    asks for them in the reverse order, so with each one the one before it sets out.
-    """
-    kept: list[weakref.ref[_Offloaded]] = []
-
-    def pack(tensor: torch.Tensor) -> Any:
-        if isinstance(tensor, nn.Parameter) or not _is_on_accelerator(tensor):
-            return tensor
-        offloaded = _Offloaded(tensor, len(kept))
-        kept.append(weakref.ref(offloaded))
-        return offloaded
-
-    def unpack(packed: Any) -> torch.Tensor:
-        if isinstance(packed, torch.Tensor):
-            return packed
-        offloaded: _Offloaded = packed
-        found = offloaded.back()
-        before = kept[offloaded.index - 1]() if offloaded.index else None
-        if before is not None:
-            before.set_out()
-        return found
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
-
-
-class _Offloaded:
-    """A tensor in CPU memory, and its copy on the way back."""
-
-    def __init__(self, tensor: torch.Tensor, index: int) -> None:
-        self.device, self.index = tensor.device, index
-        self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-        self.coming: torch.Tensor | None = None
-        with _copying(self.device) as stream:
-            self.host.copy_(tensor, non_blocking=True)
-            if stream is not None:
-                tensor.record_stream(stream)  # its memory must not be used again before the copy is made
-
-    def set_out(self) -> None:
-        """Begin to copy it back, unless that has begun."""
-        if self.coming is None:
-            with _copying(self.device):
-                self.coming = self.host.to(self.device, non_blocking=True)
-
-    def back(self) -> torch.Tensor:
-        """The tensor on its device, for whatever comes next on the current stream."""
-        self.set_out()
-        found, self.coming = self.coming, None
-        assert found is not None
-        if self.device.type == "cuda":
-            current = torch.cuda.current_stream(self.device)
-            current.wait_stream(_copy_stream(self.device))
-            found.record_stream(current)
-        return found
-
-
-@contextlib.contextmanager
-def _copying(device: torch.device) -> Iterator[Any]:
-    """Make copies on a stream of their own, behind what is queued so far; yields the stream, None without a GPU."""
-    if device.type != "cuda":
-        yield None
-        return
-    stream = _copy_stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield stream
-
-
-@functools.cache
-def _copy_stream(device: torch.device) -> Any:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-def _is_on_accelerator(tensor: torch.Tensor) -> bool:
-    return tensor.device.type != "cpu"
-
-
-# ------------------------------------------------------------------------------------------------------- the model
 
 
 def build_model(
@@ -312,86 +218,10 @@ def enable_checkpointing(model: Any, recipe: Recipe) -> None:
                 " numbers in the backward pass"
             )
         settings["context_fn"] = kept = KeptAttention()
-        kept.check_first_pass(decoder_of(_whole(model)), model.config._attn_implementation)
+        kept.check_first_pass(decoder_of(without_adapters(model)), model.config._attn_implementation)
     # The method was renamed in transformers 5.23.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(settings)
-
-
-def _whole(model: Any) -> Any:
-    """The model that adapters were added to, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-_MLPS = ("mlp", "feed_forward", "ffn")
-"""Names of the MLP in a decoder layer."""
-
-
-def tile_mlps(model: Any, tiles: int) -> None:
-    """Let each MLP work on `tiles` stretches of a sequence, one after another, and again in the backward pass.
-
-    An MLP looks at each token by itself, so the result is the same to rounding, but its inner activations, the largest
-    of a layer, are there for one stretch at a time. Each stretch is a checkpoint of torch, which the hooks of DDP, FSDP
-    and ZeRO know, unlike the functions of DeepSpeed and Liger that sum gradients by themselves.
-
-    tiles: 1 leaves the model as it is.
-
-    Raises:
-        ConfigError: a model without such MLPs, or with one that does not treat tokens alike, such as experts behind a
-            router.
-    """
-    if tiles == 1:
-        return
-    layers = decoder_of(_whole(model)).layers
-    found = [getattr(layer, name) for layer in layers for name in _MLPS if hasattr(layer, name)]
-    if len(found) != len(layers):
-        family = model.config.model_type
-        raise ConfigError(f"mlp_tiles {tiles} is not possible: layers of {family} have no MLP of a known name")
-    checked: set[type] = set()
-    for mlp in found:
-        if type(mlp) not in checked:
-            with _gathered(mlp):
-                _check_tokenwise(mlp, model.config, tiles)
-            checked.add(type(mlp))
-        mlp.forward = functools.partial(_tiled, mlp.forward, tiles)
-
-
-def _tiled(forward: Callable[[torch.Tensor], torch.Tensor], tiles: int, hidden: torch.Tensor) -> torch.Tensor:
-    if not torch.is_grad_enabled():
-        return torch.cat([forward(part) for part in hidden.chunk(tiles, dim=-2)], dim=-2)
-    parts = [checkpoint(forward, part, use_reentrant=False) for part in hidden.chunk(tiles, dim=-2)]
-    return torch.cat(parts, dim=-2)
-
-
-def _gathered(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Within this context, weights that ZeRO-3 has spread over ranks are whole. Every rank must enter it."""
-    spread = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
-    if not spread:
-        return contextlib.nullcontext()
-    import deepspeed
-
-    context: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(spread)
-    return context
-
-
-@torch.no_grad()
-def _check_tokenwise(mlp: Any, config: Any, tiles: int) -> None:
-    """Raise a ConfigError unless the output for some tokens is that for these tokens alone."""
-    weight = next(mlp.parameters())
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 6, text_config(config).hidden_size, generator=generator, device="cpu")
-    hidden = hidden.to(weight.device, weight.dtype)
-    try:
-        whole, part = mlp(hidden), mlp(hidden[:, 4:])
-        alike = isinstance(whole, torch.Tensor) and whole.shape == hidden.shape
-        # While planning, tensors have shapes and no values.
-        if alike and type(whole) is torch.Tensor and not whole.is_meta:
-            alike = torch.allclose(whole[:, 4:], part, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
-    except (TypeError, ValueError, RuntimeError):
-        alike = False
-    if not alike:
-        name = type(mlp).__name__
-        raise ConfigError(f"mlp_tiles {tiles} is not possible: {name} does not treat each token by itself")
 
 
 def add_lora(model: Any, embeddings_and_norms: bool = False) -> Any:
@@ -446,143 +276,6 @@ def adapted_share_note(model: Any) -> str:
         return ""
     named = ", ".join(name for name, _ in bare.most_common(3))
     return f"note: {without:.0%} of the layers' weights have no adapter and are not trained: {named}"
-
-
-def make_whole(model: Any, state: dict[str, torch.Tensor]) -> None:
-    """Replace the parameters of a model, which hold shards, by the whole ones in `state`, to merge adapters into them.
-
-    The engine that sharded the model must not run it again after this.
-    """
-    whole: dict[int, nn.Parameter] = {}  # by identity, so that tied parameters stay tied
-    for place, module in model.named_modules(remove_duplicate=False):
-        for leaf, shard in module.named_parameters(recurse=False, remove_duplicate=False):
-            if id(shard) not in whole:
-                whole[id(shard)] = nn.Parameter(state[f"{place}.{leaf}"], requires_grad=False)
-            setattr(module, leaf, whole[id(shard)])
-
-
-def save_model(
-    model: Any,
-    state: dict[str, torch.Tensor],
-    recipe: Recipe,
-    output: Path,
-    records: Callable[[Path], None],
-    chat_template: str | None = None,
-) -> None:
-    """Write checkpoint and tokenizer to `output` in one rename; adapters are merged, and also kept in `adapter/`.
-
-    Parameters get the recipe's dtype. Buffers, and parameters that the architecture keeps in float32, stay as they are.
-
-    records: writes the other files of the folder.
-    chat_template: the one that the model was trained on, in place of the tokenizer's own.
-
-    If a weight has grown beyond what that dtype holds, the model is saved in float32, with a warning.
-    """
-    staged = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
-        _write_model(model, state, recipe, staged, chat_template)
-        records(staged)
-        shutil.rmtree(output, ignore_errors=True)
-        os.rename(staged, output)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)  # gone already after a success
-
-
-def _write_model(
-    model: Any, state: dict[str, torch.Tensor], recipe: Recipe, staged: Path, chat_template: str | None
-) -> None:
-    """`save_model` without the records, under the name that the folder has until it is whole."""
-    dtype = recipe.save_dtype or recipe.compute_dtype
-    if recipe.lora:
-        model.save_pretrained(staged / "adapter", state_dict=state)
-        save_adapter_scaling(model, staged / "adapter")
-        if recipe.quantization is None:
-            model = model.merge_and_unload()
-        else:  # merged into the weights as they were, since merging into 4 bits would round the adapters away
-            model = merged_unquantised(recipe, str(staged / "adapter"))
-        state = model.state_dict()
-    names: dict[int, str] = {}  # first name of each weight: FSDP gathers a tied one once for every name
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        state[name] = state[names.setdefault(id(weight), name)]
-    cast: dict[int, torch.Tensor] = {}  # by address, so that tied weights stay one tensor and are written once
-    own = _kept_precise(model, dtype)
-    if (lost := _too_large({name: value for name, value in state.items() if name not in own}, dtype)) is not None:
-        print(f"warning: save_dtype {dtype!r} was not used: {lost}; saved in float32", file=sys.stderr, flush=True)
-        dtype = "float32"
-    for name, value in state.items():
-        wanted = value if name in own else value.to(getattr(torch, dtype))
-        state[name] = cast.setdefault(value.data_ptr(), wanted.contiguous())
-    text_config(model.config).use_cache = True
-    model.save_pretrained(staged, state_dict=state)
-    _record_dtype(staged / "config.json", dtype)
-    write_both_dialects(staged)
-    tokenizer = load_tokenizer(recipe.tokenizer or str(recipe.model))
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    if (length := getattr(text_config(model.config), "max_position_embeddings", None)) is not None:
-        tokenizer.model_max_length = length  # programs cut texts there, and the model's own may be the shorter one
-    tokenizer.save_pretrained(staged)
-
-
-def check_save_dtype(model: Any, recipe: Recipe) -> None:
-    """Refuse a dtype to save in that cannot hold the weights as they are before training.
-
-    Raises:
-        ConfigError: a weight has a number that would become infinite.
-    """
-    dtype = recipe.save_dtype or recipe.compute_dtype
-    own = _kept_precise(model, dtype)
-    if lost := _too_large({name: value for name, value in model.named_parameters() if name not in own}, dtype):
-        raise ConfigError(f"save_dtype = {dtype!r} is not allowed: {lost}; save_dtype: float32")
-
-
-def _too_large(weights: Mapping[str, torch.Tensor], dtype: str) -> str | None:
-    """Which finite number of which weight would become infinite in a dtype, in words; None if none would."""
-    if dtype != "float16":  # the others have the range of float32
-        return None
-    largest = torch.finfo(torch.float16).max
-    for name, weight in weights.items():
-        if not weight.is_floating_point() or weight.is_meta:
-            continue
-        lost = weight.isfinite() & ~weight.to(getattr(torch, dtype)).isfinite()
-        if lost.any():
-            return (
-                f"weight {name} has {weight[lost].abs().max().item():g}, and the largest number of {dtype} is"
-                f" {largest:g}"
-            )
-    return None
-
-
-def _record_dtype(file: Path, dtype: str) -> None:
-    """Have a saved config say `dtype`, its nested configs too: transformers writes that of the weights in memory."""
-    config = json.loads(file.read_text(encoding="utf-8"))
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        if part is config or "dtype" in part:
-            part["dtype"] = dtype
-    write_atomic(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _kept_precise(model: Any, dtype: str) -> set[str]:
-    """Names in a model's state that are not rounded to `dtype`: transformers loads them in float32 in any case."""
-    patterns = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == "float16":
-        patterns += getattr(model, "_keep_in_fp32_modules", None) or ()
-    names = {name for name, _ in model.named_buffers()}
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        if any(re.search(rf"(^|\.){pattern}($|\.)", name) for pattern in patterns):
-            names.add(name)
-    return names
-
-
-def merged_unquantised(recipe: Recipe, adapter: str) -> Any:
-    """The recipe's model on the CPU, an adapter merged into the weights as the checkpoint has them."""
-    checkpoint = open_checkpoint(str(recipe.model))
-    dtype = recipe.save_dtype or recipe.compute_dtype
-    # In float16 a number that is too large for it would be infinite already, and nobody could tell.
-    model = load_model(checkpoint, dtype="float32" if dtype == "float16" else dtype, device="cpu")
-    install_scaling(model, recipe, checkpoint.settings)
-    return merge_adapter(model, adapter)
 
 
 def set_sliding_window(model: Any, window: int) -> None:

@@ -26,6 +26,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.flags.serving import check_plan_arguments
 from scaled_rope.patching.loading import auto_class, build_unscaled
 from scaled_rope.patching.loss import logits_bytes
+from scaled_rope.patching.output_head import without_adapters
 from scaled_rope.patching.patch import PatchReport, patch_as_read
 from scaled_rope.progress import Progress
 from scaled_rope.recipes import Recipe, read_recipe, starts_from
@@ -35,6 +36,7 @@ from scaled_rope.scaling.resolve import with_primary
 from scaled_rope.training.costs import Flops, ModelCost
 from scaled_rope.training.engine import accumulation, allowed_sequence_parallel
 from scaled_rope.training.long_ce import near_windows
+from scaled_rope.training.mlp_tiles import tile_mlps
 from scaled_rope.training.model import (
     SummedLoss,
     add_lora,
@@ -43,7 +45,6 @@ from scaled_rope.training.model import (
     init_config,
     install_scaling,
     set_sliding_window,
-    tile_mlps,
 )
 from scaled_rope.training.ring import check_context_parallel, check_shared_layers, head_dims
 from scaled_rope.training.traced_memory import Trace, layers_alike, to_cpu, trace_pass
@@ -430,7 +431,7 @@ class Counts:
         config = text_config(model.config)
         sizes = [parameter.numel() for parameter in model.parameters()]
         trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = without_adapters(model)
         head = base.get_output_embeddings().weight.numel()
         outside = sum(
             p.numel() for p in {*base.get_input_embeddings().parameters(), base.get_output_embeddings().weight}

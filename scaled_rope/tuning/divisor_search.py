@@ -110,7 +110,7 @@ def _strategy(args: argparse.Namespace, space: Space, settings: Evolution, budge
 
 @dataclass(frozen=True)
 class _Texts:
-    """What chooses and what judges."""
+    """Material to search with, and material that judges."""
 
     search: Material
     judge: Material
@@ -330,7 +330,7 @@ def _summary(
 
 
 _SCALED_WITHIN = "the same beyond L; texts up to L are scaled too"
-"""What YaRN's words for a record do that leaves texts of up to L tokens unscaled: YaRN has one table."""
+"""The remark on a record that leaves texts of up to L tokens unscaled, said as YaRN: YaRN has one table."""
 
 
 def _as_yarn(best: Evaluated, space: Space, model: RopeScaling | None) -> str | None:

@@ -91,7 +91,7 @@ class Measured:
 
     @property
     def fitness(self) -> float:
-        """What is to be made small: the loss, the needles, or the sum of both where both are measured."""
+        """The objective to minimise: the loss, the needles, or the sum of both where both are measured."""
         return sum(value for value in (self.loss, self.needles) if value is not None)
 
     def fields(self) -> Row:

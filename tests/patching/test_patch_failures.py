@@ -71,4 +71,4 @@ def test_a_failure_leaves_the_model_as_it_was(
 def test_a_window_that_is_no_number_is_not_compared(tiny_model: Callable[..., PreTrainedModel], window: object) -> None:
     model = tiny_model("llama")
     model.config.sliding_window = window
-    patch_model(model, "yarn:4")
+    assert patch_model(model, "yarn:4").notes == ()

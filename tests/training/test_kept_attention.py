@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.training.kept_attention import is_attention
-from scaled_rope.training.model import SummedLoss, add_lora, enable_checkpointing, tile_mlps
+from scaled_rope.training.mlp_tiles import tile_mlps
+from scaled_rope.training.model import SummedLoss, add_lora, enable_checkpointing
 from tests.helpers.training_recipes import recipe
 
 Make = Callable[..., Any]

@@ -23,8 +23,8 @@ from scaled_rope.texts.packed import PackedWriter, open_packed
 from scaled_rope.texts.packing import pack
 from scaled_rope.training import batches, loop, model
 from scaled_rope.training.batches import collate, step_batches, step_rows
-from scaled_rope.training.loop import learning_rate
 from scaled_rope.training.model import set_sliding_window
+from scaled_rope.training.optimizer import learning_rate
 from tests.helpers.runs import LENGTH, log, same, weights
 from tests.helpers.training_recipes import recipe, resolved_recipe
 

@@ -87,7 +87,8 @@ def test_an_attention_factor_is_found_too() -> None:
 
 def test_seeds_repeat_and_differ() -> None:
     assert follow(evolution(3), 200) == follow(evolution(3), 200) != follow(evolution(4), 200)
-    assert follow(coordinate(SPACE, 1), 100) == follow(coordinate(SPACE, 1), 100)
+    # The first descent begins with the paper's constants under any seed, those after it at random points.
+    assert follow(coordinate(SPACE, 1), 600) != follow(coordinate(SPACE, 2), 600)
 
 
 @pytest.mark.parametrize("name", ["cma-es", "coordinate"])
