@@ -23,6 +23,7 @@ import yaml
 from scaled_rope.checkpoint import check_local
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.files import check_writable
 from scaled_rope.flags.shared import ATTENTIONS
 from scaled_rope.recipes import (
     DOCUMENTS,
@@ -38,7 +39,6 @@ from scaled_rope.recipes import (
     read_recipe,
     starts_from,
 )
-from scaled_rope.results import check_writable
 from scaled_rope.scaling.spec import rescale
 
 #: defaults of a run without a recipe, besides the recipe's own: those of the released script
@@ -195,7 +195,7 @@ def save_scaled(recipe: Recipe) -> None:
     Raises:
         ConfigError: several processes, or a run or a model is in the output folder already.
     """
-    from scaled_rope.results import provenance
+    from scaled_rope.provenance import provenance
     from scaled_rope.training.model import build_model, check_save_dtype, save_model
     from scaled_rope.training.run_state import naming_a_lost_disk, run_lock
     from scaled_rope.training.tracking import write_records

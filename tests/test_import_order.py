@@ -20,9 +20,9 @@ PACKAGE = ROOT / "scaled_rope"
 
 # Low to high. A module may import what stands further left, and the modules of its own package.
 ORDER = """
-moved bundled blake3_numpy | content_hash | errors | versions | results command_line progress | scaling | kernels
-| recipes | checkpoint | attention | patching | texts | flags | training | evaluation | report | integrations tuning
-| serving | certificate advice | cli
+moved bundled blake3_numpy errors | versions files | content_hash provenance | results command_line progress | scaling
+| kernels | recipes | checkpoint | attention | patching | texts | flags | training | evaluation | report
+| integrations tuning | serving | certificate advice | cli
 """
 LEVELS = {name: level for level, names in enumerate(ORDER.replace("\n", " ").split("|")) for name in names.split()}
 

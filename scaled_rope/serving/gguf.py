@@ -23,8 +23,8 @@ from einops import rearrange
 
 from scaled_rope.checkpoint import first_line, load_config
 from scaled_rope.errors import ConfigError
+from scaled_rope.files import scratch_path
 from scaled_rope.patching.families import head_dim_of
-from scaled_rope.results import scratch_path
 
 Array = npt.NDArray[Any]
 

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from scaled_rope.attention.backends import attention_dropout, attention_for, set_window
 from scaled_rope.checkpoint import first_line, load_tokenizer, open_checkpoint
 from scaled_rope.errors import ConfigError
+from scaled_rope.files import write_atomic
 from scaled_rope.patching.adapter_scaling import save_adapter_scaling
 from scaled_rope.patching.families import head_dim_of
 from scaled_rope.patching.loading import check_tied, former_names, load_model, merge_adapter, resolve_plan
@@ -30,7 +31,6 @@ from scaled_rope.patching.loss import token_nll
 from scaled_rope.patching.output_head import decoder_of
 from scaled_rope.patching.patch import PatchReport, patch_as_read, patched_plan
 from scaled_rope.recipes import Recipe
-from scaled_rope.results import write_atomic
 from scaled_rope.scaling.dialects import write_both_dialects
 from scaled_rope.scaling.record import RopeScaling, RopeSettings, with_primary
 from scaled_rope.scaling.switching import original_up_to_l
