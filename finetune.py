@@ -25,7 +25,8 @@ from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.files import check_writable
 from scaled_rope.flags.shared import ATTENTIONS
-from scaled_rope.recipes import (
+from scaled_rope.recipes.files import read_recipe
+from scaled_rope.recipes.recipe import (
     DOCUMENTS,
     LOSSES,
     LR_DECAYS,
@@ -34,11 +35,9 @@ from scaled_rope.recipes import (
     PRECISIONS,
     QUANTIZATIONS,
     Recipe,
-    is_finished,
     make_recipe,
-    read_recipe,
-    starts_from,
 )
+from scaled_rope.recipes.runs import is_finished, starts_from
 from scaled_rope.scaling.spec import rescale
 
 #: defaults of a run without a recipe, besides the recipe's own: those of the released script

@@ -16,7 +16,7 @@ from scaled_rope.flags.shared import (
     check_positive,
     parse_lengths,
 )
-from scaled_rope.recipes import read_recipe
+from scaled_rope.recipes.files import read_recipe
 from scaled_rope.scaling.record import check_spec
 
 TARGETS = ("transformers", "vllm", "sglang", "llama.cpp", "mlx", "exllamav3", "ollama", "trl", "verl")

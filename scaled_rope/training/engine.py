@@ -30,7 +30,7 @@ from scaled_rope.checkpoint import first_line
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loading import resolve_device
 from scaled_rope.patching.rotary import ScaledRotaryEmbedding
-from scaled_rope.recipes import Recipe
+from scaled_rope.recipes.recipe import Recipe
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.training.ring import check_machine, ring_parallelism
 

@@ -28,7 +28,8 @@ from scaled_rope.patching.loading import resolve_device
 from scaled_rope.patching.loss import resolve_loss
 from scaled_rope.progress import Progress
 from scaled_rope.provenance import provenance
-from scaled_rope.recipes import Recipe, has_model, is_finished, stopping_state
+from scaled_rope.recipes.recipe import Recipe
+from scaled_rope.recipes.runs import has_model, is_finished, stopping_state
 from scaled_rope.results import Row
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings
 from scaled_rope.texts.conversations import template_note

@@ -30,7 +30,7 @@ from scaled_rope.patching.loading import check_tied, former_names, load_model, m
 from scaled_rope.patching.loss import token_nll
 from scaled_rope.patching.output_head import decoder_of
 from scaled_rope.patching.patch import PatchReport, patch_as_read, patched_plan
-from scaled_rope.recipes import Recipe
+from scaled_rope.recipes.recipe import Recipe
 from scaled_rope.scaling.dialects import write_both_dialects
 from scaled_rope.scaling.record import RopeScaling, RopeSettings, with_primary
 from scaled_rope.scaling.switching import original_up_to_l

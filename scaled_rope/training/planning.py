@@ -28,7 +28,9 @@ from scaled_rope.patching.loading import auto_class, build_unscaled
 from scaled_rope.patching.loss import logits_bytes
 from scaled_rope.patching.patch import PatchReport, patch_as_read
 from scaled_rope.progress import Progress
-from scaled_rope.recipes import Recipe, read_recipe, starts_from
+from scaled_rope.recipes.files import read_recipe
+from scaled_rope.recipes.recipe import Recipe
+from scaled_rope.recipes.runs import starts_from
 from scaled_rope.scaling.record import RopeScaling, RopeSettings, with_primary
 from scaled_rope.training.costs import Flops, ModelCost
 from scaled_rope.training.engine import accumulation, allowed_sequence_parallel

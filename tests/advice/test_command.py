@@ -25,7 +25,7 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.jobs import ModelLoader
 from scaled_rope.files import folder_lock
 from scaled_rope.flags.search import add_advise_arguments
-from scaled_rope.recipes import read_recipe
+from scaled_rope.recipes.files import read_recipe
 from scaled_rope.report.tables import load_results
 from scaled_rope.results import read_rows
 from scaled_rope.scaling.record import resolve_scaling
