@@ -23,8 +23,10 @@ import yaml
 from scaled_rope.checkpoint import check_local
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.files import check_writable
 from scaled_rope.flags.shared import ATTENTIONS
-from scaled_rope.recipes import (
+from scaled_rope.recipes.files import read_recipe
+from scaled_rope.recipes.recipe import (
     DOCUMENTS,
     LOSSES,
     LR_DECAYS,
@@ -33,12 +35,9 @@ from scaled_rope.recipes import (
     PRECISIONS,
     QUANTIZATIONS,
     Recipe,
-    is_finished,
     make_recipe,
-    read_recipe,
-    starts_from,
 )
-from scaled_rope.results import check_writable
+from scaled_rope.recipes.runs import is_finished, starts_from
 from scaled_rope.scaling.spec import rescale
 
 #: defaults of a run without a recipe, besides the recipe's own: those of the released script
@@ -195,7 +194,7 @@ def save_scaled(recipe: Recipe) -> None:
     Raises:
         ConfigError: several processes, or a run or a model is in the output folder already.
     """
-    from scaled_rope.results import provenance
+    from scaled_rope.provenance import provenance
     from scaled_rope.training.model import build_model
     from scaled_rope.training.run_state import naming_a_lost_disk, run_lock
     from scaled_rope.training.saving import check_save_dtype, save_model

@@ -16,9 +16,9 @@ from typing import Any
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, check_name
+from scaled_rope.files import check_writable
 from scaled_rope.flags.shared import check_least
 from scaled_rope.progress import Progress
-from scaled_rope.results import check_writable
 from scaled_rope.texts.conversations import Refusals, check_chat, template_hash, template_of
 from scaled_rope.texts.documents import TextSource, check_feature, check_split, check_there, files_hash
 from scaled_rope.texts.mixtures import (

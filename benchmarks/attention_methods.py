@@ -28,7 +28,8 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.formatting import format_table
 from scaled_rope.evaluation.runner import command_line
 from scaled_rope.flags.shared import parse_lengths
-from scaled_rope.results import append_row, provenance
+from scaled_rope.provenance import provenance
+from scaled_rope.results import append_row
 
 HEADS, KV_HEADS, HEAD_DIM, ORIGINAL = 9, 3, 64, 8192
 SPECS = (

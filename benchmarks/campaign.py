@@ -37,7 +37,8 @@ from benchmarks.campaign_trials import GOOD, Known, Place
 from benchmarks.common import ROOT, check_names
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.results import Row, append_row, rows_so_far, write_atomic
+from scaled_rope.files import write_atomic
+from scaled_rope.results import Row, append_row, rows_so_far
 
 SUMMARY = ROOT / "data" / "reliability_rows.jsonl"
 FUZZED = 500
@@ -357,9 +358,9 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 def write_summary(output: Path) -> None:
     """Write data/reliability_rows.jsonl from the rows of trials, with the machine."""
-    from scaled_rope.results import _cpu_name
+    from scaled_rope.provenance import cpu_name
 
-    made = {"device": _cpu_name(), "cpu_count": os.cpu_count(), "date": datetime.now(UTC).date().isoformat()}
+    made = {"device": cpu_name(), "cpu_count": os.cpu_count(), "date": datetime.now(UTC).date().isoformat()}
     rows = [row | {"provenance": made} for row in summary(rows_so_far(output))]
     write_atomic(SUMMARY, "".join(json.dumps(row) + "\n" for row in rows))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from scaled_rope.errors import ConfigError, unknown
-from scaled_rope.recipes import read_recipe
+from scaled_rope.recipes.files import read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 

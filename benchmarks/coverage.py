@@ -32,8 +32,9 @@ from benchmarks.coverage_trial import Trial, judge, try_type  # noqa: E402
 from benchmarks.small_models import CAUSAL_TYPES, MODEL_TYPES  # noqa: E402
 from scaled_rope.checkpoint import quiet_transformers  # noqa: E402
 from scaled_rope.command_line import Parser, run_cli  # noqa: E402
+from scaled_rope.provenance import provenance
 from scaled_rope.report.page_blocks import with_block  # noqa: E402
-from scaled_rope.results import append_row, provenance, rows_so_far  # noqa: E402
+from scaled_rope.results import append_row, rows_so_far
 
 ROWS = ROOT / "data" / "coverage_rows.jsonl"
 PAGE = ROOT / "docs" / "models.md"

@@ -35,7 +35,8 @@ from scaled_rope.flags.shared import parse_lengths
 from scaled_rope.patching import deferred_rotation
 from scaled_rope.patching.cache_owners import contents_of
 from scaled_rope.patching.patch import patch_model
-from scaled_rope.results import append_row, provenance
+from scaled_rope.provenance import provenance
+from scaled_rope.results import append_row
 from scaled_rope.scaling.frequencies import compute_scale
 from scaled_rope.scaling.record import RopeScaling
 

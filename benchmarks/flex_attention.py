@@ -45,7 +45,8 @@ from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.runner import command_line
 from scaled_rope.flags.shared import parse_lengths
-from scaled_rope.results import Row, append_row, provenance, read_rows
+from scaled_rope.provenance import provenance
+from scaled_rope.results import Row, append_row, read_rows
 
 ROWS = ROOT / "data" / "benchmarks" / "flex_attention_cpu.jsonl"
 HEADS, KV_HEADS, HEAD_DIM, DOCUMENTS = 9, 3, 64, 8

@@ -66,7 +66,8 @@ def _recipe_seeds() -> list[bytes]:
 
 
 def _read_recipe(folder: Path, data: bytes) -> object:
-    from scaled_rope.recipes import read_recipe, shell_assignments
+    from scaled_rope.recipes.files import read_recipe
+    from scaled_rope.recipes.steps import shell_assignments
 
     (folder / "r.yaml").write_bytes(data)
     for name in ("qwen3-8b-128k", "tiny-base"):

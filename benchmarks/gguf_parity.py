@@ -324,7 +324,7 @@ def compare(
     import numpy as np
 
     from scaled_rope.checkpoint import display_name, weights_hash
-    from scaled_rope.results import portable_model
+    from scaled_rope.provenance import portable_model
 
     with tempfile.TemporaryDirectory() as name:
         jobs = make_jobs(model, specs, text, lengths[-1], Path(name))
@@ -361,7 +361,8 @@ def main() -> int:
     from scaled_rope.checkpoint import DEFAULT_MODEL
     from scaled_rope.errors import ConfigError
     from scaled_rope.evaluation.formatting import format_table
-    from scaled_rope.results import append_row, provenance
+    from scaled_rope.provenance import provenance
+    from scaled_rope.results import append_row
 
     args = build_parser().parse_args()
     try:

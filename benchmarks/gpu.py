@@ -38,7 +38,8 @@ sys.path.insert(0, str(ROOT))  # a GPU image need not have the package installed
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.results import Row, append_row, provenance, rows_so_far
+from scaled_rope.provenance import provenance
+from scaled_rope.results import Row, append_row, rows_so_far
 
 PARTS = ("correctness", "copies", "rotary", "rotary-backward", "decode", "attention", "prefill", "train", "sweep")
 PLANS = ("first", "second")

@@ -16,8 +16,9 @@ sys.path.insert(0, str(ROOT))
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
+from scaled_rope.files import write_atomic
 from scaled_rope.report.page_blocks import with_block
-from scaled_rope.results import Row, rows_so_far, write_atomic
+from scaled_rope.results import Row, rows_so_far
 
 ROWS = ROOT / "benchmarks" / "results" / "gpu.jsonl"
 PAGE = ROOT / "docs" / "performance.md"

@@ -138,7 +138,9 @@ def run_arm(args: argparse.Namespace, arm: str) -> dict[str, dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from scaled_rope.results import append_row, portable_command, portable_model, provenance, write_atomic
+    from scaled_rope.files import write_atomic
+    from scaled_rope.provenance import portable_command, portable_model, provenance
+    from scaled_rope.results import append_row
 
     parser = build_parser()
     args = parser.parse_args(argv)

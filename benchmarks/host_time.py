@@ -36,7 +36,8 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.runner import command_line
 from scaled_rope.flags.shared import parse_lengths
 from scaled_rope.kernels import apply_rotary, apply_rotary_from_frequencies, frequency_phases, rotary
-from scaled_rope.results import append_row, provenance, read_rows
+from scaled_rope.provenance import provenance
+from scaled_rope.results import append_row, read_rows
 
 ROWS = ROOT / "data" / "benchmarks" / "host_time_cpu.jsonl"
 SHAPES = {"llama-2": (32, 32), "llama-3": (32, 8)}

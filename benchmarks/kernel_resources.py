@@ -29,7 +29,8 @@ sys.path.insert(0, str(ROOT))
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.results import Row, append_row, provenance, rows_so_far
+from scaled_rope.provenance import provenance
+from scaled_rope.results import Row, append_row, rows_so_far
 
 ROWS = ROOT / "data" / "benchmarks" / "kernel_resources.jsonl"
 LIMITS = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}

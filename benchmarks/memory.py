@@ -30,8 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import ROOT, check_names, resident_bytes
 from scaled_rope.command_line import Parser, run_cli
-from scaled_rope.recipes import Recipe, make_recipe, read_recipe
-from scaled_rope.results import append_row, provenance, read_rows
+from scaled_rope.provenance import provenance
+from scaled_rope.recipes.files import read_recipe
+from scaled_rope.recipes.recipe import Recipe, make_recipe
+from scaled_rope.results import append_row, read_rows
 from scaled_rope.texts.packed import PackedWriter
 from scaled_rope.training.planning import Options, Planner
 

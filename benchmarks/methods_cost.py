@@ -39,7 +39,8 @@ from scaled_rope.evaluation.runner import command_line
 from scaled_rope.patching.cache_argument import cache_name, returned_cache
 from scaled_rope.patching.loading import load_model
 from scaled_rope.progress import Progress
-from scaled_rope.results import append_row, provenance, rows_so_far
+from scaled_rope.provenance import provenance
+from scaled_rope.results import append_row, rows_so_far
 
 Costs = dict[str, dict[str, float]]
 STEPS = 16

@@ -20,8 +20,9 @@ from benchmarks.methods import FACTORS, STUDIES, Study
 from scaled_rope.checkpoint import load_config
 from scaled_rope.command_line import run_cli
 from scaled_rope.evaluation.controls import CONTROL, Change, compare
+from scaled_rope.files import write_atomic
 from scaled_rope.report.page_blocks import only_check, with_block
-from scaled_rope.results import read_rows, write_atomic
+from scaled_rope.results import read_rows
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.serving.export import export
 

@@ -34,7 +34,7 @@ from benchmarks.common import check_names, run_prepare_commands
 from benchmarks.paper_mini_report import BIBLE, NOVEL, Results, Run
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.recipes import is_finished
+from scaled_rope.recipes.runs import is_finished
 from scaled_rope.results import Row, append_row, read_rows, rows_so_far
 from scaled_rope.training.run_state import read_log
 

@@ -18,7 +18,8 @@ from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.controls import compare
 from scaled_rope.evaluation.passkey_context import passkey_context
 from scaled_rope.evaluation.statistics import T95, wilson_interval
-from scaled_rope.recipes import Recipe, read_recipe
+from scaled_rope.recipes.files import read_recipe
+from scaled_rope.recipes.recipe import Recipe
 from scaled_rope.report.drawing import drawing, save_figure
 from scaled_rope.report.figures import GREY, PALETTE
 from scaled_rope.results import Row

@@ -146,7 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from scaled_rope.evaluation.runner import command_line
-    from scaled_rope.results import append_row, provenance
+    from scaled_rope.provenance import provenance
+    from scaled_rope.results import append_row
 
     shared = ["--model", args.model, "--scaling", args.scaling, "--dataset", args.dataset, "--dtype", args.dtype]
     shared += ["--max-tokens", str(args.max_tokens), "--count", str(args.count), "--windows", str(args.windows)]

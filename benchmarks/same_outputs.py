@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.moved import MOVED
 
 MODEL = "models/tiny-llama-256"
 HELDOUT = "data/cache/books/heldout"
@@ -51,7 +50,7 @@ def commands() -> Iterator[list[str]]:
     yield [*tool, "--help"]
     for name in ("inspect", "methods", "export", "plan", "tune"):
         yield [*tool, name, "--help"]
-    for name in ("recipes", "corpora", "checkpoints", "benchmarks_data", "paper"):
+    for name in ("recipes", "texts.corpora", "texts.fetched_models", "texts.benchmarks", "report.paper"):
         yield [*PYTHON, "-m", f"scaled_rope.{name}", "--help"]
     yield [*tool, "methods"]
     yield [*tool, "inspect", MODEL]
@@ -62,8 +61,8 @@ def commands() -> Iterator[list[str]]:
     yield [*tool, "inspect", MODEL, "--scaling", "yan:8"]
     yield [*PYTHON, "-m", "scaled_rope.recipes", "--list"]
     yield [*PYTHON, "-m", "scaled_rope.recipes", "llama-2-7b-64k"]
-    yield [*PYTHON, "-m", "scaled_rope.paper", "table2", "--shell"]
-    yield [*PYTHON, "-m", "scaled_rope.corpora", "fetch", "books", "--output", "data/cache/books"]
+    yield [*PYTHON, "-m", "scaled_rope.report.paper", "table2", "--shell"]
+    yield [*PYTHON, "-m", "scaled_rope.texts.corpora", "fetch", "books", "--output", "data/cache/books"]
     yield [
         *PYTHON, "tokenization.py", "--dataset", "data/cache/books/train", "--tokenizer", MODEL,
         "--sequence-length", "1024", "--bookend", "chunk", "--num-proc", "1", "--output", str(WORK / "books-1024"),
@@ -102,11 +101,8 @@ def run(command: list[str], root: Path) -> tuple[int, list[str]]:
 
 
 def plain(text: str, root: Path) -> list[str]:
-    """Split a text into lines, without progress bars, paths, speeds and the new names of moved modules."""
+    """Split a text into lines, without progress bars, paths and speeds."""
     text = text.replace(str(root), "ROOT")
-    for former, (heir, *_) in MOVED.items():
-        text = re.sub(rf"\bscaled_rope\.{re.escape(heir)}\b", f"scaled_rope.{former}", text)
-        text = text.replace(f"scaled_rope/{heir.replace('.', '/')}.py", f"scaled_rope/{former}.py")
     text = re.sub(r"[\d.]+ ?(tokens/s|s\b|GB|GiB|MB|MiB)", r"N \1", text)
     lines = [line.rpartition("\r")[2].rstrip() for line in text.splitlines()]
     return [line for line in lines if line and not re.search(r"it/s|step/s|\d+%\||doc/s|Warning|warnings.warn", line)]

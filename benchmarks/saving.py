@@ -25,8 +25,9 @@ from benchmarks.common import ROOT
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.runner import command_line
-from scaled_rope.recipes import read_recipe
-from scaled_rope.results import append_row, provenance
+from scaled_rope.provenance import provenance
+from scaled_rope.recipes.files import read_recipe
+from scaled_rope.results import append_row
 from scaled_rope.training.manifest import fault, state_files
 from scaled_rope.training.run_state import save_state, sync
 

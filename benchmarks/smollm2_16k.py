@@ -29,7 +29,9 @@ from benchmarks.parts import Part, run_all, show
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.controls import Control
-from scaled_rope.recipes import Recipe, is_finished, read_recipe
+from scaled_rope.recipes.files import read_recipe
+from scaled_rope.recipes.recipe import Recipe
+from scaled_rope.recipes.runs import is_finished
 from scaled_rope.results import append_row, rows_so_far
 
 RECIPE = "smollm2-135m-16k-cpu"

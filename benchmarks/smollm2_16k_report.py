@@ -58,10 +58,11 @@ from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.controls import compare
 from scaled_rope.evaluation.statistics import wilson_interval
+from scaled_rope.files import write_atomic
 from scaled_rope.report.drawing import drawing, save_figure
 from scaled_rope.report.figures import GREY, PALETTE
 from scaled_rope.report.page_blocks import with_block
-from scaled_rope.results import Row, write_atomic
+from scaled_rope.results import Row
 
 PAGE = ROOT / "docs" / "reproduction.md"
 BEGIN, END = "<!-- smollm2-16k: python benchmarks/smollm2_16k_report.py -->", "<!-- end of smollm2-16k -->"

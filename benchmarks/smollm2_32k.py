@@ -45,8 +45,12 @@ from benchmarks.common import check_names, gpu_is_lost, start_again
 from benchmarks.smollm2_32k_bundle import assemble
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.recipes import Recipe, is_finished, read_recipe
-from scaled_rope.results import Row, portable_model, rows_so_far, write_atomic
+from scaled_rope.files import write_atomic
+from scaled_rope.provenance import portable_model
+from scaled_rope.recipes.files import read_recipe
+from scaled_rope.recipes.recipe import Recipe
+from scaled_rope.recipes.runs import is_finished
+from scaled_rope.results import Row, rows_so_far
 
 RECIPES = ("smollm2-135m-yarn-32k", "smollm2-135m-pi-32k", "smollm2-135m-none-32k")
 """In the order in which they are trained."""

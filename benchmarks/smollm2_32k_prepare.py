@@ -40,8 +40,8 @@ from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.evaluation.windows import Tokens, select, truncated
 from scaled_rope.flags.evaluators import context_lengths
-from scaled_rope.recipes import read_recipe
-from scaled_rope.results import provenance
+from scaled_rope.provenance import provenance
+from scaled_rope.recipes.files import read_recipe
 from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.texts.documents import read_documents
 from scaled_rope.texts.packed import PackedDataset, PackedWriter, open_packed

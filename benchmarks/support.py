@@ -18,8 +18,9 @@ sys.path.insert(0, str(ROOT))
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
+from scaled_rope.provenance import package_version, provenance
 from scaled_rope.report.page_blocks import with_block
-from scaled_rope.results import append_row, package_version, provenance, read_rows
+from scaled_rope.results import append_row, read_rows
 
 ROWS = ROOT / "data" / "support_rows.jsonl"
 PAGE = ROOT / "docs" / "support.md"

@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import ROOT, check_names, resident_bytes
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.results import append_row, provenance, rows_so_far
+from scaled_rope.provenance import provenance
+from scaled_rope.results import append_row, rows_so_far
 from scaled_rope.texts.documents import read_documents
 from scaled_rope.texts.packed import open_packed
 

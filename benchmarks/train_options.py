@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import check_names
 from benchmarks.memory import measure
 from scaled_rope.command_line import Parser, run_cli
-from scaled_rope.results import append_row, provenance, rows_so_far
+from scaled_rope.provenance import provenance
+from scaled_rope.results import append_row, rows_so_far
 
 MODEL: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,

@@ -18,8 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import check_names, run_prepare_commands
 from benchmarks.parts import Part, run_all, show
 from scaled_rope.command_line import Parser, run_cli
-from scaled_rope.recipes import is_finished, read_recipe
-from scaled_rope.results import portable_model, rows_so_far
+from scaled_rope.provenance import portable_model
+from scaled_rope.recipes.files import read_recipe
+from scaled_rope.recipes.runs import is_finished
+from scaled_rope.results import rows_so_far
 
 RECIPE = "demo"
 WORK = "out/training-ways"

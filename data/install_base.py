@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.results import write_atomic
+from scaled_rope.files import write_atomic
 from scaled_rope.training.run_state import read_log
 from scaled_rope.training.tracking import plot_losses
 

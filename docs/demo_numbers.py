@@ -17,6 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from scaled_rope.command_line import run_cli
+from scaled_rope.files import write_atomic
 from scaled_rope.report.context_use import control_table
 from scaled_rope.report.demo_opening import demo_opening
 from scaled_rope.report.figures import perplexity_figure
@@ -24,7 +25,6 @@ from scaled_rope.report.page_blocks import only_check, with_block
 from scaled_rope.report.summary import Said
 from scaled_rope.report.tables import Cell, ReportRows, Section, Table, load_results, tables_of
 from scaled_rope.report.verdict import Verdict, demo_verdict
-from scaled_rope.results import write_atomic
 from scaled_rope.texts.corpora import STANDIN, STANDINS
 
 ROOT = Path(__file__).resolve().parents[1]

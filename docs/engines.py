@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from scaled_rope.command_line import run_cli
+from scaled_rope.files import write_atomic
 from scaled_rope.report.page_blocks import only_check, with_block
-from scaled_rope.results import read_rows, write_atomic
+from scaled_rope.results import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "data" / "engines.jsonl"

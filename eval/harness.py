@@ -31,7 +31,8 @@ from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.task_presets import PRESETS, WITH_LENGTHS, expand
 from scaled_rope.flags.evaluators import add_model_arguments, check_model_arguments
-from scaled_rope.results import provenance, rows_so_far
+from scaled_rope.provenance import provenance
+from scaled_rope.results import rows_so_far
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -28,6 +28,7 @@ from scaled_rope.checkpoint import check_local
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.statistics import SEED
+from scaled_rope.files import check_writable
 from scaled_rope.flags.evaluators import (
     add_evaluation_arguments,
     add_model_arguments,
@@ -39,7 +40,6 @@ from scaled_rope.flags.evaluators import (
     context_lengths,
 )
 from scaled_rope.flags.shared import check_least
-from scaled_rope.results import check_writable
 from scaled_rope.scaling.resolve import check_spec
 from scaled_rope.texts.token_documents import TokenSource
 

@@ -28,6 +28,7 @@ from typing import Any
 
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError
+from scaled_rope.files import write_atomic
 from scaled_rope.flags.evaluators import (
     add_evaluation_arguments,
     add_model_arguments,
@@ -39,7 +40,6 @@ from scaled_rope.flags.evaluators import (
     context_lengths,
 )
 from scaled_rope.flags.shared import Unsaid, check_least, said
-from scaled_rope.results import write_atomic
 from scaled_rope.texts.documents import check_feature, check_split, check_there, expanded
 
 FIXED_LENGTH = 8192

@@ -24,8 +24,8 @@ from pathlib import Path
 
 from scaled_rope.command_line import Parser, refuse_early, run_cli
 from scaled_rope.errors import ConfigError, check_name
+from scaled_rope.files import write_atomic
 from scaled_rope.flags.shared import check_folder
-from scaled_rope.results import write_atomic
 
 
 def build_parser() -> Parser:

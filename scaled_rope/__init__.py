@@ -11,8 +11,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from scaled_rope.moved import install_finder
-
 if TYPE_CHECKING:
     from scaled_rope.errors import ConfigError
     from scaled_rope.patching.loading import load_model
@@ -46,8 +44,6 @@ __all__ = [
     "unpatch_model",
 ]
 __version__ = "0.1.0"
-
-install_finder()
 
 
 def __getattr__(name: str) -> Any:

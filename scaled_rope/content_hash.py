@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from scaled_rope import blake3_numpy
+from scaled_rope.errors import ConfigError
+from scaled_rope.files import write_atomic
 
 try:
     from blake3 import blake3
@@ -69,9 +71,6 @@ def kept_hash(path: Path) -> str:
             f"{path}: {found.st_size / 1e9:.0f} GB hashed in {seconds:.0f} s, {found.st_size / 1e9 / seconds:.1f} GB/s",
             file=sys.stderr,
         )
-    with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
-        place.parent.mkdir(parents=True, exist_ok=True)
-        scratch = place.with_name(f".{place.name}.{os.getpid()}")
-        scratch.write_text(digest)
-        os.replace(scratch, place)
+    with contextlib.suppress(OSError, ConfigError):  # a cache that cannot be written only costs time
+        write_atomic(place, digest)
     return digest

@@ -32,9 +32,11 @@ from scaled_rope.evaluation.windows import (
     truncated,
     windows_fingerprint,
 )
+from scaled_rope.files import write_atomic
 from scaled_rope.patching.adapter_scaling import save_adapter_scaling
 from scaled_rope.patching.patch import computes, lost_part, patched_plan, patched_scaling
-from scaled_rope.results import Row, append_row, provenance, rows_so_far, write_atomic
+from scaled_rope.provenance import provenance
+from scaled_rope.results import Row, append_row, rows_so_far
 from scaled_rope.scaling.record import RopeScaling, RopeSettings
 from scaled_rope.texts.token_documents import TokenSource
 

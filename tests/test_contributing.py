@@ -23,7 +23,7 @@ from scaled_rope.evaluation.jobs import model_jobs
 from scaled_rope.evaluation.runner import run
 from scaled_rope.flags.evaluators import add_evaluation_arguments, add_model_arguments
 from scaled_rope.patching.families import ADAPTERS, Adapter
-from scaled_rope.recipes import read_recipe
+from scaled_rope.recipes.files import read_recipe
 from scaled_rope.results import read_rows
 from scaled_rope.scaling import frequencies, hf_config, registry
 from scaled_rope.serving.export import export

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import finetune
 from scaled_rope.command_line import run_cli
 from scaled_rope.flags.shared import ATTENTIONS
-from scaled_rope.recipes import Recipe
+from scaled_rope.recipes.recipe import Recipe
 from tests.helpers import ROOT
 
 

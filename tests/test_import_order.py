@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from scaled_rope.moved import MOVED
 from scaled_rope.scaling.registry import METHODS
 from tests.helpers import ROOT
 
@@ -20,9 +19,9 @@ PACKAGE = ROOT / "scaled_rope"
 
 # Low to high. A module may import what stands further left, and the modules of its own package.
 ORDER = """
-moved bundled blake3_numpy | content_hash | errors | versions | results command_line progress | scaling | kernels
-| recipes | checkpoint | attention | patching | texts | flags | training | evaluation | report | integrations tuning
-| serving | certificate advice | cli
+bundled blake3_numpy errors | versions files | content_hash provenance | results command_line progress | scaling
+| kernels | recipes | checkpoint | attention | patching | texts | flags | training | evaluation | report
+| integrations tuning | serving | certificate advice | cli
 """
 LEVELS = {name: level for level, names in enumerate(ORDER.replace("\n", " ").split("|")) for name in names.split()}
 
@@ -104,48 +103,6 @@ def test_methods_are_named_read_and_refused_without_torch() -> None:
         "sys.exit('torch' in sys.modules or len(METHODS) < 10)\n"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == 0
-
-
-@pytest.mark.parametrize("former", sorted(MOVED))
-def test_a_former_module_says_where_it_is(former: str) -> None:
-    for heir in MOVED[former]:
-        place = (
-            ROOT.joinpath(*heir.split(".")) if heir.startswith("benchmarks.") else PACKAGE.joinpath(*heir.split("."))
-        )
-        assert place.with_suffix(".py").is_file() or place.is_dir()
-    name = f"scaled_rope.{former}"
-    if name in MODULES:  # a package took its name
-        return
-    with pytest.raises(ImportError, match=f"{name} is now .*{MOVED[former][0]}"):
-        importlib.import_module(name)
-
-
-def test_a_name_of_a_former_module_whose_name_a_package_took() -> None:
-    with pytest.raises(ImportError, match="is now scaled_rope.training.batches.collate"):
-        importlib.import_module("scaled_rope.training").collate  # noqa: B018
-    with pytest.raises(ImportError, match="is now scaled_rope.evaluation.memory_meter.Meter"):
-        importlib.import_module("scaled_rope.evaluation").Meter  # noqa: B018
-    assert not hasattr(importlib.import_module("scaled_rope.training"), "no_such_name")
-
-
-def test_every_former_module_can_be_run_as_a_command() -> None:
-    for former, heirs in MOVED.items():
-        spec = importlib.util.find_spec(f"scaled_rope.{former}")
-        if f"scaled_rope.{former}" not in MODULES and not heirs[0].startswith("benchmarks."):
-            assert spec is not None and spec.loader is not None
-            assert heirs[0] in spec.loader.get_code(f"scaled_rope.{former}").co_filename  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("former", ["recipes", "corpora", "checkpoints", "benchmarks_data"])
-def test_commands_of_old_recipes_run(former: str) -> None:
-    heir = MOVED.get(former, (former,))[0]
-    old, new = (
-        subprocess.run(
-            [sys.executable, "-m", f"scaled_rope.{name}", "--help"], cwd=ROOT, capture_output=True, timeout=120
-        )
-        for name in (former, heir)
-    )
-    assert old.returncode == 0 and old.stdout == new.stdout and old.stdout
 
 
 def test_the_table_of_packages_is_that_of_their_docstrings() -> None:

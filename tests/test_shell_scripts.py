@@ -14,7 +14,7 @@ import time
 import pytest
 import yaml
 
-from scaled_rope.recipes import read_recipe
+from scaled_rope.recipes.files import read_recipe
 from tests.helpers import ROOT
 
 

@@ -43,7 +43,8 @@ from scaled_rope.evaluation.runner import command_line
 from scaled_rope.evaluation.windows import truncated
 from scaled_rope.patching.patch import patch_model
 from scaled_rope.patching.rotary import ScaledRotaryEmbedding
-from scaled_rope.results import append_row, provenance
+from scaled_rope.provenance import provenance
+from scaled_rope.results import append_row
 from scaled_rope.scaling.hf_config import head_dim_of
 from scaled_rope.scaling.record import RopeScaling
 

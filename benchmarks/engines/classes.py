@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
-from scaled_rope.results import write_atomic
+from scaled_rope.files import write_atomic
 
 PLACES = {"vllm": "vllm/model_executor/models/", "sglang": "sglang/srt/models/"}
 DICTIONARIES = ("rope_parameters", "rope_scaling")

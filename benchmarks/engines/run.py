@@ -43,7 +43,8 @@ from scaled_rope.cli import main as scaled_rope
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.patching.loading import load_model
-from scaled_rope.results import Row, append_row, finished_keys, portable_command, portable_model, provenance, row_key
+from scaled_rope.provenance import portable_command, portable_model, provenance
+from scaled_rope.results import Row, append_row, finished_keys, row_key
 from scaled_rope.scaling.hf_config import head_dim_of
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.scaling.resolve import resolve_scaling

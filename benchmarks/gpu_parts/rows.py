@@ -14,7 +14,8 @@ from benchmarks.gpu_parts import timing
 from scaled_rope.content_hash import content_hash, record_hash
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.memory_meter import is_out_of_memory
-from scaled_rope.results import OUT_OF_MEMORY, Row, package_version
+from scaled_rope.provenance import package_version
+from scaled_rope.results import OUT_OF_MEMORY, Row
 
 NO_TIME = "no time left"
 WRONG = "wrong"

@@ -17,7 +17,7 @@ from benchmarks.gpu_parts.rows import WRONG, add_rate, complete, relative_differ
 from scaled_rope import patch_model, unpatch_model
 from scaled_rope.attention.backends import resolve_attention
 from scaled_rope.patching.loss import resolve_loss
-from scaled_rope.recipes import Recipe, make_recipe
+from scaled_rope.recipes.recipe import Recipe, make_recipe
 from scaled_rope.results import Row
 from scaled_rope.training.model import SummedLoss, build_model, enable_checkpointing
 from scaled_rope.training.optimizer import make_optimizer

@@ -49,11 +49,13 @@ from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
 from scaled_rope.evaluation.ranks import refuse_several
 from scaled_rope.evaluation.runner import given_arguments
 from scaled_rope.evaluation.time_estimate import Pace, time_passes
+from scaled_rope.files import folder_lock, write_atomic
 from scaled_rope.flags.evaluators import add_model_arguments
 from scaled_rope.flags.search import LEAST_TRIALS, add_advise_arguments, check_advise_arguments
 from scaled_rope.flags.shared import said
 from scaled_rope.progress import Progress, duration
-from scaled_rope.results import Row, folder_lock, portable_command, provenance, write_atomic
+from scaled_rope.provenance import portable_command, provenance
+from scaled_rope.results import Row
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.serving.config_remarks import config_remarks
 from scaled_rope.serving.export import export

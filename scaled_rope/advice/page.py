@@ -16,9 +16,10 @@ from scaled_rope.evaluation.formatting import format_perplexity
 from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.statistics import format_share, tally
 from scaled_rope.evaluation.windows import perplexity
+from scaled_rope.files import write_atomic
 from scaled_rope.report.contents import parts, read_report
 from scaled_rope.report.html import PageSection, build_page, cell_html, note_html, rows_html
-from scaled_rope.results import Row, write_atomic
+from scaled_rope.results import Row
 
 # ---------------------------------------------------------------------------------------------------------------- rows
 

@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.recipes import Recipe, read_recipe
-from scaled_rope.results import write_atomic
+from scaled_rope.files import write_atomic
+from scaled_rope.recipes.files import read_recipe
+from scaled_rope.recipes.recipe import Recipe
 from scaled_rope.texts.corpora import CORPORA
 from scaled_rope.texts.documents import is_local
 from scaled_rope.texts.packed import open_rows

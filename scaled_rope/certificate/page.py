@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from scaled_rope.certificate.certify import Certificate
+from scaled_rope.files import write_atomic
 from scaled_rope.report.html import PageSection, build_page, cell_html, note_html, rows_html
-from scaled_rope.results import write_atomic
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _TOP = 640, 312, 74, 24, 38, 12
 _LEAST = 1e-6

@@ -2,7 +2,3 @@
 
 Knows nothing of the tables and figures that rows go into, nor of training.
 """
-
-from scaled_rope.moved import attributes_of
-
-__getattr__ = attributes_of("evaluation")

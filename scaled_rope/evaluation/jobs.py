@@ -24,7 +24,7 @@ from scaled_rope.patching.device_maps import Placement, computing_devices
 from scaled_rope.patching.loading import apply_scaling, load_model, resolve_device, resolve_dtype, resolve_plan
 from scaled_rope.patching.region_attention import check_carrier
 from scaled_rope.patching.rotary_kernel import resolve_kernel
-from scaled_rope.results import portable_model
+from scaled_rope.provenance import portable_model
 from scaled_rope.scaling.record import LayerPlan, RopeScaling
 from scaled_rope.scaling.resolve import resolve_scaling
 from scaled_rope.scaling.spec import Spec

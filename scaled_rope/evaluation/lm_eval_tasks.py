@@ -42,7 +42,8 @@ from scaled_rope.evaluation.paper_benchmarks import OFFLINE, PAPER, Benchmark
 from scaled_rope.evaluation.statistics import wilson_interval
 from scaled_rope.evaluation.task_presets import PRESETS
 from scaled_rope.evaluation.task_presets import SOURCES as TASK_SOURCES
-from scaled_rope.results import Row, package_version
+from scaled_rope.provenance import package_version
+from scaled_rope.results import Row
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.texts.benchmarks import SOURCES
 

@@ -20,7 +20,8 @@ from scaled_rope.evaluation.ranks import current
 from scaled_rope.evaluation.runner import place_of, print_summary, run_all
 from scaled_rope.evaluation.statistics import tally
 from scaled_rope.patching.loading import resolve_device
-from scaled_rope.results import Row, provenance
+from scaled_rope.provenance import provenance
+from scaled_rope.results import Row
 
 Prompt = TypeVar("Prompt", bound=PasskeyPrompt)
 

@@ -24,8 +24,9 @@ from scaled_rope.evaluation.choice_prompts import (
 from scaled_rope.evaluation.jobs import ModelJob
 from scaled_rope.evaluation.ranks import current
 from scaled_rope.evaluation.statistics import tally
+from scaled_rope.files import write_atomic
 from scaled_rope.patching.loading import apply_scaling
-from scaled_rope.results import Row, write_atomic
+from scaled_rope.results import Row
 from scaled_rope.scaling.frequencies import at_length
 
 

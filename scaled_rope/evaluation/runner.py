@@ -25,20 +25,10 @@ from scaled_rope.evaluation.formatting import format_table
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader
 from scaled_rope.evaluation.memory_meter import Meter, is_out_of_memory, release_memory
 from scaled_rope.evaluation.ranks import current
+from scaled_rope.files import check_writable, write_atomic
 from scaled_rope.progress import Progress
-from scaled_rope.results import (
-    OUT_OF_MEMORY,
-    Row,
-    append_row,
-    check_writable,
-    finished_keys,
-    portable_command,
-    provenance,
-    read_rows,
-    row_key,
-    rows_so_far,
-    write_atomic,
-)
+from scaled_rope.provenance import portable_command, provenance
+from scaled_rope.results import OUT_OF_MEMORY, Row, append_row, finished_keys, read_rows, row_key, rows_so_far
 
 _LOCK_SECONDS = 10.0
 

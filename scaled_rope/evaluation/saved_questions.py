@@ -25,7 +25,8 @@ from scaled_rope.checkpoint import encode, load_tokenizer
 from scaled_rope.errors import ConfigError, unknown
 from scaled_rope.evaluation.continuations import NO_LIMIT, Continuation, context_limit, score
 from scaled_rope.evaluation.lm_eval_tasks import Unit, measured_rows
-from scaled_rope.results import Row, read_rows, write_atomic
+from scaled_rope.files import write_atomic
+from scaled_rope.results import Row, read_rows
 from scaled_rope.scaling.record import RopeScaling
 
 _PROBE = 2000  # characters of a prompt that tell tokenizers apart

@@ -25,7 +25,7 @@ import safetensors.numpy
 from scaled_rope.content_hash import record_hash
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.statistics import ratio_interval
-from scaled_rope.results import write_atomic
+from scaled_rope.files import write_atomic
 
 Tokens = npt.NDArray[np.int64]
 Nats = npt.NDArray[np.float64]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from scaled_rope.checkpoint import check_local
 from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.files import check_writable
 from scaled_rope.flags.shared import (
     ATTENTIONS,
     DEVICE_MAPS,
@@ -23,7 +24,7 @@ from scaled_rope.flags.shared import (
     parse_lengths,
     said,
 )
-from scaled_rope.results import check_writable, portable_model
+from scaled_rope.provenance import portable_model
 from scaled_rope.scaling.registry import METHODS
 from scaled_rope.scaling.resolve import check_spec
 from scaled_rope.scaling.spec import Spec

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from scaled_rope.checkpoint import check_local
 from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.files import check_writable
 from scaled_rope.flags.shared import (
     Unsaid,
     add_loading_arguments,
@@ -18,7 +19,6 @@ from scaled_rope.flags.shared import (
     check_positive,
     said,
 )
-from scaled_rope.results import check_writable
 from scaled_rope.scaling.resolve import check_spec
 from scaled_rope.scaling.spec import Spec
 from scaled_rope.texts.corpora import CORPORA, STANDIN

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from scaled_rope.checkpoint import check_local
 from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.files import check_writable
 from scaled_rope.flags.shared import (
     check_folder,
     check_least,
@@ -15,8 +16,7 @@ from scaled_rope.flags.shared import (
     check_positive,
     parse_lengths,
 )
-from scaled_rope.recipes import read_recipe
-from scaled_rope.results import check_writable
+from scaled_rope.recipes.files import read_recipe
 from scaled_rope.scaling.resolve import check_spec
 
 TARGETS = ("transformers", "vllm", "sglang", "llama.cpp", "mlx", "exllamav3", "ollama", "trl", "verl")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scaled_rope.errors import ConfigError, unknown
-from scaled_rope.results import package_version
+from scaled_rope.provenance import package_version
 
 # Names that belong to modules which import torch; `tests/flags/test_flags.py` holds the two to each other.
 ATTENTIONS = (

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.files import write_atomic
 from scaled_rope.patching.patch import patched_plan, patched_scaling
-from scaled_rope.results import write_atomic
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings
 
 FILE = "scaled_rope.json"

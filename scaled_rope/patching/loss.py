@@ -26,7 +26,7 @@ from scaled_rope.kernels import triton_lacks
 from scaled_rope.patching.cache_argument import cache_name, returned_cache
 from scaled_rope.patching.forward_pass import lengths
 from scaled_rope.patching.output_head import decoder_of, output_head, own_logits
-from scaled_rope.results import package_version
+from scaled_rope.provenance import package_version
 from scaled_rope.scaling.hf_config import text_config
 
 IGNORE = -100

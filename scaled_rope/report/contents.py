@@ -9,6 +9,7 @@ from pathlib import Path
 
 from scaled_rope.checkpoint import display_name
 from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.provenance import portable_model
 from scaled_rope.report import paper
 from scaled_rope.report.context_use import all_tables, is_control
 from scaled_rope.report.figures import figure_of, loss_figure, paper_figure, wavelength_figure
@@ -26,7 +27,7 @@ from scaled_rope.report.tables import (
     title_of,
     to_csv,
 )
-from scaled_rope.results import portable_model, read_rows
+from scaled_rope.results import read_rows
 
 
 @dataclass(frozen=True)

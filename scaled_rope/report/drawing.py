@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.results import write_atomic
+from scaled_rope.files import write_atomic
 
 FORMATS = (".svg", ".png")
 INK, GREY = "#222222", "#8a8a8a"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from scaled_rope.evaluation.controls import Control
+from scaled_rope.files import write_atomic
 from scaled_rope.report import heatmap
 from scaled_rope.report.drawing import drawing, squeeze
 from scaled_rope.report.paper import PaperFigure
@@ -28,7 +29,6 @@ from scaled_rope.report.tables import (
     share_cell,
     tables_of,
 )
-from scaled_rope.results import write_atomic
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.registry import METHODS
 

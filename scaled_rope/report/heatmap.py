@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from scaled_rope.errors import ConfigError
+from scaled_rope.files import write_atomic
 from scaled_rope.report.drawing import check_format
-from scaled_rope.results import Row, write_atomic
+from scaled_rope.results import Row
 
 MOST_BINS = 10
 """The most rows into which depths are binned."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from scaled_rope.command_line import Parser
 from scaled_rope.errors import ConfigError
-from scaled_rope.results import write_atomic
+from scaled_rope.files import write_atomic
 
 
 def with_block(page: str, begin: str, end: str, text: str, name: str) -> str:

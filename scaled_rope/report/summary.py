@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from scaled_rope.evaluation.controls import Change
 from scaled_rope.evaluation.formatting import format_table
 from scaled_rope.evaluation.passkey_prompts import RELEASED
+from scaled_rope.provenance import portable_model
 from scaled_rope.report.context_use import ContextUse, context_use, short_loss
 from scaled_rope.report.paired import short_costs
 from scaled_rope.report.ruler import ruler_scores
 from scaled_rope.report.tables import ReportRows, Section, Series, within_reach
-from scaled_rope.results import Row, portable_model
+from scaled_rope.results import Row
 
 FOUND = 0.9
 """The least share of keys that must be found at a length for a model to work there by retrieval."""

@@ -16,10 +16,11 @@ from scaled_rope.evaluation.controls import CONTROL, Control
 from scaled_rope.evaluation.formatting import format_perplexity, format_table
 from scaled_rope.evaluation.passkey_context import passkey_context
 from scaled_rope.evaluation.pooled_seeds import pooled
+from scaled_rope.provenance import portable_model
 from scaled_rope.report.cut_prompts import CUT_MARK, cut_words
 from scaled_rope.report.loading import Loading, SeriesWords, origin
 from scaled_rope.report.row_files import newest, read_row_files, row_date
-from scaled_rope.results import OUT_OF_MEMORY, Row, portable_model
+from scaled_rope.results import OUT_OF_MEMORY, Row
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.scaling.registry import METHODS
 from scaled_rope.texts.corpora import CORPORA, STANDIN, STANDINS

@@ -9,11 +9,11 @@ from datetime import datetime
 from scaled_rope.checkpoint import display_name
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.controls import NEGLIGIBLE
+from scaled_rope.provenance import portable_model
 from scaled_rope.report.context_use import ContextUse, context_use
 from scaled_rope.report.row_files import row_date
 from scaled_rope.report.summary import FOUND, retrieval
 from scaled_rope.report.tables import ReportRows, Section, Series
-from scaled_rope.results import portable_model
 from scaled_rope.texts.corpora import STANDIN
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scaled_rope.results import write_atomic
+from scaled_rope.files import write_atomic
 from scaled_rope.scaling.hf_config import CUSTOM_ROPE_TYPE, nested_types, read_by_attention, text_path
 
 OLDER_KEYS = ("rope_scaling", "rope_theta", "partial_rotary_factor")

@@ -23,8 +23,8 @@ import transformers
 
 from scaled_rope.checkpoint import load_config, raw_config
 from scaled_rope.errors import ConfigError, check_name, unknown
+from scaled_rope.files import scratch_path, write_atomic
 from scaled_rope.flags.serving import check_export_arguments
-from scaled_rope.results import scratch_path, write_atomic
 from scaled_rope.scaling.dialects import older_keys
 from scaled_rope.scaling.frequencies import compute_rope
 from scaled_rope.scaling.hf_config import (

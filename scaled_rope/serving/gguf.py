@@ -23,7 +23,7 @@ from einops import rearrange
 
 from scaled_rope.checkpoint import load_config
 from scaled_rope.errors import ConfigError, first_line
-from scaled_rope.results import scratch_path
+from scaled_rope.files import scratch_path
 from scaled_rope.scaling.hf_config import head_dim_of
 
 Array = npt.NDArray[Any]

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from scaled_rope.errors import ConfigError, is_number, unknown
+from scaled_rope.files import write_atomic
 from scaled_rope.flags.serving import check_repair_arguments, parse_assumptions
-from scaled_rope.results import write_atomic
 from scaled_rope.scaling.formulas import attention_factor_of
 from scaled_rope.scaling.hf_config import (
     FAMILY_THETA,

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from scaled_rope.errors import ConfigError, is_number, is_positive_whole, unknown
-from scaled_rope.recipes import read_yaml
+from scaled_rope.recipes.files import read_yaml
 from scaled_rope.texts.conversations import ChatFields, Refusals, conversations, read_records
 from scaled_rope.texts.documents import check_split, expanded, is_sampled, read_documents
 from scaled_rope.texts.packing import Document, PackCounts

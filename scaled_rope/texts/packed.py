@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from scaled_rope.content_hash import content_hash, kept_hash, record_hash
 from scaled_rope.errors import ConfigError, check_name, shortened, unknown
-from scaled_rope.results import check_writable, naming, scratch_path
+from scaled_rope.files import check_writable, naming, scratch_path
 from scaled_rope.texts.documents import check_subset, expanded, is_local
 from scaled_rope.texts.hub import import_datasets, load_hub
 from scaled_rope.texts.tables import ColumnDataset, check_ids

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from scaled_rope.checkpoint import encode
 from scaled_rope.errors import ConfigError
-from scaled_rope.results import scratch_path
+from scaled_rope.files import scratch_path
 from scaled_rope.texts.documents import PACKED_FILE, SAVED_FILES, read_documents
 from scaled_rope.texts.packed import IntArray, TokenRows, open_rows
 from scaled_rope.texts.vocabulary import check_tokenizer

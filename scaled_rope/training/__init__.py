@@ -3,7 +3,3 @@
 A run carries out a recipe (`scaled_rope.recipes`); everything in step k follows from the recipe and from k.
 Knows nothing of methods and of how results are judged.
 """
-
-from scaled_rope.moved import attributes_of
-
-__getattr__ = attributes_of("training")

@@ -11,7 +11,7 @@ from einops import rearrange
 
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loss import IGNORE
-from scaled_rope.recipes import Recipe
+from scaled_rope.recipes.recipe import Recipe
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.texts.packed import IntArray, PackedDataset, TokenRows
 from scaled_rope.texts.tables import check_ids

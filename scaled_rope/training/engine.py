@@ -29,7 +29,7 @@ import torch
 from scaled_rope.errors import ConfigError, first_line
 from scaled_rope.patching.loading import resolve_device
 from scaled_rope.patching.rotary import ScaledRotaryEmbedding
-from scaled_rope.recipes import Recipe
+from scaled_rope.recipes.recipe import Recipe
 from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.training.ring import check_machine, ring_parallelism

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.recipes import Recipe
+from scaled_rope.recipes.recipe import Recipe
 from scaled_rope.texts.packed import IntArray, open_rows
 from scaled_rope.texts.tables import check_ids
 from scaled_rope.training.batches import DocumentBorders, LoadedRow, collate, own_positions

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.recipes import Recipe
+from scaled_rope.recipes.recipe import Recipe
 
 
 def check_rows_for_long_ce(recipe: Recipe, longest: int) -> None:

@@ -23,12 +23,15 @@ import yaml
 from scaled_rope.attention.backends import resolve_attention
 from scaled_rope.checkpoint import load_tokenizer, vocabulary_size
 from scaled_rope.errors import ConfigError
+from scaled_rope.files import write_atomic
 from scaled_rope.patching.loading import resolve_device
 from scaled_rope.patching.loss import resolve_loss
 from scaled_rope.patching.patch import PatchReport
 from scaled_rope.progress import Progress
-from scaled_rope.recipes import Recipe, has_model, is_finished, stopping_state
-from scaled_rope.results import Row, provenance, write_atomic
+from scaled_rope.provenance import provenance
+from scaled_rope.recipes.recipe import Recipe
+from scaled_rope.recipes.runs import has_model, is_finished, stopping_state
+from scaled_rope.results import Row
 from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings
 from scaled_rope.texts.conversations import template_note

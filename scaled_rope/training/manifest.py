@@ -9,7 +9,7 @@ from typing import Any
 
 from scaled_rope.content_hash import content_hash, record_hash
 from scaled_rope.errors import ConfigError
-from scaled_rope.results import write_atomic
+from scaled_rope.files import write_atomic
 
 NAME = "state.json"
 """The file of a state that holds its facts and its manifest; it is written last."""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.recipes import Recipe
+from scaled_rope.recipes.recipe import Recipe
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.training.batches import LoadedRow
 

@@ -19,7 +19,7 @@ from scaled_rope.patching.loading import check_tied, former_names, load_model, r
 from scaled_rope.patching.loss import token_nll
 from scaled_rope.patching.output_head import decoder_of, without_adapters
 from scaled_rope.patching.patch import PatchReport, patch_as_read, patched_plan
-from scaled_rope.recipes import Recipe
+from scaled_rope.recipes.recipe import Recipe
 from scaled_rope.scaling.hf_config import head_dim_of, text_config
 from scaled_rope.scaling.record import RopeScaling, RopeSettings
 from scaled_rope.scaling.resolve import with_primary

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scaled_rope.recipes import Recipe
+from scaled_rope.recipes.recipe import Recipe
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

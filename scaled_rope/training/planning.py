@@ -29,7 +29,9 @@ from scaled_rope.patching.loss import logits_bytes
 from scaled_rope.patching.output_head import without_adapters
 from scaled_rope.patching.patch import PatchReport, patch_as_read
 from scaled_rope.progress import Progress
-from scaled_rope.recipes import Recipe, read_recipe, starts_from
+from scaled_rope.recipes.files import read_recipe
+from scaled_rope.recipes.recipe import Recipe
+from scaled_rope.recipes.runs import starts_from
 from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.scaling.record import RopeScaling, RopeSettings
 from scaled_rope.scaling.resolve import with_primary

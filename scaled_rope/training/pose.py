@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.recipes import Recipe
+from scaled_rope.recipes.recipe import Recipe
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.scaling.temperature import follows_position
 from scaled_rope.texts.packed import IntArray

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.results import write_atomic
+from scaled_rope.files import write_atomic
 
 _DEVICES = ("cuda", "xpu")
 

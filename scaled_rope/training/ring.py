@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from scaled_rope.attention.backends import FLASH_HEAD_DIM, attention_dropout, has_window
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.output_head import decoder_of
-from scaled_rope.recipes import Recipe
+from scaled_rope.recipes.recipe import Recipe
 from scaled_rope.scaling.hf_config import config_head_dim, text_config
 from scaled_rope.scaling.record import RopeScaling
 

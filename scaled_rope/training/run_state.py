@@ -17,8 +17,9 @@ import yaml
 
 from scaled_rope.checkpoint import weights_hash
 from scaled_rope.errors import ConfigError, first_line
-from scaled_rope.recipes import Recipe
-from scaled_rope.results import Row, folder_lock, rows_so_far, write_atomic
+from scaled_rope.files import folder_lock, write_atomic
+from scaled_rope.recipes.recipe import Recipe
+from scaled_rope.results import Row, rows_so_far
 from scaled_rope.training.engine import engine_name
 from scaled_rope.training.manifest import entries, fault, read_facts, state_files, write_manifest
 from scaled_rope.training.random_state import RandomState

@@ -16,10 +16,10 @@ from torch import nn
 
 from scaled_rope.checkpoint import load_tokenizer, open_checkpoint
 from scaled_rope.errors import ConfigError
+from scaled_rope.files import write_atomic
 from scaled_rope.patching.adapter_scaling import save_adapter_scaling
 from scaled_rope.patching.loading import load_model, merge_adapter
-from scaled_rope.recipes import Recipe
-from scaled_rope.results import write_atomic
+from scaled_rope.recipes.recipe import Recipe
 from scaled_rope.scaling.dialects import write_both_dialects
 from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.training.model import install_scaling

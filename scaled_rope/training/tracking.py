@@ -16,8 +16,9 @@ import torch
 import yaml
 
 from scaled_rope.errors import ConfigError
-from scaled_rope.recipes import Recipe
-from scaled_rope.results import Row, naming, write_atomic
+from scaled_rope.files import naming, write_atomic
+from scaled_rope.recipes.recipe import Recipe
+from scaled_rope.results import Row
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # of Okabe and Ito's palette
 

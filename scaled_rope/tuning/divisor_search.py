@@ -34,9 +34,11 @@ from scaled_rope.evaluation.passkey_prompts import PasskeyPrompt
 from scaled_rope.evaluation.ranks import refuse_several
 from scaled_rope.evaluation.runner import given_arguments
 from scaled_rope.evaluation.statistics import paired_difference
+from scaled_rope.files import folder_lock, write_atomic
 from scaled_rope.flags.search import add_search_arguments, check_search_arguments, search_attention, search_prompts
 from scaled_rope.progress import Progress
-from scaled_rope.results import Row, folder_lock, portable_command, provenance, write_atomic
+from scaled_rope.provenance import portable_command, provenance
+from scaled_rope.results import Row
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.texts.token_documents import TokenSource
 from scaled_rope.tuning.constants import factor_grid

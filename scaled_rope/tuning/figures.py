@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from scaled_rope.results import Row, write_atomic
+from scaled_rope.files import write_atomic
+from scaled_rope.results import Row
 from scaled_rope.tuning.curves import BLUE, GREY, LEVEL, ORANGE, Tuned, best_counts, segment_bounds, segment_changes
 
 Draw = Callable[[Any], None]

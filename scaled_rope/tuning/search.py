@@ -46,6 +46,7 @@ from scaled_rope.evaluation.formatting import format_perplexity, format_table
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
 from scaled_rope.evaluation.ranks import refuse_several
 from scaled_rope.evaluation.runner import given_arguments
+from scaled_rope.files import write_atomic
 from scaled_rope.flags.evaluators import add_model_arguments
 from scaled_rope.flags.search import (
     LEAST_TRIALS,
@@ -55,7 +56,8 @@ from scaled_rope.flags.search import (
     tune_grid,
     tune_specs,
 )
-from scaled_rope.results import Row, portable_command, provenance, write_atomic
+from scaled_rope.provenance import portable_command, provenance
+from scaled_rope.results import Row
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.tuning.constants import (
     Axes,

@@ -23,10 +23,11 @@ from scaled_rope.checkpoint import DEFAULT_MODEL, load_tokenizer
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.jobs import ModelLoader
+from scaled_rope.files import folder_lock
 from scaled_rope.flags.search import add_advise_arguments
-from scaled_rope.recipes import read_recipe
+from scaled_rope.recipes.files import read_recipe
 from scaled_rope.report.tables import load_results
-from scaled_rope.results import folder_lock, read_rows
+from scaled_rope.results import read_rows
 from scaled_rope.scaling.resolve import resolve_scaling
 from scaled_rope.tuning import measurement
 from tests.helpers.models import Make

@@ -8,7 +8,7 @@ import pytest
 
 from scaled_rope import ConfigError
 from scaled_rope.advice.recipe import write_recipe
-from scaled_rope.recipes import read_recipe
+from scaled_rope.recipes.files import read_recipe
 from scaled_rope.texts.packed import PackedWriter, open_rows
 from scaled_rope.training.batches import check_lengths
 

@@ -25,7 +25,7 @@ from benchmarks.smollm2_32k_prepare import TEXTS
 from eval import harness, longppl, passkey, perplexity
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.recipes import read_recipe
+from scaled_rope.recipes.files import read_recipe
 from scaled_rope.results import read_rows
 from scaled_rope.texts.corpora import CORPORA
 from scaled_rope.training.costs import ModelCost

@@ -17,7 +17,8 @@ from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation import jobs
 from scaled_rope.evaluation.failures import Failure, failing_alone, report_failures
-from scaled_rope.results import portable_model, read_rows
+from scaled_rope.provenance import portable_model
+from scaled_rope.results import read_rows
 from tests.helpers.retrieval import write_questions
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 40

@@ -18,7 +18,7 @@ import torch
 import eval.perplexity as perplexity
 from scaled_rope.command_line import run_cli
 from scaled_rope.evaluation import perplexity_evaluator, runner
-from scaled_rope.results import portable_model
+from scaled_rope.provenance import portable_model
 from tests.helpers import ROOT
 from tests.helpers.number_texts import (
     bodies,  # noqa: F401

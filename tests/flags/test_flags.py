@@ -22,7 +22,8 @@ from scaled_rope.command_line import Parser
 from scaled_rope.errors import ConfigError
 from scaled_rope.flags import evaluators, search, serving, shared
 from scaled_rope.patching import loading, rotary_kernel
-from scaled_rope.recipes import available, make_recipe
+from scaled_rope.recipes.files import available
+from scaled_rope.recipes.recipe import make_recipe
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.scaling.registry import METHODS
 from scaled_rope.serving import export

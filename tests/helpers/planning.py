@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from scaled_rope.recipes import read_recipe
+from scaled_rope.recipes.files import read_recipe
 
 
 def small(**fields):

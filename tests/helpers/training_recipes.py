@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from scaled_rope.recipes import Recipe, read_recipe
+from scaled_rope.recipes.files import read_recipe
+from scaled_rope.recipes.recipe import Recipe
 from tests.helpers.runs import LENGTH
 
 

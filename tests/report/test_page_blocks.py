@@ -56,7 +56,7 @@ def test_a_mistyped_flag_writes_no_page(path: Path, monkeypatch: pytest.MonkeyPa
         raise AssertionError("a file was written")
 
     monkeypatch.setattr(Path, "write_text", refuse)
-    monkeypatch.setattr("scaled_rope.results.write_atomic", refuse)
+    monkeypatch.setattr("scaled_rope.files.write_atomic", refuse)
     monkeypatch.setattr(module, "write_atomic", refuse, raising=False)
     monkeypatch.setattr(sys, "argv", [str(path), "--chek"])
     with pytest.raises(ConfigError, match="unrecognized arguments: --chek; did you mean '--check'"):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scaled_rope import results
+from scaled_rope import files
 from scaled_rope.errors import ConfigError
 from scaled_rope.texts.packed import PackedWriter, open_packed, open_rows
 from scaled_rope.texts.tables import ColumnDataset
@@ -124,7 +124,7 @@ def test_changed_tokens_are_found_and_old_sets_are_read(tmp_path):
 def test_leftovers_of_processes_that_ended_are_removed(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    here = results._process_place()
+    here = files._process_place()
     gone, ours, other = (
         tmp_path / f".set.{place}.partial"
         for place in (f"{here}-{ended.pid}", f"{here}-{os.getppid()}", f"another-{ended.pid}")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from scaled_rope.patching.loading import load_model
-from scaled_rope.recipes import read_recipe
+from scaled_rope.recipes.files import read_recipe
 from scaled_rope.training.loop import Trainer
 from scaled_rope.training.planning import ARCHITECTURES
 from tests.helpers.runs import LENGTH, log

@@ -15,7 +15,7 @@ import torch
 
 from scaled_rope import RopeScaling
 from scaled_rope.errors import ConfigError
-from scaled_rope.recipes import read_recipe
+from scaled_rope.recipes.files import read_recipe
 from scaled_rope.training import engine
 from scaled_rope.training.engine import (
     Layout,

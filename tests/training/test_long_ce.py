@@ -11,7 +11,8 @@ import torch
 import finetune
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.patch import patch_model
-from scaled_rope.recipes import Recipe, read_recipe
+from scaled_rope.recipes.files import read_recipe
+from scaled_rope.recipes.recipe import Recipe
 from scaled_rope.texts.packed import open_packed
 from scaled_rope.training.batches import step_batches
 from scaled_rope.training.long_ce import gain_weights, near_losses, near_windows

@@ -18,7 +18,7 @@ from scaled_rope import patch_model
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loss import IGNORE
-from scaled_rope.recipes import read_recipe
+from scaled_rope.recipes.files import read_recipe
 from scaled_rope.texts.packed import PackedWriter, open_packed
 from scaled_rope.texts.packing import pack
 from scaled_rope.training import batches, loop, model

@@ -15,7 +15,7 @@ import finetune
 from scaled_rope import cli, patch_model
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching import loss
-from scaled_rope.recipes import available, read_recipe
+from scaled_rope.recipes.files import available, read_recipe
 from scaled_rope.training import planning
 from scaled_rope.training.model import build_model
 from scaled_rope.training.planning import Options, Planner

@@ -12,7 +12,8 @@ import torch
 import finetune
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.patch import patch_model
-from scaled_rope.recipes import Recipe, read_recipe
+from scaled_rope.recipes.files import read_recipe
+from scaled_rope.recipes.recipe import Recipe
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.texts.packed import PackedWriter, open_packed, open_rows
 from scaled_rope.training.batches import padded_positions, places, step_batches

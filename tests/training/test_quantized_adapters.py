@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import finetune
 from scaled_rope.errors import ConfigError
 from scaled_rope.patching.loading import load_model
-from scaled_rope.recipes import read_recipe
+from scaled_rope.recipes.files import read_recipe
 from scaled_rope.results import Row
 from scaled_rope.training.engine import make_accelerator
 from scaled_rope.training.loop import Loop

@@ -12,7 +12,8 @@ from transformers import AutoConfig
 
 from scaled_rope import RopeScaling
 from scaled_rope.errors import ConfigError
-from scaled_rope.recipes import Recipe, read_recipe
+from scaled_rope.recipes.files import read_recipe
+from scaled_rope.recipes.recipe import Recipe
 from scaled_rope.training.engine import Layout, accumulation
 from scaled_rope.training.ring import (
     check_context_parallel,

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import finetune
-from scaled_rope.recipes import Recipe
+from scaled_rope.recipes.recipe import Recipe
 from tests.helpers.runs import log
 from tests.helpers.training_recipes import resolved_recipe
 

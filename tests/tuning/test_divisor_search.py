@@ -19,10 +19,11 @@ from scaled_rope.checkpoint import DEFAULT_MODEL, load_tokenizer
 from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.jobs import ModelLoader
+from scaled_rope.files import folder_lock
 from scaled_rope.flags.search import add_search_arguments
 from scaled_rope.patching.loading import load_model
 from scaled_rope.patching.loss import IGNORE, token_nll
-from scaled_rope.results import folder_lock, read_rows
+from scaled_rope.results import read_rows
 from scaled_rope.tuning import divisor_search, divisor_trials
 from tests.helpers.models import Make
 

@@ -21,7 +21,8 @@ from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation.jobs import ModelLoader
 from scaled_rope.flags.search import add_tune_arguments, parse_grid
-from scaled_rope.results import Row, portable, read_rows
+from scaled_rope.provenance import portable
+from scaled_rope.results import Row, read_rows
 from scaled_rope.tuning import search
 from scaled_rope.tuning.measurement import Score
 from tests.helpers.models import Make

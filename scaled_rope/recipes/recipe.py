@@ -1,38 +1,23 @@
-"""The training recipe: its schema, its YAML reader, and a small command line for shell scripts.
-
-python -m scaled_rope.recipes --list
-python -m scaled_rope.recipes demo              # the resolved recipe
-python -m scaled_rope.recipes demo --pending    # what is still to train for it, in order; nothing when it is finished
-"""
-# Knows nothing of torch and models.
+"""The training recipe: its fields, what each may be, and how plain values become one."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
-import re
 import shlex
-import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from scaled_rope.bundled import bundled
-from scaled_rope.command_line import Parser, run_cli
 from scaled_rope.errors import ConfigError, check_name, is_number, suggestion, unknown
-from scaled_rope.results import read_rows
+from scaled_rope.recipes.evaluate_flags import COMPLETING, EVALUATE_FIELDS, EVALUATE_FLAGS, unknown_flag
 from scaled_rope.scaling.registry import METHODS
 from scaled_rope.scaling.resolve import check_spec
 from scaled_rope.scaling.spec import Spec
 
-CONFIGS = bundled("configs")
 LR_SCHEDULES = ("linear", "constant", "cosine", "wsd")
 LR_DECAYS = ("linear", "1-sqrt")
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -47,36 +32,6 @@ DOCUMENTS = ("joined", "separate")
 POSITIONS = ("consecutive", "pose")
 LOSSES = ("auto", "chunked", "fused", "whole")
 LOSS_WEIGHTS = ("data", "long_ce")
-EVALUATE_FIELDS = ("scalings", "perplexity", "perplexity_zero_shot", "passkey", "passkey_zero_shot", "report")
-
-_FOR_MODELS = """
-    -m --model --scaling --yarn --linear --ntk --part-ntk --dynamic-ntk --rerope --dynamic-linear --dynamic-part-ntk
-    --dynamic-yarn --method --window --group --chunk --k --logn --layers --drop-layers --factor --finetuned
-    --original-max-position-embeddings --dtype --device --device-map --max-memory --offload-folder --attention
-    --flash-attention --kernel --sliding-window-attention --adapter --load-in-8bit --load-in-4bit --custom-model
-    --custom-model-together --custom-model-mistral --gpt-neox-max-length --max-position-embeddings --no-use-cache
-    --server --served-name --server-timeout --lengths --min-tokens --max-tokens --tokens-step --batch-size --output
-    --retry-oom --output-file --hide-progress
-"""
-_FOR_TEXTS = """
-    -d --dataset --tokenized -s --subset -f --feature --split --dataset-min-tokens --samples --windows --prefill-chunk
-    --save-tokenized --protocol --stride --weighting --truncate --sliding-window --control --save-nll
-    --aggressive-memory
-"""
-_FOR_PROMPTS = """
-    --iterations --depths --shared-prefill --wording --seed --seeds --fixed-length --length-step --chat-template
-    --heatmap
-"""
-_FOR_REPORTS = "--output --title --paper --table --published --verdict --base --finetuned --train-log"
-EVALUATE_FLAGS = {
-    "perplexity": tuple(f"{_FOR_MODELS} {_FOR_TEXTS}".split()),
-    "passkey": tuple(f"{_FOR_MODELS} {_FOR_PROMPTS}".split()),
-    "report": tuple(_FOR_REPORTS.split()),
-}
-"""The flags of eval/NAME.py, whose parsers import what imports recipes; `tests/test_recipes.py` holds the two to each
-other."""
-_COMPLETING = ("--factor", "--finetuned", "--window", "--group", "--chunk", "--k", "--logn")
-"""Flags that add to scalings what their texts leave open."""
 
 
 @dataclass(frozen=True)
@@ -360,7 +315,7 @@ class Recipe:
     def _check_scalings(self) -> None:
         """Refuse scalings of `evaluate` that no evaluator reads, before hours are spent on training."""
         words = [word for name in EVALUATE_FIELDS[1:] for word in shlex.split(self.evaluate.get(name, ""))]
-        completed = any(word.partition("=")[0] in _COMPLETING for word in words)
+        completed = any(word.partition("=")[0] in COMPLETING for word in words)
         for spec in self.evaluate.get("scalings", ()):
             try:
                 method = Spec.parse(spec).method.removeprefix("dynamic-")
@@ -382,7 +337,7 @@ class Recipe:
             except ValueError:
                 allowed = "a list of scalings" if name == "scalings" else "flags, in one text as a shell splits it"
                 raise ConfigError(f"{said} is not allowed; {allowed}") from None
-            if (flag := _unknown_flag(words, script := name.removesuffix("_zero_shot"))) is not None:
+            if (flag := unknown_flag(words, script := name.removesuffix("_zero_shot"))) is not None:
                 near = suggestion(flag, EVALUATE_FLAGS[script])
                 raise ConfigError(f"{said} is not allowed: unknown flag {flag}; {near}(see eval/{script}.py --help)")
         self._check_scalings()
@@ -415,8 +370,6 @@ class Recipe:
 
 
 _TYPES = typing.get_type_hints(Recipe)
-
-
 _WORDS: dict[Any, str] = {
     str: "text",
     int: "a whole number",
@@ -466,164 +419,6 @@ def coerce(name: str, value: Any) -> Any:
         raise ConfigError(f"recipe field {name} = {value!r} is not allowed; {_WORDS[kind]}") from None
 
 
-def available() -> dict[str, Path]:
-    """Recipe name -> file, for every YAML file in `configs/`."""
-    return {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
-
-
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # that of libyaml takes a tenth of the time
-_LARGEST_FILE = 2**20  # bytes
-_DEEPEST = 20  # blocks within blocks
-_LONG_NUMBER = re.compile(r"[-+]?[\d_.]{40,}")
-
-
-def _check_events(text: str, path: Path, loader: Any = _LOADER) -> None:
-    """Raise a ConfigError for what makes a small file large or endless: aliases, blocks without end, long numbers."""
-    depth = 0
-    for event in yaml.parse(text, Loader=loader):
-        line = event.start_mark.line + 1 if event.start_mark else 0
-        if isinstance(event, yaml.AliasEvent):
-            raise ConfigError(f"{path}, line {line}: *{event.anchor} is not allowed; write the value again")
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-            if depth > _DEEPEST:
-                raise ConfigError(f"{path}, line {line}: more than {_DEEPEST} blocks within each other are not allowed")
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        elif isinstance(event, yaml.ScalarEvent) and not event.style and _LONG_NUMBER.fullmatch(event.value):
-            raise ConfigError(f"{path}, line {line}: a number of {len(event.value)} digits is not allowed")
-
-
-def _unknown_flag(words: Sequence[str], script: str) -> str | None:
-    """The first of the words that looks like a flag and is none of eval/`script`.py; None if all are."""
-    for word in words:
-        if not word.startswith("-") or re.fullmatch(r"-|-\d.*", word, re.DOTALL):
-            continue  # a value, a negative number among them
-        flag = word.partition("=")[0] if word.startswith("--") else word[:2]  # as in -dNAME
-        if flag not in EVALUATE_FLAGS[script]:
-            return flag
-    return None
-
-
-def _check_keys(node: yaml.Node | None, path: Path) -> None:
-    """Raise a ConfigError for a key that occurs twice in one block, where YAML would silently take the last."""
-    if isinstance(node, yaml.MappingNode):
-        lines: dict[str, int] = {}
-        for key, value in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in lines:
-                raise ConfigError(f"{path}, line {line}: {name} stands there again, after line {lines[name]}; keep one")
-            lines[name] = line
-            _check_keys(value, path)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _check_keys(value, path)
-
-
-def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
-    """Read a YAML file of `field: value` lines.
-
-    what: the name of its content in errors.
-
-    Raises:
-        ConfigError: it is no YAML, no such lines, a key stands there twice, or it is larger or deeper than any
-            such file.
-    """
-    try:
-        if (size := path.stat().st_size) > _LARGEST_FILE:
-            raise ConfigError(f"{path} has {size} bytes; a {what} has at most {_LARGEST_FILE}")
-        text = path.read_text(encoding="utf-8")
-        _check_events(text, path)
-        _check_keys(yaml.compose(text, Loader=_LOADER), path)
-        content = yaml.load(text, Loader=_LOADER)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    except yaml.YAMLError as error:
-        with contextlib.suppress(yaml.YAMLError):
-            _check_events(text, path, yaml.SafeLoader)  # libyaml refuses deep blocks before it tells of them
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds no {what}; expected `field: value` lines")
-    return content
-
-
-def read_recipe(name: str, overrides: Mapping[str, Any] | None = None, also: Sequence[str] = ()) -> Recipe:
-    """Read a recipe by its name in `configs/` or by the path of a YAML file.
-
-    A recipe may name one `base` recipe whose fields it takes over; the base may not have a base itself.
-
-    also: further names to suggest in the error for an unknown recipe.
-
-    Raises:
-        ConfigError: no such recipe, an unknown field, a value that is not allowed, or a missing field.
-    """
-    if not name.isprintable():
-        raise ConfigError(f"recipe {name!r} is not allowed; a name without line breaks and control characters")
-    path = Path(name) if name.endswith((".yaml", ".yml")) else available().get(name)
-    if path is None:
-        raise unknown("recipe", name, [*available(), *also])
-    if not os.path.isfile(path):  # False for names that no file can have, where Path.is_file raises
-        raise ConfigError(f"recipe file {path} does not exist")
-    fields = read_yaml(path)
-    if base := fields.pop("base", None):
-        named = isinstance(base, str) and re.fullmatch(r"[\w.-]+", base) is not None
-        beside = path.with_name(f"{base}.yaml") if named else path
-        parent = read_yaml(beside) if named and os.path.isfile(beside) else None
-        if parent is None or "base" in parent:
-            raise ConfigError(f"{path}: base {base!r} is not allowed; a recipe beside it that has no base itself")
-        fields = parent | fields
-    model = fields.get("model")
-    if isinstance(model, str) and not os.path.exists(model) and os.path.isdir(bundled(model)):
-        fields["model"] = str(bundled(model))  # the embedded model, seen from outside the checkout
-    return make_recipe({"name": path.stem} | fields | dict(overrides or {}), str(path))
-
-
-def starts_from(recipe: Recipe) -> Recipe | None:
-    """The recipe of `configs/` whose result, a model or a state, `recipe` starts from, if any."""
-    if recipe.model is None and recipe.continue_from is None:
-        return None
-    for name in available():
-        other = read_recipe(name)
-        if recipe.model is not None and Path(recipe.model) == Path(other.output_dir) / "model":
-            return other
-        if other.stop_after is not None and recipe.continue_from is not None:
-            if Path(recipe.continue_from) == stopping_state(other):
-                return other
-    return None
-
-
-def stopping_state(recipe: Recipe) -> Path:
-    """The folder of the state that a recipe with `stop_after` ends with."""
-    return Path(recipe.output_dir) / "checkpoints" / f"step-{recipe.stop_after:06d}"
-
-
-def is_finished(recipe: Recipe) -> bool:
-    """Whether the recipe's run has come to its end: its model is saved and its log has the last step.
-
-    With `stop_after`: whether the state of that step is there.
-    """
-    if recipe.stop_after is not None:
-        return (stopping_state(recipe) / "state.json").exists()
-    return has_model(recipe)
-
-
-def has_model(recipe: Recipe) -> bool:
-    """Whether the model that the recipe's last step ends with is saved, whatever `stop_after` says."""
-    output = Path(recipe.output_dir)
-    if not (output / "model" / "config.json").exists() or not (output / "train_log.jsonl").exists():
-        return False
-    log = read_rows(output / "train_log.jsonl")
-    return bool(log) and log[-1]["step"] == recipe.max_train_steps
-
-
-def pending(recipe: Recipe) -> list[Recipe]:
-    """The recipes still to train, in order, before `recipe` is finished: those that it starts from, and itself."""
-    if is_finished(recipe):
-        return []
-    before = starts_from(recipe)
-    return [*(pending(before) if before is not None else ()), recipe]
-
-
 _PLACES = {"model", "tokenizer", "dataset", "heldout", "output_dir", "continue_from"}
 """Fields that may be paths."""
 
@@ -643,112 +438,3 @@ def make_recipe(fields: Mapping[str, Any], where: str) -> Recipe:
         if key not in values:
             raise ConfigError(f"{where}: field {key} is missing")
     return Recipe(**values)
-
-
-_BACKWARD = 3
-"""A token that is trained on costs about as much as three that are only read."""
-_CONTROL = 4
-"""So often a control reads each token: its windows overlap by three quarters."""
-
-
-def steps(recipe: Recipe) -> dict[str, int]:
-    """The steps of train.sh and eval.sh for a recipe, with the estimated work of each in tokens that a model reads.
-
-    Good enough to say how many minutes are left; flags that give no lengths count as nothing.
-    """
-    found = {"texts": 0} if recipe.prepare else {}
-    found["training"] = _BACKWARD * recipe.max_train_steps * recipe.tokens_per_step
-    scalings = recipe.evaluate.get("scalings", ())
-    for name in ("perplexity", "passkey"):
-        flags = shlex.split(recipe.evaluate.get(name, ""))
-        if flags:
-            plural = "passkeys" if name == "passkey" else name
-            fewer = shlex.split(recipe.evaluate.get(f"{name}_zero_shot", ""))
-            first, others = _split_scalings(scalings, bool(fewer))
-            if first:
-                found[f"{plural} before training"] = sum(_tokens(name, flags, scaling) for scaling in first)
-            if others:
-                work = sum(_tokens(name, ["--control", "off", *fewer], scaling) for scaling in others)
-                found[f"{plural} of scalings without training"] = work
-            found[f"{plural} after training"] = _tokens(name, flags, recipe.scaling or "default")
-    return found | ({"report": 0} if recipe.evaluate else {})
-
-
-def _split_scalings(scalings: Sequence[str], apart: bool) -> tuple[list[str], list[str]]:
-    """The scalings of the base that are measured with the evaluator's flags, and those with the flags for scalings
-    without training: none unless there are such flags (`apart`)."""
-    first = [scaling for scaling in scalings if not apart or scaling == "default"]
-    return first, [scaling for scaling in scalings if scaling not in first]
-
-
-def _tokens(evaluator: str, flags: Sequence[str], scaling: str) -> int:
-    """The tokens that an evaluator reads under one scaling, as far as its flags tell."""
-
-    def values(flag: str) -> list[str]:
-        given = [flags[i + 1] for i in range(len(flags) - 1) if flags[i] == flag]
-        given += [word.partition("=")[2] for word in flags if word.startswith(f"{flag}=")]
-        return [part for text in given for part in text.split(",")]
-
-    def count(flag: str) -> int:
-        given = values(flag)[-1:]
-        return int(given[0]) if given and given[0].isdigit() else 1
-
-    lengths = [int(text) for text in values("--lengths") if text.isdigit()] or [0]
-    if evaluator == "passkey":
-        return count("--iterations") * max(1, len(values("--seeds"))) * max(1, len(values("--wording"))) * sum(lengths)
-    once = sum(lengths) if "dynamic" in scaling else max(lengths)  # a static scaling needs the longest pass only
-    texts = len(values("--dataset")) + len(values("-d"))
-    control = 0 if values("--control")[-1:] == ["off"] else _CONTROL
-    return max(1, texts) * count("--windows") * (once + control * max(lengths))
-
-
-def shell_assignments(recipe: Recipe) -> str:
-    """Bash assignments for train.sh and eval.sh: strings `model`, `output_dir`; arrays `prepare`, and the flags of
-    `EVALUATE_FIELDS`, split as a shell splits words; for each evaluator NAME the flags `--scaling …` of the base with
-    the flags of NAME (`NAME_scalings`) and with those of NAME_zero_shot (`NAME_zero_shot_scalings`); `steps` and
-    `work`, as `steps` says.
-    """
-    arrays: dict[str, Sequence[str]] = {"prepare": recipe.prepare}
-    arrays |= {name: shlex.split(recipe.evaluate.get(name, "")) for name in EVALUATE_FIELDS[1:]}
-    for name in ("perplexity", "passkey"):
-        split = _split_scalings(recipe.evaluate.get("scalings", ()), bool(arrays[f"{name}_zero_shot"]))
-        for kind, scalings in zip((name, f"{name}_zero_shot"), split, strict=True):
-            arrays[f"{kind}_scalings"] = [word for scaling in scalings for word in ("--scaling", scaling)]
-    planned = steps(recipe)
-    arrays |= {"steps": list(planned), "work": [str(work) for work in planned.values()]}
-    lines = [f"{name}={shlex.quote(getattr(recipe, name) or '')}" for name in ("model", "output_dir")]
-    lines += [f"{name}=({shlex.join(entries)})" for name, entries in arrays.items()]
-    return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser("python -m scaled_rope.recipes", __doc__)
-    parser.add_argument("name", nargs="?")
-    parser.add_argument("--list", action="store_true", help="names and descriptions")
-    parser.add_argument("--pending", action="store_true", help="names of the recipes still to train for it, in order")
-    parser.add_argument("--finished", action="store_true", help="exit with 0 when it is finished, else with 1")
-    parser.add_argument("--shell", action="store_true", help="assignments for a shell script to eval")
-    parser.add_argument("--also", nargs="*", default=[], metavar="NAME", help="no recipes, but known to who asks")
-    args = parser.parse_args(argv)
-    if args.shell and args.list:
-        raise ConfigError("--list is not allowed with --shell, whose output a script runs")
-    if args.list:
-        for name in available():
-            print(f"{name:<24} {read_recipe(name).description}")
-    elif args.name is None:
-        raise ConfigError("name of a recipe is missing; --list shows them")
-    elif args.pending:
-        recipe = read_recipe(args.name)
-        # The recipe itself under the name that was given: one from a file cannot be found by its own name.
-        print("".join(f"{args.name if one == recipe else one.name}\n" for one in pending(recipe)), end="")
-    elif args.finished:
-        return 0 if is_finished(read_recipe(args.name)) else 1
-    elif args.shell:
-        print(shell_assignments(read_recipe(args.name, also=args.also)))
-    else:
-        print(yaml.safe_dump(read_recipe(args.name).to_dict(), sort_keys=False, allow_unicode=True), end="")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_cli(main))

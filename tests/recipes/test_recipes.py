@@ -13,10 +13,16 @@ import torch
 
 import tokenization
 import truncate
-from scaled_rope import compute_rope, recipes
+from scaled_rope import compute_rope
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
-from scaled_rope.recipes import EVALUATE_FLAGS, available, is_finished, make_recipe, pending, read_recipe, starts_from
+from scaled_rope.recipes import __main__ as command
+from scaled_rope.recipes import files
+from scaled_rope.recipes.evaluate_flags import EVALUATE_FLAGS
+from scaled_rope.recipes.files import available, read_recipe
+from scaled_rope.recipes.recipe import make_recipe
+from scaled_rope.recipes.runs import is_finished, pending, starts_from
+from scaled_rope.recipes.steps import steps
 from scaled_rope.scaling.record import RopeSettings
 from scaled_rope.training.engine import accumulation, check_sequence_parallel
 from scaled_rope.training.model import build_model
@@ -360,7 +366,7 @@ def test_a_chain_trains_what_is_missing_in_order(tmp_path, monkeypatch):
     finish_again = tmp_path / "out/llama-2-7b-64k/train_log.jsonl"
     finish_again.write_text(finish_again.read_text() + '{"step": 400}\n')
     assert is_finished(read_recipe("llama-2-7b-64k"))
-    assert [recipes.main([name, "--finished"]) for name in ("llama-2-7b-64k", "llama-2-7b-128k")] == [0, 1]
+    assert [command.main([name, "--finished"]) for name in ("llama-2-7b-64k", "llama-2-7b-128k")] == [0, 1]
     assert [recipe.name for recipe in pending(longer)] == ["llama-2-7b-128k"]
     finish(tmp_path / "out/llama-2-7b-128k", 200)
     assert pending(longer) == []
@@ -381,7 +387,7 @@ def test_inheritance_has_one_level(tmp_path, monkeypatch):
     (tmp_path / "a.yaml").write_text("base: b\n")
     (tmp_path / "b.yaml").write_text("base: c\n")
     (tmp_path / "c.yaml").write_text("model: m\n")
-    monkeypatch.setattr(recipes, "CONFIGS", tmp_path)
+    monkeypatch.setattr(files, "CONFIGS", tmp_path)
     with pytest.raises(ConfigError, match="base 'b' is not allowed; a recipe beside it that has no base itself"):
         read_recipe("a")
 
@@ -389,7 +395,7 @@ def test_inheritance_has_one_level(tmp_path, monkeypatch):
 def test_what_is_pending_of_a_file_is_the_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(json.dumps(read_recipe("llama-2-7b-128k").to_dict()))  # which is YAML too
-    assert recipes.main(["mine.yaml", "--pending"]) == 0
+    assert command.main(["mine.yaml", "--pending"]) == 0
     assert capsys.readouterr().out.split() == ["llama-2-7b-64k", "mine.yaml"]
 
 
@@ -475,7 +481,7 @@ def test_the_work_of_a_recipes_steps(tmp_path):
         "perplexity: '--dataset x --dataset=y --windows 3 --lengths 8,16', passkey: "
         " '--lengths 64,128 --iterations 10 --seeds 1,2,3 --wording passkey,needle'}\n"
     )
-    assert recipes.steps(read_recipe(str(file))) == {
+    assert steps(read_recipe(str(file))) == {
         "texts": 0,
         "training": 3 * 5 * 2 * 64,
         "perplexity before training": 2 * 3 * (16 + 4 * 16) + 2 * 3 * (8 + 16 + 4 * 16),
@@ -487,7 +493,7 @@ def test_the_work_of_a_recipes_steps(tmp_path):
     file.write_text(
         file.read_text().replace("passkey: ", "passkey_zero_shot: '--lengths 64 --iterations 2', passkey: ")
     )
-    fewer = recipes.steps(read_recipe(str(file)))
+    fewer = steps(read_recipe(str(file)))
     assert list(fewer)[4:] == [
         "passkeys before training", "passkeys of scalings without training", "passkeys after training", "report",
     ]  # fmt: skip
@@ -496,7 +502,7 @@ def test_the_work_of_a_recipes_steps(tmp_path):
     file.write_text(
         file.read_text().replace("perplexity: ", "perplexity_zero_shot: '--windows 2 --lengths 8,16', perplexity: ")
     )
-    fewer = recipes.steps(read_recipe(str(file)))
+    fewer = steps(read_recipe(str(file)))
     assert fewer["perplexity before training"] == 2 * 3 * (16 + 4 * 16)
     assert fewer["perplexity of scalings without training"] == 2 * (8 + 16)
 
@@ -546,7 +552,7 @@ def test_files_that_only_look_small_are_refused_at_once(tmp_path, text, said):
 
 def test_assignments_for_a_shell_are_never_a_listing(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="--list is not allowed with --shell"):
-        recipes.main(["demo", "--shell", "--list"])
+        command.main(["demo", "--shell", "--list"])
     with pytest.raises(ConfigError, match="unknown recipe '--list'"):
-        recipes.main(["--shell", "--also", "table1", "--", "--list"])
+        command.main(["--shell", "--also", "table1", "--", "--list"])
     assert capsys.readouterr().out == ""
