@@ -32,6 +32,22 @@ DOCUMENTS = ("joined", "separate")
 POSITIONS = ("consecutive", "pose")
 LOSSES = ("auto", "chunked", "fused", "whole")
 LOSS_WEIGHTS = ("data", "long_ce")
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "lr_schedule": LR_SCHEDULES, "save_dtype": SAVE_DTYPES, "documents": DOCUMENTS, "positions": POSITIONS,
+    "loss": LOSSES, "loss_weights": LOSS_WEIGHTS, "precision": PRECISIONS, "quantization": (*QUANTIZATIONS, None),
+}  # fmt: skip
+"""The values of fields that have a few."""
+_POSITIVE = (
+    "sequence_length", "global_batch_size", "batch_size", "max_train_steps", "sequence_parallel", "kept_checkpoints",
+    "heldout_steps", "heldout_rows", "mlp_tiles", "context_parallel", "truncate", "checkpointing_steps",
+)  # fmt: skip
+"""Counts of at least 1; those that may be left out, as well where they are given."""
+_ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "positions: pose": ("positions", ("pose_chunks", "skip_text")),
+    "lr_schedule: wsd": ("lr_schedule", ("lr_decay_share", "lr_decay")),
+    "loss_weights: long_ce": ("loss_weights", ("long_ce_cap", "long_ce_context", "long_ce_step")),
+}
+"""Value of a field -> that field, and the fields that keep their defaults under its other values."""
 
 
 @dataclass(frozen=True)
@@ -180,13 +196,15 @@ class Recipe:
             value = (self.init or {}).get(name)
             if value is not None and is_number(value) and not 1 <= value <= most:
                 raise ConfigError(f"recipe {self.name!r}: init.{name} = {value!r} is not allowed; 1 to {most}")
-        for name in (
-            "sequence_length", "global_batch_size", "batch_size", "max_train_steps", "sequence_parallel",
-            "kept_checkpoints", "heldout_steps", "heldout_rows", "mlp_tiles", "context_parallel",
-        ):  # fmt: skip
-            require(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("truncate", "checkpointing_steps"):
+        for name, choices in _CHOICES.items():
+            words = [word for word in choices if word is not None] + ["or none"] * (None in choices)
+            require(getattr(self, name) in choices, name, f"one of: {', '.join(words)}")
+        for name in _POSITIVE:
             require(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
+        for setting, (decisive, names) in _ONLY_WITH.items():
+            if f"{decisive}: {getattr(self, decisive)}" != setting:
+                for name in names:
+                    require(getattr(self, name) == getattr(Recipe, name), name, f"it is for {setting}")
         require(
             self.stop_after is None or 1 <= self.stop_after < self.max_train_steps,
             "stop_after", "a step before max_train_steps",
@@ -195,25 +213,18 @@ class Recipe:
         require(self.learning_rate > 0, "learning_rate", "above 0")
         require(self.grad_norm is None or self.grad_norm > 0, "grad_norm", "above 0")
         require(0 <= self.seed < 2**32, "seed", "0 to 4294967295")
-        require(self.save_dtype in SAVE_DTYPES, "save_dtype", f"one of: {', '.join(SAVE_DTYPES[1:])}, or none")
         require(self.weight_decay >= 0, "weight_decay", "0 or more")
         require(len(self.adam_betas) == 2 and all(0 <= b < 1 for b in self.adam_betas), "adam_betas", "two in [0, 1)")
         self._check_schedule(require)
         if self.scaling is not None:
             check_spec(self.scaling)
         self._check_evaluate()
-        require(self.documents in DOCUMENTS, "documents", f"one of: {', '.join(DOCUMENTS)}")
-        require(self.positions in POSITIONS, "positions", f"one of: {', '.join(POSITIONS)}")
         if self.positions == "pose":
             require(self.documents == "joined", "documents", "joined, with positions: pose; both set position ids")
             require(self.truncate is None, "truncate", "none with positions: pose, whose windows have sequence_length")
             require(self.pose_chunks >= 2, "pose_chunks", "at least 2")
             require(self.pose_chunks <= self.sequence_length // 2, "pose_chunks", "at most sequence_length / 2")
-        else:
-            require(self.pose_chunks == 2, "pose_chunks", "it is for positions: pose")
-            require(self.skip_text, "skip_text", "it is for positions: pose")
         self._check_short_steps(require)
-        require(self.loss in LOSSES, "loss", f"one of: {', '.join(LOSSES)}")
         self._check_loss_weights(require)
         require(
             self.gradient_checkpointing or not self.offload_activations,
@@ -229,9 +240,6 @@ class Recipe:
             "keep_attention", "false with offload_activations: what attention returned would stay on the device",
         )  # fmt: skip
         require(self.lora or not self.lora_embeddings_and_norms, "lora_embeddings_and_norms", "it is for lora: true")
-        require(
-            self.quantization in (None, *QUANTIZATIONS), "quantization", f"one of: {', '.join(QUANTIZATIONS)}, or none"
-        )
         require(self.lora or self.quantization is None, "quantization", "it is for lora: true")
         require(
             self.init is None or self.quantization is None, "quantization", "it is for a checkpoint, not for `init`"
@@ -245,10 +253,8 @@ class Recipe:
         require(windows is None or (bool(windows) and min(windows) > 0), "sliding_window_attention_schedule", "above 0")
         require(bool(self.heldout_lengths) == (self.heldout is not None), "heldout_lengths", "give it with `heldout`")
         require(all(length >= 2 for length in self.heldout_lengths), "heldout_lengths", "2 tokens or more")
-        require(self.precision in PRECISIONS, "precision", f"one of: {', '.join(PRECISIONS)}")
 
     def _check_schedule(self, require: Callable[[bool, str, str], None]) -> None:
-        require(self.lr_schedule in LR_SCHEDULES, "lr_schedule", f"one of: {', '.join(LR_SCHEDULES)}")
         require(self.lr_floor is None or 0 <= self.lr_floor <= 1, "lr_floor", "a share of the peak, 0 to 1")
         require(self.lr_schedule != "constant" or self.lr_floor is None, "lr_floor", "none with lr_schedule: constant")
         if self.lr_schedule == "wsd":
@@ -259,9 +265,6 @@ class Recipe:
                 self.warmup_steps + self.decay_steps <= self.max_train_steps,
                 "lr_decay_share", f"at most {most:g}, what warmup_steps leave",
             )  # fmt: skip
-        else:
-            require(self.lr_decay_share == 0.1, "lr_decay_share", "it is for lr_schedule: wsd")
-            require(self.lr_decay == "linear", "lr_decay", "it is for lr_schedule: wsd")
 
     def _check_short_steps(self, require: Callable[[bool, str, str], None]) -> None:
         require(0 <= self.short_share < 1, "short_share", "a share of the steps: 0 or more, below 1")
@@ -272,10 +275,7 @@ class Recipe:
             require(self.context_parallel == 1, "context_parallel", "1 with short_share: frequencies follow the length")
 
     def _check_loss_weights(self, require: Callable[[bool, str, str], None]) -> None:
-        require(self.loss_weights in LOSS_WEIGHTS, "loss_weights", f"one of: {', '.join(LOSS_WEIGHTS)}")
         if self.loss_weights == "data":
-            for name, default in (("long_ce_cap", 5.0), ("long_ce_context", 4096), ("long_ce_step", 1024)):
-                require(getattr(self, name) == default, name, "it is for loss_weights: long_ce")
             return
         require(self.long_ce_cap >= 1, "long_ce_cap", "at least 1, the weight of a token that far context leaves alone")
         longest = self.truncate or self.sequence_length
