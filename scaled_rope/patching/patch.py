@@ -464,11 +464,12 @@ def computes(
     wanted = {name: unpatched.own_of(name) for name in unpatched.types} or {"": scaling}
     if unpatched.types:
         wanted[primary_type(unpatched.types)] = scaling
-    return all(
-        _module_computes(unpatched, place, name, unpatched.scaling_at(place, one))
-        for place in unpatched.places
-        for name, one in wanted.items()
-    )
+    with _disable_current_modes():  # a caller may be tracing a pass, with tensors that hold no numbers
+        return all(
+            _module_computes(unpatched, place, name, unpatched.scaling_at(place, one))
+            for place in unpatched.places
+            for name, one in wanted.items()
+        )
 
 
 def _module_computes(unpatched: Unpatched, place: Place, layer_type: str, scaling: RopeScaling) -> bool:
@@ -487,7 +488,7 @@ def _module_computes(unpatched: Unpatched, place: Place, layer_type: str, scalin
         getattr(rotary, buffer_name(name, layer_type), None) for name in ("inv_freq", "attention_scaling")
     )
     said = unpatched.scaling_at(place, unpatched.own_of(layer_type)) == scaling
-    if inv_freq is None or inv_freq.is_meta:
+    if inv_freq is None or not has_values(inv_freq):
         return said
     wanted, wanted_factor = unpatched.form(place).frequencies(scaling, layer_type)
     if inv_freq.shape != wanted.shape:

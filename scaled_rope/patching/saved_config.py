@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from scaled_rope.checkpoint import quiet_transformers
@@ -97,17 +98,19 @@ def _is_understood(
     for place in unpatched.places:
         said = {**copy.deepcopy(config.to_dict()), **copy.deepcopy(_present(fields))}
         try:
-            # Our keys are logged, and every key that a rope_type does not use.
-            with quiet_transformers(), torch.device("cpu"):  # models may be built under a default device of "meta"
+            # Our keys are logged, and every key that a rope_type does not use. Models may be built under a default
+            # device of "meta", or traced with tensors that hold no numbers.
+            with quiet_transformers(), _disable_current_modes(), torch.device("cpu"):
                 whole = type(config).from_dict(said)
                 if (theta := unpatched.thetas.get(place.path)) is not None:  # as the model does for each of its modules
                     whole.rope_parameters = {**whole.rope_parameters, "rope_theta": theta}
                 rotary = type(place.module)(config=whole)
         except Exception:  # each family has its own ways to refuse
             return False
-        for name, one in scalings.items():
-            if not agrees(rotary, name, unpatched.scaling_at(place, one), unpatched):
-                return False
+        with _disable_current_modes():
+            for name, one in scalings.items():
+                if not agrees(rotary, name, unpatched.scaling_at(place, one), unpatched):
+                    return False
     return True
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -272,3 +273,14 @@ def test_a_failing_module_of_the_family_means_that_transformers_cannot_express_i
     model = tiny_model()
     monkeypatch.setattr("scaled_rope.patching.saved_config.tables_of_text", _failing)
     assert patch_model(model, "yarn:4").native is False
+
+
+@pytest.mark.parametrize("spec", ("yarn:4", "linear:4", "dynamic-ntk:4"))
+def test_a_model_without_numbers_is_given_the_same_words(tiny_model: Make, spec: str) -> None:
+    """As `scaled-rope plan` patches it, to trace a pass; modules of the family can be compared all the same."""
+    model = tiny_model()
+    with FakeTensorMode():
+        traced = type(model)(model.config)
+        assert patch_model(traced, spec).native
+    patch_model(model, spec)
+    assert traced.config.rope_parameters == model.config.rope_parameters
