@@ -195,11 +195,15 @@ class FamilyRotaryEmbedding(ScaledRotaryEmbedding):
 
     def _tables_of_family(self, x: Tensor, position_ids: Tensor, inv_freq: Tensor, factor: Tensor | float) -> Any:
         prefix, more = (f"{self.layer_type}_", (self.layer_type,)) if self.layer_type else ("", ())
-        self.family._parameters.update(self._parameters)
-        setattr(self.family, f"{prefix}inv_freq", inv_freq if self.order is None else inv_freq[self.order])
-        setattr(self.family, f"{prefix}attention_scaling", 1.0)
+        family = self.family
+        if getattr(self, "_is_replica", False):  # of nn.DataParallel, whose replicas run at the same time
+            family = copy.copy(family)
+            vars(family)["_parameters"] = {name: getattr(self, name) for name in self.family._parameters}
+        family._parameters.update(self._parameters)
+        setattr(family, f"{prefix}inv_freq", inv_freq if self.order is None else inv_freq[self.order])
+        setattr(family, f"{prefix}attention_scaling", 1.0)
         # In float32 until the factor has been multiplied.
-        tables = self.family(x.new_zeros(1, 1, 1, dtype=torch.float32), position_ids, *more)
+        tables = family(x.new_zeros(1, 1, 1, dtype=torch.float32), position_ids, *more)
         if isinstance(tables, Tensor):
             return self._rounded(tables * factor, x)
         return tuple(self._rounded(table * factor, x) for table in tables)
