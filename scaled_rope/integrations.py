@@ -57,7 +57,8 @@ class ContextCallback(TrainerCallback):  # type: ignore[misc]
         scaling: the scaling that the model should compute with, as text or record; None: the one in its config.
 
     Raises:
-        ConfigError: when training begins, if the model does not compute with `scaling`, or the texts cannot be used.
+        ConfigError: when training begins, if the model does not compute with `scaling`, the texts cannot be used, or an
+            adapter of PEFT acts outside of the model that is measured (prompt learning).
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class ContextCallback(TrainerCallback):  # type: ignore[misc]
         self._measured = -1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+        _check_adapters(model)
         inner = _inner(model)
         self.scaling = check_scaling(inner, self.scaling)
         tokenizer = self._tokenizer or more.get("processing_class")
@@ -176,11 +178,34 @@ def _step(row: Row) -> int | None:
     return int(number) if word == "step" else None
 
 
-def _inner(model: Any) -> Any:
-    """The transformers model inside wrappers of adapters and of engines."""
+def _unwrapped(model: Any) -> Any:
+    """The model inside wrappers of engines, with its adapters."""
     while hasattr(model, "module"):
         model = model.module
+    return model
+
+
+def _inner(model: Any) -> Any:
+    """The transformers model inside wrappers of adapters and of engines."""
+    model = _unwrapped(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _check_adapters(model: Any) -> None:
+    """Raise an error for a model with an adapter that its base model runs without: virtual tokens, weights for each
+    input, and adapters that wait for certain tokens are brought in by PEFT's own forward.
+
+    Raises:
+        ConfigError: as above.
+    """
+    configs: Any = getattr(_unwrapped(model), "peft_config", None) or {}
+    for config in configs.values():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if config.is_prompt_learning or kind == "XLORA" or getattr(config, "alora_invocation_tokens", None) is not None:
+            raise ConfigError(
+                f"ContextCallback cannot measure {type(config).__name__} of PEFT, which acts outside of the model that "
+                "is measured; leave the callback out, or train a LoRA adapter"
+            )
 
 
 def _losses(model: Any, texts: Texts, length: int) -> list[Losses]:

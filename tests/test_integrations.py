@@ -279,6 +279,23 @@ def test_a_checkpoint_of_an_adapter_says_its_scaling(checkpoint: str, texts: str
     assert check_scaling(loaded) == check_scaling(model) and check_scaling(model).label == "yarn x4"
 
 
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig", "aLoRA"])
+def test_adapters_outside_of_the_model_are_refused(kind: str, checkpoint: str, texts: str, tmp_path: Path) -> None:  # noqa: F811
+    """The base model computes without them, so that every step would show the same perplexity."""
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    patch_model(model, "yarn:4")
+    if kind == "aLoRA":
+        config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[1, 2])
+    else:
+        config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    adapted = peft.get_peft_model(model, config)
+    wrapped = SimpleNamespace(module=adapted)
+    where, state = SimpleNamespace(output_dir=tmp_path), SimpleNamespace(global_step=0, is_world_process_zero=True)
+    with pytest.raises(ConfigError, match=r"^ContextCallback cannot measure \w+Config of PEFT, which acts [^\n]*$"):
+        ContextCallback(texts, [16]).on_train_begin(where, state, None, model=wrapped)
+
+
 def test_layers_without_rotary_embedding_are_not_counted_as_scaled(checkpoint: str) -> None:  # noqa: F811
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     patch_model(model, "yarn:4", drop_layers=range(model.config.num_hidden_layers))
