@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from scaled_rope.evaluation.windows import (
     truncated,
     windows_fingerprint,
 )
-from scaled_rope.patching.adapter_scaling import save_adapter_scaling
+from scaled_rope.patching.adapter_scaling import adapter_names, save_adapter_scaling, saved_adapters
 from scaled_rope.patching.patch import computes, lost_part, patched_plan, patched_scaling
 from scaled_rope.results import Row, append_row, provenance, rows_so_far, write_atomic
 from scaled_rope.scaling.record import RopeScaling, RopeSettings
@@ -116,8 +117,13 @@ class ContextCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and (folder / "adapter_config.json").is_file():
-            save_adapter_scaling(_inner(model), folder)
+        if not state.is_world_process_zero:
+            return
+        adapted = _unwrapped(model)
+        if saved_adapters(adapted, folder):
+            save_adapter_scaling(adapted, folder)
+        elif adapter_names(adapted):
+            print(f"note: {folder} holds no adapter, so the scaling is not written beside one", file=sys.stderr)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         self._measure(args, state, model)
