@@ -112,8 +112,18 @@ class ScaledRotaryEmbedding(_ShowsFamily):
             inv_freq, factor = self.frequencies(seq_len)
             angles = positions * inv_freq[:, None, :]
             return angles.cos() * factor[:, None, None], angles.sin() * factor[:, None, None]
-        angles = positions * self.inv_freq.to(position_ids.device)
+        angles = positions * self._static_frequencies(position_ids.device)
         return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
+    def _static_frequencies(self, device: torch.device) -> Tensor:
+        """Frequencies [D/2] of a scaling that does not depend on the length, on a device.
+
+        A module on "meta" may be called with numbers from elsewhere: under `torch.func.functional_call`, or after
+        `load_state_dict(assign=True)`, which bring weights and buffers only.
+        """
+        if self.inv_freq.is_meta and device.type != "meta":
+            return compute_rope(self.scaling, self.head_dim, device=device)[0]
+        return self.inv_freq.to(device)
 
     def frequencies(self, seq_len: Tensor) -> tuple[Tensor, Tensor]:
         """Frequencies [B, D/2] and attention factors [B], float32, of rows of l' = seq_len [B] tokens."""
@@ -180,7 +190,7 @@ class FamilyRotaryEmbedding(ScaledRotaryEmbedding):
 
     def _tables(self, x: Tensor, position_ids: Tensor) -> Any:
         if not self.scaling.is_length_dependent:
-            return self._tables_of_family(x, position_ids, self.inv_freq.to(x.device), self.attention_scaling)
+            return self._tables_of_family(x, position_ids, self._static_frequencies(x.device), self.attention_scaling)
         text = position_ids if position_ids.dim() == 2 else position_ids[0]
         inv_freq, factor = self.frequencies(row_lengths(text))
         if len(inv_freq) == 1:
