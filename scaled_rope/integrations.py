@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from scaled_rope.evaluation.windows import (
     windows_fingerprint,
 )
 from scaled_rope.files import write_atomic
-from scaled_rope.patching.adapter_scaling import save_adapter_scaling
+from scaled_rope.patching.adapter_scaling import adapter_names, save_adapter_scaling, saved_adapters
 from scaled_rope.patching.patch import computes, lost_part, patched_plan, patched_scaling
 from scaled_rope.provenance import provenance
 from scaled_rope.results import Row, append_row, rows_so_far
@@ -59,7 +60,8 @@ class ContextCallback(TrainerCallback):  # type: ignore[misc]
         scaling: the scaling that the model should compute with, as text or record; None: the one in its config.
 
     Raises:
-        ConfigError: when training begins, if the model does not compute with `scaling`, or the texts cannot be used.
+        ConfigError: when training begins, if the model does not compute with `scaling`, the texts cannot be used, or an
+            adapter of PEFT acts outside of the model that is measured (prompt learning).
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class ContextCallback(TrainerCallback):  # type: ignore[misc]
         self._measured = -1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+        _check_adapters(model)
         inner = _inner(model)
         self.scaling = check_scaling(inner, self.scaling)
         tokenizer = self._tokenizer or more.get("processing_class")
@@ -116,8 +119,13 @@ class ContextCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and (folder / "adapter_config.json").is_file():
-            save_adapter_scaling(_inner(model), folder)
+        if not state.is_world_process_zero:
+            return
+        adapted = _unwrapped(model)
+        if saved_adapters(adapted, folder):
+            save_adapter_scaling(adapted, folder)
+        elif adapter_names(adapted):
+            print(f"note: {folder} holds no adapter, so the scaling is not written beside one", file=sys.stderr)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         self._measure(args, state, model)
@@ -178,11 +186,34 @@ def _step(row: Row) -> int | None:
     return int(number) if word == "step" else None
 
 
-def _inner(model: Any) -> Any:
-    """The transformers model inside wrappers of adapters and of engines."""
+def _unwrapped(model: Any) -> Any:
+    """The model inside wrappers of engines, with its adapters."""
     while hasattr(model, "module"):
         model = model.module
+    return model
+
+
+def _inner(model: Any) -> Any:
+    """The transformers model inside wrappers of adapters and of engines."""
+    model = _unwrapped(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _check_adapters(model: Any) -> None:
+    """Raise an error for a model with an adapter that its base model runs without: virtual tokens, weights for each
+    input, and adapters that wait for certain tokens are brought in by PEFT's own forward.
+
+    Raises:
+        ConfigError: as above.
+    """
+    configs: Any = getattr(_unwrapped(model), "peft_config", None) or {}
+    for config in configs.values():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if config.is_prompt_learning or kind == "XLORA" or getattr(config, "alora_invocation_tokens", None) is not None:
+            raise ConfigError(
+                f"ContextCallback cannot measure {type(config).__name__} of PEFT, which acts outside of the model that "
+                "is measured; leave the callback out, or train a LoRA adapter"
+            )
 
 
 def _losses(model: Any, texts: Texts, length: int) -> list[Losses]:

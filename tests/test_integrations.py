@@ -21,7 +21,7 @@ import eval.report as report
 import finetune
 from scaled_rope import RopeScaling, patch_model
 from scaled_rope.errors import ConfigError
-from scaled_rope.integrations import ContextCallback, card, check_scaling
+from scaled_rope.integrations import ContextCallback, card, check_scaling, save_adapter_scaling
 from scaled_rope.patching.loading import apply_scaling, load_model
 from scaled_rope.patching.loss import token_nll
 from scaled_rope.patching.patch import lost_part, patched_plan, patched_scaling
@@ -277,6 +277,58 @@ def test_a_checkpoint_of_an_adapter_says_its_scaling(checkpoint: str, texts: str
     ContextCallback(texts, [16]).on_save(where, state, None, model=adapted)
     loaded = load_model(checkpoint, adapter=str(tmp_path / "checkpoint-5"))
     assert check_scaling(loaded) == check_scaling(model) and check_scaling(model).label == "yarn x4"
+
+
+def test_adapters_with_names_say_their_scaling(
+    checkpoint: str,  # noqa: F811
+    texts: str,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """PEFT saves each in a folder of its own. Adapters of other checkpoints in the output folder are left alone."""
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    patch_model(model, "yarn:4")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    adapted = peft.get_peft_model(model, config, adapter_name="long")
+    adapted.add_adapter("default", config)
+    where, state = SimpleNamespace(output_dir=tmp_path), SimpleNamespace(global_step=5, is_world_process_zero=True)
+    callback, folder = ContextCallback(texts, [16]), tmp_path / "checkpoint-5"
+    folder.mkdir()
+    capsys.readouterr()
+    callback.on_save(where, state, None, model=adapted)
+    said = f"note: {folder} holds no adapter, so the scaling is not written beside one\n"
+    assert capsys.readouterr().err == said and not list(folder.iterdir())
+    with pytest.raises(ConfigError, match="holds no adapter_config.json, nor in long, so no adapter"):
+        save_adapter_scaling(adapted, folder)
+    adapted.save_pretrained(folder)
+    callback.on_save(where, state, None, model=SimpleNamespace(module=adapted))
+    found = sorted(file.relative_to(folder) for file in folder.rglob("scaled_rope.json"))
+    assert found == [Path("long/scaled_rope.json"), Path("scaled_rope.json")]
+    assert "note:" not in capsys.readouterr().err
+    loaded = load_model(checkpoint, adapter=str(folder / "long"))
+    assert check_scaling(loaded) == check_scaling(model) and check_scaling(model).label == "yarn x4"
+    save_adapter_scaling(adapted, tmp_path / "checkpoint-5" / "long")
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint)  # not one that PEFT has been in
+    callback.on_save(where, SimpleNamespace(global_step=6, is_world_process_zero=True), None, model=plain)
+    assert "note:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig", "aLoRA"])
+def test_adapters_outside_of_the_model_are_refused(kind: str, checkpoint: str, texts: str, tmp_path: Path) -> None:  # noqa: F811
+    """The base model computes without them, so that every step would show the same perplexity."""
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    patch_model(model, "yarn:4")
+    if kind == "aLoRA":
+        config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[1, 2])
+    else:
+        config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    adapted = peft.get_peft_model(model, config)
+    wrapped = SimpleNamespace(module=adapted)
+    where, state = SimpleNamespace(output_dir=tmp_path), SimpleNamespace(global_step=0, is_world_process_zero=True)
+    with pytest.raises(ConfigError, match=r"^ContextCallback cannot measure \w+Config of PEFT, which acts [^\n]*$"):
+        ContextCallback(texts, [16]).on_train_begin(where, state, None, model=wrapped)
 
 
 def test_layers_without_rotary_embedding_are_not_counted_as_scaled(checkpoint: str) -> None:  # noqa: F811

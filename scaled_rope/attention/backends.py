@@ -28,7 +28,7 @@ from transformers.utils import import_utils
 
 from scaled_rope.attention import blockwise
 from scaled_rope.attention.interface import AttentionCall, attention_function
-from scaled_rope.errors import ConfigError, unknown
+from scaled_rope.errors import ConfigError, shortened, unknown
 from scaled_rope.kernels import triton_lacks
 from scaled_rope.scaling.hf_config import config_head_dim, text_config
 
@@ -275,13 +275,15 @@ def blocked_sdpa(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
             None: all keys, of one document or of several. These options are used, others ignored: dropout and scaling;
             sliding_window: positions that a query sees, itself included;
             position_ids: [B, T]; a new document begins where they do not rise by one, without a cache and a mask only;
-            cu_seq_lens_q: first tokens of documents, [documents + 1], as FlashAttention takes it; B is 1.
+            cu_seq_lens_q: first tokens of documents, [documents + 1], as FlashAttention takes it; B is 1, there is no
+            cache and no padding; cu_seq_lens_k: the same.
 
     Returns:
         [B, T, H, D] and None. Rows of padding are zero.
 
     Raises:
-        ConfigError: soft caps, sinks and biases; a mask of another form; a module that does not pass positions on.
+        ConfigError: soft caps, sinks and biases; a mask of another form; a module that does not pass positions on;
+            borders of documents that do not fit the tokens.
     """
     if name := call.has("softcap", "s_aux", "position_bias", "cache"):
         raise ConfigError(f"attention 'sdpa_blocked': has no {name}")
@@ -296,7 +298,7 @@ def blocked_sdpa(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     window: int | None = call.options.get("sliding_window")
     given = {"dropout": call.dropout, "scaling": call.options.get("scaling")}
     # One query of each row, as in decoding: its rows need not be attended to one by one.
-    if mask is not None and mask.shape[1] > 0 and query.shape[2] == 1:
+    if mask is not None and mask.shape[1] > 0 and query.shape[2] == 1 and not call.has(*_BORDERS):
         key, value = written(key, value, mask)
         seen = mask if window is None else mask[:, -window:]
         key, value = key[:, :, -seen.shape[1] :], value[:, :, -seen.shape[1] :]
@@ -325,7 +327,10 @@ def by_stretch(attend: Callable[[Tensor, Tensor, Tensor], Tensor], call: Attenti
     query, mask = call.query, call.attention_mask
     key, value = written(call.key, call.value, mask)
     tokens, keys = query.shape[2], key.shape[2]
-    found = _stretches(mask, call.options.get("position_ids"), call.options.get("cu_seq_lens_q"), query, keys)
+    if call.has(*_BORDERS):
+        found: list[tuple[int, int, int]] | None = _between_borders(call, keys)
+    else:
+        found = _stretches(mask, call.options.get("position_ids"), query, keys)
     if found is None:
         return attend(query, key, value)
     out = query.new_zeros(query.shape[0], tokens, query.shape[1], value.shape[-1])
@@ -338,8 +343,40 @@ def by_stretch(attend: Callable[[Tensor, Tensor, Tensor], Tensor], call: Attenti
     return out
 
 
+_BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k")
+
+
+def _between_borders(call: AttentionCall, keys: int) -> list[tuple[int, int, int]] | None:
+    """List (row, first key, end) of each document, by the borders that a call is given.
+
+    Raises:
+        ConfigError: borders that do not fit the tokens of the call.
+    """
+    name = call.has(*_BORDERS)
+    borders: Tensor = call.options[name]
+    rows, _, tokens, _ = call.query.shape
+    if rows != 1:
+        raise ConfigError(f"{name}: goes with one row, got {rows}; put the documents of all rows into one")
+    if tokens != keys:
+        raise ConfigError(f"{name}: goes with a pass that reads no cache, this one has {tokens} of {keys} tokens")
+    if call.attention_mask is not None and call.attention_mask.shape[1] > 0:
+        raise ConfigError(f"{name}: goes without padding, and attention_mask leaves tokens out; give one of them")
+    if isinstance(borders, FakeTensor):
+        return None  # planned on shapes alone, as below
+    bounds = borders.tolist()
+    pairs = list(zip(bounds, bounds[1:], strict=False))
+    if not pairs or bounds[0] != 0 or bounds[-1] > tokens or any(end <= start for start, end in pairs):
+        raise ConfigError(
+            f"{name}: must rise from 0 to the number of tokens, {tokens}, got {shortened(str(bounds), 80)}"
+        )
+    other = call.options.get("cu_seq_lens_k")
+    if other is not None and other is not borders and not torch.equal(other, borders):
+        raise ConfigError("cu_seq_lens_k: must be the same as cu_seq_lens_q")
+    return [(0, start, end) for start, end in pairs]
+
+
 def _stretches(
-    mask: Tensor | None, position_ids: Tensor | None, cu_seqlens: Tensor | None, query: Tensor, keys: int
+    mask: Tensor | None, position_ids: Tensor | None, query: Tensor, keys: int
 ) -> list[tuple[int, int, int]] | None:
     """List (row, first key, end) of each text that attends only to itself; None when every row is a single text.
 
@@ -361,9 +398,6 @@ def _stretches(
                     "'eager' and a method that computes no attention itself; pad on the left or on the right"
                 )
         return [(row, start, start + count) for row, (start, count, _) in enumerate(found)]
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
-        return [(0, start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
     if tokens != keys or tokens == 1:
         return None
     if position_ids is None:

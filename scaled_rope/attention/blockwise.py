@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from scaled_rope.attention.interface import AttentionCall, attention_function
+from scaled_rope.errors import ConfigError
 
 _BLOCK = 128  # queries; of 64 to 256 the fastest at 8192 positions, by little
 
@@ -73,6 +74,12 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, block: in
 @attention_function
 def _forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     query = call.query
+    borders: Tensor | None = call.options.get("cu_seq_lens_q")
+    if borders is not None and len(borders) != 2 and call.attention_mask is None:
+        raise ConfigError(
+            "cu_seq_lens_q: attention 'blockwise' takes no borders of documents; give position_ids that start again "
+            "in each, or use 'sdpa_blocked'"
+        )
     plain = call.is_causal and call.attention_mask is None and query.shape[2] == call.key.shape[2] and not call.dropout
     if (
         not plain

@@ -17,26 +17,42 @@ FILE = "scaled_rope.json"
 
 
 def save_adapter_scaling(model: nn.Module, folder: str | Path) -> None:
-    """Write the scaling that a model computes with into the folder of an adapter that was trained in it.
+    """Write the scaling that a model computes with beside each adapter that was trained in it and saved in a folder.
 
     To `load_model` and the evaluators that is then the checkpoint's own scaling, in place of the base's.
 
     Args:
-        model: with the adapter or without.
-        folder: that holds `adapter_config.json`.
+        model: with its adapters; also without, where the folder is that of one.
+        folder: that holds `adapter_config.json`, or a folder with one for each adapter that has a name, as PEFT saves
+            them.
 
     Raises:
         ConfigError: no such folder.
     """
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise ConfigError(f"folder {str(folder)!r} holds no adapter_config.json, so no adapter")
+    folders = saved_adapters(model, folder)
+    if not folders:
+        names = [name for name in adapter_names(model) if name != "default"]
+        named = f", nor in {', '.join(names)}" if names else ""
+        raise ConfigError(f"folder {str(folder)!r} holds no adapter_config.json{named}, so no adapter")
     scaling, plan = patched_scaling(model), patched_plan(model)
     if scaling is None:
         settings = RopeSettings(model.config)
         scaling, plan = settings.scaling, settings.plan
     layers = {name: one.to_dict() for name, one in plan.layers.items()}
     record = {"scaling": scaling.to_dict(), "layers": layers, "drop_layers": list(plan.drop_layers)}
-    write_atomic(Path(folder) / FILE, json.dumps(record, indent=2) + "\n")
+    for each in folders:
+        write_atomic(each / FILE, json.dumps(record, indent=2) + "\n")
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of the adapters that PEFT put into a model, "default" where none was given."""
+    return list(getattr(model, "peft_config", None) or {})
+
+
+def saved_adapters(model: nn.Module, folder: str | Path) -> list[Path]:
+    """The folders of adapters in the folder that a model was saved to: itself, or those named as its adapters are."""
+    places = [Path(folder), *(Path(folder) / name for name in adapter_names(model))]
+    return [place for place in places if (place / "adapter_config.json").is_file()]
 
 
 def adapter_scaling(folder: str | Path) -> tuple[RopeScaling, LayerPlan] | None:

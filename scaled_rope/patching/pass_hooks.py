@@ -33,6 +33,7 @@ from scaled_rope.patching.cache_owners import (
 )
 from scaled_rope.patching.deferred_rotation import begin_deferred, check_rotated_late, offset_of
 from scaled_rope.patching.forward_pass import ForwardPass, lengths, row_lengths
+from scaled_rope.patching.rebind import bound_elsewhere
 from scaled_rope.progress import Progress
 from scaled_rope.scaling.frequencies import compute_scale
 from scaled_rope.scaling.record import RopeScaling
@@ -79,8 +80,14 @@ class Passes:
         """Forward pre-hook.
 
         Raises:
-            ConfigError: a cache that this pass cannot read.
+            ConfigError: a cache that this pass cannot read; a replica of nn.DataParallel whose attention would compute
+                with the weights of the original.
         """
+        if getattr(module, "_is_replica", False) and (attention := bound_elsewhere(module)) is not None:
+            raise ConfigError(
+                f"nn.DataParallel cannot run this patched model, because {type(attention).__name__} has a forward of "
+                "its own, as accelerate's hooks give it one; start one process per GPU (torchrun)"
+            )
         return None if self._skipped() else self._begin(module, args, kwargs)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -303,6 +303,8 @@ def unpatch_model(model: nn.Module) -> None:
     if state is None:
         raise ConfigError(f"unpatch_model: this {type(model).__name__} is not patched")
     devices = [device_of(place.current(base)) for place in state.unpatched.places]
+    # Weights may have been put into a model on "meta" one by one, and then the rotary module is there still.
+    devices = [base.device if device.type == "meta" else device for device in devices]
     _restore(base, state)
     for place, device in zip(state.unpatched.places, devices, strict=True):
         if any(buffer.is_meta for buffer in place.module.buffers()) and device.type != "meta":

@@ -7,9 +7,11 @@ has the globals of the source file as they were: later assignments to them do no
 
 A forward may be decorated (transformers 5.24 does so to rename arguments); its decorators are then copied as well.
 
-The copy is bound to the module, as its attribute `forward`. So a deep copy of the module binds its own; activation
-checkpointing, engines and hooks call it as they call any forward; torch.compile traces through it; state dicts do not
-contain it. A pickle of the module would lose it, and is refused.
+The copy is bound when it is looked up, by a descriptor in a subclass that takes the place of the module's class: so a
+copy of the module, deep or shallow (the replicas of nn.DataParallel are shallow), computes with its own weights.
+Activation checkpointing, engines and hooks call it as they call any forward; torch.compile traces through it; state
+dicts do not contain it. A pickle of the module would lose it, and is refused. Where the module has an attribute
+`forward` already, or accelerate's `_old_forward`, the copy is put there and bound to the module, as that one was.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import copy
 import functools
 import inspect
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -30,17 +32,20 @@ _OFFLOADED = "_old_forward"
 """The attribute in which accelerate keeps the forward of a module whose weights it moves around."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Rebound:
-    """A record of the names that were rebound in a module."""
+    """A record of the names that were rebound in a module. It is replaced and never changed, since shallow copies of
+    the module share it."""
 
     before: Any
     """The module's own attribute `forward` before; None when it had only that of its class."""
     functions: dict[str, Any] = field(default_factory=dict)
     """Global name -> the object in its place."""
+    forward: Any = None
+    """The copy of the forward of the module's class, a function; None where the copy is an attribute of the module."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Rebound:
-        return _Rebound(copy.deepcopy(self.before, memo), copy.deepcopy(self.functions, memo))
+        return _Rebound(copy.deepcopy(self.before, memo), copy.deepcopy(self.functions, memo), self.forward)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse to be pickled, and so its module: an unpickled one would have the forward of its class again.
@@ -124,12 +129,24 @@ def rebind(module: nn.Module, name: str, function: Any) -> Any:
         if function is None:
             return None
         record = _Rebound(vars(module).get(_slot(module)))
-        setattr(module, _RECORD, record)
-    former = record.functions.pop(name, None)
+    functions = dict(record.functions)
+    former = functions.pop(name, None)
     if function is not None:
-        record.functions[name] = function
-    _install(module, record)
+        functions[name] = function
+    _install(module, replace(record, functions=functions))
     return former
+
+
+def bound_elsewhere(root: nn.Module) -> nn.Module | None:
+    """The first module in `root` that would call the rebound forward of another module, whose shallow copy it is; None
+    when there is none."""
+    for module in root.modules():
+        if _RECORD in vars(module):
+            for name in ("forward", _OFFLOADED):
+                own = vars(module).get(name)
+                if own is not None and getattr(own, "__self__", module) is not module:
+                    return module
+    return None
 
 
 def _install(module: nn.Module, record: _Rebound) -> None:
@@ -138,9 +155,12 @@ def _install(module: nn.Module, record: _Rebound) -> None:
     if not record.functions:
         delattr(module, _RECORD)
         if record.before is None and slot == "forward":
-            delattr(module, slot)
+            vars(module).pop(slot, None)
         else:
             setattr(module, slot, original)
+        first, *others = type(module).__bases__
+        if first is _LooksUp:  # else FSDP2 has put a class of its own before ours, which then changes nothing
+            module.__class__ = others[0]
         return
     wrapped: Any = original.__func__
     function = inspect.unwrap(wrapped)
@@ -151,7 +171,48 @@ def _install(module: nn.Module, record: _Rebound) -> None:
     functools.update_wrapper(other, function)
     other.__kwdefaults__ = function.__kwdefaults__
     del other.__dict__["__wrapped__"]  # it replaces the original instead of wrapping it
-    setattr(module, slot, types.MethodType(_wrapped_as(wrapped, other), module))
+    forward = _wrapped_as(wrapped, other)
+    late = record.before is None
+    setattr(module, _RECORD, replace(record, forward=forward if late else None))
+    if slot in vars(module) or not late:
+        setattr(module, slot, types.MethodType(forward, module))
+    if late and not isinstance(module, _LooksUp):
+        family: Any = type(module)
+        module.__class__ = _looking_up(family)
+
+
+class _Forward:
+    """Descriptor: the rebound forward of the module that is asked, bound to it. Asked of a class, the family's."""
+
+    def __get__(self, module: Any, owner: Any) -> Any:
+        record: _Rebound | None = None if module is None else vars(module).get(_RECORD)
+        if record is not None and record.forward is not None:
+            return types.FunctionType.__get__(record.forward, module)  # torch.compile traces this, not MethodType
+        of_family: Any = super(_LooksUp, owner if module is None else module)
+        return of_family.forward
+
+
+class _LooksUp:
+    """Comes before the class of a module in which names are rebound."""
+
+    forward = _Forward()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        first, *others = type(self).__bases__
+        return (_blank, (others[0],), *reduced[2:]) if first is _LooksUp else reduced
+
+
+@functools.cache
+def _looking_up(family: Any) -> Any:
+    """The subclass of a class of modules that looks its forward up when it is called; of the same name."""
+    names = {"__module__": family.__module__, "__qualname__": family.__qualname__, "__doc__": family.__doc__}
+    return type(family.__name__, (_LooksUp, family), names)
+
+
+def _blank(family: Any) -> Any:
+    """An empty module, for copies to fill."""
+    return object.__new__(_looking_up(family))
 
 
 def _wrapped_as(wrapped: types.FunctionType, inner: types.FunctionType) -> types.FunctionType:

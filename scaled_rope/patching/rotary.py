@@ -112,8 +112,18 @@ class ScaledRotaryEmbedding(_ShowsFamily):
             inv_freq, factor = self.frequencies(seq_len)
             angles = positions * inv_freq[:, None, :]
             return angles.cos() * factor[:, None, None], angles.sin() * factor[:, None, None]
-        angles = positions * self.inv_freq.to(position_ids.device)
+        angles = positions * self._static_frequencies(position_ids.device)
         return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
+    def _static_frequencies(self, device: torch.device) -> Tensor:
+        """Frequencies [D/2] of a scaling that does not depend on the length, on a device.
+
+        A module on "meta" may be called with numbers from elsewhere: under `torch.func.functional_call`, or after
+        `load_state_dict(assign=True)`, which bring weights and buffers only.
+        """
+        if self.inv_freq.is_meta and device.type != "meta":
+            return compute_rope(self.scaling, self.head_dim, device=device)[0]
+        return self.inv_freq.to(device)
 
     def frequencies(self, seq_len: Tensor) -> tuple[Tensor, Tensor]:
         """Frequencies [B, D/2] and attention factors [B], float32, of rows of l' = seq_len [B] tokens."""
@@ -180,7 +190,7 @@ class FamilyRotaryEmbedding(ScaledRotaryEmbedding):
 
     def _tables(self, x: Tensor, position_ids: Tensor) -> Any:
         if not self.scaling.is_length_dependent:
-            return self._tables_of_family(x, position_ids, self.inv_freq.to(x.device), self.attention_scaling)
+            return self._tables_of_family(x, position_ids, self._static_frequencies(x.device), self.attention_scaling)
         text = position_ids if position_ids.dim() == 2 else position_ids[0]
         inv_freq, factor = self.frequencies(row_lengths(text))
         if len(inv_freq) == 1:
@@ -195,11 +205,15 @@ class FamilyRotaryEmbedding(ScaledRotaryEmbedding):
 
     def _tables_of_family(self, x: Tensor, position_ids: Tensor, inv_freq: Tensor, factor: Tensor | float) -> Any:
         prefix, more = (f"{self.layer_type}_", (self.layer_type,)) if self.layer_type else ("", ())
-        self.family._parameters.update(self._parameters)
-        setattr(self.family, f"{prefix}inv_freq", inv_freq if self.order is None else inv_freq[self.order])
-        setattr(self.family, f"{prefix}attention_scaling", 1.0)
+        family = self.family
+        if getattr(self, "_is_replica", False):  # of nn.DataParallel, whose replicas run at the same time
+            family = copy.copy(family)
+            vars(family)["_parameters"] = {name: getattr(self, name) for name in self.family._parameters}
+        family._parameters.update(self._parameters)
+        setattr(family, f"{prefix}inv_freq", inv_freq if self.order is None else inv_freq[self.order])
+        setattr(family, f"{prefix}attention_scaling", 1.0)
         # In float32 until the factor has been multiplied.
-        tables = self.family(x.new_zeros(1, 1, 1, dtype=torch.float32), position_ids, *more)
+        tables = family(x.new_zeros(1, 1, 1, dtype=torch.float32), position_ids, *more)
         if isinstance(tables, Tensor):
             return self._rounded(tables * factor, x)
         return tuple(self._rounded(table * factor, x) for table in tables)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, AttentionInterface, PreTrainedModel
 
 from scaled_rope import ConfigError, patch_model, unpatch_model
 from scaled_rope.attention import backends as backends_module
@@ -178,6 +178,55 @@ def test_documents_by_their_bounds(tiny_model: Make, long_tokens: Tensor) -> Non
     more = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": 200, "max_length_k": 200}
     found = logits(model, "sdpa_blocked", long_tokens[:1], position_ids=documents, **more)
     assert torch.equal(wanted, found)
+
+
+@pytest.mark.parametrize("spec", ["rerope,window=16", "yarn:4"])
+def test_borders_that_do_not_fit_are_refused(spec: str, tiny_model: Make, long_tokens: Tensor) -> None:
+    """Each of these would leave queries out, or let documents see each other."""
+    model = tiny_model()
+    patch_model(model, spec, attn="sdpa_blocked")
+    tokens = long_tokens[:1, :100]
+
+    def refused(said: str, ids: Tensor, *borders: int, k: tuple[int, ...] = (), **more: Any) -> None:
+        starts, others = (torch.tensor(each, dtype=torch.int32) for each in (borders, k or borders))
+        with pytest.raises(ConfigError, match=f"^{said}[^\n]*$"), torch.no_grad():
+            model(ids, cu_seq_lens_q=starts, cu_seq_lens_k=others, **{"use_cache": False} | more)
+
+    refused("cu_seq_lens_q: goes with one row, got 2", long_tokens[:2, :100], 0, 50, 100)
+    refused("cu_seq_lens_q: goes with one row, got 2", long_tokens[:2, :100], 0, 100, 200)
+    for borders in ((50, 100), (0, 50, 200), (0, 70, 50, 100), (0, 50, 50, 100), (0,), ()):
+        refused(r"cu_seq_lens_q: must rise from 0 to the number of tokens, 100, got \[", tokens, *borders)
+    refused("cu_seq_lens_k: must be the same as cu_seq_lens_q", tokens, 0, 50, 100, k=(0, 40, 100))
+    mask = torch.ones_like(tokens)
+    mask[:, :10] = 0
+    refused("cu_seq_lens_q: goes without padding", tokens, 0, 50, 100, attention_mask=mask)
+    with torch.no_grad():
+        cache = model(tokens, use_cache=True).past_key_values
+    refused(
+        "cu_seq_lens_q: goes with a pass that reads no cache",
+        tokens[:, :1],
+        0,
+        1,
+        use_cache=True,
+        past_key_values=cache,
+    )
+
+    # With a mask that leaves nothing out they count as well, as under FlashAttention.
+    borders, positions = torch.tensor([0, 50, 100]), torch.arange(50).repeat(2)[None]
+    more = {"attention_mask": torch.ones_like(tokens), "position_ids": positions, "use_cache": False}
+    if spec == "yarn:4":
+        with torch.no_grad():
+            wanted = model(tokens, position_ids=positions, use_cache=False).logits
+            assert torch.equal(model(tokens, cu_seq_lens_q=borders, **more).logits, wanted)
+
+
+def test_blockwise_takes_no_borders() -> None:
+    x, module = torch.zeros(1, 2, 4, 8), torch.nn.Module()
+    attend = AttentionInterface()["blockwise"]
+    with pytest.raises(
+        ConfigError, match="^cu_seq_lens_q: attention 'blockwise' takes no borders of documents;[^\n]*$"
+    ):
+        attend(module, x, x, x, None, cu_seq_lens_q=torch.tensor([0, 2, 4]))
 
 
 def test_compiled_without_a_mask(tiny_model: Make, long_tokens: Tensor) -> None:

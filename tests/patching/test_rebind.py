@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.small_models import small_model
 from scaled_rope import ConfigError, patch_model, unpatch_model
 from scaled_rope.patching.rebind import APPLY, bound, callers, calls, original, rebind
 from tests.helpers.models import Make
@@ -18,6 +21,7 @@ def test_rebinding_several_names_and_taking_them_back(tiny_model: Make, tokens: 
     model = tiny_model()
     before = logits(model, tokens)
     module = callers(model, APPLY)[1]
+    kind = type(module)
 
     def unrotated(q: Tensor, k: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor]:
         return q, k
@@ -37,7 +41,7 @@ def test_rebinding_several_names_and_taking_them_back(tiny_model: Make, tokens: 
     assert torch.equal(logits(model, tokens), eager)
     model.set_attn_implementation("sdpa")
     assert torch.equal(logits(model, tokens), without)
-    assert rebind(module, APPLY, None) is unrotated and "forward" not in vars(module)
+    assert rebind(module, APPLY, None) is unrotated and "forward" not in vars(module) and type(module) is kind
     assert torch.equal(logits(model, tokens), before)
     with pytest.raises(ConfigError, match="calls no rotate"):
         rebind(module, "rotate", unrotated)
@@ -70,3 +74,82 @@ def test_rebinding_under_the_hooks_of_accelerate(tiny_model: Make, tokens: Tenso
         assert bound(module, APPLY) is not original(module, APPLY)
     unpatch_model(model)
     assert torch.equal(logits(model, tokens), before) and len(seen) == 4
+
+
+def _shallow(module: Any) -> Any:
+    """A copy of a model as replicas of nn.DataParallel are made, with weights of its own."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        replica._modules[name] = None if child is None else _shallow(child)
+    for name, weight in module._parameters.items():
+        replica._parameters[name] = None if weight is None else nn.Parameter(2 * weight.detach())
+    return replica
+
+
+@pytest.mark.parametrize(
+    ("scaling", "kernel"),
+    [
+        ("yarn:4", "torch"),
+        ("dynamic-yarn", "none"),
+        ("dynamic-yarn", "torch"),
+        ("yarn:4,attention_temperature=log", "none"),
+        ("rerope,window=16", "none"),
+    ],
+)
+def test_shallow_copies_compute_with_their_own_weights(
+    tiny_model: Make, tokens: Tensor, scaling: str, kernel: str
+) -> None:
+    model = tiny_model()
+    patch_model(model, scaling, kernel=kernel)
+    before = logits(model, tokens)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(2)
+    wanted = logits(other, tokens)
+    replica = _shallow(model)
+    assert torch.equal(logits(replica, tokens), wanted) and not torch.equal(wanted, before)
+    assert torch.equal(logits(model, tokens), before)
+    with pytest.raises(ConfigError, match="cannot be pickled"):
+        pickle.dumps(model)
+
+    attention: Any = callers(model, APPLY)[0]
+    single = copy.copy(attention)
+    other_attention: Any = callers(replica, APPLY)[0]
+    single._modules = {**attention._modules, "q_proj": other_attention.q_proj}
+    kind: Any = type(attention)
+    assert kind.forward is kind.__mro__[2].forward
+    positions, hidden = torch.arange(8)[None], torch.randn(1, 8, model.config.hidden_size)
+    tables = model.base_model.rotary_emb(torch.ones(1), positions)
+    given = {"hidden_states": hidden, "position_embeddings": tables, "position_ids": positions}
+    found, plain = (module(**given, attention_mask=None)[0] for module in (single, attention))
+    assert not torch.equal(found, plain)
+
+    unpatch_model(other)
+    assert "_LooksUp" not in [kind.__name__ for module in other.modules() for kind in type(module).__mro__]
+    assert torch.equal(logits(replica, tokens), wanted) and torch.equal(logits(model, tokens), before)
+
+
+def test_replicas_that_would_compute_with_other_weights_are_refused(tiny_model: Make, tokens: Tensor) -> None:
+    model = tiny_model()
+    for module in callers(model, APPLY):
+        module.forward = type(module).forward.__get__(module)  # as libraries do that wrap modules in place
+    patch_model(model, "dynamic-yarn")
+    logits(model, tokens)
+    with pytest.raises(ConfigError, match=r"^nn.DataParallel cannot run .* one process per GPU \(torchrun\)$"):
+        logits(_shallow(model), tokens)
+
+
+def test_replicas_do_not_share_the_rotary_module_of_a_family() -> None:
+    """nn.DataParallel runs them at the same time, each on a device of its own."""
+    model = small_model("llama4_text")
+    patch_model(model, "dynamic-yarn")
+    ids = torch.randint(3, 200, (1, 100), generator=torch.Generator().manual_seed(0))
+    wanted = logits(model, ids)
+    rotary: Any = model.get_submodule("model.rotary_emb")
+    rotary.family.inv_freq = None
+    replica = _shallow(model)
+    with torch.no_grad():
+        for weight in replica.parameters():
+            weight.div_(2)
+    assert torch.equal(logits(replica, ids), wanted) and rotary.family.inv_freq is None

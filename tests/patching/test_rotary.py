@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.small_models import MODEL_TYPES, small_model
-from scaled_rope import ConfigError, RopeScaling, compute_rope, patch_model
+from scaled_rope import ConfigError, RopeScaling, compute_rope, patch_model, unpatch_model
 from scaled_rope.patching.base_model import base_model, rotary_places
 from scaled_rope.patching.rotary import ScaledRotaryEmbedding
 
@@ -120,6 +121,29 @@ def test_axes_that_differ_have_no_length_for_a_dynamic_scaling(spec: str) -> Non
         assert torch.equal(
             base(input_ids=ids, position_ids=same).last_hidden_state, base(input_ids=ids).last_hidden_state
         )
+
+
+@pytest.mark.parametrize("model_type", ["llama", "llama4_text", "gemma3_text", "qwen3_vl"])
+@pytest.mark.parametrize("scaling", ["yarn:4", "dynamic-yarn"])
+def test_a_model_on_meta_computes_with_weights_that_are_handed_to_it(model_type: str, scaling: str) -> None:
+    """By `functional_call`, and by `load_state_dict(assign=True)`; both move no plain attributes."""
+    model = small_model(model_type)
+    ids = torch.randint(3, 60, (1, 48), generator=torch.Generator().manual_seed(0))
+    plain = model(input_ids=ids, use_cache=False).logits.detach()
+    patch_model(model, scaling, kernel="none")
+    wanted = model(input_ids=ids, use_cache=False).logits.detach()
+    empty = copy.deepcopy(model).to("meta")
+    if model_type == "llama":  # others do not come through it without a patch either
+        given = dict(model.named_parameters()), dict(model.named_buffers())
+        call: Any = torch.func.functional_call
+        assert torch.equal(call(empty, given, (ids,), {"use_cache": False}).logits, wanted)
+    empty.load_state_dict(model.state_dict(), assign=True)
+    for name, buffer in model.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        empty.get_submodule(owner)._buffers[leaf] = buffer
+    assert torch.equal(empty(input_ids=ids, use_cache=False).logits, wanted)
+    unpatch_model(empty)
+    assert torch.equal(empty(input_ids=ids, use_cache=False).logits, plain)
 
 
 def test_rows_of_own_tables_have_their_own_scale() -> None:

@@ -31,6 +31,7 @@ def test_every_family_computes_what_it_did(tiny_model: Make, tokens: Tensor, fam
     patch_model(model, "yarn:4", kernel="none")
     plain = logits(model, tokens)
     modules = callers(model, APPLY)
+    kinds = list(map(type, modules))
     assert modules and not any("forward" in vars(module) for module in modules)
     report = patch_model(model, "yarn:4", kernel="torch")
     assert report.kernel == patched_kernel(model) == "torch" and not [n for n in report.notes if "kernel" in n]
@@ -41,6 +42,7 @@ def test_every_family_computes_what_it_did(tiny_model: Make, tokens: Tensor, fam
     moved = logits(model, tokens, position_ids=ids)
     unpatch_model(model)
     assert not any("forward" in vars(module) for module in modules) and patched_kernel(model) is None
+    assert list(map(type, modules)) == kinds
     patch_model(model, "yarn:4", kernel="none")
     assert torch.equal(logits(model, tokens), plain)
     assert (logits(model, tokens, position_ids=ids) - moved).abs().max() < SAME
@@ -81,8 +83,9 @@ def test_models_and_their_copies_differ(tiny_model: Make, tokens: Tensor) -> Non
     scaled = logits(fused, tokens)
     assert torch.equal(logits(plain, tokens), untouched)
     twin = copy.deepcopy(fused)
-    for module, other in zip(callers(fused, APPLY), callers(twin, APPLY), strict=True):
-        assert vars(other)["forward"].__self__ is other and vars(module)["forward"].__self__ is module
+    pairs: Any = zip(callers(fused, APPLY), callers(twin, APPLY), strict=True)
+    for module, other in pairs:
+        assert other.forward.__self__ is other and module.forward.__self__ is module
     unpatch_model(fused)
     assert torch.equal(logits(fused, tokens), untouched) and torch.equal(logits(twin, tokens), scaled)
     unpatch_model(twin)
