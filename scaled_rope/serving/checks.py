@@ -21,6 +21,7 @@ from scaled_rope.serving.checks_layers import (
 )
 from scaled_rope.serving.checks_lengths import (
     length_other_than_factor_times_original,
+    original_length_known_otherwise,
     scaling_shorter_than_the_checkpoint,
     undeclared_extended_length,
     unsaid_original_length,
@@ -66,6 +67,7 @@ CHECKS: tuple[Check, ...] = (
     unreadable_scaling,
     remarks_of_the_reader,
     unsaid_original_length,
+    original_length_known_otherwise,
     undeclared_extended_length,
     length_other_than_factor_times_original,
     scaling_shorter_than_the_checkpoint,

@@ -68,6 +68,7 @@ def _model(facts: ConfigFacts, scaling: RopeScaling, codes: Collection[str]) -> 
     """L, base and heads."""
     original = scaling.original_max_position_embeddings
     said = "config" if facts.original_is_written else "from max_position_embeddings"
+    said = said if facts.known is None else "known of the model"
     said += ", may be the extended length" if {"unknown-original", "factor-twice"} & set(codes) else ""
     yield Number("original_max_position_embeddings", original, said if original is not None else "not said")
     yield Number("rope_theta", scaling.rope_theta, _origin(facts, "rope_theta", "rotary_emb_base"))
@@ -132,10 +133,14 @@ def lengths_in_effect(facts: ConfigFacts, codes: Collection[str]) -> dict[str, i
     scaling = facts.scaling
     extends = scaling is not None and scaling.factor > 1
     extends = extends and scaling is not None and METHODS[scaling.method].factor_times_original != "least"
-    extends = extends and "unknown-original" not in codes
+    twice = "factor-twice" in codes and scaling is not None and not METHODS[scaling.method].needs_original
+    extends = extends and "unknown-original" not in codes and not twice
+    extended = scaling.max_position_embeddings if extends and scaling is not None else None
+    if extended is not None and facts.spec is None and facts.known is not None:
+        extended = facts.known.extended or extended
     return {
         "original": scaling.original_max_position_embeddings if scaling is not None else None,
-        "extended": scaling.max_position_embeddings if extends and scaling is not None else None,
+        "extended": extended,
         "max_position_embeddings": facts.context,
         "sliding_window": facts.window,
         "shown": facts.shown,

@@ -44,6 +44,7 @@ from scaled_rope.serving.config_facts import text_part
 from scaled_rope.serving.config_remarks import config_remarks
 from scaled_rope.serving.export_report import Comparison, ExportReport
 from scaled_rope.serving.gguf import GgufRope, add_rope, held_scaling
+from scaled_rope.serving.known_lengths import length_for, own_scaling, reach_of, with_known_length
 from scaled_rope.serving.rotary_module import shares_one_table
 from scaled_rope.serving.targets.common import (
     TOLERANCE,
@@ -79,7 +80,10 @@ def served_length(scaling: RopeScaling, config: Any, flag: str = "--length") -> 
     extended = scaling.max_position_embeddings or 0
     if not claimed and not extended:
         raise ConfigError(f"{flag} is needed: the config of this {config.model_type!r} model says no length")
-    return extended if scaling.factor > 1 and scaling != RopeSettings(config).scaling else max(claimed, extended)
+    own = RopeSettings(config).scaling
+    if scaling.factor > 1 and scaling not in (own, own_scaling(config)):
+        return extended
+    return length_for(config, own) or claimed if reach_of(config) is not None else max(claimed, extended)
 
 
 def export(
@@ -178,8 +182,9 @@ def _request(scaling: RopeScaling | str, whole: Any, length: int | None, raw: Ma
     if not has_rope(config):
         raise ConfigError(f"transformers takes no RoPE parameters for model_type {config.model_type!r}")
     if isinstance(scaling, str):  # remarks on a config.json are for the caller who has it
-        own = RopeScaling.from_config(config) if raw is None else RopeSettings(config).scaling
-        scaling = resolve_scaling(scaling, own)
+        if raw is None:
+            RopeScaling.from_config(config)  # says its remarks
+        scaling = resolve_scaling(scaling, own_scaling(config))
     if length is not None and length < 1:
         raise ConfigError(f"length={length}: must be a positive number of tokens")
     raw = whole.to_dict() if raw is None else raw
@@ -254,6 +259,7 @@ def _per_layer_type(request: ServedModel, target: Target, name: str) -> ExportRe
     Only the layers of the primary type are scaled, as by `patch_model`.
     """
     scaling, carried = request.scaling, LayerPlan.from_config(request.config).layers
+    carried = {kind: with_known_length(one, request.config) for kind, one in carried.items()}
     wanted = with_primary(carried, scaling)
     as_it_is = wanted == carried
     types = RopeSettings(request.config).layer_types  # small models may have layers of one type alone
@@ -329,9 +335,9 @@ def _notes(request: ServedModel, target: Target, words: Expressed) -> list[str]:
     if target.static and scaling.method != "default" and scaling.factor > 1 and not scaling.is_length_dependent:
         notes.append(f"{target.title} scales short prompts as well: it computes one table for all lengths")
     context = int(getattr(request.config, "max_position_embeddings", None) or 0)
-    if shorter := shortening(scaling, RopeSettings(request.config).scaling, context):
+    if shorter := shortening(scaling, own_scaling(request.config), context, reach_of(request.config)):
         notes.append(shorter)
-    made_for = RopeSettings(request.config).length_for(scaling)
+    made_for = length_for(request.config, scaling)
     if made_for is not None and request.length > made_for and not scaling.is_length_dependent:
         note = f"length={request.length} is beyond the {made_for} tokens that {scaling.label!r} is for"
         if METHODS[scaling.method].factor_times_original == "length":

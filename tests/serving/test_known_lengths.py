@@ -1,0 +1,80 @@
+"""Lengths that are known of a model whose config does not say them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import CONFIG_MAPPING
+
+from scaled_rope import RopeScaling
+from scaled_rope.cli import main
+from scaled_rope.serving.export import served_length
+from scaled_rope.serving.known_lengths import known_lengths, length_for, own_scaling, reach_of, with_known_length
+
+LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+GEMMA: dict[str, Any] = {
+    **{"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "vocab_size": 61, "num_attention_heads": 4},
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "max_position_embeddings": 131072,
+    "sliding_window": 32,
+    "rope_parameters": {
+        "full_attention": LINEAR,
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+
+
+def gemma(**settings: Any) -> Any:
+    return CONFIG_MAPPING["gemma3_text"](**GEMMA | settings)
+
+
+def test_gemma_3_is_known_as_it_is_published() -> None:
+    config = gemma()
+    own = own_scaling(config)
+    assert (own.method, own.factor, own.original_max_position_embeddings) == ("linear", 8.0, 32768)
+    assert length_for(config, own) == reach_of(config) == served_length(own, config) == 131072
+    assert served_length(RopeScaling("linear", 8.0, 131072, 1e6), config) == 131072  # as other readers have it
+    asked = RopeScaling("yarn", 8.0, 32768, 1e6)
+    assert length_for(config, asked) == served_length(asked, config) == 262144
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_position_embeddings": 32768},
+        {"rope_parameters": GEMMA["rope_parameters"] | {"full_attention": LINEAR | {"factor": 4.0}}},
+        {"rope_parameters": GEMMA["rope_parameters"] | {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
+    ],
+)
+def test_a_gemma_3_that_was_changed_is_not_known(settings: dict[str, Any]) -> None:
+    config = gemma(**settings)
+    assert reach_of(config) is None
+    assert own_scaling(config).original_max_position_embeddings == config.max_position_embeddings
+
+
+def test_a_length_that_the_config_says_counts() -> None:
+    said = RopeScaling("linear", 8.0, 16384)
+    config = {"model_type": "gemma3_text", "max_position_embeddings": 131072}
+    assert known_lengths(config, said) is None and with_known_length(said, config) == said
+    assert known_lengths({"model_type": "llama"}, said) is None
+
+
+@pytest.mark.parametrize("target", ["transformers", "vllm"])
+def test_export_of_gemma_3_ends_where_the_model_does(
+    target: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gemma().save_pretrained(tmp_path)
+    main(["export", str(tmp_path), "--for", target])
+    out = capsys.readouterr().out
+    assert "131072" in out and "1048576" not in out
+    assert "info [known-original]: The original length is 32768 tokens" in out
+
+
+def test_plan_of_gemma_3_ends_where_the_model_does(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    gemma().save_pretrained(tmp_path)
+    assert main(["plan", "--serve", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "sequences of 131072 tokens" in out and "note: config.json, info [known-original]" in out
