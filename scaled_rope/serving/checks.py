@@ -15,6 +15,7 @@ from scaled_rope.serving.checks_keys import (
 )
 from scaled_rope.serving.checks_layers import (
     alibi_instead_of_rope,
+    attention_in_chunks,
     family_without_rope,
     layers_that_do_not_rotate,
     window_shorter_than_context,
@@ -80,6 +81,7 @@ CHECKS: tuple[Check, ...] = (
     window_shorter_than_context,
     layers_that_do_not_rotate,
     alibi_instead_of_rope,
+    attention_in_chunks,
     softmax_scale_from_mscale,
     uncomputable_frequencies,
     rope_type_that_phi3_has_not,

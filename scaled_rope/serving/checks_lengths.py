@@ -54,7 +54,8 @@ def original_length_known_otherwise(facts: ConfigFacts) -> Iterator[Finding]:
     if known is None:
         return
     carried = facts.spec is None
-    text = f"The original length is {known.original} tokens, although the config does not say it: {known.source}."
+    text = f"The original length is {known.original} tokens, which original_max_position_embeddings does not say: "
+    text += f"{known.source}."
     yield Finding(
         "known-original",
         "info" if carried else "warning",

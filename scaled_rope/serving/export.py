@@ -44,7 +44,14 @@ from scaled_rope.serving.config_facts import text_part
 from scaled_rope.serving.config_remarks import config_remarks
 from scaled_rope.serving.export_report import Comparison, ExportReport
 from scaled_rope.serving.gguf import GgufRope, add_rope, held_scaling
-from scaled_rope.serving.known_lengths import length_for, own_scaling, reach_of, with_known_length
+from scaled_rope.serving.known_lengths import (
+    DUAL_CHUNK_KEY,
+    dual_chunks,
+    length_for,
+    own_scaling,
+    reach_of,
+    with_known_length,
+)
 from scaled_rope.serving.rotary_module import shares_one_table
 from scaled_rope.serving.targets.common import (
     TOLERANCE,
@@ -129,7 +136,7 @@ def export(
     return ExportReport(
         scaling=request.scaling,
         target=name,
-        status=_status(matches, target.known(request)),
+        status=_status(matches, target.known(request) and not _in_chunks(request, target)),
         config=nest(words.config | _record(request, words.config), request.written_path),
         flags=words.flags,
         command=target.command.format(flags=shlex.join(words.flags)).strip(),
@@ -151,7 +158,10 @@ def _record(request: ServedModel, config: Mapping[str, Any]) -> dict[str, Any]:
     said = {"model_type": request.model_type, "head_dim": request.head_dim, **config}
     record = {RECORD_KEY: request.scaling.to_dict()}
     try:
-        if RopeSettings(said).scaling == request.scaling or RopeSettings(said | record).scaling != request.scaling:
+        chunks = {DUAL_CHUNK_KEY: dual_chunks(request.config)}
+        if with_known_length(RopeSettings(said).scaling, said | chunks) == request.scaling:
+            return {}
+        if RopeSettings(said | record).scaling != request.scaling:
             return {}
     except ConfigError:  # keys for one program alone
         return {}
@@ -214,6 +224,12 @@ def _nearest_words(request: ServedModel, target: Target) -> tuple[tuple[Expresse
 def _no_words(request: ServedModel, target: Target) -> str:
     """Why no words of the target can do it, or nothing."""
     scaling = request.scaling
+    if target.name == "vllm" and dual_chunks(request.config) and scaling.method != "default":
+        return (
+            f"vLLM (its source at 07b12f1b; {target.version} was not read for this) takes its own rotary embedding for "
+            f"attention in chunks wherever the config has {DUAL_CHUNK_KEY}, whatever the type of rope_parameters, and "
+            f"flags do not clear that key: delete it from config.json for {scaling.label!r}"
+        )
     if scaling.beyond_tables:
         return f"{scaling.method!r} {scaling.beyond_tables}; no server computes it: use patch_model of this package"
     nested = nested_types(request.carried)
@@ -353,6 +369,12 @@ def _notes(request: ServedModel, target: Target, words: Expressed) -> list[str]:
             f"unknown for this class: the numbers are those of {target.title}'s rotary embedding, but what its code "
             f"for {request.whole_type!r} passes on to it is not known; compare the outputs before you rely on it"
         )
+    if _in_chunks(request, target):
+        if target.name == "vllm":
+            does = f"vLLM (its source at 07b12f1b) computes Dual Chunk Attention where the config has {DUAL_CHUNK_KEY}"
+        else:
+            does = f"what {target.title} makes of {DUAL_CHUNK_KEY} is not known"
+        notes.append(f"{does}: the numbers here are those of plain RoPE")
     if other := _installed_otherwise(target):
         notes.append(other)
     if target.older and scaling.method != "default":
@@ -361,6 +383,11 @@ def _notes(request: ServedModel, target: Target, words: Expressed) -> list[str]:
     if window is not None and window < request.length:
         notes.append(f"sliding_window={window} of the config is shorter than {request.length} tokens")
     return notes
+
+
+def _in_chunks(request: ServedModel, target: Target) -> bool:
+    """Whether the config asks for attention in chunks, and the program may do it. transformers does not."""
+    return target.name != "transformers" and bool(dual_chunks(request.config))
 
 
 def _installed_otherwise(target: Target) -> str:

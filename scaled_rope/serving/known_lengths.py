@@ -12,6 +12,9 @@ from typing import Any
 from scaled_rope.errors import is_positive_whole
 from scaled_rope.scaling.record import RopeScaling, RopeSettings
 
+DUAL_CHUNK_KEY = "dual_chunk_attention_config"
+"""Qwen2.5-1M's key for Dual Chunk Attention, by which it reads beyond the length of its training."""
+
 
 @dataclass(frozen=True)
 class KnownLengths:
@@ -64,7 +67,16 @@ def known_lengths(config: Any, own: RopeScaling) -> KnownLengths | None:
         family.lengths.extended,
     ):
         return family.lengths
+    length = dual_chunks(config).get("original_max_position_embeddings")
+    if is_positive_whole(length) and length < context:
+        return KnownLengths(int(length), None, f"{DUAL_CHUNK_KEY} does")
     return None
+
+
+def dual_chunks(config: Any) -> Mapping[str, Any]:
+    """What a config says of attention in chunks, see `DUAL_CHUNK_KEY`; empty for most."""
+    value = _value(config, DUAL_CHUNK_KEY)
+    return value if isinstance(value, Mapping) else {}
 
 
 def with_known_length(scaling: RopeScaling, config: Any) -> RopeScaling:

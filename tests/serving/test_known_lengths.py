@@ -9,7 +9,8 @@ from transformers import CONFIG_MAPPING
 
 from scaled_rope import RopeScaling
 from scaled_rope.cli import main
-from scaled_rope.serving.export import served_length
+from scaled_rope.serving.export import export, served_length
+from scaled_rope.serving.inspect_config import inspect
 from scaled_rope.serving.known_lengths import known_lengths, length_for, own_scaling, reach_of, with_known_length
 
 LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
@@ -78,3 +79,47 @@ def test_plan_of_gemma_3_ends_where_the_model_does(tmp_path: Any, capsys: pytest
     assert main(["plan", "--serve", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "sequences of 131072 tokens" in out and "note: config.json, info [known-original]" in out
+
+
+QWEN_1M: dict[str, Any] = {
+    "model_type": "qwen2",
+    **{"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2},
+    **{"num_hidden_layers": 2, "vocab_size": 61, "max_position_embeddings": 1010000, "rope_theta": 1e7},
+    "dual_chunk_attention_config": {
+        **{"chunk_size": 262144, "local_size": 8192},
+        "original_max_position_embeddings": 262144,
+    },
+}
+
+
+def test_inspect_says_what_attention_in_chunks_is() -> None:
+    report = inspect(QWEN_1M)
+    assert report.codes == ["dual-chunk", "known-original"] and report.exit_code == 0
+    assert report.lengths["original"] == 262144 and report.lengths["extended"] is None
+    (finding,) = [one for one in report.findings if one.code == "dual-chunk"]
+    assert finding.level == "warning" and "chunk_size=262144" in finding.text and "Dual Chunk Attention" in finding.text
+    assert inspect(QWEN_1M, scaling="yarn:4").lengths["extended"] == 1048576
+    for other in (None, {}, {"original_max_position_embeddings": "262144"}):
+        assert inspect(QWEN_1M | {"dual_chunk_attention_config": other}).lengths["original"] == 1010000
+
+
+@pytest.mark.parametrize(
+    ("target", "spec", "status"),
+    [
+        ("vllm", "yarn:4", "refused"),
+        ("vllm", "default", "unknown"),
+        ("sglang", "yarn:4", "unknown"),
+        ("llama.cpp", "yarn:4", "unknown"),
+        ("transformers", "yarn:4", "exact"),
+    ],
+)
+def test_export_of_attention_in_chunks_claims_what_is_known(target: str, spec: str, status: str) -> None:
+    config = CONFIG_MAPPING["qwen2"].from_dict(QWEN_1M)
+    report = export(spec, config, target, raw=QWEN_1M)
+    assert report.status == status
+    assert ("dual_chunk_attention_config" in report.reason + " ".join(report.notes)) == (target != "transformers")
+    assert "scaled_rope" not in report.config
+    if status != "refused" and spec != "default":
+        assert report.config["rope_parameters"]["original_max_position_embeddings"] == 262144
+    plain = {key: value for key, value in QWEN_1M.items() if "chunk" not in key}
+    assert export(spec, CONFIG_MAPPING["qwen2"].from_dict(plain), target, raw=plain).status == "exact"
