@@ -458,8 +458,8 @@ def _tell_unused(record: Any, place: str, fields: ChatFields, told: set[str]) ->
         return
     used = {fields.messages, fields.prompt, fields.completion}
     unused = {"fields": {str(key) for key, value in record.items() if key not in used and value is not None}}
-    lists = [record.get(name) for name in used if isinstance(record.get(str(name)), list)]
-    messages = [message for value in lists for message in value if isinstance(message, Mapping)]
+    lists = [record.get(str(name)) for name in used]
+    messages = [one for value in lists if isinstance(value, list) for one in value if isinstance(one, Mapping)]
     keys: set[str] = set()
     for message in messages:
         found = {str(key) for key, value in message.items() if value is not None} - _READ
