@@ -67,9 +67,9 @@ def original_length_known_otherwise(facts: ConfigFacts) -> Iterator[Finding]:
 def undeclared_extended_length(facts: ConfigFacts) -> Iterator[Finding]:
     """max_position_embeddings is still L."""
     lengths = _lengths_apart(facts)
-    if lengths is None or lengths[0] != lengths[1]:
+    if lengths is None or lengths[0] != lengths[1] or not METHODS[lengths[3]].needs_original:
         return
-    context, original, factor = lengths
+    context, original, factor, _ = lengths
     yield Finding(
         "undeclared-length",
         "warning",
@@ -85,7 +85,7 @@ def length_other_than_factor_times_original(facts: ConfigFacts) -> Iterator[Find
     lengths = _lengths_apart(facts)
     if lengths is None or lengths[0] == lengths[1]:
         return
-    context, original, factor = lengths
+    context, original, factor, _ = lengths
     extended = factor * original
     meaning = "below" if context < extended else "above"
     yield Finding(
@@ -134,15 +134,14 @@ def shortening(scaling: RopeScaling, own: RopeScaling, context: int, reach: int 
     return f"{text}; {f'a factor of {factor}' if scaling.params else f'{scaling.method}:{factor}'} reaches that"
 
 
-def _lengths_apart(facts: ConfigFacts) -> tuple[int, int, float] | None:
-    """(max_position_embeddings, L, factor) of a config that says all three, where they do not go together."""
+def _lengths_apart(facts: ConfigFacts) -> tuple[int, int, float, str] | None:
+    """(max_position_embeddings, L, factor, method) of a config that says all, where the lengths do not go together."""
     own, context = facts.own, facts.context
     if own is None or facts.spec is not None or context is None or not facts.original_is_written:
         return None
     original, factor = own.original_max_position_embeddings, own.factor
     row = METHODS[own.method]
-    by_length = row.needs_original and row.factor_times_original == "length"
-    if not by_length or factor <= 1 or original is None:
+    if row.factor_times_original != "length" or factor <= 1 or original is None:
         return None
     together = abs(context - factor * original) <= 1e-3 * (factor * original)
-    return None if together else (context, original, factor)
+    return None if together else (context, original, factor, own.method)

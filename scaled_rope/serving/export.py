@@ -76,7 +76,8 @@ _CONVERTED = ("llama.cpp", "ollama")
 
 
 def served_length(scaling: RopeScaling, config: Any, flag: str = "--length") -> int:
-    """N where nothing is said: the factor's length, or what the checkpoint claims when it carries the scaling.
+    """N where nothing is said: factor times L; without a factor, or where it is the least that the scaling is for, what
+    the checkpoint claims.
 
     flag: where a caller may say it.
 
@@ -90,7 +91,9 @@ def served_length(scaling: RopeScaling, config: Any, flag: str = "--length") -> 
     own = RopeSettings(config).scaling
     if scaling.factor > 1 and scaling not in (own, own_scaling(config)):
         return extended
-    return length_for(config, own) or claimed if reach_of(config) is not None else max(claimed, extended)
+    if scaling.factor > 1 and METHODS[scaling.method].factor_times_original == "length" and extended:
+        return reach_of(config) or extended
+    return max(claimed, extended)
 
 
 def export(

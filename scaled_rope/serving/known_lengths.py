@@ -67,7 +67,7 @@ def known_lengths(config: Any, own: RopeScaling) -> KnownLengths | None:
         family.lengths.extended,
     ):
         return family.lengths
-    length = dual_chunks(config).get("original_max_position_embeddings")
+    length: Any = dual_chunks(config).get("original_max_position_embeddings")
     if is_positive_whole(length) and length < context:
         return KnownLengths(int(length), None, f"{DUAL_CHUNK_KEY} does")
     return None

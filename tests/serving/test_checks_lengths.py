@@ -95,6 +95,7 @@ def test_a_context_that_is_still_the_original_length() -> None:
 )
 def test_a_context_that_is_no_product_of_the_factor(context: int, meaning: str, remedy: str) -> None:
     finding = only(length_other_than_factor_times_original, **lengths(YARN, context))
+    assert found(length_other_than_factor_times_original, **lengths(LINEAR, context)) == ["warning length-mismatch"]
     assert (finding.code, finding.level) == ("length-mismatch", "warning")
     assert f"={context} is {meaning} that" in finding.text and remedy in finding.remedy
 

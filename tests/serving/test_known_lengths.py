@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -123,3 +124,25 @@ def test_export_of_attention_in_chunks_claims_what_is_known(target: str, spec: s
         assert report.config["rope_parameters"]["original_max_position_embeddings"] == 262144
     plain = {key: value for key, value in QWEN_1M.items() if "chunk" not in key}
     assert export(spec, CONFIG_MAPPING["qwen2"].from_dict(plain), target, raw=plain).status == "exact"
+
+
+@pytest.mark.parametrize("factor", [2.0, 32.0])
+@pytest.mark.parametrize("words", [["export", "--for", "vllm"], ["plan", "--serve"]])
+def test_the_default_length_is_factor_times_l_whatever_the_maximum(
+    words: list[str], factor: float, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {key: value for key, value in QWEN_1M.items() if "chunk" not in key} | {"max_position_embeddings": 65536}
+    rope = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_scaling": rope}))
+    assert main([words[0], str(tmp_path), *words[1:]] if words[0] == "export" else [*words, str(tmp_path)]) == 0
+    out, extended = capsys.readouterr().out, int(factor * 4096)
+    assert f"up to {extended} tokens: same" in out or f"sequences of {extended} tokens fit" in out
+    assert "warning [length-mismatch]" in out and "beyond" not in out
+
+
+def test_the_default_length_of_llama_3_1_is_what_it_claims() -> None:
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
+    rope |= {"original_max_position_embeddings": 8192}
+    config = CONFIG_MAPPING["llama"](max_position_embeddings=131072, rope_parameters=rope)
+    assert served_length(own_scaling(config), config) == 131072
+    assert served_length(RopeScaling("default", original_max_position_embeddings=8192), config) == 131072
