@@ -18,7 +18,7 @@ from scaled_rope.evaluation.passkey_context import passkey_context
 from scaled_rope.evaluation.pooled_seeds import pooled
 from scaled_rope.report.cut_prompts import CUT_MARK, cut_words
 from scaled_rope.report.loading import Loading, SeriesWords, origin
-from scaled_rope.report.row_files import newest, read_row_files, row_date
+from scaled_rope.report.row_files import failed_models, newest, read_row_files, row_date
 from scaled_rope.results import OUT_OF_MEMORY, Row, portable_model
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.scaling.registry import METHODS
@@ -315,6 +315,7 @@ def load_results(paths: Sequence[str], finetuned: str | None = None) -> ReportRo
     rows = current_rows(known)
     if note := _replaced(known, rows):
         notes.append(note)
+    notes += failed_models(paths, known)
     words_of = SeriesWords(rows)
     series: dict[tuple[str, str], Series] = {}
     sections: dict[Topic, Section] = {}
