@@ -100,6 +100,23 @@ def length_other_than_factor_times_original(facts: ConfigFacts) -> Iterator[Find
     )
 
 
+def original_length_that_is_the_extended_one(facts: ConfigFacts) -> Iterator[Finding]:
+    """llama3 whose L is max_position_embeddings: its factor is the least that L grows by, so there is nothing left."""
+    own, context = facts.own, facts.context
+    if own is None or facts.spec is not None or not facts.original_is_written or own.factor <= 1:
+        return
+    least = METHODS[own.method].factor_times_original == "least"
+    if least and context is not None and own.original_max_position_embeddings == context:
+        yield Finding(
+            "undeclared-length",
+            "warning",
+            f"original_max_position_embeddings={context} is max_position_embeddings as well, although the factor "
+            f"{own.factor:g} extends it at least to {own.factor * context:.0f}. One of the two is wrong: the published "
+            "models (Llama 3.1: 8192 and 131072) have the length of pre-training in the first.",
+            "Correct original_max_position_embeddings, from which the frequencies follow, or max_position_embeddings.",
+        )
+
+
 def scaling_shorter_than_the_checkpoint(facts: ConfigFacts) -> Iterator[Finding]:
     """A scaling in place of one by which the model reached further."""
     if facts.spec is None or facts.own is None or facts.scaling is None:

@@ -37,7 +37,7 @@ def numbers_in_effect(facts: ConfigFacts, codes: Collection[str]) -> Iterator[Nu
         yield Number("temperature_slope", slope, _set(scaling.temperature_slope))
     if scaling.resonance:
         yield Number("resonance", True, "wavelengths are whole numbers")
-    yield from _parameters(scaling)
+    yield from _parameters(facts, scaling)
     yield _attention_factor(facts, scaling)
     if facts.spec is None:
         yield from _of_attention(facts, scaling)
@@ -83,7 +83,7 @@ def _model(facts: ConfigFacts, scaling: RopeScaling, codes: Collection[str]) -> 
     yield Number("rotated dimensions", dim, "derived")
 
 
-def _parameters(scaling: RopeScaling) -> Iterator[Number]:
+def _parameters(facts: ConfigFacts, scaling: RopeScaling) -> Iterator[Number]:
     """The parameters of the method besides the factor."""
     row = METHODS[scaling.method]
     if "ramp" in row.fields:
@@ -99,7 +99,8 @@ def _parameters(scaling: RopeScaling) -> Iterator[Number]:
         yield Number("mscale", 1.0 if scaling.mscale is None else scaling.mscale, "in 0.1·mscale·ln(s) + 1")
     if row.params_type is not None:
         for f in dataclasses.fields(row.params_type):
-            origin = "set" if f.name in scaling.params else "default"
+            written = facts.spec is None and facts.entry.get(f.name) is not None
+            origin = "config" if written else "set" if f.name in scaling.params else "default"
             yield Number(f.name, getattr(scaling.method_params, f.name), origin)
 
 

@@ -12,6 +12,7 @@ from scaled_rope.serving.checks_lengths import (
     length_other_than_factor_times_original,
     looks_extended,
     original_length_known_otherwise,
+    original_length_that_is_the_extended_one,
     scaling_shorter_than_the_checkpoint,
     shortening,
     undeclared_extended_length,
@@ -153,6 +154,13 @@ def test_a_factor_of_llama_3_1_is_no_ratio_of_lengths() -> None:
     text = shortening(replace(own, factor=4.0), own, 131072)
     assert text.endswith("llama3 x4 replaces llama3 x8: it is for 65536 tokens, and the checkpoint reached 131072")
     assert shortening(RopeScaling("dynamic-ntk", 2.0, 8192), own, 131072) == ""
+
+
+def test_llama3_whose_original_length_is_the_maximum() -> None:
+    finding = only(original_length_that_is_the_extended_one, **lengths(LLAMA3, 4096))
+    assert (finding.code, finding.level) == ("undeclared-length", "warning") and "at least to 32768" in finding.text
+    for facts in (lengths(LLAMA3, 131072), lengths(LLAMA3, 4096, written=False), lengths(YARN, 4096), {}):
+        assert found(original_length_that_is_the_extended_one, **facts) == []
 
 
 def test_either_of_the_two_is_found() -> None:
