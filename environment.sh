@@ -54,6 +54,17 @@ refuse_blank() {
     done
 }
 
+# refuse_unread WHAT VARIABLE...: ends where a variable of these scripts is set that WHAT does not read; VARIABLE: those that
+# it reads. Without this a run was measured with other settings than those that were given.
+refuse_unread() {
+    local what=$1 name
+    for name in MODELS TASKS DATASET OUTPUT PUBLISHED CONTROL LENGTHS LIMIT ITERATIONS WINDOWS SCALING; do
+        [[ -n "${!name:-}" && " ${*:2} " != *" $name "* ]] || continue
+        echo "error: $name=${!name} is not allowed with $what, which does not read it" >&2
+        exit 2
+    done
+}
+
 # attended COMMAND...: runs a program so that no signal to this script leaves it behind. By itself bash would die of a
 # SIGTERM and the program go on. It gets a process group of its own; SIGTERM, SIGINT and SIGHUP are passed on to all of
 # the group, and once that is gone the script ends with 128 + the signal's number, whatever the program made of it.

@@ -30,6 +30,7 @@ while [[ $# -gt 0 && "$1" != -- ]]; do
     esac
     shift
 done
+if [[ ${#given[@]} -gt 0 ]]; then refuse_unread "'MODEL ...'" TASKS OUTPUT; else refuse_unread eval-harness.sh MODELS TASKS OUTPUT; fi
 [[ $# -eq 0 ]] || shift
 flags=("$@")
 set --

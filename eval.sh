@@ -22,6 +22,7 @@
 # (standin:books), OUTPUT. Flags after -- go to eval/harness.py; with --plan, only what RULER will take is printed:
 #   LENGTHS=256,512 LIMIT=2 ITERATIONS=4 WINDOWS=3 ./eval.sh long
 #   MODELS="meta-llama/Llama-2-7b-hf out/llama-2-7b-32k/model" ./eval.sh long -- --plan
+# A variable that nothing of what is named reads is refused.
 # LAUNCH starts the evaluators on several GPUs:
 #   LAUNCH="torchrun --nproc-per-node 8" ./eval.sh table2
 set -euo pipefail
@@ -104,7 +105,8 @@ paper() { # NAME
     # The paper has no control; its tables of perplexity get one where CONTROL asks for it.
     if [[ $evaluator == perplexity && -n "${CONTROL:-}" ]]; then flags+=(--control "$CONTROL"); fi
     if [[ $evaluator == harness ]]; then
-        MODELS="${models[*]}" OUTPUT="$rows" attended ./eval-harness.sh -- "${extra[@]}" || check "$1" $?
+        MODELS="${models[*]}" OUTPUT="$rows" attended env -u DATASET -u CONTROL -u PUBLISHED ./eval-harness.sh -- "${extra[@]}" ||
+            check "$1" $?
     else
         for model in "${models[@]}"; do
             echo "$1: $evaluator of $model"
@@ -116,9 +118,15 @@ paper() { # NAME
 }
 
 long() { # MODEL ...
-    local models=("$@") embedded=models/tiny-llama-256 launch=${LAUNCH:-python} rows model lengths tasks limit under report=() measured=" "
+    local models=("$@") embedded=models/tiny-llama-256 launch=${LAUNCH:-python} rows model lengths tasks limit under reads report=() measured=" "
     if [[ ${#models[@]} -eq 0 && -n "${MODELS:-}" ]]; then read -r -d '' -a models <<<"$MODELS" || true; fi
     [[ ${#models[@]} -gt 0 ]] || models=("$embedded")
+    reads=(TASKS DATASET OUTPUT CONTROL LENGTHS LIMIT ITERATIONS WINDOWS SCALING)
+    if [[ $# -eq 0 ]]; then refuse_unread "'long'" MODELS "${reads[@]}"; else refuse_unread "'long MODEL ...'" "${reads[@]}"; fi
+    if [[ ${#models[@]} -gt 1 && -n "${SCALING:-}" ]]; then
+        echo "error: SCALING=$SCALING is not allowed with several models, which have scalings of their own; only with one" >&2
+        exit 2
+    fi
     refuse_empty model "${models[@]}"
     rows=${OUTPUT:-out/long/rows.jsonl}
     if [[ "${models[*]}" == "$embedded" ]]; then tasks=ruler-offline limit=10; else tasks=ruler limit=100; fi
@@ -159,6 +167,14 @@ long() { # MODEL ...
     attended python eval/report.py "$rows" "${report[@]}" --title "Long texts" --output "$(dirname "$rows")"
 }
 
+reads_of() { # ASSIGNMENTS of a table or figure: the variables that its evaluator reads beside MODELS, OUTPUT and PUBLISHED
+    local model evaluator table models data flags
+    eval "$1"
+    if [[ $evaluator == harness ]]; then echo TASKS; fi
+    if [[ $evaluator == perplexity ]]; then echo CONTROL; fi
+    if [[ ${#data[@]} -gt 0 ]]; then echo DATASET; fi
+}
+
 check() { # WHAT CODE: a model that fails leaves the others their results
     [[ $2 -ne 130 ]] || exit 130 # interrupted
     failed+=("$1")
@@ -169,9 +185,13 @@ if [[ "${names[0]}" == long ]]; then
     long "${names[@]:1}"
     names=()
 fi
+readable=() # the variables that one of the names reads
 for name in "${names[@]}"; do # all names are read before anything is measured
     case $name in
-        table[0-9]* | figure[0-9]*) python -m scaled_rope.report.paper "$name" --shell >/dev/null ;;
+        table[0-9]* | figure[0-9]*)
+            assignments=$(python -m scaled_rope.report.paper "$name" --shell)
+            readable+=(MODELS OUTPUT PUBLISHED $(reads_of "$assignments"))
+            ;;
         *)
             python -m scaled_rope.recipes --shell --also table{1..6} figure{1,5,6} -- "$name" >/dev/null
             for given in MODELS DATASET OUTPUT; do
@@ -180,9 +200,11 @@ for name in "${names[@]}"; do # all names are read before anything is measured
                     exit 2
                 fi
             done
+            readable+=(CONTROL)
             ;;
     esac
 done
+if [[ ${#names[@]} -gt 0 ]]; then refuse_unread "'${names[*]}'" "${readable[@]}"; fi
 for name in "${names[@]}"; do
     case $name in
         table[0-9]* | figure[0-9]*) paper "$name" ;;

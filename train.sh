@@ -22,6 +22,7 @@ if [[ "${1:-}" == --list ]]; then
 fi
 
 [[ $# -gt 0 ]] || set -- demo
+refuse_unread "'$*'"
 for wanted in "$@"; do # all names are read before anything is trained
     refuse_flag "$wanted" "flags are for finetune.py"
     python -m scaled_rope.recipes --pending -- "$wanted" >/dev/null

@@ -138,7 +138,7 @@ if __name__ == "__main__":
 from scaled_rope.checkpoint import load_tokenizer
 from scaled_rope.evaluation.benchmark_runs import BenchmarkRun, Unmeasurable, benchmark_table, save_questions
 from scaled_rope.evaluation.chat_templates import print_chat_notes
-from scaled_rope.evaluation.failures import Failure, failing_alone, report_failures
+from scaled_rope.evaluation.failures import Failure, failing_alone, keep_failures, report_failures
 from scaled_rope.evaluation.harness_plan import doubled_lengths, lengths_note, plan_text
 from scaled_rope.evaluation.jobs import ModelJob, ModelLoader, model_jobs
 from scaled_rope.evaluation.lm_eval_tasks import Catalogue, UnbuiltUnit, Unit, model_class
@@ -229,6 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What has rows that say so is not refused as a whole.
     written = any(isinstance(failure.error, Unmeasurable) for failure in failures)
     code = report_failures(failures, jobs, ("any task",) if written else ())
+    keep_failures(args.output, "benchmark", failures, jobs, ())
     print(f"\n{ranks.first(lambda: benchmark_table(args.output, wanted))}")
     print_output(args.output)
     return code

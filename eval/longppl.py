@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, source in zip(keys, sources, strict=True)
     }
     found = run_all(evaluators, jobs, args, command_line(parser, argv), SEED, failures)
-    code = report_failures(failures, jobs, evaluators)
+    code = report_failures(failures, jobs, evaluators, args.output, "longppl")
     longest = lengths[-1]
     for name, rows in found.items():
         print_keys(name, keys[name], longest)

@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for title in (name, controls[name])
         }
     found = run_all(evaluators, jobs, args, command_line(parser, argv), SEED, failures)
-    code = report_failures(failures, jobs, evaluators)
+    code = report_failures(failures, jobs, evaluators, args.output, "perplexity")
     for name, rows in found.items():
         if name in controls.values():
             continue

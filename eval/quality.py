@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_chat_notes((job.model for job in jobs), args.chat_template)
     table, args.output_file = args.output_file, None  # `run` would write one line per model
     rows = run(evaluator, jobs, args, command_line(parser, argv), None, failures)
-    code = report_failures(failures, jobs)
+    code = report_failures(failures, jobs, output=args.output, metric="quality")
     if args.print_choices:
         for line in describe_choices(rows):
             print(line)

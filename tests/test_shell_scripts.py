@@ -31,7 +31,7 @@ def test_eval_sh_measures_tables_and_then_reports(tmp_path):
     )
     python.chmod(python.stat().st_mode | stat.S_IEXEC)
     variables = {"PYTHON": str(python), "PYTHONPATH": str(ROOT), "OUTPUT": str(rows), "TASKS": "mmlu"}
-    variables |= {"MODELS": "a/b missing", "DATASET": "x.txt"}
+    variables |= {"MODELS": "a/b missing", "DATASET": "x.txt"}  # the one for table 3, the other for table 4
     command = ["./eval.sh", "table4", "table3", "--", "--seed", "1"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
     flags = "--protocol sliding --stride 256 --weighting window --samples 50 --dataset-min-tokens 16384 --lengths 32768"
@@ -387,6 +387,30 @@ def test_eval_sh_refuses_variables_that_recipes_do_not_read(name):
     )  # fmt: skip
     said = f"error: {name}=x is not allowed with recipe 'demo', which says it itself\n"
     assert (done.returncode, done.stderr, done.stdout) == (2, said, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "what"),
+    [
+        *((("eval.sh", "demo"), name, "'demo'") for name in ("LENGTHS", "LIMIT", "ITERATIONS", "WINDOWS", "SCALING")),
+        *((("eval.sh", "demo"), name, "'demo'") for name in ("TASKS", "PUBLISHED")),
+        *((("eval.sh", "table2"), name, "'table2'") for name in ("LENGTHS", "LIMIT", "WINDOWS", "SCALING", "TASKS")),
+        *((("eval.sh", "table3"), name, "'table3'") for name in ("DATASET", "CONTROL")),
+        (("eval.sh", "table4", "table3"), "SCALING", "'table4 table3'"),
+        (("eval.sh", "long"), "PUBLISHED", "'long'"),
+        (("eval.sh", "long", "m"), "MODELS", "'long MODEL ...'"),
+        (("eval-harness.sh", "m"), "MODELS", "'MODEL ...'"),
+        *((("eval-harness.sh",), name, "eval-harness.sh") for name in ("DATASET", "LIMIT", "SCALING", "LENGTHS")),
+        *((("train.sh", "demo"), name, "'demo'") for name in ("MODELS", "DATASET", "OUTPUT", "SCALING")),
+    ],
+)
+def test_a_variable_that_is_not_read_is_refused(words: tuple[str, ...], name: str, what: str) -> None:
+    assert refusal(*words, **{name: "x"}) == f"error: {name}=x is not allowed with {what}, which does not read it\n"
+
+
+def test_eval_sh_long_takes_a_scaling_for_one_model_alone() -> None:
+    said = "error: SCALING=yarn:8 is not allowed with several models, which have scalings of their own; only with one\n"
+    assert refusal("eval.sh", "long", "a", "b", SCALING="yarn:8") == said
 
 
 @pytest.mark.parametrize(

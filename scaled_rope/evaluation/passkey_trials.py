@@ -139,7 +139,8 @@ def run_trials(
     }
     seeds = {name: one.seed for name, (_, one) in named.items()}
     measured = run_all({name: one for name, (_, one) in named.items()}, jobs, args, command, seeds, failures)
-    code = report_failures(failures, jobs)
+    metric = next(iter(groups.values()))[0].metric
+    code = report_failures(failures, jobs, output=args.output, metric=metric)
     ranks = current()
     found: dict[str, dict[ModelJob, dict[int, Row]]] = {}
     for group, evaluators in groups.items():

@@ -9,9 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from scaled_rope.checkpoint import display_name
 from scaled_rope.errors import ConfigError, is_number, is_positive_whole
 from scaled_rope.evaluation.controls import CONTROL
-from scaled_rope.results import Row, row_key
+from scaled_rope.evaluation.failures import failures_file
+from scaled_rope.results import Row, row_key, rows_so_far
 from scaled_rope.scaling.record import RopeScaling
 
 _PROVENANCE = ("command", "commit", "versions", "device", "cpu_count", "date", "seed")
@@ -290,6 +292,40 @@ def read_row_files(paths: Sequence[str], metrics: Collection[str]) -> tuple[list
     if repeated:
         notes.append(_repeated(repeated))
     return [newest(each) for each in found.values()], notes
+
+
+def failed_models(paths: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """A sentence on each model that could not be measured, from the records beside row files, without those of which
+    there are newer rows.
+
+    rows: those of the files.
+    """
+    said: dict[str, None] = {}
+    for path in paths:
+        for record in rows_so_far(failures_file(path)):
+            metric, job, task, why, date = (str(record.get(name, "")) for name in _FAILED)
+            if not metric or not job or any(_has_succeeded(row, metric, job, task, date) for row in rows):
+                continue
+            said[f"{metric} of {job}{f' on {task}' if task else ''} could not be measured: {why}"] = None
+    return list(said)
+
+
+_FAILED = ("metric", "job", "task", "failed", "date")
+"""Fields of a record of `evaluation.failures.keep_failures`."""
+
+
+def _has_succeeded(row: Row, metric: str, job: str, task: str, date: str) -> bool:
+    """Whether a row is a later measurement of what could not be measured.
+
+    job: the model and its label, or the model alone.
+    """
+    if row.get("error") or row["metric"].removesuffix("_context") != metric or row["provenance"]["date"] < date:
+        return False
+    name = f"{display_name(row['model'])}, {row['label']}"
+    named = {str(row["data"].get("name")), str(row["protocol"].get("task"))}
+    return (name == job or name.startswith(f"{job}, ")) and (
+        not task or any(task == one or task.startswith(f"{one} ") for one in named)
+    )
 
 
 def newest(rows: Iterable[Row]) -> Row:

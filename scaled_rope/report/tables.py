@@ -19,7 +19,7 @@ from scaled_rope.evaluation.pooled_seeds import pooled
 from scaled_rope.provenance import portable_model
 from scaled_rope.report.cut_prompts import CUT_MARK, cut_words
 from scaled_rope.report.loading import Loading, SeriesWords, origin
-from scaled_rope.report.row_files import newest, read_row_files, row_date
+from scaled_rope.report.row_files import failed_models, newest, read_row_files, row_date
 from scaled_rope.results import OUT_OF_MEMORY, Row
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.scaling.registry import METHODS
@@ -316,6 +316,7 @@ def load_results(paths: Sequence[str], finetuned: str | None = None) -> ReportRo
     rows = current_rows(known)
     if note := _replaced(known, rows):
         notes.append(note)
+    notes += failed_models(paths, known)
     words_of = SeriesWords(rows)
     series: dict[tuple[str, str], Series] = {}
     sections: dict[Topic, Section] = {}
@@ -345,7 +346,7 @@ def load_results(paths: Sequence[str], finetuned: str | None = None) -> ReportRo
     alone = [sections.pop(topic) for topic in list(sections) if not sections[topic].rows]
     if count := sum(len(cells) for one in alone for found in one.controls.values() for cells in found.values()):
         notes.append(f"{count} rows of controls without the measurement that they control are left out")
-    _tell_texts_apart(list(sections.values()))
+    notes += _tell_texts_apart(list(sections.values()))
     _style(list(series.values()))
     # By metric, then as they appeared; topics with one base stay together.
     bases = list(dict.fromkeys(topic.base for topic in sections))
@@ -354,8 +355,10 @@ def load_results(paths: Sequence[str], finetuned: str | None = None) -> ReportRo
     return ReportRows(list(series.values()), ordered, rows, notes)
 
 
-def _tell_texts_apart(sections: Sequence[Section]) -> None:
-    """Give sections of one title words for what differs in how their texts were read, or in how much was."""
+def _tell_texts_apart(sections: Sequence[Section]) -> list[str]:
+    """Give sections of one title words for what differs in how their texts were read, or in how much was; where nothing
+    does, for their content. Returns the note on texts of one name with different content."""
+    alike: dict[str, list[str]] = {}
     groups: dict[str, list[Section]] = {}
     for section in sections:
         if section.topic.text:
@@ -368,6 +371,18 @@ def _tell_texts_apart(sections: Sequence[Section]) -> None:
             known = [name for name in differing if one[name] is not None]
             said = [f"{one[name]} {_AMOUNTS[name]}" if name in _AMOUNTS else f"{name} {one[name]}" for name in known]
             section.words = f" ({', '.join(word.strip() for word in said)})" if said else ""
+        words = [section.words for section in some]
+        for section in [one for one in some if words.count(one.words) > 1]:
+            content = section.topic.text[:8]
+            alike.setdefault(section.topic.data or "text", []).append(content)
+            section.words = f"{section.words[:-1]}, content {content})" if section.words else f" (content {content})"
+    if not alike:
+        return []
+    said = [f"{name} ({', '.join(dict.fromkeys(found))})" for name, found in alike.items()]
+    return [
+        "texts of one name have different content, so that each has tables of its own, and models are compared only "
+        f"over the same: {'; '.join(said)}"
+    ]
 
 
 def _retell_contexts(sections: Sequence[Section]) -> None:

@@ -9,6 +9,7 @@ from scaled_rope.scaling.hf_config import has_rope
 from scaled_rope.scaling.registry import METHODS
 from scaled_rope.serving.config_facts import ConfigFacts, keys_that_nothing_reads
 from scaled_rope.serving.inspect_report import Finding
+from scaled_rope.serving.known_lengths import DUAL_CHUNK_KEY, dual_chunks
 
 
 def family_without_rope(facts: ConfigFacts) -> Iterator[Finding]:
@@ -64,6 +65,23 @@ def layers_that_do_not_rotate(facts: ConfigFacts) -> Iterator[Finding]:
         text += f" Those that use it look back {facts.window} tokens only, so a scaling has nothing to extend."
     remedy = "Leave RoPE unscaled." if only_near else ""
     yield Finding("layers-without-rope", "warning" if only_near else "info", text, remedy)
+
+
+def attention_in_chunks(facts: ConfigFacts) -> Iterator[Finding]:
+    """Qwen2.5-1M, whose positions some servers rotate chunk by chunk."""
+    if facts.scaling is None or not (chunks := dual_chunks(facts.text)):
+        return
+    sizes = ", ".join(f"{name}={value!r}" for name, value in chunks.items())
+    scaled = facts.scaling.method != "default" and facts.scaling.factor > 1
+    yield Finding(
+        "dual-chunk",
+        "warning",
+        f"{DUAL_CHUNK_KEY} ({sizes}) asks for Dual Chunk Attention, in which positions start again in each chunk, so "
+        "that the model reads beyond the length of its training. transformers and this package do not compute it: they "
+        f"rotate positions up to {facts.context} as they are" + (", scaled." if scaled else "."),
+        f"For a scaling by itself delete {DUAL_CHUNK_KEY}; `scaled-rope export` says what is known of the program at "
+        "hand.",
+    )
 
 
 def alibi_instead_of_rope(facts: ConfigFacts) -> Iterator[Finding]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from scaled_rope.scaling.hf_config import RECORD_KEY, SOFTMAX_MSCALE_FAMILIES, ConfigNote, comparable
+from scaled_rope.serving.checks_lengths import looks_extended
 from scaled_rope.serving.checks_transformers import difference_from_transformers
 from scaled_rope.serving.config_facts import ConfigFacts
 from scaled_rope.serving.inspect_report import Finding, Level, shorten
@@ -51,17 +51,15 @@ def missing_original_length(facts: ConfigFacts, note: ConfigNote) -> Finding:
     """Without L, transformers takes max_position_embeddings for it; often that is L' already."""
     context = facts.context or 0
     factor = facts.own.factor if facts.own is not None else 1.0
-    assumed = context / factor if factor > 1 else 0.0
-    # The lengths that models are pre-trained with are powers of two; extended ones start at 16384.
-    if assumed < 512 or not math.log2(assumed).is_integer() or context < 16384:
+    if not looks_extended(context, factor):
         return Finding(note.code, note.level, f"{note.text}.", _REMEDIES[note.code])
     return Finding(
         "factor-twice",
         "warning",
         f"original_max_position_embeddings is missing, so max_position_embeddings={context} is taken for it "
         f"and the scaling leads to {factor * context:.0f} tokens. If {context} is the extended length already, "
-        f"the factor counts twice, and the original length is {assumed:.0f}.",
-        f"Write original_max_position_embeddings: {assumed:.0f} or {context}.",
+        f"the factor counts twice, and the original length is {context / factor:.0f}.",
+        f"Write original_max_position_embeddings: {context / factor:.0f} or {context}.",
     )
 
 

@@ -58,6 +58,24 @@ def longrope_switches_tables(facts: ConfigFacts) -> Iterator[Finding]:
         )
 
 
+def longrope_lists_swapped(facts: ConfigFacts) -> Iterator[Finding]:
+    """longrope whose list for short sequences divides by more than that for long ones."""
+    scaling = facts.scaling
+    if scaling is None or scaling.method != "longrope":
+        return
+    short, long = scaling.params.get("short_factor"), scaling.params.get("long_factor")
+    if not short or not long or len(short) != len(long):
+        return
+    if all(a >= b for a, b in zip(short, long, strict=True)) and sum(short) > sum(long):
+        yield Finding(
+            "longrope-swapped",
+            "warning",
+            f"short_factor ({min(short):g} to {max(short):g}) divides frequencies by more than long_factor "
+            f"({min(long):g} to {max(long):g}) does: sequences up to L would be interpolated, and longer ones less.",
+            "Most likely the two lists are swapped; compare with the model's own config.",
+        )
+
+
 def constants_of_another_length(facts: ConfigFacts) -> Iterator[Finding]:
     """The paper's constants where they leave hardly a pair unscaled."""
     if facts.scaling is None or facts.head_dim is None or not facts.dimensions:

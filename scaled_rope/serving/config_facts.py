@@ -36,6 +36,7 @@ from scaled_rope.scaling.hf_config import (
 from scaled_rope.scaling.record import LayerPlan, RopeScaling
 from scaled_rope.scaling.resolve import resolve_scaling
 from scaled_rope.serving.inspect_report import Dimension, quiet, refusal_of
+from scaled_rope.serving.known_lengths import KnownLengths, known_lengths, with_known_length
 from scaled_rope.serving.rotary_module import rotates_images
 from scaled_rope.serving.scaling_plots import regimes_of
 
@@ -90,6 +91,8 @@ class ConfigFacts:
     """Keys of the RoPE dictionary that its rope_type does not have, and their values."""
     own: RopeScaling | None = None
     """The scaling that the config means; None when it cannot be read."""
+    known: KnownLengths | None = None
+    """The lengths that are known of the model where the config does not say L; `own` has this L."""
     read_error: Exception | None = None
     """Why it cannot."""
     notes: tuple[ConfigNote, ...] = ()
@@ -412,7 +415,8 @@ def _with_scaling(facts: ConfigFacts) -> ConfigFacts:
         own, notes = RopeScaling.read_config(_without_ignored(facts), facts.layer_type)
     except _UNREADABLE as error:
         return replace(facts, read_error=error)
-    return replace(facts, own=own, notes=tuple(notes))
+    known = known_lengths(facts.complete, own)
+    return replace(facts, own=with_known_length(own, facts.complete), known=known, notes=tuple(notes))
 
 
 # --------------------------------------------------------------------------------------------- layers and dimensions
@@ -452,7 +456,7 @@ def _layer_scalings(facts: ConfigFacts) -> tuple[dict[str, RopeScaling], dict[st
         types = [name for name in types if name in facts.nested] or facts.nested
     for name in types:
         try:
-            found[name] = RopeScaling.read_config(config, name)[0]
+            found[name] = with_known_length(RopeScaling.read_config(config, name)[0], facts.complete)
         except _UNREADABLE as error:
             errors[name] = first_line(error)
     return found, errors

@@ -37,7 +37,7 @@ def numbers_in_effect(facts: ConfigFacts, codes: Collection[str]) -> Iterator[Nu
         yield Number("temperature_slope", slope, _set(scaling.temperature_slope))
     if scaling.resonance:
         yield Number("resonance", True, "wavelengths are whole numbers")
-    yield from _parameters(scaling)
+    yield from _parameters(facts, scaling)
     yield _attention_factor(facts, scaling)
     if facts.spec is None:
         yield from _of_attention(facts, scaling)
@@ -68,6 +68,7 @@ def _model(facts: ConfigFacts, scaling: RopeScaling, codes: Collection[str]) -> 
     """L, base and heads."""
     original = scaling.original_max_position_embeddings
     said = "config" if facts.original_is_written else "from max_position_embeddings"
+    said = said if facts.known is None else "known of the model"
     said += ", may be the extended length" if {"unknown-original", "factor-twice"} & set(codes) else ""
     yield Number("original_max_position_embeddings", original, said if original is not None else "not said")
     yield Number("rope_theta", scaling.rope_theta, _origin(facts, "rope_theta", "rotary_emb_base"))
@@ -82,7 +83,7 @@ def _model(facts: ConfigFacts, scaling: RopeScaling, codes: Collection[str]) -> 
     yield Number("rotated dimensions", dim, "derived")
 
 
-def _parameters(scaling: RopeScaling) -> Iterator[Number]:
+def _parameters(facts: ConfigFacts, scaling: RopeScaling) -> Iterator[Number]:
     """The parameters of the method besides the factor."""
     row = METHODS[scaling.method]
     if "ramp" in row.fields:
@@ -98,7 +99,8 @@ def _parameters(scaling: RopeScaling) -> Iterator[Number]:
         yield Number("mscale", 1.0 if scaling.mscale is None else scaling.mscale, "in 0.1·mscale·ln(s) + 1")
     if row.params_type is not None:
         for f in dataclasses.fields(row.params_type):
-            origin = "set" if f.name in scaling.params else "default"
+            written = facts.spec is None and facts.entry.get(f.name) is not None
+            origin = "config" if written else "set" if f.name in scaling.params else "default"
             yield Number(f.name, getattr(scaling.method_params, f.name), origin)
 
 
@@ -132,10 +134,14 @@ def lengths_in_effect(facts: ConfigFacts, codes: Collection[str]) -> dict[str, i
     scaling = facts.scaling
     extends = scaling is not None and scaling.factor > 1
     extends = extends and scaling is not None and METHODS[scaling.method].factor_times_original != "least"
-    extends = extends and "unknown-original" not in codes
+    twice = "factor-twice" in codes and scaling is not None and not METHODS[scaling.method].needs_original
+    extends = extends and "unknown-original" not in codes and not twice
+    extended = scaling.max_position_embeddings if extends and scaling is not None else None
+    if extended is not None and facts.spec is None and facts.known is not None:
+        extended = facts.known.extended or extended
     return {
         "original": scaling.original_max_position_embeddings if scaling is not None else None,
-        "extended": scaling.max_position_embeddings if extends and scaling is not None else None,
+        "extended": extended,
         "max_position_embeddings": facts.context,
         "sliding_window": facts.window,
         "shown": facts.shown,

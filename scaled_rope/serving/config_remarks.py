@@ -20,7 +20,7 @@ def config_remarks(
     decided: bool = False,
     without: Collection[str] = (),
 ) -> list[str]:
-    """The errors and warnings about a config.json, one line each.
+    """The errors and warnings about a config.json, and lengths that it does not say itself, one line each.
 
     Args:
         raw: the config as it is written: the object that transformers makes of it says more than its author did.
@@ -37,9 +37,9 @@ def config_remarks(
     facts = read_facts(dict(raw), name, spec=None if carried else scaling)
     remarks = []
     for finding in run_checks(facts):
-        if finding.level == "info" or finding.code in without:
+        if (finding.level == "info" and finding.code != "known-original") or finding.code in without:
             continue
-        if finding.code == "factor-twice" and f"{_L}=" in scaling:
+        if finding.code in ("factor-twice", "known-original") and f"{_L}=" in scaling:
             continue  # the spec says it
         if carried and not decided and (instead := _instead(facts, finding.code)):
             repair = f"scaled-rope repair {shlex.quote(name)}"

@@ -44,6 +44,14 @@ from scaled_rope.serving.config_facts import text_part
 from scaled_rope.serving.config_remarks import config_remarks
 from scaled_rope.serving.export_report import Comparison, ExportReport
 from scaled_rope.serving.gguf import GgufRope, add_rope, held_scaling
+from scaled_rope.serving.known_lengths import (
+    DUAL_CHUNK_KEY,
+    dual_chunks,
+    length_for,
+    own_scaling,
+    reach_of,
+    with_known_length,
+)
 from scaled_rope.serving.rotary_module import shares_one_table
 from scaled_rope.serving.targets.common import (
     TOLERANCE,
@@ -68,7 +76,8 @@ _CONVERTED = ("llama.cpp", "ollama")
 
 
 def served_length(scaling: RopeScaling, config: Any, flag: str = "--length") -> int:
-    """N where nothing is said: the factor's length, or what the checkpoint claims when it carries the scaling.
+    """N where nothing is said: factor times L; without a factor, or where it is the least that the scaling is for, what
+    the checkpoint claims.
 
     flag: where a caller may say it.
 
@@ -79,7 +88,12 @@ def served_length(scaling: RopeScaling, config: Any, flag: str = "--length") -> 
     extended = scaling.max_position_embeddings or 0
     if not claimed and not extended:
         raise ConfigError(f"{flag} is needed: the config of this {config.model_type!r} model says no length")
-    return extended if scaling.factor > 1 and scaling != RopeSettings(config).scaling else max(claimed, extended)
+    own = RopeSettings(config).scaling
+    if scaling.factor > 1 and scaling not in (own, own_scaling(config)):
+        return extended
+    if scaling.factor > 1 and METHODS[scaling.method].factor_times_original == "length" and extended:
+        return reach_of(config) or extended
+    return max(claimed, extended)
 
 
 def export(
@@ -125,7 +139,7 @@ def export(
     return ExportReport(
         scaling=request.scaling,
         target=name,
-        status=_status(matches, target.known(request)),
+        status=_status(matches, target.known(request) and not _in_chunks(request, target)),
         config=nest(words.config | _record(request, words.config), request.written_path),
         flags=words.flags,
         command=target.command.format(flags=shlex.join(words.flags)).strip(),
@@ -147,7 +161,10 @@ def _record(request: ServedModel, config: Mapping[str, Any]) -> dict[str, Any]:
     said = {"model_type": request.model_type, "head_dim": request.head_dim, **config}
     record = {RECORD_KEY: request.scaling.to_dict()}
     try:
-        if RopeSettings(said).scaling == request.scaling or RopeSettings(said | record).scaling != request.scaling:
+        chunks = {DUAL_CHUNK_KEY: dual_chunks(request.config)}
+        if with_known_length(RopeSettings(said).scaling, said | chunks) == request.scaling:
+            return {}
+        if RopeSettings(said | record).scaling != request.scaling:
             return {}
     except ConfigError:  # keys for one program alone
         return {}
@@ -178,8 +195,9 @@ def _request(scaling: RopeScaling | str, whole: Any, length: int | None, raw: Ma
     if not has_rope(config):
         raise ConfigError(f"transformers takes no RoPE parameters for model_type {config.model_type!r}")
     if isinstance(scaling, str):  # remarks on a config.json are for the caller who has it
-        own = RopeScaling.from_config(config) if raw is None else RopeSettings(config).scaling
-        scaling = resolve_scaling(scaling, own)
+        if raw is None:
+            RopeScaling.from_config(config)  # says its remarks
+        scaling = resolve_scaling(scaling, own_scaling(config))
     if length is not None and length < 1:
         raise ConfigError(f"length={length}: must be a positive number of tokens")
     raw = whole.to_dict() if raw is None else raw
@@ -209,6 +227,12 @@ def _nearest_words(request: ServedModel, target: Target) -> tuple[tuple[Expresse
 def _no_words(request: ServedModel, target: Target) -> str:
     """Why no words of the target can do it, or nothing."""
     scaling = request.scaling
+    if target.name == "vllm" and dual_chunks(request.config) and scaling.method != "default":
+        return (
+            f"vLLM (its source at 07b12f1b; {target.version} was not read for this) takes its own rotary embedding for "
+            f"attention in chunks wherever the config has {DUAL_CHUNK_KEY}, whatever the type of rope_parameters, and "
+            f"flags do not clear that key: delete it from config.json for {scaling.label!r}"
+        )
     if scaling.beyond_tables:
         return f"{scaling.method!r} {scaling.beyond_tables}; no server computes it: use patch_model of this package"
     nested = nested_types(request.carried)
@@ -254,6 +278,7 @@ def _per_layer_type(request: ServedModel, target: Target, name: str) -> ExportRe
     Only the layers of the primary type are scaled, as by `patch_model`.
     """
     scaling, carried = request.scaling, LayerPlan.from_config(request.config).layers
+    carried = {kind: with_known_length(one, request.config) for kind, one in carried.items()}
     wanted = with_primary(carried, scaling)
     as_it_is = wanted == carried
     types = RopeSettings(request.config).layer_types  # small models may have layers of one type alone
@@ -329,9 +354,9 @@ def _notes(request: ServedModel, target: Target, words: Expressed) -> list[str]:
     if target.static and scaling.method != "default" and scaling.factor > 1 and not scaling.is_length_dependent:
         notes.append(f"{target.title} scales short prompts as well: it computes one table for all lengths")
     context = int(getattr(request.config, "max_position_embeddings", None) or 0)
-    if shorter := shortening(scaling, RopeSettings(request.config).scaling, context):
+    if shorter := shortening(scaling, own_scaling(request.config), context, reach_of(request.config)):
         notes.append(shorter)
-    made_for = RopeSettings(request.config).length_for(scaling)
+    made_for = length_for(request.config, scaling)
     if made_for is not None and request.length > made_for and not scaling.is_length_dependent:
         note = f"length={request.length} is beyond the {made_for} tokens that {scaling.label!r} is for"
         if METHODS[scaling.method].factor_times_original == "length":
@@ -347,6 +372,12 @@ def _notes(request: ServedModel, target: Target, words: Expressed) -> list[str]:
             f"unknown for this class: the numbers are those of {target.title}'s rotary embedding, but what its code "
             f"for {request.whole_type!r} passes on to it is not known; compare the outputs before you rely on it"
         )
+    if _in_chunks(request, target):
+        if target.name == "vllm":
+            does = f"vLLM (its source at 07b12f1b) computes Dual Chunk Attention where the config has {DUAL_CHUNK_KEY}"
+        else:
+            does = f"what {target.title} makes of {DUAL_CHUNK_KEY} is not known"
+        notes.append(f"{does}: the numbers here are those of plain RoPE")
     if other := _installed_otherwise(target):
         notes.append(other)
     if target.older and scaling.method != "default":
@@ -355,6 +386,11 @@ def _notes(request: ServedModel, target: Target, words: Expressed) -> list[str]:
     if window is not None and window < request.length:
         notes.append(f"sliding_window={window} of the config is shorter than {request.length} tokens")
     return notes
+
+
+def _in_chunks(request: ServedModel, target: Target) -> bool:
+    """Whether the config asks for attention in chunks, and the program may do it. transformers does not."""
+    return target.name != "transformers" and bool(dual_chunks(request.config))
 
 
 def _installed_otherwise(target: Target) -> str:

@@ -34,7 +34,11 @@ from scaled_rope.scaling.hf_config import (
 )
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.serving.checks_keys import has_no_effect, misspelt_keys, owners_of
-from scaled_rope.serving.checks_lengths import length_other_than_factor_times_original, undeclared_extended_length
+from scaled_rope.serving.checks_lengths import (
+    length_other_than_factor_times_original,
+    undeclared_extended_length,
+    unsaid_original_length,
+)
 from scaled_rope.serving.checks_notes import remarks_of_the_reader
 from scaled_rope.serving.checks_transformers import rope_type_that_transformers_has_not
 from scaled_rope.serving.config_facts import ConfigFacts, known_keys, read_facts
@@ -507,11 +511,11 @@ def _say_the_original_length(draft: _Draft, facts: ConfigFacts) -> None:
     found, own, context = draft.entry(facts), facts.own, facts.context
     if found is None or own is None or context is None:
         return
-    if not any(note.code == "no-original" for note in facts.notes) and own.method not in ("linear", "ntk"):
+    codes = {finding.code for finding in (*remarks_of_the_reader(facts), *unsaid_original_length(facts))}
+    if not codes & {"no-original", "factor-twice", "unknown-original"}:
         return
     if facts.original_is_written or own.factor <= 1:
         return
-    codes = {finding.code for finding in remarks_of_the_reader(facts)}
     value = context
     if "factor-twice" in codes or _L in draft.assume:
         options = {f"{context / own.factor:.0f}": f"then {context} is the extended length", f"{context}": "trained so"}

@@ -21,11 +21,12 @@ from scaled_rope.errors import ConfigError, first_line, is_positive_whole
 from scaled_rope.flags.serving import check_plan_arguments
 from scaled_rope.patching.loading import auto_class, build_unscaled
 from scaled_rope.scaling.hf_config import text_config
-from scaled_rope.scaling.record import RopeScaling, RopeSettings
+from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.scaling.resolve import resolve_scaling
 from scaled_rope.serving.checks_lengths import shortening
 from scaled_rope.serving.config_remarks import config_remarks
 from scaled_rope.serving.export import served_length
+from scaled_rope.serving.known_lengths import length_for, own_scaling, reach_of
 
 GB = 1e9
 _USED = 0.9
@@ -123,17 +124,18 @@ def plan_serving(
     """
     text = text_config(config)
     if isinstance(scaling, str):
-        scaling = resolve_scaling(scaling, RopeScaling.from_config(text))
+        RopeScaling.from_config(text)  # says its remarks
+        scaling = resolve_scaling(scaling, own_scaling(text))
     length = length or served_length(scaling, text)
     heads = _whole(text, "num_attention_heads")
     if heads % gpus:
         raise ConfigError(f"--gpus {gpus} is not allowed; {heads} attention heads must be shared out evenly")
     notes = []
-    if shorter := shortening(scaling, RopeSettings(text).scaling, _whole(text, "max_position_embeddings", 0)):
+    if shorter := shortening(scaling, own_scaling(text), _whole(text, "max_position_embeddings", 0), reach_of(text)):
         notes.append(shorter)
     if scaling.beyond_tables:
         notes.append(f"no server computes this scaling, which {scaling.beyond_tables}: see scaled-rope export")
-    extended = RopeSettings(text).length_for(scaling) or _whole(text, "max_position_embeddings", length)
+    extended = length_for(text, scaling) or _whole(text, "max_position_embeddings", length)
     if length > extended and not scaling.dynamic:
         notes.append(f"{length} tokens are beyond the {extended} that {scaling.label} is for")
     size, wide = _BYTES[kv_dtype], _wide(text)
@@ -263,8 +265,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.serve)
     memory, gpus = args.gpu_memory * GB, args.gpus or 1
     remarks = config_remarks(raw_config(args.serve), args.serve, args.scaling, without=("shortened",))
-    own = RopeSettings(text_config(config)).scaling
-    scaling = resolve_scaling(args.scaling, own)
+    scaling = resolve_scaling(args.scaling, own_scaling(text_config(config)))
     plan = plan_serving(config, scaling, args.length, memory, gpus, args.kv_dtype, args.serve)
     plan = replace(plan, notes=(*remarks, *plan.notes))
     print(json.dumps(plan.to_dict(), indent=1) if args.json else "\n".join(plan.lay_out()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,10 @@ SHAREGPT = {
     "assistant": "assistant",
     "tool": "tool",
 }
+#: keys of a message by which other programs leave it out; here it is `weight`
+_SWITCHES = ("train", "training")
+#: keys of a message that are read here, besides those that the chat template reads
+_READ = {"role", "content", "from", "value", "weight", *_SWITCHES}
 BATCH = 64  # records handed to a process at once
 
 Weights = npt.NDArray[np.uint8]
@@ -76,6 +81,8 @@ class Refusals:
     skip: bool = False
     count: int = 0
     first: str = field(default="", init=False)
+    told: set[str] = field(default_factory=set, init=False)
+    """Fields, and keys of messages, of which it has been said that they are not used."""
 
     def add(self, where: str, reason: str) -> None:
         """Take note of a record.
@@ -172,6 +179,34 @@ def messages_of(value: Any, name: str) -> list[Message]:
     return found
 
 
+def learnt_of(value: list[Mapping[str, Any]], name: str) -> list[bool]:
+    """Whether each message of a field's value may be a target: `weight` 0 of an answer says that it is none.
+
+    Raises:
+        _Refused: another weight, one that makes a target of a message that is not the assistant's, or a key that leaves
+            the message out in other programs.
+    """
+    found = []
+    for number, message in enumerate(value, 1):
+        where = f"message {number} of {name}"
+        answer = SHAREGPT.get(str(message.get("role", message.get("from")))) == "assistant"
+        weight = message.get("weight")
+        if weight is not None and (isinstance(weight, str) or weight not in (0, 1)):
+            raise _Refused(
+                f"weight={weight!r} of {where} is not allowed; 1 for an answer to learn, 0 for one to leave out"
+            )
+        if weight and not answer:
+            raise _Refused(f"weight={weight!r} of {where} is not allowed; only the assistant's messages are learnt")
+        for key in _SWITCHES:
+            if message.get(key) is not None and bool(message[key]) != answer:
+                raise _Refused(
+                    f"{key}={message[key]!r} of {where} is not allowed: all answers are learnt, and nothing else; "
+                    "weight: 0 leaves one out"
+                )
+        found.append(weight is None or bool(weight))
+    return found
+
+
 def _texts_in(value: Any) -> Iterator[str]:
     """All texts of nested lists and mappings."""
     if isinstance(value, str):
@@ -217,14 +252,17 @@ class Encoder:
         if any(map(has_half_a_pair, _texts_in(list(values.values())))):
             raise _Refused("a text has a lone surrogate, half of a pair of UTF-16, which is no character")
         if fields.messages is not None:
-            return self._conversation(messages_of(values[fields.messages], fields.messages), 0)
+            messages = messages_of(values[fields.messages], fields.messages)
+            return self._conversation(messages, 0, learnt_of(values[fields.messages], fields.messages))
         prompt, completion = values[str(fields.prompt)], values[str(fields.completion)]
         if isinstance(prompt, str) and isinstance(completion, str):
             return self._pair(prompt, completion)
         if not isinstance(prompt, list) or not isinstance(completion, list):
             raise _Refused(f"{fields.prompt} and {fields.completion} are neither two texts nor two lists of messages")
         before = messages_of(prompt, str(fields.prompt))
-        return self._conversation([*before, *messages_of(completion, str(fields.completion))], len(before))
+        messages = [*before, *messages_of(completion, str(fields.completion))]
+        learnt = [*learnt_of(prompt, str(fields.prompt)), *learnt_of(completion, str(fields.completion))]
+        return self._conversation(messages, len(before), learnt)
 
     def _pair(self, prompt: str, completion: str) -> tuple[list[int], Weights]:
         """BOS, prompt, completion, EOS; completion and EOS are targets."""
@@ -242,10 +280,13 @@ class Encoder:
             ids, weights = [*ids, eos], [*weights, 1]
         return ids, np.asarray(weights, np.uint8)
 
-    def _conversation(self, messages: list[Message], first: int) -> tuple[list[int], Weights]:
-        """A conversation, of which the assistant's messages from number `first` on are targets."""
-        if not any(message["role"] == "assistant" for message in messages[first:]):
+    def _conversation(self, messages: list[Message], first: int, learnt: list[bool]) -> tuple[list[int], Weights]:
+        """A conversation, of which the assistant's messages from number `first` on are targets, as far as `learnt`."""
+        answers = [number for number in range(first, len(messages)) if messages[number]["role"] == "assistant"]
+        if not answers:
             raise _Refused("there is no message of the assistant")
+        if not any(learnt[number] for number in answers):
+            raise _Refused("weight is 0 in all messages of the assistant, so that nothing of it is learnt")
         if not self._read_special:
             for text in _texts_in(messages):
                 for token in self._special:
@@ -261,19 +302,27 @@ class Encoder:
             if first:
                 begin = len(self._before(messages, first, self._rendered(messages)))
                 weights[np.asarray(found["offset_mapping"])[:, 0] < begin] = 0
+            if not all(learnt[number] for number in answers):
+                self._leave_out(weights, messages, [n for n in answers if not learnt[n]], found["offset_mapping"])
             ids = list(found["input_ids"])
         else:
             text = self._rendered(messages)
-            spans = [
-                self._answer(messages, number, text)
-                for number in range(first, len(messages))
-                if messages[number]["role"] == "assistant"
-            ]
+            spans = [self._answer(messages, number, text) for number in answers if learnt[number]]
             found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             ids, weights = list(found["input_ids"]), self._inside(found["offset_mapping"], spans, "an answer")
         if not weights.any():
             raise _Refused("the chat template marks nothing of it as the assistant's")
         return ids, weights
+
+    def _leave_out(
+        self, weights: Weights, messages: list[Message], numbers: list[int], offsets: list[tuple[int, int]]
+    ) -> None:
+        """Set the weights of some answers to 0, with what the template writes behind them, in place."""
+        text = self._rendered(messages)
+        begins = np.asarray(offsets, np.int64).reshape(-1, 2)[:, 0]
+        for number in numbers:
+            begin, _ = self._answer(messages, number, text)
+            weights[(begins >= begin) & (begins < len(self._rendered(messages[: number + 1])))] = 0
 
     def _rendered(self, messages: list[Message], **more: Any) -> Any:
         """`apply_chat_template` of messages: a text, unless `more` asks for tokens."""
@@ -403,6 +452,34 @@ def check_chat(tokenizer: Any, name: str) -> None:
         raise ConfigError(f"tokenizer {name} does not tell where tokens lie in a text, which finding answers needs")
 
 
+def _tell_unused(record: Any, place: str, fields: ChatFields, told: set[str]) -> None:
+    """Say on stderr, each name once, which fields of a record and keys of its messages are not used. told: so far."""
+    if not isinstance(record, Mapping):
+        return
+    used = {fields.messages, fields.prompt, fields.completion}
+    unused = {"fields": {str(key) for key, value in record.items() if key not in used and value is not None}}
+    lists = [record.get(str(name)) for name in used]
+    messages = [one for value in lists if isinstance(value, list) for one in value if isinstance(one, Mapping)]
+    keys: set[str] = set()
+    for message in messages:
+        found = {str(key) for key, value in message.items() if value is not None} - _READ
+        keys |= found if "role" not in message else {key for key in found if key not in _template()}
+    unused["keys of messages"] = keys
+    for what, names in unused.items():
+        new = sorted(name for name in names if f"{what} {name}" not in told)
+        told.update(f"{what} {name}" for name in new)
+        if new:
+            print(f"note: dataset {place}: {what} that are not used: {', '.join(new)}", file=sys.stderr)
+
+
+def _template() -> str:
+    """The chat template of this process's tokenizer; empty where it has none."""
+    try:
+        return str(own_tokenizer().get_chat_template())
+    except ValueError:
+        return ""
+
+
 def conversations(
     records: Iterable[tuple[Any, str]], fields: ChatFields, tokenizers: Tokenizers, refusals: Refusals
 ) -> Iterator[Document]:
@@ -417,6 +494,7 @@ def conversations(
         batch: list[Any] = []
         named: list[str] = []
         for record, place in records:
+            _tell_unused(record, place, fields, refusals.told)
             batch.append(record)
             named.append(place)
             if len(batch) == BATCH:

@@ -7,6 +7,7 @@ import importlib
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,9 @@ from scaled_rope.checkpoint import DEFAULT_MODEL
 from scaled_rope.command_line import run_cli
 from scaled_rope.errors import ConfigError
 from scaled_rope.evaluation import jobs
-from scaled_rope.evaluation.failures import Failure, failing_alone, report_failures
+from scaled_rope.evaluation.failures import Failure, failing_alone, failures_file, keep_failures, report_failures
 from scaled_rope.provenance import portable_model
-from scaled_rope.results import read_rows
+from scaled_rope.results import read_rows, rows_so_far
 from tests.helpers.retrieval import write_questions
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 40
@@ -84,6 +85,39 @@ def test_whatever_is_wrong_with_a_model_the_others_are_measured(
     assert len(failed) == 5
     rows = read_rows(output)
     assert rows and {row["model"] for row in rows} == {portable_model(models["good"])}
+    kept = read_rows(failures_file(output))
+    assert [f"{row['job']}{row['task'] and ' on '}{row['task']}: {row['failed']}" for row in kept] == [
+        line.removeprefix("failed: ") for line in failed
+    ]
+    assert len({row["metric"] for row in kept} | {row["metric"].removesuffix("_context") for row in rows}) == 1
+
+
+@dataclass
+class Job:
+    name: str
+
+
+def failed_jobs(output: Path) -> list[tuple[str, str, str]]:
+    return [(row["metric"], row["job"], row["task"]) for row in rows_so_far(failures_file(output))]
+
+
+def test_failures_are_kept_until_the_same_is_measured(tmp_path: Path) -> None:
+    output, error = tmp_path / "new" / "rows.jsonl", RuntimeError("broken")
+    jobs = [Job("a, unscaled"), Job("b, yarn x4")]
+    assert report_failures([], jobs, output=output, metric="quality") == 0 and not output.parent.exists()
+    failures = [Failure("b, yarn x4", error), Failure("c", error)]  # of which not even the config could be read
+    assert report_failures(failures, jobs, output=output, metric="quality") == 1
+    first = [("quality", "b, yarn x4", ""), ("quality", "c", "")]
+    assert failed_jobs(output) == first and not output.exists()
+    report_failures(failures, jobs, output=output, metric="quality")  # once each
+    keep_failures(output, "passkey", [Failure("a, unscaled", error, "x")], jobs[:1])
+    assert failed_jobs(output) == [*first, ("passkey", "a, unscaled", "x")]
+    report_failures([], [Job("c, unscaled"), *jobs[1:]], output=output, metric="quality")
+    assert failed_jobs(output) == [("passkey", "a, unscaled", "x")]
+    keep_failures(output, "passkey", [], jobs, ("y",))  # another task
+    assert failed_jobs(output) == [("passkey", "a, unscaled", "x")]
+    keep_failures(output, "passkey", [], jobs, ("x",))
+    assert not failures_file(output).exists()
 
 
 def test_models_that_all_fail_alike_are_bad_input(

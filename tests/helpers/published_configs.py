@@ -267,6 +267,11 @@ FALCON = {
 # What a published model's config must and must not set off: name -> (config, spec of the scaling, codes).
 PUBLISHED: dict[str, tuple[dict[str, Any], str, set[str]]] = {
     "Llama-2": (LLAMA, "unscaled", set()),
+    "Vicuna-7b-v1.5-16k": (
+        LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        "linear x4",
+        {"unknown-original", "static-scaling"},
+    ),
     "CodeLlama": (LLAMA | {"max_position_embeddings": 16384, "rope_theta": 1e6}, "unscaled", set()),
     "Llama-3.1": (LLAMA3, "llama3 x8", set()),
     "Yarn-Llama-2-7b-64k": (
@@ -296,7 +301,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], str, set[str]]] = {
     "Phi-3.5-MoE": (PHI35_MOE, "longrope x32 (attention_factor=1.24316", {"longrope-switch", "long-list-unused"}),
     "HunYuan": (HUNYUAN, "abf (theta=11158839.9", {"alpha", "two-values"}),
     "Qwen2.5-VL with the YaRN of its card": (QWEN25_VL, "yarn x4", {"attention-key", "static-scaling", "vllm-axes"}),
-    "Gemma 3": (GEMMA3, "linear x8", {"family-theta", "unknown-original"}),
+    "Gemma 3": (GEMMA3, "linear x8", {"family-theta", "known-original"}),
     "OLMo 3": (OLMO3, "yarn x8", set()),
     "GPT-OSS": (GPT_OSS, "yarn x32", set()),
     "SmolLM3": (SMOLLM3, "unscaled", {"layers-without-rope"}),

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 import eval.report as report
+from scaled_rope.checkpoint import display_name
 from scaled_rope.errors import ConfigError
+from scaled_rope.evaluation.failures import failures_file
 from scaled_rope.report.row_files import damage, newest, read_row_files
 from scaled_rope.report.tables import load_results
 from scaled_rope.results import Row
@@ -250,3 +252,21 @@ def test_what_could_not_be_measured_is_shown_with_its_reason(
     page = (tmp_path / "report.html").read_text()
     assert reason in page and "no file" in page
     assert f"{reason}" in (tmp_path / "report.csv").read_text()
+
+
+def test_a_model_that_could_not_be_measured_is_named_until_it_is(tmp_path: Path) -> None:
+    rows = perplexities("yarn:4", "text", {64: 30})
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert load_results([path]).notes == []
+    name = f"{display_name(rows[0]['model'])}, {rows[0]['label']}"
+    record = {"metric": "perplexity", "job": "broken/model", "task": "", "failed": "no weights", "date": "2031-01-01"}
+    records = [record, record | {"job": name, "task": "text"}, record | {"job": name, "metric": "quality"}]
+    records.append(record | {"job": name, "task": "text", "date": "2000-01-01"})  # measured since then
+    write(failures_file(path), records)
+    assert load_results([path]).notes == [
+        "perplexity of broken/model could not be measured: no weights",
+        f"perplexity of {name} on text could not be measured: no weights",
+        f"quality of {name} could not be measured: no weights",
+    ]
+    failures_file(path).write_text("")
+    assert load_results([path]).notes == []

@@ -74,6 +74,23 @@ def test_texts_of_one_name_that_were_read_otherwise_are_tables_of_their_own(
     assert "older text" in note
 
 
+def test_texts_of_one_name_and_other_content_are_told_apart_with_one_note(tmp_path: Path) -> None:
+    """As two machines have it, each with a text of its own: nothing but the content differs."""
+    rows = [
+        row | {"model": model, "model_fingerprint": model, "data": row["data"] | {"fingerprint": content}}
+        for model, content in (("one", "a" * 16), ("two", "b" * 16))
+        for row in perplexities("yarn:4", "text", {64: 30})
+    ]
+    results = load_results([write(tmp_path / "rows", rows)])
+    titles = [tables.title_of(one) for one in results.sections]
+    assert titles == ["Perplexity, text (content aaaaaaaa)", "Perplexity, text (content bbbbbbbb)"]
+    (note,) = results.notes
+    assert note.startswith("texts of one name have different content") and "text (aaaaaaaa, bbbbbbbb)" in note
+    alike = [row | {"data": row["data"] | {"fingerprint": "a" * 16}} for row in rows]
+    results = load_results([write(tmp_path / "alike", alike)])
+    assert results.notes == [] and [tables.title_of(one) for one in results.sections] == ["Perplexity, text"]
+
+
 def test_prompts_in_a_chat_template_are_a_column_of_their_own() -> None:
     protocol = {"name": "lm-eval", "task": "arc_easy", "num_fewshot": 0, "metric": "acc", "limit": 100}
     row = {"metric": "benchmark", "length": None, "data": {}, "protocol": protocol}

@@ -10,12 +10,16 @@ import pytest
 from scaled_rope import RopeScaling
 from scaled_rope.serving.checks_lengths import (
     length_other_than_factor_times_original,
+    looks_extended,
+    original_length_known_otherwise,
+    original_length_that_is_the_extended_one,
     scaling_shorter_than_the_checkpoint,
     shortening,
     undeclared_extended_length,
     unsaid_original_length,
 )
 from scaled_rope.serving.config_facts import ConfigFacts
+from scaled_rope.serving.known_lengths import KnownLengths
 from tests.helpers.facts import YARN, found, only
 
 LINEAR = RopeScaling("linear", 8.0, 4096)
@@ -28,9 +32,42 @@ def lengths(own: RopeScaling, context: int | None, written: bool = True) -> dict
 
 
 def test_a_scaling_that_needs_no_original_length_leaves_it_open() -> None:
-    finding = only(unsaid_original_length, **lengths(LINEAR, 32768, written=False))
+    finding = only(unsaid_original_length, **lengths(LINEAR, 4096, written=False))
     assert (finding.code, finding.level) == ("unknown-original", "info")
-    assert "the original one 4096" in finding.text
+    assert "the original one 512" in finding.text
+
+
+@pytest.mark.parametrize("more", [{}, {"spec": "yarn:8"}])
+@pytest.mark.parametrize("own", [LINEAR, RopeScaling("ntk", 8.0, 4096)])
+def test_a_context_that_looks_extended_leaves_the_original_length_open(own: RopeScaling, more: dict[str, Any]) -> None:
+    finding = only(unsaid_original_length, **lengths(own, 32768, written=False), **more)
+    assert (finding.code, finding.level) == ("factor-twice", "warning")
+    assert "the factor leads to 262144 tokens" in finding.text and "the original length is 4096" in finding.text
+
+
+def test_types_of_released_code_leave_it_open_too() -> None:
+    facts = lengths(YARN, 32768, written=False) | {"rope": {"rope_type": "dynamic-yarn"}}
+    assert only(unsaid_original_length, **facts).code == "factor-twice"
+
+
+@pytest.mark.parametrize(
+    ("context", "factor", "extended"),
+    [(16384, 4.0, True), (8192, 4.0, False), (131072, 8.0, True), (40960, 4.0, False), (16384, 1.0, False)],
+)
+def test_lengths_that_look_extended(context: int, factor: float, extended: bool) -> None:
+    assert looks_extended(context, factor) is extended
+
+
+def test_a_length_that_is_known_of_the_model_is_told() -> None:
+    known = KnownLengths(4096, 32768, "its authors say so")
+    facts = lengths(LINEAR, 32768, written=False) | {"known": known}
+    finding = only(original_length_known_otherwise, **facts)
+    assert (finding.code, finding.level) == ("known-original", "info")
+    assert "4096 tokens" in finding.text and "its authors say so" in finding.text
+    asked = only(original_length_known_otherwise, **facts, spec="yarn:4")
+    assert asked.level == "warning" and "original_max_position_embeddings=4096" in asked.remedy
+    assert found(unsaid_original_length, **facts) == []
+    assert found(original_length_known_otherwise, **lengths(LINEAR, 32768)) == []
 
 
 @pytest.mark.parametrize(
@@ -40,7 +77,7 @@ def test_a_scaling_that_needs_no_original_length_leaves_it_open() -> None:
         lengths(LINEAR, None, written=False),
         lengths(YARN, 32768, written=False),  # a note says so
         lengths(RopeScaling("linear", 1.0, 4096), 4096, written=False),
-        lengths(LINEAR, 32768, written=False) | {"spec": "linear:8"},
+        lengths(LINEAR, 4096, written=False) | {"spec": "linear:8"},
         {},
     ],
 )
@@ -59,6 +96,7 @@ def test_a_context_that_is_still_the_original_length() -> None:
 )
 def test_a_context_that_is_no_product_of_the_factor(context: int, meaning: str, remedy: str) -> None:
     finding = only(length_other_than_factor_times_original, **lengths(YARN, context))
+    assert found(length_other_than_factor_times_original, **lengths(LINEAR, context)) == ["warning length-mismatch"]
     assert (finding.code, finding.level) == ("length-mismatch", "warning")
     assert f"={context} is {meaning} that" in finding.text and remedy in finding.remedy
 
@@ -116,6 +154,13 @@ def test_a_factor_of_llama_3_1_is_no_ratio_of_lengths() -> None:
     text = shortening(replace(own, factor=4.0), own, 131072)
     assert text.endswith("llama3 x4 replaces llama3 x8: it is for 65536 tokens, and the checkpoint reached 131072")
     assert shortening(RopeScaling("dynamic-ntk", 2.0, 8192), own, 131072) == ""
+
+
+def test_llama3_whose_original_length_is_the_maximum() -> None:
+    finding = only(original_length_that_is_the_extended_one, **lengths(LLAMA3, 4096))
+    assert (finding.code, finding.level) == ("undeclared-length", "warning") and "at least to 32768" in finding.text
+    for facts in (lengths(LLAMA3, 131072), lengths(LLAMA3, 4096, written=False), lengths(YARN, 4096), {}):
+        assert found(original_length_that_is_the_extended_one, **facts) == []
 
 
 def test_either_of_the_two_is_found() -> None:

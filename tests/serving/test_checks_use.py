@@ -12,6 +12,7 @@ from scaled_rope import RopeScaling, patch_model
 from scaled_rope.serving.checks_use import (
     cached_keys_of_dynamic_ntk,
     cached_keys_of_dynamic_scaling,
+    longrope_lists_swapped,
     longrope_switches_tables,
     ramp_of_several_axes_in_vllm,
     softmax_scale_from_mscale,
@@ -121,3 +122,19 @@ def test_no_softmax_scale(facts: dict[str, Any]) -> None:
 def test_the_ramp_of_several_axes_in_vllm(facts: dict[str, Any], codes: list[str]) -> None:
     given = {"scaling": YARN, "rope": {"mrope_section": [16, 24, 24]}} | facts
     assert found(ramp_of_several_axes_in_vllm, **given) == codes
+
+
+@pytest.mark.parametrize(
+    ("short", "long", "codes"),
+    [
+        ([4.0] * 4, [1.0] * 4, ["warning longrope-swapped"]),
+        ([1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0], ["warning longrope-swapped"]),
+        ([1.0] * 4, [4.0] * 4, []),
+        ([1.0] * 4, [1.0] * 4, []),
+        ([1.0, 1.0, 1.0, 2.0], [1.0, 1.5, 2.0, 1.5], []),  # searched for, each by itself
+    ],
+)
+def test_lists_of_longrope_that_are_swapped(short: list[float], long: list[float], codes: list[str]) -> None:
+    lists = {"short_factor": short, "long_factor": long}
+    assert found(longrope_lists_swapped, scaling=RopeScaling("longrope", 8.0, 4096, params=lists)) == codes
+    assert found(longrope_lists_swapped) == []

@@ -51,6 +51,9 @@ def test_layer_types_and_parameters_of_a_method_are_named() -> None:
     assert said(facts)["layer type"] == ("full_attention", "")
     numbers = said(read_facts(LLAMA, spec="proportional:2,fraction=0.5"))
     assert numbers["fraction"] == (0.5, "set")
+    rope = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 4096}
+    numbers = said(read_facts(LLAMA | {"rope_scaling": rope | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}}))
+    assert numbers["low_freq_factor"] == (1.0, "config") and numbers["high_freq_factor"] == (4.0, "config")
 
 
 @pytest.mark.parametrize("code", ["unknown-original", "factor-twice"])

@@ -26,6 +26,7 @@ QWEN: dict[str, Any] = {
     "rope_theta": 1e6,
 }
 TWICE = QWEN | {"rope_scaling": {"type": "yarn", "factor": 4.0}}
+LINEAR_TWICE = QWEN | {"rope_scaling": {"type": "linear", "factor": 4.0}}
 MISSPELT = QWEN | {"rope_scalling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}
 TWO_BASES = QWEN | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
 LONG = QWEN | {"rope_scaling": LLAMA3["rope_scaling"]}
@@ -67,6 +68,9 @@ def test_what_is_open_is_refused_by_name_until_it_is_decided() -> None:
         ConfigError, match=r"model 'M': \[factor-twice\] .*repair M`.*--scaling yarn:4,original_max_pos"
     ):
         config_remarks(TWICE, "M")
+    with pytest.raises(ConfigError, match=r"\[factor-twice\] .*--scaling linear:4,original_max_pos"):
+        config_remarks(LINEAR_TWICE, "M")
+    assert config_remarks(LINEAR_TWICE, "M", "linear:4,original_max_position_embeddings=32768") == []
     with pytest.raises(ConfigError, match=r"model 'M': \[misspelt-key\] 'rope_scalling' .*--scaling METHOD:FACTOR"):
         config_remarks(MISSPELT, "M", "checkpoint:2")
     assert "[factor-twice]" in config_remarks(TWICE, "M", decided=True)[0]
@@ -78,7 +82,7 @@ def test_what_is_open_is_refused_by_name_until_it_is_decided() -> None:
 @pytest.mark.parametrize(
     "command", [["export", "--for", "vllm"], ["plan", "--serve"], ["certify", "--server", "http://127.0.0.1:9"]]
 )
-@pytest.mark.parametrize("config", [TWICE, MISSPELT])
+@pytest.mark.parametrize("config", [TWICE, LINEAR_TWICE, MISSPELT])
 def test_commands_refuse_a_scaling_that_is_open(
     command: list[str], config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,6 +91,12 @@ TRAPS: dict[str, tuple[dict[str, Any], str, str, set[str]]] = {
         "info",
         {STATIC},
     ),
+    "factor counts twice, position interpolation": (
+        scaled(LLAMA | WIDE, type="linear", factor=8.0),
+        "factor-twice",
+        "warning",
+        {STATIC},
+    ),
     "theta missing, known family": (scaled(NEW | WIDE, **yarn(8.0, 4096)), "family-theta", "info", {STATIC}),
     "theta missing, unknown family": (
         scaled(NEW | WIDE | {"model_type": "llamoid"}, **yarn(8.0, 4096)),
@@ -376,7 +382,9 @@ def test_the_table_holds_the_numbers_in_effect():
 
 def test_lengths_that_are_no_product_of_the_factor():
     assert inspect(LLAMA3).lengths["extended"] is None  # there the factor is no ratio of lengths
-    assert inspect(GEMMA3).lengths["extended"] is None  # which of its lengths is L is not said
+    assert inspect(GEMMA3).lengths["original"] == 32768 and inspect(GEMMA3).lengths["extended"] == 131072  # known
+    unsaid = inspect(LLAMA | {"max_position_embeddings": 32768, "rope_scaling": {"type": "linear", "factor": 8.0}})
+    assert unsaid.lengths["extended"] is None  # which of its lengths is L is not said
 
 
 def test_partial_rotation_and_rotated_parts():

@@ -84,10 +84,16 @@ MENDED: dict[str, tuple[dict[str, Any], dict[str, str], str, list[str]]] = {
         ["rope_scaling", "rope_parameters"],
     ),
     "dialects that disagree, the other way": (
-        LONG | TWO,
+        LONG | TWO | {"max_position_embeddings": 8192},
         {"dialect": "rope_parameters"},
         "linear x4",
         ["rope_scaling"],
+    ),
+    "position interpolation whose maximum looks extended": (
+        LONG | {"rope_scaling": {"type": "linear", "factor": 8.0}},
+        {"original_max_position_embeddings": "4096"},
+        "linear x8",
+        ["rope_scaling.original_max_position_embeddings"],
     ),
     "a scaling beside what transformers 5 wrote": (
         NO_THETA | {"rope_scaling": YARN_8, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},

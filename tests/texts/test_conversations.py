@@ -270,3 +270,75 @@ def test_the_command_counts_what_it_leaves_out(tmp_path, chat_dir, capsys):
     assert "note: 20 records are left out; the first: " in said.err and "0 documents cut" in said.out
     data = open_packed(tmp_path / "set")
     assert (data.meta["refused"], data.meta["documents"], data.meta["dropped_tokens"]) == (20, 20, 0)
+
+
+TWO_ANSWERS = [("user", "There is text. Find it"), ("assistant", "first"), ("user", "an"), ("assistant", "second")]
+
+
+def with_keys(form, **keys: dict[str, object]) -> list[dict[str, object]]:
+    """The conversation of two answers, with a key in some messages: key -> number of the message -> value."""
+    messages = form(TWO_ANSWERS)
+    for key, values in keys.items():
+        for number, value in values.items():
+            messages[int(number)][key] = value
+    return messages
+
+
+@pytest.mark.parametrize("form", [chat, shared])
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_an_answer_of_weight_0_is_read_and_not_learnt(chat_dir, form, template):
+    tokenizer = load_tokenizer(str(chat_dir))
+    plain, zero = with_keys(form), with_keys(form, weight={1: 0, 3: 1, 0: 0, 2: None})
+    (whole, left_out), _ = encoded(chat_dir, [{"turns": plain}, {"turns": zero}], ChatFields("turns"), template)
+    assert left_out.ids.tolist() == whole.ids.tolist()
+    assert learnt(tokenizer, whole) == ["first<|im_end|>", "second<|im_end|>"]
+    assert learnt(tokenizer, left_out) == ["second<|im_end|>"]
+    last = with_keys(form, weight={3: 0.0})
+    (document,), _ = encoded(chat_dir, [{"turns": last}], ChatFields("turns"), template)
+    assert learnt(tokenizer, document) == ["first<|im_end|>"]
+
+
+def test_weights_of_completions_count_as_well(chat_dir):
+    turns = with_keys(chat, weight={1: 0, 3: 1})
+    pair = {"before": turns[:1], "after": turns[1:]}
+    (document,), _ = encoded(chat_dir, [pair], ChatFields(prompt="before", completion="after"), MARKED)
+    assert learnt(load_tokenizer(str(chat_dir)), document) == ["second<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"weight": {1: 0.5}}, "weight=0.5 of message 2 of turns is not allowed; 1 for an answer to learn, 0 for"),
+        ({"weight": {1: "0"}}, "weight='0' of message 2"),
+        ({"weight": {1: 2}}, "weight=2 of message 2"),
+        ({"weight": {0: 1}}, "weight=1 of message 1 of turns is not allowed; only the assistant's messages"),
+        ({"weight": {1: 0, 3: 0}}, "weight is 0 in all messages of the assistant"),
+        ({"train": {1: False}}, "train=False of message 2 of turns is not allowed: .* weight: 0 leaves one out"),
+        ({"training": {0: True}}, "training=True of message 1"),
+    ],
+)
+@pytest.mark.parametrize("form", [chat, shared])
+def test_what_would_change_the_targets_otherwise_is_refused_by_name(chat_dir, form, keys, reason):
+    with pytest.raises(ConfigError, match=f"dataset line 1: {reason}"):
+        encoded(chat_dir, [{"turns": with_keys(form, **keys)}], ChatFields("turns"), CHATML)
+
+
+def test_switches_that_say_what_is_done_anyway_are_taken(chat_dir):
+    turns = with_keys(chat, train={0: False, 1: True, 2: False, 3: True})
+    (document,), _ = encoded(chat_dir, [{"turns": turns}], ChatFields("turns"), CHATML)
+    assert learnt(load_tokenizer(str(chat_dir)), document) == ["first<|im_end|>", "second<|im_end|>"]
+
+
+def test_what_is_not_used_is_named_once(chat_dir, capsys):
+    turns = with_keys(chat, reasoning_content={1: "because"}, name={0: "Ann"}, tool_calls={3: [{}]})
+    records = [{"turns": turns, "tools": [{"name": "find"}], "loss_weight": 0.5, "id": None}] * 3
+    encoded(chat_dir, records, ChatFields("turns"), CHATML + "{# message.name #}", processes=2)
+    assert capsys.readouterr().err.splitlines() == [
+        "note: dataset line 1: fields that are not used: loss_weight, tools",
+        "note: dataset line 1: keys of messages that are not used: reasoning_content, tool_calls",
+    ]
+    encoded(chat_dir, [{"turns": with_keys(shared, reasoning={1: "b"})}], ChatFields("turns"), CHATML)
+    assert "keys of messages that are not used: reasoning" in capsys.readouterr().err
+    encoded(chat_dir, [{"turns": with_keys(chat, weight={1: 0})}], ChatFields("turns"), CHATML)
+    encoded(chat_dir, [{"p": "an", "c": "b"}], ChatFields(prompt="p", completion="c"))
+    assert capsys.readouterr().err == ""
