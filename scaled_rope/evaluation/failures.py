@@ -16,6 +16,7 @@ from scaled_rope.errors import ConfigError, first_line, type_and_line
 from scaled_rope.evaluation.memory_meter import is_out_of_memory, release_memory
 from scaled_rope.evaluation.ranks import current
 from scaled_rope.files import write_atomic
+from scaled_rope.results import Row, rows_so_far
 
 
 class Named(Protocol):
