@@ -20,6 +20,13 @@ ROTARY = "rotary_emb"
 """The name of the rotary module on the base model, in most families."""
 
 
+_HOOKS = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs"),
+    *("_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook"),
+)
+"""Where PyTorch keeps the hooks of a module that run with its passes."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a rotary module hangs in a base model."""
@@ -33,6 +40,13 @@ class Place:
         """Hang another module there."""
         owner, _, name = self.path.rpartition(".")
         setattr(base.get_submodule(owner), name, module)
+
+    def exchange(self, base: nn.Module, module: nn.Module) -> None:
+        """Hang another module there that does the work of the present one, with the hooks that others put on that."""
+        present = vars(self.current(base))
+        # The dictionaries themselves, in which the handles of the hooks look for them.
+        vars(module).update({name: value for name, value in present.items() if name in _HOOKS})
+        self.put(base, module)
 
     def current(self, base: nn.Module) -> nn.Module:
         """The module that hangs there now."""

@@ -426,6 +426,12 @@ def _check_index(name: str) -> None:
         raise ConfigError(f"model {name!r} cannot be read: weight_map of {file.name} is empty")
 
 
+def _generates(name: str) -> bool:
+    """Whether a class of transformers, by its name, is one for text generation; one that is not known may be."""
+    found = getattr(transformers, name, None)
+    return found is None or bool(found.can_generate())
+
+
 def _read_weights(name: str, config: Any, **options: Any) -> Any:
     """Build the model of a checkpoint with all of its weights.
 
@@ -433,6 +439,7 @@ def _read_weights(name: str, config: Any, **options: Any) -> Any:
         ConfigError: damaged files; weights that are missing, too many or of another shape.
     """
     _check_index(name)
+    named = [str(each) for each in config.architectures or ()]  # before transformers names the class that it builds
     with reading("model", name):
         model, info = auto_class(config).from_pretrained(
             name, config=config, use_safetensors=True, output_loading_info=True, **options
@@ -440,6 +447,12 @@ def _read_weights(name: str, config: Any, **options: Any) -> Any:
     # transformers only logs these, and fills what is missing with random numbers.
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if keys := sorted(map(str, info.get(kind) or ())):
+            if named and type(model).__name__ not in named and not _generates(named[0]):
+                raise ConfigError(
+                    f"model {name!r} is a {named[0]}, and load_model reads models for text generation; use "
+                    f"{named[0]}.from_pretrained(), under a scaling that transformers does not know as docs/models.md "
+                    "shows"
+                )
             raise ConfigError(
                 f"model {name!r} does not fit {type(model).__name__}: {len(keys)} {kind.replace('_', ' ')}, "
                 f"for example {keys[0]}"

@@ -231,7 +231,7 @@ def _install(base: PreTrainedModel, unpatched: Unpatched, request: PatchRequest,
     state.tempered = install_temperature(base, request.scaling, request.plan)
     state.hooks += hook_layers(base, rotaries[0], request.plan, config, unpatched.adapter)
     for place, rotary in zip(unpatched.places, rotaries, strict=True):
-        place.put(base, rotary)
+        place.exchange(base, rotary)
 
 
 def _watch_passes(base: PreTrainedModel, state: _State) -> list[RemovableHandle]:
@@ -273,7 +273,7 @@ def _obstacle(unpatched: Unpatched) -> str:
 
 def _restore(base: PreTrainedModel, state: _State) -> None:
     for place in state.unpatched.places:
-        place.put(base, place.module)
+        place.exchange(base, place.module)
     for path, plain in state.unpatched.attention.items():
         module: Any = base.get_submodule(path)
         softmax = state.unpatched.softmax
@@ -310,7 +310,7 @@ def unpatch_model(model: nn.Module) -> None:
         if any(buffer.is_meta for buffer in place.module.buffers()) and device.type != "meta":
             # It was taken out before the model got its weights, so nothing has filled its buffers.
             own: Any = getattr(place.module, "config", base.config)
-            place.put(base, type(place.module)(config=own).to(device))
+            place.exchange(base, type(place.module)(config=own).to(device))
 
 
 def patched_scaling(model: nn.Module) -> RopeScaling | None:

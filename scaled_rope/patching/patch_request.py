@@ -474,6 +474,13 @@ def remarks(unpatched: Unpatched, request: PatchRequest, base: PreTrainedModel) 
     if 0 < window < context and getattr(config, "use_sliding_window", True) and all_slide:
         notes.append(f"sliding_window={window} is shorter than the context of {context} tokens")
     notes += _in_windows(unpatched, request, config)
+    for place in unpatched.places:
+        held = vars(place.module)
+        if "forward" in held and "_hf_hook" not in held:  # accelerate's, which only moves tensors
+            notes.append(f"{place.path} has a forward of its own, which does not act while the model is patched")
+        stacked = bool(request.plan.layers) and not unpatched.adapter.per_layer_type
+        if place.module._forward_hooks and (stacked or request.rotation is not None):
+            notes.append(f"hooks on {place.path} see tables of another form while the model is patched")
     if without := layers_without_rope(config):
         shown = ", ".join(map(str, without[:4])) + (", …" if len(without) > 4 else "")
         notes.append(f"{len(without)} of {config.num_hidden_layers} layers have no rotary embedding ({shown})")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -20,6 +23,7 @@ from scaled_rope.patching.adapter_scaling import save_adapter_scaling
 from scaled_rope.patching.loading import apply_scaling, load_model
 from scaled_rope.patching.patch import patched_plan, patched_scaling
 from scaled_rope.scaling.frequencies import at_length
+from tests.helpers import ROOT
 from tests.helpers.checkpoints import (
     _truncate,
     adapter,  # noqa: F401
@@ -260,6 +264,26 @@ def test_an_adapter_brings_its_scaling(
         load_model(base, adapter=str(adapter))
     with pytest.raises(ConfigError, match="holds no adapter_config.json"):
         save_adapter_scaling(model, checkpoint)
+
+
+@pytest.mark.parametrize("kind", ["LlamaForSequenceClassification", "LlamaModel"])
+def test_models_that_generate_no_text_are_named_and_read_as_the_page_says(kind: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.LlamaConfig(**sizes, vocab_size=61, max_position_embeddings=32, pad_token_id=0)
+    model = getattr(transformers, kind)(config).eval()
+    patch_model(model, "dynamic-yarn", drop_layers=[1])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"is a {kind}, and load_model reads models for text generation; use {kind}"):
+        load_model(str(tmp_path))
+    page = (ROOT / "docs" / "models.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "build_unscaled" in block)
+    names: dict[str, Any] = {"FOLDER": str(tmp_path), "LlamaForSequenceClassification": getattr(transformers, kind)}
+    exec(textwrap.dedent(code), names)
+    ids = torch.randint(1, 61, (1, 50), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(names["model"].eval()(ids)[0], model(ids)[0])
+    assert patched_scaling(names["model"]) == patched_scaling(model)
+    assert patched_plan(names["model"]) == patched_plan(model)
 
 
 def test_unknown_architecture_can_be_read_but_not_scaled(tmp_path: Path) -> None:

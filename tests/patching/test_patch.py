@@ -341,3 +341,37 @@ def test_a_pickle_keeps_the_patch_or_is_refused(spec, tiny_model, tokens):
     assert torch.equal(logits(copy.deepcopy(model), tokens), wanted)
     unpatch_model(model)
     assert torch.equal(logits(pickle.loads(pickle.dumps(model)), tokens), logits(model, tokens))
+
+
+def test_hooks_on_the_rotary_module_act_before_during_and_after(tiny_model, tokens):
+    model = tiny_model()
+    seen = []
+    early = model.model.rotary_emb.register_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    model.model.rotary_emb.register_forward_pre_hook(lambda *_, **__: seen.append("pre"), with_kwargs=True)
+    assert not [note for note in patch_model(model, "yarn:4").notes if "rotary_emb" in note]
+    logits(model, tokens)
+    assert seen == ["pre", "ScaledRotaryEmbedding"]
+    patch_model(copy.deepcopy(model), "yarn:2")
+    late = model.model.rotary_emb.register_forward_hook(lambda *_: seen.append("late"))
+    patch_model(model, "dynamic-yarn")
+    logits(model, tokens)
+    assert seen[2:] == ["pre", "ScaledRotaryEmbedding", "late"]
+    early.remove()
+    unpatch_model(model)
+    logits(model, tokens)
+    assert seen[5:] == ["pre", "late"]
+    late.remove()
+    logits(model, tokens)
+    assert seen[7:] == ["pre"]
+
+
+def test_what_others_put_on_the_rotary_module_and_cannot_act_is_said(tiny_model):
+    model = tiny_model()
+    rotary = model.model.rotary_emb
+    rotary.register_forward_hook(lambda *_: None)
+    notes = patch_model(model, "yarn:4", kernel="torch").notes
+    assert "hooks on rotary_emb see tables of another form while the model is patched" in notes
+    unpatch_model(model)
+    rotary.forward = rotary.forward
+    notes = patch_model(model, "yarn:4").notes
+    assert "rotary_emb has a forward of its own, which does not act while the model is patched" in notes
