@@ -272,9 +272,15 @@ def make(
         more |= {"refused": refusals.count} if recipe["chat"] else {}
         count, number, earlier = copies.found()
         more |= {"copies": count}
-        writer.close(recipe | counts.meta() | more)
+        left_out = f"{refusals.count} records are left out; the first: {refusals.first}"
+        try:
+            writer.close(recipe | counts.meta() | more)
+        except ConfigError as error:
+            if not refusals.count:
+                raise
+            raise ConfigError(f"{error}; {left_out}") from error
     if refusals.count:
-        print(f"note: {refusals.count} records are left out; the first: {refusals.first}", file=sys.stderr)
+        print(f"note: {left_out}", file=sys.stderr)
     if count:
         which = f"document {number} has the tokens of document {earlier}"
         said = f"{count} copies of other documents (the first: {which}) are" if count > 1 else f"{which} and is"

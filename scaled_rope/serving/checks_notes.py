@@ -65,6 +65,13 @@ def missing_original_length(facts: ConfigFacts, note: ConfigNote) -> Finding:
 
 def lone_mscale(facts: ConfigFacts, note: ConfigNote) -> Finding:
     """One of mscale and mscale_all_dim without the other; some families' attention reads the latter by itself."""
+    values = {name: facts.entry.get(name) for name in ("mscale", "mscale_all_dim")}
+    if None not in values.values():  # one of them is 0
+        zero, other = sorted(values, key=lambda name: bool(values[name]))
+        text = (
+            f"{zero}={values[zero]!r} counts as not said, so {other}={values[other]!r} is ignored, as in transformers."
+        )
+        return Finding(note.code, note.level, text, "Write the attention_factor that you mean, and neither of them.")
     if facts.model_type not in SOFTMAX_MSCALE_FAMILIES or not note.text.startswith("mscale_all_dim"):
         return _finding(note, note.text)
     return Finding(

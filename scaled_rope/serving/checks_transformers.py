@@ -100,7 +100,7 @@ def rope_type_that_transformers_has_not(facts: ConfigFacts) -> Iterator[Finding]
             "transformers cannot build the model.",
             "`scaled-rope export` looks for words for the program at hand.",
         )
-    elif facts.rope_type in ("mrope", "xdrope") and _rope_type_as_built(facts) == facts.rope_type:
+    elif facts.rope_type in ("mrope", "xdrope", "su") and _rope_type_as_built(facts) == facts.rope_type:
         usual = usual_name(facts.rope_type)
         yield Finding(
             "not-native",

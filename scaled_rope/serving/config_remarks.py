@@ -6,11 +6,31 @@ import shlex
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from scaled_rope.checkpoint import load_config, raw_config
 from scaled_rope.errors import ConfigError
 from scaled_rope.serving.checks import run_checks
 from scaled_rope.serving.config_facts import ConfigFacts, read_facts
 
 _L = "original_max_position_embeddings"
+_UNREADABLE = ("bad-value", "unknown-type", "no-factor")
+"""Codes of findings that say why no scaling can be read."""
+
+
+def load_readable(name: str, source: str) -> Any:
+    """`checkpoint.load_config`; where that fails by what the config says of RoPE, in the words of `inspect`.
+
+    Args:
+        name: of the model.
+        source: as the user wrote it.
+
+    Raises:
+        ConfigError: no config, or one that cannot be read.
+    """
+    try:
+        return load_config(name)
+    except ConfigError:
+        config_remarks(raw_config(name), source)
+        raise
 
 
 def config_remarks(
@@ -30,13 +50,18 @@ def config_remarks(
         without: codes of findings that the caller says itself.
 
     Raises:
-        ConfigError: it is open which scaling the config carries, `scaling` depends on that, and nothing was decided; a
-            bad spec, or a config that says nothing of a model.
+        ConfigError: it is open which scaling the config carries, `scaling` depends on that, and nothing was decided; no
+            scaling can be read; a bad spec, or a config that says nothing of a model.
     """
     carried = is_carried(scaling)
     facts = read_facts(dict(raw), name, spec=None if carried else scaling)
     remarks = []
     for finding in run_checks(facts):
+        if finding.level == "error" and facts.own is None and finding.code in _UNREADABLE:
+            raise ConfigError(
+                f"model {name!r}: [{finding.code}] {finding.text} {finding.remedy} `scaled-rope repair "
+                f"{shlex.quote(name)}` writes what is meant, where that is clear"
+            )
         if (finding.level == "info" and finding.code != "known-original") or finding.code in without:
             continue
         if finding.code in ("factor-twice", "known-original") and f"{_L}=" in scaling:

@@ -21,7 +21,7 @@ from typing import Any
 
 import transformers
 
-from scaled_rope.checkpoint import load_config, raw_config
+from scaled_rope.checkpoint import raw_config
 from scaled_rope.errors import ConfigError, check_name, unknown
 from scaled_rope.files import scratch_path, write_atomic
 from scaled_rope.flags.serving import check_export_arguments
@@ -41,7 +41,7 @@ from scaled_rope.scaling.registry import METHODS
 from scaled_rope.scaling.resolve import resolve_scaling, with_primary
 from scaled_rope.serving.checks_lengths import shortening
 from scaled_rope.serving.config_facts import text_part
-from scaled_rope.serving.config_remarks import config_remarks
+from scaled_rope.serving.config_remarks import config_remarks, load_readable
 from scaled_rope.serving.export_report import Comparison, ExportReport
 from scaled_rope.serving.gguf import GgufRope, add_rope, held_scaling
 from scaled_rope.serving.known_lengths import (
@@ -468,7 +468,7 @@ def run(args: argparse.Namespace) -> int:
     check_export_arguments(args)
     path = Path(args.model)
     name = str(path.parent) if path.name == "config.json" and path.is_file() else args.model
-    config, raw = load_config(name), raw_config(name)
+    config, raw = load_readable(name, args.model), raw_config(name)
     remarks = config_remarks(raw, args.model, args.scaling, without=_SAID_BY_EXPORT)
     report = export(args.scaling, config, args.target, args.length, raw)
     report = dataclasses.replace(report, notes=(*remarks, *report.notes))

@@ -41,7 +41,7 @@ from scaled_rope.serving.checks_lengths import (
 )
 from scaled_rope.serving.checks_notes import remarks_of_the_reader
 from scaled_rope.serving.checks_transformers import rope_type_that_transformers_has_not
-from scaled_rope.serving.config_facts import ConfigFacts, known_keys, read_facts
+from scaled_rope.serving.config_facts import RELEASED_TYPES, ConfigFacts, known_keys, read_facts
 from scaled_rope.serving.config_file import config_as_dictionary, read_config_file
 from scaled_rope.serving.inspect_config import inspect
 from scaled_rope.serving.inspect_report import Inspection
@@ -299,18 +299,54 @@ def _correct_the_type(draft: _Draft, facts: ConfigFacts) -> None:
     elif older is not None and newer is None and facts.model_type in NESTED_FAMILIES and older != "default":
         draft.delete(entry, prefix, "type", f"{facts.model_type} reads rope_type alone")
         draft.set(entry, prefix, "rope_type", usual_name(older), "what type says")
-    near = difflib.get_close_matches(str(usual_name(newer or older)), NATIVE, n=2)
+    written = str(newer or older).strip()
+    names = {name.lower(): name for name in (*NATIVE, *RELEASED_TYPES)}
+    folded = written.lower().replace("_", "-")
+    near = [names[folded]] if folded in names else difflib.get_close_matches(folded, NATIVE, n=2)
+    near = [str(usual_name(folded))] if usual_name(folded) != folded else near
     if near and str(facts.read_error).startswith("unknown rope_type"):
-        chosen = draft.choose("rope_type", dict.fromkeys(near, "the nearest name"))
+        chosen = near[0] if len(near) == 1 else draft.choose("rope_type", dict.fromkeys(near, "the nearest name"))
         if chosen is None:
             return
-        draft.set(entry, prefix, "rope_type", chosen, "no program knows the name")
+        draft.set(entry, prefix, "rope_type", chosen, f"no program knows the name {written!r}")
         if older is not None:
             draft.delete(entry, prefix, "type", "no program knows the name")
     if any(finding.level == "error" for finding in rope_type_that_transformers_has_not(draft.facts())):
         for key in ("rope_type", "type"):
             if key in entry:
                 draft.set(entry, prefix, key, usual_name(entry[key]), "an older name, which this family does not know")
+
+
+_TOP_NUMBERS = ("max_position_embeddings", _L, "rope_theta", "partial_rotary_factor", "rope_local_base_freq")
+_NO_NUMBERS = ("rope_type", "type")
+
+
+def _write_numbers_as_numbers(draft: _Draft, facts: ConfigFacts) -> None:
+    """Numbers, and truth values, that are written as text."""
+    text, prefix = draft.text(facts)
+    places = [(text, prefix, [name for name in _TOP_NUMBERS if name in text])]
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = text.get(name)
+        if isinstance(rope, dict):
+            places.append((rope, f"{prefix}{name}.", [key for key in rope if key not in _NO_NUMBERS]))
+            places += [(rope[kind], f"{prefix}{name}.{kind}.", list(rope[kind])) for kind in nested_types(rope)]
+    for place, before, keys in places:
+        for key in keys:
+            value = _of_text(place[key])
+            if value is not None and key not in _NO_NUMBERS:
+                draft.set(place, before, key, value, "it was written as text")
+
+
+def _of_text(value: Any) -> float | int | bool | None:
+    """The number or truth value that a text spells; None for anything else."""
+    if not isinstance(value, str):
+        return None
+    if value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    number = _number(value)
+    if number is None:
+        return None
+    return int(number) if value.strip().lstrip("+-").isdecimal() else number
 
 
 def _nest_per_layer_type(draft: _Draft, facts: ConfigFacts) -> None:
@@ -556,6 +592,7 @@ def _declare_the_length(draft: _Draft, facts: ConfigFacts) -> None:
 
 _REPAIRS: tuple[Callable[[_Draft, ConfigFacts], None], ...] = (
     _rename_misspelt_keys,
+    _write_numbers_as_numbers,
     _move_into_the_text_part,
     _choose_a_dialect,
     _flatten_for_one_table,

@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from scaled_rope.checkpoint import load_config, raw_config
-from scaled_rope.errors import ConfigError, first_line, is_positive_whole
+from scaled_rope.checkpoint import raw_config
+from scaled_rope.errors import ConfigError, is_positive_whole, type_and_line
 from scaled_rope.flags.serving import check_plan_arguments
 from scaled_rope.patching.loading import auto_class, build_unscaled
 from scaled_rope.scaling.hf_config import text_config
 from scaled_rope.scaling.record import RopeScaling
 from scaled_rope.scaling.resolve import resolve_scaling
 from scaled_rope.serving.checks_lengths import shortening
-from scaled_rope.serving.config_remarks import config_remarks
+from scaled_rope.serving.config_remarks import config_remarks, load_readable
 from scaled_rope.serving.export import served_length
 from scaled_rope.serving.known_lengths import length_for, own_scaling, reach_of
 
@@ -251,7 +251,9 @@ def _parameters(config: Any) -> int:
         with torch.device("meta"):
             model = auto_class(config).from_config(config)
     except (TypeError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"model_type {config.model_type!r}: cannot be built: {first_line(error)}") from error
+        raise ConfigError(
+            f"model_type {config.model_type!r}: cannot be built: {type_and_line(error)}; see scaled-rope inspect"
+        ) from error
     return sum(value.numel() for value in model.parameters())
 
 
@@ -262,7 +264,7 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: bad input.
     """
     check_plan_arguments(args)
-    config = load_config(args.serve)
+    config = load_readable(args.serve, args.serve)
     memory, gpus = args.gpu_memory * GB, args.gpus or 1
     remarks = config_remarks(raw_config(args.serve), args.serve, args.scaling, without=("shortened",))
     scaling = resolve_scaling(args.scaling, own_scaling(text_config(config)))

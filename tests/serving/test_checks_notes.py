@@ -76,6 +76,15 @@ def test_one_mscale_without_the_other(model_type: str | None, text: str, code: s
     assert [finding.code for finding in remarks_of_the_reader(facts)] == [code]
 
 
+@pytest.mark.parametrize(("zero", "other"), [("mscale", "mscale_all_dim"), ("mscale_all_dim", "mscale")])
+def test_an_mscale_of_0_is_no_missing_one(zero: str, other: str) -> None:
+    rope = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096, zero: 0.0, other: 1.0}
+    (finding,) = remarks_of_the_reader(read_facts(LLAMA | {"rope_scaling": rope}))
+    assert finding.code == "lone-mscale"
+    assert finding.text == f"{zero}=0.0 counts as not said, so {other}=1.0 is ignored, as in transformers."
+    assert "Write both" not in finding.remedy
+
+
 @pytest.mark.parametrize(
     ("older", "newer", "level", "ending"),
     [

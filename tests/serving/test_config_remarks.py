@@ -120,3 +120,24 @@ def test_a_scaling_that_is_shorter_than_what_it_replaces(tmp_path: Path, capsys:
         assert " ".join(capsys.readouterr().out.split()).count(words) == 1, argv
         assert main([*argv, "--scaling", "yarn:16"]) == 0
         assert "replaces" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["export", "--for", "vllm"], ["plan", "--serve"]])
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (QWEN | {"rope_theta": "1e6"}, "[bad-value] rope_theta='1e6': must be a finite number"),
+        (
+            TWICE | {"rope_scaling": {"type": "yarn", "factor": "4.0"}},
+            "[bad-value] factor='4.0': must be a finite number",
+        ),
+        (TWICE | {"rope_scaling": {"type": "YaRN", "factor": 4.0}}, "[unknown-type] unknown rope_type 'YaRN'; known: "),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_refused_in_the_words_of_inspect(
+    words: list[str], config: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = folder_of(tmp_path / "m", config)
+    assert main([words[0], model, *words[1:]] if words[0] == "export" else [*words, model]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: model {model!r}: {said}") and f"scaled-rope repair {model}" in line

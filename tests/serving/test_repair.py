@@ -121,7 +121,7 @@ MENDED: dict[str, tuple[dict[str, Any], dict[str, str], str, list[str]]] = {
     ),
     "a misspelt type": (
         LONG | {"rope_scaling": YARN_8 | {"type": "yarm"}},
-        {"rope_type": "yarn"},
+        {},
         "yarn x8",
         ["rope_scaling.rope_type", "rope_scaling.type"],
     ),
@@ -379,3 +379,42 @@ def test_warnings_that_are_left_are_shown(tmp_path: Path, capsys: pytest.Capture
     rope = {"type": "dynamic", "factor": 2.0}
     assert run(str(written(tmp_path, LLAMA | {"rope_scaling": rope}))) == 0
     assert "left as they are, see inspect:\n  [dynamic-cache] " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        *((name, "yarn") for name in ("YARN", "YaRN", "Yarn", " yarn", "yarnn")),
+        ("Linear", "linear"), ("NTK-by-parts", "ntk-by-parts"), ("ntk_by_parts", "ntk-by-parts"), ("SU", "longrope"),
+        ("su", "longrope"), ("LongRope", "longrope"), ("LLAMA3", "llama3"),
+    ],
+)  # fmt: skip
+def test_a_type_in_other_case_or_by_an_older_name_is_written_right(key: str, written: str, meant: str) -> None:
+    lists = {name: [value] * 64 for name, value in (("short_factor", 1.0), ("long_factor", 4.0))}
+    more = {"longrope": lists, "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0}}.get(meant, {})
+    factor = 8.0 if meant == "llama3" else YARN_8["factor"]
+    rope = {"factor": factor, "original_max_position_embeddings": 4096, key: written} | more
+    heads = {"hidden_size": 512, "num_attention_heads": 4}
+    result = repair(LONG | heads | {"rope_scaling": rope})
+    mended = result.config["rope_scaling"]
+    assert mended.get("rope_type", mended.get("type")) == meant
+    assert all(name in ("rope_scaling.rope_type", "rope_scaling.type") for name in (one.key for one in result.changes))
+
+
+def test_several_names_that_are_near_are_asked_about() -> None:
+    with pytest.raises(ConfigError, match="two readings: choose --assume rope_type=.* or --assume rope_type="):
+        repair(LONG | {"rope_scaling": YARN_8 | {"type": "linrope"}})
+
+
+def test_numbers_that_are_written_as_text_become_numbers() -> None:
+    rope = YARN_8 | {"factor": "8.0", "original_max_position_embeddings": "4096", "truncate": "False"}
+    result = repair(LONG | {"rope_theta": "1e4", "max_position_embeddings": "32768", "rope_scaling": rope})
+    assert result.report.scaling == RopeScaling("yarn", 8.0, 4096, truncate=False)
+    assert {one.key: one.after for one in result.changes} == {
+        **{"rope_theta": 10000.0, "max_position_embeddings": 32768, "rope_scaling.factor": 8.0},
+        **{"rope_scaling.original_max_position_embeddings": 4096, "rope_scaling.truncate": False},
+    }
+    assert all(one.reason == "it was written as text" for one in result.changes)
+    with pytest.raises(ConfigError, match=r"\[bad-value\] factor='eight'"):
+        repair(LONG | {"rope_scaling": YARN_8 | {"factor": "eight"}})

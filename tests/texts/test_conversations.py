@@ -270,6 +270,10 @@ def test_the_command_counts_what_it_leaves_out(tmp_path, chat_dir, capsys):
     assert "note: 20 records are left out; the first: " in said.err and "0 documents cut" in said.out
     data = open_packed(tmp_path / "set")
     assert (data.meta["refused"], data.meta["documents"], data.meta["dropped_tokens"]) == (20, 20, 0)
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"m": []}) + "\n" for _ in range(3)))
+    assert tokenize(*common, "--skip-refused", "--output", tmp_path / "nothing") == 2
+    ending = f"nothing written; 3 records are left out; the first: {tmp_path / 'chats.jsonl'} line 1: m is empty"
+    assert capsys.readouterr().err.strip().endswith(ending)
 
 
 TWO_ANSWERS = [("user", "There is text. Find it"), ("assistant", "first"), ("user", "an"), ("assistant", "second")]
