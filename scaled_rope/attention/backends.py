@@ -365,14 +365,15 @@ def _between_borders(call: AttentionCall, keys: int) -> list[tuple[int, int, int
         return None  # planned on shapes alone, as below
     bounds = borders.tolist()
     pairs = list(zip(bounds, bounds[1:], strict=False))
-    if not pairs or bounds[0] != 0 or bounds[-1] > tokens or any(end <= start for start, end in pairs):
+    if not pairs or bounds[0] != 0 or bounds[-1] > tokens or any(end < start for start, end in pairs):
         raise ConfigError(
-            f"{name}: must rise from 0 to the number of tokens, {tokens}, got {shortened(str(bounds), 80)}"
+            f"{name}: must rise from 0 to at most the number of tokens, {tokens}, got {shortened(str(bounds), 80)}"
         )
     other = call.options.get("cu_seq_lens_k")
     if other is not None and other is not borders and not torch.equal(other, borders):
         raise ConfigError("cu_seq_lens_k: must be the same as cu_seq_lens_q")
-    return [(0, start, end) for start, end in pairs]
+    # Borders are padded to a fixed number by repeating the last one, as for FlashAttention: documents without tokens.
+    return [(0, start, end) for start, end in pairs if start < end]
 
 
 def _stretches(
