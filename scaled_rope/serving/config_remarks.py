@@ -39,6 +39,7 @@ def config_remarks(
     scaling: str = "checkpoint",
     decided: bool = False,
     without: Collection[str] = (),
+    length: int | None = None,
 ) -> list[str]:
     """The errors and warnings about a config.json, and lengths that it does not say itself, one line each.
 
@@ -48,6 +49,7 @@ def config_remarks(
         scaling: the spec that was asked for.
         decided: whether the caller was told what counts where it is open which scaling the config carries.
         without: codes of findings that the caller says itself.
+        length: the length in tokens that was asked for.
 
     Raises:
         ConfigError: it is open which scaling the config carries, `scaling` depends on that, and nothing was decided; no
@@ -66,7 +68,10 @@ def config_remarks(
             continue
         if finding.code in ("factor-twice", "known-original") and f"{_L}=" in scaling:
             continue  # the spec says it
-        if carried and not decided and (instead := _instead(facts, finding.code)):
+        # PI divides by the factor alone: with the length given, L decides nothing that is left open.
+        by_length = finding.code == "factor-twice" and length is not None
+        settled = decided or (by_length and facts.own is not None and facts.own.method == "linear")
+        if carried and not settled and (instead := _instead(facts, finding.code)):
             repair = f"scaled-rope repair {shlex.quote(name)}"
             raise ConfigError(
                 f"model {name!r}: [{finding.code}] {finding.text} {finding.remedy} `{repair}` writes what is meant; "

@@ -469,7 +469,7 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.model)
     name = str(path.parent) if path.name == "config.json" and path.is_file() else args.model
     config, raw = load_readable(name, args.model), raw_config(name)
-    remarks = config_remarks(raw, args.model, args.scaling, without=_SAID_BY_EXPORT)
+    remarks = config_remarks(raw, args.model, args.scaling, without=_SAID_BY_EXPORT, length=args.length)
     report = export(args.scaling, config, args.target, args.length, raw)
     report = dataclasses.replace(report, notes=(*remarks, *report.notes))
     if report.gguf is not None and not args.gguf and not report.converts and report.exit_code != 2:

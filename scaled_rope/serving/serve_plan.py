@@ -266,7 +266,9 @@ def run(args: argparse.Namespace) -> int:
     check_plan_arguments(args)
     config = load_readable(args.serve, args.serve)
     memory, gpus = args.gpu_memory * GB, args.gpus or 1
-    remarks = config_remarks(raw_config(args.serve), args.serve, args.scaling, without=("shortened",))
+    remarks = config_remarks(
+        raw_config(args.serve), args.serve, args.scaling, without=("shortened",), length=args.length
+    )
     scaling = resolve_scaling(args.scaling, own_scaling(text_config(config)))
     plan = plan_serving(config, scaling, args.length, memory, gpus, args.kv_dtype, args.serve)
     plan = replace(plan, notes=(*remarks, *plan.notes))

@@ -94,6 +94,15 @@ def test_commands_refuse_a_scaling_that_is_open(
     assert f"scaled-rope repair {model}" in line and "--scaling" in line
 
 
+def test_a_length_settles_what_is_open_of_a_linear_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """PI's frequencies do not depend on L. YaRN's do, so a length alone does not tell them."""
+    model = folder_of(tmp_path / "linear", LINEAR_TWICE)
+    assert main(["export", model, "--for", "vllm", "--length", "32768"]) == 0
+    told = capsys.readouterr().out
+    assert "--max-model-len 32768" in told and "[factor-twice]" in told
+    assert main(["export", folder_of(tmp_path / "yarn", TWICE), "--for", "vllm", "--length", "32768"]) == 2
+
+
 def test_advise_refuses_a_scaling_that_is_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, texts = folder_of(tmp_path / "m", TWICE), tmp_path / "texts.jsonl"
     texts.write_text(json.dumps({"text": "some words"}) + "\n")
