@@ -37,8 +37,7 @@ def window_shorter_than_context(facts: ConfigFacts) -> Iterator[Finding]:
     if scaling is None:
         return
     told = METHODS[scaling.method].factor_times_original != "least"
-    extended = scaling.max_position_embeddings if told else None
-    context = extended or facts.context
+    context = (facts.reach if told else None) or facts.context
     slides = not types or set(types) == {"sliding_attention"}
     if window is not None and context is not None and window < context and slides:
         yield Finding(

@@ -147,6 +147,14 @@ class ConfigFacts:
         return _whole(self.complete.get("max_position_embeddings"))
 
     @property
+    def reach(self) -> int | None:
+        """How far the scaling extends the model, in tokens: factor times L, unless the model is known for another
+        length; None without a scaling, or without L."""
+        if self.spec is None and self.known is not None and self.known.extended is not None:
+            return self.known.extended
+        return None if self.scaling is None else self.scaling.max_position_embeddings
+
+    @property
     def window(self) -> int | None:
         """The sliding window in use, in tokens."""
         used = self.complete.get("use_sliding_window", True) is not False

@@ -136,9 +136,7 @@ def lengths_in_effect(facts: ConfigFacts, codes: Collection[str]) -> dict[str, i
     extends = extends and scaling is not None and METHODS[scaling.method].factor_times_original != "least"
     twice = "factor-twice" in codes and scaling is not None and not METHODS[scaling.method].needs_original
     extends = extends and "unknown-original" not in codes and not twice
-    extended = scaling.max_position_embeddings if extends and scaling is not None else None
-    if extended is not None and facts.spec is None and facts.known is not None:
-        extended = facts.known.extended or extended
+    extended = facts.reach if extends else None
     return {
         "original": scaling.original_max_position_embeddings if scaling is not None else None,
         "extended": extended,

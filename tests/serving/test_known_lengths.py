@@ -146,3 +146,10 @@ def test_the_default_length_of_llama_3_1_is_what_it_claims() -> None:
     config = CONFIG_MAPPING["llama"](max_position_embeddings=131072, rope_parameters=rope)
     assert served_length(own_scaling(config), config) == 131072
     assert served_length(RopeScaling("default", original_max_position_embeddings=8192), config) == 131072
+
+
+def test_windows_are_held_against_the_length_that_is_known() -> None:
+    config = gemma(layer_types=["sliding_attention"] * 2).to_dict()
+    config["rope_parameters"] = {"sliding_attention": LINEAR, "full_attention": LINEAR}
+    (text,) = (finding.text for finding in inspect(config).findings if finding.code == "sliding-window")
+    assert "the context is 131072" in text
