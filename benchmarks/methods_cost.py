@@ -102,7 +102,7 @@ def least(model: Any, ids: torch.Tensor, specs: Sequence[str], rounds: int, meas
 
 
 def costs(study: Study, factor: int, specs: Sequence[str], rounds: int) -> Costs:
-    """What each scaling costs at a factor: `seconds`, `seconds_per_token` and `memory` in bytes."""
+    """Costs of each scaling at a factor: `seconds`, `seconds_per_token` and `memory` in bytes."""
     model = load_model(str(ROOT / study.model), scaling="default", attn_implementation="sdpa")
     length = study.original * factor
     ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))

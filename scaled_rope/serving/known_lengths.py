@@ -74,7 +74,7 @@ def known_lengths(config: Any, own: RopeScaling) -> KnownLengths | None:
 
 
 def dual_chunks(config: Any) -> Mapping[str, Any]:
-    """What a config says of attention in chunks, see `DUAL_CHUNK_KEY`; empty for most."""
+    """The settings of attention in chunks in a config, see `DUAL_CHUNK_KEY`; empty for most."""
     value = _value(config, DUAL_CHUNK_KEY)
     return value if isinstance(value, Mapping) else {}
 
