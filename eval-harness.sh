@@ -30,7 +30,9 @@ while [[ $# -gt 0 && "$1" != -- ]]; do
     esac
     shift
 done
-if [[ ${#given[@]} -gt 0 ]]; then refuse_unread "'MODEL ...'" TASKS OUTPUT; else refuse_unread eval-harness.sh MODELS TASKS OUTPUT; fi
+if [[ -z $list ]]; then # a listing measures nothing
+    if [[ ${#given[@]} -gt 0 ]]; then refuse_unread "'MODEL ...'" TASKS OUTPUT; else refuse_unread eval-harness.sh MODELS TASKS OUTPUT; fi
+fi
 [[ $# -eq 0 ]] || shift
 flags=("$@")
 set --

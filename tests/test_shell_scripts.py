@@ -408,6 +408,13 @@ def test_a_variable_that_is_not_read_is_refused(words: tuple[str, ...], name: st
     assert refusal(*words, **{name: "x"}) == f"error: {name}=x is not allowed with {what}, which does not read it\n"
 
 
+def test_a_listing_takes_any_variables() -> None:
+    environment = os.environ | {"PYTHON": sys.executable, "SCALING": "yarn:4", "DATASET": "x"}
+    command = ["bash", "eval-harness.sh", "--list", "m"]
+    listed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert listed.startswith("model  m\ntask ")
+
+
 def test_eval_sh_long_takes_a_scaling_for_one_model_alone() -> None:
     said = "error: SCALING=yarn:8 is not allowed with several models, which have scalings of their own; only with one\n"
     assert refusal("eval.sh", "long", "a", "b", SCALING="yarn:8") == said
