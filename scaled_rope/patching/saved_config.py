@@ -95,22 +95,22 @@ def _is_understood(
     if CUSTOM_ROPE_TYPE in str(fields["rope_parameters"]):
         return False
     scalings = plan.layers if unpatched.adapter.per_layer_type else {"": scaling}
-    for place in unpatched.places:
-        said = {**copy.deepcopy(config.to_dict()), **copy.deepcopy(_present(fields))}
-        try:
-            # Our keys are logged, and every key that a rope_type does not use. Models may be built under a default
-            # device of "meta", or traced with tensors that hold no numbers.
-            with quiet_transformers(), _disable_current_modes(), torch.device("cpu"):
-                whole = type(config).from_dict(said)
-                if (theta := unpatched.thetas.get(place.path)) is not None:  # as the model does for each of its modules
-                    whole.rope_parameters = {**whole.rope_parameters, "rope_theta": theta}
-                rotary = type(place.module)(config=whole)
-        except Exception:  # each family has its own ways to refuse
-            return False
-        with _disable_current_modes():
-            for name, one in scalings.items():
-                if not agrees(rotary, name, unpatched.scaling_at(place, one), unpatched):
-                    return False
+    with _disable_current_modes():  # a caller may be tracing a pass, with tensors that hold no numbers
+        for place in unpatched.places:
+            said = {**copy.deepcopy(config.to_dict()), **copy.deepcopy(_present(fields))}
+            try:
+                # Our keys are logged, and every key that a rope_type does not use.
+                with quiet_transformers(), torch.device("cpu"):  # the default device may be "meta"
+                    whole = type(config).from_dict(said)
+                    if (theta := unpatched.thetas.get(place.path)) is not None:  # as the model does for each module
+                        whole.rope_parameters = {**whole.rope_parameters, "rope_theta": theta}
+                    rotary = type(place.module)(config=whole)
+            except Exception:  # each family has its own ways to refuse
+                return False
+            if not all(
+                agrees(rotary, name, unpatched.scaling_at(place, one), unpatched) for name, one in scalings.items()
+            ):
+                return False
     return True
 
 
