@@ -70,7 +70,8 @@ def config_remarks(
             continue  # the spec says it
         # PI divides by the factor alone: with the length given, L decides nothing that is left open.
         by_length = finding.code == "factor-twice" and length is not None
-        settled = decided or (by_length and facts.own is not None and facts.own.method == "linear")
+        fixed = facts.own is not None and facts.own.method == "linear" and not facts.own.is_length_dependent
+        settled = decided or (by_length and fixed)
         if carried and not settled and (instead := _instead(facts, finding.code)):
             repair = f"scaled-rope repair {shlex.quote(name)}"
             raise ConfigError(

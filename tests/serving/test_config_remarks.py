@@ -101,6 +101,9 @@ def test_a_length_settles_what_is_open_of_a_linear_scaling(tmp_path: Path, capsy
     told = capsys.readouterr().out
     assert "--max-model-len 32768" in told and "[factor-twice]" in told
     assert main(["export", folder_of(tmp_path / "yarn", TWICE), "--for", "vllm", "--length", "32768"]) == 2
+    dynamic = LINEAR_TWICE | {"rope_scaling": {"type": "dynamic-linear", "factor": 4.0, "finetuned": True}}
+    with pytest.raises(ConfigError, match=r"\[factor-twice\]"):
+        config_remarks(dynamic, "M", length=32768)
 
 
 def test_advise_refuses_a_scaling_that_is_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
