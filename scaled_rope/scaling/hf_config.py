@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from scaled_rope.errors import ConfigError, is_number, is_positive_whole, unknown
 from scaled_rope.scaling.formulas import attention_factor_of, longrope_attention_factor, ntk_theta
+from scaled_rope.scaling.known_lengths import DUAL_CHUNK_KEY, KnownLengths, known_lengths
 
 CUSTOM_ROPE_TYPE = "scaled-rope"
 """rope_type of a scaling that transformers cannot express. transformers refuses to build such a model,
@@ -145,6 +146,8 @@ class Reading:
 
     values: dict[str, Any]
     notes: list[ConfigNote] = field(default_factory=list)
+    known: KnownLengths | None = None
+    """The lengths that are known of the model where the config does not say L; the record has this L."""
 
     def note(self, code: str, text: str, level: Literal["info", "warning"] = "warning") -> None:
         self.notes.append(ConfigNote(code, text, level))
@@ -174,7 +177,7 @@ def split_config(config: Any) -> tuple[dict[str, Any], Any]:
     elif hasattr(config, "model_type"):
         names = [*_MODEL_KEYS, "max_position_embeddings", "rope_parameters", "model_type", RECORD_KEY]
         names += ["head_dim", "qk_rope_head_dim", "hidden_size", "num_attention_heads"]
-        names += ["layer_types", "num_hidden_layers", "rotary_dim"]
+        names += ["layer_types", "num_hidden_layers", "rotary_dim", DUAL_CHUNK_KEY]
         model = {name: _single(config, name) for name in names}
     else:
         raise ConfigError(f"config of type {type(config).__name__}: must be a model's config or a dictionary")
@@ -690,7 +693,8 @@ def _fill_original(
         if value not in (None, chosen):
             reading.note("two-values", f"{what} is ignored: {where} counts in rope_type {rope_type!r}")
     if inside is None and (nested or outside is None) and context is not None:
-        chosen = context
+        reading.known = known_lengths(model, rope_type, values.get("factor"))
+        chosen = context if reading.known is None else reading.known.original
         if rope_type in ("yarn", "llama3", "longrope"):
             reading.note(
                 "no-original",

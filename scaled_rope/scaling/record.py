@@ -28,6 +28,7 @@ from scaled_rope.scaling.hf_config import (
     split_config,
     unread_keys,
 )
+from scaled_rope.scaling.known_lengths import KnownLengths
 from scaled_rope.scaling.registry import METHODS, Method
 from scaled_rope.scaling.spec import Spec, shown
 
@@ -486,7 +487,7 @@ class RopeSettings:
         self._unread = unread_keys(config) if isinstance(config, Mapping) else {}
         self._filled_in = not isinstance(config, Mapping)
         self._written = None if written is None else self._as_written(written)
-        self._read: dict[str | None, tuple[RopeScaling, list[ConfigNote]]] = {}
+        self._read: dict[str | None, tuple[RopeScaling, list[ConfigNote], KnownLengths | None]] = {}
 
     def _as_written(self, written: Mapping[str, Any]) -> RopeSettings | None:
         """The settings of a config.json, with the sizes that the class of the family fills in; None for another
@@ -533,12 +534,25 @@ class RopeSettings:
         """The length in tokens that the model is for under a scaling; None when L is not known.
 
         Where factor·L is the least only ("llama3"), the config counts: under the scaling that it carries the model is
-        for at least what it claims, under the same with k times the factor for k times as much.
+        for at least what it claims, under the same with k times the factor for k times as much. Under the scaling that
+        it carries, a model is for the length that it is known for.
 
         Raises:
             ConfigError: as `RopeScaling.from_config`.
         """
+        if scaling == self.scaling and self.reach is not None:
+            return self.reach
         return length_made_for(scaling, self.scaling, self.max_position_embeddings)
+
+    def known_lengths(self, layer_type: str | None = None) -> KnownLengths | None:
+        """The lengths that are known of the model where the config does not say L; `of(layer_type)` has this L."""
+        return self._reading(layer_type)[2]
+
+    @property
+    def reach(self) -> int | None:
+        """How far the model reaches by the scaling that it carries, where that is known not to be factor times L."""
+        known = self.known_lengths()
+        return None if known is None else known.extended
 
     @property
     def num_hidden_layers(self) -> int:
@@ -593,7 +607,7 @@ class RopeSettings:
         types = nested_types(self._rope) or list(layers)
         return LayerPlan({name: self.of(name) for name in types}, tuple(map(int, dropped)))
 
-    def _reading(self, layer_type: str | None) -> tuple[RopeScaling, list[ConfigNote]]:
+    def _reading(self, layer_type: str | None) -> tuple[RopeScaling, list[ConfigNote], KnownLengths | None]:
         if layer_type not in self._read:
             reading = read_rope(self._model, self._rope, layer_type)
             if self._filled_in:  # max_position_embeddings in the place of an L that is on the top level alone
@@ -611,7 +625,7 @@ class RopeSettings:
                 else:
                     text = f"{RECORD_KEY} says {record.label!r}, but rope_parameters was changed since then"
                     reading.note("stale-record", f"{text}: the latter counts")
-            self._read[layer_type] = scaling, reading.notes
+            self._read[layer_type] = scaling, reading.notes, reading.known
         return self._read[layer_type]
 
     def _record(self, layer_type: str | None) -> RopeScaling | None:

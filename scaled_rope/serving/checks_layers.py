@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from scaled_rope.patching.families import ADAPTERS
 from scaled_rope.scaling.hf_config import has_rope
+from scaled_rope.scaling.known_lengths import DUAL_CHUNK_KEY, dual_chunks
 from scaled_rope.scaling.registry import METHODS
 from scaled_rope.serving.config_facts import ConfigFacts, keys_that_nothing_reads
 from scaled_rope.serving.inspect_report import Finding
-from scaled_rope.serving.known_lengths import DUAL_CHUNK_KEY, dual_chunks
 
 
 def family_without_rope(facts: ConfigFacts) -> Iterator[Finding]:
@@ -68,7 +68,7 @@ def layers_that_do_not_rotate(facts: ConfigFacts) -> Iterator[Finding]:
 
 def attention_in_chunks(facts: ConfigFacts) -> Iterator[Finding]:
     """Qwen2.5-1M, whose positions some servers rotate chunk by chunk."""
-    if facts.scaling is None or not (chunks := dual_chunks(facts.text)):
+    if facts.scaling is None or not (chunks := dual_chunks(facts.text.get(DUAL_CHUNK_KEY))):
         return
     sizes = ", ".join(f"{name}={value!r}" for name, value in chunks.items())
     scaled = facts.scaling.method != "default" and facts.scaling.factor > 1

@@ -53,15 +53,8 @@ def original_length_known_otherwise(facts: ConfigFacts) -> Iterator[Finding]:
     known = facts.known
     if known is None:
         return
-    carried = facts.spec is None
     text = f"The original length is {known.original} tokens, which original_max_position_embeddings does not say: "
-    text += f"{known.source}."
-    yield Finding(
-        "known-original",
-        "info" if carried else "warning",
-        text if carried else f"{text} Commands that train and evaluate take max_position_embeddings={facts.context}.",
-        "" if carried else f"Say it in the scaling: METHOD:FACTOR,original_max_position_embeddings={known.original}.",
-    )
+    yield Finding("known-original", "info", f"{text}{known.source}.", "")
 
 
 def undeclared_extended_length(facts: ConfigFacts) -> Iterator[Finding]:

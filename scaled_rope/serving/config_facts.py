@@ -33,10 +33,10 @@ from scaled_rope.scaling.hf_config import (
     text_path,
     usual_name,
 )
-from scaled_rope.scaling.record import LayerPlan, RopeScaling
+from scaled_rope.scaling.known_lengths import KnownLengths
+from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings
 from scaled_rope.scaling.resolve import resolve_scaling
 from scaled_rope.serving.inspect_report import Dimension, quiet, refusal_of
-from scaled_rope.serving.known_lengths import KnownLengths, known_lengths, with_known_length
 from scaled_rope.serving.rotary_module import rotates_images
 from scaled_rope.serving.scaling_plots import regimes_of
 
@@ -420,11 +420,12 @@ def _with_scaling(facts: ConfigFacts) -> ConfigFacts:
     if facts.of_images:
         return facts
     try:
-        own, notes = RopeScaling.read_config(_without_ignored(facts), facts.layer_type)
+        settings = RopeSettings(_without_ignored(facts))
+        own, notes = settings.of(facts.layer_type), settings.notes(facts.layer_type)
+        known = settings.known_lengths(facts.layer_type)
     except _UNREADABLE as error:
         return replace(facts, read_error=error)
-    known = known_lengths(facts.complete, own)
-    return replace(facts, own=with_known_length(own, facts.complete), known=known, notes=tuple(notes))
+    return replace(facts, own=own, known=known, notes=tuple(notes))
 
 
 # --------------------------------------------------------------------------------------------- layers and dimensions
@@ -464,7 +465,7 @@ def _layer_scalings(facts: ConfigFacts) -> tuple[dict[str, RopeScaling], dict[st
         types = [name for name in types if name in facts.nested] or facts.nested
     for name in types:
         try:
-            found[name] = with_known_length(RopeScaling.read_config(config, name)[0], facts.complete)
+            found[name] = RopeSettings(config).of(name)
         except _UNREADABLE as error:
             errors[name] = first_line(error)
     return found, errors

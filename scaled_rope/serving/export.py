@@ -36,6 +36,7 @@ from scaled_rope.scaling.hf_config import (
     primary_type,
     read_by_attention,
 )
+from scaled_rope.scaling.known_lengths import DUAL_CHUNK_KEY, dual_chunks
 from scaled_rope.scaling.record import LayerPlan, RopeScaling, RopeSettings
 from scaled_rope.scaling.registry import METHODS
 from scaled_rope.scaling.resolve import resolve_scaling, with_primary
@@ -44,14 +45,6 @@ from scaled_rope.serving.config_facts import text_part
 from scaled_rope.serving.config_remarks import config_remarks, load_readable
 from scaled_rope.serving.export_report import Comparison, ExportReport
 from scaled_rope.serving.gguf import GgufRope, add_rope, held_scaling
-from scaled_rope.serving.known_lengths import (
-    DUAL_CHUNK_KEY,
-    dual_chunks,
-    length_for,
-    own_scaling,
-    reach_of,
-    with_known_length,
-)
 from scaled_rope.serving.rotary_module import shares_one_table
 from scaled_rope.serving.targets.common import (
     TOLERANCE,
@@ -88,11 +81,11 @@ def served_length(scaling: RopeScaling, config: Any, flag: str = "--length") -> 
     extended = scaling.max_position_embeddings or 0
     if not claimed and not extended:
         raise ConfigError(f"{flag} is needed: the config of this {config.model_type!r} model says no length")
-    own = RopeSettings(config).scaling
-    if scaling.factor > 1 and scaling not in (own, own_scaling(config)):
+    settings = RopeSettings(config)
+    if scaling.factor > 1 and scaling != settings.scaling:
         return extended
     if scaling.factor > 1 and METHODS[scaling.method].factor_times_original == "length" and extended:
-        return reach_of(config) or extended
+        return settings.reach or extended
     return max(claimed, extended)
 
 
@@ -158,11 +151,11 @@ def _record(request: ServedModel, config: Mapping[str, Any]) -> dict[str, Any]:
 
     Nothing where these keys are no form of the record (a table of frequencies): it would count as out of date.
     """
-    said = {"model_type": request.model_type, "head_dim": request.head_dim, **config}
+    chunks = {DUAL_CHUNK_KEY: getattr(request.config, DUAL_CHUNK_KEY, None)}
+    said = {"model_type": request.model_type, "head_dim": request.head_dim, **chunks, **config}
     record = {RECORD_KEY: request.scaling.to_dict()}
     try:
-        chunks = {DUAL_CHUNK_KEY: dual_chunks(request.config)}
-        if with_known_length(RopeSettings(said).scaling, said | chunks) == request.scaling:
+        if RopeSettings(said).scaling == request.scaling:
             return {}
         if RopeSettings(said | record).scaling != request.scaling:
             return {}
@@ -197,7 +190,7 @@ def _request(scaling: RopeScaling | str, whole: Any, length: int | None, raw: Ma
     if isinstance(scaling, str):  # remarks on a config.json are for the caller who has it
         if raw is None:
             RopeScaling.from_config(config)  # says its remarks
-        scaling = resolve_scaling(scaling, own_scaling(config))
+        scaling = resolve_scaling(scaling, RopeSettings(config).scaling)
     if length is not None and length < 1:
         raise ConfigError(f"length={length}: must be a positive number of tokens")
     raw = whole.to_dict() if raw is None else raw
@@ -227,7 +220,7 @@ def _nearest_words(request: ServedModel, target: Target) -> tuple[tuple[Expresse
 def _no_words(request: ServedModel, target: Target) -> str:
     """Why no words of the target can do it, or nothing."""
     scaling = request.scaling
-    if target.name == "vllm" and dual_chunks(request.config) and scaling.method != "default":
+    if target.name == "vllm" and _chunks(request) and scaling.method != "default":
         return (
             f"vLLM (its source at 07b12f1b; {target.version} was not read for this) takes its own rotary embedding for "
             f"attention in chunks wherever the config has {DUAL_CHUNK_KEY}, whatever the type of rope_parameters, and "
@@ -278,7 +271,6 @@ def _per_layer_type(request: ServedModel, target: Target, name: str) -> ExportRe
     Only the layers of the primary type are scaled, as by `patch_model`.
     """
     scaling, carried = request.scaling, LayerPlan.from_config(request.config).layers
-    carried = {kind: with_known_length(one, request.config) for kind, one in carried.items()}
     wanted = with_primary(carried, scaling)
     as_it_is = wanted == carried
     types = RopeSettings(request.config).layer_types  # small models may have layers of one type alone
@@ -354,9 +346,10 @@ def _notes(request: ServedModel, target: Target, words: Expressed) -> list[str]:
     if target.static and scaling.method != "default" and scaling.factor > 1 and not scaling.is_length_dependent:
         notes.append(f"{target.title} scales short prompts as well: it computes one table for all lengths")
     context = int(getattr(request.config, "max_position_embeddings", None) or 0)
-    if shorter := shortening(scaling, own_scaling(request.config), context, reach_of(request.config)):
+    settings = RopeSettings(request.config)
+    if shorter := shortening(scaling, settings.scaling, context, settings.reach):
         notes.append(shorter)
-    made_for = length_for(request.config, scaling)
+    made_for = settings.length_for(scaling)
     if made_for is not None and request.length > made_for and not scaling.is_length_dependent:
         note = f"length={request.length} is beyond the {made_for} tokens that {scaling.label!r} is for"
         if METHODS[scaling.method].factor_times_original == "length":
@@ -388,9 +381,13 @@ def _notes(request: ServedModel, target: Target, words: Expressed) -> list[str]:
     return notes
 
 
+def _chunks(request: ServedModel) -> Mapping[str, Any]:
+    return dual_chunks(getattr(request.config, DUAL_CHUNK_KEY, None))
+
+
 def _in_chunks(request: ServedModel, target: Target) -> bool:
     """Whether the config asks for attention in chunks, and the program may do it. transformers does not."""
-    return target.name != "transformers" and bool(dual_chunks(request.config))
+    return target.name != "transformers" and bool(_chunks(request))
 
 
 def _installed_otherwise(target: Target) -> str:

@@ -21,12 +21,11 @@ from scaled_rope.errors import ConfigError, is_positive_whole, type_and_line
 from scaled_rope.flags.serving import check_plan_arguments
 from scaled_rope.patching.loading import auto_class, build_unscaled
 from scaled_rope.scaling.hf_config import text_config
-from scaled_rope.scaling.record import RopeScaling
+from scaled_rope.scaling.record import RopeScaling, RopeSettings
 from scaled_rope.scaling.resolve import resolve_scaling
 from scaled_rope.serving.checks_lengths import shortening
 from scaled_rope.serving.config_remarks import config_remarks, load_readable
 from scaled_rope.serving.export import served_length
-from scaled_rope.serving.known_lengths import length_for, own_scaling, reach_of
 
 GB = 1e9
 _USED = 0.9
@@ -123,19 +122,20 @@ def plan_serving(
         ConfigError: layers whose cache is not known, or heads that cannot be shared out.
     """
     text = text_config(config)
+    settings = RopeSettings(text)
     if isinstance(scaling, str):
         RopeScaling.from_config(text)  # says its remarks
-        scaling = resolve_scaling(scaling, own_scaling(text))
+        scaling = resolve_scaling(scaling, settings.scaling)
     length = length or served_length(scaling, text)
     heads = _whole(text, "num_attention_heads")
     if heads % gpus:
         raise ConfigError(f"--gpus {gpus} is not allowed; {heads} attention heads must be shared out evenly")
     notes = []
-    if shorter := shortening(scaling, own_scaling(text), _whole(text, "max_position_embeddings", 0), reach_of(text)):
+    if shorter := shortening(scaling, settings.scaling, _whole(text, "max_position_embeddings", 0), settings.reach):
         notes.append(shorter)
     if scaling.beyond_tables:
         notes.append(f"no server computes this scaling, which {scaling.beyond_tables}: see scaled-rope export")
-    extended = length_for(text, scaling) or _whole(text, "max_position_embeddings", length)
+    extended = settings.length_for(scaling) or _whole(text, "max_position_embeddings", length)
     if length > extended and not scaling.dynamic:
         notes.append(f"{length} tokens are beyond the {extended} that {scaling.label} is for")
     size, wide = _BYTES[kv_dtype], _wide(text)
@@ -269,7 +269,7 @@ def run(args: argparse.Namespace) -> int:
     remarks = config_remarks(
         raw_config(args.serve), args.serve, args.scaling, without=("shortened",), length=args.length
     )
-    scaling = resolve_scaling(args.scaling, own_scaling(text_config(config)))
+    scaling = resolve_scaling(args.scaling, RopeSettings(config).scaling)
     plan = plan_serving(config, scaling, args.length, memory, gpus, args.kv_dtype, args.serve)
     plan = replace(plan, notes=(*remarks, *plan.notes))
     print(json.dumps(plan.to_dict(), indent=1) if args.json else "\n".join(plan.lay_out()))

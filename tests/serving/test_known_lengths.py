@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from scaled_rope import RopeScaling
+from scaled_rope import RopeScaling, load_model, unpatch_model
 from scaled_rope.cli import main
+from scaled_rope.scaling.known_lengths import known_lengths
+from scaled_rope.scaling.record import RopeSettings
 from scaled_rope.serving.export import export, served_length
 from scaled_rope.serving.inspect_config import inspect
-from scaled_rope.serving.known_lengths import known_lengths, length_for, own_scaling, reach_of, with_known_length
 
 LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
 GEMMA: dict[str, Any] = {
@@ -35,12 +37,25 @@ def gemma(**settings: Any) -> Any:
 
 def test_gemma_3_is_known_as_it_is_published() -> None:
     config = gemma()
-    own = own_scaling(config)
+    settings = RopeSettings(config)
+    own = settings.scaling
     assert (own.method, own.factor, own.original_max_position_embeddings) == ("linear", 8.0, 32768)
-    assert length_for(config, own) == reach_of(config) == served_length(own, config) == 131072
-    assert served_length(RopeScaling("linear", 8.0, 131072, 1e6), config) == 131072  # as other readers have it
+    assert settings.length_for(own) == settings.reach == served_length(own, config) == 131072
     asked = RopeScaling("yarn", 8.0, 32768, 1e6)
-    assert length_for(config, asked) == served_length(asked, config) == 262144
+    assert settings.length_for(asked) == served_length(asked, config) == 262144
+
+
+@pytest.mark.parametrize("spec", ["yarn:4", "dynamic-ntk:2", "ntk:4"])
+def test_every_command_counts_a_factor_from_the_same_length(spec: str, tmp_path: Path) -> None:
+    """The loader of training and evaluation, and what inspect and export read."""
+    whole = CONFIG_MAPPING["gemma3_text"](**GEMMA)
+    AutoModelForCausalLM.from_config(whole).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), scaling=spec, device="cpu")
+    assert RopeSettings(model.config).scaling.original_max_position_embeddings == 32768
+    assert inspect(json.loads((tmp_path / "config.json").read_text()), scaling=spec).lengths["original"] == 32768
+    unpatch_model(model)
+    model.save_pretrained(tmp_path / "again")
+    assert RopeSettings(json.loads((tmp_path / "again" / "config.json").read_text())).reach == 131072
 
 
 @pytest.mark.parametrize(
@@ -53,15 +68,21 @@ def test_gemma_3_is_known_as_it_is_published() -> None:
 )
 def test_a_gemma_3_that_was_changed_is_not_known(settings: dict[str, Any]) -> None:
     config = gemma(**settings)
-    assert reach_of(config) is None
-    assert own_scaling(config).original_max_position_embeddings == config.max_position_embeddings
+    assert RopeSettings(config).reach is None
+    assert RopeSettings(config).scaling.original_max_position_embeddings == config.max_position_embeddings
 
 
 def test_a_length_that_the_config_says_counts() -> None:
-    said = RopeScaling("linear", 8.0, 16384)
-    config = {"model_type": "gemma3_text", "max_position_embeddings": 131072}
-    assert known_lengths(config, said) is None and with_known_length(said, config) == said
-    assert known_lengths({"model_type": "llama"}, said) is None
+    said = LINEAR | {"original_max_position_embeddings": 16384}
+    config = gemma(rope_parameters=GEMMA["rope_parameters"] | {"full_attention": said})
+    settings = RopeSettings(config)
+    assert settings.scaling.original_max_position_embeddings == 16384 and settings.known_lengths() is None
+
+
+@pytest.mark.parametrize("rope_type", ["yarn", "dynamic", "llama3", "longrope"])
+def test_lengths_that_set_the_frequencies_are_those_of_transformers(rope_type: str) -> None:
+    assert known_lengths(QWEN_1M, "default", None) is not None
+    assert known_lengths(QWEN_1M, rope_type, 4.0) is None
 
 
 @pytest.mark.parametrize("target", ["transformers", "vllm"])
@@ -144,7 +165,7 @@ def test_the_default_length_of_llama_3_1_is_what_it_claims() -> None:
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
     rope |= {"original_max_position_embeddings": 8192}
     config = CONFIG_MAPPING["llama"](max_position_embeddings=131072, rope_parameters=rope)
-    assert served_length(own_scaling(config), config) == 131072
+    assert served_length(RopeSettings(config).scaling, config) == 131072
     assert served_length(RopeScaling("default", original_max_position_embeddings=8192), config) == 131072
 
 
